@@ -1,0 +1,170 @@
+"""A model bundle on disk: write, read, check its digests, copy it to and from the store. Runs no model.
+
+    model.onnx  weights.safetensors  card.json  reference.npz  golden/*.{png,jpeg,webp}  golden/answers.json
+    digests.json     path -> sha256 of every other file; the bundle's digest is the sha256 of this table
+
+The bundle is a function of its inputs: no time, no path, no run id in it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.errors import BundleError, ObjectMissing, shorten
+from visionloop.records import Card, canonical_json, compute_digest
+from visionloop.store import ObjectStore
+
+DIGESTS = "digests.json"
+REQUIRED = ("model.onnx", "card.json", "reference.npz", "golden/answers.json")
+TRAINING_ONLY = frozenset({"weights.safetensors"})
+ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle in a folder. `digest` names it everywhere."""
+
+    folder: Path
+    digest: str
+    card: Card
+    files: dict[str, str]
+
+    def golden_images(self) -> list[bytes]:
+        """The encoded golden images, in the order of the answers."""
+        names = json.loads((self.folder / "golden" / "answers.json").read_text())["images"]
+        return [(self.folder / "golden" / name).read_bytes() for name in names]
+
+    def golden_logits(self) -> NDArray[np.float64]:
+        """The logits (n, k) that the model gave for the golden images when the bundle was made."""
+        return np.asarray(json.loads((self.folder / "golden" / "answers.json").read_text())["logits"], dtype=float)
+
+
+def seal_bundle(folder: Path) -> str:
+    """Write `digests.json` over a complete bundle folder and return the bundle's digest."""
+    files = {name: hash_file(folder / name) for name in _list_files(folder)}
+    (folder / DIGESTS).write_bytes(canonical_json(files))
+    return compute_digest(files)
+
+
+def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
+    """Open a bundle and check every file against its digest. `weights.safetensors` may be absent.
+
+    Raises:
+        BundleError: something is missing, added or changed, or the digest is not the expected one.
+    """
+    where = f"bundle {folder}"
+    todo = "Train again (`visionloop train`), or fetch it again from the store."
+    if not (folder / DIGESTS).is_file():
+        raise BundleError(where, f"no {DIGESTS}", "a model bundle", todo)
+    try:
+        files: dict[str, str] = json.loads((folder / DIGESTS).read_bytes())
+        digest = compute_digest(files)
+    except (ValueError, AttributeError) as exc:
+        raise BundleError(where, f"{DIGESTS} is damaged", "a table of digests", todo) from exc
+    if expected_digest and digest != expected_digest:
+        raise BundleError(where, f"has digest {digest[:12]}", expected_digest[:12], todo)
+    if missing := [name for name in REQUIRED if name not in files]:
+        raise BundleError(where, f"lacks {shorten(missing)}", "a whole bundle", todo)
+    present = set(_list_files(folder))
+    wrong = {name for name in present if hash_file(folder / name) != files.get(name)}
+    wrong |= set(files) - present - TRAINING_ONLY
+    if wrong:
+        raise BundleError(where, f"{shorten(list(wrong))} differs from its digest", "the files as they were made", todo)
+    card = Card.from_json(json.loads((folder / "card.json").read_bytes()))
+    return Bundle(folder=folder, digest=digest, card=card, files=files)
+
+
+def check_onnx(model_bytes: bytes, where: str) -> None:
+    """Refuse a model that reaches outside itself.
+
+    Raises:
+        BundleError: external data, an operator of a custom domain, or no ONNX at all.
+    """
+    import onnx  # noqa: PLC0415  (0.2 s)
+
+    try:
+        model = onnx.load_model_from_string(model_bytes)
+    except Exception as exc:  # protobuf's DecodeError has no public home
+        raise BundleError(where, "model.onnx is not ONNX", "an ONNX model") from exc
+    domains = {node.domain for node in _all_nodes(model.graph.node)} | {o.domain for o in model.opset_import}
+    if custom := domains - ALLOWED_DOMAINS:
+        raise BundleError(where, f"uses the operator domains {shorten(list(custom))}", "standard ONNX operators")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise BundleError(where, "keeps weights in other files", "one self-contained file")
+
+
+def upload_bundle(store: ObjectStore, bundle: Bundle) -> None:
+    """Copy a bundle to `bundles/<digest>/`, its table of digests last: a copy that was cut off is no bundle."""
+    for name in sorted(bundle.files):
+        key = f"bundles/{bundle.digest}/{name}"
+        if (bundle.folder / name).is_file() and not store.exists(key):
+            store.put(key, (bundle.folder / name).read_bytes())
+    store.create(f"bundles/{bundle.digest}/{DIGESTS}", (bundle.folder / DIGESTS).read_bytes())
+
+
+def download_bundle(store: ObjectStore, digest: str, cache_dir: Path, *, with_weights: bool = False) -> Bundle:
+    """Fetch `bundles/<digest>/` into `cache_dir/<digest>` (once) and check it.
+
+    Raises:
+        BundleError: the store's copy is incomplete or damaged.
+    """
+    target = cache_dir / digest
+    if target.is_dir() and (not with_weights or all((target / n).is_file() for n in TRAINING_ONLY)):
+        try:
+            return load_bundle(target, expected_digest=digest)
+        except BundleError:
+            shutil.rmtree(target)
+    staged = cache_dir / f".{digest[:16]}-{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        _fetch(store, digest, staged, skip=frozenset() if with_weights else TRAINING_ONLY)
+        load_bundle(staged, expected_digest=digest)
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return load_bundle(target, expected_digest=digest)
+
+
+def _fetch(store: ObjectStore, digest: str, folder: Path, *, skip: frozenset[str]) -> None:
+    try:
+        table = store.get(f"bundles/{digest}/{DIGESTS}")
+        for name in json.loads(table):
+            if name in skip:
+                continue
+            path = (folder / name).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise BundleError(f"bundle {digest[:12]}", f"names the file {name!r}", "files inside the bundle")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.get(f"bundles/{digest}/{name}"))
+        (folder / DIGESTS).write_bytes(table)
+    except ObjectMissing as exc:
+        raise BundleError(
+            f"bundle {digest[:12]}", f"is not whole in {store.url}", "every file of it", "Register it again."
+        ) from exc
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 (hex) of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _list_files(folder: Path) -> list[str]:
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != DIGESTS)
+
+
+def _all_nodes(nodes: Iterable[Any]) -> Iterable[Any]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _all_nodes(attribute.g.node)

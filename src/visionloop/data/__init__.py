@@ -1,0 +1,1 @@
+"""Images, manifests, sides and prepared arrays."""

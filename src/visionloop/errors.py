@@ -1,0 +1,131 @@
+"""The tree of exceptions. Every error a user can cause is one of these; anything else is our bug.
+
+    VisionLoopError                       exit code 2, one line on stderr
+    ├── ParamsError        (ValueError)       params.yaml
+    ├── SettingsError      (ValueError)       the environment
+    ├── SourceError        (ValueError)       a source of images that cannot be read
+    ├── ImageError         (ValueError)       one image; quarantined, never stops a run
+    ├── DatasetError       (ValueError)       versions, the pin, prepared data
+    ├── StoreError         (OSError)          the object store
+    │   └── ObjectMissing  (LookupError)
+    ├── BundleError        (ValueError)       a model bundle that is refused
+    ├── TrainingError      (RuntimeError)
+    ├── TrackingError      (ConnectionError)  MLflow; transient
+    ├── PromotionError     (RuntimeError)     ledger and registry
+    ├── NotPromoted        (RuntimeError)     exit code 3: refused or inconclusive at the gate
+    ├── PipelineError      (RuntimeError)     dvc and its stages
+    ├── BusyError          (RuntimeError)     another process holds the lock
+    └── ServingError       (RuntimeError)     the server cannot start
+
+Errors are raised where the outside world is met and say: where, what was found, what was expected, what to do.
+"""
+
+from collections.abc import Sequence
+
+SHOWN = 5
+
+
+class VisionLoopError(Exception):
+    """An error with its place, the thing found, the thing expected and a way out.
+
+    `str()` gives one line: `where: found; expected X. What to do.`
+    """
+
+    exit_code = 2
+    transient = False
+
+    def __init__(self, where: str, found: str, expected: str = "", todo: str = "") -> None:
+        super().__init__(where, found, expected, todo)
+        self.where, self.found, self.expected, self.todo = where, found, expected, todo
+
+    @property
+    def code(self) -> str:
+        """The error's kind in snake case, for machines: `params_error`."""
+        name = type(self).__name__
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.found}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        text = text.rstrip(".") + "."
+        return " ".join(f"{text} {self.todo}".split())
+
+
+class ParamsError(VisionLoopError, ValueError):
+    """params.yaml is missing, malformed, or has a bad key or value."""
+
+
+class SettingsError(VisionLoopError, ValueError):
+    """The environment names something that cannot be used."""
+
+
+class SourceError(VisionLoopError, ValueError):
+    """A source of images is missing, empty or unusable as a whole."""
+
+
+class ImageError(VisionLoopError, ValueError):
+    """One image cannot be used. `reason_code` is stable, for counting: `not_an_image`, `too_large`, ..."""
+
+    def __init__(
+        self, where: str, found: str, expected: str = "", todo: str = "", *, reason_code: str = "not_an_image"
+    ) -> None:
+        super().__init__(where, found, expected, todo)
+        self.reason_code = reason_code
+
+
+class DatasetError(VisionLoopError, ValueError):
+    """A dataset version, its pin or the prepared data is missing or does not fit."""
+
+
+class StoreError(VisionLoopError, OSError):
+    """The object store cannot be read or written."""
+
+
+class ObjectMissing(StoreError, LookupError):
+    """An object that should be in the store is not."""
+
+
+class BundleError(VisionLoopError, ValueError):
+    """A model bundle is damaged, incomplete or answers differently from its golden answers."""
+
+
+class TrainingError(VisionLoopError, RuntimeError):
+    """Training cannot start or cannot go on."""
+
+
+class TrackingError(VisionLoopError, ConnectionError):
+    """MLflow cannot be reached or refuses."""
+
+    transient = True
+
+
+class PromotionError(VisionLoopError, RuntimeError):
+    """The ledger or the registry does not allow this step."""
+
+
+class NotPromoted(VisionLoopError, RuntimeError):
+    """The gate refused the candidate, or could not tell."""
+
+    exit_code = 3
+
+
+class PipelineError(VisionLoopError, RuntimeError):
+    """dvc, or a stage run by it, failed."""
+
+
+class BusyError(VisionLoopError, RuntimeError):
+    """Another process is at the same work."""
+
+    transient = True
+
+
+class ServingError(VisionLoopError, RuntimeError):
+    """The server cannot start."""
+
+
+def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
+    """Join names, sorted, cut at five: `a, b, c, d, e and 12 more`."""
+    ordered = sorted(names)
+    text = ", ".join(ordered[:shown])
+    return text + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")

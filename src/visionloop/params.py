@@ -1,0 +1,233 @@
+"""params.yaml as frozen, validated objects: what changes results. Where it runs is in `settings.py`.
+
+An unknown key, a wrong type or a value out of range is a `ParamsError` that names the key.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from visionloop.errors import ParamsError
+from visionloop.records import compute_digest
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+CRON_FIELDS = 5
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Fractions = Annotated[
+    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]],
+    BeforeValidator(_tuple),
+]
+Side = Annotated[int, Field(ge=32, le=4096)]
+
+
+class FolderSource(Section):
+    """A folder per class, with or without split folders above them."""
+
+    kind: Literal["folder"]
+    path: str = Field(min_length=1)
+    name: str = Field(default="folder", pattern=NAME_PATTERN)
+
+
+class DigitsSource(Section):
+    """scikit-learn's 1,797 handwritten digits, written as PNG files into class folders."""
+
+    kind: Literal["digits"]
+    name: str = Field(default="digits", pattern=NAME_PATTERN)
+
+
+Source = Annotated[FolderSource | DigitsSource, Field(discriminator="kind")]
+
+
+class Split(Section):
+    """How images without a side of their own are divided. Fixed by the first version of a name."""
+
+    seed: int = 0
+    fractions: Fractions = (0.70, 0.15, 0.15)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> "Split":
+        if abs(sum(self.fractions) - 1) > 1e-6 or min(self.fractions[0], self.fractions[2]) <= 0:
+            raise ValueError("three fractions [train, val, test] that sum to 1, train and test above 0")
+        return self
+
+
+class Ingest(Section):
+    """Where images come from."""
+
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_tuple)] = ()
+    split: Split = Split()
+    max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
+    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_file_bytes: int = Field(default=50_000_000, ge=1024)
+
+
+class Prepare(Section):
+    """How bytes become arrays. `image_size` is S or [height, width]."""
+
+    image_size: Side | Annotated[tuple[Side, Side], BeforeValidator(_tuple)] = 224
+    resize: Literal["squash", "fit_crop", "letterbox"] = "squash"
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """The size as (height, width)."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+class Train(Section):
+    """The network and how it learns. `weights`: none | default | a file of a state dict."""
+
+    backbone: str = "resnet18"
+    weights: str = "none"
+    way: Literal["scratch", "finetune"] = "scratch"
+    max_epochs: int = Field(default=20, ge=1, le=10_000)
+    batch_size: int = Field(default=32, ge=1, le=65_536)
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    patience: int = Field(default=5, ge=1)
+    monitor: Literal["val/loss", "val/accuracy", "val/f1"] = "val/loss"
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _way_fits_weights(self) -> "Train":
+        if self.way == "finetune" and self.weights == "none":
+            raise ValueError("`weights: default` or a file with `way: finetune`")
+        return self
+
+
+class Evaluate(Section):
+    """How figures get their intervals."""
+
+    resamples: int = Field(default=2000, ge=100, le=100_000)
+    seed: int = 0
+
+
+class Gate(Section):
+    """When a candidate may replace the champion."""
+
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    rule: Literal["better", "no_worse"] = "better"
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    margin: float = Field(default=0.02, ge=0, lt=1)
+    floors: dict[Literal["accuracy", "macro_f1"], Annotated[float, Field(ge=0, le=1)]] = {}
+
+
+class Serve(Section):
+    """Limits of the server."""
+
+    max_body_bytes: int = Field(default=20_000_000, ge=1024)
+    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_batch: int = Field(default=32, ge=1)
+    max_queue: int = Field(default=256, ge=1)
+    poll_s: float = Field(default=5.0, gt=0)
+
+
+class Schedule(Section):
+    """When flows run, as cron expressions (five fields)."""
+
+    retrain: str | None = None
+
+    @model_validator(mode="after")
+    def _cron(self) -> "Schedule":
+        if self.retrain is not None and len(self.retrain.split()) != CRON_FIELDS:
+            raise ValueError('a cron expression of five fields, like "0 3 * * *"')
+        return self
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    ingest: Ingest = Ingest()
+    prepare: Prepare = Prepare()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+    serve: Serve = Serve()
+    schedule: Schedule = Schedule()
+
+    def digest(self) -> str:
+        """Digest of the sections that change a model or a verdict."""
+        return compute_digest(
+            {s: getattr(self, s).model_dump(mode="json") for s in ("prepare", "train", "evaluate", "gate")}
+        )
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParamsError: it is missing, is no YAML mapping, or has unknown keys or bad values.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ParamsError(str(path), "not found", "a params.yaml", "Make a workspace with `visionloop new DIR`.") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        place = getattr(exc, "problem_mark", None)
+        line = f" line {place.line + 1}" if place else ""
+        raise ParamsError(
+            f"{path.name}{line}", f"is not YAML ({getattr(exc, 'problem', exc)})", "keys and values", "Edit the file."
+        ) from exc
+    if not isinstance(value, dict):
+        raise ParamsError(path.name, f"holds a {type(value).__name__}", "sections with keys", "Edit the file.")
+    return make_params(value, path.name)
+
+
+def make_params(value: dict[str, Any], where: str = "params.yaml") -> Params:
+    """Check a decoded params.yaml. Raises ParamsError."""
+    try:
+        return Params.model_validate(value)
+    except ValidationError as exc:
+        raise _translate(exc, where) from exc
+
+
+def _translate(exc: ValidationError, where: str) -> ParamsError:
+    errors = sorted(exc.errors(include_url=False), key=lambda e: [str(part) for part in e["loc"]])
+    first = errors[0]
+    # Tags of unions are not keys of the file: a size that fits neither form is one problem, not two.
+    keys = [str(p) for p in first["loc"] if not re.match(r"^(constrained-|tuple|function-|folder$|digits$)", str(p))]
+    kind, message = first["type"], first["msg"]
+    if kind == "extra_forbidden":
+        found, expected = "unknown key", f"one of {_known_keys(first['loc'])}"
+    elif kind == "missing":
+        found, expected = "missing", "a value"
+    elif kind == "union_tag_invalid":
+        keys.append("kind")
+        found, expected = f"got {_tag_of(first)!r}", f"one of {first['ctx']['expected_tags']}"
+    elif kind == "string_pattern_mismatch":
+        found, expected = f"got {first['input']!r}", "lower-case letters, digits and '-' (at most 63)"
+    else:
+        found = f"got {first['input']!r}"[:120]
+        expected = re.sub(r"^(Input should be|Value error,) (a valid )?", "", message)
+        expected = re.sub(r"^an? (valid )?", "", expected)
+    more = f" ({len(errors) - 1} more in the file)" if len(errors) > 1 else ""
+    return ParamsError(f"{where} {'.'.join(keys)}".strip(), found, expected, f"Edit the file{more}.")
+
+
+def _tag_of(error: Any) -> str:
+    """Return the value of `kind` that no source has."""
+    return str(error["ctx"]["tag"])
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> str:
+    model: Any = Params
+    for part in loc[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    fields = getattr(model, "model_fields", None)
+    return ", ".join(sorted(fields)) if fields else "the documented keys"

@@ -1,0 +1,213 @@
+"""The values that travel between the parts: plain, frozen, JSON-ready. No disk, no network, no behaviour.
+
+Dimensions in names: n images, k classes, d embedding size.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+SIDES = ("train", "val", "test", "excluded")
+
+
+def canonical_json(value: object) -> bytes:
+    """Encode a JSON value so that equal values give equal bytes (sorted keys, no spaces)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def compute_digest(value: object) -> str:
+    """Return the sha256 (hex) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of the records that are stored as JSON: unknown keys are ignored, so that older code reads newer files."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Build a record from a decoded JSON object; lists become tuples."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-ready builtins."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ImageRecord(Record):
+    """One image of a dataset: one row of the manifest, identified by the sha256 of its bytes.
+
+    `key` decides the side (the group, or the sha256). `phash` is a 64-bit perceptual hash in hex, empty when too small.
+    """
+
+    sha256: str
+    labels: tuple[str, ...]
+    sources: tuple[str, ...]
+    origins: tuple[str, ...]
+    ordinal: int
+    group: str | None
+    key: str
+    side: str
+    captured_at: str | None
+    width: int
+    height: int
+    format: str
+    num_bytes: int
+    phash: str
+
+
+@dataclass(frozen=True)
+class Rejected(Record):
+    """One quarantined file: where it came from, a stable code, and the reason in words."""
+
+    origin: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DatasetVersion(Record):
+    """The commit object of one dataset version. `parts` are manifest digests; a later part's row wins over an earlier.
+
+    `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it.
+    """
+
+    name: str
+    version: int
+    digest: str
+    parent: int | None
+    parts: tuple[str, ...]
+    num_images: int
+    num_added: int
+    classes: tuple[str, ...]
+    counts: dict[str, dict[str, int]]
+    sources: tuple[str, ...]
+    split: dict[str, Any]
+    rejected: str | None
+    num_rejected: int
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Pin(Record):
+    """`data/dataset.json`: the one dataset version that a workspace stands on. Lives in git; holds no time."""
+
+    name: str
+    version: int
+    digest: str
+    num_images: int
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Card(Record):
+    """`card.json` of a bundle: all that is needed to use the model, and where it came from. No time, no run id.
+
+    `threshold` is the probability of `classes[1]` from which a binary model answers `classes[1]`; None otherwise.
+    `dataset` holds name, version, digest. `parity` is the largest |torch - ONNX| logit difference at export.
+    """
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]
+    resize: str
+    temperature: float
+    threshold: float | None
+    runtimes: tuple[str, ...]
+    dataset: dict[str, Any]
+    params: dict[str, Any]
+    network: dict[str, Any]
+    parity: float
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class Interval(Record):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Prediction(Record):
+    """The answer for one image: the class, all probabilities by class name, and the probability of the answer."""
+
+    prediction: str
+    probabilities: dict[str, float]
+    confidence: float
+
+
+@dataclass(frozen=True)
+class RuleResult(Record):
+    """One rule of the gate. `passed` is None when the data cannot tell (inconclusive)."""
+
+    rule: str
+    passed: bool | None
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Decision(Record):
+    """What the gate decided, on what, by which rules: every one is stored, also a refusal.
+
+    `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
+    dataset, params, code. `champion` is None when there was none.
+    """
+
+    name: str
+    number: int
+    verdict: str
+    candidate: str
+    champion: str | None
+    test_digest: str
+    num_test: int
+    rules: tuple[RuleResult, ...]
+    metrics: dict[str, dict[str, float]]
+    champion_metrics: dict[str, dict[str, float]]
+    state: dict[str, str]
+    dataset: dict[str, Any]
+    run_id: str | None
+    decided_at: str
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        rules = tuple(RuleResult.from_json(rule) for rule in value["rules"])
+        return super().from_json({**value, "rules": rules})
+
+
+@dataclass(frozen=True)
+class LedgerEntry(Record):
+    """One promotion (or rollback). The highest entry of a name is its champion."""
+
+    name: str
+    number: int
+    action: str
+    bundle: str
+    previous: str | None
+    model_version: str
+    decision: int | None
+    dataset: dict[str, Any]
+    run_id: str | None
+    by: str
+    why: str
+    at: str
+
+
+@dataclass(frozen=True)
+class RunNote(Record):
+    """`.visionloop/runs/<bundle digest>.json`: which MLflow run, commit and time made a bundle."""
+
+    bundle: str
+    run_id: str
+    git_commit: str | None
+    finished_at: str
+    seconds: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,141 @@
+"""Where it runs: workspace, store, MLflow, tool homes. Read from the environment once, by the entry points.
+
+What changes results is in params.yaml instead (`params.py`).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionloop.errors import SettingsError
+
+PARAMS_FILE = "params.yaml"
+
+# Opt-outs of telemetry, and limits that keep a dead server from hanging a command for minutes.
+QUIET_TOOLS = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "PREFECT_TASKS_DEFAULT_NO_CACHE": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The places of one workspace. All paths are absolute."""
+
+    home: Path
+    store_url: str
+    tracking_uri: str
+    artifact_root: str
+
+    @property
+    def params_path(self) -> Path:
+        return self.home / PARAMS_FILE
+
+    @property
+    def pin_path(self) -> Path:
+        return self.home / "data" / "dataset.json"
+
+    @property
+    def prepared_dir(self) -> Path:
+        return self.home / "data" / "prepared"
+
+    @property
+    def candidate_dir(self) -> Path:
+        return self.home / "models" / "candidate"
+
+    @property
+    def reports_dir(self) -> Path:
+        return self.home / "reports"
+
+    @property
+    def decisions_dir(self) -> Path:
+        return self.home / "decisions"
+
+    @property
+    def hidden_dir(self) -> Path:
+        """Everything that is neither input nor result: work in progress, caches, logs."""
+        return self.home / ".visionloop"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.hidden_dir / "runs"
+
+    def work_dir(self, stage: str) -> Path:
+        return self.hidden_dir / "work" / stage
+
+
+def find_home(env: Mapping[str, str], start: Path) -> Path:
+    """Return the workspace: VISIONLOOP_HOME, or the nearest parent of `start` with a params.yaml.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if named := env.get("VISIONLOOP_HOME"):
+        home = Path(named).expanduser().resolve()
+        if not (home / PARAMS_FILE).is_file():
+            raise SettingsError(
+                f"workspace {home}",
+                f"has no {PARAMS_FILE}",
+                "a workspace",
+                f"Make one with `visionloop new {named}`.",
+            )
+        return home
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / PARAMS_FILE).is_file():
+            return folder
+    raise SettingsError(
+        f"workspace {start}",
+        f"no {PARAMS_FILE} here or above",
+        "a workspace",
+        "Make one with `visionloop new DIR`, or set VISIONLOOP_HOME.",
+    )
+
+
+def load_settings(env: Mapping[str, str], start: Path) -> Settings:
+    """Build the settings of the workspace at `start` (or VISIONLOOP_HOME). Touches no file but params.yaml's name."""
+    home = find_home(env, start)
+    hidden = home / ".visionloop"
+    store_url = env.get("VISIONLOOP_STORE") or (hidden / "store").as_uri()
+    if not re.match(r"^[a-z0-9]+://", store_url):
+        store_url = Path(store_url).expanduser().resolve().as_uri()
+    return Settings(
+        home=home,
+        store_url=store_url,
+        tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{hidden / 'mlflow' / 'mlflow.db'}",
+        artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
+    )
+
+
+def tool_environment(home: Path) -> dict[str, str]:
+    """Return the variables that keep other tools quiet and inside the workspace.
+
+    Entry points set those that are not set already, before they import the tools.
+    """
+    hidden = home / ".visionloop"
+    return {
+        **QUIET_TOOLS,
+        "PREFECT_HOME": str(hidden / "prefect"),
+        "DVC_SITE_CACHE_DIR": str(hidden / "dvc" / "site"),
+        "DVC_GLOBAL_CONFIG_DIR": str(hidden / "dvc" / "global"),
+        "DVC_SYSTEM_CONFIG_DIR": str(hidden / "dvc" / "system"),
+        "MPLCONFIGDIR": str(hidden / "matplotlib"),
+        "TORCH_HOME": str(hidden / "torch"),
+        "TORCHINDUCTOR_CACHE_DIR": str(hidden / "torch" / "inductor"),
+        "XDG_CACHE_HOME": str(hidden / "cache"),
+    }
+
+
+def apply_tool_environment(home: Path) -> None:
+    """Set the tool environment in this process where the user has not. For entry points only."""
+    for name, value in tool_environment(home).items():
+        os.environ.setdefault(name, value)

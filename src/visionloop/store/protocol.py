@@ -1,0 +1,44 @@
+"""What every object store can do. Keys are `/`-separated, relative, of [A-Za-z0-9._-] parts.
+
+An object is whole or absent: a reader never sees a part of one. Objects under a digest never change.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class ObjectStore(Protocol):
+    """A flat space of immutable byte objects with conditional creation."""
+
+    @property
+    def url(self) -> str:
+        """The address, for messages."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes. Raises ObjectMissing, StoreError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object atomically. Raises StoreError."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if the key is free; True if this call made it. Equal bytes count as made by us.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Say whether the object is there."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with `prefix`, sorted."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is no error."""
+        ...

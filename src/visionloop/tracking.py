@@ -1,0 +1,203 @@
+"""MLflow: runs, figures, registered models, aliases. The only home of mlflow, imported when first used (3 s)."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from visionloop.errors import TrackingError
+
+CHAMPION_ALIAS = "champion"
+DIGEST_TAG = "visionloop.bundle"
+MAX_PARAM_CHARS = 500
+
+
+class Tracking:
+    """One experiment of one MLflow server (or SQLite file), and the registered model of the same name."""
+
+    def __init__(self, uri: str, artifact_root: str, name: str) -> None:
+        """Describe the place; nothing is opened until first use."""
+        self.uri, self.artifact_root, self.name = uri, artifact_root, name
+        self._client: Any = None
+        self._experiment_id: str | None = None
+
+    def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        """Open a new run, or go on with `run_id` if it still exists; return its id. Raises TrackingError."""
+        with self._translated():
+            client, experiment_id = self._connect()
+            if run_id and (found := self._find_run(run_id)):
+                client.update_run(found, status="RUNNING")
+                return found
+            run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+            self._log_params(str(run.info.run_id), params)
+            return str(run.info.run_id)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Log a set of metrics in one request. Raises TrackingError."""
+        from mlflow.entities import Metric  # noqa: PLC0415
+
+        now_ms = int(time.time() * 1000)
+        with self._translated():
+            entities = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
+            self._connect()[0].log_batch(run_id, metrics=entities)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder's content, into the run's artifacts. Raises TrackingError."""
+        with self._translated():
+            client, _ = self._connect()
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), folder)
+            else:
+                client.log_artifact(run_id, str(path), folder)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run. Raises TrackingError."""
+        with self._translated():
+            for key, value in tags.items():
+                self._connect()[0].set_tag(run_id, key, value)
+
+    def close_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Mark a run FINISHED, FAILED or KILLED. Raises TrackingError."""
+        with self._translated():
+            self._connect()[0].set_terminated(run_id, status)
+
+    def find_version(self, bundle_digest: str) -> str | None:
+        """Return the model version that mirrors a bundle, or None. Raises TrackingError."""
+        with self._translated():
+            client, _ = self._connect()
+            for version in client.search_model_versions(f"name='{self.name}'"):
+                if version.tags.get(DIGEST_TAG) == bundle_digest:
+                    return str(version.version)
+        return None
+
+    def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: Mapping[str, str]) -> str:
+        """Mirror a bundle's ONNX as a new version of the registered model; return the version. Raises TrackingError.
+
+        A version that already mirrors this bundle is returned as it is. Without a run, one is made and marked.
+        """
+        import mlflow  # noqa: PLC0415
+        import onnx  # noqa: PLC0415
+
+        if version := self.find_version(bundle_digest):
+            return version
+        with self._translated(), _staged_in(model_path.parent):
+            client, experiment_id = self._connect()
+            if not (run_id and self._find_run(run_id)):
+                restored = client.create_run(experiment_id, run_name="restored", tags={"visionloop.restored": "true"})
+                run_id = str(restored.info.run_id)
+                client.set_terminated(run_id)
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_experiment(experiment_id=experiment_id)  # else the model lands in ./mlruns of experiment 0
+            info = mlflow.onnx.log_model(
+                onnx.load(str(model_path)),
+                name="model",
+                run_id=run_id,
+                save_as_external_data=False,
+                pip_requirements=["onnxruntime"],
+                onnx_execution_providers=["CPUExecutionProvider"],
+            )
+            self._ensure_model()
+            version = client.create_model_version(
+                self.name, info.model_uri, run_id=run_id, tags={**tags, DIGEST_TAG: bundle_digest}
+            )
+            return str(version.version)
+
+    def set_champion(self, version: str) -> None:
+        """Point the alias `champion` at a version. Raises TrackingError."""
+        with self._translated():
+            self._connect()[0].set_registered_model_alias(self.name, CHAMPION_ALIAS, version)
+
+    def get_champion(self) -> str | None:
+        """Return the version that the alias `champion` points at, or None. Raises TrackingError."""
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        with self._translated():
+            client, _ = self._connect()
+            try:
+                return str(client.get_model_version_by_alias(self.name, CHAMPION_ALIAS).version)
+            except MlflowException as exc:
+                if exc.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                    return None
+                raise
+
+    def _connect(self) -> tuple[Any, str]:
+        from mlflow import MlflowClient  # noqa: PLC0415
+
+        if self._client is None or self._experiment_id is None:
+            local = self.uri.startswith("sqlite:///")
+            if local:
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            experiment = client.get_experiment_by_name(self.name)
+            if experiment is None:
+                root = f"{self.artifact_root}/{self.name}" if local else None
+                self._experiment_id = str(client.create_experiment(self.name, artifact_location=root))
+            else:
+                self._experiment_id = str(experiment.experiment_id)
+            self._client = client
+        return self._client, self._experiment_id
+
+    def _find_run(self, run_id: str) -> str | None:
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        try:
+            run = self._connect()[0].get_run(run_id)
+        except MlflowException as exc:
+            if exc.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param  # noqa: PLC0415
+
+        entities = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in sorted(params.items())]
+        self._connect()[0].log_batch(run_id, params=entities)
+
+    def _ensure_model(self) -> None:
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        try:
+            self._connect()[0].create_registered_model(self.name)
+        except MlflowException as exc:
+            if exc.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn MLflow's and the network's errors into ours, once."""
+        import requests  # noqa: PLC0415
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+        from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+
+        try:
+            yield
+        except (MlflowException, requests.RequestException, SQLAlchemyError, OSError) as exc:
+            reason = " ".join(str(exc).replace(self.uri, mask_credentials(self.uri)).split())[:200]
+            raise TrackingError(
+                f"MLflow {mask_credentials(self.uri)}",
+                f"cannot be used ({reason})",
+                "a reachable MLflow",
+                "Start the server, or set MLFLOW_TRACKING_URI; unset it for SQLite in the workspace.",
+            ) from exc
+
+
+def mask_credentials(uri: str) -> str:
+    """Hide the password of a URI."""
+    scheme, sep, rest = uri.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{sep}{user.split(':')[0]}:***@{host}" if at and ":" in user else uri
+
+
+@contextlib.contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """Let MLflow stage its copies inside the workspace: a kill then leaves nothing in the system's temporary folder."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder.parent)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
