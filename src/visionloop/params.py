@@ -176,7 +176,9 @@ def load_params(path: Path) -> Params:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
-        raise ParamsError(str(path), "not found", "a params.yaml", "Make a workspace with `visionloop new DIR`.") from exc
+        raise ParamsError(
+            str(path), "not found", "a params.yaml", "Make a workspace with `visionloop new DIR`."
+        ) from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         place = getattr(exc, "problem_mark", None)
         line = f" line {place.line + 1}" if place else ""

@@ -133,4 +133,4 @@ def choose_classes(probs_nk: FloatArray, threshold: float | None) -> NDArray[np.
     """Return the index of the answer for each image: the likeliest, or for two classes by the threshold."""
     if threshold is not None:
         return (probs_nk[:, 1] >= threshold).astype(np.int64)
-    return probs_nk.argmax(axis=1)
+    return np.asarray(probs_nk.argmax(axis=1), dtype=np.int64)

@@ -17,6 +17,7 @@ PARAMS_FILE = "params.yaml"
 QUIET_TOOLS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -139,3 +140,5 @@ def apply_tool_environment(home: Path) -> None:
     """Set the tool environment in this process where the user has not. For entry points only."""
     for name, value in tool_environment(home).items():
         os.environ.setdefault(name, value)
+    for folder in ("dvc/site", "matplotlib"):  # dvc would make its folders, and ours above them, writable for all
+        (home / ".visionloop" / folder).mkdir(parents=True, exist_ok=True)

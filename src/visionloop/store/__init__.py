@@ -16,5 +16,8 @@ def open_store(url: str) -> ObjectStore:
     if url.startswith("file://"):
         return LocalStore.from_url(url)
     raise SettingsError(
-        "VISIONLOOP_STORE", f"got {url!r}", "file:///folder or a path", "Set it to a folder, or unset it for the default."
+        "VISIONLOOP_STORE",
+        f"got {url!r}",
+        "file:///folder or a path",
+        "Set it to a folder, or unset it for the default.",
     )

@@ -1,0 +1,8 @@
+"""The command line: `visionloop`. Thin: each command builds what it needs and calls one function.
+
+Heavy imports live inside the handlers: `--help` must answer at once. Only this package prints.
+"""
+
+from visionloop.cli.app import main
+
+__all__ = ["main"]

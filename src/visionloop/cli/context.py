@@ -1,0 +1,110 @@
+"""What commands share: the workspace's parts, progress on the terminal, and how an error is told."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from visionloop.errors import VisionLoopError
+from visionloop.params import Params, load_params
+from visionloop.settings import Settings, apply_tool_environment, load_settings
+from visionloop.store import ObjectStore, open_store
+from visionloop.tracking import Tracking
+from visionloop.workfolder import GUARDIAN_VARIABLE, die_with_parents
+
+
+@dataclass(frozen=True)
+class Context:
+    """One workspace, opened."""
+
+    settings: Settings
+    params: Params
+    store: ObjectStore
+    tracking: Tracking
+
+
+def open_context(start: Path | None = None) -> Context:
+    """Open the workspace at `start`, or around the current folder, and keep other tools inside it.
+
+    Raises:
+        SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
+    """
+    settings = load_settings(os.environ, start or Path.cwd())
+    apply_tool_environment(settings.home)
+    warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch)(\..*)?")
+    params = load_params(settings.params_path)
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+    return Context(settings, params, open_store(settings.store_url), tracking)
+
+
+def open_stage(stage: str) -> tuple[Context, str]:
+    """Open the workspace for a stage: also die with whoever started it; return the context and the code's digest."""
+    from visionloop.pipeline import compute_code_digests  # noqa: PLC0415
+
+    if os.environ.get("DVC_STAGE") or os.environ.get(GUARDIAN_VARIABLE):
+        die_with_parents()
+    return open_context(), compute_code_digests().get(stage, "")
+
+
+def close_stage(context: Context, stage: str) -> None:
+    """Say how the result of a stage run by hand is kept."""
+    if not os.environ.get("DVC_STAGE"):
+        print(f"run by hand: `dvc commit -f {stage}` keeps this result, `dvc repro` would make it again")
+
+
+def get_now() -> str:
+    """Return the time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def describe_error(error: VisionLoopError) -> str:
+    """Return an error as one line."""
+    return f"{'not promoted' if error.exit_code == 3 else 'error'}: {error}"
+
+
+def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path) -> None:
+    """Leave the error where a flow finds it: through dvc the exit code is lost."""
+    with contextlib.suppress(VisionLoopError, OSError):
+        hidden = load_settings(env, start).hidden_dir
+        hidden.mkdir(exist_ok=True)
+        value = {
+            "kind": type(error).__name__,
+            "code": error.code,
+            "line": str(error),
+            "transient": error.transient,
+            "where": error.where,
+            "found": error.found,
+            "expected": error.expected,
+            "todo": error.todo,
+        }
+        (hidden / "error.json").write_text(json.dumps(value, indent=2) + "\n")
+
+
+def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds."""
+    started = last = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal started, last
+        now = time.perf_counter()
+        if not started:
+            started = last = now
+        finished = done >= total
+        if not finished and now - last < (0.1 if sys.stdout.isatty() else 2.0):
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if not finished and rate > 0 else ""
+        line = f"{verb} {done:,} of {total:,} {unit} ({rate:,.0f}/s{left})"
+        if sys.stdout.isatty():
+            print(f"\r{line:<78}", end="\n" if finished else "", flush=True)
+        else:
+            print(line, flush=True)
+
+    return show

@@ -1,0 +1,134 @@
+"""Commands about models: gate, register, promote, rollback, history."""
+
+import getpass
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.cli.context import get_now, open_context
+from visionloop.errors import NotPromoted
+
+if TYPE_CHECKING:
+    from visionloop.records import Decision
+
+MARKS = {True: "pass", False: "FAIL", None: "?   "}
+
+
+@app.command()
+def gate() -> None:
+    """Judge the candidate against the champion on the same test images. Exit code 3: refused or inconclusive.
+
+    Examples:
+
+      visionloop gate
+
+      visionloop gate && visionloop register && visionloop promote --why "more images"
+    """
+    from visionloop.data.manifest import load_pin  # noqa: PLC0415
+    from visionloop.pipeline import compute_state  # noqa: PLC0415
+    from visionloop.promotion.gate_stage import gate as run_gate  # noqa: PLC0415
+
+    context = open_context()
+    state = compute_state(context.params, load_pin(context.settings.pin_path).digest)
+    decision = run_gate(context.settings, context.params, context.store, context.tracking, state=state, now=get_now())
+    for line in describe_decision(decision):
+        print(line)
+    if decision.verdict != "passed":
+        raise NotPromoted("gate", f"the candidate is {decision.verdict}", "a passed gate", "See decisions/latest.json.")
+
+
+def describe_decision(decision: "Decision") -> list[str]:
+    """Tell a decision rule by rule."""
+    champion = decision.champion[:12] if decision.champion else "none"
+    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
+    width = max((len(r.rule) for r in decision.rules), default=0)
+    lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
+    return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
+
+
+@app.command()
+def register() -> None:
+    """Copy a candidate that passed the gate to the store, and mirror it as an MLflow model version.
+
+    Examples:
+
+      visionloop register
+    """
+    from visionloop.promotion.register import register as run_register  # noqa: PLC0415
+
+    context = open_context()
+    version = run_register(context.settings, context.params, context.store, context.tracking)
+    print(f"registered as {context.params.name} version {version} in MLflow")
+
+
+@app.command()
+def promote(
+    why: Annotated[str, typer.Option(help="The reason, kept in the ledger.")] = "passed the gate",
+) -> None:
+    """Make the registered candidate the champion: a ledger entry, and MLflow's alias `champion`.
+
+    Examples:
+
+      visionloop promote --why "500 new images of mules"
+    """
+    from visionloop.promotion.promote import promote as run_promote  # noqa: PLC0415
+
+    context = open_context()
+    entry = run_promote(
+        context.settings, context.params, context.store, context.tracking, by=get_user(), why=why, now=get_now()
+    )
+    print(f"champion of {entry.name} is bundle {entry.bundle[:12]}, model version {entry.model_version}")
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(help="A ledger entry; default: the champion before this one.")] = None,
+    why: Annotated[str, typer.Option(help="The reason, kept in the ledger.")] = "rolled back",
+) -> None:
+    """Put an earlier champion back, after checking its bundle. The server follows within seconds.
+
+    Examples:
+
+      visionloop rollback --why "confuses mules with horses"
+
+      visionloop rollback --to 3
+    """
+    from visionloop.promotion.promote import rollback as run_rollback  # noqa: PLC0415
+
+    context = open_context()
+    entry = run_rollback(
+        context.settings, context.params, context.store, context.tracking, to=to, by=get_user(), why=why, now=get_now()
+    )
+    print(f"champion of {entry.name} is bundle {entry.bundle[:12]} again, model version {entry.model_version}")
+
+
+@app.command()
+def history() -> None:
+    """Show every promotion and rollback: who, when, why, from what.
+
+    Examples:
+
+      visionloop history
+    """
+    from visionloop.promotion.ledger import read_history  # noqa: PLC0415
+
+    context = open_context()
+    entries = read_history(context.store, context.params.name)
+    if not entries:
+        print(f"{context.params.name} has no champion yet; `python flows/retrain.py` makes one")
+    for entry in reversed(entries):
+        star = "*" if entry is entries[-1] else " "
+        print(
+            f"{star} {entry.number:>4}  {entry.at[:16]}  {entry.action:<8}  bundle {entry.bundle[:12]}"
+            f"  model {entry.model_version:<4}  dataset {entry.dataset.get('version', '?')}  {entry.by}: {entry.why}"
+        )
+
+
+def get_user() -> str:
+    """Return who runs this, for the ledger."""
+    try:
+        return os.environ.get("VISIONLOOP_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -1,0 +1,101 @@
+"""Commands that answer: predict, serve."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.cli.context import make_progress, open_context
+
+if TYPE_CHECKING:
+    from visionloop.batch import FileAnswer
+
+BAR_CHARS = 20
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
+    out: Annotated[Path | None, typer.Option(help="Write every answer to a .jsonl or .csv file.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; default: the champion.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+) -> None:
+    """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
+
+    Examples:
+
+      visionloop predict photo.jpg
+
+      visionloop predict "photos/**/*.jpg" --out answers.jsonl
+
+      visionloop predict photo.jpg --bundle models/candidate
+    """
+    from visionloop.batch import find_images, load_champion, predict_files, write_answers  # noqa: PLC0415
+    from visionloop.predictor import Predictor  # noqa: PLC0415
+
+    context = open_context()
+    files = find_images(paths, out=out)
+    predictor = Predictor.load(bundle) if bundle else load_champion(context.settings, context.params, context.store)
+    progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
+    answers = predict_files(predictor, files, on_progress=progress)
+    shown = answers[:20] if out else answers
+    width = max(len(_shorten_path(a.path)) for a in shown)
+    for answer in shown:
+        for line in describe_answer(answer, width, top):
+            print(line)
+    if out:
+        write_answers(answers, out, predictor)
+        print(f"{len(answers):,} answers of bundle {predictor.digest[:12]} in {out}")
+    if failed := sum(a.prediction is None for a in answers):
+        print(f"{failed:,} of {len(answers):,} files could not be used")
+
+
+def describe_answer(answer: "FileAnswer", width: int, top: int) -> list[str]:
+    """Return one answer as lines: the likeliest classes with bars, or the reason why not."""
+    name = f"{_shorten_path(answer.path):<{width}}"
+    if answer.prediction is None:
+        return [f"{name}  -- {answer.error}"]
+    ranked = sorted(answer.prediction.probabilities.items(), key=lambda kv: -kv[1])[:top]
+    label_width = max(len(label) for label, _ in ranked)
+    lines = []
+    for number, (label, p) in enumerate(ranked):
+        mark = "*" if label == answer.prediction.prediction else " "
+        bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
+        lines.append(f"{name if number == 0 else ' ' * width}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
+    return lines
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; default: follow the champion.")] = None,
+) -> None:
+    """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
+
+    Examples:
+
+      visionloop serve
+
+      curl -F file=@photo.jpg http://127.0.0.1:8000/predict
+
+      visionloop serve --port 0 --bundle models/candidate
+    """
+    from visionloop.serving.main import run_server  # noqa: PLC0415
+
+    context = open_context()
+    run_server(
+        context.settings,
+        context.params,
+        host=host,
+        port=port,
+        bundle_dir=bundle,
+        on_ready=lambda url: print(
+            f"serving {context.params.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True
+        ),
+    )
+
+
+def _shorten_path(path: str, most: int = 48) -> str:
+    return path if len(path) <= most else "…" + path[1 - most :]

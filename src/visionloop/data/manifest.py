@@ -1,0 +1,223 @@
+"""Dataset versions: the manifest's rows, their digest, the commit object, and the pin of a workspace.
+
+manifests/<digest>.parquet        rows that came with a version
+datasets/NAME/000001.json         the commit: created only if the number is free
+quarantine/NAME/<digest>.json     files that could not be used
+data/dataset.json                 the pin (in the workspace, in git)
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
+from visionloop.store import ObjectStore
+
+# Where an image was found may grow without changing what is learned from it.
+NOT_IN_DIGEST = frozenset({"sources", "origins"})
+
+SCHEMA = pa.schema(
+    [
+        ("sha256", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("sources", pa.list_(pa.string())),
+        ("origins", pa.list_(pa.string())),
+        ("ordinal", pa.int64()),
+        ("group", pa.string()),
+        ("key", pa.string()),
+        ("side", pa.string()),
+        ("captured_at", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("phash", pa.string()),
+    ]
+)
+
+
+def make_image_key(sha256: str) -> str:
+    """Return the store key of an image's bytes."""
+    return f"images/{sha256[:2]}/{sha256}"
+
+
+def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
+    """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
+    total = hashlib.sha256()
+    for record in sorted(records, key=lambda r: r.sha256):
+        row = {k: v for k, v in record.to_json().items() if k not in NOT_IN_DIGEST}
+        total.update(canonical_json(row) + b"\n")
+    return total.hexdigest()
+
+
+def encode_records(records: Sequence[ImageRecord]) -> bytes:
+    """Encode rows, sorted by sha256, as Parquet."""
+    rows = [r.to_json() for r in sorted(records, key=lambda r: r.sha256)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def decode_records(data: bytes, where: str) -> list[ImageRecord]:
+    """Decode the rows of a manifest part. Raises DatasetError."""
+    try:
+        return [ImageRecord.from_json(row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+    except (pa.ArrowInvalid, OSError, TypeError) as exc:
+        raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
+
+
+def list_versions(store: ObjectStore, name: str) -> list[DatasetVersion]:
+    """Return all versions of a dataset, oldest first."""
+    return [_read_version(store, key) for key in store.list(f"datasets/{name}/")]
+
+
+def latest_version(store: ObjectStore, name: str) -> DatasetVersion | None:
+    """Return the newest version of a dataset, or None."""
+    keys = list(store.list(f"datasets/{name}/"))
+    return _read_version(store, keys[-1]) if keys else None
+
+
+def load_version(store: ObjectStore, name: str, number: int) -> DatasetVersion:
+    """Return one version. Raises DatasetError when the store has no such version."""
+    try:
+        return _read_version(store, _version_key(name, number))
+    except ObjectMissing as exc:
+        raise DatasetError(
+            f"dataset {name} version {number}",
+            f"is not in the store {store.url}",
+            "the store it was ingested into",
+            "Set VISIONLOOP_STORE, or run `visionloop ingest` again.",
+        ) from exc
+
+
+def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[ImageRecord]:
+    """Return the rows of a version, sorted by sha256, checked against its digest. Raises DatasetError."""
+    where = f"dataset {version.name} version {version.version}"
+    rows: dict[str, ImageRecord] = {}
+    for part in version.parts:
+        try:
+            data = store.get(f"manifests/{part}.parquet")
+        except ObjectMissing as exc:
+            raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
+        rows.update((r.sha256, r) for r in decode_records(data, where))
+    records = [rows[sha] for sha in sorted(rows)]
+    if (found := compute_dataset_digest(records)) != version.digest:
+        raise DatasetError(where, f"rows have digest {found[:12]}", version.digest[:12], "The store was changed.")
+    return records
+
+
+def make_version(
+    name: str,
+    parent: DatasetVersion | None,
+    records: Sequence[ImageRecord],
+    changed: Sequence[ImageRecord],
+    **facts: Any,
+) -> DatasetVersion:
+    """Describe the version after `parent` that holds `records`, of which `changed` are new or differ."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        counts[record.side].update(record.labels or ("(unlabelled)",))
+    return DatasetVersion(
+        name=name,
+        version=parent.version + 1 if parent else 1,
+        digest=compute_dataset_digest(records),
+        parent=parent.version if parent else None,
+        parts=(*(parent.parts if parent else ()), compute_digest([r.to_json() for r in changed])),
+        num_images=len(records),
+        classes=tuple(sorted({label for r in records for label in r.labels})),
+        counts={side: dict(sorted(counts[side].items())) for side in SIDES if counts[side]},
+        sources=tuple(sorted({source for r in records for source in r.sources})),
+        **facts,
+    )
+
+
+def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequence[ImageRecord]) -> bool:
+    """Write a version: its rows first, then the commit object. False if another process took the number."""
+    store.put(f"manifests/{version.parts[-1]}.parquet", encode_records(changed))
+    return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
+
+
+def write_quarantine(store: ObjectStore, name: str, rejected: Sequence[Rejected]) -> str | None:
+    """Keep the list of unusable files in the store; return its digest, None for an empty list."""
+    if not rejected:
+        return None
+    rows = [r.to_json() for r in sorted(rejected, key=lambda r: (r.origin, r.code))]
+    digest = compute_digest(rows)
+    store.put(f"quarantine/{name}/{digest}.json", canonical_json(rows))
+    return digest
+
+
+def load_quarantine(store: ObjectStore, version: DatasetVersion) -> list[Rejected]:
+    """Return the files that could not be used in the pull that made a version."""
+    if version.rejected is None:
+        return []
+    return [Rejected.from_json(r) for r in json.loads(store.get(f"quarantine/{version.name}/{version.rejected}.json"))]
+
+
+def make_pin(version: DatasetVersion) -> Pin:
+    """Return the pin of a version."""
+    return Pin(version.name, version.version, version.digest, version.num_images, version.classes)
+
+
+def write_pin(path: Path, pin: Pin) -> None:
+    """Write the pin atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(pin.to_json(), indent=2) + "\n")
+    os.replace(staged, path)
+
+
+def load_pin(path: Path) -> Pin:
+    """Read the pin of a workspace.
+
+    Raises:
+        DatasetError: nothing was ingested yet, or the file is damaged.
+    """
+    try:
+        return Pin.from_json(json.loads(path.read_text()))
+    except FileNotFoundError as exc:
+        raise DatasetError(
+            f"{path.parent.name}/{path.name}",
+            "not found: this workspace has no images yet",
+            "a pinned dataset version",
+            "Run `visionloop ingest FOLDER`.",
+        ) from exc
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise DatasetError(
+            f"{path.parent.name}/{path.name}",
+            "is damaged",
+            "JSON of a pin",
+            "Run `git checkout` on it, or ingest again.",
+        ) from exc
+
+
+def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
+    """Return the rows of the pinned version, sorted by sha256, checked against the pin. Raises DatasetError."""
+    version = load_version(store, pin.name, pin.version)
+    if version.digest != pin.digest:
+        raise DatasetError(
+            f"dataset {pin.name} version {pin.version}",
+            f"has digest {version.digest[:12]} in {store.url}",
+            f"{pin.digest[:12]}, as data/dataset.json says",
+            "This is another store: set VISIONLOOP_STORE, or ingest again.",
+        )
+    return load_version_records(store, version)
+
+
+def _version_key(name: str, number: int) -> str:
+    return f"datasets/{name}/{number:06d}.json"
+
+
+def _read_version(store: ObjectStore, key: str) -> DatasetVersion:
+    try:
+        return DatasetVersion.from_json(json.loads(store.get(key)))
+    except (ValueError, TypeError) as exc:
+        raise DatasetError(f"store object {key}", "is damaged", "a dataset version") from exc

@@ -1,0 +1,120 @@
+"""`visionloop doctor`: is this machine and this workspace fit, and what to do about each thing that is not."""
+
+import importlib.metadata
+import platform
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from visionloop.data.manifest import load_pin, load_version
+from visionloop.errors import VisionLoopError
+from visionloop.parallel import count_cores
+from visionloop.params import Params
+from visionloop.promotion.ledger import read_champion
+from visionloop.promotion.promote import compare_alias
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+from visionloop.tracking import Tracking, mask_credentials
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
+LEAST_FREE_GB = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `todo` says what to do when it is not ok."""
+
+    subject: str
+    ok: bool
+    found: str
+    todo: str = ""
+
+
+def examine(settings: Settings, params: Params, store: ObjectStore, tracking: Tracking) -> list[Finding]:
+    """Look at everything; a part that fails becomes a finding, not an end."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", _check_python),
+        ("packages", _check_packages),
+        ("processor", _check_processor),
+        ("disk", lambda: _check_disk(settings)),
+        ("store", lambda: _check_store(store)),
+        ("mlflow", lambda: _check_mlflow(tracking)),
+        ("dataset", lambda: _check_dataset(settings, params, store)),
+        ("champion", lambda: _check_champion(params, store, tracking)),
+    ]
+    findings = []
+    for subject, check in checks:
+        try:
+            findings.append(check())
+        except VisionLoopError as exc:
+            findings.append(
+                Finding(subject, False, f"{exc.where}: {exc.found}", exc.todo or f"expected {exc.expected}")
+            )
+    return findings
+
+
+def _check_python() -> Finding:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("python", sys.version_info >= (3, 11), found, "Install Python 3.11 or 3.12.")
+
+
+def _check_packages() -> Finding:
+    versions, missing = [], []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Finding("packages", False, f"missing: {', '.join(missing)}", "Run `make install`.")
+    return Finding("packages", True, ", ".join(versions))
+
+
+def _check_processor() -> Finding:
+    import torch  # noqa: PLC0415
+
+    from visionloop.training.hardware import read_hardware  # noqa: PLC0415
+
+    hardware = read_hardware()
+    gpu = hardware.processor if torch.cuda.is_available() else "no GPU"
+    found = f"{count_cores()} cores, {hardware.threads} torch threads, {gpu}, trains in {hardware.precision}"
+    ok = hardware.threads <= count_cores()
+    return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")
+
+
+def _check_disk(settings: Settings) -> Finding:
+    free_gb = shutil.disk_usage(settings.home).free / 1e9
+    found = f"{free_gb:.0f} GB free at {settings.home}"
+    return Finding("disk", free_gb >= LEAST_FREE_GB, found, f"Free some: {LEAST_FREE_GB} GB is little for a training.")
+
+
+def _check_store(store: ObjectStore) -> Finding:
+    key, data = f"doctor/{secrets.token_hex(4)}", secrets.token_bytes(32)
+    store.put(key, data)
+    same = store.get(key) == data and not store.create(key, b"other")
+    store.delete(key)
+    return Finding("store", same, f"{store.url} can be written", "It must read back what was written: check the store.")
+
+
+def _check_mlflow(tracking: Tracking) -> Finding:
+    tracking.get_champion()
+    return Finding("mlflow", True, f"{mask_credentials(tracking.uri)} answers")
+
+
+def _check_dataset(settings: Settings, params: Params, store: ObjectStore) -> Finding:
+    pin = load_pin(settings.pin_path)
+    version = load_version(store, pin.name, pin.version)
+    found = f"{pin.name} version {pin.version}, {pin.num_images:,} images"
+    ok = pin.name == params.name and version.digest == pin.digest
+    return Finding("dataset", ok, found, f"The pin is not of {params.name} in this store: run `visionloop ingest`.")
+
+
+def _check_champion(params: Params, store: ObjectStore, tracking: Tracking) -> Finding:
+    entry = read_champion(store, params.name)
+    if entry is None:
+        return Finding("champion", True, "none yet")
+    in_ledger, in_alias = compare_alias(store, tracking, params.name)
+    found = f"ledger entry {entry.number}: model version {in_ledger}; MLflow's alias: {in_alias}"
+    return Finding("champion", in_ledger == in_alias, found, "Run `visionloop promote`: it sets the alias again.")

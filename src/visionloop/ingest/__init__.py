@@ -1,0 +1,1 @@
+"""From the world into the store: sources, validation, dataset versions."""

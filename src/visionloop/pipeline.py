@@ -1,0 +1,249 @@
+"""The file graph: dvc's stages, run one by one, and the digests of code and parameters that they depend on.
+
+dvc is a command here, never an import. `python -m visionloop.pipeline` writes code.json, `--check` says if it is stale.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from visionloop import errors
+from visionloop.errors import BusyError, PipelineError, VisionLoopError
+from visionloop.params import Params
+from visionloop.records import compute_digest
+from visionloop.settings import Settings, tool_environment
+from visionloop.workfolder import GUARDIAN_VARIABLE
+
+CODE_FILE = "code.json"
+STAGE_MODULES = {
+    "prepare": "visionloop.data.prepare",
+    "train": "visionloop.training.fit",
+    "evaluate": "visionloop.evaluation.evaluate",
+    "gate": "visionloop.promotion.gate",
+}
+# What these modules do cannot change a result: messages, places, MLflow, locks.
+NOT_IN_CODE = frozenset({"visionloop.errors", "visionloop.settings", "visionloop.tracking", "visionloop.workfolder"})
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage went: `ran`, `skipped` (nothing it depends on changed) or `restored` (from dvc's cache)."""
+
+    stage: str
+    status: str
+
+
+def read_stage_names(home: Path) -> list[str]:
+    """Return the stages of dvc.yaml, in its order. Raises PipelineError."""
+    path = home / "dvc.yaml"
+    try:
+        return list(yaml.safe_load(path.read_text())["stages"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as exc:
+        raise PipelineError("dvc.yaml", "is missing or has no stages", "stages", "Restore it from git.") from exc
+
+
+def compute_code_digests() -> dict[str, str]:
+    """Return one digest a stage, over the source of every module of ours that it imports, directly or not."""
+    return {stage: _digest_modules(module) for stage, module in STAGE_MODULES.items()}
+
+
+def refresh_code(home: Path) -> dict[str, str]:
+    """Write code.json if the code changed since; return the digests."""
+    digests = compute_code_digests()
+    path = home / CODE_FILE
+    text = json.dumps(digests, indent=2) + "\n"
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    return digests
+
+
+def compute_state(params: Params, dataset_digest: str) -> dict[str, str]:
+    """Return what a decision depends on besides the champion: digests of dataset, params and code."""
+    return {"dataset": dataset_digest, "params": params.digest(), "code": compute_digest(compute_code_digests())}
+
+
+def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) -> StageResult:
+    """Run one stage by `dvc repro --single-item`, passing its output on line by line.
+
+    Raises:
+        VisionLoopError: the stage's own error, as it was raised there.
+        BusyError: dvc is held by another process.
+        PipelineError: dvc failed otherwise.
+    """
+    heal(settings)
+    error_path = settings.hidden_dir / "error.json"
+    error_path.unlink(missing_ok=True)
+    lines: list[str] = []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--single-item", stage],
+        cwd=settings.home,
+        env=make_stage_environment(settings.home, os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            on_line(lines[-1])
+        if process.wait() != 0:
+            raise _read_error(error_path, stage, lines)
+    finally:
+        _stop(process)
+    _snapshot(settings)
+    return StageResult(stage, _read_status("\n".join(lines)))
+
+
+def make_stage_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a stage: this Python first on PATH, tools quiet, and whom the stage works for."""
+    return {
+        **tool_environment(home),
+        **env,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}",
+        "VISIONLOOP_HOME": str(home),
+        GUARDIAN_VARIABLE: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def heal(settings: Settings) -> None:
+    """Mend what a kill can leave: a torn lock table blocks dvc, an emptied dvc.lock means "nothing done" to it."""
+    table = settings.home / ".dvc" / "tmp" / "rwlock"
+    if table.is_file() and not _is_json(table):
+        table.unlink()
+    lock, snapshot = settings.home / "dvc.lock", settings.hidden_dir / "dvc.lock"
+    if lock.is_file() and snapshot.is_file() and not _is_lock(lock):
+        shutil.copyfile(snapshot, lock)
+
+
+def init_dvc(home: Path) -> None:
+    """Make the folder a dvc repository, if it is none. Raises PipelineError."""
+    if (home / ".dvc" / "config").is_file():
+        return
+    options = [] if _in_git(home) else ["--no-scm"]
+    command = [sys.executable, "-m", "dvc", "init", "-q", "--subdir", *options]
+    if not options and (home / ".git").exists():
+        command.remove("--subdir")
+    env = make_stage_environment(home, os.environ)
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PipelineError("dvc init", f"failed ({done.stderr.strip()[-200:]})", "a dvc repository")
+
+
+def _digest_modules(root: str) -> str:
+    sources: dict[str, str] = {}
+    waiting = [root]
+    while waiting:
+        name = waiting.pop()
+        path = _find_source(name)
+        if name in sources or name in NOT_IN_CODE or path is None:
+            continue
+        source = path.read_text(encoding="utf-8")
+        sources[name] = hashlib.sha256(source.encode()).hexdigest()
+        waiting += _list_imports(source)
+    return compute_digest(sources)
+
+
+def _find_source(module: str) -> Path | None:
+    base = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file() and module != "visionloop":
+            return path
+    return None
+
+
+def _list_imports(source: str) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("visionloop.")]
+
+
+def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        told = json.loads(path.read_text())
+        kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+        kind = kinds.get(told["kind"], PipelineError)
+        error: VisionLoopError = kind(told["where"], told["found"], told["expected"], told["todo"])
+        return error
+    text = "\n".join(lines)
+    if "is busy" in text or "Unable to acquire lock" in text:
+        return BusyError(
+            f"stage {stage}", "dvc is held by another process", "one at a time", "Wait for it, or stop it."
+        )
+    last = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output")
+    return PipelineError(f"stage {stage}", f"failed ({last[:200]})", "a finished stage", "See the log.")
+
+
+def _read_status(text: str) -> str:
+    if "Running stage" in text:
+        return "ran"
+    return "restored" if "is cached" in text else "skipped"
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _snapshot(settings: Settings) -> None:
+    lock = settings.home / "dvc.lock"
+    if lock.is_file() and _is_lock(lock):
+        settings.hidden_dir.mkdir(parents=True, exist_ok=True)
+        staged = settings.hidden_dir / "dvc.lock.staged"
+        shutil.copyfile(lock, staged)
+        staged.replace(settings.hidden_dir / "dvc.lock")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_lock(path: Path) -> bool:
+    try:
+        return "stages" in yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError):
+        return False
+
+
+def _in_git(home: Path) -> bool:
+    done = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=home, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Write code.json in this folder, or with --check exit 1 if it is stale."""
+    path = Path(CODE_FILE)
+    if "--check" in sys.argv[1:]:
+        stale = not path.is_file() or json.loads(path.read_text()) != compute_code_digests()
+        sys.exit("code.json is stale: run `make fix`" if stale else 0)
+    refresh_code(Path())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: from prepared arrays to a bundle."""

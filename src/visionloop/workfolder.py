@@ -1,0 +1,112 @@
+"""The folder in which a stage works: one process at a time, kept across kills, renamed to the result at the end.
+
+.visionloop/work/STAGE/lock          held while the stage runs
+.visionloop/work/STAGE/<input key>/  what is done so far; another key means other inputs
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from visionloop.errors import BusyError
+
+LOCK_WAIT_S = 20.0
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
+GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
+WATCH_EVERY_S = 0.25
+
+
+@contextlib.contextmanager
+def lock_work(folder: Path, key: str) -> Iterator[Path]:
+    """Hold the stage's lock and yield the work folder of this input key; work for other inputs is dropped.
+
+    Raises:
+        BusyError: another process has been at this stage for longer than a dying one would need.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        _acquire(lock.fileno(), folder)
+        for other in folder.iterdir():
+            if other.is_dir() and other.name != key[:16]:
+                shutil.rmtree(other)
+        work = folder / key[:16]
+        work.mkdir(exist_ok=True)
+        yield work
+
+
+def replace_folder(work: Path, target: Path) -> None:
+    """Make a finished work folder the result: whole or not at all."""
+    for leftover in work.glob("*.staged"):
+        leftover.unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        old = work.with_name(f"{work.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(work, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(work, target)
+
+
+def die_with_parents() -> None:
+    """Watch the processes this stage works for, and stop at once when one is gone.
+
+    That is the parent (or, past a shell, the one above) and the process named in VISIONLOOP_GUARDIAN. A killed dvc or
+    flow then leaves no training behind.
+    """
+    watched = _find_watched(int(os.environ.get(GUARDIAN_VARIABLE, "0")))
+    threading.Thread(target=_watch, args=(watched,), daemon=True, name="watch-parents").start()
+
+
+def _find_watched(guardian_pid: int) -> dict[int, float]:
+    """Return pid -> start time of the processes to watch. A start time tells a reused pid from the old one."""
+    import psutil  # noqa: PLC0415
+
+    watched: dict[int, float] = {}
+    with contextlib.suppress(psutil.Error):
+        parents = psutil.Process().parents()
+        for parent in parents:
+            watched[parent.pid] = parent.create_time()
+            if parent.name() not in SHELLS:
+                break
+    if guardian_pid:
+        with contextlib.suppress(psutil.Error):
+            watched[guardian_pid] = psutil.Process(guardian_pid).create_time()
+        watched.setdefault(guardian_pid, -1.0)
+    return watched
+
+
+def _watch(watched: dict[int, float]) -> None:
+    import psutil  # noqa: PLC0415
+
+    while True:
+        for pid, started_at in watched.items():
+            try:
+                process = psutil.Process(pid)
+                alive = process.create_time() == started_at and process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                alive = False
+            if not alive:
+                os._exit(143)
+        time.sleep(WATCH_EVERY_S)
+
+
+def _acquire(descriptor: int, folder: Path) -> None:
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"stage {folder.name}", "is running in another process", "one at a time", "Wait for it, or stop it."
+                ) from exc
+            time.sleep(WATCH_EVERY_S)
+        else:
+            return
