@@ -19,17 +19,17 @@ import yaml
 
 from visionloop import errors
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
+from visionloop.lifetime import GUARDIAN_VARIABLE
 from visionloop.params import Params
 from visionloop.records import compute_digest
 from visionloop.settings import Settings, tool_environment
-from visionloop.workfolder import GUARDIAN_VARIABLE
 
 CODE_FILE = "code.json"
 STAGE_MODULES = {
     "prepare": "visionloop.data.prepare",
     "train": "visionloop.training.fit",
     "evaluate": "visionloop.evaluation.evaluate",
-    "gate": "visionloop.promotion.gate",
+    "gate": "visionloop.promotion.decide",
 }
 # What these modules do cannot change a result: messages, places, MLflow, locks.
 NOT_IN_CODE = frozenset({"visionloop.errors", "visionloop.settings", "visionloop.tracking", "visionloop.workfolder"})

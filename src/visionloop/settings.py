@@ -140,5 +140,10 @@ def apply_tool_environment(home: Path) -> None:
     """Set the tool environment in this process where the user has not. For entry points only."""
     for name, value in tool_environment(home).items():
         os.environ.setdefault(name, value)
-    for folder in ("dvc/site", "matplotlib"):  # dvc would make its folders, and ours above them, writable for all
+    make_tool_folders(home)
+
+
+def make_tool_folders(home: Path) -> None:
+    """Make the folders that dvc would make writable for all, ours above them included."""
+    for folder in ("dvc/site", "matplotlib"):
         (home / ".visionloop" / folder).mkdir(parents=True, exist_ok=True)

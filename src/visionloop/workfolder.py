@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,7 @@ from pathlib import Path
 from visionloop.errors import BusyError
 
 LOCK_WAIT_S = 20.0
-SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
-GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
-WATCH_EVERY_S = 0.25
+TRY_EVERY_S = 0.25
 
 
 @contextlib.contextmanager
@@ -54,49 +51,6 @@ def replace_folder(work: Path, target: Path) -> None:
         os.replace(work, target)
 
 
-def die_with_parents() -> None:
-    """Watch the processes this stage works for, and stop at once when one is gone.
-
-    That is the parent (or, past a shell, the one above) and the process named in VISIONLOOP_GUARDIAN. A killed dvc or
-    flow then leaves no training behind.
-    """
-    watched = _find_watched(int(os.environ.get(GUARDIAN_VARIABLE, "0")))
-    threading.Thread(target=_watch, args=(watched,), daemon=True, name="watch-parents").start()
-
-
-def _find_watched(guardian_pid: int) -> dict[int, float]:
-    """Return pid -> start time of the processes to watch. A start time tells a reused pid from the old one."""
-    import psutil  # noqa: PLC0415
-
-    watched: dict[int, float] = {}
-    with contextlib.suppress(psutil.Error):
-        parents = psutil.Process().parents()
-        for parent in parents:
-            watched[parent.pid] = parent.create_time()
-            if parent.name() not in SHELLS:
-                break
-    if guardian_pid:
-        with contextlib.suppress(psutil.Error):
-            watched[guardian_pid] = psutil.Process(guardian_pid).create_time()
-        watched.setdefault(guardian_pid, -1.0)
-    return watched
-
-
-def _watch(watched: dict[int, float]) -> None:
-    import psutil  # noqa: PLC0415
-
-    while True:
-        for pid, started_at in watched.items():
-            try:
-                process = psutil.Process(pid)
-                alive = process.create_time() == started_at and process.status() != psutil.STATUS_ZOMBIE
-            except psutil.Error:
-                alive = False
-            if not alive:
-                os._exit(143)
-        time.sleep(WATCH_EVERY_S)
-
-
 def _acquire(descriptor: int, folder: Path) -> None:
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
@@ -107,6 +61,6 @@ def _acquire(descriptor: int, folder: Path) -> None:
                 raise BusyError(
                     f"stage {folder.name}", "is running in another process", "one at a time", "Wait for it, or stop it."
                 ) from exc
-            time.sleep(WATCH_EVERY_S)
+            time.sleep(TRY_EVERY_S)
         else:
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 from visionloop.errors import SettingsError
 from visionloop.params import load_params
 from visionloop.pipeline import init_dvc, refresh_code
+from visionloop.settings import make_tool_folders
 
 COMMON = {"dvc.yaml": "dvc.yaml", "gitignore": ".gitignore"}
 
@@ -41,7 +42,7 @@ def make_workspace(folder: Path, example: str, *, name: str | None = None) -> Pa
 
 
 def _fill(folder: Path, example: str, name: str | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_tool_folders(folder)
     templates = resources.files("visionloop.examples")
     for source, target in COMMON.items():
         (folder / target).write_bytes((templates / source).read_bytes())

@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from visionloop.errors import VisionLoopError
+from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
 from visionloop.params import Params, load_params
 from visionloop.settings import Settings, apply_tool_environment, load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import Tracking
-from visionloop.workfolder import GUARDIAN_VARIABLE, die_with_parents
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,16 @@ def open_context(start: Path | None = None) -> Context:
 
 def open_stage(stage: str) -> tuple[Context, str]:
     """Open the workspace for a stage: also die with whoever started it; return the context and the code's digest."""
-    from visionloop.pipeline import compute_code_digests  # noqa: PLC0415
+    from visionloop.pipeline import compute_code_digests
 
+    die_with_guardian()
+    return open_context(), compute_code_digests().get(stage, "")
+
+
+def die_with_guardian() -> None:
+    """Under dvc or a flow, stop when they are gone; by hand, go on when the shell is closed."""
     if os.environ.get("DVC_STAGE") or os.environ.get(GUARDIAN_VARIABLE):
         die_with_parents()
-    return open_context(), compute_code_digests().get(stage, "")
 
 
 def close_stage(context: Context, stage: str) -> None:
@@ -106,5 +111,22 @@ def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
             print(f"\r{line:<78}", end="\n" if finished else "", flush=True)
         else:
             print(line, flush=True)
+
+    return show
+
+
+def make_log_progress(verb: str, unit: str, tell: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that tells a line every few seconds, for a log."""
+    started = last = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal started, last
+        now = time.perf_counter()
+        if not started:
+            started = last = now
+        if done < total and now - last < 3.0:
+            return
+        last = now
+        tell(f"{verb} {done:,} of {total:,} {unit} ({done / max(now - started, 1e-9):,.0f}/s)")
 
     return show

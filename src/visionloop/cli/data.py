@@ -30,9 +30,9 @@ def ingest(
 
       visionloop ingest ~/photos/horses-or-humans
     """
-    from visionloop.ingest.pull import check_sources, pull  # noqa: PLC0415
-    from visionloop.params import FolderSource  # noqa: PLC0415
-    from visionloop.pipeline import refresh_code  # noqa: PLC0415
+    from visionloop.ingest.pull import check_sources, pull
+    from visionloop.params import FolderSource
+    from visionloop.pipeline import refresh_code
 
     context = open_context()
     refresh_code(context.settings.home)
@@ -107,7 +107,7 @@ def datasets(typer_context: typer.Context) -> None:
     """
     if typer_context.invoked_subcommand:
         return
-    from visionloop.data.manifest import list_versions  # noqa: PLC0415
+    from visionloop.data.manifest import list_versions
 
     context = open_context()
     versions = list_versions(context.store, context.params.name)
@@ -135,7 +135,7 @@ def show(
 
       visionloop datasets show 2
     """
-    from visionloop.data.manifest import load_pin, load_quarantine, load_version  # noqa: PLC0415
+    from visionloop.data.manifest import load_pin, load_quarantine, load_version
 
     context = open_context()
     version_number = number if number is not None else load_pin(context.settings.pin_path).version
@@ -148,8 +148,8 @@ def show(
 
 
 def _pinned_version(context: Context) -> int | None:
-    from visionloop.data.manifest import load_pin  # noqa: PLC0415
-    from visionloop.errors import DatasetError  # noqa: PLC0415
+    from visionloop.data.manifest import load_pin
+    from visionloop.errors import DatasetError
 
     try:
         return load_pin(context.settings.pin_path).version

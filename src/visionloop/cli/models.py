@@ -26,13 +26,13 @@ def gate() -> None:
 
       visionloop gate && visionloop register && visionloop promote --why "more images"
     """
-    from visionloop.data.manifest import load_pin  # noqa: PLC0415
-    from visionloop.pipeline import compute_state  # noqa: PLC0415
-    from visionloop.promotion.gate_stage import gate as run_gate  # noqa: PLC0415
+    from visionloop.data.manifest import load_pin
+    from visionloop.pipeline import compute_state
+    from visionloop.promotion.decide import gate as run_gate
 
     context = open_context()
     state = compute_state(context.params, load_pin(context.settings.pin_path).digest)
-    decision = run_gate(context.settings, context.params, context.store, context.tracking, state=state, now=get_now())
+    decision = run_gate(context.settings, context.params, context.store, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
@@ -56,7 +56,7 @@ def register() -> None:
 
       visionloop register
     """
-    from visionloop.promotion.register import register as run_register  # noqa: PLC0415
+    from visionloop.promotion.register import register as run_register
 
     context = open_context()
     version = run_register(context.settings, context.params, context.store, context.tracking)
@@ -73,7 +73,7 @@ def promote(
 
       visionloop promote --why "500 new images of mules"
     """
-    from visionloop.promotion.promote import promote as run_promote  # noqa: PLC0415
+    from visionloop.promotion.promote import promote as run_promote
 
     context = open_context()
     entry = run_promote(
@@ -95,7 +95,7 @@ def rollback(
 
       visionloop rollback --to 3
     """
-    from visionloop.promotion.promote import rollback as run_rollback  # noqa: PLC0415
+    from visionloop.promotion.promote import rollback as run_rollback
 
     context = open_context()
     entry = run_rollback(
@@ -112,7 +112,7 @@ def history() -> None:
 
       visionloop history
     """
-    from visionloop.promotion.ledger import read_history  # noqa: PLC0415
+    from visionloop.promotion.ledger import read_history
 
     context = open_context()
     entries = read_history(context.store, context.params.name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import make_progress, open_context
+from visionloop.cli.context import die_with_guardian, make_progress, open_context
 
 if TYPE_CHECKING:
     from visionloop.batch import FileAnswer
@@ -31,8 +31,8 @@ def predict(
 
       visionloop predict photo.jpg --bundle models/candidate
     """
-    from visionloop.batch import find_images, load_champion, predict_files, write_answers  # noqa: PLC0415
-    from visionloop.predictor import Predictor  # noqa: PLC0415
+    from visionloop.batch import find_images, load_champion, predict_files, write_answers
+    from visionloop.predictor import Predictor
 
     context = open_context()
     files = find_images(paths, out=out)
@@ -82,8 +82,9 @@ def serve(
 
       visionloop serve --port 0 --bundle models/candidate
     """
-    from visionloop.serving.main import run_server  # noqa: PLC0415
+    from visionloop.serving.main import run_server
 
+    die_with_guardian()
     context = open_context()
     run_server(
         context.settings,

@@ -20,7 +20,7 @@ def prepare() -> None:
 
       dvc repro prepare
     """
-    from visionloop.data.prepare import prepare as run_prepare  # noqa: PLC0415
+    from visionloop.data.prepare import prepare as run_prepare
 
     context, code_digest = open_stage("prepare")
     progress = make_progress("prepared", "images")
@@ -44,7 +44,7 @@ def train() -> None:
     started = time.perf_counter()
     context, code_digest = open_stage("train")
     print(f"loading torch to train {context.params.train.backbone} ...", flush=True)
-    from visionloop.training.fit import train as run_train  # noqa: PLC0415
+    from visionloop.training.fit import train as run_train
 
     note = run_train(
         context.settings,
@@ -82,7 +82,7 @@ def evaluate() -> None:
 
       dvc metrics show
     """
-    from visionloop.evaluation.evaluate import evaluate as run_evaluate  # noqa: PLC0415
+    from visionloop.evaluation.evaluate import evaluate as run_evaluate
 
     context, _ = open_stage("evaluate")
     metrics = run_evaluate(context.settings, context.params)

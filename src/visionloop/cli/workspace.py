@@ -22,10 +22,8 @@ def new(
 
       visionloop new /tmp/digits
     """
-    from visionloop.settings import apply_tool_environment  # noqa: PLC0415
-    from visionloop.workspace import make_workspace  # noqa: PLC0415
+    from visionloop.workspace import make_workspace
 
-    apply_tool_environment(folder.expanduser().resolve())
     home = make_workspace(folder, example, name=name)
     print(f"made {home} from the example {example}")
     readme = home / "README.md"
@@ -41,8 +39,8 @@ def doctor() -> None:
 
       visionloop doctor
     """
-    from visionloop.cli.context import open_context  # noqa: PLC0415
-    from visionloop.doctor import examine  # noqa: PLC0415
+    from visionloop.cli.context import open_context
+    from visionloop.doctor import examine
 
     context = open_context()
     findings = examine(context.settings, context.params, context.store, context.tracking)

@@ -1,0 +1,143 @@
+"""The main job: ingest, the stages of dvc.yaml, gate, register, promote, ask. From the shell or on a schedule.
+
+    python flows/retrain.py [--workspace DIR]
+
+From the shell no server is needed: Prefect starts one of its own for the run. Exit codes: 0 done (or nothing changed),
+2 an error, told in one line, 3 not promoted.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import environment
+
+if __name__ == "__main__":
+    environment.enter_workspace_or_exit(sys.argv[1:], "Retrain, judge and promote the model of a workspace.")
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, State
+
+import shell
+import steps
+from visionloop import pipeline
+from visionloop.cli.context import Context, open_context
+from visionloop.promotion.decisions import latest_decision
+from visionloop.promotion.ledger import read_champion
+from visionloop.records import Decision
+from visionloop.summary import Summary
+
+Result = TypeVar("Result")
+
+
+class Clock:
+    """Announces the steps one by one, and keeps how long each took."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.seconds = total, dict[str, float]()
+
+    def run(self, name: str, what: str, work: Callable[[], Result]) -> Result:
+        """Announce a step, do it, and note its seconds."""
+        steps.say(f"[{len(self.seconds) + 1}/{self.total}] {name}: {what}")
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        return result
+
+
+@flow(name="retrain")
+def retrain(workspace: str) -> State[Any]:
+    """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect."""
+    shell.guard_own_server()
+    context = open_context(Path(workspace))
+    home = str(context.settings.home)
+    stages = pipeline.read_stage_names(context.settings.home)
+    clock = Clock(len(stages) + 5)
+    dataset = clock.run("ingest", "new images into the store", lambda: steps.ingest(home))
+    unchanged = find_unchanged(context, dataset)
+    if unchanged:
+        steps.say(f"nothing changed: dataset {dataset['version']}, params, code")
+        return finish(summarise(context, unchanged, "unchanged", clock))
+    for stage in stages:
+        clock.run(stage, "dvc stage", lambda stage=stage: steps.run_stage.with_options(name=stage)(home, stage))
+    found = clock.run("gate", "candidate against champion", lambda: steps.gate(home))
+    decision = Decision.from_json(found)
+    if decision.verdict != "passed":
+        return finish(summarise(context, decision, decision.verdict, clock))
+    clock.run("register", "bundle to the store and to MLflow", lambda: steps.register(home))
+    why = f"passed the gate on dataset {dataset['version']} (decision {decision.number})"
+    clock.run("promote", "ledger entry and alias", lambda: steps.promote(home, why))
+    answers = clock.run("ask", "the served champion about held-out images", lambda: steps.ask(home))
+    return finish(summarise(context, decision, "promoted", clock, answers))
+
+
+def find_unchanged(context: Context, dataset: dict[str, Any]) -> Decision | None:
+    """Return the last decision if dataset, params, code and champion are still those that it left behind."""
+    decision = latest_decision(context.store, context.params.name)
+    champion = read_champion(context.store, context.params.name)
+    if decision is None or decision.state != pipeline.compute_state(context.params, dataset["digest"]):
+        return None
+    left = decision.candidate if decision.verdict == "passed" else decision.champion
+    return decision if left == (champion.bundle if champion else None) else None
+
+
+def summarise(
+    context: Context, decision: Decision, outcome: str, clock: Clock, answers: list[dict[str, Any]] | None = None
+) -> Summary:
+    """Put together what is told at the end."""
+    name, champion = context.params.name, read_champion(context.store, context.params.name)
+    headlines = {
+        "promoted": f"{name} has a new champion",
+        "unchanged": f"nothing changed: dataset {decision.dataset['version']}, params, code; nothing moved",
+        "refused": "the candidate was refused at the gate; nothing moved",
+        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
+    }
+    return Summary(
+        name=name,
+        outcome=outcome,
+        headline=headlines[outcome],
+        dataset=decision.dataset,
+        metrics=decision.metrics,
+        rules=[] if outcome == "unchanged" else [rule.to_json() for rule in decision.rules],
+        model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},
+        answers=answers or [],
+        step_seconds=clock.seconds,
+        commands=list_next_commands(context, has_champion=champion is not None),
+    )
+
+
+def list_next_commands(context: Context, *, has_champion: bool) -> dict[str, str]:
+    """Return the commands to look further, as they can be pasted into this shell."""
+    settings = context.settings
+    uri, report = settings.tracking_uri, settings.reports_dir / "report.html"
+    local = uri.startswith("sqlite")
+    commands = {"compare runs": f"{find_command('mlflow')} ui --backend-store-uri {uri}" if local else uri}
+    if report.is_file():
+        commands["read the report"] = str(report)
+    if has_champion:
+        here = "" if settings.home == Path.cwd() else f"cd {settings.home} && "
+        commands["serve the champion"] = f"{here}{find_command('visionloop')} serve"
+    return commands
+
+
+def find_command(name: str) -> str:
+    """Return how a command of this environment is called here: by its name, or by its path."""
+    beside = Path(sys.executable).parent / name
+    if shutil.which(name) or not beside.is_file():
+        return name
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+
+
+def finish(summary: Summary) -> State[Any]:
+    """Keep the summary as an artifact, and end the run: completed, by what came of it."""
+    create_markdown_artifact(summary.to_markdown(), key="retrain", description=summary.headline)
+    names = {"promoted": "Promoted", "unchanged": "Unchanged", "refused": "Refused", "inconclusive": "Inconclusive"}
+    return Completed(name=names[summary.outcome], message=summary.headline, data=summary)
+
+
+if __name__ == "__main__":
+    sys.exit(shell.run(lambda home: retrain(home, return_state=True)))

@@ -1,0 +1,118 @@
+"""A flow from the shell: its lines on the terminal, the rest in a log file, an exit code, nothing left running."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prefect.logging.configuration import setup_logging
+from prefect.states import State
+
+from visionloop.errors import BusyError, NotPromoted, VisionLoopError
+from visionloop.lifetime import stop_children, stop_with_us
+from visionloop.summary import Summary
+
+LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs")
+KEPT_LOGS = 30
+
+
+def run(flow: Callable[[str], State[Any]]) -> int:
+    """Run a flow on the workspace of this process; return the exit code: 0, 2, 3, or 1 for a bug of ours."""
+    home = Path(os.environ["VISIONLOOP_HOME"])
+    hidden = home / ".visionloop"
+    log_path = _open_log(hidden / "logs")
+    try:
+        with _only_one(hidden / "retrain.lock"):
+            print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
+            state = flow(str(home))
+            summary = state.result()
+            assert isinstance(summary, Summary)
+            print_summary(summary)
+            if summary.outcome in {"refused", "inconclusive"}:
+                found = f"the candidate is {summary.outcome}"
+                raise NotPromoted("gate", found, "a passed gate", "See decisions/latest.json and the report.")
+    except VisionLoopError as exc:
+        print(f"{'not promoted' if exc.exit_code == 3 else 'error'}: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        stop_children()
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def print_summary(summary: Summary) -> None:
+    """Print the table at the end."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, found in summary.rows():
+        table.add_row(what, found)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
+
+
+def guard_own_server() -> None:
+    """Have Prefect's own server, a child of this process, stopped when this process is killed."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "prefect.server.api.server:create_app" in child.cmdline():
+                stop_with_us(child.pid)
+
+
+class _Told(logging.Handler):
+    """Shows the lines that are meant for the person who waits."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "told", False):
+            print(record.getMessage(), flush=True)
+
+
+def _open_log(folder: Path) -> Path:
+    """Send all that Prefect logs to a new file; keep the newest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("retrain-*.log"))[:-KEPT_LOGS]:
+        old.unlink()
+    path = folder / f"retrain-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    setup_logging()
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(to_file)
+    for name in LOGGERS[1:]:
+        logging.getLogger(name).addHandler(_Told())
+    return path
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold the workspace's lock: two retrains at once would wait for each other's stages. Raises BusyError."""
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            lock.seek(0)
+            raise BusyError(
+                f"workspace {path.parent.parent}",
+                f"process {lock.read().strip() or '?'} is retraining it",
+                "one retrain at a time",
+                "Wait for it, or stop it.",
+            ) from exc
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

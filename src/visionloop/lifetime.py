@@ -1,0 +1,106 @@
+"""Processes that live no longer than those they work for: no kill leaves a training or a server behind.
+
+`python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
+GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
+WATCH_EVERY_S = 0.25
+
+
+def die_with_parents() -> None:
+    """Watch the processes this stage works for, and stop at once when one is gone.
+
+    That is the parent (or, past a shell, the one above) and the process named in VISIONLOOP_GUARDIAN. A killed dvc or
+    flow then leaves no training behind.
+    """
+    watched = _find_watched(int(os.environ.get(GUARDIAN_VARIABLE, "0")))
+    threading.Thread(target=_watch, args=(watched, lambda: os._exit(143)), daemon=True, name="watch").start()
+
+
+def stop_with_us(pid: int) -> None:
+    """Have a process that is not ours to change stopped when this one is gone, however it went."""
+    subprocess.Popen(
+        [sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), str(pid)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def stop_children() -> None:
+    """Stop every process below this one: politely, then for good."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+def _find_watched(guardian_pid: int) -> dict[int, float]:
+    """Return pid -> start time of the processes to watch. A start time tells a reused pid from the old one."""
+    import psutil
+
+    watched: dict[int, float] = {}
+    with contextlib.suppress(psutil.Error):
+        parents = psutil.Process().parents()
+        for parent in parents:
+            watched[parent.pid] = parent.create_time()
+            if parent.name() not in SHELLS:
+                break
+    if guardian_pid:
+        with contextlib.suppress(psutil.Error):
+            watched[guardian_pid] = psutil.Process(guardian_pid).create_time()
+        watched.setdefault(guardian_pid, -1.0)
+    return watched
+
+
+def _watch(watched: dict[int, float], on_gone: Callable[[], object]) -> None:
+    """Wait until one of the processes is gone, then call `on_gone` and return."""
+    import psutil
+
+    while True:
+        for pid, started_at in watched.items():
+            try:
+                process = psutil.Process(pid)
+                alive = process.create_time() == started_at and process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                alive = False
+            if not alive:
+                on_gone()
+                return
+        time.sleep(WATCH_EVERY_S)
+
+
+def main() -> None:
+    """Watch the first process id, and end the second when either is gone."""
+    import psutil
+
+    watched_pid, stopped_pid = int(sys.argv[1]), int(sys.argv[2])
+    try:
+        watched = {pid: psutil.Process(pid).create_time() for pid in (watched_pid, stopped_pid)}
+    except psutil.Error:
+        watched = {}
+    _watch(watched or {watched_pid: -1.0}, lambda: None)
+    with contextlib.suppress(psutil.Error, OSError):
+        if psutil.Process(stopped_pid).create_time() == watched.get(stopped_pid):
+            os.kill(stopped_pid, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
