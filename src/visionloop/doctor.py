@@ -73,12 +73,10 @@ def _check_packages() -> Finding:
 
 
 def _check_processor() -> Finding:
-    import torch  # noqa: PLC0415
-
-    from visionloop.training.hardware import read_hardware  # noqa: PLC0415
+    from visionloop.training.hardware import read_hardware
 
     hardware = read_hardware()
-    gpu = hardware.processor if torch.cuda.is_available() else "no GPU"
+    gpu = hardware.processor if hardware.accelerator == "gpu" else "no GPU"
     found = f"{count_cores()} cores, {hardware.threads} torch threads, {gpu}, trains in {hardware.precision}"
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")

@@ -15,7 +15,7 @@ def count_cores() -> int:
 
 def map_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `function(item)` in the order of the items; at most a few are in memory at a time."""
-    from joblib import Parallel, delayed  # noqa: PLC0415
+    from joblib import Parallel, delayed
 
     pool = Parallel(n_jobs=count_cores(), prefer="threads", return_as="generator", pre_dispatch="4*n_jobs")
     yield from pool(delayed(function)(item) for item in items)

@@ -215,8 +215,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         found, expected = f"got {first['input']!r}", "lower-case letters, digits and '-' (at most 63)"
     else:
         found = f"got {first['input']!r}"[:120]
-        expected = re.sub(r"^(Input should be|Value error,) (a valid )?", "", message)
-        expected = re.sub(r"^an? (valid )?", "", expected)
+        expected = re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)
     more = f" ({len(errors) - 1} more in the file)" if len(errors) > 1 else ""
     return ParamsError(f"{where} {'.'.join(keys)}".strip(), found, expected, f"Edit the file{more}.")
 

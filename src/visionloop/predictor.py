@@ -35,7 +35,7 @@ class Predictor:
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it writes to the home otherwise
-        import onnxruntime as ort  # noqa: PLC0415
+        import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

@@ -37,7 +37,7 @@ class Tracking:
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Log a set of metrics in one request. Raises TrackingError."""
-        from mlflow.entities import Metric  # noqa: PLC0415
+        from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
         with self._translated():
@@ -78,8 +78,8 @@ class Tracking:
 
         A version that already mirrors this bundle is returned as it is. Without a run, one is made and marked.
         """
-        import mlflow  # noqa: PLC0415
-        import onnx  # noqa: PLC0415
+        import mlflow
+        import onnx
 
         if version := self.find_version(bundle_digest):
             return version
@@ -112,7 +112,7 @@ class Tracking:
 
     def get_champion(self) -> str | None:
         """Return the version that the alias `champion` points at, or None. Raises TrackingError."""
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+        from mlflow.exceptions import MlflowException
 
         with self._translated():
             client, _ = self._connect()
@@ -124,7 +124,7 @@ class Tracking:
                 raise
 
     def _connect(self) -> tuple[Any, str]:
-        from mlflow import MlflowClient  # noqa: PLC0415
+        from mlflow import MlflowClient
 
         if self._client is None or self._experiment_id is None:
             local = self.uri.startswith("sqlite:///")
@@ -141,7 +141,7 @@ class Tracking:
         return self._client, self._experiment_id
 
     def _find_run(self, run_id: str) -> str | None:
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+        from mlflow.exceptions import MlflowException
 
         try:
             run = self._connect()[0].get_run(run_id)
@@ -152,13 +152,13 @@ class Tracking:
         return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param  # noqa: PLC0415
+        from mlflow.entities import Param
 
         entities = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in sorted(params.items())]
         self._connect()[0].log_batch(run_id, params=entities)
 
     def _ensure_model(self) -> None:
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+        from mlflow.exceptions import MlflowException
 
         try:
             self._connect()[0].create_registered_model(self.name)
@@ -169,9 +169,9 @@ class Tracking:
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Turn MLflow's and the network's errors into ours, once."""
-        import requests  # noqa: PLC0415
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
-        from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+        import requests
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visionloop.errors import VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
-from visionloop.params import Params, load_params
 from visionloop.settings import Settings, apply_tool_environment, load_settings
-from visionloop.store import ObjectStore, open_store
-from visionloop.tracking import Tracking
+
+if TYPE_CHECKING:
+    from visionloop.params import Params
+    from visionloop.store import ObjectStore
+    from visionloop.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Context:
     """One workspace, opened."""
 
     settings: Settings
-    params: Params
-    store: ObjectStore
-    tracking: Tracking
+    params: "Params"
+    store: "ObjectStore"
+    tracking: "Tracking"
 
 
 def open_context(start: Path | None = None) -> Context:
@@ -35,6 +38,10 @@ def open_context(start: Path | None = None) -> Context:
     Raises:
         SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
     """
+    from visionloop.params import load_params
+    from visionloop.store import open_store
+    from visionloop.tracking import Tracking
+
     settings = load_settings(os.environ, start or Path.cwd())
     apply_tool_environment(settings.home)
     warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch)(\..*)?")

@@ -89,9 +89,7 @@ def make_source_name(folder: Path) -> str:
     return slug[:63] or "folder"
 
 
-datasets_app = typer.Typer(
-    help="List the dataset versions, or show one.", invoke_without_command=True, rich_markup_mode=None
-)
+datasets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(datasets_app, name="datasets")
 
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 
 from visionloop.errors import ObjectMissing, StoreError
 
-_KEY = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")
+_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
 class LocalStore:
@@ -69,13 +69,13 @@ class LocalStore:
         if not folder.is_dir():
             return
         keys = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
-        yield from sorted(k for k in keys if k.startswith(prefix) and _KEY.match(k))
+        yield from sorted(k for k in keys if k.startswith(prefix) and _KEY.fullmatch(k))
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        if not _KEY.match(key):
+        if not _KEY.fullmatch(key):
             raise StoreError(f"store {self.url}", f"got the key {key!r}", "parts of letters, digits, '.', '_', '-'")
         return self.root / key
 

@@ -155,6 +155,8 @@ def _fit(work: Path, job: Job, run_id: str) -> Classifier:
     checkpoint_path, checkpoint = find_checkpoint(work / "checkpoints")
     pl.seed_everything(section.seed, workers=True, verbose=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     classifier = make_classifier(section.backbone, len(prepared.classes), prepared.size_hw, dropout=section.dropout)
     if not checkpoint_path:
         load_weights(classifier.backbone, section.backbone, section.weights, job.settings.home)

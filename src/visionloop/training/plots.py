@@ -8,11 +8,11 @@ from visionloop.training.callbacks import EpochReport
 
 def write_curve(reports: Sequence[EpochReport], path: Path) -> None:
     """Draw loss and accuracy over the epochs into a PNG."""
-    import matplotlib  # noqa: PLC0415
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [r.epoch for r in reports]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

@@ -21,7 +21,7 @@ def read_digits(name: str, folder: Path) -> Iterator[Item]:
 
 
 def _write_digits(folder: Path) -> None:
-    from sklearn.datasets import load_digits  # noqa: PLC0415
+    from sklearn.datasets import load_digits
 
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""`make bench`: each hot path against a plain baseline, as one Markdown table. Writes only under .visionloop/bench."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from commands import bench_repro, bench_startup
+from epoch import bench_epoch
+from row import HEADER
+from visionloop.settings import apply_tool_environment
+
+BENCH_DIR = Path(__file__).resolve().parents[1] / ".visionloop" / "bench"
+NAMES = ("epoch", "startup", "repro")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser.add_argument("--photos", type=Path, help="folder with train/CLASS/*.jpg; default: 400 synthetic JPEGs")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs that count, after one that does not (default 2)")
+    parser.add_argument("--size", type=int, default=224, help="side of the square input in pixels (default 224)")
+    parser.add_argument("--only", choices=NAMES, action="append", help="one of the benchmarks; may be given again")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run what was asked for, and print the table."""
+    chosen = parse_arguments(sys.argv[1:])
+    wanted = chosen.only or NAMES
+    for name in ("MLFLOW_TRACKING_URI", "VISIONLOOP_STORE", "VISIONLOOP_HOME"):
+        os.environ.pop(name, None)  # a benchmark never writes to a team's store
+    apply_tool_environment(BENCH_DIR)
+    rows = []
+    if "startup" in wanted:
+        rows.append(bench_startup(BENCH_DIR))
+    if "repro" in wanted:
+        rows.append(bench_repro(BENCH_DIR))
+    if "epoch" in wanted:
+        rows.append(bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size))
+    print(HEADER)
+    for row in rows:
+        print(row.to_markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Figures of an evaluation as PNG bytes. Same input, same bytes: no time, no user settings, no global pyplot state.
+
+Dimensions in names: n images, k classes, h x w pixels. matplotlib is imported when the first figure is drawn (0.5 s).
+"""
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.data.images import UInt8Array
+from visionloop.evaluation.metrics import (
+    ClassFigures,
+    IntArray,
+    compute_calibration_error,
+    compute_confidence_bins,
+)
+
+DPI = 110
+INK, MUTED, GRID = "#1f2733", "#6b7686", "#e3e7ed"
+BLUE, PALE_BLUE, RED, GREEN = "#2f6fde", "#a9c5f5", "#d6493a", "#2d9d78"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$5"
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+}
+ANNOTATED_CLASSES = 25
+NAMED_CLASSES = 150
+SHOWN_BARS = 40
+NAME_CHARS = 24
+MISTAKE_COLUMNS = 5
+MISTAKE_ROWS = 5
+CELL_HEIGHT = 1.26
+SMOOTH_PX = 100
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One wrong answer: the image, its class, the class answered, and the probability of that answer."""
+
+    image_hwc: UInt8Array
+    actual: str
+    predicted: str
+    confidence: float
+
+
+def draw_confusion(confusion_kk: IntArray, classes: Sequence[str]) -> bytes:
+    """Draw actual (rows) against predicted (columns), coloured by the share of each row."""
+    num_classes = len(classes)
+    few = num_classes <= ANNOTATED_CLASSES
+    share_kk = confusion_kk / np.maximum(confusion_kk.sum(axis=1, keepdims=True), 1)
+    names = [_cut(name) for name in classes] if num_classes <= NAMED_CLASSES else []
+    size = 9 if few else max(3.5, min(8.0, 620 / num_classes))
+    longest = max(map(len, names), default=0)
+    upright = longest > (10 if num_classes <= 4 else 4) or not few
+    room = 0.009 * size * longest
+    side = max(2.8, 0.9 + 0.5 * num_classes) if few else 11.5
+    with _figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9) as (figure, sink):
+        axes = figure.add_subplot()
+        picture = axes.imshow(share_kk, cmap=_make_blues(), vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=size, color=INK)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("actual")
+        axes.set_title(f"Confusion of {int(confusion_kk.sum()):,} test images")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(which="both", length=0)
+        if few:
+            axes.set_xticks(np.arange(-0.5, num_classes), minor=True)
+            axes.set_yticks(np.arange(-0.5, num_classes), minor=True)
+            axes.grid(which="minor", color="white", linewidth=1.5)
+            _annotate(axes, confusion_kk, share_kk)
+        bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.03, label="share of the actual class")
+        bar.outline.set_visible(False)
+    return sink.getvalue()
+
+
+def draw_classes(figures: Sequence[ClassFigures]) -> bytes:
+    """Draw recall and F1 of each class with its support, worst F1 first; of many classes the 40 worst."""
+    occurring = [f for f in figures if f.support > 0]
+    ordered = sorted(occurring, key=lambda f: (f.f1, f.recall, f.name))[:SHOWN_BARS]
+    shown = ordered[::-1]
+    place_n = np.arange(len(shown))
+    with _figure(8.4, 1.5 + 0.3 * len(shown)) as (figure, sink):
+        axes = figure.add_subplot()
+        axes.barh(place_n, [f.recall for f in shown], height=0.66, color=PALE_BLUE, label="recall")
+        axes.barh(place_n, [f.f1 for f in shown], height=0.28, color=BLUE, label="F1")
+        for place, row in zip(place_n, shown, strict=True):
+            text = f"{row.f1:.3f}   n={row.support:,}"
+            axes.text(1.015, place, text, va="center", fontsize=8, color=MUTED, clip_on=False)
+        axes.set_yticks(place_n, [_cut(f.name) for f in shown])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlim(0, 1)
+        axes.grid(axis="x")
+        axes.spines[:].set_visible(False)
+        many = len(occurring) > len(shown)
+        axes.set_title(f"The {len(shown)} of {len(occurring)} classes with the lowest F1" if many else "Recall and F1")
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.3, handlelength=1.2
+        )
+    return sink.getvalue()
+
+
+def draw_confidence(confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_]) -> bytes:
+    """Draw how often an answer of some confidence is right, and how many answers have which confidence."""
+    bins = compute_confidence_bins(confidence_n, hits_n)
+    with _figure(9.6, 4.2) as (figure, sink):
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
+        sizes = [20 + 180 * b.count / len(hits_n) for b in bins]
+        left.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=PALE_BLUE, linewidth=1.5, zorder=2)
+        left.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, color=BLUE, zorder=3)
+        left.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence", ylabel="share that is right")
+        left.set_title(f"Reliability (calibration error {compute_calibration_error(bins):.3f})")
+        left.legend(loc="upper left", frameon=False)
+        left.grid()
+        edges = np.linspace(0, 1, 11)
+        groups = [confidence_n[hits_n], confidence_n[~hits_n]]
+        labels = [f"right ({len(groups[0]):,})", f"wrong ({len(groups[1]):,})"]
+        right.hist(groups, bins=edges, color=[GREEN, RED], label=labels, rwidth=0.85)
+        right.set_yscale("symlog", linthresh=1)
+        right.set(xlim=(0, 1), xlabel="confidence", ylabel="images (logarithmic)")
+        ticks = [t for t in (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000) if t <= 2 * len(hits_n)]
+        right.set_yticks(ticks, [f"{t:,}" for t in ticks], minor=False)
+        right.set_yticks([], minor=True)
+        right.set_title("Confidence of the answers")
+        right.legend(loc="upper left", frameon=False)
+        right.grid(axis="y")
+    return sink.getvalue()
+
+
+def draw_mistakes(mistakes: Sequence[Mistake], num_wrong: int, num_test: int) -> bytes:
+    """Draw up to 25 wrong answers, worst first: actual class above, answered class and confidence below."""
+    shown = mistakes[: MISTAKE_COLUMNS * MISTAKE_ROWS]
+    rows = math.ceil(len(shown) / MISTAKE_COLUMNS)
+    title = (
+        f"The {len(shown)} worst of {num_wrong:,} mistakes" if num_wrong > len(shown) else f"All {num_wrong} mistakes"
+    )
+    title = title if num_wrong else "No mistakes"
+    with _figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows) as (figure, sink):
+        # One pair of axes for all images, a unit wide each: 25 pairs take three times as long to lay out.
+        axes = figure.add_subplot(aspect="equal")
+        axes.axis("off")
+        axes.set_title(f"{title} on {num_test:,} test images")
+        for number, mistake in enumerate(shown):
+            row, column = divmod(number, MISTAKE_COLUMNS)
+            _place_mistake(axes, mistake, column + 0.5, row * CELL_HEIGHT + CELL_HEIGHT / 2)
+        axes.set(xlim=(0, MISTAKE_COLUMNS), ylim=(max(rows, 0.01) * CELL_HEIGHT, 0))
+    return sink.getvalue()
+
+
+def _place_mistake(axes: Any, mistake: Mistake, x: float, y: float) -> None:
+    """Put an image into a square around (x, y), its class above and the answer below."""
+    height, width = mistake.image_hwc.shape[:2]
+    half_w, half_h = (0.47 * side / max(height, width) for side in (width, height))
+    smooth = "antialiased" if max(height, width) >= SMOOTH_PX else "nearest"
+    extent = (x - half_w, x + half_w, y + half_h, y - half_h)
+    axes.imshow(mistake.image_hwc, extent=extent, interpolation=smooth, aspect="equal")
+    said = f"said {_cut(mistake.predicted, 15)}  {mistake.confidence:.2f}"
+    style = {"ha": "center", "va": "center", "fontsize": 8}
+    axes.text(x, y - 0.54, f"is {_cut(mistake.actual, 20)}", color=GREEN, fontweight="bold", **style)
+    axes.text(x, y + 0.54, said, color=RED, **style)
+
+
+def _annotate(axes: Any, confusion_kk: IntArray, share_kk: NDArray[np.float64]) -> None:
+    size = 10 if len(confusion_kk) <= 6 else 8 if len(confusion_kk) <= 14 else 6.5
+    for row, column in np.argwhere(confusion_kk > 0):
+        color = "white" if share_kk[row, column] > 0.55 else INK
+        axes.text(column, row, f"{confusion_kk[row, column]:,}", ha="center", va="center", fontsize=size, color=color)
+
+
+def _make_blues() -> Any:
+    """Return a colour map on which a share of one percent is still to be told from none."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    stops = [(0.0, "#f3f5f8"), (0.001, "#d5e3fa"), (0.2, "#9dbdf3"), (0.6, "#3f7be0"), (1.0, "#123c86")]
+    return LinearSegmentedColormap.from_list("shares", stops, N=1024)
+
+
+def _cut(name: str, chars: int = NAME_CHARS) -> str:
+    flat = " ".join(name.split())
+    return flat if len(flat) <= chars else f"{flat[: chars - 1]}…"
+
+
+@contextlib.contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
+    """Yield an empty figure (inches) and the buffer that holds its PNG afterwards; user settings do not reach it."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sink = io.BytesIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(cast(Any, STYLE))
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure, sink
+        figure.savefig(sink, format="png", metadata={"Software": None})

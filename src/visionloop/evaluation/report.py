@@ -1,0 +1,165 @@
+"""The report of an evaluation: one HTML page with everything inside, for light and dark. Same input, same bytes.
+
+Makes text only: it reads and writes no file, and the page loads nothing from anywhere.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from visionloop.evaluation.metrics import ClassFigures, IntArray
+from visionloop.records import Card, Interval, Pin
+
+SHOWN_CONFUSIONS = 15
+TITLES = {
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "log_loss": "Log loss",
+    "auc": "Area under ROC",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+CAPTIONS = {
+    "confusion": "Which class is taken for which",
+    "per_class": "How each class fares",
+    "confidence": "Whether the confidence can be believed",
+    "mistakes": "What went wrong: the true class above, the answer and its confidence below",
+}
+STYLE = """
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1f2733; --muted: #6b7686; --line: #e3e7ed;
+  --accent: #2f6fde; --bar: #dbe6fb; }
+@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1b2129; --ink: #e6eaf0; --muted: #98a3b3;
+  --line: #2c343f; --accent: #7ba6f5; --bar: #24406f; }
+  img.chart { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 12px; }
+.lead, .note { color: var(--muted); margin: 0; }
+.note { font-size: 13px; margin-bottom: 16px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 8px; }
+.card, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: 14px 16px; } .card b { display: block; font-size: 26px; font-weight: 650; line-height: 1.25; }
+.card span { color: var(--muted); font-size: 13px; }
+figure { margin: 0 0 16px; padding: 16px; overflow: hidden; }
+figure img { display: block; max-width: 100%; margin: 0 auto; }
+figcaption { color: var(--muted); font-size: 13px; margin-bottom: 12px; }
+img.photos { background: #fff; border-radius: 6px; }
+.table { overflow-x: auto; padding: 4px 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 16px; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { color: var(--muted); font-weight: 500; font-size: 13px; border-bottom: 1px solid var(--line); }
+tr + tr td { border-top: 1px solid var(--line); }
+td.text, th.text { text-align: left; }
+td.share { background: linear-gradient(90deg, var(--bar) var(--w), transparent var(--w)); }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; white-space: normal; }
+td.value { text-align: left; white-space: normal; }
+"""
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """What a report tells. `figures` is a name of CAPTIONS -> PNG bytes; `confusion_kk` has actual classes as rows."""
+
+    card: Card
+    bundle_digest: str
+    pin: Pin
+    num_test: int
+    metrics: Mapping[str, Interval]
+    class_figures: Sequence[ClassFigures]
+    confusion_kk: IntArray
+    figures: Mapping[str, bytes]
+
+
+def make_report(facts: ReportFacts) -> str:
+    """Return the page as HTML. All names are escaped."""
+    title = f"{escape(facts.pin.name)}: evaluation of {facts.bundle_digest[:12]}"
+    backbone = facts.card.params.get("backbone")
+    lead = f"{len(facts.card.classes)} classes, {facts.num_test:,} test images of dataset version {facts.pin.version}"
+    if backbone:
+        lead += f", {escape(str(backbone))}"
+    parts = [
+        f'<h1>{title}</h1><p class="lead">{lead}</p>',
+        f'<div class="cards">{"".join(_make_card(n, i, facts.card) for n, i in facts.metrics.items())}</div>',
+        '<p class="note">Below each figure: its 95 % interval, as wide as the luck of the draw of test images.</p>',
+        *(_make_figure(name, facts.figures[name]) for name in CAPTIONS if name in facts.figures),
+        f"<h2>Most frequent confusions</h2>{_make_confusions(facts)}",
+        f"<h2>Classes</h2>{_make_classes(facts.class_figures)}",
+        f"<h2>Where it comes from</h2>{_make_origin(facts)}",
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = "\n".join(parts)
+    page = f'<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>'
+    return f"<!doctype html>\n{page}\n"
+
+
+def _make_card(name: str, interval: Interval, card: Card) -> str:
+    shown = [_format(name, v) for v in (interval.value, interval.low, interval.high)]
+    of_class = f" of {card.classes[1]}" if name in {"precision", "recall"} else ""
+    title = escape(TITLES.get(name, name) + of_class)
+    return f'<div class="card"><span>{title}</span><b>{shown[0]}</b><span>{shown[1]} … {shown[2]}</span></div>'
+
+
+def _make_figure(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    kind = "photos" if name == "mistakes" else "chart"
+    caption = CAPTIONS[name]
+    image = f'<img class="{kind}" alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure><figcaption>{caption}</figcaption>{image}</figure>"
+
+
+def _make_confusions(facts: ReportFacts) -> str:
+    off_kk = facts.confusion_kk * ~np.eye(len(facts.confusion_kk), dtype=bool)
+    order = np.argsort(-off_kk, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
+    rows = []
+    for actual, predicted in zip(*np.unravel_index(order, off_kk.shape), strict=True):
+        if count := int(off_kk[actual, predicted]):
+            share = count / int(facts.confusion_kk[actual].sum())
+            names = [escape(facts.card.classes[k]) for k in (actual, predicted)]
+            rows.append(f'<td>{names[0]}</td><td class="text">{names[1]}</td><td>{count:,}</td>{_make_share(share)}')
+    if not rows:
+        return '<p class="note">None.</p>'
+    head = '<th>actual</th><th class="text">predicted</th><th>images</th><th>share of the actual class</th>'
+    return _make_table(head, rows)
+
+
+def _make_classes(class_figures: Sequence[ClassFigures]) -> str:
+    ordered = sorted(class_figures, key=lambda f: (f.support == 0, f.f1, f.recall, f.name))
+    rows = [
+        f"<td>{escape(f.name)}</td>{_make_share(f.precision)}{_make_share(f.recall)}{_make_share(f.f1)}<td>{f.support:,}</td>"
+        for f in ordered
+    ]
+    return _make_table("<th>class</th><th>precision</th><th>recall</th><th>F1</th><th>test images</th>", rows)
+
+
+def _make_origin(facts: ReportFacts) -> str:
+    height, width = facts.card.image_size
+    values = {
+        "Model (bundle digest)": f"<code>{escape(facts.bundle_digest)}</code>",
+        "Dataset": f"{escape(facts.pin.name)} version {facts.pin.version}, {facts.pin.num_images:,} images",
+        "Dataset digest": f"<code>{escape(facts.pin.digest)}</code>",
+        "Input": f"{height} x {width} pixels, {escape(facts.card.resize)}",
+        "Task": escape(facts.card.task),
+    }
+    if facts.card.threshold is not None:
+        values["Threshold"] = f"{facts.card.threshold:.3f} for {escape(facts.card.classes[1])}"
+    values |= {f"train.{escape(k)}": escape(str(v)) for k, v in sorted(facts.card.params.items())}
+    return _make_table("", [f'<td>{key}</td><td class="value">{value}</td>' for key, value in values.items()])
+
+
+def _make_table(head: str, rows: Sequence[str]) -> str:
+    top = f"<thead><tr>{head}</tr></thead>" if head else ""
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def _make_share(share: float) -> str:
+    return f'<td class="share" style="--w:{100 * share:.1f}%">{_format("", share)}</td>'
+
+
+def _format(name: str, value: float) -> str:
+    return f"{value:.3f}" if name in {"log_loss", "auc"} else f"{100 * value:.1f} %"

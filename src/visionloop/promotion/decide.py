@@ -1,0 +1,146 @@
+"""The stage `gate`: candidate against champion on the same test side. Stores its decision, changes no champion.
+
+The rules are in `gate.py`, the answers of both models in `score.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from visionloop.bundle import download_bundle
+from visionloop.data.manifest import load_pin, load_records
+from visionloop.errors import DatasetError, PromotionError
+from visionloop.evaluation.metrics import IntArray, compute_metrics
+from visionloop.evaluation.run_note import load_run_note
+from visionloop.params import Params
+from visionloop.predictor import Predictor
+from visionloop.promotion.decisions import store_decision, write_decision
+from visionloop.promotion.gate import (
+    check_difference,
+    check_floors,
+    compute_difference,
+    compute_verdict,
+    make_first_rule,
+    make_same_rule,
+)
+from visionloop.promotion.ledger import read_champion
+from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test
+from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+from visionloop.tracking import Tracking
+
+Metrics = dict[str, Interval]
+
+
+def gate(
+    settings: Settings,
+    params: Params,
+    store: ObjectStore,
+    *,
+    state: dict[str, str],
+    now: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Decision:
+    """Judge models/candidate against the champion; store the decision and tag the candidate's MLflow run.
+
+    A second run on the same question returns the decision that stands. `state` and `now` are stored as given.
+
+    Raises:
+        DatasetError: no test image, or the candidate was trained on another dataset version.
+        BundleError: a bundle is damaged, or answers differently here.
+        TrackingError: MLflow cannot be tagged; the decision is stored by then.
+    """
+    pin = load_pin(settings.pin_path)
+    candidate = Predictor.load(settings.candidate_dir)
+    _check_candidate(candidate.card, params.name, pin)
+    tests = _load_tests(store, pin)
+    champion = read_champion(store, params.name)
+    scores = [score_bundle(store, candidate, tests, on_progress=on_progress)]
+    if champion and champion.bundle != candidate.digest:
+        rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
+        rival.check_golden()
+        scores.append(score_bundle(store, rival, tests, on_progress=on_progress))
+    rules, metrics = _judge(params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
+    note = load_run_note(settings.runs_dir, candidate.digest)
+    decision = Decision(
+        name=params.name,
+        number=0,
+        verdict=compute_verdict(rules),
+        candidate=candidate.digest,
+        champion=champion.bundle if champion else None,
+        test_digest=compute_test_digest(tests),
+        num_test=len(tests),
+        rules=tuple(rules),
+        metrics=_to_json(metrics[0]),
+        champion_metrics=_to_json(metrics[-1]) if champion else {},
+        state=dict(state),
+        dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
+        run_id=note.run_id if note else None,
+        decided_at=now,
+    )
+    decision = store_decision(store, decision)
+    write_decision(settings.decisions_dir, decision)
+    if decision.run_id:
+        tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+        tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
+        tracking.set_tags(decision.run_id, tags)
+    return decision
+
+
+def _load_tests(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
+    tests = select_test(load_records(store, pin))
+    if not tests:
+        where = f"dataset {pin.name} version {pin.version}"
+        raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
+    return tests
+
+
+def _judge(
+    params: Params, tests: Sequence[ImageRecord], scores: Sequence[Scores], *, is_champion: bool
+) -> tuple[list[RuleResult], list[Metrics]]:
+    """Return the rules' answers, and the figures of the candidate and of the champion if it was scored."""
+    names = [record.labels[0] for record in tests]
+    # The candidate's classes first; a class that only the champion knows is a wrong answer, not an error.
+    classes = list(dict.fromkeys([c for s in scores for c in s.classes] + names))
+    labels_n: IntArray = np.array([classes.index(name) for name in names])
+    aligned = [map_scores(s, classes) for s in scores]
+    resamples, seed = params.evaluate.resamples, params.evaluate.seed
+    metrics = [
+        compute_metrics(labels_n, s.probs_nk, s.chosen_n, classes, resamples=resamples, seed=seed) for s in aligned
+    ]
+    rules = check_floors({str(k): v for k, v in params.gate.floors.items()}, metrics[0])
+    if is_champion:
+        rules.append(make_same_rule(params.gate))
+    elif len(aligned) == 1:
+        rules.append(make_first_rule())
+    else:
+        difference = compute_difference(
+            labels_n,
+            aligned[0].chosen_n,
+            aligned[1].chosen_n,
+            len(classes),
+            params.gate,
+            resamples=resamples,
+            seed=seed,
+        )
+        rules.append(check_difference(difference, params.gate))
+    return rules, metrics
+
+
+def _check_candidate(card: Card, name: str, pin: Pin) -> None:
+    todo = "Run `visionloop train` again."
+    if card.name != name:
+        raise PromotionError("models/candidate", f"was trained as {card.name!r}", f"{name!r} (params.yaml name)", todo)
+    if card.dataset.get("digest") != pin.digest:
+        raise DatasetError(
+            "models/candidate",
+            f"was trained on dataset version {card.dataset.get('version')} ({str(card.dataset.get('digest'))[:12]})",
+            f"version {pin.version} ({pin.digest[:12]}), as data/dataset.json says",
+            todo,
+        )
+
+
+def _to_json(metrics: Metrics) -> dict[str, Any]:
+    return {name: interval.to_json() for name, interval in metrics.items()}

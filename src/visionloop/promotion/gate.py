@@ -1,0 +1,126 @@
+"""The rules of the gate: floors, and a paired comparison with the champion. Pure: no disk, clock or global random.
+
+Dimensions in names: n images (the same ones, in the same order, for both models), r resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from visionloop.evaluation.metrics import FloatArray, IntArray, compute_macro_f1, draw_rows
+from visionloop.params import Gate
+from visionloop.records import Interval, RuleResult
+
+PASSED, REFUSED, INCONCLUSIVE = "passed", "refused", "inconclusive"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidate minus champion on one metric, with the interval between the quantiles alpha and 1 - alpha."""
+
+    metric: str
+    candidate: float
+    champion: float
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.candidate - self.champion
+
+
+def compute_difference(
+    labels_n: IntArray,
+    candidate_n: IntArray,
+    champion_n: IntArray,
+    num_classes: int,
+    section: Gate,
+    *,
+    resamples: int,
+    seed: int,
+) -> Difference:
+    """Compare two models' answers by resampling images, both models on the same ones (paired percentile bootstrap).
+
+    Efron & Tibshirani 1993, chapters 13 and 16; paired on test images as Koehn 2004 does on sentences.
+    The bounds are drawn values, never in between, so that a bound above 0 is at least one image.
+    """
+
+    def score(chosen_n: IntArray, rows_rn: IntArray) -> FloatArray:
+        if section.metric == "accuracy":
+            return np.asarray((chosen_n == labels_n)[rows_rn].mean(axis=1))
+        return compute_macro_f1(labels_n[rows_rn], chosen_n[rows_rn], num_classes)
+
+    drawn_r = np.concatenate(
+        [
+            score(candidate_n, rows_rn) - score(champion_n, rows_rn)
+            for rows_rn in draw_rows(len(labels_n), resamples, seed)
+        ]
+    )
+    drawn_r = drawn_r.round(12)  # equal sums in another order must not differ by a rounding error
+    everything = np.arange(len(labels_n))[None]
+    return Difference(
+        metric=section.metric,
+        candidate=float(score(candidate_n, everything)[0]),
+        champion=float(score(champion_n, everything)[0]),
+        low=float(np.quantile(drawn_r, section.alpha, method="lower")),
+        high=float(np.quantile(drawn_r, 1 - section.alpha, method="higher")),
+    )
+
+
+def check_floors(floors: Mapping[str, float], metrics: Mapping[str, Interval]) -> list[RuleResult]:
+    """Hold each figure of the candidate against its floor: passed from the floor upwards, else refused."""
+    return [
+        RuleResult(
+            rule=f"floor {name}",
+            passed=metrics[name].value >= floor,
+            found=f"{name} {_percent(metrics[name].value)}",
+            expected=f"at least {_percent(floor)}",
+        )
+        for name, floor in sorted(floors.items())
+    ]
+
+
+def check_difference(difference: Difference, section: Gate) -> RuleResult:
+    """Apply `better` (the whole interval above 0) or `no_worse` (above -margin).
+
+    Refused when the whole interval lies below that line; None when the line is inside the interval.
+    """
+    line = 0.0 if section.rule == "better" else -section.margin
+    passed = True if difference.low > line else False if difference.high < line else None
+    return RuleResult(
+        rule=section.rule,
+        passed=passed,
+        found=(
+            f"{difference.metric} {_percent(difference.candidate)} against {_percent(difference.champion)}: "
+            f"difference {_points(difference.value)} points, {100 * (1 - 2 * section.alpha):g} % interval "
+            f"{_points(difference.low)} ... {_points(difference.high)}"
+        ),
+        expected="an interval above 0" if section.rule == "better" else f"an interval above {_points(line)} points",
+    )
+
+
+def make_first_rule() -> RuleResult:
+    """Return the rule that stands in for the comparison while there is no champion: the floors decide."""
+    return RuleResult("first", True, "no champion yet", "the floors to hold")
+
+
+def make_same_rule(section: Gate) -> RuleResult:
+    """Return the answer for a candidate that is the champion: there is nothing to compare."""
+    return RuleResult(section.rule, None, "the candidate is the champion itself", "another model")
+
+
+def compute_verdict(rules: Sequence[RuleResult]) -> str:
+    """Return refused if any rule refuses, else inconclusive if any cannot tell, else passed."""
+    answers = [rule.passed for rule in rules]
+    if False in answers:
+        return REFUSED
+    return INCONCLUSIVE if None in answers else PASSED
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share + 0.0:+.2f}"

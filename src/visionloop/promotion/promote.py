@@ -1,0 +1,205 @@
+"""The stage `promote`, and its way back: the ledger moves first, MLflow's alias `champion` follows.
+
+A server follows the ledger, so a promotion stands once its entry is written, with or without MLflow.
+"""
+
+import tempfile
+from pathlib import Path
+
+from visionloop.bundle import DIGESTS, download_bundle, load_bundle
+from visionloop.errors import PromotionError, TrackingError, shorten
+from visionloop.evaluation.run_note import load_run_note
+from visionloop.params import Params
+from visionloop.predictor import Predictor
+from visionloop.promotion.decisions import require_passed
+from visionloop.promotion.ledger import append_entry, read_champion, read_history
+from visionloop.records import LedgerEntry
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+from visionloop.tracking import Tracking
+
+ALIAS_ROUNDS = 3
+
+
+def promote(
+    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, by: str, why: str, now: str
+) -> LedgerEntry:
+    """Make the registered, passed models/candidate the champion; return its ledger entry.
+
+    The champion already: returns the entry that stands, after setting a stray alias right.
+
+    Raises:
+        NotPromoted: the gate has not passed this candidate.
+        PromotionError: it is not registered, or the champion moved since the decision.
+        BundleError: the store's copy is damaged, or answers differently here.
+        TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
+    """
+    name, digest = params.name, load_bundle(settings.candidate_dir).digest
+    champion = read_champion(store, name)
+    if champion and champion.bundle == digest:
+        mirror_alias(settings, params, store, tracking)
+        return champion
+    decision = require_passed(store, name, digest)
+    if decision.champion != (champion.bundle if champion else None):
+        raise PromotionError(
+            f"candidate {digest[:12]}",
+            f"champion moved since decision {decision.number}: it is now {_describe(champion)}",
+            f"{decision.champion[:12] if decision.champion else 'no champion'}, as the gate saw it",
+            "Run `visionloop gate` again.",
+        )
+    version = tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
+    if version is None:
+        raise PromotionError(
+            f"candidate {digest[:12]}", "is not registered", "a model version", "Run `visionloop register`."
+        )
+    _verify_in_store(settings, store, digest)
+    note = load_run_note(settings.runs_dir, digest)
+    entry = append_entry(
+        store,
+        name,
+        champion,
+        action="promote",
+        bundle=digest,
+        model_version=version,
+        decision=decision.number,
+        dataset=decision.dataset,
+        run_id=note.run_id if note else decision.run_id,
+        by=by,
+        why=why,
+        at=now,
+    )
+    mirror_alias(settings, params, store, tracking)
+    return entry
+
+
+def rollback(
+    settings: Settings,
+    params: Params,
+    store: ObjectStore,
+    tracking: Tracking,
+    *,
+    to: int | None,
+    by: str,
+    why: str,
+    now: str,
+) -> LedgerEntry:
+    """Make an earlier champion the champion again: the one before, or that of ledger entry `to`.
+
+    Twice in a row goes back two: never forward to a model that was rolled back from. The ledger moves even while
+    MLflow is down.
+
+    Raises:
+        PromotionError: there is nothing to go back to, or someone else moved the champion.
+        BundleError: the earlier bundle is damaged, or answers differently here; nothing has moved then.
+        TrackingError: the ledger has moved, the alias has not; do not roll back again.
+    """
+    history = read_history(store, params.name)
+    target = _find_target(params.name, history, to)
+    _verify_in_store(settings, store, target.bundle)
+    entry = append_entry(
+        store,
+        params.name,
+        history[-1],
+        action="rollback",
+        bundle=target.bundle,
+        model_version=target.model_version,
+        decision=target.decision,
+        dataset=target.dataset,
+        run_id=target.run_id,
+        by=by,
+        why=why,
+        at=now,
+    )
+    try:
+        mirror_alias(settings, params, store, tracking)
+    except TrackingError as exc:
+        raise TrackingError(
+            exc.where,
+            f"{exc.found}; rolled back all the same: ledger entry {entry.number} stands, but the alias did not follow",
+            exc.expected,
+            "Do not roll back again: run `visionloop doctor` when MLflow is back.",
+        ) from exc
+    return entry
+
+
+def mirror_alias(settings: Settings, params: Params, store: ObjectStore, tracking: Tracking) -> str | None:
+    """Point MLflow's alias at the ledger's champion, read it back, and return the model version (None: no champion).
+
+    A champion that this MLflow does not know is registered again from the store.
+
+    Raises:
+        PromotionError: the alias does not stay. TrackingError: MLflow cannot be reached.
+    """
+    for _ in range(ALIAS_ROUNDS):
+        champion = read_champion(store, params.name)
+        if champion is None:
+            return None
+        version = tracking.find_version(champion.bundle) or _register_again(settings, store, tracking, champion)
+        if tracking.get_champion() != version:
+            tracking.set_champion(version)
+        # Someone may have promoted meanwhile: then the alias must name the newer one, whoever set it last.
+        if tracking.get_champion() == version and read_champion(store, params.name) == champion:
+            return version
+    raise PromotionError(
+        f"MLflow model {params.name}",
+        "its alias `champion` keeps moving",
+        f"version {version}, as the ledger says",
+        "See who else sets it, then run `visionloop doctor`.",
+    )
+
+
+def compare_alias(store: ObjectStore, tracking: Tracking, name: str) -> tuple[str | None, str | None]:
+    """Return the model version of the ledger's champion and the version the alias names; equal when all is well.
+
+    Raises:
+        PromotionError: the ledger is damaged. TrackingError: MLflow cannot be reached.
+    """
+    champion = read_champion(store, name)
+    version = (tracking.find_version(champion.bundle) or champion.model_version) if champion else None
+    return version, tracking.get_champion()
+
+
+def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> LedgerEntry:
+    """Return the entry to go back to: entry `to`, or the champion that the current one replaced when promoted."""
+    where = f"ledger {name}"
+    if not history:
+        raise PromotionError(where, "is empty", "an earlier champion to go back to", "Promote a model first.")
+    current = history[-1]
+    if to is not None:
+        found = next((e for e in history if e.number == to), None)
+        if found is None:
+            numbers = [f"{e.number:06d}" for e in history if e.bundle != current.bundle]
+            expected = f"one of {shorten(numbers)}" if numbers else "an earlier champion"
+            raise PromotionError(where, f"has no entry {to}", expected, "See `visionloop history`.")
+        if found.bundle == current.bundle:
+            raise PromotionError(
+                where, f"entry {to} is the champion already", "another one", "See `visionloop history`."
+            )
+        return found
+    origin = next((e for e in reversed(history) if e.bundle == current.bundle and e.action == "promote"), current)
+    earlier = [e for e in history if e.bundle == origin.previous and e.number < origin.number]
+    if not earlier:
+        raise PromotionError(
+            where,
+            f"has no champion before {_describe(current)}",
+            "an earlier one",
+            "Pass --to N, see `visionloop history`.",
+        )
+    return earlier[-1]
+
+
+def _verify_in_store(settings: Settings, store: ObjectStore, digest: str) -> None:
+    """Fetch a bundle as any server would, past this machine's cache; check its digests and its golden answers."""
+    settings.hidden_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.hidden_dir) as folder:
+        Predictor(download_bundle(store, digest, Path(folder))).check_golden()
+
+
+def _register_again(settings: Settings, store: ObjectStore, tracking: Tracking, champion: LedgerEntry) -> str:
+    bundle = download_bundle(store, champion.bundle, settings.hidden_dir / "bundles")
+    tags = {"visionloop.decision": str(champion.decision), "visionloop.dataset": str(champion.dataset.get("digest"))}
+    return tracking.register_onnx(champion.run_id, bundle.folder / "model.onnx", champion.bundle, tags)
+
+
+def _describe(champion: LedgerEntry | None) -> str:
+    return f"{champion.bundle[:12]} (entry {champion.number})" if champion else "none"

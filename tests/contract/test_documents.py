@@ -1,0 +1,146 @@
+"""README, .env.example and Makefile against the commands, the targets and the environment that exist."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from visionloop.settings import QUIET_TOOLS, tool_environment
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    "new",
+    "ingest",
+    "datasets",
+    "prepare",
+    "train",
+    "evaluate",
+    "gate",
+    "register",
+    "promote",
+    "rollback",
+    "history",
+    "serve",
+    "predict",
+    "doctor",
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@cache
+def read_help(*command: str) -> str:
+    """What `visionloop COMMAND --help` prints."""
+    env = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb"}
+    call = [sys.executable, "-m", "visionloop", *command, "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_code(*folders: str) -> str:
+    """All Python source below some folders of the repository."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(files))
+
+
+def read_examples(fence: str) -> str:
+    """The code blocks of README.md with this fence."""
+    return "\n".join(re.findall(rf"^```{fence}\n(.*?)^```", README, flags=re.M | re.S))
+
+
+def test_commands_are_the_agreed_ones() -> None:
+    listed = read_help().split("Commands:")[1]
+    assert sorted(re.findall(r"^ {2}([a-z]+)", listed, flags=re.M)) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    uses = re.findall(rf"visionloop {command}\b", read_help(command))
+    assert len(uses) >= 2, "the usage line, and at least one example"
+
+
+def test_readme_names_only_commands_that_exist() -> None:
+    # `visionloop X` in code spans and blocks; prose says `visionloop keeps`, without the backtick.
+    named = set(re.findall(r"(?:^|`|&& |\| )visionloop ([a-z]+)", README, flags=re.M)) - {"keeps"}
+    assert named <= set(COMMANDS)
+    assert named == set(COMMANDS), "a command that README.md does not tell of"
+
+
+def test_readme_uses_only_options_that_exist() -> None:
+    lines = re.findall(r"(?:^|`)visionloop ([a-z]+)([^`\n]*)", README, flags=re.M)
+    used = [(command, option) for command, rest in lines for option in re.findall(r"--[a-z-]+", rest.split("#")[0])]
+    assert used
+    missing = [f"{command} {option}" for command, option in used if option not in read_help(command)]
+    assert missing == []
+
+
+def test_readme_names_only_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert {"install", "demo", "test", "check", "fix", "lock", "bench", "clean", "help"} == targets
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.M)) <= targets
+
+
+def test_readme_names_only_files_that_exist() -> None:
+    named = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    tree = re.findall(
+        r"^ *((?:src/visionloop|flows|tests|benchmarks)/[\w./-]*|\w+\.(?:md|yaml|toml|lock))  ", README, re.M
+    )
+    assert len(tree) > 10
+    assert [name for name in tree if not (ROOT / name).exists()] == []
+
+
+def test_readme_has_blocks_for_the_end_to_end_test() -> None:
+    assert "make demo" in read_examples("bash")
+
+
+def test_env_example_lists_every_variable_that_is_read() -> None:
+    code = read_code("src", "flows")
+    read = set(re.findall(r"""(?:env(?:iron)?\.get\(|env(?:iron)?\[|getenv\()["']([A-Z][A-Z0-9_]+)["']""", code))
+    read |= set(tool_environment(ROOT))
+    assert {"VISIONLOOP_STORE", "VISIONLOOP_HOME", "MLFLOW_TRACKING_URI"} <= read
+    listed = read_env_example()
+    assert sorted(read - set(listed) - SET_BY_US_ONLY) == []
+
+
+def test_env_example_lists_no_variable_that_nobody_reads() -> None:
+    known = read_code("src", "flows")
+    by_tools = {"PREFECT_API_URL"}
+    assert [name for name in read_env_example() if name not in by_tools and name not in known] == []
+
+
+def test_env_example_has_the_values_of_the_settings() -> None:
+    listed = read_env_example()
+    assert {name: listed[name] for name in QUIET_TOOLS} == QUIET_TOOLS
+    active = [line for line in (ROOT / ".env.example").read_text().splitlines() if line and line[0] != "#"]
+    assert {line.partition("=")[0] for line in active} == set(QUIET_TOOLS), (
+        "what is set without editing changes nothing"
+    )
+
+
+def test_makefile_opts_out_of_telemetry_like_the_settings() -> None:
+    exported = dict(re.findall(r"^export (\w+) = (\S+)$", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert exported == {name: QUIET_TOOLS[name] for name in exported}
+    assert {"DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS"} <= set(exported)
+
+
+def test_continuous_integration_runs_what_people_run() -> None:
+    script = ROOT / ".ci" / "run"
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[-1] == "exec make test"
+    assert os.access(script, os.X_OK)
+
+
+# Variables of the system, and those that one visionloop process sets for its children.
+SET_BY_US_ONLY = {"DVC_STAGE", "PATH", "VISIONLOOP_GUARDIAN"}
+
+
+def read_env_example() -> dict[str, str]:
+    """Every variable of .env.example, also the commented ones, with its value."""
+    text = (ROOT / ".env.example").read_text()
+    return dict(re.findall(r"^#?([A-Z][A-Z0-9_]+)=(.*)$", text, flags=re.M))

@@ -1,0 +1,122 @@
+"""dvc.yaml and params.yaml, of the repository and of the examples, against the parameters and each other."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from visionloop.params import Params, load_params
+from visionloop.settings import tool_environment
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "src" / "visionloop" / "examples"
+NAMES = ("digits", "horses-or-humans")
+PARAMS_FILES = (ROOT / "params.yaml", *(EXAMPLES / name / "params.yaml" for name in NAMES))
+STAGES = {
+    "prepare": {"deps": {"data/dataset.json"}, "outs": {"data/prepared"}},
+    "train": {"deps": {"data/dataset.json", "data/prepared"}, "outs": {"models/candidate"}},
+    "evaluate": {"deps": {"data/prepared", "models/candidate"}, "outs": {"reports/report.html", "reports/figures"}},
+}
+
+
+def load_stages() -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load((EXAMPLES / "dvc.yaml").read_text())["stages"]
+    return stages
+
+
+def list_sections(stage: dict[str, Any]) -> set[str]:
+    """The keys of params.yaml that a stage depends on."""
+    return {param for param in stage["params"] if isinstance(param, str)}
+
+
+def test_the_repository_is_the_digits_workspace() -> None:
+    assert (ROOT / "dvc.yaml").read_bytes() == (EXAMPLES / "dvc.yaml").read_bytes()
+    assert (ROOT / "params.yaml").read_bytes() == (EXAMPLES / "digits" / "params.yaml").read_bytes()
+
+
+def test_examples_are_the_agreed_ones() -> None:
+    assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir()) == sorted(NAMES)
+    assert [sorted(file.name for file in (EXAMPLES / name).iterdir()) for name in NAMES] == [
+        ["README.md", "params.yaml"]
+    ] * 2
+
+
+@pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.parent.name)
+def test_params_hold_the_agreed_values(path: Path) -> None:
+    params = load_params(path)
+    assert params.name == (path.parent.name if path.parent.name in NAMES else "digits")
+    assert (params.prepare.size_hw, params.train.backbone, params.train.weights) == {
+        "digits": ((32, 32), "small_cnn", "none"),
+        "horses-or-humans": ((224, 224), "resnet18", "none"),
+    }[params.name]
+    assert (params.train.patience, params.train.monitor, params.train.seed) == (5, "val/loss", 0)
+    assert (params.gate.rule, params.gate.alpha) == ("better", 0.05)
+    assert params.schedule.retrain == "0 3 * * *"
+
+
+@pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.parent.name)
+def test_params_files_hold_every_section_of_a_stage(path: Path) -> None:
+    # dvc refuses a stage whose section is missing, although every key has a default.
+    sections = set(yaml.safe_load(path.read_text()))
+    for stage in load_stages().values():
+        assert list_sections(stage) <= sections & set(Params.model_fields)
+
+
+def test_stages_are_the_agreed_ones_in_order() -> None:
+    assert list(load_stages()) == list(STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_bears_one_name_everywhere(name: str) -> None:
+    stage = load_stages()[name]
+    assert stage["cmd"] == f"python -m visionloop {name}"
+    assert name in list_sections(stage)
+    assert {"code.json": [name]} in stage["params"]
+    assert set(stage["deps"]) == STAGES[name]["deps"]
+    assert set(stage["outs"]) == STAGES[name]["outs"]
+
+
+def test_evaluate_declares_metrics_and_plots() -> None:
+    stage = load_stages()["evaluate"]
+    assert stage["metrics"] == ["reports/metrics.json"]
+    plots = {path: spec for plot in stage["plots"] for path, spec in plot.items()}
+    assert plots["reports/predictions.csv"] == {"template": "confusion", "x": "actual", "y": "predicted"}
+    assert set(plots) == {"reports/predictions.csv", "reports/per_class.csv"}
+
+
+def test_plots_name_columns_that_evaluate_writes() -> None:
+    code = (ROOT / "src" / "visionloop" / "evaluation" / "evaluate.py").read_text()
+    headers = [re.findall(r'"(\w+)"', row) for row in re.findall(r"writerow\(\[(\".*?)\]\)", code)]
+    for plot in load_stages()["evaluate"]["plots"]:
+        for path, spec in plot.items():
+            assert any({spec["x"], spec["y"]} <= set(header) for header in headers), path
+
+
+@pytest.mark.parametrize("ignore_file", [ROOT / ".gitignore", EXAMPLES / "gitignore"], ids=["repository", "examples"])
+def test_git_ignores_every_out_and_no_lineage(ignore_file: Path, tmp_path: Path) -> None:
+    shutil.copy(ignore_file, tmp_path / ".gitignore")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    stages = load_stages().values()
+    outs = {out for stage in stages for out in stage["outs"]} | {"reports/metrics.json", "reports/predictions.csv"}
+    lineage = ["params.yaml", "dvc.yaml", "dvc.lock", "code.json", "data/dataset.json"]
+    hidden = [".visionloop/store/x", "decisions/latest.json", ".env"]
+    call = ["git", "-C", str(tmp_path), "check-ignore", *sorted(outs), *hidden, *lineage]
+    ignored = subprocess.run(call, capture_output=True, text=True, check=False).stdout.split()
+    assert sorted(ignored) == sorted([*outs, *hidden])
+
+
+def test_dvc_accepts_the_stages(tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "dvc.yaml", tmp_path)
+    shutil.copy(EXAMPLES / "digits" / "params.yaml", tmp_path)
+    env = {**os.environ, **tool_environment(tmp_path)}
+    for command in (["init", "--no-scm", "-q"], ["stage", "list", "--name-only"]):
+        call = [sys.executable, "-m", "dvc", *command]
+        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(STAGES)

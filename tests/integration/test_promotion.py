@@ -1,0 +1,110 @@
+"""Two candidates from evaluation to rollback, against a real MLflow on SQLite, and against none."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from worlds import GOOD, POOR, make_world
+
+from visionloop.errors import TrackingError
+from visionloop.evaluation.evaluate import evaluate
+from visionloop.promotion.decide import gate
+from visionloop.promotion.decisions import latest_decision
+from visionloop.promotion.ledger import read_champion, read_history
+from visionloop.promotion.promote import compare_alias, mirror_alias, promote, rollback
+from visionloop.promotion.register import register
+from visionloop.tracking import Tracking
+
+NOW = "2026-02-03T04:05:06Z"
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """A workspace with a real tracking database."""
+    home = tmp_path_factory.mktemp("loop")
+    world = make_world(home, prepared=True)
+    settings = replace(world.settings, tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, "fake")
+    world = replace(world, settings=settings)
+    return SimpleNamespace(world=world, tracking=tracking, place=(settings, world.params, world.store, tracking))
+
+
+def train(loop, seed):
+    """Stand in for training: a bundle, its run, and the note that ties them."""
+    run_id = loop.tracking.open_run(f"seed {seed}", run_id=None, tags={}, params={"seed": seed})
+    loop.tracking.close_run(run_id)
+    return loop.world.write_candidate(seed, note=run_id), run_id
+
+
+def read_run(loop, run_id):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=loop.tracking.uri)
+    folders = [None, "evaluation", "evaluation/figures"]
+    artifacts = {item.path for folder in folders for item in client.list_artifacts(run_id, folder) if not item.is_dir}
+    return client.get_run(run_id).data, artifacts
+
+
+def test_two_candidates_from_evaluation_to_rollback(loop):
+    settings, params, store, tracking = loop.place
+    poor, poor_run = train(loop, POOR)
+    metrics = evaluate(settings, params)
+    data, artifacts = read_run(loop, poor_run)
+    assert data.metrics["test/accuracy"] == pytest.approx(metrics["accuracy"].value)
+    assert data.metrics["test/macro_f1_low"] == pytest.approx(metrics["macro_f1"].low)
+    assert artifacts >= {"evaluation/report.html", "evaluation/figures/confusion.png", "evaluation/metrics.json"}
+
+    decision = gate(settings, params, store, state={"dataset": "d"}, now=NOW)
+    assert (decision.verdict, decision.run_id) == ("passed", poor_run)
+    assert read_run(loop, poor_run)[0].tags["visionloop.verdict"] == "passed"
+    # What is judged from the original bytes is what was judged from the prepared arrays.
+    assert decision.metrics["accuracy"] == metrics["accuracy"].to_json()
+
+    assert register(*loop.place) == register(*loop.place) == "1"
+    assert promote(*loop.place, by="ann", why="first", now=NOW).model_version == "1"
+    assert tracking.get_champion() == "1"
+
+    good, good_run = train(loop, GOOD)
+    decision = gate(settings, params, store, state={"dataset": "d"}, now=NOW)
+    assert (decision.verdict, decision.champion, decision.number) == ("passed", poor, 2)
+    assert register(*loop.place) == "2"
+    entry = promote(*loop.place, by="ann", why="better", now=NOW)
+    assert (entry.number, entry.previous, entry.run_id) == (2, poor, good_run)
+    assert compare_alias(store, tracking, "fake") == ("2", "2")
+
+    back = rollback(*loop.place, to=None, by="bob", why="a bad feeling", now=NOW)
+    assert (back.number, back.bundle, back.model_version) == (3, poor, "1")
+    assert compare_alias(store, tracking, "fake") == ("1", "1")
+    tracking.set_champion("2")
+    assert compare_alias(store, tracking, "fake") == ("1", "2")
+    assert mirror_alias(*loop.place) == "1"
+    assert compare_alias(store, tracking, "fake") == ("1", "1")
+    assert [e.action for e in read_history(store, "fake")] == ["promote", "promote", "rollback"]
+    assert read_champion(store, "fake") == back
+    assert good != poor
+
+
+def test_an_unreachable_mlflow_leaves_nothing_that_a_second_run_does_not_finish(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    world = make_world(tmp_path, prepared=True)
+    away = Tracking(NOWHERE, "unused", "fake")
+    world.write_candidate(GOOD, note="run-of-a-lost-server")
+    with pytest.raises(TrackingError, match=r"MLflow http://127\.0\.0\.1:1: cannot be used"):
+        evaluate(world.settings, world.params)
+    assert (world.settings.reports_dir / "metrics.json").is_file()
+    with pytest.raises(TrackingError):
+        gate(world.settings, world.params, world.store, state={}, now=NOW)
+    assert latest_decision(world.store, "fake").verdict == "passed"
+    with pytest.raises(TrackingError):
+        register(world.settings, world.params, world.store, away)
+    with pytest.raises(TrackingError):
+        promote(world.settings, world.params, world.store, away, by="ann", why="", now=NOW)
+    assert read_champion(world.store, "fake") is None
+
+    local = replace(world.settings, tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracking = Tracking(local.tracking_uri, local.artifact_root, "fake")
+    assert register(local, world.params, world.store, tracking) == "1"
+    assert promote(local, world.params, world.store, tracking, by="ann", why="", now=NOW).number == 1
+    assert latest_decision(world.store, "fake").number == 1
+    assert tracking.get_champion() == "1"

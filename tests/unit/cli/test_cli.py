@@ -1,0 +1,181 @@
+"""The command line: help at once, answers, one line and an exit code for every mistake. No torch in here."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import make_bundle, make_image
+
+from visionloop.cli import main
+
+COMMANDS = [
+    "new",
+    "ingest",
+    "datasets",
+    "prepare",
+    "train",
+    "evaluate",
+    "gate",
+    "register",
+    "promote",
+    "rollback",
+    "history",
+    "serve",
+    "predict",
+    "doctor",
+]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """Run a command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with a folder of photos beside it; the test stands in it."""
+    folder = tmp_path / "ws"
+    folder.mkdir()
+    (folder / "params.yaml").write_text("name: pets\n")
+    for k, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(make_image(100 * k + i))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Examples:" in shown
+    assert f"visionloop {command}" in shown
+
+
+def test_help_loads_no_heavy_library() -> None:
+    heavy = ("torch", "mlflow", "prefect", "sklearn", "pyarrow", "onnxruntime", "pydantic", "numpy", "PIL", "rich")
+    code = (
+        "import sys; sys.argv = ['visionloop', '--help']\nfrom visionloop.cli import main\n"
+        f"try: main()\nexcept SystemExit: pass\nprint([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_ingest_datasets_and_show(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home.parent / "photos" / "cat" / "bad.jpg").write_text("text")
+    assert run(monkeypatch, "ingest", "../photos") == 0
+    shown = capsys.readouterr().out
+    assert "a one-time pull of" in shown
+    assert "dataset pets version 1: 24 new images, 24 in all" in shown
+    assert "photos:cat/bad.jpg: is not an image we read" in shown
+    assert run(monkeypatch, "ingest", "../photos") == 0
+    assert "dataset pets version 1: nothing new, 24 in all" in capsys.readouterr().out
+    assert run(monkeypatch, "datasets") == 0
+    assert capsys.readouterr().out.startswith("*    1  ")
+    assert run(monkeypatch, "datasets", "show") == 0
+    shown = capsys.readouterr().out
+    assert "sources  photos" in shown
+    assert "quarantined 1 files" in shown
+
+
+def test_prepare_after_ingest(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "params.yaml").write_text("name: pets\nprepare: {image_size: 32}\n")
+    assert run(monkeypatch, "ingest", "../photos") == 0
+    assert run(monkeypatch, "prepare") == 0
+    assert "`dvc commit -f prepare` keeps this result" in capsys.readouterr().out
+    assert json.loads((home / "data" / "prepared" / "report.json").read_text())["num_images"] == 24
+
+
+def test_predict_with_a_bundle(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_bundle(home / "models" / "candidate", classes=("cat", "dog"))
+    bundle = str(home / "models" / "candidate")
+    assert run(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", bundle, "--out", "out.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "█" in shown
+    assert shown.count("%") == 2
+    assert json.loads((home / "out.jsonl").read_text())["prediction"] in {"cat", "dog"}
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_bundle_with_a_flipped_byte(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(home / "b")
+    flip_byte(home / "b" / "model.onnx")
+    assert run(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", "b") == 2
+    assert "model.onnx differs from its digest; expected the files as they were made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (("ingest",), "error: params.yaml ingest.sources: names no source; expected at least one."),
+        (("ingest", "nowhere"), "does not exist; expected a folder. Check the path."),
+        (("prepare",), "error: data/dataset.json: not found: this workspace has no images yet"),
+        (("gate",), "error: data/dataset.json: not found"),
+        (("predict", "x.jpg"), "error: x.jpg: does not exist; expected an image, a folder or a glob."),
+        (("predict", "../photos"), "error: ledger pets: has no champion; expected a promoted model."),
+        (("new", "."), "is not empty; expected a new or empty folder."),
+        (("new", "x", "--example", "cats"), "got 'cats'; expected one of digits, horses-or-humans."),
+        (("datasets", "show", "9"), "error: dataset pets version 9: is not in the store"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], line: str
+) -> None:
+    assert run(monkeypatch, *argv) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_a_wrong_params_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "params.yaml").write_text("name: pets\ntrain: {epochs: 3}\n")
+    assert run(monkeypatch, "prepare") == 2
+    assert capsys.readouterr().err.startswith("error: params.yaml train.epochs: unknown key; expected one of backbone")
+    told = json.loads((home / ".visionloop" / "error.json").read_text())
+    assert (told["kind"], told["transient"]) == ("ParamsError", False)
+
+
+def test_outside_of_a_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "train") == 2
+    assert "no params.yaml here or above" in capsys.readouterr().err
+
+
+def test_new_makes_a_workspace_that_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from visionloop.params import load_params
+
+    monkeypatch.chdir(tmp_path)
+    started = time.perf_counter()
+    assert run(monkeypatch, "new", "pets", "--example", "horses-or-humans", "--name", "pets") == 0
+    assert time.perf_counter() - started < 30
+    home = tmp_path / "pets"
+    assert load_params(home / "params.yaml").name == "pets"
+    assert (home / ".dvc" / "config").is_file()
+    assert (home / ".git" / "HEAD").is_file()
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=home, capture_output=True, text=True, check=True)
+    names = {line[3:] for line in status.stdout.splitlines()}
+    assert {"params.yaml", "dvc.yaml", "code.json", ".gitignore"} <= names
+    assert not any(name.startswith((".visionloop", "models")) for name in names)
+    assert (home / ".visionloop").stat().st_mode & 0o022 == 0, "no folder that everybody may write"

@@ -1,0 +1,125 @@
+"""The stage: its files, its errors, and that it judges what is served."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+from worlds import GOOD, make_world
+
+from visionloop.data.shards import load_prepared
+from visionloop.errors import BundleError, DatasetError
+from visionloop.evaluation.evaluate import OUTS, evaluate
+from visionloop.evaluation.run_note import load_run_note
+from visionloop.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("evaluate"), prepared=True)
+
+
+def read_outs(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_writes_what_the_served_predictor_says(world):
+    digest = world.write_candidate(GOOD)
+    found = evaluate(world.settings, world.params)
+    tests = [r for r in world.records if r.side == "test"]
+    predictor = Predictor.load(world.settings.candidate_dir)
+    served = predictor.predict([world.store.get(f"images/{r.sha256[:2]}/{r.sha256}") for r in tests])
+    expected = reference.accuracy_score([r.labels[0] for r in tests], [p.prediction for p in served])
+    assert found["accuracy"].value == pytest.approx(expected)
+    assert 0.7 < expected < 0.95
+    summary = json.loads((world.settings.reports_dir / "metrics.json").read_text())
+    assert summary["accuracy"] == found["accuracy"].to_json()
+    assert (summary["num_test"], summary["bundle"], summary["dataset"]) == (len(tests), digest, world.pin.digest)
+    with (world.settings.reports_dir / "predictions.csv").open(newline="") as file:
+        rows = {row["sha256"]: row for row in csv.DictReader(file)}
+    for record, answer in zip(tests, served, strict=True):
+        row = rows.pop(record.sha256)
+        assert (row["actual"], row["predicted"]) == (record.labels[0], answer.prediction)
+        assert float(row["confidence"]) == pytest.approx(answer.confidence, abs=1e-4)
+    assert rows == {}
+    with (world.settings.reports_dir / "per_class.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(world.pin.classes)
+
+
+def test_same_input_gives_same_bytes_and_other_files_stay(world):
+    world.write_candidate(GOOD)
+    evaluate(world.settings, world.params)
+    reports = world.settings.reports_dir
+    first = read_outs(reports)
+    (reports / "notes.txt").write_text("mine")
+    (reports / "figures" / "old.png").write_bytes(b"of an older run")
+    evaluate(world.settings, world.params)
+    assert read_outs(reports) == {**first, "notes.txt": b"mine"}
+    assert {name.split("/")[0] for name in first} == set(OUTS)
+    assert list(world.settings.work_dir("evaluate").iterdir()) == [world.settings.work_dir("evaluate") / "lock"]
+
+
+def test_reads_a_batch_at_a_time_and_reports_progress(world, monkeypatch):
+    world.write_candidate(GOOD)
+    monkeypatch.setattr("visionloop.evaluation.evaluate.BATCH_BYTES", 32 * 32 * 3 * 30)
+    seen = []
+    evaluate(world.settings, world.params, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(30, 80), (60, 80), (80, 80)]
+
+
+def test_a_threshold_decides_for_two_classes(tmp_path):
+    world = make_world(tmp_path, prepared=True, classes=("no", "yes"))
+    world.write_candidate(GOOD, threshold=0.0)
+    found = evaluate(world.settings, world.params)
+    prepared = load_prepared(world.settings.prepared_dir)
+    share = float(np.mean(prepared.label_n[prepared.rows("test")] == 1))
+    assert found["recall"].value == 1.0
+    assert found["accuracy"].value == pytest.approx(share)
+
+
+def test_no_test_image_is_an_error(tmp_path):
+    world = make_world(tmp_path, prepared=True, test_sides=0)
+    world.write_candidate(GOOD)
+    with pytest.raises(DatasetError, match="has no test image"):
+        evaluate(world.settings, world.params)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (
+            {"dataset": {"version": 7, "digest": "f" * 64}},
+            "was trained on dataset version 7 .*Run `visionloop train`",
+        ),
+        ({"classes": ("a", "b", "d")}, "knows the classes a, b, d; expected a, b, c"),
+        ({"resize": "letterbox"}, "takes 32 x 32 pixels by letterbox; expected 32 x 32 by squash"),
+    ],
+)
+def test_a_candidate_of_other_data_is_refused_and_reports_stay(world, card, message):
+    world.settings.reports_dir.mkdir(exist_ok=True)
+    (world.settings.reports_dir / "metrics.json").write_text("of an older run")
+    before = read_outs(world.settings.reports_dir)
+    world.write_candidate(GOOD, **card)
+    with pytest.raises(DatasetError, match=message):
+        evaluate(world.settings, world.params)
+    assert read_outs(world.settings.reports_dir) == before
+
+
+def test_a_flipped_byte_is_refused(world):
+    world.write_candidate(GOOD)
+    path = world.settings.candidate_dir / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx differs from its digest"):
+        evaluate(world.settings, world.params)
+
+
+def test_a_damaged_note_is_named(world):
+    digest = world.write_candidate(GOOD, note="run-1")
+    (world.settings.runs_dir / f"{digest}.json").write_text("[")
+    with pytest.raises(BundleError, match=f"run note {digest}.json: is damaged"):
+        load_run_note(world.settings.runs_dir, digest)
+    assert load_run_note(world.settings.runs_dir, "0" * 64) is None

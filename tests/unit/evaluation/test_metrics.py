@@ -1,0 +1,143 @@
+"""Figures against scikit-learn, against naive code, and at their edges."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from visionloop.evaluation.metrics import (
+    compute_calibration_error,
+    compute_class_figures,
+    compute_confidence_bins,
+    compute_confusion,
+    compute_log_losses,
+    compute_macro_f1,
+    compute_metrics,
+    compute_wilson,
+    draw_rows,
+)
+
+
+def make_answers(num_images, num_classes, seed=0, skill=2.0):
+    generator = np.random.default_rng(seed)
+    labels_n = generator.integers(0, num_classes, num_images)
+    logits_nk = generator.normal(size=(num_images, num_classes))
+    logits_nk[np.arange(num_images), labels_n] += skill
+    probs_nk = np.exp(logits_nk)
+    probs_nk /= probs_nk.sum(axis=1, keepdims=True)
+    return labels_n, probs_nk, probs_nk.argmax(axis=1)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_values_equal_scikit_learn(num_classes):
+    labels_n, probs_nk, chosen_n = make_answers(300, num_classes)
+    classes = [f"c{i}" for i in range(num_classes)]
+    found = compute_metrics(labels_n, probs_nk, chosen_n, classes, resamples=100, seed=0)
+    expected = {
+        "accuracy": reference.accuracy_score(labels_n, chosen_n),
+        "macro_f1": reference.f1_score(labels_n, chosen_n, average="macro"),
+        "log_loss": reference.log_loss(labels_n, probs_nk),
+    }
+    if num_classes == 2:
+        expected["auc"] = reference.roc_auc_score(labels_n, probs_nk[:, 1])
+        expected["precision"] = reference.precision_score(labels_n, chosen_n)
+        expected["recall"] = reference.recall_score(labels_n, chosen_n)
+    assert {name: interval.value for name, interval in found.items()} == pytest.approx(expected, abs=1e-12)
+    assert all(i.low < i.value < i.high for i in found.values())
+
+
+def test_auc_counts_ties_half():
+    labels_n, probs_nk, _ = make_answers(200, 2)
+    coarse_nk = probs_nk.round(1)
+    found = compute_metrics(labels_n, coarse_nk, coarse_nk.argmax(1), ("x", "y"), resamples=100, seed=0)
+    assert found["auc"].value == pytest.approx(reference.roc_auc_score(labels_n, coarse_nk[:, 1]), abs=1e-12)
+
+
+def test_class_figures_equal_scikit_learn():
+    labels_n, _, chosen_n = make_answers(150, 6, skill=0.5)
+    chosen_n[chosen_n == 4] = 1
+    confusion_kk = compute_confusion(labels_n, chosen_n, 6)
+    found = compute_class_figures(confusion_kk, list("abcdef"))
+    columns = reference.precision_recall_fscore_support(labels_n, chosen_n, labels=range(6), zero_division=0)
+    assert confusion_kk.tolist() == reference.confusion_matrix(labels_n, chosen_n).tolist()
+    rows = np.array([(f.precision, f.recall, f.f1, f.support) for f in found])
+    np.testing.assert_allclose(rows, np.transpose(columns), atol=1e-12)
+
+
+def test_macro_f1_leaves_out_classes_that_do_not_occur():
+    labels_n, chosen_n = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
+    expected = reference.f1_score(labels_n, chosen_n, labels=[0, 1], average="macro")
+    assert compute_macro_f1(labels_n, chosen_n, 5)[0] == pytest.approx(expected)
+    assert expected == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_bootstrap_equals_a_plain_loop_over_the_same_draws():
+    labels_n, probs_nk, chosen_n = make_answers(60, 4)
+    found = compute_metrics(labels_n, probs_nk, chosen_n, list("abcd"), resamples=200, seed=7)
+    scores, losses, loss_n = [], [], compute_log_losses(labels_n, probs_nk)
+    for rows_n in np.concatenate(list(draw_rows(60, 200, 7))):
+        drawn_n = labels_n[rows_n]
+        scores.append(reference.f1_score(drawn_n, chosen_n[rows_n], labels=np.unique(drawn_n), average="macro"))
+        losses.append(loss_n[rows_n].mean())
+    for name, values in (("macro_f1", scores), ("log_loss", losses)):
+        assert [found[name].low, found[name].high] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-12)
+
+
+def test_draws_are_the_same_however_they_are_cut(monkeypatch):
+    whole = np.concatenate(list(draw_rows(50, 90, 3)))
+    monkeypatch.setattr("visionloop.evaluation.metrics.CHUNK_ROWS", 500)
+    parts = list(draw_rows(50, 90, 3))
+    assert len(parts) == 9
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert not np.array_equal(np.concatenate(list(draw_rows(50, 90, 4))), whole)
+
+
+def test_interval_of_macro_f1_covers_the_truth_about_as_often_as_it_says():
+    # Symmetric errors at a rate of 20 % between two classes: the true macro F1 is 0.8.
+    covered = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        labels_n = generator.integers(0, 2, 200)
+        chosen_n = np.where(generator.random(200) < 0.2, 1 - labels_n, labels_n)
+        found = compute_metrics(labels_n, np.full((200, 2), 0.5), chosen_n, "xy", resamples=300, seed=seed)
+        covered += found["macro_f1"].low <= 0.8 <= found["macro_f1"].high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [(8, 10, 0.490162, 0.943318), (0, 20, 0.0, 0.161125), (20, 20, 0.838875, 1.0), (0, 0, 0.0, 1.0)],
+)
+def test_wilson_equals_published_values(hits, trials, low, high):
+    found = compute_wilson(hits, trials)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_perfect_answers_give_finite_figures():
+    labels_n = np.array([0, 1, 1, 0])
+    found = compute_metrics(labels_n, np.eye(2)[labels_n], labels_n, ("x", "y"), resamples=100, seed=0)
+    assert {name: i.value for name, i in found.items()} == pytest.approx(
+        {"accuracy": 1, "macro_f1": 1, "log_loss": 0, "auc": 1, "precision": 1, "recall": 1}
+    )
+    assert found["accuracy"].low == pytest.approx(0.510109, abs=1e-6)
+
+
+def test_a_certain_and_wrong_answer_costs_36_nats():
+    assert compute_log_losses(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx(36.0436, abs=1e-3)
+
+
+def test_one_class_in_the_labels_leaves_out_auc():
+    labels_n, chosen_n = np.zeros(5, int), np.array([0, 0, 0, 0, 1])
+    found = compute_metrics(labels_n, np.full((5, 2), 0.5), chosen_n, ("x", "y"), resamples=100, seed=0)
+    assert "auc" not in found
+    assert (found["precision"].value, found["recall"].value, found["recall"].high) == (0.0, 0.0, 1.0)
+
+
+def test_bins_hold_every_answer_once():
+    confidence_n = np.array([0.0, 0.05, 0.55, 0.58, 1.0])
+    bins = compute_confidence_bins(confidence_n, np.array([False, False, True, False, True]))
+    assert [(b.low, b.count, round(b.confidence, 3), b.accuracy) for b in bins] == [
+        (0.0, 2, 0.025, 0.0),
+        (0.5, 2, 0.565, 0.5),
+        (0.9, 1, 1.0, 1.0),
+    ]
+    assert compute_calibration_error(bins) == pytest.approx((2 * 0.025 + 2 * 0.065 + 0) / 5)

@@ -1,0 +1,90 @@
+"""Figures: whole PNG files, the same bytes each time, whatever the class names or the user's matplotlib settings."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionloop.evaluation.metrics import compute_class_figures, compute_confusion
+from visionloop.evaluation.plots import Mistake, draw_classes, draw_confidence, draw_confusion, draw_mistakes
+
+ODD_NAMES = ("$5 bill", "\\frac{", "日本", "<b>", "x" * 300, "two\nlines", " ")
+
+
+def read_chunks(png: bytes) -> set[str]:
+    chunks, place = set(), 8
+    while place < len(png):
+        (size,) = struct.unpack(">I", png[place : place + 4])
+        chunks.add(png[place + 4 : place + 8].decode())
+        place += 12 + size
+    return chunks
+
+
+def make_confusion(num_classes: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    labels_n = generator.integers(0, num_classes, 400)
+    chosen_n = np.where(generator.random(400) < 0.8, labels_n, generator.integers(0, num_classes, 400))
+    return compute_confusion(labels_n, chosen_n, num_classes)
+
+
+def make_mistakes(count: int) -> list[Mistake]:
+    images_nhwc = np.random.default_rng(0).integers(0, 255, (count, 20, 30, 3)).astype(np.uint8)
+    return [Mistake(image, ODD_NAMES[i % 7], "b", 0.75) for i, image in enumerate(images_nhwc)]
+
+
+def draw_all() -> dict[str, bytes]:
+    confusion_kk = make_confusion(len(ODD_NAMES))
+    confidence_n = np.random.default_rng(1).random(200)
+    return {
+        "confusion": draw_confusion(confusion_kk, ODD_NAMES),
+        "classes": draw_classes(compute_class_figures(confusion_kk, ODD_NAMES)),
+        "confidence": draw_confidence(confidence_n, confidence_n > 0.4),
+        "mistakes": draw_mistakes(make_mistakes(7), 9, 200),
+    }
+
+
+def test_same_input_gives_same_bytes_whatever_the_users_settings():
+    import matplotlib
+
+    first = draw_all()
+    before = matplotlib.rcParams["font.size"]
+    matplotlib.rcParams["font.size"] = 30
+    matplotlib.rcParams["savefig.dpi"] = 50
+    try:
+        assert draw_all() == first
+        assert matplotlib.rcParams["font.size"] == 30
+    finally:
+        matplotlib.rcParams.update({"font.size": before, "savefig.dpi": "figure"})
+    for png in first.values():
+        assert read_chunks(png) <= {"IHDR", "pHYs", "IDAT", "IEND"}
+        image = Image.open(io.BytesIO(png))
+        image.load()
+        assert len(image.convert("L").getcolors()) > 20
+
+
+@pytest.mark.parametrize(("num_classes", "least_px"), [(2, 400), (10, 600), (120, 1400)])
+def test_confusion_grows_with_the_classes(num_classes, least_px):
+    names = [f"breed number {i}" for i in range(num_classes)]
+    image = Image.open(io.BytesIO(draw_confusion(make_confusion(num_classes), names)))
+    assert least_px < image.width < 1800
+    assert least_px < image.height < 1800
+
+
+def test_classes_shows_the_worst_forty_of_many():
+    tall = Image.open(io.BytesIO(draw_classes(compute_class_figures(make_confusion(40), [str(i) for i in range(40)]))))
+    taller = Image.open(
+        io.BytesIO(draw_classes(compute_class_figures(make_confusion(90), [str(i) for i in range(90)])))
+    )
+    assert tall.height == taller.height
+
+
+def test_mistakes_of_a_perfect_model_is_one_line():
+    image = Image.open(io.BytesIO(draw_mistakes([], 0, 10)))
+    assert image.height < 100
+
+
+def test_confidence_without_a_single_right_answer_is_drawn():
+    png = draw_confidence(np.array([0.5, 0.9]), np.array([False, False]))
+    assert Image.open(io.BytesIO(png)).width > 900

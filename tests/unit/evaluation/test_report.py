@@ -1,0 +1,103 @@
+"""The report: one page, everything inside, nothing executable from names."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from visionloop.evaluation.metrics import compute_class_figures
+from visionloop.evaluation.report import ReportFacts, make_report
+from visionloop.records import Card, Interval, Pin
+
+CLASSES = ("<script>alert(1)</script>", 'b" onload="x', "c")
+CONFUSION = np.array([[8, 2, 0], [0, 10, 0], [1, 0, 4]])
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.stack, self.seen, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "img"}:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+@pytest.fixture
+def facts() -> ReportFacts:
+    card = Card(
+        name="fake",
+        task="multiclass",
+        classes=CLASSES,
+        image_size=(32, 48),
+        resize="squash",
+        temperature=1.0,
+        threshold=None,
+        runtimes=("onnxruntime",),
+        dataset={},
+        params={"backbone": "small_cnn", "seed": 3},
+        network={},
+        parity=0.0,
+    )
+    return ReportFacts(
+        card=card,
+        bundle_digest="ab" * 32,
+        pin=Pin("digits", 4, "cd" * 32, 1797, CLASSES),
+        num_test=25,
+        metrics={"accuracy": Interval(0.88, 0.70, 0.9584), "log_loss": Interval(0.5, 0.25, 0.75)},
+        class_figures=compute_class_figures(CONFUSION, CLASSES),
+        confusion_kk=CONFUSION,
+        figures={"confusion": b"png one", "mistakes": b"png two"},
+    )
+
+
+def test_page_is_whole_and_names_cannot_break_out(facts):
+    tags = Tags()
+    page = make_report(facts)
+    tags.feed(page)
+    assert tags.stack == []
+    assert "script" not in tags.seen
+    assert not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_page_loads_nothing_from_anywhere(facts):
+    tags = Tags()
+    page = make_report(facts)
+    tags.feed(page)
+    sources = [value for name, value in tags.attributes if name in {"src", "href"}]
+    assert sources == ["data:image/png;base64,cG5nIG9uZQ==", "data:image/png;base64,cG5nIHR3bw=="]
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_page_says_figures_intervals_and_digests(facts):
+    page = make_report(facts)
+    for text in ("88.0 %", "70.0 % … 95.8 %", "0.500", "0.250 … 0.750", "ab" * 32, "cd" * 32, "small_cnn", "32 x 48"):
+        assert text in page
+
+
+def test_confusions_come_most_frequent_first(facts):
+    page = make_report(facts)
+    table = page[page.index("Most frequent confusions") : page.index("<h2>Classes")]
+    assert re.findall(r"<td>(\d+)</td>", table) == ["2", "1"]
+    assert "20.0 %" in table
+
+
+def test_classes_come_worst_first(facts):
+    page = make_report(facts)
+    table = page[page.index("<h2>Classes") :]
+    f1 = [figures.f1 for figures in facts.class_figures]
+    assert sorted(range(3), key=f1.__getitem__) == [0, 2, 1]
+    places = [table.index(f"<td>{start}") for start in ("&lt;script", "c</td>", "b&quot;")]
+    assert places == sorted(places)
+
+
+def test_same_facts_give_same_bytes(facts):
+    assert make_report(facts) == make_report(facts)

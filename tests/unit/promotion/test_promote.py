@@ -1,0 +1,264 @@
+"""Register, promote and roll back: what moves, what does not, and what a second run mends."""
+
+import pytest
+from worlds import GOOD, POOR, FakeTracking, make_world, write_note
+
+from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
+from visionloop.promotion.decide import gate
+from visionloop.promotion.ledger import append_entry, read_champion, read_history
+from visionloop.promotion.promote import compare_alias, mirror_alias, promote, rollback
+from visionloop.promotion.register import register
+
+NOW = "2026-02-03T04:05:06Z"
+
+
+class Desk:
+    """A world with an MLflow in memory, and the steps as a person takes them."""
+
+    def __init__(self, home):
+        self.world = make_world(home)
+        self.store, self.tracking = self.world.store, FakeTracking()
+        self.place = (self.world.settings, self.world.params, self.store, self.tracking)
+
+    def judge(self, seed, *, floors=None, note=None, **card):
+        digest = self.world.write_candidate(seed, **card)
+        params = self.world.with_gate(rule="no_worse", margin=0.99, floors=floors or {})
+        gate(self.world.settings, params, self.store, state={}, now=NOW)
+        if note:  # after the gate: it would tag a run of a real MLflow
+            write_note(self.world.settings.runs_dir, digest, note)
+        return digest
+
+    def promote(self, by="ann"):
+        return promote(*self.place, by=by, why="because", now=NOW)
+
+    def rollback(self, to=None):
+        return rollback(*self.place, to=to, by="bob", why="it was wrong", now=NOW)
+
+    def crown(self, seed, **card):
+        """Take a candidate all the way."""
+        digest = self.judge(seed, **card)
+        register(*self.place)
+        assert self.promote().bundle == digest
+        return digest
+
+
+@pytest.fixture
+def desk(tmp_path):
+    return Desk(tmp_path)
+
+
+def test_a_passed_candidate_is_registered_once(desk):
+    digest = desk.judge(GOOD, note="run-1")
+    assert register(*desk.place) == "1"
+    assert register(*desk.place) == "1"
+    assert desk.tracking.versions == {digest: "1"}
+    assert desk.tracking.tags["1"] == {
+        "visionloop.decision": "1",
+        "visionloop.dataset": desk.world.pin.digest,
+        "visionloop.dataset_version": "1",
+    }
+    assert desk.store.exists(f"bundles/{digest}/digests.json")
+    assert read_champion(desk.store, "fake") is None
+
+
+def test_a_refused_candidate_is_not_registered(desk):
+    digest = desk.judge(GOOD, floors={"accuracy": 0.99})
+    with pytest.raises(NotPromoted, match="decision 1 is refused"):
+        register(*desk.place)
+    with pytest.raises(NotPromoted, match="decision 1 is refused"):
+        desk.promote()
+    assert desk.tracking.versions == {}
+    assert not desk.store.exists(f"bundles/{digest}/digests.json")
+
+
+def test_a_flipped_byte_is_not_registered(desk):
+    desk.judge(GOOD)
+    path = desk.world.settings.candidate_dir / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleError, match=r"model\.onnx differs from its digest"):
+        register(*desk.place)
+    assert desk.tracking.versions == {}
+
+
+def test_an_unreachable_mlflow_in_register_is_finished_by_a_second_run(desk):
+    digest = desk.judge(GOOD)
+    desk.tracking.down = True
+    with pytest.raises(TrackingError):
+        register(*desk.place)
+    with pytest.raises(TrackingError):
+        desk.promote()
+    assert read_champion(desk.store, "fake") is None
+    desk.tracking.down = False
+    assert register(*desk.place) == "1"
+    assert desk.promote().bundle == digest
+
+
+def test_promotion_writes_the_ledger_and_the_alias_follows(desk):
+    digest = desk.judge(GOOD, note="run-1")
+    register(*desk.place)
+    entry = desk.promote()
+    assert (entry.number, entry.action, entry.bundle, entry.previous) == (1, "promote", digest, None)
+    assert (entry.model_version, entry.decision, entry.run_id) == ("1", 1, "run-1")
+    assert (entry.by, entry.why, entry.at) == ("ann", "because", NOW)
+    assert entry.dataset["digest"] == desk.world.pin.digest
+    assert read_champion(desk.store, "fake") == entry
+    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "1")
+
+
+def test_promoting_the_champion_again_returns_its_entry_and_mends_the_alias(desk):
+    desk.crown(GOOD)
+    desk.tracking.champion = "7"
+    assert desk.promote(by="eve").by == "ann"
+    assert len(read_history(desk.store, "fake")) == 1
+    assert desk.tracking.champion == "1"
+
+
+def test_an_unregistered_candidate_is_not_promoted(desk):
+    desk.judge(GOOD)
+    with pytest.raises(
+        PromotionError, match=r"is not registered; expected a model version\. Run `visionloop register`"
+    ):
+        desk.promote()
+    assert read_history(desk.store, "fake") == []
+
+
+def test_a_champion_that_moved_since_the_decision_stops_the_promotion(desk):
+    desk.judge(GOOD)
+    register(*desk.place)
+    facts = {"decision": 9, "dataset": {}, "run_id": None, "by": "eve", "why": "first", "at": NOW}
+    append_entry(desk.store, "fake", None, action="promote", bundle="e" * 64, model_version="9", **facts)
+    with pytest.raises(
+        PromotionError, match=r"champion moved since decision 1: .*eeeeeeeeeeee \(entry 1\).*gate` again"
+    ):
+        desk.promote()
+    assert [e.by for e in read_history(desk.store, "fake")] == ["eve"]
+
+
+def test_a_damaged_copy_in_the_store_is_not_promoted(desk):
+    digest = desk.judge(GOOD)
+    register(*desk.place)
+    data = desk.store.get(f"bundles/{digest}/model.onnx")
+    desk.store.put(f"bundles/{digest}/model.onnx", data[:-1] + b"\0")
+    with pytest.raises(BundleError, match=r"model\.onnx differs"):
+        desk.promote()
+    assert read_history(desk.store, "fake") == []
+    assert not list(desk.world.settings.hidden_dir.glob("verify-*"))
+
+
+def test_mlflow_lost_after_the_ledger_moved_is_mended_by_a_second_run(desk):
+    digest = desk.judge(GOOD)
+    register(*desk.place)
+    set_champion = desk.tracking.set_champion
+    desk.tracking.set_champion = lambda version: setattr(desk.tracking, "down", True) or set_champion(version)
+    with pytest.raises(TrackingError):
+        desk.promote()
+    assert read_champion(desk.store, "fake").bundle == digest
+    desk.tracking.down, desk.tracking.set_champion = False, set_champion
+    assert desk.promote().number == 1
+    assert desk.tracking.champion == "1"
+
+
+def test_rollback_goes_back_one_champion_at_a_time(desk):
+    first, second, third = desk.crown(POOR), desk.crown(GOOD), desk.crown(POOR + 1)
+    entry = desk.rollback()
+    assert (entry.number, entry.action, entry.bundle, entry.previous) == (4, "rollback", second, third)
+    assert (entry.model_version, entry.decision, entry.by, entry.why) == ("2", 2, "bob", "it was wrong")
+    assert desk.tracking.champion == "2"
+    assert desk.rollback().bundle == first
+    with pytest.raises(PromotionError, match="has no champion before"):
+        desk.rollback()
+    assert desk.rollback(to=3).bundle == third
+    assert desk.rollback().bundle == second
+    assert [e.number for e in read_history(desk.store, "fake")] == [1, 2, 3, 4, 5, 6, 7]
+    assert compare_alias(desk.store, desk.tracking, "fake") == ("2", "2")
+
+
+def test_a_model_that_was_rolled_back_can_be_judged_and_promoted_again(desk):
+    desk.crown(POOR)
+    second = desk.crown(GOOD)
+    desk.rollback()
+    entry = desk.promote()
+    assert (entry.number, entry.bundle, entry.action) == (4, second, "promote")
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (1, "entry 1 is the champion already"),
+        (9, "has no entry 9; expected an earlier champion"),
+        (None, "no champion before"),
+    ],
+)
+def test_a_rollback_to_nowhere_is_an_error(desk, to, message):
+    desk.crown(GOOD)
+    with pytest.raises(PromotionError, match=message):
+        desk.rollback(to=to)
+    assert len(read_history(desk.store, "fake")) == 1
+
+
+def test_an_empty_ledger_has_nothing_to_roll_back(desk):
+    with pytest.raises(PromotionError, match="ledger fake: is empty"):
+        desk.rollback()
+
+
+def test_a_damaged_earlier_bundle_is_not_rolled_back_to(desk):
+    first = desk.crown(POOR)
+    second = desk.crown(GOOD)
+    desk.store.delete(f"bundles/{first}/golden/answers.json")
+    with pytest.raises(BundleError, match="is not whole in"):
+        desk.rollback()
+    assert read_champion(desk.store, "fake").bundle == second
+
+
+def test_rollback_moves_the_ledger_while_mlflow_is_down(desk):
+    first = desk.crown(POOR)
+    desk.crown(GOOD)
+    desk.tracking.down = True
+    with pytest.raises(
+        TrackingError, match=r"rolled back all the same: ledger entry 3 stands.* Do not roll back again"
+    ):
+        desk.rollback()
+    assert read_champion(desk.store, "fake").bundle == first
+    desk.tracking.down = False
+    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "2")
+    assert mirror_alias(*desk.place) == "1"
+    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "1")
+
+
+def test_a_new_mlflow_learns_the_champion_from_the_store(desk):
+    desk.crown(POOR)
+    digest = desk.crown(GOOD)
+    fresh = FakeTracking()
+    assert compare_alias(desk.store, fresh, "fake") == ("2", None)
+    assert mirror_alias(desk.world.settings, desk.world.params, desk.store, fresh) == "1"
+    assert fresh.versions == {digest: "1"}
+    assert compare_alias(desk.store, fresh, "fake") == ("1", "1")
+
+
+def test_an_alias_that_will_not_stay_is_an_error(desk):
+    desk.crown(GOOD)
+    desk.tracking.champion = "5"
+    desk.tracking.set_champion = lambda version: None
+    with pytest.raises(PromotionError, match=r"its alias `champion` keeps moving; expected version 1"):
+        mirror_alias(*desk.place)
+
+
+def test_a_promotion_during_the_mirroring_wins_the_alias(desk):
+    desk.crown(POOR)
+    desk.crown(GOOD)
+    desk.rollback()
+    set_champion = desk.tracking.set_champion
+
+    def set_late(version):
+        set_champion(version)
+        desk.tracking.set_champion = set_champion
+        desk.rollback(to=2)
+
+    desk.tracking.set_champion, desk.tracking.champion = set_late, None
+    assert mirror_alias(*desk.place) == "2"
+    assert desk.tracking.champion == "2"
+
+
+def test_without_a_champion_there_is_no_alias_to_mirror(desk):
+    assert mirror_alias(*desk.place) is None
+    assert compare_alias(desk.store, desk.tracking, "fake") == (None, None)

@@ -1,0 +1,106 @@
+"""Scores: from the original bytes, once, and put side by side by class name."""
+
+import numpy as np
+import pytest
+from worlds import GOOD, POOR, make_world, write_bundle
+
+from visionloop.data.manifest import make_image_key
+from visionloop.errors import DatasetError
+from visionloop.predictor import Predictor
+from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test
+from visionloop.records import ImageRecord
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("score"))
+
+
+@pytest.fixture
+def predictor(world, tmp_path):
+    write_bundle(tmp_path / "bundle", world.pin, GOOD)
+    return Predictor.load(tmp_path / "bundle", threads=1)
+
+
+@pytest.fixture
+def score_key(world, predictor):
+    key = f"scores/{predictor.digest}/{compute_test_digest(select_test(world.records))}.npz"
+    world.store.delete(key)
+    return key
+
+
+def test_scores_are_the_served_answers_in_the_order_of_sha256(world, predictor, score_key):
+    tests = select_test(world.records)
+    assert len(tests) == 80
+    assert [r.sha256 for r in tests] == sorted(r.sha256 for r in world.records if r.side == "test")
+    scores = score_bundle(world.store, predictor, tests)
+    served = predictor.predict([world.store.get(make_image_key(r.sha256)) for r in tests])
+    assert [scores.classes[k] for k in scores.chosen_n] == [p.prediction for p in served]
+    np.testing.assert_allclose(scores.probs_nk.max(axis=1), [p.confidence for p in served], atol=1e-5)
+
+
+def test_scores_are_computed_once(world, predictor, score_key):
+    tests, progress = select_test(world.records), []
+    first = score_bundle(world.store, predictor, tests, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(64, 80), (80, 80)]
+    again = score_bundle(world.store, predictor, tests, on_progress=lambda done, total: progress.append("again"))
+    assert progress == [(64, 80), (80, 80)]
+    np.testing.assert_array_equal(again.probs_nk, first.probs_nk)
+    np.testing.assert_array_equal(again.chosen_n, first.chosen_n)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK not a zip", b"PK\x03\x04" + bytes(50)])
+def test_damaged_scores_are_computed_again(world, predictor, score_key, data):
+    tests = select_test(world.records)
+    first = score_bundle(world.store, predictor, tests)
+    good = world.store.get(score_key)
+    world.store.put(score_key, data)
+    np.testing.assert_array_equal(score_bundle(world.store, predictor, tests).chosen_n, first.chosen_n)
+    assert world.store.get(score_key) == good
+
+
+def test_a_missing_image_is_named(world, predictor):
+    lost = ImageRecord.from_json({**world.records[0].to_json(), "sha256": "e" * 64, "side": "test"})
+    with pytest.raises(DatasetError, match="test image eeeeeeeeeeee: is not in the store"):
+        score_bundle(world.store, predictor, [lost])
+
+
+def test_test_digest_follows_images_and_labels_not_their_order(world):
+    tests = select_test(world.records)
+    relabelled = [ImageRecord.from_json({**tests[0].to_json(), "labels": ["z"]}), *tests[1:]]
+    digest = compute_test_digest(tests)
+    assert compute_test_digest(tests[::-1]) == digest
+    assert compute_test_digest(relabelled) != digest
+    assert compute_test_digest(tests[1:]) != digest
+
+
+def test_unlabelled_images_are_no_test():
+    facts = {"sources": (), "origins": (), "ordinal": 0, "group": None, "key": "", "captured_at": None, "width": 1}
+    facts |= {"height": 1, "format": "PNG", "num_bytes": 1, "phash": ""}
+    records = [
+        ImageRecord(sha256=sha, labels=labels, side=side, **facts)
+        for sha, labels, side in (
+            ("b", ("x",), "test"),
+            ("a", (), "test"),
+            ("c", ("x",), "train"),
+            ("0", ("y",), "test"),
+        )
+    ]
+    assert [r.sha256 for r in select_test(records)] == ["0", "b"]
+
+
+def test_classes_are_matched_by_name():
+    scores = Scores(("a", "b"), np.array([[0.9, 0.1], [0.3, 0.7]], np.float32), np.array([0, 1]))
+    mapped = map_scores(scores, ("c", "b", "a"))
+    np.testing.assert_allclose(mapped.probs_nk, [[0, 0.1, 0.9], [0, 0.7, 0.3]], rtol=1e-6)
+    assert mapped.chosen_n.tolist() == [2, 1]
+
+
+def test_each_model_uses_its_own_card(world, tmp_path):
+    tests = select_test(world.records)
+    answers = []
+    for number, card in enumerate([{}, {"resize": "letterbox"}, {"temperature": 4.0}]):
+        write_bundle(tmp_path / str(number), world.pin, POOR, **card)
+        answers.append(score_bundle(world.store, Predictor.load(tmp_path / str(number), threads=1), tests))
+    np.testing.assert_array_equal(answers[0].chosen_n, answers[1].chosen_n)
+    assert answers[2].probs_nk.max() < answers[0].probs_nk.max()

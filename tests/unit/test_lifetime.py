@@ -1,0 +1,61 @@
+"""No process outlives the one it works for. Real processes, killed for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+SLEEP = "import time; time.sleep(60)"
+STAGE = "from visionloop.lifetime import die_with_parents; die_with_parents(); print('up', flush=True); " + SLEEP
+PARENT = (
+    "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE);"
+    "p.stdout.readline(); print(p.pid, flush=True); p.wait()"
+)
+
+
+def wait_until_gone(pid: int, limit_s: float = 10) -> bool:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_stage_stops_when_its_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, STAGE], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    stage = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert wait_until_gone(stage)
+
+
+def test_a_stage_stops_when_its_guardian_is_killed() -> None:
+    guardian = subprocess.Popen([sys.executable, "-c", SLEEP])
+    env = {**os.environ, "VISIONLOOP_GUARDIAN": str(guardian.pid)}
+    stage = subprocess.Popen([sys.executable, "-c", STAGE], env=env, stdout=subprocess.PIPE)
+    assert stage.stdout is not None
+    stage.stdout.readline()
+    assert stage.poll() is None
+    guardian.kill()
+    guardian.wait()
+    assert stage.wait(timeout=10) == 143
+
+
+def test_another_program_is_stopped_with_us() -> None:
+    other = subprocess.Popen([sys.executable, "-c", SLEEP])
+    code = f"from visionloop.lifetime import stop_with_us; stop_with_us({other.pid}); print('up', flush=True); {SLEEP}"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    time.sleep(1.0)
+    watcher = [p for p in psutil.Process(owner.pid).children() if "visionloop.lifetime" in p.cmdline()]
+    assert len(watcher) == 1
+    owner.kill()
+    owner.wait()
+    assert other.wait(timeout=10) == -signal.SIGTERM
+    assert wait_until_gone(watcher[0].pid)

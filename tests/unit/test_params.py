@@ -1,0 +1,77 @@
+"""params.yaml: each mistake is one line that names the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visionloop.errors import ParamsError
+from visionloop.params import load_params, make_params
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of backbone, batch_size"),
+        ({"trian": {}}, "params.yaml trian: unknown key; expected one of evaluate, gate, ingest, name"),
+        ({"prepare": {"image_size": 0}}, "params.yaml prepare.image_size: got 0; expected greater than or equal to 32"),
+        ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
+        ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),
+        ({"train": {"way": "finetune"}}, "params.yaml train: got {'way': 'finetune'}; expected `weights: default`"),
+        ({"train": []}, "params.yaml train: got []; expected dictionary"),
+        ({"name": "My Pets"}, "params.yaml name: got 'My Pets'; expected lower-case letters, digits and '-'"),
+        (
+            {"ingest": {"sources": [{"kind": "ftp"}]}},
+            "params.yaml ingest.sources.0.kind: got 'ftp'; expected one of 'folder', 'digits'",
+        ),
+        ({"ingest": {"sources": [{"kind": "folder"}]}}, "params.yaml ingest.sources.0.path: missing; expected a value"),
+        ({"ingest": {"split": {"fractions": [0.5, 0.5, 0.5]}}}, "params.yaml ingest.split: got"),
+        (
+            {"schedule": {"retrain": "daily"}},
+            "params.yaml schedule: got {'retrain': 'daily'}; expected a cron expression",
+        ),
+        ({"gate": {"floors": {"acc": 0.5}}}, "params.yaml gate.floors.acc"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(value: dict[str, Any], line: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        make_params({"name": "pets", **value})
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+    assert "Edit the file" in str(caught.value)
+
+
+def test_defaults_and_sizes() -> None:
+    assert make_params({"name": "pets"}).prepare.size_hw == (224, 224)
+    assert make_params({"name": "pets", "prepare": {"image_size": [96, 128]}}).prepare.size_hw == (96, 128)
+
+
+def test_digest_follows_what_changes_a_model_and_nothing_else() -> None:
+    plain = make_params({"name": "pets"}).digest()
+    assert (
+        plain == make_params({"name": "pets", "serve": {"max_queue": 3}, "schedule": {"retrain": "0 1 * * *"}}).digest()
+    )
+    assert plain != make_params({"name": "pets", "train": {"seed": 1}}).digest()
+    assert plain != make_params({"name": "pets", "gate": {"rule": "no_worse"}}).digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: [", "params.yaml line 1: is not YAML"),
+        ("- a\n", "params.yaml: holds a list; expected sections with keys"),
+        ("", "params.yaml: holds a NoneType; expected sections with keys"),
+        ("name: 3\n", "params.yaml name: got 3; expected string"),
+    ],
+)
+def test_a_file_that_is_no_params(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert str(caught.value).startswith(line)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"not found; expected a params\.yaml. Make a workspace"):
+        load_params(tmp_path / "params.yaml")

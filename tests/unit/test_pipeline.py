@@ -1,0 +1,115 @@
+"""The file graph: code digests, healing after kills, the stage's own error."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from visionloop import pipeline
+from visionloop.errors import BusyError, DatasetError, PipelineError
+from visionloop.params import make_params
+from visionloop.settings import Settings, load_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    return load_settings({}, tmp_path)
+
+
+def test_each_stage_has_a_digest_of_its_own() -> None:
+    digests = pipeline.compute_code_digests()
+    assert set(digests) == {"prepare", "train", "evaluate", "gate"}
+    assert len(set(digests.values())) == 4
+
+
+def test_a_change_in_a_module_moves_the_stages_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pipeline.compute_code_digests()
+    find = pipeline._find_source
+    source = tmp_path / "module.py"
+    source.write_text("x = 1\n")
+
+    def moved_by(module: str) -> set[str]:
+        monkeypatch.setattr(pipeline, "_find_source", lambda name: source if name == module else find(name))
+        after = pipeline.compute_code_digests()
+        return {stage for stage in before if before[stage] != after[stage]}
+
+    assert moved_by("visionloop.training.module") == {"train"}
+    assert moved_by("visionloop.data.images") == {"prepare", "train", "evaluate", "gate"}
+    assert moved_by("visionloop.evaluation.report") == {"evaluate"}
+    assert moved_by("visionloop.errors") == set()
+    assert moved_by("visionloop.serving.app") == set()
+
+
+def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
+    digests = pipeline.refresh_code(tmp_path)
+    path = tmp_path / "code.json"
+    assert json.loads(path.read_text()) == digests
+    stamp = path.stat().st_mtime_ns
+    pipeline.refresh_code(tmp_path)
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_state_follows_dataset_params_and_code() -> None:
+    params = make_params({"name": "pets"})
+    state = pipeline.compute_state(params, "d1")
+    assert state["dataset"] == "d1"
+    assert state == pipeline.compute_state(params, "d1")
+    assert (
+        state["params"] != pipeline.compute_state(make_params({"name": "pets", "train": {"seed": 1}}), "d1")["params"]
+    )
+
+
+def test_stage_names_come_from_dvc_yaml(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages:\n  prepare: {cmd: a}\n  embed: {cmd: b}\n  train: {cmd: c}\n")
+    assert pipeline.read_stage_names(tmp_path) == ["prepare", "embed", "train"]
+    (tmp_path / "dvc.yaml").write_text("{}")
+    with pytest.raises(PipelineError, match=r"dvc\.yaml: is missing or has no stages"):
+        pipeline.read_stage_names(tmp_path)
+
+
+def test_heal_restores_an_emptied_lock_and_drops_a_torn_table(settings: Settings) -> None:
+    lock, table = settings.home / "dvc.lock", settings.home / ".dvc" / "tmp" / "rwlock"
+    table.parent.mkdir(parents=True)
+    lock.write_text("schema: '2.0'\nstages:\n  prepare: {}\n")
+    pipeline._snapshot(settings)
+    lock.write_text("")
+    table.write_text('{"a": ')
+    pipeline.heal(settings)
+    assert "prepare" in lock.read_text()
+    assert not table.exists()
+
+
+def test_heal_leaves_what_is_whole(settings: Settings) -> None:
+    lock, table = settings.home / "dvc.lock", settings.home / ".dvc" / "tmp" / "rwlock"
+    table.parent.mkdir(parents=True)
+    lock.write_text("stages: {}\n")
+    pipeline._snapshot(settings)
+    lock.write_text("stages: {prepare: {}}\n")
+    table.write_text("{}")
+    pipeline.heal(settings)
+    assert lock.read_text() == "stages: {prepare: {}}\n"
+    assert table.read_text() == "{}"
+
+
+def test_the_stages_own_error_is_raised_again(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    told = {"kind": "DatasetError", "where": "a", "found": "b", "expected": "c", "todo": "d."}
+    path.write_text(json.dumps(told))
+    error = pipeline._read_error(path, "train", ["ERROR: failed to reproduce 'train'"])
+    assert isinstance(error, DatasetError)
+    assert str(error) == "a: b; expected c. d."
+
+
+def test_without_one_the_last_line_tells(tmp_path: Path) -> None:
+    error = pipeline._read_error(tmp_path / "none", "train", ["x", "ERROR: failed to reproduce 'train'", "y"])
+    assert str(error).startswith("stage train: failed (ERROR: failed to reproduce 'train')")
+    busy = pipeline._read_error(tmp_path / "none", "train", ["ERROR: '/x/models' is busy, it is being blocked by:"])
+    assert isinstance(busy, BusyError)
+
+
+def test_environment_of_a_stage(tmp_path: Path) -> None:
+    env = pipeline.make_stage_environment(tmp_path, {"PATH": "/bin", "DO_NOT_TRACK": "false"})
+    assert env["PATH"].endswith(":/bin")
+    assert env["DO_NOT_TRACK"] == "false", "what the user set stays"
+    assert env["DVC_SITE_CACHE_DIR"].startswith(str(tmp_path))

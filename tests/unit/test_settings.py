@@ -1,0 +1,54 @@
+"""Where it runs: the workspace is found, defaults lie inside it."""
+
+from pathlib import Path
+
+import pytest
+
+from visionloop.errors import SettingsError
+from visionloop.settings import load_settings, tool_environment
+from visionloop.store import LocalStore, open_store
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    return tmp_path
+
+
+def test_nearest_parent_with_params_is_the_workspace(home: Path) -> None:
+    settings = load_settings({}, home / "a" / "b")
+    assert settings.home == home
+    assert settings.store_url == (home / ".visionloop" / "store").as_uri()
+    assert settings.tracking_uri == f"sqlite:///{home}/.visionloop/mlflow/mlflow.db"
+
+
+def test_environment_wins(home: Path, tmp_path: Path) -> None:
+    env = {"VISIONLOOP_HOME": str(home), "VISIONLOOP_STORE": "/data/store", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    settings = load_settings(env, Path("/"))
+    assert (settings.home, settings.store_url, settings.tracking_uri) == (
+        home,
+        "file:///data/store",
+        "http://mlflow:5000",
+    )
+
+
+def test_no_workspace(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no params\.yaml here or above"):
+        load_settings({}, tmp_path)
+    with pytest.raises(SettingsError, match=r"has no params\.yaml; expected a workspace"):
+        load_settings({"VISIONLOOP_HOME": str(tmp_path)}, tmp_path)
+
+
+def test_every_tool_home_is_inside_the_workspace(home: Path) -> None:
+    paths = [v for v in tool_environment(home).values() if v.startswith("/")]
+    assert len(paths) >= 7
+    assert all(Path(p).is_relative_to(home / ".visionloop") for p in paths)
+
+
+def test_unknown_store_scheme() -> None:
+    with pytest.raises(SettingsError, match="got 'ftp://host/x'"):
+        open_store("ftp://host/x")
+    store = open_store("file:///tmp/a%20b")
+    assert isinstance(store, LocalStore)
+    assert store.root == Path("/tmp/a b")

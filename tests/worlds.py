@@ -1,0 +1,163 @@
+"""Whole small workspaces for tests of judging and promoting: images in a store, a pin, prepared data, candidates.
+
+Labels follow the answers of the fake bundle with seed 0, some of them turned: that model is good, others guess.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fakes import make_bundle, make_image
+
+from visionloop.bundle import load_bundle, seal_bundle
+from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
+from visionloop.data.prepare import prepare
+from visionloop.errors import TrackingError
+from visionloop.params import Params, make_params
+from visionloop.predictor import Predictor
+from visionloop.records import ImageRecord, Pin, RunNote, canonical_json
+from visionloop.settings import Settings
+from visionloop.store import LocalStore
+
+CLASSES = ("a", "b", "c")
+NUM_IMAGES = 160
+GOOD, POOR = 0, 5
+
+
+@dataclass(frozen=True)
+class World:
+    """One workspace with a pinned dataset, in a store of its own. Its MLflow cannot be reached."""
+
+    settings: Settings
+    params: Params
+    store: LocalStore
+    pin: Pin
+    records: tuple[ImageRecord, ...]
+
+    def with_gate(self, **section: Any) -> Params:
+        """Return the params with another gate section."""
+        return make_params({**self.params.model_dump(mode="json", exclude={"gate", "ingest"}), "gate": section})
+
+    def write_candidate(self, seed: int = GOOD, *, note: str | None = None, **card: Any) -> str:
+        """Put a bundle into models/candidate, with other facts on its card; return its digest."""
+        return write_bundle(self.settings.candidate_dir, self.pin, seed, self.settings.runs_dir, note, **card)
+
+
+class FakeTracking:
+    """An MLflow in memory. `down` makes every call fail as if it were unreachable."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, str] = {}
+        self.tags: dict[str, dict[str, str]] = {}
+        self.champion: str | None = None
+        self.down = False
+
+    def find_version(self, bundle_digest: str) -> str | None:
+        self._reach()
+        return self.versions.get(bundle_digest)
+
+    def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: dict[str, str]) -> str:
+        self._reach()
+        assert model_path.is_file()
+        version = self.versions.setdefault(bundle_digest, str(len(self.versions) + 1))
+        self.tags[version] = dict(tags)
+        return version
+
+    def set_champion(self, version: str) -> None:
+        self._reach()
+        self.champion = version
+
+    def get_champion(self) -> str | None:
+        self._reach()
+        return self.champion
+
+    def _reach(self) -> None:
+        if self.down:
+            raise TrackingError(
+                "MLflow http://127.0.0.1:1", "cannot be used (connection refused)", "a reachable MLflow"
+            )
+
+
+def make_world(
+    home: Path, *, prepared: bool = False, test_sides: int = 2, turned: int = 8, classes: tuple[str, ...] = CLASSES
+) -> World:
+    """Build a workspace: every second image is a test image (`test_sides=0`: none), one label of `turned` is wrong."""
+    settings = Settings(
+        home=home,
+        store_url=(home / "store").as_uri(),
+        tracking_uri="http://127.0.0.1:1",
+        artifact_root=(home / "artifacts").as_uri(),
+    )
+    store = LocalStore(home / "store")
+    params = make_params({"name": "fake", "prepare": {"image_size": 32}, "evaluate": {"resamples": 400}})
+    records = _make_records(store, home / "oracle", classes, test_sides, turned)
+    facts: dict[str, Any] = {"num_added": len(records), "split": {}, "rejected": None, "num_rejected": 0}
+    version = make_version("fake", None, records, records, created_at="2026-01-01T00:00:00Z", **facts)
+    assert commit_version(store, version, records)
+    pin = make_pin(version)
+    write_pin(settings.pin_path, pin)
+    if prepared:
+        prepare(settings, params, store)
+    return World(settings, params, store, pin, tuple(records))
+
+
+def write_bundle(
+    folder: Path, pin: Pin, seed: int, runs_dir: Path | None = None, note: str | None = None, **card: Any
+) -> str:
+    """Write a fake bundle trained on the pin; with `note`, also the note that names its run."""
+    if folder.exists():
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    classes = card.pop("model_classes", pin.classes)
+    make_bundle(folder, classes=classes, seed=seed)
+    dataset = {"name": pin.name, "version": pin.version, "digest": pin.digest}
+    facts = replace(load_bundle(folder).card, **{"dataset": dataset, **card})
+    (folder / "card.json").write_bytes(canonical_json(facts.to_json()))
+    digest = seal_bundle(folder)
+    if note and runs_dir:
+        write_note(runs_dir, digest, note)
+    return digest
+
+
+def write_note(runs_dir: Path, digest: str, run_id: str) -> None:
+    """Write the note that names the run of a bundle."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    run = RunNote(bundle=digest, run_id=run_id, git_commit=None, finished_at="2026-01-01T00:00:00Z")
+    (runs_dir / f"{digest}.json").write_text(json.dumps(run.to_json()))
+
+
+def _make_records(
+    store: LocalStore, oracle_dir: Path, classes: tuple[str, ...], test_sides: int, turned: int
+) -> list[ImageRecord]:
+    make_bundle(oracle_dir, classes=classes, seed=GOOD)
+    oracle = Predictor(load_bundle(oracle_dir), threads=1)
+    images = [make_image(1000 + number) for number in range(NUM_IMAGES)]
+    records = []
+    for number, (data, answer) in enumerate(zip(images, oracle.predict(images), strict=True)):
+        sha256 = hashlib.sha256(data).hexdigest()
+        store.put(make_image_key(sha256), data)
+        label = classes.index(answer.prediction)
+        if turned and number % turned < 2 and number // 2 % 2 == 0:
+            label = (label + 1) % len(classes)
+        side = "test" if test_sides and number % test_sides else "train"
+        records.append(
+            ImageRecord(
+                sha256=sha256,
+                labels=(classes[label],),
+                sources=("fake",),
+                origins=(f"{number}.png",),
+                ordinal=0,
+                group=None,
+                key=sha256,
+                side=side,
+                captured_at=None,
+                width=32,
+                height=32,
+                format="PNG",
+                num_bytes=len(data),
+                phash="",
+            )
+        )
+    return records
