@@ -10,7 +10,7 @@ from PIL import Image
 from visionloop.evaluation.metrics import compute_class_figures, compute_confusion
 from visionloop.evaluation.plots import Mistake, draw_classes, draw_confidence, draw_confusion, draw_mistakes
 
-ODD_NAMES = ("$5 bill", "\\frac{", "日本", "<b>", "x" * 300, "two\nlines", " ")
+ODD_NAMES = ("$5 bill", "$\\frac{$", "日本", "<b>", "x" * 300, "two\nlines", " ")
 
 
 def read_chunks(png: bytes) -> set[str]:

@@ -250,9 +250,9 @@ def test_a_promotion_during_the_mirroring_wins_the_alias(desk):
     set_champion = desk.tracking.set_champion
 
     def set_late(version):
-        set_champion(version)
         desk.tracking.set_champion = set_champion
         desk.rollback(to=2)
+        set_champion(version)
 
     desk.tracking.set_champion, desk.tracking.champion = set_late, None
     assert mirror_alias(*desk.place) == "2"

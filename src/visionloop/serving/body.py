@@ -1,0 +1,232 @@
+"""A request's body to uploads: raw bytes or a multipart form, read in pieces and within limits. Decodes no image.
+
+The bytes decide what an upload is, not the content type that the client declares.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from visionloop.errors import VisionLoopError
+
+FILE_FIELDS = (b"file", b"files")
+MAX_NAME_CHARS = 120
+# A refused client goes on sending for a moment: closing at once would reset it before it reads the answer.
+DISCARD_S = 2.0
+DISCARD_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes at most. `max_held_bytes` counts the bodies of all requests together."""
+
+    max_body_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+    max_batch: int = 32
+    max_queue: int = 256
+    max_files: int = 64
+    max_held_bytes: int = 320_000_000
+    body_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file of a request. `name` is what the client called it, printable and without folders; None when raw."""
+
+    name: str | None
+    data: bytes
+
+
+class RequestError(VisionLoopError, ValueError):
+    """A request that cannot be answered; `status` is its HTTP status and `reason_code` is stable."""
+
+    def __init__(
+        self, found: str, expected: str = "", todo: str = "", *, status: int = 400, reason_code: str = "bad_request"
+    ) -> None:
+        super().__init__("request", found, expected, todo)
+        self.status, self.reason_code = status, reason_code
+
+
+class _Reader(Protocol):
+    def feed(self, chunk: bytes) -> None: ...
+    def finish(self) -> list[Upload]: ...
+
+
+class Inbox:
+    """Reads the bodies of requests and keeps count of the bytes held for all of them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.held_bytes = 0
+
+    @contextlib.asynccontextmanager
+    async def receive(self, request: Request) -> AsyncIterator[list[Upload]]:
+        """Read a request's uploads; their bytes count as held until the context ends.
+
+        Raises:
+            RequestError: too large, too slow, malformed, or nothing in it.
+            ClientDisconnect: the client went away.
+        """
+        size = 0
+        chunks = request.stream()
+        try:
+            self._check_headers(request.headers)
+            reader = _make_reader(request.headers, self.limits)
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                async for chunk in chunks:
+                    size += len(chunk)
+                    self.held_bytes += len(chunk)
+                    self._check_size(size)
+                    reader.feed(chunk)
+            uploads = reader.finish()
+        except TimeoutError as exc:
+            self.held_bytes -= size
+            expected = f"all of it within {self.limits.body_timeout_s:g} s"
+            raise RequestError("its body comes too slowly", expected, status=408, reason_code="too_slow") from exc
+        except BaseException as exc:
+            self.held_bytes -= size
+            if isinstance(exc, RequestError) and not (size == 0 and "expect" in request.headers):
+                await _discard(chunks)
+            raise
+        try:
+            yield uploads
+        finally:
+            self.held_bytes -= size
+
+    def _check_headers(self, headers: Mapping[str, str]) -> None:
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise RequestError(
+                "its body is compressed", "it as it is", status=415, reason_code="encoding_not_supported"
+            )
+        length = headers.get("content-length", "0")
+        if length.isdecimal():
+            self._check_size(int(length), coming=True)
+
+    def _check_size(self, size: int, *, coming: bool = False) -> None:
+        limit = self.limits.max_body_bytes
+        if size > limit:
+            raise RequestError(
+                f"its body has more than {limit} bytes",
+                f"at most {limit}",
+                "Send fewer or smaller images.",
+                status=413,
+                reason_code="body_too_large",
+            )
+        if self.held_bytes + (size if coming else 0) > self.limits.max_held_bytes:
+            raise RequestError("the server is busy", "a free place", "Try again.", status=503, reason_code="busy")
+
+
+async def _discard(chunks: AsyncIterator[bytes]) -> None:
+    count = 0
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(DISCARD_S):
+            async for chunk in chunks:
+                count += len(chunk)
+                if count > DISCARD_BYTES:
+                    return
+
+
+def _make_reader(headers: Mapping[str, str], limits: Limits) -> _Reader:
+    kind, options = parse_options_header(headers.get("content-type"))
+    if not kind.startswith(b"multipart/"):
+        return _RawReader()
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise _bad_form("has no form in it that can be read")
+    return _FormReader(options[b"boundary"], limits.max_files)
+
+
+class _RawReader:
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        self._data += chunk
+
+    def finish(self) -> list[Upload]:
+        if not self._data:
+            raise RequestError("its body is empty", "an image", "Send a file or a form.", reason_code="empty")
+        return [Upload(None, bytes(self._data))]
+
+
+class _FormReader:
+    """Collects the files of a form: every part with a file name, and parts named `file` or `files` without one."""
+
+    def __init__(self, boundary: bytes, max_parts: int) -> None:
+        self._max_parts = max_parts
+        self._num_parts = 0
+        self._whole = False
+        self._uploads: list[Upload] = []
+        self._header, self._value, self._data = bytearray(), bytearray(), bytearray()
+        self._disposition = b""
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                    "on_header_end": self._on_header_end,
+                    "on_part_data": lambda data, start, end: self._data.extend(data[start:end]),
+                    "on_part_end": self._on_part_end,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as exc:
+            raise _bad_form("has a boundary that is too long") from exc
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as exc:
+            raise _bad_form("is a form that is malformed") from exc
+
+    def finish(self) -> list[Upload]:
+        if not self._whole:
+            raise _bad_form("is a form that is cut off")
+        if not self._uploads:
+            raise RequestError("its form has no file", "a file in the field `file`", reason_code="empty")
+        return self._uploads
+
+    def _on_part_begin(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > self._max_parts:
+            raise RequestError(
+                f"its form has more than {self._max_parts} parts",
+                f"at most {self._max_parts}",
+                "Send several requests.",
+                status=413,
+                reason_code="too_many_files",
+            )
+        self._disposition, self._data = b"", bytearray()
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
+
+    def _on_part_end(self) -> None:
+        _, options = parse_options_header(self._disposition.decode("latin-1"))
+        name = options.get(b"filename", b"")
+        # A browser sends a nameless, empty part for a file field that was left empty.
+        if name or (self._data and options.get(b"name") in FILE_FIELDS):
+            self._uploads.append(Upload(_clean_name(name), bytes(self._data)))
+        self._data = bytearray()
+
+    def _on_end(self) -> None:
+        self._whole = True
+
+
+def _clean_name(name: bytes) -> str | None:
+    text = name.decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
+    return "".join(c for c in text if c.isprintable())[:MAX_NAME_CHARS] or None
+
+
+def _bad_form(found: str) -> RequestError:
+    return RequestError(f"its body {found}", "multipart/form-data, whole", reason_code="bad_form")

@@ -1,0 +1,177 @@
+"""`visionloop serve`: wires settings, params, ledger, model and application together and runs them. Nothing else."""
+
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Never
+
+import uvicorn
+from fastapi import FastAPI
+
+from visionloop.errors import ServingError
+from visionloop.params import Params, Serve
+from visionloop.predictor import Predictor
+from visionloop.records import LedgerEntry
+from visionloop.serving.app import make_app
+from visionloop.serving.body import Limits
+from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
+from visionloop.settings import Settings
+from visionloop.store import open_store
+
+GRACE_S = 10
+BACKLOG = 2048
+MAX_PORT = 65_535
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_server(
+    settings: Settings,
+    params: Params,
+    *,
+    host: str,
+    port: int,
+    bundle_dir: Path | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what was taken in and return.
+
+    Serves the ledger's champion and follows it, or the bundle in `bundle_dir`. Port 0 takes a free one; `on_ready`
+    hears the address. Configures logging.
+
+    Raises:
+        ServingError: the port cannot be had, or there is no champion.
+        VisionLoopError: the store cannot be read, or the bundle is refused.
+    """
+    _configure_logging()
+    with _exit_on_signals(), _bind(host, port) as sock:
+        slot = ModelSlot()
+        follower = None
+        if bundle_dir is not None:
+            slot.current = ServedModel(Predictor.load(bundle_dir))
+        else:
+            follower = _make_follower(settings, params, slot)
+            follower.load_first()
+            follower.start()
+        try:
+            app = make_app(slot, make_limits(params.serve))
+            url = _make_url(host, sock)
+            _Server(app, lambda: on_ready(url)).run([sock])
+        finally:
+            if follower:
+                follower.stop()
+
+
+def make_limits(serve: Serve) -> Limits:
+    """Turn the section `serve` of params.yaml into limits that fit each other."""
+    return Limits(
+        max_body_bytes=serve.max_body_bytes,
+        max_pixels=serve.max_pixels,
+        max_batch=serve.max_batch,
+        max_queue=serve.max_queue,
+        max_files=min(Limits.max_files, serve.max_queue),
+        max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, that tells when it listens and ends with code 0 on a signal instead of raising it again."""
+
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with _handle_signals(self.handle_exit):
+            yield
+
+
+def _make_follower(settings: Settings, params: Params, slot: ModelSlot) -> ChampionFollower:
+    from visionloop.promotion.ledger import read_champion
+
+    store = open_store(settings.store_url)
+
+    def find_champion() -> LedgerEntry | None:
+        return read_champion(store, params.name)
+
+    return ChampionFollower(
+        slot,
+        find_champion=find_champion,
+        store=store,
+        cache_dir=settings.hidden_dir / "serving",
+        poll_s=params.serve.poll_s,
+    )
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # Below these levels both write a line for every malformed request that anybody sends.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Listen on host and port; so a port in use is known before a model is loaded. Raises ServingError."""
+    where = f"port {host}:{port}"
+    if not 0 <= port <= MAX_PORT:  # getaddrinfo would take it modulo 65536
+        raise ServingError(where, "is no port", f"0 to {MAX_PORT}", "Pass --port 0 for any free one.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        # asyncio sets it only where the protocol is named; without it a kept-alive answer waits 40 ms for an ACK.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except socket.gaierror as exc:
+        raise ServingError(
+            where, "the host is not known", "an address of this machine", "Pass --host 127.0.0.1."
+        ) from exc
+    except OSError as exc:
+        found = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot be had ({exc.strerror})"
+        raise ServingError(where, found, "a free port", "Pass --port 0 for any free one.") from exc
+
+
+def _make_url(host: str, sock: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+
+
+def _exit_on_signals() -> contextlib.AbstractContextManager[None]:
+    """While nothing is served yet, a signal ends the process at once, with code 0."""
+
+    def leave(_number: int, _frame: FrameType | None) -> Never:
+        raise SystemExit(0)
+
+    return _handle_signals(leave)
+
+
+@contextlib.contextmanager
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

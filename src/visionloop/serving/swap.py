@@ -1,0 +1,161 @@
+"""The model that answers now, and the thread that follows the ledger to the next one.
+
+A new bundle is fetched, checked and loaded off to the side; what serves is replaced by one assignment. Whatever goes
+wrong with the new one, the old one goes on. Knows nothing of HTTP.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from visionloop.bundle import download_bundle
+from visionloop.errors import ServingError, StoreError, VisionLoopError
+from visionloop.predictor import Predictor
+from visionloop.records import LedgerEntry
+from visionloop.store import ObjectStore
+
+STOP_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model. `version` and `entry` (the ledger's number) are None for a bundle that was named by its path."""
+
+    predictor: Predictor
+    version: str | None = None
+    entry: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.predictor.card.name
+
+    @property
+    def digest(self) -> str:
+        return self.predictor.digest
+
+
+class ModelSlot:
+    """Holds the current model. `problem` says why a newer one is not served; it holds no path."""
+
+    def __init__(self, current: ServedModel | None = None) -> None:
+        self.current = current
+        self.problem: str | None = None
+        self.num_swaps = 0
+        self.num_failures = 0
+
+
+class ChampionFollower:
+    """Keeps a slot at the champion that `find_champion` names. A refused bundle is tried again after `retry_s`."""
+
+    def __init__(
+        self,
+        slot: ModelSlot,
+        *,
+        find_champion: Callable[[], LedgerEntry | None],
+        store: ObjectStore,
+        cache_dir: Path,
+        poll_s: float,
+        retry_s: float = 60.0,
+    ) -> None:
+        self.slot = slot
+        self._find_champion = find_champion
+        self._store = store
+        self._cache_dir = cache_dir
+        self._poll_s, self._retry_s = poll_s, retry_s
+        self._refused: tuple[int, float] | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load_first(self) -> None:
+        """Load the champion, or fail: before a server has answered once, an error must reach the person.
+
+        Raises:
+            ServingError: the ledger has no champion.
+            VisionLoopError: the store cannot be read, or the bundle is refused.
+        """
+        self.slot.current = self._load(self._require_champion())
+
+    def start(self) -> None:
+        """Poll the ledger in a background thread until `stop`."""
+        self._thread = threading.Thread(target=self._follow, name="follow-ledger", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; one that is stuck in a dead store is left to end with the process."""
+        self._stopping.set()
+        if self._thread:
+            self._thread.join(STOP_S)
+
+    def poll_once(self, now_s: float) -> None:
+        """Look at the ledger once and swap if it names another model. Never raises: problems go to the slot."""
+        number: int | None = None
+        try:
+            entry = self._require_champion()
+            if self._is_current(entry):
+                self._clear_problem()
+                return
+            number = entry.number
+            if self._refused and self._refused[0] == number and now_s < self._refused[1]:
+                return
+            self._swap(entry)
+        except Exception as exc:  # the thread must outlive whatever a store or a bundle does
+            self._note_problem(number, exc, now_s)
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(self._poll_s):
+            self.poll_once(time.monotonic())
+
+    def _require_champion(self) -> LedgerEntry:
+        entry = self._find_champion()
+        if entry is None:
+            raise ServingError(
+                "ledger",
+                "has no champion",
+                "a promoted model",
+                "Run `python flows/retrain.py`, or pass --bundle models/candidate.",
+            )
+        return entry
+
+    def _is_current(self, entry: LedgerEntry) -> bool:
+        current = self.slot.current
+        return current is not None and (current.entry, current.digest) == (entry.number, entry.bundle)
+
+    def _swap(self, entry: LedgerEntry) -> None:
+        current = self.slot.current
+        if current and current.digest == entry.bundle:
+            self.slot.current = replace(current, version=entry.model_version, entry=entry.number)
+        else:
+            self.slot.current = self._load(entry)
+        self.slot.num_swaps += 1
+        self._clear_problem()
+        log.info("serving entry %d, version %s, bundle %s", entry.number, entry.model_version, entry.bundle[:12])
+
+    def _load(self, entry: LedgerEntry) -> ServedModel:
+        bundle = download_bundle(self._store, entry.bundle, self._cache_dir)
+        predictor = Predictor.load(bundle.folder, expected_digest=entry.bundle)
+        return ServedModel(predictor, entry.model_version, entry.number)
+
+    def _clear_problem(self) -> None:
+        if self.slot.problem:
+            log.info("solved: %s", self.slot.problem)
+        self.slot.problem, self._refused = None, None
+
+    def _note_problem(self, number: int | None, exc: Exception, now_s: float) -> None:
+        self.slot.num_failures += 1
+        if number is not None and not isinstance(exc, StoreError):
+            self._refused = (number, now_s + self._retry_s)
+        # Only `found`, without the store's address: this text is shown to clients, and `where` may be a path.
+        found = exc.found if isinstance(exc, VisionLoopError) else type(exc).__name__
+        found = found.replace(self._store.url, "the store")
+        what = "the ledger cannot be read" if number is None else f"ledger entry {number} is not served"
+        kind = exc.code if isinstance(exc, VisionLoopError) else "internal"
+        problem = f"{what}: {kind}: {found}"
+        if problem != self.slot.problem:
+            self.slot.problem = problem
+            expected = isinstance(exc, VisionLoopError)
+            log.error("%s; the current model goes on: %s", what, exc, exc_info=None if expected else exc)

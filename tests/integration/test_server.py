@@ -1,0 +1,287 @@
+"""The server as a process of its own on loopback: hostile clients, swaps under load, and a clean end."""
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from fakes import make_bundle, make_image
+
+from visionloop.bundle import load_bundle, upload_bundle
+from visionloop.errors import BundleError, ServingError
+from visionloop.params import make_params
+from visionloop.promotion.ledger import append_entry
+from visionloop.records import LedgerEntry
+from visionloop.serving.main import run_server
+from visionloop.settings import Settings
+from visionloop.store import LocalStore
+
+TIMEOUT_S = 30
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from visionloop.params import make_params
+from visionloop.serving.main import run_server
+from visionloop.settings import Settings
+home, serve, bundle = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+run_server(
+    Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root=""),
+    make_params({"name": "fake", "serve": serve}),
+    host="127.0.0.1",
+    port=0,
+    bundle_dir=Path(bundle) if bundle else None,
+    on_ready=lambda url: print(url, flush=True),
+)
+print("returned")
+"""
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+class Server:
+    def __init__(self, process: "subprocess.Popen[str]", port: int) -> None:
+        self.process, self.port = process, port
+
+    def ask(self, data: bytes | None = None, path: str = "/predict", **headers: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
+        try:
+            connection.request("GET" if data is None else "POST", path, data, headers)
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), json.loads(response.read()))
+        finally:
+            connection.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; return the exit code and what was written to stderr. `run_server` must have returned."""
+        self.process.send_signal(number)
+        output, errors = self.process.communicate(timeout=TIMEOUT_S)
+        assert output == "returned\n"
+        return self.process.returncode, errors
+
+
+@contextmanager
+def serving(home: Path, bundle: Path | None = None, **serve: float) -> Iterator[Server]:
+    command = [sys.executable, "-c", SCRIPT, str(home), json.dumps(serve), str(bundle or "")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), process.communicate()[1]
+        yield Server(process, int(url.rpartition(":")[2]))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def promote(home: Path, seed: int, after: LedgerEntry | None) -> LedgerEntry:
+    store = LocalStore(home / "store")
+    folder = home / f"bundle-{seed}"
+    digest = make_bundle(folder, seed=seed)
+    upload_bundle(store, load_bundle(folder))
+    facts = {"model_version": str(seed), "decision": None, "dataset": {}, "run_id": None, "by": "t", "why": "t"}
+    return append_entry(store, "fake", after, action="promote", bundle=digest, at="2026-01-01T00:00:00Z", **facts)
+
+
+def wait_for(claim: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not claim():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def run_here(home: Path, port: int = 0, bundle_dir: Path | None = None) -> None:
+    settings = Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root="")
+    run_server(settings, make_params({"name": "fake"}), host="127.0.0.1", port=port, bundle_dir=bundle_dir)
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError) as caught:
+            run_here(tmp_path, port=port)
+    expected = f"port 127.0.0.1:{port}: is in use; expected a free port. Pass --port 0 for any free one."
+    assert (str(caught.value), caught.value.exit_code) == (expected, 2)
+
+
+def test_a_number_that_is_no_port_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=r"port 127\.0\.0\.1:70000: is no port; expected 0 to 65535"):
+        run_here(tmp_path, port=70000)
+
+
+def test_without_a_champion_it_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=r"no champion.*flows/retrain\.py"):
+        run_here(tmp_path)
+
+
+def test_a_bundle_with_a_flipped_byte_is_refused(tmp_path: Path, bundle_dir: Path) -> None:
+    model = bundle_dir / "model.onnx"
+    data = model.read_bytes()
+    model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"model\.onnx differs from its digest"):
+        run_here(tmp_path, bundle_dir=bundle_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_code_0_and_nothing_left_behind(
+    tmp_path: Path, bundle_dir: Path, number: signal.Signals
+) -> None:
+    with serving(tmp_path, bundle_dir) as server:
+        assert server.ask(make_image(0)).body["prediction"] in {"a", "b", "c"}
+        assert server.stop(number) == (0, "")
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle"}
+
+
+def test_a_signal_in_the_middle_of_work_loses_no_request_that_was_taken(tmp_path: Path, bundle_dir: Path) -> None:
+    data = make_image(0, size_hw=(1500, 1500))
+    with serving(tmp_path, bundle_dir) as server:
+        sockets = [server.connect() for _ in range(12)]
+        for sock in sockets:
+            head = f"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+            sock.sendall(head.encode() + data)
+        depth = "visionloop_queue_images"
+        wait_for(lambda: _read_metric(server, depth) > 0)
+        code, _ = server.stop()
+        answers = [_read_all(sock) for sock in sockets]
+    assert code == 0
+    assert Counter(answer.split(b"\r\n")[0] for answer in answers) == {b"HTTP/1.1 200 OK": 12}
+    assert all(b'"prediction"' in answer for answer in answers)
+
+
+def test_a_new_champion_is_swapped_in_under_load_without_losing_a_request(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    with serving(tmp_path, poll_s=0.1) as server:
+        results: list[tuple[int, str]] = []
+        done = threading.Event()
+
+        def hammer() -> None:
+            while not done.is_set():
+                answer = server.ask(make_image(0))
+                results.append((answer.status, answer.body["model"]["version"]))
+
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(hammer) for _ in range(4)]
+            try:
+                wait_for(lambda: len(results) > 20)
+                second = promote(tmp_path, 2, first)
+                wait_for(lambda: results[-1][1] == "2")
+            finally:
+                done.set()
+            for call in calls:
+                call.result()
+        assert set(results) == {(200, "1"), (200, "2")}
+        model = server.ask(path="/model").body
+        assert (model["entry"], model["digest"], model["problem"]) == (2, second.bundle, None)
+        code, errors = server.stop()
+    assert code == 0
+    assert f"serving entry 2, version 2, bundle {second.bundle[:12]}" in errors
+
+
+def test_a_spoilt_champion_leaves_the_old_one_serving_and_shows(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    with serving(tmp_path, poll_s=0.1) as server:
+        facts = {"model_version": "9", "decision": None, "dataset": {}, "run_id": None, "by": "t", "why": "t"}
+        store = LocalStore(tmp_path / "store")
+        append_entry(store, "fake", first, action="promote", bundle="f" * 64, at="2026-01-01T00:00:00Z", **facts)
+        wait_for(lambda: server.ask(path="/health/ready").body["problem"] is not None)
+        ready = server.ask(path="/health/ready")
+        assert ready.status == 200
+        assert ready.body["problem"] == "ledger entry 2 is not served: bundle_error: is not whole in the store"
+        assert server.ask(make_image(0)).body["model"]["version"] == "1"
+        assert _read_metric(server, "visionloop_swap_failures_total") == 1
+        assert server.stop()[1].count("ERROR") == 1
+
+
+def test_a_slow_client_blocks_no_other(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, max_queue=2) as server:
+        slow = [server.connect() for _ in range(50)]
+        for sock in slow:
+            sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
+        started = time.monotonic()
+        assert [server.ask(make_image(i)).status for i in range(10)] == [200] * 10
+        assert time.monotonic() - started < 5
+        for sock in slow:
+            sock.close()
+        assert server.ask(make_image(0)).status == 200
+
+
+def test_a_flood_is_answered_with_200_or_503_and_then_it_is_well_again(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, max_queue=4, max_batch=4) as server:
+        data = make_image(0, size_hw=(600, 600))
+        with ThreadPoolExecutor(60) as pool:
+            answers = list(pool.map(lambda _: server.ask(data), range(240)))
+        counts = Counter(answer.status for answer in answers)
+        assert counts.keys() == {200, 503}
+        refused = [answer for answer in answers if answer.status == 503]
+        assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+        assert {answer.body["error"]["code"] for answer in refused} == {"busy"}
+        assert server.ask(make_image(0)).status == 200
+        assert _read_metric(server, "visionloop_queue_images") == 0
+
+
+def test_too_large_a_body_is_refused_however_it_is_declared(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, max_body_bytes=100_000) as server:
+        assert server.ask(b"a" * 3_000_000).status == 413
+        with server.connect() as sock:
+            sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(30):
+                sock.sendall(b"%x\r\n" % 10_000 + b"a" * 10_000 + b"\r\n")
+            sock.sendall(b"0\r\n\r\n")
+            assert _read_all(sock).startswith(b"HTTP/1.1 413 ")
+        with server.connect() as sock:  # more bytes than it declares: the rest is no request
+            sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n" + b"a" * 5_000 + b"\r\n\r\n")
+            answer = _read_all(sock)
+            assert answer.startswith(b"HTTP/1.1 415 ")
+            assert answer.count(b"HTTP/1.1 400 ") == 1
+        with server.connect() as sock:  # fewer bytes than it declares: it goes away in the middle
+            sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 5000\r\n\r\naaaaa")
+        assert server.ask(make_image(0)).status == 200
+        assert server.stop() == (0, "")
+
+
+def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
+        seconds = []
+        for _ in range(30):
+            started = time.perf_counter()
+            connection.request("POST", "/predict", make_image(0))
+            connection.getresponse().read()
+            seconds.append(time.perf_counter() - started)
+        connection.close()
+    assert sorted(seconds)[5] < 0.035  # Nagle's algorithm and a delayed acknowledgement make it 0.04
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read_metric(server: Server, name: str) -> float:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))

@@ -1,0 +1,218 @@
+"""Training for real: a bundle, a run in MLflow, the same bytes again, going on after a kill, clear refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shapes import find_bundle, find_run, make_environment, make_workspace, visionloop, write_shapes
+
+from visionloop.bundle import load_bundle
+from visionloop.predictor import Predictor
+from visionloop.settings import load_settings
+from visionloop.tracking import Tracking
+
+EPOCHS = 5
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with prepared shapes; tests work on copies."""
+    home = make_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
+    assert visionloop(home, "prepare").returncode == 0
+    return home
+
+
+@pytest.fixture
+def home(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared, tmp_path / "ws")
+    return tmp_path / "ws"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A workspace that was trained without interruption, and what training said."""
+    home = tmp_path_factory.mktemp("trained") / "ws"
+    shutil.copytree(prepared, home)
+    done = visionloop(home, "train")
+    assert done.returncode == 0, done.stderr
+    return home, done.stdout
+
+
+def load_run(home: Path, run_id: str) -> Any:
+    settings = load_settings({}, home)
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, "shapes")
+    client, experiment_id = tracking._connect()
+    runs = client.search_runs([experiment_id])
+    assert [r.info.run_id for r in runs] == [run_id], "one run, however often it was started"
+    return runs[0], client.get_metric_history(run_id, "val/accuracy"), client.list_artifacts(run_id, "figures")
+
+
+def test_bundle_is_whole_and_binary(trained: tuple[Path, str]) -> None:
+    home, _ = trained
+    predictor = Predictor.load(home / "models" / "candidate")
+    card = predictor.card
+    assert (card.task, card.classes, card.threshold, card.image_size) == ("binary", ("disc", "ring"), 0.5, (32, 32))
+    assert card.dataset["digest"] == json.loads((home / "data" / "dataset.json").read_text())["digest"]
+    assert 0 <= card.parity < 1e-4
+    outputs = predictor.run(np.zeros((3, 32, 32, 3), np.uint8))
+    assert outputs.logits_nk.shape == (3, 2)
+    assert (outputs.logits_nk[:, 0] == 0).all(), "a single unit z is exported as [0, z]"
+    with np.load(home / "models" / "candidate" / "reference.npz", allow_pickle=False) as reference:
+        assert reference["embedding_nd"].shape == (len(reference["label_n"]), 64)
+
+
+def test_bundle_carries_no_path_of_this_machine(trained: tuple[Path, str]) -> None:
+    home, _ = trained
+    for path in (home / "models" / "candidate").rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert str(home).encode() not in data
+            assert b"site-packages" not in data, path.name
+
+
+def test_run_in_mlflow_has_params_metrics_and_tags(trained: tuple[Path, str]) -> None:
+    home, said = trained
+    run, accuracy, figures = load_run(home, find_run(said))
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.backbone"] == "small_cnn"
+    assert run.data.tags["visionloop.bundle"].startswith(find_bundle(said))
+    assert len(run.data.tags["visionloop.dataset_digest"]) == 64
+    assert [m.step for m in accuracy] == list(range(EPOCHS))
+    assert {"train/loss", "val/loss", "val/f1", "train/images_per_s"} <= set(run.data.metrics)
+    assert [f.path for f in figures] == ["figures/curve.png"]
+
+
+def test_training_twice_gives_the_same_bytes(trained: tuple[Path, str], home: Path) -> None:
+    said = visionloop(home, "train").stdout
+    assert find_bundle(said) == find_bundle(trained[1])
+    ours, theirs = (load_bundle(h / "models" / "candidate") for h in (home, trained[0]))
+    assert ours.files == theirs.files
+
+
+def test_killed_training_goes_on_in_the_same_run_to_the_same_bundle(trained: tuple[Path, str], home: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "visionloop", "train"],
+        cwd=home,
+        env=make_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch   2/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=30)
+    assert not (home / "models" / "candidate").exists()
+    (record,) = (home / ".visionloop" / "work" / "train").glob("*/run.json")
+    run_id = json.loads(record.read_text())["run_id"]
+    done = visionloop(home, "train")
+    assert done.returncode == 0, done.stderr
+    assert "epoch   1/" not in done.stdout
+    assert find_run(done.stdout) == run_id
+    assert find_bundle(done.stdout) == find_bundle(trained[1])
+    run, accuracy, _ = load_run(home, run_id)
+    assert run.info.status == "FINISHED"
+    assert sorted({m.step for m in accuracy}) == list(range(EPOCHS))
+
+
+def test_a_torn_checkpoint_is_passed_over(trained: tuple[Path, str], home: Path) -> None:
+    from visionloop.training.callbacks import find_checkpoint
+
+    folder = home / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    assert find_checkpoint(folder) == (None, {})
+    assert not (folder / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (
+            "small_cnn",
+            "resnet81",
+            "train.backbone: got 'resnet81'; expected a known backbone; near: resnet18",
+        ),
+        ("small_cnn", "resnet18, weights: no.pth", "no.pth does not exist; expected none, default or a file."),
+        (
+            "small_cnn",
+            "small_cnn, weights: params.yaml",
+            "cannot be read as weights; expected tensors alone.",
+        ),
+        ("learning_rate: 3.0e-3", "learning_rate: 9.9, weight_decay: 1.0e+38", "the loss is not finite"),
+    ],
+    ids=["backbone", "missing-weights", "no-weights", "diverging"],
+)
+def test_what_cannot_be_trained_is_one_line(home: Path, old: str, new: str, line: str) -> None:
+    path = home / "params.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    done = visionloop(home, "train")
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (home / "models" / "candidate").exists()
+
+
+def test_weights_of_a_file_are_loaded_and_of_another_network_refused(home: Path) -> None:
+    import torch
+
+    from visionloop.errors import TrainingError
+    from visionloop.networks.backbones import make_backbone
+    from visionloop.networks.weights import load_weights
+
+    backbone, _ = make_backbone("small_cnn", (32, 32))
+    torch.save(backbone.state_dict(), home / "w.pth")
+    other, _ = make_backbone("small_cnn", (32, 32))
+    load_weights(other, "small_cnn", "w.pth", home)
+    assert all(
+        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    resnet, _ = make_backbone("resnet18", (32, 32))
+    with pytest.raises(TrainingError, match=r"'w\.pth' does not fit resnet18: \d+ tensors missing"):
+        load_weights(resnet, "resnet18", "w.pth", home)
+
+
+def test_default_weights_without_network_say_how_to_supply_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import urllib.request
+    from urllib.error import URLError
+
+    from visionloop.errors import TrainingError
+    from visionloop.networks.backbones import make_backbone
+    from visionloop.networks.weights import load_weights
+
+    def refuse(*args: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    backbone, _ = make_backbone("resnet18", (32, 32))
+    with pytest.raises(TrainingError, match=r"cannot download .*Set train\.weights to a file of a state dict"):
+        load_weights(backbone, "resnet18", "default", tmp_path)
+
+
+def test_unreachable_mlflow(home: Path) -> None:
+    done = visionloop(home, "train", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
+
+
+def test_a_class_without_a_training_image(tmp_path: Path) -> None:
+    home = make_workspace(tmp_path / "ws")
+    for side, classes in (("train", ("disc", "ring")), ("val", ("disc", "ring")), ("test", ("disc", "ring", "bar"))):
+        write_shapes(tmp_path / "split" / side, 4, seed=len(side), classes=classes)
+    path = home / "params.yaml"
+    path.write_text(path.read_text().replace("name: shapes", "name: other"))
+    for command in (("ingest", str(tmp_path / "split")), ("prepare",)):
+        assert visionloop(home, *command).returncode == 0
+    done = visionloop(home, "train")
+    assert done.returncode == 2
+    assert "dataset other version 1: no training image of bar; expected one or more." in done.stderr

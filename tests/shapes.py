@@ -1,0 +1,82 @@
+"""Small data that can be learned, and workspaces around it, for tests that really train."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+PARAMS = """\
+name: shapes
+prepare: {image_size: 32}
+train: {backbone: small_cnn, max_epochs: EPOCHS, batch_size: 16, learning_rate: 3.0e-3, patience: 50}
+evaluate: {resamples: 200}
+"""
+
+
+def write_shapes(folder: Path, number: int = 60, *, seed: int = 0, classes: tuple[str, ...] = ("disc", "ring")) -> Path:
+    """Draw `number` images a class, 40 x 40 pixels: discs, rings and bars of any colour on any ground."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            ground, ink = (tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (0, 160))
+            image = Image.new("RGB", (40, 40), ground)
+            draw, (x, y, r) = ImageDraw.Draw(image), (int(v) for v in rng.integers((13, 13, 8), (27, 27, 12)))
+            if name == "disc":
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+            elif name == "ring":
+                draw.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3)
+            else:
+                draw.rectangle((x - r, y - 3, x + r, y + 3), fill=ink)
+            image.save(folder / name / f"{seed}-{i:03d}.png")
+    return folder
+
+
+def make_environment(**extra: str) -> dict[str, str]:
+    """The environment of a person in a new shell: no workspace chosen, this Python first on PATH."""
+    foreign = ("VISIONLOOP_", "PREFECT_", "DVC_", "MLFLOW_TRACKING")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "COLUMNS": "140", **extra}
+
+
+def run(home: Path, *argv: str, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a workspace and return what it said."""
+    env = make_environment(**extra)
+    return subprocess.run(argv, cwd=home, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def visionloop(home: Path, *argv: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a workspace."""
+    return run(home, sys.executable, "-m", "visionloop", *argv, **extra)
+
+
+def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the flow on a workspace, from the repository."""
+    return run(ROOT, sys.executable, "flows/retrain.py", "--workspace", str(home), **extra)
+
+
+def make_workspace(
+    folder: Path, *, epochs: int = 2, number: int = 60, classes: tuple[str, ...] = ("disc", "ring")
+) -> Path:
+    """Make a workspace with shapes ingested, ready for `prepare` and `train`."""
+    write_shapes(folder.parent / "photos", number, classes=classes)
+    assert visionloop(folder.parent, "new", str(folder)).returncode == 0
+    (folder / "params.yaml").write_text(PARAMS.replace("EPOCHS", str(epochs)))
+    done = visionloop(folder, "ingest", str(folder.parent / "photos"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def find_run(text: str) -> str:
+    """The MLflow run that `train` names in its last lines."""
+    return re.findall(r"MLflow run ([0-9a-f]{32})", text)[-1]
+
+
+def find_bundle(text: str) -> str:
+    """The bundle that `train` names in its last lines."""
+    return re.findall(r"models/candidate is bundle ([0-9a-f]{12})", text)[-1]

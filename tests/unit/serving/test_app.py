@@ -1,0 +1,199 @@
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import make_image
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from visionloop.predictor import Predictor
+from visionloop.serving.app import make_app
+from visionloop.serving.body import Limits
+from visionloop.serving.swap import ModelSlot, ServedModel
+
+LIMITS = Limits(max_body_bytes=200_000, max_pixels=10_000, max_files=4, max_queue=4)
+
+
+@pytest.fixture
+def slot(bundle_dir: Path) -> ModelSlot:
+    return ModelSlot(ServedModel(Predictor.load(bundle_dir, threads=1), version="7", entry=3))
+
+
+@pytest.fixture
+def client(slot: ModelSlot) -> Iterator[TestClient]:
+    with TestClient(make_app(slot, LIMITS), raise_server_exceptions=False) as client:
+        yield client
+
+
+def read_figures(client: TestClient) -> dict[str, float]:
+    """Return `name{label value,...}` -> value of all figures."""
+    samples = [s for family in text_string_to_metric_families(client.get("/metrics").text) for s in family.samples]
+    return {f"{s.name}{{{','.join(s.labels.values())}}}": s.value for s in samples}
+
+
+def test_a_fresh_interpreter_that_imports_the_app_holds_no_heavy_library() -> None:
+    code = "import sys, json, visionloop.serving.app; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(json.loads(done.stdout))
+    assert "visionloop" in loaded
+    assert not loaded & {"torch", "torchvision", "lightning", "pytorch_lightning", "prefect", "dvc", "mlflow", "boto3"}
+
+
+def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, slot: ModelSlot) -> None:
+    data = make_image(1)
+    answer = client.post("/predict", content=data, headers={"X-Request-ID": "mine-1"})
+    assert slot.current
+    [expected] = slot.current.predictor.predict([data])
+    assert answer.status_code == 200
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.json() == {
+        "prediction": expected.prediction,
+        "confidence": pytest.approx(expected.confidence),
+        "probabilities": pytest.approx(expected.probabilities),
+        "model": {"name": "fake", "version": "7", "digest": slot.current.digest},
+        "request_id": "mine-1",
+    }
+
+
+def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
+    data = make_image(2, kind="JPEG")
+    raw, form = client.post("/predict", content=data), client.post("/predict", files={"photo": ("p.jpg", data)})
+    assert raw.json()["probabilities"] == form.json()["probabilities"]
+    assert re.fullmatch(r"[0-9a-f]{16}", form.json()["request_id"])
+
+
+def test_a_broken_file_among_several_spoils_no_other(client: TestClient) -> None:
+    sent = [("files", ("a.png", make_image(1))), ("files", ("b.jpg", b"text")), ("files", ("c.webp", make_image(2)))]
+    answer = client.post("/predict", files=sent).json()
+    assert [result["file"] for result in answer["results"]] == ["a.png", "b.jpg", "c.webp"]
+    assert answer["results"][0]["prediction"] in {"a", "b", "c"}
+    assert answer["results"][1]["error"]["code"] == "not_an_image"
+    assert answer["results"][2]["probabilities"].keys() == {"a", "b", "c"}
+    assert answer["model"]["version"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "empty"),
+        (b"a" * 200_001, 413, "body_too_large"),
+        (b"hello", 415, "not_an_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not_an_image"),
+        (make_image(0, kind="GIF"), 415, "not_an_image"),
+        (make_image(0, kind="JPEG")[:-40], 422, "damaged"),
+        (make_image(0, size_hw=(100, 101)), 422, "too_large"),
+    ],
+)
+def test_bad_bodies_get_their_own_4xx_in_one_shape(client: TestClient, body: bytes, status: int, code: str) -> None:
+    answer = client.post("/predict", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.json().keys() == {"error", "request_id"}
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert "/" not in answer.json()["error"]["message"]
+    assert read_figures(client)[f"visionloop_requests_total{{{code}}}"] == 1
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/predict", 405), ("GET", "/nope", 404)])
+def test_wrong_routes_answer_in_the_same_shape(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("sent", ["a b", "x" * 65, "<script>", "é".encode().decode("latin-1")])
+def test_an_unsafe_request_id_is_replaced(client: TestClient, sent: str) -> None:
+    answer = client.get("/health/live", headers={b"X-Request-ID": sent.encode("latin-1")})
+    assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
+
+
+def test_without_a_model_it_is_alive_but_not_ready(client: TestClient, slot: ModelSlot) -> None:
+    slot.current, slot.problem = None, "ledger entry 1 is not served"
+    assert client.get("/health/live").status_code == 200
+    for answer in (client.get("/health/ready"), client.get("/model"), client.post("/predict", content=make_image(0))):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"] == {
+            "code": "not_ready",
+            "message": "request: no model is ready (ledger entry 1 is not served). Try again in a moment.",
+        }
+
+
+def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient, slot: ModelSlot) -> None:
+    slot.problem = "ledger entry 4 is not served: bundle_error: it is damaged"
+    assert slot.current
+    name = {"name": "fake", "version": "7", "digest": slot.current.digest}
+    assert client.get("/health/ready").json() == {"status": "ready", "model": name, "problem": slot.problem}
+    model = client.get("/model").json()
+    assert model == {
+        **name,
+        "entry": 3,
+        "task": "multiclass",
+        "classes": ["a", "b", "c"],
+        "image_size": [32, 32],
+        "resize": "squash",
+        "threshold": None,
+        "dataset": {"name": "fake", "version": 1, "digest": "0" * 64},
+        "problem": slot.problem,
+    }
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(slot: ModelSlot) -> None:
+    with TestClient(make_app(slot, Limits(max_queue=1))) as client:
+        answer = client.post("/predict", files=[("file", ("a", make_image(0))), ("file", ("b", make_image(1)))])
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "busy"
+
+
+def test_our_own_bug_is_a_500_without_its_text(
+    client: TestClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(images_nhwc: object) -> None:
+        raise RuntimeError("/secret/path")
+
+    assert slot.current
+    monkeypatch.setattr(slot.current.predictor, "run", fail)
+    answer = client.post("/predict", content=make_image(0), headers={"X-Request-ID": "r-1"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r-1")
+    assert answer.json() == {
+        "error": {"code": "internal", "message": "server: an unexpected error; see its log under the request id."},
+        "request_id": "r-1",
+    }
+    assert "request r-1 failed" in caplog.text
+    assert "RuntimeError: /secret/path" in caplog.text
+    assert read_figures(client)["visionloop_requests_total{internal}"] == 1
+
+
+def test_metrics_count_requests_images_batches_and_the_model(client: TestClient, slot: ModelSlot) -> None:
+    data = make_image(1)
+    (chosen,) = {client.post("/predict", content=data).json()["prediction"] for _ in range(3)}
+    client.post("/predict", content=b"text")
+    slot.num_swaps, slot.num_failures, slot.problem = 2, 5, "a problem"
+    figures = read_figures(client)
+    assert slot.current
+    assert figures["visionloop_requests_total{ok}"] == 3
+    assert figures["visionloop_request_seconds_count{}"] == 4
+    assert figures[f"visionloop_predicted_images_total{{{chosen}}}"] == 3
+    assert figures["visionloop_batch_images_sum{}"] == 3
+    assert figures["visionloop_queue_images{}"] == 0
+    assert figures["visionloop_swaps_total{}"] == 2
+    assert figures["visionloop_swap_failures_total{}"] == 5
+    assert figures["visionloop_swap_problem{}"] == 1
+    model_info = next(key for key in figures if key.startswith("visionloop_model_info"))
+    assert set(model_info[len("visionloop_model_info{") : -1].split(",")) == {"fake", "7", slot.current.digest}
+
+
+def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page.text)
+    assert client.get("/", follow_redirects=False).headers["location"] == "docs"
+
+
+def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> None:
+    post = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
+    assert post["requestBody"]["content"].keys() == {"multipart/form-data", "image/*"}
+    assert post["responses"].keys() == {"200", "400", "408", "413", "415", "422", "503"}
