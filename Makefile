@@ -70,10 +70,10 @@ $(STAMP): requirements.lock pyproject.toml
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c '$(FITS)' || { echo "make: no Python 3.11 or 3.12 found; expected one on PATH." \
 		"Install it, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@rm -f $@
-	@[ "$(READY)" = yes ] || { echo "Making .venv: about a minute, 6 GB with CUDA torch ..."; \
+	@[ "$(READY)" = yes ] || { echo "Making .venv: one to two minutes, 6 GB with CUDA torch ..."; \
 		"$(PYTHON)" -m venv --clear .venv; }
 	@$(BIN)/uv --version >/dev/null 2>&1 || { awk '/^uv==/ {p = 1} p {print} p && !/\\$$/ {exit}' requirements.lock \
 		>.venv/uv.txt && $(BIN)/python -m pip install --no-cache-dir -q --require-hashes -r .venv/uv.txt; }
-	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@echo "$(CURDIR)" >$@

@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prefect.logging.configuration import setup_logging
@@ -27,6 +29,8 @@ def run(flow: Callable[[str], State[Any]]) -> int:
     home = Path(os.environ["VISIONLOOP_HOME"])
     hidden = home / ".visionloop"
     log_path = _open_log(hidden / "logs")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         with _only_one(hidden / "retrain.lock"):
             print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
@@ -40,14 +44,17 @@ def run(flow: Callable[[str], State[Any]]) -> int:
     except VisionLoopError as exc:
         print(f"{'not promoted' if exc.exit_code == 3 else 'error'}: {exc}", file=sys.stderr)
         return exc.exit_code
-    except KeyboardInterrupt:
-        stop_children()
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
     except Exception:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End at once on Ctrl-C or SIGTERM: Prefect's own server has got the signal too, no run can be closed in order."""
+    print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+    stop_children()
+    os._exit(128 + number)
 
 
 def print_summary(summary: Summary) -> None:
@@ -62,6 +69,8 @@ def print_summary(summary: Summary) -> None:
     for what, found in summary.rows():
         table.add_row(what, found)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
+    for what, command in summary.commands.items():
+        print(f"to {what}:\n    {command}")
 
 
 def guard_own_server() -> None:

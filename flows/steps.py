@@ -28,7 +28,17 @@ RETRIES = 2
 RETRY_DELAY_S = 4
 SERVER_START_S = 60
 # What dvc itself says around a stage's own lines; all of it is in the log.
-DVC_CHATTER = ("Running stage", "> ", "Updating lock", "Generating lock", "Use `dvc push`", "To ", "\tgit", "\tdvc")
+DVC_CHATTER = (
+    "Running stage",
+    "Data and pipelines",
+    "> ",
+    "Updating lock",
+    "Generating lock",
+    "Use `dvc push`",
+    "To ",
+    "\tgit",
+    "\tdvc",
+)
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:

@@ -41,15 +41,13 @@ class Summary:
         if self.step_seconds:
             steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.step_seconds.items())
             rows.append(("seconds", f"{steps}; in all {sum(self.step_seconds.values()):.1f}"))
-        return rows + [(f"to {what}", command) for what, command in self.commands.items()]
+        return rows
 
     def to_markdown(self) -> str:
         """Return the same as a Markdown table."""
         lines = [f"# {self.name}: {self.headline}", "", "| what | found |", "| --- | --- |"]
-        commands = set(self.commands.values())
-        for what, found in self.rows()[1:]:
-            cell = f"`{found}`" if found in commands else found.replace("|", "\\|")
-            lines.append(f"| {what} | {cell} |")
+        lines += [f"| {what} | {found.replace('|', chr(92) + '|')} |" for what, found in self.rows()[1:]]
+        lines += ["", *(f"- to {what}: `{command}`" for what, command in self.commands.items())]
         return "\n".join(lines) + "\n"
 
 

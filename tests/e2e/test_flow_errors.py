@@ -1,0 +1,124 @@
+"""Mistakes through the flow: one clear line and exit code 2, whatever Prefect and dvc put around it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from shapes import make_workspace, retrain, visionloop, write_shapes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a registered champion; tests work on copies."""
+    home = make_workspace(tmp_path_factory.mktemp("flow") / "ws", number=40)
+    done = retrain(home)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def home(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "ws", symlinks=True)
+    return tmp_path / "ws"
+
+
+def edit(home: Path, old: str, new: str) -> None:
+    path = home / "params.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def add_source(home: Path, folder: Path) -> None:
+    edit(home, "name: shapes\n", f"name: shapes\ningest: {{sources: [{{kind: folder, path: {folder}}}]}}\n")
+
+
+def with_missing_path(home: Path) -> None:
+    add_source(home, home / "nowhere")
+
+
+def with_empty_folder(home: Path) -> None:
+    (home.parent / "empty").mkdir()
+    add_source(home, home.parent / "empty")
+
+
+def with_one_class(home: Path) -> None:
+    edit(home, "name: shapes", "name: fresh")
+    edit(home, "name: fresh\n", f"name: fresh\ningest: {{sources: [{{kind: folder, path: {home.parent / 'one'}}}]}}\n")
+    write_shapes(home.parent / "one", 5, classes=("disc",))
+
+
+def with_unknown_key(home: Path) -> None:
+    edit(home, "max_epochs", "epochs")
+
+
+def with_wrong_type(home: Path) -> None:
+    edit(home, "batch_size: 16", "batch_size: many")
+
+
+def with_lost_version(home: Path) -> None:
+    shutil.rmtree(home / ".visionloop" / "store" / "datasets")
+
+
+def with_unknown_backbone(home: Path) -> None:
+    edit(home, "small_cnn", "small_cn")
+
+
+CASES: list[tuple[Callable[[Path], None], str]] = [
+    (with_missing_path, "nowhere: does not exist; expected a folder. Check the path."),
+    (with_empty_folder, "no image in any class folder; expected CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg."),
+    (with_one_class, "dataset fresh: has 1 class (disc); expected two classes or more."),
+    (with_unknown_key, "params.yaml train.epochs: unknown key; expected one of backbone,"),
+    (with_wrong_type, "params.yaml train.batch_size: got 'many'; expected integer."),
+    (with_lost_version, "dataset shapes version 1: is not in the store"),
+    (with_unknown_backbone, "params.yaml train.backbone: got 'small_cn'; expected a known backbone; near: small_cnn"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "line"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_a_mistake_is_one_line_and_exit_code_2(home: Path, break_it: Callable[[Path], None], line: str) -> None:
+    break_it(home)
+    done = retrain(home)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout
+
+
+def test_unreachable_mlflow_in_register(home: Path) -> None:
+    """Through the command: the store has the bundle already, MLflow's mirror is what fails."""
+    decision = json.loads((home / "decisions" / "latest.json").read_text())
+    assert decision["verdict"] == "passed"
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = visionloop(home, "register", **away)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
+    assert done.stderr.count("\n") == 1
+    assert visionloop(home, "register").stdout == "registered as shapes version 1 in MLflow\n"
+
+
+def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path) -> None:
+    path = home / "models" / "candidate" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()  # dvc may have linked it to its cache
+    path.write_bytes(data)
+    for command in ("evaluate", "gate", "register", "promote"):
+        done = visionloop(home, command)
+        assert done.returncode == 2, command
+        assert "model.onnx differs from its digest" in done.stderr, command
+    assert visionloop(home, "serve", "--bundle", "models/candidate", "--port", "0").returncode == 2
+    assert len(list((home / ".visionloop" / "store" / "ledger").rglob("*.json"))) == 1
+
+
+def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(home: Path) -> None:
+    photos = write_shapes(home.parent / "new", 20, seed=5)
+    (photos / "disc" / "notes.jpg").write_text("not a photo")
+    add_source(home, photos)
+    done = retrain(home)
+    assert done.returncode in {0, 3}, done.stderr
+    assert "quarantined 1 files that cannot be used:" in done.stdout
+    assert "not_an_image   folder:disc/notes.jpg" in done.stdout
+    assert "version 2: 40 new images, 120 in all" in done.stdout

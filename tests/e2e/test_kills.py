@@ -1,0 +1,131 @@
+"""Killed in the middle of training: nothing lives on, and the same command goes on in the same run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from shapes import ROOT, find_bundle, find_run, make_environment, make_workspace, retrain, visionloop
+
+EPOCHS = 30
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose training is long enough to be killed several times."""
+    return make_workspace(tmp_path_factory.mktemp("kills") / "ws", epochs=EPOCHS, number=150)
+
+
+def start_until_it_trains(home: Path) -> subprocess.Popen[str]:
+    """Start the flow in a process group of its own; return it when two more epochs are done."""
+    command = [sys.executable, "flows/retrain.py", "--workspace", str(home)]
+    env = make_environment()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    seen, lines = 0, []
+    for line in process.stdout:
+        lines.append(line)
+        seen += line.startswith("  epoch ")
+        if seen == 2:
+            return process
+    raise AssertionError("it ended before it was killed:\n" + "".join(lines))
+
+
+def list_ours(home: Path) -> list[psutil.Process]:
+    """Every living process that works on this workspace: flow, dvc, stage, Prefect's server, watcher."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            about = [*process.cmdline(), process.environ().get("VISIONLOOP_HOME", "")]
+            if str(home) in about and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_all_gone(home: Path, limit_s: float = 20) -> None:
+    deadline = time.monotonic() + limit_s
+    while (left := list_ours(home)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [p.cmdline() for p in left] == []
+
+
+def read_run(home: Path) -> str:
+    (record,) = (home / ".visionloop" / "work" / "train").glob("*/run.json")
+    return str(json.loads(record.read_text())["run_id"])
+
+
+def find_child(process: subprocess.Popen[str], word: str) -> psutil.Process:
+    return next(c for c in psutil.Process(process.pid).children(recursive=True) if word in " ".join(c.cmdline()))
+
+
+def kill_flow(process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
+def kill_dvc(process: subprocess.Popen[str]) -> None:
+    find_child(process, "dvc repro").kill()
+
+
+def interrupt_group(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def interrupt_flow(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path) -> None:
+    ends: list[tuple[Callable[[subprocess.Popen[str]], None], int]] = [
+        (kill_flow, -signal.SIGKILL),
+        (kill_dvc, 2),
+        (interrupt_group, 130),
+    ]
+    run_ids = set()
+    for end, code in ends:
+        process = start_until_it_trains(home)
+        run_ids.add(read_run(home))
+        end(process)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait(timeout=60) == code, f"{end.__name__}: {said}"
+        assert "Traceback" not in said
+        assert_all_gone(home)
+    assert len(run_ids) == 1, "one MLflow run, however often it was ended"
+    done = retrain(home)
+    assert done.returncode == 0, done.stderr
+    assert "  epoch   1/" not in done.stdout
+    assert find_run(done.stdout) in run_ids
+    assert_same_bundle_as_without_kills(home, find_bundle(done.stdout))
+
+
+def assert_same_bundle_as_without_kills(home: Path, bundle: str) -> None:
+    done = visionloop(home, "train")
+    assert done.returncode == 0, done.stderr
+    assert "epoch   1/" in done.stdout
+    assert find_bundle(done.stdout) == bundle
+
+
+def test_two_retrains_of_one_workspace(home: Path) -> None:
+    path = home / "params.yaml"
+    path.write_text(path.read_text().replace("name: shapes", "name: others"))
+    photos = home.parent / "photos"
+    assert visionloop(home, "ingest", str(photos)).returncode == 0
+    process = start_until_it_trains(home)
+    try:
+        second = retrain(home)
+        assert second.returncode == 2
+        assert f"process {process.pid} is retraining it; expected one retrain at a time." in second.stderr
+    finally:
+        interrupt_flow(process)  # Ctrl-C reaches a whole group; this one reaches the flow alone
+        assert process.wait(timeout=60) == 130
+    assert_all_gone(home)
