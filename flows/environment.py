@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visionloop.errors import VisionLoopError
+from visionloop.params import load_params
 from visionloop.settings import apply_tool_environment, load_settings
 
 PREFECT_DEFAULTS = {
@@ -19,7 +20,7 @@ PREFECT_DEFAULTS = {
 def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
     """Read `--workspace`, make it the workspace of this process, and keep Prefect and other tools inside it.
 
-    Without a workspace: one line on stderr and exit code 2.
+    Without a workspace, or with a mistake in its params.yaml: one line on stderr and exit code 2.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workspace", type=Path, help="a folder with a params.yaml; default: the one you are in")
@@ -28,11 +29,12 @@ def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
     if folder is not None:
         env.pop("VISIONLOOP_HOME", None)  # what is named on the command line wins
     try:
-        home = load_settings(env, folder or Path.cwd()).home
+        settings = load_settings(env, folder or Path.cwd())
+        load_params(settings.params_path)  # a typo is told at once, not after Prefect has started
     except VisionLoopError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(exc.exit_code)
-    os.environ["VISIONLOOP_HOME"] = str(home)
-    apply_tool_environment(home)
+    os.environ["VISIONLOOP_HOME"] = str(settings.home)
+    apply_tool_environment(settings.home)
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)

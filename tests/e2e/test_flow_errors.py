@@ -10,10 +10,10 @@ from shapes import make_workspace, retrain, visionloop, write_shapes
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
     """A workspace with a registered champion; tests work on copies."""
     home = make_workspace(tmp_path_factory.mktemp("flow") / "ws", number=40)
-    done = retrain(home)
+    done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
     return home
 
@@ -77,9 +77,11 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("break_it", "line"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_a_mistake_is_one_line_and_exit_code_2(home: Path, break_it: Callable[[Path], None], line: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(
+    home: Path, prefect_api: str, break_it: Callable[[Path], None], line: str
+) -> None:
     break_it(home)
-    done = retrain(home)
+    done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert line in done.stderr
@@ -113,11 +115,11 @@ def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path)
     assert len(list((home / ".visionloop" / "store" / "ledger").rglob("*.json"))) == 1
 
 
-def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(home: Path) -> None:
+def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(home: Path, prefect_api: str) -> None:
     photos = write_shapes(home.parent / "new", 20, seed=5)
     (photos / "disc" / "notes.jpg").write_text("not a photo")
     add_source(home, photos)
-    done = retrain(home)
+    done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode in {0, 3}, done.stderr
     assert "quarantined 1 files that cannot be used:" in done.stdout
     assert "not_an_image   folder:disc/notes.jpg" in done.stdout

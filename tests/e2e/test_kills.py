@@ -22,10 +22,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("kills") / "ws", epochs=EPOCHS, number=150)
 
 
-def start_until_it_trains(home: Path) -> subprocess.Popen[str]:
+def start_until_it_trains(home: Path, **extra: str) -> subprocess.Popen[str]:
     """Start the flow in a process group of its own; return it when two more epochs are done."""
     command = [sys.executable, "flows/retrain.py", "--workspace", str(home)]
-    env = make_environment()
+    env = make_environment(**extra)
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -84,15 +84,15 @@ def interrupt_flow(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
 
 
-def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path) -> None:
-    ends: list[tuple[Callable[[subprocess.Popen[str]], None], int]] = [
-        (kill_flow, -signal.SIGKILL),
-        (kill_dvc, 2),
-        (interrupt_group, 130),
+def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path, prefect_api: str) -> None:
+    ends: list[tuple[Callable[[subprocess.Popen[str]], None], int, dict[str, str]]] = [
+        (kill_flow, -signal.SIGKILL, {}),  # with a Prefect server of its own, which must go too
+        (kill_dvc, 2, {"PREFECT_API_URL": prefect_api}),
+        (interrupt_group, 130, {}),
     ]
     run_ids = set()
-    for end, code in ends:
-        process = start_until_it_trains(home)
+    for end, code, extra in ends:
+        process = start_until_it_trains(home, **extra)
         run_ids.add(read_run(home))
         end(process)
         assert process.stdout is not None
@@ -101,7 +101,7 @@ def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path) -
         assert "Traceback" not in said
         assert_all_gone(home)
     assert len(run_ids) == 1, "one MLflow run, however often it was ended"
-    done = retrain(home)
+    done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
     assert "  epoch   1/" not in done.stdout
     assert find_run(done.stdout) in run_ids
@@ -115,12 +115,12 @@ def assert_same_bundle_as_without_kills(home: Path, bundle: str) -> None:
     assert find_bundle(done.stdout) == bundle
 
 
-def test_two_retrains_of_one_workspace(home: Path) -> None:
+def test_two_retrains_of_one_workspace(home: Path, prefect_api: str) -> None:
     path = home / "params.yaml"
     path.write_text(path.read_text().replace("name: shapes", "name: others"))
     photos = home.parent / "photos"
     assert visionloop(home, "ingest", str(photos)).returncode == 0
-    process = start_until_it_trains(home)
+    process = start_until_it_trains(home, PREFECT_API_URL=prefect_api)
     try:
         second = retrain(home)
         assert second.returncode == 2

@@ -164,7 +164,7 @@ def test_a_port_in_use(demo: Demo, server: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_own_images_train_in_a_workspace_of_their_own(tmp_path: Path) -> None:
+def test_own_images_train_in_a_workspace_of_their_own(tmp_path: Path, prefect_api: str) -> None:
     """The commands of "Your own images", with a smaller network and fewer epochs."""
     (block,) = [b for b in list_blocks("") if b.startswith("visionloop new DIR")]
     write_shapes(tmp_path / "photos")
@@ -177,20 +177,20 @@ def test_own_images_train_in_a_workspace_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "ws" / "params.yaml"
     text = path.read_text().replace("resnet18 #", "small_cnn #").replace("image_size: 224", "image_size: 32")
     path.write_text(text.replace("max_epochs: 20", "max_epochs: 4").replace("accuracy: 0.6", "accuracy: 0.3"))
-    done = run(tmp_path, "bash", "-ec", last)
+    done = run(tmp_path, "bash", "-ec", last, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
     assert "horses-or-humans has a new champion" in done.stdout
     card = json.loads((tmp_path / "ws" / "models" / "candidate" / "card.json").read_text())
     assert (card["task"], card["classes"]) == ("binary", ["disc", "ring"])
-    assert_more_images_and_rollback(tmp_path / "ws", write_shapes(tmp_path / "more", 20, seed=1))
+    assert_more_images_and_rollback(tmp_path / "ws", write_shapes(tmp_path / "more", 20, seed=1), prefect_api)
 
 
-def assert_more_images_and_rollback(home: Path, more: Path) -> None:
+def assert_more_images_and_rollback(home: Path, more: Path, prefect_api: str) -> None:
     """New images are version 2; a second champion by a lower bar; and back to the first in one command."""
     assert "version 2: 40 new images, 160 in all" in visionloop(home, "ingest", str(more)).stdout
     path = home / "params.yaml"
     path.write_text(path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9"))
-    done = retrain(home)
+    done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
     assert re.search(r"gate: no_worse +pass: ", done.stdout), done.stdout
     first, second = (json.loads(p.read_text()) for p in sorted((home / ".visionloop/store/ledger").rglob("*.json")))
