@@ -35,8 +35,8 @@ demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a s
 	@$(BIN)/python flows/retrain.py
 
 test: check ## check, then every test
-	@$(TIDY) $(BIN)/python -m pytest tests/unit
-	@$(TIDY) $(BIN)/python -m pytest tests --ignore=tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 2 tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore=tests/unit
 
 check: $(STAMP) ## lint, format, types, import rules, dead code, code.json
 	@$(BIN)/ruff check --quiet .

@@ -15,6 +15,7 @@ FOREIGN = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL")
 
 # At import, not in a fixture: the tools read these once, when they are imported.
 os.environ.update(QUIET_TOOLS)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [n for n in os.environ if n in FOREIGN or n.startswith("VISIONLOOP_")]:
     del os.environ[name]
 

@@ -12,6 +12,10 @@ from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.predictor import Predictor
 from visionloop.records import Card, canonical_json
 
+COMMANDS = (  # of the command line, as agreed
+    *("new", "ingest", "datasets", "prepare", "train", "evaluate", "gate"),
+    *("register", "promote", "rollback", "history", "serve", "predict", "doctor"),
+)
 NUM_GOLDEN = 4
 GRID = 4
 

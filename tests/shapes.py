@@ -41,6 +41,8 @@ def make_environment(**extra: str) -> dict[str, str]:
     """The environment of a person in a new shell: no workspace chosen, this Python first on PATH."""
     foreign = ("VISIONLOOP_", "PREFECT_", "DVC_", "MLFLOW_TRACKING")
     env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    # Two tests run side by side on two cores: with more torch threads than cores they would wait for each other.
+    env["OMP_NUM_THREADS"] = "1"
     return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "COLUMNS": "140", **extra}
 
 

@@ -8,26 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fakes import COMMANDS
 
 from visionloop.settings import QUIET_TOOLS, tool_environment
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [
-    "new",
-    "ingest",
-    "datasets",
-    "prepare",
-    "train",
-    "evaluate",
-    "gate",
-    "register",
-    "promote",
-    "rollback",
-    "history",
-    "serve",
-    "predict",
-    "doctor",
-]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -100,6 +100,26 @@ def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path
 
 def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
     """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds."""
+    if not sys.stdout.isatty():
+        return make_log_progress(verb, unit, lambda line: print(line, flush=True))
+
+    def show(line: str) -> None:
+        print(f"\r{line:<78}", end="", flush=True)
+
+    in_place = make_log_progress(verb, unit, show, every_s=0.1)
+
+    def show_and_end(done: int, total: int) -> None:
+        in_place(done, total)
+        if done >= total:
+            print(flush=True)
+
+    return show_and_end
+
+
+def make_log_progress(
+    verb: str, unit: str, tell: Callable[[str], None], *, every_s: float = 3.0
+) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that tells a line every few seconds, with the rate and the time left."""
     started = last = 0.0
 
     def show(done: int, total: int) -> None:
@@ -107,33 +127,11 @@ def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
         now = time.perf_counter()
         if not started:
             started = last = now
-        finished = done >= total
-        if not finished and now - last < (0.1 if sys.stdout.isatty() else 2.0):
+        if done < total and now - last < every_s:
             return
         last = now
         rate = done / max(now - started, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if not finished and rate > 0 else ""
-        line = f"{verb} {done:,} of {total:,} {unit} ({rate:,.0f}/s{left})"
-        if sys.stdout.isatty():
-            print(f"\r{line:<78}", end="\n" if finished else "", flush=True)
-        else:
-            print(line, flush=True)
-
-    return show
-
-
-def make_log_progress(verb: str, unit: str, tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that tells a line every few seconds, for a log."""
-    started = last = 0.0
-
-    def show(done: int, total: int) -> None:
-        nonlocal started, last
-        now = time.perf_counter()
-        if not started:
-            started = last = now
-        if done < total and now - last < 3.0:
-            return
-        last = now
-        tell(f"{verb} {done:,} of {total:,} {unit} ({done / max(now - started, 1e-9):,.0f}/s)")
+        left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
+        tell(f"{verb} {done:,} of {total:,} {unit} ({rate:,.0f}/s{left})")
 
     return show

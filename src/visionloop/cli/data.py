@@ -115,7 +115,7 @@ def datasets(typer_context: typer.Context) -> None:
     for version in versions:
         star = "*" if version.version == pinned else " "
         print(
-            f"{star} {version.version:>4}  {version.digest[:12]}  {version.created_at[:16]}"
+            f"{star} {version.version:>4}  {version.digest[:12]}  {version.created_at[:16].replace('T', ' ')}"
             f"  {version.num_images:>8,} images  +{version.num_added:,}  {len(version.classes)} classes"
             f"  {version.num_rejected} quarantined"
         )

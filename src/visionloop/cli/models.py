@@ -121,8 +121,8 @@ def history() -> None:
     for entry in reversed(entries):
         star = "*" if entry is entries[-1] else " "
         print(
-            f"{star} {entry.number:>4}  {entry.at[:16]}  {entry.action:<8}  bundle {entry.bundle[:12]}"
-            f"  model {entry.model_version:<4}  dataset {entry.dataset.get('version', '?')}  {entry.by}: {entry.why}"
+            f"{star} {entry.number:>4}  {entry.at[:16].replace('T', ' ')}  {entry.action:<8}"
+            f"  bundle {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {entry.dataset.get('version', '?')}  {entry.by}: {entry.why}"
         )
 
 

@@ -7,26 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle, make_image
+from fakes import COMMANDS, make_bundle, make_image
 
 from visionloop.cli import main
-
-COMMANDS = [
-    "new",
-    "ingest",
-    "datasets",
-    "prepare",
-    "train",
-    "evaluate",
-    "gate",
-    "register",
-    "promote",
-    "rollback",
-    "history",
-    "serve",
-    "predict",
-    "doctor",
-]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
