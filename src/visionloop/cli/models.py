@@ -120,9 +120,10 @@ def history() -> None:
         print(f"{context.params.name} has no champion yet; `python flows/retrain.py` makes one")
     for entry in reversed(entries):
         star = "*" if entry is entries[-1] else " "
+        at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
         print(
-            f"{star} {entry.number:>4}  {entry.at[:16].replace('T', ' ')}  {entry.action:<8}"
-            f"  bundle {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {entry.dataset.get('version', '?')}  {entry.by}: {entry.why}"
+            f"{star} {entry.number:>4}  {at}  {entry.action:<8}  bundle {entry.bundle[:12]}"
+            f"  model {entry.model_version:<4}  dataset {trained_on}  {entry.by}: {entry.why}"
         )
 
 
