@@ -133,6 +133,7 @@ def tool_environment(home: Path) -> dict[str, str]:
         "TORCH_HOME": str(hidden / "torch"),
         "TORCHINDUCTOR_CACHE_DIR": str(hidden / "torch" / "inductor"),
         "XDG_CACHE_HOME": str(hidden / "cache"),
+        "TMPDIR": str(hidden / "tmp"),  # a killed training leaves half a checkpoint there
     }
 
 
@@ -144,6 +145,6 @@ def apply_tool_environment(home: Path) -> None:
 
 
 def make_tool_folders(home: Path) -> None:
-    """Make the folders that dvc would make writable for all, ours above them included."""
-    for folder in ("dvc/site", "matplotlib"):
+    """Make the folders that must be there first: dvc would make its own, and ours above it, writable for all."""
+    for folder in ("dvc/site", "matplotlib", "tmp"):
         (home / ".visionloop" / folder).mkdir(parents=True, exist_ok=True)
