@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 
 from retrain import retrain
 from visionloop.errors import SettingsError, VisionLoopError
+from visionloop.lifetime import stop_children
 from visionloop.params import load_params
 from visionloop.settings import PARAMS_FILE
 
@@ -59,3 +60,7 @@ if __name__ == "__main__":
     except VisionLoopError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    finally:
+        stop_children()

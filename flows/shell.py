@@ -74,9 +74,11 @@ def print_summary(summary: Summary) -> None:
 
 
 def guard_own_server() -> None:
-    """Have Prefect's own server, a child of this process, stopped when this process is killed."""
+    """Have Prefect's own server, a child of this process, stopped when this process is ended or killed."""
     import psutil
 
+    if signal.getsignal(signal.SIGINT) is _stop:  # from the shell: Prefect has put its own handler in our place
+        signal.signal(signal.SIGTERM, _stop)
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if "prefect.server.api.server:create_app" in child.cmdline():
