@@ -22,6 +22,7 @@ from visionloop.cli.data import describe_pull
 from visionloop.cli.models import describe_decision, get_user
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
+from visionloop.lifetime import stop_process
 from visionloop.records import ImageRecord
 
 RETRIES = 2
@@ -157,12 +158,7 @@ def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
     except httpx.HTTPError as exc:
         raise ServingError("server", f"did not answer ({exc})", "an answer") from exc
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_process(process)
     return answers
 
 

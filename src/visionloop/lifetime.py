@@ -38,6 +38,17 @@ def stop_with_us(pid: int) -> None:
     )
 
 
+def stop_process(process: subprocess.Popen[str], limit_s: float = 15) -> None:
+    """Stop a process we started and wait for its end: politely, then for good. One that has ended is no error."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def stop_children() -> None:
     """Stop every process below this one: politely, then for good."""
     import psutil

@@ -19,7 +19,7 @@ import yaml
 
 from visionloop import errors
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
-from visionloop.lifetime import GUARDIAN_VARIABLE
+from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params
 from visionloop.records import compute_digest
 from visionloop.settings import Settings, tool_environment
@@ -102,7 +102,7 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
         if process.wait() != 0:
             raise _read_error(error_path, stage, lines)
     finally:
-        _stop(process)
+        stop_process(process)
     _snapshot(settings)
     return StageResult(stage, _read_status("\n".join(lines)))
 
@@ -195,16 +195,6 @@ def _read_status(text: str) -> str:
     if "Running stage" in text:
         return "ran"
     return "restored" if "is cached" in text else "skipped"
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _snapshot(settings: Settings) -> None:
