@@ -70,7 +70,16 @@ def ingest(home: str) -> dict[str, Any]:
         say(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
     progress = make_log_progress("  checked", "images", say)
-    report = pull(context.settings, context.params, context.store, sources=sources, now=get_now(), on_progress=progress)
+    report = pull(
+        context.settings,
+        context.params,
+        context.store,
+        sources=sources,
+        now=get_now(),
+        env=os.environ,
+        tell=lambda line: say(f"  {line}"),
+        on_progress=progress,
+    )
     for line in describe_pull(report):
         say(f"  {line}")
     return report.pin.to_json()

@@ -73,7 +73,8 @@ class Rejected(Record):
 class DatasetVersion(Record):
     """The commit object of one dataset version. `parts` are manifest digests; a later part's row wins over an earlier.
 
-    `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it.
+    `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it,
+    `leaks` of its leak report. `cursors` says how far each incremental source has come.
     """
 
     name: str
@@ -90,6 +91,9 @@ class DatasetVersion(Record):
     rejected: str | None
     num_rejected: int
     created_at: str
+    cursors: dict[str, str] = field(default_factory=dict)
+    leaks: str | None = None
+    num_leaks: int = 0
 
 
 @dataclass(frozen=True)

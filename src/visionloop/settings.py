@@ -1,6 +1,6 @@
 """Where it runs: workspace, store, MLflow, tool homes. Read from the environment once, by the entry points.
 
-What changes results is in params.yaml instead (`params.py`).
+What changes results is in params.yaml instead (`params/`).
 """
 
 import os

@@ -13,7 +13,7 @@ from visionloop.params import load_params, make_params
     ("value", "line"),
     [
         ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of backbone, batch_size"),
-        ({"trian": {}}, "params.yaml trian: unknown key; expected one of evaluate, gate, ingest, name"),
+        ({"trian": {}}, "params.yaml trian: unknown key; expected one of compute, evaluate, gate, ingest"),
         ({"prepare": {"image_size": 0}}, "params.yaml prepare.image_size: got 0; expected greater than or equal to 32"),
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),
@@ -22,7 +22,7 @@ from visionloop.params import load_params, make_params
         ({"name": "My Pets"}, "params.yaml name: got 'My Pets'; expected lower-case letters, digits and '-'"),
         (
             {"ingest": {"sources": [{"kind": "ftp"}]}},
-            "params.yaml ingest.sources.0.kind: got 'ftp'; expected one of 'folder', 'digits'",
+            "params.yaml ingest.sources.0.kind: got 'ftp'; expected one of 'folder', 'table', 'archive'",
         ),
         ({"ingest": {"sources": [{"kind": "folder"}]}}, "params.yaml ingest.sources.0.path: missing; expected a value"),
         ({"ingest": {"split": {"fractions": [0.5, 0.5, 0.5]}}}, "params.yaml ingest.split: got"),

@@ -1,5 +1,6 @@
 """Commands about data: ingest, datasets."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,6 +49,8 @@ def ingest(
         context.store,
         sources=sources,  # type: ignore[arg-type]
         now=get_now(),
+        env=os.environ,
+        tell=print,
         on_progress=make_progress("checked", "images"),
     )
     for line in describe_pull(report):

@@ -142,6 +142,7 @@ def make_version(
 def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequence[ImageRecord]) -> bool:
     """Write a version: its rows first, then the commit object. False if another process took the number."""
     store.put(f"manifests/{version.parts[-1]}.parquet", encode_records(changed))
+    store.sync()
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
 
 

@@ -12,7 +12,7 @@ def compute_position(key: str, seed: int) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def choose_side(key: str, seed: int, fractions: tuple[float, float, float], *, test_is_given: bool = False) -> str:
+def choose_side(key: str, seed: int, fractions: tuple[float, ...], *, test_is_given: bool = False) -> str:
     """Return train, val or test in proportion to `fractions` (train, val, test).
 
     With `test_is_given` (the source brings its own test folder) only train and val are handed out, in their proportion.

@@ -7,16 +7,16 @@ from visionloop.data.duplicates import compute_phash
 from visionloop.data.images import inspect_image
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError
-from visionloop.ingest.sources.item import Item
+from visionloop.ingest.sources import Item
+from visionloop.params import Ingest
 from visionloop.records import Rejected
 from visionloop.store import ObjectStore
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """A usable file: what is known of it before its side is decided."""
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the bytes of a usable file say: a function of the bytes alone."""
 
-    item: Item
     sha256: str
     width: int
     height: int
@@ -25,21 +25,28 @@ class Inspected:
     phash: str
 
 
-def store_item(item: Item, store: ObjectStore, *, max_file_bytes: int, max_pixels: int) -> Inspected | Rejected:
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A usable file before its side is decided. `ordinal` is its place among all that this pull has seen."""
+
+    item: Item
+    ordinal: int
+    facts: Facts
+
+
+def store_item(item: Item, ordinal: int, store: ObjectStore, limits: Ingest) -> Inspected | Rejected:
     """Read, check and store one file; what is there already is not sent again. Raises StoreError."""
     try:
-        num_bytes = item.path.stat().st_size
-        if num_bytes > max_file_bytes:
-            found = f"has {num_bytes} bytes"
-            raise ImageError(item.origin, found, f"at most {max_file_bytes}", reason_code="too_large")
-        data = item.path.read_bytes()
-        facts, image = inspect_image(data, item.origin, max_pixels=max_pixels)
+        data = item.read(limits.max_file_bytes)
+        facts = inspect_bytes(data, item.origin, max_pixels=limits.max_pixels)
     except ImageError as exc:
         return Rejected(item.origin, exc.reason_code, f"{exc.found}; expected {exc.expected}")
-    except OSError as exc:
-        return Rejected(item.origin, "unreadable", f"cannot be read ({exc.strerror})")
+    store.add(make_image_key(facts.sha256), data)
+    return Inspected(item, ordinal, facts)
+
+
+def inspect_bytes(data: bytes, where: str, *, max_pixels: int) -> Facts:
+    """Check encoded bytes by a full decode and return what they say. Raises ImageError."""
+    facts, image = inspect_image(data, where, max_pixels=max_pixels)
     sha256 = hashlib.sha256(data).hexdigest()
-    key = make_image_key(sha256)
-    if not store.exists(key):
-        store.put(key, data)
-    return Inspected(item, sha256, facts.width, facts.height, facts.format, len(data), compute_phash(image))
+    return Facts(sha256, facts.width, facts.height, facts.format, len(data), compute_phash(image))

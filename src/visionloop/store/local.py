@@ -61,6 +61,21 @@ class LocalStore:
             staged.unlink(missing_ok=True)
         return True
 
+    def add(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        if path.exists():
+            return False
+        staged = self._stage(path, data)
+        try:
+            os.replace(staged, path)
+        except OSError as exc:
+            raise self._error(key, exc) from exc
+        return True
+
+    def sync(self) -> None:
+        if self.root.is_dir():
+            os.sync()
+
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
@@ -73,6 +88,9 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
+
+    def purge(self, key: str) -> None:
+        self.delete(key)
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

@@ -31,6 +31,17 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def add(self, key: str, data: bytes) -> bool:
+        """Write an object whose key is the digest of its content; what is there already is not sent again.
+
+        True if this call sent it. It may be lost in a power failure until `sync`. Raises StoreError.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power failure: called once, before a commit object is created."""
+        ...
+
     def exists(self, key: str) -> bool:
         """Say whether the object is there."""
         ...
@@ -40,5 +51,9 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is no error."""
+        """Remove an object; a missing one is no error. A versioned store may keep its earlier versions."""
+        ...
+
+    def purge(self, key: str) -> None:
+        """Remove an object with all its earlier versions, for good; a missing one is no error. Raises StoreError."""
         ...

@@ -187,17 +187,17 @@ def test_an_interrupted_pull_leaves_nothing_visible_and_ends_the_same(
     folder = fill(tmp_path / "photos")
     whole = run(settings, LocalStore(tmp_path / "other"), folder)
     settings.pin_path.unlink()
-    puts = 0
-    put = LocalStore.put
+    added = 0
+    add = LocalStore.add
 
-    def failing_put(self: LocalStore, key: str, data: bytes) -> None:
-        nonlocal puts
-        puts += 1
-        if puts > 9:
+    def failing_add(self: LocalStore, key: str, data: bytes) -> bool:
+        nonlocal added
+        added += 1
+        if added > 9:
             raise StoreError("store", "no space left")
-        put(self, key, data)
+        return add(self, key, data)
 
-    monkeypatch.setattr(LocalStore, "put", failing_put)
+    monkeypatch.setattr(LocalStore, "add", failing_add)
     with pytest.raises(StoreError, match="no space left"):
         run(settings, store, folder)
     assert list_versions(store, "pets") == []

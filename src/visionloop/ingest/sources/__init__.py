@@ -1,22 +1,29 @@
-"""Sources of images, one file per kind. A source yields items and decides nothing: no split, no decoding.
+"""Sources of images, one file per kind. A source yields items and decides nothing: no side, no decoding.
 
-Add one: a file here with a function that returns an iterable of `Item`, its section in `params.py`, a line below.
+Add one: a file here with a function `read_x(source, reading)` that yields `Item`, `Rejected` (what could not be used,
+with the reason) and, if it is incremental, `Cursor`; its section in `params/sources.py`; a line below.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
-from visionloop.ingest.sources.digits import read_digits
-from visionloop.ingest.sources.folder import read_folder
-from visionloop.ingest.sources.item import Item
-from visionloop.params import DigitsSource, Source
+from visionloop.ingest.sources.item import Cursor, Item, Reading, make_file_reader
+from visionloop.params import Source
+from visionloop.records import Rejected
 
-__all__ = ["Item", "read_source"]
+__all__ = ["Cursor", "Item", "Reading", "make_file_reader", "read_source"]
+
+# Imported when they are needed: a folder of photos wants no database and no video library.
+READERS = {
+    "folder": "folder:read_folder",
+    "digits": "digits:read_digits",
+}
 
 
-def read_source(source: Source, *, home: Path, hidden_dir: Path) -> Iterator[Item]:
-    """Yield the items of a declared source; relative paths are relative to the workspace. Raises SourceError."""
-    if isinstance(source, DigitsSource):
-        yield from read_digits(source.name, hidden_dir / "sources" / "digits")
-    else:
-        yield from read_folder(source.name, (home / Path(source.path).expanduser()).resolve())
+def read_source(source: Source, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+    """Yield what a declared source offers, in its order. Raises SourceError when it cannot be read as a whole."""
+    module, function = READERS[source.kind].split(":")
+    reader: Callable[[Any, Reading], Iterator[Item | Rejected | Cursor]]
+    reader = getattr(import_module(f"{__name__}.{module}"), function)
+    return reader(source, reading)

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from visionloop.ingest.sources.folder import read_folder
-from visionloop.ingest.sources.item import Item
+from visionloop.ingest.sources.folder import walk_folder
+from visionloop.ingest.sources.item import Item, Reading
+from visionloop.params import DigitsSource
 
 
-def read_digits(name: str, folder: Path) -> Iterator[Item]:
-    """Write the digits into class folders below `folder`, once, and yield them."""
+def read_digits(source: DigitsSource, reading: Reading) -> Iterator[Item]:
+    """Write the digits into class folders of the workspace's hidden folder, once, and yield them."""
+    folder = reading.hidden_dir / "sources" / "digits"
     if not folder.is_dir():
         _write_digits(folder)
-    yield from read_folder(name, folder)
+    yield from walk_folder(source.name, folder)
 
 
 def _write_digits(folder: Path) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from visionloop.errors import SourceError
-from visionloop.ingest.sources.item import Item
+from visionloop.ingest.sources.item import Item, Reading, make_file_reader
+from visionloop.params import FolderSource
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
@@ -17,7 +18,7 @@ SPLIT_NAMES = {
 }
 
 
-def read_folder(name: str, folder: Path) -> Iterator[Item]:
+def read_folder(source: FolderSource, reading: Reading) -> Iterator[Item]:
     """Yield the images of a folder in the order of their paths; hidden files and other file types are passed over.
 
     Where there is `train` and exactly one other split folder, that one is the test side, whatever its name.
@@ -25,24 +26,39 @@ def read_folder(name: str, folder: Path) -> Iterator[Item]:
     Raises:
         SourceError: the folder is missing, or holds no class folder with an image.
     """
+    yield from walk_folder(source.name, reading.resolve(source.path))
+
+
+def walk_folder(name: str, folder: Path) -> Iterator[Item]:
+    """Yield the images of class folders. Raises SourceError."""
     if not folder.is_dir():
         found = "is a file" if folder.is_file() else "does not exist"
         raise SourceError(f"source {name} {folder}", found, "a folder", "Check the path.")
     splits = _find_splits(folder)
-    count = 0
+    empty = True
     for split_folder, side, test_is_given in splits or [(folder, None, False)]:
         for class_folder in _list_folders(split_folder):
             for path in _walk_images(class_folder):
+                empty = False
                 origin = f"{name}:{path.relative_to(folder).as_posix()}"
-                yield Item(path, origin, name, (class_folder.name,), count, side, test_is_given)
-                count += 1
-    if not count:
+                read = make_file_reader(str(path))
+                yield Item(origin, name, (class_folder.name,), read, make_stamp(path), side, test_is_given)
+    if empty:
         raise SourceError(
             f"source {name} {folder}",
             "no image in any class folder",
             "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg",
             "Put the images of each class into a folder of its name.",
         )
+
+
+def make_stamp(path: Path) -> str | None:
+    """Return what changes when a file does: size, mtime and inode."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
 
 
 def _find_splits(folder: Path) -> list[tuple[Path, str | None, bool]]:

@@ -1,22 +1,75 @@
-"""What every source yields."""
+"""What every source yields, and what it may use while it reads."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from visionloop.errors import ImageError
+from visionloop.params import Ingest
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One labelled file. `origin` is stable across machines: the source's name and the path inside it.
+    """One image that a source offers. The order of items is the order that the dataset keeps (`ordinal`).
+
+    `origin` is stable across machines: the source's name, a colon, the place inside it. `read(max_bytes)` returns the
+    encoded bytes; it is called in another thread, once at most, and raises ImageError when they cannot be had, or are
+    more than that.
+    `stamp` changes when the bytes may have changed (size, mtime and inode; an ETag): with the same stamp the bytes are
+    not read again. None: always read. `labels` is empty for an image that is for prediction only.
 
     `side` is the source's own split (train, val, test) or None. `test_is_given`: the source has its own test folder,
-    so that this image may only be divided between train and val.
+    so that this image may only be divided between train and val. `captured_at` is ISO 8601.
     """
 
-    path: Path
     origin: str
     source: str
     labels: tuple[str, ...]
-    ordinal: int
+    read: Callable[[int], bytes]
+    stamp: str | None = None
     side: str | None = None
     test_is_given: bool = False
     group: str | None = None
+    captured_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far an incremental source has come. It is committed with the version that holds what came before it."""
+
+    source: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a source may use: the workspace, the environment, its committed cursor, a way to tell of a guess."""
+
+    home: Path
+    hidden_dir: Path
+    env: Mapping[str, str]
+    limits: Ingest = field(default_factory=Ingest)
+    cursor: str | None = None
+    tell: Callable[[str], None] = lambda line: None
+
+    def resolve(self, path: str) -> Path:
+        """Return a path of params.yaml as an absolute one; relative to the workspace."""
+        return (self.home / Path(path).expanduser()).resolve()
+
+
+def make_file_reader(path: str) -> Callable[[int], bytes]:
+    """Return the `read` of an item that is a file."""
+    return partial(read_file, path)
+
+
+def read_file(path: str, max_bytes: int) -> bytes:
+    """Return the bytes of a file, if they are no more than `max_bytes`. Raises ImageError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as exc:
+        raise ImageError(path, f"cannot be read ({exc.strerror})", "a file", reason_code="unreadable") from exc
+    if len(data) > max_bytes:
+        raise ImageError(path, "is too large", f"at most {max_bytes} bytes", reason_code="too_large")
+    return data

@@ -8,78 +8,71 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from visionloop.errors import ParamsError
+from visionloop.params.ingest import Expect, Ingest, Split
+from visionloop.params.section import NAME_PATTERN, Section, to_tuple
+from visionloop.params.sources import (
+    ArchiveSource,
+    BucketSource,
+    Columns,
+    DigitsSource,
+    FolderSource,
+    HttpSource,
+    PythonSource,
+    Source,
+    SqlSource,
+    TableSource,
+    VideoSource,
+)
 from visionloop.records import compute_digest
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+__all__ = [
+    "ArchiveSource",
+    "BucketSource",
+    "Columns",
+    "Compute",
+    "DigitsSource",
+    "Evaluate",
+    "Expect",
+    "FolderSource",
+    "Gate",
+    "HttpSource",
+    "Ingest",
+    "Params",
+    "Prepare",
+    "PythonSource",
+    "Schedule",
+    "Section",
+    "Serve",
+    "Source",
+    "Split",
+    "SqlSource",
+    "TableSource",
+    "Train",
+    "VideoSource",
+    "load_params",
+    "make_params",
+]
+
 CRON_FIELDS = 5
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict about types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Fractions = Annotated[
-    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]],
-    BeforeValidator(_tuple),
-]
 Side = Annotated[int, Field(ge=32, le=4096)]
-
-
-class FolderSource(Section):
-    """A folder per class, with or without split folders above them."""
-
-    kind: Literal["folder"]
-    path: str = Field(min_length=1)
-    name: str = Field(default="folder", pattern=NAME_PATTERN)
-
-
-class DigitsSource(Section):
-    """scikit-learn's 1,797 handwritten digits, written as PNG files into class folders."""
-
-    kind: Literal["digits"]
-    name: str = Field(default="digits", pattern=NAME_PATTERN)
-
-
-Source = Annotated[FolderSource | DigitsSource, Field(discriminator="kind")]
-
-
-class Split(Section):
-    """How images without a side of their own are divided. Fixed by the first version of a name."""
-
-    seed: int = 0
-    fractions: Fractions = (0.70, 0.15, 0.15)
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> "Split":
-        if abs(sum(self.fractions) - 1) > 1e-6 or min(self.fractions[0], self.fractions[2]) <= 0:
-            raise ValueError("three fractions [train, val, test] that sum to 1, train and test above 0")
-        return self
-
-
-class Ingest(Section):
-    """Where images come from."""
-
-    sources: Annotated[tuple[Source, ...], BeforeValidator(_tuple)] = ()
-    split: Split = Split()
-    max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
-    max_pixels: int = Field(default=50_000_000, ge=1024)
-    max_file_bytes: int = Field(default=50_000_000, ge=1024)
+KINDS = "|".join(("folder", "table", "archive", "sql", "http", "bucket", "video", "python", "digits"))
 
 
 class Prepare(Section):
-    """How bytes become arrays. `image_size` is S or [height, width]."""
+    """How bytes become arrays. `image_size` is S or [height, width].
 
-    image_size: Side | Annotated[tuple[Side, Side], BeforeValidator(_tuple)] = 224
+    `train_size` stores the train side larger, for random crops of `image_size`. `limit` takes a stable subset of about
+    so many images, in the proportions of sides and classes, for quick experiments.
+    """
+
+    image_size: Side | Annotated[tuple[Side, Side], BeforeValidator(to_tuple)] = 224
     resize: Literal["squash", "fit_crop", "letterbox"] = "squash"
+    train_size: Side | Annotated[tuple[Side, Side], BeforeValidator(to_tuple)] | None = None
+    limit: int | None = Field(default=None, ge=2)
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -123,7 +116,7 @@ class Gate(Section):
     rule: Literal["better", "no_worse"] = "better"
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     margin: float = Field(default=0.02, ge=0, lt=1)
-    floors: dict[Literal["accuracy", "macro_f1"], Annotated[float, Field(ge=0, le=1)]] = {}
+    floors: dict[Literal["accuracy", "macro_f1"], Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
 
 
 class Serve(Section):
@@ -148,10 +141,18 @@ class Schedule(Section):
         return self
 
 
+class Compute(Section):
+    """Where prepare and batches run: on this machine's cores, or on a Ray cluster. Changes no result."""
+
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+
+
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. `task: multilabel` lets an image have several labels."""
 
     name: str = Field(pattern=NAME_PATTERN)
+    task: Literal["auto", "multilabel"] = "auto"
     ingest: Ingest = Ingest()
     prepare: Prepare = Prepare()
     train: Train = Train()
@@ -159,6 +160,7 @@ class Params(Section):
     gate: Gate = Gate()
     serve: Serve = Serve()
     schedule: Schedule = Schedule()
+    compute: Compute = Compute()
 
     def digest(self) -> str:
         """Digest of the sections that change a model or a verdict."""
@@ -202,7 +204,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     errors = sorted(exc.errors(include_url=False), key=lambda e: [str(part) for part in e["loc"]])
     first = errors[0]
     # Tags of unions are not keys of the file: a size that fits neither form is one problem, not two.
-    keys = [str(p) for p in first["loc"] if not re.match(r"^(constrained-|tuple|function-|folder$|digits$)", str(p))]
+    keys = [str(p) for p in first["loc"] if not re.match(rf"^(constrained-|tuple|function-|({KINDS})$)", str(p))]
     kind, message = first["type"], first["msg"]
     if kind == "extra_forbidden":
         found, expected = "unknown key", f"one of {_known_keys(first['loc'])}"
