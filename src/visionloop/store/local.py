@@ -28,6 +28,10 @@ class LocalStore:
     def url(self) -> str:
         return self.root.as_uri()
 
+    @property
+    def num_writers(self) -> int:
+        return 8
+
     def get(self, key: str) -> bytes:
         try:
             return self._path(key).read_bytes()

@@ -15,6 +15,11 @@ class ObjectStore(Protocol):
         """The address, for messages."""
         ...
 
+    @property
+    def num_writers(self) -> int:
+        """How many writes at once pay off: a few for a disk, many for a network."""
+        ...
+
     def get(self, key: str) -> bytes:
         """Return an object's bytes. Raises ObjectMissing, StoreError."""
         ...
