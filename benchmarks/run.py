@@ -7,11 +7,14 @@ from pathlib import Path
 
 from commands import bench_repro, bench_startup
 from epoch import bench_epoch
+from ingest import bench_ingest
+from prepare import bench_prepare
 from row import HEADER
+from s3 import bench_s3
 from visionloop.settings import apply_tool_environment
 
 BENCH_DIR = Path(__file__).resolve().parents[1] / ".visionloop" / "bench"
-NAMES = ("epoch", "startup", "repro")
+NAMES = ("epoch", "startup", "repro", "ingest", "s3", "prepare")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -36,6 +39,12 @@ def main() -> None:
         rows.append(bench_startup(BENCH_DIR))
     if "repro" in wanted:
         rows.append(bench_repro(BENCH_DIR))
+    if "ingest" in wanted:
+        rows += bench_ingest(BENCH_DIR)
+    if "s3" in wanted:
+        rows += bench_s3(BENCH_DIR)
+    if "prepare" in wanted:
+        rows += bench_prepare(BENCH_DIR)
     if "epoch" in wanted:
         rows.append(bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size))
     print(HEADER)

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from visionloop import pipeline
 from visionloop.cli.context import Context, get_now, make_log_progress, open_context
-from visionloop.cli.data import describe_pull
+from visionloop.cli.ingest import describe_pull
 from visionloop.cli.models import describe_decision, get_user
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError

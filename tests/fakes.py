@@ -13,8 +13,8 @@ from visionloop.predictor import Predictor
 from visionloop.records import Card, canonical_json
 
 COMMANDS = (  # of the command line, as agreed
-    *("new", "ingest", "datasets", "prepare", "train", "evaluate", "gate"),
-    *("register", "promote", "rollback", "history", "serve", "predict", "doctor"),
+    *("new", "ingest", "datasets", "forget", "prepare", "train", "evaluate", "gate"),
+    *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store"),
 )
 NUM_GOLDEN = 4
 GRID = 4

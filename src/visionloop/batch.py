@@ -12,7 +12,7 @@ import numpy as np
 
 from visionloop.bundle import download_bundle
 from visionloop.errors import ImageError, PromotionError, SourceError, shorten
-from visionloop.ingest.sources.folder import IMAGE_SUFFIXES
+from visionloop.ingest.paths.names import IMAGE_SUFFIXES
 from visionloop.parallel import map_parallel
 from visionloop.params import Params
 from visionloop.predictor import Predictor

@@ -92,7 +92,7 @@ def _check_store(store: ObjectStore) -> Finding:
     key, data = f"doctor/{secrets.token_hex(4)}", secrets.token_bytes(32)
     store.put(key, data)
     same = store.get(key) == data and not store.create(key, b"other")
-    store.delete(key)
+    store.purge(key)
     return Finding("store", same, f"{store.url} can be written", "It must read back what was written: check the store.")
 
 

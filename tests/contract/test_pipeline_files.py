@@ -16,7 +16,7 @@ from visionloop.settings import tool_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "src" / "visionloop" / "examples"
-NAMES = ("digits", "horses-or-humans")
+NAMES = ("cats-and-dogs", "digits", "dog-breeds", "horses-or-humans")
 PARAMS_FILES = (ROOT / "params.yaml", *(EXAMPLES / name / "params.yaml" for name in NAMES))
 STAGES = {
     "prepare": {"deps": {"data/dataset.json"}, "outs": {"data/prepared"}},
@@ -44,7 +44,7 @@ def test_examples_are_the_agreed_ones() -> None:
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir()) == sorted(NAMES)
     assert [sorted(file.name for file in (EXAMPLES / name).iterdir()) for name in NAMES] == [
         ["README.md", "params.yaml"]
-    ] * 2
+    ] * len(NAMES)
 
 
 @pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.parent.name)
@@ -52,12 +52,16 @@ def test_params_hold_the_agreed_values(path: Path) -> None:
     params = load_params(path)
     assert params.name == (path.parent.name if path.parent.name in NAMES else "digits")
     assert (params.prepare.size_hw, params.train.backbone, params.train.weights) == {
+        "cats-and-dogs": ((224, 224), "resnet18", "none"),
         "digits": ((32, 32), "small_cnn", "none"),
+        "dog-breeds": ((224, 224), "mobilenet_v2", "none"),
         "horses-or-humans": ((224, 224), "resnet18", "none"),
     }[params.name]
     assert (params.train.patience, params.train.monitor, params.train.seed) == (5, "val/loss", 0)
     assert (params.gate.rule, params.gate.alpha) == ("better", 0.05)
-    assert params.schedule.retrain == "0 3 * * *"
+    is_experiment = params.ingest.split.method == "random"
+    assert is_experiment == (params.name == "dog-breeds")
+    assert params.schedule.retrain == (None if is_experiment else "0 3 * * *")
 
 
 @pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.parent.name)

@@ -1,18 +1,34 @@
 """One suite over every object store."""
 
+import pickle
+import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import make_bucket, point_to, serve_s3
 
 from visionloop.errors import ObjectMissing, StoreError
-from visionloop.store import LocalStore, ObjectStore
+from visionloop.store import LocalStore, ObjectStore, open_store
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(scope="module")
+def endpoint_url() -> Iterator[str]:
+    with serve_s3() as url:
+        yield url
+
+
+@pytest.fixture(params=["local", "s3", "s3-versioned", "s3-whole-bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    yield LocalStore(tmp_path / "store")
+    if request.param == "local":
+        yield LocalStore(tmp_path / "store")
+        return
+    endpoint = request.getfixturevalue("endpoint_url")
+    with pytest.MonkeyPatch.context() as patch:
+        point_to(patch, endpoint)
+        bucket = make_bucket(endpoint, f"b-{secrets.token_hex(8)}", versioned=request.param == "s3-versioned")
+        yield open_store(f"s3://{bucket}" + ("" if request.param == "s3-whole-bucket" else "/team/pets"))
 
 
 def test_put_then_get(store: ObjectStore) -> None:
@@ -66,6 +82,52 @@ def test_delete(store: ObjectStore) -> None:
     store.delete("a/1")
     store.delete("a/1")
     assert not store.exists("a/1")
+
+
+def test_add_sends_what_is_not_there(store: ObjectStore) -> None:
+    small, large = b"x" * 10, b"y" * 400_000
+    keys = ("images/a/1", "images/a/2")
+    assert [store.add(key, data) for key, data in zip(keys, (small, large), strict=True)] == [True, True]
+    assert [store.add(key, data) for key, data in zip(keys, (small, large), strict=True)] == [False, False]
+    assert store.add("images/a/3", small), "a new one after some that were there"
+    assert [store.get(key) for key in keys] == [small, large]
+
+
+def test_purge_leaves_neither_the_object_nor_its_neighbours_without_one(store: ObjectStore) -> None:
+    for data in (b"one", b"two"):
+        store.put("images/a/1", data)
+    store.put("images/a/10", b"neighbour")
+    store.delete("images/a/1")
+    store.purge("images/a/1")
+    store.purge("images/a/1")
+    assert list(store.list("images/")) == ["images/a/10"]
+    assert store.get("images/a/10") == b"neighbour"
+    assert store.create("images/a/1", b"new")
+
+
+def test_what_is_empty_or_binary_comes_back_as_it_was(store: ObjectStore) -> None:
+    for key, data in {"a/empty": b"", "a/binary": bytes(range(256)) * 4000}.items():
+        store.put(key, data)
+        assert store.get(key) == data
+
+
+def test_list_begins_with_any_text_of_a_key(store: ObjectStore) -> None:
+    for key in ("a/b/1", "a/b2", "c"):
+        store.put(key, b"x")
+    assert list(store.list("")) == ["a/b/1", "a/b2", "c"]
+    assert list(store.list("a/b")) == ["a/b/1", "a/b2"]
+    assert list(store.list("nothing/")) == []
+
+
+def test_a_store_travels_to_another_process(store: ObjectStore) -> None:
+    store.put("a/1", b"x")
+    assert pickle.loads(pickle.dumps(store)).get("a/1") == b"x"
+
+
+def test_sync_and_writers(store: ObjectStore) -> None:
+    store.put("a/1", b"x")
+    store.sync()
+    assert store.num_writers == (8 if store.url.startswith("file") else 64)
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", "a/../b", "a/.hidden", "a b", "a\\b", "a\n"])

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; exit 0 done, 2 an error with one line, 3 not promoted, 1 our bug with a traceback."""
-    from visionloop.cli import data, models, serving, stages, workspace  # noqa: F401
+    from visionloop.cli import datasets, forget, ingest, models, serving, stages, store, workspace  # noqa: F401
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:

@@ -44,7 +44,7 @@ def open_context(start: Path | None = None) -> Context:
 
     settings = load_settings(os.environ, start or Path.cwd())
     apply_tool_environment(settings.home)
-    warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch)(\..*)?")
+    warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
     params = load_params(settings.params_path)
     tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
     return Context(settings, params, open_store(settings.store_url), tracking)
@@ -99,7 +99,10 @@ def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path
 
 
 def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds."""
+    """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds.
+
+    A total of 0 is one that is not known yet.
+    """
     if not sys.stdout.isatty():
         return make_log_progress(verb, unit, lambda line: print(line, flush=True))
 
@@ -110,7 +113,7 @@ def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
 
     def show_and_end(done: int, total: int) -> None:
         in_place(done, total)
-        if done >= total:
+        if done >= total > 0:
             print(flush=True)
 
     return show_and_end
@@ -127,11 +130,13 @@ def make_log_progress(
         now = time.perf_counter()
         if not started:
             started = last = now
-        if done < total and now - last < every_s:
+        if (done < total or not total) and now - last < every_s:
             return
         last = now
         rate = done / max(now - started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
-        tell(f"{verb} {done:,} of {total:,} {unit} ({rate:,.0f}/s{left})")
+        of_all = f" of {total:,}" if total else ""
+        speed = f" ({rate:,.0f}/s{left})" if now - started > 0.01 else ""  # a rate of nothing at all is none
+        tell(f"{verb} {done:,}{of_all} {unit}{speed}")
 
     return show

@@ -56,6 +56,8 @@ def train() -> None:
         on_epoch=print_epoch,
     )
     seconds = time.perf_counter() - started
+    if note.extra.get("validated_on") == "test":
+        print("an experiment (ingest.split.method: random): every epoch was judged on the test side")
     print(f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {seconds:.0f} s")
     close_stage(context, "train")
 

@@ -44,6 +44,12 @@ SCHEMA = pa.schema(
 )
 
 
+_FIELDS = tuple(SCHEMA.names)
+_encode_row = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
+).encode
+
+
 def make_image_key(sha256: str) -> str:
     """Return the store key of an image's bytes."""
     return f"images/{sha256[:2]}/{sha256}"
@@ -53,24 +59,30 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
     """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
     total = hashlib.sha256()
     for record in sorted(records, key=lambda r: r.sha256):
-        row = {k: v for k, v in record.to_json().items() if k not in NOT_IN_DIGEST}
-        total.update(canonical_json(row) + b"\n")
+        # As `canonical_json` of the record's JSON, which is four times slower on as many rows.
+        row = {name: value for name, value in vars(record).items() if name not in NOT_IN_DIGEST}
+        total.update(_encode_row(row).encode() + b"\n")
     return total.hexdigest()
 
 
 def encode_records(records: Sequence[ImageRecord]) -> bytes:
     """Encode rows, sorted by sha256, as Parquet."""
-    rows = [r.to_json() for r in sorted(records, key=lambda r: r.sha256)]
+    rows = sorted(records, key=lambda r: r.sha256)
+    columns = {name: [getattr(row, name) for row in rows] for name in _FIELDS}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
 
 
 def decode_records(data: bytes, where: str) -> list[ImageRecord]:
     """Decode the rows of a manifest part. Raises DatasetError."""
     try:
-        return [ImageRecord.from_json(row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
-    except (pa.ArrowInvalid, OSError, TypeError) as exc:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        columns = {name: table[name].to_pylist() for name in _FIELDS}
+        for name in ("labels", "sources", "origins"):
+            columns[name] = [tuple(values) for values in columns[name]]
+        return [ImageRecord(*row) for row in zip(*(columns[name] for name in _FIELDS), strict=True)]
+    except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:
         raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
 
 
@@ -96,6 +108,11 @@ def load_version(store: ObjectStore, name: str, number: int) -> DatasetVersion:
             "the store it was ingested into",
             "Set VISIONLOOP_STORE, or run `visionloop ingest` again.",
         ) from exc
+
+
+def is_experiment(version: DatasetVersion) -> bool:
+    """Say whether a version is split as a tutorial does it: for comparison, never for production."""
+    return version.split.get("method") == "random"
 
 
 def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[ImageRecord]:
@@ -130,7 +147,7 @@ def make_version(
         version=parent.version + 1 if parent else 1,
         digest=compute_dataset_digest(records),
         parent=parent.version if parent else None,
-        parts=(*(parent.parts if parent else ()), compute_digest([r.to_json() for r in changed])),
+        parts=(*(parent.parts if parent else ()), compute_digest([vars(r) for r in changed])),
         num_images=len(records),
         classes=tuple(sorted({label for r in records for label in r.labels})),
         counts={side: dict(sorted(counts[side].items())) for side in SIDES if counts[side]},

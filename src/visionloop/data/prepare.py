@@ -1,25 +1,36 @@
-"""The stage `prepare`: from the pin and the store to memory-mapped arrays. Same input, same bytes.
+"""The stage `prepare`: from the pin and the store to memory-mapped arrays. Same input, same bytes, whatever the engine.
 
-Resumable by shard: finished shards wait in the work folder until all are there.
+Images are made in chunks, on all cores or on a Ray cluster, and written as they are made. Resumable by chunk: finished
+ones are in the journal of the work folder, with a checksum.
 """
 
 import json
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from visionloop.data.images import load_array
-from visionloop.data.manifest import load_pin, load_records, make_image_key
-from visionloop.data.shards import compute_rows_per_shard, make_shard_name, write_index
-from visionloop.errors import DatasetError, ImageError, ObjectMissing
-from visionloop.parallel import map_parallel
-from visionloop.params import Params, Prepare
+from visionloop.data.chunks import Chunk, ChunkMaker, compute_checksum, make_disk_error, read_checksum, write_chunk
+from visionloop.data.layout import Layout, get_train_size, make_layouts
+from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.shards import write_index
+from visionloop.data.subset import choose_subset
+from visionloop.data.tombstones import load_tombstones
+from visionloop.errors import DatasetError, ParamsError, shorten
+from visionloop.parallel import Engine, count_cores, map_chunks
+from visionloop.params import Compute, Params, Prepare
 from visionloop.records import ImageRecord, Pin, compute_digest
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
+
+# What results may take up in this process when they come from other machines.
+HELD_BYTES = 512 * 1024 * 1024
+# Below so many pixels a core, about a second and a half of work, processes take longer to start than they save.
+MIN_PER_PROCESS = 400_000_000
+PIXELS_PER_IMAGE = 25_000  # what an image costs beside its pixels
+# Processes hand back a checksum each: of so many chunks a core, all may be waiting to be taken.
+WAVE = 64
+JOURNAL = "chunks.staged"  # `replace_folder` leaves no *.staged behind
 
 
 def prepare(
@@ -30,63 +41,130 @@ def prepare(
     code_digest: str = "",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pin:
-    """Decode and resize every labelled image of the pinned version into data/prepared; return the pin.
+    """Decode and resize the labelled images of the pinned version into data/prepared; return the pin.
 
     Raises:
-        DatasetError: the pin or an image is missing from the store, or no image is labelled.
+        DatasetError: the pin or an image is missing from the store, was forgotten, or no image is labelled; the disk
+            is full.
+        ParamsError: the parameters do not fit each other, or their engine cannot be had.
     """
+    check_params(params)
     pin = load_pin(settings.pin_path)
-    records = [r for r in load_records(store, pin) if r.labels and r.side != "excluded"]
-    if not records:
-        raise DatasetError(f"dataset {pin.name} version {pin.version}", "has no labelled image", "labelled images")
-    section = params.prepare
-    key = compute_digest([pin.digest, section.model_dump(mode="json"), code_digest])
+    records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params.prepare, pin)
+    layouts = make_layouts(records, params.prepare)
+    key = compute_digest([pin.digest, params.prepare.model_dump(mode="json"), code_digest])
     with lock_work(settings.work_dir("prepare"), key) as work:
-        rows_per_shard = compute_rows_per_shard(section.size_hw)
-        for number, start in enumerate(range(0, len(records), rows_per_shard)):
-            chunk = records[start : start + rows_per_shard]
-            path = work / make_shard_name(number)
-            if path.is_file():
-                on_progress(start + len(chunk), len(records))
-            else:
-                _write_shard(path, chunk, store, section, on_image=_shift(on_progress, start, len(records)))
-        _write_tables(work, pin, records, section)
+        for layout in layouts:
+            layout.make_files(work)
+        known = _read_journal(work)
+        chunks = [c for layout in layouts for c in layout.list_chunks(params.prepare.resize)]
+        waiting = [c for c in chunks if not _is_done(work, c, known)]
+        _check_room(work, sum(c.num_bytes for c in waiting))
+        _make_images(work, waiting, store, params.compute, lambda left: on_progress(len(records) - left, len(records)))
+        _write_tables(work, pin, records, params.prepare, layouts)
         replace_folder(work, settings.prepared_dir)
     return pin
 
 
-def _write_shard(
-    path: Path, chunk: Sequence[ImageRecord], store: ObjectStore, section: Prepare, *, on_image: Callable[[int], None]
+def check_params(params: Params) -> None:
+    """Raise ParamsError where the sections do not fit each other."""
+    if params.task == "multilabel":
+        raise ParamsError(
+            "params.yaml task",
+            "got 'multilabel', which is taken in but cannot be trained on yet",
+            "'auto' and one label an image",
+            "Correct the labels, and ingest under another `name` with `task: auto`.",
+        )
+    size_hw, train_hw = params.prepare.size_hw, get_train_size(params.prepare)
+    if train_hw and (train_hw[0] < size_hw[0] or train_hw[1] < size_hw[1]):
+        raise ParamsError(
+            "params.yaml prepare.train_size",
+            f"got {train_hw[0]} x {train_hw[1]}",
+            f"image_size, {size_hw[0]} x {size_hw[1]}, or larger",
+            "Edit the file.",
+        )
+
+
+def select_records(
+    records: Sequence[ImageRecord], forgotten: frozenset[str], section: Prepare, pin: Pin
+) -> list[ImageRecord]:
+    """Return the records to prepare, in the order of sha256.
+
+    Raises:
+        DatasetError: some were forgotten, none is labelled, or one has several labels.
+    """
+    where = f"dataset {pin.name} version {pin.version}"
+    if gone := [r.sha256[:12] for r in records if r.sha256 in forgotten]:
+        raise DatasetError(
+            where,
+            f"names {len(gone)} forgotten image{'s' * (len(gone) > 1)}: {shorten(gone)}",
+            "a version without them",
+            "Pin a later one: `visionloop ingest`.",
+        )
+    chosen = [r for r in records if r.labels and r.side != "excluded"]
+    if not chosen:
+        raise DatasetError(where, "has no labelled image", "labelled images", "Ingest a source with labels.")
+    if several := [r.origins[0] for r in chosen if len(r.labels) > 1]:
+        raise DatasetError(where, f"has several labels at {shorten(several)}", "one label an image", "Correct them.")
+    return choose_subset(chosen, section.limit) if section.limit else chosen
+
+
+def choose_engine(compute: Compute, num_pixels: int) -> Engine:
+    """Return where to run: the cluster that was asked for, else this machine, by threads where the work is short."""
+    if compute.engine == "ray":
+        return Engine("ray", compute.address)
+    cores = count_cores()
+    return Engine("processes" if cores > 1 and num_pixels >= MIN_PER_PROCESS * cores else "threads")
+
+
+def _make_images(
+    work: Path, waiting: Sequence[Chunk], store: ObjectStore, compute: Compute, on_progress: Callable[[int], None]
 ) -> None:
-    height, width = section.size_hw
-    staged = path.with_suffix(".staged")
-    images = np.lib.format.open_memmap(staged, mode="w+", dtype=np.uint8, shape=(len(chunk), height, width, 3))
-
-    def decode(record: ImageRecord) -> np.ndarray:
-        try:
-            data = store.get(make_image_key(record.sha256))
-            return load_array(data, record.origins[0], size_hw=section.size_hw, resize=section.resize)
-        except (ObjectMissing, ImageError) as exc:
-            raise DatasetError(
-                f"image {record.sha256[:12]} ({record.origins[0]})",
-                "is missing from the store or damaged there",
-                "its bytes as they were ingested",
-                "Ingest its source again.",
-            ) from exc
-
-    for row, array in enumerate(map_parallel(decode, chunk)):
-        images[row] = array
-        on_image(row + 1)
-    images.flush()
-    os.replace(staged, path)
+    """Make chunks, write each into the journal as it is done, and tell how many images are left."""
+    left = sum(len(c.images) for c in waiting)
+    on_progress(left)
+    if not waiting:
+        return
+    engine = choose_engine(compute, sum(i.num_pixels + PIXELS_PER_IMAGE for c in waiting for i in c.images))
+    is_remote = engine.kind == "ray"
+    maker = ChunkMaker(store if engine.kind == "threads" else store.url, None if is_remote else work)
+    held = HELD_BYTES // max(c.num_bytes for c in waiting) if is_remote else WAVE * count_cores()
+    with (work / JOURNAL).open("a") as journal:
+        for chunk, result in map_chunks(maker, waiting, engine, max_held=held):
+            if not isinstance(result, int):
+                write_chunk(work, chunk, result)
+            checksum = result if isinstance(result, int) else compute_checksum(result)
+            journal.write(f"{chunk.file} {chunk.first_row} {checksum}\n")
+            journal.flush()
+            left -= len(chunk.images)
+            on_progress(left)
 
 
-def _shift(on_progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
-    """Count the images of one shard on from where it starts."""
-    return lambda done: on_progress(start + done, total)
+def _check_room(work: Path, num_bytes: int) -> None:
+    """Refuse at once what cannot fit: better than after an hour."""
+    if (free := shutil.disk_usage(work).free) < num_bytes:
+        raise make_disk_error(work, f"{free / 1e9:,.1f} GB free", f"{num_bytes / 1e9:,.1f} GB")
 
 
-def _write_tables(work: Path, pin: Pin, records: Sequence[ImageRecord], section: Prepare) -> None:
+def _read_journal(work: Path) -> dict[tuple[str, int], int]:
+    """Return file, first row -> checksum of the finished chunks; a line cut off by a kill counts as not there."""
+    known = {}
+    path = work / JOURNAL
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
+        parts = line.split()
+        if line.endswith("\n") and len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
+            known[parts[0], int(parts[1])] = int(parts[2])
+    return known
+
+
+def _is_done(work: Path, chunk: Chunk, known: dict[tuple[str, int], int]) -> bool:
+    checksum = known.get((chunk.file, chunk.first_row))
+    return checksum is not None and checksum == read_checksum(work, chunk)
+
+
+def _write_tables(
+    work: Path, pin: Pin, records: Sequence[ImageRecord], section: Prepare, layouts: Sequence[Layout]
+) -> None:
     classes = sorted({r.labels[0] for r in records})
     index = {name: i for i, name in enumerate(classes)}
     write_index(
@@ -95,16 +173,16 @@ def _write_tables(work: Path, pin: Pin, records: Sequence[ImageRecord], section:
         label_n=[index[r.labels[0]] for r in records],
         side_n=[r.side for r in records],
     )
-    rows_per_shard = compute_rows_per_shard(section.size_hw)
-    counts = {s: sum(r.side == s for r in records) for s in ("train", "val", "test")}
+    images, *larger = layouts
     report = {
         "dataset": pin.to_json(),
         "image_size": list(section.size_hw),
         "resize": section.resize,
         "num_images": len(records),
-        "num_shards": -(-len(records) // rows_per_shard),
-        "rows_per_shard": rows_per_shard,
-        "sides": counts,
+        **images.describe(),
+        "sides": {s: sum(r.side == s for r in records) for s in ("train", "val", "test")},
     }
+    if larger:
+        report["train_shards"] = {"size": list(larger[0].size_hw), **larger[0].describe()}
     (work / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")

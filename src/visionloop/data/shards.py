@@ -1,13 +1,18 @@
 """Prepared images on disk: memory-mapped uint8 shards (n, h, w, 3) and the index that says what each row is.
 
     index.parquet  images-00000.npy ...  classes.json  report.json
+                   train-00000.npy ...   with `prepare.train_size`: the training side, larger
 
-Rows are in the order of sha256; row i lies in shard i // rows_per_shard.
+Rows of the index are in the order of sha256. The rows of one set of shards keep that order: the k-th of them lies in
+shard k // rows_per_shard. Dimensions in names: n images.
 """
 
+import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +24,36 @@ from visionloop.errors import DatasetError
 from visionloop.records import Pin
 
 SHARD_BYTES = 64 * 1024 * 1024
+IMAGES, TRAIN = "images", "train"
 IntArray = NDArray[np.int64]
+Offset = tuple[int, int]  # pixels from the top and from the left
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All images of one size, in files of `rows_per_shard` images each."""
+
+    size_hw: tuple[int, int]
+    rows_per_shard: int
+    arrays: tuple[UInt8Array, ...]
+
+    def read(self, places: IntArray) -> UInt8Array:
+        """Return the images at some places, (n, h, w, 3), in the order asked for."""
+        out = np.empty((len(places), *self.size_hw, 3), np.uint8)
+        shard_n = places // self.rows_per_shard
+        for shard in np.unique(shard_n):
+            mine = shard_n == shard
+            out[mine] = self.arrays[shard][places[mine] % self.rows_per_shard]
+        return out
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prepared data of one pin. `label_n` is an index into `classes`; `side_n` a name of a side."""
+    """The prepared data of one pin. `label_n` is an index into `classes`; `side_n` a name of a side.
+
+    `place_n` is the place of a row among the rows of its shards: of `train_shards` where there are any and the row is
+    of the training side, else of `shards`.
+    """
 
     folder: Path
     pin: Pin
@@ -34,22 +63,42 @@ class Prepared:
     sha256_n: tuple[str, ...]
     label_n: IntArray
     side_n: NDArray[np.str_]
-    rows_per_shard: int
-    shards: tuple[UInt8Array, ...]
+    place_n: IntArray
+    shards: Shards
+    train_shards: Shards | None
 
     def rows(self, side: str) -> IntArray:
         """Return the row numbers of one side, ascending."""
         return np.flatnonzero(self.side_n == side)
 
     def read(self, rows: IntArray) -> UInt8Array:
-        """Return the images of some rows, (n, h, w, 3), in the order asked for."""
+        """Return the images of some rows, (n, h, w, 3), in the order asked for; of a larger one, the middle."""
+        return self._read(rows, lambda row, free: (free[0] // 2, free[1] // 2))
+
+    def read_crops(self, rows: IntArray, *, seed: int, epoch: int) -> UInt8Array:
+        """Return the images of some rows as `read`; of a larger one, a crop chosen by seed, epoch and image alone."""
+        return self._read(rows, lambda row, free: choose_crop(self.sha256_n[row], free, seed=seed, epoch=epoch))
+
+    def _read(self, rows: IntArray, choose: Callable[[int, Offset], Offset]) -> UInt8Array:
+        if self.train_shards is None:
+            return self.shards.read(self.place_n[rows])
+        out = np.empty((len(rows), *self.size_hw, 3), np.uint8)
+        is_larger_n = self.side_n[rows] == "train"
+        out[~is_larger_n] = self.shards.read(self.place_n[rows[~is_larger_n]])
         height, width = self.size_hw
-        out = np.empty((len(rows), height, width, 3), np.uint8)
-        shard_n = rows // self.rows_per_shard
-        for shard in np.unique(shard_n):
-            mine = shard_n == shard
-            out[mine] = self.shards[shard][rows[mine] % self.rows_per_shard]
+        free = self.train_shards.size_hw[0] - height, self.train_shards.size_hw[1] - width
+        larger = self.train_shards.read(self.place_n[rows[is_larger_n]])
+        for i, image in zip(np.flatnonzero(is_larger_n), larger, strict=True):
+            top, left = choose(int(rows[i]), free)
+            out[i] = image[top : top + height, left : left + width]
         return out
+
+
+def choose_crop(sha256: str, free: Offset, *, seed: int, epoch: int) -> Offset:
+    """Return (top, left) of a crop, uniform over 0 to `free` inclusive: the same for the same image, seed and epoch."""
+    random = hashlib.blake2b(f"{seed}/{epoch}/{sha256}".encode(), digest_size=16).digest()
+    top, left = int.from_bytes(random[:8], "big"), int.from_bytes(random[8:], "big")
+    return top % (free[0] + 1), left % (free[1] + 1)
 
 
 def compute_rows_per_shard(size_hw: tuple[int, int]) -> int:
@@ -57,9 +106,15 @@ def compute_rows_per_shard(size_hw: tuple[int, int]) -> int:
     return max(1, SHARD_BYTES // (size_hw[0] * size_hw[1] * 3))
 
 
-def make_shard_name(number: int) -> str:
+def make_shard_name(number: int, kind: str = IMAGES) -> str:
     """Return the file name of a shard."""
-    return f"images-{number:05d}.npy"
+    return f"{kind}-{number:05d}.npy"
+
+
+def compute_places(side_n: Sequence[str], *, train_is_larger: bool) -> IntArray:
+    """Return the place of each row among the rows that lie in the same shards."""
+    in_train_n = np.asarray([side == "train" for side in side_n], bool) & train_is_larger
+    return np.where(in_train_n, np.cumsum(in_train_n), np.cumsum(~in_train_n)) - 1
 
 
 def write_index(folder: Path, *, sha256_n: list[str], label_n: list[int], side_n: list[str]) -> None:
@@ -78,21 +133,30 @@ def load_prepared(folder: Path) -> Prepared:
         report = json.loads((folder / "report.json").read_text())
         classes = tuple(json.loads((folder / "classes.json").read_text()))
         index = pq.read_table(folder / "index.parquet")
-        paths = [folder / make_shard_name(i) for i in range(report["num_shards"])]
-        shards = tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        larger = report.get("train_shards")
+        shards = _open_shards(folder, IMAGES, {**report, "size": report["image_size"]})
+        train_shards = _open_shards(folder, TRAIN, larger) if larger else None
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as exc:
         raise DatasetError(
             f"prepared data {folder}", "is missing or incomplete", "shards and an index", "Run `visionloop prepare`."
         ) from exc
+    sides = index["side"].to_pylist()
     return Prepared(
         folder=folder,
         pin=Pin.from_json(report["dataset"]),
         classes=classes,
-        size_hw=(report["image_size"][0], report["image_size"][1]),
+        size_hw=shards.size_hw,
         resize=report["resize"],
         sha256_n=tuple(index["sha256"].to_pylist()),
         label_n=index["label"].to_numpy(),
-        side_n=np.asarray(index["side"].to_pylist(), dtype=np.str_),
-        rows_per_shard=report["rows_per_shard"],
+        side_n=np.asarray(sides, dtype=np.str_),
+        place_n=compute_places(sides, train_is_larger=larger is not None),
         shards=shards,
+        train_shards=train_shards,
     )
+
+
+def _open_shards(folder: Path, kind: str, facts: dict[str, Any]) -> Shards:
+    paths = [folder / make_shard_name(i, kind) for i in range(facts["num_shards"])]
+    arrays = tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+    return Shards((facts["size"][0], facts["size"][1]), facts["rows_per_shard"], arrays)

@@ -4,6 +4,9 @@ A side is decided once, when an image is first seen, and stored in the manifest.
 """
 
 import hashlib
+import math
+
+import numpy as np
 
 
 def compute_position(key: str, seed: int) -> float:
@@ -24,3 +27,16 @@ def choose_side(key: str, seed: int, fractions: tuple[float, ...], *, test_is_gi
     if position < test:
         return "test"
     return "val" if position < test + val else "train"
+
+
+def choose_random_sides(number: int, seed: int, test_fraction: float) -> list[str]:
+    """Return train or test for each of `number` rows, as scikit-learn's `train_test_split` divides them.
+
+    The same as `train_test_split(range(number), test_size=test_fraction, random_state=seed, shuffle=True)`: a
+    permutation of NumPy's legacy generator, of which the first ceil(number * test_fraction) rows are the test side.
+    """
+    num_test = math.ceil(test_fraction * number)
+    sides = ["train"] * number
+    for row in np.random.RandomState(seed).permutation(number)[:num_test]:
+        sides[row] = "test"
+    return sides

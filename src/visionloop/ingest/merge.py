@@ -1,17 +1,21 @@
-"""Add what a pull has found to the rows of the version before: sides, conflicts, and the version that comes of it.
+"""Add what a pull has found to the rows of the version before: labels, sides, and the version that comes of it.
 
 Nothing is written here but quarantine and leak lists, which lie under their digest. A side that was given stays.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
 from visionloop.data.manifest import load_version_records, make_version, write_quarantine
-from visionloop.data.split import choose_side
+from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.check import Checked
+from visionloop.ingest.corrections import Correction, Labels
+from visionloop.ingest.expect import check_expectations
 from visionloop.ingest.inspect import Inspected
+from visionloop.ingest.labels import make_label_rules, relabel, unite_labels
+from visionloop.ingest.sides import Newcomer, decide_sides, make_leak_error
 from visionloop.params import Params, Split
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
 from visionloop.store import ObjectStore
@@ -19,31 +23,62 @@ from visionloop.store import ObjectStore
 
 @dataclass(frozen=True)
 class Merged:
-    """A version that is not committed yet, its new or changed rows, and what the merge refused."""
+    """A version that is not committed yet (the parent itself, when no row is new or differs), and what was refused."""
 
     version: DatasetVersion
     changed: list[ImageRecord]
     refused: list[Rejected]
 
 
-def merge(store: ObjectStore, params: Params, parent: DatasetVersion | None, checked: Checked, *, now: str) -> Merged:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One content that this pull offers, in the order of the sources, under the labels that stand."""
+
+    same: list[Inspected]
+    labels: Labels
+
+    @property
+    def first(self) -> Inspected:
+        return self.same[0]
+
+
+def merge(
+    store: ObjectStore,
+    params: Params,
+    parent: DatasetVersion | None,
+    checked: Checked,
+    *,
+    now: str,
+    corrections: Sequence[Correction] = (),
+) -> Merged:
     """Add what was checked to the parent's rows.
 
     Raises:
-        ParamsError: the split differs from the one that version 1 fixed.
-        SourceError: there is only one class.
+        ParamsError: the split differs from the one that version 1 fixed, or the label map names a chain.
+        SourceError: there is only one class, a correction fits no image, sides leak that must not, or something that
+            `ingest.expect` asks for is broken.
     """
     split = _fixed_split(parent, params.ingest.split)
     before = {r.sha256: r for r in load_version_records(store, parent)} if parent else {}
-    first_ordinal = 1 + max((r.ordinal for r in before.values()), default=-1)
-    found, conflicts = _unite(checked.inspected, before)
-    rows = dict(before)
-    for sha256, same in found.items():
-        rows[sha256] = _extend(before[sha256], same) if sha256 in before else _make_record(same, split, first_ordinal)
-    changed = [row for sha256, row in sorted(rows.items()) if before.get(sha256) != row]
+    forgotten = load_tombstones(store, params.name)
+    rules = make_label_rules(params, corrections)
+    rows, by_content, refused = relabel(rules, before, checked.inspected, forgotten)
+    found, conflicts = _unite(by_content, rows, several=rules.several)
+    refused += conflicts
+    sides = _find_side_conflicts(found, rows, split)
+    if split.on_leak == "fail" and sides:
+        raise make_leak_error(sides)
+    new = _add(store, params, rows, found, is_first=parent is None)
     records = [rows[sha256] for sha256 in sorted(rows)]
-    _check_classes(params.name, records)
-    everything = [*checked.rejected, *conflicts]
+    changed = [row for row in records if (old := before.get(row.sha256)) is not row and old != row]
+    _check_classes(params.name, records, refused)
+    check_expectations(params.name, params.ingest.expect, records)
+    mine = make_leaks([*sides, *new])
+    if parent and not changed:
+        in_vain = [Rejected(leak.other_origins[0], "side_conflict", leak.reason) for leak in sides]
+        return Merged(parent, [], [*refused, *in_vain])
+    everything = [*checked.rejected, *refused]
+    leaks = _inherit_leaks(store, parent, rows, mine)
     version = make_version(
         params.name,
         parent,
@@ -55,56 +90,130 @@ def merge(store: ObjectStore, params: Params, parent: DatasetVersion | None, che
         num_rejected=len(everything),
         created_at=now,
         cursors={**(parent.cursors if parent else {}), **checked.cursors},
+        leaks=write_leaks(store, params.name, leaks),
+        num_leaks=len(leaks.rows),
     )
-    return Merged(version, changed, conflicts)
+    return Merged(version, changed, refused)
 
 
 def _unite(
-    inspected: Iterable[Inspected], before: dict[str, ImageRecord]
-) -> tuple[dict[str, list[Inspected]], list[Rejected]]:
-    """Group by content. The same bytes under two labels are a conflict: all of them go to quarantine."""
-    groups: dict[str, list[Inspected]] = defaultdict(list)
-    for one in inspected:
-        groups[one.facts.sha256].append(one)
+    by_content: Mapping[str, Sequence[tuple[Inspected, Labels]]], rows: Mapping[str, ImageRecord], *, several: bool
+) -> tuple[dict[str, _Found], list[Rejected]]:
+    """Find the labels of each content. The same bytes under two labels are a conflict: all of them go to quarantine."""
+    found: dict[str, _Found] = {}
     conflicts: list[Rejected] = []
-    for sha256, same in list(groups.items()):
-        labels = {one.item.labels for one in same} | ({before[sha256].labels} if sha256 in before else set())
-        if len(labels) > 1:
-            names = shorten([label for group in labels for label in group])
-            conflicts += [Rejected(s.item.origin, "label_conflict", f"same bytes labelled {names}") for s in same]
-            del groups[sha256]
-    return dict(groups), conflicts
+    for sha256, offers in by_content.items():
+        known = rows[sha256].labels if sha256 in rows else ()
+        labels = unite_labels(known, (labels for _, labels in offers), several=several)
+        if labels is None:
+            names = shorten([*{label for some in (known, *(labels for _, labels in offers)) for label in some}])
+            conflicts += [Rejected(o.item.origin, "label_conflict", f"same bytes labelled {names}") for o, _ in offers]
+        else:
+            found[sha256] = _Found(sorted((one for one, _ in offers), key=lambda one: one.ordinal), labels)
+    return found, conflicts
 
 
-def _make_record(same: Sequence[Inspected], split: Split, first_ordinal: int) -> ImageRecord:
-    first = min(same, key=lambda s: s.ordinal)
-    key = first.item.group or first.facts.sha256
-    given = next((s.item.side for s in sorted(same, key=lambda s: s.ordinal) if s.item.side), None)
-    side = given or choose_side(key, split.seed, split.fractions, test_is_given=first.item.test_is_given)
-    return ImageRecord(
-        sha256=first.facts.sha256,
-        labels=first.item.labels,
-        sources=tuple(sorted({s.item.source for s in same})),
-        origins=tuple(sorted({s.item.origin for s in same})),
-        ordinal=first_ordinal + first.ordinal,
-        group=first.item.group,
-        key=key,
-        side=side,
-        captured_at=first.item.captured_at,
-        width=first.facts.width,
-        height=first.facts.height,
-        format=first.facts.format,
-        num_bytes=first.facts.num_bytes,
-        phash=first.facts.phash,
+def _find_side_conflicts(found: Mapping[str, _Found], rows: Mapping[str, ImageRecord], split: Split) -> list[Leak]:
+    """Return the images that a source gives another side than the one they have: the first given side stands."""
+    if split.method == "random":
+        return []
+    conflicts = []
+    for sha256, one in found.items():
+        given = _find_given_side(one)
+        side = rows[sha256].side if sha256 in rows else given
+        if given is None or side in {None, "excluded"}:
+            continue
+        for offer in one.same:
+            other = offer.item.side or ("train" if offer.item.test_is_given and side == "test" else side)
+            if other != side:
+                places = tuple(sorted(o.item.origin for o in one.same if o.item.side != other))
+                conflicts.append(_make_conflict(sha256, str(side), places, offer.item.origin, str(other)))
+                break
+    return conflicts
+
+
+def _make_conflict(sha256: str, side: str, places: tuple[str, ...], origin: str, other_side: str) -> Leak:
+    reason = f"the same bytes are given {side} and {other_side}; {side}, which was first, stands"
+    return Leak("conflict", sha256, places or (origin,), side, None, (origin,), other_side, None, None, reason)
+
+
+def _find_given_side(found: _Found) -> str | None:
+    return next((one.item.side for one in found.same if one.item.side), None)
+
+
+def _add(
+    store: ObjectStore, params: Params, rows: dict[str, ImageRecord], found: Mapping[str, _Found], *, is_first: bool
+) -> list[Leak]:
+    """Put what was found into `rows`: known images gain places and a label, new ones a side. Return the new leaks."""
+    before = list(rows.values())
+    first_ordinal = 1 + max((r.ordinal for r in before), default=-1)
+    fresh = sorted((f for s, f in found.items() if s not in rows), key=lambda f: f.first.ordinal)
+    newcomers = [_make_newcomer(one) for one in fresh]
+    sides = decide_sides(store, params.ingest, before, newcomers, is_first=is_first)
+    for sha256, one in found.items():
+        if sha256 in rows:
+            rows[sha256] = _extend(rows[sha256], one)
+    for one, newcomer in zip(fresh, newcomers, strict=True):
+        side, key = sides.of[newcomer.sha256]
+        rows[newcomer.sha256] = _make_record(one, newcomer, first_ordinal, side, key)
+    return sides.leaks
+
+
+def _make_newcomer(found: _Found) -> Newcomer:
+    facts = found.first.facts
+    group = next((one.item.group for one in found.same if one.item.group), None)
+    return Newcomer(
+        sha256=facts.sha256,
+        phash=facts.phash,
+        origins=tuple(sorted({one.item.origin for one in found.same})),
+        is_labelled=bool(found.labels),
+        group=group,
+        side=_find_given_side(found),
+        learn=any(one.item.test_is_given for one in found.same),
     )
 
 
-def _extend(known: ImageRecord, same: Sequence[Inspected]) -> ImageRecord:
-    """Add new places where a known image was found; all else stays as first seen."""
+def _make_record(found: _Found, newcomer: Newcomer, first_ordinal: int, side: str, key: str) -> ImageRecord:
+    first, facts = found.first, found.first.facts
+    return ImageRecord(
+        sha256=newcomer.sha256,
+        labels=found.labels,
+        sources=tuple(sorted({one.item.source for one in found.same})),
+        origins=newcomer.origins,
+        ordinal=first_ordinal + first.ordinal,
+        group=newcomer.group,
+        key=key,
+        side=side,
+        captured_at=first.item.captured_at,
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        num_bytes=facts.num_bytes,
+        phash=facts.phash,
+    )
+
+
+def _extend(known: ImageRecord, found: _Found) -> ImageRecord:
+    """Add new places where a known image was found, and a label if it had none; all else stays as first seen."""
+    sources, origins = {s.item.source for s in found.same}, {s.item.origin for s in found.same}
+    if sources <= {*known.sources} and origins <= {*known.origins} and found.labels == known.labels:
+        return known
     return replace(
         known,
-        sources=tuple(sorted({*known.sources, *(s.item.source for s in same)})),
-        origins=tuple(sorted({*known.origins, *(s.item.origin for s in same)})),
+        labels=found.labels,
+        sources=tuple(sorted(sources | {*known.sources})),
+        origins=tuple(sorted(origins | {*known.origins})),
+    )
+
+
+def _inherit_leaks(
+    store: ObjectStore, parent: DatasetVersion | None, rows: Mapping[str, ImageRecord], mine: Leaks
+) -> Leaks:
+    """Return the leaks of the parent that are still there, and those of this pull; each once."""
+    earlier = load_leaks(store, parent).rows if parent else ()
+    still = [leak for leak in earlier if leak.sha256 in rows and (leak.other is None or leak.other in rows)]
+    return make_leaks(
+        [*{(leak.kind, leak.sha256, leak.other, leak.other_side): leak for leak in (*mine.rows, *still)}.values()]
     )
 
 
@@ -119,12 +228,15 @@ def _fixed_split(parent: DatasetVersion | None, split: Split) -> Split:
     )
 
 
-def _check_classes(name: str, records: Sequence[ImageRecord]) -> None:
-    classes = {label for r in records for label in r.labels}
-    if len(classes) < 2:
-        raise SourceError(
-            f"dataset {name}",
-            f"has {len(classes)} class ({shorten(list(classes)) or 'none'})",
-            "two classes or more",
-            "Add a folder of images for each other class.",
-        )
+def _check_classes(name: str, records: Sequence[ImageRecord], refused: Sequence[Rejected]) -> None:
+    classes = {label for r in records if r.side != "excluded" for label in r.labels}
+    if len(classes) >= 2:
+        return
+    several = sum(r.code == "several_labels" for r in refused)
+    raise SourceError(
+        f"dataset {name}",
+        f"has {len(classes)} class ({shorten(list(classes)) or 'none'})"
+        + (f", and {several} images with several labels that were not taken" if several else ""),
+        "two classes or more",
+        "Set `task: multilabel`." if several else "Add a folder of images for each other class.",
+    )

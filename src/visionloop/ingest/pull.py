@@ -1,36 +1,57 @@
-"""Pull images from sources into a new dataset version. Resumable: what is stored is not stored again.
+"""Pull images from sources into a new dataset version. Resumable: what is stored is not read or stored again.
 
 Nothing is visible before the version's commit object; two pulls at once both succeed, one after the other.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import gc
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
-from visionloop.data.manifest import commit_version, latest_version, load_pin, make_pin, write_pin
+from visionloop import __version__
+from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
+from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
-from visionloop.ingest.check import Checked, check_all
+from visionloop.ingest.check import Checked, Known, check_all
+from visionloop.ingest.corrections import Correction, load_corrections
+from visionloop.ingest.journal import Journal, LastPull, make_journal_path
 from visionloop.ingest.merge import merge
 from visionloop.ingest.sources import Cursor, Item, Reading, read_source
 from visionloop.params import Params, Source
-from visionloop.records import DatasetVersion, Pin, Rejected
+from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 
 COMMIT_TRIES = 20
+SAMPLE = 64
 # Listed, but no fault of a file: a table and its images that do not cover each other, and images that were forgotten.
 NOT_UNUSABLE = frozenset({"row_without_image", "image_without_row", "forgotten"})
 
 
 @dataclass(frozen=True)
 class PullReport:
-    """What a pull found and what came of it. `changed` is False when the dataset is as before."""
+    """What a pull found and what came of it. `changed` is False when the dataset is as before.
+
+    `num_read` of the `num_seen` images were read; the others were known from an earlier pull.
+    """
 
     pin: Pin
     version: DatasetVersion
     changed: bool
     num_seen: int
+    num_read: int
     num_added: int
+    rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a pull ended: the version it stands on, the one before (the same, when nothing changed), all it refused."""
+
+    parent: DatasetVersion | None
+    version: DatasetVersion
     rejected: tuple[Rejected, ...]
 
 
@@ -44,39 +65,56 @@ def pull(
     env: Mapping[str, str] = MappingProxyType({}),
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    verify: bool = False,
 ) -> PullReport:
     """Read sources, quarantine what is unusable, commit a version if anything is new, and pin it in the workspace.
 
+    With `verify` nothing that is known is believed: everything is read from its start, and what is missing or damaged
+    in the store is stored again. `on_progress(done, 0)` as long as nobody knows how many there are.
+
     Raises:
-        SourceError: a source is missing or empty, too many files are unusable, or there is only one class.
+        SourceError: a source is missing or empty, too many files are unusable, or `merge` refuses what comes of them.
         ParamsError: the split differs from the one that version 1 fixed.
+        StoreError: the store cannot be read or written.
     """
-    before = latest_version(store, params.name)
-    reading = Reading(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
-    offered = _read_all(sources, reading, before.cursors if before else {})
-    checked = check_all(offered, store, params.ingest, on_progress)
-    _check_rejected(checked, params.ingest.max_rejected_ratio)
-    for _ in range(COMMIT_TRIES):
-        parent = latest_version(store, params.name)
-        merged = merge(store, params, parent, checked, now=now)
-        version = merged.version
-        if parent and not merged.changed:
-            version = parent
-        elif not commit_version(store, version, merged.changed):
-            continue  # another pull took this number: merge with what it brought
-        pin = _move_pin(settings, version)
-        num_added = version.num_images - (parent.num_images if parent else 0)
-        return PullReport(
-            pin=pin,
-            version=version,
-            changed=parent is None or version.digest != parent.digest,
-            num_seen=checked.num_seen,
-            num_added=num_added,
-            rejected=tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin)),
+    with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
+        reading = Reading(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
+        path = params.ingest.corrections
+        corrections = load_corrections(reading.resolve(path)) if path else []
+        before, last = latest_version(store, params.name), journal.load_pull(params.name)
+        if last and not (before and last.version == _name_version(before)):
+            last = None
+        forgotten = load_tombstones(store, params.name)
+        asked = _digest_asked(params, forgotten, sources, corrections)
+        cursors = {} if verify else {**(before.cursors if before else {}), **(last.cursors if last else {})}
+        known = Known(
+            journal,
+            stored=None if verify else _find_stored(store, journal, forgotten),
+            offers=last.offers if last and last.asked == asked else None,
+            verify=verify,
+            forgotten=forgotten,
         )
-    raise DatasetError(
-        f"dataset {params.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
-    )
+        checked = check_all(_read_all(sources, reading, cursors), store, params.ingest, known, on_progress)
+        checked = replace(checked, cursors={**cursors, **checked.cursors})
+        if checked.num_missing:
+            tell(f"{checked.num_missing:,} images were missing from the store: stored again")
+        if before and last and checked.is_as_before:
+            ended = _Ended(before, before, last.rejected)
+        else:
+            _check_rejected(checked, params.ingest.max_rejected_ratio)
+            ended = _commit(params, store, checked, corrections, now)
+        _sync(journal, store, ended)
+        version = _name_version(ended.version)
+        journal.keep_pull(params.name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
+        return PullReport(
+            pin=_move_pin(settings, ended.version),
+            version=ended.version,
+            changed=ended.parent is None or ended.version.digest != ended.parent.digest,
+            num_seen=checked.num_seen,
+            num_read=checked.num_read,
+            num_added=ended.version.num_images - (ended.parent.num_images if ended.parent else 0),
+            rejected=ended.rejected,
+        )
 
 
 def check_sources(params: Params) -> Sequence[Source]:
@@ -98,6 +136,21 @@ def _read_all(
         yield from read_source(source, replace(reading, cursor=cursors.get(source.name)))
 
 
+def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]) -> Container[str] | None:
+    """Look whether what the journal knows is in the store still, but what was forgotten; None: believe it.
+
+    A folder is listed, which costs next to nothing. Elsewhere some are looked up, and all if one of them is missing.
+    """
+    some = [sha256 for sha256 in journal.sample(SAMPLE) if sha256 not in forgotten]
+    if not some:
+        return None
+    if not store.url.startswith("file:"):
+        with ThreadPoolExecutor(store.num_writers) as pool:
+            if all(pool.map(store.exists, map(make_image_key, some))):
+                return None
+    return forgotten | {key.rpartition("/")[2] for key in store.list("images/")}
+
+
 def _check_rejected(checked: Checked, max_ratio: float) -> None:
     unusable = [r for r in checked.rejected if r.code not in NOT_UNUSABLE]
     if unusable and len(unusable) > max_ratio * checked.num_seen:
@@ -108,6 +161,57 @@ def _check_rejected(checked: Checked, max_ratio: float) -> None:
             f"at most {max_ratio:.0%}",
             "Mend them, or raise ingest.max_rejected_ratio.",
         )
+
+
+def _digest_asked(
+    params: Params, forgotten: frozenset[str], sources: Sequence[Source], corrections: Sequence[Correction]
+) -> str:
+    """Return what is equal when the same offers can only make the same of the same version."""
+    declared = [source.model_dump(mode="json") for source in sources]
+    lines = [asdict(line) for line in corrections]
+    rules = params.ingest.model_dump(mode="json")
+    return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten)])
+
+
+def _commit(
+    params: Params, store: ObjectStore, checked: Checked, corrections: Sequence[Correction], now: str
+) -> _Ended:
+    """Merge into the newest version and commit, unless nothing comes of it."""
+    for _ in range(COMMIT_TRIES):
+        parent = latest_version(store, params.name)
+        merged = merge(store, params, parent, checked, now=now, corrections=corrections)
+        rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
+        if parent and not merged.changed:
+            return _Ended(parent, parent, rejected)
+        if commit_version(store, merged.version, merged.changed):
+            return _Ended(parent, merged.version, rejected)
+        # Another pull took this number: merge with what it brought.
+    raise DatasetError(
+        f"dataset {params.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
+    )
+
+
+def _sync(journal: Journal, store: ObjectStore, ended: _Ended) -> None:
+    """Let the journal know that what it says is stored stays so. A commit has synced the store already."""
+    if journal.has_news:
+        if ended.version is ended.parent:
+            store.sync()
+        journal.mark_synced()
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for cycles less often: a pull makes many small objects that last, and cycles hardly ever."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _name_version(version: DatasetVersion) -> str:
+    return f"{version.version}:{version.digest}"
 
 
 def _move_pin(settings: Settings, version: DatasetVersion) -> Pin:

@@ -31,7 +31,8 @@ class Columns(Section):
 class FolderSource(Section):
     """A folder per class, with or without split folders above them; or flat files, labelled by `pattern`.
 
-    In a pattern `{label}`, `{side}` and `{group}` stand for what they name and `*` for anything: `{label}.*.jpg`.
+    In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
+    `{label}.*.jpg`, `{label}_{number}`.
     """
 
     kind: Literal["folder"]

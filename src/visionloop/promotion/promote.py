@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 from visionloop.bundle import DIGESTS, download_bundle, load_bundle
+from visionloop.data.manifest import is_experiment, load_version
 from visionloop.errors import PromotionError, TrackingError, shorten
 from visionloop.evaluation.run_note import load_run_note
 from visionloop.params import Params
 from visionloop.predictor import Predictor
 from visionloop.promotion.decisions import require_passed
 from visionloop.promotion.ledger import append_entry, read_champion, read_history
-from visionloop.records import LedgerEntry
+from visionloop.records import Decision, LedgerEntry
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
@@ -30,7 +31,9 @@ def promote(
 
     Raises:
         NotPromoted: the gate has not passed this candidate.
-        PromotionError: it is not registered, or the champion moved since the decision.
+        PromotionError: it is not registered, the champion moved since the decision, or the candidate comes from an
+            experiment (a random split).
+        DatasetError: the store has not the dataset version of the decision.
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
     """
@@ -47,6 +50,7 @@ def promote(
             f"{decision.champion[:12] if decision.champion else 'no champion'}, as the gate saw it",
             "Run `visionloop gate` again.",
         )
+    _refuse_experiment(store, name, decision, digest)
     version = tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
     if version is None:
         raise PromotionError(
@@ -157,6 +161,17 @@ def compare_alias(store: ObjectStore, tracking: Tracking, name: str) -> tuple[st
     champion = read_champion(store, name)
     version = (tracking.find_version(champion.bundle) or champion.model_version) if champion else None
     return version, tracking.get_champion()
+
+
+def _refuse_experiment(store: ObjectStore, name: str, decision: Decision, digest: str) -> None:
+    number = decision.dataset["version"]
+    if is_experiment(load_version(store, name, number)):
+        raise PromotionError(
+            f"candidate {digest[:12]}",
+            f"comes from an experiment: dataset {name} version {number} is split at random",
+            "a dataset split by `method: hash`",
+            "Choose another `name` with ingest.split.method: hash in params.yaml, and ingest and train again.",
+        )
 
 
 def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> LedgerEntry:

@@ -1,16 +1,16 @@
 """The store in a local folder. Writes go to a hidden file first and are linked into place: whole or absent."""
 
 import contextlib
+import ctypes
+import errno
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from visionloop.errors import ObjectMissing, StoreError
-
-_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+from visionloop.store.keys import check_key, is_key
 
 
 class LocalStore:
@@ -18,6 +18,8 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._folder = os.path.abspath(root)
+        self._where = f"store {self.url}"
 
     @classmethod
     def from_url(cls, url: str) -> "LocalStore":
@@ -34,91 +36,155 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         try:
-            return self._path(key).read_bytes()
+            with open(self._path(key), "rb") as file:
+                return file.read()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
-            raise ObjectMissing(
-                f"store {self.url}", f"no object {key}", "it to be there", "Check VISIONLOOP_STORE."
-            ) from exc
+            raise ObjectMissing(self._where, f"no object {key}", "it to be there", "Check VISIONLOOP_STORE.") from exc
         except OSError as exc:
             raise self._error(key, exc) from exc
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        staged = self._stage(path, data)
-        try:
-            os.replace(staged, path)
-        except OSError as exc:
-            raise self._error(key, exc) from exc
+        self._move(self._stage(path, data), path)
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        if path.exists():
+        if os.path.exists(path):
             return self.get(key) == data
-        staged = self._stage(path, data)
+        staged = self._stage(path, data, durable=True)
         try:
             os.link(staged, path)
+            _sync_folder(os.path.dirname(path))
         except FileExistsError:
             return self.get(key) == data
         except OSError as exc:
             raise self._error(key, exc) from exc
         finally:
-            staged.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(staged)
         return True
 
     def add(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        if path.exists():
-            return False
-        staged = self._stage(path, data)
         try:
-            os.replace(staged, path)
-        except OSError as exc:
-            raise self._error(key, exc) from exc
+            # A power failure may leave a file without its content: the size tells.
+            if os.stat(path).st_size == len(data):
+                return False
+        except OSError:
+            pass
+        self._move(self._stage(path, data), path)
         return True
 
     def sync(self) -> None:
-        if self.root.is_dir():
-            os.sync()
+        if os.path.isdir(self._folder):
+            _sync_file_system(self._folder)
 
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        return os.path.isfile(self._path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
-        folder = self.root / prefix.rpartition("/")[0]
-        if not folder.is_dir():
-            return
-        keys = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
-        yield from sorted(k for k in keys if k.startswith(prefix) and _KEY.fullmatch(k))
+        start = prefix.rpartition("/")[0]
+        for key in _walk(os.path.join(self._folder, start), f"{start}/" if start else ""):
+            if key.startswith(prefix) and is_key(key):
+                yield key
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        try:
+            os.unlink(self._path(key))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as exc:
+            raise self._error(key, exc) from exc
 
     def purge(self, key: str) -> None:
         self.delete(key)
 
-    def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise StoreError(f"store {self.url}", f"got the key {key!r}", "parts of letters, digits, '.', '_', '-'")
-        return self.root / key
+    def _path(self, key: str) -> str:
+        return f"{self._folder}/{check_key(key, self._where)}"
 
-    def _stage(self, path: Path, data: bytes) -> Path:
-        staged = path.parent / f".staged-{secrets.token_hex(8)}"
+    def _stage(self, path: str, data: bytes, *, durable: bool = False) -> str:
+        """Write a hidden file beside `path`; return its path."""
+        staged = f"{os.path.dirname(path)}/.staged-{secrets.token_hex(8)}"
         try:
             try:
-                staged.write_bytes(data)
+                _write_file(staged, data, durable)
             except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                staged.write_bytes(data)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                _write_file(staged, data, durable)
         except OSError as exc:
             with contextlib.suppress(OSError):
-                staged.unlink(missing_ok=True)
-            raise self._error(path.name, exc) from exc
+                os.unlink(staged)
+            raise self._error(os.path.basename(path), exc) from exc
         return staged
 
+    def _move(self, staged: str, path: str) -> None:
+        try:
+            os.rename(staged, path)
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                os.unlink(staged)
+            raise self._error(os.path.basename(path), exc) from exc
+
     def _error(self, key: str, exc: OSError) -> StoreError:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError(
+                self._where,
+                f"no space left for {key}",
+                "a disk with free space",
+                "Free some, and run the same command again: what is stored already is kept.",
+            )
         return StoreError(
-            f"store {self.url}",
+            self._where,
             f"cannot reach {key}: {exc.strerror or exc}",
             "a writable folder with free space",
             "Run `visionloop doctor`.",
         )
+
+
+def _write_file(path: str, data: bytes, durable: bool) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        written = os.write(file, data)
+        while written < len(data):
+            written += os.write(file, memoryview(data)[written:])
+        if durable:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(folder: str) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_file_system(folder: str) -> None:
+    """Flush the file system of one folder; all of them where the system cannot do that."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if syncfs(file) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(file)
+
+
+def _walk(folder: str, prefix: str) -> Iterator[str]:
+    """Yield the files below a folder as keys, sorted as keys are: a folder's name counts with its slash."""
+    try:
+        with os.scandir(folder) as found:
+            names = sorted([f"{entry.name}/" if entry.is_dir() else entry.name for entry in found])
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        if name[-1] == "/":
+            yield from _walk(f"{folder}/{name[:-1]}", prefix + name)
+        else:
+            yield prefix + name

@@ -1,4 +1,4 @@
-"""Prepared shards as batches. Order is a function of (seed, epoch): a resumed run sees what it would have seen."""
+"""Prepared shards as batches. Order and crops are functions of (seed, epoch): a resumed run sees what it would have."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,17 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visionloop.data.shards import IntArray, Prepared
-
-
-class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Images (n, h, w, 3) and labels (n) of any rows: indexed by an array of rows, not by one."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
-
-    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
-        images_nhwc = self.prepared.read(rows)
-        return torch.from_numpy(images_nhwc), torch.from_numpy(self.prepared.label_n[rows])
 
 
 class BatchRows(Sampler[IntArray]):
@@ -44,6 +33,23 @@ class BatchRows(Sampler[IntArray]):
         yield from np.array_split(rows, self.num_batches)
 
 
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Images (n, h, w, 3) and labels (n) of any rows: indexed by an array of rows, not by one.
+
+    Where images were prepared larger, a sampler with a seed gets a crop of each, another one in each of its epochs.
+    """
+
+    def __init__(self, prepared: Prepared, sampler: BatchRows) -> None:
+        self.prepared, self.sampler = prepared, sampler
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
+        if self.sampler.seed is None:
+            images_nhwc = self.prepared.read(rows)
+        else:
+            images_nhwc = self.prepared.read_crops(rows, seed=self.sampler.seed, epoch=self.sampler.epoch)
+        return torch.from_numpy(images_nhwc), torch.from_numpy(self.prepared.label_n[rows])
+
+
 class PreparedData(pl.LightningDataModule):
     """Train and validation batches of prepared data."""
 
@@ -58,6 +64,7 @@ class PreparedData(pl.LightningDataModule):
         return self._make_loader("val", None)
 
     def _make_loader(self, side: str, seed: int | None) -> DataLoader[tuple[Tensor, Tensor]]:
-        sampler: Any = BatchRows(self.prepared.rows(side), self.batch_size, seed)
-        # A batch is one slice of a memory-mapped array: a worker process would cost more than it saves.
-        return DataLoader(Batches(self.prepared), batch_size=None, sampler=sampler, num_workers=0)
+        rows: Any = BatchRows(self.prepared.rows(side), self.batch_size, seed)
+        # A batch is one slice of a memory-mapped array: a worker process would cost more than it saves. (It would also
+        # not see the epoch of the sampler.)
+        return DataLoader(Batches(self.prepared, rows), batch_size=None, sampler=rows, num_workers=0)

@@ -10,7 +10,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
+from visionloop.data.manifest import is_experiment, load_version
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, TrainingError, VisionLoopError, shorten
 from visionloop.networks.classifier import Classifier, make_classifier
@@ -71,7 +72,8 @@ def train(
 ) -> RunNote:
     """Train, export and put the bundle at models/candidate; return the note of the run.
 
-    The same inputs go on from the last finished epoch.
+    The same inputs go on from the last finished epoch. A random split has no validation side: such an experiment is
+    validated on the test side, and its note says so.
 
     Raises:
         DatasetError: a class has no training image, or a side is empty.
@@ -80,6 +82,9 @@ def train(
     """
     started = time.perf_counter()
     prepared = load_prepared(settings.prepared_dir)
+    validated_on = choose_validation(prepared, store)
+    if validated_on != "val":
+        prepared = replace(prepared, side_n=np.where(prepared.side_n == validated_on, "val", prepared.side_n))
     check_sides(prepared)
     job = Job(settings, params, store, tracking, prepared, read_hardware(), code_digest, on_epoch)
     with lock_work(settings.work_dir("train"), job.make_key()) as work:
@@ -95,12 +100,20 @@ def train(
             if isinstance(exc, VisionLoopError):
                 raise
             raise TrainingError("train", f"torch failed ({str(exc).splitlines()[0][:200]})") from exc
-        note = RunNote(digest, run_id, read_git_commit(settings.home), now, round(time.perf_counter() - started, 1))
+        seconds = round(time.perf_counter() - started, 1)
+        note = RunNote(digest, run_id, read_git_commit(settings.home), now, seconds, {"validated_on": validated_on})
         _write_note(settings, note)
         replace_folder(work / "bundle", settings.candidate_dir)
         tracking.close_run(run_id)
         shutil.rmtree(work)
     return note
+
+
+def choose_validation(prepared: Prepared, store: ObjectStore) -> str:
+    """Return the side that epochs are judged on: val, or test in an experiment that has no val. Raises DatasetError."""
+    if len(prepared.rows("val")):
+        return "val"
+    return "test" if is_experiment(load_version(store, prepared.pin.name, prepared.pin.version)) else "val"
 
 
 def check_sides(prepared: Prepared) -> None:

@@ -68,8 +68,8 @@ def test_ingest_datasets_and_show(
     assert capsys.readouterr().out.startswith("*    1  ")
     assert run(monkeypatch, "datasets", "show") == 0
     shown = capsys.readouterr().out
-    assert "sources  photos" in shown
-    assert "quarantined 1 files" in shown
+    assert "sources   photos 24" in shown
+    assert "quarantined 1 file " in shown
 
 
 def test_prepare_after_ingest(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,13 +109,13 @@ def test_a_bundle_with_a_flipped_byte(
     ("argv", "line"),
     [
         (("ingest",), "error: params.yaml ingest.sources: names no source; expected at least one."),
-        (("ingest", "nowhere"), "does not exist; expected a folder. Check the path."),
+        (("ingest", "nowhere"), "does not exist; expected a folder, a table, a .zip"),
         (("prepare",), "error: data/dataset.json: not found: this workspace has no images yet"),
         (("gate",), "error: data/dataset.json: not found"),
         (("predict", "x.jpg"), "error: x.jpg: does not exist; expected an image, a folder or a glob."),
         (("predict", "../photos"), "error: ledger pets: has no champion; expected a promoted model."),
         (("new", "."), "is not empty; expected a new or empty folder."),
-        (("new", "x", "--example", "cats"), "got 'cats'; expected one of digits, horses-or-humans."),
+        (("new", "x", "--example", "cats"), "got 'cats'; expected one of cats-and-dogs, digits, dog-breeds"),
         (("datasets", "show", "9"), "error: dataset pets version 9: is not in the store"),
     ],
 )

@@ -203,4 +203,6 @@ def test_an_interrupted_pull_leaves_nothing_visible_and_ends_the_same(
     assert list_versions(store, "pets") == []
     assert not settings.pin_path.exists()
     monkeypatch.undo()
-    assert run(settings, store, folder).version == whole.version
+    report = run(settings, store, folder)
+    assert report.version == whole.version
+    assert (report.num_seen, report.num_read) == (20, 11), "the nine that were stored are not read again"

@@ -1,5 +1,7 @@
 """Register, promote and roll back: what moves, what does not, and what a second run mends."""
 
+import json
+
 import pytest
 from worlds import GOOD, POOR, FakeTracking, make_world, write_note
 
@@ -69,6 +71,17 @@ def test_a_refused_candidate_is_not_registered(desk):
         desk.promote()
     assert desk.tracking.versions == {}
     assert not desk.store.exists(f"bundles/{digest}/digests.json")
+
+
+def test_an_experiment_is_judged_but_not_promoted(desk):
+    desk.judge(GOOD)
+    register(*desk.place)
+    key = "datasets/fake/000001.json"
+    version = json.loads(desk.store.get(key))
+    desk.store.put(key, json.dumps({**version, "split": {"method": "random"}}).encode())
+    with pytest.raises(PromotionError, match=r"comes from an experiment: dataset fake version 1 is split at random"):
+        desk.promote()
+    assert read_champion(desk.store, "fake") is None
 
 
 def test_a_flipped_byte_is_not_registered(desk):

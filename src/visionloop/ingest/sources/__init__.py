@@ -17,7 +17,14 @@ __all__ = ["Cursor", "Item", "Reading", "make_file_reader", "read_source"]
 # Imported when they are needed: a folder of photos wants no database and no video library.
 READERS = {
     "folder": "folder:read_folder",
+    "table": "table:read_table",
+    "archive": "archive:read_archive",
+    "python": "python:read_python",
+    "bucket": "bucket:read_bucket",
     "digits": "digits:read_digits",
+    "http": "http:read_http",
+    "sql": "sql:read_sql",
+    "video": "video:read_video",
 }
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from visionloop.ingest.sources.folder import walk_folder
+from visionloop.ingest.sources.folder import read_folder
 from visionloop.ingest.sources.item import Item, Reading
-from visionloop.params import DigitsSource
+from visionloop.params import DigitsSource, FolderSource
+from visionloop.records import Rejected
 
 
-def read_digits(source: DigitsSource, reading: Reading) -> Iterator[Item]:
+def read_digits(source: DigitsSource, reading: Reading) -> Iterator[Item | Rejected]:
     """Write the digits into class folders of the workspace's hidden folder, once, and yield them."""
     folder = reading.hidden_dir / "sources" / "digits"
     if not folder.is_dir():
         _write_digits(folder)
-    yield from walk_folder(source.name, folder)
+    yield from read_folder(FolderSource(kind="folder", path=str(folder), name=source.name), reading)
 
 
 def _write_digits(folder: Path) -> None:

@@ -1,16 +1,18 @@
 """What every source yields, and what it may use while it reads."""
 
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One image that a source offers. The order of items is the order that the dataset keeps (`ordinal`).
 
     `origin` is stable across machines: the source's name, a colon, the place inside it. `read(max_bytes)` returns the
@@ -64,12 +66,33 @@ def make_file_reader(path: str) -> Callable[[int], bytes]:
 
 
 def read_file(path: str, max_bytes: int) -> bytes:
-    """Return the bytes of a file, if they are no more than `max_bytes`. Raises ImageError."""
+    """Return the bytes of a file, if they are no more than `max_bytes`. Raises ImageError.
+
+    Only a regular file, or a link to one, is read: a pipe would wait for a writer, a device would never end.
+    """
     try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+        # Not open(): it asks the system three questions more, and waits at a pipe.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            facts = os.fstat(file)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ImageError(path, "is not a regular file", "a file", reason_code="unreadable")
+            data = b"" if facts.st_size > max_bytes else _read_whole(file, facts.st_size, max_bytes)
+        finally:
+            os.close(file)
     except OSError as exc:
         raise ImageError(path, f"cannot be read ({exc.strerror})", "a file", reason_code="unreadable") from exc
-    if len(data) > max_bytes:
+    if max(facts.st_size, len(data)) > max_bytes:
         raise ImageError(path, "is too large", f"at most {max_bytes} bytes", reason_code="too_large")
     return data
+
+
+def _read_whole(file: int, size: int, max_bytes: int) -> bytes:
+    """Read to the end, or just beyond `max_bytes`: in one call, if the file still has the size it said."""
+    data = os.read(file, size + 1)
+    if len(data) == size:
+        return data
+    parts = [data]
+    while (left := max_bytes + 1 - sum(map(len, parts))) > 0 and (more := os.read(file, left)):
+        parts.append(more)
+    return b"".join(parts)

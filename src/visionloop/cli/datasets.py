@@ -1,0 +1,268 @@
+"""The command `datasets`: list the versions, look into one, compare two, write one as plain files."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.cli.context import Context, make_progress, open_context
+
+if TYPE_CHECKING:
+    from visionloop.data.leaks import Leaks
+    from visionloop.records import DatasetVersion, ImageRecord, Rejected
+
+datasets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(datasets_app, name="datasets")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+
+
+Format = StrEnum("Format", ("folders", "webdataset"))
+
+
+class Side(StrEnum):
+    """The sides of a dataset."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+    excluded = "excluded"
+
+
+@datasets_app.callback()
+def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
+    """List the dataset versions; the pinned one has a star. `show`, `diff` and `export` look closer.
+
+    Examples:
+
+      visionloop datasets
+
+      visionloop datasets show 2
+
+      visionloop datasets diff 1 2
+
+      visionloop datasets export 2 ~/pets-2
+    """
+    if typer_context.invoked_subcommand:
+        return
+    from visionloop.data.manifest import list_versions
+
+    context = open_context()
+    versions = list_versions(context.store, context.params.name)
+    pinned = _find_pinned(context)
+    if as_json:
+        print(json.dumps([{**version.to_json(), "pinned": version.version == pinned} for version in versions]))
+        return
+    if not versions:
+        print(f"no version of {context.params.name} yet; `visionloop ingest` makes one")
+    num_before = 0
+    for version in versions:
+        star = "*" if version.version == pinned else " "
+        num_gone = num_before + version.num_added - version.num_images
+        change = f"+{version.num_added:,}" + (f" -{num_gone:,}" if num_gone else "")
+        leaks = f"  {version.num_leaks:,} leaks" if version.num_leaks else ""
+        print(
+            f"{star} {version.version:>4}  {version.digest[:12]}  {version.created_at[:16].replace('T', ' ')}"
+            f"  {version.num_images:>9,} images  {change:<10}  {len(version.classes):>4} classes"
+            f"  {version.num_rejected:,} quarantined{leaks}"
+        )
+        num_before = version.num_images
+
+
+@datasets_app.command()
+def show(
+    number: Annotated[int | None, typer.Argument(help="A version; default: the pinned one.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every class and every quarantined file.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Where to write the contact sheet (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show one version: images per class and side, sizes, what was quarantined, leaks; and draw 25 of its images.
+
+    Examples:
+
+      visionloop datasets show
+
+      visionloop datasets show 2 --sheet pets.png
+
+      visionloop datasets show --json
+    """
+    from visionloop.data.leaks import load_leaks
+    from visionloop.data.manifest import load_quarantine, load_version_records
+
+    context = open_context()
+    version = _load_version(context, number)
+    records = load_version_records(context.store, version)
+    rejected, leaks = load_quarantine(context.store, version), load_leaks(context.store, version)
+    if as_json:
+        print(json.dumps(_describe_json(version, records, rejected, leaks)))
+    else:
+        for line in _describe_version(context, version, records, rejected, leaks, everything=everything):
+            print(line)
+    if sheet or not as_json:
+        for path in _draw(context, version, records, leaks, sheet):
+            if not as_json:
+                print(f"look at {path}")
+
+
+@datasets_app.command()
+def diff(
+    before: Annotated[int, typer.Argument(help="A version.")],
+    after: Annotated[int | None, typer.Argument(help="Another one; default: the newest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two versions: images added, removed and relabelled, classes, sources, what was newly quarantined.
+
+    Examples:
+
+      visionloop datasets diff 1 2
+
+      visionloop datasets diff 1 --json
+    """
+    from visionloop.cli.tables import describe_diff
+    from visionloop.data.compare import compare_records
+    from visionloop.data.manifest import latest_version, load_quarantine, load_version, load_version_records
+
+    context = open_context()
+    name = context.params.name
+    first = load_version(context.store, name, before)
+    newest = latest_version(context.store, name)
+    second = load_version(context.store, name, after) if after is not None else newest or first
+    changes = compare_records(*(load_version_records(context.store, version) for version in (first, second)))
+    known = set(load_quarantine(context.store, first))
+    rejected = [one for one in load_quarantine(context.store, second) if one not in known]
+    if as_json:
+        facts = {"name": name, "before": first.version, "after": second.version}
+        print(json.dumps({**facts, **changes.to_json(), "rejected": [one.to_json() for one in rejected]}))
+        return
+    print(f"{name} version {first.version} -> {second.version}: {first.num_images:,} -> {second.num_images:,} images")
+    for line in describe_diff(changes, rejected):
+        print(line)
+
+
+@datasets_app.command()
+def export(
+    number: Annotated[int, typer.Argument(help="A version.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    form: Annotated[
+        Format, typer.Option("--format", help="Class folders with tables, or tar shards.")
+    ] = Format.folders,
+    side: Annotated[list[Side] | None, typer.Option(help="Only this side; may be given several times.")] = None,
+) -> None:
+    """Write a version as plain files: SIDE/CLASS/IMAGE with tables beside them, or WebDataset shards.
+
+    Hugging Face reads the first by `load_dataset("imagefolder", data_dir=DIR)`, the second by "webdataset".
+
+    Examples:
+
+      visionloop datasets export 2 ~/pets-2
+
+      visionloop datasets export 2 ~/pets-shards --format webdataset --side train --side val
+    """
+    from visionloop.cli.tables import format_bytes
+    from visionloop.data.export import export_version
+    from visionloop.data.manifest import load_version_records
+
+    context = open_context()
+    version = _load_version(context, number)
+    sides = {one.value for one in side or Side}
+    records = [r for r in load_version_records(context.store, version) if r.side in sides]
+    done = export_version(
+        context.store,
+        version,
+        records,
+        folder.expanduser().absolute(),
+        form=form.value,
+        on_progress=make_progress("exported", "images"),
+    )
+    unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
+    print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
+
+
+def _describe_version(
+    context: Context,
+    version: "DatasetVersion",
+    records: "list[ImageRecord]",
+    rejected: "list[Rejected]",
+    leaks: "Leaks",
+    *,
+    everything: bool,
+) -> list[str]:
+    from visionloop.cli import tables
+    from visionloop.data.manifest import is_experiment
+    from visionloop.data.tombstones import load_tombstones
+    from visionloop.ingest.pull import NOT_UNUSABLE
+
+    split = version.split
+    fractions = " / ".join(map(str, split.get("fractions", ())))
+    aside = " (an experiment: its models are not promoted)" if is_experiment(version) else ""
+    lines = [
+        f"dataset {version.name} version {version.version}, {version.num_images:,} images, made {version.created_at}",
+        f"  digest    {version.digest}",
+        *tables.describe_sources(records),
+        *tables.describe_images(records),
+        f"  sides     {split.get('method', 'hash')}, seed {split.get('seed')}, {fractions}{aside}",
+        "",
+        *tables.describe_classes(records, everything=everything),
+        "",
+    ]
+    if gone := len({r.sha256 for r in records} & load_tombstones(context.store, version.name)):
+        lines.append(f"{gone:,} of these images were forgotten since: this version cannot be prepared any more")
+    shown = len(rejected) if everything else 3
+    lines += tables.describe_rejected(rejected, NOT_UNUSABLE, shown=shown)
+    return lines + tables.describe_leaks(leaks)
+
+
+def _describe_json(
+    version: "DatasetVersion", records: "list[ImageRecord]", rejected: "list[Rejected]", leaks: "Leaks"
+) -> dict[str, Any]:
+    from collections import Counter
+
+    return {
+        **version.to_json(),
+        "images_per_source": Counter(source for r in records for source in r.sources),
+        "images_per_format": Counter(r.format for r in records),
+        "num_bytes": sum(r.num_bytes for r in records),
+        "rejected_rows": [one.to_json() for one in rejected],
+        "leak_rows": [row.to_json() for row in leaks.rows],
+    }
+
+
+def _draw(
+    context: Context, version: "DatasetVersion", records: "list[ImageRecord]", leaks: "Leaks", sheet: Path | None
+) -> list[Path]:
+    """Draw the contact sheet and, if there are any, the worst leaks beside it; return where they are."""
+    from visionloop.cli import pictures
+
+    folder = context.settings.hidden_dir / "datasets"
+    path = sheet.expanduser().absolute() if sheet else folder / f"{version.name}-{version.version:06d}.png"
+    if path.suffix.lower() != ".png":
+        path = path.with_name(f"{path.name}.png")
+    pictures.write_picture(path, pictures.draw_images(context.store, version, records))
+    png = pictures.draw_leaks(context.store, leaks)
+    if png is None:
+        return [path]
+    beside = path.with_name(f"{path.stem}-leaks.png")
+    pictures.write_picture(beside, png)
+    return [path, beside]
+
+
+def _load_version(context: Context, number: int | None) -> "DatasetVersion":
+    from visionloop.data.manifest import load_pin, load_version
+
+    if number is None:
+        number = load_pin(context.settings.pin_path).version
+    return load_version(context.store, context.params.name, number)
+
+
+def _find_pinned(context: Context) -> int | None:
+    from visionloop.data.manifest import load_pin
+    from visionloop.errors import DatasetError
+
+    try:
+        pin = load_pin(context.settings.pin_path)
+    except DatasetError:
+        return None
+    return pin.version if pin.name == context.params.name else None

@@ -1,0 +1,94 @@
+"""Pictures of a dataset version for people: 25 of its images with their labels, and the worst leaks side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visionloop.data.contact_sheet import Cell
+    from visionloop.data.leaks import Leaks
+    from visionloop.records import DatasetVersion, ImageRecord
+    from visionloop.store import ObjectStore
+
+NUM_IMAGES = 25
+NUM_PAIRS = 8
+CELL_PX = 160
+
+
+def choose_images(records: "Sequence[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
+    """Choose images spread over the classes, then over the sides; the same version gives the same choice.
+
+    A digest is as good as a die, and the same for everybody.
+    """
+    by_class: dict[tuple[str, ...], list[ImageRecord]] = {}
+    for record in sorted(records, key=lambda r: r.sha256):
+        by_class.setdefault(record.labels, []).append(record)
+    names = sorted(by_class)
+    if len(names) > number:
+        names = [names[i * len(names) // number] for i in range(number)]
+    chosen: list[ImageRecord] = []
+    for depth in range(number):
+        for name in names:
+            if depth < len(by_class[name]) and len(chosen) < number:
+                chosen.append(_spread_sides(by_class[name])[depth])
+    return sorted(chosen, key=lambda r: (r.labels, r.sha256))
+
+
+def draw_images(store: "ObjectStore", version: "DatasetVersion", records: "Sequence[ImageRecord]") -> bytes:
+    """Return the contact sheet of a version as PNG."""
+    from visionloop.data.contact_sheet import draw_contact_sheet
+
+    chosen = choose_images(records)
+    cells = [_make_cell(store, record) for record in chosen]
+    title = f"{version.name} version {version.version}: {len(chosen)} of {version.num_images:,} images"
+    return draw_contact_sheet(cells, title, cell_px=CELL_PX)
+
+
+def draw_leaks(store: "ObjectStore", leaks: "Leaks") -> bytes | None:
+    """Return the worst pairs of a leak report as PNG; None when it has no pair of images."""
+    from visionloop.data.leaks import make_leak_picture
+    from visionloop.data.manifest import make_image_key
+
+    if not any(row.other for row in leaks.rows):
+        return None
+    return make_leak_picture(leaks, lambda sha256: store.get(make_image_key(sha256)), shown=NUM_PAIRS)
+
+
+def write_picture(path: Path, png: bytes) -> None:
+    """Write a picture, making its folder. Raises SettingsError."""
+    from visionloop.errors import SettingsError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+    except OSError as exc:
+        raise SettingsError(f"picture {path}", f"cannot be written ({exc.strerror})", "a place to write to") from exc
+
+
+def _spread_sides(records: "Sequence[ImageRecord]") -> "list[ImageRecord]":
+    """Return the images of a class so that its sides take turns."""
+    by_side: dict[str, list[ImageRecord]] = {}
+    for record in records:
+        by_side.setdefault(record.side, []).append(record)
+    depths = [(depth, side, record) for side, some in by_side.items() for depth, record in enumerate(some)]
+    return [record for _, _, record in sorted(depths, key=lambda d: (d[0], d[1]))]
+
+
+def _make_cell(store: "ObjectStore", record: "ImageRecord") -> "Cell":
+    """Decode one image at the size of its cell; one that is missing or damaged is a grey square that says so."""
+    import numpy as np
+
+    from visionloop.data.contact_sheet import Cell
+    from visionloop.data.images import load_array
+    from visionloop.data.manifest import make_image_key
+    from visionloop.errors import ImageError, ObjectMissing
+
+    label = ", ".join(record.labels) or "(unlabelled)"
+    ratio = min(1.0, 2 * CELL_PX / max(record.width, record.height))
+    size_hw = max(1, round(record.height * ratio)), max(1, round(record.width * ratio))
+    try:
+        data = store.get(make_image_key(record.sha256))
+        array = load_array(data, record.sha256, size_hw=size_hw, resize="squash")
+    except (ImageError, ObjectMissing):
+        return Cell(np.full((CELL_PX, CELL_PX, 3), 200, np.uint8), label, "missing or damaged in the store")
+    return Cell(array, label, f"{record.side}  {record.width} x {record.height}")

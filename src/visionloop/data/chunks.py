@@ -1,0 +1,176 @@
+"""A chunk of prepared images: what one worker does, in a thread, a process or on another machine.
+
+A chunk is some consecutive rows of one shard. Everything here is picklable. Dimensions in names: n images.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.manifest import make_image_key
+from visionloop.errors import DatasetError, ImageError, ObjectMissing
+from visionloop.records import ImageRecord
+from visionloop.store import ObjectStore, open_store
+
+# Reads under way at once, and bytes they may hold: they hide the latency of a network.
+READERS = 16
+AHEAD_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One image to prepare. `num_pixels` is its size when it was let in: a limit lowered since then does not matter."""
+
+    sha256: str
+    origin: str
+    num_bytes: int
+    num_pixels: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `first_row` and following of the shard `file`, `size_hw` each; `offset` is the place of the first byte."""
+
+    file: str
+    first_row: int
+    offset: int
+    size_hw: tuple[int, int]
+    resize: str
+    images: tuple[Wanted, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.images) * self.size_hw[0] * self.size_hw[1] * 3
+
+
+def make_wanted(record: ImageRecord) -> Wanted:
+    """Return what a worker needs to know of an image."""
+    return Wanted(record.sha256, record.origins[0], record.num_bytes, record.width * record.height)
+
+
+@dataclass(frozen=True)
+class ChunkMaker:
+    """Makes chunks from the objects of a store; with `folder`, writes them there. Sent to a process, it reopens both.
+
+    `store` is an open store (for threads) or the address of one.
+    """
+
+    store: ObjectStore | str
+    folder: Path | None = None
+
+    def __call__(self, chunk: Chunk) -> tuple[Chunk, UInt8Array | int]:
+        """Return the chunk with its images (n, h, w, 3); if they are written, with their checksum instead.
+
+        Raises:
+            DatasetError: an image is missing from the store or damaged there, or the disk is full.
+        """
+        store = _open_once(self.store) if isinstance(self.store, str) else self.store
+        images_nhwc = np.empty((len(chunk.images), *chunk.size_hw, 3), np.uint8)
+        with contextlib.closing(_read_ahead(store, chunk.images)) as encoded:
+            for row, (wanted, data) in enumerate(zip(chunk.images, encoded, strict=True)):
+                images_nhwc[row] = _decode(wanted, data, chunk)
+        if self.folder is None:
+            return chunk, images_nhwc
+        write_chunk(self.folder, chunk, images_nhwc)
+        return chunk, compute_checksum(images_nhwc)
+
+
+def write_chunk(folder: Path, chunk: Chunk, images_nhwc: UInt8Array) -> None:
+    """Write a chunk's rows into its shard, which is there already. Raises DatasetError when the disk is full."""
+    rest, offset = memoryview(images_nhwc.data).cast("B"), chunk.offset
+    try:
+        descriptor = os.open(folder / chunk.file, os.O_WRONLY)
+        try:
+            while rest:
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        raise make_disk_error(folder, exc.strerror or str(exc)) from exc
+
+
+def make_disk_error(folder: Path, found: str, expected: str = "room for the prepared images") -> DatasetError:
+    """Return the error of a folder in which prepared data cannot be written."""
+    todo = "Free some space, or lower prepare.image_size; then run it again: it goes on where it stopped."
+    return DatasetError(f"prepared data {folder}", f"cannot be written ({found})", expected, todo)
+
+
+def read_checksum(folder: Path, chunk: Chunk) -> int | None:
+    """Return the checksum of what lies in a chunk's place, None where that cannot be read."""
+    try:
+        with (folder / chunk.file).open("rb") as file:
+            file.seek(chunk.offset)
+            return compute_checksum(np.frombuffer(file.read(chunk.num_bytes), np.uint8))
+    except OSError:
+        return None
+
+
+def compute_checksum(images: UInt8Array) -> int:
+    """Return the sum of an array's 64-bit words: at the speed of memory, and it tells what a power failure took."""
+    flat = images.reshape(-1)
+    whole = len(flat) // 8 * 8
+    return int(flat[:whole].view(np.uint64).sum(dtype=np.uint64)) + int(flat[whole:].sum(dtype=np.uint64))
+
+
+def _decode(wanted: Wanted, data: bytes, chunk: Chunk) -> UInt8Array:
+    """Decode bytes that are those that were ingested: cheap to prove, and a damaged JPEG often decodes all the same."""
+    try:
+        if hashlib.sha256(data).hexdigest() != wanted.sha256:
+            raise _make_error(wanted)
+        limit = max(MAX_PIXELS, wanted.num_pixels)
+        return load_array(data, wanted.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=limit)
+    except ImageError as exc:
+        raise _make_error(wanted) from exc
+
+
+def _make_error(wanted: Wanted) -> DatasetError:
+    return DatasetError(
+        f"image {wanted.sha256[:12]} ({wanted.origin})",
+        "is missing from the store or damaged there",
+        "its bytes as they were ingested",
+        "Ingest its source again.",
+    )
+
+
+@lru_cache(maxsize=4)
+def _open_once(url: str) -> ObjectStore:
+    return open_store(url)
+
+
+def _read_ahead(store: ObjectStore, images: Sequence[Wanted]) -> Generator[bytes, None, None]:
+    """Yield the bytes of images in their order; from a network, some are read while the first is decoded."""
+
+    def read(wanted: Wanted) -> bytes:
+        try:
+            return store.get(make_image_key(wanted.sha256))
+        except ObjectMissing as exc:
+            raise _make_error(wanted) from exc
+
+    if store.url.startswith("file:"):
+        yield from map(read, images)
+        return
+    waiting: deque[tuple[int, Future[bytes]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+        try:
+            for wanted in images:
+                while waiting and (len(waiting) >= 2 * READERS or held + wanted.num_bytes > AHEAD_BYTES):
+                    num_bytes, first = waiting.popleft()
+                    held -= num_bytes
+                    yield first.result()
+                waiting.append((wanted.num_bytes, pool.submit(read, wanted)))
+                held += wanted.num_bytes
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,167 @@
+"""Pictures for people, as PNG bytes: a grid of labelled images, and pairs side by side. Draws only what it is handed.
+
+Pixels are (height, width, 3) uint8, RGB. Equal input gives equal bytes on one machine; what a version stores beside its
+lists may be drawn again at any time, so nothing depends on the bytes.
+"""
+
+import io
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from visionloop.data.images import UInt8Array
+
+INK, FAINT, RULE, GROUND, PAGE = "#1a1a1a", "#6b6b6b", "#e3e3e3", "#f4f4f4", "#ffffff"
+MARGIN, GAP, PAD = 16, 12, 6
+TITLE, LABEL, NOTE, EMPTY = (20, INK), (14, INK), (12, FAINT), (14, FAINT)  # size in px, ink
+TITLE_H, LINE_H = 38, 19
+PAIRS_ACROSS = 2
+ELLIPSIS = "…"
+LONGEST = 300  # characters; a longer line is cut before it is measured
+NOWHERE = "\U0010ffff"  # a character that no font draws
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a sheet: its pixels, what stands below it, and a smaller line below that."""
+
+    image: UInt8Array
+    label: str
+    note: str = ""
+
+
+def draw_contact_sheet(cells: Sequence[Cell], title: str, *, columns: int = 5, cell_px: int = 160) -> bytes:
+    """Draw a grid of images with their labels, in the order given; every image whole, in a square of `cell_px`."""
+    across = max(1, min(columns, len(cells)))
+    cell_h = cell_px + PAD + LINE_H * (1 + any(cell.note for cell in cells))
+
+    def draw_cell(page: Image.Image, number: int, x: int, y: int) -> None:
+        _draw_cell(page, cells[number], x, y, cell_px)
+
+    return _draw_grid(title, len(cells), across, (cell_h, cell_px), draw_cell)
+
+
+def draw_pairs(pairs: Sequence[tuple[Cell, Cell, str]], title: str, *, cell_px: int = 160) -> bytes:
+    """Draw pairs of images side by side, each pair under its caption."""
+    pair_h = LINE_H + PAD + cell_px + PAD + LINE_H * (1 + any(a.note or b.note for a, b, _ in pairs)) + GAP
+    pair_w = 2 * cell_px + PAD
+
+    def draw_pair(page: Image.Image, number: int, x: int, y: int) -> None:
+        left, right, caption = pairs[number]
+        draw = ImageDraw.Draw(page)
+        draw.line((x, y, x + pair_w - 1, y), fill=RULE)
+        _write(draw, (x, y + PAD), caption, LABEL, pair_w)
+        top = y + PAD + LINE_H + PAD
+        _draw_cell(page, left, x, top, cell_px)
+        _draw_cell(page, right, x + cell_px + PAD, top, cell_px)
+
+    return _draw_grid(title, len(pairs), max(1, min(PAIRS_ACROSS, len(pairs))), (pair_h, pair_w), draw_pair)
+
+
+def _draw_grid(
+    title: str,
+    number: int,
+    across: int,
+    size_hw: tuple[int, int],
+    draw_one: Callable[[Image.Image, int, int, int], None],
+) -> bytes:
+    """Draw `number` panels of one size below a title, row by row."""
+    height, width = size_hw
+    rows = -(-number // across)
+    page_w = max(2 * MARGIN + across * width + (across - 1) * GAP, 2 * MARGIN + 360)
+    page_h = MARGIN + TITLE_H + (rows * (height + GAP) - GAP if rows else LINE_H) + MARGIN
+    page = Image.new("RGB", (page_w, page_h), PAGE)
+    draw = ImageDraw.Draw(page)
+    _write(draw, (MARGIN, MARGIN), title, TITLE, page_w - 2 * MARGIN)
+    for i in range(number):
+        row, column = divmod(i, across)
+        draw_one(page, i, MARGIN + column * (width + GAP), MARGIN + TITLE_H + row * (height + GAP))
+    if not number:
+        _write(draw, (MARGIN, MARGIN + TITLE_H), "no images", EMPTY, page_w)
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _draw_cell(page: Image.Image, cell: Cell, x: int, y: int, cell_px: int) -> None:
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((x, y, x + cell_px - 1, y + cell_px - 1), fill=GROUND)
+    picture = Image.fromarray(cell.image)
+    ratio = cell_px / max(picture.size)
+    width, height = (max(1, round(side * ratio)) for side in picture.size)
+    # Small images are shown as they are, square pixels and all: blurred, a digit of 8 x 8 looks like a fault.
+    picture = picture.resize((width, height), Image.Resampling.NEAREST if ratio >= 2 else Image.Resampling.LANCZOS)
+    page.paste(picture, (x + (cell_px - width) // 2, y + (cell_px - height) // 2))
+    _write(draw, (x, y + cell_px + PAD), cell.label, LABEL, cell_px)
+    if cell.note:
+        _write(draw, (x, y + cell_px + PAD + LINE_H), cell.note, NOTE, cell_px)
+
+
+def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: tuple[int, str], width: int) -> None:
+    """Write one line, shortened in its middle to `width` pixels: names often differ at their end."""
+    size_px, ink = style
+    text = " ".join(text.split())
+    text, font = _choose_font(_shorten(text, LONGEST) if len(text) > LONGEST else text, size_px)
+    if font.getlength(text) > width:
+        keep = len(text) - 1
+        while keep > 1 and font.getlength(_shorten(text, keep)) > width:
+            keep -= 1
+        text = _shorten(text, keep)
+    draw.text(at_xy, text, fill=ink, font=font)
+
+
+def _shorten(text: str, keep: int) -> str:
+    tail = keep // 2
+    return text[: keep - tail] + ELLIPSIS + text[len(text) - tail :]
+
+
+def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return the text as it can be drawn, and the font for it.
+
+    Pillow's own font has ASCII only. Other scripts take DejaVu Sans where matplotlib brings it (Latin, Greek, Cyrillic,
+    Arabic, Hebrew); what no font has is written without its accents, else as its code: an empty box tells nothing.
+    """
+    fonts = [font for font in (_load_pillow_font(size_px), _load_dejavu(size_px)) if font]
+    for font in fonts:
+        if all(_has(font, character) for character in text):
+            return text, font
+    font = fonts[-1]
+    return "".join(c if _has(font, c) else _spell(font, c) for c in text), font
+
+
+def _spell(font: ImageFont.FreeTypeFont, character: str) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
+    if plain and all(_has(font, c) for c in plain):
+        return plain
+    return character.encode("unicode_escape").decode()
+
+
+@cache
+def _load_pillow_font(size_px: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size_px)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels hold FreeType
+    return font
+
+
+@cache
+def _load_dejavu(size_px: int) -> ImageFont.FreeTypeFont | None:
+    found = find_spec("matplotlib")  # found, not imported: half a second for one file
+    if not found or not found.origin:
+        return None
+    path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size_px) if path.is_file() else None
+
+
+@cache
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    if character == " ":
+        return True
+    if not character.isprintable():
+        return False
+    drawn, missing = font.getmask(character), font.getmask(NOWHERE)
+    return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))

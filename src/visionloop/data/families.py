@@ -1,0 +1,200 @@
+"""Families: images that must lie on one side, because they share a group or are near duplicates. Pure.
+
+An image whose side is given (by an earlier version, or by its source) never moves. All others of a family follow it; a
+family without one gets its side from the hash of its key. An image that would link two sides is excluded: it is not
+used, and links nothing. Members are in order: earlier versions first, then as the sources offered them.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+GIVING_WAY = ("learn", "train", "val", "test")  # on a leak between given sides the earlier word gives way
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One image before its side is known. `key` is that of its earlier version, else its group, else its sha256.
+
+    `side` is given by an earlier version (`is_old`) or by the source; None: to be found. `learn`: it may be train or
+    val, since its source has a test folder of its own.
+    """
+
+    sha256: str
+    key: str
+    group: str | None = None
+    side: str | None = None
+    learn: bool = False
+    is_old: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A confirmed near duplicate: two positions in the list of members, and how far apart hashes and pixels are."""
+
+    one: int
+    other: int
+    distance: int
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What did not fit: member `one` leaks to `other` on another side (`across`), or is `excluded` because of it.
+
+    `side` is where the family of `one` was by then; None: nowhere yet, or in the middle between two.
+    """
+
+    kind: str
+    one: int
+    other: int
+    pair: Pair | None
+    side: str | None
+
+
+@dataclass(frozen=True)
+class Families:
+    """The side and the key of each member, in their order, and what did not fit."""
+
+    sides: list[str]
+    keys: list[str]
+    findings: list[Finding]
+
+
+def place_members(
+    members: Sequence[Member], pairs: Iterable[Pair], choose: Callable[[str, bool], str], *, exclude_leaks: bool = False
+) -> Families:
+    """Give every member a side. `choose(key, learn)` gives the side of a family that has none.
+
+    With `exclude_leaks`, where given sides leak the new image on the lesser side (test before val before train) is
+    excluded; otherwise both stay and the leak is a finding.
+    """
+    work = _Placing(members, exclude_leaks)
+    by_rank: dict[int, list[Pair]] = defaultdict(list)
+    for pair in sorted(pairs, key=lambda p: (p.difference, max(p.one, p.other), min(p.one, p.other))):
+        by_rank[work.rank(pair)].append(pair)
+    for rank in (0, 1):
+        for pair in by_rank[rank]:
+            work.link(pair)
+    work.join_groups()
+    for pair in by_rank[2]:
+        work.link(pair)
+    return work.finish(choose)
+
+
+class _Placing:
+    """Clusters that grow (union-find, the earliest member is the root), each on one side at most."""
+
+    def __init__(self, members: Sequence[Member], exclude_leaks: bool) -> None:
+        self.members, self.exclude_leaks = members, exclude_leaks
+        self.parents = list(range(len(members)))
+        self.states = [m.side or ("learn" if m.learn else None) for m in members]
+        self.excluded: set[int] = set()
+        self.findings: dict[tuple[int, str], Finding] = {}
+
+    def rank(self, pair: Pair) -> int:
+        """Given sides first, then what follows them, then the rest."""
+        one, other = self.members[pair.one], self.members[pair.other]
+        if one.side and other.side:
+            return 0
+        if one.side or other.side:
+            return 0 if "test" in (one.side, other.side) and (one.learn or other.learn) else 1
+        return 2
+
+    def link(self, pair: Pair) -> None:
+        """Join the clusters of two near duplicates, or find out why that cannot be."""
+        if {pair.one, pair.other} & self.excluded or self._join(pair.one, pair.other):
+            return
+        one, other = sorted((pair.one, pair.other), key=self._rank_of_giving_way)
+        sides = {self.states[self._find(one)], self.states[self._find(other)]}
+        if self._is_given(one, sides):
+            self._note_leak(one, other, pair)
+        else:
+            self._exclude(one, other, pair)
+
+    def join_groups(self) -> None:
+        """Join the members of each group, as `link` does with pairs."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, member in enumerate(self.members):
+            if member.group is not None and i not in self.excluded:
+                groups[member.group].append(i)
+        for together in groups.values():
+            if len(together) > 1:
+                self._join_group(together)
+
+    def finish(self, choose: Callable[[str, bool], str]) -> Families:
+        """Return the sides. A family's key: that of its first old member, else of its first group, else its root's."""
+        keys: dict[int, str] = {}
+        roots = [self._find(i) for i in range(len(self.members))]
+        for wanted in (lambda m: m.is_old, lambda m: m.group is not None, lambda m: True):
+            for i, member in enumerate(self.members):
+                if roots[i] not in keys and i not in self.excluded and wanted(member):
+                    keys[roots[i]] = member.key
+        sides: list[str] = []
+        for i, member in enumerate(self.members):
+            state = self.states[roots[i]]
+            if i in self.excluded:
+                sides.append("excluded")
+            elif member.side or state in ("train", "val", "test"):
+                sides.append(str(member.side or state))
+            else:
+                sides.append(choose(keys[roots[i]], state == "learn"))
+        own = [m.key if m.is_old or i in self.excluded else keys[roots[i]] for i, m in enumerate(self.members)]
+        left = [f for f in self.findings.values() if f.kind == "excluded" or not {f.one, f.other} & self.excluded]
+        return Families(sides, own, left)
+
+    def _join_group(self, together: Sequence[int]) -> None:
+        """Members with given sides come first; each further side of them is a leak and a cluster of its own."""
+        heads: list[int] = []
+        for i in sorted(together, key=lambda i: (-self._rank_of_giving_way(i)[1], i)):
+            if i in self.excluded:
+                continue
+            member = self.members[i]
+            given = bool(member.side) or member.learn
+            if not heads or ((given or len(heads) == 1) and any(self._join(head, i) for head in heads)):
+                heads = heads or [i]
+            elif self._is_given(i, {self.states[self._find(j)] for j in (i, heads[0])}):
+                self._note_leak(i, heads[0], None)
+                if i not in self.excluded:
+                    heads.append(i)
+            else:
+                self._exclude(i, heads[0], None)
+
+    def _rank_of_giving_way(self, i: int) -> tuple[bool, int, int]:
+        """Sort key of who gives way first: new before old, no side before train, val and test, later before earlier."""
+        member = self.members[i]
+        given = member.side or ("learn" if member.learn else None)
+        return member.is_old, GIVING_WAY.index(given) if given else -1, -i
+
+    def _is_given(self, i: int, sides: set[str | None]) -> bool:
+        """Say whether a member's side is its source's own doing: then the conflict is a leak, and not ours to mend."""
+        return bool(self.members[i].side) or (self.members[i].learn and "test" in sides)
+
+    def _note_leak(self, one: int, other: int, pair: Pair | None) -> None:
+        if self.exclude_leaks and not self.members[one].is_old:
+            self._exclude(one, other, pair)
+        else:
+            side = self.members[other].side or "learn"
+            self.findings.setdefault((one, side), Finding("across", one, other, pair, self.members[one].side))
+
+    def _exclude(self, one: int, other: int, pair: Pair | None) -> None:
+        self.excluded.add(one)
+        self.findings[one, "excluded"] = Finding("excluded", one, other, pair, self.states[self._find(one)])
+
+    def _find(self, i: int) -> int:
+        while self.parents[i] != i:
+            self.parents[i] = self.parents[self.parents[i]]
+            i = self.parents[i]
+        return i
+
+    def _join(self, a: int, b: int) -> bool:
+        a, b = self._find(a), self._find(b)
+        if a == b:
+            return True
+        pair = {self.states[a], self.states[b]} - {None}
+        if len(pair) > 1 and (pair - {"learn"} == {"test"} or len(pair - {"learn"}) > 1):
+            return False
+        root, leaf = min(a, b), max(a, b)
+        self.parents[leaf] = root
+        self.states[root] = next(iter(pair - {"learn"} or pair), None)
+        return True

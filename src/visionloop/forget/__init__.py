@@ -1,0 +1,10 @@
+"""Forget images for good: out of the dataset, the store, and every copy that visionloop and dvc made of them.
+
+`resolve` says which images are meant, `dataset` makes the version without them, `copies`, `bundles` and `dvc_cache`
+find what else holds them, `left` lists what cannot be taken back, `run` does it all in an order that no kill spoils.
+"""
+
+from visionloop.forget.resolve import Wanted, resolve_images
+from visionloop.forget.run import Everything, Forgotten, find_everything, forget
+
+__all__ = ["Everything", "Forgotten", "Wanted", "find_everything", "forget", "resolve_images"]

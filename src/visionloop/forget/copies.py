@@ -1,0 +1,147 @@
+"""What store and workspace keep of images: their bytes, prepared arrays, work in progress, reports, contact sheets.
+
+Each is found first, so that it can be shown, and removed by the function that comes with it.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from visionloop.data.manifest import make_image_key
+from visionloop.errors import DatasetError
+from visionloop.parallel import map_parallel
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+from visionloop.workfolder import lock_work
+
+STAGES = ("prepare", "train", "evaluate")
+PREDICTIONS = "predictions.csv"
+REPORTS = (PREDICTIONS, "figures", "report.html")  # the rest of reports/ is figures about the whole test side
+
+
+@dataclass(frozen=True)
+class Sought:
+    """The images to look for, the versions of dataset `name` that hold one, and the champions of all names."""
+
+    name: str
+    sha256s: frozenset[str]
+    versions: tuple[int, ...]
+    champions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One thing that holds forgotten images, in words, and how it goes for good. Going twice does no harm."""
+
+    what: str
+    remove: Callable[[], None]
+
+
+def find_stored(store: ObjectStore, sha256s: Iterable[str]) -> list[Copy]:
+    """Return the images themselves, with all the versions that the store keeps of them."""
+    keys = [make_image_key(sha256) for sha256 in sorted(sha256s)]
+
+    def remove() -> None:
+        for _ in map_parallel(store.purge, keys):
+            pass
+
+    return [Copy(f"{count(len(keys), 'image')} in {store.url}, with all earlier versions", remove)] if keys else []
+
+
+def find_prepared(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
+    """Return the prepared arrays if they hold an image, and the stages' work in progress, which may."""
+    copies = []
+    index = settings.prepared_dir / "index.parquet"
+    if settings.prepared_dir.is_dir() and (not index.is_file() or read_index(index.read_bytes(), str(index)) & sha256s):
+        copies.append(Copy("data/prepared", partial(remove_tree, settings.prepared_dir)))
+    for stage in STAGES:
+        folder = settings.work_dir(stage)
+        if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
+            copies.append(Copy(f"unfinished work of {stage}", partial(_drop_work, folder)))
+    return copies
+
+
+def find_reports(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
+    """Return reports/ if its test side held an image: pictures of mistakes, the page, one line an image."""
+    path = settings.reports_dir / PREDICTIONS
+    if not path.is_file() or not read_predictions(path.read_bytes()) & sha256s:
+        return []
+    return [
+        Copy(
+            "reports/: page, pictures, predictions",
+            partial(_remove_all, [settings.reports_dir / name for name in REPORTS]),
+        )
+    ]
+
+
+def find_pictures(settings: Settings, name: str) -> list[Copy]:
+    """Return the contact sheets that `datasets show` has drawn: they can be drawn again."""
+    paths = sorted((settings.hidden_dir / "datasets").glob(f"{name}-*.png"))
+    return [Copy(count(len(paths), "contact sheet"), partial(_remove_all, paths))] if paths else []
+
+
+def read_index(data: bytes, where: str) -> frozenset[str]:
+    """Return the sha256 of every row of the index of prepared data. Raises DatasetError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return frozenset(pq.read_table(pa.BufferReader(data), columns=["sha256"])["sha256"].to_pylist())
+    except (pa.ArrowInvalid, KeyError, OSError) as exc:
+        raise DatasetError(where, "is damaged", "the index of prepared data", "Remove its folder.") from exc
+
+
+def read_predictions(data: bytes) -> frozenset[str]:
+    """Return the sha256 of every row of predictions.csv; none if it is something else."""
+    with contextlib.suppress(UnicodeDecodeError, csv.Error):
+        return frozenset(row.get("sha256") or "" for row in csv.DictReader(io.StringIO(data.decode())))
+    return frozenset()
+
+
+def read_json(data: bytes, where: str) -> object:
+    """Decode JSON. Raises DatasetError."""
+    try:
+        return json.loads(data)
+    except ValueError as exc:
+        raise DatasetError(where, "is damaged", "JSON", "Remove it.") from exc
+
+
+def git(home: Path, *arguments: str) -> str:
+    """Return what git says; nothing where there is no repository."""
+    done = subprocess.run(["git", *arguments], cwd=home, capture_output=True, text=True, errors="replace", check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 image`, `2 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _drop_work(folder: Path) -> None:
+    """Take the stage's lock, which drops work for other inputs. Raises BusyError while the stage runs."""
+    with lock_work(folder, "forget") as work:
+        work.rmdir()
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder by one rename first: half of one would be taken for the whole."""
+    doomed = folder.with_name(f".{folder.name}.forgotten")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+"""The dataset without some images: a new version, the pin on it, and the older lists without the images' origins.
+
+An older version keeps the row of a forgotten image, without where it came from: its digest does not cover that.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from visionloop.data.leaks import Leak, load_leaks, make_leaks, write_leaks
+from visionloop.data.manifest import (
+    commit_version,
+    decode_records,
+    encode_records,
+    latest_version,
+    list_versions,
+    load_pin,
+    load_version_records,
+    make_pin,
+    make_version,
+    write_pin,
+)
+from visionloop.errors import DatasetError
+from visionloop.records import DatasetVersion, ImageRecord, Rejected, canonical_json
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+
+FORGOTTEN = "(forgotten)"
+COMMIT_TRIES = 20
+SPARE = ".rewritten"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where the versions of a dataset name some images: parts of manifests, version numbers, origins."""
+
+    parts: dict[str, frozenset[str]]
+    versions: tuple[int, ...]
+    origins: frozenset[str]
+
+
+def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trace:
+    """Read every part of every version for the rows of some images. Raises DatasetError."""
+    _restore_spares(store, name)
+    versions = list_versions(store, name)
+    parts: dict[str, frozenset[str]] = {}
+    origins: set[str] = set()
+    for part in dict.fromkeys(part for version in versions for part in version.parts):
+        rows = [r for r in _read_part(store, part) if r.sha256 in sha256s]
+        if rows:
+            parts[part] = frozenset(r.sha256 for r in rows)
+            origins.update(origin for r in rows for origin in r.origins)
+    holding = tuple(v.version for v in versions if any(part in parts for part in v.parts))
+    return Trace(parts, holding, frozenset(origins - {FORGOTTEN}))
+
+
+def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, now: str) -> DatasetVersion | None:
+    """Commit the version without these images, unless the newest is that already; return the newest.
+
+    Its rows are one part of their own: those of the parents would bring the images' rows back. No side changes.
+    """
+    for _ in range(COMMIT_TRIES):
+        parent = latest_version(store, name)
+        if parent is None:
+            return None
+        rows = load_version_records(store, parent)
+        kept = [row for row in rows if row.sha256 not in sha256s]
+        if len(kept) == len(rows):
+            return parent
+        leaks = make_leaks([row for row in load_leaks(store, parent).rows if not _names(row, sha256s)])
+        version = make_version(
+            name,
+            parent,
+            kept,
+            kept,
+            num_added=0,
+            split=parent.split,
+            rejected=None,
+            num_rejected=0,
+            created_at=now,
+            cursors=parent.cursors,
+            leaks=write_leaks(store, name, leaks),
+            num_leaks=len(leaks.rows),
+        )
+        version = replace(version, parts=version.parts[-1:])
+        if commit_version(store, version, kept):
+            return version
+    raise DatasetError(
+        f"dataset {name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment", "Run it again."
+    )
+
+
+def move_pin(settings: Settings, version: DatasetVersion, holding: Iterable[int]) -> bool:
+    """Pin the version if the workspace stands on one that holds a forgotten image; say whether it did."""
+    try:
+        pin = load_pin(settings.pin_path)
+    except DatasetError:
+        return False
+    if pin.name != version.name or pin.version not in set(holding):
+        return False
+    write_pin(settings.pin_path, make_pin(version))
+    return True
+
+
+def redact(store: ObjectStore, name: str, sha256s: frozenset[str], trace: Trace) -> int:
+    """Take the origins of forgotten images out of all older lists; return how many lists were rewritten.
+
+    The parts come last: they are what the origins are known from, when this is run again after a kill.
+    """
+    rewritten = 0
+    for key in store.list(f"quarantine/{name}/"):
+        rejected = [Rejected.from_json(row) for row in json.loads(store.get(key))]
+        clean = [Rejected(FORGOTTEN, r.code, FORGOTTEN) if r.origin in trace.origins else r for r in rejected]
+        rewritten += _rewrite(store, key, canonical_json([r.to_json() for r in clean]), rejected != clean)
+    for key in store.list(f"leaks/{name}/"):
+        if not key.endswith(".json"):
+            continue
+        leaks = [Leak.from_json(row) for row in json.loads(store.get(key))]
+        cleaned = [_redact_leak(row, sha256s) for row in leaks]
+        rewritten += _rewrite(store, key, canonical_json([r.to_json() for r in cleaned]), leaks != cleaned)
+    for part in trace.parts:
+        rows = _read_part(store, part)
+        redacted = [replace(r, origins=(FORGOTTEN,)) if r.sha256 in sha256s else r for r in rows]
+        rewritten += _rewrite(store, _part_key(part), encode_records(redacted), rows != redacted)
+    return rewritten
+
+
+def find_other_holders(store: ObjectStore, name: str, sha256s: frozenset[str]) -> dict[str, frozenset[str]]:
+    """Return the other datasets of this store whose newest version holds some of the images."""
+    names = sorted({key.split("/")[1] for key in store.list("datasets/")} - {name})
+    holders = {}
+    for other in names:
+        latest = latest_version(store, other)
+        held = frozenset(r.sha256 for r in load_version_records(store, latest)) & sha256s if latest else frozenset()
+        if held:
+            holders[other] = held
+    return holders
+
+
+def _names(row: Leak, sha256s: frozenset[str]) -> bool:
+    return row.sha256 in sha256s or row.other in sha256s
+
+
+def _redact_leak(row: Leak, sha256s: frozenset[str]) -> Leak:
+    if not _names(row, sha256s):
+        return row
+    return replace(
+        row,
+        origins=(FORGOTTEN,) if row.sha256 in sha256s else row.origins,
+        other_origins=(FORGOTTEN,) if row.other in sha256s else row.other_origins,
+        reason=FORGOTTEN,
+    )
+
+
+def _rewrite(store: ObjectStore, key: str, data: bytes, changed: bool) -> int:
+    """Replace an object and all its earlier versions. A kill in between leaves a spare copy, which is put back."""
+    if not changed:
+        return 0
+    store.put(key + SPARE, data)
+    _put_for_good(store, key, data)
+    return 1
+
+
+def _restore_spares(store: ObjectStore, name: str) -> None:
+    for prefix in ("manifests/", f"quarantine/{name}/", f"leaks/{name}/"):
+        for key in [key for key in store.list(prefix) if key.endswith(SPARE)]:
+            _put_for_good(store, key.removesuffix(SPARE), store.get(key))
+
+
+def _put_for_good(store: ObjectStore, key: str, data: bytes) -> None:
+    store.purge(key)
+    store.put(key, data)
+    store.purge(key + SPARE)
+
+
+def _part_key(part: str) -> str:
+    return f"manifests/{part}.parquet"
+
+
+def _read_part(store: ObjectStore, part: str) -> list[ImageRecord]:
+    return decode_records(store.get(_part_key(part)), f"manifest {part[:12]}")

@@ -1,0 +1,129 @@
+"""What is left after images were forgotten, and what to do about it: models, history, sources."""
+
+import contextlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visionloop.bundle import DIGESTS
+from visionloop.errors import VisionLoopError, shorten
+from visionloop.forget.bundles import Held, list_champions
+from visionloop.forget.copies import count, git
+from visionloop.forget.dataset import Trace
+from visionloop.promotion.ledger import read_history
+from visionloop.records import compute_digest
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+
+GIT_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Left:
+    """One thing that stays, and what a person can do about it."""
+
+    what: str
+    todo: str
+
+
+def list_left(
+    settings: Settings,
+    store: ObjectStore,
+    name: str,
+    trace: Trace,
+    *,
+    kept_bundles: Iterable[Held],
+    unclear: Iterable[str],
+    holders: Mapping[str, Collection[str]],
+    sources: Collection[str],
+) -> list[Left]:
+    """Return what stays, the most important first."""
+    left = [_describe_kept(held, name, list_champions(store)) for held in kept_bundles]
+    left += [Left(what, "Then run `visionloop forget` again.") for what in unclear]
+    for other, held in holders.items():
+        what = f"dataset {other} of the same store holds {count(len(held), 'of the images')}"
+        left.append(Left(what, f"Run `visionloop forget` in a workspace of {other} too; until then the bytes stay."))
+    left += _list_models(settings, store, name, trace.versions)
+    if trace.versions:
+        numbers = shorten_numbers(trace.versions)
+        what = f"rows in {numbers}: digest, labels, side, size, group and time; no origin"
+        left.append(Left(what, "They cannot be prepared any more."))
+    left += _list_commits(settings.home, name, trace.versions)
+    if sources:
+        what = f"the images where they came from ({shorten(list(sources))}): they are not taken in again"
+        left.append(Left(what, "Remove them there if nobody should have them."))
+    what = "what is outside of visionloop: exports, clones of the workspace, backups, the caches of running servers"
+    left.append(Left(what, "Run `visionloop forget` in each clone; it looks for copies once more."))
+    return left
+
+
+def shorten_numbers(numbers: Collection[int]) -> str:
+    """Return `version 3` or `versions 1 to 7`; they hold an image from one version on to the last."""
+    first, last = min(numbers), max(numbers)
+    return f"version {first}" if first == last else f"versions {first} to {last}"
+
+
+def _describe_kept(held: Held, name: str, champions: Collection[str]) -> Left:
+    if held.name != name:
+        return Left(f"bundle {held.digest[:12]} of {held.name} keeps one", f"Forget it in a workspace of {held.name}.")
+    assert held.digest in champions
+    what = f"bundle {held.digest[:12]} is the champion and keeps one (golden image or embedding)"
+    return Left(what, "Retrain and promote; then `visionloop forget` removes it, also from dvc and models/candidate.")
+
+
+def _list_models(settings: Settings, store: ObjectStore, name: str, versions: Collection[int]) -> list[Left]:
+    """Return the models that were trained on a version that held an image, and their MLflow runs."""
+    trained: dict[str, Mapping[str, Any]] = {}
+    runs: dict[str, str] = {}
+    for digest, dataset, run_id in _list_trainings(settings, store, name):
+        trained.setdefault(digest, dataset)
+        runs[digest] = run_id or runs.get(digest, "")
+    learned = [d for d, on in trained.items() if on.get("name") == name and on.get("version") in versions]
+    if not learned:
+        return []
+    left = [Left(f"models that learned from them: {shorten([d[:12] for d in learned])}", "Retrain, promote.")]
+    if ids := sorted({runs[digest] for digest in learned if runs[digest]}):
+        what = f"what MLflow keeps of {count(len(ids), 'run')} (golden images, pictures of mistakes): {shorten(ids)}"
+        left.append(Left(what, "Delete the runs there, then `mlflow gc`."))
+    return left
+
+
+def _list_trainings(
+    settings: Settings, store: ObjectStore, name: str
+) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Yield bundle, dataset and MLflow run of all that store and workspace know of; each may come several times."""
+    for key in store.list("bundles/"):
+        if key.endswith(f"/{DIGESTS}"):
+            digest = key.split("/")[1]
+            with contextlib.suppress(VisionLoopError, ValueError, KeyError, TypeError):
+                yield digest, json.loads(store.get(f"bundles/{digest}/card.json"))["dataset"], None
+    for key in store.list(f"decisions/{name}/"):
+        with contextlib.suppress(VisionLoopError, ValueError, KeyError, TypeError):
+            decision = json.loads(store.get(key))
+            yield decision["candidate"], decision["dataset"], decision.get("run_id")
+    for entry in read_history(store, name):
+        yield entry.bundle, entry.dataset, entry.run_id
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        digest = compute_digest(json.loads((settings.candidate_dir / DIGESTS).read_bytes()))
+        yield digest, json.loads((settings.candidate_dir / "card.json").read_bytes())["dataset"], None
+    for path in sorted(settings.runs_dir.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            yield path.stem, {}, json.loads(path.read_bytes())["run_id"]
+
+
+def _list_commits(home: Path, name: str, versions: Collection[int]) -> list[Left]:
+    """Return the git commits whose pin is a version that held an image."""
+    commits = git(home, "log", "--all", "--format=%H", "--", "data/dataset.json").split()
+    old = []
+    for commit in commits:
+        with contextlib.suppress(ValueError, AttributeError):
+            pin = json.loads(git(home, "show", f"{commit}:./data/dataset.json"))
+            if pin.get("name") == name and pin.get("version") in versions:
+                old.append(commit[:10])
+    if not old:
+        return []
+    shown = ", ".join(old[:GIT_SHOWN]) + (f" and {len(old) - GIT_SHOWN} more" if len(old) > GIT_SHOWN else "")
+    what = f"git commits that pin a version with them: {shown}"
+    return [Left(what, "`visionloop prepare` refuses there; nothing else to do.")]

@@ -1,0 +1,1 @@
+"""Zip archives of strangers, read within bounds. Nothing is extracted to disk."""

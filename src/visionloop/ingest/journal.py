@@ -1,0 +1,255 @@
+"""What earlier ingests of this workspace have read: a cache, so that a file is read again only when it has changed.
+
+.visionloop/ingest/journal.sqlite, by store and origin. Never the truth: without it, or when it is damaged or locked,
+everything is read again and the same version comes of it.
+
+A row is believed while the stamp of the file is the same, and so are the rules it was checked by. It also says that the
+object is in the store, which a power failure could undo until the store's `sync`: a row from before one is believed
+only as long as the machine has not started anew.
+"""
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from visionloop.ingest.inspect import INSPECTION, Facts
+from visionloop.params import Ingest
+from visionloop.records import Rejected
+from visionloop.settings import Settings
+
+Result = TypeVar("Result")
+
+_SCHEMA = 1
+_FLUSH_ROWS = 250
+_FLUSH_S = 0.5
+_WAIT_S = 5.0
+_TABLES = f"""
+CREATE TABLE files (store TEXT, origin TEXT, stamp TEXT, rules TEXT, session INTEGER, sha256 TEXT, width INTEGER,
+    height INTEGER, format TEXT, num_bytes INTEGER, phash TEXT, code TEXT, reason TEXT,
+    PRIMARY KEY (store, origin)) WITHOUT ROWID;
+CREATE TABLE sessions (id INTEGER PRIMARY KEY AUTOINCREMENT, boot TEXT, synced INTEGER);
+CREATE TABLE pulls (store TEXT, name TEXT, asked TEXT, offers TEXT, version TEXT, rejected TEXT, cursors TEXT,
+    PRIMARY KEY (store, name)) WITHOUT ROWID;
+PRAGMA user_version = {_SCHEMA};
+"""
+
+
+# origin, stamp, code and reason (None: it can be used), then the fields of `Facts`. A plain tuple: there are millions.
+Row = tuple[Any, ...]
+STAMP, SHA256 = 1, 4
+
+
+def unpack_row(row: Row) -> Facts | Rejected:
+    """Return what a row says of its file."""
+    origin, _, code, reason = row[:SHA256]
+    return Rejected(origin, code, reason) if code else Facts(*row[SHA256:])
+
+
+@dataclass(frozen=True)
+class LastPull:
+    """What the last pull of a dataset was asked, what it was offered ("": not known), and the version it ended with."""
+
+    asked: str
+    offers: str
+    version: str
+    rejected: tuple[Rejected, ...]
+    cursors: dict[str, str]
+
+
+def make_journal_path(settings: Settings) -> Path:
+    """Return where the journal of a workspace lies."""
+    return settings.hidden_dir / "ingest" / "journal.sqlite"
+
+
+class Journal:
+    """The journal of one workspace, for one store. Used by one thread; never raises for what is wrong with its file."""
+
+    def __init__(self, path: Path, store_url: str, limits: Ingest) -> None:
+        self._path = path
+        self._store = store_url
+        self._rules = f"{INSPECTION}/{limits.max_pixels}/{limits.max_file_bytes}"
+        self._boot = _read_boot_id()
+        self._waiting: list[tuple[object, ...]] = []
+        self._flushed_at = time.monotonic()
+        self._session: int | None = None
+        self._database = _open_file(path) or _open_memory()
+
+    def load(self, source: str) -> dict[str, Row]:
+        """Return every believed row of a source, by origin."""
+        nothing: list[Any] = []
+        rows = self._do(lambda database: self._select(database, source), nothing)
+        return {row[0]: row for row in rows}
+
+    def sample(self, number: int) -> list[str]:
+        """Return the sha256 of some images that the journal knows to be in this store; empty when it knows none."""
+        query = "SELECT sha256 FROM files WHERE store = ? AND sha256 NOT NULL ORDER BY random() LIMIT ?"
+        nothing: list[str] = []
+        return self._do(lambda database: [row[0] for row in database.execute(query, (self._store, number))], nothing)
+
+    def keep(self, found: Iterable[tuple[str, str | None, Facts | Rejected]]) -> None:
+        """Add what was found out about files (origin, stamp, finding), whose objects are stored. No stamp: not kept."""
+        for origin, stamp, one in found:
+            if stamp is None:
+                continue
+            head = (self._store, origin, stamp, self._rules)
+            if isinstance(one, Facts):
+                facts = (one.sha256, one.width, one.height, one.format, one.num_bytes, one.phash)
+                self._waiting.append((*head, *facts, None, None))
+            else:
+                self._waiting.append((*head, None, None, None, None, None, None, one.code, one.reason))
+        if len(self._waiting) >= _FLUSH_ROWS or time.monotonic() - self._flushed_at > _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        waiting, self._waiting = self._waiting, []
+        self._flushed_at = time.monotonic()
+        if waiting:
+            self._do(lambda database: self._insert(database, waiting), None)
+
+    def mark_synced(self) -> None:
+        """Say that the store has synced: the rows of this session are believed for good."""
+        if self._session is not None:
+            self._do(lambda database: _mark_synced(database, self._session), None)
+
+    @property
+    def has_news(self) -> bool:
+        """Say whether this session has written rows that no sync has covered."""
+        return self._session is not None
+
+    def forget(self, sha256s: Iterable[str]) -> None:
+        """Drop every row of some images, in all stores, and what the last pulls of this store saw."""
+        self._do(lambda database: _delete(database, self._store, list(sha256s)), None)
+
+    def load_pull(self, name: str) -> LastPull | None:
+        """Return the last pull of a dataset that ended well."""
+        return self._do(lambda database: _select_pull(database, self._store, name), None)
+
+    def keep_pull(self, name: str, pull: LastPull) -> None:
+        """Replace the last pull of a dataset."""
+        rejected = json.dumps([one.to_json() for one in pull.rejected])
+        row = (self._store, name, pull.asked, pull.offers, pull.version, rejected, json.dumps(pull.cursors))
+        self._do(lambda database: _replace_pull(database, row), None)
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        self.flush()
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+
+    def _do(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
+        """Run some work on the database; if its file fails, go on without it."""
+        try:
+            with self._database as database:
+                return work(database)
+        except (sqlite3.Error, ValueError, TypeError) as exc:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
+            if not isinstance(exc, sqlite3.OperationalError):  # those pass: locked, or no space left
+                _remove(self._path)
+            self._database = _open_memory()
+            self._session = None
+            return otherwise
+
+    def _select(self, database: sqlite3.Connection, source: str) -> list[Any]:
+        return database.execute(
+            "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash FROM files"
+            " WHERE store = ? AND origin >= ? AND origin < ? AND rules = ?"
+            " AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
+            (self._store, f"{source}:", f"{source};", self._rules, self._boot),
+        ).fetchall()
+
+    def _insert(self, database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
+        if self._session is None:
+            added = database.execute("INSERT INTO sessions (boot, synced) VALUES (?, 0)", (self._boot,))
+            self._session = added.lastrowid
+        database.executemany(
+            "INSERT OR REPLACE INTO files (store, origin, stamp, rules, sha256, width, height, format, num_bytes,"
+            f" phash, code, reason, session) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {self._session})",
+            rows,
+        )
+
+
+def _open_file(path: Path) -> sqlite3.Connection | None:
+    """Open the journal, made anew if it is damaged or of another version; None when that cannot be."""
+    for _ in range(2):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(path, timeout=_WAIT_S)
+        except (sqlite3.Error, OSError):
+            return None
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            ((schema,),) = database.execute("PRAGMA user_version").fetchall()
+            if schema == 0:
+                _make_tables(database)
+            elif schema != _SCHEMA:
+                raise sqlite3.DatabaseError("another version")
+            return database
+        except sqlite3.OperationalError:
+            database.close()
+            return None
+        except sqlite3.Error:
+            database.close()
+            _remove(path)
+    return None
+
+
+def _make_tables(database: sqlite3.Connection) -> None:
+    """Make the tables, unless another process is quicker."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+    if database.in_transaction:
+        database.rollback()
+
+
+def _open_memory() -> sqlite3.Connection:
+    """Open a journal that is gone with the process."""
+    database = sqlite3.connect(":memory:")
+    _make_tables(database)
+    return database
+
+
+def _remove(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + suffix).unlink()
+
+
+def _mark_synced(database: sqlite3.Connection, session: int | None) -> None:
+    database.execute("UPDATE sessions SET synced = 1 WHERE id = ?", (session,))
+
+
+def _delete(database: sqlite3.Connection, store: str, sha256s: Sequence[str]) -> None:
+    database.execute("PRAGMA secure_delete = ON")
+    database.executemany("DELETE FROM files WHERE sha256 = ?", [(sha256,) for sha256 in sha256s])
+    database.execute("DELETE FROM pulls WHERE store = ?", (store,))
+
+
+def _select_pull(database: sqlite3.Connection, store: str, name: str) -> LastPull | None:
+    query = "SELECT asked, offers, version, rejected, cursors FROM pulls WHERE store = ? AND name = ?"
+    row = database.execute(query, (store, name)).fetchone()
+    if row is None:
+        return None
+    rejected = tuple(Rejected.from_json(one) for one in json.loads(row[3]))
+    return LastPull(row[0], row[1], row[2], rejected, json.loads(row[4]))
+
+
+def _replace_pull(database: sqlite3.Connection, row: tuple[object, ...]) -> None:
+    database.execute("INSERT OR REPLACE INTO pulls VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _read_boot_id() -> str:
+    """Return what is new each time the machine starts."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(psutil.boot_time())

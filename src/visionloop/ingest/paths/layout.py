@@ -1,0 +1,220 @@
+"""Labels and sides from where files lie: class folders, split folders above them, or names by a pattern. Pure.
+
+One function for every source whose images have paths: folders, archives, buckets.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from visionloop.errors import SourceError, shorten
+from visionloop.ingest.paths.names import find_side, is_label
+from visionloop.ingest.paths.pattern import Match, Pattern, make_pattern
+
+MAX_WRAPPERS = 3
+SAMPLE = 1000
+# Names that people and machines give to numbered files, in the order in which they are tried.
+NUMBERED = ("{label}.{number}.*", "{label}_{number}", "{label}-{number}", "{label} ({number})")
+# Before a number these name a camera or nothing, not a class.
+NO_CLASSES = frozenset(
+    {"img", "image", "images", "dsc", "dscn", "dscf", "pxl", "dji", "gopr", "gp", "vid", "photo", "picture", "pic"}
+    | {"frame", "screenshot", "p", "sample", "file"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a path says of its image. No `labels`: for prediction only. `side` and `test_is_given` as in `Item`."""
+
+    labels: tuple[str, ...]
+    side: str | None = None
+    test_is_given: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How paths are read. `wrapper` is a folder above everything; `splits` are the split folders, `labelled` those
+    with labels inside."""
+
+    wrapper: str
+    pattern: Pattern | None
+    splits: Mapping[str, str]
+    labelled: frozenset[str]
+
+
+def place_all(
+    paths: Sequence[str], where: str, tell: Callable[[str], None], *, pattern: str | None = None, loose: bool = False
+) -> list[Place | str]:
+    """Return for each path its place, or in words why it has no label. What had to be guessed is told.
+
+    Paths have `/` between their parts. `loose`: a folder above everything is an archive's own name, not a class.
+
+    Raises:
+        SourceError: the pattern is none, or no path has a label.
+    """
+    given = make_pattern(pattern, where) if pattern else None
+    plan = _make_plan(paths, where, tell, given, loose)
+    found = [_place(path, plan) for path in paths] if plan.pattern else _place_folders(paths, plan)
+    if not any(isinstance(one, Place) and one.labels for one in found):
+        raise _refuse(paths, where, given)
+    sides = {one.side for one in found if isinstance(one, Place) and one.side and one.labels}
+    settled = settle_sides(sides)
+    return [
+        Place(one.labels, *settled[one.side], one.group) if isinstance(one, Place) and one.side else one
+        for one in found
+    ]
+
+
+def settle_sides(sides: Collection[str]) -> dict[str, tuple[str | None, bool]]:
+    """Return for each side that a source names its side here, and whether the source has a test side of its own.
+
+    With `train` and exactly one held-out side that one is what people report on: `test`, whatever its name. Without a
+    side for validation it is carved out of train; `train` alone gives up all three sides.
+    """
+    held_out = [side for side in sides if side != "train"]
+    if "train" in sides and len(held_out) == 1:
+        return {"train": (None, True), held_out[0]: ("test", False)}
+    has_val, has_test = "val" in sides, "test" in sides
+    return {side: (None if side == "train" and not has_val else side, has_test) for side in sides}
+
+
+def _place(path: str, plan: _Plan) -> Place | str:
+    inner = path[len(plan.wrapper) :]
+    top, slash, rest = inner.partition("/")
+    side = plan.splits.get(top) if slash else None
+    if side and top not in plan.labelled:
+        return Place(())
+    if plan.pattern:
+        match = plan.pattern.match(inner)
+        if match is None or not is_label(match.label):
+            return f"its name does not fit the pattern {plan.pattern.text}"
+        return Place((match.label,), match.side or side, False, match.group)
+    if side:
+        top, slash, _ = rest.partition("/")
+    elif plan.labelled:
+        return f"it lies outside of the split folders {shorten(list(plan.labelled))}"
+    if not slash:
+        return "it lies in no class folder"
+    return Place((top,), side) if is_label(top) else "the name of its folder cannot be a class"
+
+
+def _place_folders(paths: Sequence[str], plan: _Plan) -> list[Place | str]:
+    """Place paths without a pattern: what lies in one folder has one place."""
+    places: dict[str, Place | str] = {}
+    found = []
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        place = places.get(folder)
+        if place is None:
+            place = places[folder] = _place(path, plan)
+        found.append(place)
+    return found
+
+
+def _make_plan(
+    paths: Sequence[str], where: str, tell: Callable[[str], None], given: Pattern | None, loose: bool
+) -> _Plan:
+    wrapper = ""
+    tree = _Tree(paths)
+    for _ in range(MAX_WRAPPERS):
+        if not (name := tree.find_wrapper(given, loose)):
+            break
+        wrapper += f"{name}/"
+        tree = _Tree([path[len(wrapper) :] for path in paths])
+    if wrapper:
+        tell(f"{where}: everything lies in {wrapper}; that is taken as no class")
+    pattern = given
+    if pattern is None and not tree.has_classes():
+        pattern = tree.guess_pattern()
+        if pattern:
+            tell(f"{where}: no class folders, labels guessed from names by the pattern {pattern.text}")
+    labelled = tree.find_labelled(pattern)
+    splits = tree.splits if labelled or len(tree.splits) < len(tree.tops) else {}
+    for name in sorted(set(splits) - labelled):
+        tell(f"{where}: images of {name}/ without labels, for prediction only: {len(tree.tops[name]):,}")
+    return _Plan(wrapper, pattern, splits, frozenset(labelled))
+
+
+class _Tree:
+    """Paths by their top folder ("" for those that lie in none)."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.tops: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            top, slash, rest = path.partition("/")
+            self.tops[top if slash else ""].append(rest if slash else path)
+        self.splits = {top: side for top in self.tops if top and (side := find_side(top))}
+
+    def find_wrapper(self, given: Pattern | None, loose: bool) -> str:
+        """Return the one folder that everything lies in, if it is no class and no split; else ""."""
+        if len(self.tops) != 1 or self.splits or "" in self.tops:
+            return ""
+        name, inside = next(iter(self.tops.items()))
+        tree = _Tree(inside)
+        if any(tree.classes_of(top) for top in tree.splits):
+            return name
+        is_flat = "" in tree.tops
+        if loose and (
+            tree.guess_pattern() or given if is_flat else len(tree.tops) > 1 or tree.find_wrapper(given, True)
+        ):
+            return name
+        return ""
+
+    def classes_of(self, top: str) -> set[str]:
+        """Return the folders in a top folder."""
+        return {path.partition("/")[0] for path in self.tops[top] if "/" in path}
+
+    def has_classes(self) -> bool:
+        """Say whether there are class folders, at the top or in split folders."""
+        return any(top not in self.splits for top in self.tops if top) or any(
+            self.classes_of(top) for top in self.splits
+        )
+
+    def find_labelled(self, pattern: Pattern | None) -> set[str]:
+        """Return the split folders with labels inside: class folders, or names that fit the pattern."""
+        if pattern:
+            return {
+                top
+                for top in self.splits
+                if any(pattern.match(f"{top}/{path}") for path in islice(self.tops[top], 100))
+            }
+        classes = {top: self.classes_of(top) for top in self.splits}
+        labelled = {top for top in self.splits if classes[top]}
+        known = set().union(*(classes[top] for top in labelled if self.splits[top] == "train"))
+        if len(known) > 1:
+            # A single folder of another name holds images that somebody had to put somewhere: test/unknown/.
+            labelled -= {top for top in labelled if len(classes[top]) == 1 and not classes[top] <= known}
+        return labelled
+
+    def guess_pattern(self) -> Pattern | None:
+        """Return the first pattern of numbered names that the flat files fit, with two classes or more."""
+        train = [top for top, side in self.splits.items() if side == "train"]
+        names = [path for top in train or self.tops for path in self.tops[top]]
+        if not names or any("/" in name for name in names):
+            return None
+        names = names[:: max(1, len(names) // SAMPLE)]
+        for text in NUMBERED:
+            pattern = make_pattern(text, "guess")
+            if pattern.match(names[0]) and _fits([pattern.match(name) for name in names]):
+                return pattern
+        return None
+
+
+def _fits(matches: Sequence[Match | None]) -> bool:
+    labels = {match.label.lower() if match else "" for match in matches}
+    believable = all(is_label(label) and not label.isdecimal() for label in labels) and not labels & NO_CLASSES
+    return believable and 1 < len(labels) <= len(matches) / 2
+
+
+def _refuse(paths: Sequence[str], where: str, given: Pattern | None) -> SourceError:
+    if given:
+        found = f"no file fits the pattern {given.text}" + (f", as {paths[0]!r} does not" if paths else "")
+        return SourceError(where, found, "names like the pattern", "Edit the pattern in params.yaml.")
+    return SourceError(
+        where,
+        "no image in any class folder",
+        "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg",
+        "Put the images of each class into a folder of its name, or give the source a `pattern` for their names.",
+    )

@@ -1,0 +1,145 @@
+"""Which side each new image of a pull is on, and what leaks: the families of the new images and of those they touch.
+
+Images of earlier versions are read, never moved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from visionloop.data.families import Families, Finding, Member, Pair, place_members
+from visionloop.data.leaks import Leak
+from visionloop.data.split import choose_random_sides, choose_side
+from visionloop.errors import SourceError
+from visionloop.ingest.confirm import find_duplicates
+from visionloop.params import Ingest, Split
+from visionloop.records import ImageRecord
+from visionloop.store import ObjectStore
+
+_KINDS = {"train": 0, "val": 1, "test": 2, "learn": 3, None: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """An image that no earlier version has. `side` is its source's own; `learn`: its source has a test folder."""
+
+    sha256: str
+    phash: str
+    origins: tuple[str, ...]
+    is_labelled: bool
+    group: str | None
+    side: str | None
+    learn: bool
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The side and the key of each newcomer by its sha256, and the leaks that they bring."""
+
+    of: dict[str, tuple[str, str]]
+    leaks: list[Leak]
+
+
+def decide_sides(
+    store: ObjectStore, section: Ingest, before: Sequence[ImageRecord], newcomers: Sequence[Newcomer], *, is_first: bool
+) -> Sides:
+    """Decide the sides of newcomers, in their order, beside the rows of earlier versions.
+
+    Raises:
+        SourceError: given sides leak and `on_leak` is `fail`; or too few images for a random split.
+        StoreError: images cannot be read again for the look at their pixels.
+    """
+    split = section.split
+    if split.method == "random":
+        newcomers, excluded = _divide_at_random(newcomers, split, is_first)
+    else:
+        excluded = []
+    old = sorted((r for r in before if r.side != "excluded"), key=lambda r: r.ordinal) if newcomers else []
+    everyone: list[ImageRecord | Newcomer] = [*old, *newcomers]
+    kinds = [_KINDS[r.side or ("learn" if isinstance(r, Newcomer) and r.learn else None)] for r in everyone]
+    names, hashes = [r.sha256 for r in everyone], [r.phash for r in everyone]
+    pairs = find_duplicates(store, names, hashes, kinds, len(old), max_pixels=section.max_pixels)
+    touched = _find_touched(old, newcomers, pairs)
+    place_of = {i: place for place, i in enumerate([*touched, *range(len(old), len(everyone))])}
+    people = [everyone[i] for i in place_of]
+
+    def choose(key: str, learn: bool) -> str:
+        return choose_side(key, split.seed, split.fractions, test_is_given=learn)
+
+    near = [replace(pair, one=place_of[pair.one], other=place_of[pair.other]) for pair in pairs]
+    families = place_members([_make_member(p) for p in people], near, choose, exclude_leaks=split.on_leak == "exclude")
+    leaks = [_make_leak(f, people, families) for f in families.findings if max(f.one, f.other) >= len(touched)]
+    if split.on_leak == "fail" and (across := [leak for leak in leaks if leak.kind == "across"]):
+        raise make_leak_error(across)
+    placed = zip(people[len(touched) :], families.sides[len(touched) :], families.keys[len(touched) :], strict=True)
+    sides = {p.sha256: (side, key) for p, side, key in placed}
+    return Sides(sides | {p.sha256: ("excluded", p.group or p.sha256) for p in excluded}, leaks)
+
+
+def make_leak_error(leaks: Sequence[Leak]) -> SourceError:
+    """Return the error of `on_leak: fail`, with the worst pairs."""
+    worst = sorted(leaks, key=lambda leak: (leak.difference or 0, leak.sha256))
+    shown = "; ".join(f"{w.origins[0]} ({w.side}) and {w.other_origins[0]} ({w.other_side})" for w in worst[:5])
+    more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
+    return SourceError(
+        "ingest",
+        f"{len(leaks)} images leak to another side: {shown}{more}",
+        "sides that share no image, no near duplicate and no group (ingest.split.on_leak: fail)",
+        "Mend the sources, or set on_leak to report or exclude.",
+    )
+
+
+def _divide_at_random(
+    newcomers: Sequence[Newcomer], split: Split, is_first: bool
+) -> tuple[list[Newcomer], list[Newcomer]]:
+    """Give sides to the first labelled images of the first version as scikit-learn does; return these and the rest."""
+    labelled = [n for n in newcomers if n.is_labelled] if is_first else []
+    if is_first and split.first is not None and len(labelled) < split.first:
+        raise SourceError(
+            "ingest.split.first", f"the sources have {len(labelled)} labelled images", f"{split.first} or more"
+        )
+    chosen = labelled[: split.first]
+    sides = choose_random_sides(len(chosen), split.seed, split.fractions[-1])
+    divided = [replace(n, side=side) for n, side in zip(chosen, sides, strict=True)]
+    names = {n.sha256 for n in chosen}
+    return divided, [n for n in newcomers if n.sha256 not in names]
+
+
+def _find_touched(old: Sequence[ImageRecord], newcomers: Sequence[Newcomer], pairs: Sequence[Pair]) -> list[int]:
+    """Return the old rows that newcomers are tied to: near duplicates, and of each group one of each side."""
+    groups = {n.group for n in newcomers} - {None}
+    touched = {min(pair.one, pair.other) for pair in pairs}
+    seen: set[tuple[str, str]] = set()
+    for i, record in enumerate(old):
+        if record.group in groups and (tie := (str(record.group), record.side)) not in seen:
+            seen.add(tie)
+            touched.add(i)
+    return sorted(i for i in touched if i < len(old))
+
+
+def _make_member(one: ImageRecord | Newcomer) -> Member:
+    if isinstance(one, ImageRecord):
+        return Member(one.sha256, one.key, one.group, one.side, is_old=True)
+    return Member(one.sha256, one.group or one.sha256, one.group, one.side, one.learn and not one.side)
+
+
+def _make_leak(finding: Finding, people: Sequence[ImageRecord | Newcomer], families: Families) -> Leak:
+    one, other, pair = people[finding.one], people[finding.other], finding.pair
+    sides = families.sides[finding.one], families.sides[finding.other]
+    tie = f"near duplicates, {pair.distance} bits apart" if pair else f"the same group, {one.group}"
+    if finding.kind == "across":
+        reason = f"{tie}, on {sides[0]} and on {sides[1]}"
+    else:
+        own = {None: "", "learn": "train or val"}.get(finding.side, str(finding.side))
+        reason = f"not used, because it would link {own or 'its family'} to {sides[1]}: {tie}"
+    return Leak(
+        kind=finding.kind,
+        sha256=one.sha256,
+        origins=one.origins,
+        side=sides[0],
+        other=other.sha256,
+        other_origins=other.origins,
+        other_side=sides[1],
+        distance=pair.distance if pair else None,
+        difference=pair.difference if pair else None,
+        reason=reason,
+    )

@@ -1,0 +1,185 @@
+"""A query of a database: one row an image, by path, URL or blob, with its labels. Reads only, chunk by chunk.
+
+Incremental with `cursor`: a later pull asks for rows from the last value on, that value included, since rows may share
+it and may have come later. Rows without a value (NULL) are offered each time. So nothing is lost, and what comes twice
+is stored once.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any
+
+from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.database.cursor import Progress, compute_query_digest, read_progress, write_progress
+from visionloop.ingest.database.statement import check_statement
+from visionloop.ingest.environment import Environment
+from visionloop.ingest.paths.names import escape_name
+from visionloop.ingest.paths.references import ImageFolder
+from visionloop.ingest.sources.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.tables.cells import Row, to_text
+from visionloop.ingest.tables.row_items import Found, find_stamp_column, make_item, read_stamp
+from visionloop.ingest.tables.rows import SAMPLE_ROWS, RowPlan, plan_columns
+from visionloop.ingest.web.addresses import mask
+from visionloop.ingest.web.download import Fetcher, make_fetcher
+from visionloop.params import SqlSource
+from visionloop.records import Rejected
+
+KEY_NAMES = ("id", "uuid", "guid", "key", "pk", "image_id", "img_id", "name", "filename", "file_name")
+SAMPLE_BYTES = 64 << 20
+Sized = tuple[dict[str, Any], bool]
+
+
+def read_sql(source: SqlSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+    """Yield the images of a query in its order; with `cursor`, in the order of that column.
+
+    Raises:
+        SourceError: the query is refused, the database cannot be reached or takes too long, or there are too many rows.
+    """
+    where = f"source {source.name}"
+    environment = Environment(reading.env, where)
+    try:
+        yield from _read(source, reading, environment, where)
+    except SourceError as exc:
+        # The cause stays out: a driver's error may hold the password.
+        parts = (mask(part, tuple(environment.secrets)) for part in (exc.where, exc.found, exc.expected, exc.todo))
+        raise SourceError(*parts) from None
+
+
+def _read(
+    source: SqlSource, reading: Reading, environment: Environment, where: str
+) -> Iterator[Item | Rejected | Cursor]:
+    try:
+        from visionloop.ingest.database.connect import Stopwatch, make_database
+        from visionloop.ingest.database.rows import Query
+    except ModuleNotFoundError as exc:
+        todo = "pip install 'visionloop[ingest]'"
+        raise SourceError(where, f"{exc.name} is not installed", "the extra `ingest`", todo) from exc
+    max_bytes = reading.limits.max_file_bytes
+    database = make_database(source.url, environment, reading.resolve, max_bytes)
+    text = check_statement(source.query, database.dialect, where)
+    digest = compute_query_digest(source)
+    progress = read_progress(reading.cursor, digest) if source.cursor else None
+    if reading.cursor and source.cursor and not progress:
+        reading.tell(f"{where}: the query, its columns or its cursor changed: read from the start")
+    query = Query(
+        text=text,
+        dialect=database.dialect,
+        where=f"{where} {database.place}",
+        max_value_bytes=max_bytes,
+        chunk_rows=source.chunk_rows,
+        cursor=source.cursor,
+        start=progress.value if progress else None,
+    )
+    stopwatch = Stopwatch(source.timeout_s)
+    pull = _Pull(source, reading, where, tuple(environment.secrets), max_bytes)
+    with (
+        database.open(stopwatch, where, reading.tell) as connection,
+        closing(query.read(connection, stopwatch)) as rows,
+    ):
+        yield from pull.make_items(rows, progress)
+    if source.cursor and pull.last is not None:
+        yield Cursor(source.name, write_progress(pull.last, digest, where))
+
+
+@dataclass
+class _Pull:
+    """One pull of a query: turns its rows into items. `last` is how far it came."""
+
+    source: SqlSource
+    reading: Reading
+    where: str
+    secrets: tuple[str, ...]
+    max_bytes: int
+    last: Progress | None = None
+    key: str | None = None
+    stamp: str | None = None
+
+    def make_items(self, rows: Iterator[Sized], progress: Progress | None) -> Iterator[Item | Rejected]:
+        """Yield the items of rows. Raises SourceError when there are more than max_rows."""
+        self.last = progress
+        sample = _take_sample(rows)
+        if not sample and progress:
+            return
+        plain = [row for row, _ in sample]
+        plan = progress.plan if progress else plan_columns(self.source.columns, plain, self.where, self.reading.tell)
+        names = {name.lower(): name for name in (plain[0] if plain else {}) if name not in {plan.image, *plan.labels}}
+        self.key = next((names[name] for name in KEY_NAMES if name in names), None)
+        self.stamp = find_stamp_column(plain)
+        num_rows, column = 0, self.source.cursor
+        for num_rows, (row, too_large) in enumerate(chain(sample, rows), start=1):
+            if num_rows > self.source.max_rows:
+                self._stop_at_cap(progress)
+                return
+            if column is not None and row.get(column) is not None:
+                self.last = Progress(row[column], plan)
+            yield self._make_item(row, plan, num_rows, too_large=too_large)
+
+    def _stop_at_cap(self, progress: Progress | None) -> None:
+        """End a pull at max_rows, if the next one can go on from there. Raises SourceError."""
+        max_rows = f"{self.source.max_rows:,}"
+        if self.source.cursor is None or self.last is None or (progress and self.last.value == progress.value):
+            found, todo = f"the query gives more than {max_rows} rows", "Narrow it, raise max_rows, or name a `cursor`."
+            raise SourceError(self.where, found, f"at most {max_rows}", todo)
+        self.reading.tell(f"{self.where}: took {max_rows} rows (max_rows); the next pull goes on from there")
+
+    def _make_item(self, row: Row, plan: RowPlan, number: int, *, too_large: bool) -> Item | Rejected:
+        key = row.get(self.key) if self.key else None
+        place = f"row {number}" if key is None else f"{self.key}={escape_name(to_text(key))[:200]}"
+        if too_large:
+            reason = f"a value is larger than {self.max_bytes:,} bytes (ingest.max_file_bytes)"
+            return Rejected(f"{self.source.name}:{place}", "too_large", reason)
+        stamp = read_stamp(row, self.stamp) if self.stamp else None
+        return make_item(row, plan, self.source.name, place, lambda reference: self._find(reference, place, stamp))
+
+    def _find(self, reference: str | bytes, place: str, stamp: str | None) -> Found:
+        if isinstance(reference, bytes):
+            digest = hashlib.sha256(reference).hexdigest()
+            return Found(place if self.key else f"blob {digest[:16]}", _Blob(reference), f"sha256 {digest}")
+        if re.match(r"(?i)https?:", reference):
+            self._fetcher.check(reference)
+            return Found(self._fetcher.describe(reference), self._fetcher.make_reader(reference), stamp)
+        root = f"{self.reading.resolve(self.source.images or '.')}/"
+        found = self._folder.look_up(reference.removeprefix(root))
+        if found is None:
+            raise ImageError(f"reference {reference[:200]!r}", "no such file", reason_code="row_without_image")
+        return Found(found.relative, make_file_reader(found.path), found.stamp)
+
+    @cached_property
+    def _fetcher(self) -> Fetcher:
+        return make_fetcher(self.reading, self.source.hosts, secrets=self.secrets)
+
+    @cached_property
+    def _folder(self) -> ImageFolder:
+        if self.source.images is None:
+            raise SourceError(self.where, "its rows hold paths", "`images`, the folder they lie in", "Name it.")
+        return ImageFolder(self.reading.resolve(self.source.images))
+
+
+class _Blob:
+    """The bytes of an image, let go once they are read."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __call__(self, max_bytes: int) -> bytes:
+        data, self._data = self._data, b""
+        if len(data) > max_bytes:
+            raise ImageError("blob", "is too large", f"at most {max_bytes} bytes", reason_code="too_large")
+        return data
+
+
+def _take_sample(rows: Iterator[Sized]) -> list[Sized]:
+    """Take rows to guess from: few when they are large."""
+    sample: list[Sized] = []
+    num_bytes = 0
+    for row in islice(rows, SAMPLE_ROWS):
+        sample.append(row)
+        num_bytes += sum(len(value) for value in row[0].values() if isinstance(value, str | bytes | memoryview))
+        if num_bytes > SAMPLE_BYTES:
+            break
+    return sample

@@ -1,0 +1,51 @@
+"""A table whose rows name images: CSV, Parquet, JSON or JSON lines, with the images beside it, by URL, or inside.
+
+Rows and images that have no counterpart are listed, not fatal. Folders beside the table without labels come last.
+"""
+
+from collections.abc import Iterator
+
+from visionloop.errors import SourceError
+from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.tables.cell_readers import make_url_finder
+from visionloop.ingest.tables.choice import choose_table
+from visionloop.ingest.tables.join import Table, read_shelf_table
+from visionloop.ingest.tables.shelf import FolderShelf, Shelf
+from visionloop.params import TableSource
+from visionloop.records import Rejected
+
+
+def read_table(source: TableSource, reading: Reading) -> Iterator[Item | Rejected]:
+    """Yield the rows of a table in its order, then the images of folders without labels.
+
+    The path may be that of the folder that holds the table. Rows without an image and images without a row come as
+    `Rejected`, with the codes `row_without_image` and `image_without_row`.
+
+    Raises:
+        SourceError: the table is missing, is no table, has no header that says enough, or none of its images is found.
+    """
+    path = reading.resolve(source.path)
+    where = f"source {source.name} {path}"
+    if path.is_dir():
+        name = choose_table([child.name for child in path.iterdir() if child.is_file()], where, reading.tell)
+        path = path / name
+        where = f"source {source.name} {path}"
+    elif not path.is_file():
+        raise SourceError(where, "is no regular file" if path.exists() else "does not exist", "a table", "Check it.")
+    shelf = FolderShelf(path.parent)
+    images: tuple[Shelf, str] | None = None
+    if source.images is not None:
+        beside = path.parent / source.images
+        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(reading.resolve(source.images)), "")
+    table = Table(
+        source=source.name,
+        where=where,
+        shelf=shelf,
+        name=path.name,
+        columns=source.columns,
+        tell=reading.tell,
+        images=images,
+        unlabelled=source.unlabelled,
+        find_url=make_url_finder(source.hosts, reading) if source.hosts else None,
+    )
+    yield from read_shelf_table(table)

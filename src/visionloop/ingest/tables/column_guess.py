@@ -1,0 +1,168 @@
+"""Guess what the columns of a table mean, from their names and from a sample of their values. Pure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from visionloop.errors import SourceError, shorten
+from visionloop.ingest.paths.names import SPLIT_NAMES, is_image_name
+from visionloop.ingest.tables.cells import ON_OFF, Row, get_cell, is_on, parse_time, to_text
+
+MAX_DEPTH = 3
+IMAGE_NAMES = (
+    *("image", "image_path", "img", "img_path", "path", "file", "filename", "file_name", "filepath", "file_path"),
+    *("image_file", "image_name", "img_name", "image_url", "url", "uri", "photo", "picture"),
+    *("image_id", "img_id", "id", "key"),
+)
+LABEL_NAMES = (
+    *("label", "labels", "class", "class_name", "classname", "category", "categories", "target", "breed", "species"),
+    *("tags", "diagnosis", "y", "label_name", "class_id", "label_id"),
+)
+SIDE_NAMES = ("split", "side", "subset", "partition", "set", "dataset")
+GROUP_NAMES = (
+    *("group", "group_id", "patient", "patient_id", "subject", "subject_id", "video", "video_id", "session"),
+    *("session_id", "sequence", "sequence_id", "camera", "camera_id", "lesion_id"),
+)
+TIME_NAMES = ("captured_at", "taken_at", "time", "timestamp", "datetime", "date", "created_at", "date_taken")
+SEPARATORS = ("|", ";")
+SECONDS_FROM = 1e8
+
+
+class ColumnGuess:
+    """The columns of a sample of rows, which are taken, and what the others may mean."""
+
+    def __init__(self, rows: Sequence[Row], where: str, named: Mapping[str, str]) -> None:
+        """Take the columns that params name (column -> key of `columns`). Raises SourceError when one is missing."""
+        self._rows, self._where, self._taken = rows, where, set(named)
+        self._columns = list(dict.fromkeys(name for row in rows for name in _list_columns(row)))
+        if any(map(_is_image, self._columns)):
+            raise SourceError(where, "has an image where a column's name should be", "a header", "Write one above.")
+        for name, key in named.items():
+            if name not in self._columns and all(get_cell(row, name) is None for row in rows):
+                shown = shorten([column[:60] for column in self._columns])
+                raise SourceError(f"{where} columns.{key}", f"no column {name!r}", f"one of {shown}", "Edit it.")
+
+    def refuse(self, key: str, what: str) -> SourceError:
+        return SourceError(
+            self._where,
+            f"cannot tell which column is {what}: {shorten([name[:60] for name in self._columns])}",
+            f"a header with a column named {key}",
+            f"Name it in the source's columns.{key}.",
+        )
+
+    def _values(self, name: str) -> list[Any]:
+        """The cells of a column in the sample, without the empty ones."""
+        cells = (get_cell(row, name) for row in self._rows)
+        return [cell for cell in cells if cell is not None and cell != "" and cell == cell]  # noqa: PLR0124
+
+    def find(self, key: str) -> str | None:
+        """Take the first free column that has a name for this key (side, group, time) and values that fit."""
+        names, fits = FITTING[key]
+        for name in self._by_name(names):
+            values = self._values(name)
+            if values and all(fits(value) for value in values):
+                self._taken.add(name)
+                return name
+        return None
+
+    def find_image(self) -> str | None:
+        """Take the column whose values are image files, URLs or bytes; else one by its name."""
+        free = [name for name in self._columns if name not in self._taken]
+        sure = [name for name in free if _are_images(self._values(name))]
+        named = self._by_name(IMAGE_NAMES)
+        blobs = [name for name in sure if _are_blobs(self._values(name))]
+        for name in [*blobs, *(name for name in named if name in sure), *sure, *named]:
+            values = self._values(name)
+            if values and all(isinstance(value, str | int | bytes | bytearray | memoryview) for value in values):
+                self._taken.add(name)
+                return name
+        return None
+
+    def find_labels(self) -> tuple[str, ...]:
+        """The column (or the one-hot columns) of the label; () when no column is left that could be."""
+        for name in self._by_name(LABEL_NAMES):
+            if all(_is_label_cell(value) for value in self._values(name)):
+                return (name,)
+        free = [name for name in self._columns if name not in self._taken and not _is_number_of_row(name)]
+        flat = [name for name in free if all(_is_label_cell(value) for value in self._values(name))]
+        on_off = [name for name in flat if all(_is_cell_one_hot(get_cell(row, name)) for row in self._rows)]
+        if len(on_off) > 1 and any(_count_on(row, on_off) for row in self._rows):
+            return tuple(on_off)
+        if len(flat) > 1:
+            raise self.refuse("label", "the label")
+        return tuple(flat)
+
+    def find_separator(self, name: str) -> str | None:
+        texts = [value for value in self._values(name) if isinstance(value, str)]
+        return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
+
+    def _by_name(self, names: Sequence[str]) -> list[str]:
+        """The free columns that have one of these names (of a dotted one, its last part), in this order."""
+        free = [name for name in self._columns if name not in self._taken]
+        places = {name: index for index, name in enumerate(names)}
+        found = [(places[plain], name) for name in free if (plain := _plain_name(name)) in places]
+        return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+
+
+def _plain_name(name: str) -> str:
+    return name.rsplit(".", 1)[-1].strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _list_columns(row: Row, depth: int = 1) -> list[str]:
+    """Return the keys of a row, those of objects inside with dots."""
+    names: list[str] = []
+    for key, value in row.items():
+        if isinstance(value, Mapping) and value and depth < MAX_DEPTH:
+            names += [f"{key}.{name}" for name in _list_columns(value, depth + 1)]
+        else:
+            names.append(str(key))
+    return names
+
+
+def _are_blobs(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(value, bytes | bytearray | memoryview) for value in values)
+
+
+def _are_images(values: Sequence[Any]) -> bool:
+    return _are_blobs(values) or (bool(values) and all(isinstance(value, str) and _is_image(value) for value in values))
+
+
+def _is_image(text: str) -> bool:
+    return text.startswith(("http://", "https://")) or is_image_name(text.strip().replace("\\", "/").rsplit("/", 1)[-1])
+
+
+def _is_number_of_row(name: str) -> bool:
+    """Say whether this is what is left of another table: the index that pandas writes, or an id beside the image."""
+    return name.startswith(("column ", "Unnamed: ", "__index")) or _plain_name(name) in ("id", "index", "idx")
+
+
+def _is_label_cell(value: object) -> bool:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(part, str | int | float) for part in parts)
+
+
+def _count_on(row: Row, names: Sequence[str]) -> int:
+    return sum(is_on(get_cell(row, name), name) for name in names)
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, str) and (value.strip().lower() in SPLIT_NAMES)
+
+
+def _is_group(value: object) -> bool:
+    return isinstance(value, str | int)
+
+
+def _is_time(value: object) -> bool:
+    """Say whether this is a time; a number below 1973 counts something else."""
+    return not (isinstance(value, int | float) and abs(value) < SECONDS_FROM) and parse_time(value) is not None
+
+
+def _is_cell_one_hot(value: object) -> bool:
+    return not isinstance(value, dict | list | bytes) and to_text(value).lower() in ON_OFF
+
+
+FITTING: Mapping[str, tuple[Sequence[str], Callable[[object], bool]]] = {
+    "side": (SIDE_NAMES, _is_side),
+    "group": (GROUP_NAMES, _is_group),
+    "time": (TIME_NAMES, _is_time),
+}

@@ -1,0 +1,229 @@
+"""Join the rows of a table with the images that lie on the same shelf: which row names which file.
+
+Rows and images that have no counterpart are listed, not fatal. Folders without labels come last.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+
+from visionloop.errors import ImageError, SourceError, shorten
+from visionloop.ingest.paths.layout import settle_sides
+from visionloop.ingest.paths.listing import Found as File
+from visionloop.ingest.paths.names import (
+    IMAGE_FOLDERS,
+    UNLABELLED_FOLDERS,
+    escape_name,
+    find_side,
+    is_image_name,
+)
+from visionloop.ingest.paths.references import ImageFolder
+from visionloop.ingest.sources.item import Item
+from visionloop.ingest.tables.cell_readers import give_bytes, is_url
+from visionloop.ingest.tables.row_items import Found, make_item
+from visionloop.ingest.tables.rows import (
+    BAD_ROW,
+    SAMPLE_ROWS,
+    Row,
+    RowPlan,
+    TableKind,
+    guess_table_kind,
+    plan_columns,
+    read_rows,
+)
+from visionloop.ingest.tables.shelf import Shelf
+from visionloop.params import Columns
+from visionloop.records import Rejected
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on a shelf: what it is called there and what params say of it. `images`: where they lie, if it is said.
+
+    `find_url` makes the reader of a URL and says how it is called; None: there may be no URLs.
+    """
+
+    source: str
+    where: str
+    shelf: Shelf
+    name: str
+    columns: Columns
+    tell: Callable[[str], None]
+    images: tuple[Shelf, str] | None = None
+    unlabelled: tuple[str, ...] | None = None
+    find_url: Callable[[str], Found] | None = None
+    told: set[str] = field(default_factory=set)
+
+    def rows(self) -> Iterator[Row]:
+        """Read the table from its start. Raises SourceError."""
+        try:
+            yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once)
+        except ImageError as exc:  # an entry of an archive that is not what it should be
+            raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
+
+    @property
+    def kind(self) -> TableKind:
+        kind = guess_table_kind(self.name)
+        if kind is None:
+            expected = ".csv, .tsv, .parquet, .json, .jsonl or .ndjson"
+            raise SourceError(self.where, "has the suffix of no table", expected, "Rename or convert it.")
+        return kind
+
+    def tell_once(self, line: str) -> None:
+        """Tell of a guess; the table is read more than once, it is told once."""
+        if line not in self.told:
+            self.told.add(line)
+            self.tell(line)
+
+
+def read_shelf_table(table: Table) -> Iterator[Item | Rejected]:
+    """Yield the rows of a table, then the images without labels, then the images without a row. Raises SourceError."""
+    sample = list(islice(table.rows(), SAMPLE_ROWS))
+    plan = plan_columns(table.columns, sample, table.where, table.tell_once)
+    join = _Join(table, plan, *_find_images(table, plan, sample))
+    yield from _join_rows(join)
+    unlabelled = _choose_unlabelled(join)
+    for folder in unlabelled:
+        files = [file for file in table.shelf.index(folder).files.values() if _is_image(file)]
+        table.tell_once(f"{table.where}: images of {folder}/ without labels, for prediction only: {len(files):,}")
+        for file in files:
+            origin = f"{table.source}:{escape_name(f'{folder}/{file.relative}')}"
+            yield Item(origin, table.source, (), table.shelf.make_reader(file), file.stamp)
+    passed = tuple(f"{folder}/" for folder in unlabelled)
+    for file in join.index.files.values() if join.index else ():
+        place = join.place_of(file)
+        if _is_image(file) and file.relative not in join.used and not place.startswith(passed):
+            origin = f"{table.source}:{escape_name(place)}"
+            yield Rejected(origin, "image_without_row", f"no row of {table.name} names it")
+
+
+def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
+    table, plan = join.table, join.plan
+    settled = settle_sides(_list_sides(table, plan)) if plan.side else {}
+    given = any(side == "test" for side, _ in settled.values())
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    repeated = without = 0
+    for number, row in enumerate(table.rows(), start=1):
+        one = make_item(row, plan, table.source, f"{table.name} row {number}", partial(join.find, number))
+        if isinstance(one, Item):
+            if (one.origin, one.labels) in seen:
+                repeated += 1
+                continue
+            seen.add((one.origin, one.labels))
+            without += bool(plan.labels and not one.labels)
+            side, test_is_given = settled.get(one.side or "", (None, given)) if one.labels else (None, False)
+            one = one._replace(side=side, test_is_given=test_is_given)
+        yield one
+    if repeated:
+        table.tell_once(f"{table.where}: rows that repeat another one: {repeated:,}")
+    if without:
+        table.tell_once(f"{table.where}: rows without a label, for prediction only: {without:,}")
+
+
+def _list_sides(table: Table, plan: RowPlan) -> set[str]:
+    """Return the sides of the rows that have a label."""
+    sides = set()
+    for row in table.rows():
+        side = plan.read_side(row)
+        if side and side not in sides:
+            with suppress(ImageError):
+                sides.update([side] if plan.read_labels(row) else [])
+    return sides
+
+
+@dataclass
+class _Join:
+    """A table and its images: which have been found by a row so far. `index` is None when no row names a file."""
+
+    table: Table
+    plan: RowPlan
+    shelf: Shelf
+    folder: str
+    index: ImageFolder | None
+    used: set[str] = field(default_factory=set)
+
+    def find(self, number: int, reference: str | bytes) -> Found:
+        """Look up what row `number` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
+        if isinstance(reference, bytes):
+            return Found(f"{self.table.name} row {number}", partial(give_bytes, reference))
+        if is_url(reference):
+            if self.table.find_url is None:
+                raise ImageError("row", "names a URL", "a file", reason_code="refused_url")
+            return self.table.find_url(reference)
+        file = self.index.look_up(reference) if self.index else None
+        if file is None:
+            shown = escape_name(reference[:120])
+            raise ImageError("row", f"no image {shown}", "one in the folder", reason_code="row_without_image")
+        self.used.add(file.relative)
+        return Found(escape_name(self.place_of(file)), self.shelf.make_reader(file), file.stamp)
+
+    def place_of(self, file: File) -> str:
+        return f"{self.folder}/{file.relative}" if self.folder else file.relative
+
+
+def _find_images(table: Table, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
+    """Return the shelf and the folder that the files of the sample lie in. Raises SourceError when there is none."""
+    named = [plan.read_image(row) for row in sample if BAD_ROW not in row]
+    texts = [name for name in named if isinstance(name, str)]
+    files = [name for name in texts if not is_url(name)]
+    if len(files) < len(texts) and table.find_url is None:
+        hosts = {
+            re.split(r"[/?#]", name.split("//", 1)[1])[0].rpartition("@")[2][:80] for name in texts if is_url(name)
+        }
+        found = f"names images by URL, at {shorten(list(hosts))}"
+        raise SourceError(table.where, found, "`hosts`: where they may be fetched from", "Name them in a table source.")
+    if not files:
+        return table.shelf, "", None
+    best: tuple[int, Shelf, str, ImageFolder] | None = None
+    for shelf, folder in [table.images] if table.images else _list_candidates(table):
+        index = shelf.index(folder)
+        hits = sum(_is_there(index, name) for name in files)
+        if hits and (best is None or hits > best[0]):
+            best = (hits, shelf, folder, index)
+        if hits * 2 >= len(files):
+            break
+    if best is None:
+        found = f"none of its first {len(files)} images is there, such as {escape_name(files[0][:80])!r}"
+        expected = (
+            f"files in {table.images[1] or 'its `images`'}" if table.images else "files beside it or in train/, images/"
+        )
+        raise SourceError(table.where, found, expected, "Name their folder as `images`, or their column in `columns`.")
+    if best[2] and not table.images:
+        table.tell_once(f"{table.where}: images found in {best[2]}/")
+    return best[1:]
+
+
+def _list_candidates(table: Table) -> Iterator[tuple[Shelf, str]]:
+    there = {folder.lower(): folder for folder in table.shelf.list_folders()}
+    for name in dict.fromkeys((table.name.rsplit(".", 1)[0].lower(), *IMAGE_FOLDERS)):
+        if name in there:
+            yield table.shelf, there[name]
+    yield table.shelf, ""
+
+
+def _choose_unlabelled(join: _Join) -> list[str]:
+    """Return the folders without labels: those that are named, or those beside the table that no row leads to."""
+    table = join.table
+    if table.unlabelled is not None:
+        return [folder.rstrip("/") for folder in table.unlabelled]
+    if join.index is None or (table.images and table.images[0] is not table.shelf):
+        return []
+    tops = {join.place_of(join.index.files[name]).partition("/")[0] for name in join.used}
+    names = [
+        name for name in table.shelf.list_folders() if find_side(name) == "test" or name.lower() in UNLABELLED_FOLDERS
+    ]
+    return [name for name in names if name not in tops and any(map(_is_image, table.shelf.index(name).files.values()))]
+
+
+def _is_image(file: File) -> bool:
+    return is_image_name(file.relative.rsplit("/", 1)[-1])
+
+
+def _is_there(index: ImageFolder, name: str) -> bool:
+    try:
+        return index.look_up(name) is not None
+    except ImageError:
+        return False

@@ -1,0 +1,144 @@
+"""What the columns of a table mean, for every source that has rows: tables, archives, databases, listings.
+
+What params name is checked; the rest is guessed from names and values, and each guess is told. Values become what an
+item needs: labels as text, sides as train, val or test, times as ISO 8601 in UTC.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from visionloop.errors import ImageError, SourceError, shorten
+from visionloop.ingest.paths.names import escape_name, find_side, is_label
+from visionloop.ingest.tables.cells import Row, get_cell, is_on, parse_time, to_text
+from visionloop.ingest.tables.column_guess import ColumnGuess
+from visionloop.ingest.tables.files import BAD_ROW, TableKind, guess_table_kind, read_rows
+from visionloop.params import Columns
+
+__all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table_kind", "plan_columns", "read_rows"]
+
+SAMPLE_ROWS = 200
+MAX_LABELS = 1000
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which column means what. `labels` is one column, or several one-hot columns; empty: the table has no labels.
+
+    Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
+    """
+
+    image: str | None
+    labels: tuple[str, ...] = ()
+    one_hot: bool = False
+    side: str | None = None
+    group: str | None = None
+    time: str | None = None
+    separator: str | None = None
+
+    def read_image(self, row: Row) -> str | bytes | None:
+        """Return a path, a URL, or the bytes of the image; None when the cell is empty.
+
+        Raises:
+            ImageError: `bad_row`: the line of the file was no row, or the cell holds no text and no bytes.
+        """
+        if BAD_ROW in row:
+            raise ImageError("row", str(row[BAD_ROW]), "a row of the table", reason_code="bad_row")
+        value = get_cell(row, self.image) if self.image else None
+        if isinstance(value, dict):  # as Hugging Face's datasets store images
+            value = value.get("bytes") or value.get("path") or value.get("url")
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value) or None
+        return to_text(value) or None
+
+    def read_labels(self, row: Row) -> tuple[str, ...]:
+        """Return the labels, each once; () when there is none. Raises ImageError (`bad_label`)."""
+        if self.one_hot:
+            return tuple(name for name in self.labels if is_on(get_cell(row, name), name))
+        value = get_cell(row, self.labels[0]) if self.labels else None
+        values = value if isinstance(value, list | tuple) else [value]
+        texts = [to_text(one) for one in values]
+        if self.separator:
+            texts = [part for text in texts for part in text.split(self.separator)]
+        labels = tuple(dict.fromkeys(label for text in texts if (label := text.strip())))
+        for label in labels:
+            if not is_label(label):
+                shown = escape_name(label[:60])
+                expected = "at most 256 printable characters"
+                raise ImageError("label", f"cannot be {shown!r}", expected, reason_code="bad_label")
+        if len(labels) > MAX_LABELS:
+            raise ImageError("label", f"has {len(labels)} values", f"at most {MAX_LABELS}", reason_code="bad_label")
+        return labels
+
+    def read_side(self, row: Row) -> str | None:
+        """Return train, val or test; None when the cell says nothing else that is known."""
+        value = get_cell(row, self.side) if self.side else None
+        return find_side(value) if isinstance(value, str) else None
+
+    def read_group(self, row: Row) -> str | None:
+        """Return what ties images that must stay on one side, or None."""
+        value = get_cell(row, self.group) if self.group else None
+        return escape_name(to_text(value)) or None
+
+    def read_time(self, row: Row) -> str | None:
+        """Return the time as ISO 8601 in UTC; a time without a zone is taken as UTC. None when it is no time."""
+        return parse_time(get_cell(row, self.time)) if self.time else None
+
+
+def plan_columns(
+    columns: Columns,
+    sample: Sequence[Row],
+    where: str,
+    tell: Callable[[str], None],
+    *,
+    needs_image: bool = True,
+) -> RowPlan:
+    """Say which column means what: as params name them, the rest by names and values of the sample, each guess told.
+
+    Raises:
+        SourceError: a named column is missing, or it cannot be told which holds the image or the label.
+    """
+    rows = [row for row in sample if BAD_ROW not in row]
+    if not rows:
+        todo = "Check the table." if sample else "Remove the source until it has rows."
+        raise SourceError(where, "has no row" if not sample else str(sample[0][BAD_ROW]), "a row for each image", todo)
+    guess = ColumnGuess(rows, where, _list_named(columns))
+    image = columns.image or guess.find_image()
+    if image is None and needs_image:
+        raise guess.refuse("image", "the image's path, URL or bytes")
+    side, group, time = (getattr(columns, key) or guess.find(key) for key in ("side", "group", "time"))
+    labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
+    one_hot = len(labels) > 1
+    separator = columns.separator
+    if separator is None and labels and not one_hot and columns.label is None:
+        separator = guess.find_separator(labels[0])
+    plan = RowPlan(image, labels, one_hot, side, group, time, separator)
+    if line := _describe_guesses(columns, plan):
+        tell(f"{where}: {line}")
+    return plan
+
+
+def _list_named(columns: Columns) -> dict[str, str]:
+    """Return the columns that params name, each with the key that names it."""
+    labels = (columns.label,) if isinstance(columns.label, str) else columns.label or ()
+    named = dict.fromkeys(labels, "label")
+    for key in ("image", "side", "group", "time"):
+        if name := getattr(columns, key):
+            named[name] = key
+    return named
+
+
+def _describe_guesses(columns: Columns, plan: RowPlan) -> str:
+    """Say in one line what was guessed, "" when nothing was."""
+    parts: dict[str, str] = {}
+    if columns.label is None:
+        parts["label"] = shorten(plan.labels) if plan.labels else "none, for prediction only"
+        if plan.one_hot:
+            parts["label"] += " (one-hot)"
+        if plan.separator and columns.separator is None:
+            parts["label"] += f" (several, divided by {plan.separator!r})"
+    for key in ("image", "side", "group", "time"):
+        name = getattr(plan, key)
+        if name and getattr(columns, key) is None:
+            parts[key] = name
+    guesses = ", ".join(f"{key} = {parts[key]}" for key in ("image", "label", "side", "group", "time") if key in parts)
+    return f"columns guessed: {guesses} (name them under `columns` to be sure)" if parts else ""

@@ -1,0 +1,239 @@
+"""Cameras: rtsp://, http(s):// and a device, watched for a while. A file on a web server is read as every other.
+
+FFmpeg connects to nothing but this machine. The camera's host is resolved and judged as every download is, and its
+bytes are handed on: over a pipe for HTTP, over a relay on the loopback for RTSP, which also stops a camera that would
+send FFmpeg elsewhere. So no address is reached that was not checked, and no more bytes are read than allowed.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote
+
+from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.environment import Environment
+from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.video.player import End, Frame, Player
+from visionloop.ingest.video.relay import Relay
+from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.spool import Spool
+from visionloop.ingest.video.webstream import WebStream
+from visionloop.ingest.web.addresses import HostRules, mask, parse_hosts, parse_url
+from visionloop.ingest.web.download import PRIVATE_HOSTS, make_fetcher
+from visionloop.params import VideoSource
+from visionloop.records import Rejected
+
+RTSP_PORT = 554
+_SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
+_LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
+# Of the demuxer: what it may open, and how long it may wait.
+RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
+
+
+class Feed(Protocol):
+    """Something that hands a camera's bytes to the decoder."""
+
+    @property
+    def failure(self) -> ImageError | None:
+        """Why it broke off, if it did."""
+        ...
+
+    def open(self) -> Job:
+        """Begin, and return what the decoder is to read. Raises ImageError."""
+        ...
+
+    def close(self) -> None:
+        """Hand on no more."""
+        ...
+
+
+@dataclass
+class Camera:
+    """An opened camera; or `file`, when what was found is a video file, to be read as every other."""
+
+    source: VideoSource
+    spool: Spool
+    feed: Feed
+    secrets: tuple[str, ...] = ()
+    file: Path | None = None
+    place: str = "live"
+
+    def watch(self, labels: tuple[str, ...]) -> Iterator[Item | Rejected]:
+        """Yield its frames as they come, for `watch_s`; then, if it failed, why.
+
+        The frames of all that began in the same hour are one group: what stands before a camera stays there.
+        """
+        session = ""
+        name = self.source.name
+        end = End(None)
+        timer = threading.Timer(self.source.watch_s + GRACE_S, self.feed.close)
+        timer.daemon = True
+        try:
+            with Player() as player:
+                job = self.feed.open()
+                timer.start()
+                for answer in player.play(job):
+                    if isinstance(answer, Frame) and answer.clock is not None:
+                        now = datetime.fromtimestamp(answer.clock, UTC)
+                        session = session or f"{name}:{now:%Y-%m-%dT%H}"
+                        moment = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+                        if (path := self.spool.put(answer.jpeg)) is None:
+                            end = End("too_large", "frames came faster than they could be checked")
+                            break
+                        read = partial(_take, self.spool, path)
+                        yield Item(
+                            f"{name}:{self.place}#t={moment}",
+                            name,
+                            labels,
+                            read,
+                            group=session,
+                            captured_at=now.isoformat(timespec="milliseconds"),
+                        )
+                    elif isinstance(answer, End):
+                        end = answer
+        except ImageError as exc:
+            end = End(exc.reason_code, f"{exc.found}; expected {exc.expected}")
+        finally:
+            timer.cancel()
+            self.feed.close()
+        if failure := self.feed.failure:
+            end = End(failure.reason_code, f"{failure.found}; expected {failure.expected}")
+        if end.code and (not session or end.code != "damaged"):  # a stream is cut where we stop: no damage
+            yield Rejected(f"{name}:{self.place}", end.code, mask(end.text or "", self.secrets))
+
+
+GRACE_S = 15.0  # beyond `watch_s`, for a camera that needs time before its first frame
+
+
+def is_camera(path: str) -> bool:
+    """Say whether a source's path is a camera: a URL, or a device."""
+    return bool(_SCHEME.match(path)) or path.startswith(("/dev/", "${"))
+
+
+@contextlib.contextmanager
+def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str) -> Iterator[Camera]:
+    """Open what a URL or a device names.
+
+    Raises:
+        SourceError: it is none that is known, its host may not be asked, or a variable is not set.
+    """
+    environment = Environment(reading.env, where)
+    url = environment.expand_url(source.path)
+    login = _LOGIN.match(url)
+    secrets = (
+        {*environment.secrets, *(part for part in re.split("[:@]", login[2]) if len(part) > 2)}
+        if login
+        else set(environment.secrets)
+    )
+    hidden = tuple(secrets | {unquote(secret) for secret in secrets})
+    scheme = _SCHEME.match(url)
+    kind = scheme[1].lower() if scheme else "device"
+    job = Job(
+        every_s=source.every_s,
+        scene=source.scene,
+        spans=[(0.0, None)],
+        max_frames=source.max_frames,
+        max_s=source.watch_s,
+        max_pixels=reading.limits.max_pixels,
+    )
+    try:
+        if kind == "rtsp":
+            yield Camera(source, spool, _open_rtsp(url, source, reading, job), hidden)
+        elif kind in ("http", "https"):
+            yield _open_web(url, source, reading, spool=spool, job=job, secrets=hidden)
+        elif kind == "device":
+            yield Camera(source, spool, Device(url, job))
+        else:
+            raise SourceError(
+                where, f"got {kind}://", "a file, rtsp://, http://, https:// or /dev/video0", "Edit path."
+            )
+    except ImageError as exc:
+        parts = (mask(part, hidden) for part in (exc.found, exc.expected, exc.todo))
+        raise SourceError(f"{where} path", *parts) from None
+
+
+def _open_rtsp(url: str, source: VideoSource, reading: Reading, job: Job) -> Relay:
+    """Raises ImageError, SourceError."""
+    login = _LOGIN.match(url)
+    bare = _LOGIN.sub(r"\1", url)
+    address = parse_url("http" + bare[len("rtsp") :])  # the same strict parser as for every other URL
+    has_port = re.match(r"[a-z]+://(\[[^]]*\]|[^/:?#]*):\d", bare, re.IGNORECASE)
+    port = address.port if has_port else RTSP_PORT
+    private = reading.env.get(PRIVATE_HOSTS, "").replace(",", " ").split()
+    rules = HostRules((), parse_hosts(private, PRIVATE_HOSTS))
+    local = f"rtsp://{_encode_login(login[2]) + '@' if login else ''}127.0.0.1:{{port}}{address.target}"
+    job = replace(job, url=local, format="rtsp", options=RTSP_OPTIONS)
+    return Relay(rules, address.host, port, job, source.max_video_bytes)
+
+
+def _encode_login(text: str) -> str:
+    """Return `user:password` as it may stand in a URL, whether or not it was percent-encoded."""
+    return ":".join(quote(unquote(part), safe="") for part in text.split(":", 1))
+
+
+def _open_web(
+    url: str, source: VideoSource, reading: Reading, *, spool: Spool, job: Job, secrets: tuple[str, ...]
+) -> Camera:
+    """Begin a download: a file is taken whole, what has no end is watched. Raises ImageError, SourceError."""
+    from base64 import b64encode
+
+    login = _LOGIN.match(url)
+    bare = _LOGIN.sub(r"\1", url)
+    address = parse_url(bare)
+    headers = {}
+    if login:
+        token = b64encode(unquote(login[2]).encode()).decode()
+        headers["Authorization"] = f"Basic {token}"
+        secrets = (*secrets, token)
+    fetcher = make_fetcher(
+        reading,
+        [address.netloc, *source.hosts],
+        headers=headers,
+        headers_host=bare,
+        secrets=secrets,
+    )
+    stream = WebStream(fetcher, bare, job, source.max_video_bytes, source.watch_s + GRACE_S)
+    place = fetcher.describe(bare)
+    file = stream.download(spool.reserve(".video")) if stream.connect() else None
+    return Camera(source, spool, stream, secrets, file, place)
+
+
+class Device:
+    """A camera of this machine, by its file: /dev/video0 (Video4Linux)."""
+
+    failure: ImageError | None = None
+
+    def __init__(self, path: str, job: Job) -> None:
+        self._path, self._job = path, job
+
+    def open(self) -> Job:
+        """Raises ImageError: there is no such device, or it may not be read."""
+        try:
+            os.close(os.open(self._path, os.O_RDWR | os.O_NONBLOCK))
+        except OSError as exc:
+            expected = "a camera that may be read, like /dev/video0"
+            raise ImageError(
+                self._path, f"cannot be opened ({exc.strerror})", expected, reason_code="unreadable"
+            ) from exc
+        return replace(self._job, url=self._path, format="v4l2")
+
+    def close(self) -> None:
+        """The decoder stops by itself: it has the device."""
+
+
+def _take(spool: Spool, path: Path, max_bytes: int) -> bytes:
+    """Return a frame of a camera. Raises ImageError."""
+    try:
+        data = spool.take(path)
+    except OSError as exc:
+        raise ImageError(path.name, "is gone", "a frame", "Run it again.", reason_code="unreadable") from exc
+    if len(data) > max_bytes:
+        raise ImageError(path.name, "is too large", f"at most {max_bytes} bytes", reason_code="too_large")
+    return data

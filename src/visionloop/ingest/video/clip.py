@@ -1,0 +1,155 @@
+"""One video file: its frames, found once by decoding, later from an index beside the workspace's other caches.
+
+What is decoded waits in the spool until it is read. A frame that is not there (the index knew it, or the spool was
+full) is decoded on demand, with all that follow it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visionloop.errors import ImageError
+from visionloop.ingest.video.player import End, Frame, Player, Start
+from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.spool import Spool
+from visionloop.records import canonical_json
+
+# Counted up when the same video would give other frames: what was remembered is found anew.
+DECODING = 1
+
+
+@dataclass
+class Contents:
+    """What a video held when it was decoded: times of its frames, when it was recorded, and how it ended."""
+
+    times_ms: list[int] = field(default_factory=list)
+    created: str | None = None
+    code: str | None = None
+    text: str | None = None
+    told: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Clip:
+    """A video file as it was found: `stamp` is its size, mtime and inode then."""
+
+    where: str
+    path: Path
+    stamp: str
+    job: Job
+    spool: Spool
+    contents: Contents = field(default_factory=Contents)
+    _spooled: dict[int, Path] = field(default_factory=dict)
+    _taken: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def find_frames(self, player: Player) -> Iterator[int]:
+        """Decode the video; yield the time of each frame in ms as soon as `read` can have it."""
+        for answer in player.play(self.job):
+            if isinstance(answer, Start):
+                self.contents.created = answer.created
+            elif isinstance(answer, Frame):
+                self._keep(answer)
+                self.contents.times_ms.append(answer.t_ms)
+                yield answer.t_ms
+            else:
+                self._note_end(answer)
+
+    def read(self, t_ms: int, max_bytes: int) -> bytes:
+        """Return a frame. Raises ImageError: `unreadable` when the video no longer has it, or `too_large`."""
+        with self._lock:
+            data = self._take(t_ms)
+            if data is None:
+                data = self._decode_again(t_ms)
+            self._taken.add(t_ms)
+        if len(data) > max_bytes:
+            raise ImageError(self.where, "is too large", f"at most {max_bytes} bytes", reason_code="too_large")
+        return data
+
+    def _keep(self, frame: Frame) -> None:
+        if path := self.spool.put(frame.jpeg):
+            self._spooled[frame.t_ms] = path
+
+    def _take(self, t_ms: int) -> bytes | None:
+        path = self._spooled.pop(t_ms, None)
+        with contextlib.suppress(OSError):
+            return self.spool.take(path) if path else None
+        return None
+
+    def _decode_again(self, t_ms: int) -> bytes:
+        """Return a frame by decoding; what was not read yet goes to the spool, as far as there is room."""
+        found = None
+        if make_stamp(self.path) == self.stamp:
+            with Player() as player:
+                for answer in player.play(self.job):
+                    if isinstance(answer, Frame) and answer.t_ms == t_ms:
+                        found = answer.jpeg
+                    elif isinstance(answer, Frame) and answer.t_ms not in self._taken | self._spooled.keys():
+                        self._keep(answer)
+        if found is None:
+            expected = "the video as it was when the pull began"
+            raise ImageError(self.where, "has changed", expected, "Run it again.", reason_code="unreadable")
+        return found
+
+    def _note_end(self, end: End) -> None:
+        self.contents.code, self.contents.text, self.contents.told = end.code, end.text, list(end.told)
+
+
+class Index:
+    """Remembers the contents of videos, a file each, in `folder`. What cannot be read or written is not remembered."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._used: set[str] = set()
+
+    def load(self, clip: Clip) -> Contents | None:
+        """Return what an unchanged video held when it was decoded with the same wishes; None when that is not known."""
+        try:
+            value = json.loads(self._path(clip).read_bytes())
+            if value.pop("key") != _make_key(clip):
+                return None
+            return Contents(**value)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def save(self, clip: Clip) -> None:
+        """Remember the contents of a video that was decoded to its end."""
+        path = self._path(clip)
+        staged = path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            staged.write_bytes(canonical_json({"key": _make_key(clip), **asdict(clip.contents)}))
+            staged.replace(path)
+
+    def forget_others(self) -> None:
+        """Remove what was not asked for: videos that are gone."""
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if path.name not in self._used:
+                    path.unlink(missing_ok=True)
+
+    def _path(self, clip: Clip) -> Path:
+        name = hashlib.sha256(os.fsencode(clip.where)).hexdigest()[:32] + ".json"
+        self._used.add(name)
+        return self._folder / name
+
+
+def make_stamp(path: Path) -> str | None:
+    """Return what changes when a file does: size, mtime and inode."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+
+
+def _make_key(clip: Clip) -> dict[str, Any]:
+    wishes = {key: value for key, value in asdict(clip.job).items() if key not in ("file", "pipe", "url")}
+    key: dict[str, Any] = json.loads(json.dumps({"stamp": clip.stamp, "decoding": DECODING, **wishes}))
+    return key

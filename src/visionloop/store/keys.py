@@ -1,0 +1,68 @@
+"""The keys of a store, and where an `s3://` address points."""
+
+import re
+from dataclasses import dataclass
+
+from visionloop.errors import SettingsError, StoreError
+
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_KEY = re.compile(rf"{_PART}(/{_PART})*")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+# Where keys come from outside, all that S3 allows; no control characters, so that an address stays one line.
+_ANY_PREFIX = re.compile(r"[^\x00-\x1f\x7f]*")
+_CREDENTIALS = re.compile(r"//[^/@]*@")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BucketAddress:
+    """A bucket and a prefix inside it, without slashes at its ends; empty for the whole bucket."""
+
+    bucket: str
+    prefix: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def join(self, key: str) -> str:
+        """Return the full key of a key below the prefix."""
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+
+def is_key(text: str) -> bool:
+    """Say whether a text can be a key of a store."""
+    return _KEY.fullmatch(text) is not None
+
+
+def check_key(key: str, where: str) -> str:
+    """Return the key. Raises StoreError when it can be none."""
+    if not is_key(key):
+        raise StoreError(where, f"got the key {key!r}", "parts of letters, digits, '.', '_', '-'")
+    return key
+
+
+def find_digest(key: str) -> str | None:
+    """Return the sha256 that a key ends in: the digest of its content, by the rule of `ObjectStore.add`."""
+    name = key.rpartition("/")[2]
+    return name if _DIGEST.fullmatch(name) else None
+
+
+def parse_s3_url(url: str, where: str, *, own_keys: bool) -> BucketAddress:
+    """Read `s3://bucket/prefix`. With `own_keys` the prefix must be one that a store can have.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    prefix = prefix.strip("/")
+    fits = is_key(prefix) if own_keys else _ANY_PREFIX.fullmatch(prefix)
+    if not url.startswith("s3://") or not _BUCKET.fullmatch(bucket) or ".." in bucket or (prefix and not fits):
+        raise SettingsError(
+            where,
+            f"got {_CREDENTIALS.sub('//(hidden)@', url)!r}",
+            "s3://bucket/prefix: the bucket of 3 to 63 lower-case letters, digits, '.', '-'"
+            + (", the prefix of letters, digits, '.', '_', '-', '/'" if own_keys else ""),
+            "Correct the address; credentials and endpoint are in AWS_* variables, not in it.",
+        )
+    return BucketAddress(bucket, prefix)

@@ -1,0 +1,218 @@
+"""Make a store ready, and say what it is: `visionloop store init` and `visionloop store`.
+
+A bucket gets versions (what is overwritten or deleted can be had back), an end for unfinished uploads, encryption and
+no public access. What an S3-compatible store lacks is said and passed over, except conditional writes: without them two
+promoters could both win.
+"""
+
+import secrets
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from visionloop.errors import StoreError
+from visionloop.store.local import LocalStore
+from visionloop.store.protocol import ObjectStore
+from visionloop.store.s3 import S3Store
+from visionloop.store.s3_connection import Connection
+from visionloop.store.s3_errors import find_code, hide_credentials, read_code, read_status
+
+UNFINISHED_DAYS = 7
+RULE = "visionloop-unfinished-uploads"
+BLOCKED = ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets")
+# The answers of a bucket that has no such setting yet.
+UNSET = ("NoSuchLifecycleConfiguration", "ServerSideEncryptionConfigurationNotFoundError")
+NO_BLOCK = "NoSuchPublicAccessBlockConfiguration"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing about a store, in words. `ok` is False where something is missing that a team's store should have."""
+
+    subject: str
+    found: str
+    ok: bool = True
+
+
+def describe_store(store: ObjectStore) -> Iterator[Fact]:
+    """Say what a store is; changes nothing. Raises StoreError when it cannot be reached."""
+    if not isinstance(store, S3Store):
+        there = isinstance(store, LocalStore) and store.root.is_dir()
+        yield Fact("store", f"{store.url} ({'a folder' if there else 'a folder that is made when it is needed'})")
+        return
+    connection = store.connection
+    yield Fact("store", f"{store.url} at {hide_credentials(connection.endpoint)}")
+    connection.call("head_bucket")
+    yield Fact("reachable", "yes")
+    for subject, read in _READERS.items():
+        try:
+            yield Fact(subject, *read(connection))
+        except StoreError as exc:
+            yield _tell_unable(subject, exc)
+
+
+def init_store(store: ObjectStore) -> Iterator[Fact]:
+    """Make the folder or the bucket, and set what it should have; each step is told when it is done.
+
+    Raises:
+        StoreError: the store cannot be reached or made, or has no conditional writes.
+    """
+    if isinstance(store, LocalStore):
+        existed = store.root.is_dir()
+        try:
+            store.root.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StoreError(
+                f"store {store.url}", f"cannot be made ({exc.strerror})", "a folder", "Correct VISIONLOOP_STORE."
+            ) from exc
+        yield Fact("folder", f"{store.root} {'is there' if existed else 'made'}")
+    if not isinstance(store, S3Store):
+        return
+    connection = store.connection
+    connection.watch("request-created.s3.PutBucketLifecycleConfiguration", _add_md5)
+    yield _make_bucket(connection)
+    for subject, write in _WRITERS.items():
+        read = _READERS[subject]
+        try:
+            found, ok = read(connection)
+            if not ok:
+                write(connection)
+                found, ok = read(connection)
+            yield Fact(subject, found, ok)
+        except StoreError as exc:
+            yield _tell_unable(subject, exc)
+    _check_conditional_writes(store)
+    yield Fact("conditional writes", "yes")
+
+
+def list_dvc_commands(store: ObjectStore) -> list[str]:
+    """Return the commands that make this store the remote of `dvc push` too."""
+    if isinstance(store, LocalStore):
+        return [f"dvc remote add --default store {shlex.quote(str(store.root / 'dvc'))}"]
+    commands = [f"dvc remote add --default store {store.url}/dvc"]
+    if isinstance(store, S3Store) and not (endpoint := store.connection.endpoint).endswith(".amazonaws.com"):
+        commands.append(f"dvc remote modify store endpointurl {hide_credentials(endpoint)}")
+    return commands
+
+
+def _make_bucket(connection: Connection) -> Fact:
+    bucket = connection.address.bucket
+    answer = connection.call("head_bucket", expected=(404,))
+    if read_status(answer) != 404:
+        return Fact("bucket", f"{bucket} is there")
+    region = connection.region
+    # The first region has no name there: with its own name AWS refuses.
+    given: dict[str, Any] = {}
+    if region not in ("us-east-1", "aws-global"):
+        given["CreateBucketConfiguration"] = {"LocationConstraint": region}
+    connection.call("create_bucket", expected=("BucketAlreadyOwnedByYou",), **given)
+    return Fact("bucket", f"{bucket} made in {region}")
+
+
+def _read_versioning(connection: Connection) -> tuple[str, bool]:
+    status = connection.call("get_bucket_versioning").get("Status", "off")
+    return {"Enabled": "on", "Suspended": "suspended"}.get(status, "off"), status == "Enabled"
+
+
+def _write_versioning(connection: Connection) -> None:
+    connection.call("put_bucket_versioning", VersioningConfiguration={"Status": "Enabled"})
+
+
+def _read_lifecycle(connection: Connection) -> tuple[str, bool]:
+    for rule in _list_rules(connection):
+        days = rule.get("AbortIncompleteMultipartUpload", {}).get("DaysAfterInitiation")
+        if days and rule.get("Status") == "Enabled":
+            return f"removed after {days} days", True
+    return "kept for ever", False
+
+
+def _write_lifecycle(connection: Connection) -> None:
+    """Add our rule to those that are there: a configuration is replaced as a whole."""
+    prefix = f"{connection.address.prefix}/" if connection.address.prefix else ""
+    rule = {
+        "ID": RULE,
+        "Status": "Enabled",
+        "Filter": {"Prefix": prefix},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": UNFINISHED_DAYS},
+    }
+    rules = [one for one in _list_rules(connection) if one.get("ID") != RULE]
+    connection.call("put_bucket_lifecycle_configuration", LifecycleConfiguration={"Rules": [*rules, rule]})
+
+
+def _list_rules(connection: Connection) -> list[dict[str, Any]]:
+    answer = connection.call("get_bucket_lifecycle_configuration", expected=UNSET)
+    return list(answer.get("Rules", ()))
+
+
+def _read_encryption(connection: Connection) -> tuple[str, bool]:
+    answer = connection.call("get_bucket_encryption", expected=UNSET)
+    if read_code(answer):
+        return "none by default", False
+    rules = answer["ServerSideEncryptionConfiguration"]["Rules"]
+    names = [r.get("ApplyServerSideEncryptionByDefault", {}).get("SSEAlgorithm", "") for r in rules]
+    return f"{' '.join(n for n in names if n) or 'on'} by default", True
+
+
+def _write_encryption(connection: Connection) -> None:
+    rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
+    connection.call("put_bucket_encryption", ServerSideEncryptionConfiguration={"Rules": [rule]})
+
+
+def _read_public_access(connection: Connection) -> tuple[str, bool]:
+    answer = connection.call("get_public_access_block", expected=(NO_BLOCK,))
+    blocked = answer.get("PublicAccessBlockConfiguration", {})
+    missing = [name for name in BLOCKED if not blocked.get(name)]
+    return ("blocked", True) if not missing else ("not blocked", False)
+
+
+def _write_public_access(connection: Connection) -> None:
+    connection.call("put_public_access_block", PublicAccessBlockConfiguration=dict.fromkeys(BLOCKED, True))
+
+
+_READERS: dict[str, Callable[[Connection], tuple[str, bool]]] = {
+    "versioning": _read_versioning,
+    "unfinished uploads": _read_lifecycle,
+    "encryption": _read_encryption,
+    "public access": _read_public_access,
+}
+_WRITERS: dict[str, Callable[[Connection], None]] = {
+    "versioning": _write_versioning,
+    "unfinished uploads": _write_lifecycle,
+    "encryption": _write_encryption,
+    "public access": _write_public_access,
+}
+
+
+def _tell_unable(subject: str, exc: StoreError) -> Fact:
+    """Say that a setting cannot be read or set; go on. Raises the error again when the store is not there at all."""
+    code = find_code(exc)
+    if exc.transient or not code:
+        raise exc
+    return Fact(subject, f"cannot be read or set here ({code})", ok=False)
+
+
+def _check_conditional_writes(store: S3Store) -> None:
+    key = f"doctor/{secrets.token_hex(8)}"
+    try:
+        store.put(key, b"first")
+        refused = not store.create(key, b"second") and store.get(key) == b"first"
+    finally:
+        store.purge(key)
+    if not refused:
+        raise StoreError(
+            f"store {store.url}",
+            "overwrites an object although `If-None-Match: *` forbids it",
+            "conditional writes",
+            "Use a store that has them: infra/s3.md names some.",
+        )
+
+
+def _add_md5(request: Any, **_: Any) -> None:
+    """Send Content-MD5 too: older stores demand it where botocore sends a newer checksum."""
+    import base64
+    import hashlib
+
+    data = request.body if isinstance(request.body, bytes) else str(request.body or "").encode()
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    request.headers["Content-MD5"] = base64.b64encode(digest).decode()

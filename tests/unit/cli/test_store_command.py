@@ -1,0 +1,60 @@
+"""`visionloop store` on a local store, and what it says of an address that is none."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionloop.cli import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """Run a command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_local_store_is_described_and_made(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = home / "elsewhere" / "store"
+    monkeypatch.setenv("VISIONLOOP_STORE", str(folder))
+    assert run(monkeypatch, "store") == 0
+    assert capsys.readouterr().out == (
+        f"ok  store                {folder.as_uri()} (a folder that is made when it is needed)\n"
+    )
+    assert not folder.exists()
+    assert run(monkeypatch, "store", "init") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"ok  folder               {folder} made",
+        "to keep DVC's cache there too:",
+        f"  dvc remote add --default store {folder / 'dvc'}",
+    ]
+    assert folder.is_dir()
+    assert run(monkeypatch, "store") == 0
+    assert capsys.readouterr().out == f"ok  store                {folder.as_uri()} (a folder)\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("s3://Pets/a", "error: VISIONLOOP_STORE: got 's3://Pets/a'; expected s3://bucket/prefix: the bucket of 3"),
+        ("ftp://pets", "error: VISIONLOOP_STORE: got 'ftp://pets'; expected file:///folder, a path, or s3://bucket"),
+    ],
+)
+def test_an_address_that_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, line: str
+) -> None:
+    monkeypatch.setenv("VISIONLOOP_STORE", url)
+    assert run(monkeypatch, "store", "init") == 2
+    assert capsys.readouterr().err.startswith(line)

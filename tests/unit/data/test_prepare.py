@@ -1,0 +1,308 @@
+"""Prepare: the same bytes whatever happens on the way, and what is refused before any work."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import make_image
+from worlds import World, make_world
+
+from visionloop.data import chunks, layout
+from visionloop.data import prepare as stage
+from visionloop.data.images import load_array
+from visionloop.data.manifest import (
+    commit_version,
+    load_pin,
+    load_records,
+    make_image_key,
+    make_pin,
+    make_version,
+    write_pin,
+)
+from visionloop.data.prepare import choose_engine, prepare
+from visionloop.data.shards import load_prepared
+from visionloop.data.tombstones import make_tombstone_key
+from visionloop.errors import DatasetError, ParamsError
+from visionloop.params import Compute, Params, make_params
+from visionloop.records import ImageRecord
+from visionloop.settings import Settings
+from visionloop.store import LocalStore
+
+FACTS: dict[str, Any] = {"num_added": 0, "split": {}, "rejected": None, "num_rejected": 0, "created_at": "x"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world") / "w").settings.home
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> World:
+    """A fresh copy of a workspace with 160 images, in chunks of 16, three shards."""
+    shutil.copytree(made, tmp_path / "w")
+    return make_world_again(tmp_path / "w")
+
+
+def make_world_again(home: Path) -> World:
+    store = LocalStore(home / "store")
+    settings = Settings(home, store.url, "http://127.0.0.1:1", (home / "artifacts").as_uri())
+    pin = load_pin(settings.pin_path)
+    params = make_params({"name": "fake", "prepare": {"image_size": 32}})
+    return World(settings, params, store, pin, tuple(load_records(store, pin)))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "CHUNK_IMAGES", 16)
+    monkeypatch.setattr(layout, "compute_rows_per_shard", lambda size_hw: 60)
+
+
+def with_prepare(**section: Any) -> Params:
+    return make_params({"name": "fake", "prepare": {"image_size": 32, **section}})
+
+
+def read_all(world: World) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(world.settings.prepared_dir.iterdir())}
+
+
+def pin_records(world: World, records: list[ImageRecord]) -> None:
+    """Commit and pin a version that holds these records."""
+    home = world.settings.home
+    shutil.rmtree(home / "store" / "datasets")
+    version = make_version("fake", None, records, records, **FACTS)
+    assert commit_version(world.store, version, records)
+    write_pin(world.settings.pin_path, make_pin(version))
+
+
+def test_every_image_is_where_the_index_says(world: World) -> None:
+    seen: list[tuple[int, int]] = []
+    assert prepare(world.settings, world.params, world.store, on_progress=lambda *n: seen.append(n)) == world.pin
+    assert sorted(read_all(world)) == [
+        "classes.json",
+        *(f"images-0000{i}.npy" for i in range(3)),
+        "index.parquet",
+        "report.json",
+    ]
+    assert seen[0] == (0, 160)
+    assert seen[-1] == (160, 160)
+    prepared = load_prepared(world.settings.prepared_dir)
+    images = prepared.read(np.arange(160))
+    for row, record in enumerate(world.records):
+        assert prepared.sha256_n[row] == record.sha256
+        assert prepared.classes[prepared.label_n[row]] == record.labels[0]
+        data = world.store.get(make_image_key(record.sha256))
+        assert (images[row] == load_array(data, "x", size_hw=(32, 32), resize="squash")).all()
+    report = json.loads((prepared.folder / "report.json").read_text())
+    assert report["num_shards"] == 3
+    assert sum(report["sides"].values()) == 160
+    assert not list(world.settings.work_dir("prepare").glob("*/*")), "no work is left"
+
+
+def test_a_shard_has_the_bytes_that_numpy_writes(world: World, tmp_path: Path) -> None:
+    prepare(world.settings, world.params, world.store)
+    shard = world.settings.prepared_dir / "images-00002.npy"
+    np.save(tmp_path / "plain.npy", np.load(shard))
+    assert shard.read_bytes() == (tmp_path / "plain.npy").read_bytes()
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_what_was_done_before_an_interruption_is_not_done_again(
+    world: World, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(world.settings, world.params, world.store)
+    whole = read_all(world)
+
+    def stop(done: int, total: int) -> None:
+        if done >= after * 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world.settings, world.params, world.store, on_progress=stop)
+    assert read_all(world) == whole, "the result before stays until there is another"
+    decoded: list[str] = []
+    decode = chunks._decode
+    monkeypatch.setattr(chunks, "_decode", lambda w, d, c: decoded.append(w.sha256) or decode(w, d, c))
+    seen: list[int] = []
+    prepare(world.settings, world.params, world.store, on_progress=lambda done, total: seen.append(done))
+    assert read_all(world) == whole
+    assert seen[0] == 160 - len(decoded)
+    assert seen[0] >= after * 16
+
+
+def test_a_chunk_that_a_power_failure_took_is_made_again(world: World) -> None:
+    prepare(world.settings, world.params, world.store)
+    whole = read_all(world)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world.settings, world.params, world.store, on_progress=stop)
+    shard = next(world.settings.work_dir("prepare").glob("*/images-00000.npy"))
+    with shard.open("r+b") as file:
+        file.seek(128 + 20 * 32 * 32 * 3)
+        file.write(bytes(4096))
+    journal = shard.with_name("chunks.staged")
+    journal.write_text(journal.read_text() + "images-00001.npy 16 12")  # a line cut off, with another's checksum
+    prepare(world.settings, world.params, world.store)
+    assert read_all(world) == whole
+
+
+def test_excluded_and_unlabelled_images_are_left_out(world: World) -> None:
+    records = list(world.records)
+    records[0], records[1] = replace(records[0], side="excluded"), replace(records[1], labels=())
+    pin_records(world, records)
+    prepare(world.settings, world.params, world.store)
+    assert load_prepared(world.settings.prepared_dir).sha256_n == tuple(r.sha256 for r in records[2:])
+
+
+def test_limit_takes_a_part_of_each_side_and_class(world: World) -> None:
+    prepare(world.settings, with_prepare(limit=40), world.store)
+    prepared = load_prepared(world.settings.prepared_dir)
+    assert len(prepared.sha256_n) == 40
+    assert (len(prepared.rows("train")), len(prepared.rows("test"))) == (20, 20)
+    assert prepared.classes == ("a", "b", "c")
+
+
+def test_train_size_stores_the_training_side_larger(world: World) -> None:
+    prepare(world.settings, with_prepare(train_size=[40, 48]), world.store)
+    names = sorted(path.name for path in world.settings.prepared_dir.glob("*.npy"))
+    assert names == ["images-00000.npy", "images-00001.npy", "train-00000.npy", "train-00001.npy"]
+    prepared = load_prepared(world.settings.prepared_dir)
+    assert prepared.train_shards is not None
+    assert prepared.train_shards.size_hw == (40, 48)
+    row = int(prepared.rows("train")[70])
+    data = world.store.get(make_image_key(prepared.sha256_n[row]))
+    large = load_array(data, "x", size_hw=(40, 48), resize="squash")
+    assert (prepared.read(np.array([row]))[0] == large[4:36, 8:40]).all()
+
+
+@pytest.mark.parametrize(
+    ("image_size", "train_size", "expected"),
+    [
+        (33, 32, "got 32 x 32; expected image_size, 33 x 33, or larger"),
+        ([64, 32], [63, 64], "got 63 x 64; expected image_size, 64 x 32, or larger"),
+    ],
+)
+def test_train_size_below_image_size_is_refused(world: World, image_size: Any, train_size: Any, expected: str) -> None:
+    params = with_prepare(image_size=image_size, train_size=train_size)
+    with pytest.raises(ParamsError, match=rf"params\.yaml prepare\.train_size: {expected}"):
+        prepare(world.settings, params, world.store)
+
+
+def test_forgotten_images_are_named(world: World) -> None:
+    gone = [r.sha256 for r in world.records[:7]]
+    for sha256 in gone:
+        world.store.create(make_tombstone_key("fake", sha256), b"{}")
+    with pytest.raises(DatasetError) as caught:
+        prepare(world.settings, world.params, world.store)
+    named = ", ".join(sha[:12] for sha in gone[:5])
+    assert str(caught.value) == (
+        f"dataset fake version 1: names 7 forgotten images: {named} and 2 more; expected a version without them. "
+        "Pin a later one: `visionloop ingest`."
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_several_labels_are_not_trained_on(world: World) -> None:
+    with pytest.raises(ParamsError, match=r"params\.yaml task: got 'multilabel', which is taken in but cannot be"):
+        prepare(world.settings, make_params({"name": "fake", "task": "multilabel"}), world.store)
+    pin_records(world, [replace(world.records[0], labels=("a", "b")), *world.records[1:]])
+    with pytest.raises(DatasetError, match=rf"has several labels at {world.records[0].origins[0]}; expected one label"):
+        prepare(world.settings, world.params, world.store)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "another image"])
+def test_an_object_that_is_not_what_was_ingested_is_named(world: World, damage: str) -> None:
+    record = world.records[100]
+    path = world.settings.home / "store" / make_image_key(record.sha256)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20] if damage == "cut" else make_image(5))
+    with pytest.raises(DatasetError) as caught:
+        prepare(world.settings, world.params, world.store)
+    assert str(caught.value) == (
+        f"image {record.sha256[:12]} ({record.origins[0]}): is missing from the store or damaged there; expected its "
+        "bytes as they were ingested. Ingest its source again."
+    )
+
+
+def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+        with pytest.raises(
+            DatasetError, match=r"cannot be written \(0\.0 GB free\); expected 0\.0 GB\. Free some space"
+        ):
+            prepare(world.settings, world.params, world.store)
+
+    def refuse(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(DatasetError, match=r"cannot be written \(No space left on device\); expected room for the"):
+            prepare(world.settings, world.params, world.store)
+    prepare(world.settings, world.params, world.store)
+
+
+def test_a_short_write_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(world.settings, world.params, world.store)
+    whole, write = read_all(world), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:1000], offset))
+    prepare(world.settings, world.params, world.store)
+    assert read_all(world) == whole
+
+
+class FarStore(LocalStore):
+    """A store with a network's address, that counts how many reads are under way at once."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.now = self.most = 0
+
+    @property
+    def url(self) -> str:
+        return "s3://bucket/prefix"
+
+    def get(self, key: str) -> bytes:
+        if not key.startswith("images/"):
+            return super().get(key)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.002)
+        self.now -= 1
+        return super().get(key)
+
+
+def test_reads_from_a_network_overlap(world: World) -> None:
+    prepare(world.settings, world.params, world.store)
+    whole, far = read_all(world), FarStore(world.store.root)
+    prepare(world.settings, world.params, far)
+    assert read_all(world) == whole
+    assert far.most > 8
+
+
+@pytest.mark.parametrize(
+    ("compute", "cores", "number", "kind"),
+    [
+        ({}, 1, 10**12, "threads"),
+        ({}, 4, 10**9, "threads"),
+        ({}, 4, 10**10, "processes"),
+        ({"engine": "ray", "address": "head:6379"}, 4, 1, "ray"),
+    ],
+)
+def test_where_it_runs(
+    compute: dict[str, str], cores: int, number: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "count_cores", lambda: cores)
+    engine = choose_engine(Compute(**compute), number)
+    assert (engine.kind, engine.address) == (kind, compute.get("address"))

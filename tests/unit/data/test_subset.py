@@ -1,0 +1,80 @@
+"""Subsets: in proportion, at least one of each, and little changed by what is added."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from visionloop.data.subset import choose_subset, divide_seats
+from visionloop.records import ImageRecord
+
+
+def make_records(first: int, number: int, *, side: str = "train", label: str = "cat") -> list[ImageRecord]:
+    shas = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(first, first + number)]
+    return [
+        ImageRecord(sha, (label,), ("s",), ("s:x",), 0, None, sha, side, None, 40, 30, "PNG", 99, "") for sha in shas
+    ]
+
+
+def count(records: list[ImageRecord]) -> dict[tuple[str, str], int]:
+    return dict(Counter((r.side, r.labels[0]) for r in records))
+
+
+RECORDS = [
+    *make_records(0, 700),
+    *make_records(1000, 140, side="val"),
+    *make_records(2000, 150, side="test"),
+    *make_records(3000, 9, label="dog"),
+    *make_records(4000, 1, side="test", label="dog"),
+]
+
+
+def test_sides_and_classes_keep_their_proportions_and_none_is_left_out() -> None:
+    chosen = choose_subset(RECORDS, 100)
+    assert count(chosen) == {
+        ("train", "cat"): 69,
+        ("val", "cat"): 14,
+        ("test", "cat"): 15,
+        ("train", "dog"): 1,
+        ("test", "dog"): 1,
+    }
+    assert [r.sha256 for r in chosen] == sorted(r.sha256 for r in chosen)
+
+
+def test_the_order_of_the_records_changes_nothing() -> None:
+    assert choose_subset(RECORDS[::-1], 100) == choose_subset(RECORDS, 100)
+
+
+def test_a_hundredth_more_images_change_about_a_hundredth_of_the_subset() -> None:
+    before = {r.sha256 for r in choose_subset(RECORDS, 100)}
+    after = {r.sha256 for r in choose_subset([*RECORDS, *make_records(9000, 10)], 100)}
+    assert len(before & after) >= 96
+
+
+def test_a_higher_limit_only_adds() -> None:
+    smaller = {r.sha256 for r in choose_subset(RECORDS, 50)}
+    assert smaller < {r.sha256 for r in choose_subset(RECORDS, 51)}
+
+
+@pytest.mark.parametrize("limit", [1000, 5000])
+def test_a_limit_at_or_above_all_takes_all(limit: int) -> None:
+    assert count(choose_subset(RECORDS, limit)) == count(RECORDS)
+
+
+def test_fewer_places_than_classes_go_to_the_training_side() -> None:
+    assert count(choose_subset(RECORDS, 2)) == {("train", "cat"): 1, ("train", "dog"): 1}
+
+
+SIZES = st.dictionaries(
+    st.tuples(st.sampled_from(["train", "val", "test"]), st.text("abc", min_size=1)), st.integers(1, 60), min_size=1
+)
+
+
+@given(SIZES, st.integers(2, 200))
+def test_every_place_is_given_and_none_twice(sizes: dict[tuple[str, str], int], limit: int) -> None:
+    seats = divide_seats(sizes, limit)
+    assert sum(seats.values()) == min(limit, sum(sizes.values()))
+    assert all(seats[name] <= sizes[name] for name in sizes)
+    assert limit < len(sizes) or min(seats.values()) >= 1

@@ -1,0 +1,182 @@
+"""Folders: class folders, split folders, flat names, links that go round, names that nobody should give."""
+
+import os
+from pathlib import Path
+
+import pytest
+from source_runs import Run, run_source, touch
+
+from visionloop.errors import SourceError
+from visionloop.ingest.paths import listing
+
+
+def run(home: Path, *paths: str, **section: str) -> Run:
+    touch(home / "photos", paths)
+    return run_source(home, kind="folder", path="photos", **section)
+
+
+def test_class_folders_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    found = run(tmp_path, "dog/1.jpg", "cat/b/2.PNG", "cat/10.jpg", "cat/2.jpg", "cat/notes.txt", "cat/.hidden.jpg")
+    assert found.facts() == [
+        ("cat/10.jpg", ("cat",), None),
+        ("cat/2.jpg", ("cat",), None),
+        ("cat/b/2.PNG", ("cat",), None),
+        ("dog/1.jpg", ("dog",), None),
+    ]
+    assert found.told == []
+    facts = (tmp_path / "photos/cat/10.jpg").stat()
+    assert found.items[0].stamp == f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+    assert found.items[0].read(10) == b"x"
+
+
+def test_train_and_one_other_folder_with_labels(tmp_path: Path) -> None:
+    found = run(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "validation/cat/1.jpg", "validation/dog/1.jpg")
+    assert {(i.side, i.test_is_given) for i in found.items if "train" in i.origin} == {(None, True)}
+    assert {(i.side, i.test_is_given) for i in found.items if "validation" in i.origin} == {("test", False)}
+
+
+def test_split_folder_without_labels_is_for_prediction_only(tmp_path: Path) -> None:
+    found = run(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg", "test/1.jpg")
+    assert [(i.labels, i.side) for i in found.items if "test" in i.origin] == [((), None)]
+    assert {i.side for i in found.items if "val" in i.origin} == {"test"}
+    assert "images of test/ without labels, for prediction only: 1" in found.told[0]
+
+
+def test_single_unknown_folder_below_test_is_no_class(tmp_path: Path) -> None:
+    found = run(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/unknown/1.jpg")
+    assert found.facts()[0] == ("test/unknown/1.jpg", (), None)
+    assert {label for i in found.items for label in i.labels} == {"cat", "dog"}
+
+
+def test_what_lies_outside_is_rejected_not_lost(tmp_path: Path) -> None:
+    found = run(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "extra/1.jpg", "loose.jpg", "train/loose.jpg")
+    assert sorted(found.codes()) == [
+        ("extra/1.jpg", "no_label"),
+        ("loose.jpg", "no_label"),
+        ("train/loose.jpg", "no_label"),
+    ]
+    reasons = {one.origin: one.reason for one in found.rejected}
+    assert reasons["folder:extra/1.jpg"] == "it lies outside of the split folders train"
+    assert reasons["folder:train/loose.jpg"] == "it lies in no class folder"
+
+
+def test_flat_names_by_a_pattern(tmp_path: Path) -> None:
+    found = run(tmp_path, "cat.0.jpg", "dog.1.JPG", "readme.jpg", pattern="{label}.*.jpg")
+    assert found.facts() == [("cat.0.jpg", ("cat",), None), ("dog.1.JPG", ("dog",), None)]
+    assert found.codes() == [("readme.jpg", "no_label")]
+    assert found.rejected[0].reason == "its name does not fit the pattern {label}.*.jpg"
+
+
+def test_sides_and_groups_by_a_pattern(tmp_path: Path) -> None:
+    names = ("train_cat_p1_0.jpg", "test_dog_p2_0.jpg", "val_dog_p3_0.jpg")
+    found = run(tmp_path, *names, pattern="{side}_{label}_{group}_*")
+    assert [(i.labels, i.side, i.group) for i in found.items] == [
+        (("dog",), "test", "p2"),
+        (("cat",), "train", "p1"),
+        (("dog",), "val", "p3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.png"), {"cat", "dog"}),
+        (("big_cat_0.jpg", "big_cat_1.jpg", "dog_0.jpg", "dog_7.jpg"), {"big_cat", "dog"}),
+        (("cat (1).jpg", "cat (2).jpg", "dog (1).jpg", "dog (2).jpg"), {"cat", "dog"}),
+    ],
+)
+def test_pattern_of_flat_names_is_guessed_and_told(tmp_path: Path, names: tuple[str, ...], labels: set[str]) -> None:
+    found = run(tmp_path, *names)
+    assert {label for item in found.items for label in item.labels} == labels
+    assert "labels guessed from names by the pattern {label}" in found.told[0]
+
+
+def test_kaggles_cats_and_dogs_as_it_comes(tmp_path: Path) -> None:
+    names = [f"train/{name}.{i}.jpg" for name in ("cat", "dog") for i in range(3)]
+    found = run(tmp_path, *names, "test1/1.jpg", "test1/2.jpg")
+    assert [i.labels for i in found.items] == [(), (), *[("cat",)] * 3, *[("dog",)] * 3]
+    assert {(i.side, i.test_is_given) for i in found.items} == {(None, False)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("IMG_1.jpg", "IMG_2.jpg", "DSC_1.jpg", "DSC_2.jpg"), ("a.jpg", "b.jpg"), ("1.jpg",), ("cat_1.jpg", "cat_2.jpg")],
+)
+def test_no_label_is_made_of_names_that_hold_none(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(
+        SourceError, match=r"no image in any class folder; expected CLASS/IMAGE\.jpg.*or give the source"
+    ):
+        run(tmp_path, *names)
+
+
+def test_one_folder_around_split_folders_is_no_class(tmp_path: Path) -> None:
+    found = run(tmp_path, "pets/train/cat/1.jpg", "pets/train/dog/1.jpg", "pets/test/cat/1.jpg")
+    assert found.facts()[0] == ("pets/test/cat/1.jpg", ("cat",), "test")
+    assert "everything lies in pets/" in found.told[0]
+    one_class = run_source(
+        touch(tmp_path / "b", ["photos/cat/2020/1.jpg", "photos/cat/2021/2.jpg"]), kind="folder", path="photos"
+    )
+    assert {i.labels for i in one_class.items} == {("cat",)}
+
+
+def test_pattern_that_fits_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no file fits the pattern \{label\}_\*\.png, as 'cat\.0\.jpg' does not"):
+        run(tmp_path, "cat.0.jpg", pattern="{label}_*.png")
+
+
+def test_links_that_go_round_end(tmp_path: Path) -> None:
+    photos = touch(tmp_path / "photos", ["cat/1.jpg", "dog/1.jpg"])
+    (photos / "cat" / "up").symlink_to(photos)
+    (photos / "cat" / "self").symlink_to(photos / "cat")
+    for i in range(40):  # each leads to the next one twice: 2 ** 40 paths
+        (photos / "dog" / f"d{i}").mkdir()
+        for way in "ab":
+            (photos / "dog" / f"d{i}" / way).symlink_to(photos / "dog" / f"d{i + 1}")
+    assert [i.origin for i in run(tmp_path).items] == ["folder:cat/1.jpg", "folder:dog/1.jpg"]
+
+
+def test_links_to_elsewhere_are_followed_and_dead_ones_named(tmp_path: Path) -> None:
+    touch(tmp_path, ["cache/ab", "more/3.jpg"])
+    photos = touch(tmp_path / "photos", ["cat/1.jpg"])
+    (photos / "cat" / "2.jpg").symlink_to(tmp_path / "cache" / "ab")
+    (photos / "cat" / "4.jpg").symlink_to(tmp_path / "gone")
+    (photos / "dog").symlink_to(tmp_path / "more")
+    os.mkfifo(photos / "cat" / "5.jpg")
+    found = run(tmp_path)
+    assert [i.origin for i in found.items] == ["folder:cat/1.jpg", "folder:cat/2.jpg", "folder:dog/3.jpg"]
+    assert [(o, r.reason) for (o, _), r in zip(found.codes(), found.rejected, strict=True)] == [
+        ("cat/4.jpg", "is a link to nothing"),
+        ("cat/5.jpg", "is no regular file"),
+    ]
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    photos = touch(tmp_path / "photos", ["cat/1.jpg", "dog/two\nlines\x1b.jpg", "bad\nclass/1.jpg"])
+    (photos / "dog" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(b"y")
+    found = run(tmp_path)
+    assert [i.origin for i in found.items] == [
+        "folder:cat/1.jpg",
+        r"folder:dog/two\nlines\x1b.jpg",
+        r"folder:dog/\udcff\udcfe.jpg",
+    ]
+    assert found.items[2].read(10) == b"y"
+    assert found.codes() == [(r"bad\nclass/1.jpg", "no_label")]
+
+
+def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = touch(tmp_path / "photos", ["cat/1.jpg", "dog/1.jpg"])
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if path.endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(listing.os, "scandir", refusing)
+    with pytest.raises(SourceError, match=rf"cannot be read \(Permission denied: {photos}/dog\)"):
+        run(tmp_path)
+
+
+def test_folder_that_is_too_deep(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="goes deeper than 64 folders"):
+        run(tmp_path, "cat/" + "d/" * 70 + "1.jpg")

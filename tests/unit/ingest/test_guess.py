@@ -1,0 +1,82 @@
+"""Which source a word of the command line means."""
+
+import os
+from pathlib import Path
+
+import pytest
+from source_runs import touch
+
+from visionloop.errors import SourceError
+from visionloop.ingest.sources.guess import guess_source
+
+
+@pytest.mark.parametrize(
+    ("files", "word", "kind", "name"),
+    [
+        (["Pets 2/cat/1.jpg", "Pets 2/dog/1.jpg"], "Pets 2", "folder", "pets-2"),
+        (["d/train/cat/1.jpg", "d/train/dog/1.jpg", "d/labels.csv"], "d", "folder", "d"),
+        (["d/cat.0.jpg", "d/dog.0.jpg"], "d", "folder", "d"),
+        (["d/labels.csv", "d/sample_submission.csv", "d/train/1.jpg", "d/test/1.jpg"], "d", "table", "d"),
+        (["d/meta.jsonl", "d/images/1.jpg"], "d", "table", "d"),
+        (["d/meta.jsonl", "d/1.jpg"], "d", "table", "d"),
+        (["d/clips/a.mp4", "d/b.MOV"], "d", "video", "d"),
+        (["d/a.mp4", "d/cat/1.jpg"], "d", "folder", "d"),
+        (["labels.CSV"], "labels.CSV", "table", "labels"),
+        (["a.parquet"], "a.parquet", "table", "a"),
+        (["p.json"], "p.json", "table", "p"),
+        (["p.zip"], "p.zip", "archive", "p"),
+        (["\u00fc.mp4"], "\u00fc.mp4", "video", "video"),
+    ],
+)
+def test_paths(tmp_path: Path, files: list[str], word: str, kind: str, name: str) -> None:
+    touch(tmp_path, files)
+    source = guess_source(str(tmp_path / word))
+    assert (source.kind, source.name) == (kind, name)
+    assert source.model_dump()["path"] == str(tmp_path / word)
+    assert guess_source(str(tmp_path / word), "mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name"),
+    [
+        ("s3://photos/pets/2024/", "bucket", "2024"),
+        ("https://api.example.org/v1/images?limit=5", "http", "images"),
+        ("http://127.0.0.1:8000/", "http", "127-0-0-1"),
+        ("https://example.org/a/street.mp4?x=1", "video", "street"),
+        ("rtsp://u:p@cam.example.org/live", "video", "live"),
+        ("own.source:records", "python", "source"),
+        ("/dev/null", "video", "null"),
+    ],
+)
+def test_addresses(text: str, kind: str, name: str) -> None:
+    source = guess_source(text)
+    assert (source.kind, source.name) == (kind, name)
+    assert text in source.model_dump().values()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gone", r"gone: does not exist; expected a folder, a table, a \.zip, a video, a URL"),
+        ("a.txt", r"is a file that ends in '\.txt'; expected a folder"),
+        ("a.tar.gz", r"is a file that ends in '\.gz'.*Unpack it, or make a zip of it\."),
+        ("pipe", "is neither a file nor a folder"),
+        ("postgresql+psycopg://u:secret@h/d", "is a database; expected its URL and a query.*kind: sql"),
+        ("sqlite:///a.db", "is a database"),
+        ("ftp://u:secret@h/d", "source ftp://h: has an unknown scheme"),
+        ("s3://NOT_A_BUCKET/x", r"expected s3://BUCKET/PREFIX"),
+        ("http://[::1", "is no URL"),
+    ],
+)
+def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    touch(tmp_path, ["a.txt", "a.tar.gz"])
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=message) as caught:
+        guess_source(text)
+    assert "secret" not in str(caught.value)
+
+
+def test_name_that_cannot_be_one(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"--name: got 'No Name'; expected lower-case letters"):
+        guess_source(str(tmp_path), "No Name")
