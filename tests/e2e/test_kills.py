@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shapes import ROOT, find_bundle, find_run, make_environment, make_workspace, retrain, visionloop
+from shapes import ROOT, find_run, make_environment, make_workspace, retrain, visionloop
 
 EPOCHS = 30
 
@@ -105,14 +105,6 @@ def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path, p
     assert done.returncode == 0, done.stderr
     assert "  epoch   1/" not in done.stdout
     assert find_run(done.stdout) in run_ids
-    assert_same_bundle_as_without_kills(home, find_bundle(done.stdout))
-
-
-def assert_same_bundle_as_without_kills(home: Path, bundle: str) -> None:
-    done = visionloop(home, "train")
-    assert done.returncode == 0, done.stderr
-    assert "epoch   1/" in done.stdout
-    assert find_bundle(done.stdout) == bundle
 
 
 def test_two_retrains_of_one_workspace(home: Path, prefect_api: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from shapes import ROOT, make_environment, retrain, run, visionloop, write_shapes
+from shapes import ROOT, make_environment, run, visionloop
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = f"{sys.executable} flows/retrain.py"
@@ -162,40 +162,3 @@ def test_a_port_in_use(demo: Demo, server: str) -> None:
     assert done.returncode == 2
     assert "in use" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_own_images_train_in_a_workspace_of_their_own(tmp_path: Path, prefect_api: str) -> None:
-    """The commands of "Your own images", with a smaller network and fewer epochs."""
-    (block,) = [b for b in list_blocks("") if b.startswith("visionloop new DIR")]
-    write_shapes(tmp_path / "photos")
-    script = (
-        block.replace("CLONE", str(ROOT)).replace("DIR", str(tmp_path / "ws")).replace("PATH", str(tmp_path / "photos"))
-    )
-    *first, last = script.strip().splitlines()
-    done = run(tmp_path, "bash", "-ec", "\n".join(first))
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "ws" / "params.yaml"
-    text = path.read_text().replace("resnet18 #", "small_cnn #").replace("image_size: 224", "image_size: 32")
-    path.write_text(text.replace("max_epochs: 20", "max_epochs: 4").replace("accuracy: 0.6", "accuracy: 0.3"))
-    done = run(tmp_path, "bash", "-ec", last, PREFECT_API_URL=prefect_api)
-    assert done.returncode == 0, done.stderr
-    assert "horses-or-humans has a new champion" in done.stdout
-    card = json.loads((tmp_path / "ws" / "models" / "candidate" / "card.json").read_text())
-    assert (card["task"], card["classes"]) == ("binary", ["disc", "ring"])
-    assert_more_images_and_rollback(tmp_path / "ws", write_shapes(tmp_path / "more", 20, seed=1), prefect_api)
-
-
-def assert_more_images_and_rollback(home: Path, more: Path, prefect_api: str) -> None:
-    """New images are version 2; a second champion by a lower bar; and back to the first in one command."""
-    assert "version 2: 40 new images, 160 in all" in visionloop(home, "ingest", str(more)).stdout
-    path = home / "params.yaml"
-    path.write_text(path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9"))
-    done = retrain(home, PREFECT_API_URL=prefect_api)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"gate: no_worse +pass: ", done.stdout), done.stdout
-    first, second = (json.loads(p.read_text()) for p in sorted((home / ".visionloop/store/ledger").rglob("*.json")))
-    assert (second["previous"], second["dataset"]["version"]) == (first["bundle"], 2)
-    done = visionloop(home, "rollback", "--why", "a test")
-    assert done.returncode == 0, done.stderr
-    assert f"is bundle {first['bundle'][:12]} again" in done.stdout
-    assert "a test" in visionloop(home, "history").stdout.splitlines()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from s3_server import make_bucket, point_to, serve_s3
 from shapes import ROOT, make_environment, make_workspace, visionloop
 from worlds import make_world
 
@@ -17,6 +18,7 @@ from visionloop.data import prepare as stage
 from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError
 from visionloop.parallel import Engine, map_chunks
+from visionloop.store import S3Store
 
 
 def find_workers() -> list[int]:
@@ -53,6 +55,7 @@ def test_an_error_in_a_process_is_the_error_that_was_raised_there() -> None:
 SLOW = """
 import sys, time
 from visionloop.parallel import Engine, map_chunks
+from visionloop.store import S3Store
 
 def main():
     for _ in map_chunks(time.sleep, [0.01] * 4 + [20.0] * 50, Engine("processes"), max_held=100):
@@ -88,6 +91,22 @@ def test_prepare_in_processes_gives_the_bytes_of_threads(tmp_path: Path, monkeyp
     prepare(world.settings, world.params, world.store)
     assert digest(world.settings.prepared_dir) == first
     assert find_workers() == []
+
+
+def test_processes_read_an_s3_store_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path)
+    prepare(world.settings, world.params, world.store)
+    first = digest(world.settings.prepared_dir)
+    monkeypatch.setattr(stage, "MIN_PER_PROCESS", 1)
+    monkeypatch.setattr(stage, "count_cores", lambda: 2)
+    with serve_s3() as endpoint_url:
+        point_to(monkeypatch, endpoint_url)
+        make_bucket(endpoint_url, "photos")
+        far = S3Store("s3://photos/store")
+        for key in world.store.list(""):
+            far.put(key, world.store.get(key))
+        prepare(world.settings, world.params, far)
+    assert digest(world.settings.prepared_dir) == first
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -147,14 +147,10 @@ def _check_room(work: Path, num_bytes: int) -> None:
 
 
 def _read_journal(work: Path) -> dict[tuple[str, int], int]:
-    """Return file, first row -> checksum of the finished chunks; a line cut off by a kill counts as not there."""
-    known = {}
+    """Return file, first row -> checksum of the finished chunks; what a kill cut off does not fit its chunk."""
     path = work / JOURNAL
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
-        parts = line.split()
-        if line.endswith("\n") and len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
-            known[parts[0], int(parts[1])] = int(parts[2])
-    return known
+    lines = [line.split() for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    return {(p[0], int(p[1])): int(p[2]) for p in lines if len(p) == 3 and p[1].isdecimal() and p[2].isdecimal()}
 
 
 def _is_done(work: Path, chunk: Chunk, known: dict[tuple[str, int], int]) -> bool:
