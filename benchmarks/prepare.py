@@ -38,7 +38,7 @@ S = 224
 REPEATS = 3
 PROCESSES = 2
 NUM_DRAWN = 24
-SIZES = {(500, 375): 6_000, (1024, 768): 2_000}
+SIZES = {(500, 375): 6_000, (1024, 768): 3_000}
 
 
 def bench_prepare(bench_dir: Path) -> list[Row]:

@@ -17,13 +17,14 @@ GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
 WATCH_EVERY_S = 0.25
 
 
-def die_with_parents() -> None:
+def die_with_parents(guardian_pid: int | None = None) -> None:
     """Watch the processes this stage works for, and stop at once when one is gone.
 
-    That is the parent (or, past a shell, the one above) and the process named in VISIONLOOP_GUARDIAN. A killed dvc or
-    flow then leaves no training behind.
+    That is the parent (or, past a shell, the one above) and the guardian: `guardian_pid`, or the process named in
+    VISIONLOOP_GUARDIAN. A killed dvc or flow then leaves no training behind. A parent that is killed while this process
+    starts cannot be found any more: whoever starts one names itself as its guardian.
     """
-    watched = _find_watched(int(os.environ.get(GUARDIAN_VARIABLE, "0")))
+    watched = _find_watched(guardian_pid or int(os.environ.get(GUARDIAN_VARIABLE, "0")))
     threading.Thread(target=_watch, args=(watched, lambda: os._exit(143)), daemon=True, name="watch").start()
 
 

@@ -85,7 +85,7 @@ def _map_in_processes(function: Callable[[Item], Result], chunks: Iterable[Item]
     from joblib.externals.loky import get_reusable_executor
 
     try:
-        options = {"return_as": "generator_unordered", "initializer": _start_worker}
+        options = {"return_as": "generator_unordered", "initializer": _start_worker, "initargs": (os.getpid(),)}
         yield from _map_in_waves("loky", count_cores(), function, chunks, max_held, **options)
     finally:
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
@@ -108,10 +108,10 @@ def _map_in_waves(
             yield from pool(delayed(function)(chunk) for chunk in wave)
 
 
-def _start_worker() -> None:
+def _start_worker(parent_pid: int) -> None:
     """Leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parents()
+    die_with_parents(parent_pid)
 
 
 @contextlib.contextmanager

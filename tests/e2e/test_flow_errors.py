@@ -124,6 +124,6 @@ def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path)
 def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(trained: tuple[Path, str]) -> None:
     _, said = trained
     assert "quarantined 1 file" in said
-    assert re.search(r"not_an_image +folder:disc/notes.jpg", said)
+    assert re.search(r"not_an_image\s+folder:disc/notes.jpg", said)
     assert "version 2: 40 new images, 120 in all" in said
     assert "shapes has a new champion" in said

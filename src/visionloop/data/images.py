@@ -2,8 +2,8 @@
 
 Pure: no disk, no network. Shapes: height x width x 3, uint8, RGB. Formats: JPEG, PNG, WebP.
 
-JPEGs take a fast path: libjpeg-turbo decodes at a half, three eighths, a quarter or an eighth where that is still at
-least as large as asked. What it refuses or warns about goes to Pillow, whose word is final: damaged or not.
+JPEGs take a fast path: libjpeg-turbo decodes at a half, a quarter or an eighth where that is still at least as large
+as asked. What it refuses or warns about goes to Pillow, whose word is final: damaged or not.
 """
 
 import io
@@ -27,7 +27,7 @@ Size = tuple[int, int]  # (width, height), as Pillow has it
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_SCALES = ((1, 8), (1, 4), (3, 8), (1, 2))
+_SCALES = (8, 4, 2)  # the other scales of libjpeg-turbo have no vector code: they are slower than the next larger one
 _ORIENTATION = 0x0112
 _EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 _TURNS = {
@@ -113,10 +113,10 @@ def load_array(
 ) -> UInt8Array:
     """Decode and resize: bytes to (height, width, 3) uint8. The only preprocessing outside the network.
 
-    `resize`: squash (ignore the aspect), fit_crop (fill, cut the middle out), letterbox (fit, grey bars). Pillow's
-    antialiased bilinear, but for a JPEG that is less than twice as large as asked: each pixel of that is the mean of
-    2 x 2 samples, at half the cost and one to two grey levels from it. The same bytes give the same array in every
-    thread and process of a machine. Raises ImageError.
+    `resize`: squash (ignore the aspect), fit_crop (fill, cut the middle out), letterbox (fit, grey bars). PNG and WebP
+    by Pillow's antialiased bilinear. A JPEG that is larger than asked by the mean of 2 x 2 or more samples a pixel: at
+    half the cost, and one to two grey levels from it. The same bytes give the same array in every thread and process
+    of a machine. Raises ImageError.
     """
     header = open_image(data, where, max_pixels=max_pixels)
     upright = size_hw[1], size_hw[0]
@@ -128,7 +128,7 @@ def load_array(
     if pixels is None:
         needed = math.ceil(size[0] / (share[2] - share[0])), math.ceil(size[1] / (share[3] - share[1]))
         pixels = _decode_jpeg(data, header, needed)
-        may_sample = pixels is not None and pixels.size == header.size
+        may_sample = pixels is not None
         pixels = pixels or _load(header, where)
     small = _turn(_to_rgb(_resize(pixels, share, size, may_sample=may_sample)), orientation)
     if small.size != upright:
@@ -177,8 +177,7 @@ def _decode_jpeg(data: bytes, header: Image.Image, needed: Size, *, grey: bool =
     """
     if not _is_jpeg(header) or header.mode not in ("L", "RGB"):
         return None
-    width, height = size = _choose_scale(header.size, needed)
-    shrinks = size == header.size and needed[0] < width and needed[1] < height
+    width, height = _choose_scale(header.size, needed)
     one = grey or header.mode == "L"
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
@@ -186,7 +185,7 @@ def _decode_jpeg(data: bytes, header: Image.Image, needed: Size, *, grey: bool =
         pixels = simplejpeg.decode_jpeg(
             data,
             colorspace="GRAY" if one else "RGB",
-            fastupsample=shrinks,  # the colours of four neighbours that are averaged next anyway
+            fastupsample=needed[0] < width and needed[1] < height,  # colours that are averaged next anyway
             min_height=height,
             min_width=width,
             min_factor=1,
@@ -198,8 +197,8 @@ def _decode_jpeg(data: bytes, header: Image.Image, needed: Size, *, grey: bool =
 
 def _choose_scale(size: Size, needed: Size) -> Size:
     """Return the smallest size at which libjpeg-turbo can decode without going below `needed`."""
-    for above, below in _SCALES:
-        width, height = -(-size[0] * above // below), -(-size[1] * above // below)
+    for scale in _SCALES:
+        width, height = -(-size[0] // scale), -(-size[1] // scale)
         if width >= needed[0] and height >= needed[1]:
             return width, height
     return size

@@ -1,6 +1,6 @@
 """Frames of videos: a file, a folder of them, or a camera (`ingest/video/cameras.py`).
 
-Labels come from class folders, from `label`, or from a table (`ingest/video/segments.py`), which may label parts of a video.
+Labels come from class folders, from `label`, or from a table (`ingest/video/segments.py`) of labelled parts.
 A video is a group: its frames, which look alike, never lie on two sides.
 """
 

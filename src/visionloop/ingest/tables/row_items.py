@@ -45,7 +45,7 @@ def make_item(
             captured_at=plan.read_time(row),
         )
     except ImageError as exc:
-        return Rejected(f"{source}:{place}", exc.reason_code, str(exc))
+        return Rejected(f"{source}:{place}", exc.reason_code, str(exc).removeprefix("row: "))
 
 
 def find_stamp_column(rows: Sequence[Row]) -> str | None:
