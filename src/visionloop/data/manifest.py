@@ -14,9 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
@@ -24,27 +21,23 @@ from visionloop.store import ObjectStore
 # Where an image was found may grow without changing what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
 
-SCHEMA = pa.schema(
-    [
-        ("sha256", pa.string()),
-        ("labels", pa.list_(pa.string())),
-        ("sources", pa.list_(pa.string())),
-        ("origins", pa.list_(pa.string())),
-        ("ordinal", pa.int64()),
-        ("group", pa.string()),
-        ("key", pa.string()),
-        ("side", pa.string()),
-        ("captured_at", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("format", pa.string()),
-        ("num_bytes", pa.int64()),
-        ("phash", pa.string()),
-    ]
-)
-
-
-_FIELDS = tuple(SCHEMA.names)
+# In the order of the record's fields.
+COLUMNS = {
+    "sha256": "string",
+    "labels": "list",
+    "sources": "list",
+    "origins": "list",
+    "ordinal": "int64",
+    "group": "string",
+    "key": "string",
+    "side": "string",
+    "captured_at": "string",
+    "width": "int32",
+    "height": "int32",
+    "format": "string",
+    "num_bytes": "int64",
+    "phash": "string",
+}
 _encode_row = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
@@ -67,21 +60,29 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
 
 def encode_records(records: Sequence[ImageRecord]) -> bytes:
     """Encode rows, sorted by sha256, as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
+    schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
     rows = sorted(records, key=lambda r: r.sha256)
-    columns = {name: [getattr(row, name) for row in rows] for name in _FIELDS}
+    columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
 
 
 def decode_records(data: bytes, where: str) -> list[ImageRecord]:
     """Decode the rows of a manifest part. Raises DatasetError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
-        columns = {name: table[name].to_pylist() for name in _FIELDS}
+        columns = {name: table[name].to_pylist() for name in COLUMNS}
         for name in ("labels", "sources", "origins"):
             columns[name] = [tuple(values) for values in columns[name]]
-        return [ImageRecord(*row) for row in zip(*(columns[name] for name in _FIELDS), strict=True)]
+        return [ImageRecord(*row) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
     except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:
         raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
 
