@@ -54,7 +54,8 @@ def read_stage_names(home: Path) -> list[str]:
 
 def compute_code_digests() -> dict[str, str]:
     """Return one digest a stage, over the source of every module of ours that it imports, directly or not."""
-    return {stage: _digest_modules(module) for stage, module in STAGE_MODULES.items()}
+    known: dict[str, tuple[str, list[str]]] = {}  # most modules are those of several stages
+    return {stage: _digest_modules(module, known) for stage, module in STAGE_MODULES.items()}
 
 
 def refresh_code(home: Path) -> dict[str, str]:
@@ -143,17 +144,22 @@ def init_dvc(home: Path) -> None:
         raise PipelineError("dvc init", f"failed ({done.stderr.strip()[-200:]})", "a dvc repository")
 
 
-def _digest_modules(root: str) -> str:
+def _digest_modules(root: str, known: dict[str, tuple[str, list[str]]]) -> str:
+    """Return the digest of a module with all that it imports; `known` keeps the digest and imports of each."""
     sources: dict[str, str] = {}
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        path = _find_source(name)
-        if name in sources or name in NOT_IN_CODE or path is None:
+        if name in sources or name in NOT_IN_CODE:
             continue
-        source = path.read_text(encoding="utf-8")
-        sources[name] = hashlib.sha256(source.encode()).hexdigest()
-        waiting += _list_imports(source)
+        if name not in known:
+            path = _find_source(name)
+            if path is None:
+                continue
+            source = path.read_text(encoding="utf-8")
+            known[name] = hashlib.sha256(source.encode()).hexdigest(), _list_imports(source)
+        sources[name], imported = known[name]
+        waiting += imported
     return compute_digest(sources)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from visionloop.errors import SourceError
 from visionloop.ingest.paths.layout import Place, place_all, settle_sides
 from visionloop.ingest.paths.listing import Found, list_files
-from visionloop.ingest.paths.names import escape_name, find_side
+from visionloop.ingest.paths.names import VIDEO_SUFFIXES, escape_name, find_side
 from visionloop.ingest.sources.item import Item, Reading
 from visionloop.ingest.video.cameras import is_camera, open_camera
 from visionloop.ingest.video.clip import DECODING, Clip, Index, make_stamp
@@ -24,13 +24,6 @@ from visionloop.ingest.video.segments import Segment, read_segments
 from visionloop.ingest.video.spool import Spool
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
-
-VIDEO_SUFFIXES = frozenset(
-    (
-        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob"),
-        *(".flv", ".ogv", ".ogg", ".3gp", ".3g2"),
-    )
-)
 
 
 @dataclass(frozen=True)
