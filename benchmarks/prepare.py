@@ -35,7 +35,7 @@ from visionloop.settings import Settings
 from visionloop.store import LocalStore
 
 S = 224
-REPEATS = 3
+REPEATS = 5
 PROCESSES = 2
 NUM_DRAWN = 24
 SIZES = {(500, 375): 6_000, (1024, 768): 3_000}
