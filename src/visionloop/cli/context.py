@@ -124,16 +124,18 @@ def make_log_progress(
 ) -> Callable[[int, int], None]:
     """Return a callback (done, total) that tells a line every few seconds, with the rate and the time left."""
     started = last = 0.0
+    at_start = 0  # what was done before, by a run that was stopped, tells nothing of the rate
 
     def show(done: int, total: int) -> None:
-        nonlocal started, last
+        nonlocal started, last, at_start
         now = time.perf_counter()
         if not started:
             started = last = now
+            at_start = done
         if (done < total or not total) and now - last < every_s:
             return
         last = now
-        rate = done / max(now - started, 1e-9)
+        rate = (done - at_start) / max(now - started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
         of_all = f" of {total:,}" if total else ""
         speed = f" ({rate:,.0f}/s{left})" if now - started > 0.01 else ""  # a rate of nothing at all is none
