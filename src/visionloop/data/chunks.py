@@ -138,7 +138,7 @@ def _make_error(wanted: Wanted) -> DatasetError:
         f"image {wanted.sha256[:12]} ({wanted.origin})",
         "is missing from the store or damaged there",
         "its bytes as they were ingested",
-        "Ingest its source again.",
+        "Run `visionloop ingest --verify`: it mends what its source still has.",
     )
 
 

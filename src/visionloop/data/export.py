@@ -105,7 +105,7 @@ def read_image(store: ObjectStore, record: ImageRecord) -> bytes:
             f"image {record.sha256[:12]} ({(*record.origins, 'unknown origin')[0]})",
             "is missing from the store or damaged there",
             "its bytes as they were ingested",
-            "Ingest its source again.",
+            "Run `visionloop ingest --verify`: it mends what its source still has.",
         )
     return data
 

@@ -143,7 +143,9 @@ def test_a_stopped_export_goes_on(made: Made, tmp_path: Path, monkeypatch: pytes
     key = make_image_key(last.sha256)
     data = store.get(key)
     store.delete(key)
-    with pytest.raises(DatasetError, match=r"is missing from the store or damaged there.*Ingest its source again"):
+    with pytest.raises(
+        DatasetError, match=r"is missing from the store or damaged there.*Run `visionloop ingest --verify`"
+    ):
         export_version(store, version, rows, tmp_path / "out", form=form)
     assert not (tmp_path / "out").exists(), "nothing of a half export is seen"
     store.put(key, data)

@@ -232,7 +232,7 @@ def test_an_object_that_is_not_what_was_ingested_is_named(world: World, damage: 
         prepare(world.settings, world.params, world.store)
     assert str(caught.value) == (
         f"image {record.sha256[:12]} ({record.origins[0]}): is missing from the store or damaged there; expected its "
-        "bytes as they were ingested. Ingest its source again."
+        "bytes as they were ingested. Run `visionloop ingest --verify`: it mends what its source still has."
     )
 
 
