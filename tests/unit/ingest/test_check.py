@@ -1,5 +1,6 @@
 """Many items at once: the order stays, one bad image costs itself alone, an error of the store stops all."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,17 +101,19 @@ def test_a_decoder_that_fails_in_its_own_way_costs_one_image(
 @pytest.mark.parametrize("exc", [MemoryError(), KeyboardInterrupt(), StoreError("s", "gone"), SourceError("s", "no")])
 def test_what_is_no_fault_of_one_image_stops_all(store: LocalStore, journal: Journal, exc: BaseException) -> None:
     num_before = threading.active_count()
-    read = threading.Event()
-    closed = threading.Event()
+    first = make_image_key(hashlib.sha256(make_image(0)).hexdigest())
+
+    def fail_when_the_first_is_stored(limit: int) -> bytes:
+        deadline = time.monotonic() + 10
+        while not store.exists(first) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        raise exc
 
     def offer() -> Iterator[Item]:
-        try:
-            yield make_item(0)
-            yield make_item(1, fail(exc))
-            for i in range(2, 10_000):
-                yield make_item(i % 50, lambda limit: read.set() or b"")  # type: ignore[func-returns-value]
-        finally:
-            closed.set()
+        yield make_item(0)
+        yield make_item(1, fail_when_the_first_is_stored)
+        for i in range(2, 10_000):
+            yield make_item(i % 50, lambda limit: b"")
 
     with pytest.raises(type(exc)):
         check_all(offer(), store, LIMITS, Known(journal))
