@@ -155,9 +155,11 @@ def _check_rejected(checked: Checked, max_ratio: float) -> None:
     unusable = [r for r in checked.rejected if r.code not in NOT_UNUSABLE]
     if unusable and len(unusable) > max_ratio * checked.num_seen:
         worst = shorten([f"{r.origin} ({r.code})" for r in unusable])
+        total = len(checked.inspected) + len(unusable)
+        first = min(unusable, key=lambda r: f"{r.origin} ({r.code})")
         raise SourceError(
             "ingest",
-            f"{len(unusable)} of {checked.num_seen} files cannot be used: {worst}",
+            f"{len(unusable)} of {total} files cannot be used: {worst}; the first one {first.reason.rstrip('.')}",
             f"at most {max_ratio:.0%}",
             "Mend them, or raise ingest.max_rejected_ratio.",
         )

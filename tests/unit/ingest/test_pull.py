@@ -206,3 +206,14 @@ def test_an_interrupted_pull_leaves_nothing_visible_and_ends_the_same(
     report = run(settings, store, folder)
     assert report.version == whole.version
     assert (report.num_seen, report.num_read) == (20, 11), "the nine that were stored are not read again"
+
+
+def test_what_a_source_itself_refuses_is_counted_among_the_files(
+    settings: Settings, store: LocalStore, tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "photos", 1)
+    (folder / "cat" / "lost.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(SourceError) as caught:
+        run(settings, store, folder)
+    assert "1 of 3 files cannot be used: photos:cat/lost.jpg (unreadable); the first one " in str(caught.value)
+    assert list_versions(store, "pets") == []

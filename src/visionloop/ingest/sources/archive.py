@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from visionloop.errors import SourceError
 from visionloop.ingest.archives.reader import ZipReader
-from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import Found
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.references import ImageFolder
 from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.sources.placed import read_by_place
 from visionloop.ingest.tables.choice import choose_table, is_read_by_table
 from visionloop.ingest.tables.join import Table, read_shelf_table
 from visionloop.ingest.tables.shelf import Shelf
@@ -46,23 +46,12 @@ def read_archive(source: ArchiveSource, reading: Reading) -> Iterator[Item | Rej
     if source.table is not None or (source.pattern is None and shelf.is_read_by_table()):
         yield from _read_by_table(source, reading, shelf, where)
     else:
-        yield from _read_by_place(source, reading, shelf, where)
+        images = [found for found in shelf.files.values() if is_image_name(found.relative.rsplit("/", 1)[-1])]
+        yield from read_by_place(
+            source.name, images, shelf.make_reader, reading, where=where, pattern=source.pattern, loose=True
+        )
     for entry in shelf.refused:
         yield Rejected(f"{source.name}:{escape_name(entry.name)}", entry.code, entry.problem)
-
-
-def _read_by_place(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", where: str) -> Iterator[Item | Rejected]:
-    images = [found for found in shelf.files.values() if is_image_name(found.relative.rsplit("/", 1)[-1])]
-    places = place_all([found.relative for found in images], where, reading.tell, pattern=source.pattern, loose=True)
-    for found, place in zip(images, places, strict=True):
-        origin = f"{source.name}:{found.relative}"
-        if isinstance(place, str):
-            yield Rejected(origin, "no_label", place)
-        else:
-            read = shelf.make_reader(found)
-            yield Item(
-                origin, source.name, place.labels, read, found.stamp, place.side, place.test_is_given, place.group
-            )
 
 
 def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", where: str) -> Iterator[Item | Rejected]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
-from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import Found
-from visionloop.ingest.paths.names import escape_name, is_image_name
+from visionloop.ingest.paths.names import is_image_name
 from visionloop.ingest.paths.references import ImageFolder
 from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.sources.placed import read_by_place
 from visionloop.ingest.tables.join import Table, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
@@ -39,16 +39,7 @@ def read_bucket(source: BucketSource, reading: Reading) -> Iterator[Item | Rejec
         yield from _read_by_table(source, source.table, reading, shelf)
         return
     files = [found for key, found in shelf.files.items() if is_image_name(key.rsplit("/", 1)[-1])]
-    places = place_all([found.relative for found in files], where, reading.tell, pattern=source.pattern)
-    for found, place in zip(files, places, strict=True):
-        origin = f"{source.name}:{escape_name(found.relative)}"
-        if isinstance(place, str):
-            yield Rejected(origin, "no_label", place)
-        else:
-            read = shelf.make_reader(found)
-            yield Item(
-                origin, source.name, place.labels, read, found.stamp, place.side, place.test_is_given, place.group
-            )
+    yield from read_by_place(source.name, files, shelf.make_reader, reading, where=where, pattern=source.pattern)
 
 
 def _read_by_table(
