@@ -113,6 +113,7 @@ def train_once(workspace: Path) -> list[float]:
     from visionloop.store import open_store
     from visionloop.tracking import Tracking
     from visionloop.training.fit import train
+    from visionloop.training.watch import EpochReport, Watcher
 
     settings = load_settings({**os.environ, "VISIONLOOP_HOME": str(workspace)}, workspace)
     apply_tool_environment(settings.home)
@@ -120,8 +121,9 @@ def train_once(workspace: Path) -> list[float]:
     tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
     speeds: list[float] = []
 
-    def keep(report: Any) -> None:
-        speeds.append(report.images_per_s)
+    class Keeper(Watcher):
+        def on_epoch(self, report: EpochReport) -> None:
+            speeds.append(report.images_per_s)
 
-    train(settings, params, open_store(settings.store_url), tracking, now="bench", on_epoch=keep)
+    train(settings, params, open_store(settings.store_url), tracking, now="bench", watcher=Keeper())
     return speeds

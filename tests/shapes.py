@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[1]
 PARAMS = """\
 name: shapes
+task: auto
+embed: {batch_size: 500}
 prepare: {image_size: 32}
 train: {backbone: small_cnn, max_epochs: EPOCHS, batch_size: 16, learning_rate: 3.0e-3, patience: 50}
 evaluate: {resamples: 200}

@@ -12,8 +12,15 @@ from visionloop.params import load_params, make_params
 @pytest.mark.parametrize(
     ("value", "line"),
     [
-        ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of backbone, batch_size"),
-        ({"trian": {}}, "params.yaml trian: unknown key; expected one of compute, evaluate, gate, ingest"),
+        ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of max_epochs, frozen_epochs"),
+        ({"colour": {}}, "params.yaml colour: unknown key; expected one of compute, embed, evaluate, gate, ingest"),
+        ({"train": {"on": "all"}}, "params.yaml train: got {'on': 'all'}; expected `monitor: train/accuracy` with"),
+        (
+            {"train": {"weights": "s3://b/w.pth"}},
+            "params.yaml train: got {'weights': 's3://b/w.pth'}; expected `weights_s",
+        ),
+        ({"tune": {"space": {"dropout": {"low": 1, "high": 0}}}}, "params.yaml tune.space.dropout"),
+        ({"trian": {}}, "params.yaml trian: unknown key; expected one of train"),
         ({"prepare": {"image_size": 0}}, "params.yaml prepare.image_size: got 0; expected greater than or equal to 32"),
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),

@@ -7,7 +7,7 @@ from visionloop.cli.app import app
 from visionloop.cli.context import close_stage, get_now, make_progress, open_stage
 
 if TYPE_CHECKING:
-    from visionloop.training.callbacks import EpochReport
+    from visionloop.training.watch import EpochReport
 
 
 @app.command()
@@ -45,7 +45,10 @@ def train() -> None:
     context, code_digest = open_stage("train")
     print(f"loading torch to train {context.params.train.backbone} ...", flush=True)
     from visionloop.training.fit import train as run_train
+    from visionloop.training.watch import Watcher
 
+    watcher = Watcher()
+    watcher.on_epoch = print_epoch  # type: ignore[method-assign]
     note = run_train(
         context.settings,
         context.params,
@@ -53,7 +56,7 @@ def train() -> None:
         context.tracking,
         now=get_now(),
         code_digest=code_digest,
-        on_epoch=print_epoch,
+        watcher=watcher,
     )
     seconds = time.perf_counter() - started
     if note.extra.get("validated_on") == "test":

@@ -6,7 +6,7 @@ ones are in the journal of the work folder, with a checksum.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from visionloop.data.chunks import Chunk, ChunkMaker, compute_checksum, make_disk_error, read_checksum, write_chunk
@@ -52,7 +52,8 @@ def prepare(
     pin = load_pin(settings.pin_path)
     records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params.prepare, pin)
     layouts = make_layouts(records, params.prepare)
-    key = compute_digest([pin.digest, params.prepare.model_dump(mode="json"), code_digest])
+    task = resolve_task(params.task, {r.labels[0] for r in records}, pin)
+    key = compute_digest([pin.digest, task, params.prepare.model_dump(mode="json"), code_digest])
     with lock_work(settings.work_dir("prepare"), key) as work:
         for layout in layouts:
             layout.make_files(work)
@@ -61,7 +62,7 @@ def prepare(
         waiting = [c for c in chunks if not _is_done(work, c, known)]
         _check_room(work, sum(c.num_bytes for c in waiting))
         _make_images(work, waiting, store, params.compute, lambda left: on_progress(len(records) - left, len(records)))
-        _write_tables(work, pin, records, params.prepare, layouts)
+        _write_tables(work, pin, task, params.prepare, layouts)
         replace_folder(work, settings.prepared_dir)
     return pin
 
@@ -107,6 +108,15 @@ def select_records(
     if several := [r.origins[0] for r in chosen if len(r.labels) > 1]:
         raise DatasetError(where, f"has several labels at {shorten(several)}", "one label an image", "Correct them.")
     return choose_subset(chosen, section.limit) if section.limit else chosen
+
+
+def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
+    """Return the task: `auto` is binary with two classes, else multiclass. Raises DatasetError."""
+    if task == "binary" and len(classes) != 2:
+        where = f"dataset {pin.name} version {pin.version}"
+        found = f"has {len(classes)} classes ({shorten(list(classes))}) for `task: binary`"
+        raise DatasetError(where, found, "two", "Set `task: auto` in params.yaml, or correct the labels.")
+    return ("binary" if len(classes) == 2 else "multiclass") if task == "auto" else task
 
 
 def choose_engine(compute: Compute, num_pixels: int) -> Engine:
@@ -158,9 +168,8 @@ def _is_done(work: Path, chunk: Chunk, known: dict[tuple[str, int], int]) -> boo
     return checksum is not None and checksum == read_checksum(work, chunk)
 
 
-def _write_tables(
-    work: Path, pin: Pin, records: Sequence[ImageRecord], section: Prepare, layouts: Sequence[Layout]
-) -> None:
+def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, layouts: Sequence[Layout]) -> None:
+    records = sorted((r for layout in layouts for r in layout.records), key=lambda r: r.sha256)
     classes = sorted({r.labels[0] for r in records})
     index = {name: i for i, name in enumerate(classes)}
     write_index(
@@ -172,6 +181,7 @@ def _write_tables(
     images, *larger = layouts
     report = {
         "dataset": pin.to_json(),
+        "task": task,
         "image_size": list(section.size_hw),
         "resize": section.resize,
         "num_images": len(records),

@@ -51,17 +51,22 @@ class Shards:
 class Prepared:
     """The prepared data of one pin. `label_n` is an index into `classes`; `side_n` a name of a side.
 
+    `task` is binary, multiclass or multilabel. For multilabel `targets_nk` says which classes an image has (0 or 1),
+    and `label_n` is the first of them; for the others it is None.
+
     `place_n` is the place of a row among the rows of its shards: of `train_shards` where there are any and the row is
     of the training side, else of `shards`.
     """
 
     folder: Path
     pin: Pin
+    task: str
     classes: tuple[str, ...]
     size_hw: tuple[int, int]
     resize: str
     sha256_n: tuple[str, ...]
     label_n: IntArray
+    targets_nk: NDArray[np.uint8] | None
     side_n: NDArray[np.str_]
     place_n: IntArray
     shards: Shards
@@ -144,11 +149,13 @@ def load_prepared(folder: Path) -> Prepared:
     return Prepared(
         folder=folder,
         pin=Pin.from_json(report["dataset"]),
+        task=report["task"],
         classes=classes,
         size_hw=shards.size_hw,
         resize=report["resize"],
         sha256_n=tuple(index["sha256"].to_pylist()),
         label_n=index["label"].to_numpy(),
+        targets_nk=None,
         side_n=np.asarray(sides, dtype=np.str_),
         place_n=compute_places(sides, train_is_larger=larger is not None),
         shards=shards,

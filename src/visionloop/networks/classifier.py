@@ -10,47 +10,59 @@ from visionloop.networks.backbones import IMAGENET_MEAN, IMAGENET_STD, make_back
 
 
 class Classifier(nn.Module):
-    """A backbone with normalisation before it and a linear head behind it."""
+    """A backbone with normalisation before it and a linear head behind it. `task`: binary, multiclass or multilabel."""
 
     mean_c: Tensor
     std_c: Tensor
 
-    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_features: int, num_classes: int, *, task: str, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.task = num_classes, task
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(num_features, 1 if num_classes == 2 else num_classes)
+        self.head = nn.Linear(num_features, 1 if task == "binary" else num_classes)
         self.register_buffer("mean_c", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
         self.register_buffer("std_c", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
 
-    def forward(self, images_nhwc: Tensor) -> tuple[Tensor, Tensor]:
-        """Map uint8 images (n, h, w, 3) to units (n, u) and embeddings (n, d).
+    def embed(self, images_nhwc: Tensor) -> Tensor:
+        """Map images of 0 to 255 (n, h, w, 3), uint8 or float, to embeddings (n, d).
 
         The permuted view of an NHWC tensor is `channels_last` already: convolutions run in their fast layout.
         """
         images_nchw = images_nhwc.permute(0, 3, 1, 2).to(torch.float32)
-        embedding_nd = self.backbone((images_nchw - self.mean_c) / self.std_c)
-        return self.head(self.dropout(embedding_nd)), embedding_nd
+        return self.backbone((images_nchw - self.mean_c) / self.std_c)  # type: ignore[no-any-return]
+
+    def classify(self, embedding_nd: Tensor) -> Tensor:
+        """Map embeddings (n, d) to units (n, u)."""
+        return self.head(self.dropout(embedding_nd))  # type: ignore[no-any-return]
+
+    def forward(self, images_nhwc: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (n, h, w, 3) to units (n, u) and embeddings (n, d)."""
+        embedding_nd = self.embed(images_nhwc)
+        return self.classify(embedding_nd), embedding_nd
 
 
 class ExportedClassifier(nn.Module):
     """The classifier as it is exported: logits always have one column a class; a single unit z becomes [0, z]."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map uint8 images (n, h, w, 3) to logits (n, k) and embeddings (n, d)."""
         units_nu, embedding_nd = self.classifier(images)
-        if self.classifier.num_classes == 2:
+        if units_nu.shape[1] == 1:
             units_nu = torch.cat([torch.zeros_like(units_nu), units_nu], dim=1)
         return units_nu, embedding_nd
 
 
-def make_classifier(backbone: str, num_classes: int, size_hw: tuple[int, int], *, dropout: float = 0.0) -> Classifier:
+def make_classifier(
+    backbone: str, num_classes: int, size_hw: tuple[int, int], *, task: str, dropout: float = 0.0
+) -> Classifier:
     """Build a classifier with random weights from torch's global seed. Raises TrainingError."""
     network, num_features = make_backbone(backbone, size_hw)
-    classifier = Classifier(network, num_features, num_classes, dropout=dropout)
+    classifier = Classifier(network, num_features, num_classes, task=task, dropout=dropout)
     return classifier.to(memory_format=torch.channels_last)

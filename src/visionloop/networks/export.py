@@ -10,12 +10,12 @@ import onnx
 import torch
 from torch import nn
 
-from visionloop.networks.classifier import Classifier, ExportedClassifier
+from visionloop.networks.classifier import ExportedClassifier
 
 OPSET = 20
 
 
-def export_onnx(classifier: Classifier, size_hw: tuple[int, int], path: Path) -> None:
+def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> None:
     """Write a classifier as ONNX: input `images` uint8 (n, h, w, 3); outputs `logits` (n, k), `embedding` (n, d)."""
     module = ExportedClassifier(classifier).eval()
     example = torch.zeros(2, *size_hw, 3, dtype=torch.uint8)
@@ -37,7 +37,7 @@ def export_onnx(classifier: Classifier, size_hw: tuple[int, int], path: Path) ->
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def compute_torch_logits(classifier: Classifier, images_nhwc: torch.Tensor) -> torch.Tensor:
+def compute_torch_logits(classifier: nn.Module, images_nhwc: torch.Tensor) -> torch.Tensor:
     """Return the logits (n, k) that torch itself gives, in fp32 and evaluation mode."""
     module: nn.Module = ExportedClassifier(classifier).eval()
     with torch.no_grad():

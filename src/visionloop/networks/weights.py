@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
+from visionloop.params import Train
 
 WHERE = "params.yaml train.weights"
 SUPPLY = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
@@ -63,3 +65,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TrainingError(WHERE, f"{path.name} holds no state dict", "names and tensors", SUPPLY)
     return {key.removeprefix("backbone."): value for key, value in state.items()}
+
+
+def hash_weights(section: Train, home: Path) -> str:
+    """Return the digest of the weights to start from, so that another file under the same name is another input."""
+    if section.weights_sha256:
+        return section.weights_sha256
+    path = (home / Path(section.weights).expanduser()).resolve()
+    return hash_file(path) if section.weights not in {"none", "default"} and path.is_file() else ""

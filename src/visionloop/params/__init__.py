@@ -3,6 +3,7 @@
 An unknown key, a wrong type or a value out of range is a `ParamsError` that names the key.
 """
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,20 +27,25 @@ from visionloop.params.sources import (
     TableSource,
     VideoSource,
 )
+from visionloop.params.train import WAYS_ON_EMBEDDINGS, Embed, Neighbours, Span, Train, Tune
+from visionloop.params.yaml12 import parse_yaml
 from visionloop.records import compute_digest
 
 __all__ = [
+    "WAYS_ON_EMBEDDINGS",
     "ArchiveSource",
     "BucketSource",
     "Columns",
     "Compute",
     "DigitsSource",
+    "Embed",
     "Evaluate",
     "Expect",
     "FolderSource",
     "Gate",
     "HttpSource",
     "Ingest",
+    "Neighbours",
     "Params",
     "Prepare",
     "PythonSource",
@@ -47,10 +53,12 @@ __all__ = [
     "Section",
     "Serve",
     "Source",
+    "Span",
     "Split",
     "SqlSource",
     "TableSource",
     "Train",
+    "Tune",
     "VideoSource",
     "load_params",
     "make_params",
@@ -78,28 +86,6 @@ class Prepare(Section):
     def size_hw(self) -> tuple[int, int]:
         """The size as (height, width)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-
-
-class Train(Section):
-    """The network and how it learns. `weights`: none | default | a file of a state dict."""
-
-    backbone: str = "resnet18"
-    weights: str = "none"
-    way: Literal["scratch", "finetune"] = "scratch"
-    max_epochs: int = Field(default=20, ge=1, le=10_000)
-    batch_size: int = Field(default=32, ge=1, le=65_536)
-    learning_rate: float = Field(default=1e-3, gt=0, le=10)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    patience: int = Field(default=5, ge=1)
-    monitor: Literal["val/loss", "val/accuracy", "val/f1"] = "val/loss"
-    seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _way_fits_weights(self) -> "Train":
-        if self.way == "finetune" and self.weights == "none":
-            raise ValueError("`weights: default` or a file with `way: finetune`")
-        return self
 
 
 class Evaluate(Section):
@@ -149,13 +135,18 @@ class Compute(Section):
 
 
 class Params(Section):
-    """The whole of params.yaml. `task: multilabel` lets an image have several labels."""
+    """The whole of params.yaml.
+
+    `task: auto` is binary with two classes, else multiclass; `multilabel` lets an image have several labels.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
-    task: Literal["auto", "multilabel"] = "auto"
+    task: Literal["auto", "binary", "multiclass", "multilabel"] = "auto"
     ingest: Ingest = Ingest()
     prepare: Prepare = Prepare()
+    embed: Embed = Embed()
     train: Train = Train()
+    tune: Tune = Tune()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     serve: Serve = Serve()
@@ -164,9 +155,8 @@ class Params(Section):
 
     def digest(self) -> str:
         """Digest of the sections that change a model or a verdict."""
-        return compute_digest(
-            {s: getattr(self, s).model_dump(mode="json") for s in ("prepare", "train", "evaluate", "gate")}
-        )
+        sections = ("prepare", "embed", "train", "evaluate", "gate")
+        return compute_digest([self.task, {s: getattr(self, s).model_dump(mode="json") for s in sections}])
 
 
 def load_params(path: Path) -> Params:
@@ -176,7 +166,7 @@ def load_params(path: Path) -> Params:
         ParamsError: it is missing, is no YAML mapping, or has unknown keys or bad values.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
         raise ParamsError(
             str(path), "not found", "a params.yaml", "Make a workspace with `visionloop new DIR`."
@@ -232,5 +222,6 @@ def _known_keys(loc: tuple[int | str, ...]) -> str:
     for part in loc[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         model = field.annotation if field else None
-    fields = getattr(model, "model_fields", None)
-    return ", ".join(sorted(fields)) if fields else "the documented keys"
+    fields = sorted(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(loc[-1]), fields, cutoff=0.5)
+    return ", ".join(near or fields) or "the documented keys"

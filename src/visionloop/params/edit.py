@@ -7,6 +7,7 @@ import yaml
 
 from visionloop.errors import ParamsError
 from visionloop.params import make_params
+from visionloop.params.yaml12 import parse_yaml
 
 ONE_LINE = 100
 
@@ -55,7 +56,7 @@ def make_flow(source: Mapping[str, Any]) -> str:
 
 
 def _load(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     if not isinstance(value, dict):
         raise ParamsError("params.yaml", f"holds a {type(value).__name__}", "sections with keys", "Edit the file.")
     return value

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 
 from visionloop.errors import TrainingError
 from visionloop.tracking import Tracking
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """One finished epoch, for people. `wait` is how many epochs have passed without a better one."""
-
-    epoch: int
-    max_epochs: int
-    metrics: Mapping[str, float]
-    images_per_s: float
-    seconds: float
-    best: float
-    wait: int
-    patience: int
+from visionloop.training.watch import EpochReport
 
 
 class EpochReporter(pl.Callback):
@@ -72,9 +58,11 @@ class EpochReporter(pl.Callback):
                 metrics=metrics,
                 images_per_s=images_per_s,
                 seconds=seconds,
+                monitor=self.stopping.monitor,
                 best=current if better else best,
                 wait=0 if better else int(self.stopping.wait_count) + 1,
                 patience=self.stopping.patience,
+                eta_s=seconds * (int(trainer.max_epochs or 0) - trainer.current_epoch - 1),
             )
         )
 

@@ -1,15 +1,30 @@
-"""Prepared shards as batches. Order and crops are functions of (seed, epoch): a resumed run sees what it would have."""
+"""Batches of prepared images, or of embeddings. Order and crops are functions of (seed, epoch): a resumed run sees
+what it would have seen.
+
+Dimensions: n images, k classes, d features.
+"""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visionloop.data.shards import IntArray, Prepared
+from visionloop.training.job import Job
+
+
+class Batch(NamedTuple):
+    """What a step sees: uint8 images (n, h, w, 3) or embeddings (n, d); targets: classes (n), or 0 and 1 (n, k) for
+    multilabel; `rows_n`: which images of the prepared data they are."""
+
+    inputs: Tensor
+    targets: Tensor
+    rows_n: Tensor
 
 
 class BatchRows(Sampler[IntArray]):
@@ -33,38 +48,48 @@ class BatchRows(Sampler[IntArray]):
         yield from np.array_split(rows, self.num_batches)
 
 
-class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Images (n, h, w, 3) and labels (n) of any rows: indexed by an array of rows, not by one.
+class Batches(Dataset[Batch]):
+    """Batches of any rows: indexed by an array of rows, not by one.
 
     Where images were prepared larger, a sampler with a seed gets a crop of each, another one in each of its epochs.
     """
 
-    def __init__(self, prepared: Prepared, sampler: BatchRows) -> None:
-        self.prepared, self.sampler = prepared, sampler
+    def __init__(self, prepared: Prepared, sampler: BatchRows, embedding_nd: NDArray[np.float32] | None = None) -> None:
+        self.prepared, self.sampler, self.embedding_nd = prepared, sampler, embedding_nd
 
-    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, rows: Any) -> Batch:
+        targets = self.prepared.label_n if self.prepared.targets_nk is None else self.prepared.targets_nk
+        return Batch(torch.from_numpy(self._read(rows)), torch.from_numpy(targets[rows]), torch.from_numpy(rows))
+
+    def _read(self, rows: IntArray) -> NDArray[Any]:
+        if self.embedding_nd is not None:
+            return self.embedding_nd[rows]
         if self.sampler.seed is None:
-            images_nhwc = self.prepared.read(rows)
-        else:
-            images_nhwc = self.prepared.read_crops(rows, seed=self.sampler.seed, epoch=self.sampler.epoch)
-        return torch.from_numpy(images_nhwc), torch.from_numpy(self.prepared.label_n[rows])
+            return self.prepared.read(rows)
+        return self.prepared.read_crops(rows, seed=self.sampler.seed, epoch=self.sampler.epoch)
 
 
 class PreparedData(pl.LightningDataModule):
-    """Train and validation batches of prepared data."""
+    """Training and validation batches of a job, for one rank of its world.
 
-    def __init__(self, prepared: Prepared, *, batch_size: int, seed: int) -> None:
+    With `embedding_nd` (one row for each row of the prepared data) the inputs are embeddings instead of images.
+    """
+
+    def __init__(self, job: Job, *, batch_size: int, embedding_nd: NDArray[np.float32] | None = None) -> None:
         super().__init__()
-        self.prepared, self.batch_size, self.seed = prepared, batch_size, seed
+        self.prepared, self.section, self.world = job.prepared, job.params.train, job.world
+        self.train_rows, self.val_rows = job.train_rows, job.val_rows
+        self.batch_size, self.embedding_nd = batch_size, embedding_nd
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._make_loader("train", self.seed)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._make_loader(self.train_rows, self.section.seed)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._make_loader("val", None)
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._make_loader(self.val_rows, None)
 
-    def _make_loader(self, side: str, seed: int | None) -> DataLoader[tuple[Tensor, Tensor]]:
-        rows: Any = BatchRows(self.prepared.rows(side), self.batch_size, seed)
+    def _make_loader(self, side_rows: IntArray, seed: int | None) -> DataLoader[Batch]:
+        rows: Any = BatchRows(side_rows, self.batch_size, seed)
         # A batch is one slice of a memory-mapped array: a worker process would cost more than it saves. (It would also
         # not see the epoch of the sampler.)
-        return DataLoader(Batches(self.prepared, rows), batch_size=None, sampler=rows, num_workers=0)
+        batches = Batches(self.prepared, rows, self.embedding_nd)
+        return DataLoader(batches, batch_size=None, sampler=rows, num_workers=0)

@@ -4,60 +4,27 @@
 """
 
 import json
-import logging
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
 
-from visionloop.data.manifest import is_experiment, load_version
-from visionloop.data.shards import Prepared, load_prepared
-from visionloop.errors import DatasetError, TrainingError, VisionLoopError, shorten
-from visionloop.networks.classifier import Classifier, make_classifier
-from visionloop.networks.weights import load_weights
+from visionloop.data.shards import load_prepared
+from visionloop.errors import ParamsError, TrainingError, VisionLoopError
 from visionloop.params import Params
-from visionloop.records import RunNote, canonical_json, compute_digest
+from visionloop.records import RunNote, canonical_json
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
-from visionloop.training.callbacks import EpochReport, EpochReporter, find_checkpoint, has_stopped_early
-from visionloop.training.datamodule import PreparedData
-from visionloop.training.hardware import Hardware, read_hardware
-from visionloop.training.module import ClassifierModule
-from visionloop.training.package import hash_weights_file, write_bundle
-from visionloop.training.plots import write_curve
+from visionloop.training.hardware import read_hardware
+from visionloop.training.job import Job, check_sides, choose_validation
+from visionloop.training.package import write_bundle
+from visionloop.training.watch import Watcher
+from visionloop.training.ways import WAYS
 from visionloop.workfolder import lock_work, replace_folder
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: its inputs, and where it works and reports."""
-
-    settings: Settings
-    params: Params
-    store: ObjectStore
-    tracking: Tracking
-    prepared: Prepared
-    hardware: Hardware
-    code_digest: str
-    on_epoch: Callable[[EpochReport], None]
-
-    def make_key(self) -> str:
-        """Return the input key: equal keys mean equal bits, so work under it may be gone on with."""
-        report = json.loads((self.prepared.folder / "report.json").read_text())
-        section = self.params.train
-        weights = hash_weights_file(self.settings.home, section.weights)
-        parts = [report, self.params.name, section.model_dump(mode="json"), asdict(self.hardware)]
-        return compute_digest([*parts, self.code_digest, weights])
 
 
 def train(
@@ -68,7 +35,7 @@ def train(
     *,
     now: str,
     code_digest: str = "",
-    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    watcher: Watcher | None = None,
 ) -> RunNote:
     """Train, export and put the bundle at models/candidate; return the note of the run.
 
@@ -83,14 +50,14 @@ def train(
     started = time.perf_counter()
     prepared = load_prepared(settings.prepared_dir)
     validated_on = choose_validation(prepared, store)
-    if validated_on != "val":
-        prepared = replace(prepared, side_n=np.where(prepared.side_n == validated_on, "val", prepared.side_n))
-    check_sides(prepared)
-    job = Job(settings, params, store, tracking, prepared, read_hardware(), code_digest, on_epoch)
+    check_sides(prepared, validated_on)
+    job = Job(
+        settings, params, store, tracking, prepared, read_hardware(), code_digest, watcher or Watcher(), validated_on
+    )
     with lock_work(settings.work_dir("train"), job.make_key()) as work:
         run_id = _open_run(work, job)
         try:
-            classifier = _fit(work, job, run_id)
+            classifier = _learn(work, job, run_id)
             digest = _package(work, job, classifier, run_id)
         except KeyboardInterrupt:
             tracking.close_run(run_id, "KILLED")
@@ -109,26 +76,13 @@ def train(
     return note
 
 
-def choose_validation(prepared: Prepared, store: ObjectStore) -> str:
-    """Return the side that epochs are judged on: val, or test in an experiment that has no val. Raises DatasetError."""
-    if len(prepared.rows("val")):
-        return "val"
-    return "test" if is_experiment(load_version(store, prepared.pin.name, prepared.pin.version)) else "val"
-
-
-def check_sides(prepared: Prepared) -> None:
-    """Raise DatasetError unless train has every class and validation has an image."""
-    counts = np.bincount(prepared.label_n[prepared.rows("train")], minlength=len(prepared.classes))
-    where = f"dataset {prepared.pin.name} version {prepared.pin.version}"
-    if empty := [name for name, count in zip(prepared.classes, counts, strict=True) if not count]:
-        raise DatasetError(where, f"no training image of {shorten(empty)}", "one or more", "Add images of it.")
-    if len(prepared.rows("train")) < 2 or not len(prepared.rows("val")):
-        raise DatasetError(
-            where,
-            f"{len(prepared.rows('train'))} training and {len(prepared.rows('val'))} validation images",
-            "two or more for training and one or more for validation",
-            "Add images, or change ingest.split.fractions under a new `name`.",
+def _learn(work: Path, job: Job, run_id: str) -> nn.Module:
+    way = job.params.train.way
+    if way not in WAYS:
+        raise ParamsError(
+            "params.yaml train.way", f"got {way!r}", f"one of {', '.join(sorted(WAYS))}", "Edit the file."
         )
+    return WAYS[way](work, job, run_id)
 
 
 def read_git_commit(home: Path) -> str | None:
@@ -162,90 +116,16 @@ def _open_run(work: Path, job: Job) -> str:
     return run_id
 
 
-def _fit(work: Path, job: Job, run_id: str) -> Classifier:
-    """Train until the patience or the epochs are used up, from the last checkpoint if there is one."""
-    section, prepared = job.params.train, job.prepared
-    checkpoint_path, checkpoint = find_checkpoint(work / "checkpoints")
-    pl.seed_everything(section.seed, workers=True, verbose=False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # A debugging aid that costs a pass over every new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    classifier = make_classifier(section.backbone, len(prepared.classes), prepared.size_hw, dropout=section.dropout)
-    if not checkpoint_path:
-        load_weights(classifier.backbone, section.backbone, section.weights, job.settings.home)
-    module = ClassifierModule(classifier, section)
-    if not has_stopped_early(checkpoint, section.patience):
-        _run_epochs(work, job, run_id, module, checkpoint_path)
-    best = torch.load(work / "checkpoints" / "best.ckpt", "cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
-    return classifier
-
-
-def _run_epochs(work: Path, job: Job, run_id: str, module: ClassifierModule, checkpoint_path: Path | None) -> None:
-    section, reports = job.params.train, list[EpochReport]()
-
-    def report(epoch: EpochReport) -> None:
-        reports.append(epoch)
-        job.on_epoch(epoch)
-
-    num_train = len(job.prepared.rows("train"))
-    trainer = make_trainer(
-        work, job.params, job.hardware, lambda s: EpochReporter(job.tracking, run_id, num_train, s, report)
-    )
-    data = PreparedData(job.prepared, batch_size=section.batch_size, seed=section.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint_path) if checkpoint_path else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if reports:
-        write_curve(reports, work / "curve.png")
-        job.tracking.log_artifact(run_id, work / "curve.png", "figures")
-
-
-def _package(work: Path, job: Job, classifier: Classifier, run_id: str) -> str:
+def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     """Write the bundle into the work folder, show it in MLflow, and return its digest."""
     folder = work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     way = {"precision": job.hardware.precision, "threads": str(job.hardware.threads)}
-    digest = write_bundle(folder, classifier, job.params, job.prepared, job.store, way=way)
+    digest = write_bundle(folder, classifier, job, way=way)
     job.tracking.set_tags(run_id, {"visionloop.bundle": digest})
     job.tracking.log_artifact(run_id, folder / "card.json", "bundle")
     job.tracking.log_artifact(run_id, folder / "golden", "bundle/golden")
     return digest
-
-
-def make_trainer(
-    work: Path, params: Params, hardware: Hardware, make_reporter: Callable[[EarlyStopping], pl.Callback]
-) -> pl.Trainer:
-    """Wire Lightning: early stopping, best and last checkpoint in the work folder, nothing printed."""
-    for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    section = params.train
-    mode = "min" if section.monitor == "val/loss" else "max"
-    stopping = EarlyStopping(section.monitor, patience=section.patience, mode=mode)
-    keeper = ModelCheckpoint(
-        dirpath=work / "checkpoints",
-        filename="best",
-        monitor=section.monitor,
-        mode=mode,
-        save_last=True,
-        enable_version_counter=False,
-    )
-    precision: Any = hardware.lightning_precision
-    return pl.Trainer(
-        max_epochs=section.max_epochs,
-        accelerator=hardware.accelerator,
-        devices=1,
-        precision=precision,
-        callbacks=[stopping, keeper, make_reporter(stopping)],
-        default_root_dir=work,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        deterministic="warn",
-    )
 
 
 def _write_note(settings: Settings, note: RunNote) -> None:

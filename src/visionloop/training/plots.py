@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionloop.training.callbacks import EpochReport
+from visionloop.training.watch import EpochReport
 
 
 def write_curve(reports: Sequence[EpochReport], path: Path) -> None:

@@ -23,7 +23,13 @@ def write_prepared(folder: Path, *, larger: bool) -> Prepared:
         return image
 
     small = [make(i, 4, 6) for i, side in enumerate(SIDES) if not larger or side != "train"]
-    report = {"dataset": PIN, "image_size": [4, 6], "resize": "squash", "num_shards": -(-len(small) // 2)}
+    report = {
+        "dataset": PIN,
+        "task": "multiclass",
+        "image_size": [4, 6],
+        "resize": "squash",
+        "num_shards": -(-len(small) // 2),
+    }
     report["rows_per_shard"] = 2
     for number in range(report["num_shards"]):
         np.save(folder / f"images-{number:05d}.npy", np.stack(small[2 * number : 2 * number + 2]))

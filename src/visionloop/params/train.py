@@ -1,0 +1,118 @@
+"""The sections of params.yaml about learning: embed, train, tune."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from visionloop.params.section import Section, to_tuple
+
+Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
+WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Embed(Section):
+    """How images become embeddings, in batches. `auto`: onnxruntime in fp32, or what the hardware does faster."""
+
+    batch_size: int = Field(default=500, ge=1, le=65_536)
+    runtime: Literal["auto", "onnxruntime", "openvino", "torch"] = "auto"
+
+
+class Neighbours(Section):
+    """The way `knn`: how many neighbours vote, how near is measured, and the votes that each class has beforehand."""
+
+    k: int = Field(default=5, ge=1, le=1000)
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    vote: Literal["uniform", "distance"] = "uniform"
+    smoothing: float = Field(default=0.1, gt=0, le=100)
+
+
+class Train(Section):
+    """The network and how it learns.
+
+    `weights`: none | default (torchvision's hub) | a file | an s3:// or https:// URI with `weights_sha256`.
+    `on: all` trains on train and val for a last model. `backbone_rate` and `frozen_epochs` are of the way `finetune`:
+    the learning rate of the first layers as a share of the head's, and the epochs in which only the head learns.
+    `monitor` is a figure of the epoch; losses are to fall, all others to rise.
+    """
+
+    backbone: str = "resnet18"
+    weights: str = "none"
+    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    way: Way = "scratch"
+    on: Literal["train", "all"] = "train"
+    max_epochs: int = Field(default=20, ge=1, le=10_000)
+    batch_size: int = Field(default=32, ge=1, le=65_536)
+    accumulate: int = Field(default=1, ge=1, le=4096)
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    backbone_rate: float = Field(default=0.1, gt=0, le=1)
+    frozen_epochs: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "one_cycle", "plateau", "constant"] = "cosine"
+    weight_decay: float = Field(default=1e-4, ge=0)
+    dropout: Ratio = 0.0
+    label_smoothing: Ratio = 0.0
+    clip_norm: float | None = Field(default=None, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    imbalance: Literal["auto", "none", "weights", "sampler", "focal"] = "auto"
+    augment: Literal["none", "light", "medium", "strong"] = "none"
+    mixup: float = Field(default=0.0, ge=0, le=10)
+    cutmix: float = Field(default=0.0, ge=0, le=10)
+    patience: int = Field(default=5, ge=1)
+    monitor: str = Field(default="val/loss", pattern=r"^(train|val)/[a-z][a-z0-9_]*$")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    strategy: Literal["auto", "ddp", "ray"] = "auto"
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    num_nodes: int = Field(default=1, ge=1, le=1024)
+    neighbours: Neighbours = Neighbours()
+    tensorboard: bool = False
+    confusion_every: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _way_fits_the_rest(self) -> "Train":
+        if self.way == "finetune" and self.weights == "none":
+            raise ValueError("`weights: default`, a file or a URI with `way: finetune`")
+        if self.weights.startswith(("s3://", "https://", "http://")) and not self.weights_sha256:
+            raise ValueError("`weights_sha256` with weights from a URI: the sha256 that its bytes must have")
+        if self.on == "all" and not self.monitor.startswith("train/"):
+            raise ValueError("`monitor: train/accuracy` with `on: all`: there is no validation side to watch")
+        if self.way in WAYS_ON_EMBEDDINGS and (self.augment != "none" or self.mixup or self.cutmix):
+            raise ValueError(f"no augment, mixup or cutmix with `way: {self.way}`: it sees embeddings, not pixels")
+        return self
+
+    @property
+    def monitor_mode(self) -> Literal["min", "max"]:
+        """Whether the monitored figure is to fall or to rise."""
+        return "min" if self.monitor.endswith("loss") else "max"
+
+
+class Span(Section):
+    """A range of a parameter for `tune`: numbers from low to high, on a log scale if said; whole ones if both are."""
+
+    low: float | int
+    high: float | int
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Span":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low < high, and low > 0 on a log scale")
+        return self
+
+
+Choices = Annotated[tuple[str | int | float | bool | None, ...], Field(min_length=1), BeforeValidator(to_tuple)]
+
+
+def _default_space() -> dict[str, Any]:
+    return {"learning_rate": Span(low=1e-4, high=1e-2, log=True), "weight_decay": Span(low=1e-6, high=1e-2, log=True)}
+
+
+class Tune(Section):
+    """What `visionloop tune` tries: keys of `train`, each with a range or a list of values."""
+
+    trials: int = Field(default=20, ge=1, le=10_000)
+    max_epochs: int | None = Field(default=None, ge=1)
+    metric: str = Field(default="val/accuracy", pattern=r"^val/[a-z][a-z0-9_]*$")
+    prune: bool = True
+    space: dict[str, Span | Choices] = Field(default_factory=_default_space)
+    seed: int = Field(default=0, ge=0)

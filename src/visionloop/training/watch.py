@@ -1,0 +1,49 @@
+"""What a training tells the person who waits: values, and a watcher that takes them. It prints nothing itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where an epoch is. `wait_ratio` is the share of its time so far that was spent waiting for data."""
+
+    epoch: int
+    max_epochs: int
+    step: int
+    num_steps: int
+    loss: float
+    images_per_s: float
+    wait_ratio: float
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One finished epoch. `wait` is how many epochs have passed without a better one; `eta_s` what all may take yet."""
+
+    epoch: int
+    max_epochs: int
+    metrics: Mapping[str, float]
+    images_per_s: float
+    seconds: float
+    monitor: str
+    best: float
+    wait: int
+    patience: int
+    eta_s: float
+
+
+class Watcher:
+    """Takes what a training tells, and does nothing with it. The command line and `tune` have one of their own.
+
+    `on_epoch` may raise to end the training: it is called after the epoch's checkpoint was written.
+    """
+
+    def tell(self, line: str) -> None:
+        """Take a line about something that happened once: a fallback, a choice, a resumed epoch."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Take a step; a few a second at most."""
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Take a finished epoch."""
