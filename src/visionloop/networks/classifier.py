@@ -6,7 +6,7 @@ Dimensions: n images, h height, w width, c channels, k classes, u units (1 for b
 import torch
 from torch import Tensor, nn
 
-from visionloop.networks.backbones import IMAGENET_MEAN, IMAGENET_STD, make_backbone
+from visionloop.networks.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Classifier(nn.Module):
@@ -57,12 +57,3 @@ class ExportedClassifier(nn.Module):
         if units_nu.shape[1] == 1:
             units_nu = torch.cat([torch.zeros_like(units_nu), units_nu], dim=1)
         return units_nu, embedding_nd
-
-
-def make_classifier(
-    backbone: str, num_classes: int, size_hw: tuple[int, int], *, task: str, dropout: float = 0.0
-) -> Classifier:
-    """Build a classifier with random weights from torch's global seed. Raises TrainingError."""
-    network, num_features = make_backbone(backbone, size_hw)
-    classifier = Classifier(network, num_features, num_classes, task=task, dropout=dropout)
-    return classifier.to(memory_format=torch.channels_last)

@@ -10,10 +10,22 @@ from torchvision import models
 
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
+from visionloop.networks.backbones import make_backbone
 from visionloop.params import Train
 
 WHERE = "params.yaml train.weights"
 SUPPLY = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
+
+
+def load_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> tuple[nn.Module, int]:
+    """Build the backbone of `train.backbone` with the weights of `train.weights`; return it and its number of features.
+
+    Seeds torch with `train.seed`, so that random weights are the same in every stage. Raises TrainingError.
+    """
+    torch.manual_seed(section.seed)
+    backbone, num_features = make_backbone(section.backbone, size_hw)
+    load_weights(backbone, section.backbone, section.weights, home)
+    return backbone.to(memory_format=torch.channels_last), num_features  # type: ignore[call-overload]
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, home: Path) -> None:

@@ -60,6 +60,7 @@ class Train(Section):
     patience: int = Field(default=5, ge=1)
     monitor: str = Field(default="val/loss", pattern=r"^(train|val)/[a-z][a-z0-9_]*$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     strategy: Literal["auto", "ddp", "ray"] = "auto"
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     num_nodes: int = Field(default=1, ge=1, le=1024)

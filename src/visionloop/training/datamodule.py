@@ -75,7 +75,7 @@ class PreparedData(pl.LightningDataModule):
     With `embedding_nd` (one row for each row of the prepared data) the inputs are embeddings instead of images.
     """
 
-    def __init__(self, job: Job, *, batch_size: int, embedding_nd: NDArray[np.float32] | None = None) -> None:
+    def __init__(self, job: Job, batch_size: int, *, embedding_nd: NDArray[np.float32] | None = None) -> None:
         super().__init__()
         self.prepared, self.section, self.world = job.prepared, job.params.train, job.world
         self.train_rows, self.val_rows = job.train_rows, job.val_rows

@@ -5,6 +5,7 @@ WORK/checkpoints/{last,best}.ckpt
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from visionloop.training.datamodule import PreparedData
 from visionloop.training.job import Job
 from visionloop.training.module import ClassifierModule
 from visionloop.training.plots import write_curve
+from visionloop.training.views import make_views
 from visionloop.training.watch import EpochReport
 
+MakeData = Callable[[int], PreparedData]
 
-def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, data: PreparedData) -> None:
+
+def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, make_data: MakeData) -> None:
     """Train until the patience or the epochs are used up, and leave the best epoch's weights in the module.
+
+    `make_data` takes the number of images that are to be in memory at a time.
 
     Raises:
         KeyboardInterrupt: it was stopped; the last finished epoch is kept.
@@ -29,7 +35,7 @@ def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, data: 
     """
     _, checkpoint = find_checkpoint(work / "checkpoints")
     if not has_stopped_early(checkpoint, job.params.train.patience):
-        _run_epochs(work, job, run_id, module, data)
+        _run_epochs(work, job, run_id, module, make_data(job.params.train.batch_size))
     best = torch.load(work / "checkpoints" / "best.ckpt", "cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
 
@@ -82,7 +88,7 @@ def make_trainer(work: Path, job: Job, run_id: str, report: Any) -> pl.Trainer:
         accelerator=job.hardware.accelerator,
         devices=1,
         precision=precision,
-        callbacks=[stopping, keeper, reporter],
+        callbacks=[stopping, keeper, reporter, *make_views(job, run_id, work)],
         default_root_dir=work,
         logger=False,
         enable_progress_bar=False,

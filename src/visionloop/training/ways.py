@@ -4,12 +4,13 @@ A classifier is a torch module that maps uint8 images (n, h, w, 3) to units (n, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from visionloop.networks.classifier import make_classifier
-from visionloop.networks.weights import load_weights
+from visionloop.networks.classifier import Classifier
+from visionloop.networks.weights import load_backbone
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.job import Job
 from visionloop.training.loop import make_repeatable, run_loop
@@ -22,12 +23,9 @@ def learn_network(work: Path, job: Job, run_id: str) -> nn.Module:
     """Train the whole network on images: the ways `scratch` and `finetune`. Raises TrainingError."""
     section, prepared = job.params.train, job.prepared
     make_repeatable(section.seed)
-    classifier = make_classifier(
-        section.backbone, len(prepared.classes), prepared.size_hw, task=prepared.task, dropout=section.dropout
-    )
-    load_weights(classifier.backbone, section.backbone, section.weights, job.settings.home)
-    module = ClassifierModule(classifier, section)
-    run_loop(work, job, run_id, module, PreparedData(job, batch_size=section.batch_size))
+    backbone, num_features = load_backbone(section, prepared.size_hw, job.settings.home)
+    classifier = Classifier(backbone, num_features, len(prepared.classes), task=prepared.task, dropout=section.dropout)
+    run_loop(work, job, run_id, ClassifierModule(classifier, section), partial(PreparedData, job))
     return classifier
 
 
