@@ -25,7 +25,7 @@ def load_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> tuple
     torch.manual_seed(section.seed)
     backbone, num_features = make_backbone(section.backbone, size_hw)
     load_weights(backbone, section.backbone, section.weights, home)
-    return backbone.to(memory_format=torch.channels_last), num_features  # type: ignore[call-overload]
+    return backbone.to(memory_format=torch.channels_last), num_features
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, home: Path) -> None:
