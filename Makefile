@@ -62,7 +62,7 @@ bench: $(STAMP) ## the hot paths against plain baselines, as one table
 	@$(TIDY) $(BIN)/python benchmarks/run.py
 
 clean: ## remove all that was made here: prepared data, models, reports, store, champion (not .venv, not the pin)
-	@rm -rf .visionloop data/prepared models reports decisions $(CACHES)
+	@rm -rf .visionloop data/prepared features suspects models reports decisions $(CACHES)
 	@find src flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without a stamp .venv is absent or half made, and is made from nothing; a stale one is only brought up to date.

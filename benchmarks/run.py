@@ -6,15 +6,20 @@ import sys
 from pathlib import Path
 
 from commands import bench_repro, bench_startup
+from embed import bench_embed
 from epoch import bench_epoch
+from frozen import bench_frozen
+from gpu import bench_gpu
 from ingest import bench_ingest
+from loading import bench_loading
+from neighbours import bench_neighbours
 from prepare import bench_prepare
 from row import HEADER
 from s3 import bench_s3
 from visionloop.settings import apply_tool_environment
 
 BENCH_DIR = Path(__file__).resolve().parents[1] / ".visionloop" / "bench"
-NAMES = ("epoch", "startup", "repro", "ingest", "s3", "prepare")
+NAMES = ("epoch", "loading", "startup", "repro", "ingest", "s3", "prepare", "embed", "neighbours", "frozen")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -46,7 +51,16 @@ def main() -> None:
     if "prepare" in wanted:
         rows += bench_prepare(BENCH_DIR)
     if "epoch" in wanted:
-        rows.append(bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size))
+        rows += bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size)
+        rows += bench_gpu(BENCH_DIR, epochs=chosen.epochs, size_px=chosen.size)
+    if "loading" in wanted:
+        rows += bench_loading(BENCH_DIR, chosen.photos, size_px=chosen.size)
+    if "frozen" in wanted:
+        rows += bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size)
+    if "embed" in wanted:
+        rows += bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size)
+    if "neighbours" in wanted:
+        rows.append(bench_neighbours())
     print(HEADER)
     for row in rows:
         print(row.to_markdown())

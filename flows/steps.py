@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from visionloop.cli.models import describe_decision, get_user
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.lifetime import stop_process
-from visionloop.records import ImageRecord
+from visionloop.records import LABEL_SEPARATOR, ImageRecord
 
 RETRIES = 2
 RETRY_DELAY_S = 4
@@ -161,14 +162,21 @@ def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
             for record in chosen:
                 data = context.store.get(make_image_key(record.sha256))
                 body = client.post("/predict", content=data).raise_for_status().json()
-                answer = {k: body[k] for k in ("prediction", "confidence")}
-                answers.append({**answer, "actual": record.labels[0], "origin": record.origins[0]})
-                say(f"  asked about a {record.labels[0]}: {body['prediction']} ({body['confidence']:.1%})")
+                answer = {k: body[k] for k in ("prediction", "confidence", "labels") if k in body}
+                answers.append({**answer, "actual": LABEL_SEPARATOR.join(record.labels), "origin": record.origins[0]})
+                say(f"  asked about {describe_asked(record.labels, body)} ({body['confidence']:.1%})")
     except httpx.HTTPError as exc:
         raise ServingError("server", f"did not answer ({exc})", "an answer") from exc
     finally:
         stop_process(process)
     return answers
+
+
+def describe_asked(labels: Sequence[str], body: Mapping[str, Any]) -> str:
+    """Tell what an image is and what the server says: `a ring: disc`, or with several labels `disc, ring: disc`."""
+    if "labels" not in body:
+        return f"a {labels[0]}: {body['prediction']}"
+    return f"an image of {', '.join(labels) or 'nothing'}: {', '.join(body['labels']) or 'nothing'}"
 
 
 def _choose_held_out(context: Context, number: int) -> list[ImageRecord]:

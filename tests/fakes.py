@@ -13,8 +13,9 @@ from visionloop.predictor import Predictor
 from visionloop.records import Card, canonical_json
 
 COMMANDS = (  # of the command line, as agreed
-    *("new", "ingest", "datasets", "forget", "prepare", "train", "evaluate", "gate"),
-    *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store"),
+    *("new", "ingest", "datasets", "forget", "prepare", "embed", "train", "evaluate", "gate"),
+    *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store", "runs", "tune"),
+    *("lr-find", "similar", "map", "suspects"),
 )
 NUM_GOLDEN = 4
 GRID = 4
@@ -30,16 +31,21 @@ def make_image(seed: int, *, size_hw: tuple[int, int] = (32, 32), kind: str = "P
 
 
 def make_bundle(
-    folder: Path, *, classes: Sequence[str] = ("a", "b", "c"), size_hw: tuple[int, int] = (32, 32), seed: int = 0
+    folder: Path,
+    *,
+    classes: Sequence[str] = ("a", "b", "c"),
+    size_hw: tuple[int, int] = (32, 32),
+    seed: int = 0,
+    task: str | None = None,
 ) -> str:
     """Write a whole, sealed bundle into `folder` and return its digest.
 
     Its network pools the pixels on a coarse grid (the embedding) and puts one linear layer on top (the logits).
-    Two classes make a binary model with threshold 0.5.
+    Without a task two classes make a binary model with threshold 0.5, more of them a multiclass one.
     """
     (folder / "golden").mkdir(parents=True)
     embedding_size = _write_model(folder / "model.onnx", len(classes), size_hw, seed)
-    card = _make_card(tuple(classes), size_hw, seed)
+    card = make_card(tuple(classes), size_hw, seed, task)
     (folder / "card.json").write_bytes(canonical_json(card.to_json()))
     reference = np.random.default_rng(seed).random((8, embedding_size), dtype=np.float32)
     np.savez(folder / "reference.npz", embedding=reference)
@@ -58,16 +64,23 @@ def _write_answers(folder: Path, answers: dict[str, object]) -> None:
     (folder / "golden" / "answers.json").write_text(json.dumps(answers, sort_keys=True))
 
 
-def _make_card(classes: tuple[str, ...], size_hw: tuple[int, int], seed: int) -> Card:
-    binary = len(classes) == 2
+def make_card(
+    classes: tuple[str, ...] = ("a", "b", "c"),
+    size_hw: tuple[int, int] = (32, 32),
+    seed: int = 0,
+    task: str | None = None,
+) -> Card:
+    """Return a card with everything on it."""
+    task = task or ("binary" if len(classes) == 2 else "multiclass")
     return Card(
         name="fake",
-        task="binary" if binary else "multiclass",
+        task=task,
         classes=classes,
         image_size=size_hw,
         resize="squash",
         temperature=1.0,
-        threshold=0.5 if binary else None,
+        threshold=0.5 if task == "binary" else None,
+        thresholds=dict.fromkeys(classes, 0.5) if task == "multilabel" else None,
         runtimes=("onnxruntime",),
         dataset={"name": "fake", "version": 1, "digest": "0" * 64},
         params={"seed": seed},

@@ -5,10 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from visionloop.data.prepare import prepare
+from visionloop.params import Params, load_params
+from visionloop.settings import Settings, load_settings
+from visionloop.store import ObjectStore, open_store
+from visionloop.tracking import Tracking
+
+SHAPES = ("bar", "disc", "ring")
 ROOT = Path(__file__).parents[1]
 PARAMS = """\
 name: shapes
@@ -28,15 +36,43 @@ def write_shapes(folder: Path, number: int = 60, *, seed: int = 0, classes: tupl
         for i in range(number):
             ground, ink = (tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (0, 160))
             image = Image.new("RGB", (40, 40), ground)
-            draw, (x, y, r) = ImageDraw.Draw(image), (int(v) for v in rng.integers((13, 13, 8), (27, 27, 12)))
-            if name == "disc":
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
-            elif name == "ring":
-                draw.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3)
-            else:
-                draw.rectangle((x - r, y - 3, x + r, y + 3), fill=ink)
+            x, y, r = (int(v) for v in rng.integers((13, 13, 8), (27, 27, 12)))
+            draw_shape(ImageDraw.Draw(image), name, (x, y, r), ink)
             image.save(folder / name / f"{seed}-{i:03d}.png")
     return folder
+
+
+def write_shape_sets(folder: Path, number: int = 240, *, seed: int = 0) -> Path:
+    """Draw images of none to three shapes, 64 x 64 pixels, each kind once at most, and labels.csv with their names.
+
+    A cell of the column `shapes` holds all names, divided by `|`; it is empty for an image of none.
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = ["image,shapes"]
+    for i in range(number):
+        names = [name for name in SHAPES if rng.random() < 0.5]
+        ground = tuple(int(c) for c in rng.integers(0, 90, 3))
+        image = Image.new("RGB", (64, 64), ground)
+        for name, cell in zip(names, rng.permutation(4), strict=False):
+            ink = tuple(int(c) for c in rng.integers(160, 250, 3))
+            place = 32 * np.array([cell % 2, cell // 2]) + rng.integers(13, 19, 2)
+            draw_shape(ImageDraw.Draw(image), name, (int(place[0]), int(place[1]), int(rng.integers(8, 12))), ink)
+        image.save(folder / "images" / f"{i:03d}.png")
+        rows.append(f"{i:03d}.png,{'|'.join(names)}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, name: str, place: tuple[int, int, int], ink: tuple[int, ...]) -> None:
+    """Draw one shape around (x, y) with a radius."""
+    x, y, r = place
+    if name == "disc":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    elif name == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3)
+    else:
+        draw.rectangle((x - r, y - 3, x + r, y + 3), fill=ink)
 
 
 def make_environment(**extra: str) -> dict[str, str]:
@@ -84,3 +120,32 @@ def find_run(text: str) -> str:
 def find_bundle(text: str) -> str:
     """The bundle that `train` names in its last lines."""
     return re.findall(r"models/candidate is bundle ([0-9a-f]{12})", text)[-1]
+
+
+def make_prepared_workspace(folder: Path, *, epochs: int = 2) -> Path:
+    """Make a workspace with shapes prepared, ready for `train`."""
+    home = make_workspace(folder, epochs=epochs)
+    settings = load_settings({}, home)
+    prepare(settings, load_params(settings.params_path), open_store(settings.store_url))
+    return home
+
+
+def set_train(home: Path, **keys: object) -> None:
+    """Add keys to the section `train` of a workspace made here."""
+    path = home / "params.yaml"
+    added = "".join(f", {key}: {value}" for key, value in keys.items())
+    path.write_text(path.read_text().replace("patience: 50", f"patience: 50{added}"))
+
+
+def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, Tracking]:
+    """Open a workspace as a command does, in this process."""
+    settings = load_settings({}, home)
+    params = load_params(settings.params_path)
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+    return settings, params, open_store(settings.store_url), tracking
+
+
+def read_runs(home: Path) -> dict[str, Any]:
+    """Return the MLflow runs of a workspace, by id."""
+    client, experiment_id = open_parts(home)[3]._connect()
+    return {run.info.run_id: run for run in client.search_runs([experiment_id])}

@@ -19,7 +19,7 @@ from visionloop.params import Params, make_params
 from visionloop.predictor import Predictor
 from visionloop.records import ImageRecord, Pin, RunNote, canonical_json
 from visionloop.settings import Settings
-from visionloop.store import LocalStore
+from visionloop.store import LocalStore, ObjectStore
 
 CLASSES = ("a", "b", "c")
 NUM_IMAGES = 160
@@ -41,7 +41,9 @@ class World:
         return make_params({**self.params.model_dump(mode="json", exclude={"gate", "ingest"}), "gate": section})
 
     def write_candidate(self, seed: int = GOOD, *, note: str | None = None, **card: Any) -> str:
-        """Put a bundle into models/candidate, with other facts on its card; return its digest."""
+        """Put a bundle into models/candidate, of the world's task, with other facts on its card; return its digest."""
+        if self.params.task == "multilabel":
+            card = {**make_label_facts(card.get("model_classes", self.pin.classes)), **card}
         return write_bundle(self.settings.candidate_dir, self.pin, seed, self.settings.runs_dir, note, **card)
 
 
@@ -80,10 +82,24 @@ class FakeTracking:
             )
 
 
+def make_label_facts(classes: tuple[str, ...]) -> dict[str, Any]:
+    """What is on the card of a multilabel model."""
+    return {"task": "multilabel", "threshold": None, "thresholds": dict.fromkeys(classes, 0.5)}
+
+
 def make_world(
-    home: Path, *, prepared: bool = False, test_sides: int = 2, turned: int = 8, classes: tuple[str, ...] = CLASSES
+    home: Path,
+    *,
+    prepared: bool = False,
+    test_sides: int = 2,
+    turned: int = 8,
+    classes: tuple[str, ...] = CLASSES,
+    task: str = "auto",
 ) -> World:
-    """Build a workspace: every second image is a test image (`test_sides=0`: none), one label of `turned` is wrong."""
+    """Build a workspace: every second image is a test image (`test_sides=0`: none), one label of `turned` is wrong.
+
+    With the task multilabel an image has any number of labels, and those without one are negatives.
+    """
     settings = Settings(
         home=home,
         store_url=(home / "store").as_uri(),
@@ -91,8 +107,11 @@ def make_world(
         artifact_root=(home / "artifacts").as_uri(),
     )
     store = LocalStore(home / "store")
-    params = make_params({"name": "fake", "prepare": {"image_size": 32}, "evaluate": {"resamples": 400}})
-    records = _make_records(store, home / "oracle", classes, test_sides, turned)
+    section = {"image_size": 32, "unlabelled": "negative" if task == "multilabel" else "exclude"}
+    params = make_params({"name": "fake", "task": task, "prepare": section, "evaluate": {"resamples": 400}})
+    oracle_task = task if task == "multilabel" else None
+    make_bundle(home / "oracle", classes=classes, seed=GOOD, task=oracle_task)
+    records = _make_records(store, Predictor(load_bundle(home / "oracle"), threads=1), test_sides, turned)
     facts: dict[str, Any] = {"num_added": len(records), "split": {}, "rejected": None, "num_rejected": 0}
     version = make_version("fake", None, records, records, created_at="2026-01-01T00:00:00Z", **facts)
     assert commit_version(store, version, records)
@@ -128,24 +147,24 @@ def write_note(runs_dir: Path, digest: str, run_id: str) -> None:
     (runs_dir / f"{digest}.json").write_text(json.dumps(run.to_json()))
 
 
-def _make_records(
-    store: LocalStore, oracle_dir: Path, classes: tuple[str, ...], test_sides: int, turned: int
-) -> list[ImageRecord]:
-    make_bundle(oracle_dir, classes=classes, seed=GOOD)
-    oracle = Predictor(load_bundle(oracle_dir), threads=1)
+def _make_records(store: LocalStore, oracle: Predictor, test_sides: int, turned: int) -> list[ImageRecord]:
+    classes = oracle.card.classes
     images = [make_image(1000 + number) for number in range(NUM_IMAGES)]
     records = []
     for number, (data, answer) in enumerate(zip(images, oracle.predict(images), strict=True)):
         sha256 = hashlib.sha256(data).hexdigest()
         store.put(make_image_key(sha256), data)
-        label = classes.index(answer.prediction)
+        labels = set(answer.labels if answer.labels is not None else [answer.prediction])
         if turned and number % turned < 2 and number // 2 % 2 == 0:
-            label = (label + 1) % len(classes)
+            if answer.labels is None:
+                labels = {classes[(classes.index(answer.prediction) + 1) % len(classes)]}
+            else:
+                labels ^= {classes[number % len(classes)]}
         side = "test" if test_sides and number % test_sides else "train"
         records.append(
             ImageRecord(
                 sha256=sha256,
-                labels=(classes[label],),
+                labels=tuple(sorted(labels)),
                 sources=("fake",),
                 origins=(f"{number}.png",),
                 ordinal=0,
@@ -161,3 +180,8 @@ def _make_records(
             )
         )
     return records
+
+
+def list_encoders(store: ObjectStore) -> list[str]:
+    """The digests of all encoders that have a table in the store."""
+    return sorted({key.split("/")[1] for key in store.list("embeddings/")})

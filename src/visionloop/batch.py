@@ -88,7 +88,7 @@ def predict_files(
         batch = files[start : start + BATCH]
         decoded = list(map_parallel(lambda path: _decode(predictor, path), batch))
         arrays = [d for d in decoded if isinstance(d, np.ndarray)]
-        predictions = iter(predictor.answer(predictor.run(np.stack(arrays))) if arrays else [])
+        predictions = iter(predictor.answer(predictor.run_batches(np.stack(arrays))) if arrays else [])
         for path, one in zip(batch, decoded, strict=True):
             good = isinstance(one, np.ndarray)
             answers.append(FileAnswer(str(path), next(predictions)) if good else FileAnswer(str(path), None, str(one)))
@@ -97,7 +97,10 @@ def predict_files(
 
 
 def write_answers(answers: Sequence[FileAnswer], out: Path, predictor: Predictor) -> None:
-    """Write the answers, whole or not at all. CSV: path, prediction, confidence, error, one column a class."""
+    """Write the answers, whole or not at all. CSV: path, prediction, confidence, error, one column a class.
+
+    Several labels are one text in `prediction`, divided by `|`; JSON lines have them as a list too.
+    """
     classes = predictor.card.classes
     staged = out.with_name(f".{out.name}.{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)

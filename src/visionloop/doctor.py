@@ -37,7 +37,7 @@ def examine(settings: Settings, params: Params, store: ObjectStore, tracking: Tr
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _check_python),
         ("packages", _check_packages),
-        ("processor", _check_processor),
+        ("processor", lambda: _check_processor(params)),
         ("disk", lambda: _check_disk(settings)),
         ("store", lambda: _check_store(store)),
         ("mlflow", lambda: _check_mlflow(tracking)),
@@ -72,12 +72,18 @@ def _check_packages() -> Finding:
     return Finding("packages", True, ", ".join(versions))
 
 
-def _check_processor() -> Finding:
-    from visionloop.training.hardware import read_hardware
+def _check_processor(params: Params) -> Finding:
+    from visionloop.training.hardware import count_gpus, describe_precision, read_hardware
+    from visionloop.training.job import World
+    from visionloop.training.plan import describe_plan, plan_launch
 
-    hardware = read_hardware()
-    gpu = hardware.processor if hardware.accelerator == "gpu" else "no GPU"
-    found = f"{count_cores()} cores, {hardware.threads} torch threads, {gpu}, trains in {hardware.precision}"
+    section, gpus = params.train, count_gpus()
+    hardware = read_hardware(section)
+    device = f"{gpus} x {hardware.processor}" if hardware.accelerator == "gpu" else f"the CPU, {gpus or 'no'} GPUs"
+    found = (
+        f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in "
+        f"{describe_precision(hardware, section)}, {describe_plan(plan_launch(section, World(), gpus))}"
+    )
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")
 

@@ -10,11 +10,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
 GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
 WATCH_EVERY_S = 0.25
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is taken as politely as Ctrl-C."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` in here, as Ctrl-C raises KeyboardInterrupt, so that work is closed properly.
+
+    Only the main thread can take signals: in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    asked = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        if not asked.is_set():  # once is enough: what is closed then should be closed to its end
+            asked.set()
+            raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def die_with_parents(guardian_pid: int | None = None) -> None:

@@ -116,17 +116,30 @@ def _start_worker(parent_pid: int) -> None:
 
 @contextlib.contextmanager
 def _connect_ray(address: str | None) -> Iterator[int]:
-    """Join or start a cluster, and yield its number of cores. A cluster that was there stays. Raises ParamsError."""
+    """Join or start a cluster, let joblib use it, and yield its number of cores. Raises ParamsError."""
+    with connect_ray(address, key="compute.engine", instead="engine: local") as ray:
+        from ray.util import joblib as ray_joblib
+
+        backend: Any = ray_joblib
+        backend.register_ray()
+        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+@contextlib.contextmanager
+def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]:
+    """Join a cluster, or start one on this machine, and yield the module `ray`. A cluster that was there stays.
+
+    `key` of params.yaml asked for it, and `instead` does without. Raises ParamsError.
+    """
     ray: Any
     try:
         import ray
-        from ray.util import joblib as ray_joblib
     except ImportError as exc:
         raise ParamsError(
-            "params.yaml compute.engine",
+            f"params.yaml {key}",
             "got 'ray', which is not installed",
             "the extra `ray`",
-            "Run `pip install 'visionloop[ray]'`, or set `engine: local`.",
+            f"Run `pip install 'visionloop[ray]'`, or set `{instead}`.",
         ) from exc
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
@@ -143,12 +156,10 @@ def _connect_ray(address: str | None) -> Iterator[int]:
                     "params.yaml compute.address",
                     f"no Ray cluster at {address or 'this machine'} ({str(exc).splitlines()[0][:120]})",
                     "the address of a running cluster",
-                    "Start one with `ray start --head`, or set `engine: local`.",
+                    f"Start one with `ray start --head`, or set `{instead}`.",
                 ) from exc
             stack.callback(ray.shutdown)
-        backend: Any = ray_joblib
-        backend.register_ray()
-        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield ray
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from visionloop.settings import Settings, tool_environment
 CODE_FILE = "code.json"
 STAGE_MODULES = {
     "prepare": "visionloop.data.prepare",
+    "embed": "visionloop.features.embed",
     "train": "visionloop.training.fit",
     "evaluate": "visionloop.evaluation.evaluate",
     "gate": "visionloop.promotion.decide",

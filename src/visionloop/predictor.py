@@ -4,20 +4,29 @@ Dimensions: n images, h height, w width, k classes, d embedding size.
 """
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle, check_onnx, load_bundle
 from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
-from visionloop.errors import BundleError
-from visionloop.records import Card, Prediction
+from visionloop.errors import BundleError, ParamsError, shorten
+from visionloop.records import LABEL_SEPARATOR, Card, Prediction
 
 GOLDEN_TOLERANCE = 2e-2
+BATCH_IMAGES, BATCH_BYTES = 64, 32 * 1024 * 1024
+# What an `Embedder` has in the network at a time: enough to keep the cores busy, little enough for any memory.
+MAX_SLICE, SLICE_PIXELS = 128, 16 * 224 * 224
+TASKS = ("binary", "multiclass", "multilabel")
 FloatArray = NDArray[np.float32]
+# What a model says: a class an image (n,), or for multilabel which of the classes (n, k).
+Choices = NDArray[np.int64] | NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,9 @@ class Predictor:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it writes to the home otherwise
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        model_bytes = (bundle.folder / "model.onnx").read_bytes()
-        check_onnx(model_bytes, f"bundle {bundle.digest[:12]}")
-        try:
-            self._session = ort.InferenceSession(model_bytes, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime raises classes of its own, from C++
-            raise BundleError(f"bundle {bundle.digest[:12]}", f"model.onnx does not load ({exc})"[:300]) from exc
+        where = f"bundle {bundle.digest[:12]}"
+        check_card(bundle.card, where)
+        self._session = _open_session((bundle.folder / "model.onnx").read_bytes(), where, threads)
         self.bundle = bundle
 
     @classmethod
@@ -72,10 +71,12 @@ class Predictor:
     def run(self, images_nhwc: UInt8Array) -> Outputs:
         """Run the network on n decoded images."""
         logits_nk, embedding_nd = self._session.run(["logits", "embedding"], {"images": images_nhwc})
-        return Outputs(logits_nk, softmax(logits_nk / self.card.temperature), embedding_nd)
+        squash = sigmoid if self.card.task == "multilabel" else softmax
+        return Outputs(logits_nk, squash(logits_nk / self.card.temperature), embedding_nd)
 
-    def run_batches(self, images_nhwc: UInt8Array, *, batch_size: int = 64) -> Outputs:
-        """Run the network on any number of images, a batch at a time."""
+    def run_batches(self, images_nhwc: UInt8Array, *, batch_size: int | None = None) -> Outputs:
+        """Run the network on any number of images, a batch at a time; of large images fewer at once."""
+        batch_size = batch_size or choose_batch_size(images_nhwc.shape[1:3])
         parts = [self.run(images_nhwc[i : i + batch_size]) for i in range(0, len(images_nhwc), batch_size)]
         if not parts:
             empty = np.zeros((0, len(self.card.classes)), np.float32)
@@ -86,16 +87,24 @@ class Predictor:
             np.concatenate([p.embedding_nd for p in parts]),
         )
 
+    def choose(self, probs_nk: NDArray[np.floating]) -> Choices:
+        """Return what the model says of n images: a class each (n,), or for multilabel which of the classes (n, k)."""
+        return choose_classes(probs_nk, self.card)
+
     def answer(self, outputs: Outputs) -> list[Prediction]:
         """Put the network's outputs into words: one prediction an image."""
-        chosen_n = choose_classes(outputs.probs_nk, self.card.threshold)
+        classes, chosen = self.card.classes, self.choose(outputs.probs_nk)
+        confidence_n = compute_confidence(outputs.probs_nk, chosen)
+        names = name_choices(chosen, classes)
+        several = chosen.ndim == 2
         return [
             Prediction(
-                prediction=self.card.classes[k],
-                probabilities={c: float(p) for c, p in zip(self.card.classes, probs_k, strict=True)},
-                confidence=float(probs_k[k]),
+                prediction=LABEL_SEPARATOR.join(labels),
+                probabilities={c: float(p) for c, p in zip(classes, probs_k, strict=True)},
+                confidence=float(confidence),
+                labels=labels if several else None,
             )
-            for k, probs_k in zip(chosen_n, outputs.probs_nk, strict=True)
+            for labels, probs_k, confidence in zip(names, outputs.probs_nk, confidence_n, strict=True)
         ]
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
@@ -122,6 +131,21 @@ class Predictor:
         return difference
 
 
+def check_card(card: Card, where: str) -> None:
+    """Raise BundleError for a card that this version cannot answer by: its task, or its thresholds."""
+    todo = "Use the version of visionloop that made it, or train again."
+    if card.task not in TASKS:
+        raise BundleError(where, f"has the task {card.task!r}", f"one of {', '.join(TASKS)}", todo)
+    if card.thresholds is not None and set(card.thresholds) != set(card.classes):
+        found = f"has thresholds for {shorten([*map(str, card.thresholds)]) or 'nothing'}"
+        raise BundleError(where, found, f"one for each of {shorten(card.classes)}", todo)
+
+
+def choose_batch_size(size_hw: Sequence[int]) -> int:
+    """Return how many images go through a network at once: memory is in proportion to their pixels."""
+    return max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, size_hw[0] * size_hw[1] * 3)))
+
+
 def softmax(logits_nk: FloatArray) -> FloatArray:
     """Softmax over the last axis, in float64 inside."""
     shifted = logits_nk.astype(np.float64) - logits_nk.max(axis=-1, keepdims=True)
@@ -129,8 +153,107 @@ def softmax(logits_nk: FloatArray) -> FloatArray:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), dtype=np.float32)
 
 
-def choose_classes(probs_nk: FloatArray, threshold: float | None) -> NDArray[np.int64]:
-    """Return the index of the answer for each image: the likeliest, or for two classes by the threshold."""
-    if threshold is not None:
-        return (probs_nk[:, 1] >= threshold).astype(np.int64)
+def sigmoid(logits_nk: FloatArray) -> FloatArray:
+    """Return 1 / (1 + exp(-z)) of each logit, in float64 inside; written so that no exponent overflows."""
+    small = np.exp(-np.abs(logits_nk.astype(np.float64)))
+    return np.where(logits_nk >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+
+
+def choose_classes(probs_nk: NDArray[np.floating], card: Card) -> Choices:
+    """Return the answer for each image: the likeliest class (n,), for binary by the threshold; or labels (n, k)."""
+    if card.task == "multilabel":
+        thresholds = card.thresholds or {}
+        return probs_nk >= np.array([thresholds.get(name, 0.5) for name in card.classes])
+    if card.threshold is not None:
+        return (probs_nk[:, 1] >= card.threshold).astype(np.int64)
     return np.asarray(probs_nk.argmax(axis=1), dtype=np.int64)
+
+
+def compute_confidence(probs_nk: NDArray[np.floating], chosen: Choices) -> NDArray[np.floating]:
+    """Return the probability of each answer, (n,): of its class, or of its set of labels if they are independent."""
+    if chosen.ndim == 2:
+        return np.asarray(np.where(chosen, probs_nk, 1 - probs_nk).prod(axis=1))
+    return probs_nk[np.arange(len(chosen)), chosen]
+
+
+def name_choices(chosen: Choices, classes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the names of what was chosen for each image: one, or for multilabel any number."""
+    if chosen.ndim == 1:
+        return [(classes[int(k)],) for k in chosen]
+    return [tuple(classes[int(k)] for k in np.flatnonzero(chosen_k)) for chosen_k in chosen]
+
+
+class Embedder:
+    """The part of a model that maps images to embeddings, on a runtime without torch. `model` holds ONNX."""
+
+    def __init__(self, model: Path, *, runtime: str = "onnxruntime", precision: str = "fp32", threads: int = 0) -> None:
+        """Load a model with the output `embedding`; `threads` 0 means all cores. Raises BundleError, ParamsError."""
+        model_bytes = model.read_bytes()
+        if runtime == "openvino":
+            self._run = _open_openvino(model_bytes, model.name, precision, threads)
+            return
+        session = _open_session(model_bytes, model.name, threads)
+        self._run = lambda images: session.run(["embedding"], {"images": images})[0]
+
+    def embed(self, images_nhwc: UInt8Array) -> FloatArray:
+        """Map any number of images (n, h, w, 3) to embeddings (n, d), so many at a time that memory stays flat."""
+        height, width = images_nhwc.shape[1:3]
+        step = max(1, min(MAX_SLICE, SLICE_PIXELS // (height * width)))
+        parts = [self._run(images_nhwc[i : i + step]) for i in range(0, len(images_nhwc), step)]
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def _open_session(model_bytes: bytes, where: str, threads: int) -> Any:
+    """Open a checked model in ONNX Runtime. Raises BundleError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it writes to the home otherwise
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    check_onnx(model_bytes, where)
+    try:
+        return ort.InferenceSession(model_bytes, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # onnxruntime raises classes of its own, from C++
+        raise BundleError(where, f"model.onnx does not load ({exc})"[:300]) from exc
+
+
+def has_openvino() -> bool:
+    """Say whether OpenVINO is installed."""
+    return find_spec("openvino") is not None
+
+
+def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int) -> Callable[[UInt8Array], FloatArray]:
+    """Open a checked model in OpenVINO, and return what runs it. Raises BundleError, ParamsError."""
+    check_onnx(model_bytes, where)
+    try:
+        # Its import reports to Google Analytics where this package can be imported; it has a stub for where it cannot.
+        before = sys.modules.get("openvino_telemetry")
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+        try:
+            import openvino as ov
+        finally:
+            if before is None:
+                del sys.modules["openvino_telemetry"]
+            else:
+                sys.modules["openvino_telemetry"] = before
+    except ImportError as exc:
+        raise ParamsError(
+            "params.yaml embed.runtime",
+            "got 'openvino', which is not installed",
+            "the extra `openvino`",
+            "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
+        ) from exc
+    options = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "INFERENCE_NUM_THREADS": threads}
+    try:
+        core = ov.Core()
+        request = core.compile_model(core.read_model(model_bytes), "CPU", options).create_infer_request()
+    except Exception as exc:  # openvino raises RuntimeError and classes of its own, from C++
+        raise BundleError(where, f"does not load in OpenVINO ({exc})"[:300]) from exc
+
+    def run(images_nhwc: UInt8Array) -> FloatArray:
+        request.infer({"images": images_nhwc})
+        return np.array(request.get_tensor("embedding").data, np.float32)
+
+    return run

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SIDES = ("train", "val", "test", "excluded")
+LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
 
 
 def canonical_json(value: object) -> bytes:
@@ -112,6 +113,7 @@ class Card(Record):
     """`card.json` of a bundle: all that is needed to use the model, and where it came from. No time, no run id.
 
     `threshold` is the probability of `classes[1]` from which a binary model answers `classes[1]`; None otherwise.
+    `thresholds` are, by class, the probabilities from which a multilabel model gives that label; None otherwise.
     `dataset` holds name, version, digest. `parity` is the largest |torch - ONNX| logit difference at export.
     """
 
@@ -128,6 +130,7 @@ class Card(Record):
     network: dict[str, Any]
     parity: float
     schema: int = 1
+    thresholds: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,23 @@ class Interval(Record):
 
 @dataclass(frozen=True)
 class Prediction(Record):
-    """The answer for one image: the class, all probabilities by class name, and the probability of the answer."""
+    """The answer for one image: the class, all probabilities by class name, and the probability of the answer.
+
+    A multilabel model answers with `labels`, any number of them in the order of its classes; `prediction` is then
+    these in one text, and `confidence` the product over the classes of the probability of what is said of each: that
+    of the whole answer, if labels come independently. `labels` is None, and not in the JSON, for the other tasks.
+    """
 
     prediction: str
     probabilities: dict[str, float]
     confidence: float
+    labels: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        if self.labels is None:
+            del value["labels"]
+        return value
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from visionloop.errors import SettingsError
 
 PARAMS_FILE = "params.yaml"
 
+CHECKPOINTS = ("auto", "store", "local")
+MAX_LOADERS = 256
+
 # Opt-outs of telemetry, and limits that keep a dead server from hanging a command for minutes.
 QUIET_TOOLS = {
     "DO_NOT_TRACK": "true",
@@ -37,6 +40,8 @@ class Settings:
     store_url: str
     tracking_uri: str
     artifact_root: str
+    checkpoints: str = "auto"  # of a training in the store too: store, local, or auto (where the store is remote)
+    loader_workers: int | None = None  # processes that read training batches, for each rank; 0: a thread, None: chosen
 
     @property
     def params_path(self) -> Path:
@@ -49,6 +54,10 @@ class Settings:
     @property
     def prepared_dir(self) -> Path:
         return self.home / "data" / "prepared"
+
+    @property
+    def features_dir(self) -> Path:
+        return self.home / "features"
 
     @property
     def candidate_dir(self) -> Path:
@@ -114,7 +123,25 @@ def load_settings(env: Mapping[str, str], start: Path) -> Settings:
         store_url=store_url,
         tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{hidden / 'mlflow' / 'mlflow.db'}",
         artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
+        checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
+        loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
     )
+
+
+def _read_choice(name: str, value: str | None, choices: tuple[str, ...]) -> str:
+    """Return a variable's value, the first choice if it is not set. Raises SettingsError."""
+    if value and value not in choices:
+        raise SettingsError(name, f"got {value!r}", f"one of {', '.join(choices)}", "Correct it, or unset it.")
+    return value or choices[0]
+
+
+def _read_count(name: str, value: str | None, most: int) -> int | None:
+    """Return a variable's value, None if it is not set. Raises SettingsError."""
+    if not value:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) > most:
+        raise SettingsError(name, f"got {value!r}", f"a whole number from 0 to {most}", "Correct it, or unset it.")
+    return int(value)
 
 
 def tool_environment(home: Path) -> dict[str, str]:

@@ -4,7 +4,9 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,30 @@ from visionloop.errors import TrackingError
 CHAMPION_ALIAS = "champion"
 DIGEST_TAG = "visionloop.bundle"
 MAX_PARAM_CHARS = 500
+PARENT_TAG = "mlflow.parentRunId"
+KIND_TAG = "visionloop.kind"  # none: a training; else what else was run: tune, trial, lr-find
+PAGE = 200
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as MLflow has it. `metrics` are the last values; `seconds` is None while it runs or if it was lost."""
+
+    run_id: str
+    name: str
+    status: str
+    started_at: datetime
+    seconds: float | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        """What was run: train, tune, trial or another word."""
+        restored = "restored" if self.tags.get("visionloop.restored") else "train"
+        return self.tags.get(KIND_TAG, restored)
 
 
 class Tracking:
@@ -34,6 +60,18 @@ class Tracking:
             run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
             self._log_params(str(run.info.run_id), params)
             return str(run.info.run_id)
+
+    def find_tagged_run(self, tag: str, value: str) -> str | None:
+        """Return the run of this experiment that bears a tag, or None. Raises TrackingError."""
+        with self._translated():
+            client, experiment_id = self._connect()
+            runs = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+            return str(runs[0].info.run_id) if runs else None
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Log params of a run; those that are there must be equal. Raises TrackingError."""
+        with self._translated():
+            self._log_params(run_id, params)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Log a set of metrics in one request. Raises TrackingError."""
@@ -63,6 +101,47 @@ class Tracking:
         """Mark a run FINISHED, FAILED or KILLED. Raises TrackingError."""
         with self._translated():
             self._connect()[0].set_terminated(run_id, status)
+
+    def iterate_runs(self, status: str | None = None) -> Iterator[Run]:
+        """Yield the runs of the experiment, newest first, page by page; none if there is no experiment yet.
+
+        Raises:
+            TrackingError: MLflow cannot be reached.
+        """
+        query = f"attributes.status = '{status}'" if status else ""
+        token = None
+        while True:
+            with self._translated():
+                experiment_id = self._find_experiment()
+                if experiment_id is None:
+                    return
+                page = self._client.search_runs(
+                    [experiment_id],
+                    query,
+                    max_results=PAGE,
+                    order_by=["attributes.start_time DESC"],
+                    page_token=token,
+                )
+            yield from map(_make_run, page)
+            if not (token := page.token):
+                return
+
+    def load_run(self, run_id: str) -> Run:
+        """Return one run. Raises TrackingError."""
+        with self._translated():
+            return _make_run(self._connect()[0].get_run(run_id))
+
+    def load_curves(self, run_id: str, keys: Iterable[str]) -> dict[str, Curve]:
+        """Return (step, value) of each metric in order; of a step that was logged twice, the last.
+
+        Raises:
+            TrackingError: MLflow cannot be reached.
+        """
+        with self._translated():
+            client, _ = self._connect()
+            histories = {key: client.get_metric_history(run_id, key) for key in keys}
+        newest_last = {key: sorted(points, key=lambda m: m.timestamp) for key, points in histories.items()}
+        return {key: sorted({m.step: m.value for m in points}.items()) for key, points in newest_last.items()}
 
     def find_version(self, bundle_digest: str) -> str | None:
         """Return the model version that mirrors a bundle, or None. Raises TrackingError."""
@@ -140,6 +219,19 @@ class Tracking:
             self._client = client
         return self._client, self._experiment_id
 
+    def _find_experiment(self) -> str | None:
+        """Return the experiment's id without making one; a database that is not there is not made either."""
+        if self._experiment_id is None:
+            local = self.uri.startswith("sqlite:///")
+            if local and not Path(self.uri.removeprefix("sqlite:///")).is_file():
+                return None
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            experiment = self._client.get_experiment_by_name(self.name)
+            self._experiment_id = str(experiment.experiment_id) if experiment else None
+        return self._experiment_id
+
     def _find_run(self, run_id: str) -> str | None:
         from mlflow.exceptions import MlflowException
 
@@ -183,6 +275,14 @@ class Tracking:
                 "a reachable MLflow",
                 "Start the server, or set MLFLOW_TRACKING_URI; unset it for SQLite in the workspace.",
             ) from exc
+
+
+def _make_run(run: Any) -> Run:
+    info, data = run.info, run.data
+    seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
+    started_at = datetime.fromtimestamp(info.start_time / 1000, UTC)
+    name = info.run_name or ""
+    return Run(info.run_id, name, info.status, started_at, seconds, data.params, data.metrics, data.tags)
 
 
 def mask_credentials(uri: str) -> str:

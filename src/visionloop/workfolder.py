@@ -36,6 +36,11 @@ def lock_work(folder: Path, key: str) -> Iterator[Path]:
         yield work
 
 
+def list_work(folder: Path) -> set[str]:
+    """Return the names of a stage's work folders."""
+    return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+
+
 def replace_folder(work: Path, target: Path) -> None:
     """Make a finished work folder the result: whole or not at all."""
     for leftover in work.glob("*.staged"):

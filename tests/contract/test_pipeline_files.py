@@ -16,11 +16,12 @@ from visionloop.settings import tool_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "src" / "visionloop" / "examples"
-NAMES = ("cats-and-dogs", "digits", "dog-breeds", "horses-or-humans")
+NAMES = ("cats-and-dogs", "digits", "dog-breeds", "fourteen-classes", "horses-or-humans")
 PARAMS_FILES = (ROOT / "params.yaml", *(EXAMPLES / name / "params.yaml" for name in NAMES))
 STAGES = {
     "prepare": {"deps": {"data/dataset.json"}, "outs": {"data/prepared"}},
-    "train": {"deps": {"data/dataset.json", "data/prepared"}, "outs": {"models/candidate"}},
+    "embed": {"deps": {"data/prepared"}, "outs": {"features"}},
+    "train": {"deps": {"data/dataset.json", "data/prepared", "features"}, "outs": {"models/candidate"}},
     "evaluate": {"deps": {"data/prepared", "models/candidate"}, "outs": {"reports/report.html", "reports/figures"}},
 }
 
@@ -51,13 +52,15 @@ def test_examples_are_the_agreed_ones() -> None:
 def test_params_hold_the_agreed_values(path: Path) -> None:
     params = load_params(path)
     assert params.name == (path.parent.name if path.parent.name in NAMES else "digits")
-    assert (params.prepare.size_hw, params.train.backbone, params.train.weights) == {
-        "cats-and-dogs": ((224, 224), "resnet18", "none"),
-        "digits": ((32, 32), "small_cnn", "none"),
-        "dog-breeds": ((224, 224), "mobilenet_v2", "none"),
-        "horses-or-humans": ((224, 224), "resnet18", "none"),
+    assert (params.prepare.size_hw, params.train.backbone, params.train.weights, params.train.way) == {
+        "cats-and-dogs": ((224, 224), "resnet18", "default", "knn"),
+        "digits": ((32, 32), "small_cnn", "none", "scratch"),
+        "dog-breeds": ((224, 224), "mobilenet_v2", "default", "frozen"),
+        "fourteen-classes": ((768, 1024), "depthwise_cnn", "none", "scratch"),
+        "horses-or-humans": ((224, 224), "resnet18", "none", "scratch"),
     }[params.name]
-    assert (params.train.patience, params.train.monitor, params.train.seed) == (5, "val/loss", 0)
+    stopping = (3, "val/accuracy") if params.name == "dog-breeds" else (5, "val/loss")
+    assert (params.train.patience, params.train.monitor, params.train.seed) == (*stopping, 0)
     assert (params.gate.rule, params.gate.alpha) == ("better", 0.05)
     is_experiment = params.ingest.split.method == "random"
     assert is_experiment == (params.name == "dog-breeds")

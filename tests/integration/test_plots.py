@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visionloop.evaluation.label_metrics import Outcome
 from visionloop.evaluation.metrics import compute_class_figures, compute_confusion
-from visionloop.evaluation.plots import Mistake, draw_classes, draw_confidence, draw_confusion, draw_mistakes
+from visionloop.evaluation.plots import (
+    Mistake,
+    draw_classes,
+    draw_confidence,
+    draw_confusion,
+    draw_mistakes,
+    draw_outcomes,
+)
 
 ODD_NAMES = ("$5 bill", "$\\frac{$", "日本", "<b>", "x" * 300, "two\nlines", " ")
 
@@ -42,6 +50,7 @@ def draw_all() -> dict[str, bytes]:
         "classes": draw_classes(compute_class_figures(confusion_kk, ODD_NAMES)),
         "confidence": draw_confidence(confidence_n, confidence_n > 0.4),
         "mistakes": draw_mistakes(make_mistakes(7), 9, 200),
+        "outcomes": draw_outcomes([Outcome(name, 9 - i, i, 3 * i) for i, name in enumerate(ODD_NAMES)]),
     }
 
 
@@ -88,3 +97,20 @@ def test_mistakes_of_a_perfect_model_is_one_line():
 def test_confidence_without_a_single_right_answer_is_drawn():
     png = draw_confidence(np.array([0.5, 0.9]), np.array([False, False]))
     assert Image.open(io.BytesIO(png)).width > 900
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [[], [Outcome("a", 0, 3, 0)], [Outcome("a", 0, 0, 5), Outcome("b", 1, 0, 900)]],
+    ids=["none", "all missed", "only wrongly said"],
+)
+def test_outcomes_of_odd_classes_are_drawn(outcomes):
+    image = Image.open(io.BytesIO(draw_outcomes(outcomes)))
+    image.load()
+    assert image.width == 924
+
+
+def test_outcomes_shows_the_worst_forty_of_many():
+    forty, ninety = ([Outcome(str(i), i + 1, 90 - i, i) for i in range(number)] for number in (40, 90))
+    heights = [Image.open(io.BytesIO(draw_outcomes(outcomes))).height for outcomes in (forty, ninety)]
+    assert heights[0] == heights[1]

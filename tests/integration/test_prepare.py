@@ -212,12 +212,49 @@ def test_forgotten_images_are_named(world: World) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_several_labels_are_not_trained_on(world: World) -> None:
-    with pytest.raises(ParamsError, match=r"params\.yaml task: got 'multilabel', which is taken in but cannot be"):
-        prepare(world.settings, make_params({"name": "fake", "task": "multilabel"}), world.store)
-    pin_records(world, [replace(world.records[0], labels=("a", "b")), *world.records[1:]])
-    with pytest.raises(DatasetError, match=rf"has several labels at {world.records[0].origins[0]}; expected one label"):
+def test_several_labels_want_the_task_multilabel(world: World) -> None:
+    first, second, third, *others = world.records
+    pin_records(world, [replace(first, labels=("a", "z")), replace(second, labels=()), third, *others])
+    with pytest.raises(DatasetError, match=rf"has several labels at {first.origins[0]}; .*Set `task: multilabel`"):
         prepare(world.settings, world.params, world.store)
+    prepare(world.settings, make_params({"name": "fake", "task": "multilabel"}), world.store)
+    prepared = load_prepared(world.settings.prepared_dir)
+    assert (prepared.task, prepared.classes) == ("multilabel", ("a", "b", "c", "z"))
+    assert prepared.sha256_n == tuple(sorted({r.sha256 for r in world.records} - {second.sha256}))
+    labels = {r.sha256: r.labels for r in [replace(first, labels=("a", "z")), third, *others]}
+    assert [prepared.labels(row) for row in range(159)] == [labels[sha256] for sha256 in prepared.sha256_n]
+
+
+def test_an_unlabelled_image_is_a_negative_if_params_say_so(world: World) -> None:
+    pin_records(world, [replace(world.records[0], labels=()), *world.records[1:]])
+    section = {"image_size": 32, "unlabelled": "negative"}
+    with pytest.raises(ParamsError, match=r"prepare\.unlabelled: got 'negative' with `task: auto`; expected 'exclude'"):
+        prepare(world.settings, make_params({"name": "fake", "prepare": section}), world.store)
+    several = {"name": "fake", "task": "multilabel", "prepare": section}
+    prepare(world.settings, make_params(several), world.store)
+    prepared = load_prepared(world.settings.prepared_dir)
+    row = prepared.sha256_n.index(world.records[0].sha256)
+    assert (prepared.label_n[row], prepared.labels(row)) == (-1, ())
+    assert len(prepared.sha256_n) == 160
+    assert json.loads((prepared.folder / "report.json").read_text())["num_negative"] == 1
+    prepare(world.settings, make_params({**several, "prepare": {**section, "limit": 40}}), world.store)
+    assert len(load_prepared(world.settings.prepared_dir).sha256_n) == 40
+
+
+def test_one_class_alone_is_no_task_of_several_labels(world: World) -> None:
+    pin_records(world, [replace(r, labels=("a",) if "a" in r.labels else ()) for r in world.records])
+    section = {"image_size": 32, "unlabelled": "negative"}
+    with pytest.raises(DatasetError, match=r"has 1 class \(a\) for `task: multilabel`; expected two or more"):
+        prepare(world.settings, make_params({"name": "fake", "task": "multilabel", "prepare": section}), world.store)
+
+
+def test_one_label_an_image_leaves_no_trace_of_several(world: World) -> None:
+    import pyarrow.parquet as pq
+
+    prepare(world.settings, world.params, world.store)
+    folder = world.settings.prepared_dir
+    assert pq.read_table(folder / "index.parquet").column_names == ["sha256", "label", "side"]
+    assert "num_negative" not in json.loads((folder / "report.json").read_text())
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "another image"])

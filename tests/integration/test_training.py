@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from shapes import find_bundle, find_run, make_environment, make_workspace, visionloop, write_shapes
+from shapes import find_bundle, find_run, make_workspace, visionloop
 
 from visionloop.bundle import load_bundle
 from visionloop.errors import VisionLoopError
@@ -100,7 +97,12 @@ def test_run_in_mlflow_has_params_metrics_and_tags(trained: tuple[Path, str]) ->
     assert len(run.data.tags["visionloop.dataset_digest"]) == 64
     assert [m.step for m in accuracy] == list(range(EPOCHS))
     assert {"train/loss", "val/loss", "val/f1", "train/images_per_s"} <= set(run.data.metrics)
-    assert [f.path for f in figures] == ["figures/curve.png"]
+    assert "figures/curve.png" in [f.path for f in figures]
+    assert run.data.tags["visionloop.ended"] == "all epochs"
+    assert run.data.tags["visionloop.code"] != "none"
+    assert run.data.params["task"] == "binary"
+    assert run.data.params["train.neighbours.k"] == "5"
+    assert {"prepare.image_size", "embed.batch_size"} <= set(run.data.params)
 
 
 def test_training_twice_gives_the_same_bytes(trained: tuple[Path, str], home: Path) -> None:
@@ -108,43 +110,6 @@ def test_training_twice_gives_the_same_bytes(trained: tuple[Path, str], home: Pa
     assert find_bundle(said) == find_bundle(trained[1])
     ours, theirs = (load_bundle(h / "models" / "candidate") for h in (home, trained[0]))
     assert ours.files == theirs.files
-
-
-def test_killed_training_goes_on_in_the_same_run_to_the_same_bundle(trained: tuple[Path, str], home: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "train"],
-        cwd=home,
-        env=make_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch   2/"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait(timeout=30)
-    assert not (home / "models" / "candidate").exists()
-    (record,) = (home / ".visionloop" / "work" / "train").glob("*/run.json")
-    run_id = json.loads(record.read_text())["run_id"]
-    done = visionloop(home, "train")
-    assert done.returncode == 0, done.stderr
-    assert "epoch   1/" not in done.stdout
-    assert find_run(done.stdout) == run_id
-    assert find_bundle(done.stdout) == find_bundle(trained[1])
-    run, accuracy, _ = load_run(home, run_id)
-    assert run.info.status == "FINISHED"
-    assert sorted({m.step for m in accuracy}) == list(range(EPOCHS))
-
-
-def test_a_torn_checkpoint_is_passed_over(trained: tuple[Path, str], home: Path) -> None:
-    from visionloop.training.callbacks import find_checkpoint
-
-    folder = home / "checkpoints"
-    folder.mkdir()
-    (folder / "last.ckpt").write_bytes(b"PK\x03\x04 cut off")
-    assert find_checkpoint(folder) == (None, {})
-    assert not (folder / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(
@@ -159,11 +124,10 @@ def test_a_torn_checkpoint_is_passed_over(trained: tuple[Path, str], home: Path)
         (
             "small_cnn",
             "small_cnn, weights: params.yaml",
-            "cannot be read as weights; expected tensors alone.",
+            "params.yaml cannot be read as weights (",
         ),
-        ("learning_rate: 3.0e-3", "learning_rate: 9.9, weight_decay: 1.0e+38", "the loss is not finite"),
     ],
-    ids=["backbone", "missing-weights", "no-weights", "diverging"],
+    ids=["backbone", "missing-weights", "no-weights"],
 )
 def test_what_cannot_be_trained_is_one_line(home: Path, old: str, new: str, line: str) -> None:
     path = home / "params.yaml"
@@ -174,57 +138,7 @@ def test_what_cannot_be_trained_is_one_line(home: Path, old: str, new: str, line
     assert not (home / "models" / "candidate").exists()
 
 
-def test_weights_of_a_file_are_loaded_and_of_another_network_refused(home: Path) -> None:
-    import torch
-
-    from visionloop.errors import TrainingError
-    from visionloop.networks.backbones import make_backbone
-    from visionloop.networks.weights import load_weights
-
-    backbone, _ = make_backbone("small_cnn", (32, 32))
-    torch.save(backbone.state_dict(), home / "w.pth")
-    other, _ = make_backbone("small_cnn", (32, 32))
-    load_weights(other, "small_cnn", "w.pth", home)
-    assert all(
-        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), other.state_dict().values(), strict=True)
-    )
-    resnet, _ = make_backbone("resnet18", (32, 32))
-    with pytest.raises(TrainingError, match=r"'w\.pth' does not fit resnet18: \d+ tensors missing"):
-        load_weights(resnet, "resnet18", "w.pth", home)
-
-
-def test_default_weights_without_network_say_how_to_supply_a_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import urllib.request
-    from urllib.error import URLError
-
-    from visionloop.errors import TrainingError
-    from visionloop.networks.backbones import make_backbone
-    from visionloop.networks.weights import load_weights
-
-    def refuse(*args: object, **options: object) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    backbone, _ = make_backbone("resnet18", (32, 32))
-    with pytest.raises(TrainingError, match=r"cannot download .*Set train\.weights to a file of a state dict"):
-        load_weights(backbone, "resnet18", "default", tmp_path)
-
-
 def test_unreachable_mlflow(home: Path) -> None:
     done = visionloop(home, "train", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert done.returncode == 2
     assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
-
-
-def test_a_class_without_a_training_image(tmp_path: Path) -> None:
-    home = make_workspace(tmp_path / "ws")
-    for side, classes in (("train", ("disc", "ring")), ("val", ("disc", "ring")), ("test", ("disc", "ring", "bar"))):
-        write_shapes(tmp_path / "split" / side, 4, seed=len(side), classes=classes)
-    path = home / "params.yaml"
-    path.write_text(path.read_text().replace("name: shapes", "name: other"))
-    for command in (("ingest", str(tmp_path / "split")), ("prepare",)):
-        assert visionloop(home, *command).returncode == 0
-    assert "dataset other version 1: no training image of bar; expected one or more." in train_here(home)

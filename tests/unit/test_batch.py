@@ -72,3 +72,28 @@ def test_written_answers(photos: Path, tmp_path: Path) -> None:
     assert list(table[0]) == ["path", "prediction", "confidence", "error", "p_a", "p_b", "p_c"]
     assert float(table[0]["p_a"]) == pytest.approx(rows[0]["probabilities"]["a"], abs=1e-6)
     assert table[1]["error"].startswith("is not an image")
+
+
+def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle", task="multilabel", seed=1)
+    predictor = Predictor.load(tmp_path / "bundle")
+    for seed in range(20):
+        (photos / f"{seed}.png").write_bytes(make_image(seed))
+    answers = predict_files(predictor, find_images([str(photos)]))
+    write_answers(answers, tmp_path / "out.jsonl", predictor)
+    write_answers(answers, tmp_path / "out.csv", predictor)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(lines) == len(rows) == 23
+    for line, row, answer in zip(lines, rows, answers, strict=True):
+        if answer.prediction is None:
+            assert "labels" not in line
+            assert (row["prediction"], row["confidence"], row["p_a"]) == ("", "", "")
+            assert row["error"] == line["error"] != ""
+            continue
+        assert line["labels"] == list(answer.prediction.labels or ())
+        assert line["labels"] == [c for c in "abc" if line["probabilities"][c] >= 0.5]
+        assert row["prediction"] == line["prediction"] == "|".join(line["labels"])
+        assert row["error"] == ""
+    assert {len(line.get("labels", [])) for line in lines} >= {0, 1, 2}

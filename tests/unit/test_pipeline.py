@@ -19,8 +19,8 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_each_stage_has_a_digest_of_its_own() -> None:
     digests = pipeline.compute_code_digests()
-    assert set(digests) == {"prepare", "train", "evaluate", "gate"}
-    assert len(set(digests.values())) == 4
+    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate"}
+    assert len(set(digests.values())) == 5
 
 
 def test_a_change_in_a_module_moves_the_stages_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_change_in_a_module_moves_the_stages_that_use_it(tmp_path: Path, monke
         return {stage for stage in before if before[stage] != after[stage]}
 
     assert moved_by("visionloop.training.module") == {"train"}
-    assert moved_by("visionloop.data.images") == {"prepare", "train", "evaluate", "gate"}
+    assert moved_by("visionloop.data.images") == {"prepare", "embed", "train", "evaluate", "gate"}
     assert moved_by("visionloop.evaluation.report") == {"evaluate"}
     assert moved_by("visionloop.errors") == set()
     assert moved_by("visionloop.serving.app") == set()

@@ -52,3 +52,15 @@ def test_unknown_store_scheme() -> None:
     store = open_store("file:///tmp/a%20b")
     assert isinstance(store, LocalStore)
     assert store.root == Path("/tmp/a b")
+
+
+@pytest.mark.parametrize(("value", "workers"), [(None, None), ("", None), ("0", 0), ("3", 3), ("256", 256)])
+def test_number_of_loader_processes(home: Path, value: str | None, workers: int | None) -> None:
+    env = {} if value is None else {"VISIONLOOP_LOADER_WORKERS": value}
+    assert load_settings(env, home).loader_workers == workers
+
+
+@pytest.mark.parametrize("value", ["-1", "two", "257", "1.5", "٣", "9" * 5000])
+def test_a_number_of_loader_processes_that_is_none(home: Path, value: str) -> None:
+    with pytest.raises(SettingsError, match=r"LOADER_WORKERS: got .*; expected a whole number from 0 to 256\."):
+        load_settings({"VISIONLOOP_LOADER_WORKERS": value}, home)

@@ -52,17 +52,21 @@ def predict(
 
 
 def describe_answer(answer: "FileAnswer", width: int, top: int) -> list[str]:
-    """Return one answer as lines: the likeliest classes with bars, or the reason why not."""
+    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not."""
     name = f"{_shorten_path(answer.path):<{width}}"
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
-    ranked = sorted(answer.prediction.probabilities.items(), key=lambda kv: -kv[1])[:top]
+    chosen = answer.prediction.labels
+    if chosen is None:
+        chosen = (answer.prediction.prediction,)
+    ranked = sorted(answer.prediction.probabilities.items(), key=lambda kv: -kv[1])
+    ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
     label_width = max(len(label) for label, _ in ranked)
-    lines = []
-    for number, (label, p) in enumerate(ranked):
-        mark = "*" if label == answer.prediction.prediction else " "
+    lines = [] if chosen else [f"{name}  -- no label"]
+    for label, p in ranked:
+        mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
-        lines.append(f"{name if number == 0 else ' ' * width}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
+        lines.append(f"{' ' * width if lines else name}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
     return lines
 
 

@@ -11,7 +11,9 @@ from visionloop.cli.app import app
 @app.command()
 def new(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    example: Annotated[str, typer.Option(help="cats-and-dogs, digits, dog-breeds or horses-or-humans.")] = "digits",
+    example: Annotated[
+        str, typer.Option(help="cats-and-dogs, digits, dog-breeds, fourteen-classes, horses-or-humans.")
+    ] = "digits",
     name: Annotated[str | None, typer.Option(help="Name of dataset, model and experiment.")] = None,
 ) -> None:
     """Make a workspace of your own: params.yaml, dvc.yaml, git and dvc ready.

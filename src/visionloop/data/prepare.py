@@ -50,9 +50,9 @@ def prepare(
     """
     check_params(params)
     pin = load_pin(settings.pin_path)
-    records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params.prepare, pin)
+    records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params, pin)
     layouts = make_layouts(records, params.prepare)
-    task = resolve_task(params.task, {r.labels[0] for r in records}, pin)
+    task = resolve_task(params.task, {label for r in records for label in r.labels}, pin)
     key = compute_digest([pin.digest, task, params.prepare.model_dump(mode="json"), code_digest])
     with lock_work(settings.work_dir("prepare"), key) as work:
         for layout in layouts:
@@ -69,12 +69,12 @@ def prepare(
 
 def check_params(params: Params) -> None:
     """Raise ParamsError where the sections do not fit each other."""
-    if params.task == "multilabel":
+    if params.prepare.unlabelled == "negative" and params.task != "multilabel":
         raise ParamsError(
-            "params.yaml task",
-            "got 'multilabel', which is taken in but cannot be trained on yet",
-            "'auto' and one label an image",
-            "Correct the labels, and ingest under another `name` with `task: auto`.",
+            "params.yaml prepare.unlabelled",
+            f"got 'negative' with `task: {params.task}`",
+            "'exclude': with one label an image, one without a label has no answer",
+            "Edit the file, or set `task: multilabel`.",
         )
     size_hw, train_hw = params.prepare.size_hw, get_train_size(params.prepare)
     if train_hw and (train_hw[0] < size_hw[0] or train_hw[1] < size_hw[1]):
@@ -87,12 +87,12 @@ def check_params(params: Params) -> None:
 
 
 def select_records(
-    records: Sequence[ImageRecord], forgotten: frozenset[str], section: Prepare, pin: Pin
+    records: Sequence[ImageRecord], forgotten: frozenset[str], params: Params, pin: Pin
 ) -> list[ImageRecord]:
     """Return the records to prepare, in the order of sha256.
 
     Raises:
-        DatasetError: some were forgotten, none is labelled, or one has several labels.
+        DatasetError: some were forgotten, none is labelled, or one has several labels and the task is not multilabel.
     """
     where = f"dataset {pin.name} version {pin.version}"
     if gone := [r.sha256[:12] for r in records if r.sha256 in forgotten]:
@@ -102,20 +102,26 @@ def select_records(
             "a version without them",
             "Pin a later one: `visionloop ingest`.",
         )
-    chosen = [r for r in records if r.labels and r.side != "excluded"]
-    if not chosen:
+    with_negatives = params.prepare.unlabelled == "negative"
+    chosen = [r for r in records if (r.labels or with_negatives) and r.side != "excluded"]
+    if not any(r.labels for r in chosen):
         raise DatasetError(where, "has no labelled image", "labelled images", "Ingest a source with labels.")
-    if several := [r.origins[0] for r in chosen if len(r.labels) > 1]:
-        raise DatasetError(where, f"has several labels at {shorten(several)}", "one label an image", "Correct them.")
-    return choose_subset(chosen, section.limit) if section.limit else chosen
+    several = [r.origins[0] for r in chosen if len(r.labels) > 1]
+    if several and params.task != "multilabel":
+        todo = "Set `task: multilabel` in params.yaml, or correct them."
+        raise DatasetError(where, f"has several labels at {shorten(several)}", "one label an image", todo)
+    return choose_subset(chosen, params.prepare.limit) if params.prepare.limit else chosen
 
 
 def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
     """Return the task: `auto` is binary with two classes, else multiclass. Raises DatasetError."""
+    where = f"dataset {pin.name} version {pin.version}"
+    found = f"has {len(classes)} class{'es' * (len(classes) != 1)} ({shorten(list(classes))}) for `task: {task}`"
     if task == "binary" and len(classes) != 2:
-        where = f"dataset {pin.name} version {pin.version}"
-        found = f"has {len(classes)} classes ({shorten(list(classes))}) for `task: binary`"
         raise DatasetError(where, found, "two", "Set `task: auto` in params.yaml, or correct the labels.")
+    if task == "multilabel" and len(classes) < 2:
+        todo = "Give its absence a label of its own and set `task: auto`, or ingest images of other classes."
+        raise DatasetError(where, found, "two or more", todo)
     return ("binary" if len(classes) == 2 else "multiclass") if task == "auto" else task
 
 
@@ -170,13 +176,15 @@ def _is_done(work: Path, chunk: Chunk, known: dict[tuple[str, int], int]) -> boo
 
 def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, layouts: Sequence[Layout]) -> None:
     records = sorted((r for layout in layouts for r in layout.records), key=lambda r: r.sha256)
-    classes = sorted({r.labels[0] for r in records})
+    classes = sorted({label for r in records for label in r.labels})
     index = {name: i for i, name in enumerate(classes)}
+    labels_n = [sorted(index[label] for label in r.labels) for r in records]
     write_index(
         work,
         sha256_n=[r.sha256 for r in records],
-        label_n=[index[r.labels[0]] for r in records],
+        label_n=[labels[0] if labels else -1 for labels in labels_n],
         side_n=[r.side for r in records],
+        labels_n=labels_n if task == "multilabel" else None,
     )
     images, *larger = layouts
     report = {
@@ -188,6 +196,8 @@ def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, layouts: Se
         **images.describe(),
         "sides": {s: sum(r.side == s for r in records) for s in ("train", "val", "test")},
     }
+    if task == "multilabel":
+        report["num_negative"] = sum(not r.labels for r in records)
     if larger:
         report["train_shards"] = {"size": list(larger[0].size_hw), **larger[0].describe()}
     (work / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")

@@ -52,7 +52,8 @@ class Prepared:
     """The prepared data of one pin. `label_n` is an index into `classes`; `side_n` a name of a side.
 
     `task` is binary, multiclass or multilabel. For multilabel `targets_nk` says which classes an image has (0 or 1),
-    and `label_n` is the first of them; for the others it is None.
+    and `label_n` is the first of them, -1 for an image that has none; for the other tasks `targets_nk` is None.
+    `labels` and `count_classes` are the same for every task.
 
     `place_n` is the place of a row among the rows of its shards: of `train_shards` where there are any and the row is
     of the training side, else of `shards`.
@@ -75,6 +76,18 @@ class Prepared:
     def rows(self, side: str) -> IntArray:
         """Return the row numbers of one side, ascending."""
         return np.flatnonzero(self.side_n == side)
+
+    def labels(self, row: int) -> tuple[str, ...]:
+        """Return the labels of one row: one, or for multilabel any number of them."""
+        if self.targets_nk is None:
+            return (self.classes[self.label_n[row]],)
+        return tuple(self.classes[k] for k in np.flatnonzero(self.targets_nk[row]))
+
+    def count_classes(self, rows: IntArray) -> IntArray:
+        """Return how many of some rows have each class, (k,)."""
+        if self.targets_nk is None:
+            return np.bincount(self.label_n[rows], minlength=len(self.classes)).astype(np.int64)
+        return np.asarray(self.targets_nk[rows].sum(axis=0, dtype=np.int64))
 
     def read(self, rows: IntArray) -> UInt8Array:
         """Return the images of some rows, (n, h, w, 3), in the order asked for; of a larger one, the middle."""
@@ -122,9 +135,18 @@ def compute_places(side_n: Sequence[str], *, train_is_larger: bool) -> IntArray:
     return np.where(in_train_n, np.cumsum(in_train_n), np.cumsum(~in_train_n)) - 1
 
 
-def write_index(folder: Path, *, sha256_n: list[str], label_n: list[int], side_n: list[str]) -> None:
-    """Write index.parquet: one row an image, in shard order."""
+def write_index(
+    folder: Path,
+    *,
+    sha256_n: list[str],
+    label_n: list[int],
+    side_n: list[str],
+    labels_n: list[list[int]] | None = None,
+) -> None:
+    """Write index.parquet, a row an image, in the order of sha256; for multilabel with all its classes (`labels_n`)."""
     columns = {"sha256": sha256_n, "label": pa.array(label_n, pa.int64()), "side": side_n}
+    if labels_n is not None:
+        columns["labels"] = pa.array(labels_n, pa.list_(pa.int64()))
     pq.write_table(pa.table(columns), folder / "index.parquet")
 
 
@@ -141,6 +163,7 @@ def load_prepared(folder: Path) -> Prepared:
         larger = report.get("train_shards")
         shards = _open_shards(folder, IMAGES, {**report, "size": report["image_size"]})
         train_shards = _open_shards(folder, TRAIN, larger) if larger else None
+        targets_nk = _make_targets(index["labels"], len(classes)) if report["task"] == "multilabel" else None
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as exc:
         raise DatasetError(
             f"prepared data {folder}", "is missing or incomplete", "shards and an index", "Run `visionloop prepare`."
@@ -155,12 +178,21 @@ def load_prepared(folder: Path) -> Prepared:
         resize=report["resize"],
         sha256_n=tuple(index["sha256"].to_pylist()),
         label_n=index["label"].to_numpy(),
-        targets_nk=None,
+        targets_nk=targets_nk,
         side_n=np.asarray(sides, dtype=np.str_),
         place_n=compute_places(sides, train_is_larger=larger is not None),
         shards=shards,
         train_shards=train_shards,
     )
+
+
+def _make_targets(labels_n: pa.ChunkedArray, num_classes: int) -> NDArray[np.uint8]:
+    """Turn lists of classes into 0 and 1, (n, k)."""
+    lists = labels_n.combine_chunks()
+    targets_nk = np.zeros((len(lists), num_classes), np.uint8)
+    rows = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+    targets_nk[rows, lists.flatten().to_numpy()] = 1
+    return targets_nk
 
 
 def _open_shards(folder: Path, kind: str, facts: dict[str, Any]) -> Shards:

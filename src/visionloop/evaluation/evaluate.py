@@ -9,28 +9,36 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
-from visionloop.evaluation.metrics import (
-    ClassFigures,
-    FloatArray,
-    IntArray,
-    compute_class_figures,
-    compute_confusion,
-    compute_metrics,
+from visionloop.evaluation.answers import (
+    Answers,
+    compute_answer_metrics,
+    compute_tables,
+    find_worst,
+    get_truth,
+    join_names,
 )
-from visionloop.evaluation.plots import Mistake, draw_classes, draw_confidence, draw_confusion, draw_mistakes
+from visionloop.evaluation.label_metrics import compute_outcomes
+from visionloop.evaluation.metrics import ClassFigures, IntArray
+from visionloop.evaluation.plots import (
+    Mistake,
+    draw_classes,
+    draw_confidence,
+    draw_confusion,
+    draw_mistakes,
+    draw_outcomes,
+)
 from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.evaluation.run_note import load_run_note
 from visionloop.params import Params
-from visionloop.predictor import Predictor, choose_classes
-from visionloop.records import Card, Interval
+from visionloop.predictor import Predictor
+from visionloop.records import LABEL_SEPARATOR, Card, Interval
 from visionloop.settings import Settings
 from visionloop.tracking import Tracking
 from visionloop.workfolder import lock_work
@@ -42,24 +50,6 @@ NUM_MISTAKES = 25
 OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.json")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The model's answers on the test side, in the order of `rows_n` of the prepared data."""
-
-    rows_n: IntArray
-    labels_n: IntArray
-    probs_nk: FloatArray
-    chosen_n: IntArray
-
-    @property
-    def confidence_n(self) -> FloatArray:
-        return self.probs_nk[np.arange(len(self.chosen_n)), self.chosen_n]
-
-    @property
-    def hits_n(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        return np.asarray(self.labels_n == self.chosen_n)
 
 
 def evaluate(
@@ -75,20 +65,13 @@ def evaluate(
     prepared = load_prepared(settings.prepared_dir)
     predictor = Predictor.load(settings.candidate_dir)
     _check_fit(predictor.card, prepared)
-    answers = _answer_test_side(predictor, prepared, on_progress)
-    section = params.evaluate
-    metrics = compute_metrics(
-        answers.labels_n,
-        answers.probs_nk,
-        answers.chosen_n,
-        prepared.classes,
-        resamples=section.resamples,
-        seed=section.seed,
-    )
+    rows_n = _find_tests(prepared)
+    answers = _answer(predictor, prepared, rows_n, on_progress)
+    metrics = compute_answer_metrics(answers, params.evaluate)
     with lock_work(settings.work_dir("evaluate"), predictor.digest) as work:
         shutil.rmtree(work)
         (work / "figures").mkdir(parents=True)
-        _write_outs(work, predictor, prepared, answers, metrics)
+        _write_outs(work, predictor, prepared, rows_n, answers, metrics=metrics)
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
     _log_to_run(settings, params.name, predictor.digest, metrics)
@@ -105,6 +88,8 @@ def _check_fit(card: Card, prepared: Prepared) -> None:
             f"version {prepared.pin.version} ({prepared.pin.digest[:12]}), as data/prepared is",
             todo,
         )
+    if card.task != prepared.task:
+        raise DatasetError("models/candidate", f"is {card.task}", f"{prepared.task}, as data/prepared is", todo)
     if card.classes != prepared.classes:
         found, expected = shorten(card.classes), shorten(prepared.classes)
         raise DatasetError("models/candidate", f"knows the classes {found}", f"{expected}, as data/prepared has", todo)
@@ -114,14 +99,18 @@ def _check_fit(card: Card, prepared: Prepared) -> None:
         raise DatasetError("models/candidate", found, expected, todo)
 
 
-def _answer_test_side(predictor: Predictor, prepared: Prepared, on_progress: Progress) -> Answers:
-    """Run the model over the test side, so many images at a time that memory stays flat."""
+def _find_tests(prepared: Prepared) -> IntArray:
     rows_n = prepared.rows("test")
     if not len(rows_n):
         where = f"dataset {prepared.pin.name} version {prepared.pin.version}"
         raise DatasetError(
             where, "has no test image", "a test side", "Ingest more images, then run `visionloop prepare`."
         )
+    return rows_n
+
+
+def _answer(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> Answers:
+    """Run the model over some rows, so many images at a time that memory stays flat."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
     parts = []
     for start in range(0, len(rows_n), size):
@@ -129,75 +118,96 @@ def _answer_test_side(predictor: Predictor, prepared: Prepared, on_progress: Pro
         parts.append(predictor.run(images_nhwc).probs_nk)
         on_progress(min(start + size, len(rows_n)), len(rows_n))
     probs_nk = np.concatenate(parts)
-    chosen_n = choose_classes(probs_nk, predictor.card.threshold)
-    return Answers(rows_n, prepared.label_n[rows_n], probs_nk.astype(np.float64), chosen_n)
+    chosen = predictor.choose(probs_nk)
+    return Answers(get_truth(prepared, rows_n), probs_nk.astype(np.float64), chosen, prepared.classes)
 
 
 def _write_outs(
-    folder: Path, predictor: Predictor, prepared: Prepared, answers: Answers, metrics: dict[str, Interval]
+    folder: Path,
+    predictor: Predictor,
+    prepared: Prepared,
+    rows_n: IntArray,
+    answers: Answers,
+    *,
+    metrics: dict[str, Interval],
 ) -> None:
-    confusion_kk = compute_confusion(answers.labels_n, answers.chosen_n, len(prepared.classes))
-    class_figures = compute_class_figures(confusion_kk, prepared.classes)
-    num_test, num_wrong = len(answers.hits_n), int((~answers.hits_n).sum())
-    mistakes = _find_mistakes(prepared, answers)
-    figures = {
-        "confusion": draw_confusion(confusion_kk, prepared.classes),
-        "per_class": draw_classes(class_figures),
-        "confidence": draw_confidence(answers.confidence_n, answers.hits_n),
-        "mistakes": draw_mistakes(mistakes, num_wrong, num_test),
-    }
+    confusion_kk, class_figures = compute_tables(answers)
+    figures = _draw_figures(prepared, rows_n, answers, confusion_kk, class_figures)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
     facts = ReportFacts(
-        predictor.card, predictor.digest, prepared.pin, num_test, metrics, class_figures, confusion_kk, figures
+        predictor.card, predictor.digest, prepared.pin, len(rows_n), metrics, class_figures, confusion_kk, figures
     )
     (folder / "report.html").write_text(make_report(facts), encoding="utf-8")
     summary = {
         **{name: interval.to_json() for name, interval in metrics.items()},
-        "num_test": num_test,
+        "num_test": len(rows_n),
         "bundle": predictor.digest,
         "dataset": prepared.pin.digest,
     }
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _write_predictions(folder / "predictions.csv", prepared, answers)
+    _write_predictions(folder / "predictions.csv", [prepared.sha256_n[row] for row in rows_n], answers)
     _write_class_figures(folder / "per_class.csv", class_figures)
 
 
-def _find_mistakes(prepared: Prepared, answers: Answers) -> list[Mistake]:
-    """Return the wrong answers that gave the true class the least probability, worst first."""
-    true_n = answers.probs_nk[np.arange(len(answers.labels_n)), answers.labels_n]
-    wrong_n = np.flatnonzero(~answers.hits_n)
-    worst_n = wrong_n[np.argsort(true_n[wrong_n], kind="stable")][:NUM_MISTAKES]
-    images_nhwc = prepared.read(answers.rows_n[worst_n])
+def _draw_figures(
+    prepared: Prepared,
+    rows_n: IntArray,
+    answers: Answers,
+    confusion_kk: IntArray,
+    class_figures: Sequence[ClassFigures],
+) -> dict[str, bytes]:
+    """Draw the figures; a matrix cannot show several labels, so each class then has bars of its own."""
+    if answers.is_several:
+        targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
+        first = {"outcomes": draw_outcomes(compute_outcomes(targets_nk, chosen_nk, answers.classes))}
+    else:
+        first = {"confusion": draw_confusion(confusion_kk, prepared.classes)}
+    num_wrong = int((~answers.hits_n).sum())
+    return {
+        **first,
+        "per_class": draw_classes(class_figures),
+        "confidence": draw_confidence(answers.confidence_n, answers.hits_n),
+        "mistakes": draw_mistakes(_find_mistakes(prepared, rows_n, answers), num_wrong, len(rows_n)),
+    }
+
+
+def _find_mistakes(prepared: Prepared, rows_n: IntArray, answers: Answers) -> list[Mistake]:
+    """Return the wrong answers that gave the truth the least probability, worst first."""
+    worst_n = find_worst(answers, NUM_MISTAKES)
+    images_nhwc = prepared.read(rows_n[worst_n])
+    actual, predicted = answers.name_labels(), answers.name_chosen()
     return [
         Mistake(
             image_hwc=images_nhwc[i],
-            actual=prepared.classes[answers.labels_n[n]],
-            predicted=prepared.classes[answers.chosen_n[n]],
+            actual=join_names(actual[n]),
+            predicted=join_names(predicted[n]),
             confidence=float(answers.confidence_n[n]),
+            verb="has" if answers.is_several else "is",
         )
         for i, n in enumerate(worst_n)
     ]
 
 
-def _write_predictions(path: Path, prepared: Prepared, answers: Answers) -> None:
+def _write_predictions(path: Path, sha256_n: Sequence[str], answers: Answers) -> None:
+    """Write a row an image; several labels are one text, divided by `|`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["sha256", "actual", "predicted", "confidence"])
-        for row, label, chosen, confidence in zip(
-            answers.rows_n, answers.labels_n, answers.chosen_n, answers.confidence_n, strict=True
-        ):
-            names = prepared.classes[label], prepared.classes[chosen]
-            writer.writerow([prepared.sha256_n[row], *names, f"{confidence:.6f}"])
+        rows = zip(sha256_n, answers.name_labels(), answers.name_chosen(), answers.confidence_n, strict=True)
+        for sha256, *names, confidence in rows:
+            writer.writerow([sha256, *map(LABEL_SEPARATOR.join, names), f"{confidence:.6f}"])
 
 
-def _write_class_figures(path: Path, class_figures: list[ClassFigures]) -> None:
+def _write_class_figures(path: Path, class_figures: Sequence[ClassFigures]) -> None:
+    is_several = any(row.average_precision is not None for row in class_figures)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "precision", "recall", "f1", "support"])
+        writer.writerow(["class", "precision", "recall", "f1", "support", *["average_precision"][:is_several]])
         for row in class_figures:
-            name, *ratios, support = asdict(row).values()
-            writer.writerow([name, *(f"{ratio:.6f}" for ratio in ratios), support])
+            ratios = [f"{ratio:.6f}" for ratio in (row.precision, row.recall, row.f1)]
+            more = [f"{row.average_precision:.6f}"] if row.average_precision is not None else []
+            writer.writerow([row.name, *ratios, row.support, *more])
 
 
 def _move_outs(work: Path, reports_dir: Path) -> None:

@@ -22,13 +22,14 @@ CHUNK_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one class fares. A ratio without a denominator is 0, as in scikit-learn."""
+    """How one class fares. A ratio without a denominator is 0, as in scikit-learn. The last is for multilabel alone."""
 
     name: str
     precision: float
     recall: float
     f1: float
     support: int
+    average_precision: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compute_metrics(
         statistics["auc"] = make_auc(labels_n, probs_nk[:, 1])
     hits_n = labels_n == chosen_n
     figures = {"accuracy": compute_wilson(int(hits_n.sum()), len(hits_n))}
-    figures |= _compute_intervals(statistics, len(labels_n), resamples=resamples, seed=seed)
+    figures |= compute_intervals(statistics, len(labels_n), resamples=resamples, seed=seed)
     if len(classes) == 2:
         positive_hits = int((hits_n & (labels_n == 1)).sum())
         figures["precision"] = compute_wilson(positive_hits, int((chosen_n == 1).sum()))
@@ -177,9 +178,10 @@ def compute_calibration_error(bins: Sequence[ConfidenceBin]) -> float:
     return sum(b.count * abs(b.confidence - b.accuracy) for b in bins) / total if total else 0.0
 
 
-def _compute_intervals(
+def compute_intervals(
     statistics: dict[str, Statistic], num_images: int, *, resamples: int, seed: int
 ) -> dict[str, Interval]:
+    """Return each statistic of all images with its percentile bootstrap interval, drawn by seed."""
     draws: dict[str, list[FloatArray]] = {name: [] for name in statistics}
     for rows_rn in draw_rows(num_images, resamples, seed):
         for name, statistic in statistics.items():

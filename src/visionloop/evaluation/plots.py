@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
+from visionloop.evaluation.label_metrics import Outcome
 from visionloop.evaluation.metrics import (
     ClassFigures,
     IntArray,
@@ -25,6 +26,7 @@ from visionloop.evaluation.metrics import (
 DPI = 110
 INK, MUTED, GRID = "#1f2733", "#6b7686", "#e3e7ed"
 BLUE, PALE_BLUE, RED, GREEN = "#2f6fde", "#a9c5f5", "#d6493a", "#2d9d78"
+PALE_GREEN = "#cfe6dd"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -59,15 +61,19 @@ SMOOTH_PX = 100
 
 @dataclass(frozen=True)
 class Mistake:
-    """One wrong answer: the image, its class, the class answered, and the probability of that answer."""
+    """One wrong answer: the image, its class or labels, what was answered, and the probability of that answer.
+
+    `verb` stands before the truth: an image is one class, and has several labels.
+    """
 
     image_hwc: UInt8Array
     actual: str
     predicted: str
     confidence: float
+    verb: str = "is"
 
 
-def draw_confusion(confusion_kk: IntArray, classes: Sequence[str]) -> bytes:
+def draw_confusion(confusion_kk: IntArray, classes: Sequence[str], *, title: str = "") -> bytes:
     """Draw actual (rows) against predicted (columns), coloured by the share of each row."""
     num_classes = len(classes)
     few = num_classes <= ANNOTATED_CLASSES
@@ -78,14 +84,14 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str]) -> bytes:
     upright = longest > (10 if num_classes <= 4 else 4) or not few
     room = 0.009 * size * longest
     side = max(2.8, 0.9 + 0.5 * num_classes) if few else 11.5
-    with _figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9) as (figure, sink):
+    with open_figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9) as (figure, sink):
         axes = figure.add_subplot()
         picture = axes.imshow(share_kk, cmap=_make_blues(), vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=size, color=INK)
         axes.set_yticks(range(len(names)), names, fontsize=size)
         axes.set_xlabel("predicted")
         axes.set_ylabel("actual")
-        axes.set_title(f"Confusion of {int(confusion_kk.sum()):,} test images")
+        axes.set_title(title or f"Confusion of {int(confusion_kk.sum()):,} test images")
         axes.spines[:].set_visible(False)
         axes.tick_params(which="both", length=0)
         if few:
@@ -98,13 +104,13 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str]) -> bytes:
     return sink.getvalue()
 
 
-def draw_classes(figures: Sequence[ClassFigures]) -> bytes:
+def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1") -> bytes:
     """Draw recall and F1 of each class with its support, worst F1 first; of many classes the 40 worst."""
     occurring = [f for f in figures if f.support > 0]
     ordered = sorted(occurring, key=lambda f: (f.f1, f.recall, f.name))[:SHOWN_BARS]
     shown = ordered[::-1]
     place_n = np.arange(len(shown))
-    with _figure(8.4, 1.5 + 0.3 * len(shown)) as (figure, sink):
+    with open_figure(8.4, 1.5 + 0.3 * len(shown)) as (figure, sink):
         axes = figure.add_subplot()
         axes.barh(place_n, [f.recall for f in shown], height=0.66, color=PALE_BLUE, label="recall")
         axes.barh(place_n, [f.f1 for f in shown], height=0.28, color=BLUE, label="F1")
@@ -117,17 +123,52 @@ def draw_classes(figures: Sequence[ClassFigures]) -> bytes:
         axes.grid(axis="x")
         axes.spines[:].set_visible(False)
         many = len(occurring) > len(shown)
-        axes.set_title(f"The {len(shown)} of {len(occurring)} classes with the lowest F1" if many else "Recall and F1")
+        axes.set_title(f"The {len(shown)} of {len(occurring)} classes with the lowest F1" if many else title)
         axes.legend(
             loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.3, handlelength=1.2
         )
     return sink.getvalue()
 
 
+def draw_outcomes(outcomes: Sequence[Outcome], *, title: str = "Found, missed and wrongly said") -> bytes:
+    """Draw how often each class is found, missed, and said where it is not, worst first; of many classes the 40 worst.
+
+    All as a share of the images that have the class: to the right found and missed, to the left wrongly said.
+    """
+    occurring = [o for o in outcomes if o.found + o.missed > 0]
+    ordered = sorted(occurring, key=lambda o: (2 * o.found / (2 * o.found + o.missed + o.extra), o.name))
+    shown = ordered[:SHOWN_BARS][::-1]
+    place_n, support_n = np.arange(len(shown)), np.array([o.found + o.missed for o in shown])
+    found_n = np.array([o.found for o in shown]) / support_n
+    extra_n = np.minimum(np.array([o.extra for o in shown]) / support_n, 1.0)
+    reach = max(0.1, float(extra_n.max(initial=0.0)))
+    with open_figure(8.4, 1.9 + 0.3 * len(shown)) as (figure, sink):
+        axes = figure.add_subplot()
+        axes.barh(place_n, found_n, height=0.62, color=GREEN, label="found")
+        axes.barh(place_n, 1 - found_n, left=found_n, height=0.62, color=PALE_GREEN, label="missed")
+        axes.barh(place_n, -extra_n, height=0.62, color=RED, label="said, but not there")
+        for place, one in zip(place_n, shown, strict=True):
+            text = f"{one.found:,} of {one.found + one.missed:,}" + (f", {one.extra:,} too many" if one.extra else "")
+            axes.text(1.02, place, text, va="center", fontsize=8, color=MUTED)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_yticks(place_n, [_cut(o.name) for o in shown])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        ticks = [t for t in (-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1) if t >= -reach]
+        axes.set(xlim=(-reach, 1), xlabel="share of the images that have the class")
+        axes.set_xticks(ticks, ["≥ 100 %" if t == -1 else f"{100 * abs(t):.0f} %" for t in ticks])
+        axes.grid(axis="x")
+        axes.spines[:].set_visible(False)
+        many = f"the {len(shown)} of {len(occurring)} classes with the lowest F1"
+        axes.set_title(title + (f": {many}" if len(occurring) > len(shown) else ""))
+        if shown:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.2)
+    return sink.getvalue()
+
+
 def draw_confidence(confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_]) -> bytes:
     """Draw how often an answer of some confidence is right, and how many answers have which confidence."""
     bins = compute_confidence_bins(confidence_n, hits_n)
-    with _figure(9.6, 4.2) as (figure, sink):
+    with open_figure(9.6, 4.2) as (figure, sink):
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
         sizes = [20 + 180 * b.count / len(hits_n) for b in bins]
@@ -160,7 +201,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], num_wrong: int, num_test: int) ->
         f"The {len(shown)} worst of {num_wrong:,} mistakes" if num_wrong > len(shown) else f"All {num_wrong} mistakes"
     )
     title = title if num_wrong else "No mistakes"
-    with _figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows) as (figure, sink):
+    with open_figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows) as (figure, sink):
         # One pair of axes for all images, a unit wide each: 25 pairs take three times as long to lay out.
         axes = figure.add_subplot(aspect="equal")
         axes.axis("off")
@@ -181,7 +222,7 @@ def _place_mistake(axes: Any, mistake: Mistake, x: float, y: float) -> None:
     axes.imshow(mistake.image_hwc, extent=extent, interpolation=smooth, aspect="equal")
     said = f"said {_cut(mistake.predicted, 15)}  {mistake.confidence:.2f}"
     style = {"ha": "center", "va": "center", "fontsize": 8}
-    axes.text(x, y - 0.54, f"is {_cut(mistake.actual, 20)}", color=GREEN, fontweight="bold", **style)
+    axes.text(x, y - 0.54, f"{mistake.verb} {_cut(mistake.actual, 20)}", color=GREEN, fontweight="bold", **style)
     axes.text(x, y + 0.54, said, color=RED, **style)
 
 
@@ -206,7 +247,7 @@ def _cut(name: str, chars: int = NAME_CHARS) -> str:
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
+def open_figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
     """Yield an empty figure (inches) and the buffer that holds its PNG afterwards; user settings do not reach it."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -4,9 +4,10 @@ Makes text only: it reads and writes no file, and the page loads nothing from an
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ SHOWN_CONFUSIONS = 15
 TITLES = {
     "accuracy": "Accuracy",
     "macro_f1": "Macro F1",
+    "micro_f1": "Micro F1",
+    "map": "Mean average precision",
     "log_loss": "Log loss",
     "auc": "Area under ROC",
     "precision": "Precision",
@@ -24,9 +27,10 @@ TITLES = {
 }
 CAPTIONS = {
     "confusion": "Which class is taken for which",
+    "outcomes": "How often each class is found, missed, and said where it is not",
     "per_class": "How each class fares",
     "confidence": "Whether the confidence can be believed",
-    "mistakes": "What went wrong: the true class above, the answer and its confidence below",
+    "mistakes": "What went wrong: the truth above, the answer and its confidence below",
 }
 STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1f2733; --muted: #6b7686; --line: #e3e7ed;
@@ -63,7 +67,10 @@ td.value { text-align: left; white-space: normal; }
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report tells. `figures` is a name of CAPTIONS -> PNG bytes; `confusion_kk` has actual classes as rows."""
+    """What a report tells. `figures` is a name of CAPTIONS -> PNG bytes; `confusion_kk` has actual classes as rows.
+
+    For multilabel `confusion_kk` counts images in which a class (row) was missed and another (column) wrongly said.
+    """
 
     card: Card
     bundle_digest: str
@@ -78,7 +85,7 @@ class ReportFacts:
 def make_report(facts: ReportFacts) -> str:
     """Return the page as HTML. All names are escaped."""
     title = f"{escape(facts.pin.name)}: evaluation of {facts.bundle_digest[:12]}"
-    backbone = facts.card.params.get("backbone")
+    backbone = facts.card.network.get("backbone")
     lead = f"{len(facts.card.classes)} classes, {facts.num_test:,} test images of dataset version {facts.pin.version}"
     if backbone:
         lead += f", {escape(str(backbone))}"
@@ -100,6 +107,8 @@ def make_report(facts: ReportFacts) -> str:
 def _make_card(name: str, interval: Interval, card: Card) -> str:
     shown = [_format(name, v) for v in (interval.value, interval.low, interval.high)]
     of_class = f" of {card.classes[1]}" if name in {"precision", "recall"} else ""
+    if name == "accuracy" and card.task == "multilabel":
+        of_class = " (exact match)"
     title = escape(TITLES.get(name, name) + of_class)
     return f'<div class="card"><span>{title}</span><b>{shown[0]}</b><span>{shown[1]} … {shown[2]}</span></div>'
 
@@ -118,22 +127,26 @@ def _make_confusions(facts: ReportFacts) -> str:
     rows = []
     for actual, predicted in zip(*np.unravel_index(order, off_kk.shape), strict=True):
         if count := int(off_kk[actual, predicted]):
-            share = count / int(facts.confusion_kk[actual].sum())
+            share = count / facts.class_figures[actual].support
             names = [escape(facts.card.classes[k]) for k in (actual, predicted)]
             rows.append(f'<td>{names[0]}</td><td class="text">{names[1]}</td><td>{count:,}</td>{_make_share(share)}')
     if not rows:
         return '<p class="note">None.</p>'
-    head = '<th>actual</th><th class="text">predicted</th><th>images</th><th>share of the actual class</th>'
+    several = facts.card.task == "multilabel"
+    left, right = ("missed", "said instead") if several else ("actual", "predicted")
+    head = f'<th>{left}</th><th class="text">{right}</th><th>images</th><th>share of the {left} class</th>'
     return _make_table(head, rows)
 
 
 def _make_classes(class_figures: Sequence[ClassFigures]) -> str:
     ordered = sorted(class_figures, key=lambda f: (f.support == 0, f.f1, f.recall, f.name))
     rows = [
-        f"<td>{escape(f.name)}</td>{_make_share(f.precision)}{_make_share(f.recall)}{_make_share(f.f1)}<td>{f.support:,}</td>"
+        f"<td>{escape(f.name)}</td>{_make_share(f.precision)}{_make_share(f.recall)}{_make_share(f.f1)}"
+        f"{_make_share(f.average_precision) if f.average_precision is not None else ''}<td>{f.support:,}</td>"
         for f in ordered
     ]
-    return _make_table("<th>class</th><th>precision</th><th>recall</th><th>F1</th><th>test images</th>", rows)
+    more = "<th>average precision</th>" if any(f.average_precision is not None for f in class_figures) else ""
+    return _make_table(f"<th>class</th><th>precision</th><th>recall</th><th>F1</th>{more}<th>test images</th>", rows)
 
 
 def _make_origin(facts: ReportFacts) -> str:
@@ -147,8 +160,26 @@ def _make_origin(facts: ReportFacts) -> str:
     }
     if facts.card.threshold is not None:
         values["Threshold"] = f"{facts.card.threshold:.3f} for {escape(facts.card.classes[1])}"
-    values |= {f"train.{escape(k)}": escape(str(v)) for k, v in sorted(facts.card.params.items())}
+    if facts.card.task == "multilabel":
+        values["Thresholds"] = escape(_describe_thresholds(facts.card.thresholds or {}))
+    values |= {escape(key): escape(str(value)) for key, value in _flatten(facts.card.params)}
     return _make_table("", [f'<td>{key}</td><td class="value">{value}</td>' for key, value in values.items()])
+
+
+def _flatten(sections: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of nested sections as params.yaml names them, `train.seed`, with their values."""
+    for key, value in sorted(sections.items()):
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _describe_thresholds(thresholds: Mapping[str, float]) -> str:
+    """One figure if all are equal, else each by its class."""
+    if len(set(thresholds.values())) <= 1:
+        return f"{next(iter(thresholds.values()), 0.5):.3f} for every class"
+    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(thresholds.items()))
 
 
 def _make_table(head: str, rows: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work
 
-STAGES = ("prepare", "train", "evaluate")
+STAGES = ("prepare", "embed", "train", "evaluate")
 PREDICTIONS = "predictions.csv"
 REPORTS = (PREDICTIONS, "figures", "report.html")  # the rest of reports/ is figures about the whole test side
 
@@ -85,6 +85,30 @@ def find_pictures(settings: Settings, name: str) -> list[Copy]:
     """Return the contact sheets that `datasets show` has drawn: they can be drawn again."""
     paths = sorted((settings.hidden_dir / "datasets").glob(f"{name}-*.png"))
     return [Copy(count(len(paths), "contact sheet"), partial(_remove_all, paths))] if paths else []
+
+
+def find_training(settings: Settings, store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[Copy]:
+    """Return the batches that trainings failed on and that hold an image, and unfinished trainings in the store."""
+    folders = [path.parent for path in sorted((settings.hidden_dir / "failed").rglob("batch.json"))]
+    doomed = [folder for folder in folders if _read_batch(folder / "batch.json") & sha256s]
+    copies = []
+    if doomed:
+        what = f"{count(len(doomed), 'folder')} with a batch that a training failed on"
+        copies.append(Copy(what, partial(_remove_all, doomed)))
+    if keys := list(store.list(f"checkpoints/{name}/")):
+
+        def remove() -> None:
+            for _ in map_parallel(store.purge, keys):
+                pass
+
+        copies.append(Copy(f"checkpoints of an unfinished training in {store.url}", remove))
+    return copies
+
+
+def _read_batch(path: Path) -> frozenset[str]:
+    value = read_json(path.read_bytes(), str(path))
+    images = value.get("images", []) if isinstance(value, dict) else []
+    return frozenset(str(image.get("sha256")) for image in images if isinstance(image, dict))
 
 
 def read_index(data: bytes, where: str) -> frozenset[str]:

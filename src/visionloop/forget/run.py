@@ -12,9 +12,18 @@ from visionloop.data.tombstones import (
     write_tombstones,
 )
 from visionloop.forget.bundles import Held, find_bundles, list_champions
-from visionloop.forget.copies import Copy, Sought, find_pictures, find_prepared, find_reports, find_stored
+from visionloop.forget.copies import (
+    Copy,
+    Sought,
+    find_pictures,
+    find_prepared,
+    find_reports,
+    find_stored,
+    find_training,
+)
 from visionloop.forget.dataset import Trace, commit_without, find_other_holders, move_pin, redact, trace_images
 from visionloop.forget.dvc_cache import find_dvc_copies
+from visionloop.forget.features import find_features
 from visionloop.forget.left import Left, list_left
 from visionloop.forget.resolve import Wanted
 from visionloop.ingest.journal import Journal, make_journal_path
@@ -61,10 +70,12 @@ def find_everything(
     copies = [
         *find_stored(store, (sha256s - gone | back) - shared),
         *find_prepared(settings, sha256s),
+        *find_features(settings, store, sha256s, shared=shared),
         *find_reports(settings, sha256s),
         *dvc_copies,
         *bundles,
         *find_pictures(settings, name),
+        *find_training(settings, store, name, sha256s),
     ]
     return Everything(trace, copies, kept, unclear, holders)
 

@@ -17,7 +17,11 @@ OPSET = 20
 
 def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> None:
     """Write a classifier as ONNX: input `images` uint8 (n, h, w, 3); outputs `logits` (n, k), `embedding` (n, d)."""
-    module = ExportedClassifier(classifier).eval()
+    export_module(ExportedClassifier(classifier).eval(), size_hw, ("logits", "embedding"), path)
+
+
+def export_module(module: nn.Module, size_hw: tuple[int, int], outputs: tuple[str, ...], path: Path) -> None:
+    """Write a module from uint8 images (n, h, w, 3) to the named outputs (n, ...) as ONNX."""
     example = torch.zeros(2, *size_hw, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), _quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -26,7 +30,7 @@ def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> 
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits", "embedding"],
+            output_names=list(outputs),
             dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}},
             opset_version=OPSET,
             external_data=False,

@@ -1,20 +1,20 @@
-"""Pretrained weights of a backbone: torchvision's hub, or a file (safetensors, a state dict). Nothing is unpickled."""
+"""Pretrained weights of a backbone: none, torchvision's, a file, or one from a bucket or the web."""
 
-import pickle
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision import models
+from torch import nn
 
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import make_backbone
+from visionloop.networks.weight_files import SUPPLY, WHERE, State, read_weights
+from visionloop.networks.weight_sources import REMOTE, find_hub_url, find_weights, mask, resolve_path
 from visionloop.params import Train
 
-WHERE = "params.yaml train.weights"
-SUPPLY = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
+# A counter that no result depends on; files from before torch 0.4.1 have none.
+_COUNTER = re.compile(r"\.num_batches_tracked$")
 
 
 def load_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> tuple[nn.Module, int]:
@@ -24,64 +24,78 @@ def load_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> tuple
     """
     torch.manual_seed(section.seed)
     backbone, num_features = make_backbone(section.backbone, size_hw)
-    load_weights(backbone, section.backbone, section.weights, home)
+    load_weights(backbone, section.backbone, section.weights, home, section.weights_sha256)
     return backbone.to(memory_format=torch.channels_last), num_features
 
 
-def load_weights(backbone: nn.Module, name: str, weights: str, home: Path) -> None:
-    """Load `none`, `default` (torchvision's best for this model) or a file into a backbone, in place.
+def load_weights(backbone: nn.Module, name: str, weights: str, home: Path, sha256: str | None = None) -> None:
+    """Load `none`, `default` (torchvision's best for this model), a file or a URI into a backbone, in place.
 
     The file's head may have any number of classes: it is not used.
 
     Raises:
-        TrainingError: no network, no such file, not a state dict, or of another network.
+        TrainingError: no network, no such file, other bytes than `sha256`, not a state dict, or of another network.
     """
-    if weights == "none":
-        return
-    state = _download(name) if weights == "default" else _read_file((home / Path(weights).expanduser()).resolve())
+    if weights != "none":
+        shown = mask(weights) if weights.startswith(REMOTE) else weights
+        fill_backbone(backbone, name, read_weights(find_weights(weights, name, sha256, home)), repr(shown))
+
+
+def fill_backbone(backbone: nn.Module, name: str, state: State, origin: str) -> None:
+    """Copy a state dict into a backbone; its names may have any prefix (`module.`, `backbone.`), and a head beside.
+
+    Raises:
+        TrainingError: tensors are missing, of another shape or not finite; `origin` names the file.
+    """
     wanted = backbone.state_dict()
-    missing = [key for key in wanted if key not in state]
+    state = _strip_prefix(state, wanted, origin)
+    if name.startswith("vit_"):
+        state = _fit_positions(backbone, state, wanted)
+    missing = [key for key in wanted if key not in state and not _COUNTER.search(key)]
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or wrong:
         raise TrainingError(
             WHERE,
-            f"{weights!r} does not fit {name}: {len(missing)} tensors missing, {len(wrong)} of another shape "
+            f"{origin} does not fit {name}: {len(missing)} tensors missing, {len(wrong)} of another shape "
             f"({shorten(missing + wrong, 3)})",
             f"the state dict of a {name}",
             SUPPLY,
         )
-    backbone.load_state_dict({key: state[key] for key in wanted})
+    chosen = {key: state[key] for key in wanted if key in state}
+    if broken := [key for key, tensor in chosen.items() if not torch.isfinite(tensor).all()]:
+        raise TrainingError(WHERE, f"{origin} has values that are not finite ({shorten(broken, 3)})", "numbers", SUPPLY)
+    backbone.load_state_dict(chosen, strict=False)
 
 
-def _download(name: str) -> dict[str, Tensor]:
-    try:
-        chosen: Any = models.get_model_weights(name).DEFAULT
-        return dict(chosen.get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as exc:  # URLError is an OSError; a wrong hash a RuntimeError
-        raise TrainingError(WHERE, f"cannot download the weights of {name} ({exc})", "a network", SUPPLY) from exc
-    except ValueError as exc:
-        raise TrainingError(WHERE, f"there are no default weights for {name}", "none or a file", SUPPLY) from exc
+def _strip_prefix(state: State, wanted: State, origin: str) -> State:
+    """Take the part of a state dict that is this network, by the prefix under which most of its names are found."""
+    last = list(wanted)[-1]
+    prefixes = {key.removesuffix(last) for key in state if key.endswith(last)} | {""}
+    found = {prefix: sum(prefix + key in state for key in wanted) for prefix in prefixes}
+    best = sorted(prefix for prefix in prefixes if found[prefix] == max(found.values()))
+    if len(best) > 1 and "" not in best and found[best[0]] == len(wanted):
+        raise TrainingError(WHERE, f"{origin} holds several networks ({shorten(best)})", "one of them alone", SUPPLY)
+    prefix = "" if "" in best else best[0]
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _fit_positions(backbone: nn.Module, state: State, wanted: State) -> State:
+    """Interpolate a vision transformer's positions where its weights were made for another image size."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
 
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError as exc:
-        raise TrainingError(WHERE, f"{path} does not exist", "none, default or a file", SUPPLY) from exc
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as exc:
-        raise TrainingError(WHERE, f"{path.name} cannot be read as weights", "tensors alone", SUPPLY) from exc
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TrainingError(WHERE, f"{path.name} holds no state dict", "names and tensors", SUPPLY)
-    return {key.removeprefix("backbone."): value for key, value in state.items()}
+    key = "encoder.pos_embedding"
+    if key not in state or state[key].shape == wanted[key].shape or state[key].shape[-1] != wanted[key].shape[-1]:
+        return state
+    positions = {key: state[key]}
+    fitted = interpolate_embeddings(int(backbone.image_size), int(backbone.patch_size), positions)  # type: ignore[arg-type]
+    return {**state, key: fitted[key]}
 
 
 def hash_weights(section: Train, home: Path) -> str:
     """Return the digest of the weights to start from, so that another file under the same name is another input."""
+    if section.weights == "default":
+        return (find_hub_url(section.backbone) or "").rsplit("/", 1)[-1]
     if section.weights_sha256:
         return section.weights_sha256
-    path = (home / Path(section.weights).expanduser()).resolve()
-    return hash_file(path) if section.weights not in {"none", "default"} and path.is_file() else ""
+    path = resolve_path(section.weights, home)
+    return hash_file(path) if section.weights != "none" and path.is_file() else ""

@@ -74,13 +74,15 @@ class Prepare(Section):
     """How bytes become arrays. `image_size` is S or [height, width].
 
     `train_size` stores the train side larger, for random crops of `image_size`. `limit` takes a stable subset of about
-    so many images, in the proportions of sides and classes, for quick experiments.
+    so many images, in the proportions of sides and classes, for quick experiments. `unlabelled` says what an image
+    without a label is with `task: multilabel`: left out, or a negative of every class.
     """
 
     image_size: Side | Annotated[tuple[Side, Side], BeforeValidator(to_tuple)] = 224
     resize: Literal["squash", "fit_crop", "letterbox"] = "squash"
     train_size: Side | Annotated[tuple[Side, Side], BeforeValidator(to_tuple)] | None = None
     limit: int | None = Field(default=None, ge=2)
+    unlabelled: Literal["exclude", "negative"] = "exclude"
 
     @property
     def size_hw(self) -> tuple[int, int]:

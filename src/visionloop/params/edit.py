@@ -1,4 +1,4 @@
-"""Add a source to the text of params.yaml: its comments, order and layout stay as they are. Pure."""
+"""Change the text of params.yaml: add a source, set keys. Its comments, order and layout stay as they are. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +45,95 @@ def add_source(text: str, source: Mapping[str, Any]) -> str:
             f"Add it by hand: - {make_flow(source)}",
         ) from exc
     return added
+
+
+def set_keys(text: str, values: Mapping[str, Any]) -> str:
+    """Return the text with other values of dotted keys, as `{"train.batch_size": 16}`; keys that are missing are added.
+
+    What comes of it is read again and compared, so that nothing else is changed.
+
+    Raises:
+        ParamsError: the text is written in a way that cannot be changed safely; the error holds what to write by hand.
+    """
+    wanted, newline = _load(text), "\r\n" if "\r\n" in text else "\n"
+    changed = text.replace("\r\n", "\n")
+    try:
+        for key, value in values.items():
+            parts = key.split(".")
+            changed = _set_key(changed, parts, value)
+            wanted = _with_key(wanted, parts, value)
+        changed = changed.replace("\n", newline)
+        if _load(changed) != wanted:
+            raise ValueError("something else changed")
+        make_params(wanted)
+    except (ValueError, AttributeError, IndexError, TypeError, yaml.YAMLError) as exc:
+        if isinstance(exc, ParamsError):
+            raise
+        lines = ", ".join(f"{key}: {make_scalar(value)}" for key, value in values.items())
+        raise ParamsError(
+            "params.yaml",
+            "is written in a way that cannot be changed safely",
+            "one key a line",
+            f"Write by hand: {lines}",
+        ) from exc
+    return changed
+
+
+def make_scalar(value: Any) -> str:
+    """Return a value as YAML writes it, so that every reader takes a number for a number: 1.0e-05, null, none."""
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()
+
+
+def _with_key(value: dict[str, Any], parts: list[str], new: Any) -> dict[str, Any]:
+    first, *rest = parts
+    return {**value, first: _with_key(value.get(first) or {}, rest, new) if rest else new}
+
+
+def _set_key(text: str, parts: list[str], value: Any) -> str:
+    """Return the text with one key set. Raises ValueError, or an error that means as much."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    key_node: Any = None
+    for depth, part in enumerate(parts):
+        key_node, found = _find(node, part) if isinstance(node, yaml.MappingNode) else (None, None)
+        if key_node is None:
+            return _add_key(text, node, parts[depth:], value)
+        if depth < len(parts) - 1 and not isinstance(found, yaml.MappingNode):
+            return _add_below(text, key_node, found, parts[depth + 1 :], value)
+        node = found
+    if not isinstance(node, yaml.ScalarNode) or node.style in {"|", ">"}:
+        raise ValueError("no plain value")
+    start, end = node.start_mark.index, node.end_mark.index
+    space = "" if start < end or text[start - 1 : start] == " " else " "  # a key without a value: `key:`
+    return f"{text[:start]}{space}{make_scalar(value)}{text[end:]}"
+
+
+def _add_key(text: str, mapping: Any, parts: list[str], value: Any) -> str:
+    """Write a key as the last of a mapping."""
+    if mapping.flow_style:
+        end = mapping.end_mark.index
+        inside = text[: end - 1].rstrip()
+        comma = "" if not mapping.value or inside.endswith(",") else ","
+        space = "" if inside.endswith("{") else " "
+        nested = make_scalar(value)
+        for part in reversed(parts[1:]):
+            nested = f"{{{part}: {nested}}}"
+        return f"{inside}{comma}{space}{parts[0]}: {nested}{text[end - 1 :]}"
+    return _insert_after(text, _find_end(text, mapping), _make_lines(parts, value, mapping.start_mark.column))
+
+
+def _add_below(text: str, key_node: Any, empty: Any, parts: list[str], value: Any) -> str:
+    """Write keys below one that has no value yet."""
+    if empty.start_mark.index != empty.end_mark.index:
+        raise ValueError("a value where a section should be")
+    return _insert_after(text, key_node.end_mark.index, _make_lines(parts, value, key_node.start_mark.column + 2))
+
+
+def _make_lines(parts: list[str], value: Any, indent: int) -> str:
+    lines = [f"{' ' * (indent + 2 * depth)}{part}:\n" for depth, part in enumerate(parts)]
+    return "".join(lines)[:-1] + f" {make_scalar(value)}\n"
 
 
 def make_flow(source: Mapping[str, Any]) -> str:

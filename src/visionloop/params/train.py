@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from visionloop.params.section import Section, to_tuple
+from visionloop.params.space import check_key
 
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
@@ -109,11 +110,22 @@ def _default_space() -> dict[str, Any]:
 
 
 class Tune(Section):
-    """What `visionloop tune` tries: keys of `train`, each with a range or a list of values."""
+    """What `visionloop tune` tries: keys of `train`, each with a range or a list of values.
+
+    `trials` counts all of this space, also those of earlier calls. `max_epochs` of a trial: that of `train` by default.
+    `prune` stops a trial that falls behind: `median` of the others at its epoch, or `hyperband`.
+    """
 
     trials: int = Field(default=20, ge=1, le=10_000)
     max_epochs: int | None = Field(default=None, ge=1)
     metric: str = Field(default="val/accuracy", pattern=r"^val/[a-z][a-z0-9_]*$")
-    prune: bool = True
-    space: dict[str, Span | Choices] = Field(default_factory=_default_space)
+    prune: Literal["none", "median", "hyperband"] = "median"
+    space: dict[str, Span | Choices] = Field(default_factory=_default_space, min_length=1)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("space")
+    @classmethod
+    def _of_train(cls, space: dict[str, Any]) -> dict[str, Any]:
+        for key, values in space.items():
+            check_key(Train, key, (values.low, values.high) if isinstance(values, Span) else values)
+        return space

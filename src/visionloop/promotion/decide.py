@@ -11,10 +11,10 @@ import numpy as np
 from visionloop.bundle import download_bundle
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.errors import DatasetError, PromotionError
-from visionloop.evaluation.metrics import IntArray, compute_metrics
+from visionloop.evaluation.answers import Answers, compute_answer_metrics
 from visionloop.evaluation.run_note import load_run_note
 from visionloop.params import Params
-from visionloop.predictor import Predictor
+from visionloop.predictor import Choices, Predictor
 from visionloop.promotion.decisions import store_decision, write_decision
 from visionloop.promotion.gate import (
     check_difference,
@@ -23,9 +23,10 @@ from visionloop.promotion.gate import (
     compute_verdict,
     make_first_rule,
     make_same_rule,
+    make_task_rule,
 )
 from visionloop.promotion.ledger import read_champion
-from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test
+from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
@@ -55,14 +56,18 @@ def gate(
     pin = load_pin(settings.pin_path)
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, params.name, pin)
-    tests = _load_tests(store, pin)
+    tests = _load_tests(store, pin, with_negatives=params.prepare.unlabelled == "negative")
     champion = read_champion(store, params.name)
-    scores = [score_bundle(store, candidate, tests, on_progress=on_progress)]
+    models = [candidate]
     if champion and champion.bundle != candidate.digest:
         rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
         rival.check_golden()
-        scores.append(score_bundle(store, rival, tests, on_progress=on_progress))
+        models.append(rival)
+    scores = [score_bundle(store, model, tests, on_progress=on_progress) for model in models]
     rules, metrics = _judge(params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
+    tasks = [model.card.task for model in models]
+    if len(set(tasks)) > 1 and "multilabel" in tasks:
+        rules.insert(0, make_task_rule(*tasks))
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=params.name,
@@ -89,8 +94,8 @@ def gate(
     return decision
 
 
-def _load_tests(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
-    tests = select_test(load_records(store, pin))
+def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[ImageRecord]:
+    tests = select_test(load_records(store, pin), with_negatives=with_negatives)
     if not tests:
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
@@ -101,14 +106,18 @@ def _judge(
     params: Params, tests: Sequence[ImageRecord], scores: Sequence[Scores], *, is_champion: bool
 ) -> tuple[list[RuleResult], list[Metrics]]:
     """Return the rules' answers, and the figures of the candidate and of the champion if it was scored."""
-    names = [record.labels[0] for record in tests]
     # The candidate's classes first; a class that only the champion knows is a wrong answer, not an error.
+    names = [name for record in tests for name in record.labels]
     classes = list(dict.fromkeys([c for s in scores for c in s.classes] + names))
-    labels_n: IntArray = np.array([classes.index(name) for name in names])
     aligned = [map_scores(s, classes) for s in scores]
-    resamples, seed = params.evaluate.resamples, params.evaluate.seed
+    labels: Choices
+    if any(s.chosen.ndim == 2 for s in scores) or any(len(r.labels) != 1 for r in tests):
+        aligned = [to_sets(s) for s in aligned]
+        labels = np.array([[name in r.labels for name in classes] for r in tests])
+    else:
+        labels = np.array([classes.index(name) for name in names])
     metrics = [
-        compute_metrics(labels_n, s.probs_nk, s.chosen_n, classes, resamples=resamples, seed=seed) for s in aligned
+        compute_answer_metrics(Answers(labels, s.probs_nk, s.chosen, s.classes), params.evaluate) for s in aligned
     ]
     rules = check_floors({str(k): v for k, v in params.gate.floors.items()}, metrics[0])
     if is_champion:
@@ -117,13 +126,13 @@ def _judge(
         rules.append(make_first_rule())
     else:
         difference = compute_difference(
-            labels_n,
-            aligned[0].chosen_n,
-            aligned[1].chosen_n,
+            labels,
+            aligned[0].chosen,
+            aligned[1].chosen,
             len(classes),
             params.gate,
-            resamples=resamples,
-            seed=seed,
+            resamples=params.evaluate.resamples,
+            seed=params.evaluate.seed,
         )
         rules.append(check_difference(difference, params.gate))
     return rules, metrics

@@ -1,6 +1,6 @@
 """The rules of the gate: floors, and a paired comparison with the champion. Pure: no disk, clock or global random.
 
-Dimensions in names: n images (the same ones, in the same order, for both models), r resamples.
+Dimensions in names: n images (the same ones, in the same order, for both models), k classes, r resamples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionloop.evaluation.metrics import FloatArray, IntArray, compute_macro_f1, draw_rows
+from visionloop.evaluation.label_metrics import make_macro_f1
+from visionloop.evaluation.metrics import Statistic, compute_macro_f1, draw_rows
 from visionloop.params import Gate
+from visionloop.predictor import Choices
 from visionloop.records import Interval, RuleResult
 
 PASSED, REFUSED, INCONCLUSIVE = "passed", "refused", "inconclusive"
@@ -31,9 +33,9 @@ class Difference:
 
 
 def compute_difference(
-    labels_n: IntArray,
-    candidate_n: IntArray,
-    champion_n: IntArray,
+    labels: Choices,
+    candidate: Choices,
+    champion: Choices,
     num_classes: int,
     section: Gate,
     *,
@@ -42,30 +44,34 @@ def compute_difference(
 ) -> Difference:
     """Compare two models' answers by resampling images, both models on the same ones (paired percentile bootstrap).
 
+    Answers are a class an image (n,), or several labels (n, k): then accuracy is the share of exact matches.
+
     Efron & Tibshirani 1993, chapters 13 and 16; paired on test images as Koehn 2004 does on sentences.
     The bounds are drawn values, never in between, so that a bound above 0 is at least one image.
     """
-
-    def score(chosen_n: IntArray, rows_rn: IntArray) -> FloatArray:
-        if section.metric == "accuracy":
-            return np.asarray((chosen_n == labels_n)[rows_rn].mean(axis=1))
-        return compute_macro_f1(labels_n[rows_rn], chosen_n[rows_rn], num_classes)
-
+    scores = [make_score(labels, chosen, num_classes, section) for chosen in (candidate, champion)]
     drawn_r = np.concatenate(
-        [
-            score(candidate_n, rows_rn) - score(champion_n, rows_rn)
-            for rows_rn in draw_rows(len(labels_n), resamples, seed)
-        ]
+        [scores[0](rows_rn) - scores[1](rows_rn) for rows_rn in draw_rows(len(labels), resamples, seed)]
     )
     drawn_r = drawn_r.round(12)  # equal sums in another order must not differ by a rounding error
-    everything = np.arange(len(labels_n))[None]
+    everything = np.arange(len(labels))[None]
     return Difference(
         metric=section.metric,
-        candidate=float(score(candidate_n, everything)[0]),
-        champion=float(score(champion_n, everything)[0]),
+        candidate=float(scores[0](everything)[0]),
+        champion=float(scores[1](everything)[0]),
         low=float(np.quantile(drawn_r, section.alpha, method="lower")),
         high=float(np.quantile(drawn_r, 1 - section.alpha, method="higher")),
     )
+
+
+def make_score(labels: Choices, chosen: Choices, num_classes: int, section: Gate) -> Statistic:
+    """Return the metric of the gate as a function of rows of images (r, n)."""
+    if section.metric == "accuracy":
+        hits_n = labels == chosen if labels.ndim == 1 else (labels == chosen).all(axis=1)
+        return lambda rows_rn: np.asarray(hits_n[rows_rn].mean(axis=1))
+    if labels.ndim == 2:
+        return make_macro_f1(labels.astype(bool), chosen.astype(bool))
+    return lambda rows_rn: compute_macro_f1(labels[rows_rn], chosen[rows_rn], num_classes)
 
 
 def check_floors(floors: Mapping[str, float], metrics: Mapping[str, Interval]) -> list[RuleResult]:
@@ -103,6 +109,16 @@ def check_difference(difference: Difference, section: Gate) -> RuleResult:
 def make_first_rule() -> RuleResult:
     """Return the rule that stands in for the comparison while there is no champion: the floors decide."""
     return RuleResult("first", True, "no champion yet", "the floors to hold")
+
+
+def make_task_rule(candidate_task: str, champion_task: str) -> RuleResult:
+    """Say that two models of different tasks are compared all the same: one label is a set of one."""
+    return RuleResult(
+        "task",
+        True,
+        f"the candidate is {candidate_task}, the champion {champion_task}",
+        "a comparison of whole sets of labels, where one answer is a set of one",
+    )
 
 
 def make_same_rule(section: Gate) -> RuleResult:

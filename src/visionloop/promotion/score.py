@@ -1,6 +1,8 @@
 """A bundle's answers on a test side, from the original bytes in the store, each model with its own card.
 
-    scores/<bundle digest>/<test digest>.npz     probs (n, k) and chosen (n,), rows in the order of sha256
+    scores/<bundle digest>/<test digest>.npz     probs (n, k) and chosen, rows in the order of sha256
+
+`chosen` is a class an image (n,), or for multilabel which classes it is said to have (n, k).
 
 Dimensions in names: n test images, k classes.
 """
@@ -15,9 +17,8 @@ import numpy as np
 from visionloop.data.images import MAX_PIXELS, UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError, ObjectMissing
-from visionloop.evaluation.metrics import IntArray
 from visionloop.parallel import map_parallel
-from visionloop.predictor import FloatArray, Predictor, choose_classes
+from visionloop.predictor import Choices, FloatArray, Predictor
 from visionloop.records import ImageRecord, compute_digest
 from visionloop.store import ObjectStore
 
@@ -27,16 +28,17 @@ BATCH_IMAGES = 64
 
 @dataclass(frozen=True)
 class Scores:
-    """Probabilities (n, k) and answers (n,) of one model, as indices into its own `classes`."""
+    """Probabilities (n, k) and answers of one model: indices into its own `classes` (n,), or sets of them (n, k)."""
 
     classes: tuple[str, ...]
     probs_nk: FloatArray
-    chosen_n: IntArray
+    chosen: Choices
 
 
-def select_test(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """Return the labelled images of the test side, sorted by sha256."""
-    return sorted((r for r in records if r.side == "test" and r.labels), key=lambda r: r.sha256)
+def select_test(records: Sequence[ImageRecord], *, with_negatives: bool = False) -> list[ImageRecord]:
+    """Return the images of the test side, sorted by sha256: the labelled ones, or also those without a label."""
+    tests = (r for r in records if r.side == "test" and (r.labels or with_negatives))
+    return sorted(tests, key=lambda r: r.sha256)
 
 
 def compute_test_digest(tests: Sequence[ImageRecord]) -> str:
@@ -64,9 +66,9 @@ def score_bundle(
         parts.append(predictor.run(images_nhwc).probs_nk)
         on_progress(sum(len(p) for p in parts), len(tests))
     probs_nk = np.concatenate(parts)
-    scores = Scores(predictor.card.classes, probs_nk, choose_classes(probs_nk, predictor.card.threshold))
+    scores = Scores(predictor.card.classes, probs_nk, predictor.choose(probs_nk))
     sink = io.BytesIO()
-    np.savez(sink, probs=scores.probs_nk, chosen=scores.chosen_n)
+    np.savez(sink, probs=scores.probs_nk, chosen=scores.chosen)
     store.put(key, sink.getvalue())
     return scores
 
@@ -76,20 +78,33 @@ def map_scores(scores: Scores, classes: Sequence[str]) -> Scores:
     columns = np.array([classes.index(name) for name in scores.classes])
     probs_nk = np.zeros((len(scores.probs_nk), len(classes)), np.float32)
     probs_nk[:, columns] = scores.probs_nk
-    return Scores(tuple(classes), probs_nk, columns[scores.chosen_n])
+    if scores.chosen.ndim == 1:
+        return Scores(tuple(classes), probs_nk, columns[scores.chosen])
+    chosen_nk = np.zeros(probs_nk.shape, bool)
+    chosen_nk[:, columns] = scores.chosen
+    return Scores(tuple(classes), probs_nk, chosen_nk)
+
+
+def to_sets(scores: Scores) -> Scores:
+    """Turn answers of one class an image (n,) into sets of one (n, k); sets stay as they are."""
+    if scores.chosen.ndim == 2:
+        return scores
+    chosen_nk = np.arange(len(scores.classes)) == scores.chosen[:, None]
+    return Scores(scores.classes, scores.probs_nk, chosen_nk)
 
 
 def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: int) -> Scores | None:
     """Read cached answers; None when there are none, or they are damaged or do not fit."""
     try:
         with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
-            probs_nk, chosen_n = file["probs"], file["chosen"]
+            probs_nk, chosen = file["probs"], file["chosen"]
     except (ObjectMissing, ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
         return None
-    num_classes = len(predictor.card.classes)
-    if probs_nk.shape != (num_test, num_classes) or chosen_n.shape != (num_test,):
+    shape, is_several = (num_test, len(predictor.card.classes)), predictor.card.task == "multilabel"
+    if probs_nk.shape != shape or chosen.shape != (shape if is_several else shape[:1]):
         return None
-    return Scores(predictor.card.classes, probs_nk.astype(np.float32), chosen_n.astype(np.int64))
+    chosen = chosen.astype(bool) if is_several else chosen.astype(np.int64)
+    return Scores(predictor.card.classes, probs_nk.astype(np.float32), chosen)
 
 
 def _read_batches(store: ObjectStore, predictor: Predictor, tests: Sequence[ImageRecord]) -> Iterator[UInt8Array]:

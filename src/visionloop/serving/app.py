@@ -28,7 +28,14 @@ from visionloop.records import Prediction
 from visionloop.serving.batcher import Batcher, QueueFull
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.metrics import Meters
-from visionloop.serving.schemas import BatchAnswer, ErrorAnswer, ModelAnswer, PredictAnswer, ReadyAnswer
+from visionloop.serving.schemas import (
+    BatchAnswer,
+    ErrorAnswer,
+    ModelAnswer,
+    PredictAnswer,
+    PredictLabelsAnswer,
+    ReadyAnswer,
+)
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 IMAGE_STATUS = {"empty": 400, "not_an_image": 415, "too_large": 422, "damaged": 422}
@@ -87,13 +94,16 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
 def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters) -> None:
     @app.post(
         PREDICT,
-        response_model=PredictAnswer | BatchAnswer,
+        response_model=PredictLabelsAnswer | PredictAnswer | BatchAnswer,
         responses=ERRORS,
         openapi_extra={"requestBody": PREDICT_BODY},
         summary="Classify one image, or several",
     )
     async def predict(request: Request) -> Response:
-        """Send the image as the body, or one or more files in a form. JPEG, PNG and WebP; the bytes decide."""
+        """Send the image as the body, or one or more files in a form. JPEG, PNG and WebP; the bytes decide.
+
+        A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty.
+        """
         async with inbox.receive(request) as uploads:
             model = _require_model(slot)
             answers = await batcher.predict(model, [upload.data for upload in uploads])
@@ -121,7 +131,7 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters) -> None:
     @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")
     async def describe_model() -> dict[str, Any]:
         model = _require_model(slot)
-        known = {"task", "classes", "image_size", "resize", "threshold", "dataset"}
+        known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
 
@@ -165,8 +175,10 @@ def _make_answer(uploads: Sequence[Upload], answers: Sequence[Prediction | Image
 def _describe(answer: Prediction | ImageError) -> dict[str, Any]:
     if isinstance(answer, ImageError):
         return {"error": {"code": answer.reason_code, "message": str(answer)}}
+    labels = {} if answer.labels is None else {"labels": list(answer.labels)}
     return {
         "prediction": answer.prediction,
+        **labels,
         "confidence": answer.confidence,
         "probabilities": answer.probabilities,
     }

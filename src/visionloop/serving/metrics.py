@@ -9,6 +9,7 @@ from visionloop.records import Prediction
 from visionloop.serving.swap import ModelSlot
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+NO_LABEL = "(none)"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -28,7 +29,10 @@ class Meters:
             "visionloop_batch_images", "Images in one run of the network", buckets=BATCH_SIZES, registry=self._registry
         )
         self._images = Counter(
-            "visionloop_predicted_images", "Images by predicted class", ["prediction"], registry=self._registry
+            "visionloop_predicted_images",
+            "Images by predicted class; with several labels, under each",
+            ["prediction"],
+            registry=self._registry,
         )
         self._registry.register(self)
 
@@ -42,8 +46,10 @@ class Meters:
         self._batches.observe(size)
 
     def count_prediction(self, prediction: Prediction) -> None:
-        """Count one answered image."""
-        self._images.labels(prediction.prediction).inc()
+        """Count one answered image, with several labels under each of them: sets of labels would be too many."""
+        names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
+        for name in names:
+            self._images.labels(name).inc()
 
     def scrape(self) -> bytes:
         """Return all figures in Prometheus' text format."""

@@ -28,22 +28,47 @@ class ErrorAnswer(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """The answer for one image."""
+    """The answer for one image. `confidence` is the probability of `prediction`; all probabilities sum to 1."""
 
     prediction: str
     confidence: float = Field(ge=0, le=1)
     probabilities: dict[str, float]
 
 
-class PredictAnswer(ImageAnswer):
-    """The answer to a request with one image."""
+class LabelsAnswer(ImageAnswer):
+    """The answer of a model whose task is multilabel.
+
+    `labels` are those that the image has, any number, in the order of the model's classes; `prediction` is the same as
+    one text, divided by `|`. Each class has a probability of its own. `confidence` is that of the whole answer if
+    labels are independent: the product of what each class has for what is said of it.
+    """
+
+    labels: list[str]
+
+
+class ToRequest(BaseModel):
+    """What an answer to a request says beside its images."""
 
     model: ModelName
     request_id: str
 
 
+class PredictAnswer(ToRequest, ImageAnswer):
+    """The answer to a request with one image."""
+
+
+class PredictLabelsAnswer(ToRequest, LabelsAnswer):
+    """The answer to a request with one image, of a multilabel model."""
+
+
 class FileAnswer(ImageAnswer):
     """The answer for one of several files."""
+
+    file: str | None
+
+
+class FileLabelsAnswer(LabelsAnswer):
+    """The answer for one of several files, of a multilabel model."""
 
     file: str | None
 
@@ -55,12 +80,10 @@ class FileError(BaseModel):
     error: ErrorDetail
 
 
-class BatchAnswer(BaseModel):
+class BatchAnswer(ToRequest):
     """The answer to a request with several files, in their order."""
 
-    results: list[FileAnswer | FileError]
-    model: ModelName
-    request_id: str
+    results: list[FileLabelsAnswer | FileAnswer | FileError]
 
 
 class ReadyAnswer(BaseModel):
@@ -72,7 +95,12 @@ class ReadyAnswer(BaseModel):
 
 
 class ModelAnswer(ModelName):
-    """The model that answers now, and where it came from."""
+    """The model that answers now, and where it came from.
+
+    `task` is binary, multiclass or multilabel. `threshold` is of binary (null otherwise): the probability of the second
+    class from which it is the answer. `thresholds` are of multilabel (null otherwise): by class, the probability from
+    which a label is given.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -82,5 +110,6 @@ class ModelAnswer(ModelName):
     image_size: tuple[int, int]
     resize: str
     threshold: float | None
+    thresholds: dict[str, float] | None
     dataset: dict[str, Any]
     problem: str | None

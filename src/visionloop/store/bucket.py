@@ -78,6 +78,15 @@ class Bucket:
             raise _too_large(where, max_bytes)
         return data
 
+    def fetch(self, key: str, max_bytes: int) -> bytes:
+        """Return the bytes of an object by its key, as it is now; of one that is larger, `max_bytes` + 1 of them.
+
+        Raises:
+            ObjectMissing: there is none.
+            StoreError: the bucket cannot be reached, or the object may not be read.
+        """
+        return self._connection.download(key, max_bytes=max_bytes)
+
     def _list(self, start: str) -> Iterator[Any]:
         if self._keeps_versions():
             for page in self._connection.list_pages("list_object_versions", Prefix=start):

@@ -1,85 +1,170 @@
-"""What happens beside the learning: epoch figures to MLflow and to the person who waits, and safe checkpoints."""
+"""The end of an epoch: its figures to MLflow, its checkpoint to the disk, its report to the person who waits.
 
+Lightning calls it after the module and early stopping have had their say. The checkpoint is copied at once and written
+in the background while the next epoch runs; the one before is then always on the disk.
+"""
+
+import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
+from pytorch_lightning.plugins.io import CheckpointIO
 
 from visionloop.errors import TrainingError
-from visionloop.tracking import Tracking
+from visionloop.training.checkpoints import Entry, load_checkpoint, write_checkpoint
+from visionloop.training.figure_log import FigureLog
+from visionloop.training.job import Job
+from visionloop.training.views import read_views, show_in_views
 from visionloop.training.watch import EpochReport
 
+ALL_EPOCHS, STOPPED_EARLY = "all epochs", "early stopping"
+OnWritten = Callable[[Entry], object]
 
-class EpochReporter(pl.Callback):
-    """Sends each epoch's figures to MLflow in one request, and to `on_epoch`."""
+
+class CheckpointFiles(CheckpointIO):
+    """Where Lightning's checkpoints go: copied at once, written by a thread, at most one at a time."""
+
+    def __init__(self, folder: Path, on_written: OnWritten = lambda entry: None) -> None:
+        self.folder, self.on_written = folder, on_written
+        self.facts: dict[str, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Have a checkpoint written with `facts`; wait for the one before. Raises TrainingError if that one failed."""
+        copy = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        _check_weights(copy["state_dict"], copy["epoch"] + 1)
+        self.wait()
+        self._pending = self._thread.submit(self._write, copy, dict(self.facts))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Do nothing: what is no longer needed goes when the next one is written."""
+
+    def wait(self) -> None:
+        """Return when all is on the disk. Raises TrainingError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Have all on the disk at the end, whatever ends it; an error of the training is the one that is raised."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(TrainingError):
+                self.wait()
+            raise
+        else:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def teardown(self) -> None:
+        """Do nothing: Lightning calls this also after an error, and an error while waiting would hide it."""
+
+    def _write(self, checkpoint: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        self.on_written(write_checkpoint(self.folder, checkpoint, **facts))
+
+
+class EpochEnd(Checkpoint):
+    """Sends each epoch's figures to MLflow in one request, has its checkpoint written, and reports it."""
 
     def __init__(
-        self,
-        tracking: Tracking,
-        run_id: str,
-        num_train: int,
-        stopping: EarlyStopping,
-        on_epoch: Callable[[EpochReport], None],
+        self, job: Job, figures: FigureLog, stopping: EarlyStopping, files: CheckpointFiles, found: Entry | None
     ) -> None:
-        self.tracking, self.run_id, self.num_train = tracking, run_id, num_train
-        self.stopping, self.on_epoch = stopping, on_epoch
+        self.job, self.figures, self.stopping, self.files = job, figures, stopping, files
+        self.history = list(found.history) if found else []
+        self.best_epoch = found.best_epoch if found else 0
         self._started = self._train_s = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started, self._train_s = time.perf_counter(), 0.0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._train_s = time.perf_counter() - self._started
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
-            raise TrainingError(
-                f"train epoch {trainer.current_epoch + 1}",
-                f"the loss is not finite ({metrics})",
-                "finite figures",
-                "Lower train.learning_rate.",
-            )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        check_figures(metrics, self.stopping.monitor, trainer.current_epoch + 1)
         seconds = time.perf_counter() - self._started
-        images_per_s = self.num_train / max(self._train_s, 1e-9)
-        speed = {"train/images_per_s": images_per_s, "train/epoch_s": seconds}
-        self.tracking.log_metrics(self.run_id, {**metrics, **speed}, step=trainer.current_epoch)
-        # Lightning lets early stopping look only after this: say what it is about to find.
-        best, current = float(self.stopping.best_score), metrics[self.stopping.monitor]
-        better = current < best if self.stopping.mode == "min" else current > best
-        self.on_epoch(
-            EpochReport(
-                epoch=trainer.current_epoch + 1,
-                max_epochs=int(trainer.max_epochs or 0),
-                metrics=metrics,
-                images_per_s=images_per_s,
-                seconds=seconds,
-                monitor=self.stopping.monitor,
-                best=current if better else best,
-                wait=0 if better else int(self.stopping.wait_count) + 1,
-                patience=self.stopping.patience,
-                eta_s=seconds * (int(trainer.max_epochs or 0) - trainer.current_epoch - 1),
-            )
+        speed = {
+            "train/images_per_s": len(self.job.train_rows) / max(self._train_s or seconds, 1e-9),
+            "train/epoch_s": seconds,
+        }
+        figures = {**metrics, **speed, **read_views(trainer)}
+        report = self._make_report(trainer, metrics, figures["train/images_per_s"], seconds)
+        if trainer.is_global_zero:
+            self.figures.add(trainer.current_epoch, figures)
+        self.history.append(report)
+        if report.wait == 0:
+            self.best_epoch = report.epoch
+        self.files.facts = {"history": tuple(self.history), "best_epoch": self.best_epoch, "ended": _say_end(trainer)}
+        trainer.save_checkpoint(self.files.folder / "next.ckpt")
+        if trainer.is_global_zero:
+            show_in_views(trainer, report, figures)
+            self.job.watcher.on_epoch(report)
+
+    def _make_report(
+        self, trainer: pl.Trainer, metrics: dict[str, float], images_per_s: float, seconds: float
+    ) -> EpochReport:
+        epoch, max_epochs = trainer.current_epoch + 1, int(trainer.max_epochs or 0)
+        return EpochReport(
+            epoch=epoch,
+            max_epochs=max_epochs,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            images_per_s=images_per_s,
+            seconds=seconds,
+            monitor=self.stopping.monitor,
+            best=float(self.stopping.best_score),
+            wait=self.stopping.wait_count,
+            patience=self.stopping.patience,
+            eta_s=seconds * (max_epochs - epoch),
         )
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the checkpoint to go on from and its content; an unreadable one is passed over for the one before."""
-    for name in ("last.ckpt", "best.ckpt"):
-        path = folder / name
-        if path.is_file():
-            try:
-                return path, torch.load(path, "cpu", weights_only=True)
-            except Exception:  # any damage at all: zip, pickle, tensor; the one before is used
-                path.unlink()
-    return None, {}
+def get_history(trainer: pl.Trainer) -> list[EpochReport]:
+    """Return the reports of all finished epochs, also of those before a resume."""
+    return next((list(c.history) for c in trainer.callbacks if isinstance(c, EpochEnd)), [])  # type: ignore[attr-defined]
 
 
-def has_stopped_early(checkpoint: Mapping[str, Any], patience: int) -> bool:
-    """Say whether a checkpoint was made by the epoch that used up the patience."""
-    states = [s for key, s in checkpoint.get("callbacks", {}).items() if "EarlyStopping" in str(key)]
-    return any(int(state.get("wait_count", 0)) >= patience for state in states)
+def check_figures(metrics: Mapping[str, float], monitor: str, epoch: int) -> None:
+    """Raise TrainingError unless the losses and the monitored figure are finite."""
+    watched = {name: value for name, value in metrics.items() if name.endswith("/loss") or name == monitor}
+    if not all(math.isfinite(value) for value in watched.values()):
+        found = ", ".join(f"{name} {value}" for name, value in sorted(watched.items()))
+        raise TrainingError(
+            f"train epoch {epoch}",
+            f"the loss is not finite ({found})",
+            "finite figures",
+            "Lower train.learning_rate, set train.clip_norm, or try train.precision: fp32.",
+        )
+
+
+def _check_weights(state: Mapping[str, torch.Tensor], epoch: int) -> None:
+    """Raise TrainingError if a weight is not finite: such a checkpoint would poison all that follows."""
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise TrainingError(
+            f"train epoch {epoch}",
+            f"{len(bad)} tensors of the network hold NaN or infinity ({bad[0]} first)",
+            "finite weights",
+            "Lower train.learning_rate, set train.clip_norm, or try train.precision: fp32.",
+        )
+
+
+def _say_end(trainer: pl.Trainer) -> str | None:
+    if trainer.should_stop:
+        return STOPPED_EARLY
+    return ALL_EPOCHS if trainer.current_epoch + 1 >= int(trainer.max_epochs or 0) else None

@@ -1,95 +1,123 @@
-"""Batches of prepared images, or of embeddings. Order and crops are functions of (seed, epoch): a resumed run sees
-what it would have seen.
+"""The training and validation batches of a job, for one rank of its world: who reads, who augments, and where.
 
-Dimensions: n images, k classes, d features.
+On a CPU the loader crops and augments. On a GPU the device does, and has all images from the start where they fit.
 """
-
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from visionloop.data.shards import IntArray, Prepared
+from visionloop.parallel import count_cores
+from visionloop.training.augment import PRESETS
+from visionloop.training.augment_batch import augment_batch
+from visionloop.training.batches import Batch, Batches, Reading
+from visionloop.training.draws import make_image_keys
+from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
+from visionloop.training.loader import Loader
+from visionloop.training.resident import ResidentImages, fits, make_resident
+from visionloop.training.rows import BatchRows, check_world, count_parts
 
+__all__ = ["Batch", "PreparedData", "check_world"]
 
-class Batch(NamedTuple):
-    """What a step sees: uint8 images (n, h, w, 3) or embeddings (n, d); targets: classes (n), or 0 and 1 (n, k) for
-    multilabel; `rows_n`: which images of the prepared data they are."""
-
-    inputs: Tensor
-    targets: Tensor
-    rows_n: Tensor
-
-
-class BatchRows(Sampler[IntArray]):
-    """Yields the rows of each batch; shuffled anew each epoch when a seed is given. Batches differ by one at most."""
-
-    def __init__(self, rows: IntArray, batch_size: int, seed: int | None) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
-        self.num_batches = max(1, -(-len(rows) // batch_size))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning tells the epoch here, also after a resume."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[IntArray]:
-        rows = self.rows
-        if self.seed is not None:
-            rows = np.random.default_rng([self.seed, self.epoch]).permutation(rows)
-        yield from np.array_split(rows, self.num_batches)
-
-
-class Batches(Dataset[Batch]):
-    """Batches of any rows: indexed by an array of rows, not by one.
-
-    Where images were prepared larger, a sampler with a seed gets a crop of each, another one in each of its epochs.
-    """
-
-    def __init__(self, prepared: Prepared, sampler: BatchRows, embedding_nd: NDArray[np.float32] | None = None) -> None:
-        self.prepared, self.sampler, self.embedding_nd = prepared, sampler, embedding_nd
-
-    def __getitem__(self, rows: Any) -> Batch:
-        targets = self.prepared.label_n if self.prepared.targets_nk is None else self.prepared.targets_nk
-        return Batch(torch.from_numpy(self._read(rows)), torch.from_numpy(targets[rows]), torch.from_numpy(rows))
-
-    def _read(self, rows: IntArray) -> NDArray[Any]:
-        if self.embedding_nd is not None:
-            return self.embedding_nd[rows]
-        if self.sampler.seed is None:
-            return self.prepared.read(rows)
-        return self.prepared.read_crops(rows, seed=self.sampler.seed, epoch=self.sampler.epoch)
+MAX_WORKERS = 4
 
 
 class PreparedData(pl.LightningDataModule):
     """Training and validation batches of a job, for one rank of its world.
 
     With `embedding_nd` (one row for each row of the prepared data) the inputs are embeddings instead of images.
+    `accumulate` batches make a step of `train.batch_size` x `train.accumulate` images, however many fit into memory.
+    `on_device` says who augments; by itself a GPU does.
     """
 
-    def __init__(self, job: Job, batch_size: int, *, embedding_nd: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        in_memory: int,
+        *,
+        embedding_nd: NDArray[np.float32] | None = None,
+        on_device: bool | None = None,
+    ) -> None:
+        """Lay the batches out. `in_memory`: images at a time, over all ranks. Raises DatasetError."""
         super().__init__()
         self.prepared, self.section, self.world = job.prepared, job.params.train, job.world
         self.train_rows, self.val_rows = job.train_rows, job.val_rows
-        self.batch_size, self.embedding_nd = batch_size, embedding_nd
+        self.in_memory, self.embedding_nd = in_memory, embedding_nd
+        self.step_size = self.section.batch_size * self.section.accumulate
+        self.accumulate = count_parts(len(self.train_rows), self.step_size, in_memory, self.world.size)
+        self.weights_n = plan_imbalance(job).row_weights_n
+        is_gpu = job.hardware.accelerator == "gpu"
+        self.on_device = embedding_nd is None and (is_gpu if on_device is None else on_device)
+        self.pinned = is_gpu
+        self.workers = 0 if embedding_nd is not None else choose_workers(job)
+        self.key_n = make_image_keys(self.prepared.sha256_n)
+        self.resident: tuple[ResidentImages, ResidentImages | None] | None = None
+        self._loaders: list[Loader] = []
+        check_world(self.train_rows, self.step_size, self.world)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._make_loader(self.train_rows, self.section.seed)
+    def setup(self, stage: str) -> None:
+        """Copy the images to the device once, where it augments and they fit."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if self.on_device and self.resident is None and device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            if fits(self.prepared, self.train_rows, self.val_rows, free_bytes):
+                self.keep_on(device)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._make_loader(self.val_rows, None)
+    def keep_on(self, device: torch.device) -> None:
+        """Copy the images of both sides to a device; batches take them from there from now on."""
+        self.resident = make_resident(self.prepared, self.train_rows, self.val_rows, device)
 
-    def _make_loader(self, side_rows: IntArray, seed: int | None) -> DataLoader[Batch]:
-        rows: Any = BatchRows(side_rows, self.batch_size, seed)
-        # A batch is one slice of a memory-mapped array: a worker process would cost more than it saves. (It would also
-        # not see the epoch of the sampler.)
-        batches = Batches(self.prepared, rows, self.embedding_nd)
-        return DataLoader(batches, batch_size=None, sampler=rows, num_workers=0)
+    def train_dataloader(self) -> Loader:
+        rows, seed = self.train_rows, self.section.seed
+        sampler = BatchRows(
+            rows,
+            self.step_size,
+            seed,
+            parts=self.accumulate,
+            key_n=self.key_n[rows],
+            weights_n=self.weights_n,
+            world=self.world,
+        )
+        return self._make_loader(sampler, self.section.augment, 0 if self.resident else self.workers)
+
+    def val_dataloader(self) -> Loader:
+        return self._make_loader(BatchRows(self.val_rows, self.in_memory, None, world=self.world), "none", 0)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Do on the device what the loader left to it: take the images, crop and augment them."""
+        if not self.on_device:
+            return batch
+        inputs = batch.inputs
+        if self.resident:
+            train, val = self.resident
+            if val is None or self.trainer is None or self.trainer.training:
+                inputs = train.take(batch.rows_n, padded=False)
+            else:
+                inputs = val.take(batch.rows_n, padded=True)
+        if batch.draws_nd is not None:
+            preset = PRESETS.get(self.section.augment)
+            inputs = augment_batch(inputs, batch.draws_nd, self.prepared.size_hw, preset)
+        return Batch(inputs, batch.targets, batch.rows_n)
+
+    def teardown(self, stage: str) -> None:
+        """End the processes that read, and free the device."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders, self.resident = [], None
+
+    def _make_loader(self, sampler: BatchRows, preset: str, workers: int) -> Loader:
+        done_by = "resident" if self.resident else "device" if self.on_device else "loader"
+        batches = Batches(self.prepared, Reading(preset, sampler.seed, done_by), self.key_n, self.embedding_nd)
+        self._loaders.append(Loader(batches, sampler, workers=workers, pinned=self.pinned))
+        return self._loaders[-1]
+
+
+def choose_workers(job: Job) -> int:
+    """Return how many processes read for this rank: as the settings say, else a few for a GPU and none for a CPU."""
+    if job.settings.loader_workers is not None:
+        return job.settings.loader_workers
+    if job.hardware.accelerator != "gpu":
+        return 0
+    return min(MAX_WORKERS, count_cores() // job.world.local_size)

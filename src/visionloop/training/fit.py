@@ -1,30 +1,51 @@
 """The stage `train`: prepared arrays to models/candidate. Resumable by epoch, in the same MLflow run.
 
-.visionloop/work/train/<input key>/   run.json  checkpoints/{last,best}.ckpt  bundle/
+.visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  bundle/
 """
 
-import json
 import shutil
-import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from visionloop.data.shards import load_prepared
+from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import ParamsError, TrainingError, VisionLoopError
+from visionloop.lifetime import terminable
 from visionloop.params import Params
 from visionloop.records import RunNote, canonical_json
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
-from visionloop.training.hardware import read_hardware
-from visionloop.training.job import Job, check_sides, choose_validation
+from visionloop.training.checkpoints import FOLDER, list_entries
+from visionloop.training.datamodule import check_world
+from visionloop.training.figures import check_monitor
+from visionloop.training.hardware import list_remarks, read_hardware
+from visionloop.training.job import Job, World, check_sides, choose_validation
+from visionloop.training.memory import is_out_of_memory, load_plan
+from visionloop.training.mirror import announce, fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
+from visionloop.training.run import close_failed, open_run, read_git_commit, remember_run
 from visionloop.training.watch import Watcher
 from visionloop.training.ways import WAYS
-from visionloop.workfolder import lock_work, replace_folder
+from visionloop.training.ways.start import choose_start, has_work_here
+from visionloop.training.world import check_agreement, share
+from visionloop.workfolder import list_work, lock_work, replace_folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained classifier with its best weights, why training ended, and the figures of its best epoch.
+
+    A way without epochs has `num_epochs` 0 and no figures here.
+    """
+
+    classifier: nn.Module
+    reason: str
+    best_epoch: int
+    num_epochs: int
+    metrics: dict[str, float]
 
 
 def train(
@@ -36,84 +57,157 @@ def train(
     now: str,
     code_digest: str = "",
     watcher: Watcher | None = None,
+    world: World | None = None,
 ) -> RunNote:
-    """Train, export and put the bundle at models/candidate; return the note of the run.
+    """Train, export and put the bundle at models/candidate; return the note of the run. For rank 0 of a world.
 
     The same inputs go on from the last finished epoch. A random split has no validation side: such an experiment is
     validated on the test side, and its note says so.
 
     Raises:
         DatasetError: a class has no training image, or a side is empty.
-        TrainingError: the network, its weights or its loss are unusable.
+        TrainingError: the network, its weights or its loss are unusable, or there is no memory for one image.
         TrackingError: MLflow cannot be reached.
+        KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM; what is kept was told.
     """
     started = time.perf_counter()
-    prepared = load_prepared(settings.prepared_dir)
-    validated_on = choose_validation(prepared, store)
-    check_sides(prepared, validated_on)
-    job = Job(
-        settings, params, store, tracking, prepared, read_hardware(), code_digest, watcher or Watcher(), validated_on
-    )
-    with lock_work(settings.work_dir("train"), job.make_key()) as work:
-        run_id = _open_run(work, job)
+    watcher = watcher or Watcher()
+    job = make_job(settings, params, store, tracking, code_digest=code_digest, watcher=watcher, world=world)
+    before = list_work(settings.work_dir("train"))
+    with terminable(), lock_work(settings.work_dir("train"), job.make_key()) as work:
+        for dropped in before - {work.name}:
+            remove_checkpoints(job, dropped)
+        run_id = _open(work, job)
         try:
-            classifier = _learn(work, job, run_id)
-            digest = _package(work, job, classifier, run_id)
+            outcome = learn(job, work, run_id)
+            digest = _package(work, job, outcome.classifier, run_id)
+            tracking.set_tags(run_id, {"visionloop.ended": outcome.reason})
         except KeyboardInterrupt:
-            tracking.close_run(run_id, "KILLED")
+            close_failed(job, run_id, "KILLED", "stopped")
+            watcher.tell(describe_stop(work, params.train.max_epochs))
             raise
-        except (VisionLoopError, RuntimeError) as exc:
-            tracking.close_run(run_id, "FAILED")
-            if isinstance(exc, VisionLoopError):
+        except Exception as exc:
+            error = translate_error(exc)
+            close_failed(job, run_id, "FAILED", str(error))
+            if error is exc:
                 raise
-            raise TrainingError("train", f"torch failed ({str(exc).splitlines()[0][:200]})") from exc
+            raise error from exc
         seconds = round(time.perf_counter() - started, 1)
-        note = RunNote(digest, run_id, read_git_commit(settings.home), now, seconds, {"validated_on": validated_on})
+        note = RunNote(digest, run_id, read_git_commit(settings.home), now, seconds, {"validated_on": job.validated_on})
         _write_note(settings, note)
         replace_folder(work / "bundle", settings.candidate_dir)
         tracking.close_run(run_id)
+        remove_checkpoints(job, work.name)
         shutil.rmtree(work)
     return note
 
 
-def _learn(work: Path, job: Job, run_id: str) -> nn.Module:
+def follow(
+    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, world: World, code_digest: str
+) -> None:
+    """Take part in a training that rank 0 leads: no lock, no MLflow, no bundle. Raises what learning raises."""
+    job = make_job(settings, params, store, tracking, code_digest=code_digest, watcher=Watcher(), world=world)
+    place = share(world, dict)
+    try:
+        learn(job, Path(place["work"]), place["run_id"])
+    except Exception as exc:
+        error = translate_error(exc)
+        if error is exc:
+            raise
+        raise error from exc
+
+
+def make_job(
+    settings: Settings,
+    params: Params,
+    store: ObjectStore,
+    tracking: Tracking,
+    *,
+    code_digest: str,
+    watcher: Watcher,
+    world: World | None = None,
+    prepared: Prepared | None = None,
+) -> Job:
+    """Resolve what a training depends on, and check it before anything is opened.
+
+    Raises:
+        ParamsError: params.yaml asks for what this machine or this data does not have.
+        DatasetError: there is no prepared data, a class has no training image, a side is empty, or there are more ranks
+            than images in a batch.
+        TrainingError: the ranks do not see the same params, data, code or processors.
+    """
+    world = world or World()
+    prepared = prepared or load_prepared(settings.prepared_dir)
+    check_monitor(params.train, prepared.task)
+    validated_on = choose_validation(prepared, store)
+    check_sides(prepared, validated_on)
+    hardware = read_hardware(params.train, world_size=world.size)
+    for remark in list_remarks(hardware, params.train):
+        watcher.tell(remark)
+    job = Job(settings, params, store, tracking, prepared, hardware, code_digest, watcher, validated_on, world=world)
+    if world.size > 1:
+        check_world(job.train_rows, params.train.batch_size * params.train.accumulate, world)
+        check_agreement(job)
+    # The ledger may move between two looks at it: rank 0's counts.
+    return replace(job, start=share(world, lambda: choose_start(job, _has_work).start))
+
+
+def learn(job: Job, work: Path, run_id: str) -> Outcome:
+    """Train in a work folder and an MLflow run, without making a bundle. Raises TrainingError, KeyboardInterrupt."""
     way = job.params.train.way
     if way not in WAYS:
         raise ParamsError(
             "params.yaml train.way", f"got {way!r}", f"one of {', '.join(sorted(WAYS))}", "Edit the file."
         )
-    return WAYS[way](work, job, run_id)
+    classifier = WAYS[way](work, job, run_id)
+    entries = list_entries(work / FOLDER)
+    if not entries:
+        return Outcome(classifier, "no epochs", 0, 0, {})
+    last = entries[0]
+    return Outcome(classifier, last.ended or "stopped", last.best_epoch, last.epoch, dict(last.best.metrics))
 
 
-def read_git_commit(home: Path) -> str | None:
-    """Return the commit of the workspace, with `-dirty` when files differ; None outside of git."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=home, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+def describe_stop(work: Path, max_epochs: int) -> str:
+    """Say where a training was stopped, what is kept of it, and how it goes on."""
+    entries = list_entries(work / FOLDER)
+    epoch = entries[0].epoch if entries else 0
+    if not entries:
+        return "stopped before the first epoch was finished; the same command begins anew"
+    if entries[0].ended or epoch >= max_epochs:
+        return "stopped after the last epoch; the same command goes on with making the bundle"
+    return f"stopped in epoch {epoch + 1}; the same command goes on from epoch {epoch + 1} ({epoch} are kept)"
 
 
-def _open_run(work: Path, job: Job) -> str:
-    """Open the MLflow run of this input key: the one that a killed process had opened, or a new one."""
-    path = work / "run.json"
-    known = json.loads(path.read_text())["run_id"] if path.is_file() else None
-    sections = {"train": job.params.train, "prepare": job.params.prepare}
-    flat = {f"{s}.{k}": v for s, m in sections.items() for k, v in m.model_dump(mode="json").items()}
-    pin = job.prepared.pin
-    tags = {
-        "visionloop.dataset_version": str(pin.version),
-        "visionloop.dataset_digest": pin.digest,
-        "visionloop.git_commit": read_git_commit(job.settings.home) or "none",
-        **{f"visionloop.{k}": str(v) for k, v in asdict(job.hardware).items()},
-    }
-    run_name = f"{job.params.train.backbone}-dataset{pin.version}"
-    run_id = job.tracking.open_run(run_name, run_id=known, tags=tags, params=flat)
-    staged = path.with_suffix(".new")
-    staged.write_bytes(canonical_json({"run_id": run_id}))
-    staged.replace(path)
-    return run_id
+def translate_error(exc: Exception) -> Exception:
+    """Return what a person should read of an error: torch's as one of ours, a bug as it is."""
+    if isinstance(exc, VisionLoopError):
+        return exc
+    text = " ".join(str(exc).split())[:200]
+    if is_out_of_memory(exc):
+        return TrainingError("train", f"out of memory ({text})", "more of it", "Use a smaller network or image size.")
+    if "more than 1 value per channel" in text:
+        return TrainingError(
+            "train",
+            "a batch of one image reached a batch norm, which needs two values or more",
+            "two images or more in every batch",
+            "Raise train.batch_size, add training images, or take larger ones (prepare.image_size).",
+        )
+    return TrainingError("train", f"torch failed ({text})") if isinstance(exc, RuntimeError) else exc
+
+
+def _has_work(job: Job) -> bool:
+    """Say whether a training of this job was begun, here or by a machine that shares the store."""
+    return has_work_here(job) or find_run(job) is not None
+
+
+def _open(work: Path, job: Job) -> str:
+    """Bring what the store has of this training, and open its run; tell both to the other ranks."""
+    if run_id := fetch_checkpoints(work, job):
+        remember_run(work, run_id)
+    run_id = open_run(work, job)
+    announce(job, run_id)
+    place = share(job.world, lambda: {"work": str(work), "run_id": run_id})
+    return str(place["run_id"])
 
 
 def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
@@ -121,6 +215,10 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     folder = work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     way = {"precision": job.hardware.precision, "threads": str(job.hardware.threads)}
+    if job.world.size > 1:
+        way["processes"] = str(job.world.size)
+    if (plan := load_plan(work, job.params.train)).is_reduced:
+        way["batch_in_memory"] = str(plan.batch_in_memory)
     digest = write_bundle(folder, classifier, job, way=way)
     job.tracking.set_tags(run_id, {"visionloop.bundle": digest})
     job.tracking.log_artifact(run_id, folder / "card.json", "bundle")

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.data.shards import IntArray, Prepared
@@ -20,11 +21,16 @@ from visionloop.training.watch import Watcher
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and which of them this is. Rank 0 alone writes, logs and tells."""
+    """The processes that train together, and which of them this is. Rank 0 alone writes, logs and tells.
+
+    `local_rank` of `local_size` is its place on this machine; `on_ray`: they are workers of Ray Train.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    on_ray: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -60,11 +66,15 @@ class Job:
 
     def make_key(self) -> str:
         """Return the input key: equal keys mean equal bits, so work under it may be gone on with."""
+        return compute_digest([self.make_inputs_digest(), asdict(self.hardware), torch.__version__])
+
+    def make_inputs_digest(self) -> str:
+        """Return the digest of all inputs but the hardware: the same training on any machine."""
         report = json.loads((self.prepared.folder / "report.json").read_text())
         section = self.params.train
         weights = hash_weights(section, self.settings.home)
-        parts = [report, self.params.name, section.model_dump(mode="json"), asdict(self.hardware)]
-        return compute_digest([*parts, self.code_digest, weights, self.start])
+        parts = [report, self.params.name, section.model_dump(mode="json"), self.code_digest, weights, self.start]
+        return compute_digest([*parts, torch.__version__.partition("+")[0]])
 
 
 def choose_validation(prepared: Prepared, store: ObjectStore) -> str:
@@ -77,10 +87,17 @@ def choose_validation(prepared: Prepared, store: ObjectStore) -> str:
 def check_sides(prepared: Prepared, validated_on: str = "val") -> None:
     """Raise DatasetError unless train has every class and validation has an image."""
     train, val = prepared.rows("train"), prepared.rows(validated_on)
-    counts = np.bincount(prepared.label_n[train], minlength=len(prepared.classes))
+    counts, others = (prepared.count_classes(rows) for rows in (train, np.flatnonzero(prepared.side_n != "train")))
+    others = prepared.count_classes(np.flatnonzero(prepared.side_n != "train"))
     where = f"dataset {prepared.pin.name} version {prepared.pin.version}"
-    if empty := [name for name, count in zip(prepared.classes, counts, strict=True) if not count]:
-        raise DatasetError(where, f"no training image of {shorten(empty)}", "one or more", "Add images of it.")
+    if empty := [k for k, count in enumerate(counts) if not count]:
+        held = f", of which the other sides have {int(others[empty].sum()):,}" if others[empty].any() else ""
+        raise DatasetError(
+            where,
+            f"no training image of {shorten([prepared.classes[k] for k in empty])}{held}",
+            "one or more on the training side",
+            "Add images of it.",
+        )
     if len(train) < 2 or not len(val):
         raise DatasetError(
             where,

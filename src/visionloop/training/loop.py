@@ -1,43 +1,77 @@
 """The epochs: Lightning over batches, with checkpoints in the work folder, from the last one if there is one.
 
-WORK/checkpoints/{last,best}.ckpt
+WORK/checkpoints/   see `checkpoints.py`
+WORK/memory.json    how many images fit into memory at a time, where it is fewer than params.yaml asks for
 """
 
+import contextlib
 import logging
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping
 
-from visionloop.training.callbacks import EpochReporter, find_checkpoint, has_stopped_early
+from visionloop.errors import TrackingError, TrainingError
+from visionloop.training.allocator import keep_memory
+from visionloop.training.callbacks import ALL_EPOCHS, CheckpointFiles, EpochEnd
+from visionloop.training.checkpoints import FOLDER, Entry, find_checkpoint, load_checkpoint, name_checkpoint
 from visionloop.training.datamodule import PreparedData
+from visionloop.training.figure_log import FigureLog
+from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
+from visionloop.training.memory import MemoryPlan, is_out_of_memory, keep_plan, load_plan, release_memory
+from visionloop.training.mirror import Mirror
 from visionloop.training.module import ClassifierModule
-from visionloop.training.plots import write_curve
 from visionloop.training.views import make_views
-from visionloop.training.watch import EpochReport
+from visionloop.training.world import share, trainer_options
 
 MakeData = Callable[[int], PreparedData]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One go at the epochs that are left: where it works, how many images at a time, and what it goes on from."""
+
+    work: Path
+    job: Job
+    run_id: str
+    plan: MemoryPlan
+    found: Entry | None
 
 
 def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, make_data: MakeData) -> None:
     """Train until the patience or the epochs are used up, and leave the best epoch's weights in the module.
 
-    `make_data` takes the number of images that are to be in memory at a time.
+    `make_data` takes the number of images that are to be in memory at a time. Where they do not fit, half as many are
+    tried, and a step is made of twice as many parts; what was learned since the last finished epoch is learned again.
 
     Raises:
         KeyboardInterrupt: it was stopped; the last finished epoch is kept.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or not even one image fits into memory.
+        TrackingError: MLflow could not be reached for the figures of some epochs, up to the end.
     """
-    _, checkpoint = find_checkpoint(work / "checkpoints")
-    if not has_stopped_early(checkpoint, job.params.train.patience):
-        _run_epochs(work, job, run_id, module, make_data(job.params.train.batch_size))
-    best = torch.load(work / "checkpoints" / "best.ckpt", "cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
+    first = load_plan(work, job.params.train)
+    plan = replace(first, batch_in_memory=share(job.world, lambda: first.batch_in_memory))
+    at_start = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    while not _is_finished(found := _find(work, job), job):
+        if found is None:
+            module.load_state_dict(at_start)
+        attempt = Attempt(work, job, run_id, plan, found)
+        if not _try_epochs(attempt, module, make_data):
+            release_memory()
+            plan = _reduce(attempt)
+    assert found is not None
+    if job.world.is_first:
+        FigureLog(work, job.tracking, run_id, job.watcher.tell).send()
+    best = load_checkpoint(work / FOLDER / name_checkpoint(found.best_epoch))
+    module.load_state_dict(best["state_dict"], strict=module.strict_loading)
 
 
 def make_repeatable(seed: int) -> None:
@@ -48,51 +82,111 @@ def make_repeatable(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _run_epochs(work: Path, job: Job, run_id: str, module: ClassifierModule, data: PreparedData) -> None:
-    checkpoint_path, _ = find_checkpoint(work / "checkpoints")
-    reports: list[EpochReport] = []
+def _find(work: Path, job: Job) -> Entry | None:
+    """Return the checkpoint to go on from; rank 0 looks, and tells the others."""
 
-    def report(epoch: EpochReport) -> None:
-        reports.append(epoch)
-        job.watcher.on_epoch(epoch)
+    def find() -> dict[str, Any] | None:
+        found = find_checkpoint(work / FOLDER, job.watcher.tell)
+        return found.to_json() if found else None
 
-    trainer = make_trainer(work, job, run_id, report)
-    with warnings.catch_warnings():
+    value = share(job.world, find)
+    return Entry.from_json(value) if value else None
+
+
+def _is_finished(found: Entry | None, job: Job) -> bool:
+    if found is None or found.ended is None:
+        return False
+    return found.ended != ALL_EPOCHS or found.epoch >= job.params.train.max_epochs
+
+
+def _try_epochs(attempt: Attempt, module: ClassifierModule, make_data: MakeData) -> bool:
+    """Run the epochs that are left; False when memory ran out."""
+    if attempt.found is not None:
+        attempt.job.watcher.tell(f"going on from epoch {attempt.found.epoch + 1}: {attempt.found.epoch} are kept")
+    try:
+        _run_epochs(attempt, module, make_data(attempt.plan.batch_in_memory))
+    except Exception as exc:
+        if not is_out_of_memory(exc):
+            raise
+        if attempt.job.world.size > 1:
+            raise _say_out_of_memory(attempt) from exc
+        return False
+    return True
+
+
+def _run_epochs(attempt: Attempt, module: ClassifierModule, data: PreparedData) -> None:
+    mirror = Mirror(attempt.work, attempt.job, attempt.run_id)
+    files = CheckpointFiles(attempt.work / FOLDER, mirror.send)
+    trainer = make_trainer(attempt, files, accumulate=data.accumulate)
+    found = attempt.found
+    resume = str(attempt.work / FOLDER / name_checkpoint(found.epoch)) if found else None
+    with mirror.closing(), files.closing(), keep_memory(), _interruptible(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint_path) if checkpoint_path else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if reports:
-        write_curve(reports, work / "curve.png")
-        job.tracking.log_artifact(run_id, work / "curve.png", "figures")
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
 
 
-def make_trainer(work: Path, job: Job, run_id: str, report: Any) -> pl.Trainer:
-    """Wire Lightning: early stopping, best and last checkpoint in the work folder, nothing printed."""
+def make_trainer(attempt: Attempt, files: CheckpointFiles, *, accumulate: int) -> pl.Trainer:
+    """Wire Lightning: early stopping, checkpoints, views; nothing printed."""
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    section = job.params.train
-    stopping = EarlyStopping(section.monitor, patience=section.patience, mode=section.monitor_mode)
-    keeper = ModelCheckpoint(
-        dirpath=work / "checkpoints",
-        filename="best",
-        monitor=section.monitor,
-        mode=section.monitor_mode,
-        save_last=True,
-        enable_version_counter=False,
+    job, section = attempt.job, attempt.job.params.train
+    stopping = EarlyStopping(
+        section.monitor, patience=section.patience, mode=section.monitor_mode, check_on_train_epoch_end=True
     )
-    reporter = EpochReporter(job.tracking, run_id, len(job.train_rows), stopping, report)
-    precision: Any = job.hardware.lightning_precision
+    figures = FigureLog(attempt.work, job.tracking, attempt.run_id, job.watcher.tell)
+    end = EpochEnd(job, figures, stopping, files, attempt.found)
+    views = make_views(job, attempt.run_id, attempt.work)
+    options = trainer_options(job)
     return pl.Trainer(
+        **{**options, "plugins": [*options["plugins"], files]},
         max_epochs=section.max_epochs,
-        accelerator=job.hardware.accelerator,
-        devices=1,
-        precision=precision,
-        callbacks=[stopping, keeper, reporter, *make_views(job, run_id, work)],
-        default_root_dir=work,
+        callbacks=[FiniteGuard(job, attempt.run_id), stopping, *views, end],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=section.clip_norm,
+        limit_val_batches=1.0 if len(job.val_rows) else 0,
+        default_root_dir=attempt.work,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        deterministic="warn",
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be KeyboardInterrupt: Lightning makes an exit of it, and ignores the key from then on."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as exc:
+        cause = exc.__context__
+        raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _reduce(attempt: Attempt) -> MemoryPlan:
+    """Halve the images in memory; remember, tell and log it. Raises TrainingError below one image."""
+    before, plan = attempt.plan.batch_in_memory, attempt.plan.halve()
+    keep_plan(attempt.work, plan)
+    attempt.job.watcher.tell(
+        f"out of memory with {before} images at a time: going on with {plan.batch_in_memory}, "
+        f"{plan.accumulate} parts to a step of {plan.step_size} as before"
+    )
+    with contextlib.suppress(TrackingError):  # the bundle's card says it too
+        attempt.job.tracking.set_tags(attempt.run_id, {"visionloop.batch_in_memory": str(plan.batch_in_memory)})
+    return plan
+
+
+def _say_out_of_memory(attempt: Attempt) -> TrainingError:
+    """Make the error of one rank among several: all of them must begin anew with fewer images."""
+    plan = attempt.plan.halve()
+    keep_plan(attempt.work, plan)
+    return TrainingError(
+        f"train, rank {attempt.job.world.rank}",
+        f"out of memory with {attempt.plan.batch_in_memory} images at a time",
+        "memory for them",
+        f"The same command goes on with {plan.batch_in_memory} at a time.",
     )

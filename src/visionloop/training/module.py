@@ -1,90 +1,191 @@
-"""The Lightning module: a loss, an optimizer and the epoch's figures. The network is handed in.
+"""The Lightning module: what a step does, and the epoch's figures. The network is handed in.
+
+All randomness of a step (dropout, mixing) is a function of (seed, epoch, step, rank): a training that goes on from a
+checkpoint draws what it would have drawn.
 
 Dimensions: n images, u units (1 for binary, else k classes).
 """
 
-import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
-from torch.nn import functional
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train
 from visionloop.training.datamodule import Batch
+from visionloop.training.ema import MovingAverage
+from visionloop.training.figures import compute_figures, count_right
+from visionloop.training.gather import gather_rows
+from visionloop.training.groups import make_optimizer
+from visionloop.training.imbalance import Plan, plan_imbalance
+from visionloop.training.job import Job
+from visionloop.training.losses import Objective, compute_loss, make_targets
+from visionloop.training.mixing import draw_mix, mix_images, mix_targets
+from visionloop.training.schedules import make_schedule, step_plateau
 
-WARM_UP_RATIO = 0.1
+Learns = Literal["all", "head"]
+
+
+def make_module(job: Job, run_id: str, classifier: Classifier, *, learns: Learns = "all") -> "ClassifierModule":
+    """Return the module of a job; tell and log what is done about imbalance. Raises TrackingError."""
+    plan = plan_imbalance(job)
+    if job.world.is_first:
+        job.watcher.tell(plan.sentence)
+        job.tracking.set_tags(run_id, plan.to_tags())
+        if job.params.train.way == "finetune":
+            job.watcher.tell(describe_finetune(job.params.train))
+    return ClassifierModule(classifier, job.params.train, learns=learns, plan=plan)
+
+
+def describe_finetune(section: Train) -> str:
+    """Say which layers learn when, and how fast."""
+    first = section.learning_rate * section.backbone_rate
+    rates = f"rates from {first:g} (first layers) to {section.learning_rate:g} (head)"
+    if not section.frozen_epochs:
+        return f"finetune: all layers, {rates}"
+    if section.frozen_epochs >= section.max_epochs:
+        return f"finetune: the head alone in all {section.max_epochs} epochs (train.frozen_epochs), the backbone frozen"
+    return f"finetune: the head alone for {section.frozen_epochs} epochs, then all layers, {rates}"
 
 
 class ClassifierModule(pl.LightningModule):
-    """Trains a classifier: one unit with binary cross-entropy for two classes, else cross-entropy.
+    """Trains a classifier for its task.
 
-    `learns`: all of it, or the head alone; a batch holds images or, for the head alone, embeddings.
+    `learns`: all of it, or the head alone; a batch holds images or, for the head alone, embeddings. In the first
+    `frozen_epochs` of `finetune` the backbone neither learns nor updates its batch-norm statistics.
+
+    `val_units_nu`, `val_targets` and `val_rows_n` are the last validation's, of all ranks, in the order of the rows.
     """
 
-    def __init__(self, classifier: Classifier, params: Train, *, learns: Literal["all", "head"] = "all") -> None:
+    val_units_nu: Tensor
+    val_targets: Tensor
+    val_rows_n: Tensor
+
+    def __init__(
+        self, classifier: Classifier, params: Train, *, learns: Learns = "all", plan: Plan | None = None
+    ) -> None:
         super().__init__()
         self.classifier, self.params, self.learns = classifier, params, learns
-        self._loss_sum = self._count = 0.0
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self.objective = Objective(
+            classifier.task,
+            smoothing=params.label_smoothing,
+            gamma=plan.gamma if plan else 0.0,
+            weights_2u=plan.weights_2u if plan else None,
+        )
+        self._totals = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, right answers, images
+        self._rate = 0.0
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.val_units_nu, self.val_targets, self.val_rows_n = (torch.empty(0) for _ in range(3))
 
-    def compute_loss(self, units_nu: Tensor, labels_n: Tensor) -> Tensor:
-        """Return the mean loss of a batch, in fp32."""
-        if units_nu.shape[1] == 1:
-            return functional.binary_cross_entropy_with_logits(units_nu.float().squeeze(1), labels_n.float())
-        return functional.cross_entropy(units_nu.float(), labels_n)
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Whether this is one of the first epochs of a fine-tuning, in which only the head learns."""
+        return self.params.way == "finetune" and self.current_epoch < self.params.frozen_epochs
 
     def compute_units(self, inputs: Tensor) -> Tensor:
         """Map images (n, h, w, 3) or embeddings (n, d) to units (n, u)."""
         if inputs.ndim == 2:
             return self.classifier.classify(inputs)
+        # Among several ranks every parameter needs a gradient, or they would wait for it: there it is dropped later.
+        if self.training and self.backbone_is_frozen and self._is_alone:
+            with torch.no_grad():
+                embedding_nd = self.classifier.embed(inputs)
+            return self.classifier.classify(embedding_nd)
         units_nu, _ = self.classifier(inputs)
         return units_nu  # type: ignore[no-any-return]
 
+    def compute_batch(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the loss of a training batch and its units (n, u), mixed if the parameters say so. Seeds torch."""
+        inputs, mix = batch.inputs, None
+        rng = np.random.default_rng([self.params.seed, self.current_epoch, batch_idx, self.global_rank])
+        # For dropout. Once an epoch would not do: loaders draw from torch too, at other moments after a resume.
+        torch.manual_seed(int(rng.integers(2**63)))
+        if inputs.ndim == 4 and (self.params.mixup or self.params.cutmix):
+            shape = (inputs.shape[0], inputs.shape[1], inputs.shape[2])
+            mix = draw_mix(rng, shape, mixup=self.params.mixup, cutmix=self.params.cutmix)
+            inputs = mix_images(inputs, mix)
+        units_nu = self.compute_units(inputs)
+        targets_nu = make_targets(batch.targets, self.classifier.task, units_nu.shape[1])
+        if mix is not None:
+            targets_nu = mix_targets(targets_nu, mix)
+        return compute_loss(units_nu, targets_nu, self.objective), units_nu
+
     def on_train_epoch_start(self) -> None:
-        """Make dropout a function of (seed, epoch), and start counting."""
-        torch.manual_seed(self.params.seed * 1_000_003 + self.current_epoch)
-        self._loss_sum = self._count = 0.0
+        """Freeze or thaw the backbone, and start counting."""
+        if self.learns == "all":
+            self.classifier.backbone.train(not self.backbone_is_frozen)
+        self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.compute_loss(self.compute_units(batch.inputs), batch.targets)
-        self._loss_sum += float(loss.detach()) * len(batch.targets)
-        self._count += len(batch.targets)
+        loss, units_nu = self.compute_batch(batch, batch_idx)
+        # Added up where they are: reading them at each step would make a GPU wait.
+        num = len(batch.targets)
+        right = count_right(units_nu.detach(), batch.targets, self.classifier.task)
+        self._totals += torch.stack(
+            [loss.detach().double() * num, right.double(), torch.full_like(right, num).double()]
+        )
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the head's rate for the epoch's figures; among several ranks drop the gradients of a frozen backbone."""
+        self._rate = float(optimizer.param_groups[-1]["lr"])
+        if self.backbone_is_frozen and not self._is_alone:
+            for parameter in self.classifier.backbone.parameters():
+                parameter.grad = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """End an epoch that has no validation: here, since the next hook comes after callbacks that read figures."""
+        if self.params.on == "all" and self.trainer.is_last_batch:
+            self._end_epoch(self._compute_train_figures())
 
     def on_validation_epoch_start(self) -> None:
         self._seen = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._seen.append((self.compute_units(batch.inputs).float(), batch.targets))
+        self._seen.append((self.compute_units(batch.inputs).float(), batch.targets, batch.rows_n))
 
     def on_validation_epoch_end(self) -> None:
-        units_nu = torch.cat([units for units, _ in self._seen])
-        labels_n = torch.cat([labels for _, labels in self._seen])
-        chosen_n = (units_nu.squeeze(1) > 0).long() if units_nu.shape[1] == 1 else units_nu.argmax(dim=1)
-        f1 = f1_score(labels_n.cpu().numpy(), chosen_n.cpu().numpy(), average="macro", zero_division=0.0)
-        # Logged here, since the hook at the end of the training epoch comes after the callbacks that read it.
-        self.log("train/loss", self._loss_sum / max(self._count, 1.0))
-        self.log("val/loss", self.compute_loss(units_nu, labels_n))
-        self.log("val/accuracy", (chosen_n == labels_n).float().mean())
-        self.log("val/f1", float(f1))
+        units_nu, targets, rows_n = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen = []
+        gathered = gather_rows(units_nu, targets, rows_n)
+        self.val_units_nu, self.val_targets, self.val_rows_n = (part.cpu() for part in gathered)
+        figures = compute_figures(self.val_units_nu, self.val_targets, self.classifier.task)
+        self._end_epoch(self._compute_train_figures() | figures)
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]
-        """AdamW with a short linear warm-up and a cosine to zero (Loshchilov and Hutter, 2017 and 2019)."""
-        learning = self.classifier if self.learns == "all" else self.classifier.head
-        optimizer = torch.optim.AdamW(
-            learning.parameters(), lr=self.params.learning_rate, weight_decay=self.params.weight_decay
-        )
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        warm_up = max(1, int(total * WARM_UP_RATIO))
+        optimizer = make_optimizer(self.classifier, self.params, self.learns)
+        scheduler = make_schedule(optimizer, self.params, max(int(self.trainer.estimated_stepping_batches), 1))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config = {"interval": "epoch", "monitor": self.params.monitor, "strict": False}
+        else:
+            config = {"interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}}
 
-        def scale(step: int) -> float:
-            if step < warm_up:
-                return (step + 1) / warm_up
-            return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule; the plateau was stepped with the epoch's figures: Lightning comes after the checkpoint."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the moving average of the weights, if there is to be one."""
+        return [MovingAverage(self.params.ema)] if self.params.ema else []
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._trainer is None or self._trainer.world_size == 1
+
+    def _compute_train_figures(self) -> dict[str, float]:
+        totals = self._totals if self._is_alone else self.trainer.strategy.reduce(self._totals, reduce_op="sum")
+        loss, right, num = (float(total) for total in totals)
+        shares = {"train/loss": loss / max(num, 1.0), "train/accuracy": right / max(num, 1.0)}
+        return {**shares, "train/learning_rate": self._rate}
+
+    def _end_epoch(self, figures: dict[str, float]) -> None:
+        """Log the figures, before anything reads them or writes a checkpoint."""
+        for name, figure in figures.items():
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=1)
+        step_plateau(self.lr_schedulers(), figures[self.params.monitor])

@@ -1,30 +1,122 @@
-"""The training curve, for the run's artifacts."""
+"""The training curve, for the run's artifacts and the workspace: losses, figures and learning rate over the epochs."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from visionloop.evaluation.plots import BLUE, GREEN, MUTED, RED, open_figure
 from visionloop.training.watch import EpochReport
+
+LOG_SCALE_FROM = 20  # the largest over the smallest value, from which on a logarithm shows more
+DOTS_UP_TO = 40
+RATE = "Learning rate"  # linear: most schedules end near 0
+COLORS = {"train": BLUE, "val": RED}
+HUES = (RED, GREEN, "#8a5cd6", "#c98a1b", "#2b9bb3", "#b0467f")
+NOT_SHARES = ("loss", "learning_rate", "grad_norm", "_s", "_per_s", "_ratio", "memory_gib")
 
 
 def write_curve(reports: Sequence[EpochReport], path: Path) -> None:
-    """Draw loss and accuracy over the epochs into a PNG."""
-    import matplotlib
+    """Draw losses, figures and learning rate over the epochs into a PNG, with the best epoch marked."""
+    path.write_bytes(draw_curve(reports))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def draw_curve(reports: Sequence[EpochReport]) -> bytes:
+    """Return the PNG of a training; figures that some epochs do not have are gaps. `reports` is not empty."""
+    names = sorted({name for report in reports for name in report.metrics})
+    losses = [name for name in names if name.endswith("/loss")]
+    shares = [name for name in names if not name.endswith(NOT_SHARES)]
+    rates = [name for name in names if name.endswith("learning_rate")]
+    best = find_best(reports)
+    with open_figure(11, 3.6) as (figure, sink):
+        panels = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+        _draw_panel(panels[0], "Loss", reports, losses, {n: COLORS.get(n.partition("/")[0], MUTED) for n in losses})
+        _draw_panel(panels[1], "Figures", reports, shares, dict(zip(shares, _pick_hues(shares), strict=True)))
+        _draw_panel(panels[2], RATE, reports, rates, dict.fromkeys(rates, MUTED))
+        for axes in panels:
+            axes.axvline(best.epoch, color=GREEN, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        shown = best.metrics.get(best.monitor, math.nan)
+        figure.supxlabel(
+            f"epoch   (dashed: the best one, {best.epoch}, {best.monitor} {shown:.4g})", color=MUTED, size=9
+        )
+    return sink.getvalue()
+
+
+def find_best(reports: Sequence[EpochReport]) -> EpochReport:
+    """Return the epoch with the best monitored figure, the first of equals. `reports` is not empty."""
+    monitor = reports[-1].monitor
+    sign = 1 if monitor.endswith("loss") else -1
+
+    def rank(report: EpochReport) -> float:
+        value = report.metrics.get(monitor, math.nan)
+        return sign * value if math.isfinite(value) else math.inf
+
+    return min(reports, key=rank)
+
+
+def draw_overlay(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], keys: Sequence[str]) -> bytes:
+    """Draw one panel a figure, with a line a run: `curves[run][key]` holds (epoch, value), epochs from 1."""
+    columns = 2 if len(keys) in {2, 4} else min(len(keys), 3)
+    rows = -(-len(keys) // columns)
+    with open_figure(1 + 3.9 * columns, 0.7 + 3.0 * rows) as (figure, sink):
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, key in zip(panels, keys, strict=False):
+            lines = {run: list(curve[key]) for run, curve in curves.items() if curve.get(key)}
+            _style(axes, key, [value for points in lines.values() for _, value in points])
+            for (run, points), color in zip(lines.items(), _cycle(len(lines)), strict=True):
+                _draw_line(axes, [e for e, _ in points], [v for _, v in points], label=run, color=color)
+            axes.set_xlabel("epoch")
+        for axes in panels[len(keys) :]:
+            axes.axis("off")
+        handles = {run: line for axes in panels for line, run in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    return sink.getvalue()
+
+
+def _draw_panel(
+    axes: Any, title: str, reports: Sequence[EpochReport], names: Sequence[str], colors: Mapping[str, str]
+) -> None:
+    values = {name: [report.metrics.get(name, math.nan) for report in reports] for name in names}
+    _style(axes, title, [value for series in values.values() for value in series])
+    for name, series in values.items():
+        _draw_line(axes, [report.epoch for report in reports], series, label=name, color=colors[name])
+    if len(names) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_line(axes: Any, epochs: Sequence[int], values: Sequence[float], *, label: str, color: str) -> None:
+    dots = {"marker": "o", "markersize": 3} if len(epochs) <= DOTS_UP_TO else {}
+    axes.plot(epochs, values, color=color, linewidth=1.5, label=label, **dots)
+
+
+def _style(axes: Any, title: str, values: Sequence[float]) -> None:
+    """Title, grid, whole epochs, and a logarithmic scale where the values go over more than a decade or so."""
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [r.epoch for r in reports]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axes, names in ((left, ("train/loss", "val/loss")), (right, ("val/accuracy", "val/f1"))):
-        for name in names:
-            axes.plot(epochs, [r.metrics.get(name, float("nan")) for r in reports], marker="o", ms=3, label=name)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    left.set_ylabel("loss")
-    right.set_ylabel("share")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.grid()
+    seen = [value for value in values if math.isfinite(value)]
+    if title != RATE and seen and min(seen) > 0 and max(seen) / min(seen) > LOG_SCALE_FROM:
+        set_log_scale(axes.yaxis)
+
+
+def set_log_scale(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 (names are never parsed as formulas in our style)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set_yscale("log") if axis.axis_name == "y" else axis.axes.set_xscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _pick_hues(names: Sequence[str]) -> list[str]:
+    """Return a colour a name: blue for the training side, others for validation."""
+    others = iter(_cycle(len(names)))
+    return [BLUE if name.startswith("train/") else next(others) for name in names]
+
+
+def _cycle(number: int) -> list[str]:
+    palette = (*HUES, BLUE, MUTED)
+    return [palette[i % len(palette)] for i in range(number)]

@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+Phase = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where an epoch is. `wait_ratio` is the share of its time so far that was spent waiting for data."""
+    """Where an epoch is. `wait_ratio` is the share of its time so far that was spent waiting for data.
+
+    In the phase `val` the steps are those of validation, and there is no loss (NaN).
+    """
 
     epoch: int
     max_epochs: int
@@ -15,6 +21,7 @@ class StepReport:
     loss: float
     images_per_s: float
     wait_ratio: float
+    phase: Phase = "train"
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,30 @@ class EpochReport:
     eta_s: float
 
 
+@dataclass(frozen=True)
+class TrialReport:
+    """One finished trial of `tune`: `state` is done, pruned or failed; `best` is the best value of all so far."""
+
+    number: int
+    state: str
+    metric: str
+    value: float | None
+    best: float | None
+    is_best: bool
+    values: Mapping[str, Any]
+    epochs: int
+    seconds: float
+    reason: str
+
+
 class Watcher:
     """Takes what a training tells, and does nothing with it. The command line and `tune` have one of their own.
 
     `on_epoch` may raise to end the training: it is called after the epoch's checkpoint was written.
+    `wants_pictures`: whether anyone will look at pictures of this run; the trials of `tune` have none.
     """
+
+    wants_pictures: bool = True
 
     def tell(self, line: str) -> None:
         """Take a line about something that happened once: a fallback, a choice, a resumed epoch."""
@@ -47,3 +73,9 @@ class Watcher:
 
     def on_epoch(self, report: EpochReport) -> None:
         """Take a finished epoch."""
+
+    def on_trial_start(self, number: int, total: int, values: Mapping[str, Any]) -> None:
+        """Take what the next trial of `tune` tries; its steps and epochs follow."""
+
+    def on_trial(self, report: TrialReport, total: int) -> None:
+        """Take a finished trial of `tune`."""

@@ -131,7 +131,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_wrong_params_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "params.yaml").write_text("name: pets\ntrain: {epochs: 3}\n")
     assert run(monkeypatch, "prepare") == 2
-    assert capsys.readouterr().err.startswith("error: params.yaml train.epochs: unknown key; expected one of backbone")
+    assert capsys.readouterr().err.startswith(
+        "error: params.yaml train.epochs: unknown key; expected one of max_epochs"
+    )
     told = json.loads((home / ".visionloop" / "error.json").read_text())
     assert (told["kind"], told["transient"]) == ("ParamsError", False)
 

@@ -97,3 +97,35 @@ def test_what_is_incomplete_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(DatasetError, match=r"is missing or incomplete; expected shards and an index\. Run `visionloop"):
         load_prepared(tmp_path)
+
+
+def test_several_labels_become_targets(tmp_path: Path) -> None:
+    write_prepared(tmp_path, larger=False)
+    labels_n = [[0], [0, 2], [], [1], [2], [], [0, 1, 2]]
+    first_n = [labels[0] if labels else -1 for labels in labels_n]
+    write_index(tmp_path, sha256_n=[f"sha{i}" for i in range(7)], label_n=first_n, side_n=SIDES, labels_n=labels_n)
+    (tmp_path / "classes.json").write_text('["cat", "dog", "eel"]')
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, "task": "multilabel"}))
+    prepared = load_prepared(tmp_path)
+    assert prepared.targets_nk is not None
+    assert prepared.targets_nk.dtype == np.uint8
+    assert [np.flatnonzero(row).tolist() for row in prepared.targets_nk] == labels_n
+    assert prepared.label_n.tolist() == [0, 0, -1, 1, 2, -1, 0]
+    assert [prepared.labels(row) for row in (1, 2)] == [("cat", "eel"), ()]
+    assert prepared.count_classes(prepared.rows("train")).tolist() == [2, 1, 2]
+
+
+def test_one_label_is_counted_in_the_same_way(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path, larger=False)
+    assert prepared.targets_nk is None
+    assert prepared.labels(3) == ("cat",)
+    assert prepared.count_classes(prepared.rows("train")).tolist() == [4]
+
+
+def test_an_index_without_its_labels_is_incomplete(tmp_path: Path) -> None:
+    write_prepared(tmp_path, larger=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, "task": "multilabel"}))
+    with pytest.raises(DatasetError, match="is missing or incomplete"):
+        load_prepared(tmp_path)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -67,6 +68,35 @@ def test_fewer_places_than_classes_go_to_the_training_side() -> None:
     assert count(choose_subset(RECORDS, 2)) == {("train", "cat"): 1, ("train", "dog"): 1}
 
 
+def make_tagged(first: int, number: int, *labels: str, side: str = "train") -> list[ImageRecord]:
+    return [replace(r, labels=labels) for r in make_records(first, number, side=side)]
+
+
+def test_images_of_several_labels_show_every_class_of_every_side() -> None:
+    records = [
+        *make_tagged(0, 60, "cat", "indoor"),
+        *make_tagged(100, 20, "dog", "indoor"),
+        *make_tagged(200, 15, "dog"),
+        *make_tagged(300, 5, "indoor", "lamp"),
+        *make_tagged(400, 1, "cat", "rare", side="val"),
+        *make_tagged(500, 30, "cat", side="val"),
+        *make_tagged(600, 20),
+    ]
+    chosen = choose_subset(records, 30)
+    assert len(chosen) == 30
+    assert {(r.side, label) for r in chosen for label in r.labels} == {(r.side, x) for r in records for x in r.labels}
+    rarest = Counter("lamp" if "lamp" in r.labels else "".join(r.labels[:1]) for r in chosen if r.side == "train")
+    assert rarest == {"cat": 11, "dog": 7, "lamp": 1, "": 4}  # 60, 35, 5 and 20 of 151
+    assert choose_subset(records[::-1], 30) == chosen
+    assert len(choose_subset(records, 29)) == 29
+
+
+def test_few_places_go_to_images_that_show_many_classes() -> None:
+    records = [*make_tagged(0, 1, "a", "b", "c"), *make_tagged(10, 50, "d"), *make_tagged(100, 50, "a")]
+    chosen = choose_subset(records, 2)
+    assert {label for r in chosen for label in r.labels} >= {"a", "d"}
+
+
 SIZES = st.dictionaries(
     st.tuples(st.sampled_from(["train", "val", "test"]), st.text("abc", min_size=1)), st.integers(1, 60), min_size=1
 )
@@ -74,7 +104,7 @@ SIZES = st.dictionaries(
 
 @given(SIZES, st.integers(2, 200))
 def test_every_place_is_given_and_none_twice(sizes: dict[tuple[str, str], int], limit: int) -> None:
-    seats = divide_seats(sizes, limit)
+    seats = divide_seats(sizes, limit, dict.fromkeys(sorted(sizes)[:limit], 1))
     assert sum(seats.values()) == min(limit, sum(sizes.values()))
     assert all(seats[name] <= sizes[name] for name in sizes)
     assert limit < len(sizes) or min(seats.values()) >= 1

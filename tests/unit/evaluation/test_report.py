@@ -1,11 +1,13 @@
 """The report: one page, everything inside, nothing executable from names."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from visionloop.evaluation.label_metrics import compute_label_figures, compute_swaps
 from visionloop.evaluation.metrics import compute_class_figures
 from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.records import Card, Interval, Pin
@@ -101,3 +103,34 @@ def test_classes_come_worst_first(facts):
 
 def test_same_facts_give_same_bytes(facts):
     assert make_report(facts) == make_report(facts)
+
+
+def test_several_labels_are_told_as_such(facts):
+    targets_nk = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)
+    chosen_nk = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1]], bool)
+    card = replace(facts.card, task="multilabel", thresholds={**dict.fromkeys(CLASSES, 0.5), "c": 0.25})
+    page = make_report(
+        replace(
+            facts,
+            card=card,
+            metrics={"accuracy": Interval(0.5, 0.4, 0.6), "map": Interval(0.7, 0.6, 0.8)},
+            class_figures=compute_label_figures(targets_nk, targets_nk / 2, chosen_nk, CLASSES),
+            confusion_kk=compute_swaps(targets_nk, chosen_nk),
+            figures={"outcomes": b"png"},
+        )
+    )
+    assert "Accuracy (exact match)" in page
+    assert "Mean average precision</span><b>70.0 %" in page
+    assert '<td>b&quot; onload=&quot;x</td><td class="text">c</td><td>1</td>' in page  # missed, said instead
+    assert "<th>average precision</th>" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; 0.500, b&quot; onload=&quot;x 0.500, c 0.250" in page
+    Tags().feed(page)
+
+
+def test_parameters_are_named_as_in_the_file(facts):
+    sections = {"train": {"backbone": "small_cnn", "neighbours": {"k": 5}}, "prepare": {"limit": None}}
+    card = replace(facts.card, params=sections, network={"backbone": "small_cnn"})
+    page = make_report(replace(facts, card=card))
+    for key, value in (("train.backbone", "small_cnn"), ("train.neighbours.k", "5"), ("prepare.limit", "None")):
+        assert f'<td>{key}</td><td class="value">{value}</td>' in page
+    assert "dataset version 4, small_cnn</p>" in page

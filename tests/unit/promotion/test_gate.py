@@ -138,3 +138,25 @@ def test_verdict_is_that_of_the_strictest_rule():
     assert compute_verdict([passed, unclear]) == "inconclusive"
     assert compute_verdict([unclear, refused, passed]) == "refused"
     assert make_same_rule(Gate()).passed is None
+
+
+def test_sets_of_one_label_compare_as_the_labels_do():
+    labels_n, candidate_n, champion_n = make_pair(150, seed=2, **EQUAL)
+    for metric in ("accuracy", "macro_f1"):
+        section = Gate(metric=metric)
+        single = compute_difference(labels_n, candidate_n, champion_n, 4, section, resamples=150, seed=1)
+        sets = [np.eye(4, dtype=bool)[each] for each in (labels_n, candidate_n, champion_n)]
+        several = compute_difference(*sets, 4, section, resamples=150, seed=1)
+        assert (several.candidate, several.champion) == pytest.approx((single.candidate, single.champion))
+        assert (several.low, several.high) == pytest.approx((single.low, single.high), abs=1e-9)
+
+
+def test_accuracy_of_sets_is_the_exact_match():
+    labels_nk = np.array([[1, 1], [0, 1], [0, 0], [1, 0]], bool)
+    candidate_nk = np.array([[1, 1], [0, 1], [0, 0], [1, 1]], bool)
+    champion_nk = np.array([[1, 0], [0, 1], [0, 1], [0, 0]], bool)
+    found = compute_difference(labels_nk, candidate_nk, champion_nk, 2, Gate(), resamples=100, seed=0)
+    assert (found.candidate, found.champion) == (0.75, 0.25)
+    f1 = compute_difference(labels_nk, candidate_nk, champion_nk, 2, Gate(metric="macro_f1"), resamples=100, seed=0)
+    expected = [f1_score(labels_nk, each, average="macro") for each in (candidate_nk, champion_nk)]
+    assert (f1.candidate, f1.champion) == pytest.approx(tuple(expected))

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from worlds import GOOD, POOR, make_world, write_bundle
+from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError
 from visionloop.predictor import Predictor
-from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test
+from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import ImageRecord
 
 
@@ -35,7 +35,7 @@ def test_scores_are_the_served_answers_in_the_order_of_sha256(world, predictor, 
     assert [r.sha256 for r in tests] == sorted(r.sha256 for r in world.records if r.side == "test")
     scores = score_bundle(world.store, predictor, tests)
     served = predictor.predict([world.store.get(make_image_key(r.sha256)) for r in tests])
-    assert [scores.classes[k] for k in scores.chosen_n] == [p.prediction for p in served]
+    assert [scores.classes[k] for k in scores.chosen] == [p.prediction for p in served]
     np.testing.assert_allclose(scores.probs_nk.max(axis=1), [p.confidence for p in served], atol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_scores_are_computed_once(world, predictor, score_key):
     again = score_bundle(world.store, predictor, tests, on_progress=lambda done, total: progress.append("again"))
     assert progress == [(64, 80), (80, 80)]
     np.testing.assert_array_equal(again.probs_nk, first.probs_nk)
-    np.testing.assert_array_equal(again.chosen_n, first.chosen_n)
+    np.testing.assert_array_equal(again.chosen, first.chosen)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK not a zip", b"PK\x03\x04" + bytes(50)])
@@ -55,7 +55,7 @@ def test_damaged_scores_are_computed_again(world, predictor, score_key, data):
     first = score_bundle(world.store, predictor, tests)
     good = world.store.get(score_key)
     world.store.put(score_key, data)
-    np.testing.assert_array_equal(score_bundle(world.store, predictor, tests).chosen_n, first.chosen_n)
+    np.testing.assert_array_equal(score_bundle(world.store, predictor, tests).chosen, first.chosen)
     assert world.store.get(score_key) == good
 
 
@@ -74,7 +74,7 @@ def test_test_digest_follows_images_and_labels_not_their_order(world):
     assert compute_test_digest(tests[1:]) != digest
 
 
-def test_unlabelled_images_are_no_test():
+def test_unlabelled_images_are_no_test_unless_they_are_negatives():
     facts = {"sources": (), "origins": (), "ordinal": 0, "group": None, "key": "", "captured_at": None, "width": 1}
     facts |= {"height": 1, "format": "PNG", "num_bytes": 1, "phash": ""}
     records = [
@@ -87,13 +87,37 @@ def test_unlabelled_images_are_no_test():
         )
     ]
     assert [r.sha256 for r in select_test(records)] == ["0", "b"]
+    assert [r.sha256 for r in select_test(records, with_negatives=True)] == ["0", "a", "b"]
 
 
 def test_classes_are_matched_by_name():
     scores = Scores(("a", "b"), np.array([[0.9, 0.1], [0.3, 0.7]], np.float32), np.array([0, 1]))
     mapped = map_scores(scores, ("c", "b", "a"))
     np.testing.assert_allclose(mapped.probs_nk, [[0, 0.1, 0.9], [0, 0.7, 0.3]], rtol=1e-6)
-    assert mapped.chosen_n.tolist() == [2, 1]
+    assert mapped.chosen.tolist() == [2, 1]
+
+
+def test_sets_of_labels_are_matched_by_name():
+    several = Scores(("a", "b"), np.array([[0.9, 0.6], [0.3, 0.1]], np.float32), np.array([[1, 1], [0, 0]], bool))
+    mapped = map_scores(several, ("c", "b", "a"))
+    np.testing.assert_allclose(mapped.probs_nk, [[0, 0.6, 0.9], [0, 0.1, 0.3]], rtol=1e-6)
+    assert mapped.chosen.tolist() == [[False, True, True], [False, False, False]]
+    assert to_sets(mapped) is mapped
+    single = Scores(("a", "b"), several.probs_nk, np.array([0, 1]))
+    assert to_sets(map_scores(single, ("c", "b", "a"))).chosen.tolist() == [[False, False, True], [False, True, False]]
+
+
+def test_sets_are_cached_as_sets(world, tmp_path):
+    write_bundle(tmp_path / "several", world.pin, GOOD, **make_label_facts(world.pin.classes))
+    predictor = Predictor.load(tmp_path / "several", threads=1)
+    tests = select_test(world.records)
+    first = score_bundle(world.store, predictor, tests)
+    assert (first.chosen.shape, first.chosen.dtype) == ((80, 3), bool)
+    again = score_bundle(
+        world.store, predictor, tests, on_progress=lambda done, total: pytest.fail("not from the cache")
+    )
+    np.testing.assert_array_equal(again.chosen, first.chosen)
+    np.testing.assert_array_equal(first.chosen, first.probs_nk >= 0.5)
 
 
 def test_each_model_uses_its_own_card(world, tmp_path):
@@ -102,5 +126,5 @@ def test_each_model_uses_its_own_card(world, tmp_path):
     for number, card in enumerate([{}, {"resize": "letterbox"}, {"temperature": 4.0}]):
         write_bundle(tmp_path / str(number), world.pin, POOR, **card)
         answers.append(score_bundle(world.store, Predictor.load(tmp_path / str(number), threads=1), tests))
-    np.testing.assert_array_equal(answers[0].chosen_n, answers[1].chosen_n)
+    np.testing.assert_array_equal(answers[0].chosen, answers[1].chosen)
     assert answers[2].probs_nk.max() < answers[0].probs_nk.max()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import make_image
+from fakes import make_bundle, make_image
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -135,6 +135,7 @@ def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient,
         "image_size": [32, 32],
         "resize": "squash",
         "threshold": None,
+        "thresholds": None,
         "dataset": {"name": "fake", "version": 1, "digest": "0" * 64},
         "problem": slot.problem,
     }
@@ -197,3 +198,57 @@ def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> N
     post = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     assert post["requestBody"]["content"].keys() == {"multipart/form-data", "image/*"}
     assert post["responses"].keys() == {"200", "400", "408", "413", "415", "422", "503"}
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> ServedModel:
+    make_bundle(tmp_path / "several", task="multilabel", seed=1)
+    return ServedModel(Predictor.load(tmp_path / "several", threads=1), version="8", entry=4)
+
+
+def test_predict_of_several_labels_lists_them(client: TestClient, slot: ModelSlot, several: ServedModel) -> None:
+    slot.current = several
+    images = [make_image(seed) for seed in range(4)]
+    expected = several.predictor.predict(images)
+    single = client.post("/predict", content=images[0]).json()
+    assert list(single) == ["prediction", "labels", "confidence", "probabilities", "model", "request_id"]
+    assert single["labels"] == list(expected[0].labels or ())
+    files = [("file", (f"{i}.png", data)) for i, data in enumerate(images)]
+    results = client.post("/predict", files=files).json()["results"]
+    assert [r["labels"] for r in results] == [list(e.labels or ()) for e in expected]
+    assert [r["prediction"] for r in results] == ["|".join(r["labels"]) for r in results]
+    assert len({len(r["labels"]) for r in results}) > 1, "sets of several sizes"
+    model = client.get("/model").json()
+    assert (model["task"], model["threshold"]) == ("multilabel", None)
+    assert model["thresholds"] == {"a": 0.5, "b": 0.5, "c": 0.5}
+
+
+def test_answers_follow_a_swap_between_tasks(client: TestClient, slot: ModelSlot, several: ServedModel) -> None:
+    single, data = slot.current, make_image(1)
+    assert "labels" not in client.post("/predict", content=data).json()
+    slot.current = several
+    assert "labels" in client.post("/predict", content=data).json()
+    slot.current = single
+    assert "labels" not in client.post("/predict", content=data).json()
+
+
+def test_images_are_counted_under_each_of_their_labels(
+    client: TestClient, slot: ModelSlot, several: ServedModel
+) -> None:
+    slot.current = several
+    images = [make_image(seed) for seed in range(30)]
+    expected = several.predictor.predict(images)
+    for data in images:
+        client.post("/predict", content=data)
+    figures = read_figures(client)
+    counts = {k: v for k, v in figures.items() if k.startswith("visionloop_predicted_images_total")}
+    names = [name for e in expected for name in (e.labels or ("(none)",))]
+    assert "(none)" in names
+    assert counts == {f"visionloop_predicted_images_total{{{n}}}": names.count(n) for n in set(names)}
+
+
+def test_the_schema_tells_of_labels(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["PredictLabelsAnswer"]["properties"]["labels"]["items"] == {"type": "string"}
+    assert "labels" in schemas["PredictLabelsAnswer"]["required"]
+    assert "labels" not in schemas["PredictAnswer"]["properties"]

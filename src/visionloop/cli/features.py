@@ -1,0 +1,289 @@
+"""Commands about embeddings: the stage embed, and what can be seen through them: similar, map, suspects."""
+
+import json
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.cli.context import Context, close_stage, make_progress, open_context, open_stage
+
+if TYPE_CHECKING:
+    from visionloop.data.shards import Prepared
+    from visionloop.features.album import Album
+    from visionloop.features.encoder import Encoder
+    from visionloop.features.projection import Method
+    from visionloop.features.similar import Match, Query
+
+EncoderName = StrEnum("EncoderName", ("auto", "candidate", "champion", "params"))
+MethodName = StrEnum("MethodName", ("auto", "pca", "tsne"))
+EncoderOption = Annotated[
+    EncoderName,
+    typer.Option(
+        "--encoder",
+        help="Whose embeddings: the candidate's, the champion's, or those of train.backbone with train.weights.",
+    ),
+]
+SHOWN = 10
+
+
+@app.command()
+def embed() -> None:
+    """Write the embeddings of data/prepared into features/; what was ever computed comes from the embedding table.
+
+    Does nothing unless train.way is frozen or knn. Stopped or killed, the same command goes on from the last batch.
+
+    Examples:
+
+      visionloop embed
+
+      dvc repro embed
+    """
+    from visionloop.features.embed import embed as run_embed
+
+    started = time.perf_counter()
+    context, _ = open_stage("embed")
+    done = run_embed(context.settings, context.params, context.store, tell=_tell, on_progress=_make_progress())
+    if done.facts is None:
+        print(f"nothing to embed: `train.way: {context.params.train.way}` learns from pixels")
+    else:
+        known, seconds = done.num_images - done.num_computed, time.perf_counter() - started
+        print(
+            f"features holds {done.num_images:,} embeddings: "
+            f"{known:,} from the table, {done.num_computed:,} computed, {seconds:.1f} s"
+        )
+    close_stage(context, "embed")
+
+
+@app.command()
+def similar(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, or sha256 of images of the dataset.")],
+    k: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many matches of each.")] = 8,
+    encoder: EncoderOption = EncoderName.auto,
+    out: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Find the images of the prepared dataset that are most like a given one, and draw them.
+
+    Examples:
+
+      visionloop similar photo.jpg
+
+      visionloop similar 3f786850e387 --k 20 --encoder champion
+    """
+    from visionloop.cli.pictures import write_picture
+    from visionloop.features.similar import draw_similar, find_similar, read_query
+
+    context, album = _open_album(encoder, quiet=as_json)
+    queries = [read_query(text, album) for text in images]
+    found = find_similar(album, queries, k)
+    if as_json:
+        print(json.dumps(_describe_json(album, queries, found)))
+    else:
+        for query, matches in zip(queries, found, strict=True):
+            for line in _describe_matches(album, query, matches):
+                print(line)
+    if out or not as_json:
+        path = out or context.settings.hidden_dir / "features" / "similar.png"
+        write_picture(path, draw_similar(album, queries, found))
+        if not as_json:
+            print(f"look at {path}")
+
+
+@app.command("map")
+def draw_map(
+    out: Annotated[Path | None, typer.Option(help="Where to write the page (HTML).")] = None,
+    method: Annotated[MethodName, typer.Option(help="How places are found; auto is t-SNE.")] = MethodName.auto,
+    encoder: EncoderOption = EncoderName.auto,
+    thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="At most so many; 1.5 KB each.")] = 4000,
+) -> None:
+    """Draw the prepared dataset as a map: a page to hover, zoom and filter, in which like images lie together.
+
+    The page is one file and needs no network. Whoever gets it has small pictures of the images.
+
+    Examples:
+
+      visionloop map
+
+      visionloop map --out pets.html --method pca --encoder params
+    """
+    from visionloop.cli.pictures import write_picture
+    from visionloop.features.map import make_map
+    from visionloop.features.projection import project
+
+    context, album = _open_album(encoder)
+    number = len(album.records)
+    print(f"placing {number:,} images", flush=True)
+    place_n2, words = project(album.embedding_nd, cast("Method", method.value))
+    path = out or context.settings.hidden_dir / "features" / "map.html"
+    write_picture(path, make_map(album, place_n2, words, num_thumbnails=thumbnails).encode())
+    if thumbnails < number:
+        print(f"{thumbnails:,} of {number:,} have a thumbnail (--thumbnails)")
+    print(f"look at {path}")
+
+
+@app.command()
+def suspects(
+    top: Annotated[int, typer.Option(min=1, max=10_000, help="How many to show and write.")] = 50,
+    neighbours: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many neighbours vote.")] = 10,
+    encoder: EncoderOption = EncoderName.auto,
+    out: Annotated[Path | None, typer.Option(help="A folder; default: suspects, in the workspace.")] = None,
+) -> None:
+    """Find labels that are probably wrong: those against which the nearest other images vote.
+
+    Writes suspects.png to look at, and corrections.csv to edit: remove the lines where the label was right, name the
+    file in `ingest.corrections`, and ingest. A network that learned from wrong labels may agree with them: an encoder
+    with pretrained weights (--encoder params) sees more.
+
+    Examples:
+
+      visionloop suspects
+
+      visionloop suspects --top 200 --encoder params --out review
+    """
+    from visionloop.cli.pictures import write_picture
+    from visionloop.errors import SettingsError
+    from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
+
+    context, album = _open_album(encoder)
+    folder = out or context.settings.home / "suspects"
+    corrections = folder / "corrections.csv"
+    if corrections.exists():
+        todo = "Keep or remove it, or name another folder: `--out DIR`."
+        raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
+    found = find_suspects(album, neighbours)
+    shown = found[:top]
+    print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
+    if not shown:
+        return
+    for line in _describe_suspects(album, shown):
+        print(line)
+    write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
+    write_picture(corrections, encode_corrections(album, shown).encode())
+    print(f"look at {folder / 'suspects.png'}")
+    print(f"edit {corrections}: remove the lines where the label was right; then put it under")
+    print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
+
+
+def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Context, Album]":
+    """Open the workspace, its prepared data and an encoder; embed what the table does not have."""
+    from visionloop.data.shards import load_prepared
+    from visionloop.features.album import load_album
+    from visionloop.features.encoder import describe_weights
+
+    context = open_context()
+    prepared = load_prepared(context.settings.prepared_dir)
+    encoder = _choose_encoder(context, prepared, name)
+    if not quiet:
+        print(f"encoder: {encoder.facts.describe()}", flush=True)
+        if encoder.facts.source == "params" and (warning := describe_weights(context.params.train)):
+            print(warning)
+    album = load_album(
+        context.settings,
+        context.store,
+        prepared,
+        encoder,
+        batch_size=context.params.embed.batch_size,
+        tell=(lambda line: None) if quiet else _tell,
+        on_progress=(lambda done, total: None) if quiet else _make_progress(),
+    )
+    return context, album
+
+
+def _choose_encoder(context: Context, prepared: "Prepared", name: EncoderName) -> "Encoder":
+    """Return the encoder asked for. auto: that of the parameters where the way trains on it, else the candidate's, the
+    champion's, and without either again that of the parameters."""
+    from visionloop.bundle import download_bundle, load_bundle
+    from visionloop.errors import PromotionError
+    from visionloop.features.encoder import make_bundle_encoder, make_encoder
+    from visionloop.params import WAYS_ON_EMBEDDINGS
+    from visionloop.promotion.ledger import read_champion
+
+    settings, params, runtime = context.settings, context.params, context.params.embed.runtime
+    wanted, is_auto = name.value, name is EncoderName.auto
+    if is_auto and params.train.way in WAYS_ON_EMBEDDINGS:
+        wanted = "params"
+    if wanted == "candidate" or (is_auto and wanted == "auto" and settings.candidate_dir.is_dir()):
+        return make_bundle_encoder(load_bundle(settings.candidate_dir), runtime=runtime)
+    if wanted in {"champion", "auto"}:
+        entry = read_champion(context.store, params.name)
+        if entry:
+            bundle = download_bundle(context.store, entry.bundle, settings.hidden_dir / "bundles")
+            return make_bundle_encoder(bundle, runtime=runtime)
+        if not is_auto:
+            todo = "Promote one, or use `--encoder params`."
+            raise PromotionError(f"ledger {params.name}", "has no champion", "a promoted model", todo)
+    return make_encoder(settings, params, prepared)
+
+
+def _describe_matches(album: "Album", query: "Query", matches: "list[Match]") -> list[str]:
+    from visionloop.cli.tables import cut, fit
+
+    lines = [f"{fit(query.name)}:"]
+    for match in matches:
+        record = album.records[match.row]
+        same = "  the same file" if match.is_same else ""
+        lines.append(
+            f"  {match.distance:.4f}  {record.side:<5}  {cut(album.describe_labels(match.row)):<20}"
+            f"  {record.sha256[:12]}  {fit(album.get_origin(match.row), 60)}{same}"
+        )
+    return lines
+
+
+def _describe_suspects(album: "Album", suspects: "Any") -> list[str]:
+    from visionloop.cli.tables import cut, fit
+
+    lines = [
+        f"  {s.score:.2f}  {album.records[s.row].side:<5}  {album.records[s.row].sha256[:12]}"
+        f"  {cut(s.old or '(no label)')} -> {cut(s.new or '(remove)')}  {fit(album.get_origin(s.row), 60)}"
+        for s in suspects[:SHOWN]
+    ]
+    return [*lines, *([f"  and {len(suspects) - SHOWN:,} more"] if len(suspects) > SHOWN else [])]
+
+
+def _describe_json(album: "Album", queries: "list[Query]", found: "list[list[Match]]") -> dict[str, Any]:
+    prepared = album.prepared
+    return {
+        "dataset": prepared.pin.name,
+        "version": prepared.pin.version,
+        "encoder": album.encoder.facts.digest,
+        "queries": [
+            {
+                "image": query.name,
+                "sha256": query.sha256,
+                "matches": [
+                    {
+                        "sha256": prepared.sha256_n[m.row],
+                        "distance": round(m.distance, 6),
+                        "labels": list(prepared.labels(m.row)),
+                        "side": album.records[m.row].side,
+                        "origins": list(album.records[m.row].origins),
+                    }
+                    for m in matches
+                ],
+            }
+            for query, matches in zip(queries, found, strict=True)
+        ],
+    }
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _make_progress() -> Callable[[int, int], None]:
+    """Show progress only where there is something to wait for."""
+    show = make_progress("embedded", "images")
+    began = False
+
+    def show_if_waiting(done: int, total: int) -> None:
+        nonlocal began
+        began = began or done < total
+        if began:
+            show(done, total)
+
+    return show_if_waiting

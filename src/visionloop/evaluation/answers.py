@@ -1,0 +1,114 @@
+"""A model's answers beside the truth, for one label an image and for several. Pure.
+
+Dimensions in names: n images, k classes. One label: an index into the classes for each image (n,); several: which of
+the classes, as booleans (n, k).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.data.shards import Prepared
+from visionloop.evaluation.label_metrics import (
+    BoolArray,
+    compute_label_figures,
+    compute_label_losses,
+    compute_label_metrics,
+    compute_swaps,
+)
+from visionloop.evaluation.metrics import (
+    ClassFigures,
+    FloatArray,
+    IntArray,
+    compute_class_figures,
+    compute_confusion,
+    compute_metrics,
+)
+from visionloop.params import Evaluate
+from visionloop.predictor import Choices, compute_confidence, name_choices
+from visionloop.records import Interval
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers on some images and what is true of them. `labels` and `chosen`: both (n,), or both (n, k)."""
+
+    labels: Choices
+    probs_nk: NDArray[np.floating]
+    chosen: Choices
+    classes: tuple[str, ...]
+
+    @property
+    def is_several(self) -> bool:
+        return self.labels.ndim == 2
+
+    @property
+    def confidence_n(self) -> FloatArray:
+        return compute_confidence(self.probs_nk, self.chosen).astype(np.float64)
+
+    @property
+    def hits_n(self) -> BoolArray:
+        """Whether an answer is right: with several labels, all of them and none too many."""
+        same = np.equal(self.labels, self.chosen)
+        return np.asarray(same.all(axis=1) if self.is_several else same, dtype=bool)
+
+    @property
+    def merit_n(self) -> FloatArray:
+        """How much each answer gave to the truth: its probability, for several labels the log of it."""
+        if self.is_several:
+            return np.asarray(-compute_label_losses(self.labels.astype(bool), self.probs_nk).sum(axis=1))
+        return self.probs_nk[np.arange(len(self.labels)), self.labels].astype(np.float64)
+
+    def name_labels(self) -> list[tuple[str, ...]]:
+        """Return the true labels of each image."""
+        return name_choices(self.labels, self.classes)
+
+    def name_chosen(self) -> list[tuple[str, ...]]:
+        """Return the answered labels of each image."""
+        return name_choices(self.chosen, self.classes)
+
+
+def compute_answer_metrics(answers: Answers, section: Evaluate) -> dict[str, Interval]:
+    """Compute the figures of the answers' task, each with its interval."""
+    draw = {"resamples": section.resamples, "seed": section.seed}
+    if answers.is_several:
+        labels, chosen = answers.labels.astype(bool), answers.chosen.astype(bool)
+        return compute_label_metrics(labels, answers.probs_nk, chosen, **draw)
+    labels_n, chosen_n = answers.labels.astype(np.int64), answers.chosen.astype(np.int64)
+    return compute_metrics(labels_n, answers.probs_nk, chosen_n, answers.classes, **draw)
+
+
+def compute_tables(answers: Answers) -> tuple[IntArray, list[ClassFigures]]:
+    """Return which class is taken for which (k, k), the right ones on the diagonal, and the figures of each class."""
+    if answers.is_several:
+        labels, chosen = answers.labels.astype(bool), answers.chosen.astype(bool)
+        figures = compute_label_figures(labels, answers.probs_nk, chosen, answers.classes)
+        return compute_swaps(labels, chosen), figures
+    confusion_kk = compute_confusion(
+        answers.labels.astype(np.int64), answers.chosen.astype(np.int64), len(answers.classes)
+    )
+    return confusion_kk, compute_class_figures(confusion_kk, answers.classes)
+
+
+def get_truth(prepared: Prepared, rows_n: IntArray) -> Choices:
+    """Return what is true of some rows of prepared data."""
+    if prepared.targets_nk is None:
+        return prepared.label_n[rows_n]
+    return prepared.targets_nk[rows_n].astype(bool)
+
+
+def find_worst(answers: Answers, number: int) -> NDArray[np.int64]:
+    """Return the wrong answers that gave the truth the least probability, worst first, at most `number`."""
+    wrong_n = np.flatnonzero(~answers.hits_n)
+    return wrong_n[np.argsort(answers.merit_n[wrong_n], kind="stable")][:number]
+
+
+def join_names(names: Sequence[str], chars: int = 24) -> str:
+    """Join labels for people, as many as fit, and the number of the others; `nothing` if there are none."""
+    shown, kept = ", ".join(names) or "nothing", len(names)
+    while len(shown) > chars and kept > 1:
+        kept -= 1
+        shown = f"{', '.join(names[:kept])} +{len(names) - kept}"
+    return shown

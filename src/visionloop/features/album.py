@@ -1,0 +1,115 @@
+"""A prepared dataset seen through an encoder: each image with its embedding, its labels, its side and where it is from.
+
+Dimensions: n images, d features, c classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from visionloop.data.images import UInt8Array, load_array
+from visionloop.data.manifest import load_records, make_image_key
+from visionloop.data.shards import Prepared
+from visionloop.errors import DatasetError, ImageError, ObjectMissing
+from visionloop.features.encoder import Encoder
+from visionloop.features.fill import choose_reader, embed_prepared
+from visionloop.features.neighbours import to_targets
+from visionloop.features.table import Table
+from visionloop.features.view import FloatArray
+from visionloop.records import ImageRecord
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+
+GREY = 200
+
+
+@dataclass(frozen=True)
+class Album:
+    """The images of prepared data, row by row: `records[i]` and `embedding_nd[i]` are of `prepared.sha256_n[i]`."""
+
+    prepared: Prepared
+    records: tuple[ImageRecord, ...]
+    encoder: Encoder
+    embedding_nd: FloatArray
+    store: ObjectStore
+
+    @cached_property
+    def target_nc(self) -> NDArray[np.uint8]:
+        """Which classes each image has, 0 or 1."""
+        prepared = self.prepared
+        if prepared.targets_nk is not None:
+            return prepared.targets_nk
+        return to_targets(prepared.label_n, len(prepared.classes))
+
+    def describe_labels(self, row: int) -> str:
+        """Return the labels of an image in words."""
+        return ", ".join(self.prepared.labels(row)) or "(no label)"
+
+    def get_origin(self, row: int) -> str:
+        """Return where an image was first found."""
+        return (*self.records[row].origins, "(unknown)")[0]
+
+    def load_picture(self, row: int, max_px: int) -> UInt8Array:
+        """Return an image as it was ingested, whole, at most `max_px` on a side; grey where the store lacks it."""
+        record = self.records[row]
+        try:
+            data = self.store.get(make_image_key(record.sha256))
+            return load_array(data, record.sha256, size_hw=_fit(record, max_px), resize="squash")
+        except (ImageError, ObjectMissing):
+            return np.full((max_px, max_px, 3), GREY, np.uint8)
+
+    def make_thumbnail(self, row: int, max_px: int) -> UInt8Array:
+        """Return a small picture of an image from the prepared arrays: quick, and in its own proportions."""
+        image = Image.fromarray(self.prepared.read(np.asarray([row]))[0])
+        record = self.records[row] if self.prepared.resize == "squash" else None
+        true = (record.width, record.height) if record else image.size
+        ratio = max_px / max(true)
+        size = max(1, round(true[0] * ratio)), max(1, round(true[1] * ratio))
+        return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def load_album(
+    settings: Settings,
+    store: ObjectStore,
+    prepared: Prepared,
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    tell: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Album:
+    """Embed prepared data, as far as the table does not have it, and put it together with the rows of its version.
+
+    Raises:
+        DatasetError: the version is not in this store, or an image is missing there.
+        TrainingError, BundleError, ParamsError: the encoder cannot be used.
+    """
+    found = {record.sha256: record for record in load_records(store, prepared.pin)}
+    if absent := [sha256[:12] for sha256 in prepared.sha256_n if sha256 not in found]:
+        raise DatasetError(
+            f"prepared data {settings.prepared_dir}",
+            f"holds images that its version has not ({absent[0]} and {len(absent) - 1} more)",
+            "those of its version",
+            "Run `visionloop prepare`.",
+        )
+    origins = {sha256: (*record.origins, "")[0] for sha256, record in found.items()}
+    embedding_nd = embed_prepared(
+        Table(store, encoder.facts.digest, tell=tell),
+        encoder,
+        prepared,
+        choose_reader(store, encoder, prepared, origins),
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    records = tuple(found[sha256] for sha256 in prepared.sha256_n)
+    return Album(prepared, records, encoder, embedding_nd, store)
+
+
+def _fit(record: ImageRecord, max_px: int) -> tuple[int, int]:
+    """Return the size (height, width) at which an image fits a square; small ones keep theirs."""
+    ratio = min(1.0, max_px / max(record.width, record.height))
+    return max(1, round(record.height * ratio)), max(1, round(record.width * ratio))

@@ -1,0 +1,201 @@
+"""Encoders: of the parameters (a backbone with its weights), or of a bundle (its `embedding` output).
+
+.visionloop/encoders/<digest of weights, network and versions>.onnx    the exported backbone
+.visionloop/encoders/<digest of what it was asked by>.json             what that came to: known again without torch
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from visionloop import networks
+from visionloop.bundle import Bundle, hash_file
+from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.shards import Prepared
+from visionloop.errors import BundleError, ParamsError, TrainingError
+from visionloop.features.facts import VERSION, EncoderFacts, describe_crop
+from visionloop.features.view import FloatArray
+from visionloop.networks.processor import has_bf16, may_have_gpu
+from visionloop.params import Params, Train
+from visionloop.predictor import Embedder, has_openvino
+from visionloop.records import compute_digest
+from visionloop.settings import Settings
+
+Run = Callable[[UInt8Array], FloatArray]
+# What decides over random weights, over those of the hub, and over the exported file.
+LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Maps images to embeddings. Its network is loaded when it is first run. `open_network` makes what runs it."""
+
+    facts: EncoderFacts
+    open_network: Callable[[], Run] = field(repr=False)
+
+    @cached_property
+    def _run(self) -> Run:
+        return self.open_network()
+
+    def embed(self, images_nhwc: UInt8Array) -> FloatArray:
+        """Map uint8 images (n, h, w, 3) to embeddings (n, d). Raises BundleError, ParamsError."""
+        return self._run(images_nhwc)
+
+    def decode(self, data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+        """Turn encoded bytes into the encoder's input (h, w, 3). Raises ImageError."""
+        facts = self.facts
+        return load_array(data, where, size_hw=facts.image_size, resize=facts.resize, max_pixels=max_pixels)
+
+
+def choose_runtime(wanted: str) -> tuple[str, str]:
+    """Return (runtime, precision): `auto` is torch in bf16 on a GPU, OpenVINO in bf16 on a CPU that has it and where
+    it is installed, else ONNX Runtime in fp32.
+
+    Raises:
+        ParamsError: OpenVINO is asked for by name and is not installed.
+    """
+    if wanted == "openvino" and not has_openvino():
+        raise ParamsError(
+            "params.yaml embed.runtime",
+            "got 'openvino', which is not installed",
+            "the extra `openvino`",
+            "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
+        )
+    if wanted in {"auto", "torch"} and may_have_gpu():
+        from visionloop.networks.encoder import has_gpu
+
+        if has_gpu():
+            return "torch", "bf16"
+    if wanted == "auto":
+        wanted = "openvino" if has_bf16() and has_openvino() else "onnxruntime"
+    return wanted, "bf16" if wanted == "openvino" and has_bf16() else "fp32"
+
+
+def make_encoder(settings: Settings, params: Params, prepared: Prepared) -> Encoder:
+    """Return the encoder of `train.backbone` and `train.weights` for images as they are prepared.
+
+    The first time torch is loaded to look at the weights; what they come to is kept in the workspace.
+
+    Raises:
+        TrainingError: the backbone or its weights are unusable.
+        ParamsError: the runtime cannot be had.
+    """
+    section = params.train
+    runtime, precision = choose_runtime(params.embed.runtime)
+    folder = settings.hidden_dir / "encoders"
+    asked = folder / f"{_digest_question(section, prepared.size_hw, settings.home)}.json"
+    weights_digest = _read_answer(asked)
+    if weights_digest is None:
+        weights_digest = _examine_backbone(section, prepared.size_hw, settings.home)
+        _write_atomically(asked, lambda path: path.write_text(json.dumps({"weights_digest": weights_digest})))
+    facts = EncoderFacts(
+        source="params",
+        backbone=section.backbone,
+        weights=section.weights,
+        weights_digest=weights_digest,
+        image_size=prepared.size_hw,
+        resize=prepared.resize,
+        runtime=runtime,
+        precision=precision,
+        crop=describe_crop(prepared),
+    )
+    return Encoder(facts, lambda: _open_backbone(folder, section, settings.home, facts))
+
+
+def describe_weights(section: Train) -> str:
+    """Return a warning where the encoder never learned anything; else nothing."""
+    if section.weights != "none":
+        return ""
+    return f"train.weights is none: this {section.backbone} is random, near images share colours rather than meaning"
+
+
+def make_bundle_encoder(bundle: Bundle, *, runtime: str = "auto") -> Encoder:
+    """Return the encoder that a bundle's network is, for images as its card prepares them. Raises ParamsError."""
+    runtime, precision = choose_runtime(runtime)
+    if runtime == "torch":  # a bundle is ONNX
+        runtime, precision = "onnxruntime", "fp32"
+    card = bundle.card
+    facts = EncoderFacts(
+        source=bundle.digest,
+        backbone=str(card.network.get("backbone", "a network")),
+        weights="",
+        weights_digest=bundle.files.get("model.onnx", ""),
+        image_size=(card.image_size[0], card.image_size[1]),
+        resize=card.resize,
+        runtime=runtime,
+        precision=precision,
+    )
+    model = bundle.folder / "model.onnx"
+    return Encoder(facts, lambda: Embedder(model, runtime=runtime, precision=precision).embed)
+
+
+def _digest_question(section: Train, size_hw: tuple[int, int], home: Path) -> str:
+    """Return the digest of all that decides over the weights, as far as it can be known without loading them."""
+    path = (home / Path(section.weights).expanduser()).resolve()
+    is_file = section.weights not in {"none", "default"} and path.is_file()
+    parts = [section.backbone, section.weights, section.weights_sha256, section.seed, list(size_hw), VERSION]
+    code = {source.name: hash_file(source) for source in Path(networks.__path__[0]).glob("*.py")}
+    return compute_digest([*parts, hash_file(path) if is_file else "", code, _list_versions()])
+
+
+def _list_versions() -> list[str]:
+    versions = []
+    for name in LIBRARIES:
+        try:
+            versions.append(version(name))
+        except PackageNotFoundError:
+            versions.append("none")
+    return versions
+
+
+def _read_answer(path: Path) -> str | None:
+    try:
+        digest = json.loads(path.read_text())["weights_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return digest if isinstance(digest, str) and len(digest) == 64 else None
+
+
+def _examine_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> str:
+    """Load the backbone, and return the digest of its weights. Raises TrainingError."""
+    from visionloop.networks.encoder import compute_weights_digest
+    from visionloop.networks.weights import load_backbone
+
+    return compute_weights_digest(load_backbone(section, size_hw, home)[0])
+
+
+def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts) -> Run:
+    """Make what runs the backbone: torch, or another runtime on its export. Raises TrainingError, BundleError."""
+    name = compute_digest([facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, _list_versions()])
+    model = folder / f"{name}.onnx"
+    if facts.runtime != "torch" and model.is_file():
+        try:
+            return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
+        except BundleError:  # damaged: exported again
+            model.unlink()
+    from visionloop.networks.encoder import Encoder as Network
+    from visionloop.networks.encoder import TorchEncoder, compute_weights_digest, export_encoder, has_gpu
+    from visionloop.networks.weights import load_backbone
+
+    backbone, num_features = load_backbone(section, facts.image_size, home)
+    if compute_weights_digest(backbone) != facts.weights_digest:
+        raise TrainingError("params.yaml train.weights", "changed while they were used", "the same weights all along")
+    network = Network(backbone, num_features)
+    if facts.runtime == "torch":
+        return TorchEncoder(network, device="cuda" if has_gpu() else "cpu", precision=facts.precision).embed
+    _write_atomically(model, lambda path: export_encoder(network, facts.image_size, path))
+    return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""The map of a dataset: one HTML page with everything inside, that loads nothing from anywhere. Makes text only.
+
+Names of classes and files are data in it, never markup: they are JSON inside a script element, in which no `<` stands.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from visionloop.data.images import UInt8Array
+from visionloop.features.album import Album
+from visionloop.features.view import FloatArray
+
+THUMBNAIL_PX = 64
+ATLAS_CELLS = 32  # thumbnails across and down a picture that holds many of them
+NO_LABEL = "(no label)"
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Pictures of many thumbnails as data URIs, where each lies (picture, x, y, width, height), and whose it is (n)."""
+
+    atlases: list[str]
+    boxes: list[tuple[int, int, int, int, int]]
+    thumb_n: NDArray[np.int32]
+
+
+def make_map(album: Album, place_n2: FloatArray, words: str, *, num_thumbnails: int) -> str:
+    """Return the page. `place_n2`: places between -1 and 1; `words`: how they were found.
+
+    At most `num_thumbnails` images, spread over the dataset, get a thumbnail: it is the thumbnails that make the page
+    large, about 1.5 KB each.
+    """
+    prepared = album.prepared
+    number = len(prepared.sha256_n)
+    classes, class_n = _color_by(album)
+    labels, label_n = np.unique([album.describe_labels(row) for row in range(number)], return_inverse=True)
+    sides = [side for side in ("train", "val", "test") if (prepared.side_n == side).any()]
+    thumbnails = make_thumbnails(album, choose_rows(number, num_thumbnails))
+    few = f", {len(thumbnails.boxes):,} with a thumbnail" if len(thumbnails.boxes) < number else ""
+    pin = prepared.pin
+    data = {
+        "title": f"{pin.name} version {pin.version}",
+        "facts": f"{number:,} images{few}. Near points look alike to {album.encoder.facts.describe()}; {words}.",
+        "classes": classes,
+        "sides": sides,
+        "labels": labels.tolist(),
+        "x": _encode(np.round((place_n2[:, 0] + 1) / 2 * 65535), np.uint16),
+        "y": _encode(np.round((1 - place_n2[:, 1]) / 2 * 65535), np.uint16),
+        "class_n": _encode(class_n, np.uint16),
+        "label_n": _encode(label_n, np.uint32),
+        "side_n": _encode(np.array([sides.index(side) for side in prepared.side_n.tolist()]), np.uint8),
+        "thumb_n": _encode(thumbnails.thumb_n, np.int32),
+        "thumbs": thumbnails.boxes,
+        "atlases": thumbnails.atlases,
+        "sha256_n": [sha256[:12] for sha256 in prepared.sha256_n],
+        "origins": [album.get_origin(row) for row in range(number)],
+    }
+    return fill_page(f"{pin.name} version {pin.version}: map", data)
+
+
+def fill_page(title: str, data: dict[str, Any]) -> str:
+    """Return the page around its data."""
+    page = resources.files("visionloop.features").joinpath("map_page.html").read_text(encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    head, _, rest = page.partition("__TITLE__")
+    middle, _, tail = rest.partition("__DATA__")
+    return f"{head}{escape(title)}{middle}{text}{tail}"
+
+
+def choose_rows(number: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many rows, spread evenly: in the order of sha256 that is a fair sample."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))
+
+
+def make_thumbnails(album: Album, rows: NDArray[np.int64]) -> Thumbnails:
+    """Draw thumbnails of some images, many in one WebP picture."""
+    thumb_n = np.full(len(album.prepared.sha256_n), -1, np.int32)
+    thumb_n[rows] = np.arange(len(rows))
+    atlases: list[str] = []
+    boxes: list[tuple[int, int, int, int, int]] = []
+    per_atlas = ATLAS_CELLS * ATLAS_CELLS
+    for start in range(0, len(rows), per_atlas):
+        some = [album.make_thumbnail(int(row), THUMBNAIL_PX) for row in rows[start : start + per_atlas]]
+        boxes += [(len(atlases), *_place(i), image.shape[1], image.shape[0]) for i, image in enumerate(some)]
+        atlases.append(_draw_atlas(some))
+    return Thumbnails(atlases, boxes, thumb_n)
+
+
+def _place(cell: int) -> tuple[int, int]:
+    row, column = divmod(cell, ATLAS_CELLS)
+    return column * THUMBNAIL_PX, row * THUMBNAIL_PX
+
+
+def _draw_atlas(images: list[UInt8Array]) -> str:
+    across = min(len(images), ATLAS_CELLS)
+    page = Image.new("RGB", (across * THUMBNAIL_PX, -(-len(images) // ATLAS_CELLS) * THUMBNAIL_PX))
+    for i, image in enumerate(images):
+        page.paste(Image.fromarray(image), _place(i))
+    sink = io.BytesIO()
+    page.save(sink, "WEBP", quality=72, method=3)
+    return f"data:image/webp;base64,{base64.b64encode(sink.getvalue()).decode()}"
+
+
+def _color_by(album: Album) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the classes, and the one by which each image is coloured: of several labels, the first."""
+    classes, label_n = list(album.prepared.classes), album.prepared.label_n
+    if not (label_n < 0).any():
+        return classes, label_n
+    return [*classes, NO_LABEL], np.where(label_n < 0, len(classes), label_n)
+
+
+def _encode(values: NDArray[Any], kind: type) -> str:
+    """Return numbers as base64 of their bytes, little endian."""
+    return base64.b64encode(np.asarray(values).astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()

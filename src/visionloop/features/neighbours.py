@@ -1,0 +1,137 @@
+"""Nearest neighbours among embeddings, exactly, and what they vote. Pure: arrays in, arrays out.
+
+Dimensions: m queries, n images of the table, d features, k neighbours, c classes.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.errors import DatasetError
+
+Metric = Literal["cosine", "euclidean"]
+Vote = Literal["uniform", "distance"]
+FloatArray = NDArray[np.float32]
+DoubleArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+BLOCK = 4096
+
+
+def find_neighbours(
+    query_md: FloatArray, table_nd: FloatArray, k: int, metric: Metric = "cosine"
+) -> tuple[DoubleArray, IntArray]:
+    """Return distances and rows of the table, (m, k) each, nearest first; equally near ones by their row.
+
+    All n where k is larger. Cosine: 1 - cos, between 0 and 2; a vector of length 0 is at distance 1 from everything.
+    Searched as the Euclidean distance of vectors scaled to length 1, whose half square it is: the same order, and
+    scikit-learn has a fast path for it that it has not for cosine.
+
+    Raises:
+        DatasetError: the table is empty, the vectors differ in length, or hold values that are not finite.
+    """
+    check_vectors(query_md, table_nd)
+    if k < 1:
+        raise DatasetError("neighbours", f"got k = {k}", "1 or more")
+    if metric == "cosine":
+        query_md, table_nd = _to_spheres(query_md, table_nd)
+    distance_mk, row_mk = _search(query_md, table_nd, min(k, len(table_nd)))
+    if metric == "cosine":
+        distance_mk = np.clip(distance_mk**2 / 2, 0.0, 2.0)
+    return distance_mk, row_mk
+
+
+def find_other_neighbours(table_nd: FloatArray, k: int, metric: Metric = "cosine") -> tuple[DoubleArray, IntArray]:
+    """Return for each image of a table its k nearest others: distances and rows, (n, min(k, n - 1)) each.
+
+    Raises:
+        DatasetError: as `find_neighbours`, or there is no other image.
+    """
+    number = len(table_nd)
+    if number < 2:
+        raise DatasetError("neighbours", f"{number} image has no other", "two or more", "Add images.")
+    distance_nk, row_nk = find_neighbours(table_nd, table_nd, k + 1, metric)
+    # Among equal images a row need not find itself first, nor at all.
+    is_self = row_nk == np.arange(number)[:, None]
+    is_self[~is_self.any(axis=1), -1] = True
+    shape = number, row_nk.shape[1] - 1
+    return distance_nk[~is_self].reshape(shape), row_nk[~is_self].reshape(shape)
+
+
+def compute_votes(
+    distance_mk: DoubleArray, target_mkc: NDArray[np.floating | np.uint8], vote: Vote = "uniform"
+) -> DoubleArray:
+    """Return the share of the votes for each class, (m, c). `target_mkc`: which classes each neighbour has (0 or 1).
+
+    uniform: one vote each. distance: weighted by 1 / distance; neighbours at distance 0, if any, vote alone. As
+    scikit-learn's KNeighborsClassifier.
+    """
+    if vote == "uniform":
+        return np.asarray(target_mkc.mean(axis=1, dtype=np.float64))
+    is_same = distance_mk == 0
+    with np.errstate(divide="ignore"):
+        weight_mk = np.where(is_same.any(axis=1, keepdims=True), is_same, 1 / distance_mk).astype(np.float64)
+    total_m = weight_mk.sum(axis=1, keepdims=True)
+    return np.asarray(np.einsum("mk,mkc->mc", weight_mk / total_m, target_mkc.astype(np.float64)))
+
+
+def compute_votes_of_others(
+    table_nd: FloatArray, target_nc: NDArray[np.uint8], k: int, *, metric: Metric = "cosine", vote: Vote = "distance"
+) -> DoubleArray:
+    """Return for each image what its k nearest others vote, (n, c): leave-one-out. Raises DatasetError."""
+    distance_nk, row_nk = find_other_neighbours(table_nd, k, metric)
+    blocks = [slice(i, i + BLOCK) for i in range(0, len(table_nd), BLOCK)]
+    return np.concatenate([compute_votes(distance_nk[b], target_nc[row_nk[b]], vote) for b in blocks])
+
+
+def check_vectors(query_md: FloatArray, table_nd: FloatArray) -> None:
+    """Raise DatasetError unless both are finite and of one length, and the table is not empty."""
+    if not len(table_nd):
+        raise DatasetError("neighbours", "there is no image to search in", "one or more", "Run `visionloop ingest`.")
+    if query_md.ndim != 2 or table_nd.ndim != 2 or query_md.shape[1] != table_nd.shape[1]:
+        found = f"got queries of shape {query_md.shape} for a table of shape {table_nd.shape}"
+        raise DatasetError("neighbours", found, "vectors of one length", "Embed both with the same encoder.")
+    for name, vectors in (("queries", query_md), ("vectors of the table", table_nd)):
+        if not np.isfinite(vectors).all():
+            number = int((~np.isfinite(vectors).all(axis=1)).sum())
+            raise DatasetError("neighbours", f"{number} {name} are not finite", "numbers", "Embed them again.")
+
+
+def to_targets(label_n: IntArray, num_classes: int) -> NDArray[np.uint8]:
+    """Return labels as 0 and 1, (n, c)."""
+    return np.asarray(label_n[:, None] == np.arange(num_classes), np.uint8)
+
+
+def _to_spheres(query_md: FloatArray, table_nd: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Scale vectors to length 1. Those of length 0 get a direction of their own, at right angles to all others."""
+    (unit_md, empty_m), (unit_nd, empty_n) = _scale(query_md), _scale(table_nd)
+    if empty_m.any() or empty_n.any():
+        none_m, none_n = np.zeros_like(empty_m), np.zeros_like(empty_n)
+        unit_md = np.hstack([unit_md, np.stack([empty_m, none_m], axis=1).astype(np.float32)])
+        unit_nd = np.hstack([unit_nd, np.stack([none_n, empty_n], axis=1).astype(np.float32)])
+    return unit_md, unit_nd
+
+
+def _scale(vectors: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Return vectors of length 1, and which of them have no length."""
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0.0)  # squares of large numbers overflow
+    scaled = vectors / np.where(largest > 0, largest, 1)
+    length = np.linalg.norm(scaled, axis=1, keepdims=True)
+    unit = (scaled / np.where(length > 0, length, 1)).astype(np.float32)
+    return unit, np.asarray(length[:, 0] == 0)
+
+
+def _search(query_md: FloatArray, table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
+    """Return Euclidean distances and rows, by scikit-learn: exact, in blocks, with flat memory."""
+    from sklearn.neighbors import NearestNeighbors
+
+    if not len(query_md):
+        return np.zeros((0, k)), np.zeros((0, k), np.int64)
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="euclidean").fit(np.ascontiguousarray(table_nd))
+    distance_mk, row_mk = search.kneighbors(np.ascontiguousarray(query_md))
+    order = np.lexsort((row_mk, distance_mk), axis=1)
+    return (
+        np.take_along_axis(distance_mk, order, axis=1).astype(np.float64),
+        np.take_along_axis(row_mk, order, axis=1).astype(np.int64),
+    )

@@ -1,0 +1,116 @@
+"""The images of a dataset that are most like a given one: a file, or one of the dataset itself."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from visionloop.data.contact_sheet import Cell, draw_contact_sheet
+from visionloop.data.images import UInt8Array, decode_image
+from visionloop.errors import ImageError, SourceError
+from visionloop.features.album import Album
+from visionloop.features.neighbours import find_neighbours
+from visionloop.features.view import FloatArray
+
+MIN_DIGITS = 8
+MAX_BYTES = 200_000_000
+CELL_PX = 150
+MAX_DRAWN = 12  # queries in one picture
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for: its name, a small picture of it, and its row in the album or else the encoder's input."""
+
+    name: str
+    sha256: str
+    picture: UInt8Array
+    row: int | None = None
+    image: UInt8Array | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """An image of the dataset, and its cosine distance (0 to 2) to the query. `is_same`: the very same bytes."""
+
+    row: int
+    distance: float
+    is_same: bool
+
+
+def read_query(text: str, album: Album) -> Query:
+    """Read a file, or the sha256 of an image of the dataset (or its first eight digits or more).
+
+    Raises:
+        SourceError: there is no such file or image, or several images begin so.
+        ImageError: the file is no image we read.
+    """
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _read_file(path, album)
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", text):
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise SourceError(text, found, f"an image file, or {MIN_DIGITS} digits or more of a sha256", "Check the path.")
+    rows = [row for row, sha256 in enumerate(album.prepared.sha256_n) if sha256.startswith(text.lower())]
+    if len(rows) != 1:
+        found = f"begins {len(rows)} images" if rows else "is no image of the prepared dataset, and no file"
+        raise SourceError(text, found, "one image", "See `visionloop datasets show`; give more digits.")
+    name = f"{album.prepared.sha256_n[rows[0]][:12]} {album.get_origin(rows[0])}"
+    return Query(name, album.prepared.sha256_n[rows[0]], album.load_picture(rows[0], CELL_PX), row=rows[0])
+
+
+def find_similar(album: Album, queries: Sequence[Query], k: int) -> list[list[Match]]:
+    """Return the k nearest images of each query, nearest first; an image of the dataset is not among its own."""
+    if not queries:
+        return []
+    query_md = np.stack([_embed(album, query) for query in queries])
+    distance_mk, row_mk = find_neighbours(query_md, album.embedding_nd, k + 1)
+    found = []
+    for query, distances, rows in zip(queries, distance_mk, row_mk, strict=True):
+        sha256s = [album.prepared.sha256_n[row] for row in rows]
+        matches = [
+            Match(int(row), float(distance), sha256 == query.sha256)
+            for row, distance, sha256 in zip(rows, distances, sha256s, strict=True)
+            if row != query.row
+        ]
+        found.append(matches[:k])
+    return found
+
+
+def draw_similar(album: Album, queries: Sequence[Query], found: Sequence[Sequence[Match]]) -> bytes:
+    """Draw each query and its matches as one row, as PNG; of many queries the first."""
+    cells: list[Cell] = []
+    columns = 1 + max((len(matches) for matches in found), default=0)
+    for query, matches in list(zip(queries, found, strict=True))[:MAX_DRAWN]:
+        cells.append(Cell(query.picture, Path(query.name).name, "looked for"))
+        for match in matches:
+            note = "the same file" if match.is_same else f"{match.distance:.3f}  {album.records[match.row].side}"
+            cells.append(Cell(album.load_picture(match.row, CELL_PX), album.describe_labels(match.row), note))
+        blank = Cell(np.full((1, 1, 3), 255, np.uint8), "")
+        cells += [blank] * (columns - 1 - len(matches))
+    pin = album.prepared.pin
+    title = f"nearest in {pin.name} version {pin.version}, by {album.encoder.facts.describe()}"
+    return draw_contact_sheet(cells, title, columns=columns, cell_px=CELL_PX)
+
+
+def _read_file(path: Path, album: Album) -> Query:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ImageError(path.name, "is too large", f"at most {MAX_BYTES:,} bytes", reason_code="too_large")
+        data = path.read_bytes()
+    except OSError as exc:
+        raise SourceError(str(path), f"cannot be read ({exc.strerror})", "an image file", "Check the path.") from exc
+    picture = decode_image(data, path.name)
+    picture.thumbnail((CELL_PX, CELL_PX))
+    image = album.encoder.decode(data, path.name)
+    return Query(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
+
+
+def _embed(album: Album, query: Query) -> FloatArray:
+    if query.row is not None:
+        return np.asarray(album.embedding_nd[query.row])
+    assert query.image is not None
+    return np.asarray(album.encoder.embed(query.image[None])[0])

@@ -1,0 +1,112 @@
+"""Suspected label errors: images whose nearest others bear another label than they do. Pure, but for the two writers.
+
+The score is the normalised margin of confident learning (Northcutt, Jiang and Chuang, 2021), with the votes of the k
+nearest other images, weighted by 1 / distance, in place of a model's probabilities:
+
+    score = share of the votes for the likeliest other label - share of the votes for the label given     (-1 to 1)
+
+With several labels per image each class is judged for itself: the votes for it are compared with those against it.
+Dimensions: n images, c classes.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.data.contact_sheet import Cell, draw_contact_sheet
+from visionloop.features.album import Album
+from visionloop.features.neighbours import DoubleArray, compute_votes_of_others
+
+COLUMNS = ("sha256", "old", "new", "score", "side", "origin")
+CELL_PX = 170
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image whose label `old` should perhaps be `new` (empty: none). `score` is above 0 and at most 1."""
+
+    row: int
+    old: str
+    new: str
+    score: float
+
+
+def find_suspects(album: Album, k: int = 10) -> list[Suspect]:
+    """Return all images whose others vote against a label of theirs, the most suspicious first. Raises DatasetError."""
+    prepared = album.prepared
+    votes_nc = compute_votes_of_others(album.embedding_nd, album.target_nc, k)
+    if prepared.targets_nk is None:
+        found = judge_labels(votes_nc, prepared.label_n, prepared.classes)
+    else:
+        found = judge_several(votes_nc, prepared.targets_nk, prepared.classes)
+    return sorted(found, key=lambda suspect: (-suspect.score, prepared.sha256_n[suspect.row], suspect.old))
+
+
+def judge_labels(votes_nc: DoubleArray, label_n: NDArray[np.int64], classes: Sequence[str]) -> list[Suspect]:
+    """Return the images of which another label has more votes than theirs; each image has one label."""
+    if len(classes) < 2:
+        return []
+    rows = np.arange(len(label_n))
+    given_n = votes_nc[rows, label_n]
+    others_nc = votes_nc.copy()
+    others_nc[rows, label_n] = -1
+    best_n = others_nc.argmax(axis=1)
+    score_n = others_nc[rows, best_n] - given_n
+    return [
+        Suspect(int(row), classes[label_n[row]], classes[best_n[row]], round(float(score_n[row]), 4))
+        for row in np.flatnonzero(score_n > 0)
+    ]
+
+
+def judge_several(votes_nc: DoubleArray, target_nc: NDArray[np.uint8], classes: Sequence[str]) -> list[Suspect]:
+    """Return labels that most neighbours have not, to be taken away, and at most one an image that most have, to add.
+
+    `corrections.csv` knows an image's label by its old name: two additions to one image could not be told apart.
+    """
+    against_nc = np.where(target_nc > 0, 1 - 2 * votes_nc, 2 * votes_nc - 1)
+    found = []
+    for row in np.flatnonzero((against_nc > 0).any(axis=1)):
+        scores = against_nc[row]
+        for wrong in np.flatnonzero((scores > 0) & (target_nc[row] > 0)):
+            found.append(Suspect(int(row), classes[int(wrong)], "", round(float(scores[wrong]), 4)))
+        lacking = np.where(target_nc[row] > 0, -1.0, scores)
+        best = int(lacking.argmax())
+        if lacking[best] > 0:
+            found.append(Suspect(int(row), "", classes[best], round(float(lacking[best]), 4)))
+    return found
+
+
+def encode_corrections(album: Album, suspects: Sequence[Suspect]) -> str:
+    """Return suspects as a corrections.csv: as `ingest.corrections` reads it, and with what helps to decide."""
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for suspect in suspects:
+        sha256, side = album.prepared.sha256_n[suspect.row], album.records[suspect.row].side
+        origin = _defuse(album.get_origin(suspect.row))
+        writer.writerow([sha256, suspect.old, suspect.new, f"{suspect.score:.4f}", side, origin])
+    return sink.getvalue()
+
+
+def draw_suspects(album: Album, suspects: Sequence[Suspect], num_found: int) -> bytes:
+    """Draw suspects as PNG, in the order given: `label -> what the neighbours say`, the score, the image's digits."""
+    cells = [
+        Cell(
+            album.load_picture(s.row, CELL_PX),
+            f"{s.old or '(no label)'} → {s.new or '(remove)'}",
+            f"{s.score:.2f}  {album.prepared.sha256_n[s.row][:8]}  {album.records[s.row].side}",
+        )
+        for s in suspects
+    ]
+    pin = album.prepared.pin
+    title = f"{pin.name} version {pin.version}: {len(cells)} of {num_found:,} suspected labels"
+    return draw_contact_sheet(cells, title, cell_px=CELL_PX)
+
+
+def _defuse(text: str) -> str:
+    """Keep a spreadsheet from running a file's name as a formula."""
+    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

@@ -1,0 +1,95 @@
+"""The stage's out: the embeddings of prepared data as two files, and how training reads them. No torch.
+
+    features/encoder.json          {"needed": false}, or the encoder's facts and the number of images
+    features/embeddings.parquet    sha256, vector (fixed-size list of float32): a row for each row of the prepared index
+
+Dimensions: n images, d features.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from visionloop.data.shards import Prepared
+from visionloop.errors import DatasetError
+from visionloop.features.facts import EncoderFacts
+
+FACTS, EMBEDDINGS = "encoder.json", "embeddings.parquet"
+ENCODER_KEY = b"visionloop.encoder"
+GROUP_ROWS = 4096
+TODO = "Run `visionloop embed`."
+FloatArray = NDArray[np.float32]
+
+
+def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, EncoderFacts]:
+    """Return the embeddings of prepared data, (n, d), in the order of its rows, and the encoder that made them.
+
+    Raises:
+        DatasetError: they are missing, empty (the way did not need them), damaged, or of other data or sizes.
+    """
+    where = f"embeddings {folder}"
+    try:
+        value = json.loads((folder / FACTS).read_bytes())
+        if not value["needed"]:
+            raise DatasetError(where, "are empty: `train.way` did not need any", "those of the prepared data", TODO)
+        facts = EncoderFacts.from_json(value["encoder"])
+        table = pq.read_table(folder / EMBEDDINGS, memory_map=True)
+        sha256_n, embedding_nd = table["sha256"].to_pylist(), to_matrix(table["vector"])
+        encoder = (table.schema.metadata or {}).get(ENCODER_KEY, b"").decode()
+    except FileNotFoundError as exc:
+        raise DatasetError(where, "are missing", "those of the prepared data", TODO) from exc
+    except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowInvalid) as exc:
+        if isinstance(exc, DatasetError):
+            raise
+        raise DatasetError(where, "are damaged", "those of the prepared data", TODO) from exc
+    if encoder != facts.digest:
+        raise DatasetError(where, "belong to another encoder than encoder.json says", "one encoder", TODO)
+    if tuple(sha256_n) != prepared.sha256_n:
+        found = f"are those of other images ({len(sha256_n):,} of them)"
+        raise DatasetError(where, found, f"those of the {len(prepared.sha256_n):,} prepared images", TODO)
+    if (facts.image_size, facts.resize) != (prepared.size_hw, prepared.resize):
+        found = f"were made from images of another size or resize rule ({facts.describe()})"
+        raise DatasetError(where, found, f"{prepared.size_hw[0]} x {prepared.size_hw[1]}, {prepared.resize}", TODO)
+    return embedding_nd, facts
+
+
+def write_features(folder: Path, sha256_n: tuple[str, ...], embedding_nd: FloatArray, facts: EncoderFacts) -> None:
+    """Write the embeddings of prepared data into a folder. Equal input gives equal bytes."""
+    schema = make_schema(embedding_nd.shape[1], facts.digest)
+    with pq.ParquetWriter(folder / EMBEDDINGS, schema, compression="NONE", use_dictionary=False) as writer:
+        for start in range(0, len(sha256_n), GROUP_ROWS):
+            rows = slice(start, start + GROUP_ROWS)
+            writer.write_table(make_table(sha256_n[rows], embedding_nd[rows], schema))
+    value = {"needed": True, "encoder": facts.to_json(), "num_images": len(sha256_n)}
+    (folder / FACTS).write_text(json.dumps({**value, "num_features": embedding_nd.shape[1]}, indent=2) + "\n")
+
+
+def write_empty(folder: Path) -> None:
+    """Write the out of a way that needs no embeddings."""
+    (folder / FACTS).write_text(json.dumps({"needed": False}, indent=2) + "\n")
+
+
+def make_schema(num_features: int, encoder: str) -> pa.Schema:
+    """Return the columns of embeddings, with the encoder's digest in the metadata."""
+    columns = [("sha256", pa.string()), ("vector", pa.list_(pa.float32(), num_features))]
+    return pa.schema(columns, metadata={ENCODER_KEY: encoder.encode()})
+
+
+def make_table(sha256_n: tuple[str, ...], embedding_nd: FloatArray, schema: pa.Schema) -> pa.Table:
+    """Return rows of embeddings as a table."""
+    flat = pa.array(np.ascontiguousarray(embedding_nd, np.float32).reshape(-1))
+    vector = pa.FixedSizeListArray.from_arrays(flat, embedding_nd.shape[1])
+    return pa.Table.from_arrays([pa.array(sha256_n, pa.string()), vector], schema=schema)
+
+
+def to_matrix(column: pa.ChunkedArray) -> FloatArray:
+    """Return a column of vectors as (n, d). Raises ValueError when it is none, or holds nothing or no numbers."""
+    if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32() or column.null_count:
+        raise ValueError("no column of float32 vectors")
+    width = column.type.list_size
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

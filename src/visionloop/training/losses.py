@@ -1,0 +1,68 @@
+"""What a training makes small: cross-entropy for one of k classes, binary cross-entropy for two or for several at once.
+
+Pure. Targets are distributions ("soft"), so that smoothing and mixing are the same for all tasks. A unit of `binary`
+or `multilabel` is the logit of "yes"; units of `multiclass` go through a softmax.
+
+Dimensions: n images, k classes, u units (1 for binary, else k), 2 the answers no and yes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a training.
+
+    `smoothing` is the share of a target that is spread over all answers (Szegedy et al., 2016). `gamma` above 0 makes
+    it the focal loss (Lin et al., 2017): easy answers count less. `weights_2u` weighs answers: row 1 for yes, row 0
+    for no; of `multiclass` only row 1 is used, the weight of each class.
+    """
+
+    task: str
+    smoothing: float = 0.0
+    gamma: float = 0.0
+    weights_2u: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def make_targets(targets: Tensor, task: str, num_units: int) -> Tensor:
+    """Turn classes (n), or 0 and 1 (n, k), into distributions (n, u) of float32."""
+    if task == "multiclass":
+        return functional.one_hot(targets.long(), num_units).float()
+    return targets.float().reshape(len(targets), num_units)
+
+
+def smooth_targets(targets_nu: Tensor, task: str, smoothing: float) -> Tensor:
+    """Spread a share of each target evenly over its answers: k classes, or no and yes."""
+    answers = targets_nu.shape[1] if task == "multiclass" else 2
+    return targets_nu * (1 - smoothing) + smoothing / answers
+
+
+def compute_loss(units_nu: Tensor, targets_nu: Tensor, objective: Objective) -> Tensor:
+    """Return the mean loss of n images, in float32; for `multilabel` the mean over classes too.
+
+    It is divided by the number of images, never by the sum of their weights: a batch of rare classes counts for more.
+    """
+    units_nu, targets_nu = units_nu.float(), targets_nu.float()
+    if objective.smoothing:
+        targets_nu = smooth_targets(targets_nu, objective.task, objective.smoothing)
+    if objective.task == "multiclass":
+        return _weigh(targets_nu, functional.log_softmax(units_nu, dim=1), objective, yes=True).sum(dim=1).mean()
+    yes_nu = _weigh(targets_nu, functional.logsigmoid(units_nu), objective, yes=True)
+    no_nu = _weigh(1 - targets_nu, functional.logsigmoid(-units_nu), objective, yes=False)
+    return (yes_nu + no_nu).mean()
+
+
+def _weigh(targets_nu: Tensor, log_probs_nu: Tensor, objective: Objective, *, yes: bool) -> Tensor:
+    """Return -w y (1 - p)^gamma log p for each answer."""
+    loss_nu = -targets_nu * log_probs_nu
+    if objective.gamma:
+        # 1 - p as -expm1(log p), and kept from 0: the derivative of a power with an exponent below 1 is infinite there.
+        rest_nu = (-torch.expm1(log_probs_nu)).clamp_min(1e-6)
+        loss_nu = loss_nu * rest_nu**objective.gamma
+    if objective.weights_2u is not None:
+        loss_nu = loss_nu * torch.tensor(objective.weights_2u[int(yes)], device=loss_nu.device)
+    return loss_nu

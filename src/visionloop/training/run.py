@@ -1,0 +1,101 @@
+"""The MLflow run of a training: opened once for an input key, gone on with after a kill, closed with the reason.
+
+WORK/run.json   a token, written before the run is made, so that a kill in between leaves no second run; then its id
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from visionloop.errors import TrackingError
+from visionloop.records import canonical_json
+from visionloop.training.checkpoints import write_file
+from visionloop.training.job import Job
+
+FILE = "run.json"
+TOKEN_TAG = "visionloop.token"
+MAX_TAG_CHARS = 500
+
+
+def open_run(work: Path, job: Job) -> str:
+    """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError."""
+    known = _load(work)
+    run_id = known.get("run_id")
+    if run_id is None and "token" in known:
+        run_id = job.tracking.find_tagged_run(TOKEN_TAG, known["token"])
+        if run_id:
+            job.tracking.log_params(run_id, flatten_params(job))
+    token = known.get("token") or secrets.token_hex(16)
+    if run_id is None:
+        write_file(work / FILE, canonical_json({"token": token}))
+    section, pin = job.params.train, job.prepared.pin
+    name = f"{section.backbone}-dataset{pin.version}"
+    tags = {**_make_tags(job), TOKEN_TAG: token}
+    run_id = job.tracking.open_run(name, run_id=run_id, tags=tags, params=flatten_params(job))
+    remember_run(work, run_id, token)
+    return run_id
+
+
+def remember_run(work: Path, run_id: str, token: str = "") -> None:
+    """Let this work folder go on in a run."""
+    write_file(work / FILE, canonical_json({"run_id": run_id, **({"token": token} if token else {})}))
+
+
+def close_failed(job: Job, run_id: str, status: str, reason: str) -> None:
+    """Mark a run FAILED or KILLED, and why. An MLflow that cannot be reached now must not hide the reason."""
+    with contextlib.suppress(TrackingError):
+        job.tracking.set_tags(run_id, {"visionloop.ended": reason[:MAX_TAG_CHARS]})
+        job.tracking.close_run(run_id, status)
+
+
+def flatten_params(job: Job) -> dict[str, Any]:
+    """Return what a training is made of, resolved: `train.*`, `prepare.*`, `embed.*` and the task."""
+    sections = {"train": job.params.train, "prepare": job.params.prepare, "embed": job.params.embed}
+    flat: dict[str, Any] = {"task": job.prepared.task}
+    for name, section in sections.items():
+        flat |= _flatten(name, section.model_dump(mode="json"))
+    return flat
+
+
+def read_git_commit(home: Path) -> str | None:
+    """Return the commit of the workspace, with `-dirty` when files differ; None outside of git."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=home, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def _make_tags(job: Job) -> dict[str, str]:
+    pin = job.prepared.pin
+    return {
+        "visionloop.dataset_version": str(pin.version),
+        "visionloop.dataset_digest": pin.digest,
+        "visionloop.git_commit": read_git_commit(job.settings.home) or "none",
+        "visionloop.code": job.code_digest or "none",
+        "visionloop.started_from": job.start or "none",
+        "visionloop.validated_on": job.validated_on if len(job.val_rows) else "none",
+        **{f"visionloop.{name}": str(value) for name, value in asdict(job.hardware).items()},
+    }
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {name: leaf for key, inner in value.items() for name, leaf in _flatten(f"{prefix}.{key}", inner).items()}
+
+
+def _load(work: Path) -> dict[str, str]:
+    """Return what run.json knows; nothing if it is missing or damaged."""
+    try:
+        known = json.loads((work / FILE).read_text())
+        return {key: known[key] for key in ("run_id", "token") if re.fullmatch("[0-9a-f]{32}", str(known.get(key)))}
+    except (OSError, ValueError, AttributeError):
+        return {}

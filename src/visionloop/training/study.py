@@ -1,0 +1,223 @@
+"""A study of `visionloop tune`: the database of its trials, what is suggested next, what came of each.
+
+.visionloop/tune/NAME-DIGEST.db   every trial, its values and result; the digest is over all that it depends on
+
+What is suggested is a function of the seed and of the trials that are finished, so a study that was stopped goes on as
+if it had not been. Only here and in `tune.py` is optuna imported.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from visionloop.data.shards import load_prepared
+from visionloop.errors import ParamsError, TrainingError
+from visionloop.params import Params, Span, Train
+from visionloop.params.space import nest
+from visionloop.params.train import WAYS_ON_EMBEDDINGS
+from visionloop.records import compute_digest
+from visionloop.settings import Settings
+from visionloop.store import ObjectStore
+from visionloop.tracking import Tracking
+from visionloop.training.figures import list_figures
+from visionloop.training.fit import make_job
+from visionloop.training.job import Job
+from visionloop.training.watch import TrialReport, Watcher
+
+NUM_STARTUP = 10  # trials at random before TPE has something to go by, as in its paper's reference code
+NUM_FOR_IMPORTANCE = 8
+DIGITS = 4  # of a suggested number: what is tried is what can be written down
+FACTS = "facts"  # of a trial that came to an end of its own: how, with what, in what time
+STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All that a study depends on, opened: `base` is the job that every trial varies."""
+
+    base: Job
+    study: optuna.Study
+    database: Path
+
+    @property
+    def params(self) -> Params:
+        return self.base.params
+
+
+def open_tuning(
+    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, watcher: Watcher
+) -> Tuning:
+    """Open the study of these params and this prepared data, and check what can be checked before a trial.
+
+    Raises:
+        ParamsError: the space or the metric does not fit the way or the data.
+        DatasetError: there is no prepared data to learn from.
+    """
+    params = make_base(params)
+    # One machine, one process, checkpoints here: a trial is short.
+    settings = replace(settings, checkpoints="local")
+    prepared = load_prepared(settings.prepared_dir)
+    job = make_job(settings, params, store, tracking, code_digest="tune", watcher=watcher, prepared=prepared)
+    section, train = params.tune, params.train
+    names = [name for name in list_figures(prepared.task, train.on) if name.startswith("val/")]
+    if section.metric not in names:
+        found = f"got {section.metric!r}, which no epoch has"
+        raise ParamsError("params.yaml tune.metric", found, f"one of {', '.join(names)}", "Edit the file.")
+    report = json.loads((prepared.folder / "report.json").read_text())
+    varied = dict.fromkeys(section.space)
+    fixed = override(train.model_dump(mode="json"), varied)
+    depends_on = [section.model_dump(mode="json", exclude={"trials"}), fixed, report, params.task]
+    folder = settings.hidden_dir / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    database = folder / f"{params.name}-{compute_digest(depends_on)[:12]}.db"
+    return Tuning(job, _open_study(database, params), database)
+
+
+def make_base(params: Params) -> Params:
+    """Return the params that trials vary: one process, the epochs of a trial, watching the metric of the study.
+
+    Raises:
+        ParamsError: there is no validation side, or embeddings of one network cannot serve others.
+    """
+    section, train = params.tune, params.train
+    if train.on == "all":
+        raise ParamsError(
+            "params.yaml train.on", "got 'all'", "`train` to tune: trials are judged on the validation side", "Edit it."
+        )
+    ways = section.space.get("way", (train.way,))
+    encoder = {"backbone", "weights"} & section.space.keys()
+    if encoder and WAYS_ON_EMBEDDINGS.intersection(ways if isinstance(ways, tuple) else ()):
+        key = min(encoder)
+        raise ParamsError(
+            f"params.yaml tune.space.{key}",
+            f"varies with the way {train.way}",
+            "one network: its embeddings are made once, by the stage embed",
+            "Take it out of the space, or set train.way.",
+        )
+    change: Values = {"strategy": "auto", "devices": 1, "num_nodes": 1, "tensorboard": False, "confusion_every": 0}
+    change["max_epochs"] = section.max_epochs or train.max_epochs
+    return params.model_copy(update={"train": make_train(train, change)})
+
+
+def make_train(train: Train, values: Mapping[str, Any]) -> Train:
+    """Return the section with other values. Raises ParamsError if they do not fit each other."""
+    try:
+        return Train.model_validate(override(train.model_dump(), values))
+    except ValidationError as exc:
+        message = exc.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        raise ParamsError("trial", shown, message, "Narrow tune.space.") from exc
+
+
+def override(section: Mapping[str, Any], values: Mapping[str, Any]) -> Values:
+    """Return a dumped section with other values of dotted keys."""
+    changed = dict(section)
+    for key, value in nest(values).items():
+        changed[key] = {**changed[key], **value} if isinstance(value, dict) else value
+    return changed
+
+
+def _open_study(database: Path, params: Params) -> optuna.Study:
+    """Open the database; a damaged one is an error that names it."""
+    from sqlalchemy.exc import DatabaseError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    falls = params.tune.metric.endswith("loss")
+    try:
+        return optuna.create_study(
+            study_name=params.name,
+            storage=f"sqlite:///{database}",
+            pruner=_make_pruner(params),
+            direction="minimize" if falls else "maximize",
+            load_if_exists=True,
+        )
+    except (DatabaseError, optuna.exceptions.StorageInternalError, RuntimeError) as exc:
+        reason = " ".join(str(exc).split())[:120]
+        raise TrainingError(
+            f"study {database}", f"cannot be read ({reason})", "a study of optuna", "Delete it, or restore it."
+        ) from exc
+
+
+def _make_pruner(params: Params) -> optuna.pruners.BasePruner:
+    section = params.tune
+    if section.prune == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    if section.prune == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=params.train.max_epochs)
+    return optuna.pruners.NopPruner()
+
+
+def list_finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that came to an end of their own: done, pruned or failed."""
+    trials = study.get_trials(deepcopy=False, states=tuple(STATES))
+    return [trial for trial in trials if FACTS in trial.user_attrs]
+
+
+def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of one trial: its randomness is a function of the seed and of how many were finished."""
+    return optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=NUM_STARTUP)
+
+
+def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> Values:
+    """Ask for a value of each key of the space; numbers have so many digits that they can be written down."""
+    values = {}
+    for key, choices in sorted(space.items()):
+        if not isinstance(choices, Span):
+            values[key] = trial.suggest_categorical(key, list(choices))
+        elif isinstance(choices.low, int) and isinstance(choices.high, int):
+            values[key] = trial.suggest_int(key, choices.low, choices.high, log=choices.log)
+        else:
+            value = trial.suggest_float(key, choices.low, choices.high, log=choices.log)
+            values[key] = min(max(float(f"{value:.{DIGITS}g}"), choices.low), choices.high)
+    return values
+
+
+def list_reports(tuning: Tuning) -> list[TrialReport]:
+    """Return the finished trials in order, numbered from 1."""
+    metric, best, reports = tuning.params.tune.metric, None, []
+    for number, trial in enumerate(list_finished(tuning.study), start=1):
+        facts, done = trial.user_attrs[FACTS], trial.state is TrialState.COMPLETE
+        value = trial.value if done else facts["best_seen"]
+        better = done and (best is None or is_better(tuning, trial.value, best))
+        best = trial.value if better else best
+        reports.append(
+            TrialReport(
+                number=number,
+                state=STATES[trial.state],
+                metric=metric,
+                value=value,
+                best=best,
+                is_best=better,
+                values=facts["values"],
+                epochs=facts["epochs"],
+                seconds=facts["seconds"],
+                reason=facts["reason"],
+            )
+        )
+    return reports
+
+
+def is_better(tuning: Tuning, value: float | None, than: float) -> bool:
+    """Say whether a value of the metric is better than another."""
+    falls = tuning.study.direction is optuna.study.StudyDirection.MINIMIZE
+    return value is not None and (value < than if falls else value > than)
+
+
+def compute_importance(tuning: Tuning) -> dict[str, float]:
+    """Return how much of the spread of the results each key explains, the largest first (fANOVA, Hutter et al. 2014).
+
+    Empty while there are too few trials to say, or if all have the same result.
+    """
+    done = tuning.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(done) < NUM_FOR_IMPORTANCE or len({trial.value for trial in done}) == 1:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    shares = optuna.importance.get_param_importances(tuning.study, evaluator=evaluator)
+    return {key: float(share) for key, share in shares.items()}

@@ -1,0 +1,170 @@
+"""The ways that learn from the embedding table, without a pass over the images: a head, or neighbours that vote.
+
+Dimensions: n images, d features, k classes, u units.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from visionloop.data.shards import IntArray, Prepared
+from visionloop.errors import DatasetError, ParamsError
+from visionloop.features.view import load_features
+from visionloop.networks.classifier import Classifier
+from visionloop.networks.encoder import compute_weights_digest
+from visionloop.networks.heads import NeighbourHead
+from visionloop.networks.weights import load_backbone
+from visionloop.training.datamodule import PreparedData
+from visionloop.training.figures import compute_figures
+from visionloop.training.job import Job
+from visionloop.training.loop import MakeData, make_repeatable
+from visionloop.training.module import ClassifierModule, make_module
+from visionloop.training.views.curve import log_best
+from visionloop.training.watch import EpochReport
+from visionloop.training.ways.network import make_classifier
+
+BLOCK_ROWS = 256
+FloatArray = NDArray[np.float32]
+
+
+def prepare_head(job: Job, run_id: str) -> tuple[ClassifierModule, MakeData]:
+    """Return a fresh head alone, to be trained on embeddings. Its checkpoints hold no backbone.
+
+    Raises:
+        DatasetError: there are no embeddings, or they are of other data or of another network.
+    """
+    _, num_features, embedding_nd = load_embeddings(job)
+    classifier = make_classifier(job, nn.Identity(), num_features)
+    module = make_module(job, run_id, classifier, learns="head")
+    return module, partial(PreparedData, job, embedding_nd=embedding_nd)
+
+
+def attach_backbone(job: Job, classifier: Classifier) -> Classifier:
+    """Put the network that made the embeddings before a head that learned from them."""
+    classifier.backbone, _ = load_backbone(job.params.train, job.prepared.size_hw, job.settings.home)
+    return classifier
+
+
+def load_embeddings(job: Job) -> tuple[nn.Module, int, FloatArray]:
+    """Return the backbone of the parameters, its number of features and its embeddings, (n, d) in prepared order.
+
+    Raises:
+        DatasetError: they are missing, or those of another network.
+    """
+    section, prepared = job.params.train, job.prepared
+    backbone, num_features = load_backbone(section, prepared.size_hw, job.settings.home)
+    embedding_nd, facts = load_features(job.settings.features_dir, prepared)
+    where, todo = f"embeddings {job.settings.features_dir}", "Run `visionloop embed`."
+    if facts.weights_digest != compute_weights_digest(backbone) or embedding_nd.shape[1] != num_features:
+        found = f"are of another network ({facts.describe()}, weights {facts.weights_digest[:12]})"
+        raise DatasetError(where, found, f"those of {section.backbone} with train.weights: {section.weights}", todo)
+    if not np.isfinite(embedding_nd).all():
+        raise DatasetError(where, "have values that are not finite", "numbers", "Look at train.weights.")
+    return backbone, num_features, embedding_nd
+
+
+def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
+    """Build a classifier whose head lets the training images' embeddings vote: nothing is learned.
+
+    Raises:
+        DatasetError: there are no embeddings, or they are of other data or of another network.
+        ParamsError: more neighbours than training images.
+    """
+    started = time.perf_counter()
+    section, prepared = job.params.train, job.prepared
+    make_repeatable(section.seed)
+    backbone, num_features, embedding_nd = load_embeddings(job)
+    head = _make_neighbours(job, embedding_nd)
+    figures = _judge(job, head, embedding_nd)
+    seconds = time.perf_counter() - started
+    images_per_s = len(job.train_rows) / max(seconds, 1e-9)
+    speed = {"train/images_per_s": images_per_s, "train/epoch_s": seconds}
+    job.tracking.log_metrics(run_id, {**figures, **speed}, step=0)
+    report = _make_report(job, figures, images_per_s, seconds)
+    log_best(job.tracking, run_id, [report])
+    job.watcher.on_epoch(report)
+    classifier = Classifier(backbone, num_features, len(prepared.classes), task=prepared.task)
+    classifier.head = head  # type: ignore[assignment]
+    return classifier
+
+
+def _make_neighbours(job: Job, embedding_nd: FloatArray) -> NeighbourHead:
+    options, rows = job.params.train.neighbours, job.train_rows
+    # Where a training image is judged itself, it does not vote.
+    most = len(rows) - (1 if _judges_training(job) else 0)
+    if options.k > most:
+        raise ParamsError(
+            "params.yaml train.neighbours.k",
+            f"got {options.k} with {len(rows)} training images",
+            f"at most {most}",
+            "Edit the file, or add images.",
+        )
+    return NeighbourHead(
+        torch.from_numpy(embedding_nd[rows]),
+        torch.from_numpy(make_targets_nk(job.prepared, rows)),
+        task=job.prepared.task,
+        num_neighbours=options.k,
+        metric=options.metric,
+        vote=options.vote,
+        smoothing=options.smoothing,
+    )
+
+
+def make_targets_nk(prepared: Prepared, rows: IntArray) -> NDArray[np.uint8]:
+    """Return which classes some images have, 0 or 1."""
+    if prepared.targets_nk is not None:
+        return prepared.targets_nk[rows]
+    return np.eye(len(prepared.classes), dtype=np.uint8)[prepared.label_n[rows]]
+
+
+def _judges_training(job: Job) -> bool:
+    return job.params.train.on == "all" or job.params.train.monitor.startswith("train/")
+
+
+def _judge(job: Job, head: NeighbourHead, embedding_nd: FloatArray) -> dict[str, float]:
+    """Return the figures of an epoch: of the validation side; of the training side, each image without its own vote."""
+    figures: dict[str, float] = {}
+    if len(job.val_rows):
+        figures |= _compute(job, head, embedding_nd, job.val_rows, None)
+    if _judges_training(job):
+        own_n = np.arange(len(job.train_rows))
+        found = _compute(job, head, embedding_nd, job.train_rows, own_n)
+        figures |= {f"train/{name}": found[f"val/{name}"] for name in ("loss", "accuracy")}
+    return figures
+
+
+def _compute(
+    job: Job, head: NeighbourHead, embedding_nd: FloatArray, rows: IntArray, own_n: IntArray | None
+) -> dict[str, float]:
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            own = None if own_n is None else torch.from_numpy(own_n[block])
+            parts.append(head(torch.from_numpy(embedding_nd[rows[block]]), own))
+    logits_nk, prepared = torch.cat(parts), job.prepared
+    units_nu = logits_nk[:, 1:] - logits_nk[:, :1] if prepared.task == "binary" else logits_nk
+    targets: Any = prepared.label_n if prepared.targets_nk is None else prepared.targets_nk
+    return compute_figures(units_nu, torch.from_numpy(targets[rows]), prepared.task)
+
+
+def _make_report(job: Job, figures: dict[str, float], images_per_s: float, seconds: float) -> EpochReport:
+    section = job.params.train
+    return EpochReport(
+        epoch=1,
+        max_epochs=1,
+        metrics=figures,
+        images_per_s=images_per_s,
+        seconds=seconds,
+        monitor=section.monitor,
+        best=figures[section.monitor],
+        wait=0,
+        patience=section.patience,
+        eta_s=0.0,
+    )

@@ -1,0 +1,160 @@
+"""Two ranks on this machine: near to one process; whatever is killed, nothing stays, and the same command goes on."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_train
+
+from visionloop.bundle import load_bundle
+from visionloop.training.fit import train
+from visionloop.training.launch import launch_train
+
+EPOCHS = 12
+NOW = "2026-01-01T00:00:00+00:00"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with prepared shapes; tests work on copies."""
+    return make_prepared_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace that two ranks trained without interruption."""
+    home = tmp_path_factory.mktemp("trained") / "ws"
+    shutil.copytree(prepared, home)
+    set_train(home, devices=2)
+    before = dict(os.environ)
+    note = launch_train(*open_parts(home), now=NOW, env={})
+    assert note is not None
+    assert note.bundle == load_bundle(home / "models" / "candidate").digest
+    assert list(read_runs(home)) == [note.run_id]
+    assert dict(os.environ) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return home
+
+
+def start(home: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "visionloop", "train"],
+        cwd=home,
+        env=make_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_epoch(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Read until an epoch is told; return the ranks, in their order."""
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith("epoch "):
+            ranks = {}
+            for child in psutil.Process(process.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    ranks[child.environ().get("RANK")] = child
+            return [ranks["0"], ranks["1"]]
+    raise AssertionError("".join(told) + (process.stderr.read() if process.stderr else ""))
+
+
+def find_processes(home: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("VISIONLOOP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def wait_until_none_is_left(home: Path, *, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while found := find_processes(home):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def test_two_ranks_are_near_to_one_process(trained: Path, prepared: Path, tmp_path: Path) -> None:
+    home = tmp_path / "ws"
+    shutil.copytree(prepared, home)
+    note = train(*open_parts(home), now=NOW)
+    alone = read_runs(home)[note.run_id].data
+    (together,) = (one.data for one in read_runs(trained).values())
+    assert together.tags["visionloop.world_size"] == "2"
+    assert alone.tags["visionloop.world_size"] == "1"
+    for name, most in (("train/loss", 0.05), ("val/loss", 0.15), ("val/accuracy", 0.1)):
+        assert abs(together.metrics[name] - alone.metrics[name]) < most, name
+
+
+def test_whatever_is_killed_nothing_stays_and_the_same_command_goes_on(
+    trained: Path, prepared: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "ws"
+    shutil.copytree(prepared, home)
+    set_train(home, devices=2)
+    run_ids = [kill_a_rank(home), press_ctrl_c(home), kill_the_parent(home)]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(home, *torchrun, "-m", "visionloop", "train", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on from epoch") == 1
+    assert "epoch   1/" not in done.stdout
+    assert {*run_ids, find_run(done.stdout)} == {run_ids[0]}
+    assert [one.info.status for one in read_runs(home).values()] == ["FINISHED"]
+    theirs, ours = (load_bundle(each / "models" / "candidate") for each in (trained, home))
+    assert ours.files == theirs.files
+
+
+def kill_a_rank(home: Path) -> str:
+    process = start(home)
+    _, second = wait_for_epoch(process)
+    second.kill()
+    stopped = time.monotonic()
+    _, stderr = process.communicate(timeout=90)
+    assert time.monotonic() - stopped < 60
+    assert process.returncode == 2
+    assert stderr.startswith(
+        f"error: rank 1 of 2: was killed by SIGKILL (process {second.pid}); expected all to go on."
+    )
+    assert stderr.rstrip().endswith("The same command goes on from the last finished epoch.")
+    assert stderr.count("\n") == 1
+    assert find_processes(home) == []
+    ((run_id, one),) = read_runs(home).items()
+    assert one.info.status == "FAILED"
+    return run_id
+
+
+def press_ctrl_c(home: Path) -> str:
+    process = start(home)
+    wait_for_epoch(process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stdout + stderr
+    assert "; the same command goes on from epoch " in stdout
+    assert find_processes(home) == []
+    ((run_id, one),) = read_runs(home).items()
+    assert one.info.status == "KILLED"
+    return run_id
+
+
+def kill_the_parent(home: Path) -> str:
+    process = start(home)
+    ranks = wait_for_epoch(process)
+    process.kill()
+    process.wait(timeout=10)
+    psutil.wait_procs(ranks, timeout=15)
+    wait_until_none_is_left(home, within_s=15)
+    assert not (home / "models" / "candidate").exists()
+    (run_id,) = read_runs(home)
+    return run_id

@@ -1,0 +1,136 @@
+"""Training in workers of a Ray cluster of two nodes on this machine: the figures of DDP, also after a kill."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from shapes import make_prepared_workspace, open_parts, read_runs, set_train
+
+from visionloop.bundle import load_bundle
+from visionloop.errors import ParamsError, TrainingError
+from visionloop.training.launch import launch_train
+from visionloop.training.watch import EpochReport, Watcher
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+
+EPOCHS = 12
+NOW = "2026-01-01T00:00:00+00:00"
+NUM_NODES = 2
+
+
+class Listener(Watcher):
+    """Keeps what was told; `then` is called at each epoch."""
+
+    def __init__(self, then: Any = None) -> None:
+        self.lines: list[str] = []
+        self.reports: list[EpochReport] = []
+        self.then = then
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self.reports.append(report)
+        if self.then:
+            self.then(report)
+
+
+@pytest.fixture(scope="module")
+def cluster_address() -> Iterator[str]:
+    """Two nodes of one core each. Their sockets want a short path, so the folder is not pytest's."""
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    (Path(folder) / "ray").mkdir()
+    os.environ["RAY_TMPDIR"] = folder
+    quiet = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
+    try:
+        cluster.add_node(**quiet)
+        yield cluster.address
+    finally:
+        del os.environ["RAY_TMPDIR"]
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with prepared shapes; tests work on copies."""
+    return make_prepared_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
+
+
+def open_with_ray(home: Path, address: str) -> Any:
+    with (home / "params.yaml").open("a") as file:
+        file.write(f"compute: {{address: '{address}'}}\n")
+    set_train(home, strategy="ray", num_nodes=NUM_NODES)
+    return open_parts(home)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
+    prepared: Path, tmp_path: Path, cluster_address: str
+) -> None:
+    here, there = tmp_path / "ddp", tmp_path / "ray"
+    shutil.copytree(prepared, here)
+    shutil.copytree(prepared, there)
+    set_train(here, devices=NUM_NODES)
+    launch_train(*open_parts(here), now=NOW, env={})
+    parts = open_with_ray(there, cluster_address)
+
+    def kill(report: EpochReport) -> None:
+        if report.epoch == 1:
+            workers = [p for p in psutil.process_iter() if is_worker(p)]
+            assert len(workers) == NUM_NODES
+            workers[1].kill()
+
+    with pytest.raises(
+        TrainingError, match=r"^rank [01] of 2 on Ray: is gone: its process was killed.*The same command goes on"
+    ) as caught:
+        launch_train(*parts, now=NOW, watcher=Listener(kill), env={})
+    assert "\n" not in str(caught.value)
+    assert not [p for p in psutil.process_iter() if is_worker(p)]
+
+    listener = Listener()
+    note = launch_train(*parts, now=NOW, watcher=listener, env={})
+    assert note is not None
+    assert note.bundle == load_bundle(there / "models" / "candidate").digest
+    (ddp,) = read_runs(here).values()
+    (on_ray,) = read_runs(there).values()
+    assert on_ray.info.run_id == note.run_id
+    assert on_ray.info.status == "FINISHED"
+    assert on_ray.data.tags["visionloop.world_size"] == "2"
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1"):
+        assert on_ray.data.metrics[name] == pytest.approx(ddp.data.metrics[name], abs=1e-4), name
+    epochs = [report.epoch for report in listener.reports]
+    assert epochs[0] > 1
+    assert epochs == list(range(epochs[0], EPOCHS + 1))
+    assert any(line.startswith("going on from epoch") for line in listener.lines)
+    assert not ray.is_initialized()
+    assert not (there / ".visionloop" / "ray").exists()
+
+
+def test_an_error_of_the_workers_comes_back_as_it_was(prepared: Path, tmp_path: Path, cluster_address: str) -> None:
+    home = tmp_path / "ws"
+    shutil.copytree(prepared, home)
+    path = home / "params.yaml"
+    path.write_text(path.read_text().replace("small_cnn", "resnet81"))
+    with pytest.raises(TrainingError, match=r"train\.backbone: got 'resnet81'") as caught:
+        launch_train(*open_with_ray(home, cluster_address), now=NOW, env={})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ParamsError, match=r"got 1 on 9 nodes, and the Ray cluster has 2 nodes with 2 cores and 0 GPUs"):
+        settings, params, store, tracking = open_parts(home)
+        many = params.model_copy(update={"train": params.train.model_copy(update={"num_nodes": 9})})
+        launch_train(settings, many, store, tracking, now=NOW, env={})

@@ -1,0 +1,207 @@
+"""similar, map and suspects on real embeddings: the matches, the page, turned labels found and put right by ingest."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import make_bundle
+from PIL import Image
+from shapes import PARAMS, make_environment, make_workspace, write_shapes
+from worlds import list_encoders
+
+from visionloop.bundle import load_bundle
+from visionloop.cli import main
+from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.prepare import prepare
+from visionloop.features.embed import embed
+from visionloop.features.table import Table
+from visionloop.forget import forget, resolve_images
+from visionloop.params import load_params
+from visionloop.settings import load_settings
+from visionloop.store import open_store
+
+FROZEN = PARAMS.replace("EPOCHS", "1").replace("max_epochs", "way: frozen, max_epochs")
+NUM_TURNED = 12
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """A workspace of shapes of which some bear the other's label, embedded; and the names of those files."""
+    folder = tmp_path_factory.mktemp("seeing")
+    write_shapes(folder / "photos", 80)
+    files = {name: sorted((folder / "photos" / name).iterdir()) for name in ("disc", "ring")}
+    rng = np.random.default_rng(0)
+    turned = set()
+    for name, other in (("disc", "ring"), ("ring", "disc")):
+        for i in rng.choice(80, NUM_TURNED // 2, replace=False):
+            path = files[name][i].rename(folder / "photos" / other / f"was-{name}-{i}.png")
+            turned.add(f"{other}/{path.name}")
+    home = make_workspace(folder / "ws", number=0)
+    (home / "params.yaml").write_text(FROZEN)
+    settings = load_settings({}, home)
+    params, store = load_params(settings.params_path), open_store(settings.store_url)
+    prepare(settings, params, store)
+    embed(settings, params, store)
+    return home, turned
+
+
+@pytest.fixture
+def home(made: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made[0], tmp_path / "ws")
+    shutil.copytree(made[0].parent / "photos", tmp_path / "photos")
+    for name, value in make_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path / "ws")
+    return tmp_path / "ws"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """Run a command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_data(page: str) -> dict[str, object]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    data: dict[str, object] = json.loads(found.group(1))
+    return data
+
+
+def test_turned_labels_are_found_and_ingest_puts_them_right(
+    made: tuple[Path, set[str]], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turned = made[1]
+    assert run(monkeypatch, "suspects", "--top", "24") == 0
+    said = capsys.readouterr().out
+    assert "train.weights is none" in said
+    path = home / "suspects" / "corrections.csv"
+    rows = read_rows(path)
+    assert list(rows[0]) == ["sha256", "old", "new", "score", "side", "origin"]
+    assert [float(r["score"]) for r in rows] == sorted((float(r["score"]) for r in rows), reverse=True)
+    right = [r for r in rows if r["origin"].partition(":")[2] in turned]
+    assert len(right) >= 0.8 * NUM_TURNED
+    assert all(r["new"] == re.search(r"was-(\w+)-", r["origin"])[1] for r in right)  # type: ignore[index]
+    with Image.open(home / "suspects" / "suspects.png") as picture:
+        assert picture.width > 800
+        assert np.asarray(picture).std() > 10
+    # What a person does: keep the lines that are right, name the file, ingest.
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *(line for line in lines[1:] if "was-" in line)]))
+    (home / "params.yaml").write_text(FROZEN + "ingest: {corrections: suspects/corrections.csv}\n")
+    assert run(monkeypatch, "ingest", "../photos") == 0
+    settings = load_settings({}, home)
+    records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
+    assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
+    assert load_pin(settings.pin_path).version == 2
+
+
+def test_an_edited_corrections_file_is_never_overwritten(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "suspects").mkdir()
+    (home / "suspects" / "corrections.csv").write_text("mine")
+    assert run(monkeypatch, "suspects") == 2
+    assert "is there already, perhaps edited; expected a folder without it" in capsys.readouterr().err
+    assert (home / "suspects" / "corrections.csv").read_text() == "mine"
+    assert run(monkeypatch, "suspects", "--out", "review", "--top", "3") == 0
+    assert len(read_rows(home / "review" / "corrections.csv")) == 3
+
+
+def test_similar_finds_a_file_itself_first_and_draws_the_matches(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = sorted((home.parent / "photos" / "disc").iterdir())[0]
+    assert run(monkeypatch, "similar", str(photo), "--k", "5", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    matches = answer["queries"][0]["matches"]
+    assert len(matches) == 5
+    assert matches[0]["sha256"] == answer["queries"][0]["sha256"]
+    assert matches[0]["distance"] == pytest.approx(0, abs=1e-5)
+    assert [m["distance"] for m in matches] == sorted(m["distance"] for m in matches)
+    assert not (home / ".visionloop" / "features").exists()
+    digits = matches[0]["sha256"][:10]
+    assert run(monkeypatch, "similar", digits, str(photo), "--k", "4", "--out", "out/like.png") == 0
+    said = capsys.readouterr().out
+    assert said.count("the same file") == 1, "an image of the dataset is not among its own matches"
+    assert f"{matches[1]['sha256'][:12]}" in said
+    with Image.open(home / "out" / "like.png") as picture:
+        assert picture.width > 5 * 150
+
+
+def test_similar_says_what_it_cannot_use(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for argument, words in [
+        (str(tmp_path / "text.jpg"), "is not an image we read"),
+        (str(tmp_path / "empty.png"), "empty.png"),
+        ("nowhere.png", "nowhere.png: does not exist; expected an image file, or 8 digits or more of a sha256"),
+        ("0123456789", "is no image of the prepared dataset, and no file"),
+        ("..", "is a folder"),
+    ]:
+        assert run(monkeypatch, "similar", argument) == 2
+        assert words in capsys.readouterr().err
+    assert run(monkeypatch, "similar", "..", "--encoder", "champion") == 2
+    assert "has no champion" in capsys.readouterr().err
+
+
+def test_a_bundle_is_an_encoder_too(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
+    digest = load_bundle(home / "models" / "candidate").digest
+    photo = sorted((home.parent / "photos" / "ring").iterdir())[0]
+    assert run(monkeypatch, "similar", str(photo), "--encoder", "candidate", "--k", "200") == 0
+    said = capsys.readouterr().out
+    assert f"encoder: linear of bundle {digest[:12]} at 32 x 32" in said
+    assert len(list_encoders(open_store(load_settings({}, home).store_url))) == 2
+    assert len(re.findall(r"^  \d\.\d{4}  ", said, re.MULTILINE)) == 160, "all there are"
+
+
+def test_the_map_holds_every_image_and_loads_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
+    assert "40 of 160 have a thumbnail" in capsys.readouterr().out
+    page = (home / "map.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|@import|url\(""", page)
+    assert "default-src 'none'" in page
+    data = read_data(page)
+    assert data["classes"] == ["disc", "ring"]
+    assert (len(data["sha256_n"]), len(data["origins"]), len(data["thumbs"])) == (160, 160, 40)  # type: ignore[arg-type]
+    before = page
+    assert run(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
+    assert (home / "map.html").read_text() == before
+
+
+def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "map", "--method", "pca", "--thumbnails", "0") == 0
+    assert run(monkeypatch, "suspects", "--top", "5") == 0
+    settings = load_settings({}, home)
+    store = open_store(settings.store_url)
+    gone, *kept = [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")]
+    (encoder,) = list_encoders(store)
+    wanted = resolve_images(store, "shapes", [gone], [])
+    done = forget(settings, store, "shapes", wanted, now="2026-01-01T00:00:00+00:00", by="me", why="asked")
+    assert sum("embedding table" in what for what in done.removed) == 1
+    _, has_n = Table(store, encoder).lookup([gone, *kept])
+    assert has_n.tolist() == [False, True, True, True, True]
+    assert not (home / "features").exists()
+    assert not (home / ".visionloop" / "features" / "map.html").exists()
+    assert not (home / "suspects" / "suspects.png").exists()
+    assert [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")] == kept

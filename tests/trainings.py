@@ -1,0 +1,236 @@
+"""Workspaces that train in this process: shapes prepared without a command, an MLflow in memory, networks that fail."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from shapes import write_shapes
+from torch import Tensor, nn
+
+from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
+from visionloop.data.prepare import prepare
+from visionloop.networks import backbones
+from visionloop.params import Params, load_params
+from visionloop.records import ImageRecord, RunNote
+from visionloop.settings import Settings, load_settings
+from visionloop.store import ObjectStore, open_store
+from visionloop.tracking import Tracking
+from visionloop.training.fit import Outcome, learn, make_job, train
+from visionloop.training.job import Job
+from visionloop.training.watch import EpochReport, Watcher
+
+NOW = "2026-01-01T00:00:00+00:00"
+PARAMS: dict[str, Any] = {
+    "name": "shapes",
+    "embed": {"batch_size": 500},
+    "prepare": {"image_size": 32},
+    "train": {
+        "backbone": "small_cnn",
+        "max_epochs": 4,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "patience": 50,
+        "precision": "fp32",
+    },
+    "evaluate": {"resamples": 200},
+}
+
+
+class MemoryTracking:
+    """An MLflow in memory: runs with params, tags, figures by step, artifacts by name."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, Any]] = {}
+
+    @property
+    def only(self) -> dict[str, Any]:
+        (run,) = self.runs.values()
+        return run
+
+    def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        if run_id not in self.runs:
+            run_id = f"{len(self.runs) + 1:032x}"
+            self.runs[run_id] = {"params": dict(params), "tags": dict(tags), "metrics": {}, "artifacts": []}
+        self.runs[run_id]["status"] = "RUNNING"
+        return run_id
+
+    def find_tagged_run(self, tag: str, value: str) -> str | None:
+        return next((run_id for run_id, run in self.runs.items() if run["tags"].get(tag) == value), None)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        self.runs[run_id]["params"] |= params
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        self.runs[run_id]["metrics"].setdefault(step, {}).update(metrics)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        assert path.exists()
+        names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
+        self.runs[run_id]["artifacts"] += [f"{folder}/{name}" for name in names]
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self.runs[run_id]["tags"] |= tags
+
+    def close_run(self, run_id: str, status: str = "FINISHED") -> None:
+        self.runs[run_id]["status"] = status
+
+
+class Ear(Watcher):
+    """Keeps what it is told. `stop_at` raises after that epoch, as Ctrl-C there would."""
+
+    wants_pictures = False
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.epochs: list[EpochReport] = []
+        self.stop_at = stop_at
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self.epochs.append(report)
+        if report.epoch == self.stop_at:
+            raise KeyboardInterrupt
+
+    def said(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A workspace with prepared shapes, and how to train in it from here."""
+
+    settings: Settings
+    params: Params
+    store: ObjectStore
+    tracking: Any = field(default_factory=MemoryTracking)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the one training that is there."""
+        (folder,) = self.settings.work_dir("train").glob("*/checkpoints")
+        return folder
+
+    def with_train(self, **keys: Any) -> "Place":
+        """Return the same place with other keys in `train`."""
+        return replace(self, params=replace_train(self.params, **keys))
+
+    def with_mlflow(self) -> "Place":
+        """Return the same place with a real MLflow (SQLite) behind it."""
+        settings = self.settings
+        return replace(self, tracking=Tracking(settings.tracking_uri, settings.artifact_root, self.params.name))
+
+    def make_job(self, watcher: Watcher | None = None) -> Job:
+        return make_job(
+            self.settings, self.params, self.store, self.tracking, code_digest="", watcher=watcher or Watcher()
+        )
+
+    def learn(self, watcher: Watcher | None = None, *, work: Path | None = None) -> Outcome:
+        """Train without a bundle, in a work folder that stays."""
+        work = work or self.settings.work_dir("train") / "learn"
+        work.mkdir(parents=True, exist_ok=True)
+        run_id = self.tracking.open_run("run", run_id=f"{1:032x}", tags={}, params={})
+        return learn(self.make_job(watcher), work, run_id)
+
+    def train(self, watcher: Watcher | None = None, *, code: str = "") -> RunNote:
+        """Run the whole stage. `code`: the digest of the code, which the command adds to the inputs."""
+        return train(self.settings, self.params, self.store, self.tracking, now=NOW, code_digest=code, watcher=watcher)
+
+
+def replace_train(params: Params, **keys: Any) -> Params:
+    """Return the params with other keys in `train`, validated."""
+    return params.model_copy(update={"train": type(params.train)(**{**params.train.model_dump(), **keys})})
+
+
+def make_place(
+    home: Path,
+    *,
+    counts: Mapping[str, tuple[int, int, int]] | None = None,
+    store_url: str | None = None,
+    size: int = 32,
+    **train_keys: Any,
+) -> Place:
+    """Make a workspace: `counts` is the number of images of each class for train, val and test."""
+    counts = counts or {"disc": (24, 8, 4), "ring": (24, 8, 4)}
+    home.mkdir(parents=True, exist_ok=True)
+    values = {**PARAMS, "prepare": {"image_size": size}, "train": {**PARAMS["train"], **train_keys}}
+    (home / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    settings = load_settings({"VISIONLOOP_STORE": store_url} if store_url else {}, home)
+    store = open_store(settings.store_url)
+    records = [record for name, numbers in counts.items() for record in _make_records(home, store, name, numbers)]
+    records.sort(key=lambda record: record.sha256)
+    facts: dict[str, Any] = {"num_added": len(records), "split": {}, "rejected": None, "num_rejected": 0}
+    version = make_version("shapes", None, records, records, created_at="2026-01-01T00:00:00Z", **facts)
+    assert commit_version(store, version, records)
+    write_pin(settings.pin_path, make_pin(version))
+    params = load_params(settings.params_path)
+    prepare(settings, params, store)
+    return Place(settings, params, store)
+
+
+def _make_records(home: Path, store: ObjectStore, name: str, numbers: tuple[int, int, int]) -> Iterator[ImageRecord]:
+    seed = int.from_bytes(name.encode()[:3], "big")
+    folder = write_shapes(home / "photos", sum(numbers), seed=seed, classes=(name,)) / name
+    sides = [side for side, number in zip(("train", "val", "test"), numbers, strict=True) for _ in range(number)]
+    for path, side in zip(sorted(folder.glob(f"{seed}-*.png")), sides, strict=True):
+        data = path.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        store.put(make_image_key(sha256), data)
+        yield ImageRecord(
+            sha256=sha256,
+            labels=(name,),
+            sources=("shapes",),
+            origins=(path.name,),
+            ordinal=0,
+            group=None,
+            key=sha256,
+            side=side,
+            captured_at=None,
+            width=40,
+            height=40,
+            format="PNG",
+            num_bytes=len(data),
+            phash="",
+        )
+
+
+class Tiny(nn.Module):
+    """A backbone of a few hundred weights. `fault(features, images, is_training)` may change or refuse its output."""
+
+    def __init__(self, fault: Any = None) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16)
+        )
+        self.fault = fault
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        features_nd: Tensor = self.features(images_nchw)
+        return self.fault(features_nd, images_nchw, self.training) if self.fault else features_nd
+
+
+@contextmanager
+def registered(fault: Any = None, name: str = "tiny") -> Iterator[str]:
+    """Let `train.backbone` know a network that fails as `fault` says."""
+    backbones.OWN[name] = lambda size_hw: Tiny(fault)
+    try:
+        yield name
+    finally:
+        del backbones.OWN[name]
+
+
+def same_weights(ours: Outcome, theirs: Outcome) -> bool:
+    """Say whether two trainings ended in the same bits."""
+    a, b = ours.classifier.state_dict(), theirs.classifier.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,131 @@
+"""Nearest neighbours and their votes, against scikit-learn; lengths of 0, NaN, fewer images than neighbours."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics.pairwise import cosine_distances
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+
+from visionloop.errors import DatasetError
+from visionloop.features.neighbours import (
+    Metric,
+    Vote,
+    compute_votes,
+    compute_votes_of_others,
+    find_neighbours,
+    find_other_neighbours,
+    to_targets,
+)
+
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(300, 16)).astype(np.float32)
+QUERY = RNG.normal(size=(40, 16)).astype(np.float32)
+LABELS = RNG.integers(0, 3, 300)
+CASES: list[tuple[Metric, Vote]] = [
+    ("cosine", "uniform"),
+    ("cosine", "distance"),
+    ("euclidean", "uniform"),
+    ("euclidean", "distance"),
+]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_neighbours_are_those_of_scikit_learn(metric: Any) -> None:
+    distance_mk, row_mk = find_neighbours(QUERY, TABLE, 7, metric)
+    theirs = NearestNeighbors(n_neighbors=7, algorithm="brute", metric=metric).fit(TABLE).kneighbors(QUERY)
+    np.testing.assert_array_equal(row_mk, theirs[1])
+    np.testing.assert_allclose(distance_mk, theirs[0], atol=1e-5)
+    assert (np.diff(distance_mk, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize(("metric", "vote"), CASES)
+def test_votes_are_those_of_scikit_learn(metric: Metric, vote: Vote) -> None:
+    distance_mk, row_mk = find_neighbours(QUERY, TABLE, 5, metric)
+    ours = compute_votes(distance_mk, to_targets(LABELS, 3)[row_mk], vote)
+    model = KNeighborsClassifier(5, algorithm="brute", metric=metric, weights=vote).fit(TABLE, LABELS)
+    np.testing.assert_allclose(ours, model.predict_proba(QUERY), atol=1e-4)
+
+
+def test_a_neighbour_at_distance_0_votes_alone() -> None:
+    target_mkc = to_targets(np.array([0, 1, 1]), 2)[None]
+    assert compute_votes(np.array([[0.0, 0.1, 0.1]]), target_mkc, "distance").tolist() == [[1.0, 0.0]]
+    assert compute_votes(np.array([[0.0, 0.1, 0.1]]), target_mkc, "uniform") == pytest.approx(
+        np.array([[1 / 3, 2 / 3]])
+    )
+
+
+def test_several_labels_vote_for_each_of_their_classes() -> None:
+    target_mkc = np.array([[[1, 1, 0], [0, 1, 0]]], np.uint8)
+    assert compute_votes(np.array([[0.2, 0.2]]), target_mkc).tolist() == [[0.5, 1.0, 0.0]]
+
+
+def test_fewer_images_than_neighbours_gives_all_of_them() -> None:
+    distance_mk, row_mk = find_neighbours(QUERY[:2], TABLE[:3], 10)
+    assert sorted(row_mk[0]) == [0, 1, 2]
+    assert distance_mk.shape == (2, 3)
+    assert find_other_neighbours(TABLE[:3], 10)[1].shape == (3, 2)
+
+
+def test_a_vector_of_length_0_is_at_distance_1_from_everything() -> None:
+    table = TABLE[:5].copy()
+    table[2] = 0
+    query = np.stack([np.zeros(16, np.float32), table[0], -table[0]])
+    distance_mk, row_mk = find_neighbours(query, table, 5)
+    expected = cosine_distances(query, table)
+    np.testing.assert_allclose(distance_mk, np.sort(expected, axis=1), atol=1e-6)
+    np.testing.assert_allclose(distance_mk[0], 1.0)
+    assert row_mk[1, 0] == 0
+    assert distance_mk[2].max() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_huge_and_tiny_vectors_keep_their_direction(scale: float) -> None:
+    far = find_neighbours((QUERY * np.float32(scale)).astype(np.float32), TABLE, 3)
+    np.testing.assert_array_equal(far[1], find_neighbours(QUERY, TABLE, 3)[1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    broken = TABLE.copy()
+    broken[3, 4] = value
+    with pytest.raises(DatasetError, match="1 vectors of the table are not finite"):
+        find_neighbours(QUERY, broken, 3)
+    with pytest.raises(DatasetError, match="1 queries are not finite"):
+        find_neighbours(broken, TABLE, 3)
+
+
+def test_an_empty_table_other_lengths_and_no_neighbours_are_refused() -> None:
+    with pytest.raises(DatasetError, match="there is no image to search in"):
+        find_neighbours(QUERY, TABLE[:0], 3)
+    with pytest.raises(DatasetError, match=r"shape \(40, 8\) for a table of shape \(300, 16\)"):
+        find_neighbours(QUERY[:, :8], TABLE, 3)
+    with pytest.raises(DatasetError, match="got k = 0; expected 1 or more"):
+        find_neighbours(QUERY, TABLE, 0)
+    with pytest.raises(DatasetError, match="1 image has no other"):
+        find_other_neighbours(TABLE[:1], 3)
+
+
+def test_no_query_gives_no_neighbours() -> None:
+    distance_mk, row_mk = find_neighbours(QUERY[:0], TABLE, 3)
+    assert distance_mk.shape == row_mk.shape == (0, 3)
+
+
+def test_an_image_is_never_its_own_neighbour_even_among_equal_ones() -> None:
+    table = np.concatenate([np.repeat(TABLE[:1], 6, axis=0), TABLE[:20]])
+    _, row_nk = find_other_neighbours(table, 4)
+    assert not (row_nk == np.arange(len(table))[:, None]).any()
+    assert all(len(set(rows)) == 4 for rows in row_nk.tolist())
+    assert set(row_nk[0]) <= {1, 2, 3, 4, 5, 6}
+
+
+def test_votes_of_others_leave_an_image_itself_out() -> None:
+    # Two groups; one image of the first is labelled as the second: alone it would outvote its neighbours.
+    table = np.concatenate([RNG.normal([5, 0], 0.1, (20, 2)), RNG.normal([0, 5], 0.1, (20, 2))]).astype(np.float32)
+    labels = np.array([0] * 20 + [1] * 20)
+    labels[4] = 1
+    votes_nc = compute_votes_of_others(table, to_targets(labels, 2), 5)
+    assert votes_nc.shape == (40, 2)
+    assert votes_nc[4, 1] == 0.0
+    assert votes_nc.sum(axis=1) == pytest.approx(np.ones(40))
+    assert (votes_nc.argmax(axis=1) == np.array([0] * 20 + [1] * 20)).all()

@@ -1,0 +1,101 @@
+"""Keys set in the text of params.yaml: comments, order and layout stay; what cannot be changed safely is refused."""
+
+import pytest
+
+from visionloop.errors import ParamsError
+from visionloop.params import load_params
+from visionloop.params.edit import make_scalar, set_keys
+
+TEXT = """\
+# mine
+name: pets # the name
+
+train:   # how it learns
+  way: frozen
+  learning_rate: 2.0e-3 # found by hand
+  patience: 5
+
+  neighbours: {k: 5}  # few
+gate:
+  alpha: 0.05
+"""
+
+
+def test_a_value_is_replaced_and_nothing_else() -> None:
+    changed = set_keys(TEXT, {"train.learning_rate": 0.00012})
+    assert changed == TEXT.replace("2.0e-3 # found", "0.00012 # found")
+
+
+def test_a_missing_key_becomes_the_last_of_its_section() -> None:
+    changed = set_keys(TEXT, {"train.batch_size": 16, "train.weight_decay": 1e-05})
+    added = "  neighbours: {k: 5}  # few\n  batch_size: 16\n  weight_decay: 1.0e-05\ngate:"
+    assert added in changed
+    assert changed.replace("  batch_size: 16\n  weight_decay: 1.0e-05\n", "") == TEXT
+
+
+def test_keys_in_brackets_and_below_each_other() -> None:
+    changed = set_keys(TEXT, {"train.neighbours.k": 9, "train.neighbours.vote": "distance"})
+    assert changed == TEXT.replace("{k: 5}", "{k: 9, vote: distance}")
+    flow = "name: pets\ntrain: {way: scratch}\n"
+    assert set_keys(flow, {"train.neighbours.k": 7}) == "name: pets\ntrain: {way: scratch, neighbours: {k: 7}}\n"
+    assert set_keys("name: pets\ntrain: {}\n", {"train.seed": 1}) == "name: pets\ntrain: {seed: 1}\n"
+
+
+def test_a_section_that_is_missing_or_empty() -> None:
+    assert set_keys("name: pets\n", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
+    assert set_keys("name: pets", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
+    assert set_keys("name: pets\ntrain:\n", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
+    nested = set_keys("name: pets\n", {"train.neighbours.k": 3})
+    assert nested == "name: pets\ntrain:\n  neighbours:\n    k: 3\n"
+
+
+def test_windows_line_ends_stay() -> None:
+    text = TEXT.replace("\n", "\r\n")
+    assert set_keys(text, {"train.patience": 7}) == text.replace("patience: 5", "patience: 7")
+
+
+def test_a_null_is_replaced_and_written() -> None:
+    text = "name: pets\ntrain:\n  clip_norm:\n  seed: 1\n"
+    assert set_keys(text, {"train.clip_norm": 2.5}) == text.replace("clip_norm:", "clip_norm: 2.5")
+    assert set_keys(text, {"train.seed": 2, "train.clip_norm": None}).endswith("seed: 2\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: pets\ntrain: &a\n  seed: 1\ngate: *a\n", "name: pets\ntrain: 5\n", "name: pets\ntrain: {seed: [1,\n 2]}\n"],
+    ids=["alias", "no-section", "list"],
+)
+def test_what_cannot_be_changed_safely_is_refused_with_what_to_write(text: str) -> None:
+    with pytest.raises(ParamsError, match=r"cannot be changed safely; .*Write by hand: train\.seed: 3"):
+        set_keys(text, {"train.seed": 3})
+
+
+def test_a_value_that_params_refuse_is_refused() -> None:
+    with pytest.raises(ParamsError, match=r"params\.yaml train\.learning_rate: got 99"):
+        set_keys(TEXT, {"train.learning_rate": 99})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e-05, "1.0e-05"),
+        (2.5e-07, "2.5e-07"),
+        (0.001, "0.001"),
+        (16, "16"),
+        (None, "null"),
+        ("none", "none"),
+        (True, "true"),
+        ("5", "'5'"),
+    ],
+)
+def test_scalars_read_back_as_what_they_were(value: object, text: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from visionloop.params.yaml12 import parse_yaml
+
+    assert make_scalar(value) == text
+    assert parse_yaml(f"a: {text}") == {"a": value}
+
+
+def test_the_result_is_read_by_load_params(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "params.yaml"
+    path.write_text(set_keys(TEXT, {"train.learning_rate": 1e-05}))
+    assert load_params(path).train.learning_rate == 1e-05

@@ -1,0 +1,121 @@
+"""What a model says: probabilities, answers and confidence, for each task."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import make_bundle, make_card, make_image
+
+from visionloop.bundle import load_bundle, seal_bundle
+from visionloop.errors import BundleError
+from visionloop.predictor import (
+    Outputs,
+    Predictor,
+    check_card,
+    choose_classes,
+    compute_confidence,
+    name_choices,
+    sigmoid,
+    softmax,
+)
+from visionloop.records import Card, canonical_json
+
+PROBS_NK = np.array([[0.9, 0.6, 0.2], [0.4, 0.1, 0.3]], np.float32)
+SEVERAL = make_card(task="multilabel")
+
+
+def test_sigmoid_is_exact_far_out_and_warns_of_nothing() -> None:
+    with np.errstate(all="raise", under="ignore"):
+        found = sigmoid(np.array([[-1000.0, -2.0, 0.0, 2.0, 1000.0]], np.float32))
+    assert found.dtype == np.float32
+    assert found[0].tolist() == pytest.approx([0.0, 0.1192029, 0.5, 0.8807970, 1.0])
+
+
+def test_of_several_labels_each_has_its_threshold() -> None:
+    chosen_nk = choose_classes(PROBS_NK, SEVERAL)
+    assert chosen_nk.tolist() == [[True, True, False], [False, False, False]]
+    tuned = replace(SEVERAL, thresholds={"c": 0.2, "b": 0.7, "a": 0.4})  # by name, whatever the order
+    assert choose_classes(PROBS_NK, tuned).tolist() == [[True, False, True], [True, False, True]]
+    without = replace(SEVERAL, thresholds=None)
+    assert choose_classes(PROBS_NK, without).tolist() == chosen_nk.tolist()
+
+
+def test_of_one_label_the_likeliest_or_the_one_above_the_threshold() -> None:
+    assert choose_classes(PROBS_NK, make_card()).tolist() == [0, 0]
+    binary = replace(make_card(("no", "yes")), threshold=0.3)
+    assert choose_classes(np.array([[0.69, 0.31], [0.71, 0.29]]), binary).tolist() == [1, 0]
+
+
+def test_confidence_is_the_probability_of_the_answer() -> None:
+    assert compute_confidence(PROBS_NK, np.array([1, 2])).tolist() == pytest.approx([0.6, 0.3])
+    chosen_nk = np.array([[True, True, False], [False, False, False]])
+    expected = [0.9 * 0.6 * 0.8, 0.6 * 0.9 * 0.7]
+    assert compute_confidence(PROBS_NK, chosen_nk).tolist() == pytest.approx(expected)
+
+
+def test_names_of_choices() -> None:
+    assert name_choices(np.array([2, 0]), "abc") == [("c",), ("a",)]
+    assert name_choices(np.array([[True, False, True], [False] * 3]), "abc") == [("a", "c"), ()]
+
+
+def test_answers_of_a_multilabel_bundle(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "single", seed=3)
+    make_bundle(tmp_path / "several", seed=3, task="multilabel")
+    single, several = (Predictor.load(tmp_path / name, threads=1) for name in ("single", "several"))
+    images = [make_image(seed) for seed in range(40)]
+    logits_nk = single.run(np.stack([single.decode(data, "x") for data in images])).logits_nk
+    answers = several.predict(images)
+    for answer, logits_k in zip(answers, logits_nk, strict=True):
+        probs_k = 1 / (1 + np.exp(-logits_k.astype(float)))
+        assert list(answer.probabilities.values()) == pytest.approx(probs_k, abs=1e-6)
+        assert answer.labels == tuple(np.array(list("abc"))[probs_k >= 0.5])
+        assert answer.prediction == "|".join(answer.labels)
+        assert answer.confidence == pytest.approx(np.maximum(probs_k, 1 - probs_k).prod(), abs=1e-6)
+    assert {len(answer.labels or ()) for answer in answers} == {0, 1, 2, 3}
+    assert list(answers[0].to_json()) == ["prediction", "probabilities", "confidence", "labels"]
+    assert list(single.predict(images[:1])[0].to_json()) == ["prediction", "probabilities", "confidence"]
+
+
+def test_temperature_softens_each_label(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b", task="multilabel")
+    card = load_bundle(tmp_path / "b").card
+    (tmp_path / "b" / "card.json").write_bytes(canonical_json(replace(card, temperature=4.0).to_json()))
+    seal_bundle(tmp_path / "b")
+    outputs = Predictor.load(tmp_path / "b", threads=1).run(np.zeros((1, 32, 32, 3), np.uint8))
+    np.testing.assert_allclose(outputs.probs_nk, sigmoid(outputs.logits_nk / 4), rtol=1e-6)
+    assert not np.allclose(outputs.probs_nk, softmax(outputs.logits_nk / 4))
+
+
+def test_a_card_of_before_there_were_thresholds_is_read() -> None:
+    value = make_card(("no", "yes")).to_json()
+    del value["thresholds"]
+    card = Card.from_json(value)
+    assert (card.task, card.threshold, card.thresholds) == ("binary", 0.5, None)
+    check_card(card, "card")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (
+            replace(SEVERAL, task="detection"),
+            "has the task 'detection'; expected one of binary, multiclass, multilabel",
+        ),
+        (
+            replace(SEVERAL, thresholds={"a": 0.5, "x": 0.5}),
+            "has thresholds for a, x; expected one for each of a, b, c",
+        ),
+        (replace(SEVERAL, thresholds={}), "has thresholds for nothing; expected one for each of a, b, c"),
+    ],
+)
+def test_a_card_that_cannot_be_answered_by_is_refused(card: Card, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        check_card(card, "bundle 0123")
+
+
+def test_no_image_has_no_answer(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b", task="multilabel")
+    predictor = Predictor.load(tmp_path / "b", threads=1)
+    empty = np.zeros((0, 3), np.float32)
+    assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32))) == []

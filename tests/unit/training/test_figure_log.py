@@ -1,0 +1,74 @@
+"""Figures on their way to an MLflow that cannot be reached for a while."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visionloop.errors import TrackingError
+from visionloop.training import figure_log
+from visionloop.training.figure_log import FigureLog
+
+
+class Flaky:
+    """An MLflow that is down while `down`."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.got: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        if self.down:
+            raise TrackingError("MLflow http://host", "cannot be used (refused)", "a reachable MLflow")
+        self.got.append((step, dict(metrics)))
+
+
+def make_log(work: Path, tracking: Any, told: list[str]) -> FigureLog:
+    return FigureLog(work, tracking, "run", told.append)
+
+
+def test_figures_are_sent_later_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure_log, "TRY_EVERY_S", 0.0)
+    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    log = make_log(tmp_path, tracking, told)
+    log.add(0, {"a": 0.0})
+    tracking.down = True
+    log.add(1, {"a": 1.0})
+    log.add(2, {"a": 2.0})
+    assert told == ["MLflow cannot be reached; training goes on, its figures are sent later (cannot be used (refused))"]
+    tracking.down = False
+    log.add(3, {"a": 3.0})
+    assert tracking.got == [(step, {"a": float(step)}) for step in range(4)]
+    assert told[1:] == ["MLflow can be reached again: all figures are there"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_process_could_not_send_the_next_one_does(tmp_path: Path) -> None:
+    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    tracking.down = True
+    log = make_log(tmp_path, tracking, told)
+    log.add(0, {"a": 0.5, "b": float("inf")})
+    with pytest.raises(TrackingError):
+        log.send()
+    again = make_log(tmp_path, tracking, told)
+    tracking.down = False
+    again.add(0, {"a": 0.25})  # the same epoch, learned once more
+    assert tracking.got == [(0, {"a": 0.25})]
+
+
+def test_a_server_that_is_down_is_not_waited_for_each_epoch(tmp_path: Path) -> None:
+    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    tracking.down = True
+    log = make_log(tmp_path, tracking, told)
+    log.add(0, {"a": 0.0})
+    tracking.down = False
+    log.add(1, {"a": 1.0})
+    assert tracking.got == [], "the next try is half a minute later"
+    assert [step for step, _ in make_log(tmp_path, tracking, told).unsent] == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[["x", {}]]', "[[1, 2]]"])
+def test_a_damaged_note_is_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "unsent.json").write_text(text)
+    assert make_log(tmp_path, Flaky(), []).unsent == []
