@@ -36,7 +36,7 @@ demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a s
 
 test: check ## check, then every test
 	@$(TIDY) $(BIN)/python -m pytest -n 2 tests/unit
-	@$(TIDY) $(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore=tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
 
 check: $(STAMP) ## lint, format, types, import rules, dead code, code.json
 	@$(BIN)/ruff check --quiet .

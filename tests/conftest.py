@@ -4,6 +4,8 @@ pytest puts this folder on the path, so that tests can `from fakes import make_b
 """
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,36 @@ os.environ.update(QUIET_TOOLS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [n for n in os.environ if n in FOREIGN or n.startswith("VISIONLOOP_")]:
     del os.environ[name]
+
+
+# Those that take longest begin first: the last of them would else run alone.
+SLOW = (
+    "kills",
+    "ray_train",
+    "own_images",
+    "ddp",
+    "readme",
+    "flow_errors",
+    "training_kills",
+    "training",
+    "all_backbones",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first (`--no-loadscope-reorder` keeps it so)."""
+    places = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_environment() -> Iterator[None]:
+    """Put the environment back after each file: entry points that run in this process set the tools' variables."""
+    before, folder = dict(os.environ), tempfile.tempdir
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    tempfile.tempdir = folder
 
 
 @pytest.fixture

@@ -32,8 +32,17 @@ STAGE_MODULES = {
     "evaluate": "visionloop.evaluation.evaluate",
     "gate": "visionloop.promotion.decide",
 }
-# What these modules do cannot change a result: messages, places, MLflow, locks.
-NOT_IN_CODE = frozenset({"visionloop.errors", "visionloop.settings", "visionloop.tracking", "visionloop.workfolder"})
+# What these modules do, and those below them, cannot change a result: messages, places, MLflow, locks, pictures.
+NOT_IN_CODE = (
+    "visionloop.errors",
+    "visionloop.settings",
+    "visionloop.tracking",
+    "visionloop.workfolder",
+    "visionloop.training.plots",
+    "visionloop.training.samples",
+    "visionloop.training.views",
+    "visionloop.training.watch",
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def _digest_modules(root: str, known: dict[str, tuple[str, list[str]]]) -> str:
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        if name in sources or name in NOT_IN_CODE:
+        if name in sources or name.startswith(NOT_IN_CODE):
             continue
         if name not in known:
             path = _find_source(name)

@@ -62,7 +62,7 @@ def test_demo_ends_with_a_champion_that_answers(demo: Demo) -> None:
     assert metrics["accuracy"]["value"] >= 0.97
     assert metrics["accuracy"]["low"] < metrics["accuracy"]["value"] < metrics["accuracy"]["high"]
     for step in ("ingest", "prepare", "train", "evaluate", "gate", "register", "promote", "ask"):
-        assert re.search(rf"^\[\d/8\] {step}:", demo.output, flags=re.M), step
+        assert re.search(rf"^\[\d/9\] {step}:", demo.output, flags=re.M), step
     assert len(re.findall(r"^ asked: a \d +\d \(\d", demo.output, flags=re.M)) == 3
     assert re.search(r"gate: first +pass: no champion yet", demo.output)
     assert re.search(r"model +version 1, bundle [0-9a-f]{12}", demo.output)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -159,14 +160,19 @@ if __name__ == "__main__":
 
 
 def test_processes_that_read_end_with_a_killed_training(tmp_path: Path) -> None:
+    """In a workspace with a long path, too: the folder for sockets is below it."""
     make_prepared(tmp_path)
+    (long := tmp_path / ("long" * 20)).mkdir()
     code = READ_FOREVER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "TMPDIR": str(long)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    (alarm := threading.Timer(60, process.kill)).start()
     try:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) >= 2
     finally:
+        alarm.cancel()
         process.kill()
         process.wait()
     until = time.monotonic() + 5

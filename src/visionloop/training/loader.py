@@ -5,9 +5,12 @@ are augmented on the CPU faster than one core can, or lie on a slow disk. Either
 """
 
 import os
+import shutil
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import process, util
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from visionloop.lifetime import die_with_parents
 from visionloop.training.batches import Batch, Batches
 from visionloop.training.rows import BatchRows
 
+# A Unix socket's path has 107 characters at most, of which Python's part takes 18.
+MAX_FOLDER = 89
 AHEAD = 2  # batches in memory besides the one that is learned from (of each process)
 
 
@@ -81,6 +86,7 @@ class Loader:
 
 
 def _make_processes(batches: Batches, sampler: BatchRows, workers: int, pinned: bool) -> DataLoader[Batch]:
+    _keep_sockets_short()
     return DataLoader(
         batches,
         batch_size=None,
@@ -92,6 +98,15 @@ def _make_processes(batches: Batches, sampler: BatchRows, workers: int, pinned: 
         worker_init_fn=_EndWith(os.getpid()),
         generator=torch.Generator(),  # else each epoch would take a number from the one that dropout draws from
     )
+
+
+def _keep_sockets_short() -> None:
+    """Let the processes meet in a short folder: in a long one (TMPDIR) they would wait for each other for ever."""
+    if len(util.get_temp_dir()) > MAX_FOLDER:
+        folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+        config: Any = process.current_process()._config  # type: ignore[attr-defined]
+        config["tempdir"] = folder  # where `get_temp_dir` keeps it, also for those that are started
+        util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
 
 
 class _EndWith:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_table import make_prepared
+from test_embedding_table import make_prepared
 
 from visionloop.errors import DatasetError
 from visionloop.features import projection
