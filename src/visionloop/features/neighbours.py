@@ -17,6 +17,10 @@ DoubleArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 BLOCK = 4096
+SCORE_BYTES = 64 * 1024 * 1024
+MAX_QUERIES = 512
+MARGIN = 8  # candidates beyond k
+GROUP = 64
 
 
 def find_neighbours(
@@ -25,8 +29,7 @@ def find_neighbours(
     """Return distances and rows of the table, (m, k) each, nearest first; equally near ones by their row.
 
     All n where k is larger. Cosine: 1 - cos, between 0 and 2; a vector of length 0 is at distance 1 from everything.
-    Searched as the Euclidean distance of vectors scaled to length 1, whose half square it is: the same order, and
-    scikit-learn has a fast path for it that it has not for cosine.
+    Searched as the Euclidean distance of vectors scaled to length 1, whose half square it is: the same order.
 
     Raises:
         DatasetError: the table is empty, the vectors differ in length, or hold values that are not finite.
@@ -123,15 +126,50 @@ def _scale(vectors: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
 
 
 def _search(query_md: FloatArray, table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
-    """Return Euclidean distances and rows, by scikit-learn: exact, in blocks, with flat memory."""
-    from sklearn.neighbors import NearestNeighbors
+    """Return Euclidean distances and rows, in blocks of flat memory.
 
+    One matrix product in fp32 finds a few more candidates than k; their distances are then computed in double precision
+    from the differences. Where more images than that lie equally near, to fp32, which of them are found is open.
+    """
     if not len(query_md):
         return np.zeros((0, k)), np.zeros((0, k), np.int64)
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="euclidean").fit(np.ascontiguousarray(table_nd))
-    distance_mk, row_mk = search.kneighbors(np.ascontiguousarray(query_md))
-    order = np.lexsort((row_mk, distance_mk), axis=1)
-    return (
-        np.take_along_axis(distance_mk, order, axis=1).astype(np.float64),
-        np.take_along_axis(row_mk, order, axis=1).astype(np.int64),
-    )
+    center_d = table_nd.mean(axis=0)  # the same distances, with less rounding
+    query_md, table_nd = query_md - center_d, table_nd - center_d
+    size = min(MAX_QUERIES, max(1, SCORE_BYTES // (4 * len(table_nd))))
+    half_n = np.einsum("nd,nd->n", table_nd, table_nd) / 2
+    found = [_search_block(query_md[i : i + size], table_nd, half_n, k) for i in range(0, len(query_md), size)]
+    return np.concatenate([d for d, _ in found]), np.concatenate([r for _, r in found])
+
+
+def _search_block(
+    query_md: FloatArray, table_nd: FloatArray, half_n: FloatArray, k: int
+) -> tuple[DoubleArray, IntArray]:
+    # |q - t|^2 / 2 = |q|^2 / 2 - (q t - |t|^2 / 2): the nearest has the largest of the last term.
+    score_mn = query_md @ table_nd.T
+    score_mn -= half_n
+    row_mk = _choose_largest(score_mn, min(k + MARGIN, len(table_nd)))
+    difference_mkd = query_md[:, None].astype(np.float64) - table_nd[row_mk]
+    distance_mk = np.sqrt(np.einsum("mkd,mkd->mk", difference_mkd, difference_mkd))
+    order = np.lexsort((row_mk, distance_mk), axis=1)[:, :k]
+    return np.take_along_axis(distance_mk, order, axis=1), np.take_along_axis(row_mk, order, axis=1)
+
+
+def _choose_largest(score_mn: FloatArray, number: int) -> IntArray:
+    """Return the columns of the largest scores of each row, (m, number), in any order.
+
+    They lie in those groups of columns that have the largest maxima: only these are looked through.
+    """
+    num_groups = score_mn.shape[1] // GROUP
+    if num_groups <= number:
+        return _partition(score_mn, number)
+    grouped = score_mn[:, : num_groups * GROUP].reshape(len(score_mn), num_groups, GROUP)
+    group_mg = _partition(grouped.max(axis=2), number)
+    rest = np.arange(num_groups * GROUP, score_mn.shape[1])
+    column = (group_mg[:, :, None] * GROUP + np.arange(GROUP)).reshape(len(score_mn), -1)
+    column = np.hstack([column, np.broadcast_to(rest, (len(score_mn), len(rest)))])
+    chosen = _partition(np.take_along_axis(score_mn, column, axis=1), number)
+    return np.asarray(np.take_along_axis(column, chosen, axis=1))
+
+
+def _partition(score_mn: FloatArray, number: int) -> IntArray:
+    return np.argpartition(score_mn, -number, axis=1)[:, -number:]
