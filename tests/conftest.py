@@ -4,7 +4,9 @@ pytest puts this folder on the path, so that tests can `from fakes import make_b
 """
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,10 @@ import pytest
 from fakes import make_bundle
 
 from visionloop.settings import QUIET_TOOLS
+
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FOREIGN = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL")
 
