@@ -23,6 +23,7 @@ from visionloop.training.datamodule import check_world
 from visionloop.training.figures import check_monitor
 from visionloop.training.hardware import list_remarks, read_hardware
 from visionloop.training.job import Job, World, check_sides, choose_validation
+from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.memory import is_out_of_memory, load_plan
 from visionloop.training.mirror import announce, fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
@@ -185,6 +186,8 @@ def translate_error(exc: Exception) -> Exception:
     text = " ".join(str(exc).split())[:200]
     if is_out_of_memory(exc):
         return TrainingError("train", f"out of memory ({text})", "more of it", "Use a smaller network or image size.")
+    if "DataLoader worker" in text:  # raised by a signal handler of torch, wherever we were by then
+        return make_lost_reader_error(exc)
     if "more than 1 value per channel" in text:
         return TrainingError(
             "train",

@@ -48,15 +48,10 @@ class Loader:
             return
         try:
             yield from self._processes
-        except RuntimeError as exc:
-            if "DataLoader worker" not in str(exc):
+        except (RuntimeError, ConnectionError, EOFError) as exc:  # the latter when it goes while it hands a batch over
+            if isinstance(exc, RuntimeError) and "DataLoader worker" not in str(exc):
                 raise
-            raise TrainingError(
-                "reading training batches",
-                f"a process that reads them is gone ({str(exc).splitlines()[0][:160]})",
-                "memory for all of them, shared memory (/dev/shm) too",
-                "Set VISIONLOOP_LOADER_WORKERS to fewer, or to 0: a thread reads then.",
-            ) from exc
+            raise make_lost_reader_error(exc) from exc
 
     def close(self) -> None:
         """End the processes that read, if any. It can be iterated no more then."""
@@ -83,6 +78,16 @@ class Loader:
     def _read(self, key: Any) -> Batch:
         batch = self.batches[key]
         return Batch(*(t.pin_memory() if t is not None else None for t in batch)) if self.pinned else batch  # type: ignore[arg-type]
+
+
+def make_lost_reader_error(exc: Exception) -> TrainingError:
+    """Return the error of a process that reads and is gone."""
+    return TrainingError(
+        "reading training batches",
+        f"a process that reads them is gone ({str(exc).splitlines()[0][:160]})",
+        "memory for all of them, shared memory (/dev/shm) too",
+        "Set VISIONLOOP_LOADER_WORKERS to fewer, or to 0: a thread reads then.",
+    )
 
 
 def _make_processes(batches: Batches, sampler: BatchRows, workers: int, pinned: bool) -> DataLoader[Batch]:
