@@ -20,8 +20,8 @@ from commands import make_workspace, run_visionloop
 from epoch import IMAGENET_MEAN, IMAGENET_STD, make_photos
 from row import Row
 from visionloop.data.shards import Prepared, Shards, load_prepared
+from visionloop.features.embed import embed_prepared
 from visionloop.features.encoder import Encoder, make_encoder
-from visionloop.features.fill import embed_prepared
 from visionloop.features.table import Table
 from visionloop.params import Params, load_params
 from visionloop.records import Pin
@@ -123,7 +123,7 @@ def compute_cosine(encoder: Encoder, settings: Settings, prepared: Prepared, nam
     """Return the smallest cosine between our vectors and those of eager fp32, for the same weights and images."""
     import torch
 
-    from visionloop.networks.encoder import Encoder as Network
+    from visionloop.networks.export import Encoder as Network
     from visionloop.networks.weights import load_backbone
 
     images = prepared.read(np.arange(min(32, len(prepared.sha256_n))))

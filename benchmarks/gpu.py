@@ -73,8 +73,7 @@ def time_training(folder: Path, backbone: str, *, epochs: int, batch_size: int) 
     from visionloop.data.shards import load_prepared
     from visionloop.params import make_params
     from visionloop.training.fit import learn
-    from visionloop.training.hardware import read_hardware
-    from visionloop.training.job import Job
+    from visionloop.training.job import Job, read_hardware
     from visionloop.training.watch import Watcher
 
     prepared = load_prepared(folder)

@@ -88,9 +88,9 @@ def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
     """Return the seconds of some epochs, training and validation, with neither Lightning's loop nor MLflow."""
     import torch
 
-    from visionloop.training.allocator import keep_memory
     from visionloop.training.datamodule import PreparedData
     from visionloop.training.groups import make_optimizer
+    from visionloop.training.loop import keep_memory
     from visionloop.training.ways import prepare_learning
 
     section = job.params.train

@@ -25,11 +25,10 @@ from prefect.states import Completed, State
 import shell
 import steps
 from visionloop import pipeline
-from visionloop.cli.context import Context, open_context
-from visionloop.promotion.decisions import latest_decision
-from visionloop.promotion.ledger import read_champion
+from visionloop.promotion.ledger import latest_decision, read_champion
 from visionloop.records import Decision
-from visionloop.summary import Summary
+from visionloop.words import Summary
+from visionloop.workspace import Context, open_context
 
 Result = TypeVar("Result")
 

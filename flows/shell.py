@@ -18,7 +18,7 @@ from prefect.states import State
 
 from visionloop.errors import BusyError, NotPromoted, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
-from visionloop.summary import Summary
+from visionloop.words import Summary
 
 LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 KEPT_LOGS = 30

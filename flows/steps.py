@@ -18,13 +18,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from visionloop import pipeline
-from visionloop.cli.context import Context, get_now, make_log_progress, open_context
-from visionloop.cli.ingest import describe_pull
-from visionloop.cli.models import describe_decision, get_user
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.lifetime import stop_process
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
+from visionloop.words import describe_decision, describe_pull, make_log_progress
+from visionloop.workspace import Context, get_now, get_user, open_context
 
 RETRIES = 2
 RETRY_DELAY_S = 4
@@ -120,7 +119,7 @@ def gate(home: str) -> dict[str, Any]:
 @step(name="register")
 def register(home: str) -> str:
     """Copy the bundle to the store and mirror it in MLflow; return the model version."""
-    from visionloop.promotion.register import register as run_register
+    from visionloop.promotion.promote import register as run_register
 
     context = open_context(Path(home))
     version = run_register(context.settings, context.params, context.store, context.tracking)

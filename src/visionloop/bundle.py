@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.errors import BundleError, ObjectMissing, shorten
-from visionloop.records import Card, canonical_json, compute_digest
+from visionloop.records import Card, RunNote, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
 DIGESTS = "digests.json"
@@ -168,3 +168,18 @@ def _all_nodes(nodes: Iterable[Any]) -> Iterable[Any]:
         yield node
         for attribute in node.attribute:
             yield from _all_nodes(attribute.g.node)
+
+
+def load_run_note(runs_dir: Path, bundle_digest: str) -> RunNote | None:
+    """Read the note of a bundle; None when this workspace did not train it (restored by dvc, or cloned).
+
+    Raises:
+        BundleError: the note is damaged.
+    """
+    path = runs_dir / f"{bundle_digest}.json"
+    try:
+        return RunNote.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise BundleError(f"run note {path.name}", "is damaged", "JSON of a run note", f"Delete {path}.") from exc

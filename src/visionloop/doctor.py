@@ -73,9 +73,8 @@ def _check_packages() -> Finding:
 
 
 def _check_processor(params: Params) -> Finding:
-    from visionloop.training.hardware import count_gpus, describe_precision, read_hardware
-    from visionloop.training.job import World
-    from visionloop.training.plan import describe_plan, plan_launch
+    from visionloop.training.job import World, count_gpus, describe_precision, read_hardware
+    from visionloop.training.ranks.launch import describe_plan, plan_launch
 
     section, gpus = params.train, count_gpus()
     hardware = read_hardware(section)

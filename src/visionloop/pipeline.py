@@ -39,7 +39,7 @@ NOT_IN_CODE = (
     "visionloop.tracking",
     "visionloop.workfolder",
     "visionloop.training.plots",
-    "visionloop.training.samples",
+    "visionloop.training.views.samples",
     "visionloop.training.views",
     "visionloop.training.watch",
 )

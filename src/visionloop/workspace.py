@@ -1,14 +1,24 @@
-"""`visionloop new`: a workspace of one's own, so that nobody forks the repository to train on their photos."""
+"""The workspace: a folder with params.yaml, opened once and passed on; and `visionloop new`, which makes one."""
 
+import getpass
+import os
 import shutil
 import subprocess
+import warnings
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visionloop.errors import SettingsError
-from visionloop.params import load_params
-from visionloop.pipeline import init_dvc, refresh_code
-from visionloop.settings import make_tool_folders
+from visionloop.settings import Settings, apply_tool_environment, load_settings, make_tool_folders
+
+if TYPE_CHECKING:
+    from visionloop.params import Params
+    from visionloop.store import ObjectStore
+    from visionloop.tracking import Tracking
+
 
 COMMON = {"dvc.yaml": "dvc.yaml", "gitignore": ".gitignore"}
 
@@ -42,6 +52,9 @@ def make_workspace(folder: Path, example: str, *, name: str | None = None) -> Pa
 
 
 def _fill(folder: Path, example: str, name: str | None) -> None:
+    from visionloop.params import load_params
+    from visionloop.pipeline import init_dvc, refresh_code
+
     make_tool_folders(folder)
     templates = resources.files("visionloop.examples")
     for source, target in COMMON.items():
@@ -56,3 +69,44 @@ def _fill(folder: Path, example: str, name: str | None) -> None:
     if not (folder / ".git").exists():
         subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=False, capture_output=True)
     init_dvc(folder)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One workspace, opened."""
+
+    settings: Settings
+    params: "Params"
+    store: "ObjectStore"
+    tracking: "Tracking"
+
+
+def open_context(start: Path | None = None) -> Context:
+    """Open the workspace at `start`, or around the current folder, and keep other tools inside it.
+
+    Raises:
+        SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
+    """
+    from visionloop.params import load_params
+    from visionloop.store import open_store
+    from visionloop.tracking import Tracking
+
+    settings = load_settings(os.environ, start or Path.cwd())
+    apply_tool_environment(settings.home)
+    warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
+    params = load_params(settings.params_path)
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+    return Context(settings, params, open_store(settings.store_url), tracking)
+
+
+def get_now() -> str:
+    """Return the time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def get_user() -> str:
+    """Return who runs this, for the ledger."""
+    try:
+        return os.environ.get("VISIONLOOP_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

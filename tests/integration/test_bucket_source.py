@@ -156,7 +156,7 @@ def proxy(endpoint_url: str, client: Any, monkeypatch: pytest.MonkeyPatch) -> It
     fill(client, "faulty", ["2024/cat/1.png", "2024/dog/1.png"])
     with serve_faults(endpoint_url) as proxy:
         point_to(monkeypatch, proxy.url, AWS_MAX_ATTEMPTS="1")
-        monkeypatch.setattr("visionloop.store.s3_connection.FIRST_PAUSE_S", 0.001)
+        monkeypatch.setattr("visionloop.store.s3.FIRST_PAUSE_S", 0.001)
         yield proxy
 
 

@@ -16,7 +16,7 @@ from trainings import Ear, MemoryTracking, Place, make_place
 from visionloop.errors import StoreError
 from visionloop.store import ObjectStore
 from visionloop.training import fit, mirror
-from visionloop.training.hardware import Hardware
+from visionloop.training.job import Hardware
 from visionloop.training.watch import EpochReport
 
 
@@ -107,7 +107,7 @@ def test_the_store_has_no_more_than_what_is_needed(stopped: Place) -> None:
 def test_a_damaged_object_is_said_and_the_one_before_is_used(
     stopped: Place, whole: str, s3: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visionloop.store.s3_connection.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("visionloop.store.s3.FIRST_PAUSE_S", 0.001)
     manifest = mirror._load_manifest(stopped.make_job())
     assert manifest is not None
     newest = f"{mirror._make_prefix(stopped.make_job())}/{manifest.entries[0].sha256}"

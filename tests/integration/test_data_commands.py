@@ -13,11 +13,11 @@ from versions import commit, store_image
 
 from visionloop.cli import main
 from visionloop.cli.pictures import choose_images
-from visionloop.cli.tables import describe_classes, describe_counts, format_bytes
 from visionloop.data.manifest import latest_version, list_versions, load_pin, load_version_records, make_image_key
 from visionloop.params import load_params
 from visionloop.records import Rejected
 from visionloop.store import LocalStore
+from visionloop.words import describe_classes, describe_counts, format_bytes
 
 PARAMS = """\
 name: pets # the name

@@ -15,7 +15,7 @@ from shapes import find_run, make_environment, make_prepared_workspace, open_par
 
 from visionloop.bundle import load_bundle
 from visionloop.training.fit import train
-from visionloop.training.launch import launch_train
+from visionloop.training.ranks.launch import launch_train
 
 EPOCHS = 12
 NOW = "2026-01-01T00:00:00+00:00"

@@ -8,8 +8,7 @@ from worlds import GOOD, POOR, make_world, write_bundle
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionError
 from visionloop.promotion.decide import gate
-from visionloop.promotion.decisions import latest_decision, require_passed
-from visionloop.promotion.ledger import append_entry
+from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
 from visionloop.records import Decision
 
 STATE = {"dataset": "d1", "params": "p1", "code": "c1"}

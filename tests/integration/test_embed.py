@@ -19,9 +19,8 @@ from visionloop.data.prepare import prepare
 from visionloop.data.shards import Prepared, Shards, load_prepared
 from visionloop.errors import DatasetError, ParamsError, TrainingError
 from visionloop.features import encoder as encoders
-from visionloop.features.embed import Embedded, embed
+from visionloop.features.embed import Embedded, choose_reader, embed, embed_prepared
 from visionloop.features.encoder import Encoder, choose_runtime, make_bundle_encoder, make_encoder
-from visionloop.features.fill import choose_reader, embed_prepared
 from visionloop.features.table import Table
 from visionloop.features.view import load_features
 from visionloop.params import load_params
@@ -223,8 +222,8 @@ def test_openvino_gives_the_same_vectors_and_reports_to_nobody(home: Path, tmp_p
 
 
 def test_the_torch_encoder_agrees_with_the_exported_one(home: Path) -> None:
-    from visionloop.networks.encoder import Encoder as Network
-    from visionloop.networks.encoder import TorchEncoder
+    from visionloop.networks.export import Encoder as Network
+    from visionloop.networks.export import TorchEncoder
     from visionloop.networks.weights import load_backbone
 
     settings = load_settings({}, home)

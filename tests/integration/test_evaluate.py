@@ -9,10 +9,10 @@ import pytest
 from sklearn import metrics as reference
 from worlds import GOOD, make_world
 
+from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation.evaluate import OUTS, evaluate
-from visionloop.evaluation.run_note import load_run_note
 from visionloop.predictor import Predictor
 
 

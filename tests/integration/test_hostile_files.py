@@ -15,7 +15,7 @@ from fakes import make_image
 from source_runs import Run, run_source
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.archives import directory as zip_directory
+from visionloop.ingest import zips as zip_directory
 
 PHOTO = make_image(1)
 LINK, DEVICE = 0o120777 << 16, 0o060666 << 16

@@ -219,7 +219,7 @@ def test_no_reason_tells_of_code_or_spans_lines(pulled: tuple[PullReport, LocalS
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     from visionloop.errors import ImageError
-    from visionloop.ingest.sources.item import read_file
+    from visionloop.ingest.item import read_file
 
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "a.jpg").chmod(0)

@@ -15,7 +15,7 @@ from http_server import Answer, Handler, WebServer, serve
 
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Reading
-from visionloop.ingest.web.download import Fetcher, make_fetcher
+from visionloop.web.download import Fetcher, make_fetcher
 
 # TRIP is the port of a listener on loopback that nobody may reach, SITE the host and port of one that is allowed.
 URLS = {
@@ -147,12 +147,12 @@ class World:
             self.site.host,
         ]
         reading = Reading(tmp_path, tmp_path, env)
-        return make_fetcher(reading, hosts, requests_per_s=1e6, **{"timeout_s": 2.0, **options})
+        return make_fetcher(reading.env, hosts, requests_per_s=1e6, **{"timeout_s": 2.0, **options})
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr("visionloop.ingest.web.download.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("visionloop.web.download.FIRST_WAIT_S", 0.001)
     look_up, connect = socket.getaddrinfo, socket.socket.connect
     with serve() as site, socket.create_server(("127.0.0.1", 0)) as listener:
         world = World(site, listener.getsockname()[1])

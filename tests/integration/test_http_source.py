@@ -25,7 +25,7 @@ MAX_BYTES = 1_000_000
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.ingest.web.download.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("visionloop.web.download.FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture

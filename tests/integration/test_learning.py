@@ -17,9 +17,8 @@ from visionloop.networks.backbones import make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train
 from visionloop.training.datamodule import Batch
-from visionloop.training.ema import compute_decay
 from visionloop.training.imbalance import choose_imbalance
-from visionloop.training.module import ClassifierModule
+from visionloop.training.module import ClassifierModule, compute_decay
 
 SIZE = 16
 EPOCHS = 4

@@ -11,17 +11,16 @@ import pytest
 from fastapi.testclient import TestClient
 from shapes import SHAPES, open_parts, read_runs, write_shape_sets
 
-from visionloop.batch import find_images, load_champion, predict_files
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.label_metrics import compute_label_metrics
 from visionloop.ingest.pull import PullReport, pull
+from visionloop.predict import find_images, load_champion, predict_files
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import gate
-from visionloop.promotion.promote import promote
-from visionloop.promotion.register import register
+from visionloop.promotion.promote import promote, register
 from visionloop.records import Decision, Interval, RunNote
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel

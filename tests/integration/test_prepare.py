@@ -14,7 +14,8 @@ import pytest
 from fakes import make_image
 from worlds import World, make_world
 
-from visionloop.data import chunks, layout
+from visionloop.data import chunks
+from visionloop.data import chunks as layout
 from visionloop.data import prepare as stage
 from visionloop.data.images import load_array
 from visionloop.data.manifest import (

@@ -8,8 +8,7 @@ from worlds import GOOD, POOR, FakeTracking, make_world, write_note
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, read_champion, read_history
-from visionloop.promotion.promote import compare_alias, mirror_alias, promote, rollback
-from visionloop.promotion.register import register
+from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
 
 NOW = "2026-02-03T04:05:06Z"
 

@@ -9,10 +9,8 @@ from worlds import GOOD, POOR, make_world
 from visionloop.errors import TrackingError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.promotion.decide import gate
-from visionloop.promotion.decisions import latest_decision
-from visionloop.promotion.ledger import read_champion, read_history
-from visionloop.promotion.promote import compare_alias, mirror_alias, promote, rollback
-from visionloop.promotion.register import register
+from visionloop.promotion.ledger import latest_decision, read_champion, read_history
+from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
 from visionloop.tracking import Tracking
 
 NOW = "2026-02-03T04:05:06Z"

@@ -7,10 +7,9 @@ import pytest
 import torch
 from trainings import Ear, Place, make_place, registered
 
-from visionloop.cli.rates import describe_sweep
+from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
-from visionloop.training.rate_finder import search_rate
-from visionloop.training.rate_sweep import make_rates
+from visionloop.training.rate_finder import make_rates, search_rate
 
 STEPS = 40
 

@@ -13,7 +13,7 @@ from shapes import make_prepared_workspace, open_parts, read_runs, set_train
 
 from visionloop.bundle import load_bundle
 from visionloop.errors import ParamsError, TrainingError
-from visionloop.training.launch import launch_train
+from visionloop.training.ranks.launch import launch_train
 from visionloop.training.watch import EpochReport, Watcher
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")

@@ -37,7 +37,7 @@ def proxy(shared_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultPro
     """The proxy, with nobody waiting between tries."""
     point_to(monkeypatch, shared_proxy.url)
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr("visionloop.store.s3_connection.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("visionloop.store.s3.FIRST_PAUSE_S", 0.001)
     shared_proxy.plan()
     return shared_proxy
 
@@ -166,7 +166,7 @@ def test_a_late_answer_is_asked_for_again(proxy: FaultProxy, store: S3Store, mon
     proxy.plan("delay")
     store.put("a/1", b"x")
     assert len(proxy.seen) == 1, "late, but in time"
-    monkeypatch.setattr("visionloop.store.s3_connection.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("visionloop.store.s3.READ_TIMEOUT_S", 0.2)
     hasty = S3Store("s3://pets/team")
     proxy.plan("delay")
     assert hasty.get("a/1") == b"x"

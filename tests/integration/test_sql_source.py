@@ -287,7 +287,7 @@ def test_rows_are_streamed_in_chunks_that_fit_in_memory(
     assert len(Result(database, tmp_path, "SELECT * FROM photos", chunk_rows=20).items) == 40
     assert asked == [4, 16, 20, 20]
     asked.clear()
-    monkeypatch.setattr("visionloop.ingest.database.rows.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("visionloop.ingest.database.CHUNK_BYTES", 3000)
     assert len(Result(database, tmp_path, "SELECT * FROM photos", chunk_rows=20).items) == 40
     assert max(asked) == 4
 

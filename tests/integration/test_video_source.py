@@ -14,9 +14,9 @@ from visionloop.ingest.pull import pull
 from visionloop.ingest.sources import Item, Reading, read_source
 from visionloop.ingest.video import clip as clip_module
 from visionloop.ingest.video import player as player_module
+from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
 from visionloop.ingest.video.sample import Job
-from visionloop.ingest.video.spool import Spool
 from visionloop.params import VideoSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings

@@ -12,7 +12,7 @@ from trainings import Ear, Place, make_place
 
 from visionloop.training.job import World
 from visionloop.training.views import make_views
-from visionloop.training.views.confusion import count_confusion
+from visionloop.training.views.steps import count_confusion
 from visionloop.training.watch import StepReport, Watcher
 
 
@@ -160,7 +160,7 @@ def test_several_labels_have_a_picture_of_what_was_found(tmp_path: Path) -> None
     from types import SimpleNamespace
 
     from visionloop.training.module import ClassifierModule
-    from visionloop.training.views.confusion import ConfusionView
+    from visionloop.training.views.steps import ConfusionView
 
     module = ClassifierModule.__new__(ClassifierModule)
     torch.nn.Module.__init__(module)

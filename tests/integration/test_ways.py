@@ -32,7 +32,7 @@ from visionloop.training.fit import make_job, train
 from visionloop.training.job import Job
 from visionloop.training.watch import EpochReport, Watcher
 from visionloop.training.ways import WAYS, prepare_learning
-from visionloop.training.ways.start import choose_start
+from visionloop.training.ways.network import choose_start
 
 NOW = "2026-01-01T00:00:00+00:00"
 CLASSES = ("bar", "disc", "ring")
@@ -162,7 +162,7 @@ def test_frozen_learns_the_head_that_passes_through_the_backbone_would_give(cham
     outputs = predictor.run_batches(prepared.read(rows))
     np.testing.assert_allclose(outputs.embedding_nd, embedding_nd[rows], atol=1e-4)
 
-    from visionloop.networks.weight_files import read_weights
+    from visionloop.networks.weight_sources import read_weights
 
     state = read_weights(home.settings.candidate_dir / "weights.safetensors")
     old = read_weights(home.folder / "weights.safetensors")

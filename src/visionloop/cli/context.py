@@ -4,50 +4,14 @@ import contextlib
 import json
 import os
 import sys
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visionloop.errors import VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
-from visionloop.settings import Settings, apply_tool_environment, load_settings
-
-if TYPE_CHECKING:
-    from visionloop.params import Params
-    from visionloop.store import ObjectStore
-    from visionloop.tracking import Tracking
-
-
-@dataclass(frozen=True)
-class Context:
-    """One workspace, opened."""
-
-    settings: Settings
-    params: "Params"
-    store: "ObjectStore"
-    tracking: "Tracking"
-
-
-def open_context(start: Path | None = None) -> Context:
-    """Open the workspace at `start`, or around the current folder, and keep other tools inside it.
-
-    Raises:
-        SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
-    """
-    from visionloop.params import load_params
-    from visionloop.store import open_store
-    from visionloop.tracking import Tracking
-
-    settings = load_settings(os.environ, start or Path.cwd())
-    apply_tool_environment(settings.home)
-    warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
-    params = load_params(settings.params_path)
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
-    return Context(settings, params, open_store(settings.store_url), tracking)
+from visionloop.settings import load_settings
+from visionloop.words import make_log_progress
+from visionloop.workspace import Context, open_context
 
 
 def open_stage(stage: str) -> tuple[Context, str]:
@@ -68,16 +32,6 @@ def close_stage(context: Context, stage: str) -> None:
     """Say how the result of a stage run by hand is kept."""
     if not os.environ.get("DVC_STAGE"):
         print(f"run by hand: `dvc commit -f {stage}` keeps this result, `dvc repro` would make it again")
-
-
-def get_now() -> str:
-    """Return the time, UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def describe_error(error: VisionLoopError) -> str:
-    """Return an error as one line."""
-    return f"{'not promoted' if error.exit_code == 3 else 'error'}: {error}"
 
 
 def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path) -> None:
@@ -117,28 +71,3 @@ def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
             print(flush=True)
 
     return show_and_end
-
-
-def make_log_progress(
-    verb: str, unit: str, tell: Callable[[str], None], *, every_s: float = 3.0
-) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that tells a line every few seconds, with the rate and the time left."""
-    started = last = 0.0
-    at_start = 0  # what was done before, by a run that was stopped, tells nothing of the rate
-
-    def show(done: int, total: int) -> None:
-        nonlocal started, last, at_start
-        now = time.perf_counter()
-        if not started:
-            started = last = now
-            at_start = done
-        if (done < total or not total) and now - last < every_s:
-            return
-        last = now
-        rate = (done - at_start) / max(now - started, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
-        of_all = f" of {total:,}" if total else ""
-        speed = f" ({rate:,.0f}/s{left})" if now - started > 0.01 else ""  # a rate of nothing at all is none
-        tell(f"{verb} {done:,}{of_all} {unit}{speed}")
-
-    return show

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import Context, make_progress, open_context
+from visionloop.cli.context import make_progress
+from visionloop.workspace import Context, open_context
 
 if TYPE_CHECKING:
     from visionloop.data.leaks import Leaks
@@ -121,9 +122,9 @@ def diff(
 
       visionloop datasets diff 1 --json
     """
-    from visionloop.cli.tables import describe_diff
     from visionloop.data.compare import compare_records
     from visionloop.data.manifest import latest_version, load_quarantine, load_version, load_version_records
+    from visionloop.words import describe_diff
 
     context = open_context()
     name = context.params.name
@@ -161,9 +162,9 @@ def export(
 
       visionloop datasets export 2 ~/pets-shards --format webdataset --side train --side val
     """
-    from visionloop.cli.tables import format_bytes
     from visionloop.data.export import export_version
     from visionloop.data.manifest import load_version_records
+    from visionloop.words import format_bytes
 
     context = open_context()
     version = _load_version(context, number)
@@ -190,7 +191,7 @@ def _describe_version(
     *,
     everything: bool,
 ) -> list[str]:
-    from visionloop.cli import tables
+    from visionloop import words as tables
     from visionloop.data.manifest import is_experiment
     from visionloop.data.tombstones import load_tombstones
     from visionloop.ingest.pull import NOT_UNUSABLE

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import Context, close_stage, make_progress, open_context, open_stage
+from visionloop.cli.context import close_stage, make_progress, open_stage
+from visionloop.workspace import Context, open_context
 
 if TYPE_CHECKING:
     from visionloop.data.shards import Prepared
@@ -221,7 +222,7 @@ def _choose_encoder(context: Context, prepared: "Prepared", name: EncoderName) -
 
 
 def _describe_matches(album: "Album", query: "Query", matches: "list[Match]") -> list[str]:
-    from visionloop.cli.tables import cut, fit
+    from visionloop.words import cut, fit
 
     lines = [f"{fit(query.name)}:"]
     for match in matches:
@@ -235,7 +236,7 @@ def _describe_matches(album: "Album", query: "Query", matches: "list[Match]") ->
 
 
 def _describe_suspects(album: "Album", suspects: "Any") -> list[str]:
-    from visionloop.cli.tables import cut, fit
+    from visionloop.words import cut, fit
 
     lines = [
         f"  {s.score:.2f}  {album.records[s.row].side:<5}  {album.records[s.row].sha256[:12]}"

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import get_now, open_context
-from visionloop.cli.models import get_user
+from visionloop.workspace import get_now, get_user, open_context
 
 if TYPE_CHECKING:
     from visionloop.forget import Everything, Wanted
@@ -38,9 +37,9 @@ def forget(
 
       visionloop forget
     """
-    from visionloop.cli.tables import fit
     from visionloop.forget import find_everything, resolve_images
     from visionloop.forget import forget as run_forget
+    from visionloop.words import fit
 
     context = open_context()
     settings, store, name = context.settings, context.store, context.params.name
@@ -79,7 +78,7 @@ def forget(
 
 def describe_wanted(name: str, wanted: "Wanted") -> list[str]:
     """Return the images, the first few one by one."""
-    from visionloop.cli.tables import fit
+    from visionloop.words import fit
 
     lines = []
     if wanted.records:

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import Context, get_now, make_progress, open_context
-from visionloop.cli.tables import describe_counts, describe_rejected
+from visionloop.cli.context import make_progress
+from visionloop.words import describe_pull
+from visionloop.workspace import Context, get_now, open_context
 
 if TYPE_CHECKING:
-    from visionloop.ingest.pull import PullReport
     from visionloop.params import Source
 
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
-
-
 What = Annotated[
     str | None,
     typer.Argument(
@@ -90,6 +88,8 @@ def ingest(
     for line in describe_pull(report):
         print(line)
     if text:
+        from visionloop.params.edit import write_params
+
         write_params(context.settings.params_path, text)
         print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
     elif what is not None:
@@ -145,36 +145,6 @@ def make_params_text(context: Context, source: "Source") -> str:
         value["path"] = path.relative_to(context.settings.home).as_posix()
     with context.settings.params_path.open(encoding="utf-8", newline="") as file:
         return add_source(file.read(), value)
-
-
-def write_params(path: Path, text: str) -> None:
-    """Replace params.yaml as a whole, keeping its mode; a link stays one."""
-    import shutil
-
-    path = path.resolve()
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with staged.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    shutil.copymode(path, staged)
-    os.replace(staged, path)
-
-
-def describe_pull(report: "PullReport") -> list[str]:
-    """Tell what a pull brought, in a few lines."""
-    from visionloop.ingest.pull import NOT_UNUSABLE
-
-    version = report.version
-    what = f"{report.num_added:,} new images" if report.changed else "nothing new"
-    if report.changed and not report.num_added:
-        what = "no new image, other labels"
-    lines = [f"dataset {version.name} version {report.pin.version}: {what}, {version.num_images:,} in all"]
-    if report.changed:
-        lines += describe_counts(version)
-    lines += describe_rejected(report.rejected, NOT_UNUSABLE)
-    if version.num_leaks:
-        what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"
-        lines.append(f"LEAK: {version.num_leaks:,} {what} between sides; see `visionloop datasets show`")
-    return lines
 
 
 def _check_alone(given: Mapping[str, object]) -> None:

@@ -1,17 +1,13 @@
 """Commands about models: gate, register, promote, rollback, history."""
 
-import getpass
-import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import get_now, open_context
 from visionloop.errors import NotPromoted
-
-if TYPE_CHECKING:
-    from visionloop.records import Decision
+from visionloop.words import describe_decision
+from visionloop.workspace import get_now, get_user, open_context
 
 MARKS = {True: "pass", False: "FAIL", None: "?   "}
 
@@ -39,15 +35,6 @@ def gate() -> None:
         raise NotPromoted("gate", f"the candidate is {decision.verdict}", "a passed gate", "See decisions/latest.json.")
 
 
-def describe_decision(decision: "Decision") -> list[str]:
-    """Tell a decision rule by rule."""
-    champion = decision.champion[:12] if decision.champion else "none"
-    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
-    width = max((len(r.rule) for r in decision.rules), default=0)
-    lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
-    return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
-
-
 @app.command()
 def register() -> None:
     """Copy a candidate that passed the gate to the store, and mirror it as an MLflow model version.
@@ -56,7 +43,7 @@ def register() -> None:
 
       visionloop register
     """
-    from visionloop.promotion.register import register as run_register
+    from visionloop.promotion.promote import register as run_register
 
     context = open_context()
     version = run_register(context.settings, context.params, context.store, context.tracking)
@@ -125,11 +112,3 @@ def history() -> None:
             f"{star} {entry.number:>4}  {at}  {entry.action:<8}  bundle {entry.bundle[:12]}"
             f"  model {entry.model_version:<4}  dataset {trained_on}  {entry.by}: {entry.why}"
         )
-
-
-def get_user() -> str:
-    """Return who runs this, for the ledger."""
-    try:
-        return os.environ.get("VISIONLOOP_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

@@ -2,21 +2,184 @@
 
 import itertools
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from visionloop.cli.app import app
+from visionloop.cli.progress import format_seconds
+from visionloop.errors import SettingsError, shorten
+from visionloop.tracking import Run
 
 if TYPE_CHECKING:
-    from visionloop.cli.context import Context
-    from visionloop.cli.run_tables import Marks
     from visionloop.tracking import Run
+    from visionloop.workspace import Context
 
+ID_CHARS = 8
+VALUE_CHARS = 28
+COMPARED = ("best/", "test/")
+HIDDEN_FIGURES = ("_low", "_high")
+NONE = "-"
 PLOTTED = ("train/loss", "val/loss", "val/accuracy", "val/f1", "val/map", "train/accuracy")
 MOST = 12
 Status = Literal["running", "finished", "failed", "killed"]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The bundles of the champion and of the candidate, by digest; None where there is none."""
+
+    champion: str | None
+    candidate: str | None
+
+    def of(self, run: Run) -> str:
+        """Return `champion`, `candidate`, both or nothing."""
+        bundle = run.tags.get("visionloop.bundle")
+        marks = {"champion": self.champion, "candidate": self.candidate}
+        return " ".join(name for name, digest in marks.items() if bundle and digest == bundle)
+
+
+COLUMNS: dict[str, Callable[[Run], Any]] = {
+    "started": lambda run: run.started_at,
+    "run": lambda run: run.run_id,
+    "way": lambda run: run.params.get("train.way"),
+    "backbone": lambda run: run.params.get("train.backbone"),
+    "data": lambda run: _to_number(run.tags.get("visionloop.dataset_version")),
+    "epochs": lambda run: run.metrics.get("epoch"),
+    "val accuracy": lambda run: get_best(run, "val/accuracy"),
+    "val loss": lambda run: get_best(run, "val/loss"),
+    "test accuracy": lambda run: run.metrics.get("test/accuracy"),
+    "time": lambda run: run.seconds,
+    "status": lambda run: run.status,
+}
+
+
+RISING = ("loss", "_s", "run", "way", "backbone", "time", "status")  # what ends so is sorted upwards
+
+
+def get_best(run: Run, name: str) -> float | None:
+    """Return a figure of the run's best epoch; of its last one while it runs, or if it was killed."""
+    return run.metrics.get(f"best/{name.replace('/', '_')}", run.metrics.get(name))
+
+
+def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
+    """Sort by a column or any figure, best or newest first; runs without a value come last.
+
+    Raises:
+        SettingsError: no run has such a figure, and no column is called so.
+    """
+
+    def read(run: Run) -> Any:
+        column = COLUMNS.get(by.replace("_", " "))
+        return column(run) if column else run.metrics.get(by)
+
+    having = [run for run in runs if read(run) is not None]
+    if runs and not having and by.replace("_", " ") not in COLUMNS:
+        names = {*COLUMNS, *(name for run in runs for name in run.metrics)}
+        raise SettingsError("--sort", f"got {by!r}", f"one of {shorten(sorted(names), 40)}", "Choose one of them.")
+    falls = not by.endswith(RISING)
+    return sorted(having, key=read, reverse=falls) + [run for run in runs if read(run) is None]
+
+
+def make_table(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
+    """Return the cells of all runs, the names of the columns first."""
+    rows = [[*COLUMNS, ""]]
+    for run in runs:
+        cells = {name: read(run) for name, read in COLUMNS.items()}
+        shown = [
+            run.started_at.astimezone().strftime("%Y-%m-%d %H:%M"),
+            run.run_id[:ID_CHARS],
+            *(str(cells[name] or NONE) for name in ("way", "backbone", "data")),
+            _format(cells["epochs"], "{:.0f}"),
+            *(_format(cells[name], "{:.4f}") for name in ("val accuracy", "val loss", "test accuracy")),
+            NONE if run.seconds is None else format_seconds(run.seconds),
+            run.status.lower(),
+        ]
+        rows.append([*shown, marks.of(run)])
+    return rows
+
+
+def compare_runs(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
+    """Return the cells of some runs side by side: what differs in their parameters, then their figures."""
+    rows = [["", *(run.run_id[:ID_CHARS] for run in runs)]]
+    rows.append(["started", *(run.started_at.astimezone().strftime("%Y-%m-%d %H:%M") for run in runs)])
+    rows.append(["status", *(" ".join(filter(None, (run.status.lower(), marks.of(run)))) for run in runs)])
+    rows.append(["dataset version", *(run.tags.get("visionloop.dataset_version", NONE) for run in runs)])
+    for key in list_differences([run.params for run in runs]):
+        rows.append([key, *(_cut(run.params.get(key, NONE)) for run in runs)])
+    for key in _list_figures(runs):
+        rows.append([key, *(_format_figure(run.metrics.get(key)) for run in runs)])
+    rows.append(["time", *(NONE if run.seconds is None else format_seconds(run.seconds) for run in runs)])
+    return rows
+
+
+def list_differences(params: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys whose values are not the same in all runs, in order."""
+    keys = sorted({key for one in params for key in one})
+    return [key for key in keys if len({one.get(key) for one in params}) > 1]
+
+
+def find_run(runs: Sequence[Run], asked: str, marks: Marks) -> Run:
+    """Return the run with an id that begins so, or the one of the `champion` or the `candidate`.
+
+    Raises:
+        SettingsError: there is none, or several.
+    """
+    if asked in {"champion", "candidate"}:
+        found = [run for run in runs if asked in marks.of(run).split()][:1]
+    else:
+        found = [run for run in runs if run.run_id.startswith(asked.lower())]
+    if len(found) == 1:
+        return found[0]
+    what = "no run of this experiment" if not found else f"{len(found)} runs begin so"
+    known = ", ".join(run.run_id[:ID_CHARS] for run in runs[:5]) or "none yet"
+    raise SettingsError(
+        f"run {asked!r}", what, "the first letters of a run id, `champion` or `candidate`", f"Newest: {known}."
+    )
+
+
+def to_json(run: Run, marks: Marks) -> dict[str, Any]:
+    """Return a run for machines."""
+    return {
+        "run_id": run.run_id,
+        "name": run.name,
+        "kind": run.kind,
+        "status": run.status,
+        "started_at": run.started_at.isoformat(timespec="seconds"),
+        "seconds": run.seconds,
+        "bundle": run.tags.get("visionloop.bundle"),
+        "marks": marks.of(run).split(),
+        "dataset_version": _to_number(run.tags.get("visionloop.dataset_version")),
+        "params": dict(sorted(run.params.items())),
+        "metrics": dict(sorted(run.metrics.items())),
+    }
+
+
+def _list_figures(runs: Sequence[Run]) -> list[str]:
+    names = {name for run in runs for name in run.metrics if name.startswith(COMPARED)}
+    return sorted(name for name in names if not name.endswith(HIDDEN_FIGURES))
+
+
+def _format(value: float | None, template: str) -> str:
+    return NONE if value is None else template.format(value)
+
+
+def _format_figure(value: float | None) -> str:
+    """Return four decimals; of whole and of very small numbers what there is to see."""
+    if value is None:
+        return NONE
+    return f"{value:g}" if value == round(value) > 1 else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."
+
+
+def _to_number(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
 
 
 @app.command()
@@ -42,7 +205,7 @@ def runs(
 
       visionloop runs 3f9a champion --out compared.png
     """
-    from visionloop.cli.context import open_context
+    from visionloop.workspace import open_context
 
     context = open_context()
     marks = read_marks(context)
@@ -59,7 +222,6 @@ def read_marks(context: "Context") -> "Marks":
     import contextlib
 
     from visionloop.bundle import load_bundle
-    from visionloop.cli.run_tables import Marks
     from visionloop.errors import VisionLoopError
     from visionloop.promotion.ledger import read_champion
 
@@ -74,8 +236,7 @@ def read_marks(context: "Context") -> "Marks":
 
 def show_all(found: "list[Run]", marks: "Marks", *, sort: str, as_json: bool) -> None:
     """Print the table, or its JSON."""
-    from visionloop.cli.run_tables import make_table, sort_runs, to_json
-    from visionloop.cli.tables import align
+    from visionloop.words import align
 
     ordered = sort_runs(found, sort)
     if as_json:
@@ -94,10 +255,9 @@ def compare(context: "Context", marks: "Marks", asked: list[str], *, out: Path |
         SettingsError: one of them is not there, or there are too many.
     """
     from visionloop.cli.pictures import write_picture
-    from visionloop.cli.run_tables import compare_runs, find_run, to_json
-    from visionloop.cli.tables import align
     from visionloop.errors import SettingsError
     from visionloop.training.plots import draw_overlay
+    from visionloop.words import align
 
     if len(asked) > MOST:
         raise SettingsError("visionloop runs", f"{len(asked)} runs", f"at most {MOST} to compare", "Name fewer.")

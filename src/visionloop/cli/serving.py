@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import die_with_guardian, make_progress, open_context
+from visionloop.cli.context import die_with_guardian, make_progress
+from visionloop.workspace import open_context
 
 if TYPE_CHECKING:
-    from visionloop.batch import FileAnswer
+    from visionloop.predict import FileAnswer
 
 BAR_CHARS = 20
 
@@ -31,7 +32,7 @@ def predict(
 
       visionloop predict photo.jpg --bundle models/candidate
     """
-    from visionloop.batch import find_images, load_champion, predict_files, write_answers
+    from visionloop.predict import find_images, load_champion, predict_files, write_answers
     from visionloop.predictor import Predictor
 
     context = open_context()

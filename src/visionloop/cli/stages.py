@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloop.cli.app import app
-from visionloop.cli.context import close_stage, get_now, make_progress, open_stage
+from visionloop.cli.context import close_stage, make_progress, open_stage
 from visionloop.cli.progress import format_seconds, is_first_rank, open_watcher
 from visionloop.tracking import mask_credentials
+from visionloop.workspace import get_now
 
 if TYPE_CHECKING:
-    from visionloop.cli.context import Context
     from visionloop.records import RunNote
+    from visionloop.workspace import Context
 
 
 @app.command()
@@ -51,7 +52,7 @@ def train() -> None:
     context, code_digest = open_stage("train")
     if is_first_rank(os.environ):
         print(f"loading torch to train {context.params.train.backbone} ...", flush=True)
-    from visionloop.training.launch import launch_train
+    from visionloop.training.ranks.launch import launch_train
 
     with open_watcher(os.environ) as watcher:
         note = launch_train(

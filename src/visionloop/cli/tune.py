@@ -1,4 +1,4 @@
-"""The command `tune`: tries other values for keys of `train`, and tells which did best."""
+"""The commands `tune` and `lr-find`: other values for keys of `train`, and a learning rate to begin with."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.progress import format_seconds
-from visionloop.cli.tune_progress import format_value, open_tune_watcher
+from visionloop.cli.progress import format_seconds, format_value, open_tune_watcher
 
 if TYPE_CHECKING:
+    from visionloop.training.rate_finder import Sweep
     from visionloop.training.study import Tuning
     from visionloop.training.watch import TrialReport
 
+
 SHOWN = 8
 BAR = 24
+ROWS = 13
 
 
 @app.command()
@@ -35,7 +37,7 @@ def tune(
 
       visionloop tune --show --save
     """
-    from visionloop.cli.context import open_context
+    from visionloop.workspace import open_context
 
     context = open_context()
     if not show:
@@ -67,7 +69,7 @@ def find_best_trial(reports: "Sequence[TrialReport]") -> "TrialReport | None":
 
 def describe_trials(reports: "Sequence[TrialReport]") -> list[str]:
     """Return the best trials as a table, best first, and how many there are of each kind."""
-    from visionloop.cli.tables import align
+    from visionloop.words import align
 
     counts = {state: sum(report.state == state for report in reports) for state in ("done", "pruned", "failed")}
     took = format_seconds(sum(report.seconds for report in reports))
@@ -122,9 +124,8 @@ def draw(tuning: "Tuning", reports: "Sequence[TrialReport]", *, logged: bool) ->
 
 def keep(params_path: Path, best: "TrialReport", *, save: bool) -> list[str]:
     """Return the lines for params.yaml, or write them there."""
-    from visionloop.cli.ingest import write_params
-    from visionloop.params.edit import set_keys
-    from visionloop.params.space import nest
+    from visionloop.params.edit import set_keys, write_params
+    from visionloop.params.train import nest
 
     head = f"best: trial {best.number}, {best.metric} {best.value:.4f}"
     if save:
@@ -146,4 +147,70 @@ def describe_section(section: Mapping[str, Any], indent: int = 0) -> list[str]:
             lines += [f"{' ' * indent}{key}:", *describe_section(value, indent + 2)]
         else:
             lines.append(f"{' ' * indent}{key}: {make_scalar(value)}")
+    return lines
+
+
+@app.command("lr-find")
+def lr_find(
+    *,
+    steps: Annotated[int, typer.Option(min=20, max=1000, help="Steps of the sweep, one batch each.")] = 100,
+    low: Annotated[float, typer.Option(min=1e-12, help="The rate of the first step.")] = 1e-6,
+    high: Annotated[float, typer.Option(max=100.0, help="The rate of the last step.")] = 1.0,
+) -> None:
+    """Look for a learning rate: train a little, at rates that rise with each step, and see where the loss falls.
+
+    The weights are thrown away: data, models and the work of a training stay as they are. The figure is
+    .visionloop/lr-find.png, and in MLflow.
+
+    Examples:
+
+      visionloop lr-find
+
+      visionloop lr-find --steps 300 --low 1e-5
+    """
+    from visionloop.cli.context import make_progress
+    from visionloop.cli.progress import LineWatcher, print_line
+    from visionloop.errors import SettingsError, TrainingError
+    from visionloop.workspace import open_context
+
+    if not low < high:
+        raise SettingsError("lr-find", f"got --low {low:g} and --high {high:g}", "low < high", "Change one of them.")
+    context = open_context()
+    section = context.params.train
+    print_line(f"loading torch to try {section.backbone} ({section.way}) ...")
+    from visionloop.training.fit import make_job
+    from visionloop.training.rate_finder import FIGURE, make_rates, search_rate
+
+    watcher = LineWatcher(print_line)
+    job = make_job(context.settings, context.params, context.store, context.tracking, code_digest="", watcher=watcher)
+    sweep, run_id = search_rate(job, make_rates(low, high, steps), on_step=make_progress("tried", "rates"))
+    for line in describe_sweep(sweep, steps):
+        print(line)
+    print(f"  figure  {(context.settings.hidden_dir / FIGURE).relative_to(context.settings.home)}, MLflow run {run_id}")
+    if sweep.suggestion is None:
+        raise TrainingError(
+            "lr-find",
+            f"the loss falls clearly at no rate from {low:g} to {sweep.rates_s[-1]:g}",
+            "a valley",
+            "Try more --steps, other --low and --high, or look whether the labels can be learned.",
+        )
+    print(f"params.yaml  train.learning_rate: {sweep.suggestion:g}   (now {section.learning_rate:g})")
+
+
+def describe_sweep(sweep: "Sweep", steps: int) -> list[str]:
+    """Return a small table: some of the rates with the smoothed loss, and the suggested one marked."""
+    import numpy as np
+
+    count = len(sweep.rates_s)
+    picks = set(np.linspace(0, count - 1, min(ROWS, count)).round().astype(int).tolist())
+    chosen = None
+    if sweep.suggestion is not None:
+        chosen = int(np.argmin(np.abs(np.log(sweep.rates_s / sweep.suggestion))))
+        picks = {pick for pick in picks if abs(pick - chosen) > 1} | {chosen}
+    lines = [f"{'rate':>10}  {'loss':>8}"]
+    for pick in sorted(picks):
+        mark = "  <- falls most steeply" if pick == chosen else ""
+        lines.append(f"{sweep.rates_s[pick]:>10.2g}  {sweep.smooth_s[pick]:>8.4f}{mark}")
+    if count < steps:
+        lines.append(f"{'':>10}  ended after {count} of {steps} steps: the loss exploded")
     return lines

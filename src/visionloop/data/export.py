@@ -1,4 +1,4 @@
-"""A dataset version as files that other tools read: folders with tables, or WebDataset shards. Same input, same bytes.
+"""A dataset version as files that other tools read: folders with tables, or WebDataset shards, safely named.
 
     folders     SIDE/CLASS/DIGEST-NAME.jpg  SIDE/metadata.jsonl  unlabelled/...  images.csv
     webdataset  SIDE-000000.tar ...  unlabelled-000000.tar ...  classes.json  images.csv
@@ -7,6 +7,9 @@ A `metadata.jsonl` is what Hugging Face's `imagefolder` reads beside each split:
 take the label "3" for a number and "NA" for nothing. `images.csv` is for people and all else.
 
 The target appears whole or not at all; what a stopped export has done is gone on with.
+
+Safe on every file system: ASCII letters, digits, `.`, `_`, `-` and space; all else is escaped as `%C3%A9`. No name
+leaves its folder, is hidden, or is one that Windows or Hugging Face's `datasets` take for something else.
 """
 
 import csv
@@ -14,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,13 +26,20 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.data.manifest import make_image_key
-from visionloop.data.names import make_file_name, make_folder_names
 from visionloop.errors import DatasetError, ObjectMissing, SettingsError
 from visionloop.parallel import map_parallel
 from visionloop.records import DatasetVersion, ImageRecord, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work
 
+MAX_FOLDER = 100
+MAX_STEM = 60
+_KEPT = re.compile(r"[A-Za-z0-9._ -]")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.I)
+# Hugging Face takes any folder on the way for a split that has such a word in it, between these separators.
+_SPLIT_WORD = re.compile(
+    r"(?:^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?=$|[-._ 0-9])"
+)
 FORMATS = ("folders", "webdataset")
 UNLABELLED = "unlabelled"
 SUFFIXES: Mapping[str, str] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -37,10 +48,59 @@ COLUMNS = (
     *("path", "label", "side", "group", "captured_at", "width", "height", "format", "num_bytes"),
     *("sha256", "sources", "origins"),
 )
-
 Progress = Callable[[int, int], None]
 Count = Callable[[int], None]
 Write = Callable[[Path, ObjectStore, Sequence[ImageRecord], Count], dict[str, str]]
+
+
+def make_file_name(sha256: str, origin: str, suffix: str) -> str:
+    """Return DIGEST-STEM.SUFFIX: the first 16 digits, and what the file was called where it was first found."""
+    stem = re.split(r"[/\\:!]", origin)[-1].rpartition(".")[0] or re.split(r"[/\\:!]", origin)[-1]
+    safe = _escape(stem).strip(" .")[:MAX_STEM].rstrip(" .%")
+    return f"{sha256[:16]}-{safe}.{suffix}" if safe else f"{sha256[:16]}.{suffix}"
+
+
+def make_folder_names(labels: Iterable[str]) -> dict[str, str]:
+    """Return a folder's name for each label: different labels, different folders, also where case means nothing."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in sorted(labels):
+        name = make_folder_name(label)
+        if name.lower() in taken:
+            name = f"{name}-{_digest(label)}"
+        taken.add(name.lower())
+        names[label] = name
+    return names
+
+
+def make_folder_name(label: str) -> str:
+    """Return a label as the name of a folder."""
+    name = _escape(label)
+    if len(name) > MAX_FOLDER:
+        name = f"{name[:MAX_FOLDER].rstrip('%. ')}-{_digest(label)}"
+    if not name or name.startswith((".", " ", "__")) or _RESERVED.match(name):
+        name = _escape_at(name, 0)
+    if name.endswith((".", " ")):
+        name = _escape_at(name, len(name) - 1)
+    while word := _SPLIT_WORD.search(name):
+        name = _escape_at(name, word.start(1))
+    return name
+
+
+def _escape(text: str) -> str:
+    return "".join(c if _KEPT.match(c) else _percent(c) for c in text)
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _escape_at(name: str, place: int) -> str:
+    return f"{name[:place]}{_percent(name[place : place + 1] or '_')}{name[place + 1 :]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from visionloop.bundle import load_run_note
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
@@ -35,7 +36,6 @@ from visionloop.evaluation.plots import (
     draw_outcomes,
 )
 from visionloop.evaluation.report import ReportFacts, make_report
-from visionloop.evaluation.run_note import load_run_note
 from visionloop.params import Params
 from visionloop.predictor import Predictor
 from visionloop.records import LABEL_SEPARATOR, Card, Interval

@@ -16,12 +16,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
 from visionloop.evaluation.label_metrics import Outcome
-from visionloop.evaluation.metrics import (
-    ClassFigures,
-    IntArray,
-    compute_calibration_error,
-    compute_confidence_bins,
-)
+from visionloop.evaluation.metrics import ClassFigures, IntArray, compute_calibration_error, compute_confidence_bins
 
 DPI = 110
 INK, MUTED, GRID = "#1f2733", "#6b7686", "#e3e7ed"

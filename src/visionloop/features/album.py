@@ -15,8 +15,8 @@ from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import load_records, make_image_key
 from visionloop.data.shards import Prepared
 from visionloop.errors import DatasetError, ImageError, ObjectMissing
+from visionloop.features.embed import choose_reader, embed_prepared
 from visionloop.features.encoder import Encoder
-from visionloop.features.fill import choose_reader, embed_prepared
 from visionloop.features.neighbours import to_targets
 from visionloop.features.table import Table
 from visionloop.features.view import FloatArray

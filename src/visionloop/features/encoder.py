@@ -17,8 +17,7 @@ from visionloop.bundle import Bundle, hash_file
 from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
 from visionloop.data.shards import Prepared
 from visionloop.errors import BundleError, ParamsError, TrainingError
-from visionloop.features.facts import VERSION, EncoderFacts, describe_crop
-from visionloop.features.view import FloatArray
+from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
 from visionloop.networks.processor import has_bf16, may_have_gpu
 from visionloop.params import Params, Train
 from visionloop.predictor import Embedder, has_openvino
@@ -66,7 +65,7 @@ def choose_runtime(wanted: str) -> tuple[str, str]:
             "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
         )
     if wanted in {"auto", "torch"} and may_have_gpu():
-        from visionloop.networks.encoder import has_gpu
+        from visionloop.networks.export import has_gpu
 
         if has_gpu():
             return "torch", "bf16"
@@ -162,7 +161,7 @@ def _read_answer(path: Path) -> str | None:
 
 def _examine_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> str:
     """Load the backbone, and return the digest of its weights. Raises TrainingError."""
-    from visionloop.networks.encoder import compute_weights_digest
+    from visionloop.networks.export import compute_weights_digest
     from visionloop.networks.weights import load_backbone
 
     return compute_weights_digest(load_backbone(section, size_hw, home)[0])
@@ -177,8 +176,8 @@ def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts
             return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
         except BundleError:  # damaged: exported again
             model.unlink()
-    from visionloop.networks.encoder import Encoder as Network
-    from visionloop.networks.encoder import TorchEncoder, compute_weights_digest, export_encoder, has_gpu
+    from visionloop.networks.export import Encoder as Network
+    from visionloop.networks.export import TorchEncoder, compute_weights_digest, export_encoder, has_gpu
     from visionloop.networks.weights import load_backbone
 
     backbone, num_features = load_backbone(section, facts.image_size, home)

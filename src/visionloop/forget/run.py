@@ -4,17 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from visionloop.data.manifest import make_image_key
-from visionloop.data.tombstones import (
-    Forgetting,
-    finish_forgetting,
-    load_tombstones,
-    load_unfinished,
-    write_tombstones,
-)
+from visionloop.data.tombstones import Forgetting, finish_forgetting, load_tombstones, load_unfinished, write_tombstones
 from visionloop.forget.bundles import Held, find_bundles, list_champions
 from visionloop.forget.copies import (
     Copy,
     Sought,
+    find_features,
     find_pictures,
     find_prepared,
     find_reports,
@@ -23,7 +18,6 @@ from visionloop.forget.copies import (
 )
 from visionloop.forget.dataset import Trace, commit_without, find_other_holders, move_pin, redact, trace_images
 from visionloop.forget.dvc_cache import find_dvc_copies
-from visionloop.forget.features import find_features
 from visionloop.forget.left import Left, list_left
 from visionloop.forget.resolve import Wanted
 from visionloop.ingest.journal import Journal, make_journal_path

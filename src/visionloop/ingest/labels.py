@@ -2,16 +2,143 @@
 
 Pure. The same rules hold for what a pull brings and for the rows of earlier versions, so that a later pull of the same
 files finds nothing new.
+
+sha256,old,new          the sha256, or its first eight digits or more; the label it has; the label it should have
+3f786850,cat,dog        empty `old`: it has no label yet; empty `new`: the label is taken away
+
+A line whose correction was made stays in the file and does nothing more.
 """
 
+import csv
+import io
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from visionloop.errors import ParamsError, shorten
-from visionloop.ingest.corrections import Correction, Labels, match_corrections
+from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.inspect import Inspected
 from visionloop.params import Params
 from visionloop.records import ImageRecord, Rejected
+
+COLUMNS = ("sha256", "old", "new")
+MIN_DIGITS = 8
+MAX_BYTES = 100_000_000
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """One line: an image by its sha256 or the beginning of it, and its label before and after (empty: none)."""
+
+    line: int
+    sha256: str
+    old: str
+    new: str
+
+    def fits(self, labels: Labels, *, several: bool) -> bool:
+        """Say whether an image with these labels may be meant: as it was, or corrected already."""
+        if several:
+            is_done = self.new in labels if self.new else self.old not in labels
+            return not self.old or self.old in labels or is_done
+        return labels in (_to_labels(self.old), _to_labels(self.new))
+
+    def apply(self, labels: Labels, *, several: bool) -> Labels:
+        """Return the labels after the correction; others than `old` are left alone."""
+        if several:
+            if self.old and self.old not in labels:
+                return labels
+            return tuple(sorted({*labels, self.new} - {self.old, ""}))
+        return _to_labels(self.new) if labels == _to_labels(self.old) else labels
+
+
+def load_corrections(path: Path) -> list[Correction]:
+    """Read the file.
+
+    Raises:
+        SourceError: it is missing, no CSV with these columns, or a line names no image; with the line.
+    """
+    where = path.name
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SourceError(where, "is too large", f"at most {MAX_BYTES} bytes", "Split it.")
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        found = "is not UTF-8 text" if isinstance(exc, UnicodeDecodeError) else f"cannot be read ({exc.strerror})"
+        todo = "Check ingest.corrections in params.yaml."
+        raise SourceError(where, found, f"a CSV with the columns {', '.join(COLUMNS)}", todo) from exc
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        if missing := {*COLUMNS} - {*header}:
+            found = f"has no column {shorten([*missing])} among {shorten(header) or 'none'}"
+            raise SourceError(f"{where} line 1", found, ", ".join(COLUMNS), "Name them in the first line.")
+        places = [header.index(name) for name in COLUMNS]
+        return [_read_line(f"{where} line {rows.line_num}", rows.line_num, row, places, header) for row in rows if row]
+    except csv.Error as exc:
+        raise SourceError(f"{where} line {rows.line_num}", f"is no CSV ({exc})", "cells between commas") from exc
+
+
+def match_corrections(
+    corrections: Sequence[Correction],
+    labels_of: Mapping[str, Iterable[Labels]],
+    forgotten: frozenset[str],
+    *,
+    several: bool,
+) -> dict[str, list[Correction]]:
+    """Return the corrections by full sha256. `labels_of` gives all labels under which an image is known or offered.
+
+    `several`: an image may have several labels, and several corrections. Images that were forgotten are passed over.
+
+    Raises:
+        SourceError: lines that mean no image, more than one, one twice, or an image with another label; all of them.
+    """
+    known = sorted({*labels_of, *forgotten})
+    matched: dict[str, list[Correction]] = {}
+    wrong: list[str] = []
+    for one in corrections:
+        place = bisect_left(known, one.sha256)
+        same = [sha256 for sha256 in known[place : place + 2] if sha256.startswith(one.sha256)]
+        if len(same) != 1:
+            found = f"{len(same)} images begin with" if same else "no image has"
+            wrong.append(f"line {one.line}: {found} {one.sha256[:16]}")
+        elif same[0] not in forgotten:
+            earlier = matched.setdefault(same[0], [])
+            if problem := _find_problem(one, earlier, labels_of[same[0]], several):
+                wrong.append(f"line {one.line}: {problem}")
+            earlier.append(one)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise SourceError(
+            "ingest.corrections", "; ".join(wrong[:5]) + more, "lines that fit the dataset", "Mend or remove them."
+        )
+    return matched
+
+
+def _find_problem(one: Correction, earlier: Sequence[Correction], labels: Iterable[Labels], several: bool) -> str:
+    for other in earlier:
+        if not several or other.old == one.old:
+            return f"{one.sha256[:16]} is corrected in line {other.line} already"
+    if not any(one.fits(each, several=several) for each in labels):
+        names = shorten([label for each in labels for label in each]) or "none"
+        return f"{one.sha256[:16]} has the label {names}, not {one.old or 'none'}"
+    return ""
+
+
+def _read_line(where: str, line: int, row: Sequence[str], places: Sequence[int], header: Sequence[str]) -> Correction:
+    if len(row) != len(header):
+        raise SourceError(where, f"has {len(row)} cells", f"{len(header)}, as line 1", "Quote a label with a comma.")
+    sha256, old, new = (row[place].strip() for place in places)
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", sha256):
+        raise SourceError(where, f"has the sha256 {sha256[:70]!r}", f"{MIN_DIGITS} to 64 hexadecimal digits")
+    if old == new:
+        raise SourceError(where, f"changes {old or 'no label'!r} to itself", "two labels that differ")
+    return Correction(line, sha256.lower(), old, new)
+
+
+def _to_labels(label: str) -> Labels:
+    return (label,) if label else ()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from visionloop.data.manifest import commit_version, latest_version, load_pin, m
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
 from visionloop.ingest.check import Checked, Known, check_all
-from visionloop.ingest.corrections import Correction, load_corrections
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
+from visionloop.ingest.labels import Correction, load_corrections
 from visionloop.ingest.merge import merge
 from visionloop.ingest.sources import Cursor, Item, Reading, read_source
 from visionloop.params import Params, Source

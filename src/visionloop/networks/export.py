@@ -1,18 +1,26 @@
-"""torch to ONNX: one self-contained file, without paths or other marks of where it was made."""
+"""torch to ONNX: the classifier or the encoder as one file, without marks of where it was made.
+
+Dimensions: n images, h height, w width, d features.
+"""
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from visionloop.networks.classifier import ExportedClassifier
+from visionloop.data.images import UInt8Array
+from visionloop.networks.classifier import Classifier, ExportedClassifier
 
 OPSET = 20
+SLICE_PIXELS = 512 * 224 * 224  # on a GPU; a few gigabytes with the largest networks
 
 
 def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> None:
@@ -73,3 +81,59 @@ def _quiet_logging():  # type: ignore[no-untyped-def]
         yield
     finally:
         logging.disable(before)
+
+
+class Encoder(nn.Module):
+    """Maps uint8 images (n, h, w, 3) to embeddings (n, d), exactly as a classifier around this backbone does."""
+
+    def __init__(self, backbone: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.classifier = Classifier(backbone, num_features, 2, task="binary")
+        self.classifier.head = nn.Identity()  # type: ignore[assignment]  # no weights that nothing uses
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.embed(images)
+
+
+class TorchEncoder:
+    """Runs an encoder by torch, as a GPU wants it: bf16, channels_last, normalised where it is computed."""
+
+    def __init__(self, encoder: Encoder, *, device: str = "cuda", precision: str = "bf16") -> None:
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.encoder = encoder.eval().to(self.device).to(memory_format=torch.channels_last)
+
+    def embed(self, images_nhwc: UInt8Array) -> NDArray[np.float32]:
+        """Map images (n, h, w, 3) to embeddings (n, d), so many at a time that memory stays flat."""
+        height, width = images_nhwc.shape[1:3]
+        step = max(1, SLICE_PIXELS // (height * width))
+        parts = [self._run(torch.from_numpy(images_nhwc[i : i + step])) for i in range(0, len(images_nhwc), step)]
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 0), np.float32)
+
+    def _run(self, images_nhwc: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            images_nhwc = images_nhwc.pin_memory()
+        enabled = self.dtype == torch.bfloat16
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=enabled):
+            embedding_nd = self.encoder(images_nhwc.to(self.device, non_blocking=True))
+        return embedding_nd.float()  # type: ignore[no-any-return]
+
+
+def export_encoder(encoder: Encoder, size_hw: tuple[int, int], path: Path) -> None:
+    """Write an encoder as ONNX: input `images` uint8 (n, h, w, 3), output `embedding` (n, d)."""
+    export_module(encoder.cpu().eval(), size_hw, ("embedding",), path)
+
+
+def compute_weights_digest(backbone: nn.Module) -> str:
+    """Return the sha256 over a network's tensors: names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def has_gpu() -> bool:
+    """Say whether torch can use a GPU."""
+    return torch.cuda.is_available()

@@ -9,8 +9,17 @@ from torch import nn
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import make_backbone
-from visionloop.networks.weight_files import SUPPLY, WHERE, State, read_weights
-from visionloop.networks.weight_sources import REMOTE, find_hub_url, find_weights, mask, resolve_path
+from visionloop.networks.weight_sources import (
+    REMOTE,
+    SUPPLY,
+    WHERE,
+    State,
+    find_hub_url,
+    find_weights,
+    mask,
+    read_weights,
+    resolve_path,
+)
 from visionloop.params import Train
 
 # A counter that no result depends on; files from before torch 0.4.1 have none.

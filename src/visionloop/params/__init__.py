@@ -12,23 +12,24 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from visionloop.errors import ParamsError
-from visionloop.params.ingest import Expect, Ingest, Split
-from visionloop.params.section import NAME_PATTERN, Section, to_tuple
-from visionloop.params.sources import (
+from visionloop.params.ingest import (
     ArchiveSource,
     BucketSource,
     Columns,
     DigitsSource,
+    Expect,
     FolderSource,
     HttpSource,
+    Ingest,
     PythonSource,
     Source,
+    Split,
     SqlSource,
     TableSource,
     VideoSource,
 )
+from visionloop.params.section import NAME_PATTERN, Section, parse_yaml, to_tuple
 from visionloop.params.train import WAYS_ON_EMBEDDINGS, Embed, Neighbours, Span, Train, Tune
-from visionloop.params.yaml12 import parse_yaml
 from visionloop.records import compute_digest
 
 __all__ = [

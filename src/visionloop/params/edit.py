@@ -1,13 +1,15 @@
 """Change the text of params.yaml: add a source, set keys. Its comments, order and layout stay as they are. Pure."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from visionloop.errors import ParamsError
 from visionloop.params import make_params
-from visionloop.params.yaml12 import parse_yaml
+from visionloop.params.section import parse_yaml
 
 ONE_LINE = 100
 
@@ -227,3 +229,15 @@ def _make_item(source: dict[str, Any], indent: int) -> str:
         return line
     block = str(yaml.safe_dump(source, sort_keys=False, width=float("inf"), allow_unicode=True)).splitlines()
     return "".join(f"{' ' * indent}{'- ' if number == 0 else '  '}{one}\n" for number, one in enumerate(block))
+
+
+def write_params(path: Path, text: str) -> None:
+    """Replace params.yaml as a whole, keeping its mode; a link stays one."""
+    import shutil
+
+    path = path.resolve()
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    shutil.copymode(path, staged)
+    os.replace(staged, path)

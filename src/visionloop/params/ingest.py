@@ -1,16 +1,197 @@
-"""The section `ingest`: sources, sides, what is expected of the data, and the limits of one file."""
+"""The section `ingest`: sources, sides, what is expected of the data, and the limits of one file.
+
+Paths are relative to the workspace. Text like `${NAME}` in a URL or a header is taken from the environment, so that no
+password is in params.yaml. How a source is read is in `ingest/sources/`, one file per kind.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from visionloop.params.section import Section, Words, to_tuple
-from visionloop.params.sources import Source
+from visionloop.params.section import Name, Section, Words, to_tuple
 
+Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Fractions = Annotated[
     tuple[Fraction, Fraction, Fraction] | tuple[Fraction, Fraction],
     BeforeValidator(to_tuple),
+]
+
+
+class Columns(Section):
+    """Which column of a table means what; what is not named is guessed, and the guess is shown.
+
+    `label` is one column, or several one-hot columns. `separator` splits one cell into several labels
+    (`task: multilabel`). A key of nested JSON is written with dots: `image.url`.
+    """
+
+    image: Text | None = None
+    label: Text | Words | None = None
+    side: Text | None = None
+    group: Text | None = None
+    time: Text | None = None
+    separator: Text | None = None
+
+
+class FolderSource(Section):
+    """A folder per class, with or without split folders above them; or flat files, labelled by `pattern`.
+
+    In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
+    `{label}.*.jpg`, `{label}_{number}`.
+    """
+
+    kind: Literal["folder"]
+    path: Text
+    name: Name = "folder"
+    pattern: Text | None = None
+
+
+class TableSource(Section):
+    """CSV, Parquet, JSON or JSON lines: one row an image, by path or URL. Images lie in `images`, or are guessed.
+
+    `unlabelled` folders come in without labels, for prediction only. URLs are fetched from `hosts` alone.
+    """
+
+    kind: Literal["table"]
+    path: Text
+    name: Name = "table"
+    images: Text | None = None
+    columns: Columns = Columns()
+    unlabelled: Words | None = None
+    hosts: Words = ()
+
+
+class ArchiveSource(Section):
+    """A zip of class folders, of flat files (`pattern`), or of a table (`table`, inside it) and its images."""
+
+    kind: Literal["archive"]
+    path: Text
+    name: Name = "archive"
+    pattern: Text | None = None
+    table: Text | None = None
+    images: Text | None = None
+    columns: Columns = Columns()
+
+
+class SqlSource(Section):
+    """A query of any database that SQLAlchemy reads: one row an image, by path, URL or blob.
+
+    Read-only. With `cursor`, a column that grows, a later pull asks only for rows above the last value seen.
+    """
+
+    kind: Literal["sql"]
+    url: Text
+    query: Text
+    name: Name = "sql"
+    columns: Columns = Columns()
+    cursor: Text | None = None
+    images: Text | None = None
+    hosts: Words = ()
+    timeout_s: float = Field(default=60.0, gt=0)
+    max_rows: int = Field(default=1_000_000, ge=1)
+    chunk_rows: int = Field(default=1000, ge=1, le=100_000)
+
+
+class HttpSource(Section):
+    """A listing in JSON or CSV over HTTP, page by page, then the images it names.
+
+    `items` is the key of the list (dots for nesting; none: the answer is the list). Pages follow by one of `next` (key
+    of the next link; a `Link` header works without), `page` (the query parameter that counts 1, 2, ...), or `cursor`
+    (`[key in the answer, query parameter]`). `headers` may hold `${NAME}` of the environment. Hosts other than the
+    listing's own must be in `hosts`; they get no headers.
+    """
+
+    kind: Literal["http"]
+    url: Text
+    name: Name = "http"
+    columns: Columns = Columns()
+    items: Text | None = None
+    next: Text | None = None
+    page: Text | None = None
+    cursor: Annotated[tuple[Text, Text], BeforeValidator(to_tuple)] | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    hosts: Words = ()
+    requests_per_s: float = Field(default=20.0, gt=0)
+    timeout_s: float = Field(default=30.0, gt=0)
+    max_pages: int = Field(default=10_000, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_the_next_page(self) -> "HttpSource":
+        if sum(way is not None for way in (self.next, self.page, self.cursor)) > 1:
+            raise ValueError("one of `next`, `page` and `cursor`")
+        return self
+
+
+class BucketSource(Section):
+    """A prefix of an S3 bucket: a folder per class, flat keys by `pattern`, or a `table` (a key below the prefix).
+
+    Objects are pinned by version id or ETag. A later pull reads only what is new or changed.
+    """
+
+    kind: Literal["bucket"]
+    path: Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$")]
+    name: Name = "bucket"
+    pattern: Text | None = None
+    table: Text | None = None
+    columns: Columns = Columns()
+    endpoint_url: Text | None = None
+
+
+class VideoSource(Section):
+    """Frames of a video file, a folder of them, or a camera (rtsp://, http://, a device) watched for `watch_s`.
+
+    A frame every `every_s` seconds, or at each change of scene (`scene`: mean difference of grey levels, 0 to 1).
+    Labelled by the folder of the file, by `label`, or by `table` (columns: image = file; start, end in seconds are
+    optional). Each video is one group.
+    """
+
+    kind: Literal["video"]
+    path: Text
+    name: Name = "video"
+    label: Text | None = None
+    table: Text | None = None
+    columns: Columns = Columns()
+    every_s: float = Field(default=1.0, gt=0)
+    scene: float | None = Field(default=None, gt=0, lt=1)
+    watch_s: float = Field(default=60.0, gt=0)
+    max_frames: int = Field(default=10_000, ge=1)
+    max_video_s: float = Field(default=4 * 3600.0, gt=0)
+    max_video_bytes: int = Field(default=20_000_000_000, ge=1024)
+    hosts: Words = ()
+
+
+class PythonSource(Section):
+    """A function of your own, `module:function`, that yields records: the door for anything else.
+
+    It is called with `options`; the module lies in the workspace or is installed.
+    """
+
+    kind: Literal["python"]
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    name: Name = "python"
+    options: dict[str, Any] = Field(default_factory=dict)
+    images: Text | None = None
+    hosts: Words = ()
+
+
+class DigitsSource(Section):
+    """scikit-learn's 1,797 handwritten digits, written as PNG files into class folders."""
+
+    kind: Literal["digits"]
+    name: Name = "digits"
+
+
+Source = Annotated[
+    FolderSource
+    | TableSource
+    | ArchiveSource
+    | SqlSource
+    | HttpSource
+    | BucketSource
+    | VideoSource
+    | PythonSource
+    | DigitsSource,
+    Field(discriminator="kind"),
 ]
 
 

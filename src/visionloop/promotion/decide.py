@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from visionloop.bundle import download_bundle
+from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.errors import DatasetError, PromotionError
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
-from visionloop.evaluation.run_note import load_run_note
 from visionloop.params import Params
 from visionloop.predictor import Choices, Predictor
-from visionloop.promotion.decisions import store_decision, write_decision
 from visionloop.promotion.gate import (
     check_difference,
     check_floors,
@@ -25,7 +23,7 @@ from visionloop.promotion.gate import (
     make_same_rule,
     make_task_rule,
 )
-from visionloop.promotion.ledger import read_champion
+from visionloop.promotion.ledger import read_champion, store_decision, write_decision
 from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
 from visionloop.settings import Settings

@@ -1,13 +1,17 @@
-"""The ledger of promotions: `ledger/NAME/000001.json`, one entry a promotion or rollback. The truth about champions.
+"""What was decided and promoted: `decisions/NAME/` and `ledger/NAME/000001.json`. The truth about champions.
 
 An entry is created only if its number is free, so of two promoters one wins. Nothing is changed or removed.
 """
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from visionloop.errors import PromotionError
-from visionloop.records import LedgerEntry, canonical_json
+from visionloop.errors import NotPromoted, PromotionError
+from visionloop.promotion.gate import PASSED
+from visionloop.records import Decision, LedgerEntry, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
 
@@ -17,13 +21,13 @@ def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
     Raises:
         PromotionError: the entry is damaged.
     """
-    keys = _list_keys(store, name)
+    keys = _list_entry_keys(store, name)
     return _read_entry(store, keys[-1]) if keys else None
 
 
 def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
     """Return all entries, oldest first. Raises PromotionError."""
-    return [_read_entry(store, key) for key in _list_keys(store, name)]
+    return [_read_entry(store, key) for key in _list_entry_keys(store, name)]
 
 
 def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **facts: Any) -> LedgerEntry:
@@ -44,7 +48,7 @@ def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **fac
     return entry
 
 
-def _list_keys(store: ObjectStore, name: str) -> list[str]:
+def _list_entry_keys(store: ObjectStore, name: str) -> list[str]:
     keys = (key for key in store.list(f"ledger/{name}/") if key.endswith(".json"))
     return sorted(keys, key=lambda key: (len(key), key))
 
@@ -55,4 +59,78 @@ def _read_entry(store: ObjectStore, key: str) -> LedgerEntry:
     except (ValueError, TypeError, AttributeError) as exc:
         raise PromotionError(
             f"store object {key}", "is damaged", "a ledger entry", "Restore the store from its backup."
+        ) from exc
+
+
+def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = None) -> Decision | None:
+    """Return the newest decision of a name, or the newest about one candidate (a bundle digest), or None.
+
+    Raises:
+        PromotionError: a decision is damaged.
+    """
+    for key in reversed(_list_decision_keys(store, name)):
+        decision = _read_decision(store, key)
+        if candidate in (None, decision.candidate):
+            return decision
+    return None
+
+
+def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:
+    """Return the newest decision about a candidate if it passed.
+
+    Raises:
+        NotPromoted: there is none, or it did not pass; the rules that held it back are named.
+    """
+    decision = latest_decision(store, name, candidate=candidate)
+    where = f"candidate {candidate[:12]}"
+    if decision is None:
+        raise NotPromoted(where, "has no decision", "one that passed", "Run `visionloop gate`.")
+    if decision.verdict != PASSED:
+        held = "; ".join(f"{r.rule}: {r.found}, expected {r.expected}" for r in decision.rules if not r.passed)
+        raise NotPromoted(
+            where,
+            f"decision {decision.number} is {decision.verdict} ({held})",
+            "one that passed",
+            "The champion stays. Train on more images or with other params, then run `visionloop gate`.",
+        )
+    return decision
+
+
+def store_decision(store: ObjectStore, decision: Decision) -> Decision:
+    """Create the decision under the next free number; if the last one decided just this, return that one instead."""
+    while True:
+        latest = latest_decision(store, decision.name)
+        if latest and _compute_question(latest) == _compute_question(decision):
+            return latest
+        number = latest.number + 1 if latest else 1
+        numbered = replace(decision, number=number)
+        if store.create(f"decisions/{decision.name}/{number:06d}.json", canonical_json(numbered.to_json())):
+            return numbered
+
+
+def write_decision(folder: Path, decision: Decision) -> None:
+    """Copy a decision into the workspace, under its number and as latest.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(decision.to_json(), indent=2, ensure_ascii=False) + "\n"
+    for name in (f"{decision.number:06d}.json", "latest.json"):
+        staged = folder / f".{name}.{os.getpid()}"
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, folder / name)
+
+
+def _compute_question(decision: Decision) -> str:
+    return compute_digest({**decision.to_json(), "number": 0, "decided_at": ""})
+
+
+def _list_decision_keys(store: ObjectStore, name: str) -> list[str]:
+    keys = (key for key in store.list(f"decisions/{name}/") if key.endswith(".json"))
+    return sorted(keys, key=lambda key: (len(key), key))
+
+
+def _read_decision(store: ObjectStore, key: str) -> Decision:
+    try:
+        return Decision.from_json(json.loads(store.get(key)))
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise PromotionError(
+            f"store object {key}", "is damaged", "a decision", "Restore the store from its backup."
         ) from exc

@@ -1,12 +1,74 @@
-"""The object store: one protocol, one implementation per kind of place. The only home of boto3."""
+"""The object store: one protocol, one implementation per kind of place. The only home of boto3.
+
+An object is whole or absent: a reader never sees a part of one. Objects under a digest never change.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
 
 from visionloop.errors import SettingsError
 from visionloop.store.bucket import Bucket, BucketEntry
 from visionloop.store.local import LocalStore
-from visionloop.store.protocol import ObjectStore
 from visionloop.store.s3 import S3Store
 
 __all__ = ["Bucket", "BucketEntry", "LocalStore", "ObjectStore", "S3Store", "open_bucket", "open_store"]
+
+
+class ObjectStore(Protocol):
+    """A flat space of immutable byte objects with conditional creation."""
+
+    @property
+    def url(self) -> str:
+        """The address, for messages."""
+        ...
+
+    @property
+    def num_writers(self) -> int:
+        """How many writes at once pay off: a few for a disk, many for a network."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes. Raises ObjectMissing, StoreError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object atomically. Raises StoreError."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if the key is free; True if this call made it. Equal bytes count as made by us.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        ...
+
+    def add(self, key: str, data: bytes) -> bool:
+        """Write an object whose key is the digest of its content; what is there already is not sent again.
+
+        True if this call sent it. It may be lost in a power failure until `sync`. Raises StoreError.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power failure: called once, before a commit object is created."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Say whether the object is there."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with `prefix`, sorted."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is no error. A versioned store may keep its earlier versions."""
+        ...
+
+    def purge(self, key: str) -> None:
+        """Remove an object with all its earlier versions, for good; a missing one is no error. Raises StoreError."""
+        ...
 
 
 def open_store(url: str) -> ObjectStore:

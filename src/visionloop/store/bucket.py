@@ -7,7 +7,7 @@ from typing import Any
 
 from visionloop.errors import ImageError, ObjectMissing, StoreError
 from visionloop.store.keys import parse_s3_url
-from visionloop.store.s3_connection import Answer, Connection
+from visionloop.store.s3 import Answer, Connection
 from visionloop.store.s3_errors import find_code, read_code
 
 CHANGED = ("PreconditionFailed", "412")

@@ -1,19 +1,205 @@
-"""The store in a bucket of S3, or of any store that speaks it. Conditional writes decide who was first.
+"""The store in a bucket of S3, or of any store that speaks it, and its connection. Conditional writes decide.
 
 Each object carries the sha256 of its bytes: the server checks what arrives (Content-MD5), the reader what comes back.
+
+botocore retries what failed on the way to the answer (mode `standard`, AWS_MAX_ATTEMPTS). What fails while the body is
+read, a body that does not fit its digest, and a conflict of two writers are tried again here.
 """
 
 import base64
 import hashlib
-from collections.abc import Iterator
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing
+from functools import cache
+from io import BytesIO
+from typing import Any
 
-from visionloop.errors import ObjectMissing
-from visionloop.store.keys import check_key, find_digest, is_key, parse_s3_url
-from visionloop.store.s3_connection import LARGE_BYTES, NUM_WRITERS, TRIES, Answer, Connection, pause
-from visionloop.store.s3_errors import read_code, read_status
+from visionloop.errors import ObjectMissing, StoreError
+from visionloop.store.keys import BucketAddress, check_key, find_digest, is_key, parse_s3_url
+from visionloop.store.s3_errors import is_from_outside, read_code, read_status, translate_error
 
+NUM_WRITERS = 64
+# Sending this much costs more than a round trip: ask first.
+LARGE_BYTES = 256 * 1024
+TRIES = 5
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+FIRST_PAUSE_S = 0.05
+Answer = Mapping[str, Any]
+PAGE_MARKS = {
+    "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
+    "list_object_versions": {"KeyMarker": "NextKeyMarker", "VersionIdMarker": "NextVersionIdMarker"},
+}
 TODO = "Run `visionloop store init`, or correct VISIONLOOP_STORE."
 DIGEST_NAME = "sha256"
+
+
+class Connection:
+    """Calls to one bucket. `where` begins every message; `todo` says what to do when the bucket is not there."""
+
+    def __init__(self, where: str, todo: str, address: BucketAddress, endpoint_url: str | None = None) -> None:
+        self.where, self.todo, self.address, self.endpoint_url = where, todo, address, endpoint_url
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def call(
+        self, operation: str, key: str | None = None, expected: Collection[int | str] = (), **given: Any
+    ) -> Answer:
+        """Call an operation on the bucket, or on a key below its prefix.
+
+        An error whose status or code is `expected` is returned as the answer. Raises StoreError for any other.
+        """
+        arguments = {"Bucket": self.address.bucket, **({} if key is None else {"Key": self.address.join(key)}), **given}
+        try:
+            answer: Answer = getattr(self._open(), operation)(**arguments)
+            return answer
+        except Exception as exc:
+            if isinstance(exc, StoreError) or not is_from_outside(exc):
+                raise
+            response = getattr(exc, "response", None) or {}
+            if response and (read_status(response) in expected or read_code(response) in expected):
+                return dict(response)
+            raise self._translate(exc, operation, key) from exc
+
+    def list_pages(self, operation: str, **given: Any) -> Iterator[Answer]:
+        """Yield the pages of `list_objects_v2` or `list_object_versions`. Raises StoreError."""
+        marks: dict[str, Any] = {}
+        while True:
+            page = self.call(operation, **given, **marks)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            marks = {ours: page[theirs] for ours, theirs in PAGE_MARKS[operation].items() if page.get(theirs)}
+
+    def download(
+        self,
+        key: str,
+        *,
+        max_bytes: int | None = None,
+        is_whole: Callable[[bytes, Answer], bool] = lambda data, answer: True,
+        **given: Any,
+    ) -> bytes:
+        """Return the bytes of an object; no more than `max_bytes` + 1 of one that is larger.
+
+        Raises:
+            ObjectMissing: there is none.
+            StoreError: it cannot be had, or `is_whole` refuses the bytes each time.
+        """
+        for attempt in range(TRIES):
+            answer = self.call("get_object", key, expected=("NoSuchKey", "NoSuchVersion"), **given)
+            if read_code(answer):
+                raise ObjectMissing(self.where, f"no object {key}", "it to be there", "Check VISIONLOOP_STORE.")
+            try:
+                data = _read_body(answer, max_bytes)
+            except Exception as exc:
+                if not is_from_outside(exc):
+                    raise
+                if attempt == TRIES - 1:
+                    raise self._translate(exc, "get_object", key) from exc
+            else:
+                if (max_bytes is not None and len(data) > max_bytes) or is_whole(data, answer):
+                    return data
+            pause(attempt)
+        raise StoreError(
+            self.where,
+            f"{key} does not have the bytes that its digest says, read {TRIES} times",
+            "the bytes that were written",
+            "Restore an earlier version of the object.",
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """The address of the server."""
+        return str(self._open().meta.endpoint_url)
+
+    @property
+    def region(self) -> str:
+        """The region that requests are signed for."""
+        return str(self._open().meta.region_name or "us-east-1")
+
+    def watch(self, event: str, handler: Callable[..., None]) -> None:
+        """Let a handler change requests before they are signed."""
+        self._open().meta.events.register(event, handler)
+
+    def _open(self) -> Any:
+        if self._client is None:
+            with self._lock:
+                if self._client is None:
+                    try:
+                        self._client = _make_client(self.endpoint_url)
+                    except Exception as exc:
+                        if not is_from_outside(exc):
+                            raise
+                        raise self._translate(exc, "connect", None) from exc
+        return self._client
+
+    def _translate(self, exc: Exception, operation: str, key: str | None) -> StoreError:
+        endpoint = self._client.meta.endpoint_url if self._client else self.endpoint_url or ""
+        what = operation if key is None else f"{operation} {key}"
+        return translate_error(exc, self.where, what, bucket=self.address.bucket, endpoint=endpoint, todo=self.todo)
+
+
+def pause(attempt: int) -> None:
+    """Wait before the next try: longer each time, and not as long as the others do."""
+    time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
+
+
+def _read_body(answer: Answer, max_bytes: int | None) -> bytes:
+    """Read to the end, or just beyond `max_bytes`. Raises what botocore raises, also when the end comes too early."""
+    with closing(answer["Body"]) as body:
+        data: bytes = body.read() if max_bytes is None else body.read(max_bytes + 1)
+    promised = int(answer.get("ContentLength", len(data)))
+    # With a number of bytes asked for, the library takes an early end of the connection for the end of the object.
+    if max_bytes is not None and len(data) < min(promised, max_bytes + 1):
+        from botocore.exceptions import IncompleteReadError
+
+        raise IncompleteReadError(actual_bytes=len(data), expected_bytes=promised)
+    return data
+
+
+def _make_client(endpoint_url: str | None) -> Any:
+    import boto3
+    from botocore.config import Config
+    from botocore.session import Session
+
+    session = Session()
+    session.register_component("data_loader", _load_loader())
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard"},
+        # More than there are writers: a connection over the limit is made and thrown away for each request.
+        max_pool_connections=NUM_WRITERS + 16,
+        tcp_keepalive=True,
+        # Other stores than AWS refuse the checksums that botocore sends unasked. Ours go with every object.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        user_agent_extra="visionloop",
+    )
+    client = boto3.Session(botocore_session=session).client("s3", endpoint_url=endpoint_url, config=config)
+    client.meta.events.register_last("before-call.s3", _send_at_once)
+    return client
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Do not ask for leave to send a small body: the question costs a round trip, as much as the body.
+
+    For a large one the question stays: who has no permission hears of it, not of a connection that broke.
+    """
+    body: Any = params.get("body")
+    if isinstance(body, BytesIO) and len(body.getbuffer()) < LARGE_BYTES:
+        params["headers"].pop("Expect", None)
+
+
+@cache
+def _load_loader() -> Any:
+    """Return the reader of S3's description, which is large: it is read once for all clients."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 class S3Store:

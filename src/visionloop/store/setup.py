@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from visionloop.errors import StoreError
+from visionloop.store import ObjectStore
 from visionloop.store.local import LocalStore
-from visionloop.store.protocol import ObjectStore
-from visionloop.store.s3 import S3Store
-from visionloop.store.s3_connection import Connection
+from visionloop.store.s3 import Connection, S3Store
 from visionloop.store.s3_errors import find_code, hide_credentials, read_code, read_status
 
 UNFINISHED_DAYS = 7

@@ -1,27 +1,121 @@
-"""Augmentation: presets, what they draw for each image, and how one image is changed by its draws, on the CPU.
+"""Augmentation: presets, what they draw for each image, and how images are changed by their draws.
 
 The draws are made apart from the pixels, from (seed, epoch, image): torchvision's transforms would draw from torch's
 one generator, in the order in which images come. `augment_batch.py` applies the same draws to a batch on a GPU.
 
 Dimensions: n images, d draws, h height, w width, c channels. Boxes are top, left, height, width in pixels.
+
+Dimensions: n images, d draws an image.
+
+Dimensions: n images, h height, w width, c channels.
+
+An image comes out the same whatever else is in its batch: every step works on each image by its own draws.
+
+Dimensions: n images, d draws, h height, w width, c channels.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
 from visionloop.data.images import UInt8Array
-from visionloop.training.warp import make_theta, warp
 
+UInt64Array = NDArray[np.uint64]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+PRIME = 2**64 - 59  # the largest of 64 bits: seeds of any size are taken by their remainder
+ORDER, AUGMENT = 1, 2  # what is drawn for: draws for one never tell of those for the other
 FloatArray = NDArray[np.float64]
 NUM_UNIFORM = 16
+LUMA_RGB = (0.2989, 0.587, 0.114)
+
+
+def make_theta(moves_n10: Tensor, source_hw: tuple[int, ...], size_hw: tuple[int, int]) -> Tensor:
+    """Return the maps (n, 2, 3) from what comes out to the source, in the coordinates of `grid_sample`.
+
+    `moves_n10`: box (top, left, height, width, in pixels of the source), mirrored (0 or 1), angle (radians, counter
+    clockwise), shear along x and y (slopes), shift along x and y (shares of what comes out).
+    """
+    top, left, height, width, mirrored, angle, shear_x, shear_y, shift_x, shift_y = moves_n10.unbind(1)
+    (source_h, source_w), (out_h, out_w) = source_hw, size_hw
+    cos, sin, sign = torch.cos(angle), torch.sin(angle), 1 - 2 * mirrored
+    # Turned and sheared about the middle, in pixels of what comes out; mirrored first.
+    xx, xy = (cos - sin * shear_y) * sign, cos * shear_x - sin
+    yx, yy = (sin + cos * shear_y) * sign, cos + sin * shear_x
+    ratio_x, ratio_y = width / source_w, height / source_h
+    middle_x = 2 * (left + width / 2) / source_w - 1 - 2 * ratio_x * shift_x
+    middle_y = 2 * (top + height / 2) / source_h - 1 - 2 * ratio_y * shift_y
+    row_x = torch.stack([xx * ratio_x, xy * ratio_x * (out_h / out_w), middle_x], dim=1)
+    row_y = torch.stack([yx * ratio_y * (out_w / out_h), yy * ratio_y, middle_y], dim=1)
+    return torch.stack([row_x, row_y], dim=1)
+
+
+def warp(images_nchw: Tensor, theta_n23: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Return float images (n, c, h, w) sampled through the maps, bilinear; beyond its edges an image is mirrored."""
+    x_w, y_h = (_find_middles(side, theta_n23.device) for side in reversed(size_hw))
+    grid = torch.empty((len(theta_n23), *size_hw, 2), device=theta_n23.device)
+    # By sums, not by a matrix product: on a GPU that may be allowed to round to 10 bits.
+    for axis in range(2):
+        along_x, along_y, shift = theta_n23[:, axis].unsqueeze(-1).unbind(1)
+        torch.add((along_x * x_w + shift)[:, None, :], (along_y * y_h)[:, :, None], out=grid[..., axis])
+    return functional.grid_sample(images_nchw, grid, padding_mode="reflection", align_corners=False)
+
+
+@lru_cache(maxsize=8)
+def _find_middles(side: int, device: torch.device) -> Tensor:
+    """Return where the middles of the pixels of a side lie, -1 to 1 from edge to edge."""
+    return (torch.arange(side, device=device, dtype=torch.float32) * 2 + 1) / side - 1
+
+
+def make_image_keys(sha256_n: Sequence[str]) -> UInt64Array:
+    """Return a 64-bit number of each image."""
+    digests = b"".join(hashlib.blake2b(sha256.encode(), digest_size=8).digest() for sha256 in sha256_n)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def draw_bits(key_n: UInt64Array, *, seed: int, epoch: int, purpose: int) -> UInt64Array:
+    """Return 64 random bits (n) of each image. SplitMix64: Steele, Lea and Flood, OOPSLA 2014."""
+    state_n = key_n
+    for part in (purpose, seed % PRIME, epoch):
+        state_n = _mix(state_n ^ _mix(np.asarray(part, np.uint64) + GOLDEN))
+    return state_n
+
+
+def draw_uniform(bits_n: UInt64Array, num: int, turn_n: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """Return `num` uniform numbers in [0, 1) of each image, (n, d). `turn_n`: how often it came before in the epoch."""
+    if turn_n is not None:
+        bits_n = _mix(bits_n + turn_n.astype(np.uint64))
+    steps_d = np.arange(1, num + 1, dtype=np.uint64) * GOLDEN
+    words_nd = _mix(bits_n[:, None] + steps_d[None, :])
+    return (words_nd >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def count_turns(rows_n: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how often each row has come before in the sequence: of [4, 7, 4] it is [0, 0, 1]."""
+    order = np.argsort(rows_n, kind="stable")
+    ordered = rows_n[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])[: len(ordered)]
+    lengths = np.diff(np.r_[starts, len(ordered)])
+    turn_n = np.empty(len(rows_n), np.int64)
+    turn_n[order] = np.arange(len(rows_n)) - np.repeat(starts, lengths)
+    return turn_n
+
+
+def _mix(z: UInt64Array) -> UInt64Array:
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -47,8 +141,14 @@ PRESETS = {
     "medium": Preset(area=(0.5, 1.0), aspect=4 / 3, degrees=15.0, jitter=0.3),
     "strong": Preset(area=(0.3, 1.0), aspect=4 / 3, trivial=True, erased=0.25),
 }
+
+
 ERASED_AREA = (0.02, 0.2)
+
+
 ERASED_ASPECT = 3.3
+
+
 FILL_RGB = (124, 116, 104)  # the mean of ImageNet: about nothing, once it is normalised
 
 
@@ -70,8 +170,14 @@ class Operation(IntEnum):
 
 # The 14 operations of TrivialAugment's wide space, drawn evenly: column or operation, and the strongest value.
 GEOMETRY = ((Column.SHEAR_X, 0.99), (Column.SHEAR_Y, 0.99), (Column.SHIFT_X, 32 / 224), (Column.SHIFT_Y, 32 / 224))
+
+
 FACTORS = (Column.BRIGHTNESS, Column.SATURATION, Column.CONTRAST)
+
+
 OPERATIONS = tuple(Operation)[1:]
+
+
 NUM_TRIVIAL = 1 + len(GEOMETRY) + 1 + len(FACTORS) + len(OPERATIONS)
 
 
@@ -202,3 +308,75 @@ def _operate(image: Tensor, operation: Operation, strength: float) -> Tensor:
         case Operation.EQUALIZE:
             image = transforms.equalize(image)
     return image
+
+
+def augment_batch(images_nhwc: Tensor, draws_nd: Tensor, size_hw: tuple[int, int], preset: Preset | None) -> Tensor:
+    """Return uint8 images (n, h, w, 3) of `size_hw`: the given ones (uint8, n, h, w, 3), changed by their draws.
+
+    `preset` says which steps are worth a kernel: what it never draws is left out. None: crops alone.
+    """
+    theta = make_theta(draws_nd[:, : Column.BRIGHTNESS], tuple(images_nhwc.shape[1:3]), size_hw)
+    images = warp(images_nhwc.permute(0, 3, 1, 2).float(), theta, size_hw)
+    if preset and (preset.jitter or preset.trivial):
+        images = _change_colours(images, draws_nd)
+    images = images.add_(0.5).to(torch.uint8)
+    if preset and preset.trivial:
+        images = _operate_on_batch(images, draws_nd)
+    if preset and preset.erased:
+        images = _erase(images, draws_nd)
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _change_colours(images: Tensor, draws_nd: Tensor) -> Tensor:
+    """Blend with black, with the mean grey and with the grey of each pixel, as torchvision does, in this order."""
+    brightness, contrast, saturation = (
+        draws_nd[:, column].view(-1, 1, 1, 1) for column in (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION)
+    )
+    images = (images * brightness).clamp_(0, 255)
+    images = torch.lerp(_make_grey(images).mean(dim=(2, 3), keepdim=True), images, contrast).clamp_(0, 255)
+    return torch.lerp(_make_grey(images), images, saturation).clamp_(0, 255)
+
+
+def _make_grey(images: Tensor) -> Tensor:
+    red, green, blue = (images[:, channel : channel + 1] for channel in range(3))
+    return red * LUMA_RGB[0] + green * LUMA_RGB[1] + blue * LUMA_RGB[2]
+
+
+def _operate_on_batch(images: Tensor, draws_nd: Tensor) -> Tensor:
+    """Apply the operations, each to those images that drew it."""
+    chosen_n, strength_n = draws_nd[:, Column.OPERATION], draws_nd[:, Column.STRENGTH].view(-1, 1, 1, 1)
+    for operation in tuple(Operation)[1:]:
+        (picks,) = torch.nonzero(chosen_n == operation, as_tuple=True)
+        if len(picks):
+            images[picks] = _change(images[picks], operation, strength_n[picks])
+    return images
+
+
+def _change(images: Tensor, operation: Operation, strength: Tensor) -> Tensor:
+    match operation:
+        case Operation.SHARPNESS:
+            blurred = transforms.adjust_sharpness(images, 0.0).float()
+            images = torch.lerp(blurred, images.float(), strength).clamp_(0, 255).to(torch.uint8)
+        case Operation.POSTERIZE:
+            images = images & (256 - 2 ** (8 - strength)).to(torch.uint8)
+        case Operation.SOLARIZE:
+            images = torch.where(images >= strength, 255 - images, images)
+        case Operation.AUTOCONTRAST:
+            images = transforms.autocontrast(images)
+        case Operation.EQUALIZE:
+            images = transforms.equalize(images)
+    return images
+
+
+def _erase(images: Tensor, draws_nd: Tensor) -> Tensor:
+    top, left, height, width = draws_nd[:, Column.ERASED_TOP :].view(-1, 4, 1, 1, 1).unbind(1)
+    y = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
+    x = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
+    is_erased = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(is_erased, _make_fill(images.device), images)
+
+
+@lru_cache(maxsize=4)
+def _make_fill(device: torch.device) -> Tensor:
+    """Return the colour of what is erased; made once, since a copy to a GPU makes the process wait for it."""
+    return torch.tensor(FILL_RGB, dtype=torch.uint8, device=device).view(1, 3, 1, 1)

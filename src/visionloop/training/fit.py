@@ -21,17 +21,16 @@ from visionloop.tracking import Tracking
 from visionloop.training.checkpoints import FOLDER, list_entries
 from visionloop.training.datamodule import check_world
 from visionloop.training.figures import check_monitor
-from visionloop.training.hardware import list_remarks, read_hardware
-from visionloop.training.job import Job, World, check_sides, choose_validation
+from visionloop.training.job import Job, World, check_sides, choose_validation, list_remarks, read_hardware
 from visionloop.training.loader import make_lost_reader_error
-from visionloop.training.memory import is_out_of_memory, load_plan
+from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import announce, fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
+from visionloop.training.ranks.world import check_agreement, share
 from visionloop.training.run import close_failed, open_run, read_git_commit, remember_run
 from visionloop.training.watch import Watcher
 from visionloop.training.ways import WAYS
-from visionloop.training.ways.start import choose_start, has_work_here
-from visionloop.training.world import check_agreement, share
+from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import list_work, lock_work, replace_folder
 
 

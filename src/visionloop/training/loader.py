@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from visionloop.errors import TrainingError
 from visionloop.lifetime import die_with_parents
-from visionloop.training.batches import Batch, Batches
-from visionloop.training.rows import BatchRows
+from visionloop.training.batches import Batch, Batches, BatchRows
 
 # A Unix socket's path has 107 characters at most, of which Python's part takes 18.
 MAX_FOLDER = 89

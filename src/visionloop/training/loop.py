@@ -2,11 +2,19 @@
 
 WORK/checkpoints/   see `checkpoints.py`
 WORK/memory.json    how many images fit into memory at a time, where it is fewer than params.yaml asks for
+
+glibc hands large blocks back to the system when they are freed. A step on a CPU frees all its activations, and has the
+system fill them with zeros again, page by page, in the next: for MobileNetV2 two fifths of its time.
 """
 
 import contextlib
+import ctypes
+import gc
+import json
 import logging
+import re
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,20 +27,116 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from visionloop.errors import TrackingError, TrainingError
-from visionloop.training.allocator import keep_memory
-from visionloop.training.callbacks import ALL_EPOCHS, CheckpointFiles, EpochEnd
-from visionloop.training.checkpoints import FOLDER, Entry, find_checkpoint, load_checkpoint, name_checkpoint
+from visionloop.params import Train
+from visionloop.records import canonical_json
+from visionloop.training.callbacks import ALL_EPOCHS, CheckpointFiles, EpochEnd, FigureLog
+from visionloop.training.checkpoints import FOLDER, Entry, find_checkpoint, load_checkpoint, name_checkpoint, write_file
 from visionloop.training.datamodule import PreparedData
-from visionloop.training.figure_log import FigureLog
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
-from visionloop.training.memory import MemoryPlan, is_out_of_memory, keep_plan, load_plan, release_memory
 from visionloop.training.mirror import Mirror
 from visionloop.training.module import ClassifierModule
+from visionloop.training.ranks.world import share, trainer_options
 from visionloop.training.views import make_views
-from visionloop.training.world import share, trainer_options
 
+# Of malloc.h: the largest free block that stays at the top of the heap, and how many blocks may lie outside of it.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+LARGEST, NONE = 2**31 - 1, 0
+DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65_536}
+BATCH_FILE = "memory.json"
+# What torch says on a CPU (Linux, then others) and where a library of the GPU finds no room for itself.
+_SIGNS = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 MakeData = Callable[[int], PreparedData]
+
+
+@contextlib.contextmanager
+def keep_memory() -> Iterator[None]:
+    """Keep freed memory inside of the process, and give it back at the end. Does nothing without glibc."""
+    libc = _find_glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
+    libc.mallopt(M_MMAP_MAX, NONE)
+    try:
+        yield
+    finally:
+        for parameter, value in DEFAULTS.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+
+
+def _find_glibc() -> Any:
+    """Return the C library of this process if it is glibc, else None (musl, macOS, Windows)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How many images are in memory at a time: asked for, possible, and of how many that make a step."""
+
+    batch_in_memory: int
+    batch_size: int
+    step_size: int
+
+    @property
+    def accumulate(self) -> int:
+        """The parts that a step is made of."""
+        return -(-self.step_size // self.batch_in_memory)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is less than params.yaml asks for."""
+        return self.batch_in_memory < self.batch_size
+
+    def halve(self) -> "MemoryPlan":
+        """Return the plan with half as many images at a time. Raises TrainingError below one image."""
+        if self.batch_in_memory == 1:
+            raise TrainingError(
+                "train",
+                "not even one image at a time fits into memory",
+                "a network and images that fit",
+                "Take smaller images (prepare.image_size), a smaller train.backbone, or a machine with more memory.",
+            )
+        return replace(self, batch_in_memory=self.batch_in_memory // 2)
+
+
+def load_plan(work: Path, section: Train) -> MemoryPlan:
+    """Return the plan of params.yaml, or the smaller one that an earlier process found it needs."""
+    try:
+        known = int(json.loads((work / BATCH_FILE).read_text())["batch_in_memory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = section.batch_size
+    return MemoryPlan(
+        batch_in_memory=min(max(known, 1), section.batch_size),
+        batch_size=section.batch_size,
+        step_size=section.batch_size * section.accumulate,
+    )
+
+
+def keep_plan(work: Path, plan: MemoryPlan) -> None:
+    """Let the next process begin with this plan."""
+    write_file(work / BATCH_FILE, canonical_json({"batch_in_memory": plan.batch_in_memory}))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that there is no memory left, on a GPU or for torch or numpy on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
+
+
+def release_memory() -> None:
+    """Give back what a failed attempt held. Its exception must be gone: its frames hold the tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

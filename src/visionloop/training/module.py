@@ -1,33 +1,64 @@
-"""The Lightning module: what a step does, and the epoch's figures. The network is handed in.
+"""The Lightning module: what a step does, the averaged weights, the epoch's figures. The network is handed in.
 
 All randomness of a step (dropout, mixing) is a function of (seed, epoch, step, rank): a training that goes on from a
 checkpoint draws what it would have drawn.
 
 Dimensions: n images, u units (1 for binary, else k classes).
+
+After each step: average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at step t, so that the
+first steps do not weigh on short trainings (as in TensorFlow's ExponentialMovingAverage). The running means and
+variances of batch normalisation are averaged alike; counters are copied.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train
 from visionloop.training.datamodule import Batch
-from visionloop.training.ema import MovingAverage
 from visionloop.training.figures import compute_figures, count_right
-from visionloop.training.gather import gather_rows
-from visionloop.training.groups import make_optimizer
+from visionloop.training.groups import make_optimizer, make_schedule, step_plateau
 from visionloop.training.imbalance import Plan, plan_imbalance
 from visionloop.training.job import Job
-from visionloop.training.losses import Objective, compute_loss, make_targets
-from visionloop.training.mixing import draw_mix, mix_images, mix_targets
-from visionloop.training.schedules import make_schedule, step_plateau
+from visionloop.training.losses import Objective, compute_loss, draw_mix, make_targets, mix_images, mix_targets
+from visionloop.training.ranks.world import gather_rows
 
 Learns = Literal["all", "head"]
+
+
+def compute_decay(decay: float, step: int) -> float:
+    """Return the decay of the average at step 1, 2, ...: `decay`, but less at the start."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class MovingAverage(WeightAveraging):
+    """Lightning's weight averaging with a decay that warms up; kept whole in checkpoints.
+
+    A checkpoint's `state_dict` holds the average, `current_model_state` the weights that go on learning.
+    """
+
+    def __init__(self, decay: float) -> None:
+        @torch.no_grad()
+        def average(averages: Sequence[Tensor], weights: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+            if not averages[0].is_floating_point():
+                torch._foreach_copy_(list(averages), list(weights))
+                return
+            rest = 1 - compute_decay(decay, int(num_averaged))
+            torch._foreach_lerp_(list(averages), list(weights), rest)
+
+        super().__init__(use_buffers=True, multi_avg_fn=average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average where the weights are going to be: Lightning moves them there only after this."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
 
 def make_module(job: Job, run_id: str, classifier: Classifier, *, learns: Learns = "all") -> "ClassifierModule":

@@ -19,8 +19,7 @@ from pydantic import ValidationError
 from visionloop.data.shards import load_prepared
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.params import Params, Span, Train
-from visionloop.params.space import nest
-from visionloop.params.train import WAYS_ON_EMBEDDINGS
+from visionloop.params.train import WAYS_ON_EMBEDDINGS, nest
 from visionloop.records import compute_digest
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore

@@ -29,7 +29,7 @@ from visionloop.training.study import (
     make_train,
     suggest,
 )
-from visionloop.training.views.curve import log_best
+from visionloop.training.views.steps import log_best
 from visionloop.training.watch import EpochReport, StepReport, Watcher
 from visionloop.workfolder import lock_work
 

@@ -1,7 +1,7 @@
 """How `visionloop predict` shows an answer."""
 
-from visionloop.batch import FileAnswer
 from visionloop.cli.serving import describe_answer
+from visionloop.predict import FileAnswer
 from visionloop.records import Prediction
 
 PROBABILITIES = {"disc": 0.61, "ring": 0.9, "bar": 0.2, "star": 0.55}

@@ -7,14 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from visionloop.cli.progress import (
-    Clock,
-    LineWatcher,
-    LiveWatcher,
-    format_seconds,
-    list_figures,
-    open_watcher,
-)
+from visionloop.cli.progress import Clock, LineWatcher, LiveWatcher, format_seconds, list_figures, open_watcher
 from visionloop.training.watch import EpochReport, StepReport, Watcher
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from visionloop.cli.run_tables import Marks, compare_runs, find_run, list_differences, make_table, sort_runs, to_json
+from visionloop.cli.runs import Marks, compare_runs, find_run, list_differences, make_table, sort_runs, to_json
 from visionloop.errors import SettingsError
 from visionloop.tracking import Run
 

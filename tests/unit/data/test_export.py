@@ -12,9 +12,8 @@ import pytest
 from versions import commit, store_image
 
 from visionloop.data import export
-from visionloop.data.export import export_version
+from visionloop.data.export import export_version, make_file_name, make_folder_name, make_folder_names
 from visionloop.data.manifest import make_image_key
-from visionloop.data.names import make_file_name, make_folder_name, make_folder_names
 from visionloop.errors import BusyError, DatasetError, SettingsError
 from visionloop.records import DatasetVersion, ImageRecord
 from visionloop.store import LocalStore

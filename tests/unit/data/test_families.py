@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionloop.data.families import Families, Member, Pair, place_members
-from visionloop.data.split import choose_side
+from visionloop.data.families import Families, Member, Pair, choose_side, place_members
 
 USED = ("train", "val", "test")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionloop.data.split import choose_random_sides, choose_side, compute_position
+from visionloop.data.families import choose_random_sides, choose_side, compute_position
 
 FRACTIONS = (0.70, 0.15, 0.15)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionloop.data.subset import choose_subset, divide_seats
+from visionloop.data.prepare import choose_subset, divide_seats
 from visionloop.records import ImageRecord
 
 

@@ -10,9 +10,8 @@ from worlds import list_encoders
 
 from visionloop.data.shards import Prepared, Shards
 from visionloop.errors import DatasetError
-from visionloop.features.facts import EncoderFacts, describe_crop
 from visionloop.features.table import Table, remove_rows
-from visionloop.features.view import load_features, write_empty, write_features
+from visionloop.features.view import EncoderFacts, describe_crop, load_features, write_empty, write_features
 from visionloop.records import Pin
 from visionloop.store import LocalStore
 

@@ -98,7 +98,7 @@ def test_corrections_are_read_back_and_no_name_is_a_formula(tmp_path: Any) -> No
     text = encode_corrections(album, [Suspect(0, "a, b", "c", 0.5), Suspect(1, "", "d", 0.25)])
     path = tmp_path / "corrections.csv"
     path.write_bytes(text.encode())
-    from visionloop.ingest.corrections import load_corrections
+    from visionloop.ingest.labels import load_corrections
 
     assert [(c.sha256, c.old, c.new) for c in load_corrections(path)] == [
         (prepared.sha256_n[0], "a, b", "c"),

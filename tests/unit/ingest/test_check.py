@@ -11,7 +11,7 @@ from fakes import make_image
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, SourceError, StoreError
-from visionloop.ingest import crew
+from visionloop.ingest import check as crew
 from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import SHA256, Journal
 from visionloop.ingest.sources import Cursor, Item

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from visionloop.errors import SourceError
-from visionloop.ingest.corrections import Correction, Labels, load_corrections, match_corrections
+from visionloop.ingest.labels import Correction, Labels, load_corrections, match_corrections
 
 A, B, C = "a1" * 32, "a1" * 31 + "ff", "c3" * 32
 NONE: frozenset[str] = frozenset()

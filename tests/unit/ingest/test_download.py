@@ -5,19 +5,16 @@ import ipaddress
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.environment import Environment
-from visionloop.ingest.sources import Reading
-from visionloop.ingest.web.addresses import HostRules, classify, describe_url, mask, parse_hosts, parse_url
-from visionloop.ingest.web.body import Body, TryAgain, find_validator, goes_on
-from visionloop.ingest.web.download import make_fetcher
-from visionloop.ingest.web.pace import Pace, parse_retry_after
+from visionloop.secrets import Environment
+from visionloop.web.addresses import HostRules, classify, describe_url, mask, parse_hosts, parse_url
+from visionloop.web.body import Body, Pace, TryAgain, find_validator, goes_on, parse_retry_after
+from visionloop.web.download import make_fetcher
 
 
 @pytest.mark.parametrize(
@@ -234,6 +231,6 @@ def test_variables_come_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize("name", ["Host", "bad name", "X-Key\n", "Range"])
-def test_headers_that_cannot_be_sent(tmp_path: Path, name: str) -> None:
+def test_headers_that_cannot_be_sent(name: str) -> None:
     with pytest.raises(SourceError, match="header"):
-        make_fetcher(Reading(tmp_path, tmp_path, {}), [], headers={name: "secret"})
+        make_fetcher({}, [], headers={name: "secret"})

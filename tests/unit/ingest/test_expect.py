@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from visionloop.errors import SourceError
-from visionloop.ingest.expect import check_expectations
+from visionloop.ingest.merge import check_expectations
 from visionloop.params import make_params
 from visionloop.records import ImageRecord
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from visionloop.ingest.web.download import Fetched
-from visionloop.ingest.web.pages import find_link, find_number, guess_kind, set_query
+from visionloop.ingest.sources.http import find_link, find_number, guess_kind, set_query
+from visionloop.web.download import Fetched
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.paths.references import ImageFolder
+from visionloop.ingest.paths.listing import ImageFolder
 from visionloop.ingest.tables.cells import parse_time, to_text
 from visionloop.ingest.tables.files import TableKind, guess_table_kind
 from visionloop.ingest.tables.rows import BAD_ROW, RowPlan, plan_columns, read_rows

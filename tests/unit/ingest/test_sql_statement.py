@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionloop.errors import SourceError
-from visionloop.ingest.database.cursor import Progress, compute_query_digest, read_progress, write_progress
-from visionloop.ingest.database.rows import escape_colons
-from visionloop.ingest.database.statement import check_statement
+from visionloop.ingest.database import escape_colons
+from visionloop.ingest.sources.sql import Progress, compute_query_digest, read_progress, write_progress
+from visionloop.ingest.statement import check_statement
 from visionloop.ingest.tables.rows import RowPlan
 from visionloop.params import SqlSource
 

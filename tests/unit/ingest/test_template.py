@@ -27,9 +27,9 @@ from typing import Literal
 
 from visionloop.errors import SourceError
 from visionloop.ingest.tables.cells import parse_time
-from visionloop.ingest.sources.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
 from visionloop.ingest.paths.listing import list_files
-from visionloop.ingest.paths.names import escape_name, is_image_name
+from visionloop.ingest.paths.listing import escape_name, is_image_name
 from visionloop.params.section import Name, Section
 from visionloop.records import Rejected
 

@@ -11,13 +11,13 @@ from PIL import Image
 from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_sound, write_video
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.sources.item import Reading
+from visionloop.ingest.item import Reading
 from visionloop.ingest.video.cameras import is_camera
+from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.decode import decode, turn_upright
-from visionloop.ingest.video.relay import Answers
 from visionloop.ingest.video.sample import Clock, Job, Sampler, compute_difference
 from visionloop.ingest.video.segments import parse_seconds, read_segments
-from visionloop.ingest.video.spool import Spool
+from visionloop.ingest.video.webstream import Answers
 from visionloop.params import VideoSource
 
 

@@ -89,7 +89,7 @@ def test_a_value_that_params_refuse_is_refused() -> None:
     ],
 )
 def test_scalars_read_back_as_what_they_were(value: object, text: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from visionloop.params.yaml12 import parse_yaml
+    from visionloop.params.section import parse_yaml
 
     assert make_scalar(value) == text
     assert parse_yaml(f"a: {text}") == {"a": value}

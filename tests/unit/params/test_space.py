@@ -6,7 +6,7 @@ import pytest
 
 from visionloop.errors import ParamsError
 from visionloop.params import Span, make_params
-from visionloop.params.space import nest
+from visionloop.params.train import nest
 
 
 def make_space(space: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from visionloop.training.allocator import _find_glibc, keep_memory
+from visionloop.training.loop import _find_glibc, keep_memory
 
 NUM_FLOATS = 4 * 1024 * 1024
 NUM_BYTES = 4 * NUM_FLOATS

@@ -13,12 +13,13 @@ from visionloop.training.augment import (
     PRESETS,
     Column,
     Operation,
+    augment_batch,
     augment_images,
     draw_crops,
     draw_preset,
+    make_theta,
+    warp,
 )
-from visionloop.training.augment_batch import augment_batch
-from visionloop.training.warp import make_theta, warp
 
 SIZE_HW = (48, 64)
 STRONG = PRESETS["strong"]

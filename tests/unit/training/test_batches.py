@@ -9,12 +9,20 @@ from arrays import make_job, make_prepared, sort_by_row
 
 from visionloop.data.shards import Prepared
 from visionloop.errors import DatasetError
-from visionloop.training.batches import Batches, Reading, frame_images, read_whole
+from visionloop.training.augment import count_turns, draw_bits, draw_uniform, make_image_keys
+from visionloop.training.batches import (
+    PADDING,
+    Batches,
+    BatchRows,
+    Reading,
+    check_world,
+    count_parts,
+    frame_images,
+    read_whole,
+)
 from visionloop.training.datamodule import PreparedData
-from visionloop.training.draws import count_turns, draw_bits, draw_uniform, make_image_keys
 from visionloop.training.job import World
 from visionloop.training.loader import Loader
-from visionloop.training.rows import PADDING, BatchRows, check_world, count_parts
 
 
 def read_epoch(sampler: BatchRows, epoch: int) -> list[np.ndarray]:

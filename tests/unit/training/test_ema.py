@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from visionloop.training.ema import MovingAverage, compute_decay
+from visionloop.training.module import MovingAverage, compute_decay
 
 
 def test_decay_warms_up_to_what_is_asked_for() -> None:

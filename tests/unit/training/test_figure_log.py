@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from visionloop.errors import TrackingError
-from visionloop.training import figure_log
-from visionloop.training.figure_log import FigureLog
+from visionloop.training import callbacks as figure_log
+from visionloop.training.callbacks import FigureLog
 
 
 class Flaky:

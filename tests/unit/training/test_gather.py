@@ -2,7 +2,7 @@
 
 import torch
 
-from visionloop.training.gather import gather_rows
+from visionloop.training.ranks.world import gather_rows
 
 
 def test_rows_come_in_order_each_once_and_without_padding() -> None:

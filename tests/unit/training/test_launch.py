@@ -11,14 +11,12 @@ import pytest
 
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
 from visionloop.params import Train
-from visionloop.training import hardware as hardware_module
-from visionloop.training.failures import explain_failures, make_rank_error
-from visionloop.training.hardware import Hardware, choose_accelerator, describe_precision, list_remarks, read_hardware
-from visionloop.training.job import World
-from visionloop.training.launch import is_ours
-from visionloop.training.plan import Plan, describe_plan, plan_launch
-from visionloop.training.ray_workers import Shape, choose_shape
-from visionloop.training.world import PeerLost, is_peer_failure, read_world
+from visionloop.training import job as hardware_module
+from visionloop.training.job import Hardware, World, choose_accelerator, describe_precision, list_remarks, read_hardware
+from visionloop.training.ranks.failures import explain_failures, make_rank_error
+from visionloop.training.ranks.launch import Plan, describe_plan, is_ours, plan_launch
+from visionloop.training.ranks.ray import Shape, choose_shape
+from visionloop.training.ranks.world import PeerLost, is_peer_failure, read_world
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -202,7 +200,7 @@ def test_an_error_of_another_rank_names_it_and_keeps_its_kind() -> None:
 
 
 def test_a_rank_of_ours_leaves_its_error_in_the_file_and_is_quiet(tmp_path: Path) -> None:
-    from visionloop.training.launch import _report_failure
+    from visionloop.training.ranks.launch import _report_failure
 
     env = {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"), "TORCHELASTIC_RUN_ID": "visionloop-1"}
     assert is_ours(env)

@@ -7,7 +7,7 @@ import torch
 
 from visionloop.errors import TrainingError
 from visionloop.params import Train
-from visionloop.training.memory import MemoryPlan, is_out_of_memory, keep_plan, load_plan
+from visionloop.training.loop import MemoryPlan, is_out_of_memory, keep_plan, load_plan
 
 
 @pytest.mark.parametrize(

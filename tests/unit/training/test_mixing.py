@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from visionloop.training.mixing import Mix, draw_mix, mix_images, mix_targets
+from visionloop.training.losses import Mix, draw_mix, mix_images, mix_targets
 
 IMAGES = torch.arange(3 * 4 * 6 * 3, dtype=torch.uint8).reshape(3, 4, 6, 3)
 TARGETS = torch.eye(3)

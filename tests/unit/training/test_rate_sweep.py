@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionloop.training.rate_sweep import draw_sweep, find_fall, make_rates, make_sweep, smooth_losses, suggest_rate
+from visionloop.training.rate_finder import draw_sweep, find_fall, make_rates, make_sweep, smooth_losses, suggest_rate
 
 RATES = make_rates(1e-6, 1.0, 121)  # 20 steps a decade
 STEEPEST = 1e-3

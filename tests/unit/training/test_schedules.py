@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from visionloop.params import Train
-from visionloop.training.schedules import compute_share, make_schedule, step_plateau
+from visionloop.training.groups import compute_share, make_schedule, step_plateau
 
 TOTAL = 200
 

@@ -1,16 +1,42 @@
-"""List the files below a folder, fast, in the order of their paths. Enters no circle of links."""
+"""The files below a folder in the order of their paths, what names say, and the file that data names."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from visionloop.errors import SourceError
+from visionloop.errors import ImageError, SourceError
 
 MAX_DEPTH = 64
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob"),
+        *(".flv", ".ogv", ".ogg", ".3gp", ".3g2"),
+    )
+)
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
+)
+SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("train", "training"), "train"),
+        **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+        **dict.fromkeys(("test", "testing", "eval", "holdout"), "test"),
+    }
+)
+# Folders beside a table: where its images lie, most likely first, and where images without labels do.
+IMAGE_FOLDERS = ("train", "images", "train_images", "image", "imgs", "img", "photos", "data")
+UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+MAX_LABEL = 256
+MAX_REFERENCE = 4096
+OUTSIDE = re.compile(r"^([/~]|[A-Za-z][A-Za-z0-9+.-]*:)")
 
 
-class Found(NamedTuple):
+class ListedFile(NamedTuple):
     """A file: its path below the folder (`/` between its parts), its path on this machine, and its stamp.
 
     The stamp holds size, mtime and inode. `problem` says why it cannot be read; "" when it can.
@@ -22,7 +48,7 @@ class Found(NamedTuple):
     problem: str = ""
 
 
-def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[Found]:
+def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[ListedFile]:
     """Return the files below a folder in the order of their paths; hidden files and folders are passed over.
 
     A link is followed unless it leads to a folder above itself, to one that another link led to, or (`stay_inside`)
@@ -48,7 +74,7 @@ class _Walk:
         self._inside = os.path.join(os.path.realpath(root), "") if stay_inside else ""
         self._linked: set[str] = set()
 
-    def run(self, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[Found]:
+    def run(self, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[ListedFile]:
         """Yield the files below `folder`; `prefix` is its path below the root, `above` the real folders it lies in."""
         if len(above) > MAX_DEPTH:
             raise SourceError(self._where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
@@ -61,17 +87,107 @@ class _Walk:
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if not real.startswith(self._inside):
-                    yield Found(relative, entry.path, None, "is a link that leaves its folder")
+                    yield ListedFile(relative, entry.path, None, "is a link that leaves its folder")
                     continue
             try:
                 facts = entry.stat() if entry.is_file() else None
             except OSError:  # links in a circle, or a file that has just gone
-                yield Found(relative, entry.path, None, "cannot be found")
+                yield ListedFile(relative, entry.path, None, "cannot be found")
                 continue
             if facts:
-                yield Found(relative, entry.path, f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}")
+                yield ListedFile(relative, entry.path, f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}")
             elif not entry.is_dir():
-                yield Found(relative, entry.path, None, "is a link to nothing" if real else "is no regular file")
+                yield ListedFile(relative, entry.path, None, "is a link to nothing" if real else "is no regular file")
             elif not real or not (real in above or real in self._linked):
                 self._linked.update([real] if real else [])
                 yield from self.run(entry.path, f"{relative}/", (*above, real or os.path.join(above[-1], name)))
+
+
+def find_side(name: str) -> str | None:
+    """Return train, val or test for the name of a split (`Training`, `val2017`, `test1`); None for any other name."""
+    lower = name.strip().lower()
+    return SPLIT_NAMES.get(lower) or SPLIT_NAMES.get(lower.rstrip("0123456789"))
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether a file's suffix is one of an image, and it is not hidden."""
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def is_label(text: str) -> bool:
+    """Say whether a text can be a class: 1 to 256 printable characters, none of white space around them."""
+    return 0 < len(text) <= MAX_LABEL and text.isprintable() and text == text.strip()
+
+
+def escape_name(name: str) -> str:
+    """Return a file's name as text of one line that can be stored: what is not printable is escaped."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+class ImageFolder:
+    """The files below a folder, listed once, found by path, by path without suffix, or by name alone."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @classmethod
+    def of_files(cls, files: Iterable[ListedFile]) -> "ImageFolder":
+        """Return an index of files that are known already; nothing is read."""
+        folder = cls(Path())
+        folder.files = {found.relative: found for found in files}
+        return folder
+
+    @cached_property
+    def files(self) -> dict[str, ListedFile]:
+        """All files by their path below the folder, in its order. Raises SourceError."""
+        return {found.relative: found for found in list_files(self._root, f"folder {self._root}", stay_inside=True)}
+
+    @cached_property
+    def _stems(self) -> dict[str, list[str]]:
+        """Paths of images by their path without suffix and by their name without suffix."""
+        stems: dict[str, list[str]] = defaultdict(list)
+        for relative in self.files:
+            if not is_image_name(relative.rsplit("/", 1)[-1]):
+                continue
+            stem = relative[: relative.rfind(".")]
+            for key in {stem, stem.rsplit("/", 1)[-1], relative.rsplit("/", 1)[-1]}:
+                stems[key].append(relative)
+        return stems
+
+    def find(self, reference: str) -> Path | None:
+        """Return the file that a cell of a table means, or None. Raises ImageError (`unsafe_path`, `ambiguous`)."""
+        found = self.look_up(reference)
+        return Path(found.path) if found else None
+
+    def look_up(self, reference: str) -> ListedFile | None:
+        """Return what `find` does, with the file's place and stamp. Raises ImageError."""
+        found = self._look_up(reference)
+        if found and found.problem:
+            raise ImageError(f"reference {found.relative}", found.problem, "a file", reason_code="unsafe_path")
+        return found
+
+    def _look_up(self, reference: str) -> ListedFile | None:
+        path = clean_reference(reference)
+        if path in self.files:
+            return self.files[path]
+        matches = self._stems.get(path) or []
+        if len(matches) > 1:
+            nearest = [match for match in matches if match.rsplit(".", 1)[0] == path] or matches
+            if len(nearest) > 1:
+                found = f"fits {len(nearest)} files: {nearest[0]}, {nearest[1]}"
+                raise ImageError(f"reference {path}", found, "one file", reason_code="ambiguous")
+            matches = nearest
+        return self.files[matches[0]] if matches else None
+
+
+def clean_reference(reference: str) -> str:
+    """Return a path of a table as a path below its folder, `/` between its parts. Raises ImageError (`unsafe_path`)."""
+    text = reference.strip().replace("\\", "/")
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    unsafe = OUTSIDE.match(text) or ".." in parts or not text.isprintable() or len(text) > MAX_REFERENCE
+    if unsafe or not parts:
+        shown = text[:80].encode("unicode_escape").decode()
+        raise ImageError(f"reference {shown}", "leaves its folder", "a path below it", reason_code="unsafe_path")
+    return "/".join(parts)

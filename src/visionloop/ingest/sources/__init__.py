@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from visionloop.ingest.sources.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
 from visionloop.params import Source
 from visionloop.records import Rejected
 

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import SourceError
-from visionloop.ingest.archives.reader import ZipReader
-from visionloop.ingest.paths.listing import Found
-from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
-from visionloop.ingest.paths.references import ImageFolder
-from visionloop.ingest.sources.item import Item, Reading
-from visionloop.ingest.sources.placed import read_by_place
-from visionloop.ingest.tables.choice import choose_table, is_read_by_table
-from visionloop.ingest.tables.join import Table, read_shelf_table
-from visionloop.ingest.tables.shelf import Shelf
+from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, escape_name, find_side, is_image_name
+from visionloop.ingest.sources.folder import read_by_place
+from visionloop.ingest.tables.join import Shelf, Table, choose_table, is_read_by_table, read_shelf_table
+from visionloop.ingest.zips import ZipReader
 from visionloop.params import ArchiveSource
 from visionloop.records import Rejected
 
@@ -90,7 +86,7 @@ class ZipShelf:
         self._reader = reader
         self._entries = {entry.name: entry for entry in reader.entries if not entry.problem}
         names = sorted((name for name in self._entries if not _is_hidden(name)), key=lambda name: name.split("/"))
-        self.files = {name: Found(name, name, f"{reader.stamp}-{self._entries[name].offset}") for name in names}
+        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{self._entries[name].offset}") for name in names}
         bad = {entry.name: entry for entry in reader.entries if entry.problem}
         self.refused = [entry for entry in bad.values() if entry.code == "unsafe_path" or is_image_name(entry.name)]
 
@@ -127,7 +123,7 @@ class ZipShelf:
         inside = [one for path, one in self.files.items() if path.startswith(prefix)]
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
 
-    def make_reader(self, found: Found) -> Callable[[int], bytes]:
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._reader.read, self._entries[found.path])
 
     def open_table(self, name: str) -> BinaryIO | Path:

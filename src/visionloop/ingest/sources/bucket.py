@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
-from visionloop.ingest.paths.listing import Found
-from visionloop.ingest.paths.names import is_image_name
-from visionloop.ingest.paths.references import ImageFolder
-from visionloop.ingest.sources.item import Item, Reading
-from visionloop.ingest.sources.placed import read_by_place
+from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, is_image_name
+from visionloop.ingest.sources.folder import read_by_place
 from visionloop.ingest.tables.join import Table, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
@@ -71,7 +69,7 @@ class BucketShelf:
         self.where = where
         self._bucket = bucket
         self._entries = {entry.key: entry for entry in bucket.scan() if not _is_hidden(entry.key)}
-        self.files = {key: Found(key, key, f"{one.num_bytes}-{one.etag}") for key, one in self._entries.items()}
+        self.files = {key: ListedFile(key, key, f"{one.num_bytes}-{one.etag}") for key, one in self._entries.items()}
         self._tables: dict[str, bytes] = {}
 
     def list_folders(self) -> list[str]:
@@ -85,7 +83,7 @@ class BucketShelf:
         index.url = f"{self._bucket.url}/{prefix}"
         return index
 
-    def make_reader(self, found: Found) -> Callable[[int], bytes]:
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._bucket.read, self._entries[found.path])
 
     def open_table(self, name: str) -> BinaryIO | Path:
@@ -103,7 +101,7 @@ class _BucketFolder(ImageFolder):
 
     url = ""
 
-    def look_up(self, reference: str) -> Found | None:
+    def look_up(self, reference: str) -> ListedFile | None:
         return super().look_up(reference.strip().removeprefix(self.url))
 
 

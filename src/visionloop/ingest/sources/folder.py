@@ -1,16 +1,46 @@
 """A folder per class, with or without split folders above: `cats/1.jpg` or `train/cats/1.jpg`; or flat, by a pattern.
 
 What lies where is read in `layout.py`, for folders, archives and buckets alike.
+
+1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from visionloop.ingest.paths.listing import list_files
-from visionloop.ingest.paths.names import is_image_name
-from visionloop.ingest.sources.item import Item, Reading, make_file_reader
-from visionloop.ingest.sources.placed import read_by_place
-from visionloop.params import FolderSource
+from PIL import Image
+
+from visionloop.ingest.item import Item, Reading, make_file_reader
+from visionloop.ingest.paths.layout import place_all
+from visionloop.ingest.paths.listing import ListedFile, escape_name, is_image_name, list_files
+from visionloop.params import DigitsSource, FolderSource
 from visionloop.records import Rejected
+
+Read = Callable[[int], bytes]
+
+
+def read_by_place(
+    source: str,
+    files: Sequence[ListedFile],
+    make_reader: Callable[[ListedFile], Read],
+    reading: Reading,
+    *,
+    where: str,
+    pattern: str | None,
+    loose: bool = False,
+) -> Iterator[Item | Rejected]:
+    """Yield images by their places, in the order given; `loose` as in `place_all`. Raises SourceError."""
+    places = place_all([found.relative for found in files], where, reading.tell, pattern=pattern, loose=loose)
+    for found, place in zip(files, places, strict=True):
+        origin = f"{source}:{escape_name(found.relative)}"
+        if found.problem:
+            yield Rejected(origin, "unreadable", found.problem)
+        elif isinstance(place, str):
+            yield Rejected(origin, "no_label", place)
+        else:
+            read = make_reader(found)
+            yield Item(origin, source, place.labels, read, found.stamp, place.side, place.test_is_given, place.group)
 
 
 def read_folder(source: FolderSource, reading: Reading) -> Iterator[Item | Rejected]:
@@ -27,3 +57,24 @@ def read_folder(source: FolderSource, reading: Reading) -> Iterator[Item | Rejec
     yield from read_by_place(
         source.name, files, lambda found: make_file_reader(found.path), reading, where=where, pattern=source.pattern
     )
+
+
+def read_digits(source: DigitsSource, reading: Reading) -> Iterator[Item | Rejected]:
+    """Write the digits into class folders of the workspace's hidden folder, once, and yield them."""
+    folder = reading.hidden_dir / "sources" / "digits"
+    if not folder.is_dir():
+        _write_digits(folder)
+    yield from read_folder(FolderSource(kind="folder", path=str(folder), name=source.name), reading)
+
+
+def _write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    staged = folder.with_name(f".{folder.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    digits = load_digits()
+    for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = staged / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((values * (255 / 16)).round().astype("uint8")).save(path)
+    staged.rename(folder)

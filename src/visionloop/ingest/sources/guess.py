@@ -6,8 +6,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.paths.names import VIDEO_SUFFIXES, find_side, is_image_name
-from visionloop.ingest.tables.choice import is_read_by_table
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, find_side, is_image_name
+from visionloop.ingest.tables.join import is_read_by_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import Source, make_params
 

@@ -3,35 +3,94 @@
 Incremental with `cursor`: a later pull asks for rows from the last value on, that value included, since rows may share
 it and may have come later. Rows without a value (NULL) are offered each time. So nothing is lost, and what comes twice
 is stored once.
+
+The value belongs to one query: with another query, or other columns, the reading begins anew. What was guessed of the
+columns is kept with it, so that a later pull of few rows guesses nothing else.
 """
 
 import hashlib
+import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.database.cursor import Progress, compute_query_digest, read_progress, write_progress
-from visionloop.ingest.database.statement import check_statement
-from visionloop.ingest.environment import Environment
-from visionloop.ingest.paths.names import escape_name
-from visionloop.ingest.paths.references import ImageFolder
-from visionloop.ingest.sources.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.paths.listing import ImageFolder, escape_name
+from visionloop.ingest.statement import check_statement
 from visionloop.ingest.tables.cells import Row, to_text
-from visionloop.ingest.tables.row_items import Found, find_stamp_column, make_item, read_stamp
-from visionloop.ingest.tables.rows import SAMPLE_ROWS, RowPlan, plan_columns
-from visionloop.ingest.web.addresses import mask
-from visionloop.ingest.web.download import Fetcher, make_fetcher
+from visionloop.ingest.tables.rows import (
+    SAMPLE_ROWS,
+    RowImage,
+    RowPlan,
+    find_stamp_column,
+    make_item,
+    plan_columns,
+    read_stamp,
+)
 from visionloop.params import SqlSource
-from visionloop.records import Rejected
+from visionloop.records import Rejected, compute_digest
+from visionloop.secrets import Environment
+from visionloop.web.addresses import mask
+from visionloop.web.download import Fetcher, make_fetcher
 
+_KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    # name: (type, to JSON, from JSON); a datetime is a date too, so it comes first
+    "int": (int, int, int),
+    "float": (float, float, float),
+    "str": (str, str, str),
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
+    "date": (date, date.isoformat, date.fromisoformat),
+    "decimal": (Decimal, str, Decimal),
+}
 KEY_NAMES = ("id", "uuid", "guid", "key", "pk", "image_id", "img_id", "name", "filename", "file_name")
 SAMPLE_BYTES = 64 << 20
 Sized = tuple[dict[str, Any], bool]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last value seen, and what the columns mean."""
+
+    value: object
+    plan: RowPlan
+
+
+def compute_query_digest(source: SqlSource) -> str:
+    """Return the digest of what rows a source asks for and what they mean."""
+    return compute_digest(source.model_dump(mode="json", include={"query", "columns", "cursor", "images"}))
+
+
+def write_progress(progress: Progress, digest: str, where: str) -> str:
+    """Return progress as text. Raises SourceError when the cursor column holds what has no order that lasts."""
+    value = progress.value
+    for kind, (of_type, to_json, _) in _KINDS.items():
+        if isinstance(value, of_type) and not isinstance(value, bool):
+            if isinstance(value, float) and not math.isfinite(value):
+                break
+            state = {"digest": digest, "kind": kind, "value": to_json(value), "plan": asdict(progress.plan)}
+            return json.dumps(state, sort_keys=True)
+    found = f"the cursor column holds {type(value).__name__} ({str(value)[:40]})"
+    raise SourceError(f"{where} cursor", found, "a number, text, a date or a time", "Choose another column.")
+
+
+def read_progress(text: str | None, digest: str) -> Progress | None:
+    """Return what `write_progress` wrote for the same query; None for anything else."""
+    try:
+        state = json.loads(text or "")
+        if state["digest"] != digest:
+            return None
+        plan = RowPlan(**{**state["plan"], "labels": tuple(state["plan"]["labels"])})
+        return Progress(_KINDS[state["kind"]][2](state["value"]), plan)
+    except (ValueError, KeyError, TypeError, ArithmeticError):
+        return None
 
 
 def read_sql(source: SqlSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
@@ -54,8 +113,7 @@ def _read(
     source: SqlSource, reading: Reading, environment: Environment, where: str
 ) -> Iterator[Item | Rejected | Cursor]:
     try:
-        from visionloop.ingest.database.connect import Stopwatch, make_database
-        from visionloop.ingest.database.rows import Query
+        from visionloop.ingest.database import Query, Stopwatch, make_database
     except ModuleNotFoundError as exc:
         todo = "pip install 'visionloop[ingest]'"
         raise SourceError(where, f"{exc.name} is not installed", "the extra `ingest`", todo) from exc
@@ -136,22 +194,22 @@ class _Pull:
         stamp = read_stamp(row, self.stamp) if self.stamp else None
         return make_item(row, plan, self.source.name, place, lambda reference: self._find(reference, place, stamp))
 
-    def _find(self, reference: str | bytes, place: str, stamp: str | None) -> Found:
+    def _find(self, reference: str | bytes, place: str, stamp: str | None) -> RowImage:
         if isinstance(reference, bytes):
             digest = hashlib.sha256(reference).hexdigest()
-            return Found(place if self.key else f"blob {digest[:16]}", _Blob(reference), f"sha256 {digest}")
+            return RowImage(place if self.key else f"blob {digest[:16]}", _Blob(reference), f"sha256 {digest}")
         if re.match(r"(?i)https?:", reference):
             self._fetcher.check(reference)
-            return Found(self._fetcher.describe(reference), self._fetcher.make_reader(reference), stamp)
+            return RowImage(self._fetcher.describe(reference), self._fetcher.make_reader(reference), stamp)
         root = f"{self.reading.resolve(self.source.images or '.')}/"
         found = self._folder.look_up(reference.removeprefix(root))
         if found is None:
             raise ImageError(f"reference {reference[:200]!r}", "no such file", reason_code="row_without_image")
-        return Found(found.relative, make_file_reader(found.path), found.stamp)
+        return RowImage(found.relative, make_file_reader(found.path), found.stamp)
 
     @cached_property
     def _fetcher(self) -> Fetcher:
-        return make_fetcher(self.reading, self.source.hosts, secrets=self.secrets)
+        return make_fetcher(self.reading.env, self.source.hosts, secrets=self.secrets)
 
     @cached_property
     def _folder(self) -> ImageFolder:

@@ -6,11 +6,9 @@ Rows and images that have no counterpart are listed, not fatal. Folders beside t
 from collections.abc import Iterator
 
 from visionloop.errors import SourceError
-from visionloop.ingest.sources.item import Item, Reading
-from visionloop.ingest.tables.cell_readers import make_url_finder
-from visionloop.ingest.tables.choice import choose_table
-from visionloop.ingest.tables.join import Table, read_shelf_table
-from visionloop.ingest.tables.shelf import FolderShelf, Shelf
+from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.tables.join import FolderShelf, Shelf, Table, choose_table, read_shelf_table
+from visionloop.ingest.tables.rows import make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 

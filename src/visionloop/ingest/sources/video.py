@@ -12,16 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from visionloop.errors import SourceError
+from visionloop.ingest.item import Item, Reading
 from visionloop.ingest.paths.layout import Place, place_all, settle_sides
-from visionloop.ingest.paths.listing import Found, list_files
-from visionloop.ingest.paths.names import VIDEO_SUFFIXES, escape_name, find_side
-from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, ListedFile, escape_name, find_side, list_files
 from visionloop.ingest.video.cameras import is_camera, open_camera
-from visionloop.ingest.video.clip import DECODING, Clip, Index, make_stamp
+from visionloop.ingest.video.clip import DECODING, Clip, Index, Spool, make_stamp
 from visionloop.ingest.video.player import PASSING, Player, check_installed
 from visionloop.ingest.video.sample import Job, find_spans
 from visionloop.ingest.video.segments import Segment, read_segments
-from visionloop.ingest.video.spool import Spool
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 
@@ -143,7 +141,7 @@ def _find_films(source: VideoSource, reading: Reading, where: str) -> Iterator[F
     """Yield the videos of a file or a folder with their labels. Raises SourceError."""
     path = reading.resolve(source.path)
     if path.is_file():
-        root, files = path.parent, [Found(path.name, str(path), make_stamp(path))]
+        root, files = path.parent, [ListedFile(path.name, str(path), make_stamp(path))]
     elif path.is_dir():
         root = path
         files = [one for one in list_files(root, f"{where} {root}") if is_video_name(one.relative)]
@@ -164,7 +162,7 @@ def _find_films(source: VideoSource, reading: Reading, where: str) -> Iterator[F
             yield Film(one.relative, Path(one.path), [part])
 
 
-def _place(source: VideoSource, reading: Reading, where: str, files: Sequence[Found]) -> Sequence[Place | str]:
+def _place(source: VideoSource, reading: Reading, where: str, files: Sequence[ListedFile]) -> Sequence[Place | str]:
     """Return labels and sides of videos: those of their folders, or `label` for all."""
     paths = [one.relative for one in files]
     sides = [find_side(path.partition("/")[0]) if "/" in path else None for path in paths]
@@ -178,7 +176,7 @@ def _place(source: VideoSource, reading: Reading, where: str, files: Sequence[Fo
 
 
 def _match_table(
-    source: VideoSource, reading: Reading, where: str, files: Mapping[str, Found]
+    source: VideoSource, reading: Reading, where: str, files: Mapping[str, ListedFile]
 ) -> Iterator[Film | Rejected]:
     """Yield the videos that a table names, and what has no partner."""
     assert source.table is not None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from visionloop.errors import SourceError, shorten
-from visionloop.ingest.paths.names import SPLIT_NAMES, is_image_name
+from visionloop.ingest.paths.listing import SPLIT_NAMES, is_image_name
 from visionloop.ingest.tables.cells import ON_OFF, Row, get_cell, is_on, parse_time, to_text
 
 MAX_DEPTH = 3

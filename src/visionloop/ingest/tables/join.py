@@ -7,36 +7,114 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError, shorten
+from visionloop.ingest.item import Item, make_file_reader
 from visionloop.ingest.paths.layout import settle_sides
-from visionloop.ingest.paths.listing import Found as File
-from visionloop.ingest.paths.names import (
+from visionloop.ingest.paths.listing import (
     IMAGE_FOLDERS,
     UNLABELLED_FOLDERS,
+    ImageFolder,
+    ListedFile,
     escape_name,
     find_side,
     is_image_name,
 )
-from visionloop.ingest.paths.references import ImageFolder
-from visionloop.ingest.sources.item import Item
-from visionloop.ingest.tables.cell_readers import give_bytes, is_url
-from visionloop.ingest.tables.row_items import Found, make_item
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
     Row,
+    RowImage,
     RowPlan,
     TableKind,
+    give_bytes,
     guess_table_kind,
+    is_url,
+    make_item,
     plan_columns,
     read_rows,
 )
-from visionloop.ingest.tables.shelf import Shelf
 from visionloop.params import Columns
 from visionloop.records import Rejected
+
+# Which of several tables in a folder is the one, by its name without suffix.
+TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
+IGNORED = ("sample_submission", "samplesubmission", "submission")
+
+
+def list_tables(names: Sequence[str]) -> list[str]:
+    """Return the names of tables among the files of a folder, sorted; hidden ones and submissions left out."""
+    return sorted(name for name in names if guess_table_kind(name) and not name.lower().startswith((".", *IGNORED)))
+
+
+def is_read_by_table(names: Sequence[str], class_folders: Sequence[str]) -> bool:
+    """Say whether images are labelled by a table beside them: there is one, and there are no class folders.
+
+    `names` are the files of the folder, `class_folders` the folders with images: those in it, below split folders too.
+    """
+    no_classes = (*IMAGE_FOLDERS, *UNLABELLED_FOLDERS)
+    classes = [name for name in class_folders if name.lower() not in no_classes and not find_side(name)]
+    return bool(list_tables(names)) and len(classes) < 2
+
+
+def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) -> str:
+    """Return which of these files is the table. Raises SourceError when none or several could be."""
+    tables = list_tables(names)
+    for wanted in TABLE_NAMES if len(tables) > 1 else ():
+        chosen = [name for name in tables if name.rsplit(".", 1)[0].lower() == wanted]
+        if len(chosen) == 1:
+            tell(f"{where}: of {len(tables)} tables {chosen[0]} is taken")
+            return chosen[0]
+    if len(tables) != 1:
+        found = f"holds {len(tables)} tables: {shorten(tables)}" if tables else "holds no table"
+        raise SourceError(where, found, "one, or one named labels.csv", "Give the path of the table itself.")
+    return tables[0]
+
+
+class Shelf(Protocol):
+    """Files below one place. A `folder` is "" for the place itself, or the path of a folder in it."""
+
+    def list_folders(self) -> list[str]:
+        """Return the names of the folders at the top, sorted."""
+
+    def open_table(self, name: str) -> BinaryIO | Path:
+        """Return the table of this name, to be read once."""
+
+    def index(self, folder: str) -> ImageFolder:
+        """Return the files below a folder. Raises SourceError."""
+
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
+        """Return the `read` of an item."""
+
+
+class FolderShelf:
+    """A folder of this machine. What lies in it is listed when it is asked for, once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._indexes: dict[str, ImageFolder] = {}
+
+    def list_folders(self) -> list[str]:
+        return self._folders
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        return sorted(child.name for child in self._root.iterdir() if child.is_dir() and child.name[0] != ".")
+
+    def open_table(self, name: str) -> BinaryIO | Path:
+        return self._root / name
+
+    def index(self, folder: str) -> ImageFolder:
+        if folder not in self._indexes:
+            self._indexes[folder] = ImageFolder(self._root / folder)
+        return self._indexes[folder]
+
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
+        return make_file_reader(found.path)
 
 
 @dataclass(frozen=True)
@@ -54,7 +132,7 @@ class Table:
     tell: Callable[[str], None]
     images: tuple[Shelf, str] | None = None
     unlabelled: tuple[str, ...] | None = None
-    find_url: Callable[[str], Found] | None = None
+    find_url: Callable[[str], RowImage] | None = None
     told: set[str] = field(default_factory=set)
 
     def rows(self) -> Iterator[Row]:
@@ -145,10 +223,10 @@ class _Join:
     index: ImageFolder | None
     used: set[str] = field(default_factory=set)
 
-    def find(self, number: int, reference: str | bytes) -> Found:
+    def find(self, number: int, reference: str | bytes) -> RowImage:
         """Look up what row `number` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
         if isinstance(reference, bytes):
-            return Found(f"{self.table.name} row {number}", partial(give_bytes, reference))
+            return RowImage(f"{self.table.name} row {number}", partial(give_bytes, reference))
         if is_url(reference):
             if self.table.find_url is None:
                 raise ImageError("row", "names a URL", "a file", reason_code="refused_url")
@@ -158,9 +236,9 @@ class _Join:
             shown = escape_name(reference[:120])
             raise ImageError("row", f"no image {shown}", "one in the folder", reason_code="row_without_image")
         self.used.add(file.relative)
-        return Found(escape_name(self.place_of(file)), self.shelf.make_reader(file), file.stamp)
+        return RowImage(escape_name(self.place_of(file)), self.shelf.make_reader(file), file.stamp)
 
-    def place_of(self, file: File) -> str:
+    def place_of(self, file: ListedFile) -> str:
         return f"{self.folder}/{file.relative}" if self.folder else file.relative
 
 
@@ -218,7 +296,7 @@ def _choose_unlabelled(join: _Join) -> list[str]:
     return [name for name in names if name not in tops and any(map(_is_image, table.shelf.index(name).files.values()))]
 
 
-def _is_image(file: File) -> bool:
+def _is_image(file: ListedFile) -> bool:
     return is_image_name(file.relative.rsplit("/", 1)[-1])
 
 

@@ -8,16 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.paths.names import escape_name, find_side, is_label
+from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.paths.listing import escape_name, find_side, is_label
 from visionloop.ingest.tables.cells import Row, get_cell, is_on, parse_time, to_text
 from visionloop.ingest.tables.column_guess import ColumnGuess
 from visionloop.ingest.tables.files import BAD_ROW, TableKind, guess_table_kind, read_rows
 from visionloop.params import Columns
+from visionloop.records import Rejected
 
 __all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table_kind", "plan_columns", "read_rows"]
-
 SAMPLE_ROWS = 200
 MAX_LABELS = 1000
+# A column that changes when the image does, the surest first.
+STAMP_NAMES = (
+    *("sha256", "sha1", "md5", "digest", "checksum", "hash", "etag", "e_tag", "version_id", "revision"),
+    *("updated_at", "updated", "modified_at", "modified", "last_modified", "mtime"),
+)
+URL_STARTS = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -142,3 +149,78 @@ def _describe_guesses(columns: Columns, plan: RowPlan) -> str:
             parts[key] = name
     guesses = ", ".join(f"{key} = {parts[key]}" for key in ("image", "label", "side", "group", "time") if key in parts)
     return f"columns guessed: {guesses} (name them under `columns` to be sure)" if parts else ""
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """Where the image of a row is: its place for people, how it is read, and its stamp if the source knows one."""
+
+    place: str
+    read: Callable[[int], bytes]
+    stamp: str | None = None
+
+
+def make_item(
+    row: Row, plan: RowPlan, source: str, place: str, find: Callable[[str | bytes], RowImage]
+) -> Item | Rejected:
+    """Return the item of a row. `place` names the row where its image does not; `find` looks its image up."""
+    try:
+        reference = plan.read_image(row)
+        if reference is None:
+            return Rejected(f"{source}:{place}", "row_without_image", f"no value in column {plan.image}")
+        found = find(reference)
+        return Item(
+            origin=f"{source}:{found.place}",
+            source=source,
+            labels=plan.read_labels(row),
+            read=found.read,
+            stamp=found.stamp,
+            side=plan.read_side(row),
+            group=plan.read_group(row),
+            captured_at=plan.read_time(row),
+        )
+    except ImageError as exc:
+        return Rejected(f"{source}:{place}", exc.reason_code, str(exc).removeprefix("row: "))
+
+
+def find_stamp_column(rows: Sequence[Row]) -> str | None:
+    """Return the column that changes when the image does, if every row of the sample has a value there."""
+    names = {name.lower(): name for name in rows[0]} if rows else {}
+    for name in (names[stamp] for stamp in STAMP_NAMES if stamp in names):
+        if all(read_stamp(row, name) for row in rows):
+            return name
+    return None
+
+
+def read_stamp(row: Row, column: str) -> str | None:
+    """Return the stamp of a row, or None when the cell is empty."""
+    try:
+        text = to_text(get_cell(row, column))
+    except ImageError:
+        return None
+    return f"{column} {text}" if text else None
+
+
+def is_url(text: str) -> bool:
+    """Say whether a cell is a URL that an image may be fetched from."""
+    return text.lower().startswith(URL_STARTS)
+
+
+def make_url_finder(hosts: Sequence[str], reading: Reading) -> Callable[[str], RowImage]:
+    """Return what makes the reader of a URL, once its host was checked. Raises SourceError when a host is none."""
+    from visionloop.web.download import make_fetcher
+
+    fetcher = make_fetcher(reading.env, hosts)
+
+    def find(url: str) -> RowImage:
+        fetcher.check(url)
+        return RowImage(fetcher.describe(url), fetcher.make_reader(url))
+
+    return find
+
+
+def give_bytes(data: bytes, max_bytes: int) -> bytes:
+    """Return the bytes of a cell. Raises ImageError."""
+    if len(data) > max_bytes:
+        raise ImageError("cell", f"holds {len(data):,} bytes", f"at most {max_bytes:,}", reason_code="too_large")
+    return data

@@ -18,17 +18,16 @@ from typing import Protocol
 from urllib.parse import quote, unquote
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.environment import Environment
-from visionloop.ingest.sources.item import Item, Reading
+from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.relay import Relay
 from visionloop.ingest.video.sample import Job
-from visionloop.ingest.video.spool import Spool
-from visionloop.ingest.video.webstream import WebStream
-from visionloop.ingest.web.addresses import HostRules, mask, parse_hosts, parse_url
-from visionloop.ingest.web.download import PRIVATE_HOSTS, make_fetcher
+from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
+from visionloop.secrets import Environment
+from visionloop.web.addresses import HostRules, mask, parse_hosts, parse_url
+from visionloop.web.download import PRIVATE_HOSTS, make_fetcher
 
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
@@ -193,7 +192,7 @@ def _open_web(
         headers["Authorization"] = f"Basic {token}"
         secrets = (*secrets, token)
     fetcher = make_fetcher(
-        reading,
+        reading.env,
         [address.netloc, *source.hosts],
         headers=headers,
         headers_host=bare,

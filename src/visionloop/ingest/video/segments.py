@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.paths.references import clean_reference
-from visionloop.ingest.sources.item import Reading
+from visionloop.ingest.item import Reading
+from visionloop.ingest.paths.listing import clean_reference
 from visionloop.ingest.tables.cells import Row, to_text
 from visionloop.ingest.tables.rows import SAMPLE_ROWS, RowPlan, guess_table_kind, plan_columns, read_rows
 from visionloop.params import VideoSource

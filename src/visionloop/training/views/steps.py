@@ -1,18 +1,68 @@
-"""Where an epoch is, how fast it goes and how long it waits for data: told a few times a second."""
+"""What an epoch shows: where it is, its speed and waits, its gradients, memory, curve and confusion.
 
+With several labels an image there is no such matrix: what was found, missed and wrongly said of a class is drawn.
+
+Dimensions: n images, u units (1 for binary, else k classes), k classes.
+"""
+
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
+from visionloop.errors import TrackingError
+from visionloop.evaluation.label_metrics import compute_outcomes
+from visionloop.evaluation.metrics import IntArray, compute_confusion
+from visionloop.evaluation.plots import draw_confusion, draw_outcomes
+from visionloop.tracking import Tracking
+from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
+from visionloop.training.module import ClassifierModule
+from visionloop.training.plots import find_best, write_curve
 from visionloop.training.views.view import View
-from visionloop.training.watch import Phase, StepReport
+from visionloop.training.watch import EpochReport, Phase, StepReport
 
 TELL_EVERY_S = 0.25
 SMOOTHED_OVER_S = 5.0
+BYTES_PER_GIB = 2**30
+
+
+class ConfusionView(View):
+    """Draws the confusion matrix of an epoch's validation for MLflow, every `train.confusion_every` epochs."""
+
+    def __init__(self, job: Job, run_id: str, work: Path) -> None:
+        self.job, self.run_id, self.work = job, run_id, work
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch % self.job.params.train.confusion_every and epoch != trainer.max_epochs:
+            return
+        classes = self.job.prepared.classes
+        assert isinstance(pl_module, ClassifierModule)
+        units_nu, targets = pl_module.val_units_nu, pl_module.val_targets
+        folder = self.work / "figures" / "confusion"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"epoch-{epoch:03d}.png"
+        of_images = f"of {len(targets):,} validation images, epoch {epoch}"
+        if targets.ndim == 2:
+            outcomes = compute_outcomes(targets.cpu().numpy() > 0.5, units_nu.cpu().numpy() > 0, classes)
+            path.write_bytes(draw_outcomes(outcomes, title=f"Answers {of_images}"))
+        else:
+            confusion_kk = count_confusion(units_nu, targets, len(classes))
+            path.write_bytes(draw_confusion(confusion_kk, classes, title=f"Confusion {of_images}"))
+        self.job.tracking.log_artifact(self.run_id, path, "figures/confusion")
+
+
+def count_confusion(units_nu: Tensor, labels_n: Tensor, num_classes: int) -> IntArray:
+    """Return how many images of each class (rows) were taken for which (columns)."""
+    chosen_n = (units_nu.squeeze(1) > 0).long() if units_nu.shape[1] == 1 else units_nu.argmax(dim=1)
+    return compute_confusion(labels_n.long().cpu().numpy(), chosen_n.cpu().numpy(), num_classes)
 
 
 class StepView(View):
@@ -97,3 +147,72 @@ def read_loss(trainer: pl.Trainer, outputs: Any) -> float:
     """Return the loss of the batch; Lightning gives it divided by the number of batches that are accumulated."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return math.nan if loss is None else float(loss) * trainer.accumulate_grad_batches
+
+
+class GradientView(View):
+    """Mean and largest norm of all gradients over the steps of an epoch, before they are clipped."""
+
+    def __init__(self) -> None:
+        self._guard: FiniteGuard | None = None
+        self._norms: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        guards = [c for c in trainer.callbacks if isinstance(c, FiniteGuard)]  # type: ignore[attr-defined]
+        self._guard, self._norms = next(iter(guards), None), []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        norm = self._guard.last_norm if self._guard else None
+        if norm is not None and not (self._norms and norm is self._norms[-1]):  # the same one while it accumulates
+            self._norms.append(norm)
+
+    def read_epoch(self, trainer: pl.Trainer) -> Mapping[str, float]:
+        if not self._norms:
+            return {}
+        norms = torch.stack(self._norms)
+        return {"train/grad_norm": float(norms.mean()), "train/grad_norm_max": float(norms.max())}
+
+
+class MemoryView(View):
+    """The most memory that torch held on the GPU during an epoch, GiB."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def read_epoch(self, trainer: pl.Trainer) -> Mapping[str, float]:
+        device = trainer.strategy.root_device
+        if device.type != "cuda":
+            return {}
+        return {"gpu/memory_gib": torch.cuda.max_memory_allocated(device) / BYTES_PER_GIB}
+
+
+class CurveView(View):
+    """Draws losses, figures and learning rate over all epochs, also those before a resume; a copy is in .visionloop."""
+
+    def __init__(self, job: Job, run_id: str) -> None:
+        self.job, self.run_id = job, run_id
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with contextlib.suppress(TrackingError):  # what ended the training is the news
+            self._show(trainer)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        from visionloop.training.callbacks import get_history
+
+        if reports := get_history(trainer):
+            path = self.job.settings.hidden_dir / "curve.png"
+            write_curve(reports, path)
+            self.job.tracking.log_artifact(self.run_id, path, "figures")
+            log_best(self.job.tracking, self.run_id, reports)
+
+
+def log_best(tracking: Tracking, run_id: str, reports: Sequence[EpochReport]) -> None:
+    """Log which epoch was the best and its figures: `best/epoch`, `best/val_loss`, ... Raises TrackingError."""
+    best = find_best(reports)
+    figures = {f"best/{name.replace('/', '_')}": value for name, value in best.metrics.items()}
+    tracking.log_metrics(run_id, {**figures, "best/epoch": best.epoch}, step=best.epoch - 1)

@@ -16,3 +16,16 @@ class View(pl.Callback):
 
     def show_epoch(self, trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
         """Take a finished epoch: what is reported of it, and all its figures."""
+
+
+def read_views(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the figures that the views have of the epoch that just ended, for the same request as the others."""
+    views = [c for c in trainer.callbacks if isinstance(c, View)]  # type: ignore[attr-defined]
+    return {name: value for view in views for name, value in view.read_epoch(trainer).items()}
+
+
+def show_in_views(trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
+    """Let the views show a finished epoch: its report, and all its figures."""
+    for view in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(view, View):
+            view.show_epoch(trainer, report, figures)

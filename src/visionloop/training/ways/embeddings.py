@@ -17,7 +17,7 @@ from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.features.view import load_features
 from visionloop.networks.classifier import Classifier
-from visionloop.networks.encoder import compute_weights_digest
+from visionloop.networks.export import compute_weights_digest
 from visionloop.networks.heads import NeighbourHead
 from visionloop.networks.weights import load_backbone
 from visionloop.training.datamodule import PreparedData
@@ -25,7 +25,7 @@ from visionloop.training.figures import compute_figures
 from visionloop.training.job import Job
 from visionloop.training.loop import MakeData, make_repeatable
 from visionloop.training.module import ClassifierModule, make_module
-from visionloop.training.views.curve import log_best
+from visionloop.training.views.steps import log_best
 from visionloop.training.watch import EpochReport
 from visionloop.training.ways.network import make_classifier
 

@@ -1,0 +1,35 @@
+"""The entry point: loads the commands, runs one, and turns an error into one line and an exit code."""
+
+import os
+import sys
+from pathlib import Path
+
+from visionloop.cli.app import app
+from visionloop.cli.context import write_error_file
+from visionloop.errors import VisionLoopError
+from visionloop.lifetime import Terminated
+from visionloop.words import describe_error
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 2 an error with one line, 3 not promoted, 1 our bug with a traceback."""
+    from visionloop.cli import datasets, features, forget, ingest, models, runs, serving, stages, tune, workspace  # noqa: F401
+
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        app()
+    except VisionLoopError as exc:
+        write_error_file(exc, os.environ, Path.cwd())
+        print(describe_error(exc), file=sys.stderr)
+        sys.exit(exc.exit_code)
+    except SystemExit as exc:  # typer makes one of Ctrl-C too, and SIGTERM comes the same way
+        sys.exit(143 if _was_terminated(exc) else exc.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _was_terminated(exc: BaseException | None) -> bool:
+    while exc is not None and not isinstance(exc, Terminated):
+        exc = exc.__cause__ or exc.__context__
+    return exc is not None

@@ -1,1 +1,0 @@
-"""Zip archives of strangers, read within bounds. Nothing is extracted to disk."""

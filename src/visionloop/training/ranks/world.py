@@ -1,0 +1,260 @@
+"""The ranks of one training: who this process is, how it joins the others, and what rank 0 tells them.
+
+Values cross as JSON over gloo, also beside a GPU's nccl; nothing is pickled. A rank that fails simply ends: the others
+are told by the broken connection, and `is_peer_failure` tells that consequence from a cause.
+
+Dimensions: n images, u units.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from visionloop.errors import SettingsError, TrainingError, VisionLoopError
+from visionloop.records import canonical_json, compute_digest
+from visionloop.training.job import Job, World
+
+# How long a rank waits for the others: to come, and at each step. A rank that dies is noticed at once, without it.
+WAIT_LIMIT = timedelta(minutes=10)
+# A network file system may show a new file late.
+SHARED_WITHIN_S = 15.0
+PEER_SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+PADDING = -1
+
+
+class PeerLost(TrainingError):
+    """Another rank is gone: a consequence, which is told only where its cause is not known."""
+
+
+def read_world(env: Mapping[str, str], *, on_ray: bool = False) -> World:
+    """Read what torchrun, or a launcher that sets the same variables, says this process is; alone if it says nothing.
+
+    Raises:
+        SettingsError: the variables contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not (env.get("RANK") and env.get("WORLD_SIZE")):
+        return World()
+    given = ", ".join(f"{name}={env[name]}" for name in (*names, "MASTER_ADDR") if name in env)
+    try:
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        rank, size, local_rank, local_size = -1, 0, 0, 1
+    fits = 0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0
+    if not fits or (size > 1 and not on_ray and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT"))):
+        raise SettingsError(
+            "environment",
+            f"has {given}",
+            "RANK < WORLD_SIZE, LOCAL_RANK < LOCAL_WORLD_SIZE, the latter equal on all nodes, MASTER_ADDR, MASTER_PORT",
+            "Start with torchrun, or unset RANK and WORLD_SIZE to train in one process.",
+        )
+    return World(rank, size, local_rank, local_size, on_ray)
+
+
+@contextlib.contextmanager
+def join_world(world: World, accelerator: str) -> Iterator[None]:
+    """Connect this rank with the others: gloo on a CPU, nccl beside it on GPUs. Nothing to do for a process alone.
+
+    Raises:
+        TrainingError: the others do not come, or this machine has fewer GPUs than ranks.
+    """
+    if world.size == 1:
+        yield
+        return
+    if accelerator == "gpu" and not world.on_ray:  # Ray has chosen the device already
+        _take_gpu(world)
+    started = not distributed.is_initialized()
+    if started:
+        backend = "cpu:gloo,cuda:nccl" if accelerator == "gpu" else "gloo"
+        try:
+            distributed.init_process_group(backend, timeout=WAIT_LIMIT)
+        except (RuntimeError, ValueError) as exc:
+            raise TrainingError(
+                f"rank {world.rank} of {world.size}",
+                f"cannot join the others ({str(exc).splitlines()[0][:200]})",
+                f"all of them at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
+                f"{WAIT_LIMIT.seconds // 60} minutes",
+                "Look at the other ranks, and at the firewall between the nodes.",
+            ) from exc
+    yield
+    # Only after success: with a rank gone, this would wait for it.
+    if started:
+        distributed.destroy_process_group()
+
+
+def _take_gpu(world: World) -> None:
+    if world.local_rank >= torch.cuda.device_count():
+        raise TrainingError(
+            f"rank {world.rank} of {world.size}",
+            f"is number {world.local_rank + 1} on {socket.gethostname()}, which has {torch.cuda.device_count()} GPUs",
+            "a GPU for each rank",
+            "Lower --nproc-per-node, or set train.accelerator: cpu.",
+        )
+    torch.cuda.set_device(world.local_rank)
+
+
+def share(world: World, make: Callable[[], Any]) -> Any:
+    """Return on every rank the JSON value that `make()` gives on rank 0. Every rank calls it, in the same order."""
+    if world.size == 1:
+        return make()
+    data = torch.frombuffer(bytearray(canonical_json(make())), dtype=torch.uint8) if world.is_first else torch.empty(0)
+    length = torch.tensor([len(data)])
+    distributed.broadcast(length, 0)
+    buffer = data if world.is_first else torch.empty(int(length), dtype=torch.uint8)
+    distributed.broadcast(buffer, 0)
+    return json.loads(bytes(buffer.tolist()))
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Return every rank's JSON value, on every rank, in the order of the ranks."""
+    if world.size == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(canonical_json(value)), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
+    distributed.all_gather(lengths, torch.tensor([len(data)]))
+    longest = max(int(length) for length in lengths)
+    buffers = [torch.empty(longest, dtype=torch.uint8) for _ in range(world.size)]
+    distributed.all_gather(buffers, torch.nn.functional.pad(data, (0, longest - len(data))))
+    return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, lengths, strict=True)]
+
+
+def check_shared_folder(world: World, folder: Path, *, within_s: float = SHARED_WITHIN_S) -> None:
+    """Raise TrainingError, on every rank, unless all of them see a file that rank 0 writes into the folder."""
+    if world.size == 1:
+        return
+    token = share(world, lambda: _write_token(folder))
+    sees = _sees_token(folder, token, within_s)
+    seen = gather(world, {"host": socket.gethostname(), "sees": sees})
+    if world.is_first:
+        (folder / token).unlink()
+    if blind := [f"rank {rank} on {one['host']}" for rank, one in enumerate(seen) if not one["sees"]]:
+        raise TrainingError(
+            f"workspace {folder.parent}",
+            f"{blind[0]} does not see what rank 0 on {seen[0]['host']} writes there",
+            "a folder that all nodes share",
+            "Put the workspace on a shared file system (NFS, EFS, Lustre), at the same path on every node.",
+        )
+
+
+def _write_token(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"shared-{secrets.token_hex(8)}"
+    (folder / name).write_text("")
+    return name
+
+
+def _sees_token(folder: Path, token: str, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not (folder / token).is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def check_agreement(job: Job) -> None:
+    """Raise TrainingError, on every rank, unless all have the same params, prepared data, code and kind of hardware."""
+    compare_facts(
+        job.world,
+        {
+            "another params.yaml": compute_digest(job.params.model_dump(mode="json")),
+            "another data/prepared": compute_digest(json.loads((job.prepared.folder / "report.json").read_text())),
+            "another code of visionloop": f"{job.code_digest} {importlib.metadata.version('visionloop')}",
+            "other hardware": f"{job.hardware.accelerator} {job.hardware.precision}",
+        },
+    )
+
+
+def compare_facts(world: World, facts: Mapping[str, str]) -> None:
+    """Raise TrainingError, on every rank, unless all have the same facts: what differs (name) -> value or digest."""
+    everyone = gather(world, {"host": socket.gethostname(), "facts": dict(facts)})
+    first = everyone[0]["facts"]
+    for rank, other in enumerate(everyone):
+        theirs = other["facts"]
+        if differing := [name for name, value in first.items() if theirs[name] != value]:
+            name = differing[0]
+            raise TrainingError(
+                f"rank {rank} of {world.size} on {other['host']}",
+                f"has {name} than rank 0 ({theirs[name][:16]}, not {first[name][:16]})",
+                "the same on all ranks",
+                "Use one workspace and one version of visionloop everywhere; set train.precision and accelerator.",
+            )
+
+
+def trainer_options(job: Job) -> dict[str, Any]:
+    """Return the Trainer's options about hardware and ranks. `plugins` is a list, which may be added to.
+
+    Kernels are chosen to give the same bits each time, on a GPU too: cudnn does not try which is fastest. Matrix
+    products in fp32 use TF32 there, as convolutions do by default.
+    """
+    hardware, world = job.hardware, job.world
+    if hardware.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")
+    options: dict[str, Any] = {
+        "accelerator": hardware.accelerator,
+        "devices": world.local_size,
+        "num_nodes": world.size // world.local_size,
+        "precision": hardware.lightning_precision,
+        "deterministic": "warn",
+        "benchmark": False,
+        "plugins": [],
+    }
+    if world.size == 1:
+        return options
+    if world.on_ray:
+        import ray.train.lightning
+
+        rays: Any = ray.train.lightning
+        return {**options, "strategy": rays.RayDDPStrategy(), "plugins": [rays.RayLightningEnvironment()]}
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from pytorch_lightning.strategies import DDPStrategy
+
+    return {**options, "strategy": DDPStrategy(timeout=WAIT_LIMIT), "plugins": [TorchElasticEnvironment()]}
+
+
+def is_peer_failure(exc: BaseException | None) -> bool:
+    """Say whether an error, or what caused it, only tells that another rank is gone."""
+    while exc is not None:
+        if isinstance(exc, distributed.DistError):
+            return True
+        torchs = isinstance(exc, RuntimeError) and not isinstance(exc, VisionLoopError)
+        if isinstance(exc, PeerLost) or (torchs and any(sign in str(exc).lower() for sign in PEER_SIGNS)):
+            return True
+        exc = exc.__cause__
+    return False
+
+
+def gather_rows(units_nu: Tensor, targets: Tensor, rows_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return units, targets and rows of all ranks, in the order of the rows, each row once, padding dropped."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        units_nu, targets, rows_n = (_gather(part) for part in (units_nu, targets, rows_n))
+    rows_n, order = torch.sort(rows_n, stable=True)
+    is_new = torch.ones_like(rows_n, dtype=torch.bool)
+    is_new[1:] = rows_n[1:] != rows_n[:-1]
+    keep = order[is_new & (rows_n != PADDING)]
+    return units_nu[keep], targets[keep], rows_n[is_new & (rows_n != PADDING)]
+
+
+def _gather(part: Tensor) -> Tensor:
+    """Concatenate the parts of all ranks, which may be of any lengths."""
+    ranks = distributed.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(ranks)]
+    distributed.all_gather(lengths, torch.tensor([len(part)], device=part.device))
+    sizes = [int(length) for length in lengths]
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    distributed.all_gather(parts, padded.contiguous())
+    return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])

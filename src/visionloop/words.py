@@ -1,0 +1,308 @@
+"""What commands and flows tell people, as lines of at most about 110 columns. Pure: given values, it prints nothing."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from visionloop.errors import VisionLoopError
+
+if TYPE_CHECKING:
+    from visionloop.data.compare import Diff
+    from visionloop.data.leaks import Leaks
+    from visionloop.ingest.pull import PullReport
+    from visionloop.records import DatasetVersion, Decision, ImageRecord, Rejected
+
+
+MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
+MANY = 12
+SHOWN_OF_MANY = 8
+NAME_WIDTH = 32
+LINE = 110
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that is told at the end. `outcome` is promoted, unchanged, refused or inconclusive."""
+
+    name: str
+    outcome: str
+    headline: str
+    dataset: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]]
+    rules: Sequence[Mapping[str, Any]] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    answers: Sequence[Mapping[str, Any]] = ()
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the table: (what, found), top to bottom."""
+        rows = [("result", self.headline)]
+        rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
+        rows += [
+            (name, format_interval(self.metrics[name])) for name in ("accuracy", "macro_f1") if name in self.metrics
+        ]
+        rows += [
+            (f"gate: {r['rule']}", f"{MARKS[r['passed']]}: {r['found']}; expected {r['expected']}") for r in self.rules
+        ]
+        if self.model:
+            rows.append(("model", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
+        rows += [
+            (f"asked: a {a['actual']}", f"{a['prediction']} ({a['confidence']:.1%})  {a['origin']}")
+            for a in self.answers
+        ]
+        if self.step_seconds:
+            steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.step_seconds.items())
+            rows.append(("seconds", f"{steps}; in all {sum(self.step_seconds.values()):.1f}"))
+        return rows
+
+    def to_markdown(self) -> str:
+        """Return the same as a Markdown table."""
+        lines = [f"# {self.name}: {self.headline}", "", "| what | found |", "| --- | --- |"]
+        lines += [f"| {what} | {found.replace('|', chr(92) + '|')} |" for what, found in self.rows()[1:]]
+        lines += ["", *(f"- to {what}: `{command}`" for what, command in self.commands.items())]
+        return "\n".join(lines) + "\n"
+
+
+def format_interval(interval: Mapping[str, float]) -> str:
+    """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)`."""
+    return f"{interval['value']:.4f} (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
+
+
+def describe_counts(version: "DatasetVersion") -> list[str]:
+    """Return images per side, with the classes of each if they are few."""
+    lines = []
+    for side, classes in version.counts.items():
+        total = f"  {side:<8} {sum(classes.values()):>9,}  "
+        if len(classes) <= MANY:
+            lines.append(total + ", ".join(f"{cut(name)} {count:,}" for name, count in classes.items()))
+        else:
+            low, high = min(classes.values()), max(classes.values())
+            lines.append(f"{total}{len(classes):,} classes of {low:,} to {high:,} images")
+    return lines
+
+
+def describe_classes(records: "Sequence[ImageRecord]", *, everything: bool = False) -> list[str]:
+    """Return a table of images per class and side; of many classes only the largest and the smallest."""
+    sides = [side for side in ("train", "val", "test", "excluded") if any(r.side == side for r in records)]
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        for label in record.labels or ("(unlabelled)",):
+            counts.setdefault(label, Counter())[record.side] += 1
+    names = sorted(counts)
+    rows = [[cut(name), *(f"{counts[name][side]:,}" for side in sides), f"{counts[name].total():,}"] for name in names]
+    gap = ""
+    if len(rows) > 2 * MANY and not everything:
+        order = sorted(range(len(rows)), key=lambda i: (-counts[names[i]].total(), names[i]))
+        gap = f"... {len(rows) - 2 * SHOWN_OF_MANY:,} classes between them; --all shows every one ..."
+        rows = [rows[i] for i in (*order[:SHOWN_OF_MANY], *order[-SHOWN_OF_MANY:])]
+    totals = ["all", *(f"{sum(r.side == side for r in records):,}" for side in sides), f"{len(records):,}"]
+    lines = align([["class", *sides, "all"], *rows, totals])
+    if gap:
+        lines.insert(1 + SHOWN_OF_MANY, gap)
+    return [f"  {line}" for line in lines]
+
+
+def describe_images(records: "Sequence[ImageRecord]") -> list[str]:
+    """Return formats, sizes in pixels and bytes: smallest, median, largest."""
+    if not records:
+        return []
+    formats = ", ".join(f"{name} {count:,}" for name, count in sorted(Counter(r.format for r in records).items()))
+    by_area = sorted((r.width * r.height, f"{r.width} x {r.height}") for r in records)
+    sizes = [by_area[0][1], by_area[len(by_area) // 2][1], by_area[-1][1]]
+    pixels = sizes[0] if len(set(sizes)) == 1 else "smallest {}, median {}, largest {}".format(*sizes)
+    num_bytes = [r.num_bytes for r in records]
+    parts = (min(num_bytes), median(num_bytes), max(num_bytes), sum(num_bytes))
+    low, middle, high, total = (format_bytes(part) for part in parts)
+    return [
+        f"  formats   {formats}",
+        f"  pixels    {pixels}",
+        f"  bytes     smallest {low}, median {middle}, largest {high}, {total} in all",
+    ]
+
+
+def describe_sources(records: "Sequence[ImageRecord]") -> list[str]:
+    """Return images per source; one that several sources have counts for each."""
+    counts = Counter(source for record in records for source in record.sources)
+    text = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())[:MANY])
+    more = f" and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
+    return [f"  sources   {text}{more}"]
+
+
+def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str] = (), *, shown: int = 3) -> list[str]:
+    """Return what was not taken in, by code, the first few of each by name."""
+    by_code: dict[str, list[Rejected]] = {}
+    for one in sorted(rejected, key=lambda r: (r.code, r.origin)):
+        by_code.setdefault(one.code, []).append(one)
+    listed = [code for code in by_code if code in set(not_unusable)]
+    unusable = [code for code in by_code if code not in listed]
+    lines = []
+    for codes, what in ((unusable, "that cannot be used"), (listed, "listed only")):
+        number = sum(len(by_code[code]) for code in codes)
+        if number:
+            noun = "file" if number == 1 else "files"
+            lines.append(f"quarantined {number:,} {noun} {what}:" if codes is unusable else f"{number:,} {what}:")
+        for code in codes:
+            rows = by_code[code]
+            lines += [
+                f"  {len(rows):>5,}  {code}",
+                *(f"         {fit(f'{r.origin}: {r.reason}')}" for r in rows[:shown]),
+            ]
+            if len(rows) > shown:
+                lines.append(f"         and {len(rows) - shown:,} more")
+    return lines
+
+
+def describe_leaks(leaks: "Leaks", *, shown: int = 5) -> list[str]:
+    """Return the leaks: those that stand loudly, what was done about the others in a line each."""
+    lines = []
+    if number := leaks.count("across"):
+        pairs = "image that has" if number == 1 else "images that have"
+        lines.append(f"LEAK: {number:,} {pairs} a near duplicate on another side, as the sources gave them:")
+        for row in [row for row in leaks.rows if row.kind == "across"][:shown]:
+            left, right = (
+                f"{s} {(*o, '?')[0]}" for s, o in ((row.side, row.origins), (row.other_side, row.other_origins))
+            )
+            lines.append(f"  {fit(f'{left}  =  {right}')}")
+        if number > shown:
+            lines.append(f"  and {number - shown:,} more")
+    if number := leaks.count("excluded"):
+        lines.append(f"excluded: {number:,} that would have linked two sides; they are not used")
+    if number := leaks.count("conflict"):
+        lines.append(f"conflicts: {number:,} that a later source puts on another side; the first side stands")
+    return lines
+
+
+def describe_diff(diff: "Diff", rejected: "Sequence[Rejected]", *, shown: int = 8) -> list[str]:
+    """Return what changed between two versions."""
+    lines = []
+    if diff.moved:
+        lines.append(f"MOVED: {len(diff.moved):,} images are on another side, which must never happen:")
+        lines += [
+            f"  {c.after.sha256[:12]}  {c.before.side} -> {c.after.side}  {_name(c.after)}" for c in diff.moved[:shown]
+        ]
+    for word, records in (("added", diff.added), ("removed", diff.removed)):
+        if records:
+            sides = Counter(r.side for r in records)
+            text = ", ".join(f"{side} {sides[side]:,}" for side in ("train", "val", "test", "excluded") if sides[side])
+            lines.append(f"{word} {len(records):,}: {text}")
+    if diff.removed:
+        lines += [f"  {r.sha256[:12]}  {fit(_name(r))}" for r in diff.removed[:shown]]
+    if diff.relabelled:
+        lines.append(f"relabelled {len(diff.relabelled):,}:")
+        kinds = Counter((_labels(c.before), _labels(c.after)) for c in diff.relabelled)
+        lines += [f"  {count:>5,}  {before} -> {after}" for (before, after), count in kinds.most_common(shown)]
+    if diff.is_empty:
+        lines.append("the same images, labels and sides")
+    for what, counts in (("class", diff.classes), ("source", diff.sources)):
+        lines += _describe_changes(what, counts)
+    return [*lines, *(f"new: {line}" if not line.startswith(" ") else line for line in describe_rejected(rejected))]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines: the first column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def format_bytes(number: float) -> str:
+    """Return `9.2 KB`, `1.4 GB`: three digits or so."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def cut(name: str) -> str:
+    """Return a name, shortened in its middle to the width of a column."""
+    half = NAME_WIDTH // 2 - 1
+    return name if len(name) <= NAME_WIDTH else f"{name[:half]}..{name[-half:]}"
+
+
+def fit(text: str, width: int = LINE - 14) -> str:
+    """Return one line of text that fits."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _describe_changes(what: str, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    if not counts:
+        return []
+    order = sorted(counts, key=lambda name: (-abs(counts[name][1] - counts[name][0]), name))
+    few = sorted(order[: 2 * SHOWN_OF_MANY])
+    rows = [[cut(n), f"{counts[n][0]:,}", f"{counts[n][1]:,}", f"{counts[n][1] - counts[n][0]:+,}"] for n in few]
+    lines = [f"  {line}" for line in align([[what, "before", "after", ""], *rows])]
+    return lines + ([f"  and {len(order) - len(few):,} more that changed less"] if len(order) > len(few) else [])
+
+
+def _labels(record: "ImageRecord") -> str:
+    return ", ".join(cut(label) for label in record.labels) or "(unlabelled)"
+
+
+def _name(record: "ImageRecord") -> str:
+    return f"{_labels(record)}  {(*record.origins, '')[0]}"
+
+
+def describe_error(error: VisionLoopError) -> str:
+    """Return an error as one line."""
+    return f"{'not promoted' if error.exit_code == 3 else 'error'}: {error}"
+
+
+def make_log_progress(
+    verb: str, unit: str, tell: Callable[[str], None], *, every_s: float = 3.0
+) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that tells a line every few seconds, with the rate and the time left."""
+    started = last = 0.0
+    at_start = 0  # what was done before, by a run that was stopped, tells nothing of the rate
+
+    def show(done: int, total: int) -> None:
+        nonlocal started, last, at_start
+        now = time.perf_counter()
+        if not started:
+            started = last = now
+            at_start = done
+        if (done < total or not total) and now - last < every_s:
+            return
+        last = now
+        rate = (done - at_start) / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
+        of_all = f" of {total:,}" if total else ""
+        speed = f" ({rate:,.0f}/s{left})" if now - started > 0.01 else ""  # a rate of nothing at all is none
+        tell(f"{verb} {done:,}{of_all} {unit}{speed}")
+
+    return show
+
+
+def describe_decision(decision: "Decision") -> list[str]:
+    """Tell a decision rule by rule."""
+    champion = decision.champion[:12] if decision.champion else "none"
+    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
+    width = max((len(r.rule) for r in decision.rules), default=0)
+    lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
+    return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
+
+
+def describe_pull(report: "PullReport") -> list[str]:
+    """Tell what a pull brought, in a few lines."""
+    from visionloop.ingest.pull import NOT_UNUSABLE
+
+    version = report.version
+    what = f"{report.num_added:,} new images" if report.changed else "nothing new"
+    if report.changed and not report.num_added:
+        what = "no new image, other labels"
+    lines = [f"dataset {version.name} version {report.pin.version}: {what}, {version.num_images:,} in all"]
+    if report.changed:
+        lines += describe_counts(version)
+    lines += describe_rejected(report.rejected, NOT_UNUSABLE)
+    if version.num_leaks:
+        what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"
+        lines.append(f"LEAK: {version.num_leaks:,} {what} between sides; see `visionloop datasets show`")
+    return lines

@@ -1,0 +1,62 @@
+"""What people are told: the table at the end of a retrain, and the rate and the end of long work."""
+
+import pytest
+
+from visionloop import words
+from visionloop.words import Summary
+
+SUMMARY = Summary(
+    name="pets",
+    outcome="promoted",
+    headline="pets has a new champion",
+    dataset={"version": 2, "digest": "ab" * 32},
+    metrics={
+        "accuracy": {"value": 0.979, "low": 0.9552, "high": 0.9903},
+        "log_loss": {"value": 1, "low": 0, "high": 2},
+    },
+    rules=[{"rule": "floor", "passed": True, "found": "98 %", "expected": "90 %"}],
+    model={"version": "3", "bundle": "cd" * 32},
+    answers=[{"actual": "cat", "prediction": "dog", "confidence": 0.5, "origin": "photos:cat/1|2.jpg"}],
+    step_seconds={"ingest": 1.0, "train": 2.5},
+    commands={"serve the champion": "visionloop serve"},
+)
+
+
+def test_rows_tell_everything_in_order() -> None:
+    assert SUMMARY.rows() == [
+        ("result", "pets has a new champion"),
+        ("dataset", "version 2, digest abababababab"),
+        ("accuracy", "0.9790 (95 %: 0.9552 to 0.9903)"),
+        ("gate: floor", "pass: 98 %; expected 90 %"),
+        ("model", "version 3, bundle cdcdcdcdcdcd"),
+        ("asked: a cat", "dog (50.0%)  photos:cat/1|2.jpg"),
+        ("seconds", "ingest 1.0, train 2.5; in all 3.5"),
+    ]
+
+
+def test_markdown_holds_the_same_and_the_commands() -> None:
+    lines = SUMMARY.to_markdown().splitlines()
+    assert lines[0] == "# pets: pets has a new champion"
+    assert "| asked: a cat | dog (50.0%)  photos:cat/1\\|2.jpg |" in lines
+    assert lines[-1] == "- to serve the champion: `visionloop serve`"
+
+
+def test_the_rate_leaves_out_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 110.0])
+    monkeypatch.setattr(words.time, "perf_counter", lambda: next(clock))
+    lines: list[str] = []
+    show = words.make_log_progress("prepared", "images", lines.append)
+    show(1000, 1500)
+    show(1200, 1500)
+    show(1500, 1500)
+    assert lines == ["prepared 1,200 of 1,500 images (50/s, 6 s left)", "prepared 1,500 of 1,500 images (50/s)"]
+
+
+def test_no_end_is_told_where_none_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr(words.time, "perf_counter", lambda: next(clock))
+    lines: list[str] = []
+    show = words.make_log_progress("checked", "images", lines.append)
+    show(0, 0)
+    show(80, 0)
+    assert lines == ["checked 80 images (20/s)"]
