@@ -1,6 +1,6 @@
 """For all tests: a quiet environment that knows nothing of the person's own workspace, and a small bundle.
 
-pytest puts this folder on the path, so that tests can `from fakes import make_bundle`.
+`tests/support` is on the path (pyproject.toml), so that tests can `from fakes import make_bundle`.
 """
 
 import os
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle
 
+from fakes import make_bundle
 from visionloop.settings import QUIET_TOOLS
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.

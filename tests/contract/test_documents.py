@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from fakes import COMMANDS
 
+from fakes import COMMANDS
 from visionloop.settings import QUIET_TOOLS, tool_environment
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import make_bucket, point_to, serve_s3
 
+from s3_server import make_bucket, point_to, serve_s3
 from visionloop.errors import ObjectMissing, StoreError
 from visionloop.store import LocalStore, ObjectStore, open_store
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from shapes import make_workspace, retrain, visionloop, write_shapes
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from shapes import ROOT, find_run, make_environment, make_workspace, retrain, visionloop
 
 EPOCHS = 30

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
 
 LIMIT_S = 200

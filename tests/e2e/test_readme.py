@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from shapes import ROOT, make_environment, run, visionloop
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fakes import make_image
 from fault_proxy import FaultProxy, serve_faults
 from s3_server import make_bucket, make_client, point_to, serve_s3
-
 from visionloop.errors import ImageError, SourceError, StoreError
 from visionloop.ingest.sources import Item, Reading, read_source
 from visionloop.params import BucketSource

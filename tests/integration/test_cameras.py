@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from videos import BLUE, GREEN, RED, Film, write_video
 
+from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.sources import Item, Reading, read_source
 from visionloop.params import VideoSource

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from s3_server import make_bucket, make_client, point_to, serve_s3
 from trainings import Ear, MemoryTracking, Place, make_place
-
 from visionloop.errors import StoreError
 from visionloop.store import ObjectStore
 from visionloop.training import fit, mirror

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import make_image
 from PIL import Image
-from versions import commit, store_image
 
+from fakes import make_image
+from versions import commit, store_image
 from visionloop.cli import main
 from visionloop.cli.pictures import choose_images
 from visionloop.data.manifest import latest_version, list_versions, load_pin, load_version_records, make_image_key

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_train
 
+from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_train
 from visionloop.bundle import load_bundle
 from visionloop.training.fit import train
 from visionloop.training.ranks.launch import launch_train

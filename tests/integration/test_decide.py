@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from worlds import GOOD, POOR, make_world, write_bundle
 
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionError
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
 from visionloop.records import Decision
+from worlds import GOOD, POOR, make_world, write_bundle
 
 STATE = {"dataset": "d1", "params": "p1", "code": "c1"}
 NOW = "2026-02-03T04:05:06Z"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fakes import make_bundle
 from shapes import PARAMS, make_environment, make_workspace
-
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prepare import prepare

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn import metrics as reference
-from worlds import GOOD, make_world
 
 from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation.evaluate import OUTS, evaluate
 from visionloop.predictor import Predictor
+from worlds import GOOD, make_world
 
 
 @pytest.fixture(scope="module")

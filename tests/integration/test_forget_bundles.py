@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fakes import make_bundle
 from pets import Pets, make_pets, open_pets, read_all
 from versions import NAME, NOW
-
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.data.manifest import load_pin, make_image_key
 from visionloop.data.tombstones import load_unfinished

@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fakes import make_bundle
 from s3_server import point_to, serve_s3
 from shapes import run, visionloop
 from versions import NAME, NOW, commit, store_image
-
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
 from visionloop.forget import find_everything, forget, resolve_images

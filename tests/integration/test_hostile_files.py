@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fakes import make_image
 from source_runs import Run, run_source
-
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest import zips as zip_directory
 

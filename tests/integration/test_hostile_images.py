@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes import make_image
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fakes import make_image
 from visionloop.data.images import load_array
 from visionloop.data.manifest import load_version_records, make_image_key
 from visionloop.ingest.pull import PullReport, pull

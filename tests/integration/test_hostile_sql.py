@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from postgres_server import PASSWORD, Postgres, run_postgres
 
+from postgres_server import PASSWORD, Postgres, run_postgres
 from visionloop.errors import SourceError
 from visionloop.ingest.sources import Item, Reading, read_source
 from visionloop.params import SqlSource

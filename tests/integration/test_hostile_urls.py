@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Answer, Handler, WebServer, serve
 
+from http_server import Answer, Handler, WebServer, serve
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Reading
 from visionloop.web.download import Fetcher, make_fetcher

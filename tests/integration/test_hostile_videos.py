@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from videos import RED, Film, write_video
 
+from videos import RED, Film, write_video
 from visionloop.ingest.sources import Item, Reading, read_source
 from visionloop.params import Ingest, VideoSource
 from visionloop.records import Rejected

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fakes import make_image
 from http_server import Answer, Handler, WebServer, serve
-
 from visionloop.data.manifest import list_versions
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
-from shapes import make_environment
 
+from shapes import make_environment
 from visionloop.data.manifest import list_versions
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, make_params

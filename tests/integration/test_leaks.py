@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shapes import visionloop, write_shapes
 
+from shapes import visionloop, write_shapes
 from visionloop.data.leaks import load_leaks, make_leak_picture
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key
 from visionloop.data.prepare import prepare

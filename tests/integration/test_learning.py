@@ -11,8 +11,8 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from trainings import Ear, make_place, same_weights
 
+from trainings import Ear, make_place, same_weights
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train

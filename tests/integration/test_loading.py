@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from arrays import make_job, make_prepared, sort_by_row
 from PIL import Image
-from trainings import Ear, MemoryTracking, make_place
 
+from arrays import make_job, make_prepared, sort_by_row
+from trainings import Ear, MemoryTracking, make_place
 from visionloop.errors import DatasetError, TrackingError, TrainingError
 from visionloop.training.datamodule import Batch, PreparedData, fits
 from visionloop.training.fit import translate_error
@@ -177,7 +177,7 @@ def test_processes_that_read_end_with_a_killed_training(tmp_path: Path) -> None:
     """In a workspace with a long path, too: the folder for sockets is below it."""
     make_prepared(tmp_path)
     (long := tmp_path / ("long" * 20)).mkdir()
-    code = READ_FOREVER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    code = READ_FOREVER.format(tests=str(Path(__file__).parents[1] / "support"), folder=str(tmp_path))
     env = {**os.environ, "TMPDIR": str(long)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     (alarm := threading.Timer(60, process.kill)).start()

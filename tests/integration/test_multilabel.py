@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from shapes import SHAPES, open_parts, read_runs, write_shape_sets
 
+from shapes import SHAPES, open_parts, read_runs, write_shape_sets
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 from sklearn import metrics as reference
-from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
@@ -17,6 +16,7 @@ from visionloop.params import make_params
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry
+from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 NOW = "2026-02-03T04:05:06Z"
 

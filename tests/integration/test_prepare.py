@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import make_image
-from worlds import World, make_world
 
+from fakes import make_image
 from visionloop.data import chunks
 from visionloop.data import chunks as layout
 from visionloop.data import prepare as stage
@@ -35,6 +34,7 @@ from visionloop.params import Compute, Params, make_params
 from visionloop.records import ImageRecord
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from worlds import World, make_world
 
 FACTS: dict[str, Any] = {"num_added": 0, "split": {}, "rejected": None, "num_rejected": 0, "created_at": "x"}
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from s3_server import make_bucket, point_to, serve_s3
 from shapes import ROOT, make_environment, make_workspace, visionloop
-from worlds import make_world
-
 from visionloop.data import prepare as stage
 from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError
 from visionloop.parallel import Engine, map_chunks
 from visionloop.store import S3Store
+from worlds import make_world
 
 
 def find_workers() -> list[int]:

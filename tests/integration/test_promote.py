@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from worlds import GOOD, POOR, FakeTracking, make_world, write_note
 
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, read_champion, read_history
 from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
+from worlds import GOOD, POOR, FakeTracking, make_world, write_note
 
 NOW = "2026-02-03T04:05:06Z"
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from worlds import GOOD, POOR, make_world
 
 from visionloop.errors import TrackingError
 from visionloop.evaluation.evaluate import evaluate
@@ -12,6 +11,7 @@ from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import latest_decision, read_champion, read_history
 from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
 from visionloop.tracking import Tracking
+from worlds import GOOD, POOR, make_world
 
 NOW = "2026-02-03T04:05:06Z"
 NOWHERE = "http://127.0.0.1:1"

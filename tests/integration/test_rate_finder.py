@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import Ear, Place, make_place, registered
 
+from trainings import Ear, Place, make_place, registered
 from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.training.rate_finder import make_rates, search_rate

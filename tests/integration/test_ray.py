@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from worlds import World, make_world
 
 from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.parallel import Engine, map_chunks
 from visionloop.params import make_params
+from worlds import World, make_world
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 

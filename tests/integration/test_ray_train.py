@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-from shapes import make_prepared_workspace, open_parts, read_runs, set_train
 
+from shapes import make_prepared_workspace, open_parts, read_runs, set_train
 from visionloop.bundle import load_bundle
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.training.ranks.launch import launch_train

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle
 from PIL import Image
-from trainings import Place, make_place
 
+from fakes import make_bundle
+from trainings import Place, make_place
 from visionloop.bundle import load_bundle
 from visionloop.cli import main
 from visionloop.promotion.ledger import append_entry

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from fault_proxy import FaultProxy, serve_faults
 from s3_server import make_bucket, make_client, point_to, serve_s3
-
 from visionloop.errors import StoreError
 from visionloop.store import S3Store
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fakes import make_image
 from fault_proxy import FaultProxy, serve_faults
 from s3_server import S3_ENV, make_bucket, make_client, point_to, serve_s3
 from shapes import run
-
 from visionloop.data.manifest import latest_version, list_versions, load_version_records
 from visionloop.data.prepare import prepare
 from visionloop.errors import StoreError

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_bundle
 from PIL import Image
-from shapes import PARAMS, make_environment, make_workspace, write_shapes
-from worlds import list_encoders
 
+from fakes import make_bundle
+from shapes import PARAMS, make_environment, make_workspace, write_shapes
 from visionloop.bundle import load_bundle
 from visionloop.cli import main
 from visionloop.data.manifest import load_pin, load_records
@@ -24,6 +23,7 @@ from visionloop.forget import forget, resolve_images
 from visionloop.params import load_params
 from visionloop.settings import load_settings
 from visionloop.store import open_store
+from worlds import list_encoders
 
 FROZEN = PARAMS.replace("EPOCHS", "1").replace("max_epochs", "way: frozen, max_epochs")
 NUM_TURNED = 12

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from fakes import make_bundle, make_image
 
+from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.errors import BundleError, ServingError
 from visionloop.params import make_params

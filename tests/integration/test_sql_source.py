@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+
 from fakes import make_image
 from http_server import Answer, serve
 from postgres_server import PASSWORD, Postgres, run_postgres
-
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
 from visionloop.ingest.sources import Cursor, Item, Reading, read_source

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import Ear, Place, make_place, read_json, registered, same_weights
 
+from trainings import Ear, Place, make_place, read_json, registered, same_weights
 from visionloop.errors import DatasetError, TrainingError
 from visionloop.training import run
 from visionloop.training.callbacks import CheckpointFiles

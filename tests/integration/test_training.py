@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shapes import find_bundle, find_run, make_workspace, visionloop
 
+from shapes import find_bundle, find_run, make_workspace, visionloop
 from visionloop.bundle import load_bundle
 from visionloop.errors import VisionLoopError
 from visionloop.params import load_params

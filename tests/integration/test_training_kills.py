@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from shapes import make_environment
 from trainings import Ear, Place, make_place, read_json
-
 from visionloop.pipeline import compute_code_digests
 from visionloop.settings import load_settings
 from visionloop.store import open_store

@@ -10,8 +10,8 @@ import optuna
 import pytest
 import torch
 from PIL import Image
-from trainings import Place, make_place, registered
 
+from trainings import Place, make_place, registered
 from visionloop.cli.tune import describe_importance, describe_trials, draw, find_best_trial, keep
 from visionloop.errors import BusyError, ParamsError, TrackingError, TrainingError
 from visionloop.params import Params, make_params

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from videos import BLUE, GREEN, RED, Film, write_video
 
+from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.data.manifest import load_version_records
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull

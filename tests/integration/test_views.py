@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainings import Ear, Place, make_place
 
+from trainings import Ear, Place, make_place
 from visionloop.training.job import World
 from visionloop.training.views import make_views
 from visionloop.training.views.steps import count_confusion

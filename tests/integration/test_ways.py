@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from shapes import write_shapes
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional
 
+from shapes import write_shapes
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from http_server import Answer, WebServer, serve
-from s3_server import make_bucket, make_client, point_to, serve_s3
 from safetensors.torch import save
 from torch import nn
 
+from http_server import Answer, WebServer, serve
+from s3_server import make_bucket, make_client, point_to, serve_s3
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.networks import weight_sources
 from visionloop.networks.backbones import list_backbones, make_backbone

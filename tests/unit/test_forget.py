@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fakes import make_image
 from pets import SECRET, Pets, make_pets, read_all
 from versions import NAME, NOW, commit, store_image
-
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import (
     latest_version,

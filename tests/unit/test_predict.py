@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle, make_image
 
+from fakes import make_bundle, make_image
 from visionloop.errors import SourceError
 from visionloop.predict import find_images, predict_files, write_answers
 from visionloop.predictor import Predictor

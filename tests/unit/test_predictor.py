@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_bundle, make_card, make_image
 
+from fakes import make_bundle, make_card, make_image
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.errors import BundleError
 from visionloop.predictor import (

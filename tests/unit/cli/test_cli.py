@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import COMMANDS, make_bundle, make_image
 
+from fakes import COMMANDS, make_bundle, make_image
 from visionloop.cli import main
 
 

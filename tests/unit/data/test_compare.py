@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from versions import store_image
 
+from versions import store_image
 from visionloop.data.compare import compare_records
 from visionloop.records import ImageRecord
 from visionloop.store import LocalStore

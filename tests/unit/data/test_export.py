@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from versions import commit, store_image
 
+from versions import commit, store_image
 from visionloop.data import export
 from visionloop.data.export import export_version, make_file_name, make_folder_name, make_folder_names
 from visionloop.data.manifest import make_image_key

@@ -4,9 +4,9 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-from fakes import make_image
 from PIL import Image
 
+from fakes import make_image
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leak_picture, make_leaks, write_leaks
 from visionloop.errors import ObjectMissing
 from visionloop.records import DatasetVersion

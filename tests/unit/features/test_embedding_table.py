@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from worlds import list_encoders
 
 from visionloop.data.shards import Prepared, Shards
 from visionloop.errors import DatasetError
@@ -14,6 +13,7 @@ from visionloop.features.table import Table, remove_rows
 from visionloop.features.view import EncoderFacts, describe_crop, load_features, write_empty, write_features
 from visionloop.records import Pin
 from visionloop.store import LocalStore
+from worlds import list_encoders
 
 FACTS = EncoderFacts(
     source="params",

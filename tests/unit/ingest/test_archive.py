@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_runs import Run, run_source
 
+from source_runs import Run, run_source
 from visionloop.errors import ImageError, SourceError
 
 KAGGLE = {"labels.csv": b"id,breed\nb2,pug\ngone,pug\na1,beagle\n", "sample_submission.csv": b"id,pug\nt1,1\n"}

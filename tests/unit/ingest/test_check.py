@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes import make_image
 
+from fakes import make_image
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, SourceError, StoreError
 from visionloop.ingest import check as crew

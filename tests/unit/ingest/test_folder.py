@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from source_runs import Run, run_source, touch
 
+from source_runs import Run, run_source, touch
 from visionloop.errors import SourceError
 from visionloop.ingest.paths import listing
 

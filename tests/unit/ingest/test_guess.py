@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from source_runs import touch
 
+from source_runs import touch
 from visionloop.errors import SourceError
 from visionloop.ingest.sources.guess import guess_source
 

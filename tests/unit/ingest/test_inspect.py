@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from fakes import make_image
 from PIL import Image, ImageOps
 
+from fakes import make_image
 from visionloop.data.duplicates import compute_phash_of_grey
 from visionloop.data.images import decode_grey, decode_image, load_array
 from visionloop.errors import ImageError

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fakes import make_image
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import commit_version, latest_version, load_version_records, make_image_key
 from visionloop.data.tombstones import make_tombstone_key

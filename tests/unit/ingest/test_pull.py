@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_image
 
+from fakes import make_image
 from visionloop.data.manifest import list_versions, load_pin, load_version_records
 from visionloop.errors import ParamsError, SourceError, StoreError
 from visionloop.ingest.pull import PullReport, pull

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_image
 
+from fakes import make_image
 from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import StoreError

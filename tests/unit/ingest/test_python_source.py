@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from source_runs import Run, run_source, touch
 
+from source_runs import Run, run_source, touch
 from visionloop.errors import ImageError, SourceError
 
 HEAD = "from dataclasses import dataclass\nfrom datetime import datetime\nfrom pathlib import Path\n\n\n"

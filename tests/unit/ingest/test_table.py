@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_runs import Run, run_source, touch
 
+from source_runs import Run, run_source, touch
 from visionloop.errors import ImageError, SourceError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fakes import make_image
 
+from fakes import make_image
 from visionloop.data.manifest import load_version_records
 from visionloop.ingest import sources
 from visionloop.ingest.pull import PullReport, pull

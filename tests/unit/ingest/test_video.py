@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_sound, write_video
 
+from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_sound, write_video
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Reading
 from visionloop.ingest.video.cameras import is_camera

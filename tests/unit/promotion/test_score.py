@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError
 from visionloop.predictor import Predictor
 from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import ImageRecord
+from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 
 @pytest.fixture(scope="module")

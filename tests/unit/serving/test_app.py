@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle, make_image
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from fakes import make_bundle, make_image
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits

@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle, make_image
 
+from fakes import make_bundle, make_image
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError
 from visionloop.predictor import Outputs, Predictor

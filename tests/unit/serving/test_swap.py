@@ -3,8 +3,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import make_bundle, make_image
 
+from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.errors import BundleError, ServingError, StoreError
 from visionloop.records import LedgerEntry

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from arrays import make_prepared
 
+from arrays import make_prepared
 from visionloop.training.augment import (
     FILL_RGB,
     NUM_UNIFORM,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arrays import make_job, make_prepared, sort_by_row
 
+from arrays import make_job, make_prepared, sort_by_row
 from visionloop.data.shards import Prepared
 from visionloop.errors import DatasetError
 from visionloop.training.augment import count_turns, draw_bits, draw_uniform, make_image_keys

@@ -17,7 +17,7 @@ from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import Tracking
 
 SHAPES = ("bar", "disc", "ring")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = """\
 name: shapes
 task: auto

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import yaml
-from shapes import write_shapes
 from torch import Tensor, nn
 
+from shapes import write_shapes
 from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
 from visionloop.data.prepare import prepare
 from visionloop.networks import backbones

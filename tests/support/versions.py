@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fakes import make_image
-
 from visionloop.data.leaks import Leak, make_leaks, write_leaks
 from visionloop.data.manifest import commit_version, make_image_key, make_version, write_quarantine
 from visionloop.records import DatasetVersion, ImageRecord, Rejected

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from versions import NAME, NOW, commit, store_image
-
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import list_versions, load_version_records, make_pin, write_pin
 from visionloop.forget import Forgotten, forget, resolve_images

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fakes import make_bundle, make_image
-
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
 from visionloop.data.prepare import prepare
