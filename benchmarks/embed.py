@@ -27,6 +27,7 @@ from visionloop.params import Params, load_params
 from visionloop.records import Pin
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 BACKBONES = ("resnet18", "mobilenet_v2")
 NAMES = {"resnet18": "ResNet18", "mobilenet_v2": "MobileNetV2"}
@@ -56,7 +57,7 @@ def bench_embed(bench_dir: Path, photos: Path | None, *, size_px: int, num_many:
 def bench_backbone(name: str, settings: Settings, prepared: Prepared, photos: Path, size_px: int) -> Row:
     """Return images per second of one backbone; raise RuntimeError where the vectors are not those of fp32."""
     network = make_plain(name)
-    encoder = make_encoder(settings, make_params(settings, name), prepared)
+    encoder = make_encoder(connect(settings, make_params(settings, name)), prepared)
     ours = statistics.median(time_ours(encoder, prepared, settings) for _ in range(REPEATS))
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     plain = time_plain(network, files[: len(prepared.sha256_n)], size_px)
@@ -138,7 +139,7 @@ def compute_cosine(encoder: Encoder, settings: Settings, prepared: Prepared, nam
 def bench_memory(folder: Path, settings: Settings, number: int) -> Row:
     """Return what the process grows by after the first 1,000 of many images, against what they would take in memory."""
     prepared = make_many(folder, number, MANY_PX)
-    encoder = make_encoder(settings, make_params(settings, "resnet18"), prepared)
+    encoder = make_encoder(connect(settings, make_params(settings, "resnet18")), prepared)
     table = Table(LocalStore(folder / "store"), encoder.facts.digest)
     seen: list[int] = []
     started = time.perf_counter()
@@ -167,7 +168,7 @@ def bench_embed_gpu(folder: Path, settings: Settings, number: int) -> list[Row]:
     rows = []
     prepared = make_many(folder, number, GPU_PX)
     for name in BACKBONES:
-        encoder = make_encoder(settings, make_params(settings, name), prepared)
+        encoder = make_encoder(connect(settings, make_params(settings, name)), prepared)
         ours = number / statistics.median(time_ours(encoder, prepared, settings) for _ in range(REPEATS))
         network, batch = make_plain(name), torch.zeros(32, 3, GPU_PX, GPU_PX).cuda()
         with torch.no_grad():

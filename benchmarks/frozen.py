@@ -22,6 +22,7 @@ from row import Row
 from runs import load_workspace, make_bench_job
 from visionloop.data.manifest import make_image_key
 from visionloop.store import open_store
+from visionloop.workspace import connect
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 10, 32, 1e-3, 1e-4
 GOALS = {"empty": 8, "warm": 50}
@@ -77,7 +78,7 @@ def learn_by_table(workspace: Path) -> Learned:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     started = time.perf_counter()
-    embed(settings, params, open_store(settings.store_url))
+    embed(connect(settings, params, store=open_store(settings.store_url)))
     job = make_bench_job(workspace)
     run_id = job.tracking.open_run("frozen", run_id=None, tags={}, params={})
     outcome = learn(job, work, run_id)

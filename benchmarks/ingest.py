@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from row import Row
+from visionloop.workspace import connect
 
 NUM_PHOTOS = 5_000
 NUM_KNOWN = 25_000
@@ -100,7 +101,9 @@ def pull_once(workspace: Path, photos: Path) -> float:
     source = FolderSource(kind="folder", path=str(photos))
     started = time.perf_counter()
     pull(
-        settings, load_params(settings.params_path), open_store(settings.store_url), sources=[source], now="2026-01-01"
+        connect(settings, load_params(settings.params_path), store=open_store(settings.store_url)),
+        sources=[source],
+        now="2026-01-01",
     )
     return time.perf_counter() - started
 

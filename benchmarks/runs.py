@@ -14,6 +14,7 @@ from visionloop.params import Params, load_params
 from visionloop.settings import Settings, apply_tool_environment, load_settings
 from visionloop.store import open_store
 from visionloop.tracking import Tracking
+from visionloop.workspace import connect
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def train_once(workspace: Path) -> Epochs:
     from visionloop.training.fit import train
 
     settings, params, tracking = load_workspace(workspace)
-    train(settings, params, open_store(settings.store_url), tracking, now="bench")
+    train(connect(settings, params, store=open_store(settings.store_url), tracking=tracking), now="bench")
     return tracking.summarize()
 
 
@@ -81,7 +82,7 @@ def make_bench_job(workspace: Path) -> Any:
 
     settings, params, tracking = load_workspace(workspace)
     store = open_store(settings.store_url)
-    return make_job(settings, params, store, tracking, code_digest="", watcher=Watcher())
+    return make_job(connect(settings, params, store=store, tracking=tracking), code_digest="", watcher=Watcher())
 
 
 def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:

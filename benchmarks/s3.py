@@ -22,6 +22,7 @@ from typing import Any
 
 from ingest import make_ingest_workspace, make_many_photos
 from row import Row
+from visionloop.workspace import connect
 
 NUM_PHOTOS = 600
 NUM_PLAIN = 200
@@ -80,7 +81,7 @@ def pull_into_bucket(workspace: Path, photos: Path, url: str) -> float:
     source = FolderSource(kind="folder", path=str(photos))
     params = load_params(settings.params_path)
     started = time.perf_counter()
-    pull(settings, params, open_store(settings.store_url), sources=[source], now="2026-01-01")
+    pull(connect(settings, params, store=open_store(settings.store_url)), sources=[source], now="2026-01-01")
     return time.perf_counter() - started
 
 

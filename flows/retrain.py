@@ -28,7 +28,7 @@ from visionloop import pipeline
 from visionloop.promotion.ledger import latest_decision, read_champion
 from visionloop.records import Decision
 from visionloop.words import Summary
-from visionloop.workspace import Context, open_context
+from visionloop.workspace import Workspace, open_workspace
 
 Result = TypeVar("Result")
 
@@ -52,43 +52,43 @@ class Clock:
 def retrain(workspace: str) -> State[Any]:
     """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect."""
     shell.guard_own_server()
-    context = open_context(Path(workspace))
-    home = str(context.settings.home)
-    stages = pipeline.read_stage_names(context.settings.home)
+    opened = open_workspace(Path(workspace))
+    home = str(opened.settings.home)
+    stages = pipeline.read_stage_names(opened.settings.home)
     clock = Clock(len(stages) + 5)
     dataset = clock.run("ingest", "new images into the store", lambda: steps.ingest(home))
-    unchanged = find_unchanged(context, dataset)
+    unchanged = find_unchanged(opened, dataset)
     if unchanged:
         steps.say(f"nothing changed: dataset {dataset['version']}, params, code")
-        return finish(summarise(context, unchanged, "unchanged", clock))
+        return finish(summarise(opened, unchanged, "unchanged", clock))
     for stage in stages:
         clock.run(stage, "dvc stage", lambda stage=stage: steps.run_stage.with_options(name=stage)(home, stage))
     found = clock.run("gate", "candidate against champion", lambda: steps.gate(home))
     decision = Decision.from_json(found)
     if decision.verdict != "passed":
-        return finish(summarise(context, decision, decision.verdict, clock))
+        return finish(summarise(opened, decision, decision.verdict, clock))
     clock.run("register", "bundle to the store and to MLflow", lambda: steps.register(home))
     why = f"passed the gate on dataset {dataset['version']} (decision {decision.number})"
     clock.run("promote", "ledger entry and alias", lambda: steps.promote(home, why))
     answers = clock.run("ask", "the served champion about held-out images", lambda: steps.ask(home))
-    return finish(summarise(context, decision, "promoted", clock, answers))
+    return finish(summarise(opened, decision, "promoted", clock, answers))
 
 
-def find_unchanged(context: Context, dataset: dict[str, Any]) -> Decision | None:
+def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | None:
     """Return the last decision if dataset, params, code and champion are still those that it left behind."""
-    decision = latest_decision(context.store, context.params.name)
-    champion = read_champion(context.store, context.params.name)
-    if decision is None or decision.state != pipeline.compute_state(context.params, dataset["digest"]):
+    decision = latest_decision(workspace.store, workspace.name)
+    champion = read_champion(workspace.store, workspace.name)
+    if decision is None or decision.state != pipeline.compute_state(workspace.params, dataset["digest"]):
         return None
     left = decision.candidate if decision.verdict == "passed" else decision.champion
     return decision if left == (champion.bundle if champion else None) else None
 
 
 def summarise(
-    context: Context, decision: Decision, outcome: str, clock: Clock, answers: list[dict[str, Any]] | None = None
+    workspace: Workspace, decision: Decision, outcome: str, clock: Clock, answers: list[dict[str, Any]] | None = None
 ) -> Summary:
     """Put together what is told at the end."""
-    name, champion = context.params.name, read_champion(context.store, context.params.name)
+    name, champion = workspace.name, read_champion(workspace.store, workspace.name)
     headlines = {
         "promoted": f"{name} has a new champion",
         "unchanged": f"nothing changed: dataset {decision.dataset['version']}, params, code; nothing moved",
@@ -105,13 +105,13 @@ def summarise(
         model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},
         answers=answers or [],
         step_seconds=clock.seconds,
-        commands=list_next_commands(context, has_champion=champion is not None),
+        commands=list_next_commands(workspace, has_champion=champion is not None),
     )
 
 
-def list_next_commands(context: Context, *, has_champion: bool) -> dict[str, str]:
+def list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str, str]:
     """Return the commands to look further, as they can be pasted into this shell."""
-    settings = context.settings
+    settings = workspace.settings
     uri, report = settings.tracking_uri, settings.reports_dir / "report.html"
     local = uri.startswith("sqlite")
     commands = {"compare runs": f"{find_command('mlflow')} ui --backend-store-uri {uri}" if local else uri}

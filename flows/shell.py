@@ -18,7 +18,7 @@ from prefect.states import State
 
 from visionloop.errors import BusyError, NotPromoted, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
-from visionloop.words import Summary
+from visionloop.words import Summary, describe_error
 
 LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 KEPT_LOGS = 30
@@ -42,7 +42,7 @@ def run(flow: Callable[[str], State[Any]]) -> int:
                 found = f"the candidate is {summary.outcome}"
                 raise NotPromoted("gate", found, "a passed gate", "See decisions/latest.json and the report.")
     except VisionLoopError as exc:
-        print(f"{'not promoted' if exc.exit_code == 3 else 'error'}: {exc}", file=sys.stderr)
+        print(describe_error(exc), file=sys.stderr)
         return exc.exit_code
     except Exception:
         traceback.print_exc()

@@ -23,7 +23,7 @@ from visionloop.errors import ServingError, VisionLoopError
 from visionloop.lifetime import stop_process
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
 from visionloop.words import describe_decision, describe_pull, make_log_progress
-from visionloop.workspace import Context, get_now, get_user, open_context
+from visionloop.workspace import Workspace, get_now, get_user, open_workspace
 
 RETRIES = 2
 RETRY_DELAY_S = 4
@@ -61,19 +61,17 @@ def ingest(home: str) -> dict[str, Any]:
     """Pull the declared sources; a workspace without sources keeps the version it has pinned."""
     from visionloop.ingest.pull import pull
 
-    context = open_context(Path(home))
-    pipeline.refresh_code(context.settings.home)
-    sources = context.params.ingest.sources
+    workspace = open_workspace(Path(home))
+    pipeline.refresh_code(workspace.settings.home)
+    sources = workspace.params.ingest.sources
     if not sources:
-        pin = load_pin(context.settings.pin_path)
-        load_records(context.store, pin)
+        pin = load_pin(workspace.settings.pin_path)
+        load_records(workspace.store, pin)
         say(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
     progress = make_log_progress("  checked", "images", say)
     report = pull(
-        context.settings,
-        context.params,
-        context.store,
+        workspace,
         sources=sources,
         now=get_now(),
         env=os.environ,
@@ -88,7 +86,7 @@ def ingest(home: str) -> dict[str, Any]:
 @step(name="stage")
 def run_stage(home: str, stage: str) -> str:
     """Run one dvc stage; return ran, skipped or restored."""
-    context = open_context(Path(home))
+    workspace = open_workspace(Path(home))
 
     def on_line(line: str) -> None:
         if line and not line.startswith((*DVC_CHATTER, "Stage '")):
@@ -96,7 +94,7 @@ def run_stage(home: str, stage: str) -> str:
         else:
             get_run_logger().debug(line)
 
-    result = pipeline.run_stage(context.settings, stage, on_line)
+    result = pipeline.run_stage(workspace.settings, stage, on_line)
     if result.status != "ran":
         words = {"skipped": "nothing it depends on changed", "restored": "made before, restored from dvc's cache"}
         say(f"  {words[result.status]}")
@@ -108,9 +106,9 @@ def gate(home: str) -> dict[str, Any]:
     """Judge the candidate against the champion; return the decision."""
     from visionloop.promotion.decide import gate as run_gate
 
-    context = open_context(Path(home))
-    state = pipeline.compute_state(context.params, load_pin(context.settings.pin_path).digest)
-    decision = run_gate(context.settings, context.params, context.store, state=state, now=get_now())
+    workspace = open_workspace(Path(home))
+    state = pipeline.compute_state(workspace.params, load_pin(workspace.settings.pin_path).digest)
+    decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         say(f"  {line}")
     return decision.to_json()
@@ -121,9 +119,9 @@ def register(home: str) -> str:
     """Copy the bundle to the store and mirror it in MLflow; return the model version."""
     from visionloop.promotion.promote import register as run_register
 
-    context = open_context(Path(home))
-    version = run_register(context.settings, context.params, context.store, context.tracking)
-    say(f"  registered as {context.params.name} version {version}")
+    workspace = open_workspace(Path(home))
+    version = run_register(workspace)
+    say(f"  registered as {workspace.name} version {version}")
     return version
 
 
@@ -132,10 +130,8 @@ def promote(home: str, why: str) -> dict[str, Any]:
     """Write the ledger entry and set MLflow's alias; return the entry."""
     from visionloop.promotion.promote import promote as run_promote
 
-    context = open_context(Path(home))
-    entry = run_promote(
-        context.settings, context.params, context.store, context.tracking, by=get_user(), why=why, now=get_now()
-    )
+    workspace = open_workspace(Path(home))
+    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
     say(f"  champion is bundle {entry.bundle[:12]}, ledger entry {entry.number}")
     return entry.to_json()
 
@@ -143,12 +139,12 @@ def promote(home: str, why: str) -> dict[str, Any]:
 @step(name="ask")
 def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
     """Start the server on a free port, ask it about held-out images over HTTP, stop it; return the answers."""
-    context = open_context(Path(home))
-    chosen = _choose_held_out(context, number)
+    workspace = open_workspace(Path(home))
+    chosen = _choose_held_out(workspace, number)
     process = subprocess.Popen(
         [sys.executable, "-m", "visionloop", "serve", "--port", "0"],
         cwd=home,
-        env=pipeline.make_stage_environment(context.settings.home, os.environ),
+        env=pipeline.make_stage_environment(workspace.settings.home, os.environ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -159,7 +155,7 @@ def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
         answers = []
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
             for record in chosen:
-                data = context.store.get(make_image_key(record.sha256))
+                data = workspace.store.get(make_image_key(record.sha256))
                 body = client.post("/predict", content=data).raise_for_status().json()
                 answer = {k: body[k] for k in ("prediction", "confidence", "labels") if k in body}
                 answers.append({**answer, "actual": LABEL_SEPARATOR.join(record.labels), "origin": record.origins[0]})
@@ -178,9 +174,9 @@ def describe_asked(labels: Sequence[str], body: Mapping[str, Any]) -> str:
     return f"an image of {', '.join(labels) or 'nothing'}: {', '.join(body['labels']) or 'nothing'}"
 
 
-def _choose_held_out(context: Context, number: int) -> list[ImageRecord]:
+def _choose_held_out(workspace: Workspace, number: int) -> list[ImageRecord]:
     """Choose test images spread over the classes."""
-    records = load_records(context.store, load_pin(context.settings.pin_path))
+    records = load_records(workspace.store, load_pin(workspace.settings.pin_path))
     tests = sorted((r for r in records if r.side == "test" and r.labels), key=lambda r: (r.labels, r.sha256))
     spread = [len(tests) * (2 * i + 1) // (2 * number) for i in range(number)]
     return [tests[i] for i in dict.fromkeys(spread) if i < len(tests)]

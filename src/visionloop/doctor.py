@@ -17,6 +17,7 @@ from visionloop.promotion.promote import compare_alias
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking, mask_credentials
+from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
 LEAST_FREE_GB = 5
@@ -32,17 +33,17 @@ class Finding:
     todo: str = ""
 
 
-def examine(settings: Settings, params: Params, store: ObjectStore, tracking: Tracking) -> list[Finding]:
+def examine(workspace: Workspace) -> list[Finding]:
     """Look at everything; a part that fails becomes a finding, not an end."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _check_python),
         ("packages", _check_packages),
-        ("processor", lambda: _check_processor(params)),
-        ("disk", lambda: _check_disk(settings)),
-        ("store", lambda: _check_store(store)),
-        ("mlflow", lambda: _check_mlflow(tracking)),
-        ("dataset", lambda: _check_dataset(settings, params, store)),
-        ("champion", lambda: _check_champion(params, store, tracking)),
+        ("processor", lambda: _check_processor(workspace.params)),
+        ("disk", lambda: _check_disk(workspace.settings)),
+        ("store", lambda: _check_store(workspace.store)),
+        ("mlflow", lambda: _check_mlflow(workspace.tracking)),
+        ("dataset", lambda: _check_dataset(workspace)),
+        ("champion", lambda: _check_champion(workspace)),
     ]
     findings = []
     for subject, check in checks:
@@ -106,18 +107,18 @@ def _check_mlflow(tracking: Tracking) -> Finding:
     return Finding("mlflow", True, f"{mask_credentials(tracking.uri)} answers")
 
 
-def _check_dataset(settings: Settings, params: Params, store: ObjectStore) -> Finding:
-    pin = load_pin(settings.pin_path)
-    version = load_version(store, pin.name, pin.version)
+def _check_dataset(workspace: Workspace) -> Finding:
+    pin = load_pin(workspace.settings.pin_path)
+    version = load_version(workspace.store, pin.name, pin.version)
     found = f"{pin.name} version {pin.version}, {pin.num_images:,} images"
-    ok = pin.name == params.name and version.digest == pin.digest
-    return Finding("dataset", ok, found, f"The pin is not of {params.name} in this store: run `visionloop ingest`.")
+    ok = pin.name == workspace.name and version.digest == pin.digest
+    return Finding("dataset", ok, found, f"The pin is not of {workspace.name} in this store: run `visionloop ingest`.")
 
 
-def _check_champion(params: Params, store: ObjectStore, tracking: Tracking) -> Finding:
-    entry = read_champion(store, params.name)
+def _check_champion(workspace: Workspace) -> Finding:
+    entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         return Finding("champion", True, "none yet")
-    in_ledger, in_alias = compare_alias(store, tracking, params.name)
+    in_ledger, in_alias = compare_alias(workspace)
     found = f"ledger entry {entry.number}: model version {in_ledger}; MLflow's alias: {in_alias}"
     return Finding("champion", in_ledger == in_alias, found, "Run `visionloop promote`: it sets the alias again.")

@@ -14,12 +14,10 @@ from visionloop.bundle import download_bundle
 from visionloop.errors import ImageError, PromotionError, SourceError, shorten
 from visionloop.ingest.paths.listing import IMAGE_SUFFIXES
 from visionloop.parallel import map_parallel
-from visionloop.params import Params
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import read_champion
 from visionloop.records import Prediction
-from visionloop.settings import Settings
-from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 BATCH = 64
 
@@ -57,22 +55,22 @@ def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def load_champion(settings: Settings, params: Params, store: ObjectStore) -> Predictor:
+def load_champion(workspace: Workspace) -> Predictor:
     """Fetch the champion's bundle, check it and load it.
 
     Raises:
         PromotionError: there is no champion yet.
         BundleError: its bundle is damaged.
     """
-    entry = read_champion(store, params.name)
+    entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         raise PromotionError(
-            f"ledger {params.name}",
+            f"ledger {workspace.name}",
             "has no champion",
             "a promoted model",
             "Run `python flows/retrain.py`, or name a bundle with --bundle.",
         )
-    bundle = download_bundle(store, entry.bundle, settings.hidden_dir / "bundles")
+    bundle = download_bundle(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
     return Predictor.load(bundle.folder, expected_digest=entry.bundle)
 
 

@@ -72,31 +72,47 @@ def _fill(folder: Path, example: str, name: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Context:
-    """One workspace, opened."""
+class Workspace:
+    """One workspace, opened: where everything is, what changes results, the store, and MLflow."""
 
     settings: Settings
     params: "Params"
     store: "ObjectStore"
     tracking: "Tracking"
 
+    @property
+    def name(self) -> str:
+        """The name of dataset, registered model, ledger and MLflow experiment."""
+        return self.params.name
 
-def open_context(start: Path | None = None) -> Context:
-    """Open the workspace at `start`, or around the current folder, and keep other tools inside it.
+
+def open_workspace(start: Path | None = None) -> Workspace:
+    """Open the workspace at `start`, or around the current folder, and keep other tools inside it. For entry points.
 
     Raises:
         SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
     """
     from visionloop.params import load_params
-    from visionloop.store import open_store
-    from visionloop.tracking import Tracking
 
     settings = load_settings(os.environ, start or Path.cwd())
     apply_tool_environment(settings.home)
     warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
-    params = load_params(settings.params_path)
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
-    return Context(settings, params, open_store(settings.store_url), tracking)
+    return connect(settings, load_params(settings.params_path))
+
+
+def connect(
+    settings: Settings, params: "Params", *, store: "ObjectStore | None" = None, tracking: "Tracking | None" = None
+) -> Workspace:
+    """Return the workspace with its store and its MLflow: those given, else those that the settings name."""
+    from visionloop.store import open_store
+    from visionloop.tracking import Tracking
+
+    return Workspace(
+        settings,
+        params,
+        store or open_store(settings.store_url),
+        tracking or Tracking(settings.tracking_uri, settings.artifact_root, params.name),
+    )
 
 
 def get_now() -> str:

@@ -65,6 +65,10 @@ def test_mlflow_folder_holds_no_python() -> None:
     assert not (ROOT / "datasets").exists()
 
 
+def test_flows_know_nothing_of_the_command_line() -> None:
+    assert [path.name for path in (ROOT / "flows").glob("*.py") if "visionloop.cli" in read_text(path)] == []
+
+
 def test_files_are_short() -> None:
     lengths = {str(path.relative_to(ROOT)): len(read_text(path).splitlines()) for path in list_python_files()}
     assert len(lengths) > 15

@@ -9,6 +9,7 @@ from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionE
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
 from visionloop.records import Decision
+from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
 STATE = {"dataset": "d1", "params": "p1", "code": "c1"}
@@ -31,7 +32,7 @@ def crown(world, tmp_path, seed, **card):
 
 
 def judge(world, params=None, state=STATE, now=NOW):
-    return gate(world.settings, params or world.params, world.store, state=state, now=now)
+    return gate(connect(world.settings, params or world.params, store=world.store), state=state, now=now)
 
 
 def test_the_first_candidate_passes_by_its_floors(world):

@@ -28,6 +28,7 @@ from visionloop.predictor import Embedder, Predictor
 from visionloop.records import Pin
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore, open_store
+from visionloop.workspace import connect
 
 BATCH = 25
 FROZEN = PARAMS.replace("EPOCHS", "1").replace("max_epochs", "way: frozen, max_epochs").replace("500", str(BATCH))
@@ -39,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_workspace(tmp_path_factory.mktemp("embed") / "ws")
     (home / "params.yaml").write_text(FROZEN)
     settings = load_settings({}, home)
-    prepare(settings, load_params(settings.params_path), open_store(settings.store_url))
+    prepare(connect(settings, load_params(settings.params_path), store=open_store(settings.store_url)))
     run(home)
     return home
 
@@ -53,7 +54,7 @@ def home(made: Path, tmp_path: Path) -> Path:
 def run(home: Path, told: list[str] | None = None) -> Embedded:
     settings = load_settings({}, home)
     tell = (told if told is not None else []).append
-    return embed(settings, load_params(settings.params_path), open_store(settings.store_url), tell=tell)
+    return embed(connect(settings, load_params(settings.params_path), store=open_store(settings.store_url)), tell=tell)
 
 
 def forget_all(home: Path) -> Path:
@@ -122,11 +123,11 @@ def test_another_version_computes_only_what_is_new(home: Path) -> None:
     (home / "params.yaml").write_text(FROZEN.replace("image_size: 32", "image_size: 32, limit: 60"))
     table = forget_all(home)
     limited = load_params(settings.params_path)
-    prepare(settings, limited, open_store(settings.store_url))
+    prepare(connect(settings, limited, store=open_store(settings.store_url)))
     first = run(home)
     assert 0 < first.num_computed == first.num_images < 120
     (home / "params.yaml").write_text(FROZEN)
-    prepare(settings, params, open_store(settings.store_url))
+    prepare(connect(settings, params, store=open_store(settings.store_url)))
     second = run(home)
     assert (second.num_images, second.num_computed) == (120, 120 - first.num_images)
     assert len(list(table.iterdir())) == 1
@@ -229,7 +230,7 @@ def test_the_torch_encoder_agrees_with_the_exported_one(home: Path) -> None:
     settings = load_settings({}, home)
     params, prepared = load_params(settings.params_path), load_prepared(settings.prepared_dir)
     images = prepared.read(np.arange(20))
-    known = make_encoder(settings, params, prepared).embed(images)
+    known = make_encoder(connect(settings, params), prepared).embed(images)
     network = Network(*load_backbone(params.train, prepared.size_hw, home))
     np.testing.assert_allclose(TorchEncoder(network, device="cpu", precision="fp32").embed(images), known, atol=1e-4)
     rough = TorchEncoder(network, device="cpu", precision="bf16").embed(images)
@@ -257,7 +258,7 @@ def test_the_runtime_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_encoder_that_gives_no_numbers_is_refused(home: Path) -> None:
     settings = load_settings({}, home)
     prepared, store = load_prepared(settings.prepared_dir), open_store(settings.store_url)
-    encoder = make_encoder(settings, load_params(settings.params_path), prepared)
+    encoder = make_encoder(connect(settings, load_params(settings.params_path)), prepared)
     broken = Encoder(encoder.facts, lambda: lambda images: np.full((len(images), 4), np.nan, np.float32))
     forget_all(home)
     with pytest.raises(TrainingError, match="gives no finite embedding for 25 of 25 images"):
@@ -338,14 +339,14 @@ def test_a_larger_training_side_is_embedded_by_its_middle(home: Path) -> None:
     (home / "params.yaml").write_text(FROZEN.replace("image_size: 32", "image_size: 32, train_size: 38"))
     settings = load_settings({}, home)
     params = load_params(settings.params_path)
-    prepare(settings, params, open_store(settings.store_url))
+    prepare(connect(settings, params, store=open_store(settings.store_url)))
     assert run(home).num_computed == 120
     prepared = load_prepared(settings.prepared_dir)
     embedding_nd, facts = load_features(settings.features_dir, prepared)
     assert facts.crop == {"dataset": "shapes", "train_size": [38, 38]}
     assert facts.digest != before[1].digest
     rows = np.concatenate([prepared.rows("train")[:5], prepared.rows("val")[:5]])
-    expected = make_encoder(settings, params, prepared).embed(prepared.read(rows))
+    expected = make_encoder(connect(settings, params), prepared).embed(prepared.read(rows))
     np.testing.assert_allclose(embedding_nd[rows], expected, atol=1e-5)
     np.testing.assert_allclose(embedding_nd[rows[5:]], before[0][rows[5:]], atol=1e-5)
     assert np.abs(embedding_nd[rows[:5]] - before[0][rows[:5]]).max() > 1e-4

@@ -27,7 +27,7 @@ def read_outs(folder: Path) -> dict[str, bytes]:
 
 def test_writes_what_the_served_predictor_says(world):
     digest = world.write_candidate(GOOD)
-    found = evaluate(world.settings, world.params)
+    found = evaluate(world)
     tests = [r for r in world.records if r.side == "test"]
     predictor = Predictor.load(world.settings.candidate_dir)
     served = predictor.predict([world.store.get(f"images/{r.sha256[:2]}/{r.sha256}") for r in tests])
@@ -50,12 +50,12 @@ def test_writes_what_the_served_predictor_says(world):
 
 def test_same_input_gives_same_bytes_and_other_files_stay(world):
     world.write_candidate(GOOD)
-    evaluate(world.settings, world.params)
+    evaluate(world)
     reports = world.settings.reports_dir
     first = read_outs(reports)
     (reports / "notes.txt").write_text("mine")
     (reports / "figures" / "old.png").write_bytes(b"of an older run")
-    evaluate(world.settings, world.params)
+    evaluate(world)
     assert read_outs(reports) == {**first, "notes.txt": b"mine"}
     assert {name.split("/")[0] for name in first} == set(OUTS)
     assert list(world.settings.work_dir("evaluate").iterdir()) == [world.settings.work_dir("evaluate") / "lock"]
@@ -65,14 +65,14 @@ def test_reads_a_batch_at_a_time_and_reports_progress(world, monkeypatch):
     world.write_candidate(GOOD)
     monkeypatch.setattr("visionloop.evaluation.evaluate.BATCH_BYTES", 32 * 32 * 3 * 30)
     seen = []
-    evaluate(world.settings, world.params, on_progress=lambda done, total: seen.append((done, total)))
+    evaluate(world, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(30, 80), (60, 80), (80, 80)]
 
 
 def test_a_threshold_decides_for_two_classes(tmp_path):
     world = make_world(tmp_path, prepared=True, classes=("no", "yes"))
     world.write_candidate(GOOD, threshold=0.0)
-    found = evaluate(world.settings, world.params)
+    found = evaluate(world)
     prepared = load_prepared(world.settings.prepared_dir)
     share = float(np.mean(prepared.label_n[prepared.rows("test")] == 1))
     assert found["recall"].value == 1.0
@@ -83,7 +83,7 @@ def test_no_test_image_is_an_error(tmp_path):
     world = make_world(tmp_path, prepared=True, test_sides=0)
     world.write_candidate(GOOD)
     with pytest.raises(DatasetError, match="has no test image"):
-        evaluate(world.settings, world.params)
+        evaluate(world)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_candidate_of_other_data_is_refused_and_reports_stay(world, card, mess
     before = read_outs(world.settings.reports_dir)
     world.write_candidate(GOOD, **card)
     with pytest.raises(DatasetError, match=message):
-        evaluate(world.settings, world.params)
+        evaluate(world)
     assert read_outs(world.settings.reports_dir) == before
 
 
@@ -114,7 +114,7 @@ def test_a_flipped_byte_is_refused(world):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"model\.onnx differs from its digest"):
-        evaluate(world.settings, world.params)
+        evaluate(world)
 
 
 def test_a_damaged_note_is_named(world):

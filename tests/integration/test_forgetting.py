@@ -20,9 +20,11 @@ from versions import NAME, NOW, commit, store_image
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
 from visionloop.forget import find_everything, forget, resolve_images
+from visionloop.params import make_params
 from visionloop.records import ImageRecord, canonical_json
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore, S3Store
+from visionloop.workspace import connect
 
 DVC_YAML = """\
 stages:
@@ -105,7 +107,7 @@ def test_dvc_keeps_no_copy_of_a_forgotten_image_and_all_else(home: Path) -> None
     assert data in before.values()
     assert data in list_objects(remote).values()
     settings = load_settings({}, home)
-    found = find_everything(settings, store, NAME, frozenset({row.sha256}))
+    found = find_everything(connect(settings, make_params({"name": NAME}), store=store), frozenset({row.sha256}))
     told = [copy.what for copy in found.copies if "object" in copy.what]
     assert [what.partition("object")[2] for what in told] == ["s in dvc's cache", "s in dvc's remote backup"]
     assert list_objects(cache) == before
@@ -126,7 +128,14 @@ def test_dvc_keeps_no_copy_of_a_forgotten_image_and_all_else(home: Path) -> None
     assert all(entry["md5"] in kept for files in lists for entry in files)
     assert "git commits that pin a version with them: " in done.stdout
     assert (home / "models" / "candidate").is_dir(), "the candidate of today never saw it"
-    assert find_everything(settings, store, NAME, frozenset({row.sha256}), gone=frozenset({row.sha256})).copies == []
+    assert (
+        find_everything(
+            connect(settings, make_params({"name": NAME}), store=store),
+            frozenset({row.sha256}),
+            gone=frozenset({row.sha256}),
+        ).copies
+        == []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +162,7 @@ def test_a_versioned_bucket_keeps_no_earlier_version(
     settings = Settings(tmp_path, store.url, "http://127.0.0.1:1", (tmp_path / "artifacts").as_uri())
     write_pin(settings.pin_path, make_pin(two))
     wanted = resolve_images(store, NAME, [], ["photos:anna/*"])
-    done = forget(settings, store, NAME, wanted, now=NOW, by="me", why="asked")
+    done = forget(connect(settings, make_params({"name": NAME}), store=store), wanted, now=NOW, by="me", why="asked")
     assert done.version is not None
     assert [len(load_version_records(store, version)) for version in list_versions(store, NAME)] == [6, 8, 7]
     answer = client.list_object_versions(Bucket="pets")

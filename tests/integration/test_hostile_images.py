@@ -20,6 +20,7 @@ from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, make_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 MAX_BYTES = 2_000_000
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -177,7 +178,9 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PullReport, LocalS
     source = FolderSource(kind="folder", path=str(base / "photos"), name="photos")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    report = pull(load_settings({}, base / "ws"), params, store, sources=[source], now="2026-01-01T00:00:00+00:00")
+    report = pull(
+        connect(load_settings({}, base / "ws"), params, store=store), sources=[source], now="2026-01-01T00:00:00+00:00"
+    )
     seconds = time.perf_counter() - started
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "kB"
     return report, store, seconds

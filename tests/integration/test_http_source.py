@@ -18,6 +18,7 @@ from visionloop.params import HttpSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 ENV = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1", "API_TOKEN": "t0ken/with=odd signs"}
 MAX_BYTES = 1_000_000
@@ -246,7 +247,12 @@ def test_a_page_that_fails_for_good_leaves_no_version(site: WebServer, tmp_path:
     settings, store, params = load_settings({}, home), LocalStore(tmp_path / "store"), make_params(value)
 
     def run() -> Any:
-        return pull(settings, params, store, sources=params.ingest.sources, now="2026-01-01T00:00:00+00:00", env=ENV)
+        return pull(
+            connect(settings, params, store=store),
+            sources=params.ingest.sources,
+            now="2026-01-01T00:00:00+00:00",
+            env=ENV,
+        )
 
     with pytest.raises(SourceError, match=r"source api page 2: .*answered 503, and asks to wait 3,600 s"):
         run()

@@ -16,6 +16,7 @@ from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, make_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 NUM_PHOTOS = 900
 SIDE_PX = 400
@@ -63,7 +64,9 @@ def pull_here(home: Path, photos: Path) -> PullReport:
     settings = load_settings({}, home)
     source = FolderSource(kind="folder", path=str(photos), name="photos")
     store = LocalStore.from_url(settings.store_url)
-    return pull(settings, make_params({"name": "pets"}), store, sources=[source], now="2026-01-01T00:00:00+00:00")
+    return pull(
+        connect(settings, make_params({"name": "pets"}), store=store), sources=[source], now="2026-01-01T00:00:00+00:00"
+    )
 
 
 def test_a_pull_that_is_killed_twice_ends_as_one_that_is_not(photos: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from visionloop.params import FolderSource, load_params, make_params
 from visionloop.records import ImageRecord
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 NUM_PHOTOS = 25
 TRAIN = {"backbone": "small_cnn", "max_epochs": 1, "batch_size": 16}
@@ -86,7 +87,7 @@ class Desk:
         params = make_params({"name": "pets", "ingest": {"split": split}})
         settings = load_settings({}, self.folder / "ws")
         source = FolderSource(kind="folder", path=str(self.folder / place), name="s")
-        return pull(settings, params, self.store, sources=[source], now="2026-01-01T00:00:00+00:00")
+        return pull(connect(settings, params, store=self.store), sources=[source], now="2026-01-01T00:00:00+00:00")
 
     def rows(self) -> list[ImageRecord]:
         return load_version_records(self.store, list_versions(self.store, "pets")[-1])
@@ -151,7 +152,7 @@ def test_a_random_split_is_validated_on_its_test_side(desk: Desk) -> None:
     version = desk.pull("photos", **split).version
     assert {side: sum(classes.values()) for side, classes in version.counts.items()} == {"train": 32, "test": 8}
     settings = load_settings({}, home)
-    prepare(settings, load_params(settings.params_path), desk.store)
+    prepare(connect(settings, load_params(settings.params_path), store=desk.store))
     done = visionloop(home, "train", VISIONLOOP_STORE=desk.store.url)
     assert done.returncode == 0, done.stderr
     assert "an experiment (ingest.split.method: random): every epoch was judged on the test side" in done.stdout

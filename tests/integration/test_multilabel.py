@@ -25,6 +25,7 @@ from visionloop.records import Decision, Interval, RunNote
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
 from visionloop.training.fit import train
+from visionloop.workspace import connect
 
 NOW = "2026-01-01T00:00:00+00:00"
 PARAMS = """\
@@ -59,11 +60,11 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     home.mkdir()
     (home / "params.yaml").write_text(PARAMS.replace("SOURCE", str(photos / "labels.csv")))
     settings, params, store, tracking = open_parts(home)
-    report = pull(settings, params, store, sources=params.ingest.sources, now=NOW)
-    prepare(settings, params, store)
-    note = train(settings, params, store, tracking, now=NOW)
-    metrics = evaluate(settings, params)
-    decision = gate(settings, params, store, state={}, now=NOW)
+    report = pull(connect(settings, params, store=store), sources=params.ingest.sources, now=NOW)
+    prepare(connect(settings, params, store=store))
+    note = train(connect(settings, params, store=store, tracking=tracking), now=NOW)
+    metrics = evaluate(connect(settings, params))
+    decision = gate(connect(settings, params, store=store), state={}, now=NOW)
     return Loop(home, photos, report, note, metrics, decision)
 
 
@@ -129,11 +130,11 @@ def test_the_gate_judges_as_evaluate_does_and_the_champion_answers(loop: Loop, t
     assert loop.decision.metrics["macro_f1"]["value"] == pytest.approx(loop.metrics["macro_f1"].value)
     shutil.copytree(loop.home, tmp_path / "ws")
     settings, params, store, tracking = open_parts(tmp_path / "ws")
-    register(settings, params, store, tracking)
-    promote(settings, params, store, tracking, by="test", why="test", now=NOW)
-    again = gate(settings, params, store, state={"code": "2"}, now=NOW)
+    register(connect(settings, params, store=store, tracking=tracking))
+    promote(connect(settings, params, store=store, tracking=tracking), by="test", why="test", now=NOW)
+    again = gate(connect(settings, params, store=store), state={"code": "2"}, now=NOW)
     assert (again.verdict, again.champion) == ("inconclusive", loop.note.bundle)
-    champion = load_champion(settings, params, store)
+    champion = load_champion(connect(settings, params, store=store))
     answers = predict_files(champion, find_images([str(loop.photos / "images")]))
     truth = read_truth(loop.photos)
     right = [a.prediction is not None and a.prediction.labels == truth[Path(a.path).name] for a in answers]

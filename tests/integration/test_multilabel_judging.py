@@ -16,6 +16,7 @@ from visionloop.params import make_params
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry
+from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
 NOW = "2026-02-03T04:05:06Z"
@@ -40,7 +41,7 @@ def crown(world, folder, seed, **card):
 
 
 def judge(world, params=None):
-    return gate(world.settings, params or world.params, world.store, state={}, now=NOW)
+    return gate(connect(world.settings, params or world.params, store=world.store), state={}, now=NOW)
 
 
 def to_sets(lists, classes):
@@ -49,7 +50,7 @@ def to_sets(lists, classes):
 
 def test_evaluate_writes_what_the_served_predictor_says(world):
     world.write_candidate(GOOD)
-    found = evaluate(world.settings, world.params)
+    found = evaluate(world)
     tests = [r for r in world.records if r.side == "test"]
     predictor = Predictor.load(world.settings.candidate_dir)
     served = predictor.predict([world.store.get(f"images/{r.sha256[:2]}/{r.sha256}") for r in tests])
@@ -80,7 +81,7 @@ def test_evaluate_writes_what_the_served_predictor_says(world):
 
 def test_evaluate_draws_and_tells_of_several_labels(world):
     world.write_candidate(POOR)
-    evaluate(world.settings, world.params)
+    evaluate(world)
     reports = world.settings.reports_dir
     figures = sorted(p.name for p in (reports / "figures").iterdir())
     assert figures == ["confidence.png", "mistakes.png", "outcomes.png", "per_class.png"]
@@ -89,13 +90,13 @@ def test_evaluate_draws_and_tells_of_several_labels(world):
         assert words in page
     assert "Confusion" not in page
     first = {p.name: p.read_bytes() for p in reports.rglob("*") if p.is_file()}
-    evaluate(world.settings, world.params)
+    evaluate(world)
     assert {p.name: p.read_bytes() for p in reports.rglob("*") if p.is_file()} == first
 
 
 def test_evaluate_respects_the_threshold_of_each_class(world):
     world.write_candidate(GOOD, thresholds={"a": 0.0, "b": 1.1, "c": 0.5})
-    evaluate(world.settings, world.params)
+    evaluate(world)
     with (world.settings.reports_dir / "per_class.csv").open(newline="") as file:
         recalls = {row["class"]: float(row["recall"]) for row in csv.DictReader(file)}
     assert (recalls["a"], recalls["b"]) == (1.0, 0.0)
@@ -105,7 +106,7 @@ def test_evaluate_respects_the_threshold_of_each_class(world):
 def test_evaluate_refuses_a_candidate_of_another_task(world):
     world.write_candidate(GOOD, task="multiclass", thresholds=None)
     with pytest.raises(DatasetError, match="models/candidate: is multiclass; expected multilabel, as data/prepared is"):
-        evaluate(world.settings, world.params)
+        evaluate(world)
 
 
 def test_gate_compares_sets_of_labels(fresh, tmp_path):
@@ -125,8 +126,8 @@ def test_gate_compares_sets_of_labels(fresh, tmp_path):
 
 def test_gate_and_evaluate_agree(fresh):
     fresh.write_candidate(GOOD)
-    prepare(fresh.settings, fresh.params, fresh.store)
-    found = evaluate(fresh.settings, fresh.params)
+    prepare(fresh)
+    found = evaluate(fresh)
     decision = judge(fresh)
     assert decision.metrics == {name: i.to_json() for name, i in found.items()}
 

@@ -34,6 +34,7 @@ from visionloop.params import Compute, Params, make_params
 from visionloop.records import ImageRecord
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 from worlds import World, make_world
 
 FACTS: dict[str, Any] = {"num_added": 0, "split": {}, "rejected": None, "num_rejected": 0, "created_at": "x"}
@@ -84,7 +85,7 @@ def pin_records(world: World, records: list[ImageRecord]) -> None:
 
 def test_every_image_is_where_the_index_says(world: World) -> None:
     seen: list[tuple[int, int]] = []
-    assert prepare(world.settings, world.params, world.store, on_progress=lambda *n: seen.append(n)) == world.pin
+    assert prepare(world, on_progress=lambda *n: seen.append(n)) == world.pin
     assert sorted(read_all(world)) == [
         "classes.json",
         *(f"images-0000{i}.npy" for i in range(3)),
@@ -107,7 +108,7 @@ def test_every_image_is_where_the_index_says(world: World) -> None:
 
 
 def test_a_shard_has_the_bytes_that_numpy_writes(world: World, tmp_path: Path) -> None:
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     shard = world.settings.prepared_dir / "images-00002.npy"
     np.save(tmp_path / "plain.npy", np.load(shard))
     assert shard.read_bytes() == (tmp_path / "plain.npy").read_bytes()
@@ -117,7 +118,7 @@ def test_a_shard_has_the_bytes_that_numpy_writes(world: World, tmp_path: Path) -
 def test_what_was_done_before_an_interruption_is_not_done_again(
     world: World, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     whole = read_all(world)
 
     def stop(done: int, total: int) -> None:
@@ -125,20 +126,20 @@ def test_what_was_done_before_an_interruption_is_not_done_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(world.settings, world.params, world.store, on_progress=stop)
+        prepare(world, on_progress=stop)
     assert read_all(world) == whole, "the result before stays until there is another"
     decoded: list[str] = []
     decode = chunks._decode
     monkeypatch.setattr(chunks, "_decode", lambda w, d, c: decoded.append(w.sha256) or decode(w, d, c))
     seen: list[int] = []
-    prepare(world.settings, world.params, world.store, on_progress=lambda done, total: seen.append(done))
+    prepare(world, on_progress=lambda done, total: seen.append(done))
     assert read_all(world) == whole
     assert seen[0] == 160 - len(decoded)
     assert seen[0] >= after * 16
 
 
 def test_a_chunk_that_a_power_failure_took_is_made_again(world: World) -> None:
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     whole = read_all(world)
 
     def stop(done: int, total: int) -> None:
@@ -146,14 +147,14 @@ def test_a_chunk_that_a_power_failure_took_is_made_again(world: World) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(world.settings, world.params, world.store, on_progress=stop)
+        prepare(world, on_progress=stop)
     shard = next(world.settings.work_dir("prepare").glob("*/images-00000.npy"))
     with shard.open("r+b") as file:
         file.seek(128 + 20 * 32 * 32 * 3)
         file.write(bytes(4096))
     journal = shard.with_name("chunks.staged")
     journal.write_text(journal.read_text() + "images-00001.npy 16 12")  # a line cut off, with another's checksum
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     assert read_all(world) == whole
 
 
@@ -161,12 +162,12 @@ def test_excluded_and_unlabelled_images_are_left_out(world: World) -> None:
     records = list(world.records)
     records[0], records[1] = replace(records[0], side="excluded"), replace(records[1], labels=())
     pin_records(world, records)
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     assert load_prepared(world.settings.prepared_dir).sha256_n == tuple(r.sha256 for r in records[2:])
 
 
 def test_limit_takes_a_part_of_each_side_and_class(world: World) -> None:
-    prepare(world.settings, with_prepare(limit=40), world.store)
+    prepare(connect(world.settings, with_prepare(limit=40), store=world.store))
     prepared = load_prepared(world.settings.prepared_dir)
     assert len(prepared.sha256_n) == 40
     assert (len(prepared.rows("train")), len(prepared.rows("test"))) == (20, 20)
@@ -174,7 +175,7 @@ def test_limit_takes_a_part_of_each_side_and_class(world: World) -> None:
 
 
 def test_train_size_stores_the_training_side_larger(world: World) -> None:
-    prepare(world.settings, with_prepare(train_size=[40, 48]), world.store)
+    prepare(connect(world.settings, with_prepare(train_size=[40, 48]), store=world.store))
     names = sorted(path.name for path in world.settings.prepared_dir.glob("*.npy"))
     assert names == ["images-00000.npy", "images-00001.npy", "train-00000.npy", "train-00001.npy"]
     prepared = load_prepared(world.settings.prepared_dir)
@@ -196,7 +197,7 @@ def test_train_size_stores_the_training_side_larger(world: World) -> None:
 def test_train_size_below_image_size_is_refused(world: World, image_size: Any, train_size: Any, expected: str) -> None:
     params = with_prepare(image_size=image_size, train_size=train_size)
     with pytest.raises(ParamsError, match=rf"params\.yaml prepare\.train_size: {expected}"):
-        prepare(world.settings, params, world.store)
+        prepare(connect(world.settings, params, store=world.store))
 
 
 def test_forgotten_images_are_named(world: World) -> None:
@@ -204,7 +205,7 @@ def test_forgotten_images_are_named(world: World) -> None:
     for sha256 in gone:
         world.store.create(make_tombstone_key("fake", sha256), b"{}")
     with pytest.raises(DatasetError) as caught:
-        prepare(world.settings, world.params, world.store)
+        prepare(world)
     named = ", ".join(sha[:12] for sha in gone[:5])
     assert str(caught.value) == (
         f"dataset fake version 1: names 7 forgotten images: {named} and 2 more; expected a version without them. "
@@ -217,8 +218,8 @@ def test_several_labels_want_the_task_multilabel(world: World) -> None:
     first, second, third, *others = world.records
     pin_records(world, [replace(first, labels=("a", "z")), replace(second, labels=()), third, *others])
     with pytest.raises(DatasetError, match=rf"has several labels at {first.origins[0]}; .*Set `task: multilabel`"):
-        prepare(world.settings, world.params, world.store)
-    prepare(world.settings, make_params({"name": "fake", "task": "multilabel"}), world.store)
+        prepare(world)
+    prepare(connect(world.settings, make_params({"name": "fake", "task": "multilabel"}), store=world.store))
     prepared = load_prepared(world.settings.prepared_dir)
     assert (prepared.task, prepared.classes) == ("multilabel", ("a", "b", "c", "z"))
     assert prepared.sha256_n == tuple(sorted({r.sha256 for r in world.records} - {second.sha256}))
@@ -230,15 +231,15 @@ def test_an_unlabelled_image_is_a_negative_if_params_say_so(world: World) -> Non
     pin_records(world, [replace(world.records[0], labels=()), *world.records[1:]])
     section = {"image_size": 32, "unlabelled": "negative"}
     with pytest.raises(ParamsError, match=r"prepare\.unlabelled: got 'negative' with `task: auto`; expected 'exclude'"):
-        prepare(world.settings, make_params({"name": "fake", "prepare": section}), world.store)
+        prepare(connect(world.settings, make_params({"name": "fake", "prepare": section}), store=world.store))
     several = {"name": "fake", "task": "multilabel", "prepare": section}
-    prepare(world.settings, make_params(several), world.store)
+    prepare(connect(world.settings, make_params(several), store=world.store))
     prepared = load_prepared(world.settings.prepared_dir)
     row = prepared.sha256_n.index(world.records[0].sha256)
     assert (prepared.label_n[row], prepared.labels(row)) == (-1, ())
     assert len(prepared.sha256_n) == 160
     assert json.loads((prepared.folder / "report.json").read_text())["num_negative"] == 1
-    prepare(world.settings, make_params({**several, "prepare": {**section, "limit": 40}}), world.store)
+    prepare(connect(world.settings, make_params({**several, "prepare": {**section, "limit": 40}}), store=world.store))
     assert len(load_prepared(world.settings.prepared_dir).sha256_n) == 40
 
 
@@ -246,13 +247,19 @@ def test_one_class_alone_is_no_task_of_several_labels(world: World) -> None:
     pin_records(world, [replace(r, labels=("a",) if "a" in r.labels else ()) for r in world.records])
     section = {"image_size": 32, "unlabelled": "negative"}
     with pytest.raises(DatasetError, match=r"has 1 class \(a\) for `task: multilabel`; expected two or more"):
-        prepare(world.settings, make_params({"name": "fake", "task": "multilabel", "prepare": section}), world.store)
+        prepare(
+            connect(
+                world.settings,
+                make_params({"name": "fake", "task": "multilabel", "prepare": section}),
+                store=world.store,
+            )
+        )
 
 
 def test_one_label_an_image_leaves_no_trace_of_several(world: World) -> None:
     import pyarrow.parquet as pq
 
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     folder = world.settings.prepared_dir
     assert pq.read_table(folder / "index.parquet").column_names == ["sha256", "label", "side"]
     assert "num_negative" not in json.loads((folder / "report.json").read_text())
@@ -267,7 +274,7 @@ def test_an_object_that_is_not_what_was_ingested_is_named(world: World, damage: 
     else:
         path.write_bytes(path.read_bytes()[:-20] if damage == "cut" else make_image(5))
     with pytest.raises(DatasetError) as caught:
-        prepare(world.settings, world.params, world.store)
+        prepare(world)
     assert str(caught.value) == (
         f"image {record.sha256[:12]} ({record.origins[0]}): is missing from the store or damaged there; expected its "
         "bytes as they were ingested. Run `visionloop ingest --verify`: it mends what its source still has."
@@ -280,7 +287,7 @@ def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch:
         with pytest.raises(
             DatasetError, match=r"cannot be written \(0\.0 GB free\); expected 0\.0 GB\. Free some space"
         ):
-            prepare(world.settings, world.params, world.store)
+            prepare(world)
 
     def refuse(*args: object) -> int:
         raise OSError(28, "No space left on device")
@@ -288,15 +295,15 @@ def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", refuse)
         with pytest.raises(DatasetError, match=r"cannot be written \(No space left on device\); expected room for the"):
-            prepare(world.settings, world.params, world.store)
-    prepare(world.settings, world.params, world.store)
+            prepare(world)
+    prepare(world)
 
 
 def test_a_short_write_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     whole, write = read_all(world), os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:1000], offset))
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     assert read_all(world) == whole
 
 
@@ -322,9 +329,9 @@ class FarStore(LocalStore):
 
 
 def test_reads_from_a_network_overlap(world: World) -> None:
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     whole, far = read_all(world), FarStore(world.store.root)
-    prepare(world.settings, world.params, far)
+    prepare(connect(world.settings, world.params, store=far))
     assert read_all(world) == whole
     assert far.most > 8
 

@@ -18,6 +18,7 @@ from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError
 from visionloop.parallel import Engine, map_chunks
 from visionloop.store import S3Store
+from visionloop.workspace import connect
 from worlds import make_world
 
 
@@ -84,18 +85,18 @@ def test_ctrl_c_and_a_kill_leave_no_process(kind: signal.Signals, tmp_path: Path
 
 def test_prepare_in_processes_gives_the_bytes_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     first = digest(world.settings.prepared_dir)
     monkeypatch.setattr(stage, "MIN_PER_PROCESS", 1)
     monkeypatch.setattr(stage, "count_cores", lambda: 2)
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     assert digest(world.settings.prepared_dir) == first
     assert find_workers() == []
 
 
 def test_processes_read_an_s3_store_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     first = digest(world.settings.prepared_dir)
     monkeypatch.setattr(stage, "MIN_PER_PROCESS", 1)
     monkeypatch.setattr(stage, "count_cores", lambda: 2)
@@ -105,7 +106,7 @@ def test_processes_read_an_s3_store_by_its_address(tmp_path: Path, monkeypatch: 
         far = S3Store("s3://photos/store")
         for key in world.store.list(""):
             far.put(key, world.store.get(key))
-        prepare(world.settings, world.params, far)
+        prepare(connect(world.settings, world.params, store=far))
     assert digest(world.settings.prepared_dir) == first
 
 

@@ -1,6 +1,7 @@
 """Register, promote and roll back: what moves, what does not, and what a second run mends."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from visionloop.errors import BundleError, NotPromoted, PromotionError, Tracking
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, read_champion, read_history
 from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
+from visionloop.workspace import connect
 from worlds import GOOD, POOR, FakeTracking, make_world, write_note
 
 NOW = "2026-02-03T04:05:06Z"
@@ -19,26 +21,26 @@ class Desk:
     def __init__(self, home):
         self.world = make_world(home)
         self.store, self.tracking = self.world.store, FakeTracking()
-        self.place = (self.world.settings, self.world.params, self.store, self.tracking)
+        self.place = replace(self.world, tracking=self.tracking)
 
     def judge(self, seed, *, floors=None, note=None, **card):
         digest = self.world.write_candidate(seed, **card)
         params = self.world.with_gate(rule="no_worse", margin=0.99, floors=floors or {})
-        gate(self.world.settings, params, self.store, state={}, now=NOW)
+        gate(connect(self.world.settings, params, store=self.store), state={}, now=NOW)
         if note:  # after the gate: it would tag a run of a real MLflow
             write_note(self.world.settings.runs_dir, digest, note)
         return digest
 
     def promote(self, by="ann"):
-        return promote(*self.place, by=by, why="because", now=NOW)
+        return promote(self.place, by=by, why="because", now=NOW)
 
     def rollback(self, to=None):
-        return rollback(*self.place, to=to, by="bob", why="it was wrong", now=NOW)
+        return rollback(self.place, to=to, by="bob", why="it was wrong", now=NOW)
 
     def crown(self, seed, **card):
         """Take a candidate all the way."""
         digest = self.judge(seed, **card)
-        register(*self.place)
+        register(self.place)
         assert self.promote().bundle == digest
         return digest
 
@@ -50,8 +52,8 @@ def desk(tmp_path):
 
 def test_a_passed_candidate_is_registered_once(desk):
     digest = desk.judge(GOOD, note="run-1")
-    assert register(*desk.place) == "1"
-    assert register(*desk.place) == "1"
+    assert register(desk.place) == "1"
+    assert register(desk.place) == "1"
     assert desk.tracking.versions == {digest: "1"}
     assert desk.tracking.tags["1"] == {
         "visionloop.decision": "1",
@@ -65,7 +67,7 @@ def test_a_passed_candidate_is_registered_once(desk):
 def test_a_refused_candidate_is_not_registered(desk):
     digest = desk.judge(GOOD, floors={"accuracy": 0.99})
     with pytest.raises(NotPromoted, match="decision 1 is refused"):
-        register(*desk.place)
+        register(desk.place)
     with pytest.raises(NotPromoted, match="decision 1 is refused"):
         desk.promote()
     assert desk.tracking.versions == {}
@@ -74,7 +76,7 @@ def test_a_refused_candidate_is_not_registered(desk):
 
 def test_an_experiment_is_judged_but_not_promoted(desk):
     desk.judge(GOOD)
-    register(*desk.place)
+    register(desk.place)
     key = "datasets/fake/000001.json"
     version = json.loads(desk.store.get(key))
     desk.store.put(key, json.dumps({**version, "split": {"method": "random"}}).encode())
@@ -88,7 +90,7 @@ def test_a_flipped_byte_is_not_registered(desk):
     path = desk.world.settings.candidate_dir / "model.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(BundleError, match=r"model\.onnx differs from its digest"):
-        register(*desk.place)
+        register(desk.place)
     assert desk.tracking.versions == {}
 
 
@@ -96,25 +98,25 @@ def test_an_unreachable_mlflow_in_register_is_finished_by_a_second_run(desk):
     digest = desk.judge(GOOD)
     desk.tracking.down = True
     with pytest.raises(TrackingError):
-        register(*desk.place)
+        register(desk.place)
     with pytest.raises(TrackingError):
         desk.promote()
     assert read_champion(desk.store, "fake") is None
     desk.tracking.down = False
-    assert register(*desk.place) == "1"
+    assert register(desk.place) == "1"
     assert desk.promote().bundle == digest
 
 
 def test_promotion_writes_the_ledger_and_the_alias_follows(desk):
     digest = desk.judge(GOOD, note="run-1")
-    register(*desk.place)
+    register(desk.place)
     entry = desk.promote()
     assert (entry.number, entry.action, entry.bundle, entry.previous) == (1, "promote", digest, None)
     assert (entry.model_version, entry.decision, entry.run_id) == ("1", 1, "run-1")
     assert (entry.by, entry.why, entry.at) == ("ann", "because", NOW)
     assert entry.dataset["digest"] == desk.world.pin.digest
     assert read_champion(desk.store, "fake") == entry
-    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "1")
+    assert compare_alias(desk.place) == ("1", "1")
 
 
 def test_promoting_the_champion_again_returns_its_entry_and_mends_the_alias(desk):
@@ -136,7 +138,7 @@ def test_an_unregistered_candidate_is_not_promoted(desk):
 
 def test_a_champion_that_moved_since_the_decision_stops_the_promotion(desk):
     desk.judge(GOOD)
-    register(*desk.place)
+    register(desk.place)
     facts = {"decision": 9, "dataset": {}, "run_id": None, "by": "eve", "why": "first", "at": NOW}
     append_entry(desk.store, "fake", None, action="promote", bundle="e" * 64, model_version="9", **facts)
     with pytest.raises(
@@ -148,7 +150,7 @@ def test_a_champion_that_moved_since_the_decision_stops_the_promotion(desk):
 
 def test_a_damaged_copy_in_the_store_is_not_promoted(desk):
     digest = desk.judge(GOOD)
-    register(*desk.place)
+    register(desk.place)
     data = desk.store.get(f"bundles/{digest}/model.onnx")
     desk.store.put(f"bundles/{digest}/model.onnx", data[:-1] + b"\0")
     with pytest.raises(BundleError, match=r"model\.onnx differs"):
@@ -159,7 +161,7 @@ def test_a_damaged_copy_in_the_store_is_not_promoted(desk):
 
 def test_mlflow_lost_after_the_ledger_moved_is_mended_by_a_second_run(desk):
     digest = desk.judge(GOOD)
-    register(*desk.place)
+    register(desk.place)
     set_champion = desk.tracking.set_champion
     desk.tracking.set_champion = lambda version: setattr(desk.tracking, "down", True) or set_champion(version)
     with pytest.raises(TrackingError):
@@ -182,7 +184,7 @@ def test_rollback_goes_back_one_champion_at_a_time(desk):
     assert desk.rollback(to=3).bundle == third
     assert desk.rollback().bundle == second
     assert [e.number for e in read_history(desk.store, "fake")] == [1, 2, 3, 4, 5, 6, 7]
-    assert compare_alias(desk.store, desk.tracking, "fake") == ("2", "2")
+    assert compare_alias(desk.place) == ("2", "2")
 
 
 def test_a_model_that_was_rolled_back_can_be_judged_and_promoted_again(desk):
@@ -232,19 +234,25 @@ def test_rollback_moves_the_ledger_while_mlflow_is_down(desk):
         desk.rollback()
     assert read_champion(desk.store, "fake").bundle == first
     desk.tracking.down = False
-    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "2")
-    assert mirror_alias(*desk.place) == "1"
-    assert compare_alias(desk.store, desk.tracking, "fake") == ("1", "1")
+    assert compare_alias(desk.place) == ("1", "2")
+    assert mirror_alias(desk.place) == "1"
+    assert compare_alias(desk.place) == ("1", "1")
 
 
 def test_a_new_mlflow_learns_the_champion_from_the_store(desk):
     desk.crown(POOR)
     digest = desk.crown(GOOD)
     fresh = FakeTracking()
-    assert compare_alias(desk.store, fresh, "fake") == ("2", None)
-    assert mirror_alias(desk.world.settings, desk.world.params, desk.store, fresh) == "1"
+    assert compare_alias(replace(desk.world, tracking=fresh)) == (
+        "2",
+        None,
+    )
+    assert mirror_alias(replace(desk.world, tracking=fresh)) == "1"
     assert fresh.versions == {digest: "1"}
-    assert compare_alias(desk.store, fresh, "fake") == ("1", "1")
+    assert compare_alias(replace(desk.world, tracking=fresh)) == (
+        "1",
+        "1",
+    )
 
 
 def test_an_alias_that_will_not_stay_is_an_error(desk):
@@ -252,7 +260,7 @@ def test_an_alias_that_will_not_stay_is_an_error(desk):
     desk.tracking.champion = "5"
     desk.tracking.set_champion = lambda version: None
     with pytest.raises(PromotionError, match=r"its alias `champion` keeps moving; expected version 1"):
-        mirror_alias(*desk.place)
+        mirror_alias(desk.place)
 
 
 def test_a_promotion_during_the_mirroring_wins_the_alias(desk):
@@ -267,10 +275,10 @@ def test_a_promotion_during_the_mirroring_wins_the_alias(desk):
         set_champion(version)
 
     desk.tracking.set_champion, desk.tracking.champion = set_late, None
-    assert mirror_alias(*desk.place) == "2"
+    assert mirror_alias(desk.place) == "2"
     assert desk.tracking.champion == "2"
 
 
 def test_without_a_champion_there_is_no_alias_to_mirror(desk):
-    assert mirror_alias(*desk.place) is None
-    assert compare_alias(desk.store, desk.tracking, "fake") == (None, None)
+    assert mirror_alias(desk.place) is None
+    assert compare_alias(desk.place) == (None, None)

@@ -24,8 +24,8 @@ def loop(tmp_path_factory):
     world = make_world(home, prepared=True)
     settings = replace(world.settings, tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
     tracking = Tracking(settings.tracking_uri, settings.artifact_root, "fake")
-    world = replace(world, settings=settings)
-    return SimpleNamespace(world=world, tracking=tracking, place=(settings, world.params, world.store, tracking))
+    world = replace(world, settings=settings, tracking=tracking)
+    return SimpleNamespace(world=world, tracking=tracking)
 
 
 def train(loop, seed):
@@ -45,41 +45,41 @@ def read_run(loop, run_id):
 
 
 def test_two_candidates_from_evaluation_to_rollback(loop):
-    settings, params, store, tracking = loop.place
+    place, tracking = loop.world, loop.tracking
     poor, poor_run = train(loop, POOR)
-    metrics = evaluate(settings, params)
+    metrics = evaluate(place)
     data, artifacts = read_run(loop, poor_run)
     assert data.metrics["test/accuracy"] == pytest.approx(metrics["accuracy"].value)
     assert data.metrics["test/macro_f1_low"] == pytest.approx(metrics["macro_f1"].low)
     assert artifacts >= {"evaluation/report.html", "evaluation/figures/confusion.png", "evaluation/metrics.json"}
 
-    decision = gate(settings, params, store, state={"dataset": "d"}, now=NOW)
+    decision = gate(place, state={"dataset": "d"}, now=NOW)
     assert (decision.verdict, decision.run_id) == ("passed", poor_run)
     assert read_run(loop, poor_run)[0].tags["visionloop.verdict"] == "passed"
     # What is judged from the original bytes is what was judged from the prepared arrays.
     assert decision.metrics["accuracy"] == metrics["accuracy"].to_json()
 
-    assert register(*loop.place) == register(*loop.place) == "1"
-    assert promote(*loop.place, by="ann", why="first", now=NOW).model_version == "1"
+    assert register(loop.world) == register(loop.world) == "1"
+    assert promote(loop.world, by="ann", why="first", now=NOW).model_version == "1"
     assert tracking.get_champion() == "1"
 
     good, good_run = train(loop, GOOD)
-    decision = gate(settings, params, store, state={"dataset": "d"}, now=NOW)
+    decision = gate(place, state={"dataset": "d"}, now=NOW)
     assert (decision.verdict, decision.champion, decision.number) == ("passed", poor, 2)
-    assert register(*loop.place) == "2"
-    entry = promote(*loop.place, by="ann", why="better", now=NOW)
+    assert register(loop.world) == "2"
+    entry = promote(loop.world, by="ann", why="better", now=NOW)
     assert (entry.number, entry.previous, entry.run_id) == (2, poor, good_run)
-    assert compare_alias(store, tracking, "fake") == ("2", "2")
+    assert compare_alias(place) == ("2", "2")
 
-    back = rollback(*loop.place, to=None, by="bob", why="a bad feeling", now=NOW)
+    back = rollback(loop.world, to=None, by="bob", why="a bad feeling", now=NOW)
     assert (back.number, back.bundle, back.model_version) == (3, poor, "1")
-    assert compare_alias(store, tracking, "fake") == ("1", "1")
+    assert compare_alias(place) == ("1", "1")
     tracking.set_champion("2")
-    assert compare_alias(store, tracking, "fake") == ("1", "2")
-    assert mirror_alias(*loop.place) == "1"
-    assert compare_alias(store, tracking, "fake") == ("1", "1")
-    assert [e.action for e in read_history(store, "fake")] == ["promote", "promote", "rollback"]
-    assert read_champion(store, "fake") == back
+    assert compare_alias(place) == ("1", "2")
+    assert mirror_alias(loop.world) == "1"
+    assert compare_alias(place) == ("1", "1")
+    assert [e.action for e in read_history(place.store, "fake")] == ["promote", "promote", "rollback"]
+    assert read_champion(place.store, "fake") == back
     assert good != poor
 
 
@@ -89,20 +89,20 @@ def test_an_unreachable_mlflow_leaves_nothing_that_a_second_run_does_not_finish(
     away = Tracking(NOWHERE, "unused", "fake")
     world.write_candidate(GOOD, note="run-of-a-lost-server")
     with pytest.raises(TrackingError, match=r"MLflow http://127\.0\.0\.1:1: cannot be used"):
-        evaluate(world.settings, world.params)
+        evaluate(world)
     assert (world.settings.reports_dir / "metrics.json").is_file()
     with pytest.raises(TrackingError):
-        gate(world.settings, world.params, world.store, state={}, now=NOW)
+        gate(world, state={}, now=NOW)
     assert latest_decision(world.store, "fake").verdict == "passed"
     with pytest.raises(TrackingError):
-        register(world.settings, world.params, world.store, away)
+        register(replace(world, tracking=away))
     with pytest.raises(TrackingError):
-        promote(world.settings, world.params, world.store, away, by="ann", why="", now=NOW)
+        promote(replace(world, tracking=away), by="ann", why="", now=NOW)
     assert read_champion(world.store, "fake") is None
 
     local = replace(world.settings, tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     tracking = Tracking(local.tracking_uri, local.artifact_root, "fake")
-    assert register(local, world.params, world.store, tracking) == "1"
-    assert promote(local, world.params, world.store, tracking, by="ann", why="", now=NOW).number == 1
+    assert register(replace(world, settings=local, tracking=tracking)) == "1"
+    assert promote(replace(world, settings=local, tracking=tracking), by="ann", why="", now=NOW).number == 1
     assert latest_decision(world.store, "fake").number == 1
     assert tracking.get_champion() == "1"

@@ -15,6 +15,7 @@ from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.parallel import Engine, map_chunks
 from visionloop.params import make_params
+from visionloop.workspace import connect
 from worlds import World, make_world
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -74,18 +75,21 @@ def test_both_nodes_work(cluster_address: str) -> None:
 
 def test_prepare_gives_the_bytes_of_one_machine_and_tells_its_errors(tmp_path: Path, cluster_address: str) -> None:
     world = make_world(tmp_path)
-    prepare(world.settings, world.params, world.store)
+    prepare(world)
     local = read_all(world.settings.prepared_dir)
     shutil.rmtree(world.settings.prepared_dir)
     remote, seen = with_ray(world, cluster_address), []
-    prepare(world.settings, remote.params, world.store, on_progress=lambda done, total: seen.append((done, total)))
+    prepare(
+        connect(world.settings, remote.params, store=world.store),
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
     assert read_all(world.settings.prepared_dir) == local
     assert seen[-1] == (160, 160)
 
     missing = world.records[7].sha256
     os.remove(tmp_path / "store" / "images" / missing[:2] / missing)
     with pytest.raises(DatasetError, match=rf"^image {missing[:12]} \(7\.png\): is missing from the store or damaged"):
-        prepare(world.settings, remote.params, world.store)
+        prepare(connect(world.settings, remote.params, store=world.store))
     assert not ray.is_initialized()
 
 

@@ -15,6 +15,7 @@ from visionloop.bundle import load_bundle
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.training.ranks.launch import launch_train
 from visionloop.training.watch import EpochReport, Watcher
+from visionloop.workspace import connect
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -133,4 +134,4 @@ def test_an_error_of_the_workers_comes_back_as_it_was(prepared: Path, tmp_path: 
     with pytest.raises(ParamsError, match=r"got 1 on 9 nodes, and the Ray cluster has 2 nodes with 2 cores and 0 GPUs"):
         settings, params, store, tracking = open_parts(home)
         many = params.model_copy(update={"train": params.train.model_copy(update={"num_nodes": 9})})
-        launch_train(settings, many, store, tracking, now=NOW, env={})
+        launch_train(connect(settings, many, store=store, tracking=tracking), now=NOW, env={})

@@ -20,6 +20,7 @@ from visionloop.params import FolderSource, make_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore, S3Store, open_store
 from visionloop.store.setup import describe_store, init_store, list_dvc_commands
+from visionloop.workspace import connect
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +137,12 @@ def test_from_photos_to_prepared_data_in_a_bucket_as_in_a_folder(proxy: FaultPro
         (home / "params.yaml").write_text("name: pets\n")
         settings = load_settings({"VISIONLOOP_STORE": store.url}, home)
         opened = open_store(settings.store_url)
-        report = pull(settings, params, opened, sources=[source], now="2026-01-01T00:00:00+00:00")
+        report = pull(connect(settings, params, store=opened), sources=[source], now="2026-01-01T00:00:00+00:00")
         assert (report.num_added, [r.code for r in report.rejected]) == (30, ["not_an_image"])
-        prepare(settings, params, opened)
+        prepare(connect(settings, params, store=opened))
         versions[kind] = report.version.digest
         shards[kind] = {p.name: p.read_bytes() for p in settings.prepared_dir.glob("*.npy")}
-        again = pull(settings, params, opened, sources=[source], now="2026-01-02T00:00:00+00:00")
+        again = pull(connect(settings, params, store=opened), sources=[source], now="2026-01-02T00:00:00+00:00")
         assert not again.changed
     assert versions["folder"] == versions["bucket"]
     assert shards["folder"] == shards["bucket"] != {}
@@ -158,13 +159,13 @@ def test_a_pull_that_breaks_off_goes_on_and_ends_with_the_same_version(
     source = FolderSource(kind="folder", path=str(fill(tmp_path / "photos")), name="photos")
     proxy.plan(*["pass"] * 12, *[503] * 8)
     with pytest.raises(StoreError, match="is busy: it answers SlowDown to put_object images/") as caught:
-        pull(settings, params, store, sources=[source], now="2026-01-01T00:00:00+00:00")
+        pull(connect(settings, params, store=store), sources=[source], now="2026-01-01T00:00:00+00:00")
     assert caught.value.transient
     proxy.plan()
     assert latest_version(store, "pets") is None, "no half of a version"
-    report = pull(settings, params, store, sources=[source], now="2026-01-01T00:00:00+00:00")
+    report = pull(connect(settings, params, store=store), sources=[source], now="2026-01-01T00:00:00+00:00")
     whole = LocalStore(tmp_path / "store")
-    expected = pull(settings, params, whole, sources=[source], now="2026-01-01T00:00:00+00:00")
+    expected = pull(connect(settings, params, store=whole), sources=[source], now="2026-01-01T00:00:00+00:00")
     assert report.version.digest == expected.version.digest
     assert len(load_version_records(store, report.version)) == 30
 

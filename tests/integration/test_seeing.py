@@ -23,6 +23,7 @@ from visionloop.forget import forget, resolve_images
 from visionloop.params import load_params
 from visionloop.settings import load_settings
 from visionloop.store import open_store
+from visionloop.workspace import connect
 from worlds import list_encoders
 
 FROZEN = PARAMS.replace("EPOCHS", "1").replace("max_epochs", "way: frozen, max_epochs")
@@ -45,8 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     (home / "params.yaml").write_text(FROZEN)
     settings = load_settings({}, home)
     params, store = load_params(settings.params_path), open_store(settings.store_url)
-    prepare(settings, params, store)
-    embed(settings, params, store)
+    prepare(connect(settings, params, store=store))
+    embed(connect(settings, params, store=store))
     return home, turned
 
 
@@ -197,7 +198,13 @@ def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: p
     gone, *kept = [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")]
     (encoder,) = list_encoders(store)
     wanted = resolve_images(store, "shapes", [gone], [])
-    done = forget(settings, store, "shapes", wanted, now="2026-01-01T00:00:00+00:00", by="me", why="asked")
+    done = forget(
+        connect(settings, load_params(settings.params_path), store=store),
+        wanted,
+        now="2026-01-01T00:00:00+00:00",
+        by="me",
+        why="asked",
+    )
     assert sum("embedding table" in what for what in done.removed) == 1
     _, has_n = Table(store, encoder).lookup([gone, *kept])
     assert has_n.tolist() == [False, True, True, True, True]

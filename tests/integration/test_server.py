@@ -26,6 +26,7 @@ from visionloop.records import LedgerEntry
 from visionloop.serving.main import run_server
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 TIMEOUT_S = 30
 SCRIPT = """
@@ -110,7 +111,7 @@ def wait_for(claim: Callable[[], bool]) -> None:
 
 def run_here(home: Path, port: int = 0, bundle_dir: Path | None = None) -> None:
     settings = Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root="")
-    run_server(settings, make_params({"name": "fake"}), host="127.0.0.1", port=port, bundle_dir=bundle_dir)
+    run_server(connect(settings, make_params({"name": "fake"})), host="127.0.0.1", port=port, bundle_dir=bundle_dir)
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:

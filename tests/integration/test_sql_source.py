@@ -20,6 +20,7 @@ from visionloop.params import SqlSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 MAX_BYTES = 1_000_000
 
@@ -230,9 +231,7 @@ def test_pulls_go_into_the_dataset(database: Database, tmp_path: Path) -> None:
     added = []
     for number in (6, 9, 9):
         report = pull(
-            settings,
-            params,
-            store,
+            connect(settings, params, store=store),
             sources=params.ingest.sources,
             now="2026-01-01T00:00:00+00:00",
             env={"PG_PASSWORD": PASSWORD},

@@ -17,6 +17,7 @@ from visionloop.settings import load_settings
 from visionloop.store import open_store
 from visionloop.tracking import Tracking
 from visionloop.training.fit import train
+from visionloop.workspace import connect
 
 EPOCHS = 5
 
@@ -60,7 +61,10 @@ def train_here(home: Path) -> str:
     params = load_params(settings.params_path)
     tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
     with pytest.raises(VisionLoopError) as caught:
-        train(settings, params, open_store(settings.store_url), tracking, now="2026-01-01T00:00:00+00:00")
+        train(
+            connect(settings, params, store=open_store(settings.store_url), tracking=tracking),
+            now="2026-01-01T00:00:00+00:00",
+        )
     assert caught.value.exit_code == 2
     return str(caught.value)
 

@@ -20,6 +20,7 @@ from visionloop.training.job import Job
 from visionloop.training.study import Tuning, compute_importance, list_reports, open_tuning, suggest
 from visionloop.training.tune import run_trials
 from visionloop.training.watch import EpochReport, TrialReport, Watcher
+from visionloop.workspace import connect
 
 SPACE = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "batch_size": [8, 16, 48]}
 
@@ -96,7 +97,9 @@ def make_tune_params(params: Params, **tune: Any) -> Params:
 def tune(place: Place, watcher: Watcher | None = None, **section: Any) -> Tuning:
     """Run a study to its end, or to whatever the watcher raises."""
     params = make_tune_params(place.params, **section)
-    opened = open_tuning(place.settings, params, place.store, place.tracking, watcher=watcher or Audience())
+    opened = open_tuning(
+        connect(place.settings, params, store=place.store, tracking=place.tracking), watcher=watcher or Audience()
+    )
     run_trials(opened, params.tune.trials)
     return opened
 
@@ -165,7 +168,9 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_been(place: Place, tmp_path: P
 def test_a_trial_of_a_killed_process_is_marked_and_run_again(place: Place) -> None:
     # What SIGKILL leaves: a trial that runs, its run open, nothing told to anyone.
     params = make_tune_params(place.params)
-    tuning = open_tuning(place.settings, params, place.store, place.tracking, watcher=Audience())
+    tuning = open_tuning(
+        connect(place.settings, params, store=place.store, tracking=place.tracking), watcher=Audience()
+    )
     tuning.study.sampler = optuna.samplers.RandomSampler(seed=99)
     trial = tuning.study.ask()
     values = suggest(trial, params.tune.space)
@@ -311,7 +316,9 @@ def test_other_data_or_values_are_another_study(place: Place) -> None:
     params = make_tune_params(place.params)
 
     def locate(params: Params) -> str:
-        return open_tuning(place.settings, params, place.store, place.tracking, watcher=Audience()).database.name
+        return open_tuning(
+            connect(place.settings, params, store=place.store, tracking=place.tracking), watcher=Audience()
+        ).database.name
 
     name = locate(params)
     assert locate(make_tune_params(place.params, trials=99)) == name

@@ -21,6 +21,7 @@ from visionloop.params import VideoSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 MB = 1_000_000
 
@@ -43,7 +44,9 @@ def test_a_folder_of_videos_becomes_a_version(tmp_path: Path) -> None:
     settings, store = load_settings({}, home), LocalStore(tmp_path / "store")
     params = make_params({"name": "pets", "ingest": {"sources": [{"kind": "video", "path": "clips"}]}})
 
-    report = pull(settings, params, store, sources=params.ingest.sources, now="2026-01-01T00:00:00+00:00")
+    report = pull(
+        connect(settings, params, store=store), sources=params.ingest.sources, now="2026-01-01T00:00:00+00:00"
+    )
 
     records = load_version_records(store, report.version)
     assert (len(records), report.rejected) == (16, ())

@@ -70,6 +70,8 @@ class Home:
         (self.folder / "params.yaml").touch()
         return load_settings({}, self.folder)
 
+    name = "shapes"
+
     @property
     def store(self) -> ObjectStore:
         return open_store(self.settings.store_url)
@@ -79,14 +81,14 @@ class Home:
         return Tracking(self.settings.tracking_uri, self.settings.artifact_root, "shapes")
 
     def ingest(self) -> None:
-        pull(self.settings, self.params, self.store, sources=check_sources(self.params), now=NOW)
-        prepare(self.settings, self.params, self.store)
+        pull(self, sources=check_sources(self.params), now=NOW)
+        prepare(self)
 
     def embed(self) -> None:
-        embed(self.settings, self.params, self.store)
+        embed(self)
 
     def make_job(self) -> Job:
-        return make_job(self.settings, self.params, self.store, self.tracking, code_digest="", watcher=self.notes)
+        return make_job(self, code_digest="", watcher=self.notes)
 
     def make_quiet_job(self) -> Job:
         """A job without an MLflow."""
@@ -94,7 +96,7 @@ class Home:
 
     def train(self) -> str:
         self.notes = Notes()
-        note = train(self.settings, self.params, self.store, self.tracking, now=NOW, watcher=self.notes)
+        note = train(self, now=NOW, watcher=self.notes)
         self.run = self.tracking._connect()[0].get_run(note.run_id)
         return note.bundle
 

@@ -7,19 +7,19 @@ from versions import NAME, NOW, commit, store_image
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import list_versions, load_version_records, make_pin, write_pin
 from visionloop.forget import Forgotten, forget, resolve_images
+from visionloop.params import make_params
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from visionloop.workspace import Workspace, connect
 
 SECRET = "anna"
 
 
 @dataclass(frozen=True)
-class Pets:
+class Pets(Workspace):
     """A workspace on version 2 of a dataset; `anna` is an image that came with version 1, on the val side."""
 
-    settings: Settings
-    store: LocalStore
     versions: tuple[DatasetVersion, DatasetVersion]
     rows: tuple[ImageRecord, ...]
 
@@ -29,14 +29,15 @@ class Pets:
 
     def forget(self, *digests: str, origins: tuple[str, ...] = (), why: str = "asked") -> Forgotten:
         wanted = resolve_images(self.store, NAME, digests, origins)
-        return forget(self.settings, self.store, NAME, wanted, now=NOW, by="me", why=why)
+        return forget(self, wanted, now=NOW, by="me", why=why)
 
 
 def open_pets(home: Path) -> Pets:
     settings = Settings(home, (home / "store").as_uri(), "http://127.0.0.1:1", (home / "artifacts").as_uri())
     store = LocalStore(home / "store")
     one, two = list_versions(store, NAME)
-    return Pets(settings, store, (one, two), tuple(load_version_records(store, two)))
+    place = connect(settings, make_params({"name": NAME}), store=store)
+    return Pets(**vars(place), versions=(one, two), rows=tuple(load_version_records(store, two)))
 
 
 def make_pets(home: Path) -> Pets:
@@ -56,7 +57,7 @@ def make_pets(home: Path) -> Pets:
     one = commit(store, [], first, rejected=refused, leaks=[near, other, back])
     two = commit(store, first, second, one, leaks=[near, other, back])
     write_pin(settings.pin_path, make_pin(two))
-    return Pets(settings, store, (one, two), (*first, *second))
+    return replace(open_pets(home), rows=(*first, *second))
 
 
 def read_all(folder: Path) -> dict[str, bytes]:

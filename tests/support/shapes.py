@@ -15,6 +15,7 @@ from visionloop.params import Params, load_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import Tracking
+from visionloop.workspace import connect
 
 SHAPES = ("bar", "disc", "ring")
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def make_prepared_workspace(folder: Path, *, epochs: int = 2) -> Path:
     """Make a workspace with shapes prepared, ready for `train`."""
     home = make_workspace(folder, epochs=epochs)
     settings = load_settings({}, home)
-    prepare(settings, load_params(settings.params_path), open_store(settings.store_url))
+    prepare(connect(settings, load_params(settings.params_path), store=open_store(settings.store_url)))
     return home
 
 

@@ -18,12 +18,13 @@ from visionloop.data.prepare import prepare
 from visionloop.networks import backbones
 from visionloop.params import Params, load_params
 from visionloop.records import ImageRecord, RunNote
-from visionloop.settings import Settings, load_settings
+from visionloop.settings import load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import Tracking
 from visionloop.training.fit import Outcome, learn, make_job, train
 from visionloop.training.job import Job
 from visionloop.training.watch import EpochReport, Watcher
+from visionloop.workspace import Workspace
 
 NOW = "2026-01-01T00:00:00+00:00"
 PARAMS: dict[str, Any] = {
@@ -104,12 +105,9 @@ class Ear(Watcher):
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Workspace):
     """A workspace with prepared shapes, and how to train in it from here."""
 
-    settings: Settings
-    params: Params
-    store: ObjectStore
     tracking: Any = field(default_factory=MemoryTracking)
 
     @property
@@ -128,9 +126,7 @@ class Place:
         return replace(self, tracking=Tracking(settings.tracking_uri, settings.artifact_root, self.params.name))
 
     def make_job(self, watcher: Watcher | None = None) -> Job:
-        return make_job(
-            self.settings, self.params, self.store, self.tracking, code_digest="", watcher=watcher or Watcher()
-        )
+        return make_job(self, code_digest="", watcher=watcher or Watcher())
 
     def learn(self, watcher: Watcher | None = None, *, work: Path | None = None) -> Outcome:
         """Train without a bundle, in a work folder that stays."""
@@ -141,7 +137,7 @@ class Place:
 
     def train(self, watcher: Watcher | None = None, *, code: str = "") -> RunNote:
         """Run the whole stage. `code`: the digest of the code, which the command adds to the inputs."""
-        return train(self.settings, self.params, self.store, self.tracking, now=NOW, code_digest=code, watcher=watcher)
+        return train(self, now=NOW, code_digest=code, watcher=watcher)
 
 
 def replace_train(params: Params, **keys: Any) -> Params:
@@ -171,8 +167,9 @@ def make_place(
     assert commit_version(store, version, records)
     write_pin(settings.pin_path, make_pin(version))
     params = load_params(settings.params_path)
-    prepare(settings, params, store)
-    return Place(settings, params, store)
+    place = Place(settings, params, store)
+    prepare(place)
+    return place
 
 
 def _make_records(home: Path, store: ObjectStore, name: str, numbers: tuple[int, int, int]) -> Iterator[ImageRecord]:

@@ -19,6 +19,7 @@ from visionloop.predictor import Predictor
 from visionloop.records import ImageRecord, Pin, RunNote, canonical_json
 from visionloop.settings import Settings
 from visionloop.store import LocalStore, ObjectStore
+from visionloop.workspace import Workspace, connect
 
 CLASSES = ("a", "b", "c")
 NUM_IMAGES = 160
@@ -26,12 +27,9 @@ GOOD, POOR = 0, 5
 
 
 @dataclass(frozen=True)
-class World:
+class World(Workspace):
     """One workspace with a pinned dataset, in a store of its own. Its MLflow cannot be reached."""
 
-    settings: Settings
-    params: Params
-    store: LocalStore
     pin: Pin
     records: tuple[ImageRecord, ...]
 
@@ -116,9 +114,10 @@ def make_world(
     assert commit_version(store, version, records)
     pin = make_pin(version)
     write_pin(settings.pin_path, pin)
+    place = connect(settings, params, store=store)
     if prepared:
-        prepare(settings, params, store)
-    return World(settings, params, store, pin, tuple(records))
+        prepare(place)
+    return World(**vars(place), pin=pin, records=tuple(records))
 
 
 def write_bundle(

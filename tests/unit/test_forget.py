@@ -31,6 +31,7 @@ from visionloop.params import Ingest, make_params
 from visionloop.records import DatasetVersion, ImageRecord, canonical_json
 from visionloop.store import LocalStore
 from visionloop.workfolder import lock_work
+from visionloop.workspace import connect
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_no_list_in_the_store_names_its_origin(pets: Pets) -> None:
 
 def test_prepared_data_reports_and_pictures_of_it_go(pets: Pets) -> None:
     hidden, reports = pets.settings.hidden_dir, pets.settings.reports_dir
-    prepare(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), pets.store)
+    prepare(connect(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), store=pets.store))
     (reports / "figures").mkdir(parents=True)
     for name in ("figures/mistakes.png", "report.html", "metrics.json"):
         (reports / name).write_text("x")
@@ -105,7 +106,7 @@ def test_prepared_data_reports_and_pictures_of_it_go(pets: Pets) -> None:
 
 
 def test_what_does_not_hold_it_stays(pets: Pets) -> None:
-    prepare(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), pets.store)
+    prepare(connect(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), store=pets.store))
     stranger = make_image(99)
     sha256 = store_image(pets.store, 99, data=stranger).sha256
     (pets.settings.reports_dir).mkdir()
@@ -178,9 +179,9 @@ def test_bytes_that_came_back_go_again(pets: Pets) -> None:
 
 
 def test_looking_changes_nothing(pets: Pets) -> None:
-    prepare(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), pets.store)
+    prepare(connect(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), store=pets.store))
     before = read_all(pets.settings.home)
-    found = find_everything(pets.settings, pets.store, NAME, frozenset({pets.anna.sha256}))
+    found = find_everything(pets, frozenset({pets.anna.sha256}))
     assert [copy.what for copy in found.copies] == [
         f"1 image in {pets.store.url}, with all earlier versions",
         "data/prepared",

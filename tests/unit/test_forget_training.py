@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 from visionloop.forget.copies import find_training
+from visionloop.params import load_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 OURS, THEIRS = "a" * 64, "b" * 64
 
@@ -20,7 +22,7 @@ def test_failed_batches_with_the_image_and_checkpoints_of_the_name_go(tmp_path: 
         (folder / "batch.npz").write_bytes(b"pixels")
     for name in ("pets", "petshop"):
         store.put(f"checkpoints/{name}/0123/manifest.json", b"{}")
-    copies = find_training(settings, store, "pets", frozenset({OURS}))
+    copies = find_training(connect(settings, load_params(settings.params_path), store=store), frozenset({OURS}))
     assert [copy.what for copy in copies] == [
         "2 folders with a batch that a training failed on",
         f"checkpoints of an unfinished training in {store.url}",
@@ -30,4 +32,4 @@ def test_failed_batches_with_the_image_and_checkpoints_of_the_name_go(tmp_path: 
             copy.remove()
     assert [path.name for path in (settings.hidden_dir / "failed").iterdir()] == ["2"]
     assert list(store.list("checkpoints/")) == ["checkpoints/petshop/0123/manifest.json"]
-    assert find_training(settings, store, "pets", frozenset({OURS})) == []
+    assert find_training(connect(settings, load_params(settings.params_path), store=store), frozenset({OURS})) == []

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import make_progress
-from visionloop.workspace import Context, open_context
+from visionloop.cli.progress import make_progress
+from visionloop.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.data.leaks import Leaks
@@ -51,14 +51,14 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
         return
     from visionloop.data.manifest import list_versions
 
-    context = open_context()
-    versions = list_versions(context.store, context.params.name)
-    pinned = _find_pinned(context)
+    workspace = open_workspace()
+    versions = list_versions(workspace.store, workspace.name)
+    pinned = _find_pinned(workspace)
     if as_json:
         print(json.dumps([{**version.to_json(), "pinned": version.version == pinned} for version in versions]))
         return
     if not versions:
-        print(f"no version of {context.params.name} yet; `visionloop ingest` makes one")
+        print(f"no version of {workspace.name} yet; `visionloop ingest` makes one")
     num_before = 0
     for version in versions:
         star = "*" if version.version == pinned else " "
@@ -93,17 +93,17 @@ def show(
     from visionloop.data.leaks import load_leaks
     from visionloop.data.manifest import load_quarantine, load_version_records
 
-    context = open_context()
-    version = _load_version(context, number)
-    records = load_version_records(context.store, version)
-    rejected, leaks = load_quarantine(context.store, version), load_leaks(context.store, version)
+    workspace = open_workspace()
+    version = _load_version(workspace, number)
+    records = load_version_records(workspace.store, version)
+    rejected, leaks = load_quarantine(workspace.store, version), load_leaks(workspace.store, version)
     if as_json:
         print(json.dumps(_describe_json(version, records, rejected, leaks)))
     else:
-        for line in _describe_version(context, version, records, rejected, leaks, everything=everything):
+        for line in _describe_version(workspace, version, records, rejected, leaks, everything=everything):
             print(line)
     if sheet or not as_json:
-        for path in _draw(context, version, records, leaks, sheet):
+        for path in _draw(workspace, version, records, leaks, sheet):
             if not as_json:
                 print(f"look at {path}")
 
@@ -126,14 +126,14 @@ def diff(
     from visionloop.data.manifest import latest_version, load_quarantine, load_version, load_version_records
     from visionloop.words import describe_diff
 
-    context = open_context()
-    name = context.params.name
-    first = load_version(context.store, name, before)
-    newest = latest_version(context.store, name)
-    second = load_version(context.store, name, after) if after is not None else newest or first
-    changes = compare_records(*(load_version_records(context.store, version) for version in (first, second)))
-    known = set(load_quarantine(context.store, first))
-    rejected = [one for one in load_quarantine(context.store, second) if one not in known]
+    workspace = open_workspace()
+    name = workspace.name
+    first = load_version(workspace.store, name, before)
+    newest = latest_version(workspace.store, name)
+    second = load_version(workspace.store, name, after) if after is not None else newest or first
+    changes = compare_records(*(load_version_records(workspace.store, version) for version in (first, second)))
+    known = set(load_quarantine(workspace.store, first))
+    rejected = [one for one in load_quarantine(workspace.store, second) if one not in known]
     if as_json:
         facts = {"name": name, "before": first.version, "after": second.version}
         print(json.dumps({**facts, **changes.to_json(), "rejected": [one.to_json() for one in rejected]}))
@@ -166,12 +166,12 @@ def export(
     from visionloop.data.manifest import load_version_records
     from visionloop.words import format_bytes
 
-    context = open_context()
-    version = _load_version(context, number)
+    workspace = open_workspace()
+    version = _load_version(workspace, number)
     sides = {one.value for one in side or Side}
-    records = [r for r in load_version_records(context.store, version) if r.side in sides]
+    records = [r for r in load_version_records(workspace.store, version) if r.side in sides]
     done = export_version(
-        context.store,
+        workspace.store,
         version,
         records,
         folder.expanduser().absolute(),
@@ -183,7 +183,7 @@ def export(
 
 
 def _describe_version(
-    context: Context,
+    workspace: Workspace,
     version: "DatasetVersion",
     records: "list[ImageRecord]",
     rejected: "list[Rejected]",
@@ -209,7 +209,7 @@ def _describe_version(
         *tables.describe_classes(records, everything=everything),
         "",
     ]
-    if gone := len({r.sha256 for r in records} & load_tombstones(context.store, version.name)):
+    if gone := len({r.sha256 for r in records} & load_tombstones(workspace.store, version.name)):
         lines.append(f"{gone:,} of these images were forgotten since: this version cannot be prepared any more")
     shown = len(rejected) if everything else 3
     lines += tables.describe_rejected(rejected, NOT_UNUSABLE, shown=shown)
@@ -232,17 +232,17 @@ def _describe_json(
 
 
 def _draw(
-    context: Context, version: "DatasetVersion", records: "list[ImageRecord]", leaks: "Leaks", sheet: Path | None
+    workspace: Workspace, version: "DatasetVersion", records: "list[ImageRecord]", leaks: "Leaks", sheet: Path | None
 ) -> list[Path]:
     """Draw the contact sheet and, if there are any, the worst leaks beside it; return where they are."""
     from visionloop.cli import pictures
 
-    folder = context.settings.hidden_dir / "datasets"
+    folder = workspace.settings.hidden_dir / "datasets"
     path = sheet.expanduser().absolute() if sheet else folder / f"{version.name}-{version.version:06d}.png"
     if path.suffix.lower() != ".png":
         path = path.with_name(f"{path.name}.png")
-    pictures.write_picture(path, pictures.draw_images(context.store, version, records))
-    png = pictures.draw_leaks(context.store, leaks)
+    pictures.write_picture(path, pictures.draw_images(workspace.store, version, records))
+    png = pictures.draw_leaks(workspace.store, leaks)
     if png is None:
         return [path]
     beside = path.with_name(f"{path.stem}-leaks.png")
@@ -250,20 +250,20 @@ def _draw(
     return [path, beside]
 
 
-def _load_version(context: Context, number: int | None) -> "DatasetVersion":
+def _load_version(workspace: Workspace, number: int | None) -> "DatasetVersion":
     from visionloop.data.manifest import load_pin, load_version
 
     if number is None:
-        number = load_pin(context.settings.pin_path).version
-    return load_version(context.store, context.params.name, number)
+        number = load_pin(workspace.settings.pin_path).version
+    return load_version(workspace.store, workspace.name, number)
 
 
-def _find_pinned(context: Context) -> int | None:
+def _find_pinned(workspace: Workspace) -> int | None:
     from visionloop.data.manifest import load_pin
     from visionloop.errors import DatasetError
 
     try:
-        pin = load_pin(context.settings.pin_path)
+        pin = load_pin(workspace.settings.pin_path)
     except DatasetError:
         return None
-    return pin.version if pin.name == context.params.name else None
+    return pin.version if pin.name == workspace.name else None

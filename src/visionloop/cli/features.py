@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import close_stage, make_progress, open_stage
-from visionloop.workspace import Context, open_context
+from visionloop.cli.progress import make_progress
+from visionloop.cli.stages import close_stage, open_stage
+from visionloop.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.data.shards import Prepared
@@ -47,17 +48,17 @@ def embed() -> None:
     from visionloop.features.embed import embed as run_embed
 
     started = time.perf_counter()
-    context, _ = open_stage("embed")
-    done = run_embed(context.settings, context.params, context.store, tell=_tell, on_progress=_make_progress())
+    workspace, _ = open_stage("embed")
+    done = run_embed(workspace, tell=_tell, on_progress=_make_progress())
     if done.facts is None:
-        print(f"nothing to embed: `train.way: {context.params.train.way}` learns from pixels")
+        print(f"nothing to embed: `train.way: {workspace.params.train.way}` learns from pixels")
     else:
         known, seconds = done.num_images - done.num_computed, time.perf_counter() - started
         print(
             f"features holds {done.num_images:,} embeddings: "
             f"{known:,} from the table, {done.num_computed:,} computed, {seconds:.1f} s"
         )
-    close_stage(context, "embed")
+    close_stage(workspace, "embed")
 
 
 @app.command()
@@ -79,7 +80,7 @@ def similar(
     from visionloop.cli.pictures import write_picture
     from visionloop.features.similar import draw_similar, find_similar, read_query
 
-    context, album = _open_album(encoder, quiet=as_json)
+    workspace, album = _open_album(encoder, quiet=as_json)
     queries = [read_query(text, album) for text in images]
     found = find_similar(album, queries, k)
     if as_json:
@@ -89,7 +90,7 @@ def similar(
             for line in _describe_matches(album, query, matches):
                 print(line)
     if out or not as_json:
-        path = out or context.settings.hidden_dir / "features" / "similar.png"
+        path = out or workspace.settings.hidden_dir / "features" / "similar.png"
         write_picture(path, draw_similar(album, queries, found))
         if not as_json:
             print(f"look at {path}")
@@ -116,11 +117,11 @@ def draw_map(
     from visionloop.features.map import make_map
     from visionloop.features.projection import project
 
-    context, album = _open_album(encoder)
+    workspace, album = _open_album(encoder)
     number = len(album.records)
     print(f"placing {number:,} images", flush=True)
     place_n2, words = project(album.embedding_nd, cast("Method", method.value))
-    path = out or context.settings.hidden_dir / "features" / "map.html"
+    path = out or workspace.settings.hidden_dir / "features" / "map.html"
     write_picture(path, make_map(album, place_n2, words, num_thumbnails=thumbnails).encode())
     if thumbnails < number:
         print(f"{thumbnails:,} of {number:,} have a thumbnail (--thumbnails)")
@@ -150,8 +151,8 @@ def suspects(
     from visionloop.errors import SettingsError
     from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
 
-    context, album = _open_album(encoder)
-    folder = out or context.settings.home / "suspects"
+    workspace, album = _open_album(encoder)
+    folder = out or workspace.settings.home / "suspects"
     corrections = folder / "corrections.csv"
     if corrections.exists():
         todo = "Keep or remove it, or name another folder: `--out DIR`."
@@ -170,32 +171,31 @@ def suspects(
     print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
 
 
-def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Context, Album]":
+def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, Album]":
     """Open the workspace, its prepared data and an encoder; embed what the table does not have."""
     from visionloop.data.shards import load_prepared
     from visionloop.features.album import load_album
     from visionloop.features.encoder import describe_weights
 
-    context = open_context()
-    prepared = load_prepared(context.settings.prepared_dir)
-    encoder = _choose_encoder(context, prepared, name)
+    workspace = open_workspace()
+    prepared = load_prepared(workspace.settings.prepared_dir)
+    encoder = _choose_encoder(workspace, prepared, name)
     if not quiet:
         print(f"encoder: {encoder.facts.describe()}", flush=True)
-        if encoder.facts.source == "params" and (warning := describe_weights(context.params.train)):
+        if encoder.facts.source == "params" and (warning := describe_weights(workspace.params.train)):
             print(warning)
     album = load_album(
-        context.settings,
-        context.store,
+        workspace,
         prepared,
         encoder,
-        batch_size=context.params.embed.batch_size,
+        batch_size=workspace.params.embed.batch_size,
         tell=(lambda line: None) if quiet else _tell,
         on_progress=(lambda done, total: None) if quiet else _make_progress(),
     )
-    return context, album
+    return workspace, album
 
 
-def _choose_encoder(context: Context, prepared: "Prepared", name: EncoderName) -> "Encoder":
+def _choose_encoder(workspace: Workspace, prepared: "Prepared", name: EncoderName) -> "Encoder":
     """Return the encoder asked for. auto: that of the parameters where the way trains on it, else the candidate's, the
     champion's, and without either again that of the parameters."""
     from visionloop.bundle import download_bundle, load_bundle
@@ -204,21 +204,21 @@ def _choose_encoder(context: Context, prepared: "Prepared", name: EncoderName) -
     from visionloop.params import WAYS_ON_EMBEDDINGS
     from visionloop.promotion.ledger import read_champion
 
-    settings, params, runtime = context.settings, context.params, context.params.embed.runtime
+    settings, params, runtime = workspace.settings, workspace.params, workspace.params.embed.runtime
     wanted, is_auto = name.value, name is EncoderName.auto
     if is_auto and params.train.way in WAYS_ON_EMBEDDINGS:
         wanted = "params"
     if wanted == "candidate" or (is_auto and wanted == "auto" and settings.candidate_dir.is_dir()):
         return make_bundle_encoder(load_bundle(settings.candidate_dir), runtime=runtime)
     if wanted in {"champion", "auto"}:
-        entry = read_champion(context.store, params.name)
+        entry = read_champion(workspace.store, params.name)
         if entry:
-            bundle = download_bundle(context.store, entry.bundle, settings.hidden_dir / "bundles")
+            bundle = download_bundle(workspace.store, entry.bundle, settings.hidden_dir / "bundles")
             return make_bundle_encoder(bundle, runtime=runtime)
         if not is_auto:
             todo = "Promote one, or use `--encoder params`."
             raise PromotionError(f"ledger {params.name}", "has no champion", "a promoted model", todo)
-    return make_encoder(settings, params, prepared)
+    return make_encoder(workspace, prepared)
 
 
 def _describe_matches(album: "Album", query: "Query", matches: "list[Match]") -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.workspace import get_now, get_user, open_context
+from visionloop.workspace import get_now, get_user, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.forget import Everything, Wanted
@@ -41,8 +41,8 @@ def forget(
     from visionloop.forget import forget as run_forget
     from visionloop.words import fit
 
-    context = open_context()
-    settings, store, name = context.settings, context.store, context.params.name
+    workspace = open_workspace()
+    store, name = workspace.store, workspace.name
     wanted = resolve_images(store, name, images or [], origin or [])
     if not wanted.sha256s:
         print(f"nothing of {name} was forgotten yet, and no image is named")
@@ -50,7 +50,7 @@ def forget(
     for line in describe_wanted(name, wanted):
         print(line)
     if dry_run or not yes:
-        found = find_everything(settings, store, name, wanted.sha256s, gone=frozenset(wanted.again))
+        found = find_everything(workspace, wanted.sha256s, gone=frozenset(wanted.again))
         for line in describe_found(name, wanted, found):
             print(line)
     if dry_run:
@@ -59,9 +59,7 @@ def forget(
     if not yes:
         confirm()
     done = run_forget(
-        settings,
-        store,
-        name,
+        workspace,
         wanted,
         now=get_now(),
         by=get_user(),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import make_progress
+from visionloop.cli.progress import make_progress
 from visionloop.words import describe_pull
-from visionloop.workspace import Context, get_now, open_context
+from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.params import Source
@@ -64,20 +64,18 @@ def ingest(
     from visionloop.ingest.pull import check_sources, pull
     from visionloop.pipeline import refresh_code
 
-    context = open_context()
+    workspace = open_workspace()
     given = {"name": name, "pattern": pattern, "image_column": image_column, "label_column": label_column}
     if what is None:
         _check_alone({**given, "save": save or None})
-        sources, text = check_sources(context.params), ""
+        sources, text = check_sources(workspace.params), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
-        text = make_params_text(context, source) if save else ""
+        text = make_params_text(workspace, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    refresh_code(context.settings.home)
+    refresh_code(workspace.settings.home)
     report = pull(
-        context.settings,
-        context.params,
-        context.store,
+        workspace,
         sources=sources,
         now=get_now(),
         env=os.environ,
@@ -90,7 +88,7 @@ def ingest(
     if text:
         from visionloop.params.edit import write_params
 
-        write_params(context.settings.params_path, text)
+        write_params(workspace.settings.params_path, text)
         print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
     elif what is not None:
         print("to pull it on every run, say --save")
@@ -126,7 +124,7 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
     return validated
 
 
-def make_params_text(context: Context, source: "Source") -> str:
+def make_params_text(workspace: Workspace, source: "Source") -> str:
     """Return the text of params.yaml with the source added. Raises ParamsError."""
     from visionloop.errors import ParamsError
     from visionloop.params.edit import add_source
@@ -141,9 +139,9 @@ def make_params_text(context: Context, source: "Source") -> str:
                 "${NAME} in its place, filled in from the environment",
                 "Set a variable, and name it in the address.",
             )
-    if "path" in value and (path := Path(value["path"])).is_absolute() and path.is_relative_to(context.settings.home):
-        value["path"] = path.relative_to(context.settings.home).as_posix()
-    with context.settings.params_path.open(encoding="utf-8", newline="") as file:
+    if "path" in value and (path := Path(value["path"])).is_absolute() and path.is_relative_to(workspace.settings.home):
+        value["path"] = path.relative_to(workspace.settings.home).as_posix()
+    with workspace.settings.params_path.open(encoding="utf-8", newline="") as file:
         return add_source(file.read(), value)
 
 

@@ -7,7 +7,7 @@ import typer
 from visionloop.cli.app import app
 from visionloop.errors import NotPromoted
 from visionloop.words import describe_decision
-from visionloop.workspace import get_now, get_user, open_context
+from visionloop.workspace import get_now, get_user, open_workspace
 
 MARKS = {True: "pass", False: "FAIL", None: "?   "}
 
@@ -26,9 +26,9 @@ def gate() -> None:
     from visionloop.pipeline import compute_state
     from visionloop.promotion.decide import gate as run_gate
 
-    context = open_context()
-    state = compute_state(context.params, load_pin(context.settings.pin_path).digest)
-    decision = run_gate(context.settings, context.params, context.store, state=state, now=get_now())
+    workspace = open_workspace()
+    state = compute_state(workspace.params, load_pin(workspace.settings.pin_path).digest)
+    decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
@@ -45,9 +45,9 @@ def register() -> None:
     """
     from visionloop.promotion.promote import register as run_register
 
-    context = open_context()
-    version = run_register(context.settings, context.params, context.store, context.tracking)
-    print(f"registered as {context.params.name} version {version} in MLflow")
+    workspace = open_workspace()
+    version = run_register(workspace)
+    print(f"registered as {workspace.name} version {version} in MLflow")
 
 
 @app.command()
@@ -62,10 +62,8 @@ def promote(
     """
     from visionloop.promotion.promote import promote as run_promote
 
-    context = open_context()
-    entry = run_promote(
-        context.settings, context.params, context.store, context.tracking, by=get_user(), why=why, now=get_now()
-    )
+    workspace = open_workspace()
+    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
     print(f"champion of {entry.name} is bundle {entry.bundle[:12]}, model version {entry.model_version}")
 
 
@@ -84,9 +82,13 @@ def rollback(
     """
     from visionloop.promotion.promote import rollback as run_rollback
 
-    context = open_context()
+    workspace = open_workspace()
     entry = run_rollback(
-        context.settings, context.params, context.store, context.tracking, to=to, by=get_user(), why=why, now=get_now()
+        workspace,
+        to=to,
+        by=get_user(),
+        why=why,
+        now=get_now(),
     )
     print(f"champion of {entry.name} is bundle {entry.bundle[:12]} again, model version {entry.model_version}")
 
@@ -101,10 +103,10 @@ def history() -> None:
     """
     from visionloop.promotion.ledger import read_history
 
-    context = open_context()
-    entries = read_history(context.store, context.params.name)
+    workspace = open_workspace()
+    entries = read_history(workspace.store, workspace.name)
     if not entries:
-        print(f"{context.params.name} has no champion yet; `python flows/retrain.py` makes one")
+        print(f"{workspace.name} has no champion yet; `python flows/retrain.py` makes one")
     for entry in reversed(entries):
         star = "*" if entry is entries[-1] else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")

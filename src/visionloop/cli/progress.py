@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from visionloop.training.watch import EpochReport, StepReport, TrialReport, Watcher
+from visionloop.words import make_log_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +89,7 @@ class LineWatcher(Watcher):
 
 
 class LiveWatcher(Watcher):
-    """Bars for epochs and steps below, finished epochs above as lines of a table. To be used as a context."""
+    """Bars for epochs and steps below, finished epochs above as lines of a table. To be used as a workspace."""
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live
@@ -327,3 +328,24 @@ def format_value(value: Any) -> str:
 def describe_values(values: Mapping[str, Any]) -> str:
     """Return the values of a trial on one line."""
     return "  ".join(f"{key} {format_value(value)}" for key, value in sorted(values.items()))
+
+
+def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds.
+
+    A total of 0 is one that is not known yet.
+    """
+    if not sys.stdout.isatty():
+        return make_log_progress(verb, unit, lambda line: print(line, flush=True))
+
+    def show(line: str) -> None:
+        print(f"\r{line:<78}", end="", flush=True)
+
+    in_place = make_log_progress(verb, unit, show, every_s=0.1)
+
+    def show_and_end(done: int, total: int) -> None:
+        in_place(done, total)
+        if done >= total > 0:
+            print(flush=True)
+
+    return show_and_end

@@ -1,13 +1,16 @@
 """The entry point: loads the commands, runs one, and turns an error into one line and an exit code."""
 
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from visionloop.cli.app import app
-from visionloop.cli.context import write_error_file
 from visionloop.errors import VisionLoopError
 from visionloop.lifetime import Terminated
+from visionloop.settings import load_settings
 from visionloop.words import describe_error
 
 
@@ -33,3 +36,21 @@ def _was_terminated(exc: BaseException | None) -> bool:
     while exc is not None and not isinstance(exc, Terminated):
         exc = exc.__cause__ or exc.__context__
     return exc is not None
+
+
+def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path) -> None:
+    """Leave the error where a flow finds it: through dvc the exit code is lost."""
+    with contextlib.suppress(VisionLoopError, OSError):
+        hidden = load_settings(env, start).hidden_dir
+        hidden.mkdir(exist_ok=True)
+        value = {
+            "kind": type(error).__name__,
+            "code": error.code,
+            "line": str(error),
+            "transient": error.transient,
+            "where": error.where,
+            "found": error.found,
+            "expected": error.expected,
+            "todo": error.todo,
+        }
+        (hidden / "error.json").write_text(json.dumps(value, indent=2) + "\n")

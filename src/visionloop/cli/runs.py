@@ -16,7 +16,7 @@ from visionloop.tracking import Run
 
 if TYPE_CHECKING:
     from visionloop.tracking import Run
-    from visionloop.workspace import Context
+    from visionloop.workspace import Workspace
 
 ID_CHARS = 8
 VALUE_CHARS = 28
@@ -205,19 +205,19 @@ def runs(
 
       visionloop runs 3f9a champion --out compared.png
     """
-    from visionloop.workspace import open_context
+    from visionloop.workspace import open_workspace
 
-    context = open_context()
-    marks = read_marks(context)
+    workspace = open_workspace()
+    marks = read_marks(workspace)
     if run:
-        compare(context, marks, run, out=out, as_json=as_json)
+        compare(workspace, marks, run, out=out, as_json=as_json)
         return
     kinds = {"train", "trial"} if trials else {"train"}
-    found = context.tracking.iterate_runs(status.upper() if status else None)
+    found = workspace.tracking.iterate_runs(status.upper() if status else None)
     show_all(list(itertools.islice((r for r in found if r.kind in kinds), last)), marks, sort=sort, as_json=as_json)
 
 
-def read_marks(context: "Context") -> "Marks":
+def read_marks(workspace: "Workspace") -> "Marks":
     """Find out which bundles are champion (by the ledger) and candidate; an unreadable one is none."""
     import contextlib
 
@@ -227,10 +227,10 @@ def read_marks(context: "Context") -> "Marks":
 
     champion = candidate = None
     with contextlib.suppress(VisionLoopError):
-        entry = read_champion(context.store, context.params.name)
+        entry = read_champion(workspace.store, workspace.name)
         champion = entry.bundle if entry else None
     with contextlib.suppress(VisionLoopError):
-        candidate = load_bundle(context.settings.candidate_dir).digest
+        candidate = load_bundle(workspace.settings.candidate_dir).digest
     return Marks(champion, candidate)
 
 
@@ -248,7 +248,7 @@ def show_all(found: "list[Run]", marks: "Marks", *, sort: str, as_json: bool) ->
             print(line)
 
 
-def compare(context: "Context", marks: "Marks", asked: list[str], *, out: Path | None, as_json: bool) -> None:
+def compare(workspace: "Workspace", marks: "Marks", asked: list[str], *, out: Path | None, as_json: bool) -> None:
     """Print some runs side by side and draw their curves.
 
     Raises:
@@ -261,7 +261,7 @@ def compare(context: "Context", marks: "Marks", asked: list[str], *, out: Path |
 
     if len(asked) > MOST:
         raise SettingsError("visionloop runs", f"{len(asked)} runs", f"at most {MOST} to compare", "Name fewer.")
-    known = list(context.tracking.iterate_runs())
+    known = list(workspace.tracking.iterate_runs())
     chosen = list({(one := find_run(known, name, marks)).run_id: one for name in asked}.values())
     if as_json:
         print(json.dumps([to_json(one, marks) for one in chosen], indent=2))
@@ -272,8 +272,8 @@ def compare(context: "Context", marks: "Marks", asked: list[str], *, out: Path |
     if not names:
         print("no plot: none of them has finished an epoch")
         return
-    curves = {label_run(one): _load_curves(context, one, names) for one in chosen}
-    path = out or context.settings.hidden_dir / "runs.png"
+    curves = {label_run(one): _load_curves(workspace, one, names) for one in chosen}
+    path = out or workspace.settings.hidden_dir / "runs.png"
     write_picture(path, draw_overlay(curves, names))
     print(f"curves: {path}")
 
@@ -283,6 +283,6 @@ def label_run(one: "Run") -> str:
     return f"{one.run_id[:8]} {one.params.get('train.way', '')} {one.params.get('train.backbone', one.name)}"
 
 
-def _load_curves(context: "Context", one: "Run", names: list[str]) -> "dict[str, list[tuple[int, float]]]":
-    curves = context.tracking.load_curves(one.run_id, [name for name in names if name in one.metrics])
+def _load_curves(workspace: "Workspace", one: "Run", names: list[str]) -> "dict[str, list[tuple[int, float]]]":
+    curves = workspace.tracking.load_curves(one.run_id, [name for name in names if name in one.metrics])
     return {name: [(step + 1, value) for step, value in points] for name, points in curves.items()}

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.cli.context import die_with_guardian, make_progress
-from visionloop.workspace import open_context
+from visionloop.cli.progress import make_progress
+from visionloop.cli.stages import die_with_guardian
+from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.predict import FileAnswer
@@ -35,9 +36,9 @@ def predict(
     from visionloop.predict import find_images, load_champion, predict_files, write_answers
     from visionloop.predictor import Predictor
 
-    context = open_context()
+    workspace = open_workspace()
     files = find_images(paths, out=out)
-    predictor = Predictor.load(bundle) if bundle else load_champion(context.settings, context.params, context.store)
+    predictor = Predictor.load(bundle) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     answers = predict_files(predictor, files, on_progress=progress)
     shown = answers[:20] if out else answers
@@ -90,16 +91,13 @@ def serve(
     from visionloop.serving.main import run_server
 
     die_with_guardian()
-    context = open_context()
+    workspace = open_workspace()
     run_server(
-        context.settings,
-        context.params,
+        workspace,
         host=host,
         port=port,
         bundle_dir=bundle,
-        on_ready=lambda url: print(
-            f"serving {context.params.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True
-        ),
+        on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
     )
 
 

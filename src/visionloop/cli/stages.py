@@ -7,14 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloop.cli.app import app
-from visionloop.cli.context import close_stage, make_progress, open_stage
-from visionloop.cli.progress import format_seconds, is_first_rank, open_watcher
+from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
+from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
 from visionloop.tracking import mask_credentials
-from visionloop.workspace import get_now
+from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.records import RunNote
-    from visionloop.workspace import Context
+    from visionloop.workspace import Workspace
+
+
+def open_stage(stage: str) -> tuple[Workspace, str]:
+    """Open the workspace for a stage: also die with whoever started it; return the workspace and the code's digest."""
+    from visionloop.pipeline import compute_code_digests
+
+    die_with_guardian()
+    return open_workspace(), compute_code_digests().get(stage, "")
+
+
+def die_with_guardian() -> None:
+    """Under dvc or a flow, stop when they are gone; by hand, go on when the shell is closed."""
+    if os.environ.get("DVC_STAGE") or os.environ.get(GUARDIAN_VARIABLE):
+        die_with_parents()
+
+
+def close_stage(workspace: Workspace, stage: str) -> None:
+    """Say how the result of a stage run by hand is kept."""
+    if not os.environ.get("DVC_STAGE"):
+        print(f"run by hand: `dvc commit -f {stage}` keeps this result, `dvc repro` would make it again")
 
 
 @app.command()
@@ -29,11 +49,11 @@ def prepare() -> None:
     """
     from visionloop.data.prepare import prepare as run_prepare
 
-    context, code_digest = open_stage("prepare")
+    workspace, code_digest = open_stage("prepare")
     progress = make_progress("prepared", "images")
-    pin = run_prepare(context.settings, context.params, context.store, code_digest=code_digest, on_progress=progress)
+    pin = run_prepare(workspace, code_digest=code_digest, on_progress=progress)
     print(f"data/prepared holds dataset {pin.name} version {pin.version}")
-    close_stage(context, "prepare")
+    close_stage(workspace, "prepare")
 
 
 @app.command()
@@ -49,17 +69,14 @@ def train() -> None:
       dvc repro train
     """
     started = time.perf_counter()
-    context, code_digest = open_stage("train")
+    workspace, code_digest = open_stage("train")
     if is_first_rank(os.environ):
-        print(f"loading torch to train {context.params.train.backbone} ...", flush=True)
+        print(f"loading torch to train {workspace.params.train.backbone} ...", flush=True)
     from visionloop.training.ranks.launch import launch_train
 
     with open_watcher(os.environ) as watcher:
         note = launch_train(
-            context.settings,
-            context.params,
-            context.store,
-            context.tracking,
+            workspace,
             now=get_now(),
             code_digest=code_digest,
             watcher=watcher,
@@ -67,15 +84,15 @@ def train() -> None:
         )
     if note is None:  # a rank that another process speaks for
         return
-    for line in describe_training(context, note, time.perf_counter() - started):
+    for line in describe_training(workspace, note, time.perf_counter() - started):
         print(line)
-    close_stage(context, "train")
+    close_stage(workspace, "train")
 
 
-def describe_training(context: "Context", note: "RunNote", seconds: float) -> list[str]:
+def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -> list[str]:
     """Return what a training came to, and where everything is."""
-    settings, section = context.settings, context.params.train
-    run = context.tracking.load_run(note.run_id)
+    settings, section = workspace.settings, workspace.params.train
+    run = workspace.tracking.load_run(note.run_id)
     lines = []
     if note.extra.get("validated_on") == "test":
         lines.append("an experiment (ingest.split.method: random): every epoch was judged on the test side")
@@ -84,7 +101,10 @@ def describe_training(context: "Context", note: "RunNote", seconds: float) -> li
     curve = settings.hidden_dir / "curve.png"
     if curve.is_file():
         lines.append(f"  curve        {show_path(curve, settings.home)}")
-    lines += [f"  MLflow       {describe_mlflow(context)}", f"{'':15}experiment {context.params.name}, run {run.name}"]
+    lines += [
+        f"  MLflow       {describe_mlflow(workspace)}",
+        f"{'':15}experiment {workspace.name}, run {run.name}",
+    ]
     if section.tensorboard:
         folder = settings.hidden_dir / "tensorboard"
         lines.append(f"  TensorBoard  tensorboard --logdir {show_path(folder, settings.home)}")
@@ -102,11 +122,11 @@ def describe_best(metrics: Mapping[str, float], monitor: str) -> str:
     return f"epoch {metrics['best/epoch']:.0f}  {figures}"
 
 
-def describe_mlflow(context: "Context") -> str:
+def describe_mlflow(workspace: "Workspace") -> str:
     """Say how to open MLflow."""
-    uri = context.tracking.uri
+    uri = workspace.tracking.uri
     if uri.startswith("sqlite:///"):
-        path = show_path(Path(uri.removeprefix("sqlite:///")), context.settings.home)
+        path = show_path(Path(uri.removeprefix("sqlite:///")), workspace.settings.home)
         return f"mlflow ui --backend-store-uri sqlite:///{path}"
     return mask_credentials(uri)
 
@@ -128,9 +148,9 @@ def evaluate() -> None:
     """
     from visionloop.evaluation.evaluate import evaluate as run_evaluate
 
-    context, _ = open_stage("evaluate")
-    metrics = run_evaluate(context.settings, context.params)
+    workspace, _ = open_stage("evaluate")
+    metrics = run_evaluate(workspace)
     for name, interval in metrics.items():
         print(f"{name:<12} {interval.value:.4f}  (95 %: {interval.low:.4f} to {interval.high:.4f})")
     print("look at reports/report.html")
-    close_stage(context, "evaluate")
+    close_stage(workspace, "evaluate")

@@ -37,18 +37,18 @@ def tune(
 
       visionloop tune --show --save
     """
-    from visionloop.workspace import open_context
+    from visionloop.workspace import open_workspace
 
-    context = open_context()
+    workspace = open_workspace()
     if not show:
-        print(f"loading torch to tune {context.params.train.backbone} ...", flush=True)
+        print(f"loading torch to tune {workspace.params.train.backbone} ...", flush=True)
     from visionloop.training.study import list_reports, open_tuning
     from visionloop.training.tune import run_trials
 
     with open_tune_watcher(os.environ) as watcher:
-        tuning = open_tuning(context.settings, context.params, context.store, context.tracking, watcher=watcher)
+        tuning = open_tuning(workspace, watcher=watcher)
         if not show:
-            run_trials(tuning, trials or context.params.tune.trials)
+            run_trials(tuning, trials or workspace.params.tune.trials)
     reports = list_reports(tuning)
     if not reports:
         print("no trial of this space and data yet: `visionloop tune` begins")
@@ -58,7 +58,7 @@ def tune(
     for path in draw(tuning, reports, logged=not show):
         print(f"  {path}")
     if best := find_best_trial(reports):
-        for line in keep(context.settings.params_path, best, save=save):
+        for line in keep(workspace.settings.params_path, best, save=save):
             print(line)
 
 
@@ -168,25 +168,25 @@ def lr_find(
 
       visionloop lr-find --steps 300 --low 1e-5
     """
-    from visionloop.cli.context import make_progress
-    from visionloop.cli.progress import LineWatcher, print_line
+    from visionloop.cli.progress import LineWatcher, make_progress, print_line
     from visionloop.errors import SettingsError, TrainingError
-    from visionloop.workspace import open_context
+    from visionloop.workspace import open_workspace
 
     if not low < high:
         raise SettingsError("lr-find", f"got --low {low:g} and --high {high:g}", "low < high", "Change one of them.")
-    context = open_context()
-    section = context.params.train
+    workspace = open_workspace()
+    section = workspace.params.train
     print_line(f"loading torch to try {section.backbone} ({section.way}) ...")
     from visionloop.training.fit import make_job
     from visionloop.training.rate_finder import FIGURE, make_rates, search_rate
 
     watcher = LineWatcher(print_line)
-    job = make_job(context.settings, context.params, context.store, context.tracking, code_digest="", watcher=watcher)
+    job = make_job(workspace, code_digest="", watcher=watcher)
     sweep, run_id = search_rate(job, make_rates(low, high, steps), on_step=make_progress("tried", "rates"))
     for line in describe_sweep(sweep, steps):
         print(line)
-    print(f"  figure  {(context.settings.hidden_dir / FIGURE).relative_to(context.settings.home)}, MLflow run {run_id}")
+    settings = workspace.settings
+    print(f"  figure  {(settings.hidden_dir / FIGURE).relative_to(settings.home)}, MLflow run {run_id}")
     if sweep.suggestion is None:
         raise TrainingError(
             "lr-find",

@@ -50,10 +50,10 @@ def doctor() -> None:
       visionloop doctor
     """
     from visionloop.doctor import examine
-    from visionloop.workspace import open_context
+    from visionloop.workspace import open_workspace
 
-    context = open_context()
-    findings = examine(context.settings, context.params, context.store, context.tracking)
+    workspace = open_workspace()
+    findings = examine(workspace)
     width = max(len(f.subject) for f in findings)
     for finding in findings:
         print(f"{'ok  ' if finding.ok else 'LOOK'}  {finding.subject:<{width}}  {finding.found}")

@@ -34,9 +34,9 @@ from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.parallel import Engine, count_cores, map_chunks
 from visionloop.params import Compute, Params, Prepare
 from visionloop.records import SIDES, ImageRecord, Pin, compute_digest
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
+from visionloop.workspace import Workspace
 
 Stratum = tuple[str, str]  # side, class
 # What results may take up in this process when they come from other machines.
@@ -107,12 +107,7 @@ def _find_rarest(record: ImageRecord, counts: Mapping[Stratum, int]) -> str:
 
 
 def prepare(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
-    *,
-    code_digest: str = "",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    workspace: Workspace, *, code_digest: str = "", on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Pin:
     """Decode and resize the labelled images of the pinned version into data/prepared; return the pin.
 
@@ -121,6 +116,7 @@ def prepare(
             is full.
         ParamsError: the parameters do not fit each other, or their engine cannot be had.
     """
+    settings, params, store = workspace.settings, workspace.params, workspace.store
     check_params(params)
     pin = load_pin(settings.pin_path)
     records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params, pin)
@@ -134,7 +130,13 @@ def prepare(
         chunks = [c for layout in layouts for c in layout.list_chunks(params.prepare.resize)]
         waiting = [c for c in chunks if not _is_done(work, c, known)]
         _check_room(work, sum(c.num_bytes for c in waiting))
-        _make_images(work, waiting, store, params.compute, lambda left: on_progress(len(records) - left, len(records)))
+        _make_images(
+            work,
+            waiting,
+            store,
+            params.compute,
+            lambda left: on_progress(len(records) - left, len(records)),
+        )
         _write_tables(work, pin, task, params.prepare, layouts)
         replace_folder(work, settings.prepared_dir)
     return pin

@@ -36,12 +36,11 @@ from visionloop.evaluation.plots import (
     draw_outcomes,
 )
 from visionloop.evaluation.report import ReportFacts, make_report
-from visionloop.params import Params
 from visionloop.predictor import Predictor
 from visionloop.records import LABEL_SEPARATOR, Card, Interval
-from visionloop.settings import Settings
 from visionloop.tracking import Tracking
 from visionloop.workfolder import lock_work
+from visionloop.workspace import Workspace
 
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
@@ -52,9 +51,7 @@ OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.j
 Progress = Callable[[int, int], None]
 
 
-def evaluate(
-    settings: Settings, params: Params, *, on_progress: Progress = lambda done, total: None
-) -> dict[str, Interval]:
+def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total: None) -> dict[str, Interval]:
     """Judge models/candidate on the prepared test side; write reports/ and log it to the candidate's MLflow run.
 
     Raises:
@@ -62,19 +59,20 @@ def evaluate(
         BundleError: the candidate is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached; reports/ is complete by then.
     """
+    settings = workspace.settings
     prepared = load_prepared(settings.prepared_dir)
     predictor = Predictor.load(settings.candidate_dir)
     _check_fit(predictor.card, prepared)
     rows_n = _find_tests(prepared)
     answers = _answer(predictor, prepared, rows_n, on_progress)
-    metrics = compute_answer_metrics(answers, params.evaluate)
+    metrics = compute_answer_metrics(answers, workspace.params.evaluate)
     with lock_work(settings.work_dir("evaluate"), predictor.digest) as work:
         shutil.rmtree(work)
         (work / "figures").mkdir(parents=True)
         _write_outs(work, predictor, prepared, rows_n, answers, metrics=metrics)
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
-    _log_to_run(settings, params.name, predictor.digest, metrics)
+    _log_to_run(workspace, predictor.digest, metrics)
     return metrics
 
 
@@ -222,12 +220,13 @@ def _move_outs(work: Path, reports_dir: Path) -> None:
         os.replace(work / name, target)
 
 
-def _log_to_run(settings: Settings, name: str, bundle_digest: str, metrics: dict[str, Interval]) -> None:
+def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Interval]) -> None:
     """Add the figures and the report to the run that trained this bundle, if this workspace knows it."""
+    settings = workspace.settings
     note = load_run_note(settings.runs_dir, bundle_digest)
     if note is None:
         return
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, name)
+    tracking = Tracking(settings.tracking_uri, settings.artifact_root, workspace.name)
     values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
     for bound in ("low", "high"):
         values |= {f"test/{metric}_{bound}": getattr(interval, bound) for metric, interval in metrics.items()}

@@ -21,8 +21,8 @@ from visionloop.features.neighbours import to_targets
 from visionloop.features.table import Table
 from visionloop.features.view import FloatArray
 from visionloop.records import ImageRecord
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 GREY = 200
 
@@ -73,8 +73,7 @@ class Album:
 
 
 def load_album(
-    settings: Settings,
-    store: ObjectStore,
+    workspace: Workspace,
     prepared: Prepared,
     encoder: Encoder,
     *,
@@ -88,10 +87,11 @@ def load_album(
         DatasetError: the version is not in this store, or an image is missing there.
         TrainingError, BundleError, ParamsError: the encoder cannot be used.
     """
+    store = workspace.store
     found = {record.sha256: record for record in load_records(store, prepared.pin)}
     if absent := [sha256[:12] for sha256 in prepared.sha256_n if sha256 not in found]:
         raise DatasetError(
-            f"prepared data {settings.prepared_dir}",
+            f"prepared data {workspace.settings.prepared_dir}",
             f"holds images that its version has not ({absent[0]} and {len(absent) - 1} more)",
             "those of its version",
             "Run `visionloop prepare`.",

@@ -19,11 +19,11 @@ from visionloop.features.encoder import Encoder, describe_weights, make_encoder
 from visionloop.features.table import Table
 from visionloop.features.view import EncoderFacts, FloatArray, describe_crop, write_empty, write_features
 from visionloop.parallel import map_parallel
-from visionloop.params import WAYS_ON_EMBEDDINGS, Params
+from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
+from visionloop.workspace import Workspace
 
 # Two batches are in memory at a time; of large images fewer go into one.
 BATCH_BYTES = 256 * 1024 * 1024
@@ -131,9 +131,7 @@ class Embedded:
 
 
 def embed(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
+    workspace: Workspace,
     *,
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -145,13 +143,14 @@ def embed(
         TrainingError: the backbone or its weights are unusable.
         ParamsError: the runtime cannot be had.
     """
+    settings, params = workspace.settings, workspace.params
     if params.train.way not in WAYS_ON_EMBEDDINGS:
         with lock_work(settings.work_dir("embed"), "none") as work:
             write_empty(work)
             replace_folder(work, settings.features_dir)
         return Embedded(None)
     prepared = load_prepared(settings.prepared_dir)
-    encoder = make_encoder(settings, params, prepared)
+    encoder = make_encoder(workspace, prepared)
     facts = encoder.facts
     tell(f"encoder {facts.digest[:12]}: {facts.describe()}")
     if warning := describe_weights(params.train):
@@ -163,12 +162,12 @@ def embed(
         on_progress(done, total)
 
     with lock_work(settings.work_dir("embed"), compute_digest([facts.digest, prepared.pin.digest])) as work:
-        table = Table(store, facts.digest, tell=tell)
+        table = Table(workspace.store, facts.digest, tell=tell)
         embedding_nd = embed_prepared(
             table,
             encoder,
             prepared,
-            choose_reader(store, encoder, prepared, {}),
+            choose_reader(workspace.store, encoder, prepared, {}),
             batch_size=params.embed.batch_size,
             on_progress=count,
         )

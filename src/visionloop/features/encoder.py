@@ -19,10 +19,10 @@ from visionloop.data.shards import Prepared
 from visionloop.errors import BundleError, ParamsError, TrainingError
 from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
 from visionloop.networks.processor import has_bf16, may_have_gpu
-from visionloop.params import Params, Train
+from visionloop.params import Train
 from visionloop.predictor import Embedder, has_openvino
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
+from visionloop.workspace import Workspace
 
 Run = Callable[[UInt8Array], FloatArray]
 # What decides over random weights, over those of the hub, and over the exported file.
@@ -74,7 +74,7 @@ def choose_runtime(wanted: str) -> tuple[str, str]:
     return wanted, "bf16" if wanted == "openvino" and has_bf16() else "fp32"
 
 
-def make_encoder(settings: Settings, params: Params, prepared: Prepared) -> Encoder:
+def make_encoder(workspace: Workspace, prepared: Prepared) -> Encoder:
     """Return the encoder of `train.backbone` and `train.weights` for images as they are prepared.
 
     The first time torch is loaded to look at the weights; what they come to is kept in the workspace.
@@ -83,8 +83,9 @@ def make_encoder(settings: Settings, params: Params, prepared: Prepared) -> Enco
         TrainingError: the backbone or its weights are unusable.
         ParamsError: the runtime cannot be had.
     """
-    section = params.train
-    runtime, precision = choose_runtime(params.embed.runtime)
+    settings = workspace.settings
+    section = workspace.params.train
+    runtime, precision = choose_runtime(workspace.params.embed.runtime)
     folder = settings.hidden_dir / "encoders"
     asked = folder / f"{_digest_question(section, prepared.size_hw, settings.home)}.json"
     weights_digest = _read_answer(asked)

@@ -19,8 +19,8 @@ from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.forget.copies import Copy, Sought, read_json, remove_tree
 from visionloop.promotion.ledger import read_champion
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 GOLDEN = "golden/"
 REFERENCE = "reference.npz"
@@ -42,8 +42,9 @@ def list_champions(store: ObjectStore) -> frozenset[str]:
     return frozenset(entry.bundle for entry in entries if entry)
 
 
-def find_bundles(settings: Settings, store: ObjectStore, sought: Sought) -> tuple[list[Copy], list[Held]]:
+def find_bundles(workspace: Workspace, sought: Sought) -> tuple[list[Copy], list[Held]]:
     """Return the bundles in store and workspace that go, and those that stay: champions, and those of other names."""
+    settings, store = workspace.settings, workspace.store
     copies: list[Copy] = []
     kept: dict[str, Held] = {}
 
@@ -56,7 +57,10 @@ def find_bundles(settings: Settings, store: ObjectStore, sought: Sought) -> tupl
     for digest in sorted({key.split("/")[1] for key in store.list("bundles/") if key.endswith(f"/{DIGESTS}")}):
         held = examine_bundle(_read_stored(store, digest), sought, f"bundles/{digest}")
         sort(held, "the store (no champion; no rollback to it)", partial(_purge_bundle, store, digest))
-    for folder in (settings.candidate_dir, *sorted((settings.hidden_dir / "bundles").glob("[0-9a-f]*"))):
+    for folder in (
+        settings.candidate_dir,
+        *sorted((settings.hidden_dir / "bundles").glob("[0-9a-f]*")),
+    ):
         held = examine_bundle(_read_folder(folder), sought, str(folder))
         sort(held, folder.relative_to(settings.home).as_posix(), partial(remove_tree, folder))
     return copies, [kept[digest] for digest in sorted(kept)]

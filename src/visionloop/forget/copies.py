@@ -22,6 +22,7 @@ from visionloop.parallel import map_parallel
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work
+from visionloop.workspace import Workspace
 
 STAGES = ("prepare", "embed", "train", "evaluate")
 PREDICTIONS = "predictions.csv"
@@ -89,15 +90,16 @@ def find_pictures(settings: Settings, name: str) -> list[Copy]:
     return [Copy(count(len(paths), "contact sheet"), partial(_remove_all, paths))] if paths else []
 
 
-def find_training(settings: Settings, store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[Copy]:
+def find_training(workspace: Workspace, sha256s: frozenset[str]) -> list[Copy]:
     """Return the batches that trainings failed on and that hold an image, and unfinished trainings in the store."""
-    folders = [path.parent for path in sorted((settings.hidden_dir / "failed").rglob("batch.json"))]
+    store = workspace.store
+    folders = [path.parent for path in sorted((workspace.settings.hidden_dir / "failed").rglob("batch.json"))]
     doomed = [folder for folder in folders if _read_batch(folder / "batch.json") & sha256s]
     copies = []
     if doomed:
         what = f"{count(len(doomed), 'folder')} with a batch that a training failed on"
         copies.append(Copy(what, partial(_remove_all, doomed)))
-    if keys := list(store.list(f"checkpoints/{name}/")):
+    if keys := list(store.list(f"checkpoints/{workspace.name}/")):
 
         def remove() -> None:
             for _ in map_parallel(store.purge, keys):
@@ -173,11 +175,10 @@ def _remove_all(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_features(
-    settings: Settings, store: ObjectStore, sha256s: frozenset[str], *, shared: frozenset[str]
-) -> list[Copy]:
+def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: frozenset[str]) -> list[Copy]:
     """Return what holds an embedding or a picture of an image. Rows of the table stay for `shared` ones: other datasets
     of this store have them too."""
+    settings, store = workspace.settings, workspace.store
     copies = []
     if keys := find_parts(store, sha256s - shared):
         what = f"{count(len(keys), 'part')} of the embedding table in {store.url}, written again without them"
@@ -185,7 +186,10 @@ def find_features(
     path = settings.features_dir / EMBEDDINGS
     if path.is_file() and read_index(path.read_bytes(), str(path)) & sha256s:
         copies.append(Copy("features/", partial(remove_tree, settings.features_dir)))
-    drawn = [settings.hidden_dir / "features" / "similar.png", settings.hidden_dir / "features" / "map.html"]
+    drawn = [
+        settings.hidden_dir / "features" / "similar.png",
+        settings.hidden_dir / "features" / "map.html",
+    ]
     drawn = [path for path in (*drawn, settings.home / "suspects" / "suspects.png") if path.is_file()]
     if drawn:
         copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(_unlink, drawn)))

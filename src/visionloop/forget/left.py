@@ -14,8 +14,7 @@ from visionloop.forget.copies import count, git
 from visionloop.forget.dataset import Trace
 from visionloop.promotion.ledger import read_history
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
-from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 GIT_SHOWN = 8
 
@@ -29,9 +28,7 @@ class Left:
 
 
 def list_left(
-    settings: Settings,
-    store: ObjectStore,
-    name: str,
+    workspace: Workspace,
     trace: Trace,
     *,
     kept_bundles: Iterable[Held],
@@ -40,17 +37,17 @@ def list_left(
     sources: Collection[str],
 ) -> list[Left]:
     """Return what stays, the most important first."""
-    left = [_describe_kept(held, name, list_champions(store)) for held in kept_bundles]
+    left = [_describe_kept(held, workspace.name, list_champions(workspace.store)) for held in kept_bundles]
     left += [Left(what, "Then run `visionloop forget` again.") for what in unclear]
     for other, held in holders.items():
         what = f"dataset {other} of the same store holds {count(len(held), 'of the images')}"
         left.append(Left(what, f"Run `visionloop forget` in a workspace of {other} too; until then the bytes stay."))
-    left += _list_models(settings, store, name, trace.versions)
+    left += _list_models(workspace, trace.versions)
     if trace.versions:
         numbers = shorten_numbers(trace.versions)
         what = f"rows in {numbers}: digest, labels, side, size, group and time; no origin"
         left.append(Left(what, "They cannot be prepared any more."))
-    left += _list_commits(settings.home, name, trace.versions)
+    left += _list_commits(workspace.settings.home, workspace.name, trace.versions)
     if sources:
         what = f"the images where they came from ({shorten(list(sources))}): they are not taken in again"
         left.append(Left(what, "Remove them there if nobody should have them."))
@@ -73,14 +70,14 @@ def _describe_kept(held: Held, name: str, champions: Collection[str]) -> Left:
     return Left(what, "Retrain and promote; then `visionloop forget` removes it, also from dvc and models/candidate.")
 
 
-def _list_models(settings: Settings, store: ObjectStore, name: str, versions: Collection[int]) -> list[Left]:
+def _list_models(workspace: Workspace, versions: Collection[int]) -> list[Left]:
     """Return the models that were trained on a version that held an image, and their MLflow runs."""
     trained: dict[str, Mapping[str, Any]] = {}
     runs: dict[str, str] = {}
-    for digest, dataset, run_id in _list_trainings(settings, store, name):
+    for digest, dataset, run_id in _list_trainings(workspace):
         trained.setdefault(digest, dataset)
         runs[digest] = run_id or runs.get(digest, "")
-    learned = [d for d, on in trained.items() if on.get("name") == name and on.get("version") in versions]
+    learned = [d for d, on in trained.items() if on.get("name") == workspace.name and on.get("version") in versions]
     if not learned:
         return []
     left = [Left(f"models that learned from them: {shorten([d[:12] for d in learned])}", "Retrain, promote.")]
@@ -90,20 +87,19 @@ def _list_models(settings: Settings, store: ObjectStore, name: str, versions: Co
     return left
 
 
-def _list_trainings(
-    settings: Settings, store: ObjectStore, name: str
-) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+def _list_trainings(workspace: Workspace) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
     """Yield bundle, dataset and MLflow run of all that store and workspace know of; each may come several times."""
+    settings, store = workspace.settings, workspace.store
     for key in store.list("bundles/"):
         if key.endswith(f"/{DIGESTS}"):
             digest = key.split("/")[1]
             with contextlib.suppress(VisionLoopError, ValueError, KeyError, TypeError):
                 yield digest, json.loads(store.get(f"bundles/{digest}/card.json"))["dataset"], None
-    for key in store.list(f"decisions/{name}/"):
+    for key in store.list(f"decisions/{workspace.name}/"):
         with contextlib.suppress(VisionLoopError, ValueError, KeyError, TypeError):
             decision = json.loads(store.get(key))
             yield decision["candidate"], decision["dataset"], decision.get("run_id")
-    for entry in read_history(store, name):
+    for entry in read_history(store, workspace.name):
         yield entry.bundle, entry.dataset, entry.run_id
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         digest = compute_digest(json.loads((settings.candidate_dir / DIGESTS).read_bytes()))

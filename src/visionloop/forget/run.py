@@ -23,8 +23,7 @@ from visionloop.forget.resolve import Wanted
 from visionloop.ingest.journal import Journal, make_journal_path
 from visionloop.params import Ingest
 from visionloop.records import DatasetVersion
-from visionloop.settings import Settings
-from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -49,35 +48,32 @@ class Forgotten:
     left: tuple[Left, ...]
 
 
-def find_everything(
-    settings: Settings, store: ObjectStore, name: str, sha256s: frozenset[str], *, gone: frozenset[str] = frozenset()
-) -> Everything:
+def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: frozenset[str] = frozenset()) -> Everything:
     """Look for every copy of some images; change nothing. `gone` are those that an earlier forget has finished."""
+    settings, store, name = workspace.settings, workspace.store, workspace.name
     trace = trace_images(store, name, sha256s)
     holders = find_other_holders(store, name, sha256s)
     shared = frozenset(sha256 for held in holders.values() for sha256 in held)
     # Of those that are gone the store keeps no earlier version; a pull at that very moment may have put one back.
     back = {sha256 for sha256 in gone if store.exists(make_image_key(sha256))}
     sought = Sought(name, sha256s, trace.versions, list_champions(store))
-    bundles, kept = find_bundles(settings, store, sought)
+    bundles, kept = find_bundles(workspace, sought)
     dvc_copies, unclear = find_dvc_copies(settings, sought)
     copies = [
         *find_stored(store, (sha256s - gone | back) - shared),
         *find_prepared(settings, sha256s),
-        *find_features(settings, store, sha256s, shared=shared),
+        *find_features(workspace, sha256s, shared=shared),
         *find_reports(settings, sha256s),
         *dvc_copies,
         *bundles,
         *find_pictures(settings, name),
-        *find_training(settings, store, name, sha256s),
+        *find_training(workspace, sha256s),
     ]
     return Everything(trace, copies, kept, unclear, holders)
 
 
 def forget(
-    settings: Settings,
-    store: ObjectStore,
-    name: str,
+    workspace: Workspace,
     wanted: Wanted,
     *,
     now: str,
@@ -91,6 +87,7 @@ def forget(
         BusyError: a stage is running in this workspace.
         StoreError, DatasetError: the store cannot be written, or a version in it is damaged.
     """
+    store, name = workspace.store, workspace.name
     if new := wanted.sha256s - load_tombstones(store, name):
         write_tombstones(store, name, Forgetting(tuple(sorted(new)), now, by, why))
     begun = load_unfinished(store, name)
@@ -99,19 +96,17 @@ def forget(
     unfinished = frozenset(sha256 for forgetting in begun for sha256 in forgetting.sha256s)
     sha256s = wanted.sha256s | unfinished
     version = commit_without(store, name, sha256s, now=now)
-    everything = find_everything(settings, store, name, sha256s, gone=frozenset(wanted.again) - unfinished)
-    pin_moved = version is not None and move_pin(settings, version, everything.trace.versions)
+    everything = find_everything(workspace, sha256s, gone=frozenset(wanted.again) - unfinished)
+    pin_moved = version is not None and move_pin(workspace.settings, version, everything.trace.versions)
     for copy in everything.copies:
         tell(copy.what)
         copy.remove()
-    _forget_journal(settings, store, sha256s)
+    _forget_journal(workspace, sha256s)
     num_rewritten = redact(store, name, sha256s, everything.trace)
     for forgetting in begun:
         finish_forgetting(store, name, forgetting)
     left = list_left(
-        settings,
-        store,
-        name,
+        workspace,
         everything.trace,
         kept_bundles=everything.kept_bundles,
         unclear=everything.unclear,
@@ -122,10 +117,10 @@ def forget(
     return Forgotten(version, pin_moved, num_rewritten, removed, tuple(left))
 
 
-def _forget_journal(settings: Settings, store: ObjectStore, sha256s: frozenset[str]) -> None:
+def _forget_journal(workspace: Workspace, sha256s: frozenset[str]) -> None:
     """Drop what ingest remembers of the images: their names, and that their bytes are stored."""
-    path = make_journal_path(settings)
+    path = make_journal_path(workspace.settings)
     if path.is_file():
-        journal = Journal(path, store.url, Ingest())
+        journal = Journal(path, workspace.store.url, Ingest())
         journal.forget(sha256s)
         journal.close()

@@ -23,6 +23,7 @@ from visionloop.params import Params, Source
 from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace
 
 COMMIT_TRIES = 20
 SAMPLE = 64
@@ -56,9 +57,7 @@ class _Ended:
 
 
 def pull(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
+    workspace: Workspace,
     *,
     sources: Sequence[Source],
     now: str,
@@ -77,14 +76,16 @@ def pull(
         ParamsError: the split differs from the one that version 1 fixed.
         StoreError: the store cannot be read or written.
     """
-    with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
+    settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
+    journal = Journal(make_journal_path(settings), store.url, params.ingest)
+    with _rare_collections(), closing(journal):
         reading = Reading(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
         path = params.ingest.corrections
         corrections = load_corrections(reading.resolve(path)) if path else []
-        before, last = latest_version(store, params.name), journal.load_pull(params.name)
+        before, last = latest_version(store, name), journal.load_pull(name)
         if last and not (before and last.version == _name_version(before)):
             last = None
-        forgotten = load_tombstones(store, params.name)
+        forgotten = load_tombstones(store, name)
         asked = _digest_asked(params, forgotten, sources, corrections)
         cursors = {} if verify else {**(before.cursors if before else {}), **(last.cursors if last else {})}
         known = Known(
@@ -96,16 +97,16 @@ def pull(
         )
         checked = check_all(_read_all(sources, reading, cursors), store, params.ingest, known, on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
-        if checked.num_missing:
-            tell(f"{checked.num_missing:,} images were missing from the store: stored again")
+        if number := checked.num_missing:
+            tell(f"{number:,} images were missing from the store: stored again")
         if before and last and checked.is_as_before:
             ended = _Ended(before, before, last.rejected)
         else:
             _check_rejected(checked, params.ingest.max_rejected_ratio)
-            ended = _commit(params, store, checked, corrections, now)
+            ended = _commit(workspace, checked, corrections, now)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
-        journal.keep_pull(params.name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
+        journal.keep_pull(name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
         return PullReport(
             pin=_move_pin(settings, ended.version),
             version=ended.version,
@@ -175,13 +176,12 @@ def _digest_asked(
     return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten)])
 
 
-def _commit(
-    params: Params, store: ObjectStore, checked: Checked, corrections: Sequence[Correction], now: str
-) -> _Ended:
+def _commit(workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str) -> _Ended:
     """Merge into the newest version and commit, unless nothing comes of it."""
+    store = workspace.store
     for _ in range(COMMIT_TRIES):
-        parent = latest_version(store, params.name)
-        merged = merge(store, params, parent, checked, now=now, corrections=corrections)
+        parent = latest_version(store, workspace.name)
+        merged = merge(store, workspace.params, parent, checked, now=now, corrections=corrections)
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
         if parent and not merged.changed:
             return _Ended(parent, parent, rejected)
@@ -189,7 +189,7 @@ def _commit(
             return _Ended(parent, merged.version, rejected)
         # Another pull took this number: merge with what it brought.
     raise DatasetError(
-        f"dataset {params.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
+        f"dataset {workspace.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
     )
 
 

@@ -26,17 +26,15 @@ from visionloop.promotion.gate import (
 from visionloop.promotion.ledger import read_champion, store_decision, write_decision
 from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
+from visionloop.workspace import Workspace
 
 Metrics = dict[str, Interval]
 
 
 def gate(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
+    workspace: Workspace,
     *,
     state: dict[str, str],
     now: str,
@@ -51,24 +49,25 @@ def gate(
         BundleError: a bundle is damaged, or answers differently here.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
+    settings, store, name = workspace.settings, workspace.store, workspace.name
     pin = load_pin(settings.pin_path)
     candidate = Predictor.load(settings.candidate_dir)
-    _check_candidate(candidate.card, params.name, pin)
-    tests = _load_tests(store, pin, with_negatives=params.prepare.unlabelled == "negative")
-    champion = read_champion(store, params.name)
+    _check_candidate(candidate.card, name, pin)
+    tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
+    champion = read_champion(store, name)
     models = [candidate]
     if champion and champion.bundle != candidate.digest:
         rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
         rival.check_golden()
         models.append(rival)
     scores = [score_bundle(store, model, tests, on_progress=on_progress) for model in models]
-    rules, metrics = _judge(params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
+    rules, metrics = _judge(workspace.params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
     tasks = [model.card.task for model in models]
     if len(set(tasks)) > 1 and "multilabel" in tasks:
         rules.insert(0, make_task_rule(*tasks))
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
-        name=params.name,
+        name=name,
         number=0,
         verdict=compute_verdict(rules),
         candidate=candidate.digest,
@@ -86,7 +85,7 @@ def gate(
     decision = store_decision(store, decision)
     write_decision(settings.decisions_dir, decision)
     if decision.run_id:
-        tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+        tracking = Tracking(settings.tracking_uri, settings.artifact_root, name)
         tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
         tracking.set_tags(decision.run_id, tags)
     return decision

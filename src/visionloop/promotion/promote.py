@@ -9,18 +9,16 @@ from pathlib import Path
 from visionloop.bundle import DIGESTS, download_bundle, load_bundle, load_run_note, upload_bundle
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.errors import PromotionError, TrackingError, shorten
-from visionloop.params import Params
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import append_entry, read_champion, read_history, require_passed
 from visionloop.records import Decision, LedgerEntry
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
+from visionloop.workspace import Workspace
 
 ALIAS_ROUNDS = 3
 
 
-def register(settings: Settings, params: Params, store: ObjectStore, tracking: Tracking) -> str:
+def register(workspace: Workspace) -> str:
     """Copy models/candidate to the store, register it with MLflow, and return the model version.
 
     Done again, it finishes what was cut off and returns the same version.
@@ -30,21 +28,21 @@ def register(settings: Settings, params: Params, store: ObjectStore, tracking: T
         BundleError: the candidate is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached; the store's copy stays, and a second run goes on from there.
     """
-    bundle = Predictor.load(settings.candidate_dir).bundle
-    decision = require_passed(store, params.name, bundle.digest)
-    upload_bundle(store, bundle)
-    note = load_run_note(settings.runs_dir, bundle.digest)
+    bundle = Predictor.load(workspace.settings.candidate_dir).bundle
+    decision = require_passed(workspace.store, workspace.name, bundle.digest)
+    upload_bundle(workspace.store, bundle)
+    note = load_run_note(workspace.settings.runs_dir, bundle.digest)
     tags = {
         "visionloop.decision": str(decision.number),
         "visionloop.dataset": str(decision.dataset["digest"]),
         "visionloop.dataset_version": str(decision.dataset["version"]),
     }
-    return tracking.register_onnx(note.run_id if note else None, bundle.folder / "model.onnx", bundle.digest, tags)
+    return workspace.tracking.register_onnx(
+        note.run_id if note else None, bundle.folder / "model.onnx", bundle.digest, tags
+    )
 
 
-def promote(
-    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, by: str, why: str, now: str
-) -> LedgerEntry:
+def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
     The champion already: returns the entry that stands, after setting a stray alias right.
@@ -57,10 +55,11 @@ def promote(
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
     """
-    name, digest = params.name, load_bundle(settings.candidate_dir).digest
+    store = workspace.store
+    name, digest = workspace.name, load_bundle(workspace.settings.candidate_dir).digest
     champion = read_champion(store, name)
     if champion and champion.bundle == digest:
-        mirror_alias(settings, params, store, tracking)
+        mirror_alias(workspace)
         return champion
     decision = require_passed(store, name, digest)
     if decision.champion != (champion.bundle if champion else None):
@@ -71,13 +70,13 @@ def promote(
             "Run `visionloop gate` again.",
         )
     _refuse_experiment(store, name, decision, digest)
-    version = tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
+    version = workspace.tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
     if version is None:
         raise PromotionError(
             f"candidate {digest[:12]}", "is not registered", "a model version", "Run `visionloop register`."
         )
-    _verify_in_store(settings, store, digest)
-    note = load_run_note(settings.runs_dir, digest)
+    _verify_in_store(workspace, digest)
+    note = load_run_note(workspace.settings.runs_dir, digest)
     entry = append_entry(
         store,
         name,
@@ -92,21 +91,11 @@ def promote(
         why=why,
         at=now,
     )
-    mirror_alias(settings, params, store, tracking)
+    mirror_alias(workspace)
     return entry
 
 
-def rollback(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
-    tracking: Tracking,
-    *,
-    to: int | None,
-    by: str,
-    why: str,
-    now: str,
-) -> LedgerEntry:
+def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: str) -> LedgerEntry:
     """Make an earlier champion the champion again: the one before, or that of ledger entry `to`.
 
     Twice in a row goes back two: never forward to a model that was rolled back from. The ledger moves even while
@@ -117,12 +106,13 @@ def rollback(
         BundleError: the earlier bundle is damaged, or answers differently here; nothing has moved then.
         TrackingError: the ledger has moved, the alias has not; do not roll back again.
     """
-    history = read_history(store, params.name)
-    target = _find_target(params.name, history, to)
-    _verify_in_store(settings, store, target.bundle)
+    name = workspace.name
+    history = read_history(workspace.store, name)
+    target = _find_target(name, history, to)
+    _verify_in_store(workspace, target.bundle)
     entry = append_entry(
-        store,
-        params.name,
+        workspace.store,
+        name,
         history[-1],
         action="rollback",
         bundle=target.bundle,
@@ -135,7 +125,7 @@ def rollback(
         at=now,
     )
     try:
-        mirror_alias(settings, params, store, tracking)
+        mirror_alias(workspace)
     except TrackingError as exc:
         raise TrackingError(
             exc.where,
@@ -146,7 +136,7 @@ def rollback(
     return entry
 
 
-def mirror_alias(settings: Settings, params: Params, store: ObjectStore, tracking: Tracking) -> str | None:
+def mirror_alias(workspace: Workspace) -> str | None:
     """Point MLflow's alias at the ledger's champion, read it back, and return the model version (None: no champion).
 
     A champion that this MLflow does not know is registered again from the store.
@@ -154,33 +144,34 @@ def mirror_alias(settings: Settings, params: Params, store: ObjectStore, trackin
     Raises:
         PromotionError: the alias does not stay. TrackingError: MLflow cannot be reached.
     """
+    tracking, name = workspace.tracking, workspace.name
     for _ in range(ALIAS_ROUNDS):
-        champion = read_champion(store, params.name)
+        champion = read_champion(workspace.store, name)
         if champion is None:
             return None
-        version = tracking.find_version(champion.bundle) or _register_again(settings, store, tracking, champion)
+        version = tracking.find_version(champion.bundle) or _register_again(workspace, champion)
         if tracking.get_champion() != version:
             tracking.set_champion(version)
         # Someone may have promoted meanwhile: then the alias must name the newer one, whoever set it last.
-        if tracking.get_champion() == version and read_champion(store, params.name) == champion:
+        if tracking.get_champion() == version and read_champion(workspace.store, name) == champion:
             return version
     raise PromotionError(
-        f"MLflow model {params.name}",
+        f"MLflow model {name}",
         "its alias `champion` keeps moving",
         f"version {version}, as the ledger says",
         "See who else sets it, then run `visionloop doctor`.",
     )
 
 
-def compare_alias(store: ObjectStore, tracking: Tracking, name: str) -> tuple[str | None, str | None]:
+def compare_alias(workspace: Workspace) -> tuple[str | None, str | None]:
     """Return the model version of the ledger's champion and the version the alias names; equal when all is well.
 
     Raises:
         PromotionError: the ledger is damaged. TrackingError: MLflow cannot be reached.
     """
-    champion = read_champion(store, name)
-    version = (tracking.find_version(champion.bundle) or champion.model_version) if champion else None
-    return version, tracking.get_champion()
+    champion = read_champion(workspace.store, workspace.name)
+    version = (workspace.tracking.find_version(champion.bundle) or champion.model_version) if champion else None
+    return version, workspace.tracking.get_champion()
 
 
 def _refuse_experiment(store: ObjectStore, name: str, decision: Decision, digest: str) -> None:
@@ -223,17 +214,17 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
     return earlier[-1]
 
 
-def _verify_in_store(settings: Settings, store: ObjectStore, digest: str) -> None:
+def _verify_in_store(workspace: Workspace, digest: str) -> None:
     """Fetch a bundle as any server would, past this machine's cache; check its digests and its golden answers."""
-    settings.hidden_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.hidden_dir) as folder:
-        Predictor(download_bundle(store, digest, Path(folder))).check_golden()
+    workspace.settings.hidden_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.settings.hidden_dir) as folder:
+        Predictor(download_bundle(workspace.store, digest, Path(folder))).check_golden()
 
 
-def _register_again(settings: Settings, store: ObjectStore, tracking: Tracking, champion: LedgerEntry) -> str:
-    bundle = download_bundle(store, champion.bundle, settings.hidden_dir / "bundles")
+def _register_again(workspace: Workspace, champion: LedgerEntry) -> str:
+    bundle = download_bundle(workspace.store, champion.bundle, workspace.settings.hidden_dir / "bundles")
     tags = {"visionloop.decision": str(champion.decision), "visionloop.dataset": str(champion.dataset.get("digest"))}
-    return tracking.register_onnx(champion.run_id, bundle.folder / "model.onnx", champion.bundle, tags)
+    return workspace.tracking.register_onnx(champion.run_id, bundle.folder / "model.onnx", champion.bundle, tags)
 
 
 def _describe(champion: LedgerEntry | None) -> str:

@@ -16,14 +16,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from visionloop.errors import ServingError
-from visionloop.params import Params, Serve
+from visionloop.params import Serve
 from visionloop.predictor import Predictor
 from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
-from visionloop.settings import Settings
 from visionloop.store import open_store
+from visionloop.workspace import Workspace
 
 GRACE_S = 10
 BACKLOG = 2048
@@ -32,8 +32,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_server(
-    settings: Settings,
-    params: Params,
+    workspace: Workspace,
     *,
     host: str,
     port: int,
@@ -56,11 +55,11 @@ def run_server(
         if bundle_dir is not None:
             slot.current = ServedModel(Predictor.load(bundle_dir))
         else:
-            follower = _make_follower(settings, params, slot)
+            follower = _make_follower(workspace, slot)
             follower.load_first()
             follower.start()
         try:
-            app = make_app(slot, make_limits(params.serve))
+            app = make_app(slot, make_limits(workspace.params.serve))
             url = _make_url(host, sock)
             _Server(app, lambda: on_ready(url)).run([sock])
         finally:
@@ -107,20 +106,20 @@ class _Server(uvicorn.Server):
             yield
 
 
-def _make_follower(settings: Settings, params: Params, slot: ModelSlot) -> ChampionFollower:
+def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
     from visionloop.promotion.ledger import read_champion
 
-    store = open_store(settings.store_url)
+    store = open_store(workspace.settings.store_url)
 
     def find_champion() -> LedgerEntry | None:
-        return read_champion(store, params.name)
+        return read_champion(store, workspace.name)
 
     return ChampionFollower(
         slot,
         find_champion=find_champion,
         store=store,
-        cache_dir=settings.hidden_dir / "serving",
-        poll_s=params.serve.poll_s,
+        cache_dir=workspace.settings.hidden_dir / "serving",
+        poll_s=workspace.params.serve.poll_s,
     )
 
 

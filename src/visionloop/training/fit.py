@@ -13,11 +13,8 @@ from torch import nn
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import ParamsError, TrainingError, VisionLoopError
 from visionloop.lifetime import terminable
-from visionloop.params import Params
 from visionloop.records import RunNote, canonical_json
 from visionloop.settings import Settings
-from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
 from visionloop.training.checkpoints import FOLDER, list_entries
 from visionloop.training.datamodule import check_world
 from visionloop.training.figures import check_monitor
@@ -32,6 +29,7 @@ from visionloop.training.watch import Watcher
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import list_work, lock_work, replace_folder
+from visionloop.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,7 @@ class Outcome:
 
 
 def train(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
-    tracking: Tracking,
-    *,
-    now: str,
-    code_digest: str = "",
-    watcher: Watcher | None = None,
-    world: World | None = None,
+    workspace: Workspace, *, now: str, code_digest: str = "", watcher: Watcher | None = None, world: World | None = None
 ) -> RunNote:
     """Train, export and put the bundle at models/candidate; return the note of the run. For rank 0 of a world.
 
@@ -70,9 +60,10 @@ def train(
         TrackingError: MLflow cannot be reached.
         KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM; what is kept was told.
     """
+    settings = workspace.settings
     started = time.perf_counter()
     watcher = watcher or Watcher()
-    job = make_job(settings, params, store, tracking, code_digest=code_digest, watcher=watcher, world=world)
+    job = make_job(workspace, code_digest=code_digest, watcher=watcher, world=world)
     before = list_work(settings.work_dir("train"))
     with terminable(), lock_work(settings.work_dir("train"), job.make_key()) as work:
         for dropped in before - {work.name}:
@@ -81,10 +72,10 @@ def train(
         try:
             outcome = learn(job, work, run_id)
             digest = _package(work, job, outcome.classifier, run_id)
-            tracking.set_tags(run_id, {"visionloop.ended": outcome.reason})
+            workspace.tracking.set_tags(run_id, {"visionloop.ended": outcome.reason})
         except KeyboardInterrupt:
             close_failed(job, run_id, "KILLED", "stopped")
-            watcher.tell(describe_stop(work, params.train.max_epochs))
+            watcher.tell(describe_stop(work, workspace.params.train.max_epochs))
             raise
         except Exception as exc:
             error = translate_error(exc)
@@ -96,17 +87,15 @@ def train(
         note = RunNote(digest, run_id, read_git_commit(settings.home), now, seconds, {"validated_on": job.validated_on})
         _write_note(settings, note)
         replace_folder(work / "bundle", settings.candidate_dir)
-        tracking.close_run(run_id)
+        workspace.tracking.close_run(run_id)
         remove_checkpoints(job, work.name)
         shutil.rmtree(work)
     return note
 
 
-def follow(
-    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, world: World, code_digest: str
-) -> None:
+def follow(workspace: Workspace, *, world: World, code_digest: str) -> None:
     """Take part in a training that rank 0 leads: no lock, no MLflow, no bundle. Raises what learning raises."""
-    job = make_job(settings, params, store, tracking, code_digest=code_digest, watcher=Watcher(), world=world)
+    job = make_job(workspace, code_digest=code_digest, watcher=Watcher(), world=world)
     place = share(world, dict)
     try:
         learn(job, Path(place["work"]), place["run_id"])
@@ -118,10 +107,7 @@ def follow(
 
 
 def make_job(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
-    tracking: Tracking,
+    workspace: Workspace,
     *,
     code_digest: str,
     watcher: Watcher,
@@ -136,15 +122,27 @@ def make_job(
             than images in a batch.
         TrainingError: the ranks do not see the same params, data, code or processors.
     """
+    params = workspace.params
     world = world or World()
-    prepared = prepared or load_prepared(settings.prepared_dir)
+    prepared = prepared or load_prepared(workspace.settings.prepared_dir)
     check_monitor(params.train, prepared.task)
-    validated_on = choose_validation(prepared, store)
+    validated_on = choose_validation(prepared, workspace.store)
     check_sides(prepared, validated_on)
     hardware = read_hardware(params.train, world_size=world.size)
     for remark in list_remarks(hardware, params.train):
         watcher.tell(remark)
-    job = Job(settings, params, store, tracking, prepared, hardware, code_digest, watcher, validated_on, world=world)
+    job = Job(
+        workspace.settings,
+        params,
+        workspace.store,
+        workspace.tracking,
+        prepared,
+        hardware,
+        code_digest,
+        watcher,
+        validated_on,
+        world=world,
+    )
     if world.size > 1:
         check_world(job.train_rows, params.train.batch_size * params.train.accumulate, world)
         check_agreement(job)

@@ -13,12 +13,11 @@ from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.networks import processor
 from visionloop.networks.processor import BF16_FLAGS, read_cpu_flags
 from visionloop.networks.weights import hash_weights
-from visionloop.params import Params, Train
+from visionloop.params import Train
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
 from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
 from visionloop.training.watch import Watcher
+from visionloop.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,9 @@ class World:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training. `start` is the digest of the bundle that the way `warm` begins with; None for other ways."""
+class Job(Workspace):
+    """A workspace with what one training in it adds. `start`: the bundle that the way `warm` begins with, else None."""
 
-    settings: Settings
-    params: Params
-    store: ObjectStore
-    tracking: Tracking
     prepared: Prepared
     hardware: Hardware
     code_digest: str

@@ -21,13 +21,11 @@ from visionloop.errors import ParamsError, TrainingError
 from visionloop.params import Params, Span, Train
 from visionloop.params.train import WAYS_ON_EMBEDDINGS, nest
 from visionloop.records import compute_digest
-from visionloop.settings import Settings
-from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
 from visionloop.training.figures import list_figures
 from visionloop.training.fit import make_job
 from visionloop.training.job import Job
 from visionloop.training.watch import TrialReport, Watcher
+from visionloop.workspace import Workspace
 
 NUM_STARTUP = 10  # trials at random before TPE has something to go by, as in its paper's reference code
 NUM_FOR_IMPORTANCE = 8
@@ -50,20 +48,20 @@ class Tuning:
         return self.base.params
 
 
-def open_tuning(
-    settings: Settings, params: Params, store: ObjectStore, tracking: Tracking, *, watcher: Watcher
-) -> Tuning:
+def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
     """Open the study of these params and this prepared data, and check what can be checked before a trial.
 
     Raises:
         ParamsError: the space or the metric does not fit the way or the data.
         DatasetError: there is no prepared data to learn from.
     """
-    params = make_base(params)
+    params = make_base(workspace.params)
     # One machine, one process, checkpoints here: a trial is short.
-    settings = replace(settings, checkpoints="local")
+    settings = replace(workspace.settings, checkpoints="local")
     prepared = load_prepared(settings.prepared_dir)
-    job = make_job(settings, params, store, tracking, code_digest="tune", watcher=watcher, prepared=prepared)
+    job = make_job(
+        replace(workspace, settings=settings, params=params), code_digest="tune", watcher=watcher, prepared=prepared
+    )
     section, train = params.tune, params.train
     names = [name for name in list_figures(prepared.task, train.on) if name.startswith("val/")]
     if section.metric not in names:

@@ -169,11 +169,7 @@ def _make_trial_job(tuning: Tuning, watcher: "_TrialWatcher", values: Values) ->
     """Return the job of a trial. Raises ParamsError, TrainingError, DatasetError."""
     base = tuning.base
     params = base.params.model_copy(update={"train": make_train(base.params.train, values)})
-    # A trial is short, and begins anew after a kill: its checkpoints need not survive this machine.
-    settings = replace(base.settings, checkpoints="local")
-    return make_job(
-        settings, params, base.store, base.tracking, code_digest="tune", watcher=watcher, prepared=base.prepared
-    )
+    return make_job(replace(base, params=params), code_digest="tune", watcher=watcher, prepared=base.prepared)
 
 
 def _check_failures(study: optuna.Study) -> None:

@@ -19,7 +19,7 @@ def make_context(home: Path, uri: str, **train: Any) -> Any:
     run = SimpleNamespace(metrics=BEST, name="resnet18-dataset3")
     tracking = SimpleNamespace(uri=uri, load_run=lambda run_id: run)
     params = make_params({"name": "pets", "train": train})
-    return SimpleNamespace(settings=load_settings({}, home), params=params, tracking=tracking)
+    return SimpleNamespace(settings=load_settings({}, home), params=params, name=params.name, tracking=tracking)
 
 
 def test_best_epoch_begins_with_the_monitored_figure() -> None:

@@ -15,6 +15,7 @@ from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, Params, make_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 NOW = "2026-01-01T00:00:00+00:00"
 
@@ -42,7 +43,7 @@ def fill(folder: Path, number: int = 10, first: int = 0, classes: tuple[str, ...
 def run(settings: Settings, store: LocalStore, folder: Path, **sections: Any) -> PullReport:
     params: Params = make_params({"name": "pets", **sections})
     source = FolderSource(kind="folder", path=str(folder), name="photos")
-    return pull(settings, params, store, sources=[source], now=NOW)
+    return pull(connect(settings, params, store=store), sources=[source], now=NOW)
 
 
 def test_first_pull_pins_version_1(settings: Settings, store: LocalStore, tmp_path: Path) -> None:

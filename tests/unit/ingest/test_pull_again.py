@@ -20,6 +20,7 @@ from visionloop.ingest.sources import Cursor, Item, Reading
 from visionloop.params import FolderSource, Params, make_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 NOW = "2026-01-01T00:00:00+00:00"
 
@@ -56,7 +57,7 @@ def run(
     params: Params = make_params({"name": "pets", **sections})
     source = FolderSource(kind="folder", path=str(folder), name="photos")
     tell = (said if said is not None else []).append
-    return pull(settings, params, store, sources=[source], now=NOW, tell=tell, verify=verify)
+    return pull(connect(settings, params, store=store), sources=[source], now=NOW, tell=tell, verify=verify)
 
 
 def forbid_merge(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import make_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.workspace import connect
 
 TEMPLATE = '''\
 """Images with a sidecar: beside `1.png` lies `1.json`, with its `label`, and if known its `taken_at`."""
@@ -79,7 +80,9 @@ def run(template: ModuleType, home: Path) -> PullReport:
     source = template.SidecarSource(kind="sidecar", path="photos")
     settings = load_settings({}, home)
     params = make_params({"name": "pets", "ingest": {"max_rejected_ratio": 1.0}})
-    return pull(settings, params, LocalStore(home / "store"), sources=[source], now="2026-01-01T00:00:00+00:00")
+    return pull(
+        connect(settings, params, store=LocalStore(home / "store")), sources=[source], now="2026-01-01T00:00:00+00:00"
+    )
 
 
 def add(home: Path, number: int, sidecar: str) -> None:

@@ -18,18 +18,17 @@ from typing import Any, Literal, NoReturn
 from visionloop.errors import ParamsError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, Terminated
 from visionloop.parallel import count_cores
-from visionloop.params import Params, Train
+from visionloop.params import Train
 from visionloop.params.train import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote
 from visionloop.settings import Settings
-from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
 from visionloop.training.fit import train
 from visionloop.training.job import World, choose_accelerator, count_gpus
 from visionloop.training.ranks.failures import explain_failures, make_rank_error, write_error_file
 from visionloop.training.ranks.rank import train_as_rank
 from visionloop.training.ranks.world import read_world
 from visionloop.training.watch import Watcher
+from visionloop.workspace import Workspace
 
 OURS = "visionloop-"  # what TORCHELASTIC_RUN_ID begins with in the ranks that we start
 STOP_WITHIN_S = 20
@@ -94,15 +93,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def launch_train(
-    settings: Settings,
-    params: Params,
-    store: ObjectStore,
-    tracking: Tracking,
-    *,
-    now: str,
-    code_digest: str = "",
-    watcher: Watcher | None = None,
-    env: Mapping[str, str],
+    workspace: Workspace, *, now: str, code_digest: str = "", watcher: Watcher | None = None, env: Mapping[str, str]
 ) -> RunNote | None:
     """Train as `params.train` says: alone, as a rank, in ranks of this machine, or on Ray; return the run's note.
 
@@ -114,21 +105,21 @@ def launch_train(
         VisionLoopError: what `fit.train` raises, also in another process.
     """
     world = read_world(env)
-    plan = plan_launch(params.train, world, count_gpus())
+    plan = plan_launch(workspace.params.train, world, count_gpus())
     here: dict[str, Any] = {"now": now, "code_digest": code_digest, "watcher": watcher}
     if plan.kind == "here":
-        return train(settings, params, store, tracking, **here)
+        return train(workspace, **here)
     if plan.kind == "rank":
         with _report_failure(world, env):
-            note = train_as_rank(settings, params, store, tracking, world=world, **here)
+            note = train_as_rank(workspace, world=world, **here)
         return None if is_ours(env) else note
     if plan.kind == "ray":
         from visionloop.training.ranks.ray import train_on_ray
 
-        train_on_ray(settings, params, plan.devices, code_digest=code_digest, now=now, watcher=watcher or Watcher())
+        train_on_ray(workspace, plan.devices, code_digest=code_digest, now=now, watcher=watcher or Watcher())
     else:
-        _start_ranks(settings, plan.devices or 1)
-    return read_note(settings)
+        _start_ranks(workspace.settings, plan.devices or 1)
+    return read_note(workspace.settings)
 
 
 def is_ours(env: Mapping[str, str]) -> bool:

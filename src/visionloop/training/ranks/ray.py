@@ -15,9 +15,10 @@ from typing import Any
 
 from visionloop.errors import ParamsError, TrainingError, VisionLoopError
 from visionloop.parallel import connect_ray
-from visionloop.params import Params, Train, make_params
+from visionloop.params import Train, make_params
 from visionloop.settings import Settings, apply_tool_environment
 from visionloop.training.watch import EpochReport, StepReport, Watcher
+from visionloop.workspace import Workspace, connect
 
 # What workers take over from the driver's environment: where things are, and how to get in.
 PASSED_ON = ("AWS_", "MLFLOW_", "VISIONLOOP_")
@@ -50,23 +51,22 @@ class Shape:
         return self.devices * self.num_nodes
 
 
-def train_on_ray(
-    settings: Settings, params: Params, devices: int | None, *, code_digest: str, now: str, watcher: Watcher
-) -> None:
+def train_on_ray(workspace: Workspace, devices: int | None, *, code_digest: str, now: str, watcher: Watcher) -> None:
     """Train in workers of a Ray cluster (`compute.address`, RAY_ADDRESS, or one of its own on this machine).
 
     Raises:
         ParamsError: Ray, a cluster, or enough of it cannot be had.
         VisionLoopError: what rank 0, or the rank that failed first, raised.
     """
+    params = workspace.params
     with connect_ray(params.compute.address, key="train.strategy", instead="strategy: auto") as ray:
         from ray.util.queue import Queue
 
         shape = choose_shape(params.train, devices, _list_nodes(ray))
         queue = Queue(actor_options={"num_cpus": 0})
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        order = Order(settings, params.model_dump(mode="json"), passed, code_digest, now, queue)
-        storage = settings.hidden_dir / "ray"
+        order = Order(workspace.settings, params.model_dump(mode="json"), passed, code_digest, now, queue)
+        storage = workspace.settings.hidden_dir / "ray"
         try:
             with _translate(shape):
                 _run_and_listen(_make_trainer(order, shape, str(storage)), queue, watcher)
@@ -132,20 +132,16 @@ def _work(order: Order) -> None:
     """Be a rank: runs in a worker, on whatever node."""
     os.environ.update(order.environment)
     apply_tool_environment(order.settings.home)
-    from visionloop.store import open_store
-    from visionloop.tracking import Tracking
     from visionloop.training.ranks.failures import make_rank_error
     from visionloop.training.ranks.rank import train_as_rank
     from visionloop.training.ranks.world import read_world
 
     world = read_world(os.environ, on_ray=True)
-    settings, params = order.settings, make_params(order.params)
     try:
-        tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
-        store = open_store(settings.store_url)
+        workspace = connect(order.settings, make_params(order.params))
         watcher = QueueWatcher(order.queue)
         how: dict[str, Any] = {"now": order.now, "code_digest": order.code_digest, "watcher": watcher}
-        train_as_rank(settings, params, store, tracking, world=world, **how)
+        train_as_rank(workspace, world=world, **how)
     except Exception as exc:
         raise make_rank_error(world, exc) from None
 
