@@ -1,7 +1,7 @@
 """Sources of images, one file per kind. A source yields items and decides nothing: no side, no decoding.
 
 Add one: a file here with a function `read_x(source, reading)` that yields `Item`, `Rejected` (what could not be used,
-with the reason) and, if it is incremental, `Cursor`; its section in `params/sources.py`; a line below.
+with the reason) and, if it is incremental, `Cursor`; its section in `params/ingest.py`; a line below.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ READERS = {
     "archive": "archive:read_archive",
     "python": "python:read_python",
     "bucket": "bucket:read_bucket",
-    "digits": "digits:read_digits",
+    "digits": "folder:read_digits",
     "http": "http:read_http",
     "sql": "sql:read_sql",
     "video": "video:read_video",

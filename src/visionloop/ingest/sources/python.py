@@ -1,6 +1,6 @@
 """A function of the user's own that yields records: the door for what has no source here, a NoSQL collection, a queue.
 
-Its module lies in the workspace or is installed. `python_records.py` checks each record by itself.
+Its module lies in the workspace or is installed. Each record is checked by itself.
 """
 
 import inspect
