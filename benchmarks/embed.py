@@ -22,7 +22,7 @@ from row import Row
 from visionloop.data.shards import Prepared, Shards, load_prepared
 from visionloop.features.embed import embed_prepared
 from visionloop.features.encoder import Encoder, make_encoder
-from visionloop.features.table import Table
+from visionloop.features.table import EmbeddingTable
 from visionloop.params import Params, load_params
 from visionloop.records import Pin
 from visionloop.settings import Settings, load_settings
@@ -82,7 +82,9 @@ def time_ours(encoder: Encoder, prepared: Prepared, settings: Settings) -> float
     folder = settings.hidden_dir / "tmp" / "table"
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
-    embed_prepared(Table(LocalStore(folder), encoder.facts.digest), encoder, prepared, prepared.read, batch_size=BATCH)
+    embed_prepared(
+        EmbeddingTable(LocalStore(folder), encoder.facts.digest), encoder, prepared, prepared.read, batch_size=BATCH
+    )
     return len(prepared.sha256_n) / (time.perf_counter() - started)
 
 
@@ -140,7 +142,7 @@ def bench_memory(folder: Path, settings: Settings, number: int) -> Row:
     """Return what the process grows by after the first 1,000 of many images, against what they would take in memory."""
     prepared = make_many(folder, number, MANY_PX)
     encoder = make_encoder(connect(settings, make_params(settings, "resnet18")), prepared)
-    table = Table(LocalStore(folder / "store"), encoder.facts.digest)
+    table = EmbeddingTable(LocalStore(folder / "store"), encoder.facts.digest)
     seen: list[int] = []
     started = time.perf_counter()
     embed_prepared(

@@ -21,7 +21,7 @@ from visionloop.errors import DatasetError, ParamsError, TrainingError
 from visionloop.features import encoder as encoders
 from visionloop.features.embed import Embedded, choose_reader, embed, embed_prepared
 from visionloop.features.encoder import Encoder, choose_runtime, make_bundle_encoder, make_encoder
-from visionloop.features.table import Table
+from visionloop.features.table import EmbeddingTable
 from visionloop.features.view import load_features
 from visionloop.params import load_params
 from visionloop.predictor import Embedder, Predictor
@@ -138,13 +138,14 @@ def test_a_kill_loses_the_open_batch_alone_and_the_bytes_are_the_same(home: Path
     parts = list_parts(home)
     table = forget_all(home)
     code = (
-        "import os, signal, sys\nfrom visionloop.features.table import Table\nfrom visionloop.cli import main\n"
-        "write, calls = Table.write, []\n"
+        "import os, signal, sys\nfrom visionloop.features.table import EmbeddingTable\n"
+        "from visionloop.cli import main\n"
+        "write, calls = EmbeddingTable.write, []\n"
         "def write_and_die(self, *a):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(self, *a)\n"
-        "Table.write = write_and_die\nsys.argv = ['visionloop', 'embed']\nmain()\n"
+        "EmbeddingTable.write = write_and_die\nsys.argv = ['visionloop', 'embed']\nmain()\n"
     )
     env = make_environment()
     done = subprocess.run([sys.executable, "-c", code], cwd=home, env=env, capture_output=True, timeout=60, check=False)
@@ -262,8 +263,8 @@ def test_an_encoder_that_gives_no_numbers_is_refused(home: Path) -> None:
     broken = Encoder(encoder.facts, lambda: lambda images: np.full((len(images), 4), np.nan, np.float32))
     forget_all(home)
     with pytest.raises(TrainingError, match="gives no finite embedding for 25 of 25 images"):
-        embed_prepared(Table(store, encoder.facts.digest), broken, prepared, prepared.read, batch_size=BATCH)
-    assert Table(store, encoder.facts.digest).list_parts() == []
+        embed_prepared(EmbeddingTable(store, encoder.facts.digest), broken, prepared, prepared.read, batch_size=BATCH)
+    assert EmbeddingTable(store, encoder.facts.digest).list_parts() == []
 
 
 def test_a_bundle_of_another_size_reads_from_the_store(home: Path) -> None:
@@ -273,7 +274,7 @@ def test_a_bundle_of_another_size_reads_from_the_store(home: Path) -> None:
     bundle = load_bundle(home / "bundle")
     encoder = make_bundle_encoder(bundle, runtime="onnxruntime")
     read = choose_reader(store, encoder, prepared, {})
-    embedding_nd = embed_prepared(Table(store, encoder.facts.digest), encoder, prepared, read, batch_size=50)
+    embedding_nd = embed_prepared(EmbeddingTable(store, encoder.facts.digest), encoder, prepared, read, batch_size=50)
     predictor = Predictor(bundle, threads=1)
     data = store.get(make_image_key(prepared.sha256_n[7]))
     served = predictor.run(predictor.decode(data, "image")[None]).embedding_nd[0]
@@ -281,7 +282,7 @@ def test_a_bundle_of_another_size_reads_from_the_store(home: Path) -> None:
     store.delete(make_image_key(prepared.sha256_n[7]))
     shutil.rmtree(home / ".visionloop" / "store" / "embeddings")
     with pytest.raises(DatasetError, match=r"is missing from the store or damaged there; .* ingest --verify"):
-        embed_prepared(Table(store, encoder.facts.digest), encoder, prepared, read, batch_size=50)
+        embed_prepared(EmbeddingTable(store, encoder.facts.digest), encoder, prepared, read, batch_size=50)
 
 
 def test_memory_stays_flat_however_many_images_there_are(tmp_path: Path) -> None:
@@ -309,7 +310,7 @@ def test_memory_stays_flat_however_many_images_there_are(tmp_path: Path) -> None
     encoder = make_bundle_encoder(load_bundle(tmp_path / "bundle"), runtime="onnxruntime")
     seen: list[int] = []
     embed_prepared(
-        Table(LocalStore(tmp_path / "store"), encoder.facts.digest),
+        EmbeddingTable(LocalStore(tmp_path / "store"), encoder.facts.digest),
         encoder,
         prepared,
         prepared.read,

@@ -18,7 +18,7 @@ from visionloop.cli import main
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
 from visionloop.features.embed import embed
-from visionloop.features.table import Table
+from visionloop.features.table import EmbeddingTable
 from visionloop.forget import forget, resolve_images
 from visionloop.params import load_params
 from visionloop.settings import load_settings
@@ -206,7 +206,7 @@ def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: p
         why="asked",
     )
     assert sum("embedding table" in what for what in done.removed) == 1
-    _, has_n = Table(store, encoder).lookup([gone, *kept])
+    _, has_n = EmbeddingTable(store, encoder).lookup([gone, *kept])
     assert has_n.tolist() == [False, True, True, True, True]
     assert not (home / "features").exists()
     assert not (home / ".visionloop" / "features" / "map.html").exists()

@@ -18,7 +18,7 @@ from visionloop.errors import DatasetError, ImageError, ObjectMissing
 from visionloop.features.embed import choose_reader, embed_prepared
 from visionloop.features.encoder import Encoder
 from visionloop.features.neighbours import to_targets
-from visionloop.features.table import Table
+from visionloop.features.table import EmbeddingTable
 from visionloop.features.view import FloatArray
 from visionloop.records import ImageRecord
 from visionloop.store import ObjectStore
@@ -98,7 +98,7 @@ def load_album(
         )
     origins = {sha256: (*record.origins, "")[0] for sha256, record in found.items()}
     embedding_nd = embed_prepared(
-        Table(store, encoder.facts.digest, tell=tell),
+        EmbeddingTable(store, encoder.facts.digest, tell=tell),
         encoder,
         prepared,
         choose_reader(store, encoder, prepared, origins),

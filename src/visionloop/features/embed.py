@@ -16,7 +16,7 @@ from visionloop.data.manifest import make_image_key
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ImageError, ObjectMissing, TrainingError
 from visionloop.features.encoder import Encoder, describe_weights, make_encoder
-from visionloop.features.table import Table
+from visionloop.features.table import EmbeddingTable
 from visionloop.features.view import EncoderFacts, FloatArray, describe_crop, write_empty, write_features
 from visionloop.parallel import map_parallel
 from visionloop.params import WAYS_ON_EMBEDDINGS
@@ -31,7 +31,7 @@ ReadImages = Callable[[IntArray], UInt8Array]
 
 
 def embed_prepared(
-    table: Table,
+    table: EmbeddingTable,
     encoder: Encoder,
     prepared: Prepared,
     read: ReadImages,
@@ -162,7 +162,7 @@ def embed(
         on_progress(done, total)
 
     with lock_work(settings.work_dir("embed"), compute_digest([facts.digest, prepared.pin.digest])) as work:
-        table = Table(workspace.store, facts.digest, tell=tell)
+        table = EmbeddingTable(workspace.store, facts.digest, tell=tell)
         embedding_nd = embed_prepared(
             table,
             encoder,

@@ -37,7 +37,7 @@ class Part:
     num_bytes: int
 
 
-class Table:
+class EmbeddingTable:
     """The embeddings of one encoder in a store. `damaged` are the parts that were passed over while reading."""
 
     def __init__(self, store: ObjectStore, encoder: str, *, tell: Callable[[str], None] = lambda line: None) -> None:
@@ -216,5 +216,5 @@ def remove_rows(store: ObjectStore, keys: Iterable[str], sha256s: frozenset[str]
         if len(kept) == len(sha256_n):
             continue
         if kept:
-            Table(store, encoder).write([sha256_n[i] for i in kept], embedding_nd[kept])
+            EmbeddingTable(store, encoder).write([sha256_n[i] for i in kept], embedding_nd[kept])
         store.purge(key)

@@ -9,7 +9,7 @@ import pytest
 
 from visionloop.data.shards import Prepared, Shards
 from visionloop.errors import DatasetError
-from visionloop.features.table import Table, remove_rows
+from visionloop.features.table import EmbeddingTable, remove_rows
 from visionloop.features.view import EncoderFacts, describe_crop, load_features, write_empty, write_features
 from visionloop.records import Pin
 from visionloop.store import LocalStore
@@ -31,8 +31,8 @@ VECTORS = RNG.normal(size=(40, 6)).astype(np.float32)
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
-    return Table(LocalStore(tmp_path / "store"), FACTS.digest)
+def table(tmp_path: Path) -> EmbeddingTable:
+    return EmbeddingTable(LocalStore(tmp_path / "store"), FACTS.digest)
 
 
 def make_prepared(folder: Path, *, shas: tuple[str, ...] = SHAS, larger: bool = False) -> Prepared:
@@ -54,12 +54,12 @@ def make_prepared(folder: Path, *, shas: tuple[str, ...] = SHAS, larger: bool = 
     )
 
 
-def write_parts(table: Table, size: int) -> None:
+def write_parts(table: EmbeddingTable, size: int) -> None:
     for i in range(0, 40, size):
         table.write(SHAS[i : i + size], VECTORS[i : i + size])
 
 
-def test_what_was_written_is_found_in_the_order_asked_for(table: Table) -> None:
+def test_what_was_written_is_found_in_the_order_asked_for(table: EmbeddingTable) -> None:
     write_parts(table, 10)
     order = RNG.permutation(40)
     embedding_nd, has_n = table.lookup([SHAS[i] for i in order])
@@ -67,7 +67,7 @@ def test_what_was_written_is_found_in_the_order_asked_for(table: Table) -> None:
     np.testing.assert_array_equal(embedding_nd, VECTORS[order])
 
 
-def test_what_is_not_there_is_said(table: Table) -> None:
+def test_what_is_not_there_is_said(table: EmbeddingTable) -> None:
     embedding_nd, has_n = table.lookup(SHAS)
     assert embedding_nd is None
     assert not has_n.any()
@@ -78,26 +78,26 @@ def test_what_is_not_there_is_said(table: Table) -> None:
     np.testing.assert_array_equal(embedding_nd[5:7], VECTORS[5:7])
 
 
-def test_equal_rows_give_one_part_and_other_encoders_have_their_own(table: Table) -> None:
+def test_equal_rows_give_one_part_and_other_encoders_have_their_own(table: EmbeddingTable) -> None:
     assert table.write(SHAS[:3], VECTORS[:3]) == table.write(SHAS[:3], VECTORS[:3])
     assert len(table.list_parts()) == 1
-    other = Table(table.store, replace(FACTS, resize="letterbox").digest)
+    other = EmbeddingTable(table.store, replace(FACTS, resize="letterbox").digest)
     assert not other.lookup(SHAS)[1].any()
     other.write(SHAS[:3], VECTORS[:3])
     assert list_encoders(table.store) == sorted({table.encoder, other.encoder})
 
 
 @pytest.mark.parametrize("damage", ["bytes", "cut", "encoder", "text", "nan"])
-def test_a_damaged_part_is_passed_over_said_and_healed(table: Table, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_part_is_passed_over_said_and_healed(table: EmbeddingTable, damage: str, tmp_path: Path) -> None:
     told: list[str] = []
-    table = Table(table.store, FACTS.digest, tell=told.append)
+    table = EmbeddingTable(table.store, FACTS.digest, tell=told.append)
     write_parts(table, 20)
     key = table.list_parts()[0]
     path = tmp_path / "store" / key
     data = path.read_bytes()
     if damage == "encoder":
-        Table(table.store, "e" * 64).write(SHAS[:20], VECTORS[:20])
-        data = table.store.get(Table(table.store, "e" * 64).list_parts()[0])
+        EmbeddingTable(table.store, "e" * 64).write(SHAS[:20], VECTORS[:20])
+        data = table.store.get(EmbeddingTable(table.store, "e" * 64).list_parts()[0])
         path.unlink()
         import hashlib
 
@@ -117,12 +117,12 @@ def test_a_damaged_part_is_passed_over_said_and_healed(table: Table, damage: str
     written = table.write([SHAS[i] for i in missing], VECTORS[missing])
     table.drop_damaged()
     assert (key in table.list_parts()) == (key == written)
-    embedding_nd, has_n = Table(table.store, FACTS.digest).lookup(SHAS)
+    embedding_nd, has_n = EmbeddingTable(table.store, FACTS.digest).lookup(SHAS)
     assert has_n.all()
     np.testing.assert_array_equal(embedding_nd, VECTORS)
 
 
-def test_vectors_of_another_length_are_passed_over(table: Table) -> None:
+def test_vectors_of_another_length_are_passed_over(table: EmbeddingTable) -> None:
     table.write(SHAS[:5], VECTORS[:5])
     table.write(SHAS[5:], VECTORS[5:, :3])
     embedding_nd, has_n = table.lookup(SHAS)
@@ -131,26 +131,26 @@ def test_vectors_of_another_length_are_passed_over(table: Table) -> None:
     assert len(table.damaged) == 1
 
 
-def test_small_parts_are_merged_and_no_row_is_lost(table: Table) -> None:
+def test_small_parts_are_merged_and_no_row_is_lost(table: EmbeddingTable) -> None:
     write_parts(table, 1)
     table.write(SHAS[:7], VECTORS[:7])  # images in two parts
     before = set(table.list_parts())
     assert table.merge(many=50) == 0
-    reader = Table(table.store, FACTS.digest)
+    reader = EmbeddingTable(table.store, FACTS.digest)
     reader.lookup(SHAS)
     assert reader.merge(many=8) == 41
     assert len(reader.list_parts()) == 1
     assert not before & set(reader.list_parts())
-    embedding_nd, has_n = Table(table.store, FACTS.digest).lookup(SHAS)
+    embedding_nd, has_n = EmbeddingTable(table.store, FACTS.digest).lookup(SHAS)
     assert has_n.all()
     np.testing.assert_array_equal(embedding_nd, VECTORS)
 
 
-def test_a_part_that_is_merged_while_it_is_read_is_found_where_it_went(table: Table) -> None:
+def test_a_part_that_is_merged_while_it_is_read_is_found_where_it_went(table: EmbeddingTable) -> None:
     write_parts(table, 1)
-    reader = Table(table.store, FACTS.digest)
+    reader = EmbeddingTable(table.store, FACTS.digest)
     listed = reader.list_parts()
-    other = Table(table.store, FACTS.digest)
+    other = EmbeddingTable(table.store, FACTS.digest)
     other.lookup(SHAS)
     other.merge(many=1)
     calls = iter([listed])
@@ -160,18 +160,18 @@ def test_a_part_that_is_merged_while_it_is_read_is_found_where_it_went(table: Ta
     assert has_n.all()
 
 
-def test_two_that_merge_at_once_lose_nothing(table: Table) -> None:
+def test_two_that_merge_at_once_lose_nothing(table: EmbeddingTable) -> None:
     write_parts(table, 1)
-    first, second = (Table(table.store, FACTS.digest) for _ in range(2))
+    first, second = (EmbeddingTable(table.store, FACTS.digest) for _ in range(2))
     first.lookup(SHAS)
     second.lookup(SHAS)
     second.write(SHAS[3:9], VECTORS[3:9])
     first.merge(many=1)
     second.merge(many=1)
-    assert Table(table.store, FACTS.digest).lookup(SHAS)[1].all()
+    assert EmbeddingTable(table.store, FACTS.digest).lookup(SHAS)[1].all()
 
 
-def test_forgotten_rows_leave_every_part(table: Table) -> None:
+def test_forgotten_rows_leave_every_part(table: EmbeddingTable) -> None:
     write_parts(table, 20)
     remove_rows(table.store, table.list_parts(), frozenset({SHAS[3], SHAS[30]}))
     _, has_n = table.lookup(SHAS)
@@ -240,7 +240,7 @@ def test_a_larger_training_side_belongs_to_its_dataset(tmp_path: Path) -> None:
     assert describe_crop(make_prepared(tmp_path, larger=True)) == {"dataset": "pets", "train_size": [40, 40]}
 
 
-def test_merging_into_a_part_that_is_there_keeps_it(table: Table) -> None:
+def test_merging_into_a_part_that_is_there_keeps_it(table: EmbeddingTable) -> None:
     whole = table.write(SHAS[:10], VECTORS[:10])
     table.write(SHAS[:4], VECTORS[:4])
     assert table.merge(many=1) == 2
