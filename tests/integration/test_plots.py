@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionloop.evaluation.label_metrics import Outcome
+from visionloop.evaluation.label_metrics import LabelCounts
 from visionloop.evaluation.metrics import compute_class_figures, compute_confusion
 from visionloop.evaluation.plots import (
     Mistake,
@@ -50,7 +50,7 @@ def draw_all() -> dict[str, bytes]:
         "classes": draw_classes(compute_class_figures(confusion_kk, ODD_NAMES)),
         "confidence": draw_confidence(confidence_n, confidence_n > 0.4),
         "mistakes": draw_mistakes(make_mistakes(7), 9, 200),
-        "outcomes": draw_outcomes([Outcome(name, 9 - i, i, 3 * i) for i, name in enumerate(ODD_NAMES)]),
+        "outcomes": draw_outcomes([LabelCounts(name, 9 - i, i, 3 * i) for i, name in enumerate(ODD_NAMES)]),
     }
 
 
@@ -101,7 +101,7 @@ def test_confidence_without_a_single_right_answer_is_drawn():
 
 @pytest.mark.parametrize(
     "outcomes",
-    [[], [Outcome("a", 0, 3, 0)], [Outcome("a", 0, 0, 5), Outcome("b", 1, 0, 900)]],
+    [[], [LabelCounts("a", 0, 3, 0)], [LabelCounts("a", 0, 0, 5), LabelCounts("b", 1, 0, 900)]],
     ids=["none", "all missed", "only wrongly said"],
 )
 def test_outcomes_of_odd_classes_are_drawn(outcomes):
@@ -111,6 +111,6 @@ def test_outcomes_of_odd_classes_are_drawn(outcomes):
 
 
 def test_outcomes_shows_the_worst_forty_of_many():
-    forty, ninety = ([Outcome(str(i), i + 1, 90 - i, i) for i in range(number)] for number in (40, 90))
+    forty, ninety = ([LabelCounts(str(i), i + 1, 90 - i, i) for i in range(number)] for number in (40, 90))
     heights = [Image.open(io.BytesIO(draw_outcomes(outcomes))).height for outcomes in (forty, ninety)]
     assert heights[0] == heights[1]

@@ -25,7 +25,7 @@ from visionloop.evaluation.answers import (
     get_truth,
     join_names,
 )
-from visionloop.evaluation.label_metrics import compute_outcomes
+from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures, IntArray
 from visionloop.evaluation.plots import (
     Mistake,
@@ -158,7 +158,7 @@ def _draw_figures(
     """Draw the figures; a matrix cannot show several labels, so each class then has bars of its own."""
     if answers.is_several:
         targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
-        first = {"outcomes": draw_outcomes(compute_outcomes(targets_nk, chosen_nk, answers.classes))}
+        first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, answers.classes))}
     else:
         first = {"confusion": draw_confusion(confusion_kk, prepared.classes)}
     num_wrong = int((~answers.hits_n).sum())

@@ -25,7 +25,7 @@ CLIP = np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LabelCounts:
     """How often a class is found (true positives), missed (false negatives), and wrongly said (false positives)."""
 
     name: str
@@ -180,11 +180,11 @@ def _count_rows(rows_rn: IntArray, num_images: int) -> FloatArray:
     return times.reshape(len(rows_rn), num_images).astype(np.float64)
 
 
-def compute_outcomes(targets_nk: BoolArray, chosen_nk: BoolArray, classes: Sequence[str]) -> list[Outcome]:
+def count_labels(targets_nk: BoolArray, chosen_nk: BoolArray, classes: Sequence[str]) -> list[LabelCounts]:
     """Count for every class the images in which it is found, missed, and said though it is not there."""
     found_k = (targets_nk & chosen_nk).sum(axis=0)
     missed_k, extra_k = (targets_nk & ~chosen_nk).sum(axis=0), (chosen_nk & ~targets_nk).sum(axis=0)
-    return [Outcome(name, int(found_k[k]), int(missed_k[k]), int(extra_k[k])) for k, name in enumerate(classes)]
+    return [LabelCounts(name, int(found_k[k]), int(missed_k[k]), int(extra_k[k])) for k, name in enumerate(classes)]
 
 
 def compute_swaps(targets_nk: BoolArray, chosen_nk: BoolArray) -> IntArray:

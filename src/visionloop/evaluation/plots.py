@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
-from visionloop.evaluation.label_metrics import Outcome
+from visionloop.evaluation.label_metrics import LabelCounts
 from visionloop.evaluation.metrics import ClassFigures, IntArray, compute_calibration_error, compute_confidence_bins
 
 DPI = 110
@@ -125,7 +125,7 @@ def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1
     return sink.getvalue()
 
 
-def draw_outcomes(outcomes: Sequence[Outcome], *, title: str = "Found, missed and wrongly said") -> bytes:
+def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, missed and wrongly said") -> bytes:
     """Draw how often each class is found, missed, and said where it is not, worst first; of many classes the 40 worst.
 
     All as a share of the images that have the class: to the right found and missed, to the left wrongly said.

@@ -7,12 +7,12 @@ import pytest
 from sklearn import metrics as reference
 
 from visionloop.evaluation.label_metrics import (
-    Outcome,
+    LabelCounts,
     compute_label_figures,
     compute_label_losses,
     compute_label_metrics,
-    compute_outcomes,
     compute_swaps,
+    count_labels,
     make_macro_f1,
 )
 from visionloop.evaluation.metrics import compute_confusion, compute_macro_f1, draw_rows
@@ -122,8 +122,8 @@ def test_what_is_missed_and_what_is_said_instead():
     targets_nk = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]], bool)
     chosen_nk = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]], bool)
     assert compute_swaps(targets_nk, chosen_nk).tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
-    assert compute_outcomes(targets_nk, chosen_nk, "abc") == [
-        Outcome("a", found=1, missed=0, extra=1),
-        Outcome("b", found=1, missed=1, extra=0),
-        Outcome("c", found=0, missed=1, extra=1),
+    assert count_labels(targets_nk, chosen_nk, "abc") == [
+        LabelCounts("a", found=1, missed=0, extra=1),
+        LabelCounts("b", found=1, missed=1, extra=0),
+        LabelCounts("c", found=0, missed=1, extra=1),
     ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visionloop.errors import TrackingError
-from visionloop.evaluation.label_metrics import compute_outcomes
+from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import IntArray, compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
 from visionloop.tracking import Tracking
@@ -51,7 +51,7 @@ class ConfusionView(View):
         path = folder / f"epoch-{epoch:03d}.png"
         of_images = f"of {len(targets):,} validation images, epoch {epoch}"
         if targets.ndim == 2:
-            outcomes = compute_outcomes(targets.cpu().numpy() > 0.5, units_nu.cpu().numpy() > 0, classes)
+            outcomes = count_labels(targets.cpu().numpy() > 0.5, units_nu.cpu().numpy() > 0, classes)
             path.write_bytes(draw_outcomes(outcomes, title=f"Answers {of_images}"))
         else:
             confusion_kk = count_confusion(units_nu, targets, len(classes))
