@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from visionloop.features.album import Album
     from visionloop.features.encoder import Encoder
     from visionloop.features.projection import Method
-    from visionloop.features.similar import Match, Query
+    from visionloop.features.similar import QueryImage, SimilarImage
 
 EncoderName = StrEnum("EncoderName", ("auto", "candidate", "champion", "params"))
 MethodName = StrEnum("MethodName", ("auto", "pca", "tsne"))
@@ -221,7 +221,7 @@ def _choose_encoder(workspace: Workspace, prepared: "Prepared", name: EncoderNam
     return make_encoder(workspace, prepared)
 
 
-def _describe_matches(album: "Album", query: "Query", matches: "list[Match]") -> list[str]:
+def _describe_matches(album: "Album", query: "QueryImage", matches: "list[SimilarImage]") -> list[str]:
     from visionloop.words import cut, fit
 
     lines = [f"{fit(query.name)}:"]
@@ -246,7 +246,7 @@ def _describe_suspects(album: "Album", suspects: "Any") -> list[str]:
     return [*lines, *([f"  and {len(suspects) - SHOWN:,} more"] if len(suspects) > SHOWN else [])]
 
 
-def _describe_json(album: "Album", queries: "list[Query]", found: "list[list[Match]]") -> dict[str, Any]:
+def _describe_json(album: "Album", queries: "list[QueryImage]", found: "list[list[SimilarImage]]") -> dict[str, Any]:
     prepared = album.prepared
     return {
         "dataset": prepared.pin.name,

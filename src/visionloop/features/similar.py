@@ -22,7 +22,7 @@ MAX_DRAWN = 12  # queries in one picture
 
 
 @dataclass(frozen=True)
-class Query:
+class QueryImage:
     """What is looked for: its name, a small picture of it, and its row in the album or else the encoder's input."""
 
     name: str
@@ -33,7 +33,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Match:
+class SimilarImage:
     """An image of the dataset, and its cosine distance (0 to 2) to the query. `is_same`: the very same bytes."""
 
     row: int
@@ -41,7 +41,7 @@ class Match:
     is_same: bool
 
 
-def read_query(text: str, album: Album) -> Query:
+def read_query(text: str, album: Album) -> QueryImage:
     """Read a file, or the sha256 of an image of the dataset (or its first eight digits or more).
 
     Raises:
@@ -59,10 +59,10 @@ def read_query(text: str, album: Album) -> Query:
         found = f"begins {len(rows)} images" if rows else "is no image of the prepared dataset, and no file"
         raise SourceError(text, found, "one image", "See `visionloop datasets show`; give more digits.")
     name = f"{album.prepared.sha256_n[rows[0]][:12]} {album.get_origin(rows[0])}"
-    return Query(name, album.prepared.sha256_n[rows[0]], album.load_picture(rows[0], CELL_PX), row=rows[0])
+    return QueryImage(name, album.prepared.sha256_n[rows[0]], album.load_picture(rows[0], CELL_PX), row=rows[0])
 
 
-def find_similar(album: Album, queries: Sequence[Query], k: int) -> list[list[Match]]:
+def find_similar(album: Album, queries: Sequence[QueryImage], k: int) -> list[list[SimilarImage]]:
     """Return the k nearest images of each query, nearest first; an image of the dataset is not among its own."""
     if not queries:
         return []
@@ -72,7 +72,7 @@ def find_similar(album: Album, queries: Sequence[Query], k: int) -> list[list[Ma
     for query, distances, rows in zip(queries, distance_mk, row_mk, strict=True):
         sha256s = [album.prepared.sha256_n[row] for row in rows]
         matches = [
-            Match(int(row), float(distance), sha256 == query.sha256)
+            SimilarImage(int(row), float(distance), sha256 == query.sha256)
             for row, distance, sha256 in zip(rows, distances, sha256s, strict=True)
             if row != query.row
         ]
@@ -80,7 +80,7 @@ def find_similar(album: Album, queries: Sequence[Query], k: int) -> list[list[Ma
     return found
 
 
-def draw_similar(album: Album, queries: Sequence[Query], found: Sequence[Sequence[Match]]) -> bytes:
+def draw_similar(album: Album, queries: Sequence[QueryImage], found: Sequence[Sequence[SimilarImage]]) -> bytes:
     """Draw each query and its matches as one row, as PNG; of many queries the first."""
     cells: list[Cell] = []
     columns = 1 + max((len(matches) for matches in found), default=0)
@@ -96,7 +96,7 @@ def draw_similar(album: Album, queries: Sequence[Query], found: Sequence[Sequenc
     return draw_contact_sheet(cells, title, columns=columns, cell_px=CELL_PX)
 
 
-def _read_file(path: Path, album: Album) -> Query:
+def _read_file(path: Path, album: Album) -> QueryImage:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ImageError(path.name, "is too large", f"at most {MAX_BYTES:,} bytes", reason_code="too_large")
@@ -106,10 +106,10 @@ def _read_file(path: Path, album: Album) -> Query:
     picture = decode_image(data, path.name)
     picture.thumbnail((CELL_PX, CELL_PX))
     image = album.encoder.decode(data, path.name)
-    return Query(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
+    return QueryImage(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
 
 
-def _embed(album: Album, query: Query) -> FloatArray:
+def _embed(album: Album, query: QueryImage) -> FloatArray:
     if query.row is not None:
         return np.asarray(album.embedding_nd[query.row])
     assert query.image is not None
