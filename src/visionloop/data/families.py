@@ -45,7 +45,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class FamilyLeak:
     """What did not fit: member `one` leaks to `other` on another side (`across`), or is `excluded` because of it.
 
     `side` is where the family of `one` was by then; None: nowhere yet, or in the middle between two.
@@ -64,7 +64,7 @@ class Families:
 
     sides: list[str]
     keys: list[str]
-    findings: list[Finding]
+    leaks: list[FamilyLeak]
 
 
 def place_members(
@@ -96,7 +96,7 @@ class _Placing:
         self.parents = list(range(len(members)))
         self.states = [m.side or ("learn" if m.learn else None) for m in members]
         self.excluded: set[int] = set()
-        self.findings: dict[tuple[int, str], Finding] = {}
+        self.leaks: dict[tuple[int, str], FamilyLeak] = {}
 
     def rank(self, pair: Pair) -> int:
         """Given sides first, then what follows them, then the rest."""
@@ -146,7 +146,7 @@ class _Placing:
             else:
                 sides.append(choose(keys[roots[i]], state == "learn"))
         own = [m.key if m.is_old or i in self.excluded else keys[roots[i]] for i, m in enumerate(self.members)]
-        left = [f for f in self.findings.values() if f.kind == "excluded" or not {f.one, f.other} & self.excluded]
+        left = [f for f in self.leaks.values() if f.kind == "excluded" or not {f.one, f.other} & self.excluded]
         return Families(sides, own, left)
 
     def _join_group(self, together: Sequence[int]) -> None:
@@ -181,11 +181,11 @@ class _Placing:
             self._exclude(one, other, pair)
         else:
             side = self.members[other].side or "learn"
-            self.findings.setdefault((one, side), Finding("across", one, other, pair, self.members[one].side))
+            self.leaks.setdefault((one, side), FamilyLeak("across", one, other, pair, self.members[one].side))
 
     def _exclude(self, one: int, other: int, pair: Pair | None) -> None:
         self.excluded.add(one)
-        self.findings[one, "excluded"] = Finding("excluded", one, other, pair, self.states[self._find(one)])
+        self.leaks[one, "excluded"] = FamilyLeak("excluded", one, other, pair, self.states[self._find(one)])
 
     def _find(self, i: int) -> int:
         while self.parents[i] != i:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from visionloop.data.duplicates import THUMB_PX, Pairs, compute_difference, find_near_pairs
-from visionloop.data.families import Families, Finding, Member, Pair, choose_random_sides, choose_side, place_members
+from visionloop.data.families import Families, FamilyLeak, Member, Pair, choose_random_sides, choose_side, place_members
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import make_image_key
@@ -139,7 +139,7 @@ def decide_sides(
 
     near = [replace(pair, one=place_of[pair.one], other=place_of[pair.other]) for pair in pairs]
     families = place_members([_make_member(p) for p in people], near, choose, exclude_leaks=split.on_leak == "exclude")
-    leaks = [_make_leak(f, people, families) for f in families.findings if max(f.one, f.other) >= len(touched)]
+    leaks = [_make_leak(f, people, families) for f in families.leaks if max(f.one, f.other) >= len(touched)]
     if split.on_leak == "fail" and (across := [leak for leak in leaks if leak.kind == "across"]):
         raise make_leak_error(across)
     placed = zip(people[len(touched) :], families.sides[len(touched) :], families.keys[len(touched) :], strict=True)
@@ -194,7 +194,7 @@ def _make_member(one: ImageRecord | Newcomer) -> Member:
     return Member(one.sha256, one.group or one.sha256, one.group, one.side, one.learn and not one.side)
 
 
-def _make_leak(finding: Finding, people: Sequence[ImageRecord | Newcomer], families: Families) -> Leak:
+def _make_leak(finding: FamilyLeak, people: Sequence[ImageRecord | Newcomer], families: Families) -> Leak:
     one, other, pair = people[finding.one], people[finding.other], finding.pair
     sides = families.sides[finding.one], families.sides[finding.other]
     tie = f"near duplicates, {pair.distance} bits apart" if pair else f"the same group, {one.group}"

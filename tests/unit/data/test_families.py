@@ -25,14 +25,14 @@ def place(members: Sequence[Member], *links: tuple[int, int], exclude_leaks: boo
 
 
 def describe(families: Families) -> list[tuple[str, int, int]]:
-    return [(f.kind, f.one, f.other) for f in families.findings]
+    return [(f.kind, f.one, f.other) for f in families.leaks]
 
 
 def test_alone_the_side_is_the_hash_of_the_key() -> None:
     families = place([make("a"), make("b"), make("c", group="film")])
     assert families.sides == [choose("a", False), choose("b", False), choose("film", False)]
     assert families.keys == ["a", "b", "film"]
-    assert families.findings == []
+    assert families.leaks == []
 
 
 def test_a_chain_takes_the_key_of_its_earliest_member() -> None:
@@ -57,7 +57,7 @@ def test_an_image_that_would_link_two_sides_is_excluded_and_named() -> None:
     families = place([*olds, make("c"), make("d")], (2, 0), (2, 1), (3, 2))
     assert families.sides[:3] == ["train", "test", "excluded"]
     assert describe(families) == [("excluded", 2, 1)]
-    assert families.findings[0].side == "train"
+    assert families.leaks[0].side == "train"
     assert families.sides[3] == choose("d", False)  # an excluded image links nothing
 
 
