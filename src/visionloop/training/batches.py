@@ -146,7 +146,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Augmentation:
     """What is done to the images of a side. `seed`: None for validation, which sees each image as it is.
 
     `done_by`: the loader; the device, which is given whole images and draws; or the device that has the images already.
@@ -163,12 +163,12 @@ class Batches(Dataset[Batch]):
     def __init__(
         self,
         prepared: Prepared,
-        reading: Reading,
+        augmentation: Augmentation,
         key_n: UInt64Array,
         embedding_nd: NDArray[np.float32] | None = None,
     ) -> None:
         """Take `key_n`, one for each row of the prepared data; with embeddings, one of them for each row too."""
-        self.prepared, self.reading, self.key_n, self.embedding_nd = prepared, reading, key_n, embedding_nd
+        self.prepared, self.augmentation, self.key_n, self.embedding_nd = prepared, augmentation, key_n, embedding_nd
 
     def __getitem__(self, key: Any) -> Batch:
         targets = self.prepared.label_n if self.prepared.targets_nk is None else self.prepared.targets_nk
@@ -187,16 +187,16 @@ class Batches(Dataset[Batch]):
     def _read(self, key: BatchKey) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         if self.embedding_nd is not None:
             return self.embedding_nd[key.rows_n], None
-        prepared, reading = self.prepared, self.reading
-        if reading.seed is not None and reading.done_by == "loader" and reading.preset == "none":
-            return prepared.read_crops(key.rows_n, seed=reading.seed, epoch=key.epoch), None
-        draws_nd = self._draw(key) if reading.seed is not None else None
-        if reading.done_by == "resident":
+        prepared, augmentation = self.prepared, self.augmentation
+        if augmentation.seed is not None and augmentation.done_by == "loader" and augmentation.preset == "none":
+            return prepared.read_crops(key.rows_n, seed=augmentation.seed, epoch=key.epoch), None
+        draws_nd = self._draw(key) if augmentation.seed is not None else None
+        if augmentation.done_by == "resident":
             return np.empty((len(key.rows_n), 0), np.uint8), draws_nd
         if draws_nd is None:
             return prepared.read(key.rows_n), None
         images_nhwc = read_whole(prepared, key.rows_n)
-        if reading.done_by == "device":
+        if augmentation.done_by == "device":
             return images_nhwc, draws_nd
         return augment_images(images_nhwc, draws_nd, prepared.size_hw), None
 
@@ -205,19 +205,19 @@ class Batches(Dataset[Batch]):
 
         A crop without a preset is that of `Prepared.read_crops`.
         """
-        prepared, reading, rows_n = self.prepared, self.reading, key.rows_n
-        assert reading.seed is not None
-        if reading.preset != "none":
-            bits_n = draw_bits(self.key_n[rows_n], seed=reading.seed, epoch=key.epoch, purpose=AUGMENT)
+        prepared, augmentation, rows_n = self.prepared, self.augmentation, key.rows_n
+        assert augmentation.seed is not None
+        if augmentation.preset != "none":
+            bits_n = draw_bits(self.key_n[rows_n], seed=augmentation.seed, epoch=key.epoch, purpose=AUGMENT)
             uniform_nd = draw_uniform(bits_n, NUM_UNIFORM, key.turns_n)
-            return draw_preset(reading.preset, uniform_nd, frame_images(prepared, rows_n), prepared.size_hw)
+            return draw_preset(augmentation.preset, uniform_nd, frame_images(prepared, rows_n), prepared.size_hw)
         if prepared.train_shards is None:
             return None
         height, width = prepared.size_hw
         boxes = []
         for row, (top, left, frame_h, frame_w) in zip(rows_n, frame_images(prepared, rows_n), strict=True):
             free = int(frame_h) - height, int(frame_w) - width
-            down, right = choose_crop(prepared.sha256_n[row], free, seed=reading.seed, epoch=key.epoch)
+            down, right = choose_crop(prepared.sha256_n[row], free, seed=augmentation.seed, epoch=key.epoch)
             boxes.append((top + down, left + right, height, width))
         return draw_crops(np.asarray(boxes, np.int64).reshape(-1, 4))
 

@@ -17,7 +17,7 @@ from visionloop.data.images import UInt8Array
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.parallel import count_cores
 from visionloop.training.augment import PRESETS, augment_batch, make_image_keys
-from visionloop.training.batches import Batch, Batches, BatchRows, Reading, check_world, count_parts, read_whole
+from visionloop.training.batches import Augmentation, Batch, Batches, BatchRows, check_world, count_parts, read_whole
 from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
 from visionloop.training.loader import Loader
@@ -153,7 +153,7 @@ class PreparedData(pl.LightningDataModule):
 
     def _make_loader(self, sampler: BatchRows, preset: str, workers: int) -> Loader:
         done_by = "resident" if self.resident else "device" if self.on_device else "loader"
-        batches = Batches(self.prepared, Reading(preset, sampler.seed, done_by), self.key_n, self.embedding_nd)
+        batches = Batches(self.prepared, Augmentation(preset, sampler.seed, done_by), self.key_n, self.embedding_nd)
         self._loaders.append(Loader(batches, sampler, workers=workers, pinned=self.pinned))
         return self._loaders[-1]
 

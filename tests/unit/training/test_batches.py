@@ -12,9 +12,9 @@ from visionloop.errors import DatasetError
 from visionloop.training.augment import count_turns, draw_bits, draw_uniform, make_image_keys
 from visionloop.training.batches import (
     PADDING,
+    Augmentation,
     Batches,
     BatchRows,
-    Reading,
     check_world,
     count_parts,
     frame_images,
@@ -157,7 +157,7 @@ def test_an_image_comes_out_the_same_whatever_its_batch(tmp_path: Path, preset: 
     prepared = make_prepared(tmp_path, train_px=40)
     rows = prepared.rows("train")
     key_n = make_image_keys(prepared.sha256_n)
-    batches = Batches(prepared, Reading(preset, 5, done_by), key_n)
+    batches = Batches(prepared, Augmentation(preset, 5, done_by), key_n)
     seen = []
     for step_size, world in ((4, World()), (9, World(1, 2)), (9, World(0, 2))):
         sampler = BatchRows(rows, step_size, 5, key_n=key_n[rows], world=world)
@@ -198,7 +198,7 @@ def test_all_sides_together_are_read_and_augmented(tmp_path: Path) -> None:
 
 def test_padding_is_black_of_class_zero_and_marked(tmp_path: Path) -> None:
     prepared = make_prepared(tmp_path)
-    batches = Batches(prepared, Reading(), make_image_keys(prepared.sha256_n))
+    batches = Batches(prepared, Augmentation(), make_image_keys(prepared.sha256_n))
     rows = prepared.rows("val")[:2]
     (key,) = BatchRows(rows, 8, None, world=World(1, 3))
     one = batches[key]
@@ -221,7 +221,7 @@ def test_a_smaller_image_lies_in_the_middle_mirrored_beyond_its_edges(tmp_path: 
 
 def test_batches_travel_to_another_process_without_their_images(tmp_path: Path) -> None:
     prepared: Prepared = make_prepared(tmp_path, number=400)
-    batches = Batches(prepared, Reading("light", 0), make_image_keys(prepared.sha256_n))
+    batches = Batches(prepared, Augmentation("light", 0), make_image_keys(prepared.sha256_n))
     data = pickle.dumps(batches)
     assert len(data) < 100_000 < prepared.shards.arrays[0].nbytes
     (key,) = BatchRows(prepared.rows("train")[:6], 6, 0)
