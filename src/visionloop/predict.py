@@ -23,7 +23,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class FileAnswer:
+class FilePrediction:
     """The answer for one file: a prediction, or the reason why there is none."""
 
     path: str
@@ -79,9 +79,9 @@ def predict_files(
     files: Sequence[Path],
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[FileAnswer]:
+) -> list[FilePrediction]:
     """Answer for files, a batch at a time, in their order; a file that cannot be used gets its reason."""
-    answers: list[FileAnswer] = []
+    answers: list[FilePrediction] = []
     for start in range(0, len(files), BATCH):
         batch = files[start : start + BATCH]
         decoded = list(map_parallel(lambda path: _decode(predictor, path), batch))
@@ -89,12 +89,14 @@ def predict_files(
         predictions = iter(predictor.answer(predictor.run_batches(np.stack(arrays))) if arrays else [])
         for path, one in zip(batch, decoded, strict=True):
             good = isinstance(one, np.ndarray)
-            answers.append(FileAnswer(str(path), next(predictions)) if good else FileAnswer(str(path), None, str(one)))
+            answers.append(
+                FilePrediction(str(path), next(predictions)) if good else FilePrediction(str(path), None, str(one))
+            )
         on_progress(len(answers), len(files))
     return answers
 
 
-def write_answers(answers: Sequence[FileAnswer], out: Path, predictor: Predictor) -> None:
+def write_answers(answers: Sequence[FilePrediction], out: Path, predictor: Predictor) -> None:
     """Write the answers, whole or not at all. CSV: path, prediction, confidence, error, one column a class.
 
     Several labels are one text in `prediction`, divided by `|`; JSON lines have them as a list too.

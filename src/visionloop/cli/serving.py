@@ -11,7 +11,7 @@ from visionloop.cli.stages import die_with_guardian
 from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
-    from visionloop.predict import FileAnswer
+    from visionloop.predict import FilePrediction
 
 BAR_CHARS = 20
 
@@ -53,7 +53,7 @@ def predict(
         print(f"{failed:,} of {len(answers):,} files could not be used")
 
 
-def describe_answer(answer: "FileAnswer", width: int, top: int) -> list[str]:
+def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
     """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not."""
     name = f"{_shorten_path(answer.path):<{width}}"
     if answer.prediction is None:
