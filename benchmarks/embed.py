@@ -126,12 +126,12 @@ def compute_cosine(encoder: Encoder, settings: Settings, prepared: Prepared, nam
     """Return the smallest cosine between our vectors and those of eager fp32, for the same weights and images."""
     import torch
 
-    from visionloop.networks.export import Encoder as Network
+    from visionloop.networks.export import EmbeddingNetwork
     from visionloop.networks.weights import load_backbone
 
     images = prepared.read(np.arange(min(32, len(prepared.sha256_n))))
     section = make_params(settings, name).train
-    network = Network(*load_backbone(section, prepared.size_hw, settings.home)).eval()
+    network = EmbeddingNetwork(*load_backbone(section, prepared.size_hw, settings.home)).eval()
     with torch.no_grad():
         plain = network(torch.from_numpy(images)).numpy()
     ours = encoder.embed(images)

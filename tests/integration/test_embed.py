@@ -224,15 +224,14 @@ def test_openvino_gives_the_same_vectors_and_reports_to_nobody(home: Path, tmp_p
 
 
 def test_the_torch_encoder_agrees_with_the_exported_one(home: Path) -> None:
-    from visionloop.networks.export import Encoder as Network
-    from visionloop.networks.export import TorchEncoder
+    from visionloop.networks.export import EmbeddingNetwork, TorchEncoder
     from visionloop.networks.weights import load_backbone
 
     settings = load_settings({}, home)
     params, prepared = load_params(settings.params_path), load_prepared(settings.prepared_dir)
     images = prepared.read(np.arange(20))
     known = make_encoder(connect(settings, params), prepared).embed(images)
-    network = Network(*load_backbone(params.train, prepared.size_hw, home))
+    network = EmbeddingNetwork(*load_backbone(params.train, prepared.size_hw, home))
     np.testing.assert_allclose(TorchEncoder(network, device="cpu", precision="fp32").embed(images), known, atol=1e-4)
     rough = TorchEncoder(network, device="cpu", precision="bf16").embed(images)
     cosine_n = (known * rough).sum(1) / np.linalg.norm(known, axis=1) / np.linalg.norm(rough, axis=1)

@@ -177,14 +177,19 @@ def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts
             return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
         except BundleError:  # damaged: exported again
             model.unlink()
-    from visionloop.networks.export import Encoder as Network
-    from visionloop.networks.export import TorchEncoder, compute_weights_digest, export_encoder, has_gpu
+    from visionloop.networks.export import (
+        EmbeddingNetwork,
+        TorchEncoder,
+        compute_weights_digest,
+        export_encoder,
+        has_gpu,
+    )
     from visionloop.networks.weights import load_backbone
 
     backbone, num_features = load_backbone(section, facts.image_size, home)
     if compute_weights_digest(backbone) != facts.weights_digest:
         raise TrainingError("params.yaml train.weights", "changed while they were used", "the same weights all along")
-    network = Network(backbone, num_features)
+    network = EmbeddingNetwork(backbone, num_features)
     if facts.runtime == "torch":
         return TorchEncoder(network, device="cuda" if has_gpu() else "cpu", precision=facts.precision).embed
     _write_atomically(model, lambda path: export_encoder(network, facts.image_size, path))

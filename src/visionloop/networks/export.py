@@ -83,7 +83,7 @@ def _quiet_logging():  # type: ignore[no-untyped-def]
         logging.disable(before)
 
 
-class Encoder(nn.Module):
+class EmbeddingNetwork(nn.Module):
     """Maps uint8 images (n, h, w, 3) to embeddings (n, d), exactly as a classifier around this backbone does."""
 
     def __init__(self, backbone: nn.Module, num_features: int) -> None:
@@ -96,12 +96,12 @@ class Encoder(nn.Module):
 
 
 class TorchEncoder:
-    """Runs an encoder by torch, as a GPU wants it: bf16, channels_last, normalised where it is computed."""
+    """Runs an embedding network in torch, as is fast on a GPU: bf16, channels_last, normalised on the device."""
 
-    def __init__(self, encoder: Encoder, *, device: str = "cuda", precision: str = "bf16") -> None:
+    def __init__(self, network: EmbeddingNetwork, *, device: str = "cuda", precision: str = "bf16") -> None:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.encoder = encoder.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
 
     def embed(self, images_nhwc: UInt8Array) -> NDArray[np.float32]:
         """Map images (n, h, w, 3) to embeddings (n, d), so many at a time that memory stays flat."""
@@ -115,13 +115,13 @@ class TorchEncoder:
             images_nhwc = images_nhwc.pin_memory()
         enabled = self.dtype == torch.bfloat16
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=enabled):
-            embedding_nd = self.encoder(images_nhwc.to(self.device, non_blocking=True))
+            embedding_nd = self.network(images_nhwc.to(self.device, non_blocking=True))
         return embedding_nd.float()  # type: ignore[no-any-return]
 
 
-def export_encoder(encoder: Encoder, size_hw: tuple[int, int], path: Path) -> None:
-    """Write an encoder as ONNX: input `images` uint8 (n, h, w, 3), output `embedding` (n, d)."""
-    export_module(encoder.cpu().eval(), size_hw, ("embedding",), path)
+def export_encoder(network: EmbeddingNetwork, size_hw: tuple[int, int], path: Path) -> None:
+    """Write an embedding network as ONNX: input `images` uint8 (n, h, w, 3), output `embedding` (n, d)."""
+    export_module(network.cpu().eval(), size_hw, ("embedding",), path)
 
 
 def compute_weights_digest(backbone: nn.Module) -> str:
