@@ -35,7 +35,7 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ChunkImage:
     """One image to prepare. `num_pixels` is its size when it was let in: a limit lowered since then does not matter."""
 
     sha256: str
@@ -53,16 +53,16 @@ class Chunk:
     offset: int
     size_hw: tuple[int, int]
     resize: str
-    images: tuple[Wanted, ...]
+    images: tuple[ChunkImage, ...]
 
     @property
     def num_bytes(self) -> int:
         return len(self.images) * self.size_hw[0] * self.size_hw[1] * 3
 
 
-def make_wanted(record: ImageRecord) -> Wanted:
+def make_chunk_image(record: ImageRecord) -> ChunkImage:
     """Return what a worker needs to know of an image."""
-    return Wanted(record.sha256, record.origins[0], record.num_bytes, record.width * record.height)
+    return ChunkImage(record.sha256, record.origins[0], record.num_bytes, record.width * record.height)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class ChunkMaker:
         store = _open_once(self.store) if isinstance(self.store, str) else self.store
         images_nhwc = np.empty((len(chunk.images), *chunk.size_hw, 3), np.uint8)
         with contextlib.closing(_read_ahead(store, chunk.images)) as encoded:
-            for row, (wanted, data) in enumerate(zip(chunk.images, encoded, strict=True)):
-                images_nhwc[row] = _decode(wanted, data, chunk)
+            for row, (image, data) in enumerate(zip(chunk.images, encoded, strict=True)):
+                images_nhwc[row] = _decode(image, data, chunk)
         if self.folder is None:
             return chunk, images_nhwc
         write_chunk(self.folder, chunk, images_nhwc)
@@ -130,20 +130,20 @@ def compute_checksum(images: UInt8Array) -> int:
     return int(flat[:whole].view(np.uint64).sum(dtype=np.uint64)) + int(flat[whole:].sum(dtype=np.uint64))
 
 
-def _decode(wanted: Wanted, data: bytes, chunk: Chunk) -> UInt8Array:
+def _decode(image: ChunkImage, data: bytes, chunk: Chunk) -> UInt8Array:
     """Decode bytes that are those that were ingested: cheap to prove, and a damaged JPEG often decodes all the same."""
     try:
-        if hashlib.sha256(data).hexdigest() != wanted.sha256:
-            raise _make_error(wanted)
-        limit = max(MAX_PIXELS, wanted.num_pixels)
-        return load_array(data, wanted.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=limit)
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            raise _make_error(image)
+        limit = max(MAX_PIXELS, image.num_pixels)
+        return load_array(data, image.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=limit)
     except ImageError as exc:
-        raise _make_error(wanted) from exc
+        raise _make_error(image) from exc
 
 
-def _make_error(wanted: Wanted) -> DatasetError:
+def _make_error(image: ChunkImage) -> DatasetError:
     return DatasetError(
-        f"image {wanted.sha256[:12]} ({wanted.origin})",
+        f"image {image.sha256[:12]} ({image.origin})",
         "is missing from the store or damaged there",
         "its bytes as they were ingested",
         "Run `visionloop ingest --verify`: it mends what its source still has.",
@@ -155,14 +155,14 @@ def _open_once(url: str) -> ObjectStore:
     return open_store(url)
 
 
-def _read_ahead(store: ObjectStore, images: Sequence[Wanted]) -> Generator[bytes, None, None]:
+def _read_ahead(store: ObjectStore, images: Sequence[ChunkImage]) -> Generator[bytes, None, None]:
     """Yield the bytes of images in their order; from a network, some are read while the first is decoded."""
 
-    def read(wanted: Wanted) -> bytes:
+    def read(image: ChunkImage) -> bytes:
         try:
-            return store.get(make_image_key(wanted.sha256))
+            return store.get(make_image_key(image.sha256))
         except ObjectMissing as exc:
-            raise _make_error(wanted) from exc
+            raise _make_error(image) from exc
 
     if store.url.startswith("file:"):
         yield from map(read, images)
@@ -171,13 +171,13 @@ def _read_ahead(store: ObjectStore, images: Sequence[Wanted]) -> Generator[bytes
     held = 0
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         try:
-            for wanted in images:
-                while waiting and (len(waiting) >= 2 * READERS or held + wanted.num_bytes > AHEAD_BYTES):
+            for image in images:
+                while waiting and (len(waiting) >= 2 * READERS or held + image.num_bytes > AHEAD_BYTES):
                     num_bytes, first = waiting.popleft()
                     held -= num_bytes
                     yield first.result()
-                waiting.append((wanted.num_bytes, pool.submit(read, wanted)))
-                held += wanted.num_bytes
+                waiting.append((image.num_bytes, pool.submit(read, image)))
+                held += image.num_bytes
             while waiting:
                 yield waiting.popleft()[1].result()
         finally:
@@ -210,7 +210,7 @@ class Layout:
         for name, records in self._list_shards():
             header = len(_make_header(len(records), self.size_hw))
             for row in range(0, len(records), per_chunk):
-                images = tuple(make_wanted(r) for r in records[row : row + per_chunk])
+                images = tuple(make_chunk_image(r) for r in records[row : row + per_chunk])
                 yield Chunk(name, row, header + row * self.image_bytes, self.size_hw, resize, images)
 
     def make_files(self, folder: Path) -> None:
