@@ -1,7 +1,8 @@
-"""Near duplicates: a perceptual hash of 64 bits, all pairs of hashes four bits apart or less, and the test on pixels.
+"""Near duplicates, in three steps: a 64-bit perceptual hash, all pairs of near hashes, a comparison of the pixels.
 
-Pure. The hash is stored with every image; families are built from confirmed pairs (`families.py`). Dimensions in
-names: n images or hashes, p pairs.
+Pure. The hash is stored with every image. Pairs whose pixels agree too are made into families (`families.py`).
+
+Dimensions in names: n images, u different hash values, p pairs, k frequencies, h, w pixels.
 """
 
 from collections.abc import Iterator
@@ -16,17 +17,18 @@ MIN_SIDE_PX = 32
 MAX_DISTANCE = 4
 _SIZE = 32
 _KEPT = 8
-# Weights as whole numbers: every sum stays below 2^24 (first product, float32) and 2^53 (second, float64), so that
-# it is exact in whatever order a processor adds, and a hash is the same on every machine.
+# The weights are rounded to whole numbers. Then every sum is a whole number, below 2^24 in the first product (float32)
+# and below 2^53 in the second (float64). Such sums are exact, so the hash is the same on every machine.
 _SCALE = 4096
-# OpenBLAS starts threads of its own above this size of a product; the callers are many threads already.
+# Size of a matrix product above which OpenBLAS starts its own threads. The callers already run in many threads.
 _ONE_THREAD = 262_144
 
-# Two of six bands agree when at most four bits differ: 15 sorted tables find every such pair.
+# The 64 bits are cut into six bands. If at most four bits differ, at least two bands are equal. See the example below.
 _BAND_BITS = (11, 11, 11, 11, 10, 10)
-# In a table a hash is compared with so many neighbours: none is missed before that many share 21 bits.
+# A hash is compared with this many neighbours in a sorted table. A pair is missed only where more hashes than that
+# share 20 bits or more.
 _WINDOW = 512
-# Bounds where thousands of images look alike (a camera that never moves): pairs per image, and pairs in all.
+# Limits where thousands of images look alike (a camera that never moves): pairs of an image, and pairs in all.
 _NEAREST = 16
 _MOST_PAIRS = 4_000_000
 
@@ -42,11 +44,12 @@ IntArray = NDArray[np.int64]
 
 
 def compute_phash_of_grey(grey_hw: NDArray[np.uint8]) -> str:
-    """Return the 64-bit DCT hash in hex of an upright grey image of any size. Empty below 32 px, where it means little.
+    """Return the 64-bit DCT hash in hex of an upright grey image of any size; "" if a side is below 32 px.
 
-    The image is averaged to 32 x 32 and its 64 lowest frequencies are kept. After Zauner, "Implementation and
-    benchmarking of perceptual image hash functions", 2010; the threshold is somewhat above the median, because most
-    coefficients lie near it and a re-saved image would turn them over. A plain colour has the first bit alone.
+    The image is averaged to 32 x 32 pixels. A bit says whether one of the 8 x 8 lowest frequencies is above a
+    threshold. After Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010. There the
+    threshold is the median; ours is a little higher. Most coefficients lie near the median, and saving the image again
+    would flip their bits. An image of one colour has only the first bit set.
     """
     height, width = grey_hw.shape
     if min(height, width) < MIN_SIDE_PX:
@@ -57,14 +60,17 @@ def compute_phash_of_grey(grey_hw: NDArray[np.uint8]) -> str:
         sums_kw += weights[:, top : top + step] @ grey_hw[top : top + step].astype(np.float32)
     values = (sums_kw @ _make_weights(width).T.astype(np.float64)).ravel()
     median = np.partition(values[1:], 31)[31]
-    # Whole numbers, compared as such: value > median + a quarter of the mean amplitude + half a grey level.
+    # value > median + mean amplitude / 4 + 1 / 2, multiplied by 252 = 4 x 63 so that all terms are whole numbers.
     bits = (values - median) * 252 > np.abs(values[1:]).sum() + 126 * _SCALE**2
     return np.packbits(bits).tobytes().hex()
 
 
 @lru_cache(maxsize=1024)
 def _make_weights(length: int) -> NDArray[np.float32]:
-    """Average `length` pixels to 32 and take the 8 lowest frequencies (DCT-II), as one matrix of whole numbers."""
+    """Return the matrix (8, length) that averages pixels to 32 and takes the 8 lowest frequencies (DCT-II).
+
+    Its values are multiplied by `_SCALE` and rounded to whole numbers.
+    """
     edges = np.arange(_SIZE + 1) * (length / _SIZE)
     pixels = np.arange(length)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -85,11 +91,26 @@ class Pairs:
 
 
 def find_near_pairs(hash_n: UInt64Array, kind_n: IntArray, first_new: int) -> Pairs:
-    """Return pairs of rows whose hashes are four bits apart or less, the later row at or after `first_new`.
+    """Return pairs of rows whose hashes differ in at most four bits. The later row is at or after `first_new`.
 
-    `kind_n` (small numbers) says on which side a row is: an image with more than 16 earlier neighbours of one kind
-    keeps the 16 nearest of them. So 10,000 equal images make 160,000 pairs, not fifty million, and one family still.
+    `kind_n` is a small number for the side of each row. Of each kind an image keeps the 16 nearest earlier rows. So
+    10,000 equal images give 160,000 pairs instead of 50 million, and they still end in one family.
     """
+    # Worked example (tests/unit/data/test_duplicates.py runs it), `first_new` = 1:
+    #
+    #   row 0   0x000000000     stored earlier
+    #   row 1   0x200400801     4 bits from row 0: bits 0, 11, 22 and 33, one in each of the first four bands
+    #   row 2   0x00000001F     5 bits from row 0: bits 0 to 4, all in the first band
+    #   row 3   0x200400801     equal to row 1
+    #
+    # 1. Different values, sorted: u0 = 0, u1 = 0x1F, u2 = 0x200400801. Rows 1 and 3 share u2.
+    # 2. A table keeps two of the six bands of each value and sorts by them. There are 15 ways to choose two bands.
+    #    u0 and u2 differ in bands 1 to 4. Only in the table of bands 5 and 6 are their keys equal (both 0). There
+    #    they are compared: 4 bits differ, so (u0, u2) is a pair.
+    #    u0 and u1 differ in band 1 alone, so ten tables compare them. 5 bits differ: no pair in any of them.
+    #    A pair that is found in several tables counts in the first one only.
+    # 3. Back to rows: u0 is row 0, u2 is rows 1 and 3, so (1, 0) and (3, 0). Equal hashes are a pair too: (3, 1).
+    # 4. Nearest first, at most 16 for each kind: row 1 keeps row 0 (4 bits); row 3 keeps row 1 (0) and row 0 (4).
     value_u, value_n = np.unique(hash_n, return_inverse=True)
     is_new_u = np.zeros(len(value_u), bool)
     is_new_u[value_n[first_new:]] = True
@@ -106,11 +127,16 @@ def find_near_pairs(hash_n: UInt64Array, kind_n: IntArray, first_new: int) -> Pa
 
 
 def compute_difference(thumbs_a: NDArray[np.uint8], thumbs_b: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return how different pairs of thumbnails (p, 32, 32, 3) look: 1 and below is a near duplicate, 0 is equal.
+    """Return how different pairs of thumbnails (p, 32, 32, 3) look, (p,). 0 is equal; up to 1 is a near duplicate.
 
-    The largest of three ratios to their limits: the root mean square difference in grey (8 levels); the same by the
-    contrast of the image (a quarter: fog is not fog); and the mean colour of the worst 4 x 4 patch (16 levels: a thing
-    that is there or is not, a coat of another colour). Re-saved and resized photos stay below a half.
+    It is the largest of three values, each divided by its limit:
+    - the root mean square difference in grey (limit 8 levels);
+    - the same, divided by the contrast of the image (limit 1/4): two different foggy scenes differ by few levels;
+    - the difference of the mean colour in the worst 4 x 4 patch (limit 16 levels): an object that is in one image only.
+
+    Photos that were saved again or resized stay below 0.5. Example: plain white (255) against plain 254. The grey
+    differs by 1: 1 / 8 = 0.125. The contrast is 0 and counts as 8: 1 / 8 / 0.25 = 0.5. The patch differs by 1:
+    1 / 16 = 0.06. The result is 0.5. Against plain 200 it is 55 / 8 / 0.25 = 27.5.
     """
     a, b = thumbs_a.astype(np.float32), thumbs_b.astype(np.float32)
     grey_a, grey_b = a @ _GREY, b @ _GREY
@@ -122,7 +148,10 @@ def compute_difference(thumbs_a: NDArray[np.uint8], thumbs_b: NDArray[np.uint8])
 
 
 def _find_near_values(value_u: UInt64Array, is_new_u: NDArray[np.bool_]) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield pairs of different values (positions in `value_u`) at most four bits apart, one of them new; each once."""
+    """Yield pairs of different values (positions in `value_u`) that differ in at most four bits.
+
+    At least one value of a pair is new. Each pair comes once.
+    """
     masks, found = _make_masks(), 0
     for number, mask in enumerate(masks):
         key_u = value_u & mask
@@ -139,7 +168,7 @@ def _find_near_values(value_u: UInt64Array, is_new_u: NDArray[np.bool_]) -> Iter
                 break
             apart = value[start] ^ value[start + step]
             hit = (np.bitwise_count(apart) <= MAX_DISTANCE) & (is_new[start] | is_new[start + step])
-            # Found by an earlier table already?
+            # An earlier table has found the pair if the bits that it keeps are equal.
             for earlier in masks[:number]:
                 hit &= (apart & earlier) != 0
             found += int(hit.sum())
@@ -154,7 +183,11 @@ def _make_masks() -> tuple[np.uint64, ...]:
 
 
 def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: IntArray) -> tuple[IntArray, IntArray]:
-    """Turn pairs of values into pairs of rows (later, earlier), as far as they are few: the first rows of each kind."""
+    """Turn pairs of values into pairs of rows (later, earlier).
+
+    Where this would give more than `_MOST_PAIRS` pairs, only the first rows of each value and kind are paired with
+    those of other values. Every other row is paired with the first rows of its own value.
+    """
     rank_n = _rank(value_n, kind_n)
     for most in (64, 16, 4, 1):
         rows = np.flatnonzero(rank_n < most)
@@ -165,7 +198,7 @@ def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: IntA
     first_u = np.cumsum(count_u) - count_u
     a, b = _cross(first_u[left_p], count_u[left_p], first_u[right_p], count_u[right_p])
     a, b = rows[a], rows[b]
-    # Beyond the first rows of a value: each with the very first rows of its own value.
+    # The remaining rows of each value: paired with the first rows of the same value.
     rest = np.flatnonzero(rank_n >= most)
     few_u = np.minimum(count_u, _NEAREST)
     c, d = _cross(np.arange(len(rest)), np.ones_like(rest), first_u[value_n[rest]], few_u[value_n[rest]])
@@ -174,7 +207,11 @@ def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: IntA
 
 
 def _cross(first_a: IntArray, count_a: IntArray, first_b: IntArray, count_b: IntArray) -> tuple[IntArray, IntArray]:
-    """Return all combinations of each range of a with its range of b, as two flat lists of positions."""
+    """Return all combinations of positions of the i-th range of a and the i-th range of b, as two flat lists.
+
+    Example: first_a = [10], count_a = [2], first_b = [50], count_b = [3] give a = 10 10 10 11 11 11 and
+    b = 50 51 52 50 51 52.
+    """
     total = count_a * count_b
     pair = np.repeat(np.arange(len(total)), total)
     place = np.arange(len(pair)) - np.repeat(np.cumsum(total) - total, total)
@@ -182,7 +219,7 @@ def _cross(first_a: IntArray, count_a: IntArray, first_b: IntArray, count_b: Int
 
 
 def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray, kind_n: IntArray) -> IntArray:
-    """Return the pairs to keep, in order: each once, and of each kind the nearest earlier rows of a row."""
+    """Return the pairs to keep, by later row: each pair once, and for each kind the nearest earlier rows."""
     order = np.lexsort((earlier_p, distance_p, kind_n[earlier_p], later_p))
     later, earlier = later_p[order], earlier_p[order]
     is_first = np.append(True, (later[1:] != later[:-1]) | (earlier[1:] != earlier[:-1]))[: len(order)]
@@ -192,7 +229,10 @@ def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray
 
 
 def _rank(first: IntArray, second: IntArray) -> IntArray:
-    """Return the place of each row among the rows that are equal to it in both columns."""
+    """Number the rows that are equal in both columns: 0, 1, 2 ... in their order.
+
+    Example: first = [7, 7, 5, 7], second = [0, 0, 0, 0] gives [0, 1, 0, 2].
+    """
     order = np.lexsort((second, first))
     a, b = first[order], second[order]
     is_first = np.append(True, (a[1:] != a[:-1]) | (b[1:] != b[:-1]))[: len(order)]

@@ -1,10 +1,11 @@
-"""Families: images that must lie on one side, because they share a group or are near duplicates. Pure.
+"""Families: images that must be on one side, because they share a group or are near duplicates. Pure.
 
-An image whose side is given (by an earlier version, or by its source) never moves. All others of a family follow it; a
-family without one gets its side from the hash of its key. An image that would link two sides is excluded: it is not
-used, and links nothing. Members are in order: earlier versions first, then as the sources offered them.
+A side may be given by an earlier version or by the image's source. Such an image never moves, and the rest of its
+family takes the same side. A family without a given side gets one from the hash of its key. An image that would join
+two families of different sides is excluded: it is not used, and it joins nothing.
 
-A side is decided once, when an image is first seen, and stored in the manifest.
+Members are in order: images of earlier versions first, then the new ones as the sources offered them. A side is decided
+once, when an image is first seen, and stored in the manifest.
 """
 
 import hashlib
@@ -15,15 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GIVING_WAY = ("learn", "train", "val", "test")  # on a leak between given sides the earlier word gives way
+# Where given sides leak into each other, the image on the weaker side is named first (and excluded, if so asked).
+WEAKEST_FIRST = ("learn", "train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """One image before its side is known. `key` is that of its earlier version, else its group, else its sha256.
 
-    `side` is given by an earlier version (`is_old`) or by the source; None: to be found. `learn`: it may be train or
-    val, since its source has a test folder of its own.
+    `side` is given by an earlier version (`is_old`) or by the source; None: still to be decided. `learn`: it may become
+    train or val, but not test, because its source has a test folder of its own.
     """
 
     sha256: str
@@ -36,7 +38,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A confirmed near duplicate: two positions in the list of members, and how far apart hashes and pixels are."""
+    """Two confirmed near duplicates, as positions in the list of members.
+
+    `distance` counts the different bits of their hashes; `difference` is that of the pixels (`duplicates.py`).
+    """
 
     one: int
     other: int
@@ -46,9 +51,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class FamilyLeak:
-    """What did not fit: member `one` leaks to `other` on another side (`across`), or is `excluded` because of it.
+    """A tie between two sides. `across`: both images stay. `excluded`: image `one` is not used because of `other`.
 
-    `side` is where the family of `one` was by then; None: nowhere yet, or in the middle between two.
+    `pair` is None where a group ties them. `side` is that of the family of `one` at this moment; None: none yet.
     """
 
     kind: str
@@ -60,7 +65,7 @@ class FamilyLeak:
 
 @dataclass(frozen=True)
 class Families:
-    """The side and the key of each member, in their order, and what did not fit."""
+    """The side and the key of each member, in their order, and the ties between sides."""
 
     sides: list[str]
     keys: list[str]
@@ -70,11 +75,25 @@ class Families:
 def place_members(
     members: Sequence[Member], pairs: Iterable[Pair], choose: Callable[[str, bool], str], *, exclude_leaks: bool = False
 ) -> Families:
-    """Give every member a side. `choose(key, learn)` gives the side of a family that has none.
+    """Give every member a side. `choose(key, learn)` decides for a family without a given side.
 
-    With `exclude_leaks`, where given sides leak the new image on the lesser side (test before val before train) is
-    excluded; otherwise both stay and the leak is a finding.
+    Given sides may leak into each other. With `exclude_leaks` the new image on the weaker side is then excluded (train
+    is weaker than val, val weaker than test). Otherwise both images stay, and the leak is listed.
     """
+    # Worked example (tests/unit/data/test_families.py runs it). C to F are new, and E and F are one film:
+    #
+    #   0 A   train, of an earlier version        pairs, with their difference:
+    #   1 B   test, of an earlier version         (C, A) 0.1   (C, B) 0.2   (D, C) 0.3   (F, D) 0.4
+    #   2 C   3 D   4 E "film"   5 F "film"
+    #
+    # 1. Pairs in which a side is given come first: C joins A, so C is train. C also looks like B, which is test. A
+    #    and B cannot be one family, and C is the newer image: C is excluded.
+    # 2. Groups: E and F become one family.
+    # 3. The other pairs: (D, C) joins nothing, because C is excluded. (F, D) makes D, E and F one family.
+    # 4. D, E and F have no side yet. Their key is the group, "film". Its hash is at 0.559, which is train.
+    #
+    #   sides   train  test  excluded  train  train  train
+    #   keys    a      b     c         film   film   film       leaks   C is excluded because of B
     work = _Placing(members, exclude_leaks)
     by_rank: dict[int, list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda p: (p.difference, max(p.one, p.other), min(p.one, p.other))):
@@ -89,7 +108,7 @@ def place_members(
 
 
 class _Placing:
-    """Clusters that grow (union-find, the earliest member is the root), each on one side at most."""
+    """Families while they grow: a union-find forest whose root is the earliest member. Each has one side at most."""
 
     def __init__(self, members: Sequence[Member], exclude_leaks: bool) -> None:
         self.members, self.exclude_leaks = members, exclude_leaks
@@ -99,7 +118,10 @@ class _Placing:
         self.leaks: dict[tuple[int, str], FamilyLeak] = {}
 
     def rank(self, pair: Pair) -> int:
-        """Given sides first, then what follows them, then the rest."""
+        """Return when a pair is looked at: 0 if both sides are given, 1 if one is, 2 if none is.
+
+        Test beside a member that must not be test counts as two given sides.
+        """
         one, other = self.members[pair.one], self.members[pair.other]
         if one.side and other.side:
             return 0
@@ -108,10 +130,10 @@ class _Placing:
         return 2
 
     def link(self, pair: Pair) -> None:
-        """Join the clusters of two near duplicates, or find out why that cannot be."""
+        """Join the families of two near duplicates; if their sides differ, list a leak or exclude an image."""
         if {pair.one, pair.other} & self.excluded or self._join(pair.one, pair.other):
             return
-        one, other = sorted((pair.one, pair.other), key=self._rank_of_giving_way)
+        one, other = sorted((pair.one, pair.other), key=self._rank_of_weakness)
         sides = {self.states[self._find(one)], self.states[self._find(other)]}
         if self._is_given(one, sides):
             self._note_leak(one, other, pair)
@@ -129,7 +151,7 @@ class _Placing:
                 self._join_group(together)
 
     def finish(self, choose: Callable[[str, bool], str]) -> Families:
-        """Return the sides. A family's key: that of its first old member, else of its first group, else its root's."""
+        """Return the result. A family's key is that of its first old member, else its first group, else its root."""
         keys: dict[int, str] = {}
         roots = [self._find(i) for i in range(len(self.members))]
         for wanted in (lambda m: m.is_old, lambda m: m.group is not None, lambda m: True):
@@ -150,9 +172,12 @@ class _Placing:
         return Families(sides, own, left)
 
     def _join_group(self, together: Sequence[int]) -> None:
-        """Members with given sides come first; each further side of them is a leak and a cluster of its own."""
+        """Join the members of one group, those with given sides first.
+
+        If they have several given sides, the first is the group's. Each further one is a leak, and a family of its own.
+        """
         heads: list[int] = []
-        for i in sorted(together, key=lambda i: (-self._rank_of_giving_way(i)[1], i)):
+        for i in sorted(together, key=lambda i: (-self._rank_of_weakness(i)[1], i)):
             if i in self.excluded:
                 continue
             member = self.members[i]
@@ -166,14 +191,14 @@ class _Placing:
             else:
                 self._exclude(i, heads[0], None)
 
-    def _rank_of_giving_way(self, i: int) -> tuple[bool, int, int]:
-        """Sort key of who gives way first: new before old, no side before train, val and test, later before earlier."""
+    def _rank_of_weakness(self, i: int) -> tuple[bool, int, int]:
+        """Return the sort key, weakest first: new before old, no side before train, val, test; later before earlier."""
         member = self.members[i]
         given = member.side or ("learn" if member.learn else None)
-        return member.is_old, GIVING_WAY.index(given) if given else -1, -i
+        return member.is_old, WEAKEST_FIRST.index(given) if given else -1, -i
 
     def _is_given(self, i: int, sides: set[str | None]) -> bool:
-        """Say whether a member's side is its source's own doing: then the conflict is a leak, and not ours to mend."""
+        """Say whether the member's side comes from its source. Then the conflict is the source's, and it is a leak."""
         return bool(self.members[i].side) or (self.members[i].learn and "test" in sides)
 
     def _note_leak(self, one: int, other: int, pair: Pair | None) -> None:
@@ -213,9 +238,9 @@ def compute_position(key: str, seed: int) -> float:
 
 
 def choose_side(key: str, seed: int, fractions: tuple[float, ...], *, test_is_given: bool = False) -> str:
-    """Return train, val or test in proportion to `fractions` (train, val, test).
+    """Return train, val or test for a key, in proportion to `fractions` (train, val, test).
 
-    With `test_is_given` (the source brings its own test folder) only train and val are handed out, in their proportion.
+    With `test_is_given` the source has its own test folder: only train and val are given, in their proportion.
     """
     train, val, test = fractions
     position = compute_position(key, seed)

@@ -104,6 +104,13 @@ def test_a_small_thing_makes_another_picture() -> None:
     assert compute_difference(empty, full)[0] > 2
 
 
+def test_the_worked_examples_of_the_source() -> None:
+    assert find([0, 0x200400801, 0x1F, 0x200400801], 1) == [(1, 0, 4), (3, 0, 4), (3, 1, 0)]
+    white, near, grey = (np.full((1, THUMB_PX, THUMB_PX, 3), level, np.uint8) for level in (255, 254, 200))
+    assert compute_difference(white, near)[0] == 0.5
+    assert compute_difference(white, grey)[0] == 27.5
+
+
 def test_a_tiny_image_has_none() -> None:
     assert compute_phash(Image.new("RGB", (31, 400))) == ""
     assert len(compute_phash(Image.new("RGB", (32, 32)))) == 16

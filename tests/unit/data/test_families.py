@@ -1,13 +1,24 @@
-"""Families: one side each, given sides never move, what would link two sides is excluded."""
+"""Families have one side each, and given sides never move; a side is a function of seed and key alone."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionloop.data.families import Families, Member, Pair, choose_side, place_members
+from visionloop.data.families import (
+    Families,
+    Member,
+    Pair,
+    choose_random_sides,
+    choose_side,
+    compute_position,
+    place_members,
+)
 
+FRACTIONS = (0.70, 0.15, 0.15)
 USED = ("train", "val", "test")
 
 
@@ -26,6 +37,17 @@ def place(members: Sequence[Member], *links: tuple[int, int], exclude_leaks: boo
 
 def describe(families: Families) -> list[tuple[str, int, int]]:
     return [(f.kind, f.one, f.other) for f in families.leaks]
+
+
+def test_the_worked_example_of_the_source() -> None:
+    olds = [Member("a", "a", None, "train", is_old=True), Member("b", "b", None, "test", is_old=True)]
+    members = [*olds, make("c"), make("d"), make("e", group="film"), make("f", group="film")]
+    pairs = [Pair(2, 0, 2, 0.1), Pair(2, 1, 3, 0.2), Pair(3, 2, 1, 0.3), Pair(5, 3, 4, 0.4)]
+    families = place_members(members, pairs, lambda key, learn: choose_side(key, 0, FRACTIONS, test_is_given=learn))
+    assert families.sides == ["train", "test", "excluded", "train", "train", "train"]
+    assert families.keys == ["a", "b", "c", "film", "film", "film"]
+    assert describe(families) == [("excluded", 2, 1)]
+    assert round(compute_position("film", 0), 3) == 0.559
 
 
 def test_alone_the_side_is_the_hash_of_the_key() -> None:
@@ -149,3 +171,39 @@ def test_no_order_batch_or_later_version_moves_an_image_or_splits_a_family(
             assert all(people[i].side or people[i].learn for i in (a, b) if batch[i] == batch[a])
     assert all(side[i] == m.side for i, m in enumerate(people) if m.side)
     assert all(side[i] != "test" for i, m in enumerate(people) if m.learn)
+
+
+@given(st.text(min_size=1), st.integers(0, 2**31))
+def test_position_is_stable_and_in_range(key: str, seed: int) -> None:
+    position = compute_position(key, seed)
+    assert 0 <= position < 1
+    assert position == compute_position(key, seed)
+
+
+def test_known_positions_never_change() -> None:
+    """Another value here would move images between the sides of every dataset that exists."""
+    assert round(compute_position("a", 0), 12) == 0.617000936233
+    assert [choose_side(k, 0, FRACTIONS) for k in ("a", "f", "h")] == ["train", "val", "test"]
+
+
+def test_proportions_are_as_asked() -> None:
+    counts = Counter(choose_side(str(i), 7, FRACTIONS) for i in range(20_000))
+    assert abs(counts["train"] / 20_000 - 0.70) < 0.01
+    assert abs(counts["val"] / 20_000 - 0.15) < 0.01
+
+
+def test_no_test_image_is_chosen_where_the_source_brings_its_own() -> None:
+    counts = Counter(choose_side(str(i), 7, FRACTIONS, test_is_given=True) for i in range(20_000))
+    assert counts["test"] == 0
+    assert abs(counts["val"] / 20_000 - 0.15 / 0.85) < 0.01
+
+
+@pytest.mark.parametrize("number", [2, 5, 9, 1000, 1283])
+@pytest.mark.parametrize("fraction", [0.2, 0.25, 1 / 3])
+def test_random_sides_are_those_of_scikit_learn(number: int, fraction: float) -> None:
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(range(number), test_size=fraction, random_state=13, shuffle=True)
+    sides = choose_random_sides(number, 13, fraction)
+    assert [i for i, side in enumerate(sides) if side == "train"] == sorted(train)
+    assert [i for i, side in enumerate(sides) if side == "test"] == sorted(test)
