@@ -27,7 +27,7 @@ from visionloop.params import Prepare
 from visionloop.records import ImageRecord
 from visionloop.store import ObjectStore, open_store
 
-# Reads under way at once, and bytes they may hold: they hide the latency of a network.
+# Objects read at the same time, and bytes read ahead: this hides the latency of a network store.
 READERS = 16
 AHEAD_BYTES = 32 * 1024 * 1024
 CHUNK_IMAGES = 64
@@ -36,7 +36,7 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ChunkImage:
-    """One image to prepare. `num_pixels` is its size when it was let in: a limit lowered since then does not matter."""
+    """One image to prepare. `num_pixels` is its size at ingest: a pixel limit lowered since then does not apply."""
 
     sha256: str
     origin: str
@@ -46,7 +46,7 @@ class ChunkImage:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `first_row` and following of the shard `file`, `size_hw` each; `offset` is the place of the first byte."""
+    """Consecutive rows of the shard `file`, from `first_row` on. `offset` is the position of their first byte."""
 
     file: str
     first_row: int
@@ -67,9 +67,9 @@ def make_chunk_image(record: ImageRecord) -> ChunkImage:
 
 @dataclass(frozen=True)
 class ChunkMaker:
-    """Makes chunks from the objects of a store; with `folder`, writes them there. Sent to a process, it reopens both.
+    """Reads and decodes the images of a chunk; with `folder`, writes them into their shard there.
 
-    `store` is an open store (for threads) or the address of one.
+    `store` is an open store (for threads), or an address that each process opens itself.
     """
 
     store: ObjectStore | str
@@ -124,14 +124,14 @@ def read_checksum(folder: Path, chunk: Chunk) -> int | None:
 
 
 def compute_checksum(images: UInt8Array) -> int:
-    """Return the sum of an array's 64-bit words: at the speed of memory, and it tells what a power failure took."""
+    """Return the sum of an array's 64-bit words. It is as fast as memory, and finds data lost in a power failure."""
     flat = images.reshape(-1)
     whole = len(flat) // 8 * 8
     return int(flat[:whole].view(np.uint64).sum(dtype=np.uint64)) + int(flat[whole:].sum(dtype=np.uint64))
 
 
 def _decode(image: ChunkImage, data: bytes, chunk: Chunk) -> UInt8Array:
-    """Decode bytes that are those that were ingested: cheap to prove, and a damaged JPEG often decodes all the same."""
+    """Decode an image after a check of its sha256: a damaged JPEG often decodes without an error."""
     try:
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise _make_error(image)
@@ -156,7 +156,7 @@ def _open_once(url: str) -> ObjectStore:
 
 
 def _read_ahead(store: ObjectStore, images: Sequence[ChunkImage]) -> Generator[bytes, None, None]:
-    """Yield the bytes of images in their order; from a network, some are read while the first is decoded."""
+    """Yield the bytes of images in their order. From a network store the next ones are read in the background."""
 
     def read(image: ChunkImage) -> bytes:
         try:
@@ -205,7 +205,7 @@ class Layout:
         return {"num_shards": -(-len(self.records) // self.rows_per_shard), "rows_per_shard": self.rows_per_shard}
 
     def list_chunks(self, resize: str) -> Iterator[Chunk]:
-        """Yield the chunks of every shard, in order: each within one shard, and of a size that any core can hold."""
+        """Yield the chunks of every shard, in order. A chunk never crosses a shard and has at most 16 MiB."""
         per_chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // self.image_bytes))
         for name, records in self._list_shards():
             header = len(_make_header(len(records), self.size_hw))
@@ -214,7 +214,7 @@ class Layout:
                 yield Chunk(name, row, header + row * self.image_bytes, self.size_hw, resize, images)
 
     def make_files(self, folder: Path) -> None:
-        """Make every shard in its full length, as far as it is not there: chunks are written in any order.
+        """Create each missing shard file in its full length, because chunks are written in any order.
 
         Raises:
             DatasetError: the folder cannot be written.

@@ -1,7 +1,7 @@
 """Pictures for people, as PNG bytes: a grid of labelled images, and pairs side by side. Draws only what it is handed.
 
-Pixels are (height, width, 3) uint8, RGB. Equal input gives equal bytes on one machine; what a version stores beside its
-lists may be drawn again at any time, so nothing depends on the bytes.
+Pixels are (height, width, 3) uint8, RGB. Equal input gives equal bytes on one machine. Nothing depends on these bytes:
+a picture can be drawn again at any time.
 """
 
 import io
@@ -36,7 +36,7 @@ class Cell:
 
 
 def draw_contact_sheet(cells: Sequence[Cell], title: str, *, columns: int = 5, cell_px: int = 160) -> bytes:
-    """Draw a grid of images with their labels, in the order given; every image whole, in a square of `cell_px`."""
+    """Draw a grid of images with their labels, in the order given. Each is scaled to fit a square of `cell_px`."""
     across = max(1, min(columns, len(cells)))
     cell_h = cell_px + PAD + LINE_H * (1 + any(cell.note for cell in cells))
 
@@ -94,7 +94,7 @@ def _draw_cell(page: Image.Image, cell: Cell, x: int, y: int, cell_px: int) -> N
     picture = Image.fromarray(cell.image)
     ratio = cell_px / max(picture.size)
     width, height = (max(1, round(side * ratio)) for side in picture.size)
-    # Small images are shown as they are, square pixels and all: blurred, a digit of 8 x 8 looks like a fault.
+    # Small images keep visible pixels: a digit of 8 x 8 that is scaled up smoothly looks out of focus.
     picture = picture.resize((width, height), Image.Resampling.NEAREST if ratio >= 2 else Image.Resampling.LANCZOS)
     page.paste(picture, (x + (cell_px - width) // 2, y + (cell_px - height) // 2))
     _write(draw, (x, y + cell_px + PAD), cell.label, LABEL, cell_px)
@@ -103,7 +103,7 @@ def _draw_cell(page: Image.Image, cell: Cell, x: int, y: int, cell_px: int) -> N
 
 
 def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: tuple[int, str], width: int) -> None:
-    """Write one line, shortened in its middle to `width` pixels: names often differ at their end."""
+    """Write one line. If it is wider than `width` pixels its middle is cut, because names often differ at the end."""
     size_px, ink = style
     text = " ".join(text.split())
     text, font = _choose_font(_shorten(text, LONGEST) if len(text) > LONGEST else text, size_px)
@@ -123,8 +123,8 @@ def _shorten(text: str, keep: int) -> str:
 def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Return the text as it can be drawn, and the font for it.
 
-    Pillow's own font has ASCII only. Other scripts take DejaVu Sans where matplotlib brings it (Latin, Greek, Cyrillic,
-    Arabic, Hebrew); what no font has is written without its accents, else as its code: an empty box tells nothing.
+    Pillow's own font has ASCII only. Other scripts (Latin, Greek, Cyrillic, Arabic, Hebrew) use DejaVu Sans, if
+    matplotlib is installed. A character that no font has is written without its accents, else as its escape code.
     """
     fonts = [font for font in (_load_pillow_font(size_px), _load_dejavu(size_px)) if font]
     for font in fonts:
@@ -150,7 +150,7 @@ def _load_pillow_font(size_px: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _load_dejavu(size_px: int) -> ImageFont.FreeTypeFont | None:
-    found = find_spec("matplotlib")  # found, not imported: half a second for one file
+    found = find_spec("matplotlib")  # not imported: that takes half a second, and only its font file is needed
     if not found or not found.origin:
         return None
     path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"

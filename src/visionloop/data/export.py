@@ -3,13 +3,13 @@
     folders     SIDE/CLASS/DIGEST-NAME.jpg  SIDE/metadata.jsonl  unlabelled/...  images.csv
     webdataset  SIDE-000000.tar ...  unlabelled-000000.tar ...  classes.json  images.csv
 
-A `metadata.jsonl` is what Hugging Face's `imagefolder` reads beside each split: JSON lines, because in a CSV it would
-take the label "3" for a number and "NA" for nothing. `images.csv` is for people and all else.
+Hugging Face's `imagefolder` reads a `metadata.jsonl` in each split. It is JSON lines, because in a CSV the label "3"
+would be read as a number and "NA" as a missing value. `images.csv` is for people and other tools.
 
-The target appears whole or not at all; what a stopped export has done is gone on with.
+The target appears only when it is complete. An export that was stopped goes on where it stopped.
 
-Safe on every file system: ASCII letters, digits, `.`, `_`, `-` and space; all else is escaped as `%C3%A9`. No name
-leaves its folder, is hidden, or is one that Windows or Hugging Face's `datasets` take for something else.
+File names are safe on every file system: ASCII letters, digits, `.`, `_`, `-` and space; all else is escaped, as
+`%C3%A9`. No name leads out of its folder, is hidden, is reserved by Windows, or means a split to Hugging Face.
 """
 
 import csv
@@ -36,7 +36,7 @@ MAX_FOLDER = 100
 MAX_STEM = 60
 _KEPT = re.compile(r"[A-Za-z0-9._ -]")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.I)
-# Hugging Face takes any folder on the way for a split that has such a word in it, between these separators.
+# Hugging Face takes a folder for a split if its name holds such a word between these separators.
 _SPLIT_WORD = re.compile(
     r"(?:^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?=$|[-._ 0-9])"
 )
@@ -54,14 +54,14 @@ Write = Callable[[Path, ObjectStore, Sequence[ImageRecord], Count], dict[str, st
 
 
 def make_file_name(sha256: str, origin: str, suffix: str) -> str:
-    """Return DIGEST-STEM.SUFFIX: the first 16 digits, and what the file was called where it was first found."""
+    """Return DIGEST-STEM.SUFFIX: the first 16 digits of the sha256, and the name of the file at its first origin."""
     stem = re.split(r"[/\\:!]", origin)[-1].rpartition(".")[0] or re.split(r"[/\\:!]", origin)[-1]
     safe = _escape(stem).strip(" .")[:MAX_STEM].rstrip(" .%")
     return f"{sha256[:16]}-{safe}.{suffix}" if safe else f"{sha256[:16]}.{suffix}"
 
 
 def make_folder_names(labels: Iterable[str]) -> dict[str, str]:
-    """Return a folder's name for each label: different labels, different folders, also where case means nothing."""
+    """Return a folder name for each label. They differ from each other even if upper and lower case are the same."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for label in sorted(labels):
@@ -105,7 +105,7 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What all samples of an export share: the suffix of the image, and the number of each class (none: no `.cls`)."""
+    """What all samples of an export share: the image suffix, and the number of each class (empty: no `.cls`)."""
 
     suffix: str
     index: Mapping[str, str]
@@ -209,7 +209,7 @@ def _write_folders(work: Path, store: ObjectStore, records: Sequence[ImageRecord
 
 
 def _choose_path(record: ImageRecord, folders: Mapping[str, str]) -> str:
-    """Return SIDE/CLASS/FILE; several labels have no one folder, no label has one of its own."""
+    """Return SIDE/CLASS/FILE; with several labels SIDE/FILE; without a label unlabelled/FILE."""
     name = make_file_name(record.sha256, (*record.origins, "")[0], SUFFIXES.get(record.format, "bin"))
     if not record.labels:
         return f"{UNLABELLED}/{name}"
@@ -288,7 +288,7 @@ def _group(records: Sequence[ImageRecord]) -> list[tuple[str, list[ImageRecord]]
 
 
 def _describe(record: ImageRecord) -> dict[str, Any]:
-    """Return what is told of an image: text is never null, so that the columns of all files have one type."""
+    """Return what the tables say of an image. Text is never null, so a column has the same type in every file."""
     return {
         "label": "|".join(record.labels),
         "labels": list(record.labels),

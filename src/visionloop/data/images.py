@@ -2,8 +2,8 @@
 
 Pure: no disk, no network. Shapes: height x width x 3, uint8, RGB. Formats: JPEG, PNG, WebP.
 
-JPEGs take a fast path: libjpeg-turbo decodes at a half, a quarter or an eighth where that is still at least as large
-as asked. What it refuses or warns about goes to Pillow, whose word is final: damaged or not.
+JPEGs take a fast path: libjpeg-turbo decodes at 1/2, 1/4 or 1/8 of the size, if that is still at least as large as
+asked. If it refuses the file or warns, Pillow decodes it instead, and decides whether the file is damaged.
 """
 
 import io
@@ -27,7 +27,7 @@ Size = tuple[int, int]  # (width, height), as Pillow has it
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_SCALES = (8, 4, 2)  # the other scales of libjpeg-turbo have no vector code: they are slower than the next larger one
+_SCALES = (8, 4, 2)  # libjpeg-turbo has other scales, without SIMD code: slower than the next larger one of these
 _ORIENTATION = 0x0112
 _EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 _TURNS = {
@@ -44,7 +44,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the header and a full decode say about an image; width and height as people see it (EXIF applied)."""
+    """What the header and a full decode say about an image. Width and height are those after the EXIF rotation."""
 
     width: int
     height: int
@@ -55,8 +55,8 @@ def open_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Imag
     """Read the header of an encoded image, without decoding its pixels.
 
     Raises:
-        ImageError: not an image, a format that is not allowed, more than `max_pixels`, or more scans than a person's
-            camera or program writes (each costs a pass over all pixels).
+        ImageError: not an image, a format that is not allowed, more than `max_pixels`, or more than 100 JPEG scans
+            (no camera or program writes so many, and each costs a pass over all pixels).
     """
     if not data:
         raise ImageError(where, "is empty (0 bytes)", "an image", reason_code="empty")
@@ -67,7 +67,7 @@ def open_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Imag
         raise ImageError(where, found, f"at most {limit}", reason_code="too_large") from exc
     except MemoryError:
         raise
-    except Exception as exc:  # a parser of hostile bytes raises what it likes
+    except Exception as exc:  # a malformed file can make the parser raise anything
         raise ImageError(where, "is not an image we read", "JPEG, PNG or WebP", reason_code="not_an_image") from exc
     if image.width * image.height > max_pixels:
         found = f"has {image.width} x {image.height} pixels"
@@ -93,8 +93,8 @@ def decode_grey(
 ) -> tuple[ImageFacts, UInt8Array]:
     """Check an image by a full decode of its data and return its facts and its grey pixels (h, w), upright.
 
-    The pixels may be scaled down, each side still `at_least_px` or as large as it is: for hashes, at a third of the
-    cost of `decode_image`. Raises ImageError.
+    The pixels may be scaled down, but no side goes below `at_least_px`. This is for hashes: it costs a third of
+    `decode_image`. Raises ImageError.
     """
     header = open_image(data, where, max_pixels=max_pixels)
     grey = _decode_jpeg(data, header, (at_least_px, at_least_px), grey=True)
@@ -113,10 +113,10 @@ def load_array(
 ) -> UInt8Array:
     """Decode and resize: bytes to (height, width, 3) uint8. The only preprocessing outside the network.
 
-    `resize`: squash (ignore the aspect), fit_crop (fill, cut the middle out), letterbox (fit, grey bars). PNG and WebP
-    by Pillow's antialiased bilinear. A JPEG that is larger than asked by the mean of 2 x 2 or more samples a pixel: at
-    half the cost, and one to two grey levels from it. The same bytes give the same array in every thread and process
-    of a machine. Raises ImageError.
+    `resize`: squash (ignore the aspect ratio), fit_crop (fill, cut out the middle), letterbox (fit, grey bars). PNG and
+    WebP are resized by Pillow's antialiased bilinear filter. In a JPEG that is larger than asked each new pixel is the
+    mean of 2 x 2 or more samples. That costs half, and differs from Pillow's filter by one to two grey levels. The same
+    bytes give the same array in every thread and process of a machine. Raises ImageError.
     """
     header = open_image(data, where, max_pixels=max_pixels)
     upright = size_hw[1], size_hw[0]
@@ -149,7 +149,7 @@ def _load(image: Image.Image, where: str) -> Image.Image:
         return _flatten(image)
     except MemoryError:
         raise
-    except Exception as exc:  # a decoder of hostile bytes raises what it likes
+    except Exception as exc:  # a malformed file can make the decoder raise anything
         raise ImageError(where, f"is damaged ({exc})"[:200], "whole pixels", reason_code="damaged") from exc
 
 
@@ -181,11 +181,11 @@ def _decode_jpeg(data: bytes, header: Image.Image, needed: Size, *, grey: bool =
     one = grey or header.mode == "L"
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
-            return None  # two headers that contradict each other: the limit was checked on one of them
+            return None  # two parsers read two sizes, and the pixel limit was checked on one of them
         pixels = simplejpeg.decode_jpeg(
             data,
             colorspace="GRAY" if one else "RGB",
-            fastupsample=needed[0] < width and needed[1] < height,  # colours that are averaged next anyway
+            fastupsample=needed[0] < width and needed[1] < height,  # coarse colours are enough: they are averaged next
             min_height=height,
             min_width=width,
             min_factor=1,
@@ -210,7 +210,7 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the pixels are whole: a broken note beside them costs no image
+    except Exception:  # broken EXIF is no reason to reject an image whose pixels are good
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
@@ -225,7 +225,10 @@ def _swap(size: Size, orientation: int) -> Size:
 
 
 def _fit(source: Size, wanted: Size, rule: str) -> tuple[Box, Size]:
-    """Return which share (0 to 1) of an image is resized, and to what size: the one wanted, or smaller (letterbox)."""
+    """Return the part of the image that is used (edges from 0 to 1), and the size that it is resized to.
+
+    With letterbox that size may be smaller than `wanted`: bars fill the rest.
+    """
     if rule == "squash":
         return (0.0, 0.0, 1.0, 1.0), wanted
     wider = source[0] * wanted[1] - source[1] * wanted[0]  # above 0: wider than wanted
@@ -239,7 +242,7 @@ def _fit(source: Size, wanted: Size, rule: str) -> tuple[Box, Size]:
 
 
 def _resize(image: Image.Image, share: Box, size: Size, *, may_sample: bool) -> Image.Image:
-    """Resize a share of an image, antialiased; by the mean of samples where that may be and the image is larger."""
+    """Resize a part of an image, antialiased. `may_sample`: if it becomes smaller, take the mean of samples."""
     box = (share[0] * image.width, share[1] * image.height, share[2] * image.width, share[3] * image.height)
     if box == (0, 0, *size) and image.size == size:
         return image

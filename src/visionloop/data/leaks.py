@@ -5,7 +5,7 @@ leaks/NAME/<digest>.json    one list per version, cumulative; the digest is in t
 kind       sha256                            other
 across     an image whose near duplicate     ... is on another side, because the sources said so: it stays, it leaks
 excluded   an image that is not used         ... the image it would have linked to another side
-conflict   an image that has a side          None: a later source gives it another one (`other_side`), in vain
+conflict   an image that has a side          None: a later source gives it another one (`other_side`), without effect
 """
 
 import json
@@ -28,7 +28,7 @@ KINDS = ("across", "excluded", "conflict")
 class Leak(Record):
     """One row of the report. `distance` is the Hamming distance of the hashes (0 to 64), None for groups and conflicts.
 
-    `difference` is that of the pixels (see `duplicates.compute_difference`); `reason` says it all in words.
+    `difference` is that of the pixels (see `duplicates.compute_difference`); `reason` is the row in words.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Leak(Record):
 
 @dataclass(frozen=True)
 class Leaks:
-    """The leaks of one version, the worst first: across before excluded before conflict, then the closest pixels."""
+    """The leaks of one version, the worst first: `across`, `excluded`, `conflict`; in each the most similar first."""
 
     rows: tuple[Leak, ...] = ()
 
@@ -55,7 +55,7 @@ class Leaks:
 
 
 def make_leaks(rows: Sequence[Leak]) -> Leaks:
-    """Order rows as a report."""
+    """Return the report of some rows, in its order."""
     return Leaks(tuple(sorted(rows, key=lambda r: (KINDS.index(r.kind), _or(r.difference), r.sha256, r.other or ""))))
 
 
@@ -84,7 +84,7 @@ def _or(difference: float | None) -> float:
 def make_leak_picture(leaks: Leaks, load_bytes: Callable[[str], bytes], *, shown: int = 20) -> bytes:
     """Draw the worst pairs side by side, as PNG. `load_bytes` gives an image's bytes by its sha256.
 
-    An image that cannot be had any more leaves its pair out.
+    A pair is left out if one of its images is missing from the store or damaged.
     """
     pairs: list[tuple[Cell, Cell, str]] = []
     for leak in leaks.rows:

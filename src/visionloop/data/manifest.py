@@ -18,7 +18,7 @@ from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
-# Where an image was found may grow without changing what is learned from it.
+# One more place where an image was found does not change what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
 
 # In the order of the record's fields.
@@ -52,7 +52,7 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
     """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
     total = hashlib.sha256()
     for record in sorted(records, key=lambda r: r.sha256):
-        # As `canonical_json` of the record's JSON, which is four times slower on as many rows.
+        # The same bytes as `canonical_json` of these fields, four times as fast.
         row = {name: value for name, value in vars(record).items() if name not in NOT_IN_DIGEST}
         total.update(_encode_row(row).encode() + b"\n")
     return total.hexdigest()
@@ -112,7 +112,7 @@ def load_version(store: ObjectStore, name: str, number: int) -> DatasetVersion:
 
 
 def is_experiment(version: DatasetVersion) -> bool:
-    """Say whether a version is split as a tutorial does it: for comparison, never for production."""
+    """Say whether a version is split at random, as tutorials do. Its models are for comparison, never promoted."""
     return version.split.get("method") == "random"
 
 

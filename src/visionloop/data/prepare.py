@@ -3,10 +3,10 @@
 Images are made in chunks, on all cores or on a Ray cluster, and written as they are made. Resumable by chunk: finished
 ones are in the journal of the work folder, with a checksum.
 
-A stratum is one class of one side; an image of several labels belongs to that of its rarest one. Seats go to strata by
-the method of Sainte-Laguë (1910), which is fair to small ones and monotone: more images, or a higher limit, add to the
-subset and take little away. Within a stratum the images with the lowest sha256 are taken, so that a new image changes
-one place at most.
+A subset is taken by strata. A stratum is one class of one side; an image of several labels belongs to the stratum of
+its rarest label. The places are divided among strata by the method of Sainte-Laguë (1910). It is fair to small strata,
+and monotone: with more images or a higher limit few images leave the subset. Within a stratum the images with the
+lowest sha256 are taken, so that one new image changes one place at most.
 """
 
 import heapq
@@ -39,20 +39,20 @@ from visionloop.workfolder import lock_work, replace_folder
 from visionloop.workspace import Workspace
 
 Stratum = tuple[str, str]  # side, class
-# What results may take up in this process when they come from other machines.
+# Bytes of results from other machines that this process holds at a time.
 HELD_BYTES = 512 * 1024 * 1024
-# Below so many pixels a core, about a second and a half of work, processes take longer to start than they save.
+# With fewer pixels for each core (about 1.5 s of work) processes take longer to start than they save.
 MIN_PER_PROCESS = 400_000_000
-PIXELS_PER_IMAGE = 25_000  # what an image costs beside its pixels
-# Processes hand back a checksum each: of so many chunks a core, all may be waiting to be taken.
+PIXELS_PER_IMAGE = 25_000  # the fixed cost of an image, counted in pixels
+# Chunks that are handed out at a time, for each core. What comes back from a process is only a checksum.
 WAVE = 64
 JOURNAL = "chunks.staged"  # `replace_folder` leaves no *.staged behind
 
 
 def choose_subset(records: Sequence[ImageRecord], limit: int) -> list[ImageRecord]:
-    """Return about the proportions of `records` in `limit` images, sorted by sha256; all of them if they are fewer.
+    """Return `limit` images in about the proportions of `records`, sorted by sha256; all if there are fewer.
 
-    At least one of each class and side, as far as `limit` goes: first the training side.
+    Each class of each side has at least one image, as far as `limit` allows. The training side comes first.
     """
     ordered = sorted(records, key=lambda r: r.sha256)
     counts = Counter((r.side, label) for r in ordered for label in r.labels)
@@ -89,7 +89,12 @@ def choose_first(ordered: Sequence[ImageRecord], counts: Mapping[Stratum, int], 
 
 
 def divide_seats(sizes: Mapping[Stratum, int], limit: int, taken: Mapping[Stratum, int]) -> dict[Stratum, int]:
-    """Divide `limit` seats among strata by their sizes; some are `taken` already, and none gets more than it has."""
+    """Divide `limit` seats among strata by their sizes. Some are `taken` already; none gets more seats than images.
+
+    The next seat goes to the largest size / (2 x seats + 1). Example: sizes 53, 24 and 23, limit 7. The first three
+    seats go to 53, 24 and 23 (one each), the next to 53 / 3 = 17.7, 53 / 5 = 10.6, 24 / 3 = 8.0 and 23 / 3 = 7.7,
+    before 53 / 7 = 7.6. The result is 3, 2 and 2.
+    """
     seats = {name: taken.get(name, 0) for name in sizes}
     claims = [(-size / (2 * seats[name] + 1), name) for name, size in sizes.items() if size > seats[name]]
     heapq.heapify(claims)
@@ -232,13 +237,13 @@ def _make_images(
 
 
 def _check_room(work: Path, num_bytes: int) -> None:
-    """Refuse at once what cannot fit: better than after an hour."""
+    """Raise DatasetError if the disk has too little room, before an hour of work is spent."""
     if (free := shutil.disk_usage(work).free) < num_bytes:
         raise make_disk_error(work, f"{free / 1e9:,.1f} GB free", f"{num_bytes / 1e9:,.1f} GB")
 
 
 def _read_journal(work: Path) -> dict[tuple[str, int], int]:
-    """Return file, first row -> checksum of the finished chunks; what a kill cut off does not fit its chunk."""
+    """Return file, first row -> checksum of the finished chunks. A last line that a kill cut short is no match."""
     path = work / JOURNAL
     lines = [line.split() for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
     return {(p[0], int(p[1])): int(p[2]) for p in lines if len(p) == 3 and p[1].isdecimal() and p[2].isdecimal()}

@@ -3,8 +3,8 @@
     index.parquet  images-00000.npy ...  classes.json  report.json
                    train-00000.npy ...   with `prepare.train_size`: the training side, larger
 
-Rows of the index are in the order of sha256. The rows of one set of shards keep that order: the k-th of them lies in
-shard k // rows_per_shard. Dimensions in names: n images.
+The rows of the index are sorted by sha256. Each set of shards keeps that order: its k-th image is in shard
+k // rows_per_shard. Dimensions in names: n images, k classes.
 """
 
 import hashlib
@@ -55,8 +55,8 @@ class Prepared:
     and `label_n` is the first of them, -1 for an image that has none; for the other tasks `targets_nk` is None.
     `labels` and `count_classes` are the same for every task.
 
-    `place_n` is the place of a row among the rows of its shards: of `train_shards` where there are any and the row is
-    of the training side, else of `shards`.
+    `place_n` is the position of a row in its set of shards. That is `train_shards` for the training side, if there are
+    any, else `shards`.
     """
 
     folder: Path
@@ -90,11 +90,11 @@ class Prepared:
         return np.asarray(self.targets_nk[rows].sum(axis=0, dtype=np.int64))
 
     def read(self, rows: IntArray) -> UInt8Array:
-        """Return the images of some rows, (n, h, w, 3), in the order asked for; of a larger one, the middle."""
+        """Return the images of some rows, (n, h, w, 3), in the order asked for; the middle of those stored larger."""
         return self._read(rows, lambda row, free: (free[0] // 2, free[1] // 2))
 
     def read_crops(self, rows: IntArray, *, seed: int, epoch: int) -> UInt8Array:
-        """Return the images of some rows as `read`; of a larger one, a crop chosen by seed, epoch and image alone."""
+        """Return images as `read`, but of those stored larger a crop. It depends on seed, epoch and image alone."""
         return self._read(rows, lambda row, free: choose_crop(self.sha256_n[row], free, seed=seed, epoch=epoch))
 
     def _read(self, rows: IntArray, choose: Callable[[int, Offset], Offset]) -> UInt8Array:
@@ -130,7 +130,10 @@ def make_shard_name(number: int, kind: str = IMAGES) -> str:
 
 
 def compute_places(side_n: Sequence[str], *, train_is_larger: bool) -> IntArray:
-    """Return the place of each row among the rows that lie in the same shards."""
+    """Return the position of each row among the rows of the same set of shards.
+
+    Example: sides train, val, train give 0, 1, 2 in one set of shards, and 0, 0, 1 if train has its own.
+    """
     in_train_n = np.asarray([side == "train" for side in side_n], bool) & train_is_larger
     return np.where(in_train_n, np.cumsum(in_train_n), np.cumsum(~in_train_n)) - 1
 

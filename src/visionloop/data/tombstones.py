@@ -1,4 +1,4 @@
-"""Images that were forgotten on purpose: a tombstone each, written before anything is removed.
+"""Images that were forgotten on purpose: each has a tombstone, written before anything is removed.
 
 tombstones/NAME/<sha256>.json    when, by whom and why; no name of a file
 forgetting/NAME/<digest>.json    a forget that is not finished yet: its images, by whom and why
@@ -17,7 +17,7 @@ from visionloop.store import ObjectStore
 
 @dataclass(frozen=True)
 class Forgetting(Record):
-    """A forget that was begun: it lies in the store until all of it is done, so that any machine can finish it."""
+    """A forget that was begun. It stays in the store until all of it is done, so that any machine can finish it."""
 
     sha256s: tuple[str, ...]
     at: str
@@ -60,7 +60,7 @@ def load_unfinished(store: ObjectStore, name: str) -> list[Forgetting]:
 
 
 def finish_forgetting(store: ObjectStore, name: str, forgetting: Forgetting) -> None:
-    """Say that all of it is done."""
+    """Remove the record of a forget whose steps are all done."""
     store.purge(_make_key(name, forgetting))
 
 
