@@ -50,13 +50,13 @@ class Answers:
 
     @property
     def hits_n(self) -> BoolArray:
-        """Whether an answer is right: with several labels, all of them and none too many."""
+        """Whether each answer is right, (n,). With several labels: exactly the true ones, none missing or extra."""
         same = np.equal(self.labels, self.chosen)
         return np.asarray(same.all(axis=1) if self.is_several else same, dtype=bool)
 
     @property
     def merit_n(self) -> FloatArray:
-        """How much each answer gave to the truth: its probability, for several labels the log of it."""
+        """The probability that each answer gives to the truth, (n,); for several labels its logarithm."""
         if self.is_several:
             return np.asarray(-compute_label_losses(self.labels.astype(bool), self.probs_nk).sum(axis=1))
         return self.probs_nk[np.arange(len(self.labels)), self.labels].astype(np.float64)
@@ -81,7 +81,7 @@ def compute_answer_metrics(answers: Answers, section: Evaluate) -> dict[str, Int
 
 
 def compute_tables(answers: Answers) -> tuple[IntArray, list[ClassFigures]]:
-    """Return which class is taken for which (k, k), the right ones on the diagonal, and the figures of each class."""
+    """Return the confusion matrix (k, k) and the figures of each class. For several labels see `compute_swaps`."""
     if answers.is_several:
         labels, chosen = answers.labels.astype(bool), answers.chosen.astype(bool)
         figures = compute_label_figures(labels, answers.probs_nk, chosen, answers.classes)
@@ -93,7 +93,7 @@ def compute_tables(answers: Answers) -> tuple[IntArray, list[ClassFigures]]:
 
 
 def get_truth(prepared: Prepared, rows_n: IntArray) -> Choices:
-    """Return what is true of some rows of prepared data."""
+    """Return the true classes of some rows of prepared data: (n,), or for multilabel (n, k)."""
     if prepared.targets_nk is None:
         return prepared.label_n[rows_n]
     return prepared.targets_nk[rows_n].astype(bool)
@@ -106,7 +106,7 @@ def find_worst(answers: Answers, number: int) -> NDArray[np.int64]:
 
 
 def join_names(names: Sequence[str], chars: int = 24) -> str:
-    """Join labels for people, as many as fit, and the number of the others; `nothing` if there are none."""
+    """Join labels for people: as many as fit into `chars`, then the number of the rest. `nothing` without labels."""
     shown, kept = ", ".join(names) or "nothing", len(names)
     while len(shown) > chars and kept > 1:
         kept -= 1

@@ -1,8 +1,8 @@
-"""The stage `evaluate`: the candidate's answers on the test side, as they would be served, turned into reports/.
+"""The stage `evaluate`: runs the candidate on the test side, as the server would, and writes reports/.
 
     metrics.json  predictions.csv  per_class.csv  figures/*.png  report.html
 
-Same input, same bytes. Writes nothing else into reports/, and decides nothing: that is the gate's.
+Same input, same bytes. Writes nothing else into reports/, and decides nothing: the gate does that.
 """
 
 import csv
@@ -45,7 +45,7 @@ from visionloop.workspace import Workspace
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
 NUM_MISTAKES = 25
-# metrics.json is moved last: where it is, the rest is.
+# metrics.json is moved last: if it is there, the others are too.
 OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.json")
 
 Progress = Callable[[int, int], None]
@@ -108,7 +108,7 @@ def _find_tests(prepared: Prepared) -> IntArray:
 
 
 def _answer(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> Answers:
-    """Run the model over some rows, so many images at a time that memory stays flat."""
+    """Run the model on some rows, in batches of limited memory."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
     parts = []
     for start in range(0, len(rows_n), size):
@@ -155,7 +155,7 @@ def _draw_figures(
     confusion_kk: IntArray,
     class_figures: Sequence[ClassFigures],
 ) -> dict[str, bytes]:
-    """Draw the figures; a matrix cannot show several labels, so each class then has bars of its own."""
+    """Draw the figures. With several labels each class has bars instead of a confusion matrix."""
     if answers.is_several:
         targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
         first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, answers.classes))}
@@ -188,7 +188,7 @@ def _find_mistakes(prepared: Prepared, rows_n: IntArray, answers: Answers) -> li
 
 
 def _write_predictions(path: Path, sha256_n: Sequence[str], answers: Answers) -> None:
-    """Write a row an image; several labels are one text, divided by `|`."""
+    """Write one row for each image. Several labels are joined by `|`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["sha256", "actual", "predicted", "confidence"])

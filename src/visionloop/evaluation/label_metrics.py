@@ -26,7 +26,7 @@ CLIP = np.finfo(np.float64).eps
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """How often a class is found (true positives), missed (false negatives), and wrongly said (false positives)."""
+    """How often a class is found (true positive), missed (false negative) and wrongly given (extra, false positive)."""
 
     name: str
     found: int
@@ -44,10 +44,10 @@ def compute_label_metrics(
 ) -> dict[str, Interval]:
     """Compute accuracy, macro_f1, micro_f1, map and log_loss.
 
-    accuracy is the share of images whose labels are all right and none too many (exact match), with a Wilson interval;
-    the others carry percentile bootstrap intervals over images (Efron & Tibshirani 1993, chapter 13). map is the mean
-    of the average precisions of the classes that occur, and is left out when none does. log_loss is the mean binary
-    cross-entropy over images and classes.
+    accuracy is the share of images with exactly the right labels (exact match), with a Wilson interval. The others have
+    percentile bootstrap intervals over images (Efron & Tibshirani 1993, chapter 13). map is the mean of the average
+    precisions of the classes that occur, and is left out if none occurs. log_loss is the mean binary cross-entropy over
+    images and classes.
     """
     assert targets_nk.shape == probs_nk.shape == chosen_nk.shape and len(targets_nk) > 0, "a row for each image"
     losses_n = compute_label_losses(targets_nk, probs_nk).mean(axis=1)
@@ -65,7 +65,7 @@ def compute_label_metrics(
 
 
 def compute_label_losses(targets_nk: BoolArray, probs_nk: NDArray[np.floating]) -> FloatArray:
-    """Return -ln of the probability given to what is true of each image and class, at most 36 (n, k)."""
+    """Return -ln of the probability given to the truth, for each image and class (n, k), at most 36."""
     right_nk = np.where(targets_nk, probs_nk, 1 - probs_nk.astype(np.float64))
     return np.asarray(-np.log(np.clip(right_nk, CLIP, 1.0)))
 
@@ -87,9 +87,9 @@ def make_macro_f1(targets_nk: BoolArray, chosen_nk: BoolArray) -> Statistic:
 
 
 def make_micro_f1(targets_nk: BoolArray, chosen_nk: BoolArray) -> Statistic:
-    """Return the F1 over all pairs of image and class in some rows, as a function of these rows; 0 where all is empty.
+    """Return the F1 over all pairs of image and class in some rows, as a function of these rows.
 
-    scikit-learn: f1_score(average="micro").
+    0 if there is no label at all. scikit-learn: f1_score(average="micro").
     """
     hits_n, given_n, wanted_n = (counts_nk.sum(axis=1) for counts_nk in _to_counts(targets_nk, chosen_nk))
 
@@ -123,15 +123,16 @@ def make_map(targets_nk: BoolArray, probs_nk: NDArray[np.floating]) -> Statistic
 def make_average_precision(targets_n: BoolArray, scores_n: NDArray[np.floating]) -> Callable[[FloatArray], FloatArray]:
     """Return the average precision of one class as a function of how often each image counts (n, r).
 
-    The sum over falling scores of (R_g - R_g-1) P_g, R recall and P precision, without interpolation; equal scores are
-    one step (scikit-learn: average_precision_score). NaN where no image has the class.
+    From the highest score g = 1 downwards it is the sum of (R_g - R_g-1) P_g, where R is recall and P precision. There
+    is no interpolation, and equal scores are one step (scikit-learn: average_precision_score). NaN if no image has the
+    class.
     """
     order_n = np.argsort(-scores_n, kind="stable")
     has_n = targets_n[order_n]
     if not has_n.any():
         return lambda times_nr: np.full(times_nr.shape[1], np.nan)
     step_n = np.cumsum(np.append(True, np.diff(scores_n[order_n]) != 0)) - 1
-    # Recall rises at steps with an image of the class alone: the images up to each of them are summed in one go.
+    # Recall grows only at scores that an image of the class has, so only these steps add to the sum.
     rising_g, first_hit_g = np.unique(step_n[has_n], return_index=True)
     end_g = np.searchsorted(step_n, rising_g, side="right")
     start_g = np.append(0, end_g[:-1])
@@ -168,7 +169,7 @@ def compute_label_figures(
 
 
 def _to_counts(targets_nk: BoolArray, chosen_nk: BoolArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return what was rightly given, given and wanted, as floats: products of whole floats are exact, and fast."""
+    """Return which labels are right, given and true, each (n, k), as 0.0 or 1.0: products are then exact and fast."""
     hits_nk = targets_nk & chosen_nk
     return hits_nk.astype(np.float64), chosen_nk.astype(np.float64), targets_nk.astype(np.float64)
 
@@ -181,16 +182,16 @@ def _count_rows(rows_rn: IntArray, num_images: int) -> FloatArray:
 
 
 def count_labels(targets_nk: BoolArray, chosen_nk: BoolArray, classes: Sequence[str]) -> list[LabelCounts]:
-    """Count for every class the images in which it is found, missed, and said though it is not there."""
+    """Count for each class the images in which it is found, missed, and wrongly given."""
     found_k = (targets_nk & chosen_nk).sum(axis=0)
     missed_k, extra_k = (targets_nk & ~chosen_nk).sum(axis=0), (chosen_nk & ~targets_nk).sum(axis=0)
     return [LabelCounts(name, int(found_k[k]), int(missed_k[k]), int(extra_k[k])) for k, name in enumerate(classes)]
 
 
 def compute_swaps(targets_nk: BoolArray, chosen_nk: BoolArray) -> IntArray:
-    """Count the images in which a class is missed (row) and another is said that is not there (column).
+    """Count the images in which one class is missed (row) and another is wrongly given (column), (k, k).
 
-    The diagonal counts the images in which a class is found: with one label an image it is the confusion matrix.
+    The diagonal counts the images in which a class is found. With one label an image this is the confusion matrix.
     """
     missed_nk, extra_nk = targets_nk & ~chosen_nk, chosen_nk & ~targets_nk
     swaps_kk = missed_nk.T.astype(np.float64) @ extra_nk.astype(np.float64)

@@ -22,7 +22,10 @@ CHUNK_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one class fares. A ratio without a denominator is 0, as in scikit-learn. The last is for multilabel alone."""
+    """The figures of one class. A ratio with denominator 0 is 0, as in scikit-learn.
+
+    `average_precision` is for multilabel only.
+    """
 
     name: str
     precision: float
@@ -34,7 +37,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class ConfidenceBin:
-    """The answers whose confidence lies in [low, high): their number, mean confidence and share of right ones."""
+    """The answers with a confidence in [low, high): their number, mean confidence and share of right answers."""
 
     low: float
     high: float
@@ -54,8 +57,8 @@ def compute_metrics(
 ) -> dict[str, Interval]:
     """Compute accuracy, macro_f1 and log_loss; for two classes also auc, precision and recall of `classes[1]`.
 
-    accuracy, precision and recall carry Wilson intervals, the others percentile bootstrap intervals over images
-    (Efron & Tibshirani 1993, chapter 13). auc is left out when only one class occurs in the labels.
+    accuracy, precision and recall have Wilson intervals, the others percentile bootstrap intervals over images (Efron &
+    Tibshirani 1993, chapter 13). auc is left out if the labels hold only one class.
     """
     assert len(labels_n) == len(probs_nk) == len(chosen_n) > 0, "one label and one answer per image"
     losses_n = compute_log_losses(labels_n, probs_nk)
@@ -76,13 +79,13 @@ def compute_metrics(
 
 
 def compute_wilson(hits: int, trials: int) -> Interval:
-    """Return a share with its 95 % score interval (Wilson 1927). No trials: 0, somewhere in 0 ... 1."""
+    """Return a share with its 95 % score interval (Wilson 1927). Without trials it is 0, with the interval 0 to 1."""
     if trials == 0:
         return Interval(0.0, 0.0, 1.0)
     share, z2 = hits / trials, Z_95**2
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # At 0 and 1 the bound is the share itself; rounding may put it a hair on the wrong side.
+    # For the shares 0 and 1 one bound is the share itself. Rounding must not move it past the share.
     return Interval(share, float(min(max(center - half, 0.0), share)), float(max(min(center + half, 1.0), share)))
 
 
@@ -113,7 +116,7 @@ def compute_log_losses(labels_n: IntArray, probs_nk: NDArray[np.floating]) -> Fl
 def make_auc(labels_n: IntArray, scores_n: NDArray[np.floating]) -> Statistic:
     """Return the area under the ROC curve of class 1 as a function of rows: the Mann-Whitney U over all pairs.
 
-    Hanley & McNeil 1982: ties count half. NaN for rows that hold one class only.
+    Ties count half (Hanley & McNeil 1982). NaN for rows that hold only one class.
     """
     group_n = np.unique(scores_n, return_inverse=True)[1]
     num_groups = int(group_n.max()) + 1
@@ -132,7 +135,7 @@ def make_auc(labels_n: IntArray, scores_n: NDArray[np.floating]) -> Statistic:
 
 
 def draw_rows(num_images: int, resamples: int, seed: int) -> Iterator[IntArray]:
-    """Yield bootstrap resamples as row numbers (r, n), some at a time; the same for the same arguments."""
+    """Yield bootstrap resamples as row numbers (r, n), in blocks. Equal arguments give equal rows."""
     generator = np.random.default_rng(seed)
     size = max(1, CHUNK_ROWS // num_images)
     for start in range(0, resamples, size):
@@ -191,7 +194,7 @@ def compute_intervals(
     for name, statistic in statistics.items():
         value = float(statistic(everything)[0])
         drawn_r = np.concatenate(draws[name])
-        # A bootstrap of a biased statistic may miss its own value; an interval without it would confuse.
+        # The bootstrap interval of a biased statistic may not hold its value. It is widened until it does.
         low, high = np.nanquantile(drawn_r, TAILS_95) if not np.isnan(drawn_r).all() else (value, value)
         intervals[name] = Interval(value, min(float(low), value), max(float(high), value))
     return intervals

@@ -58,7 +58,7 @@ SMOOTH_PX = 100
 class Mistake:
     """One wrong answer: the image, its class or labels, what was answered, and the probability of that answer.
 
-    `verb` stands before the truth: an image is one class, and has several labels.
+    `verb` is written before the truth: an image `is` a class, or `has` several labels.
     """
 
     image_hwc: UInt8Array
@@ -197,7 +197,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], num_wrong: int, num_test: int) ->
     )
     title = title if num_wrong else "No mistakes"
     with open_figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows) as (figure, sink):
-        # One pair of axes for all images, a unit wide each: 25 pairs take three times as long to lay out.
+        # One pair of axes for all images, each 1 wide: 25 pairs of axes take three times as long.
         axes = figure.add_subplot(aspect="equal")
         axes.axis("off")
         axes.set_title(f"{title} on {num_test:,} test images")
@@ -229,7 +229,7 @@ def _annotate(axes: Any, confusion_kk: IntArray, share_kk: NDArray[np.float64]) 
 
 
 def _make_blues() -> Any:
-    """Return a colour map on which a share of one percent is still to be told from none."""
+    """Return a colour map on which 1 % can still be told from 0 %."""
     from matplotlib.colors import LinearSegmentedColormap
 
     stops = [(0.0, "#f3f5f8"), (0.001, "#d5e3fa"), (0.2, "#9dbdf3"), (0.6, "#3f7be0"), (1.0, "#123c86")]
@@ -243,7 +243,7 @@ def _cut(name: str, chars: int = NAME_CHARS) -> str:
 
 @contextlib.contextmanager
 def open_figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
-    """Yield an empty figure (inches) and the buffer that holds its PNG afterwards; user settings do not reach it."""
+    """Yield an empty figure (size in inches) and the buffer that holds its PNG afterwards. Ignores user settings."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""The report of an evaluation: one HTML page with everything inside, for light and dark. Same input, same bytes.
+"""The report of an evaluation: one self-contained HTML page, for light and dark screens. Same input, same bytes.
 
-Makes text only: it reads and writes no file, and the page loads nothing from anywhere.
+Makes text only: it reads and writes no file, and the page loads nothing from the network.
 """
 
 import base64
@@ -67,9 +67,9 @@ td.value { text-align: left; white-space: normal; }
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report tells. `figures` is a name of CAPTIONS -> PNG bytes; `confusion_kk` has actual classes as rows.
+    """What a report shows. `figures` is a name of CAPTIONS -> PNG bytes. `confusion_kk` has actual classes as rows.
 
-    For multilabel `confusion_kk` counts images in which a class (row) was missed and another (column) wrongly said.
+    For multilabel `confusion_kk` counts the images in which a class (row) is missed and another (column) wrongly given.
     """
 
     card: Card

@@ -1,4 +1,4 @@
-"""A prepared dataset seen through an encoder: each image with its embedding, its labels, its side and where it is from.
+"""A prepared dataset with the embeddings of one encoder: for each image its vector, labels, side and origin.
 
 Dimensions: n images, d features, c classes.
 """
@@ -54,7 +54,7 @@ class Album:
         return (*self.records[row].origins, "(unknown)")[0]
 
     def load_picture(self, row: int, max_px: int) -> UInt8Array:
-        """Return an image as it was ingested, whole, at most `max_px` on a side; grey where the store lacks it."""
+        """Return the whole image as ingested, at most `max_px` on a side. Grey if it is missing or damaged."""
         record = self.records[row]
         try:
             data = self.store.get(make_image_key(record.sha256))
@@ -63,7 +63,7 @@ class Album:
             return np.full((max_px, max_px, 3), GREY, np.uint8)
 
     def make_thumbnail(self, row: int, max_px: int) -> UInt8Array:
-        """Return a small picture of an image from the prepared arrays: quick, and in its own proportions."""
+        """Return a small picture from the prepared arrays, in the image's own proportions. Fast: decodes nothing."""
         image = Image.fromarray(self.prepared.read(np.asarray([row]))[0])
         record = self.records[row] if self.prepared.resize == "squash" else None
         true = (record.width, record.height) if record else image.size
@@ -81,7 +81,7 @@ def load_album(
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Album:
-    """Embed prepared data, as far as the table does not have it, and put it together with the rows of its version.
+    """Compute the embeddings that the table does not have yet, and put all together with the rows of the version.
 
     Raises:
         DatasetError: the version is not in this store, or an image is missing there.
@@ -110,6 +110,6 @@ def load_album(
 
 
 def _fit(record: ImageRecord, max_px: int) -> tuple[int, int]:
-    """Return the size (height, width) at which an image fits a square; small ones keep theirs."""
+    """Return the size (height, width) at which an image fits a square; a smaller image keeps its size."""
     ratio = min(1.0, max_px / max(record.width, record.height))
     return max(1, round(record.height * ratio)), max(1, round(record.width * ratio))

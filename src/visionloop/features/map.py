@@ -1,6 +1,6 @@
-"""The map of a dataset: one HTML page with everything inside, that loads nothing from anywhere. Makes text only.
+"""The map of a dataset: one self-contained HTML page, which loads nothing from the network. Makes text only.
 
-Names of classes and files are data in it, never markup: they are JSON inside a script element, in which no `<` stands.
+Names of classes and files are never markup: they are JSON inside a script element, in which every `<` is escaped.
 """
 
 import base64
@@ -26,7 +26,10 @@ NO_LABEL = "(no label)"
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """Pictures of many thumbnails as data URIs, where each lies (picture, x, y, width, height), and whose it is (n)."""
+    """Pictures that hold many thumbnails each, as data URIs.
+
+    `boxes` says where each thumbnail is: picture, x, y, width, height. `thumb_n` is the thumbnail of each image, or -1.
+    """
 
     atlases: list[str]
     boxes: list[tuple[int, int, int, int, int]]
@@ -34,10 +37,9 @@ class Thumbnails:
 
 
 def make_map(album: Album, place_n2: FloatArray, words: str, *, num_thumbnails: int) -> str:
-    """Return the page. `place_n2`: places between -1 and 1; `words`: how they were found.
+    """Return the page. `place_n2`: coordinates between -1 and 1; `words`: how they were computed.
 
-    At most `num_thumbnails` images, spread over the dataset, get a thumbnail: it is the thumbnails that make the page
-    large, about 1.5 KB each.
+    At most `num_thumbnails` images, spread over the dataset, get a thumbnail. Each adds about 1.5 KB to the page.
     """
     prepared = album.prepared
     number = len(prepared.sha256_n)
@@ -68,7 +70,7 @@ def make_map(album: Album, place_n2: FloatArray, words: str, *, num_thumbnails: 
 
 
 def fill_page(title: str, data: dict[str, Any]) -> str:
-    """Return the page around its data."""
+    """Put the title and the data (as JSON) into the page."""
     page = resources.files("visionloop.features").joinpath("map_page.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     head, _, rest = page.partition("__TITLE__")
@@ -77,7 +79,7 @@ def fill_page(title: str, data: dict[str, Any]) -> str:
 
 
 def choose_rows(number: int, most: int) -> NDArray[np.int64]:
-    """Return at most so many rows, spread evenly: in the order of sha256 that is a fair sample."""
+    """Return at most `most` rows, spread evenly. Rows are sorted by sha256, so this is a random sample."""
     return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))
 
 
@@ -111,7 +113,7 @@ def _draw_atlas(images: list[UInt8Array]) -> str:
 
 
 def _color_by(album: Album) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the classes, and the one by which each image is coloured: of several labels, the first."""
+    """Return the class names and the class that colours each image, (n,): of several labels the first."""
     classes, label_n = list(album.prepared.classes), album.prepared.label_n
     if not (label_n < 0).any():
         return classes, label_n

@@ -1,4 +1,4 @@
-"""Nearest neighbours among embeddings, exactly, and what they vote. Pure: arrays in, arrays out.
+"""Exact nearest neighbours among embeddings, and their votes. Pure: arrays in, arrays out.
 
 Dimensions: m queries, n images of the table, d features, k neighbours, c classes.
 """
@@ -26,10 +26,10 @@ GROUP = 64
 def find_neighbours(
     query_md: FloatArray, table_nd: FloatArray, k: int, metric: Metric = "cosine"
 ) -> tuple[DoubleArray, IntArray]:
-    """Return distances and rows of the table, (m, k) each, nearest first; equally near ones by their row.
+    """Return distances and rows of the table, (m, k) each, nearest first; ties in the order of rows. At most n.
 
-    All n where k is larger. Cosine: 1 - cos, between 0 and 2; a vector of length 0 is at distance 1 from everything.
-    Searched as the Euclidean distance of vectors scaled to length 1, whose half square it is: the same order.
+    The cosine distance is 1 - cos, between 0 and 2. A vector of length 0 has the distance 1 to every other. For vectors
+    of length 1 it is half of the squared Euclidean distance, so both searches are one.
 
     Raises:
         DatasetError: the table is empty, the vectors differ in length, or hold values that are not finite.
@@ -55,7 +55,7 @@ def find_other_neighbours(table_nd: FloatArray, k: int, metric: Metric = "cosine
     if number < 2:
         raise DatasetError("neighbours", f"{number} image has no other", "two or more", "Add images.")
     distance_nk, row_nk = find_neighbours(table_nd, table_nd, k + 1, metric)
-    # Among equal images a row need not find itself first, nor at all.
+    # If several images are equal, a row may find itself later, or not at all. Then its last neighbour is dropped.
     is_self = row_nk == np.arange(number)[:, None]
     is_self[~is_self.any(axis=1), -1] = True
     shape = number, row_nk.shape[1] - 1
@@ -67,8 +67,8 @@ def compute_votes(
 ) -> DoubleArray:
     """Return the share of the votes for each class, (m, c). `target_mkc`: which classes each neighbour has (0 or 1).
 
-    uniform: one vote each. distance: weighted by 1 / distance; neighbours at distance 0, if any, vote alone. As
-    scikit-learn's KNeighborsClassifier.
+    uniform: one vote each. distance: each vote weighs 1 / distance; if any neighbour has distance 0, only those vote.
+    The same as scikit-learn's KNeighborsClassifier.
     """
     if vote == "uniform":
         return np.asarray(target_mkc.mean(axis=1, dtype=np.float64))
@@ -126,10 +126,10 @@ def _scale(vectors: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
 
 
 def _search(query_md: FloatArray, table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
-    """Return Euclidean distances and rows, in blocks of flat memory.
+    """Return Euclidean distances and rows, (m, k) each, computed in blocks of limited memory.
 
-    One matrix product in fp32 finds a few more candidates than k; their distances are then computed in double precision
-    from the differences. Where more images than that lie equally near, to fp32, which of them are found is open.
+    A matrix product in fp32 finds k + 8 candidates. Their distances are then computed in double precision. If more
+    images than that are equally near in fp32, it is not defined which of them are found.
     """
     if not len(query_md):
         return np.zeros((0, k)), np.zeros((0, k), np.int64)
@@ -157,7 +157,8 @@ def _search_block(
 def _choose_largest(score_mn: FloatArray, number: int) -> IntArray:
     """Return the columns of the largest scores of each row, (m, number), in any order.
 
-    They lie in those groups of columns that have the largest maxima: only these are looked through.
+    The columns are cut into groups of 64. The `number` largest scores are all in the `number` groups with the largest
+    maxima (or in the rest behind the last group), so only these are searched.
     """
     num_groups = score_mn.shape[1] // GROUP
     if num_groups <= number:

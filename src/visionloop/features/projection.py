@@ -1,4 +1,4 @@
-"""Embeddings to places in the plane. Pure: the same input and seed give the same places.
+"""Embeddings to points in the plane. Pure: the same input and seed give the same points.
 
 Dimensions: n images, d features.
 """
@@ -11,7 +11,7 @@ from visionloop.features.neighbours import FloatArray, check_vectors, find_neigh
 
 Method = Literal["auto", "pca", "tsne"]
 
-# t-SNE takes about half a minute for so many; of more, the others are placed among their nearest of these.
+# t-SNE of so many images takes about half a minute. The other images are placed between their nearest of these.
 MAX_TSNE = 2000
 MIN_TSNE = 8
 NUM_COMPONENTS = 50
@@ -20,9 +20,9 @@ NUM_NEAREST = 3
 
 
 def project(embedding_nd: FloatArray, method: Method = "auto", *, seed: int = 0) -> tuple[FloatArray, str]:
-    """Return places (n, 2) between -1 and 1, and in words how they were found. `auto` is t-SNE where there is enough.
+    """Return points (n, 2) between -1 and 1, and how they were computed, in words. `auto`: t-SNE from 8 images on.
 
-    Directions count, lengths do not: what is near has a small cosine distance. Raises DatasetError.
+    Vectors are scaled to length 1 first, so near points have a small cosine distance. Raises DatasetError.
     """
     check_vectors(embedding_nd, embedding_nd)
     unit_nd = embedding_nd / np.maximum(np.linalg.norm(embedding_nd, axis=1, keepdims=True), 1e-12)
@@ -50,14 +50,14 @@ def compute_pca(unit_nd: FloatArray, num_components: int) -> FloatArray:
 
     number = min(num_components, *unit_nd.shape)
     out = np.zeros((len(unit_nd), num_components), np.float32)
-    if len(unit_nd) > 1 and (unit_nd != unit_nd[0]).any():  # all alike: there is nothing to tell apart
+    if len(unit_nd) > 1 and (unit_nd != unit_nd[0]).any():  # if all vectors are equal, the zeros stay
         solver = "covariance_eigh" if len(unit_nd) > unit_nd.shape[1] else "full"
         out[:, :number] = PCA(number, svd_solver=solver).fit_transform(unit_nd)
     return out
 
 
 def compute_tsne(unit_nd: FloatArray, seed: int) -> FloatArray:
-    """Return the t-SNE (van der Maaten and Hinton, 2008) of some vectors, begun from their principal components."""
+    """Return the t-SNE (van der Maaten and Hinton, 2008) of some vectors, started from their principal components."""
     from sklearn.manifold import TSNE
 
     reduced = compute_pca(unit_nd, min(NUM_COMPONENTS, unit_nd.shape[1]))
@@ -69,7 +69,7 @@ def compute_tsne(unit_nd: FloatArray, seed: int) -> FloatArray:
 
 
 def _to_square(place_n2: FloatArray) -> FloatArray:
-    """Centre places, and scale them so that the outermost of them lie at -1 and 1; both axes alike."""
+    """Centre points and scale both axes alike, so that the longer one goes from -1 to 1."""
     low, high = place_n2.min(axis=0), place_n2.max(axis=0)
     span = float((high - low).max()) / 2
     return np.asarray((place_n2 - (low + high) / 2) / (span or 1.0), np.float32)

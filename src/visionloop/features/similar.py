@@ -1,4 +1,4 @@
-"""The images of a dataset that are most like a given one: a file, or one of the dataset itself."""
+"""The images of a dataset that are most similar to a given one: a file, or an image of the dataset."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ MAX_DRAWN = 12  # queries in one picture
 
 @dataclass(frozen=True)
 class QueryImage:
-    """What is looked for: its name, a small picture of it, and its row in the album or else the encoder's input."""
+    """The image that is looked for. An image of the dataset has a `row` in the album, a file an `image`: its pixels."""
 
     name: str
     sha256: str
@@ -34,7 +34,7 @@ class QueryImage:
 
 @dataclass(frozen=True)
 class SimilarImage:
-    """An image of the dataset, and its cosine distance (0 to 2) to the query. `is_same`: the very same bytes."""
+    """An image of the dataset and its cosine distance (0 to 2) to the query. `is_same`: the files are equal."""
 
     row: int
     distance: float
@@ -63,7 +63,7 @@ def read_query(text: str, album: Album) -> QueryImage:
 
 
 def find_similar(album: Album, queries: Sequence[QueryImage], k: int) -> list[list[SimilarImage]]:
-    """Return the k nearest images of each query, nearest first; an image of the dataset is not among its own."""
+    """Return the k nearest images of each query, nearest first. An image of the dataset does not find itself."""
     if not queries:
         return []
     query_md = np.stack([_embed(album, query) for query in queries])
@@ -81,7 +81,7 @@ def find_similar(album: Album, queries: Sequence[QueryImage], k: int) -> list[li
 
 
 def draw_similar(album: Album, queries: Sequence[QueryImage], found: Sequence[Sequence[SimilarImage]]) -> bytes:
-    """Draw each query and its matches as one row, as PNG; of many queries the first."""
+    """Draw each query and its matches as one row, as PNG. Draws at most the first 12 queries."""
     cells: list[Cell] = []
     columns = 1 + max((len(matches) for matches in found), default=0)
     for query, matches in list(zip(queries, found, strict=True))[:MAX_DRAWN]:

@@ -1,11 +1,14 @@
-"""Suspected label errors: images whose nearest others bear another label than they do. Pure, but for the two writers.
+"""Suspected label errors: images whose nearest neighbours have another label. Writes no file.
 
-The score is the normalised margin of confident learning (Northcutt, Jiang and Chuang, 2021), with the votes of the k
-nearest other images, weighted by 1 / distance, in place of a model's probabilities:
+The score is the normalised margin of confident learning (Northcutt, Jiang and Chuang, 2021). In place of a model's
+probabilities it takes the votes of the k nearest other images, weighted by 1 / distance:
 
-    score = share of the votes for the likeliest other label - share of the votes for the label given     (-1 to 1)
+    score = share of the votes for the best other label - share of the votes for the given label     (-1 to 1)
 
-With several labels per image each class is judged for itself: the votes for it are compared with those against it.
+Example: an image has the label cat. Its neighbours give 0.7 of the votes to dog, 0.2 to cat, 0.1 to fox: the score is
+0.7 - 0.2 = 0.5, and dog is proposed. With several labels for an image each class is judged alone: the votes for it
+against the votes without it.
+
 Dimensions: n images, c classes.
 """
 
@@ -36,7 +39,7 @@ class Suspect:
 
 
 def find_suspects(album: Album, k: int = 10) -> list[Suspect]:
-    """Return all images whose others vote against a label of theirs, the most suspicious first. Raises DatasetError."""
+    """Return all labels that the neighbours contradict, the most suspicious first. Raises DatasetError."""
     prepared = album.prepared
     votes_nc = compute_votes_of_others(album.embedding_nd, album.target_nc, k)
     if prepared.targets_nk is None:
@@ -47,7 +50,7 @@ def find_suspects(album: Album, k: int = 10) -> list[Suspect]:
 
 
 def judge_labels(votes_nc: DoubleArray, label_n: NDArray[np.int64], classes: Sequence[str]) -> list[Suspect]:
-    """Return the images of which another label has more votes than theirs; each image has one label."""
+    """Return the images for which another label has more votes than the given one. Each image has one label."""
     if len(classes) < 2:
         return []
     rows = np.arange(len(label_n))
@@ -63,9 +66,10 @@ def judge_labels(votes_nc: DoubleArray, label_n: NDArray[np.int64], classes: Seq
 
 
 def judge_several(votes_nc: DoubleArray, target_nc: NDArray[np.uint8], classes: Sequence[str]) -> list[Suspect]:
-    """Return labels that most neighbours have not, to be taken away, and at most one an image that most have, to add.
+    """Return labels to remove, which most neighbours do not have, and labels to add, which most neighbours have.
 
-    `corrections.csv` knows an image's label by its old name: two additions to one image could not be told apart.
+    At most one label is added to an image: a line of `corrections.csv` names the old label, which is empty here, so two
+    such lines of one image could not be told apart.
     """
     against_nc = np.where(target_nc > 0, 1 - 2 * votes_nc, 2 * votes_nc - 1)
     found = []
@@ -81,7 +85,7 @@ def judge_several(votes_nc: DoubleArray, target_nc: NDArray[np.uint8], classes: 
 
 
 def encode_corrections(album: Album, suspects: Sequence[Suspect]) -> str:
-    """Return suspects as a corrections.csv: as `ingest.corrections` reads it, and with what helps to decide."""
+    """Return suspects as a corrections.csv that `ingest.corrections` reads, with more columns that help to decide."""
     sink = io.StringIO(newline="")
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -1,9 +1,9 @@
-"""The embedding table in the store: what an encoder once computed is never computed again, by any run or workspace.
+"""The embedding table in the store: an embedding is computed once, and then read by every run and workspace.
 
     embeddings/<encoder digest>/<sha256 of the part>    Parquet: sha256, vector; the encoder's digest in its metadata
 
-Parts are immutable, whole or absent. Many small ones are merged into few; a part is removed only after another one
-that holds its rows is there, so readers and writers need no lock. Dimensions: n images, d features.
+A part is immutable, and whole or absent. Many small parts are merged into few. A part is removed only after its rows
+are in another part, so readers and writers need no lock. Dimensions: n images, d features.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from visionloop.store import ObjectStore
 
 PREFIX = "embeddings/"
 READERS = 4
-# More small parts than this are merged, into parts of about so many bytes: a few are in memory at a time.
+# More than MANY small parts are merged into parts of about MERGED_BYTES.
 MANY = 64
 MERGED_BYTES = 8 * 1024 * 1024
 ATTEMPTS = 3
@@ -52,7 +52,7 @@ class EmbeddingTable:
     def read(self) -> Iterator[Part]:
         """Yield the parts that can be read, a few in memory at a time. An image may be in several.
 
-        A part that another process merged meanwhile is looked for where its rows are now. Raises StoreError.
+        If another process merges parts meanwhile, the list is read again, so that no row is missed. Raises StoreError.
         """
         done: set[str] = set()
         for _ in range(ATTEMPTS):
@@ -69,8 +69,8 @@ class EmbeddingTable:
     def lookup(self, sha256_n: Sequence[str]) -> tuple[FloatArray | None, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]:
         """Return embeddings (n, d) of images in the order asked for, and which of them the table has (n).
 
-        Rows that it does not have are undefined. None instead of the embeddings where it has none at all. Of several
-        of one image the one of the first part counts, by key.
+        Rows of images that it does not have are undefined. If it has none at all, None stands for the embeddings. If
+        several parts hold an image, the first one by key counts.
         """
         row_of = {sha256: row for row, sha256 in enumerate(sha256_n)}
         has_n = np.zeros(len(sha256_n), np.bool_)
@@ -100,15 +100,15 @@ class EmbeddingTable:
         return key
 
     def drop_damaged(self) -> None:
-        """Remove the parts that were passed over: their rows were computed again."""
+        """Remove the damaged parts. Call it after their rows were computed again."""
         for key in sorted(self.damaged):
             self.store.delete(key)
         self.damaged.clear()
 
     def merge(self, *, many: int = MANY) -> int:
-        """Merge the small parts that were read or written here, if they are more than `many`; return how many were.
+        """Merge the small parts that were read or written here, if there are more than `many`. Return their number.
 
-        Several processes may do so at once: each removes a part only after its rows are in one that it has written.
+        Several processes may do this at once: each removes a part only after it has written its rows to another one.
         """
         small, self._small = sorted(self._small), set()
         if len(small) <= many:
@@ -139,7 +139,7 @@ class EmbeddingTable:
         return len(parts)
 
     def _read(self, key: str) -> Part | str | None:
-        """Return a part; the key of a damaged one; None of one that is gone."""
+        """Return a part; its key if it is damaged; None if it is gone."""
         try:
             data = self.store.get(key)
         except ObjectMissing:

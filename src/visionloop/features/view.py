@@ -1,4 +1,4 @@
-"""The stage's out: the embeddings of prepared data, what made them, and how training reads them. No torch.
+"""The output of the stage `embed`: the embeddings of prepared data, and how training reads them. No torch.
 
     features/encoder.json          {"needed": false}, or the encoder's facts and the number of images
     features/embeddings.parquet    sha256, vector (fixed-size list of float32): a row for each row of the prepared index
@@ -20,7 +20,7 @@ from visionloop.data.shards import Prepared
 from visionloop.errors import DatasetError
 from visionloop.records import Record, compute_digest
 
-# Raised when the same weights, preprocessing and runtime would give other vectors than before.
+# Increased when the same weights, preprocessing and runtime give other vectors than before.
 VERSION = 1
 FACTS, EMBEDDINGS = "encoder.json", "embeddings.parquet"
 ENCODER_KEY = b"visionloop.encoder"
@@ -31,10 +31,10 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncoderFacts(Record):
-    """An encoder: a backbone with its weights, what is done to an image before it, and what computes it.
+    """What defines an encoder: a backbone and its weights, the preprocessing, the runtime and its precision.
 
-    `weights_digest` is that of the tensors. For the encoder of a bundle `source` is the bundle's digest, else "params".
-    `crop` says how the training side was prepared where it was stored larger: its middle is embedded.
+    `weights_digest` is over the tensors. `source` is the digest of the bundle that the encoder is from, else "params".
+    `crop` is set if the training side is stored larger: then the middle of each training image is embedded.
     """
 
     source: str
@@ -55,7 +55,7 @@ class EncoderFacts(Record):
 
     @property
     def digest(self) -> str:
-        """The name of the encoder: equal digests mean embeddings that may stand side by side."""
+        """The name of the encoder: embeddings of equal digests can be compared."""
         return compute_digest({name: value for name, value in self.to_json().items() if name != "weights"})
 
     def describe(self) -> str:
@@ -66,9 +66,9 @@ class EncoderFacts(Record):
 
 
 def describe_crop(prepared: Prepared) -> dict[str, Any]:
-    """Return what sets the embedding of a training image apart where that side is stored larger; else nothing.
+    """Return `EncoderFacts.crop`: the size at which the training side is stored, if it is stored larger; else nothing.
 
-    Which images are of the training side is decided by dataset, so its name belongs to it.
+    Which images are on the training side depends on the dataset, so its name belongs to it.
     """
     if prepared.train_shards is None:
         return {}
@@ -76,7 +76,7 @@ def describe_crop(prepared: Prepared) -> dict[str, Any]:
 
 
 def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, EncoderFacts]:
-    """Return the embeddings of prepared data, (n, d), in the order of its rows, and the encoder that made them.
+    """Return the embeddings of prepared data, (n, d), in the order of its rows, and the facts of their encoder.
 
     Raises:
         DatasetError: they are missing, empty (the way did not need them), damaged, or of other data or sizes.
@@ -119,7 +119,7 @@ def write_features(folder: Path, sha256_n: tuple[str, ...], embedding_nd: FloatA
 
 
 def write_empty(folder: Path) -> None:
-    """Write the out of a way that needs no embeddings."""
+    """Write the output for a `train.way` that needs no embeddings."""
     (folder / FACTS).write_text(json.dumps({"needed": False}, indent=2) + "\n")
 
 
@@ -137,7 +137,7 @@ def make_table(sha256_n: tuple[str, ...], embedding_nd: FloatArray, schema: pa.S
 
 
 def to_matrix(column: pa.ChunkedArray) -> FloatArray:
-    """Return a column of vectors as (n, d). Raises ValueError when it is none, or holds nothing or no numbers."""
+    """Return a column of vectors as (n, d). Raises ValueError if it is no column of float32 vectors, or has nulls."""
     if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32() or column.null_count:
         raise ValueError("no column of float32 vectors")
     width = column.type.list_size
