@@ -28,7 +28,7 @@ def find_neighbours(
 ) -> tuple[DoubleArray, IntArray]:
     """Return distances and rows of the table, (m, k) each, nearest first; ties in the order of rows. At most n.
 
-    The cosine distance is 1 - cos, between 0 and 2. A vector of length 0 has the distance 1 to every other. For vectors
+    The cosine distance is 1 - cos, between 0 and 2. A vector of length 0 is at distance 1 from all. For vectors
     of length 1 it is half of the squared Euclidean distance, so both searches are one.
 
     Raises:
@@ -107,7 +107,7 @@ def to_targets(label_n: IntArray, num_classes: int) -> NDArray[np.uint8]:
 
 
 def _to_spheres(query_md: FloatArray, table_nd: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Scale vectors to length 1. Those of length 0 get a direction of their own, at right angles to all others."""
+    """Scale vectors to length 1. Those of length 0 get a new dimension, perpendicular to all other vectors."""
     (unit_md, empty_m), (unit_nd, empty_n) = _scale(query_md), _scale(table_nd)
     if empty_m.any() or empty_n.any():
         none_m, none_n = np.zeros_like(empty_m), np.zeros_like(empty_n)

@@ -42,7 +42,7 @@ def gate(
 ) -> Decision:
     """Judge models/candidate against the champion; store the decision and tag the candidate's MLflow run.
 
-    A second run on the same question returns the decision that stands. `state` and `now` are stored as given.
+    With unchanged inputs a second run returns the stored decision. `state` and `now` are stored as given.
 
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
@@ -102,8 +102,8 @@ def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[I
 def _judge(
     params: Params, tests: Sequence[ImageRecord], scores: Sequence[Scores], *, is_champion: bool
 ) -> tuple[list[RuleResult], list[Metrics]]:
-    """Return the rules' answers, and the figures of the candidate and of the champion if it was scored."""
-    # The candidate's classes first; a class that only the champion knows is a wrong answer, not an error.
+    """Return the result of each rule, and the figures of the candidate, then of the champion if it was scored."""
+    # The candidate's classes come first. An answer with a class that only the champion knows is wrong, but no error.
     names = [name for record in tests for name in record.labels]
     classes = list(dict.fromkeys([c for s in scores for c in s.classes] + names))
     aligned = [map_scores(s, classes) for s in scores]

@@ -19,7 +19,7 @@ PASSED, REFUSED, INCONCLUSIVE = "passed", "refused", "inconclusive"
 
 @dataclass(frozen=True)
 class Difference:
-    """Candidate minus champion on one metric, with the interval between the quantiles alpha and 1 - alpha."""
+    """One metric of candidate and champion. `low` and `high` bound the difference (quantiles alpha and 1 - alpha)."""
 
     metric: str
     candidate: float
@@ -42,18 +42,18 @@ def compute_difference(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Compare two models' answers by resampling images, both models on the same ones (paired percentile bootstrap).
+    """Compare two models' answers by a paired percentile bootstrap: each resample holds the same images for both.
 
-    Answers are a class an image (n,), or several labels (n, k): then accuracy is the share of exact matches.
+    Answers are one class for each image (n,), or several labels (n, k). Then accuracy is the share of exact matches.
 
-    Efron & Tibshirani 1993, chapters 13 and 16; paired on test images as Koehn 2004 does on sentences.
-    The bounds are drawn values, never in between, so that a bound above 0 is at least one image.
+    Efron & Tibshirani 1993, chapters 13 and 16; paired on test images, as Koehn 2004 does on sentences. The bounds are
+    values that were drawn, never interpolated, so a bound above 0 means at least one image.
     """
     scores = [make_score(labels, chosen, num_classes, section) for chosen in (candidate, champion)]
     drawn_r = np.concatenate(
         [scores[0](rows_rn) - scores[1](rows_rn) for rows_rn in draw_rows(len(labels), resamples, seed)]
     )
-    drawn_r = drawn_r.round(12)  # equal sums in another order must not differ by a rounding error
+    drawn_r = drawn_r.round(12)  # so that rounding errors do not make equal values differ
     everything = np.arange(len(labels))[None]
     return Difference(
         metric=section.metric,
@@ -65,7 +65,7 @@ def compute_difference(
 
 
 def make_score(labels: Choices, chosen: Choices, num_classes: int, section: Gate) -> Statistic:
-    """Return the metric of the gate as a function of rows of images (r, n)."""
+    """Return the metric of the gate as a function of resamples (r, n), as row numbers."""
     if section.metric == "accuracy":
         hits_n = labels == chosen if labels.ndim == 1 else (labels == chosen).all(axis=1)
         return lambda rows_rn: np.asarray(hits_n[rows_rn].mean(axis=1))
@@ -75,7 +75,7 @@ def make_score(labels: Choices, chosen: Choices, num_classes: int, section: Gate
 
 
 def check_floors(floors: Mapping[str, float], metrics: Mapping[str, Interval]) -> list[RuleResult]:
-    """Hold each figure of the candidate against its floor: passed from the floor upwards, else refused."""
+    """Compare each figure of the candidate with its floor: passed if it is at least the floor, else refused."""
     return [
         RuleResult(
             rule=f"floor {name}",
@@ -90,7 +90,7 @@ def check_floors(floors: Mapping[str, float], metrics: Mapping[str, Interval]) -
 def check_difference(difference: Difference, section: Gate) -> RuleResult:
     """Apply `better` (the whole interval above 0) or `no_worse` (above -margin).
 
-    Refused when the whole interval lies below that line; None when the line is inside the interval.
+    Refused if the whole interval is below that line. None (inconclusive) if the line is inside the interval.
     """
     line = 0.0 if section.rule == "better" else -section.margin
     passed = True if difference.low > line else False if difference.high < line else None
@@ -107,12 +107,12 @@ def check_difference(difference: Difference, section: Gate) -> RuleResult:
 
 
 def make_first_rule() -> RuleResult:
-    """Return the rule that stands in for the comparison while there is no champion: the floors decide."""
+    """Return the rule that replaces the comparison while there is no champion: only the floors decide."""
     return RuleResult("first", True, "no champion yet", "the floors to hold")
 
 
 def make_task_rule(candidate_task: str, champion_task: str) -> RuleResult:
-    """Say that two models of different tasks are compared all the same: one label is a set of one."""
+    """Return the note that models of different tasks are compared by their label sets: one label is a set of one."""
     return RuleResult(
         "task",
         True,
@@ -127,7 +127,7 @@ def make_same_rule(section: Gate) -> RuleResult:
 
 
 def compute_verdict(rules: Sequence[RuleResult]) -> str:
-    """Return refused if any rule refuses, else inconclusive if any cannot tell, else passed."""
+    """Return refused if any rule refuses, else inconclusive if any rule is, else passed."""
     answers = [rule.passed for rule in rules]
     if False in answers:
         return REFUSED

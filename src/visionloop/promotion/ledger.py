@@ -1,6 +1,6 @@
-"""What was decided and promoted: `decisions/NAME/` and `ledger/NAME/000001.json`. The truth about champions.
+"""What was decided and promoted: `decisions/NAME/` and `ledger/NAME/000001.json`. The ledger defines the champion.
 
-An entry is created only if its number is free, so of two promoters one wins. Nothing is changed or removed.
+An entry is created only if its number is free, so of two promoters only one wins. Entries are never changed or removed.
 """
 
 import json
@@ -31,7 +31,7 @@ def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
 
 
 def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **facts: Any) -> LedgerEntry:
-    """Write the entry that follows `after`, the champion the caller looked at; `facts` are its other fields.
+    """Write the entry that follows `after`, the champion that the caller has read; `facts` are its other fields.
 
     Raises:
         PromotionError: another promoter has written this number: the champion is no longer `after`.
@@ -97,7 +97,7 @@ def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:
 
 
 def store_decision(store: ObjectStore, decision: Decision) -> Decision:
-    """Create the decision under the next free number; if the last one decided just this, return that one instead."""
+    """Create the decision under the next free number. If the last decision has the same content, return that one."""
     while True:
         latest = latest_decision(store, decision.name)
         if latest and _compute_question(latest) == _compute_question(decision):

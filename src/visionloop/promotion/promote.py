@@ -1,6 +1,6 @@
-"""The stages `register` and `promote`, and the way back: the ledger moves first, MLflow's alias follows.
+"""The stages `register` and `promote`, and the rollback. The ledger is written first, then MLflow's alias.
 
-A server follows the ledger, so a promotion stands once its entry is written, with or without MLflow.
+A server follows the ledger, so a promotion is done once its entry is written, with or without MLflow.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ ALIAS_ROUNDS = 3
 def register(workspace: Workspace) -> str:
     """Copy models/candidate to the store, register it with MLflow, and return the model version.
 
-    Done again, it finishes what was cut off and returns the same version.
+    A second run finishes what an interrupted one began, and returns the same version.
 
     Raises:
         NotPromoted: the gate has not passed this candidate.
@@ -45,13 +45,13 @@ def register(workspace: Workspace) -> str:
 def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
-    The champion already: returns the entry that stands, after setting a stray alias right.
+    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry.
 
     Raises:
         NotPromoted: the gate has not passed this candidate.
         PromotionError: it is not registered, the champion moved since the decision, or the candidate comes from an
             experiment (a random split).
-        DatasetError: the store has not the dataset version of the decision.
+        DatasetError: the store does not have the dataset version of the decision.
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
     """
@@ -96,15 +96,15 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry
 
 
 def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: str) -> LedgerEntry:
-    """Make an earlier champion the champion again: the one before, or that of ledger entry `to`.
+    """Make an earlier champion the champion again: the previous one, or that of ledger entry `to`.
 
-    Twice in a row goes back two: never forward to a model that was rolled back from. The ledger moves even while
-    MLflow is down.
+    Two rollbacks in a row go back by two: a model that was rolled back from is never taken again. The ledger is written
+    even while MLflow cannot be reached.
 
     Raises:
-        PromotionError: there is nothing to go back to, or someone else moved the champion.
-        BundleError: the earlier bundle is damaged, or answers differently here; nothing has moved then.
-        TrackingError: the ledger has moved, the alias has not; do not roll back again.
+        PromotionError: there is no earlier champion, or another process has changed the champion meanwhile.
+        BundleError: the earlier bundle is damaged, or answers differently here; nothing has changed then.
+        TrackingError: the ledger entry is written, the alias is not; do not roll back again.
     """
     name = workspace.name
     history = read_history(workspace.store, name)
@@ -142,7 +142,7 @@ def mirror_alias(workspace: Workspace) -> str | None:
     A champion that this MLflow does not know is registered again from the store.
 
     Raises:
-        PromotionError: the alias does not stay. TrackingError: MLflow cannot be reached.
+        PromotionError: something else keeps changing the alias. TrackingError: MLflow cannot be reached.
     """
     tracking, name = workspace.tracking, workspace.name
     for _ in range(ALIAS_ROUNDS):
@@ -152,7 +152,7 @@ def mirror_alias(workspace: Workspace) -> str | None:
         version = tracking.find_version(champion.bundle) or _register_again(workspace, champion)
         if tracking.get_champion() != version:
             tracking.set_champion(version)
-        # Someone may have promoted meanwhile: then the alias must name the newer one, whoever set it last.
+        # Another promotion may have happened meanwhile. Then the loop sets the alias to the newer champion.
         if tracking.get_champion() == version and read_champion(workspace.store, name) == champion:
             return version
     raise PromotionError(
@@ -164,7 +164,7 @@ def mirror_alias(workspace: Workspace) -> str | None:
 
 
 def compare_alias(workspace: Workspace) -> tuple[str | None, str | None]:
-    """Return the model version of the ledger's champion and the version the alias names; equal when all is well.
+    """Return the model version of the ledger's champion and the version that the alias names. They should be equal.
 
     Raises:
         PromotionError: the ledger is damaged. TrackingError: MLflow cannot be reached.
@@ -215,7 +215,7 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
 
 
 def _verify_in_store(workspace: Workspace, digest: str) -> None:
-    """Fetch a bundle as any server would, past this machine's cache; check its digests and its golden answers."""
+    """Download a bundle without this machine's cache, as a server would; check its digests and golden answers."""
     workspace.settings.hidden_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.settings.hidden_dir) as folder:
         Predictor(download_bundle(workspace.store, digest, Path(folder))).check_golden()

@@ -1,8 +1,8 @@
-"""A bundle's answers on a test side, from the original bytes in the store, each model with its own card.
+"""A bundle's answers on a test side, from the original bytes in the store, with the preprocessing of its own card.
 
     scores/<bundle digest>/<test digest>.npz     probs (n, k) and chosen, rows in the order of sha256
 
-`chosen` is a class an image (n,), or for multilabel which classes it is said to have (n, k).
+`chosen` is one class for each image (n,), or for multilabel a bool for each class (n, k).
 
 Dimensions in names: n test images, k classes.
 """
@@ -42,7 +42,7 @@ def select_test(records: Sequence[ImageRecord], *, with_negatives: bool = False)
 
 
 def compute_test_digest(tests: Sequence[ImageRecord]) -> str:
-    """Return the digest of a test side: its images and their labels, whatever their order."""
+    """Return the digest of a test side: over its images and their labels, in any order."""
     return compute_digest(sorted([r.sha256, sorted(r.labels)] for r in tests))
 
 
@@ -86,7 +86,7 @@ def map_scores(scores: Scores, classes: Sequence[str]) -> Scores:
 
 
 def to_sets(scores: Scores) -> Scores:
-    """Turn answers of one class an image (n,) into sets of one (n, k); sets stay as they are."""
+    """Turn answers of one class for each image (n,) into sets of one (n, k). Sets are returned as they are."""
     if scores.chosen.ndim == 2:
         return scores
     chosen_nk = np.arange(len(scores.classes)) == scores.chosen[:, None]
@@ -94,7 +94,7 @@ def to_sets(scores: Scores) -> Scores:
 
 
 def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: int) -> Scores | None:
-    """Read cached answers; None when there are none, or they are damaged or do not fit."""
+    """Read cached answers. None if there are none, or if they are damaged or have another shape."""
     try:
         with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
             probs_nk, chosen = file["probs"], file["chosen"]
@@ -108,7 +108,7 @@ def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: i
 
 
 def _read_batches(store: ObjectStore, predictor: Predictor, tests: Sequence[ImageRecord]) -> Iterator[UInt8Array]:
-    """Decode in threads and yield images (n, h, w, 3), so many at a time that memory stays flat."""
+    """Decode in threads and yield images (n, h, w, 3) in batches of limited memory."""
 
     def decode(record: ImageRecord) -> UInt8Array:
         try:
@@ -120,7 +120,7 @@ def _read_batches(store: ObjectStore, predictor: Predictor, tests: Sequence[Imag
                 "every image of the dataset version",
                 "Set VISIONLOOP_STORE, or ingest its source again.",
             ) from exc
-        # It was let in at its size; a limit lowered since then must not stop the gate.
+        # The image was accepted at this size: a pixel limit that was lowered since then must not stop the gate.
         max_pixels = max(MAX_PIXELS, record.width * record.height)
         return predictor.decode(data, f"test image {record.sha256[:12]}", max_pixels=max_pixels)
 

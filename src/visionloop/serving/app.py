@@ -1,6 +1,6 @@
-"""The HTTP face of a model: routes, answers and errors. Builds no model, reads no settings, opens no socket.
+"""The HTTP interface of a model: routes, answers and errors. Builds no model, reads no settings, opens no socket.
 
-A request that is wrong gets a 4xx, a server that is full or has no model a 503; only our own bugs are a 500.
+A wrong request gets a 4xx. A full server, or one without a model, answers 503. Only our own bugs give a 500.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
-    """Build the application over a slot whose model may change, or be missing, at any time."""
+    """Build the application. The model in `slot` may change, or be missing, at any time."""
     limits = limits or Limits()
     meters = Meters(slot, lambda: batcher.depth)
     batcher = Batcher(
@@ -164,7 +164,11 @@ def _name_model(model: ServedModel) -> dict[str, Any]:
 
 
 def _make_answer(uploads: Sequence[Upload], answers: Sequence[Prediction | ImageError]) -> dict[str, Any]:
-    """One upload: its answer, or its error raised. Several: a list of answers and errors. Raises ImageError."""
+    """Return the answer for one upload, or a list of answers and errors for several.
+
+    Raises:
+        ImageError: the only upload cannot be used.
+    """
     if len(answers) > 1:
         return {"results": [{"file": u.name, **_describe(a)} for u, a in zip(uploads, answers, strict=True)]}
     if isinstance(answers[0], ImageError):
@@ -214,7 +218,10 @@ def _translate(exc: Exception) -> tuple[int, str, str]:
 
 
 class _Envelope:
-    """Around every request: its id, its figures, and the last catch. Plain ASGI, so that it never buffers a body."""
+    """Wraps every request: sets its id, counts it, and turns any other exception into a 500.
+
+    It is plain ASGI, so it never buffers a body.
+    """
 
     def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self._app, self._meters = app, meters

@@ -1,6 +1,6 @@
-"""Many requests, few runs of the network: images are decoded side by side and answered in batches.
+"""Collects the images of many requests into batches for the network. Images are decoded in parallel.
 
-An image that arrives while nothing else is under way waits for nothing. All methods belong to one event loop.
+An image that arrives alone does not wait for others. All methods belong to one event loop.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ MAX_DECODERS = 8  # each may hold a whole image in memory, about nine bytes for 
 
 
 class QueueFull(VisionLoopError, RuntimeError):
-    """Too many images are waiting; the same request can succeed a moment later."""
+    """Too many images are waiting. The same request can succeed a moment later."""
 
     transient = True
 
@@ -46,7 +46,7 @@ class Batcher:
         max_wait_s: float = 0.004,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """`max_wait_s` is spent only while other images are still being decoded; `on_batch` hears each batch's size."""
+        """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size."""
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch = on_batch
         self._ready: deque[_Waiting] = deque()
@@ -57,12 +57,12 @@ class Batcher:
 
     @property
     def depth(self) -> int:
-        """Images that were taken in and have no answer yet."""
+        """The number of images that were accepted and have no answer yet."""
         return len(self._tasks)
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        # One core is left to the network and the event loop: decoding on all of them answers fewer requests.
+        # One core is left for the network and the event loop: with decoding on all cores the server is slower.
         decoders = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
@@ -70,7 +70,7 @@ class Batcher:
         self._closed = False
 
     async def stop(self) -> None:
-        """Take nothing more, answer what was taken, end the threads."""
+        """Accept no more images, answer those that were accepted, end the threads."""
         self._closed = True
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -83,7 +83,7 @@ class Batcher:
     async def predict(self, model: ServedModel, images: Sequence[bytes]) -> list[Prediction | ImageError]:
         """Answer for encoded images, all with one model: a prediction, or what is wrong with that image.
 
-        A caller that is cancelled leaves its images to be finished: they free their places as any other.
+        If the caller is cancelled, its images are still finished, and free their places in the queue then.
 
         Raises:
             QueueFull: not all of them fit in the queue now; none was taken.
@@ -122,7 +122,7 @@ class Batcher:
             self._on_batch(len(batch))
             try:
                 predictions = await loop.run_in_executor(self._runner, _run, batch)
-            except Exception as exc:  # handed to the callers; the worker lives on
+            except Exception as exc:  # passed on to the callers; the worker goes on
                 for waiting in batch:
                     waiting.answer.set_exception(exc)
                 continue
@@ -130,7 +130,7 @@ class Batcher:
                 waiting.answer.set_result(prediction)
 
     async def _collect(self) -> list[_Waiting]:
-        """Wait for images, and a little longer while more are on their way; return those of the first one's model."""
+        """Wait for an image, then up to `max_wait_s` for those being decoded. Return a batch for one model."""
         while not self._ready:
             await self._wait_for_change()
         with contextlib.suppress(TimeoutError):

@@ -1,6 +1,6 @@
-"""A request's body to uploads: raw bytes or a multipart form, read in pieces and within limits. Decodes no image.
+"""Reads the uploads of a request: raw bytes or a multipart form, in pieces and within limits. Decodes no image.
 
-The bytes decide what an upload is, not the content type that the client declares.
+The format of an image follows from its bytes, not from the content type that the client declares.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from visionloop.errors import VisionLoopError
 
 FILE_FIELDS = (b"file", b"files")
 MAX_NAME_CHARS = 120
-# A refused client goes on sending for a moment: closing at once would reset it before it reads the answer.
+# A refused client goes on sending for a moment. Closing at once would reset its connection before it reads the answer.
 DISCARD_S = 2.0
 DISCARD_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes at most. `max_held_bytes` counts the bodies of all requests together."""
+    """The limits of one server. `max_held_bytes` is for the bodies of all requests together."""
 
     max_body_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
@@ -214,7 +214,7 @@ class _FormReader:
     def _on_part_end(self) -> None:
         _, options = parse_options_header(self._disposition.decode("latin-1"))
         name = options.get(b"filename", b"")
-        # A browser sends a nameless, empty part for a file field that was left empty.
+        # For an empty file field a browser sends a part without a name and without data.
         if name or (self._data and options.get(b"name") in FILE_FIELDS):
             self._uploads.append(Upload(_clean_name(name), bytes(self._data)))
         self._data = bytearray()

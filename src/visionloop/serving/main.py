@@ -1,4 +1,4 @@
-"""`visionloop serve`: wires settings, params, ledger, model and application together and runs them. Nothing else."""
+"""`visionloop serve`: connects settings, params, ledger, model and application, and runs them. Nothing else."""
 
 import contextlib
 import errno
@@ -39,10 +39,10 @@ def run_server(
     bundle_dir: Path | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what was taken in and return.
+    """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
-    Serves the ledger's champion and follows it, or the bundle in `bundle_dir`. Port 0 takes a free one; `on_ready`
-    hears the address. Configures logging.
+    Serves the ledger's champion and follows it, or the bundle in `bundle_dir`. Port 0 means any free port; `on_ready`
+    is called with the address. Configures logging.
 
     Raises:
         ServingError: the port cannot be had, or there is no champion.
@@ -68,7 +68,7 @@ def run_server(
 
 
 def make_limits(serve: Serve) -> Limits:
-    """Turn the section `serve` of params.yaml into limits that fit each other."""
+    """Turn the section `serve` of params.yaml into limits that are consistent."""
     return Limits(
         max_body_bytes=serve.max_body_bytes,
         max_pixels=serve.max_pixels,
@@ -80,7 +80,7 @@ def make_limits(serve: Serve) -> Limits:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, that tells when it listens and ends with code 0 on a signal instead of raising it again."""
+    """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again."""
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
@@ -125,20 +125,20 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
 
 def _configure_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # Below these levels both write a line for every malformed request that anybody sends.
+    # At lower levels both write a line for every malformed request.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Listen on host and port; so a port in use is known before a model is loaded. Raises ServingError."""
+    """Listen on host and port, before a model is loaded: a used port is found at once. Raises ServingError."""
     where = f"port {host}:{port}"
     if not 0 <= port <= MAX_PORT:  # getaddrinfo would take it modulo 65536
         raise ServingError(where, "is no port", f"0 to {MAX_PORT}", "Pass --port 0 for any free one.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        # asyncio sets it only where the protocol is named; without it a kept-alive answer waits 40 ms for an ACK.
+        # Without it an answer on a kept-alive connection waits 40 ms for an ACK; asyncio does not set it here.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
     except socket.gaierror as exc:
@@ -155,7 +155,7 @@ def _make_url(host: str, sock: socket.socket) -> str:
 
 
 def _exit_on_signals() -> contextlib.AbstractContextManager[None]:
-    """While nothing is served yet, a signal ends the process at once, with code 0."""
+    """Before serving starts, let a signal end the process at once, with code 0."""
 
     def leave(_number: int, _frame: FrameType | None) -> Never:
         raise SystemExit(0)

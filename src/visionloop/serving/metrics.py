@@ -46,7 +46,7 @@ class Meters:
         self._batches.observe(size)
 
     def count_prediction(self, prediction: Prediction) -> None:
-        """Count one answered image, with several labels under each of them: sets of labels would be too many."""
+        """Count one answered image under its class, or under each of its labels: there are too many sets of labels."""
         names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
         for name in names:
             self._images.labels(name).inc()
@@ -56,7 +56,7 @@ class Meters:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the figures that are read from elsewhere at the time of a scrape (called by the registry)."""
+        """Yield the figures that are read from other objects at each scrape (called by the registry)."""
         slot = self._slot
         yield GaugeMetricFamily("visionloop_queue_images", "Images without an answer yet", self._queue_depth())
         yield CounterMetricFamily("visionloop_swaps", "Models swapped in", slot.num_swaps)

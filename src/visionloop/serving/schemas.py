@@ -1,4 +1,4 @@
-"""What the server says, as pydantic models: they make the answers' schema for /docs and `openapi.json`."""
+"""The server's answers as pydantic models. /docs and `openapi.json` are made from them."""
 
 from typing import Any
 

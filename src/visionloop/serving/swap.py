@@ -1,7 +1,7 @@
 """The model that answers now, and the thread that follows the ledger to the next one.
 
-A new bundle is fetched, checked and loaded off to the side; what serves is replaced by one assignment. Whatever goes
-wrong with the new one, the old one goes on. Knows nothing of HTTP.
+A new bundle is downloaded, checked and loaded while the current model serves. One assignment then replaces it. If
+anything fails, the current model stays. Knows nothing of HTTP.
 """
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model. `version` and `entry` (the ledger's number) are None for a bundle that was named by its path."""
+    """A loaded model. `version` and `entry` (the ledger's number) are None for a bundle that is served from a path."""
 
     predictor: Predictor
     version: str | None = None
@@ -50,7 +50,7 @@ class ModelSlot:
 
 
 class ChampionFollower:
-    """Keeps a slot at the champion that `find_champion` names. A refused bundle is tried again after `retry_s`."""
+    """Keeps the champion that `find_champion` returns in a slot. A refused bundle is tried again after `retry_s`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ChampionFollower:
         self._thread: threading.Thread | None = None
 
     def load_first(self) -> None:
-        """Load the champion, or fail: before a server has answered once, an error must reach the person.
+        """Load the champion, or fail: a server that cannot start must say why.
 
         Raises:
             ServingError: the ledger has no champion.
@@ -86,7 +86,7 @@ class ChampionFollower:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; one that is stuck in a dead store is left to end with the process."""
+        """End the thread. If it hangs in a store that does not answer, it ends with the process."""
         self._stopping.set()
         if self._thread:
             self._thread.join(STOP_S)
@@ -103,7 +103,7 @@ class ChampionFollower:
             if self._refused and self._refused[0] == number and now_s < self._refused[1]:
                 return
             self._swap(entry)
-        except Exception as exc:  # the thread must outlive whatever a store or a bundle does
+        except Exception as exc:  # no error of a store or a bundle may end the thread
             self._note_problem(number, exc, now_s)
 
     def _follow(self) -> None:
