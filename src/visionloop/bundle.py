@@ -83,7 +83,7 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
 
 
 def check_onnx(model_bytes: bytes, where: str) -> None:
-    """Refuse a model that reaches outside itself.
+    """Refuse a model that needs anything outside its file.
 
     Raises:
         BundleError: external data, an operator of a custom domain, or no ONNX at all.
@@ -102,7 +102,7 @@ def check_onnx(model_bytes: bytes, where: str) -> None:
 
 
 def upload_bundle(store: ObjectStore, bundle: Bundle) -> None:
-    """Copy a bundle to `bundles/<digest>/`, its table of digests last: a copy that was cut off is no bundle."""
+    """Copy a bundle to `bundles/<digest>/`. The table of digests comes last: without it a copy is no bundle."""
     for name in sorted(bundle.files):
         key = f"bundles/{bundle.digest}/{name}"
         if (bundle.folder / name).is_file() and not store.exists(key):
@@ -171,7 +171,7 @@ def _all_nodes(nodes: Iterable[Any]) -> Iterable[Any]:
 
 
 def load_run_note(runs_dir: Path, bundle_digest: str) -> RunNote | None:
-    """Read the note of a bundle; None when this workspace did not train it (restored by dvc, or cloned).
+    """Read the note of a bundle. None if this workspace did not train it (restored by dvc, or cloned).
 
     Raises:
         BundleError: the note is damaged.

@@ -17,7 +17,8 @@
     ├── BusyError          (RuntimeError)     another process holds the lock
     └── ServingError       (RuntimeError)     the server cannot start
 
-Errors are raised where the outside world is met and say: where, what was found, what was expected, what to do.
+Errors are raised where files, networks and users' input are read. They say where, what was found, what was expected,
+and what to do.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ SHOWN = 5
 
 
 class VisionLoopError(Exception):
-    """An error with its place, the thing found, the thing expected and a way out.
+    """An error that says where it is, what was found, what was expected and what to do.
 
     `str()` gives one line: `where: found; expected X. What to do.`
     """
@@ -105,7 +106,7 @@ class PromotionError(VisionLoopError, RuntimeError):
 
 
 class NotPromoted(VisionLoopError, RuntimeError):
-    """The gate refused the candidate, or could not tell."""
+    """The gate refused the candidate, or was inconclusive."""
 
     exit_code = 3
 
@@ -115,7 +116,7 @@ class PipelineError(VisionLoopError, RuntimeError):
 
 
 class BusyError(VisionLoopError, RuntimeError):
-    """Another process is at the same work."""
+    """Another process is doing the same work."""
 
     transient = True
 

@@ -1,8 +1,8 @@
-"""One map over items or chunks: threads, processes of this machine, or a Ray cluster through joblib's backends.
+"""One map over items or chunks: in threads, in processes of this machine, or on a Ray cluster, through joblib.
 
-Threads share Python's lock for about a seventh of what it takes to decode a photo: they are for short work, and for
-reading. What runs in a process or on a cluster is picklable and opens what it needs itself. However a map ends, by an
-error, Ctrl-C or an early `close`, it leaves no worker behind.
+Decoding a photo holds Python's global lock for about a seventh of its time, so threads are for short work and for
+reading. A function for processes or a cluster must be picklable, and opens files and stores itself. No worker stays
+after a map, even after an error, Ctrl-C or an early `close`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ KNOCK_S = 5.0
 
 @dataclass(frozen=True)
 class Engine:
-    """Where chunks run. `address` is a Ray cluster's; None starts one on this machine, for the length of a map."""
+    """Where chunks run. `address` is that of a Ray cluster. None starts one on this machine while the map runs."""
 
     kind: Literal["threads", "processes", "ray"]
     address: str | None = None
@@ -47,7 +47,7 @@ def count_cores() -> int:
 def map_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
 ) -> Iterator[Result]:
-    """Yield `function(item)` in the order of the items, in threads; at most a few are in memory at a time."""
+    """Yield `function(item)` in the order of the items, computed in threads. A few are in memory at a time."""
     workers = workers or count_cores()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="map")
     waiting: deque[Future[Result]] = deque()
@@ -65,10 +65,12 @@ def map_parallel(
 def map_chunks(
     function: Callable[[Item], Result], chunks: Iterable[Item], engine: Engine, *, max_held: int
 ) -> Iterator[Result]:
-    """Yield `function(chunk)` of every chunk, in any order; at most `max_held` results (or one a core) are held.
+    """Yield `function(chunk)` of every chunk. With processes and Ray the order is not fixed.
+
+    At most `max_held` results wait at a time (or one for each core, if that is more).
 
     Raises:
-        ParamsError: the engine cannot be had.
+        ParamsError: the engine is not installed or cannot be reached.
     """
     if engine.kind == "threads":
         yield from map_parallel(function, chunks)
@@ -76,7 +78,7 @@ def map_chunks(
         yield from _map_in_processes(function, chunks, max_held)
     else:
         with _connect_ray(engine.address) as workers, _translate_ray():
-            # Ray's pool reserves no cores for its actors: without this they would all share the first node.
+            # Ray's pool reserves no cores for its actors. Without this all of them would run on the first node.
             spread = {"ray_remote_args": {"scheduling_strategy": "SPREAD"}}
             yield from _map_in_waves("ray", workers, function, chunks, max_held, **spread)
 
@@ -99,7 +101,7 @@ def _map_in_waves(
     max_held: int,
     **options: Any,
 ) -> Iterator[Result]:
-    """Run so many chunks that their results fit in memory, then the next: joblib itself would run ahead without end."""
+    """Run `max_held` chunks, then the next ones: joblib alone would compute on without a limit on waiting results."""
     from joblib import Parallel, delayed
 
     waiting = iter(chunks)
@@ -109,14 +111,14 @@ def _map_in_waves(
 
 
 def _start_worker(parent_pid: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it."""
+    """Let only the parent react to Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parents(parent_pid)
 
 
 @contextlib.contextmanager
 def _connect_ray(address: str | None) -> Iterator[int]:
-    """Join or start a cluster, let joblib use it, and yield its number of cores. Raises ParamsError."""
+    """Connect to a cluster or start one, register it with joblib, and yield its number of cores. Raises ParamsError."""
     with connect_ray(address, key="compute.engine", instead="engine: local") as ray:
         from ray.util import joblib as ray_joblib
 
@@ -127,9 +129,10 @@ def _connect_ray(address: str | None) -> Iterator[int]:
 
 @contextlib.contextmanager
 def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]:
-    """Join a cluster, or start one on this machine, and yield the module `ray`. A cluster that was there stays.
+    """Connect to a cluster, or start one on this machine, and yield the module `ray`. Stops only what it started.
 
-    `key` of params.yaml asked for it, and `instead` does without. Raises ParamsError.
+    Errors name `key`, the key of params.yaml that asks for Ray, and `instead`, a setting without it. Raises
+    ParamsError.
     """
     ray: Any
     try:
@@ -145,7 +148,7 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             options: dict[str, Any] = {"address": address}
-            if address is None:  # whoever reaches a cluster's ports may run code on it: ours is for this machine alone
+            if address is None:  # anybody who reaches a cluster's ports can run code: listen on this machine only
                 options = {"_temp_dir": _make_ray_folder(stack), "_node_ip_address": "127.0.0.1"}
                 options["include_dashboard"] = False
             try:
@@ -164,7 +167,7 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
 
 @contextlib.contextmanager
 def _translate_ray() -> Iterator[None]:
-    """Raise what a function raised on a node as it was raised there; Ray wraps it into pages of traceback."""
+    """Raise the original error of a function on a node, without the long traceback that Ray puts around it."""
     import ray
 
     try:
@@ -183,14 +186,14 @@ def _translate_ray() -> Iterator[None]:
 
 
 def _knock(address: str | None) -> None:
-    """Raise OSError where nobody listens at `host:port`: Ray itself would try for a minute."""
+    """Raise OSError if nothing listens at `host:port`. Ray itself would try for a minute."""
     host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _make_ray_folder(stack: contextlib.ExitStack) -> str:
-    """Return a folder for Ray's sockets: below TMPDIR, or a short one that is removed when the stack is closed."""
+    """Return a folder for Ray's sockets: below TMPDIR, or a shorter one that is removed when the stack is closed."""
     folder = Path(tempfile.gettempdir()) / "ray"
     if len(str(folder)) <= MAX_RAY_FOLDER:
         return str(folder)

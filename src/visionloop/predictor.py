@@ -1,4 +1,4 @@
-"""A bundle, running: images in, probabilities and embeddings out. The same code judges and serves. No torch.
+"""Runs a bundle: images in, probabilities and embeddings out. The same code judges and serves. No torch.
 
 Dimensions: n images, h height, w width, k classes, d embedding size.
 """
@@ -21,17 +21,17 @@ from visionloop.records import LABEL_SEPARATOR, Card, Prediction
 
 GOLDEN_TOLERANCE = 2e-2
 BATCH_IMAGES, BATCH_BYTES = 64, 32 * 1024 * 1024
-# What an `Embedder` has in the network at a time: enough to keep the cores busy, little enough for any memory.
+# Images and pixels that an `Embedder` runs at a time: enough for all cores, and little memory.
 MAX_SLICE, SLICE_PIXELS = 128, 16 * 224 * 224
 TASKS = ("binary", "multiclass", "multilabel")
 FloatArray = NDArray[np.float32]
-# What a model says: a class an image (n,), or for multilabel which of the classes (n, k).
+# A model's answers: a class for each image (n,), or for multilabel a bool for each image and class (n, k).
 Choices = NDArray[np.int64] | NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network says of n images: logits and probabilities (n, k), embeddings (n, d)."""
+    """The output of the network for n images: logits and probabilities (n, k), embeddings (n, d)."""
 
     logits_nk: FloatArray
     probs_nk: FloatArray
@@ -39,7 +39,7 @@ class Outputs:
 
 
 class Predictor:
-    """One loaded model. Thread-safe; make it after any fork."""
+    """One loaded model. Thread-safe. Create it after a fork, not before."""
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
@@ -75,7 +75,7 @@ class Predictor:
         return Outputs(logits_nk, squash(logits_nk / self.card.temperature), embedding_nd)
 
     def run_batches(self, images_nhwc: UInt8Array, *, batch_size: int | None = None) -> Outputs:
-        """Run the network on any number of images, a batch at a time; of large images fewer at once."""
+        """Run the network on any number of images, in batches. The larger the images, the smaller the batch."""
         batch_size = batch_size or choose_batch_size(images_nhwc.shape[1:3])
         parts = [self.run(images_nhwc[i : i + batch_size]) for i in range(0, len(images_nhwc), batch_size)]
         if not parts:
@@ -88,11 +88,11 @@ class Predictor:
         )
 
     def choose(self, probs_nk: NDArray[np.floating]) -> Choices:
-        """Return what the model says of n images: a class each (n,), or for multilabel which of the classes (n, k)."""
+        """Return the answers for n images: a class each (n,), or for multilabel which of the classes (n, k)."""
         return choose_classes(probs_nk, self.card)
 
     def answer(self, outputs: Outputs) -> list[Prediction]:
-        """Put the network's outputs into words: one prediction an image."""
+        """Turn the network's outputs into one prediction for each image."""
         classes, chosen = self.card.classes, self.choose(outputs.probs_nk)
         confidence_n = compute_confidence(outputs.probs_nk, chosen)
         names = name_choices(chosen, classes)
@@ -108,15 +108,15 @@ class Predictor:
         ]
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
-        """Answer for encoded images. Raises ImageError on the first that cannot be used."""
+        """Answer for encoded images. Raises ImageError for the first one that cannot be used."""
         arrays = [self.decode(data, f"image {i}") for i, data in enumerate(images)]
         return self.answer(self.run_batches(np.stack(arrays))) if arrays else []
 
     def check_golden(self) -> float:
-        """Answer the golden images again and compare; return the largest logit difference.
+        """Answer the golden images again and compare. Return the largest difference of a logit.
 
         Raises:
-            BundleError: it is above the tolerance: this machine would not answer as the model was judged.
+            BundleError: it is above the tolerance, so this machine would give other answers than those judged.
         """
         arrays = [self.decode(data, "golden image") for data in self.bundle.golden_images()]
         logits_nk = self.run_batches(np.stack(arrays)).logits_nk
@@ -132,7 +132,7 @@ class Predictor:
 
 
 def check_card(card: Card, where: str) -> None:
-    """Raise BundleError for a card that this version cannot answer by: its task, or its thresholds."""
+    """Raise BundleError if this version does not know the card's task, or its thresholds do not fit its classes."""
     todo = "Use the version of visionloop that made it, or train again."
     if card.task not in TASKS:
         raise BundleError(where, f"has the task {card.task!r}", f"one of {', '.join(TASKS)}", todo)
@@ -142,7 +142,7 @@ def check_card(card: Card, where: str) -> None:
 
 
 def choose_batch_size(size_hw: Sequence[int]) -> int:
-    """Return how many images go through a network at once: memory is in proportion to their pixels."""
+    """Return how many images go through a network at once: fewer of large images, for the same memory."""
     return max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, size_hw[0] * size_hw[1] * 3)))
 
 
@@ -154,7 +154,7 @@ def softmax(logits_nk: FloatArray) -> FloatArray:
 
 
 def sigmoid(logits_nk: FloatArray) -> FloatArray:
-    """Return 1 / (1 + exp(-z)) of each logit, in float64 inside; written so that no exponent overflows."""
+    """Return 1 / (1 + exp(-z)) of each logit, in float64 inside. The exponent is never positive: no overflow."""
     small = np.exp(-np.abs(logits_nk.astype(np.float64)))
     return np.where(logits_nk >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
 
@@ -170,7 +170,7 @@ def choose_classes(probs_nk: NDArray[np.floating], card: Card) -> Choices:
 
 
 def compute_confidence(probs_nk: NDArray[np.floating], chosen: Choices) -> NDArray[np.floating]:
-    """Return the probability of each answer, (n,): of its class, or of its set of labels if they are independent."""
+    """Return the probability of each answer, (n,). For a set of labels: the product over classes, as if independent."""
     if chosen.ndim == 2:
         return np.asarray(np.where(chosen, probs_nk, 1 - probs_nk).prod(axis=1))
     return probs_nk[np.arange(len(chosen)), chosen]
@@ -196,7 +196,7 @@ class Embedder:
         self._run = lambda images: session.run(["embedding"], {"images": images})[0]
 
     def embed(self, images_nhwc: UInt8Array) -> FloatArray:
-        """Map any number of images (n, h, w, 3) to embeddings (n, d), so many at a time that memory stays flat."""
+        """Map any number of images (n, h, w, 3) to embeddings (n, d), in slices of limited memory."""
         height, width = images_nhwc.shape[1:3]
         step = max(1, min(MAX_SLICE, SLICE_PIXELS // (height * width)))
         parts = [self._run(images_nhwc[i : i + step]) for i in range(0, len(images_nhwc), step)]
@@ -205,7 +205,7 @@ class Embedder:
 
 def _open_session(model_bytes: bytes, where: str, threads: int) -> Any:
     """Open a checked model in ONNX Runtime. Raises BundleError."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: it writes to the home otherwise
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which writes to the home folder otherwise
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -228,7 +228,7 @@ def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int)
     """Open a checked model in OpenVINO, and return what runs it. Raises BundleError, ParamsError."""
     check_onnx(model_bytes, where)
     try:
-        # Its import reports to Google Analytics where this package can be imported; it has a stub for where it cannot.
+        # The import of openvino reports to Google Analytics through this package. Without it, it uses its own stub.
         before = sys.modules.get("openvino_telemetry")
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         try:

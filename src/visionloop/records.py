@@ -1,4 +1,4 @@
-"""The values that travel between the parts: plain, frozen, JSON-ready. No disk, no network, no behaviour.
+"""The values that the parts hand to each other: plain, frozen, JSON-ready. No disk, no network.
 
 Dimensions in names: n images, k classes, d embedding size.
 """
@@ -25,7 +25,7 @@ def compute_digest(value: object) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """Base of the records that are stored as JSON: unknown keys are ignored, so that older code reads newer files."""
+    """Base class of records stored as JSON. Unknown keys are ignored, so older code can read newer files."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -42,7 +42,8 @@ class Record:
 class ImageRecord(Record):
     """One image of a dataset: one row of the manifest, identified by the sha256 of its bytes.
 
-    `key` decides the side (the group, or the sha256). `phash` is a 64-bit perceptual hash in hex, empty when too small.
+    `key` decides the side: the group, else the key of its near duplicates, else the sha256. `phash` is a 64-bit
+    perceptual hash in hex, empty if a side is below 32 px.
     """
 
     sha256: str
@@ -72,10 +73,10 @@ class Rejected(Record):
 
 @dataclass(frozen=True)
 class DatasetVersion(Record):
-    """The commit object of one dataset version. `parts` are manifest digests; a later part's row wins over an earlier.
+    """The commit object of one dataset version. `parts` are digests of manifests; rows of later parts replace earlier.
 
     `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it,
-    `leaks` of its leak report. `cursors` says how far each incremental source has come.
+    `leaks` that of its leak report. `cursors` says how far each incremental source has been read.
     """
 
     name: str
@@ -99,7 +100,7 @@ class DatasetVersion(Record):
 
 @dataclass(frozen=True)
 class Pin(Record):
-    """`data/dataset.json`: the one dataset version that a workspace stands on. Lives in git; holds no time."""
+    """`data/dataset.json`: the one dataset version that a workspace uses. It is kept in git and holds no time."""
 
     name: str
     version: int
@@ -110,7 +111,7 @@ class Pin(Record):
 
 @dataclass(frozen=True)
 class Card(Record):
-    """`card.json` of a bundle: all that is needed to use the model, and where it came from. No time, no run id.
+    """`card.json` of a bundle: all that is needed to use the model, and its origin. No time, no run id.
 
     `threshold` is the probability of `classes[1]` from which a binary model answers `classes[1]`; None otherwise.
     `thresholds` are, by class, the probabilities from which a multilabel model gives that label; None otherwise.
@@ -146,9 +147,10 @@ class Interval(Record):
 class Prediction(Record):
     """The answer for one image: the class, all probabilities by class name, and the probability of the answer.
 
-    A multilabel model answers with `labels`, any number of them in the order of its classes; `prediction` is then
-    these in one text, and `confidence` the product over the classes of the probability of what is said of each: that
-    of the whole answer, if labels come independently. `labels` is None, and not in the JSON, for the other tasks.
+    A multilabel model answers with `labels`, any number of them, in the order of its classes. `prediction` is then
+    these names joined by `|`. `confidence` is the probability of the whole answer if labels are independent: the
+    product over all classes of p for a given label and 1 - p for one not given. For other tasks `labels` is None, and
+    not in the JSON.
     """
 
     prediction: str
@@ -165,7 +167,7 @@ class Prediction(Record):
 
 @dataclass(frozen=True)
 class RuleResult(Record):
-    """One rule of the gate. `passed` is None when the data cannot tell (inconclusive)."""
+    """The result of one rule of the gate. `passed` is None if the data are not enough to decide (inconclusive)."""
 
     rule: str
     passed: bool | None
@@ -175,10 +177,10 @@ class RuleResult(Record):
 
 @dataclass(frozen=True)
 class Decision(Record):
-    """What the gate decided, on what, by which rules: every one is stored, also a refusal.
+    """What the gate decided, for which models, by which rules. Every decision is stored, also a refusal.
 
-    `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
-    dataset, params, code. `champion` is None when there was none.
+    `verdict` is passed, refused or inconclusive. `state` holds the digests of dataset, params and code: if they did not
+    change, a retrain has nothing to do. `champion` is None if there was none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The folder in which a stage works: one process at a time, kept across kills, renamed to the result at the end.
+"""The work folder of a stage: used by one process at a time, kept after a kill, renamed to the result at the end.
 
 .visionloop/work/STAGE/lock          held while the stage runs
 .visionloop/work/STAGE/<input key>/  what is done so far; another key means other inputs
@@ -20,10 +20,10 @@ TRY_EVERY_S = 0.25
 
 @contextlib.contextmanager
 def lock_work(folder: Path, key: str) -> Iterator[Path]:
-    """Hold the stage's lock and yield the work folder of this input key; work for other inputs is dropped.
+    """Hold the stage's lock and yield the work folder of this input key. Work for other inputs is removed.
 
     Raises:
-        BusyError: another process has been at this stage for longer than a dying one would need.
+        BusyError: another process holds the lock, also after 20 s: a process that was just killed is gone by then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -42,7 +42,7 @@ def list_work(folder: Path) -> set[str]:
 
 
 def replace_folder(work: Path, target: Path) -> None:
-    """Make a finished work folder the result: whole or not at all."""
+    """Rename a finished work folder to the result. The old result stays until the new one is complete."""
     for leftover in work.glob("*.staged"):
         leftover.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)

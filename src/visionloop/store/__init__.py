@@ -1,6 +1,6 @@
-"""The object store: one protocol, one implementation per kind of place. The only home of boto3.
+"""The object store: one protocol, with an implementation for folders and one for S3. Only this package uses boto3.
 
-An object is whole or absent: a reader never sees a part of one. Objects under a digest never change.
+An object is whole or absent: a reader never sees a part of one. An object whose key is a digest never changes.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class ObjectStore(Protocol):
 
     @property
     def num_writers(self) -> int:
-        """How many writes at once pay off: a few for a disk, many for a network."""
+        """The number of parallel writes that is fastest: a few for a disk, many for a network."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -36,7 +36,7 @@ class ObjectStore(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object only if the key is free; True if this call made it. Equal bytes count as made by us.
+        """Write an object only if the key is free. True if this call created it, or if it already holds these bytes.
 
         Raises:
             StoreError: the store cannot be written.
@@ -44,14 +44,14 @@ class ObjectStore(Protocol):
         ...
 
     def add(self, key: str, data: bytes) -> bool:
-        """Write an object whose key is the digest of its content; what is there already is not sent again.
+        """Write an object whose key is the digest of its content. An object that exists is not sent again.
 
-        True if this call sent it. It may be lost in a power failure until `sync`. Raises StoreError.
+        True if this call sent it. Until `sync` it may be lost in a power failure. Raises StoreError.
         """
         ...
 
     def sync(self) -> None:
-        """Make everything written so far survive a power failure: called once, before a commit object is created."""
+        """Make all that was written survive a power failure. Called once, before a commit object is created."""
         ...
 
     def exists(self, key: str) -> bool:
@@ -63,19 +63,19 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is no error. A versioned store may keep its earlier versions."""
+        """Remove an object. A missing one is no error. A store with versioning may keep the earlier versions."""
         ...
 
     def purge(self, key: str) -> None:
-        """Remove an object with all its earlier versions, for good; a missing one is no error. Raises StoreError."""
+        """Remove an object and all its earlier versions. A missing one is no error. Raises StoreError."""
         ...
 
 
 def open_store(url: str) -> ObjectStore:
-    """Open the store at a URL (`file:///folder`, `s3://bucket/prefix`). Connects and makes nothing until it is used.
+    """Open the store at a URL (`file:///folder`, `s3://bucket/prefix`). Connects and creates nothing before first use.
 
     Raises:
-        SettingsError: the scheme is not known, or what follows it is no address.
+        SettingsError: the scheme or the address is not valid.
     """
     if url.startswith("file://"):
         return LocalStore.from_url(url)

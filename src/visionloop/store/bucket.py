@@ -1,4 +1,4 @@
-"""Any S3 bucket, read only: what lies below a prefix, and the bytes of each object as they were when it was listed."""
+"""Any S3 bucket, read only: the objects below a prefix, and the bytes that each had when it was listed."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from visionloop.store.s3 import Answer, Connection
 from visionloop.store.s3_errors import find_code, read_code
 
 CHANGED = ("PreconditionFailed", "412")
-# What keeps one object from being read, not the whole bucket.
+# Error codes that concern one object, not the whole bucket.
 OF_ONE_OBJECT = (*CHANGED, "AccessDenied", "403", "InvalidObjectState", "InvalidRequest", "MethodNotAllowed", "405")
 
 
@@ -38,7 +38,7 @@ class Bucket:
         self._etag_is_md5: bool | None = None
 
     def scan(self) -> Iterator[BucketEntry]:
-        """Yield what lies below the prefix now, in the order of the keys. Raises StoreError."""
+        """Yield the objects below the prefix, in the order of their keys. Raises StoreError."""
         start = f"{self._address.prefix}/" if self._address.prefix else ""
         for entry in self._list(start):
             version = entry.get("VersionId")
@@ -53,7 +53,7 @@ class Bucket:
         """Return the bytes of an object as it was listed.
 
         Raises:
-            ImageError: it is larger than `max_bytes`, has changed or gone since, or may not be read.
+            ImageError: it is larger than `max_bytes`, was changed or deleted since, or access is denied.
             StoreError: the bucket cannot be reached.
         """
         where = f"{self.url}/{entry.key}"
@@ -79,11 +79,11 @@ class Bucket:
         return data
 
     def fetch(self, key: str, max_bytes: int) -> bytes:
-        """Return the bytes of an object by its key, as it is now; of one that is larger, `max_bytes` + 1 of them.
+        """Return the present bytes of an object, but at most `max_bytes` + 1 of them.
 
         Raises:
-            ObjectMissing: there is none.
-            StoreError: the bucket cannot be reached, or the object may not be read.
+            ObjectMissing: there is no such object.
+            StoreError: the bucket cannot be reached, or access is denied.
         """
         return self._connection.download(key, max_bytes=max_bytes)
 
@@ -96,7 +96,7 @@ class Bucket:
                 yield from page.get("Contents", ())
 
     def _keeps_versions(self) -> bool:
-        """Say whether versions can be listed; who may not do that reads by ETag."""
+        """Say whether versions can be listed. Without that permission objects are read by their ETag."""
         unable = (403, 405, 501)
         answer = self._connection.call("get_bucket_versioning", expected=unable)
         if answer.get("Status") != "Enabled":
@@ -104,9 +104,9 @@ class Bucket:
         return not read_code(self._connection.call("list_object_versions", expected=unable, MaxKeys=1))
 
     def _fits(self, data: bytes, answer: Answer, entry: BucketEntry, before: list[bytes]) -> bool:
-        """Compare bytes with the ETag where it is their MD5: not of uploads in parts, not with keys of one's own.
+        """Compare bytes with the ETag if it is their MD5. It is not for multipart uploads and own encryption keys.
 
-        Some stores have other ETags. Until one has fitted, the same bytes twice mean that nothing was damaged.
+        Some stores never use the MD5. Until one ETag has matched, two downloads with equal bytes count as undamaged.
         """
         has_own_key = answer.get("ServerSideEncryption", "AES256") != "AES256" or answer.get("SSECustomerAlgorithm")
         if len(entry.etag) != 32 or has_own_key or self._etag_is_md5 is False:

@@ -1,4 +1,4 @@
-"""The keys of a store, and where an `s3://` address points."""
+"""The keys of a store, and the parts of an `s3://` address."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from visionloop.errors import SettingsError, StoreError
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-# Where keys come from outside, all that S3 allows; no control characters, so that an address stays one line.
+# For keys that others made: all that S3 allows except control characters, so that an address stays on one line.
 _ANY_PREFIX = re.compile(r"[^\x00-\x1f\x7f]*")
 _CREDENTIALS = re.compile(r"//[^/@]*@")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -16,7 +16,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class BucketAddress:
-    """A bucket and a prefix inside it, without slashes at its ends; empty for the whole bucket."""
+    """A bucket and a prefix in it, without slashes at its ends. An empty prefix means the whole bucket."""
 
     bucket: str
     prefix: str
@@ -36,23 +36,23 @@ def is_key(text: str) -> bool:
 
 
 def check_key(key: str, where: str) -> str:
-    """Return the key. Raises StoreError when it can be none."""
+    """Return the key. Raises StoreError if it is not valid."""
     if not is_key(key):
         raise StoreError(where, f"got the key {key!r}", "parts of letters, digits, '.', '_', '-'")
     return key
 
 
 def find_digest(key: str) -> str | None:
-    """Return the sha256 that a key ends in: the digest of its content, by the rule of `ObjectStore.add`."""
+    """Return the sha256 at the end of a key, or None. It is the digest of the content (see `ObjectStore.add`)."""
     name = key.rpartition("/")[2]
     return name if _DIGEST.fullmatch(name) else None
 
 
 def parse_s3_url(url: str, where: str, *, own_keys: bool) -> BucketAddress:
-    """Read `s3://bucket/prefix`. With `own_keys` the prefix must be one that a store can have.
+    """Parse `s3://bucket/prefix`. With `own_keys` the prefix must be valid for keys of our store.
 
     Raises:
-        SettingsError: it is none.
+        SettingsError: it is not such an address.
     """
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     prefix = prefix.strip("/")

@@ -1,4 +1,4 @@
-"""The store in a local folder. Writes go to a hidden file first and are linked into place: whole or absent."""
+"""The store in a local folder. An object is written to a hidden file, then moved into place: it is whole or absent."""
 
 import contextlib
 import ctypes
@@ -67,7 +67,7 @@ class LocalStore:
     def add(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         try:
-            # A power failure may leave a file without its content: the size tells.
+            # A power failure may leave a file without its content. Its size shows that.
             if os.stat(path).st_size == len(data):
                 return False
         except OSError:
@@ -162,7 +162,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def _sync_file_system(folder: str) -> None:
-    """Flush the file system of one folder; all of them where the system cannot do that."""
+    """Flush the file system of a folder, or all file systems where `syncfs` does not exist."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
         os.sync()
@@ -177,7 +177,7 @@ def _sync_file_system(folder: str) -> None:
 
 
 def _walk(folder: str, prefix: str) -> Iterator[str]:
-    """Yield the files below a folder as keys, sorted as keys are: a folder's name counts with its slash."""
+    """Yield the files below a folder as keys, in the order of keys: folder names are compared with their slash."""
     try:
         with os.scandir(folder) as found:
             names = sorted([f"{entry.name}/" if entry.is_dir() else entry.name for entry in found])

@@ -1,9 +1,10 @@
-"""The store in a bucket of S3, or of any store that speaks it, and its connection. Conditional writes decide.
+"""The store in a bucket of S3 or of an S3-compatible store, and its connection. Creation is a conditional write.
 
-Each object carries the sha256 of its bytes: the server checks what arrives (Content-MD5), the reader what comes back.
+Each object has the sha256 of its bytes as metadata. The server checks what arrives by Content-MD5; the reader checks
+what it gets by the sha256.
 
-botocore retries what failed on the way to the answer (mode `standard`, AWS_MAX_ATTEMPTS). What fails while the body is
-read, a body that does not fit its digest, and a conflict of two writers are tried again here.
+botocore retries requests that get no answer (mode `standard`, AWS_MAX_ATTEMPTS). This module retries three more cases:
+a body that breaks off, a body with another digest, and a conflict of two writers.
 """
 
 import base64
@@ -22,7 +23,7 @@ from visionloop.store.keys import BucketAddress, check_key, find_digest, is_key,
 from visionloop.store.s3_errors import is_from_outside, read_code, read_status, translate_error
 
 NUM_WRITERS = 64
-# Sending this much costs more than a round trip: ask first.
+# Sending so many bytes takes longer than a request: ask first whether the object exists.
 LARGE_BYTES = 256 * 1024
 TRIES = 5
 CONNECT_TIMEOUT_S = 5
@@ -38,7 +39,7 @@ DIGEST_NAME = "sha256"
 
 
 class Connection:
-    """Calls to one bucket. `where` begins every message; `todo` says what to do when the bucket is not there."""
+    """Calls to one bucket. `where` begins every message. `todo` says what to do if the bucket does not exist."""
 
     def __init__(self, where: str, todo: str, address: BucketAddress, endpoint_url: str | None = None) -> None:
         self.where, self.todo, self.address, self.endpoint_url = where, todo, address, endpoint_url
@@ -82,11 +83,11 @@ class Connection:
         is_whole: Callable[[bytes, Answer], bool] = lambda data, answer: True,
         **given: Any,
     ) -> bytes:
-        """Return the bytes of an object; no more than `max_bytes` + 1 of one that is larger.
+        """Return the bytes of an object, but at most `max_bytes` + 1 of them.
 
         Raises:
-            ObjectMissing: there is none.
-            StoreError: it cannot be had, or `is_whole` refuses the bytes each time.
+            ObjectMissing: there is no such object.
+            StoreError: it cannot be read, or `is_whole` refuses the bytes in every try.
         """
         for attempt in range(TRIES):
             answer = self.call("get_object", key, expected=("NoSuchKey", "NoSuchVersion"), **given)
@@ -121,7 +122,7 @@ class Connection:
         return str(self._open().meta.region_name or "us-east-1")
 
     def watch(self, event: str, handler: Callable[..., None]) -> None:
-        """Let a handler change requests before they are signed."""
+        """Register a handler of botocore's event, which may change a request before it is signed."""
         self._open().meta.events.register(event, handler)
 
     def _open(self) -> Any:
@@ -143,16 +144,16 @@ class Connection:
 
 
 def pause(attempt: int) -> None:
-    """Wait before the next try: longer each time, and not as long as the others do."""
+    """Wait before the next try: twice as long each time, by a random factor so that writers do not meet again."""
     time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
 
 
 def _read_body(answer: Answer, max_bytes: int | None) -> bytes:
-    """Read to the end, or just beyond `max_bytes`. Raises what botocore raises, also when the end comes too early."""
+    """Read all bytes, or `max_bytes` + 1. Raises exceptions of botocore, also if the connection ends too early."""
     with closing(answer["Body"]) as body:
         data: bytes = body.read() if max_bytes is None else body.read(max_bytes + 1)
     promised = int(answer.get("ContentLength", len(data)))
-    # With a number of bytes asked for, the library takes an early end of the connection for the end of the object.
+    # When a number of bytes is asked for, botocore does not notice that the connection ended too early.
     if max_bytes is not None and len(data) < min(promised, max_bytes + 1):
         from botocore.exceptions import IncompleteReadError
 
@@ -171,10 +172,10 @@ def _make_client(endpoint_url: str | None) -> Any:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard"},
-        # More than there are writers: a connection over the limit is made and thrown away for each request.
+        # More than the writers: a connection beyond the limit would be made anew for each request.
         max_pool_connections=NUM_WRITERS + 16,
         tcp_keepalive=True,
-        # Other stores than AWS refuse the checksums that botocore sends unasked. Ours go with every object.
+        # Stores other than AWS refuse the checksums that botocore adds by default. We send our own with each object.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         user_agent_extra="visionloop",
@@ -185,9 +186,9 @@ def _make_client(endpoint_url: str | None) -> Any:
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Do not ask for leave to send a small body: the question costs a round trip, as much as the body.
+    """Send a small body without `Expect: 100-continue`: waiting for the reply takes as long as sending the body.
 
-    For a large one the question stays: who has no permission hears of it, not of a connection that broke.
+    For a large body the header stays. Without permission the client then gets that answer, not a broken connection.
     """
     body: Any = params.get("body")
     if isinstance(body, BytesIO) and len(body.getbuffer()) < LARGE_BYTES:
@@ -196,7 +197,7 @@ def _send_at_once(params: dict[str, Any], **_: Any) -> None:
 
 @cache
 def _load_loader() -> Any:
-    """Return the reader of S3's description, which is large: it is read once for all clients."""
+    """Return botocore's loader of the S3 API description, which is large: all clients share it."""
     from botocore.loaders import create_loader
 
     return create_loader()
@@ -208,11 +209,11 @@ class S3Store:
     def __init__(self, url: str) -> None:
         self._address = parse_s3_url(url, "VISIONLOOP_STORE", own_keys=True)
         self.connection = Connection(f"store {self.url}", TODO, self._address)
-        # In a second pull of the same images nearly all are there: then asking is cheaper than sending.
+        # When images are pulled again nearly all exist. Then asking first is faster than sending.
         self._last_was_there = False
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
-        """Travel to another process by address: a connection cannot."""
+        """Pickle the address only: a connection cannot be sent to another process."""
         return S3Store, (self.url,)
 
     @property
@@ -237,9 +238,9 @@ class S3Store:
         if self._send(key, data, IfNoneMatch="*"):
             return True
         try:
-            # A taken key with our bytes is ours: the answer to an earlier try may have been lost.
+            # A key that holds our bytes counts as ours: the answer to an earlier try may have been lost.
             return self.get(key) == data
-        except ObjectMissing:  # somebody had it, and has removed it since
+        except ObjectMissing:  # another writer created it, and it was removed since
             return False
 
     def add(self, key: str, data: bytes) -> bool:
@@ -248,7 +249,7 @@ class S3Store:
             self._last_was_there = num_bytes == len(data)
             if self._last_was_there:
                 return False
-            if num_bytes is not None:  # what lies there cannot have this digest
+            if num_bytes is not None:  # another size: the object there is damaged
                 self._send(key, data)
                 return True
         sent = self._send(key, data, IfNoneMatch="*")
@@ -256,7 +257,7 @@ class S3Store:
         return sent
 
     def sync(self) -> None:
-        """Do nothing: S3 answers when an object is safe."""
+        """Do nothing: S3 answers only after an object is stored safely."""
 
     def exists(self, key: str) -> bool:
         return self._ask_size(key) is not None
@@ -285,7 +286,7 @@ class S3Store:
         return None if read_status(answer) == 404 else int(answer["ContentLength"])
 
     def _send(self, key: str, data: bytes, **condition: str) -> bool:
-        """Send an object; False when the condition did not hold. Raises StoreError."""
+        """Send an object. False if the condition does not hold. Raises StoreError."""
         md5 = hashlib.md5(data, usedforsecurity=False).digest()
         facts = {
             "ContentMD5": base64.b64encode(md5).decode(),

@@ -1,4 +1,4 @@
-"""What botocore raises, as a StoreError: what it means, what to do, whether a retry may help. No secrets."""
+"""Turns exceptions of botocore into a StoreError that says what it means and what to do. It holds no secrets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from visionloop.errors import StoreError
 
 @dataclass(frozen=True)
 class Meaning:
-    """What an error code means. `{what}` stands for what was tried, `{bucket}` for the bucket."""
+    """What an error code means. `{what}` is the operation, `{bucket}` the bucket. `transient`: a retry may help."""
 
     found: str
     expected: str
@@ -123,7 +123,7 @@ EXCEPTIONS = {
 
 
 def translate_error(exc: Exception, where: str, what: str, *, bucket: str, endpoint: str, todo: str) -> StoreError:
-    """Return the StoreError for an exception of botocore. `what` says what was tried: `put_object images/..`."""
+    """Return the StoreError for an exception of botocore. `what` is the operation, as `put_object images/...`."""
     response: Mapping[str, Any] = getattr(exc, "response", None) or {}
     facts = {"what": what, "bucket": bucket, "endpoint": hide_credentials(endpoint), "region": "", "detail": ""}
     if response:
@@ -142,7 +142,7 @@ def translate_error(exc: Exception, where: str, what: str, *, bucket: str, endpo
 
 
 def is_from_outside(exc: Exception) -> bool:
-    """Say whether an exception tells of the world or of settings; anything else is our bug."""
+    """Say whether an exception comes from the network, the store or the settings. Any other is our bug."""
     return isinstance(exc, OSError | ValueError) or type(exc).__module__.startswith(("botocore.", "boto3."))
 
 
@@ -152,12 +152,12 @@ def read_status(answer: Mapping[str, Any]) -> int:
 
 
 def read_code(answer: Mapping[str, Any]) -> str:
-    """Return the error code of an answer; of one without a body its status. Empty for a good answer."""
+    """Return the error code of an answer (without a body: its status). Empty for a good answer."""
     return str(answer.get("Error", {}).get("Code", ""))
 
 
 def find_code(error: StoreError) -> str:
-    """Return the error code of the answer that a translated error came from; "" when there was none."""
+    """Return the error code of the answer that caused a translated error, "" if there was none."""
     return read_code(getattr(error.__cause__, "response", None) or {})
 
 
@@ -179,6 +179,6 @@ def _find_by_class(exc: Exception) -> Meaning:
 
 
 def _first_line(exc: Exception) -> str:
-    """Return what the library says, without a URL: it may hold credentials."""
+    """Return the first line of an exception's text without URLs, which may hold credentials."""
     words = (str(exc).splitlines() or [type(exc).__name__])[0].split()
     return " ".join("(a URL)" if "://" in word or "@" in word else word for word in words)[:160]

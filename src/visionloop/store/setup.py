@@ -1,8 +1,8 @@
 """Make a store ready, and say what it is: `visionloop store init` and `visionloop store`.
 
-A bucket gets versions (what is overwritten or deleted can be had back), an end for unfinished uploads, encryption and
-no public access. What an S3-compatible store lacks is said and passed over, except conditional writes: without them two
-promoters could both win.
+A bucket gets versioning (to restore what was overwritten or deleted), a rule that removes unfinished uploads,
+encryption, and no public access. What an S3-compatible store lacks is reported and skipped. Only conditional writes are
+required: without them two promoters could both win.
 """
 
 import secrets
@@ -27,7 +27,7 @@ NO_BLOCK = "NoSuchPublicAccessBlockConfiguration"
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing about a store, in words. `ok` is False where something is missing that a team's store should have."""
+    """One property of a store, in words. `ok` is False if something is missing that a team's store should have."""
 
     subject: str
     found: str
@@ -35,7 +35,7 @@ class Fact:
 
 
 def describe_store(store: ObjectStore) -> Iterator[Fact]:
-    """Say what a store is; changes nothing. Raises StoreError when it cannot be reached."""
+    """Describe a store and change nothing. Raises StoreError if it cannot be reached."""
     if not isinstance(store, S3Store):
         there = isinstance(store, LocalStore) and store.root.is_dir()
         yield Fact("store", f"{store.url} ({'a folder' if there else 'a folder that is made when it is needed'})")
@@ -52,7 +52,7 @@ def describe_store(store: ObjectStore) -> Iterator[Fact]:
 
 
 def init_store(store: ObjectStore) -> Iterator[Fact]:
-    """Make the folder or the bucket, and set what it should have; each step is told when it is done.
+    """Make the folder or the bucket and its settings. Each step is yielded when it is done.
 
     Raises:
         StoreError: the store cannot be reached or made, or has no conditional writes.
@@ -101,7 +101,7 @@ def _make_bucket(connection: Connection) -> Fact:
     if read_status(answer) != 404:
         return Fact("bucket", f"{bucket} is there")
     region = connection.region
-    # The first region has no name there: with its own name AWS refuses.
+    # For us-east-1 AWS refuses a LocationConstraint.
     given: dict[str, Any] = {}
     if region not in ("us-east-1", "aws-global"):
         given["CreateBucketConfiguration"] = {"LocationConstraint": region}
@@ -127,7 +127,7 @@ def _read_lifecycle(connection: Connection) -> tuple[str, bool]:
 
 
 def _write_lifecycle(connection: Connection) -> None:
-    """Add our rule to those that are there: a configuration is replaced as a whole."""
+    """Write our rule together with the existing ones, because S3 replaces the whole configuration."""
     prefix = f"{connection.address.prefix}/" if connection.address.prefix else ""
     rule = {
         "ID": RULE,
@@ -184,7 +184,7 @@ _WRITERS: dict[str, Callable[[Connection], None]] = {
 
 
 def _tell_unable(subject: str, exc: StoreError) -> Fact:
-    """Say that a setting cannot be read or set; go on. Raises the error again when the store is not there at all."""
+    """Return that a setting cannot be read or set. Raises the error again if the store itself cannot be reached."""
     code = find_code(exc)
     if exc.transient or not code:
         raise exc
@@ -208,7 +208,7 @@ def _check_conditional_writes(store: S3Store) -> None:
 
 
 def _add_md5(request: Any, **_: Any) -> None:
-    """Send Content-MD5 too: older stores demand it where botocore sends a newer checksum."""
+    """Add Content-MD5: older stores require it, and botocore sends a newer checksum instead."""
     import base64
     import hashlib
 

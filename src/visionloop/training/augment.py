@@ -1,17 +1,10 @@
-"""Augmentation: presets, what they draw for each image, and how images are changed by their draws.
+"""Augmentation: presets, the random numbers (draws) of each image, and their application to the pixels.
 
-The draws are made apart from the pixels, from (seed, epoch, image): torchvision's transforms would draw from torch's
-one generator, in the order in which images come. `augment_batch.py` applies the same draws to a batch on a GPU.
+The draws depend on (seed, epoch, image) alone. torchvision's transforms would take them from torch's global generator,
+in the order in which images come. `augment_images` applies draws on the CPU, image by image; `augment_batch` applies
+the same draws to a whole batch on a GPU. The result for an image does not depend on the rest of its batch.
 
-Dimensions: n images, d draws, h height, w width, c channels. Boxes are top, left, height, width in pixels.
-
-Dimensions: n images, d draws an image.
-
-Dimensions: n images, h height, w width, c channels.
-
-An image comes out the same whatever else is in its batch: every step works on each image by its own draws.
-
-Dimensions: n images, d draws, h height, w width, c channels.
+Dimensions: n images, d draws of an image, h height, w width, c channels. Boxes are top, left, height, width in pixels.
 """
 
 import hashlib
@@ -33,23 +26,23 @@ from visionloop.data.images import UInt8Array
 
 UInt64Array = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-PRIME = 2**64 - 59  # the largest of 64 bits: seeds of any size are taken by their remainder
-ORDER, AUGMENT = 1, 2  # what is drawn for: draws for one never tell of those for the other
+PRIME = 2**64 - 59  # the largest 64-bit prime: a seed of any size is taken modulo it
+ORDER, AUGMENT = 1, 2  # purposes of draws: those of one purpose are independent of the other's
 FloatArray = NDArray[np.float64]
 NUM_UNIFORM = 16
 LUMA_RGB = (0.2989, 0.587, 0.114)
 
 
 def make_theta(moves_n10: Tensor, source_hw: tuple[int, ...], size_hw: tuple[int, int]) -> Tensor:
-    """Return the maps (n, 2, 3) from what comes out to the source, in the coordinates of `grid_sample`.
+    """Return affine maps (n, 2, 3) from output to source pixels, in the coordinates of `grid_sample`.
 
-    `moves_n10`: box (top, left, height, width, in pixels of the source), mirrored (0 or 1), angle (radians, counter
-    clockwise), shear along x and y (slopes), shift along x and y (shares of what comes out).
+    `moves_n10`: box (top, left, height, width, in pixels of the source), mirrored (0 or 1), angle (radians,
+    counterclockwise), shear along x and y (slopes), shift along x and y (as a share of the output size).
     """
     top, left, height, width, mirrored, angle, shear_x, shear_y, shift_x, shift_y = moves_n10.unbind(1)
     (source_h, source_w), (out_h, out_w) = source_hw, size_hw
     cos, sin, sign = torch.cos(angle), torch.sin(angle), 1 - 2 * mirrored
-    # Turned and sheared about the middle, in pixels of what comes out; mirrored first.
+    # Mirrored first, then sheared and rotated about the middle, in pixels of the output.
     xx, xy = (cos - sin * shear_y) * sign, cos * shear_x - sin
     yx, yy = (sin + cos * shear_y) * sign, cos + sin * shear_x
     ratio_x, ratio_y = width / source_w, height / source_h
@@ -61,10 +54,10 @@ def make_theta(moves_n10: Tensor, source_hw: tuple[int, ...], size_hw: tuple[int
 
 
 def warp(images_nchw: Tensor, theta_n23: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Return float images (n, c, h, w) sampled through the maps, bilinear; beyond its edges an image is mirrored."""
+    """Return float images (n, c, h, w) sampled through the maps, bilinear. Beyond its edges an image is mirrored."""
     x_w, y_h = (_find_middles(side, theta_n23.device) for side in reversed(size_hw))
     grid = torch.empty((len(theta_n23), *size_hw, 2), device=theta_n23.device)
-    # By sums, not by a matrix product: on a GPU that may be allowed to round to 10 bits.
+    # Computed by sums, because a GPU may compute a matrix product in TF32, with 10 bits.
     for axis in range(2):
         along_x, along_y, shift = theta_n23[:, axis].unsqueeze(-1).unbind(1)
         torch.add((along_x * x_w + shift)[:, None, :], (along_y * y_h)[:, :, None], out=grid[..., axis])
@@ -73,18 +66,18 @@ def warp(images_nchw: Tensor, theta_n23: Tensor, size_hw: tuple[int, int]) -> Te
 
 @lru_cache(maxsize=8)
 def _find_middles(side: int, device: torch.device) -> Tensor:
-    """Return where the middles of the pixels of a side lie, -1 to 1 from edge to edge."""
+    """Return the coordinates of the pixel centres along one side, where -1 and 1 are the edges."""
     return (torch.arange(side, device=device, dtype=torch.float32) * 2 + 1) / side - 1
 
 
 def make_image_keys(sha256_n: Sequence[str]) -> UInt64Array:
-    """Return a 64-bit number of each image."""
+    """Return a 64-bit number for each image, (n,), made from its sha256."""
     digests = b"".join(hashlib.blake2b(sha256.encode(), digest_size=8).digest() for sha256 in sha256_n)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 def draw_bits(key_n: UInt64Array, *, seed: int, epoch: int, purpose: int) -> UInt64Array:
-    """Return 64 random bits (n) of each image. SplitMix64: Steele, Lea and Flood, OOPSLA 2014."""
+    """Return 64 random bits for each image, (n,). SplitMix64: Steele, Lea and Flood, OOPSLA 2014."""
     state_n = key_n
     for part in (purpose, seed % PRIME, epoch):
         state_n = _mix(state_n ^ _mix(np.asarray(part, np.uint64) + GOLDEN))
@@ -92,7 +85,10 @@ def draw_bits(key_n: UInt64Array, *, seed: int, epoch: int, purpose: int) -> UIn
 
 
 def draw_uniform(bits_n: UInt64Array, num: int, turn_n: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
-    """Return `num` uniform numbers in [0, 1) of each image, (n, d). `turn_n`: how often it came before in the epoch."""
+    """Return `num` uniform numbers in [0, 1) for each image, (n, d).
+
+    `turn_n` is how often an image came before in the epoch, so that a repeated image gets other numbers.
+    """
     if turn_n is not None:
         bits_n = _mix(bits_n + turn_n.astype(np.uint64))
     steps_d = np.arange(1, num + 1, dtype=np.uint64) * GOLDEN
@@ -120,12 +116,12 @@ def _mix(z: UInt64Array) -> UInt64Array:
 
 @dataclass(frozen=True)
 class Preset:
-    """How far a preset goes.
+    """The limits of a preset. Every preset mirrors half of the images.
 
-    `area`: the crop's share of the image. `aspect`: by how much it is stretched at most. `degrees`: rotation either
-    way, of half of the images. `jitter`: brightness, contrast and saturation, by this share either way. `trivial`: one
-    operation of TrivialAugment (Müller and Hutter, ICCV 2021) an image. `erased`: the share of images of which a
-    rectangle is blanked (Zhong et al., AAAI 2020). All mirror half of the images.
+    `area`: range of the crop's share of the image. `aspect`: largest factor by which the crop is stretched. `degrees`:
+    half of the images are rotated by up to this angle, both ways. `jitter`: brightness, contrast and saturation are
+    multiplied by 1 - jitter to 1 + jitter. `trivial`: one operation of TrivialAugment for each image (Müller and
+    Hutter, ICCV 2021). `erased`: the share of images in which a rectangle is filled (Zhong et al., AAAI 2020).
     """
 
     area: tuple[float, float]
@@ -141,19 +137,13 @@ PRESETS = {
     "medium": Preset(area=(0.5, 1.0), aspect=4 / 3, degrees=15.0, jitter=0.3),
     "strong": Preset(area=(0.3, 1.0), aspect=4 / 3, trivial=True, erased=0.25),
 }
-
-
-ERASED_AREA = (0.02, 0.2)
-
-
+ERASED_AREA = (0.02, 0.2)  # as a share of the image
 ERASED_ASPECT = 3.3
-
-
-FILL_RGB = (124, 116, 104)  # the mean of ImageNet: about nothing, once it is normalised
+FILL_RGB = (124, 116, 104)  # the mean of ImageNet, about 0 after normalisation
 
 
 class Column(IntEnum):
-    """The draws of an image. A factor of 1 and an operation of 0 change nothing, a height of 0 erases nothing."""
+    """The columns of the draws. Factors of 1, the operation 0 and an erased height of 0 change nothing."""
 
     TOP, LEFT, HEIGHT, WIDTH = 0, 1, 2, 3
     MIRRORED, ANGLE, SHEAR_X, SHEAR_Y, SHIFT_X, SHIFT_Y = 4, 5, 6, 7, 8, 9
@@ -163,26 +153,20 @@ class Column(IntEnum):
 
 
 class Operation(IntEnum):
-    """The operations of TrivialAugment that are neither geometry nor a factor."""
+    """The operations of TrivialAugment that have no column of their own."""
 
     NONE, SHARPNESS, POSTERIZE, SOLARIZE, AUTOCONTRAST, EQUALIZE = range(6)
 
 
-# The 14 operations of TrivialAugment's wide space, drawn evenly: column or operation, and the strongest value.
+# The 14 operations of TrivialAugment's wide space, each with the same probability; column and largest value.
 GEOMETRY = ((Column.SHEAR_X, 0.99), (Column.SHEAR_Y, 0.99), (Column.SHIFT_X, 32 / 224), (Column.SHIFT_Y, 32 / 224))
-
-
 FACTORS = (Column.BRIGHTNESS, Column.SATURATION, Column.CONTRAST)
-
-
 OPERATIONS = tuple(Operation)[1:]
-
-
 NUM_TRIVIAL = 1 + len(GEOMETRY) + 1 + len(FACTORS) + len(OPERATIONS)
 
 
 def draw_crops(box_n4: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the draws (n, d) that take a box of each image and change nothing else."""
+    """Return the draws (n, d) that crop a box out of each image and change nothing else."""
     draws_nd = np.zeros((len(box_n4), len(Column)), np.float32)
     draws_nd[:, :4] = box_n4
     draws_nd[:, [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1
@@ -192,7 +176,7 @@ def draw_crops(box_n4: NDArray[np.int64]) -> NDArray[np.float32]:
 def draw_preset(
     name: str, uniform_nd: FloatArray, frame_n4: NDArray[np.int64], size_hw: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Return the draws (n, d) of a preset. `frame_n4`: the box that an image fills; `size_hw`: what comes out."""
+    """Return the draws (n, d) of a preset. `frame_n4`: the box that an image fills; `size_hw`: the output size."""
     preset = PRESETS[name]
     u = uniform_nd.T
     draws_nd = draw_crops(_draw_boxes(preset, u[:4].T, frame_n4))
@@ -211,7 +195,7 @@ def draw_preset(
 
 
 def _draw_boxes(preset: Preset, u_n4: FloatArray, frame_n4: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return crops of a random area and aspect inside the frames; one that would not fit keeps the frame's side."""
+    """Return crops of random area and aspect ratio inside the frames, (n, 4). A side is at most that of its frame."""
     top_n, left_n, height_n, width_n = frame_n4.T
     low, high = preset.area
     side_n = np.sqrt(low + (high - low) * u_n4[:, 0])
@@ -224,7 +208,7 @@ def _draw_boxes(preset: Preset, u_n4: FloatArray, frame_n4: NDArray[np.int64]) -
 
 
 def _draw_trivial(draws_nd: NDArray[np.float32], which_n: FloatArray, how_n: FloatArray) -> None:
-    """Choose one operation an image and a strength, signed where it has two directions; 0 is the identity."""
+    """Choose one operation for each image and its strength, with a sign if it has two directions. 0: none."""
     choice_n = np.floor(which_n * NUM_TRIVIAL).astype(np.int64)
     signed_n = 2 * how_n - 1
     for number, (column, most) in enumerate((*GEOMETRY, (Column.ANGLE, math.radians(135))), start=1):
@@ -254,7 +238,7 @@ def _draw_erased(draws_nd: NDArray[np.float32], share: float, u_n5: FloatArray, 
 
 
 def augment_images(images_nhwc: UInt8Array, draws_nd: NDArray[np.float32], size_hw: tuple[int, int]) -> UInt8Array:
-    """Return the images changed by their draws, (n, h, w, 3) of `size_hw`, with torchvision's transforms v2."""
+    """Apply the draws with torchvision's transforms v2. Return images (n, h, w, 3) of `size_hw`."""
     out = np.empty((len(images_nhwc), *size_hw, 3), np.uint8)
     for i, (image_hwc, draws_d) in enumerate(zip(images_nhwc, draws_nd, strict=True)):
         image = _augment_one(torch.from_numpy(image_hwc).permute(2, 0, 1), draws_d, size_hw)
@@ -282,7 +266,7 @@ def _augment_one(image: Tensor, draws_d: NDArray[np.float32], size_hw: tuple[int
 
 
 def _move(image: Tensor, draws_d: NDArray[np.float32], d: list[float], size_hw: tuple[int, int]) -> Tensor:
-    """Crop, mirror, turn and shear in one step; a crop alone has a fast way of its own."""
+    """Crop, mirror, rotate and shear in one step. A crop without rotation and shear is faster: it has its own code."""
     if any(d[Column.ANGLE : Column.BRIGHTNESS]):
         theta = make_theta(torch.from_numpy(draws_d[None, : Column.BRIGHTNESS]), tuple(image.shape[1:]), size_hw)
         moved: Tensor = warp(image[None].float(), theta, size_hw)[0].add_(0.5).to(torch.uint8)
@@ -311,9 +295,9 @@ def _operate(image: Tensor, operation: Operation, strength: float) -> Tensor:
 
 
 def augment_batch(images_nhwc: Tensor, draws_nd: Tensor, size_hw: tuple[int, int], preset: Preset | None) -> Tensor:
-    """Return uint8 images (n, h, w, 3) of `size_hw`: the given ones (uint8, n, h, w, 3), changed by their draws.
+    """Apply the draws to uint8 images (n, h, w, 3). Return uint8 images (n, h, w, 3) of `size_hw`.
 
-    `preset` says which steps are worth a kernel: what it never draws is left out. None: crops alone.
+    Steps that `preset` never draws are left out, to save GPU kernels. None: only crops.
     """
     theta = make_theta(draws_nd[:, : Column.BRIGHTNESS], tuple(images_nhwc.shape[1:3]), size_hw)
     images = warp(images_nhwc.permute(0, 3, 1, 2).float(), theta, size_hw)
@@ -343,7 +327,7 @@ def _make_grey(images: Tensor) -> Tensor:
 
 
 def _operate_on_batch(images: Tensor, draws_nd: Tensor) -> Tensor:
-    """Apply the operations, each to those images that drew it."""
+    """Apply each operation to the images that drew it."""
     chosen_n, strength_n = draws_nd[:, Column.OPERATION], draws_nd[:, Column.STRENGTH].view(-1, 1, 1, 1)
     for operation in tuple(Operation)[1:]:
         (picks,) = torch.nonzero(chosen_n == operation, as_tuple=True)
@@ -378,5 +362,5 @@ def _erase(images: Tensor, draws_nd: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _make_fill(device: torch.device) -> Tensor:
-    """Return the colour of what is erased; made once, since a copy to a GPU makes the process wait for it."""
+    """Return the colour of erased pixels. It is made once, because a copy to a GPU makes the process wait."""
     return torch.tensor(FILL_RGB, dtype=torch.uint8, device=device).view(1, 3, 1, 1)

@@ -1,9 +1,9 @@
-"""Batches of prepared images, or of embeddings, from their keys: read, cropped and augmented on the CPU, or read whole
-with their draws, for the device to do the rest.
+"""Batches of prepared images or embeddings, made from their keys.
 
-Dimensions: n images, k classes, d features or draws.
+Images are cropped and augmented on the CPU. Or they are read whole, together with their draws, and the device does the
+rest.
 
-Dimensions: n images of a batch.
+Dimensions: n images of a batch, k classes, d features or draws.
 """
 
 from collections.abc import Iterator
@@ -33,13 +33,14 @@ from visionloop.training.augment import (
 )
 from visionloop.training.job import World
 
-PADDING = -1  # stands for no image, where a rank has none left
+PADDING = -1  # the row of an empty place in a batch, for a rank that has no image left
 
 
 class BatchKey(NamedTuple):
-    """All that a batch depends on. It travels to the process that reads the batch, the epoch with it.
+    """All that a batch depends on. It is sent to the process that reads the batch.
 
-    `turns_n` says how often each image has come before in this epoch: more than never only in a weighted draw.
+    `turns_n` says how often each image came before in this epoch. It is 0 unless images are drawn by weights: then an
+    image can come several times.
     """
 
     epoch: int
@@ -48,11 +49,12 @@ class BatchKey(NamedTuple):
 
 
 class BatchRows(Sampler[BatchKey]):
-    """Yields the keys of one rank's share of each batch; `parts` batches make a step. They differ by one image at most.
+    """Yields the keys of one rank's share of each batch. A step has `parts` batches.
 
-    With a seed the order is another one in each epoch, a function of (seed, epoch, image); with weights, one for each
-    row, as many rows are drawn with replacement, a function of (seed, epoch). Without a seed the rows come in their
-    order, and all ranks get equally many, by PADDING. The images of a step do not depend on `parts` or the world.
+    With a seed (training) the order is new in each epoch and depends on (seed, epoch, image). With weights, one for
+    each row, the same number of rows is drawn with replacement, depending on (seed, epoch). Without a seed (validation)
+    the rows come in their order, and PADDING gives all ranks the same number. Batches differ in size by one image at
+    most. Which images are in a step does not depend on `parts` or the number of ranks.
     """
 
     def __init__(
@@ -66,14 +68,14 @@ class BatchRows(Sampler[BatchKey]):
         weights_n: NDArray[np.float64] | None = None,
         world: World | None = None,
     ) -> None:
-        """Take `step_size`, the images of a step over all parts and ranks, and `key_n`, a number of each image."""
+        """`step_size` counts the images of a step over all parts and ranks. `key_n` is a number for each image."""
         self.rows, self.seed, self.epoch, self.parts = rows, seed, 0, parts
         self.key_n = rows.astype(np.uint64) if key_n is None else key_n
         self.weights_n, self.world = weights_n, world or World()
         self.num_steps = count_steps(len(rows), step_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning tells the epoch here, also after a resume."""
+        """Set the epoch. Lightning calls this, also after a resume."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -104,14 +106,14 @@ class BatchRows(Sampler[BatchKey]):
 
 
 def count_steps(num_images: int, step_size: int) -> int:
-    """Return the number of steps of an epoch, one that is not full included."""
+    """Return the number of steps of an epoch. The last one may have fewer images."""
     return -(-num_images // step_size)
 
 
 def count_parts(num_images: int, step_size: int, in_memory: int, world_size: int) -> int:
-    """Return in how many batches a step is taken, so that `in_memory` images at a time are enough for all ranks.
+    """Return the number of batches of a step, so that at most `in_memory` images are in memory over all ranks.
 
-    Each batch has an image for each rank, even if that is more than `in_memory`.
+    Each batch has at least one image for each rank, even if that is more than `in_memory`.
     """
     num_steps = max(1, count_steps(num_images, step_size))
     smallest, largest = num_images // num_steps, -(-num_images // num_steps)
@@ -119,7 +121,7 @@ def count_parts(num_images: int, step_size: int, in_memory: int, world_size: int
 
 
 def check_world(rows: IntArray, step_size: int, world: World) -> None:
-    """Raise DatasetError where a rank would have no image of some training step."""
+    """Raise DatasetError if a rank would have no image in some training step."""
     smallest = len(rows) // max(1, count_steps(len(rows), step_size))
     if smallest >= world.size:
         return
@@ -133,10 +135,10 @@ def check_world(rows: IntArray, step_size: int, world: World) -> None:
 
 
 class Batch(NamedTuple):
-    """What a step sees: uint8 images (n, h, w, 3) or embeddings (n, d); targets: classes (n), or 0 and 1 (n, k) for
-    multilabel; `rows_n`: which images of the prepared data they are, -1 for padding that no figure may count.
+    """The input of a step: uint8 images (n, h, w, 3) or embeddings (n, d).
 
-    `draws_nd` is there only on the way to the device: what is still to be done to the images.
+    `targets` are classes (n), or 0 and 1 (n, k) for multilabel. `rows_n` are rows of the prepared data, or -1 for
+    padding, which no figure may count. `draws_nd` is set until the device has applied it to the images.
     """
 
     inputs: Tensor
@@ -147,9 +149,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the images of a side. `seed`: None for validation, which sees each image as it is.
+    """How the images of a side are changed. `seed` is None for validation, which sees each image unchanged.
 
-    `done_by`: the loader; the device, which is given whole images and draws; or the device that has the images already.
+    `done_by` says who applies it. loader: the CPU that reads the batch. device: the GPU, which gets whole images and
+    draws. resident: the GPU too, which already holds all images and gets only the draws.
     """
 
     preset: str = "none"
@@ -158,7 +161,7 @@ class Augmentation:
 
 
 class Batches(Dataset[Batch]):
-    """Batches, indexed by their keys. It goes to another process without its images: they are mapped anew there."""
+    """Batches, indexed by their keys. Pickled without its images: another process maps the shards again."""
 
     def __init__(
         self,
@@ -167,7 +170,7 @@ class Batches(Dataset[Batch]):
         key_n: UInt64Array,
         embedding_nd: NDArray[np.float32] | None = None,
     ) -> None:
-        """Take `key_n`, one for each row of the prepared data; with embeddings, one of them for each row too."""
+        """`key_n` and `embedding_nd` (if given) have one entry for each row of the prepared data."""
         self.prepared, self.augmentation, self.key_n, self.embedding_nd = prepared, augmentation, key_n, embedding_nd
 
     def __getitem__(self, key: Any) -> Batch:
@@ -201,9 +204,9 @@ class Batches(Dataset[Batch]):
         return augment_images(images_nhwc, draws_nd, prepared.size_hw), None
 
     def _draw(self, key: BatchKey) -> NDArray[np.float32] | None:
-        """Return the draws of a training batch; None where each image is taken as it is.
+        """Return the draws of a training batch, or None if its images are not changed.
 
-        A crop without a preset is that of `Prepared.read_crops`.
+        Without a preset the crops are those of `Prepared.read_crops`.
         """
         prepared, augmentation, rows_n = self.prepared, self.augmentation, key.rows_n
         assert augmentation.seed is not None
@@ -232,10 +235,10 @@ class Batches(Dataset[Batch]):
 
 
 def read_whole(prepared: Prepared, rows_n: IntArray) -> UInt8Array:
-    """Return the images of some rows as large as the largest that there are for training, (n, h, w, 3).
+    """Return the images of some rows, (n, h, w, 3), in the size in which the training side is stored.
 
-    An image that was not prepared larger (with `train.on: all`, those of the validation side) lies in the middle,
-    mirrored beyond its edges; `frame_images` says where.
+    With `train.on: all` there are also smaller images, of the validation side. They are put in the middle, and the
+    border is filled with their mirror image. `frame_images` says where they are.
     """
     if prepared.train_shards is None:
         return prepared.read(rows_n)

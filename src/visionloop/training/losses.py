@@ -1,11 +1,9 @@
-"""What a training makes small: cross-entropy, binary or not; and images mixed in pairs.
+"""The loss of a training (cross-entropy), and batches of mixed images (mixup, CutMix). Pure.
 
-Pure. Targets are distributions ("soft"), so that smoothing and mixing are the same for all tasks. A unit of `binary`
-or `multilabel` is the logit of "yes"; units of `multiclass` go through a softmax.
+Targets are distributions ("soft" targets), so smoothing and mixing are the same for all tasks. A unit of `binary` or
+`multilabel` is the logit of "yes"; the units of `multiclass` go through a softmax.
 
-Dimensions: n images, k classes, u units (1 for binary, else k), 2 the answers no and yes.
-
-Dimensions: n images, h height, w width, u units.
+Dimensions: n images, k classes, u units (1 for binary, else k), 2 the answers no and yes, h height, w width.
 """
 
 from dataclasses import dataclass
@@ -18,7 +16,10 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Mix:
-    """How a batch is mixed: the partner of each image, its own share, and for CutMix the box that the partner fills."""
+    """How a batch is mixed: each image keeps `share` of itself, the rest comes from its partner.
+
+    For CutMix `box` is the part of the image that the partner fills.
+    """
 
     partner_n: tuple[int, ...]
     share: float
@@ -26,9 +27,10 @@ class Mix:
 
 
 def draw_mix(rng: np.random.Generator, shape_nhw: tuple[int, int, int], *, mixup: float, cutmix: float) -> Mix:
-    """Draw how a batch is mixed. `mixup` and `cutmix` are the alpha of Beta(alpha, alpha); with both, either by chance.
+    """Draw how a batch is mixed. `mixup` and `cutmix` are the alpha of Beta(alpha, alpha); 0 is off.
 
-    One share for the whole batch, as in the authors' code. A box may reach over the edge: its share is what is left.
+    With both on, each batch uses one of them at random. All images of a batch have the same share, as in the authors'
+    code. A box may reach beyond the edge of the image; the share is computed from the part inside.
     """
     num, height, width = shape_nhw
     is_cut = cutmix > 0 and (mixup <= 0 or rng.random() < 0.5)
@@ -60,7 +62,7 @@ def mix_images(images_nhwc: Tensor, mix: Mix) -> Tensor:
 
 
 def mix_targets(targets_nu: Tensor, mix: Mix) -> Tensor:
-    """Mix distributions (n, u) in the shares of the images."""
+    """Mix distributions (n, u) in the same shares as the images."""
     partner_n = torch.tensor(mix.partner_n, device=targets_nu.device)
     return targets_nu * mix.share + targets_nu[partner_n] * (1 - mix.share)
 
@@ -69,9 +71,9 @@ def mix_targets(targets_nu: Tensor, mix: Mix) -> Tensor:
 class Objective:
     """The loss of a training.
 
-    `smoothing` is the share of a target that is spread over all answers (Szegedy et al., 2016). `gamma` above 0 makes
-    it the focal loss (Lin et al., 2017): easy answers count less. `weights_2u` weighs answers: row 1 for yes, row 0
-    for no; of `multiclass` only row 1 is used, the weight of each class.
+    `smoothing` is the share of a target that is spread over all answers (Szegedy et al., 2016). With `gamma` above 0 it
+    is the focal loss (Lin et al., 2017): easy answers count less. `weights_2u` are the weights of the answers: row 1
+    for yes, row 0 for no. `multiclass` uses only row 1, the weight of each class.
     """
 
     task: str
@@ -88,15 +90,18 @@ def make_targets(targets: Tensor, task: str, num_units: int) -> Tensor:
 
 
 def smooth_targets(targets_nu: Tensor, task: str, smoothing: float) -> Tensor:
-    """Spread a share of each target evenly over its answers: k classes, or no and yes."""
+    """Spread a share of each target evenly over its answers: the k classes, or no and yes.
+
+    Example with smoothing 0.1: the target 1 of `binary` becomes 0.95, and (1, 0) of `multiclass` (0.95, 0.05).
+    """
     answers = targets_nu.shape[1] if task == "multiclass" else 2
     return targets_nu * (1 - smoothing) + smoothing / answers
 
 
 def compute_loss(units_nu: Tensor, targets_nu: Tensor, objective: Objective) -> Tensor:
-    """Return the mean loss of n images, in float32; for `multilabel` the mean over classes too.
+    """Return the mean loss of n images, in float32. For `multilabel` it is the mean over classes too.
 
-    It is divided by the number of images, never by the sum of their weights: a batch of rare classes counts for more.
+    It is divided by the number of images, not by the sum of weights, so a batch with rare classes has a larger loss.
     """
     units_nu, targets_nu = units_nu.float(), targets_nu.float()
     if objective.smoothing:
@@ -112,7 +117,7 @@ def _weigh(targets_nu: Tensor, log_probs_nu: Tensor, objective: Objective, *, ye
     """Return -w y (1 - p)^gamma log p for each answer."""
     loss_nu = -targets_nu * log_probs_nu
     if objective.gamma:
-        # 1 - p as -expm1(log p), and kept from 0: the derivative of a power with an exponent below 1 is infinite there.
+        # 1 - p is -expm1(log p). It is kept above 0, where a power below 1 has an infinite derivative.
         rest_nu = (-torch.expm1(log_probs_nu)).clamp_min(1e-6)
         loss_nu = loss_nu * rest_nu**objective.gamma
     if objective.weights_2u is not None:
