@@ -197,6 +197,7 @@ def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:
         kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
         kind = kinds.get(told["kind"], PipelineError)
         error: VisionLoopError = kind(told["where"], told["found"], told["expected"], told["todo"])
+        error.transient = told["transient"]
         return error
     text = "\n".join(lines)
     if "is busy" in text or "Unable to acquire lock" in text:

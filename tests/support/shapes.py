@@ -102,13 +102,13 @@ def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def make_workspace(
-    folder: Path, *, epochs: int = 2, number: int = 60, classes: tuple[str, ...] = ("disc", "ring")
+    folder: Path, *, epochs: int = 2, number: int = 60, classes: tuple[str, ...] = ("disc", "ring"), **extra: str
 ) -> Path:
-    """Make a workspace with shapes ingested, ready for `prepare` and `train`."""
+    """Make a workspace with shapes ingested, ready for `prepare` and `train`. `extra`: more of the environment."""
     write_shapes(folder.parent / "photos", number, classes=classes)
-    assert visionloop(folder.parent, "new", str(folder)).returncode == 0
+    assert visionloop(folder.parent, "new", str(folder), **extra).returncode == 0
     (folder / "params.yaml").write_text(PARAMS.replace("EPOCHS", str(epochs)))
-    done = visionloop(folder, "ingest", str(folder.parent / "photos"))
+    done = visionloop(folder, "ingest", str(folder.parent / "photos"), **extra)
     assert done.returncode == 0, done.stderr
     return folder
 

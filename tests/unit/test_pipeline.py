@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from visionloop import pipeline
-from visionloop.errors import BusyError, DatasetError, PipelineError
+from visionloop.cli.run import write_error_file
+from visionloop.errors import BusyError, DatasetError, PipelineError, StoreError
 from visionloop.params import make_params
 from visionloop.settings import Settings, load_settings
 
@@ -93,12 +94,25 @@ def test_heal_leaves_what_is_whole(settings: Settings) -> None:
 
 
 def test_the_stages_own_error_is_raised_again(tmp_path: Path) -> None:
-    path = tmp_path / "error.json"
-    told = {"kind": "DatasetError", "where": "a", "found": "b", "expected": "c", "todo": "d."}
-    path.write_text(json.dumps(told))
-    error = pipeline._read_error(path, "train", ["ERROR: failed to reproduce 'train'"])
-    assert isinstance(error, DatasetError)
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    told = DatasetError("a", "b", "c", "d.")
+    write_error_file(told, {}, tmp_path)
+    error = pipeline._read_error(
+        tmp_path / ".visionloop" / "error.json", "train", ["ERROR: failed to reproduce 'train'"]
+    )
+    assert type(error) is DatasetError
     assert str(error) == "a: b; expected c. d."
+    assert not error.transient
+
+
+def test_an_error_that_may_pass_says_so_on_both_sides_of_dvc(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    told = StoreError("s3://b", "is busy")
+    told.transient = True
+    write_error_file(told, {}, tmp_path)
+    error = pipeline._read_error(tmp_path / ".visionloop" / "error.json", "prepare", [])
+    assert type(error) is StoreError
+    assert error.transient
 
 
 def test_without_one_the_last_line_tells(tmp_path: Path) -> None:
