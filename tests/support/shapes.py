@@ -1,5 +1,6 @@
 """Small data that can be learned, and workspaces around it, for tests that really train."""
 
+import json
 import os
 import re
 import subprocess
@@ -136,6 +137,12 @@ def set_train(home: Path, **keys: object) -> None:
     path = home / "params.yaml"
     added = "".join(f", {key}: {value}" for key, value in keys.items())
     path.write_text(path.read_text().replace("patience: 50", f"patience: 50{added}"))
+
+
+def set_compute(home: Path, **keys: object) -> None:
+    """Give a workspace made here a section `compute`."""
+    with (home / "params.yaml").open("a") as file:
+        file.write(f"compute: {json.dumps(keys)}\n")
 
 
 def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, Tracking]:

@@ -105,7 +105,7 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
         f"  MLflow       {describe_mlflow(workspace)}",
         f"{'':15}experiment {workspace.name}, run {run.name}",
     ]
-    if section.tensorboard:
+    if workspace.params.compute.tensorboard:
         folder = settings.hidden_dir / "tensorboard"
         lines.append(f"  TensorBoard  tensorboard --logdir {show_path(folder, settings.home)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"

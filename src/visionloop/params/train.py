@@ -9,20 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 from visionloop.errors import shorten
 from visionloop.params.section import Section, to_tuple
 
-# They change no result, or what a result is compared by.
-NOT_TUNED = frozenset(
-    (
-        "on",
-        "monitor",
-        "weights_sha256",
-        "accelerator",
-        "strategy",
-        "devices",
-        "num_nodes",
-        "tensorboard",
-        "confusion_every",
-    )
-)
+# They change what a result is compared by, or check it only.
+NOT_TUNED = frozenset({"on", "monitor", "weights_sha256"})
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -121,13 +109,7 @@ class Train(Section):
     patience: int = Field(default=5, ge=1)
     monitor: str = Field(default="val/loss", pattern=r"^(train|val)/[a-z][a-z0-9_]*$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    strategy: Literal["auto", "ddp", "ray"] = "auto"
-    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    num_nodes: int = Field(default=1, ge=1, le=1024)
     neighbours: Neighbours = Neighbours()
-    tensorboard: bool = False
-    confusion_every: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
