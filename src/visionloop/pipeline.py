@@ -3,9 +3,7 @@
 dvc is a command here, never an import. `python -m visionloop.pipeline` writes code.json, `--check` says if it is stale.
 """
 
-import ast
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from visionloop import errors
+from visionloop.code_digests import compute_code_digests
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params
@@ -25,24 +24,6 @@ from visionloop.records import compute_digest
 from visionloop.settings import Settings, tool_environment
 
 CODE_FILE = "code.json"
-STAGE_MODULES = {
-    "prepare": "visionloop.data.prepare",
-    "embed": "visionloop.features.embed",
-    "train": "visionloop.training.fit",
-    "evaluate": "visionloop.evaluation.evaluate",
-    "gate": "visionloop.promotion.decide",
-}
-# What these modules do, and those below them, cannot change a result: messages, places, MLflow, locks, pictures.
-NOT_IN_CODE = (
-    "visionloop.errors",
-    "visionloop.settings",
-    "visionloop.tracking",
-    "visionloop.workfolder",
-    "visionloop.training.plots",
-    "visionloop.training.views.samples",
-    "visionloop.training.views",
-    "visionloop.training.watch",
-)
 
 
 @dataclass(frozen=True)
@@ -60,12 +41,6 @@ def read_stage_names(home: Path) -> list[str]:
         return list(yaml.safe_load(path.read_text())["stages"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as exc:
         raise PipelineError("dvc.yaml", "is missing or has no stages", "stages", "Restore it from git.") from exc
-
-
-def compute_code_digests() -> dict[str, str]:
-    """Return one digest a stage, over the source of every module of ours that it imports, directly or not."""
-    known: dict[str, tuple[str, list[str]]] = {}  # most modules are those of several stages
-    return {stage: _digest_modules(module, known) for stage, module in STAGE_MODULES.items()}
 
 
 def refresh_code(home: Path) -> dict[str, str]:
@@ -152,43 +127,6 @@ def init_dvc(home: Path) -> None:
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PipelineError("dvc init", f"failed ({done.stderr.strip()[-200:]})", "a dvc repository")
-
-
-def _digest_modules(root: str, known: dict[str, tuple[str, list[str]]]) -> str:
-    """Return the digest of a module with all that it imports; `known` keeps the digest and imports of each."""
-    sources: dict[str, str] = {}
-    waiting = [root]
-    while waiting:
-        name = waiting.pop()
-        if name in sources or name.startswith(NOT_IN_CODE):
-            continue
-        if name not in known:
-            path = _find_source(name)
-            if path is None:
-                continue
-            source = path.read_text(encoding="utf-8")
-            known[name] = hashlib.sha256(source.encode()).hexdigest(), _list_imports(source)
-        sources[name], imported = known[name]
-        waiting += imported
-    return compute_digest(sources)
-
-
-def _find_source(module: str) -> Path | None:
-    base = Path(__file__).parent.joinpath(*module.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file() and module != "visionloop":
-            return path
-    return None
-
-
-def _list_imports(source: str) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("visionloop.")]
 
 
 def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:

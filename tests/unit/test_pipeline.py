@@ -18,30 +18,6 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings({}, tmp_path)
 
 
-def test_each_stage_has_a_digest_of_its_own() -> None:
-    digests = pipeline.compute_code_digests()
-    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate"}
-    assert len(set(digests.values())) == 5
-
-
-def test_a_change_in_a_module_moves_the_stages_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = pipeline.compute_code_digests()
-    find = pipeline._find_source
-    source = tmp_path / "module.py"
-    source.write_text("x = 1\n")
-
-    def moved_by(module: str) -> set[str]:
-        monkeypatch.setattr(pipeline, "_find_source", lambda name: source if name == module else find(name))
-        after = pipeline.compute_code_digests()
-        return {stage for stage in before if before[stage] != after[stage]}
-
-    assert moved_by("visionloop.training.module") == {"train"}
-    assert moved_by("visionloop.data.images") == {"prepare", "embed", "train", "evaluate", "gate"}
-    assert moved_by("visionloop.evaluation.report") == {"evaluate"}
-    assert moved_by("visionloop.errors") == set()
-    assert moved_by("visionloop.serving.app") == set()
-
-
 def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
     digests = pipeline.refresh_code(tmp_path)
     path = tmp_path / "code.json"

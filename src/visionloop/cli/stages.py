@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_stage(stage: str) -> tuple[Workspace, str]:
     """Open the workspace for a stage: also die with whoever started it; return the workspace and the code's digest."""
-    from visionloop.pipeline import compute_code_digests
+    from visionloop.code_digests import compute_code_digests
 
     die_with_guardian()
     return open_workspace(), compute_code_digests().get(stage, "")
