@@ -178,7 +178,7 @@ class Decision(Record):
     """What the gate decided, on what, by which rules: every one is stored, also a refusal.
 
     `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
-    dataset, params, code. `champion` is None when there was none.
+    dataset, params, code, weights. `champion` is None when there was none.
     """
 
     name: str

@@ -1,5 +1,6 @@
 """The file graph: code digests, healing after kills, the stage's own error."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -19,22 +20,44 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
-    digests = pipeline.refresh_code(tmp_path)
+    params = make_params({"name": "pets"})
+    digests = pipeline.refresh_code(tmp_path, params)
+    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate", "weights"}
     path = tmp_path / "code.json"
     assert json.loads(path.read_text()) == digests
     stamp = path.stat().st_mtime_ns
-    pipeline.refresh_code(tmp_path)
+    pipeline.refresh_code(tmp_path, params)
     assert path.stat().st_mtime_ns == stamp
 
 
-def test_state_follows_dataset_params_and_code() -> None:
+def test_state_follows_dataset_params_and_code(tmp_path: Path) -> None:
     params = make_params({"name": "pets"})
-    state = pipeline.compute_state(params, "d1")
-    assert state["dataset"] == "d1"
-    assert state == pipeline.compute_state(params, "d1")
-    assert (
-        state["params"] != pipeline.compute_state(make_params({"name": "pets", "train": {"seed": 1}}), "d1")["params"]
-    )
+    state = pipeline.compute_state(tmp_path, params, "d1")
+    assert (state["dataset"], state["weights"]) == ("d1", "")
+    assert state == pipeline.compute_state(tmp_path, params, "d1")
+    other = pipeline.compute_state(tmp_path, make_params({"name": "pets", "train": {"seed": 1}}), "d1")
+    assert {key for key in state if state[key] != other[key]} == {"params"}
+
+
+def test_other_weights_under_the_same_name_are_another_state(tmp_path: Path) -> None:
+    params = make_params({"name": "pets", "train": {"weights": "weights/net.pth"}})
+    assert pipeline.compute_state(tmp_path, params, "d1")["weights"] == ""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "net.pth").write_bytes(b"one")
+    first = pipeline.compute_state(tmp_path, params, "d1")
+    assert first["weights"] == hashlib.sha256(b"one").hexdigest()
+    assert pipeline.refresh_code(tmp_path, params)["weights"] == first["weights"]
+    (tmp_path / "weights" / "net.pth").write_bytes(b"two")
+    second = pipeline.compute_state(tmp_path, params, "d1")
+    assert {key for key in first if first[key] != second[key]} == {"weights"}
+    assert pipeline.refresh_code(tmp_path, params)["weights"] == second["weights"]
+    assert json.loads((tmp_path / "code.json").read_text())["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize("weights", ["none", "default", "s3://bucket/net.pth"])
+def test_weights_that_are_no_file_are_told_by_the_params(tmp_path: Path, weights: str) -> None:
+    train = {"weights": weights, "weights_sha256": "0" * 64}
+    assert pipeline.compute_state(tmp_path, make_params({"name": "pets", "train": train}), "d1")["weights"] == ""
 
 
 def test_stage_names_come_from_dvc_yaml(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -123,6 +124,12 @@ class Train(Section):
         if self.way in WAYS_ON_EMBEDDINGS and (self.augment != "none" or self.mixup or self.cutmix):
             raise ValueError(f"no augment, mixup or cutmix with `way: {self.way}`: it sees embeddings, not pixels")
         return self
+
+    def find_weights_file(self, home: Path) -> Path | None:
+        """Return the file that `weights` names, absolute, whether it is there or not; None for other weights."""
+        if self.weights in {"none", "default"} or "://" in self.weights:
+            return None
+        return (home / Path(self.weights).expanduser()).resolve()
 
     @property
     def monitor_mode(self) -> Literal["min", "max"]:
