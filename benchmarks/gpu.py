@@ -85,7 +85,7 @@ def time_training(folder: Path, backbone: str, *, epochs: int, batch_size: int) 
     run_id = tracking.open_run(backbone, run_id=None, tags={}, params={})
     watcher = Watcher()
     watcher.wants_pictures = False
-    store, hardware = LocalStore(folder / "store"), read_hardware(params.train)
+    store, hardware = LocalStore(folder / "store"), read_hardware(params)
     job = Job(settings, params, store, tracking, prepared, hardware, "", watcher)
     work = folder / "work" / run_id
     work.mkdir(parents=True)

@@ -78,7 +78,8 @@ def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | 
     """Return the last decision if dataset, params, code and champion are still those that it left behind."""
     decision = latest_decision(workspace.store, workspace.name)
     champion = read_champion(workspace.store, workspace.name)
-    if decision is None or decision.state != pipeline.compute_state(workspace.params, dataset["digest"]):
+    state = pipeline.compute_state(workspace.settings.home, workspace.params, dataset["digest"])
+    if decision is None or decision.state != state:
         return None
     left = decision.candidate if decision.verdict == "passed" else decision.champion
     return decision if left == (champion.bundle if champion else None) else None

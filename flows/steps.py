@@ -62,7 +62,7 @@ def ingest(home: str) -> dict[str, Any]:
     from visionloop.ingest.pull import pull
 
     workspace = open_workspace(Path(home))
-    pipeline.refresh_code(workspace.settings.home)
+    pipeline.refresh_code(workspace.settings.home, workspace.params)
     sources = workspace.params.ingest.sources
     if not sources:
         pin = load_pin(workspace.settings.pin_path)
@@ -107,7 +107,8 @@ def gate(home: str) -> dict[str, Any]:
     from visionloop.promotion.decide import gate as run_gate
 
     workspace = open_workspace(Path(home))
-    state = pipeline.compute_state(workspace.params, load_pin(workspace.settings.pin_path).digest)
+    settings = workspace.settings
+    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path).digest)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         say(f"  {line}")

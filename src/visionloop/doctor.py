@@ -78,11 +78,11 @@ def _check_processor(params: Params) -> Finding:
     from visionloop.training.ranks.launch import describe_plan, plan_launch
 
     section, gpus = params.train, count_gpus()
-    hardware = read_hardware(section)
+    hardware = read_hardware(params)
     device = f"{gpus} x {hardware.processor}" if hardware.accelerator == "gpu" else f"the CPU, {gpus or 'no'} GPUs"
     found = (
         f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in "
-        f"{describe_precision(hardware, section)}, {describe_plan(plan_launch(section, World(), gpus))}"
+        f"{describe_precision(hardware, section)}, {describe_plan(plan_launch(params, World(), gpus))}"
     )
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")

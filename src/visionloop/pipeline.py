@@ -3,7 +3,6 @@
 dvc is a command here, never an import. `python -m visionloop.pipeline` writes code.json, `--check` says if it is stale.
 """
 
-import ast
 import contextlib
 import hashlib
 import json
@@ -18,31 +17,14 @@ from pathlib import Path
 import yaml
 
 from visionloop import errors
+from visionloop.code_digests import compute_code_digests
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
-from visionloop.params import Params
+from visionloop.params import Params, load_params
 from visionloop.records import compute_digest
 from visionloop.settings import Settings, tool_environment
 
 CODE_FILE = "code.json"
-STAGE_MODULES = {
-    "prepare": "visionloop.data.prepare",
-    "embed": "visionloop.features.embed",
-    "train": "visionloop.training.fit",
-    "evaluate": "visionloop.evaluation.evaluate",
-    "gate": "visionloop.promotion.decide",
-}
-# What these modules do, and those below them, cannot change a result: messages, places, MLflow, locks, pictures.
-NOT_IN_CODE = (
-    "visionloop.errors",
-    "visionloop.settings",
-    "visionloop.tracking",
-    "visionloop.workfolder",
-    "visionloop.training.plots",
-    "visionloop.training.views.samples",
-    "visionloop.training.views",
-    "visionloop.training.watch",
-)
 
 
 @dataclass(frozen=True)
@@ -62,15 +44,9 @@ def read_stage_names(home: Path) -> list[str]:
         raise PipelineError("dvc.yaml", "is missing or has no stages", "stages", "Restore it from git.") from exc
 
 
-def compute_code_digests() -> dict[str, str]:
-    """Return one digest a stage, over the source of every module of ours that it imports, directly or not."""
-    known: dict[str, tuple[str, list[str]]] = {}  # most modules are those of several stages
-    return {stage: _digest_modules(module, known) for stage, module in STAGE_MODULES.items()}
-
-
-def refresh_code(home: Path) -> dict[str, str]:
-    """Write code.json if the code changed since; return the digests."""
-    digests = compute_code_digests()
+def refresh_code(home: Path, params: Params) -> dict[str, str]:
+    """Write code.json if the code, or the file of `train.weights`, changed since; return what it holds."""
+    digests = {**compute_code_digests(), "weights": hash_weights_file(home, params)}
     path = home / CODE_FILE
     text = json.dumps(digests, indent=2) + "\n"
     if not path.is_file() or path.read_text() != text:
@@ -78,9 +54,19 @@ def refresh_code(home: Path) -> dict[str, str]:
     return digests
 
 
-def compute_state(params: Params, dataset_digest: str) -> dict[str, str]:
-    """Return what a decision depends on besides the champion: digests of dataset, params and code."""
-    return {"dataset": dataset_digest, "params": params.digest(), "code": compute_digest(compute_code_digests())}
+def hash_weights_file(home: Path, params: Params) -> str:
+    """Return the sha256 of the file that `train.weights` names; empty if it names none, or one that is not there."""
+    path = params.train.find_weights_file(home)
+    if path is None or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compute_state(home: Path, params: Params, dataset_digest: str) -> dict[str, str]:
+    """Return what a decision depends on besides the champion: digests of dataset, params, code and weights."""
+    code, weights = compute_digest(compute_code_digests()), hash_weights_file(home, params)
+    return {"dataset": dataset_digest, "params": params.digest(), "code": code, "weights": weights}
 
 
 def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) -> StageResult:
@@ -154,49 +140,13 @@ def init_dvc(home: Path) -> None:
         raise PipelineError("dvc init", f"failed ({done.stderr.strip()[-200:]})", "a dvc repository")
 
 
-def _digest_modules(root: str, known: dict[str, tuple[str, list[str]]]) -> str:
-    """Return the digest of a module with all that it imports; `known` keeps the digest and imports of each."""
-    sources: dict[str, str] = {}
-    waiting = [root]
-    while waiting:
-        name = waiting.pop()
-        if name in sources or name.startswith(NOT_IN_CODE):
-            continue
-        if name not in known:
-            path = _find_source(name)
-            if path is None:
-                continue
-            source = path.read_text(encoding="utf-8")
-            known[name] = hashlib.sha256(source.encode()).hexdigest(), _list_imports(source)
-        sources[name], imported = known[name]
-        waiting += imported
-    return compute_digest(sources)
-
-
-def _find_source(module: str) -> Path | None:
-    base = Path(__file__).parent.joinpath(*module.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file() and module != "visionloop":
-            return path
-    return None
-
-
-def _list_imports(source: str) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("visionloop.")]
-
-
 def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:
     with contextlib.suppress(OSError, ValueError, KeyError):
         told = json.loads(path.read_text())
         kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
         kind = kinds.get(told["kind"], PipelineError)
         error: VisionLoopError = kind(told["where"], told["found"], told["expected"], told["todo"])
+        error.transient = told["transient"]
         return error
     text = "\n".join(lines)
     if "is busy" in text or "Unable to acquire lock" in text:
@@ -244,11 +194,12 @@ def _in_git(home: Path) -> bool:
 
 def main() -> None:
     """Write code.json in this folder, or with --check exit 1 if it is stale."""
+    if "--check" not in sys.argv[1:]:
+        refresh_code(Path(), load_params(Path("params.yaml")))
+        return
     path = Path(CODE_FILE)
-    if "--check" in sys.argv[1:]:
-        stale = not path.is_file() or json.loads(path.read_text()) != compute_code_digests()
-        sys.exit("code.json is stale: run `make fix`" if stale else 0)
-    refresh_code(Path())
+    stale = not path.is_file() or not compute_code_digests().items() <= json.loads(path.read_text()).items()
+    sys.exit("code.json is stale: run `make fix`" if stale else 0)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ class RuleResult(Record):
 class Decision(Record):
     """What the gate decided, for which models, by which rules. Every decision is stored, also a refusal.
 
-    `verdict` is passed, refused or inconclusive. `state` holds the digests of dataset, params and code: if they did not
-    change, a retrain has nothing to do. `champion` is None if there was none.
+    `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
+    dataset, params, code, weights. `champion` is None when there was none.
     """
 
     name: str

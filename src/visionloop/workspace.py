@@ -64,8 +64,7 @@ def _fill(folder: Path, example: str, name: str | None) -> None:
     if name:
         path = folder / "params.yaml"
         path.write_text(path.read_text().replace(f"name: {example}", f"name: {name}", 1))
-    load_params(folder / "params.yaml")
-    refresh_code(folder)
+    refresh_code(folder, load_params(folder / "params.yaml"))
     if not (folder / ".git").exists():
         subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=False, capture_output=True)
     init_dvc(folder)

@@ -84,7 +84,8 @@ def test_stage_bears_one_name_everywhere(name: str) -> None:
     stage = load_stages()[name]
     assert stage["cmd"] == f"python -m visionloop {name}"
     assert name in list_sections(stage)
-    assert {"code.json": [name]} in stage["params"]
+    weights = ["weights"] if name in {"embed", "train"} else []
+    assert {"code.json": [name, *weights]} in stage["params"]
     assert set(stage["deps"]) == STAGES[name]["deps"]
     assert set(stage["outs"]) == STAGES[name]["outs"]
 

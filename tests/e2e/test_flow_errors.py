@@ -1,14 +1,18 @@
-"""Mistakes through the flow: one clear line and exit code 2, whatever Prefect and dvc put around it."""
+"""Mistakes through the flow: one clear line and exit code 2, whatever Prefect and dvc put around it.
+
+Also what runs again after a change, as it takes the same trained workspace.
+"""
 
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shapes import make_workspace, retrain, visionloop, write_shapes
+from shapes import ROOT, make_workspace, retrain, run, set_compute, visionloop, write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +132,27 @@ def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(trained: tup
     assert re.search(r"not_an_image\s+folder:disc/notes.jpg", said)
     assert "version 2: 40 new images, 120 in all" in said
     assert "shapes has a new champion" in said
+
+
+def find_changed(home: Path) -> set[str]:
+    """The stages that dvc would run."""
+    done = run(home, sys.executable, "-m", "dvc", "status", "--json")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+def test_what_changes_no_result_runs_nothing_again(home: Path, prefect_api: str, tmp_path: Path) -> None:
+    """A changed error text, TensorBoard, two processes: then other weights under the same name, which do count."""
+    shutil.copytree(ROOT / "src" / "visionloop", tmp_path / "src" / "visionloop")
+    path = tmp_path / "src" / "visionloop" / "training" / "job.py"
+    text = path.read_text().replace("one or more on the training side", "at least one for training")
+    path.write_text(text + "# the end\n")
+    set_compute(home, tensorboard=True, devices=2)
+    done = retrain(home, PREFECT_API_URL=prefect_api, PYTHONPATH=str(tmp_path / "src"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing changed: dataset 2, params, code; nothing moved" in done.stdout
+    assert find_changed(home) == set()
+    code = json.loads((home / "code.json").read_text())
+    assert code["weights"] == ""
+    (home / "code.json").write_text(json.dumps({**code, "weights": "0" * 64}))
+    assert find_changed(home) == {"embed", "train"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_train
+from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_compute
 from visionloop.bundle import load_bundle
 from visionloop.training.fit import train
 from visionloop.training.ranks.launch import launch_train
@@ -32,7 +32,7 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace that two ranks trained without interruption."""
     home = tmp_path_factory.mktemp("trained") / "ws"
     shutil.copytree(prepared, home)
-    set_train(home, devices=2)
+    set_compute(home, devices=2)
     before = dict(os.environ)
     note = launch_train(*open_parts(home), now=NOW, env={})
     assert note is not None
@@ -102,7 +102,7 @@ def test_whatever_is_killed_nothing_stays_and_the_same_command_goes_on(
 ) -> None:
     home = tmp_path / "ws"
     shutil.copytree(prepared, home)
-    set_train(home, devices=2)
+    set_compute(home, devices=2)
     run_ids = [kill_a_rank(home), press_ctrl_c(home), kill_the_parent(home)]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run(home, *torchrun, "-m", "visionloop", "train", timeout=120)

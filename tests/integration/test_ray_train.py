@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from shapes import make_prepared_workspace, open_parts, read_runs, set_train
+from shapes import make_prepared_workspace, open_parts, read_runs, set_compute
 from visionloop.bundle import load_bundle
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.training.ranks.launch import launch_train
@@ -68,9 +68,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_with_ray(home: Path, address: str) -> Any:
-    with (home / "params.yaml").open("a") as file:
-        file.write(f"compute: {{address: '{address}'}}\n")
-    set_train(home, strategy="ray", num_nodes=NUM_NODES)
+    set_compute(home, address=address, strategy="ray", num_nodes=NUM_NODES)
     return open_parts(home)
 
 
@@ -87,7 +85,7 @@ def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
     here, there = tmp_path / "ddp", tmp_path / "ray"
     shutil.copytree(prepared, here)
     shutil.copytree(prepared, there)
-    set_train(here, devices=NUM_NODES)
+    set_compute(here, devices=NUM_NODES)
     launch_train(*open_parts(here), now=NOW, env={})
     parts = open_with_ray(there, cluster_address)
 

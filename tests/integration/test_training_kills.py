@@ -15,7 +15,7 @@ import torch
 
 from shapes import make_environment
 from trainings import Ear, Place, make_place, read_json
-from visionloop.pipeline import compute_code_digests
+from visionloop.code_digests import compute_code_digests
 from visionloop.settings import load_settings
 from visionloop.store import open_store
 

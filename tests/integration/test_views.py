@@ -32,7 +32,9 @@ class Audience(Ear):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch.set_num_threads(1)
-    return make_place(tmp_path_factory.mktemp("views") / "ws", max_epochs=3, confusion_every=2, tensorboard=True)
+    return make_place(
+        tmp_path_factory.mktemp("views") / "ws", max_epochs=3, compute={"confusion_every": 2, "tensorboard": True}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def load_events(place: Place) -> Any:
 
 
 def test_a_resumed_run_goes_on_in_the_same_events_without_a_step_twice(tmp_path: Path) -> None:
-    place = make_place(tmp_path / "ws", max_epochs=4, tensorboard=True)
+    place = make_place(tmp_path / "ws", max_epochs=4, compute={"tensorboard": True})
     first = Audience(stop_at=2)
     with pytest.raises(KeyboardInterrupt):
         place.learn(first, work=tmp_path / "work")
@@ -168,7 +170,7 @@ def test_several_labels_have_a_picture_of_what_was_found(tmp_path: Path) -> None
     module.val_targets = torch.tensor([[1, 1, 0], [0, 1, 0]], dtype=torch.uint8)
     logged: list[tuple[str, str]] = []
     tracking = SimpleNamespace(log_artifact=lambda run_id, path, folder: logged.append((path.name, folder)))
-    params = SimpleNamespace(train=SimpleNamespace(confusion_every=5))
+    params = SimpleNamespace(compute=SimpleNamespace(confusion_every=5))
     prepared = SimpleNamespace(classes=("a", "b", "c"))
     job: Any = SimpleNamespace(params=params, prepared=prepared, tracking=tracking)
     trainer: Any = SimpleNamespace(current_epoch=3, max_epochs=10)

@@ -1,5 +1,6 @@
 """Small data that can be learned, and workspaces around it, for tests that really train."""
 
+import json
 import os
 import re
 import subprocess
@@ -102,13 +103,13 @@ def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def make_workspace(
-    folder: Path, *, epochs: int = 2, number: int = 60, classes: tuple[str, ...] = ("disc", "ring")
+    folder: Path, *, epochs: int = 2, number: int = 60, classes: tuple[str, ...] = ("disc", "ring"), **extra: str
 ) -> Path:
-    """Make a workspace with shapes ingested, ready for `prepare` and `train`."""
+    """Make a workspace with shapes ingested, ready for `prepare` and `train`. `extra`: more of the environment."""
     write_shapes(folder.parent / "photos", number, classes=classes)
-    assert visionloop(folder.parent, "new", str(folder)).returncode == 0
+    assert visionloop(folder.parent, "new", str(folder), **extra).returncode == 0
     (folder / "params.yaml").write_text(PARAMS.replace("EPOCHS", str(epochs)))
-    done = visionloop(folder, "ingest", str(folder.parent / "photos"))
+    done = visionloop(folder, "ingest", str(folder.parent / "photos"), **extra)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -136,6 +137,12 @@ def set_train(home: Path, **keys: object) -> None:
     path = home / "params.yaml"
     added = "".join(f", {key}: {value}" for key, value in keys.items())
     path.write_text(path.read_text().replace("patience: 50", f"patience: 50{added}"))
+
+
+def set_compute(home: Path, **keys: object) -> None:
+    """Give a workspace made here a section `compute`."""
+    with (home / "params.yaml").open("a") as file:
+        file.write(f"compute: {json.dumps(keys)}\n")
 
 
 def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, Tracking]:

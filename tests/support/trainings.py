@@ -151,12 +151,14 @@ def make_place(
     counts: Mapping[str, tuple[int, int, int]] | None = None,
     store_url: str | None = None,
     size: int = 32,
+    compute: Mapping[str, Any] | None = None,
     **train_keys: Any,
 ) -> Place:
     """Make a workspace: `counts` is the number of images of each class for train, val and test."""
     counts = counts or {"disc": (24, 8, 4), "ring": (24, 8, 4)}
     home.mkdir(parents=True, exist_ok=True)
     values = {**PARAMS, "prepare": {"image_size": size}, "train": {**PARAMS["train"], **train_keys}}
+    values["compute"] = dict(compute or {})
     (home / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     settings = load_settings({"VISIONLOOP_STORE": store_url} if store_url else {}, home)
     store = open_store(settings.store_url)

@@ -13,6 +13,12 @@ from visionloop.params import load_params, make_params
     ("value", "line"),
     [
         ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of max_epochs, frozen_epochs"),
+        (
+            {"train": {"tensorboard": True}},
+            "params.yaml train.tensorboard: stands in another section; expected compute.tensorboard. Edit the file.",
+        ),
+        ({"train": {"devices": 2}}, "params.yaml train.devices: stands in another section; expected compute.devices"),
+        ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
         ({"colour": {}}, "params.yaml colour: unknown key; expected one of compute, embed, evaluate, gate, ingest"),
         ({"train": {"on": "all"}}, "params.yaml train: got {'on': 'all'}; expected `monitor: train/accuracy` with"),
         (
@@ -55,9 +61,9 @@ def test_defaults_and_sizes() -> None:
 
 def test_digest_follows_what_changes_a_model_and_nothing_else() -> None:
     plain = make_params({"name": "pets"}).digest()
-    assert (
-        plain == make_params({"name": "pets", "serve": {"max_queue": 3}, "schedule": {"retrain": "0 1 * * *"}}).digest()
-    )
+    compute = {"tensorboard": True, "confusion_every": 3, "devices": 2, "accelerator": "cpu", "strategy": "ddp"}
+    for other in ({"serve": {"max_queue": 3}, "schedule": {"retrain": "0 1 * * *"}}, {"compute": compute}):
+        assert plain == make_params({"name": "pets", **other}).digest()
     assert plain != make_params({"name": "pets", "train": {"seed": 1}}).digest()
     assert plain != make_params({"name": "pets", "gate": {"rule": "no_worse"}}).digest()
 

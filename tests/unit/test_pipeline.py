@@ -1,12 +1,14 @@
 """The file graph: code digests, healing after kills, the stage's own error."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from visionloop import pipeline
-from visionloop.errors import BusyError, DatasetError, PipelineError
+from visionloop.cli.run import write_error_file
+from visionloop.errors import BusyError, DatasetError, PipelineError, StoreError
 from visionloop.params import make_params
 from visionloop.settings import Settings, load_settings
 
@@ -17,47 +19,45 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings({}, tmp_path)
 
 
-def test_each_stage_has_a_digest_of_its_own() -> None:
-    digests = pipeline.compute_code_digests()
-    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate"}
-    assert len(set(digests.values())) == 5
-
-
-def test_a_change_in_a_module_moves_the_stages_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = pipeline.compute_code_digests()
-    find = pipeline._find_source
-    source = tmp_path / "module.py"
-    source.write_text("x = 1\n")
-
-    def moved_by(module: str) -> set[str]:
-        monkeypatch.setattr(pipeline, "_find_source", lambda name: source if name == module else find(name))
-        after = pipeline.compute_code_digests()
-        return {stage for stage in before if before[stage] != after[stage]}
-
-    assert moved_by("visionloop.training.module") == {"train"}
-    assert moved_by("visionloop.data.images") == {"prepare", "embed", "train", "evaluate", "gate"}
-    assert moved_by("visionloop.evaluation.report") == {"evaluate"}
-    assert moved_by("visionloop.errors") == set()
-    assert moved_by("visionloop.serving.app") == set()
-
-
 def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
-    digests = pipeline.refresh_code(tmp_path)
+    params = make_params({"name": "pets"})
+    digests = pipeline.refresh_code(tmp_path, params)
+    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate", "weights"}
     path = tmp_path / "code.json"
     assert json.loads(path.read_text()) == digests
     stamp = path.stat().st_mtime_ns
-    pipeline.refresh_code(tmp_path)
+    pipeline.refresh_code(tmp_path, params)
     assert path.stat().st_mtime_ns == stamp
 
 
-def test_state_follows_dataset_params_and_code() -> None:
+def test_state_follows_dataset_params_and_code(tmp_path: Path) -> None:
     params = make_params({"name": "pets"})
-    state = pipeline.compute_state(params, "d1")
-    assert state["dataset"] == "d1"
-    assert state == pipeline.compute_state(params, "d1")
-    assert (
-        state["params"] != pipeline.compute_state(make_params({"name": "pets", "train": {"seed": 1}}), "d1")["params"]
-    )
+    state = pipeline.compute_state(tmp_path, params, "d1")
+    assert (state["dataset"], state["weights"]) == ("d1", "")
+    assert state == pipeline.compute_state(tmp_path, params, "d1")
+    other = pipeline.compute_state(tmp_path, make_params({"name": "pets", "train": {"seed": 1}}), "d1")
+    assert {key for key in state if state[key] != other[key]} == {"params"}
+
+
+def test_other_weights_under_the_same_name_are_another_state(tmp_path: Path) -> None:
+    params = make_params({"name": "pets", "train": {"weights": "weights/net.pth"}})
+    assert pipeline.compute_state(tmp_path, params, "d1")["weights"] == ""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "net.pth").write_bytes(b"one")
+    first = pipeline.compute_state(tmp_path, params, "d1")
+    assert first["weights"] == hashlib.sha256(b"one").hexdigest()
+    assert pipeline.refresh_code(tmp_path, params)["weights"] == first["weights"]
+    (tmp_path / "weights" / "net.pth").write_bytes(b"two")
+    second = pipeline.compute_state(tmp_path, params, "d1")
+    assert {key for key in first if first[key] != second[key]} == {"weights"}
+    assert pipeline.refresh_code(tmp_path, params)["weights"] == second["weights"]
+    assert json.loads((tmp_path / "code.json").read_text())["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize("weights", ["none", "default", "s3://bucket/net.pth"])
+def test_weights_that_are_no_file_are_told_by_the_params(tmp_path: Path, weights: str) -> None:
+    train = {"weights": weights, "weights_sha256": "0" * 64}
+    assert pipeline.compute_state(tmp_path, make_params({"name": "pets", "train": train}), "d1")["weights"] == ""
 
 
 def test_stage_names_come_from_dvc_yaml(tmp_path: Path) -> None:
@@ -93,12 +93,25 @@ def test_heal_leaves_what_is_whole(settings: Settings) -> None:
 
 
 def test_the_stages_own_error_is_raised_again(tmp_path: Path) -> None:
-    path = tmp_path / "error.json"
-    told = {"kind": "DatasetError", "where": "a", "found": "b", "expected": "c", "todo": "d."}
-    path.write_text(json.dumps(told))
-    error = pipeline._read_error(path, "train", ["ERROR: failed to reproduce 'train'"])
-    assert isinstance(error, DatasetError)
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    told = DatasetError("a", "b", "c", "d.")
+    write_error_file(told, {}, tmp_path)
+    error = pipeline._read_error(
+        tmp_path / ".visionloop" / "error.json", "train", ["ERROR: failed to reproduce 'train'"]
+    )
+    assert type(error) is DatasetError
     assert str(error) == "a: b; expected c. d."
+    assert not error.transient
+
+
+def test_an_error_that_may_pass_says_so_on_both_sides_of_dvc(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    told = StoreError("s3://b", "is busy")
+    told.transient = True
+    write_error_file(told, {}, tmp_path)
+    error = pipeline._read_error(tmp_path / ".visionloop" / "error.json", "prepare", [])
+    assert type(error) is StoreError
+    assert error.transient
 
 
 def test_without_one_the_last_line_tells(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def ingest(
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    refresh_code(workspace.settings.home)
+    refresh_code(workspace.settings.home, workspace.params)
     report = pull(
         workspace,
         sources=sources,

@@ -27,7 +27,8 @@ def gate() -> None:
     from visionloop.promotion.decide import gate as run_gate
 
     workspace = open_workspace()
-    state = compute_state(workspace.params, load_pin(workspace.settings.pin_path).digest)
+    settings = workspace.settings
+    state = compute_state(settings.home, workspace.params, load_pin(settings.pin_path).digest)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_stage(stage: str) -> tuple[Workspace, str]:
     """Open the workspace for a stage: also die with whoever started it; return the workspace and the code's digest."""
-    from visionloop.pipeline import compute_code_digests
+    from visionloop.code_digests import compute_code_digests
 
     die_with_guardian()
     return open_workspace(), compute_code_digests().get(stage, "")
@@ -105,7 +105,7 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
         f"  MLflow       {describe_mlflow(workspace)}",
         f"{'':15}experiment {workspace.name}, run {run.name}",
     ]
-    if section.tensorboard:
+    if workspace.params.compute.tensorboard:
         folder = settings.hidden_dir / "tensorboard"
         lines.append(f"  TensorBoard  tensorboard --logdir {show_path(folder, settings.home)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"

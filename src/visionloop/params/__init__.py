@@ -131,10 +131,21 @@ class Schedule(Section):
 
 
 class Compute(Section):
-    """Where prepare and batches run: on this machine's cores, or on a Ray cluster. Changes no result."""
+    """Where the work runs, and what is shown of it. Nothing here makes a stage run again.
+
+    `engine`: prepare and batches on this machine's cores, or on a Ray cluster at `address`. `accelerator`, `strategy`,
+    `devices` a node and `num_nodes`: what a training runs on; each run records what it came to. `tensorboard` writes
+    its files beside MLflow; `confusion_every` so many epochs MLflow gets the confusion of the validation side.
+    """
 
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    strategy: Literal["auto", "ddp", "ray"] = "auto"
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    num_nodes: int = Field(default=1, ge=1, le=1024)
+    tensorboard: bool = False
+    confusion_every: int = Field(default=0, ge=0)
 
 
 class Params(Section):
@@ -199,7 +210,9 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     # Tags of unions are not keys of the file: a size that fits neither form is one problem, not two.
     keys = [str(p) for p in first["loc"] if not re.match(rf"^(constrained-|tuple|function-|({KINDS})$)", str(p))]
     kind, message = first["type"], first["msg"]
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden" and first["loc"] in {("train", key) for key in Compute.model_fields}:
+        found, expected = "stands in another section", f"compute.{keys[-1]}"
+    elif kind == "extra_forbidden":
         found, expected = "unknown key", f"one of {_known_keys(first['loc'])}"
     elif kind == "missing":
         found, expected = "missing", "a value"

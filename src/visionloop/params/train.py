@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -9,20 +10,8 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 from visionloop.errors import shorten
 from visionloop.params.section import Section, to_tuple
 
-# They change no result, or what a result is compared by.
-NOT_TUNED = frozenset(
-    (
-        "on",
-        "monitor",
-        "weights_sha256",
-        "accelerator",
-        "strategy",
-        "devices",
-        "num_nodes",
-        "tensorboard",
-        "confusion_every",
-    )
-)
+# They change what a result is compared by, or check it only.
+NOT_TUNED = frozenset({"on", "monitor", "weights_sha256"})
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -121,13 +110,7 @@ class Train(Section):
     patience: int = Field(default=5, ge=1)
     monitor: str = Field(default="val/loss", pattern=r"^(train|val)/[a-z][a-z0-9_]*$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    strategy: Literal["auto", "ddp", "ray"] = "auto"
-    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    num_nodes: int = Field(default=1, ge=1, le=1024)
     neighbours: Neighbours = Neighbours()
-    tensorboard: bool = False
-    confusion_every: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -141,6 +124,12 @@ class Train(Section):
         if self.way in WAYS_ON_EMBEDDINGS and (self.augment != "none" or self.mixup or self.cutmix):
             raise ValueError(f"no augment, mixup or cutmix with `way: {self.way}`: it sees embeddings, not pixels")
         return self
+
+    def find_weights_file(self, home: Path) -> Path | None:
+        """Return the file that `weights` names, absolute, whether it is there or not; None for other weights."""
+        if self.weights in {"none", "default"} or "://" in self.weights:
+            return None
+        return (home / Path(self.weights).expanduser()).resolve()
 
     @property
     def monitor_mode(self) -> Literal["min", "max"]:

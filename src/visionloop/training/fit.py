@@ -128,7 +128,7 @@ def make_job(
     check_monitor(params.train, prepared.task)
     validated_on = choose_validation(prepared, workspace.store)
     check_sides(prepared, validated_on)
-    hardware = read_hardware(params.train, world_size=world.size)
+    hardware = read_hardware(params, world_size=world.size)
     for remark in list_remarks(hardware, params.train):
         watcher.tell(remark)
     job = Job(

@@ -13,7 +13,7 @@ from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.networks import processor
 from visionloop.networks.processor import BF16_FLAGS, read_cpu_flags
 from visionloop.networks.weights import hash_weights
-from visionloop.params import Train
+from visionloop.params import Compute, Params, Train
 from visionloop.records import compute_digest
 from visionloop.store import ObjectStore
 from visionloop.training.watch import Watcher
@@ -35,25 +35,24 @@ class Hardware:
         return "bf16-mixed" if self.precision == "bf16" else "32-true"
 
 
-def read_hardware(section: Train | None = None, *, world_size: int = 1) -> Hardware:
-    """Look at this machine, and resolve what `train` leaves open: bf16 where a GPU or the CPU's flags have it.
+def read_hardware(params: Params, *, world_size: int = 1) -> Hardware:
+    """Look at this machine, and resolve what params.yaml leaves open: bf16 where a GPU or the CPU's flags have it.
 
     Never by a timing. Raises ParamsError when a GPU is asked for where there is none.
     """
-    section = section or Train()
-    accelerator = choose_accelerator(section, count_gpus())
+    accelerator = choose_accelerator(params.compute, count_gpus())
     name = torch.cuda.get_device_name() if accelerator == "gpu" else platform.machine()
-    precision = section.precision
+    precision = params.train.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(accelerator) else "fp32"
     return Hardware(accelerator, precision, torch.get_num_threads(), name, world_size)
 
 
-def choose_accelerator(section: Train, num_gpus: int) -> str:
-    """Resolve `train.accelerator` to cpu or gpu. Raises ParamsError when a GPU is asked for where there is none."""
+def choose_accelerator(section: Compute, num_gpus: int) -> str:
+    """Resolve `compute.accelerator` to cpu or gpu. Raises ParamsError when a GPU is asked for where there is none."""
     if section.accelerator == "gpu" and not num_gpus:
         raise ParamsError(
-            "params.yaml train.accelerator",
+            "params.yaml compute.accelerator",
             f"got 'gpu', and torch {torch.__version__} sees none on this machine",
             "a GPU with its driver, or `auto` or `cpu`",
             "Look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or edit the file.",

@@ -98,9 +98,10 @@ def make_base(params: Params) -> Params:
             "one network: its embeddings are made once, by the stage embed",
             "Take it out of the space, or set train.way.",
         )
-    change: Values = {"strategy": "auto", "devices": 1, "num_nodes": 1, "tensorboard": False, "confusion_every": 0}
-    change["max_epochs"] = section.max_epochs or train.max_epochs
-    return params.model_copy(update={"train": make_train(train, change)})
+    alone = {"strategy": "auto", "devices": 1, "num_nodes": 1, "tensorboard": False, "confusion_every": 0}
+    compute = params.compute.model_copy(update=alone)
+    train = make_train(train, {"max_epochs": section.max_epochs or train.max_epochs})
+    return params.model_copy(update={"train": train, "compute": compute})
 
 
 def make_train(train: Train, values: Mapping[str, Any]) -> Train:

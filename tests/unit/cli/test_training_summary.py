@@ -14,11 +14,11 @@ from visionloop.settings import load_settings
 BEST = {"best/epoch": 9.0, "best/val_loss": 0.25, "best/val_accuracy": 0.875, "best/val_f1": 0.8, "val/loss": 0.5}
 
 
-def make_context(home: Path, uri: str, **train: Any) -> Any:
+def make_context(home: Path, uri: str, *, tensorboard: bool = False) -> Any:
     (home / "params.yaml").write_text("name: pets\n")
     run = SimpleNamespace(metrics=BEST, name="resnet18-dataset3")
     tracking = SimpleNamespace(uri=uri, load_run=lambda run_id: run)
-    params = make_params({"name": "pets", "train": train})
+    params = make_params({"name": "pets", "compute": {"tensorboard": tensorboard}})
     return SimpleNamespace(settings=load_settings({}, home), params=params, name=params.name, tracking=tracking)
 
 

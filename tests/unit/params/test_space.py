@@ -27,6 +27,7 @@ def test_ranges_lists_and_nested_keys() -> None:
     [
         ({"learning_ratee": [0.1]}, "'learning_ratee' is none that can be tuned, near: backbone_rate, learning_rate"),
         ({"devices": [1, 2]}, "'devices' is none that can be tuned"),
+        ({"monitor": ["val/f1"]}, "'monitor' is none that can be tuned"),
         ({"learning_rate": {"low": 0.1, "high": 20.0}}, "values of train.learning_rate; 20.0: "),
         ({"batch_size": [16, 32.5]}, "values of train.batch_size; 32.5: "),
         ({"augment": ["light", "wild"]}, "values of train.augment; 'wild': "),

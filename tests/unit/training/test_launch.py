@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
-from visionloop.params import Train
+from visionloop.params import Compute, Params, Train, make_params
 from visionloop.training import job as hardware_module
 from visionloop.training.job import Hardware, World, choose_accelerator, describe_precision, list_remarks, read_hardware
 from visionloop.training.ranks.failures import explain_failures, make_rank_error
@@ -19,6 +19,12 @@ from visionloop.training.ranks.ray import Shape, choose_shape
 from visionloop.training.ranks.world import PeerLost, is_peer_failure, read_world
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def make_asked(**keys: Any) -> Params:
+    """Return params with some keys of `train` and `compute`."""
+    compute = {key: keys.pop(key) for key in set(keys) & set(Compute.model_fields)}
+    return make_params({"name": "pets", "train": keys, "compute": compute})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +45,7 @@ TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     ],
 )
 def test_a_process_alone_plans_by_params_and_gpus(section: dict[str, Any], num_gpus: int, plan: Plan) -> None:
-    assert plan_launch(Train(**section), World(), num_gpus) == plan
+    assert plan_launch(make_asked(**section), World(), num_gpus) == plan
 
 
 def test_a_plan_is_told_in_words() -> None:
@@ -51,8 +57,8 @@ def test_a_plan_is_told_in_words() -> None:
 
 def test_a_rank_of_torchrun_takes_part() -> None:
     world = World(rank=5, size=8, local_rank=1, local_size=4)
-    assert plan_launch(Train(devices=4, num_nodes=2), world, 4) == Plan("rank", 4, 2)
-    assert plan_launch(Train(), world, 0) == Plan("rank", 4, 2)
+    assert plan_launch(make_asked(devices=4, num_nodes=2), world, 4) == Plan("rank", 4, 2)
+    assert plan_launch(make_asked(), world, 0) == Plan("rank", 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +68,14 @@ def test_a_rank_of_torchrun_takes_part() -> None:
             {"accelerator": "gpu"},
             World(),
             0,
-            r"train\.accelerator: got 'gpu', and torch .* sees none on this machine; exp",
+            r"compute\.accelerator: got 'gpu', and torch .* sees none on this machine; exp",
         ),
-        ({"devices": 3}, World(), 2, r"train\.devices: got 3; expected at most the 2 GPUs of this machine, or `acc"),
+        ({"devices": 3}, World(), 2, r"compute\.devices: got 3; expected at most the 2 GPUs of this machine, or `acc"),
         (
             {"num_nodes": 2},
             World(),
             0,
-            r"train\.num_nodes: got 2, and this process was not started by torchrun; .*Run `tor",
+            r"compute\.num_nodes: got 2, and this process was not started by torchrun; .*Run `tor",
         ),
         (
             {"devices": 64},
@@ -78,15 +84,15 @@ def test_a_rank_of_torchrun_takes_part() -> None:
             r"train\.batch_size: got 32 for 64 processes; expected one image or more for each",
         ),
         ({"batch_size": 4}, World(0, 8, 0, 8), 0, r"train\.batch_size: got 4 for 8 processes"),
-        ({"strategy": "ray"}, World(0, 2, 0, 2), 0, r"train\.strategy: got 'ray' under torchrun"),
-        ({"devices": 4}, World(0, 2, 0, 2), 0, r"train\.devices: got 4 x 1 nodes in a world of 2"),
+        ({"strategy": "ray"}, World(0, 2, 0, 2), 0, r"compute\.strategy: got 'ray' under torchrun"),
+        ({"devices": 4}, World(0, 2, 0, 2), 0, r"compute\.devices: got 4 x 1 nodes in a world of 2"),
         ({"way": "frozen", "devices": 2}, World(), 0, r"train\.way: got 'frozen' in 2 processes; expected one"),
         ({"way": "knn"}, World(0, 2, 0, 2), 0, r"train\.way: got 'knn' in 2 processes"),
     ],
 )
 def test_what_cannot_run_is_refused(section: dict[str, Any], world: World, num_gpus: int, line: str) -> None:
     with pytest.raises(ParamsError, match=line) as caught:
-        plan_launch(Train(**section), world, num_gpus)
+        plan_launch(make_asked(**section), world, num_gpus)
     assert caught.value.exit_code == 2
 
 
@@ -229,7 +235,7 @@ NODES = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 6.0, "GPU": 2.0}, {"memory": 1.0}]
     ],
 )
 def test_workers_fit_the_cluster(section: dict[str, Any], devices: int | None, nodes: Any, shape: Shape) -> None:
-    assert choose_shape(Train(**section), devices, nodes) == shape
+    assert choose_shape(make_asked(**section), devices, nodes) == shape
 
 
 @pytest.mark.parametrize(
@@ -254,13 +260,13 @@ def test_workers_fit_the_cluster(section: dict[str, Any], devices: int | None, n
 )
 def test_a_cluster_too_small_is_told(section: dict[str, Any], devices: int | None, nodes: Any, line: str) -> None:
     with pytest.raises(ParamsError, match=line):
-        choose_shape(Train(**section), devices, nodes)
+        choose_shape(make_asked(**section), devices, nodes)
 
 
 def test_hardware_is_resolved_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware_module, "count_gpus", lambda: 0)
     monkeypatch.setattr(hardware_module, "has_bf16", lambda accelerator: False)
-    slow = read_hardware(Train(precision="bf16"), world_size=2)
+    slow = read_hardware(make_asked(precision="bf16"), world_size=2)
     assert (slow.accelerator, slow.precision, slow.world_size) == ("cpu", "bf16", 2)
     assert slow.lightning_precision == "bf16-mixed"
     assert "slowly: the processor has no instructions for it" in describe_precision(slow, Train(precision="bf16"))
@@ -268,22 +274,22 @@ def test_hardware_is_resolved_and_says_why(monkeypatch: pytest.MonkeyPatch) -> N
         "2 processes train together, each on 16 images of a batch",
         f"computing in {describe_precision(slow, Train(precision='bf16'))}",
     ]
-    plain = read_hardware(Train())
+    plain = read_hardware(make_asked())
     assert list_remarks(plain, Train()) == []
     assert (plain.precision, plain.lightning_precision) == ("fp32", "32-true")
     assert describe_precision(plain, Train()) == "fp32 (the CPU has neither amx_bf16 nor avx512_bf16)"
     monkeypatch.setattr(hardware_module, "has_bf16", lambda accelerator: True)
-    assert read_hardware(Train()).precision == "bf16"
-    assert read_hardware(Train(precision="fp32")).precision == "fp32"
-    with pytest.raises(ParamsError, match=r"train\.accelerator: got 'gpu'.*Look at `nvidia-smi`"):
-        read_hardware(Train(accelerator="gpu"))
+    assert read_hardware(make_asked()).precision == "bf16"
+    assert read_hardware(make_asked(precision="fp32")).precision == "fp32"
+    with pytest.raises(ParamsError, match=r"compute\.accelerator: got 'gpu'.*Look at `nvidia-smi`"):
+        read_hardware(make_asked(accelerator="gpu"))
 
 
 def test_a_gpu_is_taken_where_there_is_one() -> None:
-    assert choose_accelerator(Train(), 2) == "gpu"
-    assert choose_accelerator(Train(accelerator="gpu"), 1) == "gpu"
-    assert choose_accelerator(Train(accelerator="cpu"), 2) == "cpu"
-    assert choose_accelerator(Train(), 0) == "cpu"
+    assert choose_accelerator(Compute(), 2) == "gpu"
+    assert choose_accelerator(Compute(accelerator="gpu"), 1) == "gpu"
+    assert choose_accelerator(Compute(accelerator="cpu"), 2) == "cpu"
+    assert choose_accelerator(Compute(), 0) == "cpu"
     assert describe_precision(Hardware("gpu", "bf16", 8, "H200"), Train(precision="fp32")).startswith(
         "bf16 (as train.pre"
     )

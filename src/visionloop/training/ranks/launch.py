@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 from visionloop.errors import ParamsError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, Terminated
 from visionloop.parallel import count_cores
-from visionloop.params import Train
+from visionloop.params import Params
 from visionloop.params.train import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote
 from visionloop.settings import Settings
@@ -46,41 +46,47 @@ class Plan:
     num_nodes: int = 1
 
 
-def plan_launch(section: Train, world: World, num_gpus: int) -> Plan:
+def plan_launch(params: Params, world: World, num_gpus: int) -> Plan:
     """Decide where a training runs, from params, what torchrun says, and this machine's GPUs. Raises ParamsError."""
+    train, section = params.train, params.compute
     devices = None if section.devices == "auto" else section.devices
     asked = (devices or 1) * section.num_nodes
-    if section.way in WAYS_ON_EMBEDDINGS:
+    if train.way in WAYS_ON_EMBEDDINGS:
         if max(asked, world.size) > 1:
-            raise _refuse("way", f"{section.way!r} in {max(asked, world.size)} processes", "one: it sees no images")
+            raise _refuse("train.way", f"{train.way!r} in {max(asked, world.size)} processes", "one: it sees no images")
         return Plan("here")
     size = max(asked, world.size)
-    if size > section.batch_size:
-        raise _refuse("batch_size", f"{section.batch_size} for {size} processes", "one image or more for each of them")
+    if size > train.batch_size:
+        found = f"{train.batch_size} for {size} processes"
+        raise _refuse("train.batch_size", found, "one image or more for each of them")
     if world.size > 1 or world.on_ray:
         if section.strategy == "ray" and not world.on_ray:
-            raise _refuse("strategy", "'ray' under torchrun", "`auto` or `ddp` there, or one command without torchrun")
+            expected = "`auto` or `ddp` there, or one command without torchrun"
+            raise _refuse("compute.strategy", "'ray' under torchrun", expected)
         if devices and asked != world.size:
-            raise _refuse("devices", f"{devices} x {section.num_nodes} nodes in a world of {world.size}", "as many")
+            found = f"{devices} x {section.num_nodes} nodes in a world of {world.size}"
+            raise _refuse("compute.devices", found, "as many")
         return Plan("rank", world.local_size, world.size // world.local_size)
     if section.strategy == "ray":
         return Plan("ray", devices, section.num_nodes)
     if section.num_nodes > 1:
         raise _refuse(
-            "num_nodes",
+            "compute.num_nodes",
             f"{section.num_nodes}, and this process was not started by torchrun",
             "1, `strategy: ray`, or torchrun on every node",
             "Run `torchrun --nnodes N --nproc-per-node M ... -m visionloop train` on each (docs/training.md).",
         )
     on_gpu = choose_accelerator(section, num_gpus) == "gpu"
     if on_gpu and devices and devices > num_gpus:
-        raise _refuse("devices", str(devices), f"at most the {num_gpus} GPUs of this machine, or `accelerator: cpu`")
-    devices = devices or (min(num_gpus, section.batch_size) if on_gpu else 1)
+        raise _refuse(
+            "compute.devices", str(devices), f"at most the {num_gpus} GPUs of this machine, or `accelerator: cpu`"
+        )
+    devices = devices or (min(num_gpus, train.batch_size) if on_gpu else 1)
     return Plan("here" if devices == 1 else "ddp", devices)
 
 
 def _refuse(key: str, found: str, expected: str, todo: str = "Edit the file.") -> ParamsError:
-    return ParamsError(f"params.yaml train.{key}", f"got {found}", expected, todo)
+    return ParamsError(f"params.yaml {key}", f"got {found}", expected, todo)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -95,7 +101,7 @@ def describe_plan(plan: Plan) -> str:
 def launch_train(
     workspace: Workspace, *, now: str, code_digest: str = "", watcher: Watcher | None = None, env: Mapping[str, str]
 ) -> RunNote | None:
-    """Train as `params.train` says: alone, as a rank, in ranks of this machine, or on Ray; return the run's note.
+    """Train as `params.compute` says: alone, as a rank, in ranks of this machine, or on Ray; return the run's note.
 
     None in a process that another one speaks for: a rank other than 0, or one that we started.
 
@@ -105,7 +111,7 @@ def launch_train(
         VisionLoopError: what `fit.train` raises, also in another process.
     """
     world = read_world(env)
-    plan = plan_launch(workspace.params.train, world, count_gpus())
+    plan = plan_launch(workspace.params, world, count_gpus())
     here: dict[str, Any] = {"now": now, "code_digest": code_digest, "watcher": watcher}
     if plan.kind == "here":
         return train(workspace, **here)

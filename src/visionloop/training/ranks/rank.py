@@ -14,7 +14,7 @@ def train_as_rank(
     workspace: Workspace, *, world: World, now: str, code_digest: str, watcher: Watcher | None
 ) -> RunNote | None:
     """Train together with the other ranks: rank 0 leads, and alone returns a note."""
-    with join_world(world, choose_accelerator(workspace.params.train, count_gpus())):
+    with join_world(world, choose_accelerator(workspace.params.compute, count_gpus())):
         check_shared_folder(world, workspace.settings.hidden_dir)
         if world.is_first:
             how: dict[str, Any] = {"now": now, "code_digest": code_digest, "watcher": watcher, "world": world}

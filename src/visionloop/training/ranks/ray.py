@@ -15,7 +15,7 @@ from typing import Any
 
 from visionloop.errors import ParamsError, TrainingError, VisionLoopError
 from visionloop.parallel import connect_ray
-from visionloop.params import Train, make_params
+from visionloop.params import Params, make_params
 from visionloop.settings import Settings, apply_tool_environment
 from visionloop.training.watch import EpochReport, StepReport, Watcher
 from visionloop.workspace import Workspace, connect
@@ -59,10 +59,10 @@ def train_on_ray(workspace: Workspace, devices: int | None, *, code_digest: str,
         VisionLoopError: what rank 0, or the rank that failed first, raised.
     """
     params = workspace.params
-    with connect_ray(params.compute.address, key="train.strategy", instead="strategy: auto") as ray:
+    with connect_ray(params.compute.address, key="compute.strategy", instead="strategy: auto") as ray:
         from ray.util.queue import Queue
 
-        shape = choose_shape(params.train, devices, _list_nodes(ray))
+        shape = choose_shape(params, devices, _list_nodes(ray))
         queue = Queue(actor_options={"num_cpus": 0})
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         order = Order(workspace.settings, params.model_dump(mode="json"), passed, code_digest, now, queue)
@@ -74,10 +74,11 @@ def train_on_ray(workspace: Workspace, devices: int | None, *, code_digest: str,
             shutil.rmtree(storage, ignore_errors=True)
 
 
-def choose_shape(section: Train, devices: int | None, nodes: list[dict[str, float]]) -> Shape:
+def choose_shape(params: Params, devices: int | None, nodes: list[dict[str, float]]) -> Shape:
     """Decide on workers a node, and cores a worker, from what the cluster's nodes have. Raises ParamsError."""
     cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     gpus = sorted((int(node.get("GPU", 0)) for node in nodes if node.get("GPU", 0) >= 1), reverse=True)
+    section = params.compute
     on_gpu = section.accelerator == "gpu" or (section.accelerator == "auto" and bool(gpus))
     if devices is None:
         devices = min(gpus[: section.num_nodes]) if on_gpu and gpus else 1
@@ -85,13 +86,13 @@ def choose_shape(section: Train, devices: int | None, nodes: list[dict[str, floa
     size, free = devices * section.num_nodes, sum(gpus) if on_gpu else sum(cpus)
     if size > free:
         raise ParamsError(
-            "params.yaml train.devices",
+            "params.yaml compute.devices",
             f"got {devices} on {section.num_nodes} nodes, and the Ray cluster has {has}",
             f"a {'GPU' if on_gpu else 'core'} for each of the {size} workers",
             "Lower devices or num_nodes, or add nodes to the cluster before the start.",
         )
-    if size > section.batch_size:
-        found = f"got {section.batch_size} for {size} workers"
+    if size > params.train.batch_size:
+        found = f"got {params.train.batch_size} for {size} workers"
         raise ParamsError("params.yaml train.batch_size", found, "one image or more for each of them", "Edit the file.")
     return Shape(devices, section.num_nodes, max(1, min(cpus) // devices), on_gpu)
 

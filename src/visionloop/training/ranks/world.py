@@ -100,7 +100,7 @@ def _take_gpu(world: World) -> None:
             f"rank {world.rank} of {world.size}",
             f"is number {world.local_rank + 1} on {socket.gethostname()}, which has {torch.cuda.device_count()} GPUs",
             "a GPU for each rank",
-            "Lower --nproc-per-node, or set train.accelerator: cpu.",
+            "Lower --nproc-per-node, or set compute.accelerator: cpu.",
         )
     torch.cuda.set_device(world.local_rank)
 
@@ -189,7 +189,7 @@ def compare_facts(world: World, facts: Mapping[str, str]) -> None:
                 f"rank {rank} of {world.size} on {other['host']}",
                 f"has {name} than rank 0 ({theirs[name][:16]}, not {first[name][:16]})",
                 "the same on all ranks",
-                "Use one workspace and one version of visionloop everywhere; set train.precision and accelerator.",
+                "Use one workspace and one visionloop everywhere; set train.precision and compute.accelerator.",
             )
 
 

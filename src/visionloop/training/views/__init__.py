@@ -21,9 +21,9 @@ def make_views(job: Job, run_id: str, work: Path) -> list[pl.Callback]:
     views: list[pl.Callback] = [GradientView(), MemoryView()]
     if job.watcher.wants_pictures:
         views += _make_pictures(job, run_id, work)
-        if section.confusion_every and section.on == "train":
+        if job.params.compute.confusion_every and section.on == "train":
             views.append(ConfusionView(job, run_id, work))
-        if section.tensorboard:
+        if job.params.compute.tensorboard:
             from visionloop.training.views.tensorboard import TensorBoardView
 
             views.append(TensorBoardView(job, run_id, work))

@@ -34,14 +34,14 @@ BYTES_PER_GIB = 2**30
 
 
 class ConfusionView(View):
-    """Draws the confusion matrix of an epoch's validation for MLflow, every `train.confusion_every` epochs."""
+    """Draws the confusion matrix of an epoch's validation for MLflow, every `compute.confusion_every` epochs."""
 
     def __init__(self, job: Job, run_id: str, work: Path) -> None:
         self.job, self.run_id, self.work = job, run_id, work
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if epoch % self.job.params.train.confusion_every and epoch != trainer.max_epochs:
+        if epoch % self.job.params.compute.confusion_every and epoch != trainer.max_epochs:
             return
         classes = self.job.prepared.classes
         assert isinstance(pl_module, ClassifierModule)

@@ -1,4 +1,4 @@
-"""TensorBoard beside MLflow, with `train.tensorboard: true`: .visionloop/tensorboard/RUN/. Heavy: imported when on.
+"""TensorBoard beside MLflow, with `compute.tensorboard: true`: .visionloop/tensorboard/RUN/. Heavy: imported when on.
 
 All steps are those of the optimizer, so that one number says what a resumed run replaces (`purge_step`).
 """
