@@ -25,11 +25,8 @@ def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workspace", type=Path, help="a folder with a params.yaml; default: the one you are in")
     folder: Path | None = parser.parse_args(argv).workspace
-    env = dict(os.environ)
-    if folder is not None:
-        env.pop("VISIONLOOP_HOME", None)  # what is named on the command line wins
     try:
-        settings = load_settings(env, folder or Path.cwd())
+        settings = load_settings(os.environ, folder)
         load_params(settings.params_path)  # a typo is told at once, not after Prefect has started
     except VisionLoopError as exc:
         print(f"error: {exc}", file=sys.stderr)

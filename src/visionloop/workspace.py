@@ -87,14 +87,16 @@ class Workspace:
 
 
 def open_workspace(start: Path | None = None) -> Workspace:
-    """Open the workspace at `start`, or around the current folder, and keep other tools inside it. For entry points.
+    """Open the workspace at `start`, and keep other tools inside it. For entry points.
+
+    Without `start`, the one that VISIONLOOP_HOME names, or that the current folder is in.
 
     Raises:
         SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
     """
     from visionloop.params import load_params
 
-    settings = load_settings(os.environ, start or Path.cwd())
+    settings = load_settings(os.environ, start)
     apply_tool_environment(settings.home)
     warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
     return connect(settings, load_params(settings.params_path))
