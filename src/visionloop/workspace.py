@@ -107,13 +107,13 @@ def connect(
 ) -> Workspace:
     """Return the workspace with its store and its MLflow: those given, else those that the settings name."""
     from visionloop.store import open_store
-    from visionloop.tracking import Tracking
+    from visionloop.tracking import MlflowTracking
 
     return Workspace(
         settings,
         params,
         store or open_store(settings.store_url),
-        tracking or Tracking(settings.tracking_uri, settings.artifact_root, params.name),
+        tracking or MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name),
     )
 
 

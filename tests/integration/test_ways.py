@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional
 
+from memory_tracking import MemoryTracking
 from shapes import write_shapes
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
@@ -26,7 +27,7 @@ from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import append_entry, read_champion
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.fit import make_job, train
 from visionloop.training.job import Job
@@ -77,8 +78,8 @@ class Home:
         return open_store(self.settings.store_url)
 
     @property
-    def tracking(self) -> Tracking:
-        return Tracking(self.settings.tracking_uri, self.settings.artifact_root, "shapes")
+    def tracking(self) -> MlflowTracking:
+        return MlflowTracking(self.settings.tracking_uri, self.settings.artifact_root, "shapes")
 
     def ingest(self) -> None:
         pull(self, sources=check_sources(self.params), now=NOW)
@@ -92,7 +93,7 @@ class Home:
 
     def make_quiet_job(self) -> Job:
         """A job without an MLflow."""
-        return replace(self.make_job(), tracking=FakeTracking())  # type: ignore[arg-type]
+        return replace(self.make_job(), tracking=MemoryTracking())
 
     def train(self) -> str:
         self.notes = Notes()
@@ -243,19 +244,6 @@ def test_knn_on_all_judges_each_training_image_by_the_others(champion: Home, tmp
     (report,) = home.notes.epochs
     assert set(report.metrics) == {"train/loss", "train/accuracy"}
     assert report.metrics["train/accuracy"] == pytest.approx(expected)
-
-
-class FakeTracking:
-    """Takes tags and figures, and keeps the tags."""
-
-    def __init__(self) -> None:
-        self.tags: dict[str, str] = {}
-
-    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        self.tags |= tags
-
-    def log_metrics(self, *args: Any, **options: Any) -> None:
-        """Take them."""
 
 
 def test_embeddings_that_do_not_belong_to_the_network_are_refused(champion: Home, tmp_path: Path) -> None:
