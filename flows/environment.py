@@ -9,6 +9,7 @@ from pathlib import Path
 from visionloop.errors import VisionLoopError
 from visionloop.params import load_params
 from visionloop.settings import apply_tool_environment, load_settings
+from visionloop.words import describe_error
 
 PREFECT_DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
@@ -29,7 +30,7 @@ def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
         settings = load_settings(os.environ, folder)
         load_params(settings.params_path)  # a typo is told at once, not after Prefect has started
     except VisionLoopError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(describe_error(exc), file=sys.stderr)
         sys.exit(exc.exit_code)
     os.environ["VISIONLOOP_HOME"] = str(settings.home)
     apply_tool_environment(settings.home)

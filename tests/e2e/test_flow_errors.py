@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shapes import make_workspace, retrain, visionloop, write_shapes
+from shapes import ROOT, make_workspace, retrain, run, visionloop, write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,16 @@ def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(trained: tup
     assert re.search(r"not_an_image\s+folder:disc/notes.jpg", said)
     assert "version 2: 40 new images, 120 in all" in said
     assert "shapes has a new champion" in said
+
+
+def test_a_flow_retrains_the_workspace_it_is_given(home: Path, tmp_path: Path, prefect_api: str) -> None:
+    """Its process stands in another one, as every run of a deployment does that names another folder."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "params.yaml").write_text("name: other\n")
+    code = "import sys; sys.path[:0] = ['flows']; from retrain import retrain; print(retrain(sys.argv[1]).headline)"
+    env = {"VISIONLOOP_HOME": str(other), "PREFECT_API_URL": prefect_api}
+    done = run(ROOT, sys.executable, "-c", code, str(home), **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "nothing changed: dataset 2, params, code; nothing moved\n"
+    assert not (other / ".visionloop").exists()
