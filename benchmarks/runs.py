@@ -13,7 +13,7 @@ from typing import Any
 from visionloop.params import Params, load_params
 from visionloop.settings import Settings, apply_tool_environment, load_settings
 from visionloop.store import open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.workspace import connect
 
 
@@ -28,7 +28,7 @@ class Epochs:
     val_s: float
 
 
-class ListeningTracking(Tracking):
+class ListeningTracking(MlflowTracking):
     """The real one, which also keeps the figures of each epoch and when they came."""
 
     def __init__(self, uri: str, artifact_root: str, name: str) -> None:

@@ -3,7 +3,8 @@
     prefect server start                       # once, somewhere; PREFECT_API_URL names it
     python flows/deploy.py [--workspace DIR]   # stays, and runs what is due
 
-One retrain of a workspace at a time: a run that comes due while one is under way is cancelled.
+One retrain of a workspace at a time: a run that comes due while one is under way ends as `Busy`. A lock file in the
+workspace decides, not a limit of Prefect: that is a lease in the memory of its server, which a restart loses.
 """
 
 import os
@@ -16,13 +17,13 @@ if __name__ == "__main__":
     environment.enter_workspace_or_exit(sys.argv[1:], "Serve the scheduled retraining of a workspace.")
 
 import httpx
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 
 from retrain import retrain
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
 from visionloop.params import load_params
 from visionloop.settings import PARAMS_FILE
+from visionloop.words import describe_error
 
 
 def check_server(api_url: str | None) -> None:
@@ -47,7 +48,6 @@ def deploy(home: Path) -> None:
         name=params.name,
         cron=params.schedule.retrain,
         parameters={"workspace": str(home)},
-        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         description=f"Retrains {params.name} in {home}",
         tags=["visionloop", params.name],
         print_starting_message=False,
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     try:
         deploy(Path(os.environ["VISIONLOOP_HOME"]))
     except VisionLoopError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(describe_error(exc), file=sys.stderr)
         sys.exit(exc.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from visionloop.errors import VisionLoopError
 from visionloop.params import load_params
 from visionloop.settings import apply_tool_environment, load_settings
+from visionloop.words import describe_error
 
 PREFECT_DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
@@ -25,14 +26,11 @@ def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workspace", type=Path, help="a folder with a params.yaml; default: the one you are in")
     folder: Path | None = parser.parse_args(argv).workspace
-    env = dict(os.environ)
-    if folder is not None:
-        env.pop("VISIONLOOP_HOME", None)  # what is named on the command line wins
     try:
-        settings = load_settings(env, folder or Path.cwd())
+        settings = load_settings(os.environ, folder)
         load_params(settings.params_path)  # a typo is told at once, not after Prefect has started
     except VisionLoopError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(describe_error(exc), file=sys.stderr)
         sys.exit(exc.exit_code)
     os.environ["VISIONLOOP_HOME"] = str(settings.home)
     apply_tool_environment(settings.home)

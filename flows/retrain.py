@@ -6,6 +6,7 @@ From the shell no server is needed: Prefect starts one of its own for the run. E
 2 an error, told in one line, 3 not promoted.
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -25,10 +26,11 @@ from prefect.states import Completed, State
 import shell
 import steps
 from visionloop import pipeline
+from visionloop.errors import BusyError
 from visionloop.promotion.ledger import latest_decision, read_champion
 from visionloop.records import Decision
-from visionloop.words import Summary
-from visionloop.workspace import Workspace, open_workspace
+from visionloop.words import Summary, describe_mlflow, describe_outcome, describe_unchanged, shorten_path
+from visionloop.workspace import Workspace, lock_for_retrain, open_workspace
 
 Result = TypeVar("Result")
 
@@ -50,16 +52,34 @@ class Clock:
 
 @flow(name="retrain")
 def retrain(workspace: str) -> State[Any]:
-    """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect."""
+    """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect.
+
+    While another retrain of the workspace is under way, whoever started it, this one ends as `Busy` and moves nothing.
+    """
     shell.guard_own_server()
     opened = open_workspace(Path(workspace))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_for_retrain(opened.settings.home))
+        except BusyError as exc:
+            return end_as_busy(opened.name, exc)
+        return bring_up_to_date(opened)
+
+
+def end_as_busy(name: str, error: BusyError) -> State[Any]:
+    """End a run that found another one at work: completed, so that nobody is alarmed, and without an artifact."""
+    return Completed(name="Busy", message=str(error), data=Summary(name, "busy", str(error)))
+
+
+def bring_up_to_date(opened: Workspace) -> State[Any]:
+    """Do the steps one by one, as far as they lead."""
     home = str(opened.settings.home)
     stages = pipeline.read_stage_names(opened.settings.home)
     clock = Clock(len(stages) + 5)
     dataset = clock.run("ingest", "new images into the store", lambda: steps.ingest(home))
     unchanged = find_unchanged(opened, dataset)
     if unchanged:
-        steps.say(f"nothing changed: dataset {dataset['version']}, params, code")
+        steps.say(describe_unchanged(dataset["version"]))
         return finish(summarise(opened, unchanged, "unchanged", clock))
     for stage in stages:
         clock.run(stage, "dvc stage", lambda stage=stage: steps.run_stage.with_options(name=stage)(home, stage))
@@ -90,16 +110,10 @@ def summarise(
 ) -> Summary:
     """Put together what is told at the end."""
     name, champion = workspace.name, read_champion(workspace.store, workspace.name)
-    headlines = {
-        "promoted": f"{name} has a new champion",
-        "unchanged": f"nothing changed: dataset {decision.dataset['version']}, params, code; nothing moved",
-        "refused": "the candidate was refused at the gate; nothing moved",
-        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
-    }
     return Summary(
         name=name,
         outcome=outcome,
-        headline=headlines[outcome],
+        headline=describe_outcome(outcome, name, decision.dataset["version"]),
         dataset=decision.dataset,
         metrics=decision.metrics,
         rules=[] if outcome == "unchanged" else [rule.to_json() for rule in decision.rules],
@@ -112,15 +126,15 @@ def summarise(
 
 def list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str, str]:
     """Return the commands to look further, as they can be pasted into this shell."""
-    settings = workspace.settings
-    uri, report = settings.tracking_uri, settings.reports_dir / "report.html"
-    local = uri.startswith("sqlite")
-    commands = {"compare runs": f"{find_command('mlflow')} ui --backend-store-uri {uri}" if local else uri}
+    settings, here = workspace.settings, Path.cwd()
+    report = settings.reports_dir / "report.html"
+    look = describe_mlflow(settings.tracking_uri, settings.home, here, find_command("mlflow"))
+    commands = {"compare runs": look}
     if report.is_file():
-        commands["read the report"] = str(report)
+        commands["read the report"] = shorten_path(report, settings.home, here)
     if has_champion:
-        here = "" if settings.home == Path.cwd() else f"cd {settings.home} && "
-        commands["serve the champion"] = f"{here}{find_command('visionloop')} serve"
+        enter = "" if settings.home == here else f"cd {settings.home} && "
+        commands["serve the champion"] = f"{enter}{find_command('visionloop')} serve"
     return commands
 
 
@@ -135,8 +149,7 @@ def find_command(name: str) -> str:
 def finish(summary: Summary) -> State[Any]:
     """Keep the summary as an artifact, and end the run: completed, by what came of it."""
     create_markdown_artifact(summary.to_markdown(), key="retrain", description=summary.headline)
-    names = {"promoted": "Promoted", "unchanged": "Unchanged", "refused": "Refused", "inconclusive": "Inconclusive"}
-    return Completed(name=names[summary.outcome], message=summary.headline, data=summary)
+    return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 
 
 if __name__ == "__main__":

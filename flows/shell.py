@@ -1,14 +1,13 @@
 """A flow from the shell: its lines on the terminal, the rest in a log file, an exit code, nothing left running."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,31 +15,33 @@ from typing import Any
 from prefect.logging.configuration import setup_logging
 from prefect.states import State
 
-from visionloop.errors import BusyError, NotPromoted, VisionLoopError
+from visionloop.errors import BusyError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
-from visionloop.words import Summary, describe_error
+from visionloop.words import Summary, describe_error, make_refusal
+from visionloop.workspace import lock_for_retrain
 
-LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 KEPT_LOGS = 30
 
 
 def run(flow: Callable[[str], State[Any]]) -> int:
     """Run a flow on the workspace of this process; return the exit code: 0, 2, 3, or 1 for a bug of ours."""
     home = Path(os.environ["VISIONLOOP_HOME"])
-    hidden = home / ".visionloop"
-    log_path = _open_log(hidden / "logs")
+    log_path = _open_log(home / ".visionloop" / "logs")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        with _only_one(hidden / "retrain.lock"):
-            print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
-            state = flow(str(home))
-            summary = state.result()
-            assert isinstance(summary, Summary)
-            print_summary(summary)
-            if summary.outcome in {"refused", "inconclusive"}:
-                found = f"the candidate is {summary.outcome}"
-                raise NotPromoted("gate", found, "a passed gate", "See decisions/latest.json and the report.")
+        if not os.environ.get("PREFECT_API_URL"):
+            with lock_for_retrain(home):  # the flow decides; but two servers of our own would share one database
+                pass
+        print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
+        summary = flow(str(home)).result()
+        assert isinstance(summary, Summary)
+        if summary.outcome == "busy":
+            print(f"error: {summary.headline}", file=sys.stderr)
+            return BusyError.exit_code
+        print_summary(summary)
+        if summary.outcome in {"refused", "inconclusive"}:
+            raise make_refusal(summary.outcome)
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)
         return exc.exit_code
@@ -102,28 +103,6 @@ def _open_log(folder: Path) -> Path:
     setup_logging()
     to_file = logging.FileHandler(path)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(to_file)
-    for name in LOGGERS[1:]:
-        logging.getLogger(name).addHandler(_Told())
+    for handler in (to_file, _Told()):
+        logging.getLogger("prefect").addHandler(handler)  # what flows and tasks say comes here too
     return path
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Hold the workspace's lock: two retrains at once would wait for each other's stages. Raises BusyError."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            lock.seek(0)
-            raise BusyError(
-                f"workspace {path.parent.parent}",
-                f"process {lock.read().strip() or '?'} is retraining it",
-                "one retrain at a time",
-                "Wait for it, or stop it.",
-            ) from exc
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield

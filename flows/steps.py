@@ -22,7 +22,13 @@ from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.lifetime import stop_process
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
-from visionloop.words import describe_decision, describe_pull, make_log_progress
+from visionloop.words import (
+    describe_champion,
+    describe_decision,
+    describe_pull,
+    describe_registered,
+    make_log_progress,
+)
 from visionloop.workspace import Workspace, get_now, get_user, open_workspace
 
 RETRIES = 2
@@ -40,6 +46,7 @@ DVC_CHATTER = (
     "\tgit",
     "\tdvc",
 )
+LOCK_TABLE = "RWLock-file"  # dvc says in several lines that it has taken a killed process out of its table of locks
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:
@@ -89,7 +96,7 @@ def run_stage(home: str, stage: str) -> str:
     workspace = open_workspace(Path(home))
 
     def on_line(line: str) -> None:
-        if line and not line.startswith((*DVC_CHATTER, "Stage '")):
+        if line and LOCK_TABLE not in line and not line.startswith((*DVC_CHATTER, "Stage '")):
             say(f"  {line}")
         else:
             get_run_logger().debug(line)
@@ -122,7 +129,7 @@ def register(home: str) -> str:
 
     workspace = open_workspace(Path(home))
     version = run_register(workspace)
-    say(f"  registered as {workspace.name} version {version}")
+    say(f"  {describe_registered(workspace.name, version)}")
     return version
 
 
@@ -133,7 +140,7 @@ def promote(home: str, why: str) -> dict[str, Any]:
 
     workspace = open_workspace(Path(home))
     entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
-    say(f"  champion is bundle {entry.bundle[:12]}, ledger entry {entry.number}")
+    say(f"  {describe_champion(entry)}")
     return entry.to_json()
 
 

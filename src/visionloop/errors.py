@@ -8,6 +8,7 @@
     ├── DatasetError       (ValueError)       versions, the pin, prepared data
     ├── StoreError         (OSError)          the object store
     │   └── ObjectMissing  (LookupError)
+    ├── DiskError          (OSError)          a file or a folder of this machine, or its full disk
     ├── BundleError        (ValueError)       a model bundle that is refused
     ├── TrainingError      (RuntimeError)
     ├── TrackingError      (ConnectionError)  MLflow; transient
@@ -85,6 +86,10 @@ class StoreError(VisionLoopError, OSError):
 
 class ObjectMissing(StoreError, LookupError):
     """An object that should be in the store is not."""
+
+
+class DiskError(VisionLoopError, OSError):
+    """A file or a folder of this machine cannot be read or written, or its disk is full."""
 
 
 class BundleError(VisionLoopError, ValueError):

@@ -22,7 +22,7 @@ from visionloop.errors import BusyError, PipelineError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
 from visionloop.records import compute_digest
-from visionloop.settings import Settings, tool_environment
+from visionloop.settings import Settings, choose_tool_environment
 
 CODE_FILE = "code.json"
 
@@ -107,8 +107,8 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
 def make_stage_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a stage: this Python first on PATH, tools quiet, and whom the stage works for."""
     return {
-        **tool_environment(home),
         **env,
+        **choose_tool_environment(env, home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}",
         "VISIONLOOP_HOME": str(home),
         GUARDIAN_VARIABLE: str(os.getpid()),

@@ -12,6 +12,7 @@ from pathlib import Path
 from visionloop.errors import SettingsError
 
 PARAMS_FILE = "params.yaml"
+TOOLS_VARIABLE = "VISIONLOOP_TOOLS"  # the workspace in which the variables of `tool_environment` keep the tools
 
 CHECKPOINTS = ("auto", "store", "local")
 MAX_LOADERS = 256
@@ -84,13 +85,16 @@ class Settings:
         return self.hidden_dir / "work" / stage
 
 
-def find_home(env: Mapping[str, str], start: Path) -> Path:
-    """Return the workspace: VISIONLOOP_HOME, or the nearest parent of `start` with a params.yaml.
+def find_home(env: Mapping[str, str], start: Path | None = None) -> Path:
+    """Return the workspace: the nearest folder with a params.yaml at or above `start`, if somebody has named that.
+
+    Without `start` it is VISIONLOOP_HOME, or the nearest such folder at or above the current one.
 
     Raises:
         SettingsError: there is none.
     """
-    if named := env.get("VISIONLOOP_HOME"):
+    named = env.get("VISIONLOOP_HOME")
+    if start is None and named:
         home = Path(named).expanduser().resolve()
         if not (home / PARAMS_FILE).is_file():
             raise SettingsError(
@@ -100,6 +104,7 @@ def find_home(env: Mapping[str, str], start: Path) -> Path:
                 f"Make one with `visionloop new {named}`.",
             )
         return home
+    start = start or Path.cwd()
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / PARAMS_FILE).is_file():
             return folder
@@ -111,21 +116,27 @@ def find_home(env: Mapping[str, str], start: Path) -> Path:
     )
 
 
-def load_settings(env: Mapping[str, str], start: Path) -> Settings:
-    """Build the settings of the workspace at `start` (or VISIONLOOP_HOME). Touches no file but params.yaml's name."""
+def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings:
+    """Build the settings of the workspace that `find_home` returns. Relative places in `env` are relative to it."""
     home = find_home(env, start)
     hidden = home / ".visionloop"
     store_url = env.get("VISIONLOOP_STORE") or (hidden / "store").as_uri()
     if not re.match(r"^[a-z0-9]+://", store_url):
-        store_url = Path(store_url).expanduser().resolve().as_uri()
+        store_url = (home / Path(store_url).expanduser()).resolve().as_uri()
     return Settings(
         home=home,
         store_url=store_url,
-        tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{hidden / 'mlflow' / 'mlflow.db'}",
+        tracking_uri=_place_database(home, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
         artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
         checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
         loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
     )
+
+
+def _place_database(home: Path, uri: str) -> str:
+    """Return the URI of MLflow; a relative path of an SQLite file (three slashes) is made absolute."""
+    scheme, _, path = uri.partition(":///")
+    return f"{scheme}:///{home / path}" if scheme == "sqlite" and path else uri
 
 
 def _read_choice(name: str, value: str | None, choices: tuple[str, ...]) -> str:
@@ -161,13 +172,20 @@ def tool_environment(home: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(hidden / "torch" / "inductor"),
         "XDG_CACHE_HOME": str(hidden / "cache"),
         "TMPDIR": str(hidden / "tmp"),  # a killed training leaves half a checkpoint there
+        TOOLS_VARIABLE: str(home),
     }
+
+
+def choose_tool_environment(env: Mapping[str, str], home: Path) -> dict[str, str]:
+    """Return the tool environment of a workspace: what the user has set stays, what another workspace has set goes."""
+    before = tool_environment(Path(env[TOOLS_VARIABLE])) if TOOLS_VARIABLE in env else {}
+    ours = tool_environment(home)
+    return {name: value if env.get(name) in {None, before.get(name)} else env[name] for name, value in ours.items()}
 
 
 def apply_tool_environment(home: Path) -> None:
     """Set the tool environment in this process where the user has not. For entry points only."""
-    for name, value in tool_environment(home).items():
-        os.environ.setdefault(name, value)
+    os.environ.update(choose_tool_environment(os.environ, home))
     make_tool_folders(home)
 
 

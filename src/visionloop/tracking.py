@@ -1,16 +1,21 @@
-"""MLflow: runs, figures, registered models, aliases. The only home of mlflow, imported when first used (3 s)."""
+"""Runs, figures, registered models and aliases: one protocol, and MLflow behind it.
+
+The only home of mlflow, which is imported when it is first used (3 s).
+"""
 
 import contextlib
+import errno
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from visionloop.errors import TrackingError
+from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
 
 CHAMPION_ALIAS = "champion"
 DIGEST_TAG = "visionloop.bundle"
@@ -18,6 +23,10 @@ MAX_PARAM_CHARS = 500
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG = "visionloop.kind"  # none: a training; else what else was run: tune, trial, lr-find
 PAGE = 200
+SQLITE = "sqlite:///"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BROKEN_FILE = ("SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
+PROCESS_WIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's own functions leave in the environment
 Curve = list[tuple[int, float]]
 
 
@@ -41,8 +50,77 @@ class Run:
         return self.tags.get(KIND_TAG, restored)
 
 
-class Tracking:
-    """One experiment of one MLflow server (or SQLite file), and the registered model of the same name."""
+class Tracking(Protocol):
+    """The runs of one experiment, and the registered model of the same name.
+
+    Every method raises TrackingError where the server cannot be reached, which may help itself, and DiskError where a
+    file cannot be read or written, which does not.
+    """
+
+    uri: str
+
+    def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        """Open a new run, or go on with `run_id` if it still exists; return its id."""
+        ...
+
+    def find_tagged_run(self, tag: str, value: str) -> str | None:
+        """Return the run of this experiment that bears a tag, or None."""
+        ...
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Log params of a run; those that are there must be equal."""
+        ...
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Log a set of metrics in one request."""
+        ...
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder's content, into the run's artifacts."""
+        ...
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        ...
+
+    def close_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Mark a run FINISHED, FAILED or KILLED."""
+        ...
+
+    def iterate_runs(self, status: str | None = None) -> Iterator[Run]:
+        """Yield the runs of the experiment, newest first; none if there is no experiment yet, and none is made."""
+        ...
+
+    def load_run(self, run_id: str) -> Run:
+        """Return one run."""
+        ...
+
+    def load_curves(self, run_id: str, keys: Iterable[str]) -> dict[str, Curve]:
+        """Return (step, value) of each metric in order; of a step that was logged twice, the last."""
+        ...
+
+    def find_version(self, bundle_digest: str) -> str | None:
+        """Return the model version that mirrors a bundle, or None."""
+        ...
+
+    def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: Mapping[str, str]) -> str:
+        """Mirror a bundle's ONNX as a new version of the registered model; return the version.
+
+        A version that already mirrors this bundle is returned as it is. Without a run, one is made and marked.
+        """
+        ...
+
+    def set_champion(self, version: str) -> None:
+        """Point the alias `champion` at a version."""
+        ...
+
+    def get_champion(self) -> str | None:
+        """Return the version that the alias `champion` points at, or None."""
+        ...
+
+
+class MlflowTracking(Tracking):
+    """One experiment of one MLflow server, or of an SQLite file."""
 
     def __init__(self, uri: str, artifact_root: str, name: str) -> None:
         """Describe the place; nothing is opened until first use."""
@@ -51,7 +129,6 @@ class Tracking:
         self._experiment_id: str | None = None
 
     def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
-        """Open a new run, or go on with `run_id` if it still exists; return its id. Raises TrackingError."""
         with self._translated():
             client, experiment_id = self._connect()
             if run_id and (found := self._find_run(run_id)):
@@ -62,19 +139,16 @@ class Tracking:
             return str(run.info.run_id)
 
     def find_tagged_run(self, tag: str, value: str) -> str | None:
-        """Return the run of this experiment that bears a tag, or None. Raises TrackingError."""
         with self._translated():
             client, experiment_id = self._connect()
             runs = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
             return str(runs[0].info.run_id) if runs else None
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log params of a run; those that are there must be equal. Raises TrackingError."""
         with self._translated():
             self._log_params(run_id, params)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Log a set of metrics in one request. Raises TrackingError."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -83,7 +157,6 @@ class Tracking:
             self._connect()[0].log_batch(run_id, metrics=entities)
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """Copy a file, or a folder's content, into the run's artifacts. Raises TrackingError."""
         with self._translated():
             client, _ = self._connect()
             if path.is_dir():
@@ -92,22 +165,15 @@ class Tracking:
                 client.log_artifact(run_id, str(path), folder)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run. Raises TrackingError."""
         with self._translated():
             for key, value in tags.items():
                 self._connect()[0].set_tag(run_id, key, value)
 
     def close_run(self, run_id: str, status: str = "FINISHED") -> None:
-        """Mark a run FINISHED, FAILED or KILLED. Raises TrackingError."""
         with self._translated():
             self._connect()[0].set_terminated(run_id, status)
 
     def iterate_runs(self, status: str | None = None) -> Iterator[Run]:
-        """Yield the runs of the experiment, newest first, page by page; none if there is no experiment yet.
-
-        Raises:
-            TrackingError: MLflow cannot be reached.
-        """
         query = f"attributes.status = '{status}'" if status else ""
         token = None
         while True:
@@ -115,7 +181,7 @@ class Tracking:
                 experiment_id = self._find_experiment()
                 if experiment_id is None:
                     return
-                page = self._client.search_runs(
+                page = self._open().search_runs(
                     [experiment_id],
                     query,
                     max_results=PAGE,
@@ -127,16 +193,10 @@ class Tracking:
                 return
 
     def load_run(self, run_id: str) -> Run:
-        """Return one run. Raises TrackingError."""
         with self._translated():
             return _make_run(self._connect()[0].get_run(run_id))
 
     def load_curves(self, run_id: str, keys: Iterable[str]) -> dict[str, Curve]:
-        """Return (step, value) of each metric in order; of a step that was logged twice, the last.
-
-        Raises:
-            TrackingError: MLflow cannot be reached.
-        """
         with self._translated():
             client, _ = self._connect()
             histories = {key: client.get_metric_history(run_id, key) for key in keys}
@@ -144,7 +204,6 @@ class Tracking:
         return {key: sorted({m.step: m.value for m in points}.items()) for key, points in newest_last.items()}
 
     def find_version(self, bundle_digest: str) -> str | None:
-        """Return the model version that mirrors a bundle, or None. Raises TrackingError."""
         with self._translated():
             client, _ = self._connect()
             for version in client.search_model_versions(f"name='{self.name}'"):
@@ -153,16 +212,12 @@ class Tracking:
         return None
 
     def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: Mapping[str, str]) -> str:
-        """Mirror a bundle's ONNX as a new version of the registered model; return the version. Raises TrackingError.
-
-        A version that already mirrors this bundle is returned as it is. Without a run, one is made and marked.
-        """
         import mlflow
         import onnx
 
         if version := self.find_version(bundle_digest):
             return version
-        with self._translated(), _staged_in(model_path.parent):
+        with self._translated(), _own_process(model_path.parent.parent):
             client, experiment_id = self._connect()
             if not (run_id and self._find_run(run_id)):
                 restored = client.create_run(experiment_id, run_name="restored", tags={"visionloop.restored": "true"})
@@ -185,12 +240,10 @@ class Tracking:
             return str(version.version)
 
     def set_champion(self, version: str) -> None:
-        """Point the alias `champion` at a version. Raises TrackingError."""
         with self._translated():
             self._connect()[0].set_registered_model_alias(self.name, CHAMPION_ALIAS, version)
 
     def get_champion(self) -> str | None:
-        """Return the version that the alias `champion` points at, or None. Raises TrackingError."""
         from mlflow.exceptions import MlflowException
 
         with self._translated():
@@ -203,34 +256,42 @@ class Tracking:
                 raise
 
     def _connect(self) -> tuple[Any, str]:
-        from mlflow import MlflowClient
-
-        if self._client is None or self._experiment_id is None:
-            local = self.uri.startswith("sqlite:///")
-            if local:
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            experiment = client.get_experiment_by_name(self.name)
-            if experiment is None:
-                root = f"{self.artifact_root}/{self.name}" if local else None
-                self._experiment_id = str(client.create_experiment(self.name, artifact_location=root))
-            else:
-                self._experiment_id = str(experiment.experiment_id)
-            self._client = client
-        return self._client, self._experiment_id
+        """Return the client and the id of the experiment, which is made if there is none."""
+        if (experiment_id := self._find_experiment()) is None:
+            root = f"{self.artifact_root}/{self.name}" if self._database else None
+            experiment_id = self._experiment_id = str(self._open().create_experiment(self.name, artifact_location=root))
+        return self._open(), experiment_id
 
     def _find_experiment(self) -> str | None:
-        """Return the experiment's id without making one; a database that is not there is not made either."""
-        if self._experiment_id is None:
-            local = self.uri.startswith("sqlite:///")
-            if local and not Path(self.uri.removeprefix("sqlite:///")).is_file():
-                return None
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            experiment = self._client.get_experiment_by_name(self.name)
+        """Return the experiment's id, or None; a database that is not there is not made. Raises SettingsError."""
+        if self._experiment_id is None and (self._database is None or self._database.is_file()):
+            experiment = self._open().get_experiment_by_name(self.name)
+            if experiment and experiment.lifecycle_stage == "deleted":
+                number = experiment.experiment_id
+                raise SettingsError(
+                    f"MLflow {mask_credentials(self.uri)}",
+                    f"the experiment {self.name} is deleted there",
+                    "one that is not",
+                    f"`mlflow experiments restore --experiment-id {number}` brings it back; `mlflow gc "
+                    f"--experiment-ids {number}` removes it for good, and a new one is made.",
+                )
             self._experiment_id = str(experiment.experiment_id) if experiment else None
         return self._experiment_id
+
+    def _open(self) -> Any:
+        from mlflow import MlflowClient
+
+        if self._client is None:
+            if self._database:
+                self._database.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.closing(sqlite3.connect(self._database)) as database:
+                    database.execute("PRAGMA schema_version")  # MLflow tries a damaged file again for a minute
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return self._client
+
+    @property
+    def _database(self) -> Path | None:
+        return Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
 
     def _find_run(self, run_id: str) -> str | None:
         from mlflow.exceptions import MlflowException
@@ -260,21 +321,42 @@ class Tracking:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn MLflow's and the network's errors into ours, once."""
+        """Turn the errors of MLflow, of the network and of the disk into ours, once."""
         import requests
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
-        except (MlflowException, requests.RequestException, SQLAlchemyError, OSError) as exc:
+        except VisionLoopError:
+            raise
+        except (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
+            where = f"MLflow {mask_credentials(self.uri)}"
+            if broken := find_broken_file(exc, str(self._database or where)):
+                path, reason = broken
+                todo = "Free some, or make it readable and writable."
+                raise DiskError(path, f"cannot be used for {where} ({reason})", "a sound file and disk", todo) from exc
             reason = " ".join(str(exc).replace(self.uri, mask_credentials(self.uri)).split())[:200]
             raise TrackingError(
-                f"MLflow {mask_credentials(self.uri)}",
+                where,
                 f"cannot be used ({reason})",
                 "a reachable MLflow",
                 "Start the server, or set MLFLOW_TRACKING_URI; unset it for SQLite in the workspace.",
             ) from exc
+
+
+def find_broken_file(error: BaseException, database: str) -> tuple[str, str] | None:
+    """Return the path and the reason, if an error of MLflow comes from a file or a full disk of this machine."""
+    cause: BaseException | None = error
+    while cause is not None:
+        origin = getattr(cause, "orig", cause)  # SQLAlchemy wraps the error of its driver
+        if isinstance(origin, sqlite3.Error) and getattr(origin, "sqlite_errorname", "").startswith(BROKEN_FILE):
+            return database, str(origin)
+        if isinstance(origin, OSError) and (origin.filename or origin.errno in FULL):
+            path = origin.filename2 if origin.errno in FULL else origin.filename  # a copy names what it read first
+            return str(path or origin.filename or database), str(origin.strerror)
+        cause = cause.__cause__
+    return None
 
 
 def _make_run(run: Any) -> Run:
@@ -293,11 +375,20 @@ def mask_credentials(uri: str) -> str:
 
 
 @contextlib.contextmanager
-def _staged_in(folder: Path) -> Iterator[None]:
-    """Let MLflow stage its copies inside the workspace: a kill then leaves nothing in the system's temporary folder."""
-    before, tempfile.tempdir = tempfile.tempdir, str(folder.parent)
+def _own_process(folder: Path) -> Iterator[None]:
+    """Let MLflow's own functions change this process only in here: its environment, and where they stage copies.
+
+    Staged in the workspace, a kill leaves nothing in the system's temporary folder. A tracking URI that stayed in the
+    environment would be that of the next workspace which this process opens.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    variables = {name: os.environ.get(name) for name in PROCESS_WIDE}
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         yield
     finally:
         tempfile.tempdir = before
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from visionloop.errors import VisionLoopError
+from visionloop.errors import NotPromoted, VisionLoopError
+from visionloop.tracking import mask_credentials
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from visionloop.data.compare import Diff
     from visionloop.data.leaks import Leaks
     from visionloop.ingest.pull import PullReport
-    from visionloop.records import DatasetVersion, Decision, ImageRecord, Rejected
+    from visionloop.records import DatasetVersion, Decision, ImageRecord, LedgerEntry, Rejected
 
 
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
@@ -25,13 +28,13 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, refused or inconclusive."""
+    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy."""
 
     name: str
     outcome: str
     headline: str
-    dataset: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, float]]
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rules: Sequence[Mapping[str, Any]] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
@@ -41,7 +44,8 @@ class Summary:
     def rows(self) -> list[tuple[str, str]]:
         """Return the table: (what, found), top to bottom."""
         rows = [("result", self.headline)]
-        rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
+        if self.dataset:
+            rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
         rows += [
             (name, format_interval(self.metrics[name])) for name in ("accuracy", "macro_f1") if name in self.metrics
         ]
@@ -288,6 +292,51 @@ def describe_decision(decision: "Decision") -> list[str]:
     width = max((len(r.rule) for r in decision.rules), default=0)
     lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
+
+
+def describe_outcome(outcome: str, name: str, dataset_version: int) -> str:
+    """Tell in one line what came of a retrain."""
+    return {
+        "promoted": f"{name} has a new champion",
+        "unchanged": f"{describe_unchanged(dataset_version)}; nothing moved",
+        "refused": "the candidate was refused at the gate; nothing moved",
+        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
+    }[outcome]
+
+
+def describe_unchanged(dataset_version: int) -> str:
+    """Tell that there is nothing to retrain for."""
+    return f"nothing changed: dataset {dataset_version}, params, code"
+
+
+def describe_registered(name: str, version: str) -> str:
+    """Tell which model version mirrors the candidate."""
+    return f"registered as {name} version {version} in MLflow"
+
+
+def describe_champion(entry: "LedgerEntry") -> str:
+    """Tell who is the champion after a promotion or a rollback."""
+    again = " again" if entry.action == "rollback" else ""
+    bundle, version = entry.bundle[:12], entry.model_version
+    return f"champion of {entry.name} is bundle {bundle}{again}, model version {version}, ledger entry {entry.number}"
+
+
+def make_refusal(verdict: str) -> NotPromoted:
+    """Return the error of a candidate that is not promoted: refused or inconclusive."""
+    todo = "See decisions/latest.json and reports/report.html."
+    return NotPromoted("gate", f"the candidate is {verdict}", "a passed gate", todo)
+
+
+def describe_mlflow(uri: str, home: "Path", here: "Path", command: str = "mlflow") -> str:
+    """Tell how to look at the runs: the command that shows an SQLite file, or the server without its password."""
+    if not uri.startswith("sqlite:///"):
+        return mask_credentials(uri)
+    return f"{command} ui --backend-store-uri sqlite:///{shorten_path(uri.removeprefix('sqlite:///'), home, here)}"
+
+
+def shorten_path(path: "Path | str", home: "Path", here: "Path") -> str:
+    """Return a path as one would type it: relative to the workspace if one is there, else as it is."""
+    return str(path).removeprefix(f"{home}/") if here == home else str(path)
 
 
 def describe_pull(report: "PullReport") -> list[str]:

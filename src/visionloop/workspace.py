@@ -1,17 +1,20 @@
 """The workspace: a folder with params.yaml, opened once and passed on; and `visionloop new`, which makes one."""
 
+import contextlib
+import fcntl
 import getpass
 import os
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionloop.errors import SettingsError
+from visionloop.errors import BusyError, SettingsError
 from visionloop.settings import Settings, apply_tool_environment, load_settings, make_tool_folders
 
 if TYPE_CHECKING:
@@ -86,14 +89,16 @@ class Workspace:
 
 
 def open_workspace(start: Path | None = None) -> Workspace:
-    """Open the workspace at `start`, or around the current folder, and keep other tools inside it. For entry points.
+    """Open the workspace at `start`, and keep other tools inside it. For entry points.
+
+    Without `start`, the one that VISIONLOOP_HOME names, or that the current folder is in.
 
     Raises:
         SettingsError, ParamsError: there is no workspace, or its parameters are wrong.
     """
     from visionloop.params import load_params
 
-    settings = load_settings(os.environ, start or Path.cwd())
+    settings = load_settings(os.environ, start)
     apply_tool_environment(settings.home)
     warnings.filterwarnings("ignore", module=r"(mlflow|pytorch_lightning|lightning|torch|PIL)(\..*)?")
     return connect(settings, load_params(settings.params_path))
@@ -104,14 +109,40 @@ def connect(
 ) -> Workspace:
     """Return the workspace with its store and its MLflow: those given, else those that the settings name."""
     from visionloop.store import open_store
-    from visionloop.tracking import Tracking
+    from visionloop.tracking import MlflowTracking
 
     return Workspace(
         settings,
         params,
         store or open_store(settings.store_url),
-        tracking or Tracking(settings.tracking_uri, settings.artifact_root, params.name),
+        tracking or MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name),
     )
+
+
+@contextlib.contextmanager
+def lock_for_retrain(home: Path) -> Iterator[None]:
+    """Hold a workspace for one retrain; when this process dies, the system lets it go at once.
+
+    Raises:
+        BusyError: a retrain is under way: two at once would wait for each other's stages.
+    """
+    path = home / ".visionloop" / "retrain.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            lock.seek(0)
+            raise BusyError(
+                f"workspace {home}",
+                f"process {lock.read().strip() or '?'} is retraining it",
+                "one retrain at a time",
+                "Wait for it, or stop it.",
+            ) from exc
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 def get_now() -> str:

@@ -122,7 +122,10 @@ def test_continuous_integration_runs_what_people_run() -> None:
 
 
 # Variables of the system, and those that one visionloop process sets for its children.
-SET_BY_US_ONLY = {"DVC_STAGE", "PATH", "VISIONLOOP_GUARDIAN", "GLOO_SOCKET_IFNAME", "RAY_CHDIR_TO_TRIAL_DIR"}
+SET_BY_US_ONLY = {"DVC_STAGE", "PATH", "VISIONLOOP_GUARDIAN", "VISIONLOOP_TOOLS"} | {
+    "GLOO_SOCKET_IFNAME",
+    "RAY_CHDIR_TO_TRIAL_DIR",
+}
 # What torchrun tells its processes, and what every terminal and every OpenMP program has.
 SET_BY_OTHERS = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} | {
     "TORCHELASTIC_ERROR_FILE",

@@ -156,3 +156,16 @@ def test_what_changes_no_result_runs_nothing_again(home: Path, prefect_api: str,
     assert code["weights"] == ""
     (home / "code.json").write_text(json.dumps({**code, "weights": "0" * 64}))
     assert find_changed(home) == {"embed", "train"}
+
+
+def test_a_flow_retrains_the_workspace_it_is_given(home: Path, tmp_path: Path, prefect_api: str) -> None:
+    """Its process stands in another one, as every run of a deployment does that names another folder."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "params.yaml").write_text("name: other\n")
+    code = "import sys; sys.path[:0] = ['flows']; from retrain import retrain; print(retrain(sys.argv[1]).headline)"
+    env = {"VISIONLOOP_HOME": str(other), "PREFECT_API_URL": prefect_api}
+    done = run(ROOT, sys.executable, "-c", code, str(home), **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "nothing changed: dataset 2, params, code; nothing moved\n"
+    assert not (other / ".visionloop").exists()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -100,11 +101,17 @@ def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path, p
         said = process.stdout.read()
         assert process.wait(timeout=60) == code, f"{end.__name__}: {said}"
         assert "Traceback" not in said
+        assert "WARNING" not in said, "dvc tells of a killed process that held its locks"
         assert_all_gone(home)
     assert len(run_ids) == 1, "one MLflow run, however often it was ended"
     done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
     assert "  epoch   1/" not in done.stdout
+    assert "WARNING" not in done.stdout
+    log = max((home / ".visionloop" / "logs").iterdir())
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) > 20, "each line once"
+    assert sum("[1/9] ingest: new images into the store" in line for line in lines) == 1
     assert find_run(done.stdout) in run_ids
 
 
@@ -115,9 +122,21 @@ def test_two_retrains_of_one_workspace(home: Path, prefect_api: str) -> None:
     assert visionloop(home, "ingest", str(photos)).returncode == 0
     process = start_until_it_trains(home, PREFECT_API_URL=prefect_api)
     try:
-        second = retrain(home)
-        assert second.returncode == 2
-        assert f"process {process.pid} is retraining it; expected one retrain at a time." in second.stderr
+        for server in ({}, {"PREFECT_API_URL": prefect_api}):
+            second = retrain(home, **server)
+            assert second.returncode == 2
+            assert second.stderr == (
+                f"error: workspace {home}: process {process.pid} is retraining it; expected one retrain at a time. "
+                "Wait for it, or stop it.\n"
+            )
+            assert "ingest" not in second.stdout
+        query = {"sort": "START_TIME_DESC", "limit": 1}
+        (run,) = httpx.post(f"{prefect_api}/flow_runs/filter", json=query, trust_env=False).json()
+        assert (run["state_name"], run["state_type"], run["parameters"]["workspace"]) == (
+            "Busy",
+            "COMPLETED",
+            str(home),
+        )
     finally:
         terminate_group(process)  # as `timeout` and a service manager do
         assert process.wait(timeout=60) == 143

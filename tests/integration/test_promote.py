@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from memory_tracking import MemoryTracking
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, read_champion, read_history
 from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
 from visionloop.workspace import connect
-from worlds import GOOD, POOR, FakeTracking, make_world, write_note
+from worlds import GOOD, POOR, make_world, write_note
 
 NOW = "2026-02-03T04:05:06Z"
 
@@ -20,7 +21,7 @@ class Desk:
 
     def __init__(self, home):
         self.world = make_world(home)
-        self.store, self.tracking = self.world.store, FakeTracking()
+        self.store, self.tracking = self.world.store, MemoryTracking()
         self.place = replace(self.world, tracking=self.tracking)
 
     def judge(self, seed, *, floors=None, note=None, **card):
@@ -55,7 +56,7 @@ def test_a_passed_candidate_is_registered_once(desk):
     assert register(desk.place) == "1"
     assert register(desk.place) == "1"
     assert desk.tracking.versions == {digest: "1"}
-    assert desk.tracking.tags["1"] == {
+    assert desk.tracking.version_tags["1"] == {
         "visionloop.decision": "1",
         "visionloop.dataset": desk.world.pin.digest,
         "visionloop.dataset_version": "1",
@@ -242,7 +243,7 @@ def test_rollback_moves_the_ledger_while_mlflow_is_down(desk):
 def test_a_new_mlflow_learns_the_champion_from_the_store(desk):
     desk.crown(POOR)
     digest = desk.crown(GOOD)
-    fresh = FakeTracking()
+    fresh = MemoryTracking()
     assert compare_alias(replace(desk.world, tracking=fresh)) == (
         "2",
         None,

@@ -10,7 +10,7 @@ from visionloop.evaluation.evaluate import evaluate
 from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import latest_decision, read_champion, read_history
 from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from worlds import GOOD, POOR, make_world
 
 NOW = "2026-02-03T04:05:06Z"
@@ -23,7 +23,7 @@ def loop(tmp_path_factory):
     home = tmp_path_factory.mktemp("loop")
     world = make_world(home, prepared=True)
     settings = replace(world.settings, tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, "fake")
+    tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, "fake")
     world = replace(world, settings=settings, tracking=tracking)
     return SimpleNamespace(world=world, tracking=tracking)
 
@@ -86,7 +86,7 @@ def test_two_candidates_from_evaluation_to_rollback(loop):
 def test_an_unreachable_mlflow_leaves_nothing_that_a_second_run_does_not_finish(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     world = make_world(tmp_path, prepared=True)
-    away = Tracking(NOWHERE, "unused", "fake")
+    away = MlflowTracking(NOWHERE, "unused", "fake")
     world.write_candidate(GOOD, note="run-of-a-lost-server")
     with pytest.raises(TrackingError, match=r"MLflow http://127\.0\.0\.1:1: cannot be used"):
         evaluate(world)
@@ -101,7 +101,7 @@ def test_an_unreachable_mlflow_leaves_nothing_that_a_second_run_does_not_finish(
     assert read_champion(world.store, "fake") is None
 
     local = replace(world.settings, tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    tracking = Tracking(local.tracking_uri, local.artifact_root, "fake")
+    tracking = MlflowTracking(local.tracking_uri, local.artifact_root, "fake")
     assert register(replace(world, settings=local, tracking=tracking)) == "1"
     assert promote(replace(world, settings=local, tracking=tracking), by="ann", why="", now=NOW).number == 1
     assert latest_decision(world.store, "fake").number == 1

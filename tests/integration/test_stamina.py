@@ -273,7 +273,7 @@ def test_a_kill_while_the_run_is_made_leaves_no_second_run(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         place.train(Ear(stop_at=1))
     params = place.tracking.only["params"]
-    assert (params["task"], params["train.neighbours.k"], params["prepare.image_size"]) == ("binary", 5, 32)
+    assert (params["task"], params["train.neighbours.k"], params["prepare.image_size"]) == ("binary", "5", "32")
 
 
 def test_one_image_a_class_and_one_epoch_train(tmp_path: Path) -> None:

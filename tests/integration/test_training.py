@@ -15,7 +15,7 @@ from visionloop.params import load_params
 from visionloop.predictor import Predictor
 from visionloop.settings import load_settings
 from visionloop.store import open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.training.fit import train
 from visionloop.workspace import connect
 
@@ -48,7 +48,7 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def load_run(home: Path, run_id: str) -> Any:
     settings = load_settings({}, home)
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, "shapes")
+    tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, "shapes")
     client, experiment_id = tracking._connect()
     runs = client.search_runs([experiment_id])
     assert [r.info.run_id for r in runs] == [run_id], "one run, however often it was started"
@@ -59,7 +59,7 @@ def train_here(home: Path) -> str:
     """Train in this process, which has loaded torch already, and return the line of the error."""
     settings = load_settings({}, home)
     params = load_params(settings.params_path)
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+    tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name)
     with pytest.raises(VisionLoopError) as caught:
         train(
             connect(settings, params, store=open_store(settings.store_url), tracking=tracking),

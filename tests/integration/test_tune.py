@@ -127,7 +127,7 @@ def test_trials_are_runs_below_one_and_the_best_is_found(place: Place, trains: N
         assert run["tags"]["visionloop.kind"] == "trial"
         assert run["status"] == "FINISHED"
     first = trials[0][1]
-    assert first["params"]["train.learning_rate"] == reports[0].values["learning_rate"]
+    assert first["params"]["train.learning_rate"] == str(reports[0].values["learning_rate"])
     assert first["params"]["train.backbone"] == "tiny"
     values = [figures["val/accuracy"] for figures in first["metrics"].values() if "val/accuracy" in figures]
     assert reports[0].value == max(values), "of the best epoch, not the last"

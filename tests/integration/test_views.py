@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from memory_tracking import MemoryTracking
 from trainings import Ear, Place, make_place
 from visionloop.training.job import World
 from visionloop.training.views import make_views
@@ -168,18 +169,18 @@ def test_several_labels_have_a_picture_of_what_was_found(tmp_path: Path) -> None
     torch.nn.Module.__init__(module)
     module.val_units_nu = torch.tensor([[1.0, -1.0, 2.0], [-1.0, 1.0, -2.0]])
     module.val_targets = torch.tensor([[1, 1, 0], [0, 1, 0]], dtype=torch.uint8)
-    logged: list[tuple[str, str]] = []
-    tracking = SimpleNamespace(log_artifact=lambda run_id, path, folder: logged.append((path.name, folder)))
+    tracking = MemoryTracking()
+    run_id = tracking.open_run("run", run_id=None, tags={}, params={})
     params = SimpleNamespace(compute=SimpleNamespace(confusion_every=5))
     prepared = SimpleNamespace(classes=("a", "b", "c"))
     job: Any = SimpleNamespace(params=params, prepared=prepared, tracking=tracking)
     trainer: Any = SimpleNamespace(current_epoch=3, max_epochs=10)
-    view = ConfusionView(job, "run", tmp_path)
+    view = ConfusionView(job, run_id, tmp_path)
     view.on_validation_end(trainer, module)
-    assert logged == [], "the fourth epoch of every fifth"
+    assert tracking.only["artifacts"] == [], "the fourth epoch of every fifth"
     trainer.current_epoch = 4
     view.on_validation_end(trainer, module)
-    assert logged == [("epoch-005.png", "figures/confusion")]
+    assert tracking.only["artifacts"] == ["figures/confusion/epoch-005.png"]
     with Image.open(tmp_path / "figures" / "confusion" / "epoch-005.png") as image:
         assert image.width > 400
 

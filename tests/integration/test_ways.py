@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional
 
+from memory_tracking import MemoryTracking
 from shapes import write_shapes
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
@@ -26,7 +27,7 @@ from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import append_entry, read_champion
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.fit import make_job, train
 from visionloop.training.job import Job
@@ -36,6 +37,7 @@ from visionloop.training.ways.network import choose_start
 
 NOW = "2026-01-01T00:00:00+00:00"
 CLASSES = ("bar", "disc", "ring")
+QUIET_RUN = f"{1:032x}"
 
 
 class Notes(Watcher):
@@ -77,8 +79,8 @@ class Home:
         return open_store(self.settings.store_url)
 
     @property
-    def tracking(self) -> Tracking:
-        return Tracking(self.settings.tracking_uri, self.settings.artifact_root, "shapes")
+    def tracking(self) -> MlflowTracking:
+        return MlflowTracking(self.settings.tracking_uri, self.settings.artifact_root, "shapes")
 
     def ingest(self) -> None:
         pull(self, sources=check_sources(self.params), now=NOW)
@@ -92,7 +94,9 @@ class Home:
 
     def make_quiet_job(self) -> Job:
         """A job without an MLflow."""
-        return replace(self.make_job(), tracking=FakeTracking())  # type: ignore[arg-type]
+        tracking = MemoryTracking()
+        assert tracking.open_run("quiet", run_id=None, tags={}, params={}) == QUIET_RUN
+        return replace(self.make_job(), tracking=tracking)
 
     def train(self) -> str:
         self.notes = Notes()
@@ -153,7 +157,7 @@ def test_frozen_learns_the_head_that_passes_through_the_backbone_would_give(cham
     options = {"way": "frozen", "weights": "weights.safetensors", "schedule": "constant", "weight_decay": 0.0}
     home = fork(champion, tmp_path / "ws", max_epochs=4, learning_rate=3e-2, **options)
     home.embed()
-    module, _ = prepare_learning(home.make_quiet_job(), "")
+    module, _ = prepare_learning(home.make_quiet_job(), QUIET_RUN)
     assert not [name for name in module.state_dict() if "backbone" in name], "checkpoints hold the head alone"
     home.train()
     predictor = Predictor.load(home.settings.candidate_dir)
@@ -231,7 +235,7 @@ def test_knn_on_all_judges_each_training_image_by_the_others(champion: Home, tmp
     home = fork(champion, tmp_path / "ws", **section, neighbours={"k": 1})
     home.embed()
     job = home.make_quiet_job()
-    head: Any = WAYS["knn"](tmp_path, job, "").head
+    head: Any = WAYS["knn"](tmp_path, job, QUIET_RUN).head
     prepared = job.prepared
     rows = np.flatnonzero(np.isin(prepared.side_n, ("train", "val")))
     assert head.points_pd.shape == (len(rows), 64)
@@ -243,19 +247,6 @@ def test_knn_on_all_judges_each_training_image_by_the_others(champion: Home, tmp
     (report,) = home.notes.epochs
     assert set(report.metrics) == {"train/loss", "train/accuracy"}
     assert report.metrics["train/accuracy"] == pytest.approx(expected)
-
-
-class FakeTracking:
-    """Takes tags and figures, and keeps the tags."""
-
-    def __init__(self) -> None:
-        self.tags: dict[str, str] = {}
-
-    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        self.tags |= tags
-
-    def log_metrics(self, *args: Any, **options: Any) -> None:
-        """Take them."""
 
 
 def test_embeddings_that_do_not_belong_to_the_network_are_refused(champion: Home, tmp_path: Path) -> None:
@@ -279,10 +270,10 @@ def test_warm_without_a_champion_starts_from_the_weights(champion: Home, tmp_pat
     shutil.rmtree(home.folder / ".visionloop" / "store" / "ledger")
     job = home.make_job()
     assert job.start is None
-    module, _ = prepare_learning(home.make_quiet_job(), "")
+    module, _ = prepare_learning(home.make_quiet_job(), QUIET_RUN)
     assert home.notes.lines[0] == "no champion of shapes yet: starts from train.weights (none)"
     home.section["way"] = "scratch"
-    fresh, _ = prepare_learning(home.make_quiet_job(), "")
+    fresh, _ = prepare_learning(home.make_quiet_job(), QUIET_RUN)
     for ours, theirs in zip(module.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -356,7 +347,7 @@ def draw_crosses(folder: Path, number: int) -> None:
 def continue_naively(home: Home, old: frozenset[str]) -> torch.nn.Module:
     """Go on from the champion's weights with the new images alone, for as many epochs."""
     job = home.make_quiet_job()
-    module, _ = prepare_learning(job, "")
+    module, _ = prepare_learning(job, QUIET_RUN)
     classifier, prepared = module.classifier, job.prepared
     disc = prepared.classes.index("disc")
     rows = np.asarray([r for r in job.train_rows if prepared.label_n[r] == disc and prepared.sha256_n[r] not in old])

@@ -15,7 +15,7 @@ from visionloop.data.prepare import prepare
 from visionloop.params import Params, load_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.workspace import connect
 
 SHAPES = ("bar", "disc", "ring")
@@ -145,11 +145,11 @@ def set_compute(home: Path, **keys: object) -> None:
         file.write(f"compute: {json.dumps(keys)}\n")
 
 
-def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, Tracking]:
+def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, MlflowTracking]:
     """Open a workspace as a command does, in this process."""
     settings = load_settings({}, home)
     params = load_params(settings.params_path)
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, params.name)
+    tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name)
     return settings, params, open_store(settings.store_url), tracking
 
 

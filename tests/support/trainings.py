@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from memory_tracking import MemoryTracking
 from shapes import write_shapes
 from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
 from visionloop.data.prepare import prepare
@@ -20,7 +21,7 @@ from visionloop.params import Params, load_params
 from visionloop.records import ImageRecord, RunNote
 from visionloop.settings import load_settings
 from visionloop.store import ObjectStore, open_store
-from visionloop.tracking import Tracking
+from visionloop.tracking import MlflowTracking
 from visionloop.training.fit import Outcome, learn, make_job, train
 from visionloop.training.job import Job
 from visionloop.training.watch import EpochReport, Watcher
@@ -41,45 +42,6 @@ PARAMS: dict[str, Any] = {
     },
     "evaluate": {"resamples": 200},
 }
-
-
-class MemoryTracking:
-    """An MLflow in memory: runs with params, tags, figures by step, artifacts by name."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = {}
-
-    @property
-    def only(self) -> dict[str, Any]:
-        (run,) = self.runs.values()
-        return run
-
-    def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
-        if run_id not in self.runs:
-            run_id = f"{len(self.runs) + 1:032x}"
-            self.runs[run_id] = {"params": dict(params), "tags": dict(tags), "metrics": {}, "artifacts": []}
-        self.runs[run_id]["status"] = "RUNNING"
-        return run_id
-
-    def find_tagged_run(self, tag: str, value: str) -> str | None:
-        return next((run_id for run_id, run in self.runs.items() if run["tags"].get(tag) == value), None)
-
-    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        self.runs[run_id]["params"] |= params
-
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        self.runs[run_id]["metrics"].setdefault(step, {}).update(metrics)
-
-    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        assert path.exists()
-        names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
-        self.runs[run_id]["artifacts"] += [f"{folder}/{name}" for name in names]
-
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self.runs[run_id]["tags"] |= tags
-
-    def close_run(self, run_id: str, status: str = "FINISHED") -> None:
-        self.runs[run_id]["status"] = status
 
 
 class Ear(Watcher):
@@ -123,7 +85,7 @@ class Place(Workspace):
     def with_mlflow(self) -> "Place":
         """Return the same place with a real MLflow (SQLite) behind it."""
         settings = self.settings
-        return replace(self, tracking=Tracking(settings.tracking_uri, settings.artifact_root, self.params.name))
+        return replace(self, tracking=MlflowTracking(settings.tracking_uri, settings.artifact_root, self.params.name))
 
     def make_job(self, watcher: Watcher | None = None) -> Job:
         return make_job(self, code_digest="", watcher=watcher or Watcher())

@@ -13,7 +13,6 @@ from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
 from visionloop.data.prepare import prepare
-from visionloop.errors import TrackingError
 from visionloop.params import Params, make_params
 from visionloop.predictor import Predictor
 from visionloop.records import ImageRecord, Pin, RunNote, canonical_json
@@ -42,41 +41,6 @@ class World(Workspace):
         if self.params.task == "multilabel":
             card = {**make_label_facts(card.get("model_classes", self.pin.classes)), **card}
         return write_bundle(self.settings.candidate_dir, self.pin, seed, self.settings.runs_dir, note, **card)
-
-
-class FakeTracking:
-    """An MLflow in memory. `down` makes every call fail as if it were unreachable."""
-
-    def __init__(self) -> None:
-        self.versions: dict[str, str] = {}
-        self.tags: dict[str, dict[str, str]] = {}
-        self.champion: str | None = None
-        self.down = False
-
-    def find_version(self, bundle_digest: str) -> str | None:
-        self._reach()
-        return self.versions.get(bundle_digest)
-
-    def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: dict[str, str]) -> str:
-        self._reach()
-        assert model_path.is_file()
-        version = self.versions.setdefault(bundle_digest, str(len(self.versions) + 1))
-        self.tags[version] = dict(tags)
-        return version
-
-    def set_champion(self, version: str) -> None:
-        self._reach()
-        self.champion = version
-
-    def get_champion(self) -> str | None:
-        self._reach()
-        return self.champion
-
-    def _reach(self) -> None:
-        if self.down:
-            raise TrackingError(
-                "MLflow http://127.0.0.1:1", "cannot be used (connection refused)", "a reachable MLflow"
-            )
 
 
 def make_label_facts(classes: tuple[str, ...]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Where it runs: the workspace is found, defaults lie inside it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from visionloop.errors import SettingsError
-from visionloop.settings import load_settings, tool_environment
+from visionloop.pipeline import make_stage_environment
+from visionloop.settings import TOOLS_VARIABLE, apply_tool_environment, load_settings, tool_environment
 from visionloop.store import LocalStore, open_store
 
 
@@ -23,9 +25,9 @@ def test_nearest_parent_with_params_is_the_workspace(home: Path) -> None:
     assert settings.tracking_uri == f"sqlite:///{home}/.visionloop/mlflow/mlflow.db"
 
 
-def test_environment_wins(home: Path, tmp_path: Path) -> None:
+def test_the_environment_says_where_when_nobody_names_a_folder(home: Path) -> None:
     env = {"VISIONLOOP_HOME": str(home), "VISIONLOOP_STORE": "/data/store", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-    settings = load_settings(env, Path("/"))
+    settings = load_settings(env)
     assert (settings.home, settings.store_url, settings.tracking_uri) == (
         home,
         "file:///data/store",
@@ -33,15 +35,56 @@ def test_environment_wins(home: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_named_folder_wins_over_the_environment(home: Path) -> None:
+    other = make_other(home)
+    settings = load_settings({"VISIONLOOP_HOME": str(home)}, other)
+    assert settings.home == other
+    assert settings.store_url == (other / ".visionloop" / "store").as_uri()
+    assert settings.tracking_uri == f"sqlite:///{other}/.visionloop/mlflow/mlflow.db"
+
+
+def test_the_tools_of_a_second_workspace_are_kept_in_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may retrain several workspaces; what the user has set himself stays."""
+    other = make_other(home)
+    for name in tool_environment(home):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", "/mine")
+    monkeypatch.setenv("VISIONLOOP_HOME", str(home))
+    for folder in (home, other):
+        apply_tool_environment(folder)
+        for env in (os.environ, make_stage_environment(folder, os.environ)):
+            assert {n: env[n] for n in tool_environment(folder)} == {**tool_environment(folder), "TORCH_HOME": "/mine"}
+    # The stages of a workspace that this process has not opened itself.
+    env = make_stage_environment(home, os.environ)
+    assert {n: env[n] for n in tool_environment(home)} == {**tool_environment(home), "TORCH_HOME": "/mine"}
+    assert env["VISIONLOOP_HOME"] == str(home)
+
+
+def test_relative_places_lie_in_the_workspace(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home / "a")
+    settings = load_settings({"VISIONLOOP_STORE": "store", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"})
+    assert settings.store_url == (home / "store").as_uri()
+    assert settings.tracking_uri == f"sqlite:///{home}/mlflow.db"
+    settings = load_settings({"MLFLOW_TRACKING_URI": "sqlite:////srv/mlflow.db"})
+    assert settings.tracking_uri == "sqlite:////srv/mlflow.db"
+
+
+def make_other(home: Path) -> Path:
+    other = home / "other"
+    other.mkdir()
+    (other / "params.yaml").write_text("name: dogs\n")
+    return other
+
+
 def test_no_workspace(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no params\.yaml here or above"):
         load_settings({}, tmp_path)
     with pytest.raises(SettingsError, match=r"has no params\.yaml; expected a workspace"):
-        load_settings({"VISIONLOOP_HOME": str(tmp_path)}, tmp_path)
+        load_settings({"VISIONLOOP_HOME": str(tmp_path)})
 
 
 def test_every_tool_home_is_inside_the_workspace(home: Path) -> None:
-    paths = [v for v in tool_environment(home).values() if v.startswith("/")]
+    paths = [v for n, v in tool_environment(home).items() if v.startswith("/") and n != TOOLS_VARIABLE]
     assert len(paths) >= 7
     assert all(Path(p).is_relative_to(home / ".visionloop") for p in paths)
 

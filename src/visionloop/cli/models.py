@@ -5,11 +5,8 @@ from typing import Annotated
 import typer
 
 from visionloop.cli.app import app
-from visionloop.errors import NotPromoted
-from visionloop.words import describe_decision
+from visionloop.words import describe_champion, describe_decision, describe_registered, make_refusal
 from visionloop.workspace import get_now, get_user, open_workspace
-
-MARKS = {True: "pass", False: "FAIL", None: "?   "}
 
 
 @app.command()
@@ -33,7 +30,7 @@ def gate() -> None:
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
-        raise NotPromoted("gate", f"the candidate is {decision.verdict}", "a passed gate", "See decisions/latest.json.")
+        raise make_refusal(decision.verdict)
 
 
 @app.command()
@@ -48,7 +45,7 @@ def register() -> None:
 
     workspace = open_workspace()
     version = run_register(workspace)
-    print(f"registered as {workspace.name} version {version} in MLflow")
+    print(describe_registered(workspace.name, version))
 
 
 @app.command()
@@ -65,7 +62,7 @@ def promote(
 
     workspace = open_workspace()
     entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
-    print(f"champion of {entry.name} is bundle {entry.bundle[:12]}, model version {entry.model_version}")
+    print(describe_champion(entry))
 
 
 @app.command()
@@ -91,7 +88,7 @@ def rollback(
         why=why,
         now=get_now(),
     )
-    print(f"champion of {entry.name} is bundle {entry.bundle[:12]} again, model version {entry.model_version}")
+    print(describe_champion(entry))
 
 
 @app.command()

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from visionloop.cli.app import app
 from visionloop.errors import VisionLoopError
@@ -22,7 +21,7 @@ def main() -> None:
     try:
         app()
     except VisionLoopError as exc:
-        write_error_file(exc, os.environ, Path.cwd())
+        write_error_file(exc, os.environ)
         print(describe_error(exc), file=sys.stderr)
         sys.exit(exc.exit_code)
     except SystemExit as exc:  # typer makes one of Ctrl-C too, and SIGTERM comes the same way
@@ -38,10 +37,10 @@ def _was_terminated(exc: BaseException | None) -> bool:
     return exc is not None
 
 
-def write_error_file(error: VisionLoopError, env: Mapping[str, str], start: Path) -> None:
+def write_error_file(error: VisionLoopError, env: Mapping[str, str]) -> None:
     """Leave the error where a flow finds it: through dvc the exit code is lost."""
     with contextlib.suppress(VisionLoopError, OSError):
-        hidden = load_settings(env, start).hidden_dir
+        hidden = load_settings(env).hidden_dir
         hidden.mkdir(exist_ok=True)
         value = {
             "kind": type(error).__name__,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from visionloop.cli.app import app
 from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
-from visionloop.tracking import mask_credentials
+from visionloop.words import describe_mlflow, shorten_path
 from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def train() -> None:
 def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -> list[str]:
     """Return what a training came to, and where everything is."""
     settings, section = workspace.settings, workspace.params.train
+    home, here = settings.home, Path.cwd()
     run = workspace.tracking.load_run(note.run_id)
     lines = []
     if note.extra.get("validated_on") == "test":
@@ -100,14 +101,14 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
         lines.append(f"  best         {best}")
     curve = settings.hidden_dir / "curve.png"
     if curve.is_file():
-        lines.append(f"  curve        {show_path(curve, settings.home)}")
+        lines.append(f"  curve        {shorten_path(curve, home, here)}")
     lines += [
-        f"  MLflow       {describe_mlflow(workspace)}",
+        f"  MLflow       {describe_mlflow(workspace.tracking.uri, home, here)}",
         f"{'':15}experiment {workspace.name}, run {run.name}",
     ]
     if workspace.params.compute.tensorboard:
         folder = settings.hidden_dir / "tensorboard"
-        lines.append(f"  TensorBoard  tensorboard --logdir {show_path(folder, settings.home)}")
+        lines.append(f"  TensorBoard  tensorboard --logdir {shorten_path(folder, home, here)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"
     return [f"trained {section.backbone} ({section.way})", *lines, last]
 
@@ -120,20 +121,6 @@ def describe_best(metrics: Mapping[str, float], monitor: str) -> str:
     keys = {name: f"best/{name.replace('/', '_')}" for name in names}
     figures = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in keys.items() if key in metrics)
     return f"epoch {metrics['best/epoch']:.0f}  {figures}"
-
-
-def describe_mlflow(workspace: "Workspace") -> str:
-    """Say how to open MLflow."""
-    uri = workspace.tracking.uri
-    if uri.startswith("sqlite:///"):
-        path = show_path(Path(uri.removeprefix("sqlite:///")), workspace.settings.home)
-        return f"mlflow ui --backend-store-uri sqlite:///{path}"
-    return mask_credentials(uri)
-
-
-def show_path(path: Path, home: Path) -> str:
-    """Return a path as one would type it here: relative in the workspace, absolute outside of it."""
-    return str(path.relative_to(home)) if path.is_relative_to(home) and Path.cwd() == home else str(path)
 
 
 @app.command()

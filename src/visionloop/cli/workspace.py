@@ -111,7 +111,7 @@ def _open_store() -> "ObjectStore":
     from visionloop.settings import load_settings
     from visionloop.store import open_store
 
-    return open_store(load_settings(os.environ, Path.cwd()).store_url)
+    return open_store(load_settings(os.environ).store_url)
 
 
 def _describe(fact: "Fact") -> str:

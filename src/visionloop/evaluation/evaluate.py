@@ -38,7 +38,6 @@ from visionloop.evaluation.plots import (
 from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.predictor import Predictor
 from visionloop.records import LABEL_SEPARATOR, Card, Interval
-from visionloop.tracking import Tracking
 from visionloop.workfolder import lock_work
 from visionloop.workspace import Workspace
 
@@ -226,7 +225,7 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
     note = load_run_note(settings.runs_dir, bundle_digest)
     if note is None:
         return
-    tracking = Tracking(settings.tracking_uri, settings.artifact_root, workspace.name)
+    tracking = workspace.tracking
     values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
     for bound in ("low", "high"):
         values |= {f"test/{metric}_{bound}": getattr(interval, bound) for metric, interval in metrics.items()}

@@ -27,7 +27,6 @@ from visionloop.promotion.ledger import read_champion, store_decision, write_dec
 from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
 from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
 Metrics = dict[str, Interval]
@@ -85,9 +84,8 @@ def gate(
     decision = store_decision(store, decision)
     write_decision(settings.decisions_dir, decision)
     if decision.run_id:
-        tracking = Tracking(settings.tracking_uri, settings.artifact_root, name)
         tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
-        tracking.set_tags(decision.run_id, tags)
+        workspace.tracking.set_tags(decision.run_id, tags)
     return decision
 
 

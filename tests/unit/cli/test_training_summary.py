@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 
+from memory_tracking import MemoryTracking
 from visionloop.cli.stages import describe_best, describe_training
 from visionloop.params import make_params
 from visionloop.records import RunNote
 from visionloop.settings import load_settings
 
+RUN = f"{1:032x}"
 BEST = {"best/epoch": 9.0, "best/val_loss": 0.25, "best/val_accuracy": 0.875, "best/val_f1": 0.8, "val/loss": 0.5}
 
 
 def make_context(home: Path, uri: str, *, tensorboard: bool = False) -> Any:
     (home / "params.yaml").write_text("name: pets\n")
-    run = SimpleNamespace(metrics=BEST, name="resnet18-dataset3")
-    tracking = SimpleNamespace(uri=uri, load_run=lambda run_id: run)
+    tracking = MemoryTracking(uri)
+    assert tracking.open_run("resnet18-dataset3", run_id=None, tags={}, params={}) == RUN
+    tracking.log_metrics(RUN, BEST)
     params = make_params({"name": "pets", "compute": {"tensorboard": tensorboard}})
     return SimpleNamespace(settings=load_settings({}, home), params=params, name=params.name, tracking=tracking)
 
@@ -33,7 +36,7 @@ def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     context = make_context(tmp_path, f"sqlite:///{tmp_path}/.visionloop/mlflow/mlflow.db", tensorboard=True)
     context.settings.hidden_dir.mkdir()
     (context.settings.hidden_dir / "curve.png").write_bytes(b"")
-    note = RunNote("b" * 64, "a" * 32, None, "now", 1.0, {"validated_on": "test"})
+    note = RunNote("b" * 64, RUN, None, "now", 1.0, {"validated_on": "test"})
     lines = describe_training(context, note, 75.0)
     assert lines == [
         "trained resnet18 (scratch)",
@@ -43,14 +46,14 @@ def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "  MLflow       mlflow ui --backend-store-uri sqlite:///.visionloop/mlflow/mlflow.db",
         "               experiment pets, run resnet18-dataset3",
         "  TensorBoard  tensorboard --logdir .visionloop/tensorboard",
-        f"models/candidate is bundle {'b' * 12}, MLflow run {'a' * 32}, 1 min 15 s",
+        f"models/candidate is bundle {'b' * 12}, MLflow run {RUN}, 1 min 15 s",
     ]
     assert all(len(line) <= 100 for line in lines)
 
 
 def test_a_password_of_a_server_is_not_shown(tmp_path: Path) -> None:
     context = make_context(tmp_path, "https://me:secret@mlflow.example.com")
-    text = "\n".join(describe_training(context, RunNote("b" * 64, "a" * 32, None, "now"), 1.0))
+    text = "\n".join(describe_training(context, RunNote("b" * 64, RUN, None, "now"), 1.0))
     assert "https://me:***@mlflow.example.com" in text
     assert "secret" not in text
     assert "curve" not in text

@@ -2,41 +2,43 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from memory_tracking import MemoryTracking
 from visionloop.errors import TrackingError
 from visionloop.training import callbacks as figure_log
 from visionloop.training.callbacks import FigureLog
 
 
-class Flaky:
-    """An MLflow that is down while `down`."""
+class Flaky(MemoryTracking):
+    """An MLflow with one run, that notes what comes and in which order."""
 
     def __init__(self) -> None:
-        self.down = False
+        super().__init__()
+        self.run_id = self.open_run("run", run_id=None, tags={}, params={})
         self.got: list[tuple[int, dict[str, float]]] = []
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        if self.down:
-            raise TrackingError("MLflow http://host", "cannot be used (refused)", "a reachable MLflow")
+        super().log_metrics(run_id, metrics, step=step)
         self.got.append((step, dict(metrics)))
 
 
-def make_log(work: Path, tracking: Any, told: list[str]) -> FigureLog:
-    return FigureLog(work, tracking, "run", told.append)
+def make_log(work: Path, tracking: Flaky, told: list[str]) -> FigureLog:
+    return FigureLog(work, tracking, tracking.run_id, told.append)
 
 
 def test_figures_are_sent_later_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure_log, "TRY_EVERY_S", 0.0)
-    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    tracking, told = Flaky(), list[str]()
     log = make_log(tmp_path, tracking, told)
     log.add(0, {"a": 0.0})
     tracking.down = True
     log.add(1, {"a": 1.0})
     log.add(2, {"a": 2.0})
-    assert told == ["MLflow cannot be reached; training goes on, its figures are sent later (cannot be used (refused))"]
+    assert told == [
+        "MLflow cannot be reached; training goes on, its figures are sent later (cannot be used (connection refused))"
+    ]
     tracking.down = False
     log.add(3, {"a": 3.0})
     assert tracking.got == [(step, {"a": float(step)}) for step in range(4)]
@@ -45,7 +47,7 @@ def test_figures_are_sent_later_in_order_and_once(tmp_path: Path, monkeypatch: p
 
 
 def test_what_one_process_could_not_send_the_next_one_does(tmp_path: Path) -> None:
-    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    tracking, told = Flaky(), list[str]()
     tracking.down = True
     log = make_log(tmp_path, tracking, told)
     log.add(0, {"a": 0.5, "b": float("inf")})
@@ -58,7 +60,7 @@ def test_what_one_process_could_not_send_the_next_one_does(tmp_path: Path) -> No
 
 
 def test_a_server_that_is_down_is_not_waited_for_each_epoch(tmp_path: Path) -> None:
-    tracking, told = Flaky(), []  # type: ignore[var-annotated]
+    tracking, told = Flaky(), list[str]()
     tracking.down = True
     log = make_log(tmp_path, tracking, told)
     log.add(0, {"a": 0.0})
