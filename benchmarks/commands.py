@@ -1,4 +1,4 @@
-"""What a person waits for at the prompt: the start of the command line, and a `dvc repro` with nothing to do."""
+"""Waiting times of the command line: its start, and a `dvc repro` with nothing to do."""
 
 import os
 import subprocess

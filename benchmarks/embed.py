@@ -1,8 +1,8 @@
 """Speed and memory of embeddings: from prepared shards through the chosen runtime, against what a tutorial teaches.
 
 The baseline opens the files with Pillow, resizes and normalises them, and runs an eager fp32 network, 32 at a time.
-Ours begins at the shards: images are prepared once for a dataset, not once for an encoder. Loading the network counts
-for neither.
+Ours starts from the shards, because images are prepared once for a dataset, not once for each encoder. The time to load
+the network is not counted, for either.
 """
 
 import os
@@ -55,7 +55,7 @@ def bench_embed(bench_dir: Path, photos: Path | None, *, size_px: int, num_many:
 
 
 def bench_backbone(name: str, settings: Settings, prepared: Prepared, photos: Path, size_px: int) -> Row:
-    """Return images per second of one backbone; raise RuntimeError where the vectors are not those of fp32."""
+    """Return images per second of one backbone. Raises RuntimeError if the vectors differ from those of fp32."""
     network = make_plain(name)
     encoder = make_encoder(connect(settings, make_params(settings, name)), prepared)
     ours = statistics.median(time_ours(encoder, prepared, settings) for _ in range(REPEATS))
@@ -139,7 +139,7 @@ def compute_cosine(encoder: Encoder, settings: Settings, prepared: Prepared, nam
 
 
 def bench_memory(folder: Path, settings: Settings, number: int) -> Row:
-    """Return what the process grows by after the first 1,000 of many images, against what they would take in memory."""
+    """Return the growth of memory after the first 1,000 of many images, and the size of all of them in memory."""
     prepared = make_many(folder, number, MANY_PX)
     encoder = make_encoder(connect(settings, make_params(settings, "resnet18")), prepared)
     table = EmbeddingTable(LocalStore(folder / "store"), encoder.facts.digest)
@@ -162,7 +162,7 @@ def bench_memory(folder: Path, settings: Settings, number: int) -> Row:
 
 
 def bench_embed_gpu(folder: Path, settings: Settings, number: int) -> list[Row]:
-    """Time many images at full size from shards on a GPU; nothing without one."""
+    """Time many images at full size from shards on a GPU. Returns no rows without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -214,6 +214,6 @@ def make_many(folder: Path, number: int, size_px: int) -> Prepared:
 
 
 def read_memory() -> int:
-    """Return the bytes of this process that no file backs: mapped pages are given back whenever they are needed."""
+    """Return the anonymous memory of this process in bytes. The system can drop pages of mapped files at any time."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024

@@ -1,11 +1,11 @@
 """Speed of a training epoch: visionloop's `train` against a plain PyTorch loop, on the same photos.
 
 The baseline is what a tutorial teaches: ImageFolder, Pillow, a DataLoader with 4 workers, fp32, AdamW. Only the pass
-over the training images counts, in images per second, since visionloop keeps some of them for validation. The first
-epoch of each is left out: it pays for kernels that are built once (bf16 on a CPU: seconds).
+over the training images counts, in images per second, because visionloop keeps some images for validation. The first
+epoch of each is not counted: some kernels are built in it (bf16 on a CPU: seconds).
 
-A second row holds a whole epoch (validation, figures, checkpoint) against a bare loop over the same batches with the
-same step: what Lightning and MLflow cost. Where an epoch goes is printed beside the table.
+A second row compares a whole epoch (validation, figures, checkpoint) with a bare loop over the same batches and
+the same step. That shows the cost of Lightning and MLflow. The parts of an epoch are printed beside the table.
 """
 
 import statistics
@@ -48,7 +48,7 @@ def bench_epoch(bench_dir: Path, photos: Path | None, *, epochs: int, size_px: i
 
 
 def describe_epochs(name: str, ours: Epochs, bare_s: float) -> str:
-    """Return where an epoch goes, in words, with the goals."""
+    """Return the parts of an epoch and the goals, in words."""
     parts = {
         "wait for data": ours.wait_s,
         "steps": ours.train_s - ours.wait_s,

@@ -1,9 +1,9 @@
 """Ten epochs of a head on a frozen network: visionloop's embedding table against a pass over the images per epoch.
 
 The baseline is what a tutorial teaches: image files, Pillow, a DataLoader with 4 workers, the frozen network in eager
-fp32 at every step, AdamW on the head. Both learn from the same images, and are judged on the same others. Ours is timed
-with an empty table (each image goes through the network once) and with a warm one (none does). Weights are random: what
-is compared does not depend on them, and no network is needed.
+fp32 at every step, AdamW on the head. Both train and validate on the same images. Ours is timed with an empty table
+(each image goes through the backbone once) and with a full one (no image does). Weights are random: the times do not
+depend on them, and nothing has to be downloaded.
 """
 
 import io
@@ -30,14 +30,14 @@ GOALS = {"empty": 8, "warm": 50}
 
 @dataclass(frozen=True)
 class Learned:
-    """How long a head took to learn, and its best accuracy on the images that it did not learn from."""
+    """The time in which a head was trained, and its best validation accuracy."""
 
     seconds: float
     accuracy: float
 
 
 def bench_frozen(bench_dir: Path, photos: Path | None, *, size_px: int, backbone: str = "resnet18") -> list[Row]:
-    """Learn a head both ways; `photos` holds train/CLASS/*, else synthetic JPEGs are made."""
+    """Train a head both ways; `photos` holds train/CLASS/*, else synthetic JPEGs are made."""
     photos = photos or make_photos(bench_dir / "photos")
     workspace = prepare_workspace(bench_dir / "frozen", photos, backbone, size_px=size_px)
     shutil.rmtree(workspace / ".visionloop" / "store" / "embeddings", ignore_errors=True)
@@ -88,7 +88,7 @@ def learn_by_table(workspace: Path) -> Learned:
 
 
 def learn_plainly(workspace: Path) -> Learned:
-    """Learn the same head with a pass of all images through the network in each epoch."""
+    """Train the same head with a pass of all images through the network in each epoch."""
     import torch
     from torch import nn
     from torch.nn import functional

@@ -1,6 +1,6 @@
 """Training on a GPU, in images per second: random images, resident on the device, cropped and mirrored there.
 
-Nothing but the device and what feeds it is measured: no photos, no bundle. The goals are those for one H200.
+It measures only the device and the loader: no photos, no bundle. The goals are those for one H200.
 """
 
 import json
@@ -24,7 +24,7 @@ CHUNK = 1024
 
 
 def bench_gpu(bench_dir: Path, *, epochs: int, size_px: int) -> list[Row]:
-    """Train each network for some epochs; no rows where torch sees no GPU."""
+    """Train each network for some epochs. Returns no rows if torch sees no GPU."""
     import torch
 
     if not torch.cuda.is_available():

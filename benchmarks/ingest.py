@@ -1,8 +1,8 @@
 """Speed of `ingest`: against `dvc add` + `dvc push`, against a plain loop of threads, and with nothing new.
 
-The pictures are 300 x 300, of about 9 kB, smooth with a camera's noise, no two alike; made once and kept. Ingest does
-all it ever does: full decode, hashes, near duplicates, sides, a committed version. Each run writes into a folder of its
-own, and these are deleted at the end: ext4 makes files slowly for minutes after many were deleted.
+The images are 300 x 300 pixels, about 9 kB each, smooth with camera noise, all different. They are made once and kept.
+Ingest does everything: full decode, hashes, near duplicates, sides, a committed version. Each run writes into its own
+folder. The folders are deleted at the end, because ext4 creates files slowly for minutes after many were deleted.
 """
 
 import hashlib

@@ -51,7 +51,7 @@ def make_data(workspace: Path, preset: str, workers: int) -> Any:
 
 
 def make_pass(loader: Any) -> Callable[[], float]:
-    """Return what iterates over a loader once and gives the images per second."""
+    """Return a function that iterates over a loader once and returns the images per second."""
 
     def run() -> float:
         started, seen = time.perf_counter(), 0
@@ -63,6 +63,6 @@ def make_pass(loader: Any) -> Callable[[], float]:
 
 
 def time_in_turn(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
-    """Return the medians of both over some passes in turn; one of each goes before, uncounted."""
+    """Return the medians of both over some passes, taken in turn, after a first pass of each that is not counted."""
     speeds = [(first(), second()) for _ in range(1 + PASSES)][1:]
     return statistics.median(a for a, _ in speeds), statistics.median(b for _, b in speeds)

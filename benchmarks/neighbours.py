@@ -16,7 +16,7 @@ REPEATS = 3
 
 
 def bench_neighbours(*, num_images: int = NUM_IMAGES, num_queries: int = NUM_QUERIES) -> Row:
-    """Search vectors like those behind a ReLU; raise RuntimeError where the two do not find the same neighbours."""
+    """Search vectors like the output of a ReLU. Raises RuntimeError if the two find different neighbours."""
     from sklearn.neighbors import NearestNeighbors
 
     rng = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def bench_neighbours(*, num_images: int = NUM_IMAGES, num_queries: int = NUM_QUE
 
     (our_distance, our_rows), ours = time_searches(lambda: find_neighbours(query_md, table_nd, K))
     (their_distance, their_rows), theirs = time_searches(search_plainly)
-    # Where rows differ, their distances are the same within what fp32 tells apart.
+    # Rows may differ only where their distances are equal in fp32.
     if np.abs(our_distance - their_distance).max() > 1e-5 or (our_rows == their_rows).mean() < 0.999:
         raise RuntimeError("the neighbours are not the same")
     what = f"{K} nearest of {num_images:,} x {NUM_FEATURES}"
@@ -37,7 +37,7 @@ def bench_neighbours(*, num_images: int = NUM_IMAGES, num_queries: int = NUM_QUE
 
 
 def time_searches(search: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a search finds, and its median seconds; one run goes before, uncounted."""
+    """Return the result of a search and its median seconds, after a first run that is not counted."""
     found, seconds = search(), []
     for _ in range(REPEATS):
         started = time.perf_counter()

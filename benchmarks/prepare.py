@@ -1,9 +1,10 @@
 """Speed of `prepare`: against a pool of processes that do it with Pillow, and against the bare decoder and resizer.
 
-The whole stage is timed: read from the store, prove the digest, decode, resize, write shards and index. The pool opens,
-converts and resizes (antialiased bilinear) to the same size, into the same kind of array; its start is counted, as ours
-is. The limit is a loop of libjpeg-turbo's scaled decode and an area resize, with nothing read or written.
-The photos are synthetic: noise with the spectrum of photos. A few are drawn and told apart by bytes behind their end.
+The whole stage is timed: read from the store, check the digest, decode, resize, write shards and index. The pool opens,
+converts and resizes (antialiased bilinear) to the same size, into the same kind of array. The start of the processes is
+counted for both. The lower limit is a loop of libjpeg-turbo's scaled decode and an area resize, without reading and
+writing. The photos are synthetic: noise with the spectrum of photos. Only a few are made; bytes behind the end of the
+file make copies of them differ.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ SIZES = {(500, 375): 6_000, (1024, 768): 3_000}
 
 
 def bench_prepare(bench_dir: Path) -> list[Row]:
-    """Time both sizes; what is beside the figures (difference in pixels, memory) goes to stderr."""
+    """Time both sizes. Prints the difference of the pixels and the memory to stderr."""
     rows = []
     for (width, height), number in SIZES.items():
         home = bench_dir / f"prepare-{width}"
@@ -56,7 +57,7 @@ def bench_prepare(bench_dir: Path) -> list[Row]:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(REPEATS):
             for name, way in ways.items():
-                os.sync()  # what the one before has left to write is not this one's to wait for
+                os.sync()  # this run must not wait for the writes of the run before
                 started = time.perf_counter()
                 way()
                 seconds[name].append(time.perf_counter() - started)
@@ -138,13 +139,13 @@ def _open_array(path: Path) -> np.ndarray:
 
 
 def convert_with_pillow(path: str) -> np.ndarray:
-    """Return what a tutorial would."""
+    """Return the image as a tutorial would prepare it, with Pillow."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR))
 
 
 def convert_with_turbo(path: str) -> np.ndarray:
-    """Return the least that can be done: as small a decode as libjpeg-turbo can, and a mean over areas."""
+    """Return the image with the least work: libjpeg-turbo's smallest decode, then a mean over areas."""
     pixels = simplejpeg.decode_jpeg(Path(path).read_bytes(), fastdct=True, fastupsample=True, min_height=S, min_width=S)
     return np.asarray(Image.fromarray(pixels).resize((S, S), Image.Resampling.BOX))
 

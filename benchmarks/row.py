@@ -21,7 +21,7 @@ class Row:
     baseline_is: str
 
     def to_markdown(self) -> str:
-        """Return the row; the ratio is visionloop over baseline, whichever direction is the better one."""
+        """Return the row. The ratio is visionloop over baseline, also where less is better."""
         ours, plain = f"{self.visionloop:,.2f} {self.unit}", f"{self.baseline:,.2f} {self.unit} ({self.baseline_is})"
         return f"| {self.what} | {ours} | {plain} | {self.visionloop / self.baseline:.2f} x |"
 
@@ -29,9 +29,9 @@ class Row:
 def time_commands(
     first: Sequence[str], second: Sequence[str], *, repeats: int, cwd: Path, env: Mapping[str, str]
 ) -> tuple[float, float]:
-    """Run two commands in turn, so that a busy moment meets both; return the median wall seconds of each.
+    """Run two commands in turn, so that a busy machine slows both. Return the median wall seconds of each.
 
-    One run of each goes before, uncounted. Raises CalledProcessError when one fails.
+    A first run of each is not counted. Raises CalledProcessError if one fails.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):

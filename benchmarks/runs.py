@@ -29,7 +29,7 @@ class Epochs:
 
 
 class ListeningTracking(MlflowTracking):
-    """The real one, which also keeps the figures of each epoch and when they came."""
+    """The real tracking, which also keeps the figures and the time of each epoch."""
 
     def __init__(self, uri: str, artifact_root: str, name: str) -> None:
         super().__init__(uri, artifact_root, name)
@@ -86,7 +86,7 @@ def make_bench_job(workspace: Path) -> Any:
 
 
 def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
-    """Return the seconds of some epochs, training and validation, with neither Lightning's loop nor MLflow."""
+    """Return the seconds of some epochs, training and validation, without Lightning's loop and MLflow."""
     import torch
 
     from visionloop.training.datamodule import PreparedData

@@ -1,7 +1,7 @@
 """Speed of `ingest` into S3: against a plain boto3 loop, and against 64 threads that only put the same bytes.
 
-The server is moto's, in a process of its own on loopback, once as it is and once with the delay that a store in the
-same region has. moto handles one request at a time on one core: without delay it is what is measured, whoever puts.
+The server is moto, in its own process on loopback. It is measured once without delay, and once with the delay of a
+store in the same region. moto handles one request at a time on one core, so without delay moto itself is measured.
 The plain loop is what a script does: read, hash, decode, put_object, one image after the other.
 """
 
@@ -52,7 +52,7 @@ def bench_s3(bench_dir: Path) -> list[Row]:
 
 
 def measure(folder: Path, photos: Path) -> dict[str, float]:
-    """Return the median images per second of each way; a first round goes before, uncounted."""
+    """Return the median images per second of each way, after a first round that is not counted."""
     client = make_client()
     client.create_bucket(Bucket=BUCKET)
     paths = sorted(photos.rglob("*.jpg"))
@@ -146,7 +146,7 @@ def set_environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def serve(delay_s: float) -> None:
-    """Be the server, until the benchmark is gone; each request waits first, and does not hold up the others."""
+    """Run the server until the benchmark ends. Each request waits first, without blocking the others."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel("ERROR")

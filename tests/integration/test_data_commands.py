@@ -1,4 +1,4 @@
-"""The commands of data as a person types them: what they print, what they write, what they refuse."""
+"""The commands of data as people type them: what they print, write and refuse."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The stage: its files, its errors, and that it judges what is served."""
+"""The stage `evaluate`: its files, its errors, and that it judges the answers that are served."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Images that were made to harm: each is refused as expected, or is harmless; in bounded time and memory."""
+"""Images that were made to do harm: each is refused, or harmless, in bounded time and memory."""
 
 import io
 import os

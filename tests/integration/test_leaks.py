@@ -1,4 +1,4 @@
-"""Planted duplicates through the real way in: found, on one side, listed; and training after a random split."""
+"""Copies of images, ingested by the real command: found, on one side, listed; and training after a random split."""
 
 import io
 import json
@@ -103,7 +103,7 @@ def desk(tmp_path: Path) -> Desk:
 
 
 def test_planted_duplicates_are_found_and_on_one_side(desk: Desk) -> None:
-    """Half of the copies come with the photos, half a version later; every copy has the key of its photo."""
+    """Half of the copies come with the photos, half a version later. Every copy gets the key of its photo."""
     for number in range(NUM_PHOTOS):
         for n, way in enumerate(("first", *WAYS)):
             place = "first" if way == "first" or (n + number) % 2 else "later"

@@ -1,4 +1,4 @@
-"""Register, promote and roll back: what moves, what does not, and what a second run mends."""
+"""Register, promote and roll back: what changes, what does not, and what a second run repairs."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Small stand-ins that are the real thing inside: bundles whose network is one linear layer, and images. No torch."""
+"""Small real objects for tests: images, and bundles whose network is one linear layer. No torch."""
 
 import io
 import json

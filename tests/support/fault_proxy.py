@@ -1,4 +1,4 @@
-"""A proxy on loopback that passes requests on to a server, except for the faults it is told to commit.
+"""A proxy on loopback that passes requests on to a server, and makes the faults that a test asks for.
 
 Each request takes the next fault of the script; when the script is over, requests pass. Faults: `refuse` (the
 connection, before a byte is read), `reset` (after the request was read, not passed on), `delay` (passed on late),

@@ -42,7 +42,7 @@ def serve_s3() -> Iterator[str]:
 
 
 def one_at_a_time(app: "WSGIApplication") -> "WSGIApplication":
-    """Let no two requests overlap: moto looks whether a key is free and then takes it, which S3 does as one."""
+    """Let no two requests overlap: moto checks whether a key is free, then takes it; in S3 that is one step."""
     lock = threading.Lock()
 
     def serve(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -70,7 +70,7 @@ def make_bucket(endpoint_url: str, name: str, *, versioned: bool = False) -> str
 
 
 def make_client(endpoint_url: str):  # type: ignore[no-untyped-def]
-    """A plain client, to look behind ours."""
+    """A plain boto3 client, to see what ours has written."""
     import boto3
 
     keys = {"aws_access_key_id": "test-key-id", "aws_secret_access_key": "test-secret"}

@@ -1,4 +1,4 @@
-"""Grids of labelled images and pairs: what is where on the page, read back from its pixels."""
+"""Grids of labelled images and pairs: positions on the page, read back from its pixels."""
 
 import io
 from pathlib import Path

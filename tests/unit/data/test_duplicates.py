@@ -1,4 +1,4 @@
-"""Perceptual hashes: near for re-saved images, far for others; all near pairs are found; pixels have the last word."""
+"""Perceptual hashes: near for images saved again, far for others; all near pairs are found; pixels decide."""
 
 import io
 import time
@@ -80,7 +80,7 @@ def test_copies_are_found_and_other_photos_are_not() -> None:
 
 
 def test_a_known_hash_never_changes() -> None:
-    """Another value here would part new images from the duplicates that are in every dataset."""
+    """With another value the duplicates of images in existing datasets would no longer be found."""
     y, x = np.mgrid[0:97, 0:131]
     grey = ((x * x + 3 * y * x + 7 * y) % 251).astype(np.uint8)
     assert compute_phash_of_grey(grey) == "dda6369ad0056d04"

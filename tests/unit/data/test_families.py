@@ -80,7 +80,7 @@ def test_an_image_that_would_link_two_sides_is_excluded_and_named() -> None:
     assert families.sides[:3] == ["train", "test", "excluded"]
     assert describe(families) == [("excluded", 2, 1)]
     assert families.leaks[0].side == "train"
-    assert families.sides[3] == choose("d", False)  # an excluded image links nothing
+    assert families.sides[3] == choose("d", False)  # an excluded image joins nothing
 
 
 def test_given_sides_leak_and_stay() -> None:
@@ -135,7 +135,7 @@ MEMBERS = st.lists(
 def test_no_order_batch_or_later_version_moves_an_image_or_splits_a_family(
     facts: list[tuple[str | None, str | None]], links: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Images come in batches, each a version: what is placed stays, and no two tied images are on different sides."""
+    """Images come in batches, each a version. Sides never change, and images of a family are on one side."""
     people = [
         make(str(i), None if side == "learn" else side, group, learn=side == "learn")
         for i, (side, group) in enumerate(facts)
@@ -167,7 +167,7 @@ def test_no_order_batch_or_later_version_moves_an_image_or_splits_a_family(
     )
     for a, b in {*pairs, *same_group}:
         if side[a] in USED and side[b] in USED and side[a] != side[b]:
-            # Only a source can have done that: with both sides, or against a side that stood in an earlier version.
+            # Only given sides do that: of both images, or of one against an image of an earlier version.
             assert all(people[i].side or people[i].learn for i in (a, b) if batch[i] == batch[a])
     assert all(side[i] == m.side for i, m in enumerate(people) if m.side)
     assert all(side[i] != "test" for i, m in enumerate(people) if m.learn)

@@ -1,4 +1,4 @@
-"""Decoding and resizing: each kind of image on purpose, and what is refused."""
+"""Decoding and resizing: every kind of image, and what is refused."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The leak report: the worst first, kept beside a version, and drawn."""
+"""The leak report: its order, its place in the store, and its picture."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Subsets: in proportion, at least one of each, and little changed by what is added."""
+"""Subsets for `prepare.limit`: in proportion, at least one of each class, and stable when images are added."""
 
 import hashlib
 from collections import Counter

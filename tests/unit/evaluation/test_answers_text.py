@@ -1,4 +1,4 @@
-"""Answers beside the truth: which are right, which are worst, and how sets are named."""
+"""Answers compared with the truth: which are right, which are worst, and how label sets are written."""
 
 import numpy as np
 import pytest

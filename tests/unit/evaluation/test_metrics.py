@@ -1,4 +1,4 @@
-"""Figures against scikit-learn, against naive code, and at their edges."""
+"""Metrics against scikit-learn, against naive code, and in edge cases."""
 
 import numpy as np
 import pytest

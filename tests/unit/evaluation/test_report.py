@@ -1,4 +1,4 @@
-"""The report: one page, everything inside, nothing executable from names."""
+"""The report: one self-contained page, in which names are never executed."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The embedding table in the store, and the stage's out: whole or absent, checked, merged without losing a row."""
+"""The embedding table in the store, and the output of `embed`: whole or absent, checked, merged without loss."""
 
 import json
 from dataclasses import replace

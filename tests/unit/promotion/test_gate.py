@@ -1,4 +1,4 @@
-"""The rules: what passes, what is refused, what is left open, how often by chance, and how it is said."""
+"""The gate's rules: what passes, is refused or inconclusive, how often by chance, and the messages."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The ledger under contention: each number has one winner, and nothing is written over or skipped."""
+"""The ledger with several writers: each number has one winner, and none is overwritten or skipped."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Scores: from the original bytes, once, and put side by side by class name."""
+"""Scores: from the original bytes, computed once, and aligned by class name."""
 
 import numpy as np
 import pytest
