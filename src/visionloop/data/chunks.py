@@ -114,7 +114,7 @@ def make_disk_error(folder: Path, found: str, expected: str = "room for the prep
 
 
 def read_checksum(folder: Path, chunk: Chunk) -> int | None:
-    """Return the checksum of what lies in a chunk's place, None where that cannot be read."""
+    """Return the checksum of the bytes at a chunk's position, None if they cannot be read."""
     try:
         with (folder / chunk.file).open("rb") as file:
             file.seek(chunk.offset)
@@ -201,7 +201,7 @@ class Layout:
         return self.size_hw[0] * self.size_hw[1] * 3
 
     def describe(self) -> dict[str, int]:
-        """Return what a reader needs to know."""
+        """Return the number of shards and of rows in each, for the report that readers use."""
         return {"num_shards": -(-len(self.records) // self.rows_per_shard), "rows_per_shard": self.rows_per_shard}
 
     def list_chunks(self, resize: str) -> Iterator[Chunk]:
@@ -236,7 +236,7 @@ class Layout:
 
 
 def make_layouts(records: Sequence[ImageRecord], section: Prepare) -> tuple[Layout, ...]:
-    """Return one set of shards; two where the training side is stored larger."""
+    """Return one set of shards, or two if the training side is stored larger."""
     train_hw = get_train_size(section)
     if train_hw is None:
         return (Layout(IMAGES, section.size_hw, records),)
@@ -245,7 +245,7 @@ def make_layouts(records: Sequence[ImageRecord], section: Prepare) -> tuple[Layo
 
 
 def get_train_size(section: Prepare) -> tuple[int, int] | None:
-    """Return the size of the training side as (height, width), None where it has that of the others."""
+    """Return the size of the training side as (height, width), None if it has the same size as the others."""
     size = section.train_size
     return (size, size) if isinstance(size, int) else size
 

@@ -12,7 +12,7 @@ UNLABELLED = "(unlabelled)"
 
 @dataclass(frozen=True)
 class Change:
-    """One image that both versions hold, and not in the same way."""
+    """One image that both versions hold, with different rows."""
 
     before: ImageRecord
     after: ImageRecord

@@ -143,7 +143,7 @@ def _is_jpeg(image: Image.Image) -> bool:
 
 
 def _load(image: Image.Image, where: str) -> Image.Image:
-    """Decode with Pillow, to grey or RGB, as it lies in the file. Raises ImageError."""
+    """Decode with Pillow to grey or RGB, without the EXIF rotation. Raises ImageError."""
     try:
         image.load()
         return _flatten(image)

@@ -1,4 +1,4 @@
-"""The leak report of a dataset version: near duplicates and groups that lie on two sides, and what was done about it.
+"""The leak report of a dataset version: near duplicates and groups that are on two sides, and what was done about them.
 
 leaks/NAME/<digest>.json    one list per version, cumulative; the digest is in the version's commit object
 

@@ -119,7 +119,7 @@ def prepare(
     Raises:
         DatasetError: the pin or an image is missing from the store, was forgotten, or no image is labelled; the disk
             is full.
-        ParamsError: the parameters do not fit each other, or their engine cannot be had.
+        ParamsError: the parameters do not fit each other, or the engine cannot be used.
     """
     settings, params, store = workspace.settings, workspace.params, workspace.store
     check_params(params)
@@ -148,7 +148,7 @@ def prepare(
 
 
 def check_params(params: Params) -> None:
-    """Raise ParamsError where the sections do not fit each other."""
+    """Raise ParamsError if the sections do not fit each other."""
     if params.prepare.unlabelled == "negative" and params.task != "multilabel":
         raise ParamsError(
             "params.yaml prepare.unlabelled",
@@ -206,7 +206,7 @@ def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
 
 
 def choose_engine(compute: Compute, num_pixels: int) -> Engine:
-    """Return where to run: the cluster that was asked for, else this machine, by threads where the work is short."""
+    """Return where to run: on the cluster of `compute`, else on this machine, in threads if there is little work."""
     if compute.engine == "ray":
         return Engine("ray", compute.address)
     cores = count_cores()
@@ -216,7 +216,7 @@ def choose_engine(compute: Compute, num_pixels: int) -> Engine:
 def _make_images(
     work: Path, waiting: Sequence[Chunk], store: ObjectStore, compute: Compute, on_progress: Callable[[int], None]
 ) -> None:
-    """Make chunks, write each into the journal as it is done, and tell how many images are left."""
+    """Make chunks, write each finished one into the journal, and report how many images are left."""
     left = sum(len(c.images) for c in waiting)
     on_progress(left)
     if not waiting:

@@ -3,7 +3,7 @@
 tombstones/NAME/<sha256>.json    when, by whom and why; no name of a file
 forgetting/NAME/<digest>.json    a forget that is not finished yet: its images, by whom and why
 
-A forgotten image is not taken in again, and no version that still names it is prepared.
+A forgotten image is not ingested again, and a version that still has it cannot be prepared.
 """
 
 import json
@@ -36,7 +36,7 @@ def load_tombstones(store: ObjectStore, name: str) -> frozenset[str]:
 
 
 def write_tombstones(store: ObjectStore, name: str, forgetting: Forgetting) -> None:
-    """Begin to forget: from here on the images are not taken in again. A tombstone that is there already stays."""
+    """Begin to forget: from now on the images are not ingested again. An existing tombstone is kept."""
     store.put(_make_key(name, forgetting), canonical_json(forgetting.to_json()))
 
     def write_tombstone(sha256: str) -> None:
@@ -49,7 +49,7 @@ def write_tombstones(store: ObjectStore, name: str, forgetting: Forgetting) -> N
 
 
 def load_unfinished(store: ObjectStore, name: str) -> list[Forgetting]:
-    """Return what was begun and not finished. Raises DatasetError."""
+    """Return the forgets that were begun and not finished. Raises DatasetError."""
     found = []
     for key in store.list(f"forgetting/{name}/"):
         try:

@@ -1,1 +1,1 @@
-"""Judging a model on the test side: figures with intervals, pictures, a report. Changes nothing in the world."""
+"""Judging a model on the test side: figures with intervals, pictures, a report. It promotes nothing."""

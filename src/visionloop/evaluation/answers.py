@@ -1,4 +1,4 @@
-"""A model's answers beside the truth, for one label an image and for several. Pure.
+"""A model's answers compared with the truth, for one label an image and for several. Pure.
 
 Dimensions in names: n images, k classes. One label: an index into the classes for each image (n,); several: which of
 the classes, as booleans (n, k).
@@ -33,7 +33,7 @@ from visionloop.records import Interval
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers on some images and what is true of them. `labels` and `chosen`: both (n,), or both (n, k)."""
+    """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k)."""
 
     labels: Choices
     probs_nk: NDArray[np.floating]

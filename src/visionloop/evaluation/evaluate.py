@@ -76,7 +76,7 @@ def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total
 
 
 def _check_fit(card: Card, prepared: Prepared) -> None:
-    """Refuse a candidate that learned from other data than what is prepared."""
+    """Refuse a candidate that was trained on other data than the prepared one."""
     todo = "Run `visionloop train` again."
     if card.dataset.get("digest") != prepared.pin.digest:
         raise DatasetError(
@@ -208,7 +208,7 @@ def _write_class_figures(path: Path, class_figures: Sequence[ClassFigures]) -> N
 
 
 def _move_outs(work: Path, reports_dir: Path) -> None:
-    """Put each out in place of the last one; other files in reports/ stay."""
+    """Replace each output in reports/. Other files there stay."""
     reports_dir.mkdir(parents=True, exist_ok=True)
     for name in OUTS:
         target = reports_dir / name

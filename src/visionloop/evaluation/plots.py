@@ -125,10 +125,10 @@ def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1
     return sink.getvalue()
 
 
-def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, missed and wrongly said") -> bytes:
-    """Draw how often each class is found, missed, and said where it is not, worst first; of many classes the 40 worst.
+def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, missed and wrongly given") -> bytes:
+    """Draw how often each class is found, missed and wrongly given, worst first; of many classes the 40 worst.
 
-    All as a share of the images that have the class: to the right found and missed, to the left wrongly said.
+    All as a share of the images that have the class: to the right found and missed, to the left wrongly given.
     """
     occurring = [o for o in outcomes if o.found + o.missed > 0]
     ordered = sorted(occurring, key=lambda o: (2 * o.found / (2 * o.found + o.missed + o.extra), o.name))
@@ -141,7 +141,7 @@ def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, misse
         axes = figure.add_subplot()
         axes.barh(place_n, found_n, height=0.62, color=GREEN, label="found")
         axes.barh(place_n, 1 - found_n, left=found_n, height=0.62, color=PALE_GREEN, label="missed")
-        axes.barh(place_n, -extra_n, height=0.62, color=RED, label="said, but not there")
+        axes.barh(place_n, -extra_n, height=0.62, color=RED, label="wrongly given")
         for place, one in zip(place_n, shown, strict=True):
             text = f"{one.found:,} of {one.found + one.missed:,}" + (f", {one.extra:,} too many" if one.extra else "")
             axes.text(1.02, place, text, va="center", fontsize=8, color=MUTED)

@@ -26,11 +26,11 @@ TITLES = {
     "recall": "Recall",
 }
 CAPTIONS = {
-    "confusion": "Which class is taken for which",
-    "outcomes": "How often each class is found, missed, and said where it is not",
-    "per_class": "How each class fares",
-    "confidence": "Whether the confidence can be believed",
-    "mistakes": "What went wrong: the truth above, the answer and its confidence below",
+    "confusion": "Confusion matrix: actual and predicted classes",
+    "outcomes": "How often each class is found, missed, and wrongly given",
+    "per_class": "Recall and F1 of each class",
+    "confidence": "How reliable the confidence is",
+    "mistakes": "Wrong answers: the truth above, the answer and its confidence below",
 }
 STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1f2733; --muted: #6b7686; --line: #e3e7ed;
@@ -92,7 +92,7 @@ def make_report(facts: ReportFacts) -> str:
     parts = [
         f'<h1>{title}</h1><p class="lead">{lead}</p>',
         f'<div class="cards">{"".join(_make_card(n, i, facts.card) for n, i in facts.metrics.items())}</div>',
-        '<p class="note">Below each figure: its 95 % interval, as wide as the luck of the draw of test images.</p>',
+        '<p class="note">Below each figure is its 95 % interval: how far it could differ on other test images.</p>',
         *(_make_figure(name, facts.figures[name]) for name in CAPTIONS if name in facts.figures),
         f"<h2>Most frequent confusions</h2>{_make_confusions(facts)}",
         f"<h2>Classes</h2>{_make_classes(facts.class_figures)}",

@@ -53,7 +53,7 @@ PREDICT_BODY = {
     "content": {"multipart/form-data": {"schema": _FORM}, "image/*": {"schema": _FILE}},
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "Nothing to answer in it, or a malformed form"},
+    400: {"model": ErrorAnswer, "description": "No image in the request, or a malformed form"},
     408: {"model": ErrorAnswer, "description": "The body came too slowly"},
     413: {"model": ErrorAnswer, "description": "The body is too large, or the form has too many parts"},
     415: {"model": ErrorAnswer, "description": "Not an image, or a format that is not read"},

@@ -38,16 +38,16 @@ class ImageAnswer(BaseModel):
 class LabelsAnswer(ImageAnswer):
     """The answer of a model whose task is multilabel.
 
-    `labels` are those that the image has, any number, in the order of the model's classes; `prediction` is the same as
-    one text, divided by `|`. Each class has a probability of its own. `confidence` is that of the whole answer if
-    labels are independent: the product of what each class has for what is said of it.
+    `labels` are those that the image has, any number, in the order of the model's classes. `prediction` is the same as
+    one text, joined by `|`. Each class has its own probability. `confidence` is that of the whole answer if labels are
+    independent: the product over all classes of p for a given label and 1 - p for one not given.
     """
 
     labels: list[str]
 
 
 class ToRequest(BaseModel):
-    """What an answer to a request says beside its images."""
+    """The part of an answer that concerns the whole request."""
 
     model: ModelName
     request_id: str
@@ -74,7 +74,7 @@ class FileLabelsAnswer(LabelsAnswer):
 
 
 class FileError(BaseModel):
-    """What is wrong with one of several files; the others are answered all the same."""
+    """What is wrong with one of several files. The others are still answered."""
 
     file: str | None
     error: ErrorDetail

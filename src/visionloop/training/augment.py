@@ -42,7 +42,7 @@ def make_theta(moves_n10: Tensor, source_hw: tuple[int, ...], size_hw: tuple[int
     top, left, height, width, mirrored, angle, shear_x, shear_y, shift_x, shift_y = moves_n10.unbind(1)
     (source_h, source_w), (out_h, out_w) = source_hw, size_hw
     cos, sin, sign = torch.cos(angle), torch.sin(angle), 1 - 2 * mirrored
-    # Mirrored first, then sheared and rotated about the middle, in pixels of the output.
+    # Rotated and sheared about the middle, in pixels of the output; mirrored first.
     xx, xy = (cos - sin * shear_y) * sign, cos * shear_x - sin
     yx, yy = (sin + cos * shear_y) * sign, cos + sin * shear_x
     ratio_x, ratio_y = width / source_w, height / source_h

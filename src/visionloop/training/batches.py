@@ -106,7 +106,7 @@ class BatchRows(Sampler[BatchKey]):
 
 
 def count_steps(num_images: int, step_size: int) -> int:
-    """Return the number of steps of an epoch. The last one may have fewer images."""
+    """Return the number of steps of an epoch, rounded up."""
     return -(-num_images // step_size)
 
 
