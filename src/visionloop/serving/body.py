@@ -53,7 +53,7 @@ class RequestError(VisionLoopError, ValueError):
         self.status, self.reason_code = status, reason_code
 
 
-class _Reader(Protocol):
+class _BodyReader(Protocol):
     def feed(self, chunk: bytes) -> None: ...
     def finish(self) -> list[Upload]: ...
 
@@ -132,7 +132,7 @@ async def _discard(chunks: AsyncIterator[bytes]) -> None:
                     return
 
 
-def _make_reader(headers: Mapping[str, str], limits: Limits) -> _Reader:
+def _make_reader(headers: Mapping[str, str], limits: Limits) -> _BodyReader:
     kind, options = parse_options_header(headers.get("content-type"))
     if not kind.startswith(b"multipart/"):
         return _RawReader()
