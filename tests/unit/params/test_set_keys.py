@@ -35,10 +35,10 @@ def test_a_missing_key_becomes_the_last_of_its_section() -> None:
 
 def test_keys_in_brackets_and_below_each_other() -> None:
     changed = set_keys(TEXT, {"train.neighbours.k": 9, "train.neighbours.vote": "distance"})
-    assert changed == TEXT.replace("{k: 5}", "{k: 9, vote: distance}")
+    assert changed == TEXT.replace("{k: 5}  #", "{k: 9, vote: distance} #")
     flow = "name: pets\ntrain: {way: scratch}\n"
     assert set_keys(flow, {"train.neighbours.k": 7}) == "name: pets\ntrain: {way: scratch, neighbours: {k: 7}}\n"
-    assert set_keys("name: pets\ntrain: {}\n", {"train.seed": 1}) == "name: pets\ntrain: {seed: 1}\n"
+    assert set_keys("name: pets\ntrain: {}\n", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
 
 
 def test_a_section_that_is_missing_or_empty() -> None:
@@ -89,7 +89,7 @@ def test_a_value_that_params_refuse_is_refused() -> None:
     ],
 )
 def test_scalars_read_back_as_what_they_were(value: object, text: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from visionloop.params.section import parse_yaml
+    from visionloop.params.text import parse_yaml
 
     assert make_scalar(value) == text
     assert parse_yaml(f"a: {text}") == {"a": value}
