@@ -134,9 +134,7 @@ def _edit(text: str, parts: list[str], value: Any, change: Callable[[Any], None]
         fits = _load(changed) == wanted
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    comments = re.findall(r"(?:^|\s)#.*", plain)
-    kept = all(changed.count(comment.strip()) >= plain.count(comment.strip()) for comment in comments)
-    return changed.replace("\n", newline) if fits and kept else None
+    return changed.replace("\n", newline) if fits else None
 
 
 def _make_yaml(text: str) -> "YAML":
@@ -162,14 +160,12 @@ def _dump(yaml: "YAML", tree: Any) -> str:
 
 
 def _set(tree: Any, parts: list[str], value: Any) -> None:
-    """Set one key of the tree, with the sections above it. Raises ValueError where a value or a list stands."""
+    """Set one key of the tree, with the sections above it. Raises AttributeError where a section is a value."""
     *sections, key = parts
     for section in sections:
         if tree.get(section) is None:
             tree[section] = type(tree)()
         tree = tree[section]
-    if isinstance(tree.get(key), dict | list):
-        raise ValueError("no plain value")
     tree[key] = _make_yaml("").load(make_scalar(value))
 
 

@@ -76,6 +76,14 @@ def test_a_source_is_written_in(before: str, after: str) -> None:
     assert add_source(before, SHORT) == after
 
 
+@pytest.mark.parametrize("place", ["ingest: # later\n", "ingest: # later\n  sources: # mine\n    # or these\n"])
+def test_comments_stay(place: str) -> None:
+    text = f"# first\nname: 'a' # quoted\n{place}# last\ntrain:\n  clip_norm: # none\n"
+    added = add_source(text, SHORT).splitlines()
+    added.remove(next(line for line in added if "photos" in line))
+    assert [line for line in added if line != "  sources:"] == text.splitlines()
+
+
 @pytest.mark.parametrize(("before", "after"), TEXTS.values(), ids=TEXTS)
 def test_nothing_else_changes(before: str, after: str) -> None:
     for source in (SHORT, LONG):
