@@ -1,13 +1,13 @@
 """Waiting times of the command line: its start, and a `dvc repro` with nothing to do."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from row import Row, time_commands
+from visionloop.params.text import parse_yaml
 from visionloop.pipeline import make_stage_environment
 
 REPEATS = 7
@@ -27,10 +27,10 @@ def make_workspace(folder: Path, example: str, **sections: dict[str, object]) ->
         command = [sys.executable, "-m", "visionloop", "new", str(folder), "--example", example]
         subprocess.run(command, check=True, stdout=sys.stderr)
     path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
+    params = parse_yaml(path.read_text())
     for section, keys in sections.items():
         params[section].update(keys)
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    path.write_text(json.dumps(params, indent=2))
     return folder
 
 

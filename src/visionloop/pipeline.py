@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from visionloop import errors
 from visionloop.code_digests import compute_code_digests
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
+from visionloop.params.text import parse_yaml
 from visionloop.records import compute_digest
 from visionloop.settings import Settings, choose_tool_environment
 
@@ -39,8 +38,8 @@ def read_stage_names(home: Path) -> list[str]:
     """Return the stages of dvc.yaml, in its order. Raises PipelineError."""
     path = home / "dvc.yaml"
     try:
-        return list(yaml.safe_load(path.read_text())["stages"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as exc:
+        return list(parse_yaml(path.read_text())["stages"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
         raise PipelineError("dvc.yaml", "is missing or has no stages", "stages", "Restore it from git.") from exc
 
 
@@ -182,8 +181,8 @@ def _is_json(path: Path) -> bool:
 
 def _is_lock(path: Path) -> bool:
     try:
-        return "stages" in yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError):
+        return "stages" in parse_yaml(path.read_text())
+    except (OSError, ValueError, TypeError):
         return False
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from visionloop.params import Params, load_params
+from visionloop.params.text import parse_yaml
 from visionloop.settings import tool_environment
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ STAGES = {
 
 
 def load_stages() -> dict[str, Any]:
-    stages: dict[str, Any] = yaml.safe_load((EXAMPLES / "dvc.yaml").read_text())["stages"]
+    stages: dict[str, Any] = parse_yaml((EXAMPLES / "dvc.yaml").read_text())["stages"]
     return stages
 
 
@@ -70,7 +70,7 @@ def test_params_hold_the_agreed_values(path: Path) -> None:
 @pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.parent.name)
 def test_params_files_hold_every_section_of_a_stage(path: Path) -> None:
     # dvc refuses a stage whose section is missing, although every key has a default.
-    sections = set(yaml.safe_load(path.read_text()))
+    sections = set(parse_yaml(path.read_text()))
     for stage in load_stages().values():
         assert list_sections(stage) <= sections & set(Params.model_fields)
 

@@ -57,7 +57,8 @@ def make_world_again(home: Path) -> World:
     settings = Settings(home, store.url, "http://127.0.0.1:1", (home / "artifacts").as_uri())
     pin = load_pin(settings.pin_path)
     params = make_params({"name": "fake", "prepare": {"image_size": 32}})
-    return World(settings, params, store, pin, tuple(load_records(store, pin)))
+    place = connect(settings, params, store=store)
+    return World(**vars(place), pin=pin, records=tuple(load_records(store, pin)))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from memory_tracking import MemoryTracking
@@ -121,7 +120,7 @@ def make_place(
     home.mkdir(parents=True, exist_ok=True)
     values = {**PARAMS, "prepare": {"image_size": size}, "train": {**PARAMS["train"], **train_keys}}
     values["compute"] = dict(compute or {})
-    (home / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (home / "params.yaml").write_text(json.dumps(values))
     settings = load_settings({"VISIONLOOP_STORE": store_url} if store_url else {}, home)
     store = open_store(settings.store_url)
     records = [record for name, numbers in counts.items() for record in _make_records(home, store, name, numbers)]

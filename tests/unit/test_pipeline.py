@@ -95,7 +95,7 @@ def test_heal_leaves_what_is_whole(settings: Settings) -> None:
 def test_the_stages_own_error_is_raised_again(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\n")
     told = DatasetError("a", "b", "c", "d.")
-    write_error_file(told, {}, tmp_path)
+    write_error_file(told, {"VISIONLOOP_HOME": str(tmp_path)})
     error = pipeline._read_error(
         tmp_path / ".visionloop" / "error.json", "train", ["ERROR: failed to reproduce 'train'"]
     )
@@ -108,7 +108,7 @@ def test_an_error_that_may_pass_says_so_on_both_sides_of_dvc(tmp_path: Path) -> 
     (tmp_path / "params.yaml").write_text("name: pets\n")
     told = StoreError("s3://b", "is busy")
     told.transient = True
-    write_error_file(told, {}, tmp_path)
+    write_error_file(told, {"VISIONLOOP_HOME": str(tmp_path)})
     error = pipeline._read_error(tmp_path / ".visionloop" / "error.json", "prepare", [])
     assert type(error) is StoreError
     assert error.transient

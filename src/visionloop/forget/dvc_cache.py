@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from visionloop.bundle import DIGESTS
-from visionloop.errors import DatasetError, ObjectMissing, SettingsError, StoreError, VisionLoopError
+from visionloop.errors import DatasetError, ObjectMissing, ParamsError, SettingsError, StoreError, VisionLoopError
 from visionloop.features.view import EMBEDDINGS
 from visionloop.forget.bundles import examine_bundle
 from visionloop.forget.copies import PREDICTIONS, REPORTS, Copy, Sought, count, git, read_index, read_predictions
+from visionloop.params.text import parse_yaml
 from visionloop.pipeline import make_stage_environment
 from visionloop.settings import Settings
 from visionloop.store import LocalStore, ObjectStore, open_store
@@ -202,8 +201,8 @@ def _list_reports(settings: Settings, places: Iterable[Place]) -> Iterator[dict[
 def _list_stages(text: str) -> list[dict[str, Any]]:
     """Return the stages of a dvc.lock, or the one of an entry of the run cache."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ParamsError:
         return []
     if not isinstance(value, dict):
         return []

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from visionloop.errors import ParamsError
@@ -28,7 +27,8 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
-from visionloop.params.section import NAME_PATTERN, Section, parse_yaml, to_tuple
+from visionloop.params.section import NAME_PATTERN, Section, to_tuple
+from visionloop.params.text import MAX_CHARS, parse_yaml
 from visionloop.params.train import WAYS_ON_EMBEDDINGS, Embed, Neighbours, Span, Train, Tune
 from visionloop.records import compute_digest
 
@@ -177,20 +177,18 @@ def load_params(path: Path) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        ParamsError: it is missing, is no YAML mapping, or has unknown keys or bad values.
+        ParamsError: it is missing, is no YAML mapping, has a key twice, or has unknown keys or bad values.
     """
     try:
-        value = parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARS + 1)
     except FileNotFoundError as exc:
         raise ParamsError(
             str(path), "not found", "a params.yaml", "Make a workspace with `visionloop new DIR`."
         ) from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        place = getattr(exc, "problem_mark", None)
-        line = f" line {place.line + 1}" if place else ""
-        raise ParamsError(
-            f"{path.name}{line}", f"is not YAML ({getattr(exc, 'problem', exc)})", "keys and values", "Edit the file."
-        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ParamsError(path.name, f"is not UTF-8 ({exc.reason})", "keys and values", "Edit the file.") from exc
+    value = parse_yaml(text, path.name)
     if not isinstance(value, dict):
         raise ParamsError(path.name, f"holds a {type(value).__name__}", "sections with keys", "Edit the file.")
     return make_params(value, path.name)

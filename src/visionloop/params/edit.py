@@ -1,17 +1,28 @@
-"""Change the text of params.yaml: add a source, set keys. Its comments, order and layout stay as they are. Pure."""
+"""Change the text of params.yaml: add a source, set keys. Its comments, order and layout stay as they are.
 
+ruamel.yaml writes a text back nearly as it was. What it lays out otherwise (indents, blanks, long lines) stays as the
+user wrote it: only the lines in which its text before the change and its text after it differ are carried over.
+"""
+
+import io
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from visionloop.errors import ParamsError
 from visionloop.params import make_params
-from visionloop.params.section import parse_yaml
+from visionloop.params.text import parse_yaml
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
 
 ONE_LINE = 100
+PLACE = "params.yaml"
 
 
 def add_source(text: str, source: Mapping[str, Any]) -> str:
@@ -24,28 +35,21 @@ def add_source(text: str, source: Mapping[str, Any]) -> str:
             the error holds what to write by hand.
     """
     before = _load(text)
-    sources = _list_sources(before)
+    sources = list((before.get("ingest") or {}).get("sources") or [])
     if dict(source) in sources:
         return text
     if any(isinstance(other, Mapping) and _name(other) == _name(source) for other in sources):
         found = f"a source is named {_name(source)!r} already"
-        raise ParamsError("params.yaml ingest.sources", found, "a name of its own for each", "Choose one with --name.")
-    wanted = {**before, "ingest": {**(before.get("ingest") or {}), "sources": [*sources, dict(source)]}}
-    newline = "\r\n" if "\r\n" in text else "\n"
-    try:
-        added = _insert(text.replace("\r\n", "\n"), dict(source)).replace("\n", newline)
-        if _load(added) != wanted:
-            raise ValueError("something else changed")
-        make_params(wanted)
-    except (ValueError, AttributeError, IndexError, yaml.YAMLError) as exc:
-        if isinstance(exc, ParamsError):
-            raise
+        raise ParamsError(f"{PLACE} ingest.sources", found, "a name of its own for each", "Choose one with --name.")
+    added = _edit(text, ["ingest", "sources"], [*sources, dict(source)], lambda tree: _append(tree, dict(source)))
+    if added is None:
         raise ParamsError(
-            "params.yaml ingest.sources",
+            f"{PLACE} ingest.sources",
             "is written in a way that cannot be added to safely",
             "a list, one source a line",
             f"Add it by hand: - {make_flow(source)}",
-        ) from exc
+        )
+    make_params(_load(added))
     return added
 
 
@@ -57,28 +61,20 @@ def set_keys(text: str, values: Mapping[str, Any]) -> str:
     Raises:
         ParamsError: the text is written in a way that cannot be changed safely; the error holds what to write by hand.
     """
-    wanted, newline = _load(text), "\r\n" if "\r\n" in text else "\n"
-    changed = text.replace("\r\n", "\n")
-    try:
-        for key, value in values.items():
-            parts = key.split(".")
-            changed = _set_key(changed, parts, value)
-            wanted = _with_key(wanted, parts, value)
-        changed = changed.replace("\n", newline)
-        if _load(changed) != wanted:
-            raise ValueError("something else changed")
-        make_params(wanted)
-    except (ValueError, AttributeError, IndexError, TypeError, yaml.YAMLError) as exc:
-        if isinstance(exc, ParamsError):
-            raise
-        lines = ", ".join(f"{key}: {make_scalar(value)}" for key, value in values.items())
-        raise ParamsError(
-            "params.yaml",
-            "is written in a way that cannot be changed safely",
-            "one key a line",
-            f"Write by hand: {lines}",
-        ) from exc
-    return changed
+    for key, value in values.items():
+        parts = key.split(".")
+        changed = _edit(text, parts, value, partial(_set, parts=parts, value=value))
+        if changed is None:
+            lines = ", ".join(f"{key}: {make_scalar(value)}" for key, value in values.items())
+            raise ParamsError(
+                PLACE,
+                "is written in a way that cannot be changed safely",
+                "one key a line",
+                f"Write by hand: {lines}",
+            )
+        text = changed
+    make_params(_load(text))
+    return text
 
 
 def make_scalar(value: Any) -> str:
@@ -86,158 +82,134 @@ def make_scalar(value: Any) -> str:
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()
-
-
-def _with_key(value: dict[str, Any], parts: list[str], new: Any) -> dict[str, Any]:
-    first, *rest = parts
-    return {**value, first: _with_key(value.get(first) or {}, rest, new) if rest else new}
-
-
-def _set_key(text: str, parts: list[str], value: Any) -> str:
-    """Return the text with one key set. Raises ValueError, or an error that means as much."""
-    node = yaml.compose(text, yaml.SafeLoader)
-    key_node: Any = None
-    for depth, part in enumerate(parts):
-        key_node, found = _find(node, part) if isinstance(node, yaml.MappingNode) else (None, None)
-        if key_node is None:
-            return _add_key(text, node, parts[depth:], value)
-        if depth < len(parts) - 1 and not isinstance(found, yaml.MappingNode):
-            return _add_below(text, key_node, found, parts[depth + 1 :], value)
-        node = found
-    if not isinstance(node, yaml.ScalarNode) or node.style in {"|", ">"}:
-        raise ValueError("no plain value")
-    start, end = node.start_mark.index, node.end_mark.index
-    space = "" if start < end or text[start - 1 : start] == " " else " "  # a key without a value: `key:`
-    return f"{text[:start]}{space}{make_scalar(value)}{text[end:]}"
-
-
-def _add_key(text: str, mapping: Any, parts: list[str], value: Any) -> str:
-    """Write a key as the last of a mapping."""
-    if mapping.flow_style:
-        end = mapping.end_mark.index
-        inside = text[: end - 1].rstrip()
-        comma = "" if not mapping.value or inside.endswith(",") else ","
-        space = "" if inside.endswith("{") else " "
-        nested = make_scalar(value)
-        for part in reversed(parts[1:]):
-            nested = f"{{{part}: {nested}}}"
-        return f"{inside}{comma}{space}{parts[0]}: {nested}{text[end - 1 :]}"
-    return _insert_after(text, _find_end(text, mapping), _make_lines(parts, value, mapping.start_mark.column))
-
-
-def _add_below(text: str, key_node: Any, empty: Any, parts: list[str], value: Any) -> str:
-    """Write keys below one that has no value yet."""
-    if empty.start_mark.index != empty.end_mark.index:
-        raise ValueError("a value where a section should be")
-    return _insert_after(text, key_node.end_mark.index, _make_lines(parts, value, key_node.start_mark.column + 2))
-
-
-def _make_lines(parts: list[str], value: Any, indent: int) -> str:
-    lines = [f"{' ' * (indent + 2 * depth)}{part}:\n" for depth, part in enumerate(parts)]
-    return "".join(lines)[:-1] + f" {make_scalar(value)}\n"
+    return "null" if value is None else make_flow({"": value}).partition(": ")[2].removesuffix("}")
 
 
 def make_flow(source: Mapping[str, Any]) -> str:
     """Return a source on one line: `{kind: folder, path: photos, name: photos}`."""
-    dumped = yaml.safe_dump(
-        dict(source), default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
-    return str(dumped).strip()
+    from ruamel.yaml.comments import CommentedMap
 
-
-def _load(text: str) -> dict[str, Any]:
-    value = parse_yaml(text)
-    if not isinstance(value, dict):
-        raise ParamsError("params.yaml", f"holds a {type(value).__name__}", "sections with keys", "Edit the file.")
-    return value
-
-
-def _list_sources(value: Mapping[str, Any]) -> list[Any]:
-    ingest = value.get("ingest") or {}
-    return list(ingest.get("sources") or [])
-
-
-def _name(source: Mapping[str, Any]) -> str:
-    return str(source.get("name", source.get("kind")))
-
-
-def _insert(text: str, source: dict[str, Any]) -> str:
-    """Return the text with the source written in. Raises ValueError, or an error that means as much."""
-    root = yaml.compose(text, yaml.SafeLoader)
-    ingest_key, ingest = _find(root, "ingest")
-    if ingest_key is None:
-        end = text if text.endswith("\n") else text + "\n"
-        return f"{end}\ningest:\n  sources:\n{_make_item(source, 4)}"
-    sources_key, sources = _find(ingest, "sources") if isinstance(ingest, yaml.MappingNode) else (None, None)
-    if sources_key is None:
-        return _insert_key(text, ingest_key, ingest, source)
-    if isinstance(sources, yaml.SequenceNode) and sources.flow_style:
-        return _insert_into_flow(text, sources_key, ingest, sources, source)
-    if isinstance(sources, yaml.SequenceNode):
-        return _insert_after(text, _find_end(text, sources), _make_item(source, sources.start_mark.column))
-    return _insert_after(text, sources_key.end_mark.index, _make_item(source, sources_key.start_mark.column + 2))
-
-
-def _find(node: Any, key: str) -> tuple[Any, Any]:
-    """Return the nodes of a key and its value in a mapping, or None twice."""
-    return next(((k, v) for k, v in node.value if k.value == key), (None, None))
-
-
-def _insert_key(text: str, ingest_key: Any, ingest: Any, source: dict[str, Any]) -> str:
-    """Write `sources` as the first key of the section."""
-    if not isinstance(ingest, yaml.MappingNode):
-        return _insert_after(text, ingest_key.end_mark.index, f"  sources:\n{_make_item(source, 4)}")
-    start = ingest.start_mark.index
-    if ingest.flow_style:
-        rest = ", " if ingest.value else ""
-        return f"{text[: start + 1]}sources: [{make_flow(source)}]{rest}{text[start + 1 :]}"
-    indent = ingest.start_mark.column
-    return f"{text[:start]}sources:\n{_make_item(source, indent + 2)}{' ' * indent}{text[start:]}"
-
-
-def _insert_into_flow(text: str, key: Any, ingest: Any, sources: Any, source: dict[str, Any]) -> str:
-    start, end = sources.start_mark.index, sources.end_mark.index
-    if not sources.value and not ingest.flow_style:
-        # `sources: [] # a comment` becomes a list below that line.
-        emptied = text[: key.end_mark.index] + ":" + text[end:]
-        return _insert_after(emptied, key.end_mark.index, _make_item(source, key.start_mark.column + 2))
-    inside = text[start + 1 : end - 1].rstrip()
-    comma = ", " if sources.value and not inside.endswith(",") else " " if sources.value else ""
-    return f"{text[: start + 1]}{inside}{comma}{make_flow(source)}{text[end - 1 :]}"
-
-
-def _find_end(text: str, node: Any) -> int:
-    """Return where the last scalar below a node ends: a block node itself ends only where the next one begins."""
-    while isinstance(node, yaml.CollectionNode) and not node.flow_style:
-        last = node.value[-1]
-        node = last[1] if isinstance(last, tuple) else last
-    end: int = node.end_mark.index
-    return len(text[:end].rstrip()) if getattr(node, "style", None) in {"|", ">"} else end
-
-
-def _insert_after(text: str, place: int, lines: str) -> str:
-    """Insert whole lines below the line of a place; comments at the end of that line stay there."""
-    end = text.find("\n", place)
-    return f"{text[: end + 1]}{lines}{text[end + 1 :]}" if end >= 0 else f"{text}\n{lines}"
-
-
-def _make_item(source: dict[str, Any], indent: int) -> str:
-    """Return a source as an item of a block list: on one line, or a line a key if it is long."""
-    line = f"{' ' * indent}- {make_flow(source)}\n"
-    if len(line) <= ONE_LINE:
-        return line
-    block = str(yaml.safe_dump(source, sort_keys=False, width=float("inf"), allow_unicode=True)).splitlines()
-    return "".join(f"{' ' * indent}{'- ' if number == 0 else '  '}{one}\n" for number, one in enumerate(block))
+    tree = CommentedMap(source)
+    tree.fa.set_flow_style()
+    return _dump(_make_yaml(""), tree).strip()
 
 
 def write_params(path: Path, text: str) -> None:
     """Replace params.yaml as a whole, keeping its mode; a link stays one."""
-    import shutil
-
     path = path.resolve()
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     with staged.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
     shutil.copymode(path, staged)
     os.replace(staged, path)
+
+
+def _load(text: str) -> dict[str, Any]:
+    value = parse_yaml(text)
+    if not isinstance(value, dict):
+        raise ParamsError(PLACE, f"holds a {type(value).__name__}", "sections with keys", "Edit the file.")
+    return value
+
+
+def _name(source: Mapping[str, Any]) -> str:
+    return str(source.get("name", source.get("kind")))
+
+
+def _with_key(value: Mapping[str, Any], parts: list[str], new: Any) -> dict[str, Any]:
+    first, *rest = parts
+    return {**value, first: _with_key(value.get(first) or {}, rest, new) if rest else new}
+
+
+def _edit(text: str, parts: list[str], value: Any, change: Callable[[Any], None]) -> str | None:
+    """Return the text after a change of its tree; None unless that key alone has changed, to `value`."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    plain = text.replace("\r\n", "\n").removesuffix("\n") + "\n"
+    yaml, known = _make_yaml(plain), _load(text)
+    try:
+        wanted = _with_key(known, parts, value)
+        tree = yaml.load(plain)
+        before = _dump(yaml, tree)
+        change(tree)
+        changed = _carry_over(plain, before, _dump(yaml, tree))
+        fits = _load(changed) == wanted
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return changed.replace("\n", newline) if fits else None
+
+
+def _make_yaml(text: str) -> "YAML":
+    """Return ruamel's reader and writer of texts with their layout, which indents as this text does."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 1_000_000
+    yaml.brace_single_entry_mapping_in_flow_sequence = True
+    indented = re.search(r"^( +)[^\s#-]", text, re.MULTILINE)
+    step = len(indented[1]) if indented else 2
+    below = re.search(r"^( *)[\w-]+:[^\n]*\n(?: *#.*\n|\s*\n)*( *)- ", text, re.MULTILINE)
+    offset = len(below[2]) - len(below[1]) if below else 2
+    yaml.indent(mapping=step, sequence=offset + 2, offset=offset)
+    return yaml
+
+
+def _dump(yaml: "YAML", tree: Any) -> str:
+    sink = io.StringIO()
+    yaml.dump(tree, sink)
+    return sink.getvalue()
+
+
+def _set(tree: Any, parts: list[str], value: Any) -> None:
+    """Set one key of the tree, with the sections above it. Raises AttributeError where a section is a value."""
+    *sections, key = parts
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = type(tree)()
+        tree = tree[section]
+    tree[key] = _make_yaml("").load(make_scalar(value))
+
+
+def _append(tree: Any, source: dict[str, Any]) -> None:
+    """Add a source to the tree's list: on one line, or a line a key if it is long and the list is no line itself."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if "ingest" not in tree:
+        tree.update(ingest=None)
+        tree.yaml_set_comment_before_after_key("ingest", before="\n")
+    if tree["ingest"] is None:
+        tree["ingest"] = CommentedMap()
+    ingest = tree["ingest"]
+    item = CommentedMap(source)
+    if len(make_flow(source)) + 6 <= ONE_LINE:
+        item.fa.set_flow_style()
+    if ingest.get("sources"):
+        ingest["sources"].append(item)
+    elif "sources" in ingest:
+        ingest["sources"] = CommentedSeq([item])
+    else:
+        ingest.insert(0, "sources", CommentedSeq([item]))
+
+
+def _carry_over(text: str, before: str, after: str) -> str:
+    """Return the text with what is changed from `before` to `after`, where `before` is the text in ruamel's layout.
+
+    New lines go above the comments and blank lines that ruamel puts before them: these belong to what follows.
+
+    Raises:
+        KeyError: a line that changes has another layout in the text.
+    """
+    lines, old, new = (one.splitlines(keepends=True) for one in (text, before, after))
+    bare_lines, bare_old = (["".join(line.split()) for line in one] for one in (lines, old))
+    blocks = SequenceMatcher(None, bare_old, bare_lines, autojunk=False).get_matching_blocks()
+    places = {i + k: j + k for i, j, size in blocks for k in range(size)}
+    for tag, start, end, first, last in reversed(SequenceMatcher(None, old, new, autojunk=False).get_opcodes()):
+        if tag == "equal":
+            continue
+        if tag == "insert":
+            while start and (not bare_old[start - 1] or bare_old[start - 1].startswith("#")):
+                start -= 1  # noqa: PLW2901
+            at = places[start - 1] + 1 if start else 0
+            lines[at:at] = new[first:last]
+        else:
+            lines[places[start] : places[end - 1] + 1] = new[first:last]
+    return "".join(lines)

@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -23,18 +22,3 @@ Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, for which only true and false are truths."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool") or first in "tTfF"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)

@@ -1,5 +1,7 @@
 """Keys set in the text of params.yaml: comments, order and layout stay; what cannot be changed safely is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from visionloop.errors import ParamsError
@@ -35,10 +37,10 @@ def test_a_missing_key_becomes_the_last_of_its_section() -> None:
 
 def test_keys_in_brackets_and_below_each_other() -> None:
     changed = set_keys(TEXT, {"train.neighbours.k": 9, "train.neighbours.vote": "distance"})
-    assert changed == TEXT.replace("{k: 5}", "{k: 9, vote: distance}")
+    assert changed == TEXT.replace("{k: 5}  #", "{k: 9, vote: distance} #")
     flow = "name: pets\ntrain: {way: scratch}\n"
     assert set_keys(flow, {"train.neighbours.k": 7}) == "name: pets\ntrain: {way: scratch, neighbours: {k: 7}}\n"
-    assert set_keys("name: pets\ntrain: {}\n", {"train.seed": 1}) == "name: pets\ntrain: {seed: 1}\n"
+    assert set_keys("name: pets\ntrain: {}\n", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
 
 
 def test_a_section_that_is_missing_or_empty() -> None:
@@ -47,6 +49,21 @@ def test_a_section_that_is_missing_or_empty() -> None:
     assert set_keys("name: pets\ntrain:\n", {"train.seed": 1}) == "name: pets\ntrain:\n  seed: 1\n"
     nested = set_keys("name: pets\n", {"train.neighbours.k": 3})
     assert nested == "name: pets\ntrain:\n  neighbours:\n    k: 3\n"
+
+
+def test_a_new_key_comes_before_the_blank_lines_and_comments_of_the_next_section() -> None:
+    text = "name: pets\ntrain:\n  seed: 1 # luck\n\n# who judges\ngate:\n  alpha: 0.05\n"
+    added = "name: pets\ntrain:\n  seed: 1 # luck\n  patience: 7\n\n# who judges\ngate:\n  alpha: 0.05\n"
+    assert set_keys(text, {"train.patience": 7}) == added
+
+
+def test_the_examples_change_in_one_line_a_key() -> None:
+    for path in Path(__file__).parents[3].glob("src/visionloop/examples/*/params.yaml"):
+        text = path.read_text()
+        changed = set_keys(text, {"train.seed": 12, "train.ema": 0.5}).splitlines()
+        assert len(changed) == len(text.splitlines()) + 1
+        assert set(changed) - set(text.splitlines()) == {"  seed: 12", "  ema: 0.5"}
+        assert changed.index("  ema: 0.5") == changed.index("  seed: 12") + 1
 
 
 def test_windows_line_ends_stay() -> None:
@@ -89,7 +106,7 @@ def test_a_value_that_params_refuse_is_refused() -> None:
     ],
 )
 def test_scalars_read_back_as_what_they_were(value: object, text: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from visionloop.params.section import parse_yaml
+    from visionloop.params.text import parse_yaml
 
     assert make_scalar(value) == text
     assert parse_yaml(f"a: {text}") == {"a": value}
