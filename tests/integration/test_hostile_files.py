@@ -15,7 +15,7 @@ import pytest
 from fakes import make_image
 from source_runs import Run, run_source
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest import zips as zip_directory
+from visionloop.ingest import zips
 
 PHOTO = make_image(1)
 LINK, DEVICE = 0o120777 << 16, 0o060666 << 16
@@ -55,7 +55,7 @@ def local(data: bytearray, number: int) -> int:
     return int.from_bytes(data[central(data, number) + 42 :][:4], "little")
 
 
-def poke(data: bytearray, offset: int, layout: str, *values: int) -> bytearray:
+def poke(data: bytearray, offset: int, layout: str, *values: Any) -> bytearray:
     struct.pack_into(layout, data, offset, *values)
     return data
 
@@ -89,10 +89,11 @@ def quoting() -> bytearray:
     return poke(data, local(data, -2) + 18, "<2L", size, size)
 
 
-def zip64(*, count: int, offset: int = 0, size: int = 44) -> bytearray:
+def zip64(*, count: int, offset: int = 0, size: int = 44, end_count: int = 2) -> bytearray:
     """Put a zip64 end before the end, which then disagrees with it unless `count` is right."""
     data = pack()
     place = end(data)
+    poke(data, place + 8, "<2H", end_count, end_count)
     directory_bytes, directory = struct.unpack_from("<2L", data, place + 12)
     record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", size, 45, 45, 0, 0, count, count, directory_bytes, directory + offset)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
@@ -110,6 +111,19 @@ def after_a_program() -> bytes:
 def many_entries() -> bytearray:
     data = pack()
     return poke(data, end(data) + 8, "<2H", 60_000, 60_000)
+
+
+def no_directory() -> bytearray:
+    data = pack()
+    return poke(data, central(data, 0), "<4s", b"PK\1\3")
+
+
+def broken_extra() -> bytearray:
+    """The last name's final bytes become an extra field that claims to be longer than it is."""
+    data = pack(("cat/2.png" + "\xff" * 4, PHOTO))
+    place = central(data, -1)
+    size = int.from_bytes(data[place + 28 : place + 30], "little")
+    return poke(data, place + 28, "<2H", size - 4, 4)
 
 
 def encrypted() -> bytearray:
@@ -183,9 +197,21 @@ WHOLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "quoting bomb": (quoting, "has entries that overlap"),
     "zip64 that lies": (lambda: zip64(count=3), "has two ends that do not agree"),
     "zip64 that points elsewhere": (lambda: zip64(count=2, offset=-20), "has two ends that do not agree"),
-    "zip64 end of another size": (lambda: zip64(count=2, size=45), "has a zip64 end of a size that does not fit"),
-    "more entries than it has": (many_entries, "has a directory that breaks off at entry 3; expected 60,000"),
-    "fewer entries than it has": (lambda: poke(d := pack(), end(d) + 8, "<2H", 1, 1), "has more in its directory"),
+    "zip64 end of another size": (lambda: zip64(count=2, size=45), "has a zip64 end that is not where it says"),
+    "more entries than it has": (many_entries, "has 2 entries; expected 60,000, as its end says"),
+    "fewer entries than it has": (lambda: poke(d := pack(), end(d) + 8, "<2H", 1, 1), "has 2 entries; expected 1, as"),
+    "more entries in a zip64 end": (lambda: zip64(count=2 + (1 << 16), end_count=2), "has two ends that do not agree"),
+    "Finder's count in a zip64 end": (
+        lambda: zip64(count=2 + (1 << 16), end_count=0xFFFF),
+        "has 2 entries; expected 65,538",
+    ),
+    "no directory where it should be": (no_directory, r"cannot be read \(Bad magic number for central directory"),
+    "a name that is not the UTF-8 it says": (
+        lambda: rename(pack(("cat/ü.png", PHOTO)), b"\xc3\xbc", b"\xff\xff"),
+        "'utf-8' codec",
+    ),
+    "a version of the future": (lambda: poke(d := pack(), central(d, -1) + 6, "<H", 99), "zip file version 9.9"),
+    "a broken extra field": (broken_extra, r"cannot be read \(Corrupt extra field"),
     "entry of another disk": (lambda: poke(d := pack(), central(d, -1) + 34, "<H", 3), "entry, 2, that lies outside"),
     "several disks": (lambda: poke(d := pack(), end(d) + 4, "<2H", 1, 1), "is one of several parts"),
     "entry outside": (lambda: poke(d := pack(), central(d, -1) + 42, "<L", 1 << 30), "entry, 2, that lies outside"),
@@ -270,10 +296,33 @@ def test_archive_of_many_small_bombs_is_refused_as_a_whole(home: Path, monkeypat
     bombs = [(f"cat/{i}.bmp", bytes(1 << 20)) for i in range(4)]  # each just small enough to pass by itself
     (home / "a.zip").write_bytes(pack(*bombs, method=zipfile.ZIP_DEFLATED))
     assert len(run_source(home, kind="archive", path="a.zip").items) == 6
-    monkeypatch.setattr(zip_directory, "TOTAL_RATIO_FROM_BYTES", 2 << 20)
+    monkeypatch.setattr(zips, "TOTAL_RATIO_FROM_BYTES", 2 << 20)
     with pytest.raises(
         SourceError, match=r"would be 4,19\d,\d+ bytes unpacked, \d+ times its size; expected at most 100"
     ):
+        run_source(home, kind="archive", path="a.zip")
+
+
+def finder(names: list[str]) -> bytes:
+    """An archive as macOS makes it: of the number of entries only the last 16 bits, and no zip64 end."""
+    files, directory = bytearray(), bytearray()
+    for name in names:
+        fields = (20, 0, 0, 0, 0, 0, 0, 0, len(name), 0)
+        directory += struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, *fields, 0, 0, 0, 0, len(files)) + name.encode()
+        files += struct.pack("<4s5H3L2H", b"PK\3\4", *fields) + name.encode()
+    count = len(names) & 0xFFFF
+    end_record = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), len(files), 0)
+    return bytes(files + directory + end_record)
+
+
+def test_archive_of_finder_with_more_entries_than_it_can_count(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{'cat' if i % 2 else 'dog'}/{i:05}.png" for i in range(65_600)]
+    (home / "a.zip").write_bytes(finder(names))
+    run = run_source(home, kind="archive", path="a.zip")
+    assert [i.origin for i in run.items] == [f"archive:{name}" for name in sorted(names)]
+    assert run.items[-1].read(10) == b""
+    monkeypatch.setattr(zips, "MAX_MEMBERS", 65_599)
+    with pytest.raises(SourceError, match="has a directory of 3,870,400 bytes; expected at most 65,599 entries"):
         run_source(home, kind="archive", path="a.zip")
 
 

@@ -1,6 +1,6 @@
 """A zip of class folders, of flat files, or of a table and its images. Nothing is extracted to disk.
 
-The checks of the archive are in `ingest/archives/`; what lies where is read as in a folder.
+The archive is checked in `ingest/zips.py`; what lies where is read as in a folder.
 """
 
 import io
@@ -46,8 +46,8 @@ def read_archive(source: ArchiveSource, reading: Reading) -> Iterator[Item | Rej
         yield from read_by_place(
             source.name, images, shelf.make_reader, reading, where=where, pattern=source.pattern, loose=True
         )
-    for entry in shelf.refused:
-        yield Rejected(f"{source.name}:{escape_name(entry.name)}", entry.code, entry.problem)
+    for member in shelf.refused:
+        yield Rejected(f"{source.name}:{escape_name(member.name)}", member.code, member.problem)
 
 
 def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", where: str) -> Iterator[Item | Rejected]:
@@ -79,16 +79,17 @@ def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", w
 class ZipShelf:
     """The files of a zip as a shelf; hidden ones are left out. `files` are by their path.
 
-    `refused` are the entries that cannot be used: images, and whatever has a name that is an attack.
+    `refused` are the members that cannot be used: images, and whatever has a name that is an attack.
     """
 
     def __init__(self, reader: ZipReader) -> None:
         self._reader = reader
-        self._entries = {entry.name: entry for entry in reader.entries if not entry.problem}
-        names = sorted((name for name in self._entries if not _is_hidden(name)), key=lambda name: name.split("/"))
-        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{self._entries[name].offset}") for name in names}
-        bad = {entry.name: entry for entry in reader.entries if entry.problem}
-        self.refused = [entry for entry in bad.values() if entry.code == "unsafe_path" or is_image_name(entry.name)]
+        self._members = {member.name: member for member in reader.members if not member.problem}
+        names = sorted((name for name in self._members if not _is_hidden(name)), key=lambda name: name.split("/"))
+        offsets = {name: self._members[name].info.header_offset for name in names}
+        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{offsets[name]}") for name in names}
+        bad = {member.name: member for member in reader.members if member.problem}
+        self.refused = [one for one in bad.values() if one.code == "unsafe_path" or is_image_name(one.name)]
 
     def is_read_by_table(self) -> bool:
         """Say whether images are labelled by a table at the top, or in the one folder that holds all."""
@@ -124,14 +125,14 @@ class ZipShelf:
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        return partial(self._reader.read, self._entries[found.path])
+        return partial(self._reader.read, self._members[found.path])
 
     def open_table(self, name: str) -> BinaryIO | Path:
         """Open the table as a stream. Raises ImageError, also while it is read."""
-        entry = self._entries[self.files[name].path]
+        member = self._members[self.files[name].path]
         if name.lower().endswith(".parquet"):
-            return io.BytesIO(self._reader.read(entry, MAX_PARQUET_BYTES))
-        return self._reader.open(entry)
+            return io.BytesIO(self._reader.read(member, MAX_PARQUET_BYTES))
+        return self._reader.open(member)
 
 
 def _is_hidden(name: str) -> bool:
