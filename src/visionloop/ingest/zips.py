@@ -72,14 +72,14 @@ class _End(NamedTuple):
 
 def read_members(file: BinaryIO, size: int, where: str) -> list[Member]:
     """Return the files of an archive in the order of its directory. Raises SourceError."""
-    end, is_zip64 = _read_end(file, size, where)
+    end = _read_end(file, size, where)
     _check_directory_size(file, end, where)
     try:
         infos = ZipFile(file).infolist()
     except (BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as exc:
         raise SourceError(where, f"has a directory that cannot be read ({exc})", "a zip archive", TODO) from exc
-    # The end of a plain archive has 16 bits for the number: macOS writes 70,000 as 4,464.
-    if len(infos) != end.num_members and (is_zip64 or len(infos) & FULL_16 != end.num_members):
+    # The end has 16 bits for the number, and macOS makes no zip64 end: it writes 70,000 as 4,464.
+    if end.num_members not in (len(infos), len(infos) & FULL_16):
         raise SourceError(where, f"has {len(infos):,} entries", f"{end.num_members:,}, as its end says", TODO)
     members = _make_members(infos, end.offset, where)
     total = sum(info.file_size for info in infos)
@@ -89,8 +89,8 @@ def read_members(file: BinaryIO, size: int, where: str) -> list[Member]:
     return _mark_problems(members)
 
 
-def _read_end(file: BinaryIO, size: int, where: str) -> tuple[_End, bool]:
-    """Return what the end says, and whether that is a zip64 end. Raises SourceError unless there is one reading."""
+def _read_end(file: BinaryIO, size: int, where: str) -> _End:
+    """Return what the end says, or the zip64 end where there is one. Raises SourceError when both do not agree."""
     start = max(0, size - END.size - MAX_COMMENT)
     file.seek(start)
     tail = file.read(size - start)
@@ -103,8 +103,7 @@ def _read_end(file: BinaryIO, size: int, where: str) -> tuple[_End, bool]:
     if place + END.size + comment != len(tail):
         raise SourceError(where, "has data after its end", "nothing after the archive", TODO)
     locator = tail[max(0, place - END64_LOCATOR.size) : place]
-    is_zip64 = locator[:4] == b"PK\6\7"
-    if is_zip64:
+    if locator[:4] == b"PK\6\7":
         place_of_end -= END64_LOCATOR.size + END64.size
         file.seek(max(0, place_of_end))
         _, record_bytes, _, _, *fields = END64.unpack(file.read(END64.size).ljust(END64.size, b"\0"))
@@ -117,7 +116,7 @@ def _read_end(file: BinaryIO, size: int, where: str) -> tuple[_End, bool]:
         raise SourceError(where, "is one of several parts", "a whole archive", "Join the parts first.")
     if end.offset + end.directory_bytes != place_of_end:
         raise SourceError(where, "has a directory that is not where its end says", "no data before or between", TODO)
-    return end, is_zip64
+    return end
 
 
 def _check_directory_size(file: BinaryIO, end: _End, where: str) -> None:
