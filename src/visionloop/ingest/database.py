@@ -1,4 +1,9 @@
-"""Databases: a connection that can only read, and the rows of a query in chunks."""
+"""Databases: a connection that can only read, and the rows of a query in chunks.
+
+The text of a query is not judged here. The session is what stops it: it cannot write, has a time limit, and takes one
+statement at a time. What a session still allows (a superuser may read the server's files) only the rights of its user
+can take away.
+"""
 
 import re
 import sqlite3
@@ -18,9 +23,11 @@ from visionloop.secrets import Environment
 
 CONNECT_S = 10
 OPERATIONS_BETWEEN_CHECKS = 10_000
-DRIVERS = {
-    **dict.fromkeys(("postgres", "postgresql"), "postgresql+psycopg"),
-    **dict.fromkeys(("sqlite", "sqlite+pysqlite"), "sqlite+pysqlite"),
+# The two databases whose sessions are guarded here have one driver each: others send several statements at once.
+DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
+DRIVER_OPTIONS: dict[str, dict[str, Any]] = {
+    "psycopg": {"connect_timeout": CONNECT_S, "application_name": "visionloop"},
+    "mysqldb": {"multi_statements": False},
 }
 # regexp is Python's: it cannot be interrupted. The others read and write files, in shells that have them.
 FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "regexp"})
@@ -96,12 +103,8 @@ class Database:
         if self.dialect == "sqlite":
             path = self._find_file(where)
             return sa.create_engine("sqlite+pysqlite://", creator=lambda: _open_file(path), poolclass=sa.NullPool)
-        options: dict[str, Any] = {"poolclass": sa.NullPool, "hide_parameters": True}
-        if self.dialect == "postgresql":
-            options["connect_args"] = {"connect_timeout": CONNECT_S, "application_name": "visionloop"}
-            if self.url.get_driver_name() != "psycopg":
-                del options["connect_args"]
-        return sa.create_engine(self.url, **options)
+        options = DRIVER_OPTIONS.get(self.url.get_driver_name(), {})
+        return sa.create_engine(self.url, poolclass=sa.NullPool, hide_parameters=True, connect_args=options)
 
     def _find_file(self, where: str) -> Path:
         """Return the file of an SQLite URL. Raises SourceError."""
@@ -125,6 +128,8 @@ class Database:
         elif self.dialect in {"mysql", "mariadb"}:
             connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
             connection.rollback()
+        else:
+            tell(f"{where}: {self.dialect} has no read-only session; connect as a user that may only SELECT")
         return connection
 
 
@@ -134,7 +139,7 @@ def make_database(text: str, environment: Environment, home: Callable[[str], Pat
     try:
         url = make_url(whole)
         name = url.drivername
-        url = url.set(drivername=DRIVERS.get(name, name))
+        url = url.set(drivername=DRIVERS.get(name.split("+")[0], name))
         if whole is text:
             parts = {key: getattr(url, key) for key in ("username", "password", "host", "database")}
             expanded: dict[str, Any] = {key: environment.expand(value) for key, value in parts.items() if value}

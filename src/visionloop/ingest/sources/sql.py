@@ -24,7 +24,6 @@ from typing import Any
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
 from visionloop.ingest.paths.listing import ImageFolder, escape_name
-from visionloop.ingest.statement import check_statement
 from visionloop.ingest.tables.cells import Row, to_text
 from visionloop.ingest.tables.rows import (
     SAMPLE_ROWS,
@@ -52,6 +51,7 @@ _KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 KEY_NAMES = ("id", "uuid", "guid", "key", "pk", "image_id", "img_id", "name", "filename", "file_name")
 SAMPLE_BYTES = 64 << 20
+MAX_QUERY_CHARS = 100_000
 Sized = tuple[dict[str, Any], bool]
 
 
@@ -119,13 +119,15 @@ def _read(
         raise SourceError(where, f"{exc.name} is not installed", "the extra `ingest`", todo) from exc
     max_bytes = reading.limits.max_file_bytes
     database = make_database(source.url, environment, reading.resolve, max_bytes)
-    text = check_statement(source.query, database.dialect, where)
+    if len(source.query) > MAX_QUERY_CHARS or "\0" in source.query:  # a driver ends the text at a NUL
+        expected = f"at most {MAX_QUERY_CHARS:,} characters"
+        raise SourceError(f"{where} query", "is too long or holds a NUL", expected, "Edit it.")
     digest = compute_query_digest(source)
     progress = read_progress(reading.cursor, digest) if source.cursor else None
     if reading.cursor and source.cursor and not progress:
         reading.tell(f"{where}: the query, its columns or its cursor changed: read from the start")
     query = Query(
-        text=text,
+        text=source.query.rstrip("; \t\r\n"),
         dialect=database.dialect,
         where=f"{where} {database.place}",
         max_value_bytes=max_bytes,
