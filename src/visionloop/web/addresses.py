@@ -7,11 +7,12 @@ lead elsewhere. `connect.py` asks `explain_refusal` about the address that a soc
 import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote
 
 from visionloop.errors import ImageError, SourceError
+from visionloop.secrets import mask
 
 MAX_URL_CHARS = 8192
 MAX_HOST_CHARS = 253
@@ -52,7 +53,7 @@ _NEVER = {
     "unspecified": _networks("0.0.0.0/8", "::/128"),
     "multicast": _networks("224.0.0.0/4", "ff00::/8"),
     "broadcast": _networks("255.255.255.255/32"),
-    # An IPv4 address in the clothes of IPv6 would be judged by its clothes.
+    # These IPv6 addresses contain an IPv4 address, perhaps a private one, and gateways connect to that.
     "embedded IPv4": _networks("::ffff:0:0/96", "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"),
     "reserved": _networks(
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
@@ -125,10 +126,12 @@ class HostRules:
         if address.port not in ports:
             expected = " or ".join(str(port) for port in sorted(ports))
             raise _refuse(address.place, f"port {address.port} of {address.host} is not in the list of hosts", expected)
-        if ip := parse_ip(address.host):
-            refusal = self.explain_refusal(address.host, address.port, ip)
-            if refusal:
-                raise _refuse(address.place, refusal, "a public address")
+        self._check_literal(address)
+
+    def _check_literal(self, address: Address) -> None:
+        ip = parse_ip(address.host)
+        if ip and (refusal := self.explain_refusal(address.host, address.port, ip)):
+            raise _refuse(address.place, refusal, "a public address")
 
     def explain_refusal(self, host: str, port: int, ip: IPAddress) -> str | None:
         """Return why `host` may not be connected to at this address; None when it may."""
@@ -140,6 +143,18 @@ class HostRules:
                 return None
             return f"{host} is at a {kind} address"
         return f"{host} is at {'an' if kind[0] in 'aeiou' else 'a'} {kind} address"
+
+
+@dataclass(frozen=True)
+class AnyHost(HostRules):
+    """Any host over https; over http only this machine, since others could change what comes on its way."""
+
+    def check(self, address: Address) -> None:
+        ip = parse_ip(address.host)
+        is_here = address.host == "localhost" or (ip is not None and ip.is_loopback)
+        if address.scheme != "https" and not is_here:
+            raise _refuse(address.place, "is not encrypted", "https://")
+        self._check_literal(address)
 
 
 def classify(ip: IPAddress) -> str | None:
@@ -208,16 +223,8 @@ def parse_hosts(entries: Iterable[str], where: str) -> tuple[HostRule, ...]:
 
 def describe_url(url: str) -> str:
     """Return a URL of any shape for a message: no user name, no query, printable, short."""
-    shown = re.sub(r"//[^/]*@", "//***@", re.split(r"[?#]", url, maxsplit=1)[0])
+    shown = mask(re.split(r"[?#]", url, maxsplit=1)[0])
     return "URL " + shown[:120].encode("unicode_escape").decode("ascii") + ("..." if len(shown) > 120 else "")
-
-
-def mask(text: str, secrets: Sequence[str]) -> str:
-    """Replace what came from the environment by ***, also where it was percent-encoded."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        for form in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
-            text = text.replace(form, "***") if form else text
-    return text
 
 
 def _split_port(authority: str, where: str) -> tuple[str, int | None]:

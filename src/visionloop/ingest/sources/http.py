@@ -34,8 +34,8 @@ from visionloop.ingest.tables.rows import (
 )
 from visionloop.params import HttpSource
 from visionloop.records import Rejected
-from visionloop.secrets import Environment
-from visionloop.web.addresses import mask, parse_url
+from visionloop.secrets import Environment, mask
+from visionloop.web.addresses import parse_url
 from visionloop.web.download import Fetched, Fetcher, make_fetcher
 
 MAX_PAGE_BYTES = 64 << 20

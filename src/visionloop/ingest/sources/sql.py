@@ -36,8 +36,7 @@ from visionloop.ingest.tables.rows import (
 )
 from visionloop.params import SqlSource
 from visionloop.records import Rejected, compute_digest
-from visionloop.secrets import Environment
-from visionloop.web.addresses import mask
+from visionloop.secrets import Environment, mask
 from visionloop.web.download import Fetcher, make_fetcher
 
 _KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {

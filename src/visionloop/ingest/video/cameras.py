@@ -25,9 +25,9 @@ from visionloop.ingest.video.sample import Job
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
-from visionloop.secrets import Environment
-from visionloop.web.addresses import HostRules, mask, parse_hosts, parse_url
-from visionloop.web.download import PRIVATE_HOSTS, make_fetcher
+from visionloop.secrets import Environment, mask
+from visionloop.web.addresses import HostRules, parse_url
+from visionloop.web.download import make_fetcher, parse_private_hosts
 
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
@@ -165,8 +165,7 @@ def _open_rtsp(url: str, source: VideoSource, reading: Reading, job: Job) -> Rel
     address = parse_url("http" + bare[len("rtsp") :])  # the same strict parser as for every other URL
     has_port = re.match(r"[a-z]+://(\[[^]]*\]|[^/:?#]*):\d", bare, re.IGNORECASE)
     port = address.port if has_port else RTSP_PORT
-    private = reading.env.get(PRIVATE_HOSTS, "").replace(",", " ").split()
-    rules = HostRules((), parse_hosts(private, PRIVATE_HOSTS))
+    rules = HostRules((), parse_private_hosts(reading.env))
     local = f"rtsp://{_encode_login(login[2]) + '@' if login else ''}127.0.0.1:{{port}}{address.target}"
     job = replace(job, url=local, format="rtsp", options=RTSP_OPTIONS)
     return Relay(rules, address.host, port, job, source.max_video_bytes)

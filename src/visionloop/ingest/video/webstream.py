@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from visionloop.errors import ImageError
 from visionloop.ingest.video.sample import Job
 from visionloop.web.addresses import Address, HostRules
-from visionloop.web.download import MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
+from visionloop.web.download import IDENTITY, MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
 
 if TYPE_CHECKING:
     import httpcore
@@ -31,7 +31,6 @@ CONNECT_S = 15.0
 SILENCE_S = 30.0
 CHUNK = 1 << 16
 MAX_LINE = 4000  # FFmpeg cuts a line off at 4096 bytes; a shorter one it reads as we do
-IDENTITY = {"Accept-Encoding": "identity"}
 _STATUS = re.compile(rb"RTSP/\d\.\d[ \t]+([1-5])\d\d([ \t].*)?")
 _LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
 
