@@ -15,7 +15,7 @@ import pytest
 
 from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 
@@ -26,7 +26,7 @@ PRIVATE = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"}
 def read(home: Path, env: dict[str, str] | None = None, **keys: Any) -> tuple[list[Item], list[Rejected], list[str]]:
     source = VideoSource.model_validate({"kind": "video", "name": "cam", **keys})
     told: list[str] = []
-    offered = list(read_source(source, Reading(home, home / ".visionloop", env or {}, tell=told.append)))
+    offered = list(read_source(source, SourceContext(home, home / ".visionloop", env or {}, tell=told.append)))
     items = [one for one in offered if isinstance(one, Item)]
     return items, [one for one in offered if isinstance(one, Rejected)], told
 

@@ -15,7 +15,7 @@ import pytest
 
 from postgres_server import PASSWORD, Postgres, run_postgres
 from visionloop.errors import SourceError
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import SqlSource
 
 # FILE is a path that must not come to be; TRIP the port of a listener on loopback that nobody may reach.
@@ -132,10 +132,10 @@ def postgres() -> Iterator[Postgres]:
 def attack(url: str, query: str, home: Path) -> str:
     """Run a query as hard as a user could, and return what was said; a row that came through is said too."""
     told: list[str] = []
-    reading = Reading(home, home, {"PG_PASSWORD": PASSWORD}, tell=told.append)
+    context = SourceContext(home, home, {"PG_PASSWORD": PASSWORD}, tell=told.append)
     source = SqlSource(kind="sql", url=url, query=query, name="db", timeout_s=0.4, max_rows=50)
     try:
-        for one in read_source(source, reading):
+        for one in read_source(source, context):
             if isinstance(one, Item) and not one.origin.startswith("db:id="):
                 return f"gave {one}"
     except SourceError as exc:

@@ -15,7 +15,7 @@ from http_server import Answer, serve
 from postgres_server import PASSWORD, Postgres, run_postgres
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import SqlSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
@@ -108,14 +108,14 @@ class Result:
         self.told: list[str] = []
         env = keys.pop("env", {"PG_PASSWORD": PASSWORD, "VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"})
         limits = make_params({"name": "x", "ingest": keys.pop("limits", {})}).ingest
-        reading = Reading(home, home, env, limits, pulled, self.told.append)
+        context = SourceContext(home, home, env, limits, pulled, self.told.append)
         source = SqlSource(kind="sql", url=keys.pop("url", database.url), query=query, name="db", **keys)
         self.items: list[Item] = []
         self.rejected: list[Rejected] = []
         self.cursors: list[Cursor] = []
         self.error: SourceError | None = None
         try:
-            for one in read_source(source, reading):
+            for one in read_source(source, context):
                 {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
         except SourceError as exc:
             self.error = exc

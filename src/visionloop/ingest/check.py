@@ -36,7 +36,7 @@ PASSING = "unreadable"
 
 
 @dataclass(slots=True)
-class Outcome:
+class ItemResult:
     """What came of one item. `is_lasting`: it is a verdict on the bytes, and stands as long as the stamp does."""
 
     ordinal: int
@@ -49,21 +49,21 @@ class Outcome:
 class _Done:
     """A batch that was worked on: what came of it, its time on the clock and on a core, and what stopped it."""
 
-    outcomes: list[Outcome]
+    results: list[ItemResult]
     seconds: float
     cpu_s: float
     error: BaseException | None
 
 
 class Crew:
-    """Threads with batches on their way to and from them. `on_outcomes` is called by the thread that gives the work.
+    """Threads with batches on their way to and from them. `on_results` is called by the thread that gives the work.
 
-    Everything that was stored is handed to `on_outcomes`, also when an error stopped the rest.
+    Everything that was stored is handed to `on_results`, also when an error stopped the rest.
     """
 
-    def __init__(self, checker: "Checker", on_outcomes: Callable[[list[Outcome]], None], *, num_writers: int) -> None:
+    def __init__(self, checker: "Checker", on_results: Callable[[list[ItemResult]], None], *, num_writers: int) -> None:
         self._checker = checker
-        self._on_outcomes = on_outcomes
+        self._on_results = on_results
         self._todo: SimpleQueue[Batch | None] = SimpleQueue()
         self._done: SimpleQueue[_Done] = SimpleQueue()
         self._threads: list[Thread] = []
@@ -94,7 +94,7 @@ class Crew:
         for thread in self._threads:
             thread.join()
         while not self._done.empty():
-            self._on_outcomes(self._done.get().outcomes)
+            self._on_results(self._done.get().results)
 
     def _send(self) -> None:
         if len(self._threads) < min(self._max_threads, self._num_wanted, self._num_out + 1):
@@ -110,10 +110,10 @@ class Crew:
     def _receive(self) -> None:
         done = self._done.get()
         self._num_out -= 1
-        self._on_outcomes(done.outcomes)
+        self._on_results(done.results)
         if done.error is not None:
             raise done.error
-        each_s = done.seconds / max(1, len(done.outcomes))
+        each_s = done.seconds / max(1, len(done.results))
         self._batch_size = min(_MAX_BATCH, max(1, int(_BATCH_S / max(each_s, 1e-6))))
         num_threads = len(self._threads)
         if num_threads == self._num_wanted and done.cpu_s * num_threads < _BUSY * done.seconds * self._num_cores:
@@ -122,13 +122,13 @@ class Crew:
     def _work(self) -> None:
         while (batch := self._todo.get()) is not None:
             started, cpu_started = time.perf_counter(), time.thread_time()
-            outcomes: list[Outcome] = []
+            results: list[ItemResult] = []
             error = None
             try:
-                self._checker.check(batch, outcomes)
+                self._checker.check(batch, results)
             except BaseException as exc:  # handed on to the thread that gives the work
                 error = exc
-            self._done.put(_Done(outcomes, time.perf_counter() - started, time.thread_time() - cpu_started, error))
+            self._done.put(_Done(results, time.perf_counter() - started, time.thread_time() - cpu_started, error))
 
 
 class Checker:
@@ -148,8 +148,8 @@ class Checker:
         self._forgotten = forgotten
         self._decoding = Semaphore(count_cores())
 
-    def check(self, batch: Batch, outcomes: list[Outcome]) -> None:
-        """Add what comes of a batch to `outcomes`. Raises StoreError, and what a source raises as a whole."""
+    def check(self, batch: Batch, results: list[ItemResult]) -> None:
+        """Add what comes of a batch to `results`. Raises StoreError, and what a source raises as a whole."""
         held: list[tuple[int, Item, bytes]] = []
         num_bytes = 0
         for ordinal, item in batch:
@@ -157,14 +157,14 @@ class Checker:
                 return
             data = self._read(item)
             if isinstance(data, Rejected):
-                outcomes.append(Outcome(ordinal, item, data, is_lasting=data.code == "too_large"))
+                results.append(ItemResult(ordinal, item, data, is_lasting=data.code == "too_large"))
                 continue
             held.append((ordinal, item, data))
             num_bytes += len(data)
             if num_bytes > _GROUP_BYTES:
-                self._inspect(held, outcomes)
+                self._inspect(held, results)
                 held, num_bytes = [], 0
-        self._inspect(held, outcomes)
+        self._inspect(held, results)
 
     def _read(self, item: Item) -> bytes | Rejected:
         try:
@@ -176,29 +176,29 @@ class Checker:
         except Exception as exc:  # a source of one's own, that fails for one image
             return Rejected(item.origin, "unreadable", f"cannot be read ({type(exc).__name__})")
 
-    def _inspect(self, held: Sequence[tuple[int, Item, bytes]], outcomes: list[Outcome]) -> None:
+    def _inspect(self, held: Sequence[tuple[int, Item, bytes]], results: list[ItemResult]) -> None:
         with self._decoding:
             judged = [(self._judge(ordinal, item, data), data) for ordinal, item, data in held]
-        for outcome, data in judged:
-            if isinstance(outcome.found, Facts):
+        for result, data in judged:
+            if isinstance(result.found, Facts):
                 if self.stopped.is_set():
                     return
-                if outcome.found.sha256 in self._forgotten:
-                    outcomes.append(replace(outcome, is_lasting=False))
+                if result.found.sha256 in self._forgotten:
+                    results.append(replace(result, is_lasting=False))
                     continue
-                self._put(make_image_key(outcome.found.sha256), data)
-            outcomes.append(outcome)
+                self._put(make_image_key(result.found.sha256), data)
+            results.append(result)
 
-    def _judge(self, ordinal: int, item: Item, data: bytes) -> Outcome:
+    def _judge(self, ordinal: int, item: Item, data: bytes) -> ItemResult:
         try:
-            return Outcome(ordinal, item, inspect_bytes(data, item.origin, max_pixels=self._limits.max_pixels))
+            return ItemResult(ordinal, item, inspect_bytes(data, item.origin, max_pixels=self._limits.max_pixels))
         except ImageError as exc:
-            return Outcome(ordinal, item, _reject(item, exc))
+            return ItemResult(ordinal, item, _reject(item, exc))
         except MemoryError:
             raise
         except Exception as exc:  # a decoder that fails in its own way costs this image, not the run
             found = Rejected(item.origin, "unreadable", f"cannot be decoded ({type(exc).__name__})")
-            return Outcome(ordinal, item, found, is_lasting=False)
+            return ItemResult(ordinal, item, found, is_lasting=False)
 
     def _put(self, key: str, data: bytes) -> None:
         if not self._store.add(key, data) and self._verify and self._store.get(key) != data:
@@ -288,7 +288,7 @@ class _Tally:
         self._on_progress = on_progress
         self._rows: dict[str, dict[str, Row]] = {}
         self._offers = _Offers()
-        self._slots: list[tuple[Item, Row] | Outcome | None] = []
+        self._slots: list[tuple[Item, Row] | ItemResult | None] = []
         self._num_done = self._num_read = self._num_missing = 0
 
     def count(self, item: Item) -> int | None:
@@ -301,13 +301,13 @@ class _Tally:
         self._num_done += 1
         return None
 
-    def settle(self, outcomes: list[Outcome]) -> None:
+    def settle(self, results: list[ItemResult]) -> None:
         """Take what threads have found out, and keep in the journal what lasts."""
-        for outcome in outcomes:
-            self._slots[outcome.ordinal] = outcome
-        self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in outcomes if o.is_lasting])
-        self._num_done += len(outcomes)
-        self._num_read += len(outcomes)
+        for result in results:
+            self._slots[result.ordinal] = result
+        self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in results if o.is_lasting])
+        self._num_done += len(results)
+        self._num_read += len(results)
         self._on_progress(self._num_done, 0)
 
     def close(self) -> Checked:
@@ -331,7 +331,7 @@ class _Tally:
 
     def _list_held(self) -> set[str]:
         """Name the sources whose cursor stays: an image that could not be had today must be asked for again."""
-        new = [slot for slot in self._slots if isinstance(slot, Outcome)]
+        new = [slot for slot in self._slots if isinstance(slot, ItemResult)]
         return {o.item.source for o in new if isinstance(o.found, Rejected) and o.found.code == PASSING}
 
     def _find(self, item: Item) -> Row | None:
@@ -383,8 +383,8 @@ class _Offers:
         self._abouts = {} if len(self._abouts) > _FLUSH_LINES else self._abouts
 
 
-def _unpack(ordinal: int, slot: tuple[Item, Row] | Outcome) -> Inspected | Rejected:
-    if isinstance(slot, Outcome):
+def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Rejected:
+    if isinstance(slot, ItemResult):
         item, found = slot.item, slot.found
     else:
         item, row = slot

@@ -242,7 +242,7 @@ def _translate(where: str, exc: BaseException, stopwatch: Stopwatch) -> SourceEr
 
 
 @dataclass(frozen=True)
-class Query:
+class SqlQuery:
     """A checked query, and how much of it is wanted: rows from `start` of the column `cursor` on, if there is one."""
 
     text: str

@@ -45,7 +45,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceContext:
     """What a source may use: the workspace, the environment, its committed cursor, a way to tell of a guess."""
 
     home: Path

@@ -18,7 +18,7 @@ from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
 from visionloop.ingest.labels import Correction, load_corrections
 from visionloop.ingest.merge import merge
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import Params, Source
 from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
 from visionloop.settings import Settings
@@ -79,9 +79,9 @@ def pull(
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     journal = Journal(make_journal_path(settings), store.url, params.ingest)
     with _rare_collections(), closing(journal):
-        reading = Reading(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
+        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
         path = params.ingest.corrections
-        corrections = load_corrections(reading.resolve(path)) if path else []
+        corrections = load_corrections(context.resolve(path)) if path else []
         before, last = latest_version(store, name), journal.load_pull(name)
         if last and not (before and last.version == _name_version(before)):
             last = None
@@ -95,7 +95,7 @@ def pull(
             verify=verify,
             forgotten=forgotten,
         )
-        checked = check_all(_read_all(sources, reading, cursors), store, params.ingest, known, on_progress)
+        checked = check_all(_read_all(sources, context, cursors), store, params.ingest, known, on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
         if number := checked.num_missing:
             tell(f"{number:,} images were missing from the store: stored again")
@@ -131,10 +131,10 @@ def check_sources(params: Params) -> Sequence[Source]:
 
 
 def _read_all(
-    sources: Sequence[Source], reading: Reading, cursors: Mapping[str, str]
+    sources: Sequence[Source], context: SourceContext, cursors: Mapping[str, str]
 ) -> Iterator[Item | Rejected | Cursor]:
     for source in sources:
-        yield from read_source(source, replace(reading, cursor=cursors.get(source.name)))
+        yield from read_source(source, replace(context, cursor=cursors.get(source.name)))
 
 
 def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]) -> Container[str] | None:

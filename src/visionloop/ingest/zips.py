@@ -59,7 +59,7 @@ class Member:
     problem: str = ""
 
 
-class _End(NamedTuple):
+class _Directory(NamedTuple):
     """What the end of an archive says of its directory."""
 
     disk: int
@@ -89,7 +89,7 @@ def read_members(file: BinaryIO, size: int, where: str) -> list[Member]:
     return _mark_problems(members)
 
 
-def _read_end(file: BinaryIO, size: int, where: str) -> _End:
+def _read_end(file: BinaryIO, size: int, where: str) -> _Directory:
     """Return what the end says, or the zip64 end where there is one. Raises SourceError when both do not agree."""
     start = max(0, size - END.size - MAX_COMMENT)
     file.seek(start)
@@ -98,7 +98,7 @@ def _read_end(file: BinaryIO, size: int, where: str) -> _End:
     if place < 0 or len(tail) - place < END.size:
         raise SourceError(where, "is no zip archive, or is cut off", "a zip archive", TODO)
     *fields, comment = END.unpack_from(tail, place)[1:]
-    small = end = _End(*fields)
+    small = end = _Directory(*fields)
     place_of_end = start + place
     if place + END.size + comment != len(tail):
         raise SourceError(where, "has data after its end", "nothing after the archive", TODO)
@@ -107,7 +107,7 @@ def _read_end(file: BinaryIO, size: int, where: str) -> _End:
         place_of_end -= END64_LOCATOR.size + END64.size
         file.seek(max(0, place_of_end))
         _, record_bytes, _, _, *fields = END64.unpack(file.read(END64.size).ljust(END64.size, b"\0"))
-        end = _End(*fields)
+        end = _Directory(*fields)
         if END64_LOCATOR.unpack(locator)[2] != place_of_end or record_bytes != END64.size - 12:
             raise SourceError(where, "has a zip64 end that is not where it says", "a whole archive", TODO)
         if any(a not in (b, FULL_16, FULL_32) for a, b in zip(small, end, strict=True)):
@@ -119,7 +119,7 @@ def _read_end(file: BinaryIO, size: int, where: str) -> _End:
     return end
 
 
-def _check_directory_size(file: BinaryIO, end: _End, where: str) -> None:
+def _check_directory_size(file: BinaryIO, end: _Directory, where: str) -> None:
     """Raise SourceError for a directory that would take too much memory; the stated number may be a lie."""
     file.seek(end.offset)
     if end.directory_bytes <= MAX_DIRECTORY_BYTES:

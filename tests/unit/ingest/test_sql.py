@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from visionloop.errors import SourceError
 from visionloop.ingest.database import Stopwatch, escape_colons, make_database
-from visionloop.ingest.sources.sql import Progress, compute_query_digest, read_progress, write_progress
+from visionloop.ingest.sources.sql import CursorState, compute_query_digest, read_progress, write_progress
 from visionloop.ingest.tables.rows import RowPlan
 from visionloop.params import SqlSource
 from visionloop.secrets import Environment
@@ -60,9 +60,9 @@ def test_a_colon_stays_a_colon(text: str) -> None:
     ],
 )
 def test_a_cursor_comes_back_as_it_was(value: object) -> None:
-    text = write_progress(Progress(value, PLAN), "d1", "source db")
+    text = write_progress(CursorState(value, PLAN), "d1", "source db")
     back = read_progress(text, "d1")
-    assert back == Progress(value, PLAN)
+    assert back == CursorState(value, PLAN)
     assert back is not None
     assert type(back.value) is type(value)
     assert read_progress(text, "d2") is None
@@ -71,7 +71,7 @@ def test_a_cursor_comes_back_as_it_was(value: object) -> None:
 @pytest.mark.parametrize("value", [True, float("nan"), b"x", None, [1]])
 def test_what_has_no_order_is_no_cursor(value: object) -> None:
     with pytest.raises(SourceError, match="source db cursor: the cursor column holds"):
-        write_progress(Progress(value, PLAN), "d1", "source db")
+        write_progress(CursorState(value, PLAN), "d1", "source db")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_has_no_order_is_no_cursor(value: object) -> None:
     [{}, {"kind": "pickle"}, {"value": "x"}, {"plan": {"image": 1, "labels": [], "extra": 2}}, {"plan": None}, []],
 )
 def test_a_cursor_that_was_changed_by_hand_starts_anew(change: object) -> None:
-    state = json.loads(write_progress(Progress(1, PLAN), "d1", "source db"))
+    state = json.loads(write_progress(CursorState(1, PLAN), "d1", "source db"))
     text = json.dumps({**state, **change} if isinstance(change, dict) and change else change)
     assert read_progress(text, "d1") is None
     assert read_progress("{", "d1") is None

@@ -11,19 +11,18 @@ from PIL import Image
 
 from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_sound, write_video
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.item import Reading
+from visionloop.ingest.item import SourceContext
 from visionloop.ingest.video.cameras import is_camera
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.decode import decode, turn_upright
-from visionloop.ingest.video.sample import Clock, Job, Sampler, compute_difference
+from visionloop.ingest.video.sample import Clock, DecodeJob, Sampler, compute_difference
 from visionloop.ingest.video.segments import parse_seconds, read_segments
-from visionloop.ingest.video.webstream import RtspReplies
 from visionloop.params import VideoSource
 
 
-def ask(path: Path, **wishes: Any) -> Job:
+def ask(path: Path, **wishes: Any) -> DecodeJob:
     defaults = {"every_s": 1.0, "scene": None, "spans": [(0.0, None)], "max_frames": 100, "max_s": 3600.0}
-    return Job(**{**defaults, "max_pixels": 1_000_000, "file": str(path), **wishes})
+    return DecodeJob(**{**defaults, "max_pixels": 1_000_000, "file": str(path), **wishes})
 
 
 def play(path: Path, **wishes: Any) -> tuple[dict[int, bytes], dict[str, Any]]:
@@ -279,8 +278,8 @@ def read_table(
     (tmp_path / "t.csv").write_text(text)
     source = VideoSource(kind="video", path="v", name="cam", table="t.csv", **keys)
     told: list[str] = []
-    reading = Reading(tmp_path, tmp_path / ".visionloop", {}, tell=told.append)
-    found = read_segments(tmp_path / "t.csv", source, reading, "source cam", videos)
+    context = SourceContext(tmp_path, tmp_path / ".visionloop", {}, tell=told.append)
+    found = read_segments(tmp_path / "t.csv", source, context, "source cam", videos)
     return found.segments, found.rejected, told
 
 
@@ -328,9 +327,9 @@ def test_other_times_are_refused(text: str) -> None:
 
 def test_a_table_that_is_missing_is_an_error(tmp_path: Path) -> None:
     source = VideoSource(kind="video", path="v", table="no.csv")
-    reading = Reading(tmp_path, tmp_path, {})
+    context = SourceContext(tmp_path, tmp_path, {})
     with pytest.raises(SourceError, match=r"table no\.csv: does not exist; expected a \.csv"):
-        read_segments(tmp_path / "no.csv", source, reading, "source cam", [])
+        read_segments(tmp_path / "no.csv", source, context, "source cam", [])
 
 
 # Small parts
@@ -361,52 +360,3 @@ def test_the_spool_of_a_dead_process_is_swept(tmp_path: Path) -> None:
 )
 def test_cameras_are_told_from_files(path: str, camera: bool) -> None:
     assert is_camera(path) is camera
-
-
-OK = b"RTSP/1.0 200 OK\r\nCSeq: 1\r\n\r\n"
-FOUND = b"RTSP/1.0 302 Found\r\nLocation: rtsp://10.0.0.1/\r\n\r\n"
-SENT = "redirects to another address"
-
-
-def relay(data: bytes, size: int = 1000) -> str:
-    """Return the fault that is found in what a camera sends, in pieces of so many bytes."""
-    replies = RtspReplies()
-    return next((fault for i in range(0, len(data), size) if (fault := replies.find_fault(data[i : i + size]))), "")
-
-
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        (OK + FOUND, SENT),
-        (FOUND.replace(b"\r", b""), SENT),
-        (b"$\0\0\2ab" + FOUND, SENT),
-        (b"\r$\0\0\2\n\n" + FOUND, SENT),
-        (OK + b"$\0\0\0$\1\0\1\n\r\n" + FOUND, SENT),
-        (b"RTSP/1.0 200 OK\r\n$\0\0\6RTSP/1CSeq: 1\r\n\r\n" + FOUND, SENT),
-        (b"RTSP/1.0 200 OK\ncontent-LENGTH: 3\n\n$\0\0" + FOUND, SENT),
-        (b"ANNOUNCE a RTSP/1.0\r\nContent-Length: 1\r\n\r\n$" + FOUND, SENT),
-        (b"RT\rSP/1.0 3\r02 Found\r\r\n", SENT),
-        (b"RTSP/1.0\t302\n", SENT),
-        (b" RTSP/1.0 302 Found\n", "sends a status that is not plain"),
-        (b"RTSP/2 302 Found\n", "sends a status that is not plain"),
-        (b"RTSP/1.0 0302 Found\n", "sends a status that is not plain"),
-        (b"rtsp/1.0 +302 Found\n", "sends a status that is not plain"),
-        (b"RTSP/1.0 200 OK\nContent-Length: 0x9\n", "sends a length that is not plain"),
-        (b"RTSP/1.0 200 OK\nContent-Length: 9\ncontent-length: 1\n", "sends a length that is not plain"),
-        (b"RTSP/1.0 200 OK\nContent-Type: a\n Content-Length: 9\n", "sends a length that is not plain"),
-        (b"RTSP/1.0 200 OK\n\0\n", "sends a control character in a reply"),
-        (b"RTSP/1.0 200 OK\nServer: " + b"x" * 20_000, "sends a line that is too long"),
-        (OK + b"SET_PARAMETER rtsp://c/ RTSP/1.0\r\nCSeq: 1\r\n folded\r\n\r\n" + OK, ""),
-        (b"RTSP/1.0 401 Unauthorized\r\nContent-Length: 30\r\n\r\nRTSP/1.0 302 Found in the body" + OK, ""),
-    ],
-)
-def test_the_relay_lets_no_redirect_through_however_it_is_cut(data: bytes, fault: str) -> None:
-    assert {relay(data, size) for size in (1, 2, 3, 7, 1000, 30_000)} == {fault}
-
-
-def test_the_film_may_hold_any_bytes_once_it_was_asked_for() -> None:
-    replies = RtspReplies()
-    replies.note_request(b"SETUP rtsp://c/PLAY RTSP/1.0\r\n\r\n")
-    assert replies.find_fault(b"RTSP/1.0 302 Found\r\n") == SENT
-    replies.note_request(b"PLAY rtsp://c/ RTSP/1.0\r\n\r\n")
-    assert replies.find_fault(OK + b"$\0\0\4\nRTSP/1.0 302 by chance, in the film\n" + bytes(20_000)) == ""

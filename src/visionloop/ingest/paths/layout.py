@@ -140,7 +140,7 @@ def _hold(parts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """What a path says of its image. No `labels`: for prediction only. `side` and `test_is_given` as in `Item`."""
 
     labels: tuple[str, ...]
@@ -150,7 +150,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Layout:
     """How paths are read. `wrapper` is a folder above everything; `splits` are the split folders, `labelled` those
     with labels inside."""
 
@@ -162,7 +162,7 @@ class _Plan:
 
 def place_all(
     paths: Sequence[str], where: str, tell: Callable[[str], None], *, pattern: str | None = None, loose: bool = False
-) -> list[Place | str]:
+) -> list[Placement | str]:
     """Return for each path its place, or in words why it has no label. What had to be guessed is told.
 
     Paths have `/` between their parts. `loose`: a folder above everything is an archive's own name, not a class.
@@ -173,12 +173,12 @@ def place_all(
     given = make_pattern(pattern, where) if pattern else None
     plan = _make_plan(paths, where, tell, given, loose)
     found = [_place(path, plan) for path in paths] if plan.pattern else _place_folders(paths, plan)
-    if not any(isinstance(one, Place) and one.labels for one in found):
+    if not any(isinstance(one, Placement) and one.labels for one in found):
         raise _refuse(paths, where, given)
-    sides = {one.side for one in found if isinstance(one, Place) and one.side and one.labels}
+    sides = {one.side for one in found if isinstance(one, Placement) and one.side and one.labels}
     settled = settle_sides(sides)
     return [
-        Place(one.labels, *settled[one.side], one.group) if isinstance(one, Place) and one.side else one
+        Placement(one.labels, *settled[one.side], one.group) if isinstance(one, Placement) and one.side else one
         for one in found
     ]
 
@@ -196,29 +196,29 @@ def settle_sides(sides: Collection[str]) -> dict[str, tuple[str | None, bool]]:
     return {side: (None if side == "train" and not has_val else side, has_test) for side in sides}
 
 
-def _place(path: str, plan: _Plan) -> Place | str:
+def _place(path: str, plan: _Layout) -> Placement | str:
     inner = path[len(plan.wrapper) :]
     top, slash, rest = inner.partition("/")
     side = plan.splits.get(top) if slash else None
     if side and top not in plan.labelled:
-        return Place(())
+        return Placement(())
     if plan.pattern:
         match = plan.pattern.match(inner)
         if match is None or not is_label(match.label):
             return f"its name does not fit the pattern {plan.pattern.text}"
-        return Place((match.label,), match.side or side, False, match.group)
+        return Placement((match.label,), match.side or side, False, match.group)
     if side:
         top, slash, _ = rest.partition("/")
     elif plan.labelled:
         return f"it lies outside of the split folders {shorten(list(plan.labelled))}"
     if not slash:
         return "it lies in no class folder"
-    return Place((top,), side) if is_label(top) else "the name of its folder cannot be a class"
+    return Placement((top,), side) if is_label(top) else "the name of its folder cannot be a class"
 
 
-def _place_folders(paths: Sequence[str], plan: _Plan) -> list[Place | str]:
+def _place_folders(paths: Sequence[str], plan: _Layout) -> list[Placement | str]:
     """Place paths without a pattern: what lies in one folder has one place."""
-    places: dict[str, Place | str] = {}
+    places: dict[str, Placement | str] = {}
     found = []
     for path in paths:
         folder = path.rpartition("/")[0]
@@ -231,7 +231,7 @@ def _place_folders(paths: Sequence[str], plan: _Plan) -> list[Place | str]:
 
 def _make_plan(
     paths: Sequence[str], where: str, tell: Callable[[str], None], given: Pattern | None, loose: bool
-) -> _Plan:
+) -> _Layout:
     wrapper = ""
     tree = _Tree(paths)
     for _ in range(MAX_WRAPPERS):
@@ -250,7 +250,7 @@ def _make_plan(
     splits = tree.splits if labelled or len(tree.splits) < len(tree.tops) else {}
     for name in sorted(set(splits) - labelled):
         tell(f"{where}: images of {name}/ without labels, for prediction only: {len(tree.tops[name]):,}")
-    return _Plan(wrapper, pattern, splits, frozenset(labelled))
+    return _Layout(wrapper, pattern, splits, frozenset(labelled))
 
 
 class _Tree:

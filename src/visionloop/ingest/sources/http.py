@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote_plus, urljoin
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Cursor, Item, Reading
+from visionloop.ingest.item import Cursor, Item, SourceContext
 from visionloop.ingest.tables.cells import get_cell
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
@@ -242,25 +242,25 @@ def _load_json(data: bytes, where: str) -> Any:
         raise SourceError(where, f"is not JSON ({reason})", "a listing in JSON or CSV", "Check the URL.") from exc
 
 
-def read_http(source: HttpSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+def read_http(source: HttpSource, context: SourceContext) -> Iterator[Item | Rejected | Cursor]:
     """Yield the images of a listing in its order.
 
     Raises:
         SourceError: a variable is missing, a page cannot be had after retries, or its columns cannot be told apart.
     """
     where = f"source {source.name}"
-    environment = Environment(reading.env, where)
+    environment = Environment(context.env, where)
     url = environment.expand_url(source.url)
     headers = {name: environment.expand(value) for name, value in source.headers.items()}
     secrets = tuple(environment.secrets)
-    tell = _make_masked_tell(reading.tell, secrets)
+    tell = _make_masked_tell(context.tell, secrets)
     try:
         try:
             address = parse_url(url)
         except ImageError as exc:
             raise SourceError(f"{where} url", exc.found, exc.expected, exc.todo) from exc
         fetcher = make_fetcher(
-            reading.env,
+            context.env,
             [address.netloc, *source.hosts],
             headers=headers,
             headers_host=address.url,
@@ -269,7 +269,7 @@ def read_http(source: HttpSource, reading: Reading) -> Iterator[Item | Rejected 
             secrets=secrets,
         )
         pages = Listing(source, address.url, fetcher, where, tell).walk()
-        yield from _read_pages(source, pages, fetcher, where, tell, asks_for_stamps=reading.cursor is not None)
+        yield from _read_pages(source, pages, fetcher, where, tell, asks_for_stamps=context.cursor is not None)
     except SourceError as exc:
         raise SourceError(*(mask(part, secrets) for part in (exc.where, exc.found, exc.expected, exc.todo))) from None
     yield Cursor(source.name, PULLED_BEFORE)

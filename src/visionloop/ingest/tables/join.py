@@ -118,7 +118,7 @@ class FolderShelf:
 
 
 @dataclass(frozen=True)
-class Table:
+class LabelTable:
     """A table on a shelf: what it is called there and what params say of it. `images`: where they lie, if it is said.
 
     `find_url` makes the reader of a URL and says how it is called; None: there may be no URLs.
@@ -157,7 +157,7 @@ class Table:
             self.tell(line)
 
 
-def read_shelf_table(table: Table) -> Iterator[Item | Rejected]:
+def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected]:
     """Yield the rows of a table, then the images without labels, then the images without a row. Raises SourceError."""
     sample = list(islice(table.rows(), SAMPLE_ROWS))
     plan = plan_columns(table.columns, sample, table.where, table.tell_once)
@@ -201,7 +201,7 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
         table.tell_once(f"{table.where}: rows without a label, for prediction only: {without:,}")
 
 
-def _list_sides(table: Table, plan: RowPlan) -> set[str]:
+def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
     """Return the sides of the rows that have a label."""
     sides = set()
     for row in table.rows():
@@ -216,7 +216,7 @@ def _list_sides(table: Table, plan: RowPlan) -> set[str]:
 class _Join:
     """A table and its images: which have been found by a row so far. `index` is None when no row names a file."""
 
-    table: Table
+    table: LabelTable
     plan: RowPlan
     shelf: Shelf
     folder: str
@@ -242,7 +242,7 @@ class _Join:
         return f"{self.folder}/{file.relative}" if self.folder else file.relative
 
 
-def _find_images(table: Table, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
+def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
     """Return the shelf and the folder that the files of the sample lie in. Raises SourceError when there is none."""
     named = [plan.read_image(row) for row in sample if BAD_ROW not in row]
     texts = [name for name in named if isinstance(name, str)]
@@ -274,7 +274,7 @@ def _find_images(table: Table, plan: RowPlan, sample: Sequence[Row]) -> tuple[Sh
     return best[1:]
 
 
-def _list_candidates(table: Table) -> Iterator[tuple[Shelf, str]]:
+def _list_candidates(table: LabelTable) -> Iterator[tuple[Shelf, str]]:
     there = {folder.lower(): folder for folder in table.shelf.list_folders()}
     for name in dict.fromkeys((table.name.rsplit(".", 1)[0].lower(), *IMAGE_FOLDERS)):
         if name in there:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import escape_name, find_side, is_label
 from visionloop.ingest.tables.cells import Row, get_cell, is_on, parse_time, to_text
 from visionloop.ingest.tables.column_guess import ColumnGuess
@@ -206,11 +206,11 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(URL_STARTS)
 
 
-def make_url_finder(hosts: Sequence[str], reading: Reading) -> Callable[[str], RowImage]:
+def make_url_finder(hosts: Sequence[str], context: SourceContext) -> Callable[[str], RowImage]:
     """Return what makes the reader of a URL, once its host was checked. Raises SourceError when a host is none."""
     from visionloop.web.download import make_fetcher
 
-    fetcher = make_fetcher(reading.env, hosts)
+    fetcher = make_fetcher(context.env, hosts)
 
     def find(url: str) -> RowImage:
         fetcher.check(url)

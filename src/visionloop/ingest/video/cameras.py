@@ -18,10 +18,10 @@ from typing import Protocol
 from urllib.parse import quote, unquote
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
@@ -44,7 +44,7 @@ class Feed(Protocol):
         """Why it broke off, if it did."""
         ...
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Begin, and return what the decoder is to read. Raises ImageError."""
         ...
 
@@ -117,13 +117,13 @@ def is_camera(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str) -> Iterator[Camera]:
+def open_camera(source: VideoSource, context: SourceContext, spool: Spool, where: str) -> Iterator[Camera]:
     """Open what a URL or a device names.
 
     Raises:
         SourceError: it is none that is known, its host may not be asked, or a variable is not set.
     """
-    environment = Environment(reading.env, where)
+    environment = Environment(context.env, where)
     url = environment.expand_url(source.path)
     login = _LOGIN.match(url)
     secrets = (
@@ -134,19 +134,19 @@ def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str)
     hidden = tuple(secrets | {unquote(secret) for secret in secrets})
     scheme = _SCHEME.match(url)
     kind = scheme[1].lower() if scheme else "device"
-    job = Job(
+    job = DecodeJob(
         every_s=source.every_s,
         scene=source.scene,
         spans=[(0.0, None)],
         max_frames=source.max_frames,
         max_s=source.watch_s,
-        max_pixels=reading.limits.max_pixels,
+        max_pixels=context.limits.max_pixels,
     )
     try:
         if kind == "rtsp":
-            yield Camera(source, spool, _open_rtsp(url, source, reading, job), hidden)
+            yield Camera(source, spool, _open_rtsp(url, source, context, job), hidden)
         elif kind in ("http", "https"):
-            yield _open_web(url, source, reading, spool=spool, job=job, secrets=hidden)
+            yield _open_web(url, source, context, spool=spool, job=job, secrets=hidden)
         elif kind == "device":
             yield Camera(source, spool, Device(url, job))
         else:
@@ -158,14 +158,14 @@ def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str)
         raise SourceError(f"{where} path", *parts) from None
 
 
-def _open_rtsp(url: str, source: VideoSource, reading: Reading, job: Job) -> Relay:
+def _open_rtsp(url: str, source: VideoSource, context: SourceContext, job: DecodeJob) -> Relay:
     """Raises ImageError, SourceError."""
     login = _LOGIN.match(url)
     bare = _LOGIN.sub(r"\1", url)
     address = parse_url("http" + bare[len("rtsp") :])  # the same strict parser as for every other URL
     has_port = re.match(r"[a-z]+://(\[[^]]*\]|[^/:?#]*):\d", bare, re.IGNORECASE)
     port = address.port if has_port else RTSP_PORT
-    rules = HostRules((), parse_private_hosts(reading.env))
+    rules = HostRules((), parse_private_hosts(context.env))
     local = f"rtsp://{_encode_login(login[2]) + '@' if login else ''}127.0.0.1:{{port}}{address.target}"
     job = replace(job, url=local, format="rtsp", options=RTSP_OPTIONS)
     return Relay(rules, address.host, port, job, source.max_video_bytes)
@@ -177,7 +177,7 @@ def _encode_login(text: str) -> str:
 
 
 def _open_web(
-    url: str, source: VideoSource, reading: Reading, *, spool: Spool, job: Job, secrets: tuple[str, ...]
+    url: str, source: VideoSource, context: SourceContext, *, spool: Spool, job: DecodeJob, secrets: tuple[str, ...]
 ) -> Camera:
     """Begin a download: a file is taken whole, what has no end is watched. Raises ImageError, SourceError."""
     from base64 import b64encode
@@ -191,7 +191,7 @@ def _open_web(
         headers["Authorization"] = f"Basic {token}"
         secrets = (*secrets, token)
     fetcher = make_fetcher(
-        reading.env,
+        context.env,
         [address.netloc, *source.hosts],
         headers=headers,
         headers_host=bare,
@@ -208,10 +208,10 @@ class Device:
 
     failure: ImageError | None = None
 
-    def __init__(self, path: str, job: Job) -> None:
+    def __init__(self, path: str, job: DecodeJob) -> None:
         self._path, self._job = path, job
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Raises ImageError: there is no such device, or it may not be read."""
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_NONBLOCK))

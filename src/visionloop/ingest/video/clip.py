@@ -18,7 +18,7 @@ from typing import Any
 
 from visionloop.errors import ImageError
 from visionloop.ingest.video.player import End, Frame, Player, Start
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.records import canonical_json
 
 MAX_BYTES = 4_000_000_000
@@ -103,7 +103,7 @@ class Clip:
     where: str
     path: Path
     stamp: str
-    job: Job
+    job: DecodeJob
     spool: Spool
     contents: Contents = field(default_factory=Contents)
     _spooled: dict[int, Path] = field(default_factory=dict)

@@ -20,7 +20,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from visionloop.ingest.video.sample import Clock, Job, Sampler, to_ms
+from visionloop.ingest.video.sample import Clock, DecodeJob, Sampler, to_ms
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "mpjpeg")
 LIVE_FORMATS = {"rtsp", "v4l2", "video4linux2", "mjpeg", "h264", "hevc"}
@@ -82,7 +82,7 @@ class _Damage:
         return self._spreads
 
 
-def decode(job: Job) -> Iterator[Message]:
+def decode(job: DecodeJob) -> Iterator[Message]:
     """Yield `start`, frames (with their JPEG) and beats, and `end`, which says why: code None is the whole video."""
     told: list[str] = []
     code = text = None
@@ -100,7 +100,7 @@ def decode(job: Job) -> Iterator[Message]:
     yield {"kind": "end", "code": code, "text": text, "told": told}, b""
 
 
-def _open(job: Job) -> Any:
+def _open(job: DecodeJob) -> Any:
     """Open the container. Raises VideoFault."""
     options = {
         "max_streams": str(MAX_STREAMS),
@@ -126,7 +126,7 @@ def _open(job: Job) -> Any:
         raise _explain_unopened(job, f"is not a video we read ({_describe(exc)})") from exc
 
 
-def _explain_unopened(job: Job, text: str) -> VideoFault:
+def _explain_unopened(job: DecodeJob, text: str) -> VideoFault:
     """Tell an MP4 whose recording never came to its end, with the index that stands there, from what is no video."""
     with contextlib.suppress(OSError), open(job.file or "", "rb") as file:
         if file.read(12)[4:8] == b"ftyp":
@@ -142,7 +142,7 @@ def _list_decoders() -> list[str]:
     return sorted({*CODECS, *DEVICE_CODECS, "libdav1d", "libvpx", "libvpx-vp9", "flv"})
 
 
-def _choose_stream(container: Any, job: Job) -> Any:
+def _choose_stream(container: Any, job: DecodeJob) -> Any:
     """Return the first stream that is a film: no cover picture, of a codec and a size that are allowed."""
     attached = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
@@ -166,12 +166,12 @@ def _choose_stream(container: Any, job: Job) -> Any:
     return stream
 
 
-def _check_size(width: int, height: int, job: Job) -> None:
+def _check_size(width: int, height: int, job: DecodeJob) -> None:
     if width * height > job.max_pixels or max(width, height) > MAX_SIDE_PX:
         raise VideoFault("too_large", f"has {width} x {height} pixels; expected at most {job.max_pixels}")
 
 
-def _sample(container: Any, stream: Any, job: Job, told: list[str]) -> Iterator[Message]:
+def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Iterator[Message]:
     """Yield the frames that are wanted. Raises VideoFault at the end of one that is damaged or goes beyond a limit."""
     sampler = Sampler(job.spans, job.every_s, job.scene)
     damage, last_s, num_decoded, num_taken = _Damage(), 0.0, 0, 0
@@ -206,7 +206,7 @@ def _sample(container: Any, stream: Any, job: Job, told: list[str]) -> Iterator[
         raise VideoFault("damaged", f"is damaged at {damage.first_s:.1f} s ({damage.packets:,} packets were lost)")
 
 
-def _decode_frames(container: Any, stream: Any, job: Job, damage: _Damage) -> Iterator[tuple[float, Any]]:
+def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage) -> Iterator[tuple[float, Any]]:
     """Yield (seconds from the start, frame) for every frame that is whole."""
     base = float(stream.time_base or 0)
     start = None if job.is_live or container.start_time is None else container.start_time / av.time_base
@@ -243,7 +243,9 @@ def _decode_frames(container: Any, stream: Any, job: Job, damage: _Damage) -> It
                 yield now_s, frame
 
 
-def _check_end(container: Any, stream: Any, job: Job, damage: _Damage, *, last_s: float, num_decoded: int) -> None:
+def _check_end(
+    container: Any, stream: Any, job: DecodeJob, damage: _Damage, *, last_s: float, num_decoded: int
+) -> None:
     """Tell a video that was cut off, or has no frame, from one that is over. Raises VideoFault."""
     if not num_decoded:
         code, text = ("damaged", "every frame is damaged") if damage.packets else ("no_video", "has no frame")

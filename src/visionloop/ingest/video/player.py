@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visionloop.errors import SourceError
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 
 SILENCE_S = 60.0
 LEAST_S = 60.0
@@ -75,7 +75,7 @@ class Player:
     ) -> None:
         self.stop()
 
-    def play(self, job: Job) -> Iterator[Start | Frame | End]:
+    def play(self, job: DecodeJob) -> Iterator[Start | Frame | End]:
         """Yield what becomes of a video; the last is always `End`, whatever happens to the worker."""
         limit_s = max(LEAST_S, job.max_s)
         self._waited_s = 0.0
@@ -106,7 +106,7 @@ class Player:
                 with contextlib.suppress(OSError):
                     stream.close() if stream else None
 
-    def _ask(self, job: Job) -> None:
+    def _ask(self, job: DecodeJob) -> None:
         """Send a job to the worker; a pipe is inherited at its start, so that such a job has a worker of its own."""
         if self._process is None or self._process.poll() is not None or job.pipe is not None:
             self.stop()

@@ -14,7 +14,7 @@ GreyArray = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Job:
+class DecodeJob:
     """What the worker is asked for. One of `file` (a path), `pipe` (a file descriptor), `url` is where the video is.
 
     `spans` are the seconds [start, end) that are wanted; end None: to the end. `format` names the demuxer of a device.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloop.errors import ImageError
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.web.addresses import Address, HostRules
 from visionloop.web.download import IDENTITY, MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
 
@@ -38,7 +38,7 @@ _LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
 class WebStream:
     """One answer to GET: first `connect`, then either `download`, or `open` and `close`."""
 
-    def __init__(self, fetcher: Fetcher, url: str, job: Job, max_bytes: int, watch_s: float) -> None:
+    def __init__(self, fetcher: Fetcher, url: str, job: DecodeJob, max_bytes: int, watch_s: float) -> None:
         self._fetcher, self._url, self._job = fetcher, url, job
         self._max_bytes, self._watch_s = max_bytes, watch_s
         self._answer = contextlib.ExitStack()
@@ -82,7 +82,7 @@ class WebStream:
                 file.write(chunk)
         return path
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Begin to hand on what comes; the decoder reads it from the pipe of the job."""
         self._pipe, writing = os.pipe()
         threading.Thread(target=self._hand_on, args=(writing,), daemon=True, name="stream").start()
@@ -147,12 +147,12 @@ def _too_large(where: str, max_bytes: int) -> ImageError:
 class Relay:
     """Between the decoder and one RTSP camera. `job.url` holds `{port}` where ours belongs."""
 
-    def __init__(self, rules: HostRules, host: str, port: int, job: Job, max_bytes: int) -> None:
+    def __init__(self, rules: HostRules, host: str, port: int, job: DecodeJob, max_bytes: int) -> None:
         self._rules, self._host, self._port, self._job, self._max_bytes = rules, host, port, job, max_bytes
         self._closing = threading.Event()
         self.failure: ImageError | None = None
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Connect to the camera and wait for the decoder. Raises ImageError (`refused_url`, `unreadable`)."""
         camera = self._connect()
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)

@@ -19,12 +19,12 @@ def main() -> None:
     """Answer jobs until stdin ends."""
     limit_process()
     from visionloop.ingest.video.decode import decode
-    from visionloop.ingest.video.sample import Job
+    from visionloop.ingest.video.sample import DecodeJob
 
     jobs: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     while True:
-        for message, data in decode(Job(**json.loads(jobs.get()))):
+        for message, data in decode(DecodeJob(**json.loads(jobs.get()))):
             write_message(sys.stdout.buffer, message, data)
 
 
