@@ -29,18 +29,18 @@ DRIVER_OPTIONS: dict[str, dict[str, Any]] = {
     "psycopg": {"connect_timeout": CONNECT_S, "application_name": "visionloop"},
     "mysqldb": {"multi_statements": False},
 }
-# regexp is Python's: it cannot be interrupted. The others read and write files, in shells that have them.
+# regexp is written in Python and cannot be interrupted. The others read and write files, where they exist.
 FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "regexp"})
 READ_ALL = "pg_read_all_data"
 FIRST_CHUNK = 4
 CHUNK_BYTES = 32 << 20
 SIZE = "visionloop_num_bytes"
 SIZED_TYPES = frozenset({17, 25, 1042, 1043})  # of PostgreSQL: bytea, text, char, varchar
-WRAPPED = frozenset({"sqlite", "postgresql"})  # what has a size that can be asked for without reading the value
+WRAPPED = frozenset({"sqlite", "postgresql"})  # these tell the size of a value without sending it
 
 
 class Stopwatch:
-    """Counts the time that a database takes, not the time between its answers."""
+    """Counts the time that the database works, not the time that we spend between its answers."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s, self._spent_s, self._since = limit_s, 0.0, 0.0
@@ -134,7 +134,7 @@ class Database:
 
 
 def make_database(text: str, environment: Environment, home: Callable[[str], Path], max_value_bytes: int) -> Database:
-    """Understand the URL of a database; `${NAME}` may stand for the whole or for its parts. Raises SourceError."""
+    """Parse the URL of a database; `${NAME}` may stand for the whole or for its parts. Raises SourceError."""
     whole = environment.expand(text) if text.startswith("${") and text.find("}") == len(text) - 1 else text
     try:
         url = make_url(whole)
@@ -243,7 +243,7 @@ def _translate(where: str, exc: BaseException, stopwatch: Stopwatch) -> SourceEr
 
 @dataclass(frozen=True)
 class SqlQuery:
-    """A checked query, and how much of it is wanted: rows from `start` of the column `cursor` on, if there is one."""
+    """A query. With `cursor`, only rows whose value in that column is at least `start`, in the order of that column."""
 
     text: str
     dialect: str
@@ -338,5 +338,5 @@ def _count_bytes(row: Mapping[str, Any]) -> int:
 
 
 def escape_colons(text: str) -> str:
-    """Return SQL in which SQLAlchemy finds no parameter: a colon is a colon."""
+    """Escape colons, so that SQLAlchemy takes none of them for the start of a parameter."""
     return text.replace(":", "\\:")

@@ -1,7 +1,7 @@
 """What a URL may be, which hosts it may name, and which addresses may be connected to. Pure: nothing is resolved here.
 
-One strict parser stands for all: what it returns is what is requested, so that no second reading of the same text can
-lead elsewhere. `connect.py` asks `explain_refusal` about the address that a socket really goes to.
+There is one strict parser, and exactly what it returns is requested: so two programs cannot read the same URL in two
+ways. `connect.py` asks `explain_refusal` about the address that a socket really connects to.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _URL = re.compile(r"(?i)(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
-# A last label like these makes other programs read the whole name as a number: 127.1, 0x7f000001, 2130706433.
+# If the last part of a host looks like this, other programs take the host for a number: 127.1, 0x7f000001, 2130706433.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _SECRET_KEY = re.compile(
     r"(?i)token|key|sig|secret|passw|auth|credential|expire|session|^x-(amz|goog|ms)-|^s[a-z]$|policy"
 )
-# Instance metadata and its like hand out credentials: never, not even to a host named as private.
+# Metadata services of clouds give out credentials: never allowed, not even for a host named as private.
 _METADATA = frozenset(
     ipaddress.ip_address(text)
     for text in (
@@ -40,7 +40,7 @@ def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Networ
     return tuple(ipaddress.ip_network(text) for text in texts)
 
 
-# What a host named in VISIONLOOP_PRIVATE_HOSTS may be, and nobody else.
+# Only hosts named in VISIONLOOP_PRIVATE_HOSTS may have these addresses.
 _PRIVATE = {
     "loopback": _networks("127.0.0.0/8", "::1/128"),
     "private": _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
@@ -67,7 +67,7 @@ _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
 @dataclass(frozen=True)
 class Address:
-    """A URL that was understood: `host` is lower case, without the brackets of IPv6; `target` is path and query."""
+    """A parsed URL: `host` is lower case, without the brackets of IPv6; `target` is path and query."""
 
     scheme: str
     host: str
@@ -86,12 +86,12 @@ class Address:
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """What must be equal for a header to be sent along."""
+        """What must be equal for a secret header to be sent."""
         return self.scheme, self.host, self.port
 
     @property
     def place(self) -> str:
-        """Host and path, for origins and messages. Of the query only a digest, without what looks like a signature."""
+        """Host and path, for origins and messages; of the query only a digest, without what looks like a secret."""
         path, _, query = self.target.partition("?")
         kept = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if not _SECRET_KEY.search(k)]
         mark = f"?{hashlib.sha256(repr(kept).encode()).hexdigest()[:12]}" if kept else ""
@@ -158,7 +158,7 @@ class AnyHost(HostRules):
 
 
 def classify(ip: IPAddress) -> str | None:
-    """Return what is special about an address (`loopback`, `metadata`, ...); None for one of the public internet."""
+    """Return the kind of a special address (`loopback`, `metadata`, ...); None for one of the public internet."""
     if ip in _METADATA:
         return "metadata"
     for kind, networks in (*_NEVER.items(), *_PRIVATE.items()):
@@ -171,7 +171,7 @@ def classify(ip: IPAddress) -> str | None:
 
 
 def parse_ip(host: str) -> IPAddress | None:
-    """Return a host that is an address in its one plain form; None for a name."""
+    """Return the address that a host is, in its plain form only; None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -179,7 +179,7 @@ def parse_ip(host: str) -> IPAddress | None:
 
 
 def parse_url(url: str) -> Address:
-    """Understand a URL, or refuse it: only http and https, no user name, no odd spelling of a host.
+    """Parse a URL, or refuse it: only http and https, no user name, only the plain spelling of a host.
 
     Spaces and letters beyond ASCII in path and query are percent-encoded; a fragment is dropped.
 
@@ -206,7 +206,7 @@ def parse_url(url: str) -> Address:
 
 
 def parse_hosts(entries: Iterable[str], where: str) -> tuple[HostRule, ...]:
-    """Understand a list of hosts. Raises SourceError, naming the entry."""
+    """Parse a list of hosts. Raises SourceError, naming the entry."""
     rules = []
     for entry in entries:
         text = entry.strip().lower()

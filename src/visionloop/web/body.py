@@ -15,12 +15,12 @@ from typing import BinaryIO
 from visionloop.errors import ImageError
 
 GZIP = 16 + zlib.MAX_WBITS
-BURST_S = 1.0  # so many seconds' worth of requests may go out at once after a rest
+BURST_S = 1.0  # after a pause, the requests of so many seconds may go out at once
 FAILURES_IN_A_ROW = 10
 
 
 class TryAgain(Exception):
-    """What failed may go well the next time. `wait_s`: what the server asked for.
+    """It failed, but a second try may succeed. `wait_s`: the wait that the server asked for.
 
     `of_host`: it is the host that fails, not this one URL.
     """
@@ -32,7 +32,7 @@ class TryAgain(Exception):
 
 @dataclass
 class Body:
-    """What has come so far, in memory or in `file`. With a `validator` (ETag or date) a cut download goes on there."""
+    """What was received so far. With a `validator` (ETag or date) a cut download continues where it ended."""
 
     file: BinaryIO = field(default_factory=io.BytesIO)
     num_bytes: int = 0
@@ -58,7 +58,7 @@ class Body:
         where: str,
         on_bytes: Callable[[int], None],
     ) -> None:
-        """Take what comes; `on_bytes` is told of each piece. Raises TryAgain, and ImageError (`too_large`, ...)."""
+        """Write each piece, and pass its size to `on_bytes`. Raises TryAgain, and ImageError (`too_large`, ...)."""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) + self.num_bytes > max_bytes:
             raise make_too_large(where, max_bytes)
@@ -78,7 +78,7 @@ class Body:
 
 
 class _Gunzip:
-    """gzip, member by member, never more than asked for."""
+    """Unpacks gzip, member by member, never more than asked for."""
 
     def __init__(self, where: str) -> None:
         self._where, self._member = where, zlib.decompressobj(GZIP)

@@ -1,9 +1,9 @@
 """Fetch pages and images over HTTP from hosts that the user named, and from nowhere else.
 
-Every hop of a redirect is judged like the first URL, and the address of the connected socket decides (`connect.py`).
+Every hop of a redirect is checked like the first URL, and so is the address of each connection (`connect.py`).
 Size is counted after decompression. Proxies, cookies and passwords of the environment are not used: a proxy would
-connect in our place, and nothing could be checked. Retries are here because a page of ten thousand is not asked for
-again from the start; they are few, and a host that keeps failing is given up.
+connect in our place, and nothing could be checked. There are few retries, and a host that keeps failing is given up.
+They are here and not in the flow, because one failed page of 10,000 should not start all of them again.
 """
 
 import io
@@ -31,7 +31,7 @@ MAX_REDIRECTS = 5
 TRIES = 4
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 60.0
-MIN_BYTES_PER_S = 100_000  # an answer may take longer than `timeout_s` as long as it comes at least so fast
+MIN_BYTES_PER_S = 100_000  # an answer at least so fast may take longer than `timeout_s`
 PRIVATE_HOSTS = "VISIONLOOP_PRIVATE_HOSTS"
 IDENTITY = {"Accept-Encoding": "identity"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -93,7 +93,7 @@ def parse_private_hosts(env: Mapping[str, str]) -> tuple[HostRule, ...]:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches from allowed hosts, politely. Made by `make_fetcher`."""
+    """Fetches from allowed hosts, at most `requests_per_s`. Made by `make_fetcher`."""
 
     rules: HostRules
     pool: "httpcore.ConnectionPool"
@@ -105,7 +105,7 @@ class Fetcher:
     secrets: tuple[str, ...]
 
     def check(self, url: str) -> Address:
-        """Understand a URL without connecting. Raises ImageError (`refused_url`)."""
+        """Parse and check a URL without connecting. Raises ImageError (`refused_url`)."""
         try:
             address = parse_url(url)
             self.rules.check(address)
@@ -125,7 +125,7 @@ class Fetcher:
         return partial(self._read, url)
 
     def fetch(self, url: str, max_bytes: int) -> Fetched:
-        """Return the answer to GET, compressed on its way if the server likes. Raises ImageError as a reader does."""
+        """Return the answer to GET, which the server may compress. Raises ImageError as a reader does."""
         file = io.BytesIO()
         return replace(self._fetch("GET", url, max_bytes, {"Accept-Encoding": "gzip"}, file), data=file.getvalue())
 
@@ -138,7 +138,7 @@ class Fetcher:
         try:
             headers = self._fetch("HEAD", url, 0, IDENTITY, io.BytesIO()).headers
         except ImageError:
-            return None  # the image itself will tell what is wrong
+            return None  # reading the image reports what is wrong
         if etag := headers.get("etag"):
             return f"etag {etag}"
         date, length = headers.get("last-modified"), headers.get("content-length")
@@ -147,7 +147,7 @@ class Fetcher:
     def open_stream(
         self, method: str, address: Address, headers: Mapping[str, str]
     ) -> "AbstractContextManager[httpcore.Response]":
-        """Send one request as it is: no retry, no redirect, no limit but each wait's. `address` was checked before."""
+        """Send one request: no retry, no redirect; `timeout_s` limits each wait. `address` must be checked before."""
         import httpcore
 
         secret = self.headers if self.headers_origin == address.origin else {}
@@ -192,7 +192,7 @@ class Fetcher:
         raise AssertionError("the last try ends the loop")
 
     def _may_try_again(self, host: str, wished_s: float | None, wait_s: float) -> bool:
-        """Wait before the next try; what a server asks for holds all threads. False when that would take too long."""
+        """Wait before the next try; a wait that a server asks for holds for all threads. False when it is too long."""
         if wished_s is None:
             self.pace.rest(wait_s)
         elif wished_s <= MAX_WAIT_S:
@@ -280,7 +280,7 @@ def check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def follow_redirect(address: Address, location: str) -> Address:
-    """Return where a redirect leads. The strict parser sees the text before anything mends it. Raises ImageError."""
+    """Return where a redirect leads. The text is checked before `urljoin` could change it. Raises ImageError."""
     if re.search(r"[\x00-\x20\x7f\\]", location):
         _refuse(address.place, f"redirects to {describe_url(location)}", "a plain URL")
     target = parse_url(urljoin(address.url, location))

@@ -26,7 +26,7 @@ MAX_TEMPLATE = 500
 MAX_PATH = 4096
 MAX_WRAPPERS = 3
 SAMPLE = 1000
-# Names that people and machines give to numbered files, in the order in which they are tried.
+# Usual names of numbered files, in the order in which they are tried.
 NUMBERED = ("{label}.{number}.*", "{label}_{number}", "{label}-{number}", "{label} ({number})")
 # Before a number these name a camera or nothing, not a class.
 NO_CLASSES = frozenset(
@@ -37,7 +37,7 @@ NO_CLASSES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a file's path says. `side` is train, val or test; None when the template has none, or it is another word."""
+    """What a file's path says. `side`: train, val or test; None without `{side}`, or for another word."""
 
     label: str
     side: str | None = None
@@ -141,7 +141,7 @@ def _hold(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a path says of its image. No `labels`: for prediction only. `side` and `test_is_given` as in `Item`."""
+    """What a path says about its image. No `labels`: for prediction only. `side` and `test_is_given` as in `Item`."""
 
     labels: tuple[str, ...]
     side: str | None = None
@@ -163,12 +163,12 @@ class _Layout:
 def place_all(
     paths: Sequence[str], where: str, tell: Callable[[str], None], *, pattern: str | None = None, loose: bool = False
 ) -> list[Placement | str]:
-    """Return for each path its place, or in words why it has no label. What had to be guessed is told.
+    """Return for each path what it says, or a sentence why it has no label. Guesses are told.
 
     Paths have `/` between their parts. `loose`: a folder above everything is an archive's own name, not a class.
 
     Raises:
-        SourceError: the pattern is none, or no path has a label.
+        SourceError: the pattern is not valid, or no path has a label.
     """
     given = make_pattern(pattern, where) if pattern else None
     plan = _make_plan(paths, where, tell, given, loose)
@@ -186,8 +186,8 @@ def place_all(
 def settle_sides(sides: Collection[str]) -> dict[str, tuple[str | None, bool]]:
     """Return for each side that a source names its side here, and whether the source has a test side of its own.
 
-    With `train` and exactly one held-out side that one is what people report on: `test`, whatever its name. Without a
-    side for validation it is carved out of train; `train` alone gives up all three sides.
+    With `train` and exactly one held-out side, that one becomes `test`, whatever its name, because people report
+    figures on it. Without a side for validation, part of train is used; `train` alone is divided into all three sides.
     """
     held_out = [side for side in sides if side != "train"]
     if "train" in sides and len(held_out) == 1:
@@ -300,7 +300,7 @@ class _Tree:
         labelled = {top for top in self.splits if classes[top]}
         known = set().union(*(classes[top] for top in labelled if self.splits[top] == "train"))
         if len(known) > 1:
-            # A single folder of another name holds images that somebody had to put somewhere: test/unknown/.
+            # A single folder that is no class of train only holds unlabelled images: test/unknown/.
             labelled -= {top for top in labelled if len(classes[top]) == 1 and not classes[top] <= known}
         return labelled
 

@@ -14,7 +14,7 @@ from visionloop.records import Rejected
 
 __all__ = ["Cursor", "Item", "SourceContext", "make_file_reader", "read_source"]
 
-# Imported when they are needed: a folder of photos wants no database and no video library.
+# Imported when they are needed: a folder of photos needs no database and no video library.
 READERS = {
     "folder": "folder:read_folder",
     "table": "table:read_table",

@@ -1,6 +1,6 @@
 """A zip of class folders, of flat files, or of a table and its images. Nothing is extracted to disk.
 
-The archive is checked in `ingest/zips.py`; what lies where is read as in a folder.
+The archive is checked in `ingest/zips.py`; labels and sides come from paths as in a folder.
 """
 
 import io
@@ -19,13 +19,13 @@ from visionloop.params import ArchiveSource
 from visionloop.records import Rejected
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-MAX_PARQUET_BYTES = 1 << 30  # it is read from its end, so it has to be held as a whole
+MAX_PARQUET_BYTES = 1 << 30  # Parquet is read from its end, so the file must be in memory as a whole
 
 
 def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield the images of a zip in the order of their paths, or of its table's rows.
 
-    Hidden files, other file types and archives inside are passed over; an entry that cannot be trusted is `Rejected`.
+    Hidden files, other file types and archives inside are passed over; a member that cannot be trusted is `Rejected`.
 
     Raises:
         SourceError: the file is missing or no zip, the archive is not to be trusted, or no image has a label.

@@ -1,6 +1,6 @@
-"""A prefix of an S3 bucket: class folders, names by a pattern, or a table below it. The listing is the truth.
+"""A prefix of an S3 bucket: class folders, names by a pattern, or a table below it. What the listing says counts.
 
-Every image is pinned as it was listed (version id, else ETag); with the same ETag it is not read again later.
+Exactly the listed version of an image is read (version id, else ETag); with the same ETag it is not read again.
 """
 
 import io

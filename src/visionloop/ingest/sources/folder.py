@@ -1,8 +1,7 @@
 """A folder per class, with or without split folders above: `cats/1.jpg` or `train/cats/1.jpg`; or flat, by a pattern.
 
-What lies where is read in `layout.py`, for folders, archives and buckets alike.
-
-1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
+Labels and sides are read from paths in `layout.py`, for folders, archives and buckets alike. The digits are a folder
+too: 1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """An HTTP API: a listing in JSON or CSV, page by page, then the images that it names.
 
-The images are fetched when they are read, by many threads; how safely and how fast is in `ingest/web/download.py`.
+The images are fetched when they are read, by many threads; `web/download.py` has the limits and the checks.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ _LINK = re.compile(r"<([^<>]*)>((?:\s*;\s*[\w*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+
 _REL = re.compile(r"(?i);\s*rel\s*=\s*(?:\"([^\"]*)\"|([^\s;,\"]+))")
 BATCH_ROWS = 32
 NUM_ASKING = 8
-# Committed with the first version; from then on servers are asked for ETags, since what did not change is not fetched.
+# Committed with the first version; later pulls ask servers for ETags, to fetch only what changed.
 PULLED_BEFORE = "pulled"
 
 
@@ -78,7 +78,7 @@ class Listing:
         """Yield the pages, each fetched when it is asked for.
 
         Raises:
-            SourceError: a page cannot be had or is no table, they go round in a circle, or there are too many.
+            SourceError: a page cannot be fetched or is no table, pages repeat without end, or there are too many.
         """
         seen: dict[str, int] = {}
         asked: set[str] = set()
@@ -175,7 +175,7 @@ class Listing:
         if not link:
             return None
         try:
-            # urljoin drops line ends and tabs: what it would mend is refused first.
+            # urljoin silently drops line ends and tabs, so a link with them is refused first.
             return parse_url(urljoin(page.url, link) if link.isprintable() else link).url
         except ImageError as exc:
             raise SourceError(self._place(page), f"leads to no URL: {exc.found}", exc.expected, "Check it.") from exc
@@ -246,7 +246,7 @@ def read_http(source: HttpSource, context: SourceContext) -> Iterator[Item | Rej
     """Yield the images of a listing in its order.
 
     Raises:
-        SourceError: a variable is missing, a page cannot be had after retries, or its columns cannot be told apart.
+        SourceError: a variable is missing, a page cannot be fetched, or it is unclear which column is which.
     """
     where = f"source {source.name}"
     environment = Environment(context.env, where)
@@ -311,7 +311,7 @@ def _join(page_url: str, reference: str | bytes) -> str:
     """Return the URL of an image; a relative one starts at its page. Raises ImageError."""
     if isinstance(reference, bytes):
         raise ImageError("row", "holds bytes", "a URL", reason_code="refused_url")
-    # urljoin drops tabs and line ends: what it would mend goes on unmended, to be refused.
+    # urljoin silently drops line ends and tabs; a link with them is passed on as it is, and refused later.
     return reference if not reference.isprintable() or "\\" in reference else urljoin(page_url, reference)
 
 
@@ -323,7 +323,7 @@ def _ask_for_stamps(rows: Sequence[Row], plan: RowPlan, page_url: str, fetcher: 
             reference = plan.read_image(row)
             return fetcher.fetch_stamp(_join(page_url, reference)) if reference else None
         except ImageError:
-            return None  # make_item will say what is wrong with this row
+            return None  # `make_item` reports what is wrong with this row
 
     with ThreadPoolExecutor(NUM_ASKING) as pool:
         return list(pool.map(ask, rows))

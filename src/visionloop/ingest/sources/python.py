@@ -1,4 +1,4 @@
-"""A function of the user's own that yields records: the door for what has no source here, a NoSQL collection, a queue.
+"""A function of the user that yields records, for data that no other source reads: a NoSQL collection, a queue.
 
 Its module lies in the workspace or is installed. Each record is checked by itself.
 """
@@ -75,7 +75,7 @@ class Records:
         """Return where the image is and how it is read. Raises ImageError."""
         if isinstance(image, bytes | bytearray | memoryview):
             return RowImage(f"record {number}", partial(give_bytes, bytes(image)))
-        if isinstance(image, Path):  # the function's own word; a text is data, and stays below its folder
+        if isinstance(image, Path):  # chosen by the function; a text may come from data
             path = self._context.home / image
             place = path.relative_to(self._context.home) if path.is_relative_to(self._context.home) else path
             return RowImage(place.as_posix().lstrip("/"), make_file_reader(str(path)))
@@ -162,7 +162,7 @@ def read_python(source: PythonSource, context: SourceContext) -> Iterator[Item |
             produced = _start(function, source, context, where)
         number = 0
         while True:
-            # The workspace is on the path only while the function runs, not while its records are at work.
+            # The workspace is on Python's path only while the function runs, not while its records are used.
             with _workspace_on_path(context.home):
                 try:
                     record = next(produced)

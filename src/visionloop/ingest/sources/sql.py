@@ -1,11 +1,11 @@
 """A query of a database: one row an image, by path, URL or blob, with its labels. Reads only, chunk by chunk.
 
-Incremental with `cursor`: a later pull asks for rows from the last value on, that value included, since rows may share
-it and may have come later. Rows without a value (NULL) are offered each time. So nothing is lost, and what comes twice
-is stored once.
+Incremental with `cursor`: a later pull asks for rows from the last value on. The last value is asked for again, because
+later rows may have the same value. Rows without a value (NULL) are offered each time. So no row is missed, and an image
+that is offered twice is stored once.
 
-The value belongs to one query: with another query, or other columns, the reading begins anew. What was guessed of the
-columns is kept with it, so that a later pull of few rows guesses nothing else.
+The last value is kept for one query: with another query or other columns, all rows are read again. The guessed meaning
+of the columns is kept with it, so that a later pull with few rows cannot guess something else.
 """
 
 import hashlib
@@ -63,12 +63,12 @@ class CursorState:
 
 
 def compute_query_digest(source: SqlSource) -> str:
-    """Return the digest of what rows a source asks for and what they mean."""
+    """Return the digest of the settings that decide which rows a source asks for and what they mean."""
     return compute_digest(source.model_dump(mode="json", include={"query", "columns", "cursor", "images"}))
 
 
 def write_progress(progress: CursorState, digest: str, where: str) -> str:
-    """Return progress as text. Raises SourceError when the cursor column holds what has no order that lasts."""
+    """Return the state as text. Raises SourceError when the cursor column holds values that cannot be ordered."""
     value = progress.value
     for kind, (of_type, to_json, _) in _KINDS.items():
         if isinstance(value, of_type) and not isinstance(value, bool):
@@ -96,7 +96,7 @@ def read_sql(source: SqlSource, context: SourceContext) -> Iterator[Item | Rejec
     """Yield the images of a query in its order; with `cursor`, in the order of that column.
 
     Raises:
-        SourceError: the query is refused, the database cannot be reached or takes too long, or there are too many rows.
+        SourceError: the database refuses the query, cannot be reached or takes too long, or there are too many rows.
     """
     where = f"source {source.name}"
     environment = Environment(context.env, where)
@@ -179,7 +179,7 @@ class _Pull:
             yield self._make_item(row, plan, num_rows, too_large=too_large)
 
     def _stop_at_cap(self, progress: CursorState | None) -> None:
-        """End a pull at max_rows, if the next one can go on from there. Raises SourceError."""
+        """End a pull at max_rows. Raises SourceError when the next pull could not go on from there."""
         max_rows = f"{self.source.max_rows:,}"
         if self.source.cursor is None or self.last is None or (progress and self.last.value == progress.value):
             found, todo = f"the query gives more than {max_rows} rows", "Narrow it, raise max_rows, or name a `cursor`."
@@ -220,7 +220,7 @@ class _Pull:
 
 
 class _Blob:
-    """The bytes of an image, let go once they are read."""
+    """The bytes of an image; the memory is freed once they are read."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -233,7 +233,7 @@ class _Blob:
 
 
 def _take_sample(rows: Iterator[Sized]) -> list[Sized]:
-    """Take rows to guess from: few when they are large."""
+    """Take rows to guess the columns from; fewer when they are large."""
     sample: list[Sized] = []
     num_bytes = 0
     for row in islice(rows, SAMPLE_ROWS):

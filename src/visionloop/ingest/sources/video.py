@@ -1,7 +1,7 @@
 """Frames of videos: a file, a folder of them, or a camera (`ingest/video/cameras.py`).
 
 Labels come from class folders, from `label`, or from a table (`ingest/video/segments.py`) of labelled parts.
-A video is a group: its frames, which look alike, never lie on two sides.
+The frames of a video are one group, so they are all on one side.
 """
 
 import os
@@ -37,7 +37,7 @@ def read_video(source: VideoSource, context: SourceContext) -> Iterator[Item | R
     """Yield frames in the order of the videos' paths and their own times; a table gives the order of its rows.
 
     Raises:
-        SourceError: the path or the table is missing, there is no video, or a camera may not be asked.
+        SourceError: the path or the table is missing, there is no video, or a camera's address is not allowed.
     """
     where = f"source {source.name}"
     check_installed(where)
@@ -121,7 +121,7 @@ def _make_item(clip: Clip, film: Film, source: VideoSource, t_ms: int) -> Item:
         source=source.name,
         labels=tuple(dict.fromkeys(label for part in parts for label in part.labels)),
         read=partial(clip.read, t_ms),
-        # What is wished for (every_s, scene, the limits) is not in it: the frame at this time is the same one.
+        # every_s, scene and limits are not part of it: they do not change the frame at a given time.
         stamp=f"{clip.stamp} {DECODING}",
         side=first.side,
         test_is_given=first.test_is_given,
@@ -182,7 +182,7 @@ def _place(
 def _match_table(
     source: VideoSource, context: SourceContext, where: str, files: Mapping[str, ListedFile]
 ) -> Iterator[Film | Rejected]:
-    """Yield the videos that a table names, and what has no partner."""
+    """Yield the videos that a table names, then rows without a video and videos without a row."""
     assert source.table is not None
     table = read_segments(context.resolve(source.table), source, context, where, list(files))
     for relative, segments in table.segments.items():

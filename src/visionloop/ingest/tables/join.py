@@ -1,4 +1,4 @@
-"""Join the rows of a table with the images that lie on the same shelf: which row names which file.
+"""Join the rows of a table with the images beside it (on the same shelf: a folder, zip or bucket).
 
 Rows and images that have no counterpart are listed, not fatal. Folders without labels come last.
 """
@@ -41,7 +41,7 @@ from visionloop.ingest.tables.rows import (
 from visionloop.params import Columns
 from visionloop.records import Rejected
 
-# Which of several tables in a folder is the one, by its name without suffix.
+# Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 
@@ -119,9 +119,9 @@ class FolderShelf:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A table on a shelf: what it is called there and what params say of it. `images`: where they lie, if it is said.
+    """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
 
-    `find_url` makes the reader of a URL and says how it is called; None: there may be no URLs.
+    `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
     """
 
     source: str
@@ -139,7 +139,7 @@ class LabelTable:
         """Read the table from its start. Raises SourceError."""
         try:
             yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once)
-        except ImageError as exc:  # an entry of an archive that is not what it should be
+        except ImageError as exc:  # a member of an archive that is damaged
             raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
 
     @property
@@ -151,7 +151,7 @@ class LabelTable:
         return kind
 
     def tell_once(self, line: str) -> None:
-        """Tell of a guess; the table is read more than once, it is told once."""
+        """Tell a guess once, although the table is read more than once."""
         if line not in self.told:
             self.told.add(line)
             self.tell(line)
@@ -214,7 +214,7 @@ def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
 
 @dataclass
 class _Join:
-    """A table and its images: which have been found by a row so far. `index` is None when no row names a file."""
+    """A table and its images: which ones rows have named so far. `index` is None when no row names a file."""
 
     table: LabelTable
     plan: RowPlan
@@ -283,7 +283,7 @@ def _list_candidates(table: LabelTable) -> Iterator[tuple[Shelf, str]]:
 
 
 def _choose_unlabelled(join: _Join) -> list[str]:
-    """Return the folders without labels: those that are named, or those beside the table that no row leads to."""
+    """Return the folders without labels: those that params name, or those beside the table that no row names."""
     table = join.table
     if table.unlabelled is not None:
         return [folder.rstrip("/") for folder in table.unlabelled]

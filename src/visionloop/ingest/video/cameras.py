@@ -1,8 +1,8 @@
-"""Cameras: rtsp://, http(s):// and a device, watched for a while. A file on a web server is read as every other.
+"""Cameras: rtsp://, http(s):// and a device, watched for `watch_s`. A file on a web server is read like a local file.
 
-FFmpeg connects to nothing but this machine. The camera's host is resolved and judged as every download is, and its
-bytes are handed on: over a pipe for HTTP, over a relay on the loopback for RTSP, which also stops a camera that would
-send FFmpeg elsewhere. So no address is reached that was not checked, and no more bytes are read than allowed.
+FFmpeg connects only to this machine. The camera's host is resolved and checked like every download, and its bytes are
+passed on: over a pipe for HTTP, over a relay on the loopback for RTSP. The relay also stops a camera that redirects
+FFmpeg. So no unchecked address is reached, and no more bytes are read than allowed.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from visionloop.web.download import make_fetcher, parse_private_hosts
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
 _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
-# Of the demuxer: what it may open, and how long it may wait.
+# Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).
 RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
 
 
 class Feed(Protocol):
-    """Something that hands a camera's bytes to the decoder."""
+    """Something that passes a camera's bytes to the decoder."""
 
     @property
     def failure(self) -> ImageError | None:
@@ -49,13 +49,13 @@ class Feed(Protocol):
         ...
 
     def close(self) -> None:
-        """Hand on no more."""
+        """Stop."""
         ...
 
 
 @dataclass
 class Camera:
-    """An opened camera; or `file`, when what was found is a video file, to be read as every other."""
+    """An opened camera; or `file`, when the URL is a video file, which is read like a local one."""
 
     source: VideoSource
     spool: Spool
@@ -65,9 +65,9 @@ class Camera:
     place: str = "live"
 
     def watch(self, labels: tuple[str, ...]) -> Iterator[Item | Rejected]:
-        """Yield its frames as they come, for `watch_s`; then, if it failed, why.
+        """Yield its frames as they come, for `watch_s`; then, if it failed, a `Rejected` with the reason.
 
-        The frames of all that began in the same hour are one group: what stands before a camera stays there.
+        All frames of sessions that began in the same hour are one group, because the scene hardly changes.
         """
         session = ""
         name = self.source.name
@@ -104,7 +104,7 @@ class Camera:
             self.feed.close()
         if failure := self.feed.failure:
             end = End(failure.reason_code, f"{failure.found}; expected {failure.expected}")
-        if end.code and (not session or end.code != "damaged"):  # a stream is cut where we stop: no damage
+        if end.code and (not session or end.code != "damaged"):  # we cut a stream anywhere
             yield Rejected(f"{name}:{self.place}", end.code, mask(end.text or "", self.secrets))
 
 
@@ -121,7 +121,7 @@ def open_camera(source: VideoSource, context: SourceContext, spool: Spool, where
     """Open what a URL or a device names.
 
     Raises:
-        SourceError: it is none that is known, its host may not be asked, or a variable is not set.
+        SourceError: the kind is not known, its host is not allowed, or a variable is not set.
     """
     environment = Environment(context.env, where)
     url = environment.expand_url(source.path)
@@ -179,7 +179,7 @@ def _encode_login(text: str) -> str:
 def _open_web(
     url: str, source: VideoSource, context: SourceContext, *, spool: Spool, job: DecodeJob, secrets: tuple[str, ...]
 ) -> Camera:
-    """Begin a download: a file is taken whole, what has no end is watched. Raises ImageError, SourceError."""
+    """Begin a download: a file is fetched whole, a stream is watched. Raises ImageError, SourceError."""
     from base64 import b64encode
 
     login = _LOGIN.match(url)

@@ -109,7 +109,7 @@ def _find_column(sample: Sequence[Row], names: Sequence[str]) -> str | None:
 
 
 class _Videos:
-    """Videos by what a cell may call them: their path, their name, either without its suffix; the surest first."""
+    """Videos by the names that a cell may use: path, file name, either without suffix; the most exact first."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._by: tuple[dict[str, list[str]], ...] = tuple(defaultdict(list) for _ in range(4))

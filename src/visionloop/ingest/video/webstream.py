@@ -83,13 +83,13 @@ class WebStream:
         return path
 
     def open(self) -> DecodeJob:
-        """Begin to hand on what comes; the decoder reads it from the pipe of the job."""
+        """Begin to pass on what comes; the decoder reads it from the pipe of the job."""
         self._pipe, writing = os.pipe()
         threading.Thread(target=self._hand_on, args=(writing,), daemon=True, name="stream").start()
         return replace(self._job, pipe=self._pipe)
 
     def close(self) -> None:
-        """Hand on no more. The decoder has the pipe's end for itself by now."""
+        """Stop passing on. The decoder has its own copy of the pipe's end by now."""
         self._closing.set()
         with self._lock:
             pipe, self._pipe = self._pipe, None
@@ -103,14 +103,14 @@ class WebStream:
                 while rest:
                     rest = rest[os.write(writing, rest) :]
         except BrokenPipeError:
-            pass  # the decoder has what it wanted
+            pass  # the decoder has all it needs and has closed the pipe
         except ImageError as exc:
             self.failure = None if self._closing.is_set() else exc
         finally:
             os.close(writing)
 
     def _receive(self, limit_s: float) -> Iterator[bytes]:
-        """Yield the body, for so long; then close the connection. Raises ImageError."""
+        """Yield the body for at most `limit_s`; then close the connection. Raises ImageError."""
         import httpcore
 
         assert self._response
@@ -145,7 +145,7 @@ def _too_large(where: str, max_bytes: int) -> ImageError:
 
 
 class Relay:
-    """Between the decoder and one RTSP camera. `job.url` holds `{port}` where ours belongs."""
+    """Stands between the decoder and one RTSP camera. `{port}` in `job.url` is replaced by the relay's port."""
 
     def __init__(self, rules: HostRules, host: str, port: int, job: DecodeJob, max_bytes: int) -> None:
         self._rules, self._host, self._port, self._job, self._max_bytes = rules, host, port, job, max_bytes
