@@ -149,20 +149,15 @@ class Checker:
     What was `forgotten` is neither stored nor put into the journal.
     """
 
-    def __init__(
-        self, store: ObjectStore, limits: Ingest, *, verify: bool, forgotten: Container[str] = frozenset()
-    ) -> None:
+    def __init__(self, store: ObjectStore, limits: Ingest, *, verify: bool, forgotten: Container[str]) -> None:
         self.stopped = Event()
-        self._store = store
-        self._limits = limits
-        self._verify = verify
-        self._forgotten = forgotten
+        self._store, self._limits = store, limits
+        self._verify, self._forgotten = verify, forgotten
         self._decoding = Semaphore(count_cores())
 
     def check(self, batch: Batch, results: list[ItemResult]) -> None:
         """Add the results of a batch to `results`. Raises StoreError, and errors that end a whole source."""
-        held: list[tuple[int, Item, bytes]] = []
-        num_bytes = 0
+        held, num_bytes = list[tuple[int, Item, bytes]](), 0
         for ordinal, item in batch:
             if self.stopped.is_set():
                 return
