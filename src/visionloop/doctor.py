@@ -14,9 +14,10 @@ from visionloop.parallel import count_cores
 from visionloop.params import Params
 from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.promote import compare_alias
+from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
-from visionloop.tracking import Tracking, mask_credentials
+from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
@@ -104,7 +105,7 @@ def _check_store(store: ObjectStore) -> Finding:
 
 def _check_mlflow(tracking: Tracking) -> Finding:
     tracking.get_champion()
-    return Finding("mlflow", True, f"{mask_credentials(tracking.uri)} answers")
+    return Finding("mlflow", True, f"{mask(tracking.uri)} answers")
 
 
 def _check_dataset(workspace: Workspace) -> Finding:

@@ -1,7 +1,7 @@
 """`${NAME}` of params.yaml from the environment, so that no password is in a file, and what must not be shown. Pure."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
@@ -10,6 +10,19 @@ from visionloop.errors import SourceError
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MIN_SECRET = 3  # a shorter one would turn half of every message into ***
+_LOGIN = re.compile(r"(?<=//)[^/?#\s]*@")
+_QUERY = re.compile(r"(?<=://)([^\s?#'\"]*)\?[^\s'\"]*")
+
+
+def mask(text: str, secrets: Sequence[str] = ()) -> str:
+    """Return text as it may be shown: without these secrets, and without the login and the query of any URL in it.
+
+    Secrets are also found where they were percent-encoded or quoted.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        for form in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
+            text = text.replace(form, "***") if form else text
+    return _QUERY.sub(r"\1?...", _LOGIN.sub("***@", text))
 
 
 @dataclass

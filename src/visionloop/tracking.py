@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
+from visionloop.secrets import mask
 
 CHAMPION_ALIAS = "champion"
 DIGEST_TAG = "visionloop.bundle"
@@ -269,7 +270,7 @@ class MlflowTracking(Tracking):
             if experiment and experiment.lifecycle_stage == "deleted":
                 number = experiment.experiment_id
                 raise SettingsError(
-                    f"MLflow {mask_credentials(self.uri)}",
+                    f"MLflow {mask(self.uri)}",
                     f"the experiment {self.name} is deleted there",
                     "one that is not",
                     f"`mlflow experiments restore --experiment-id {number}` brings it back; `mlflow gc "
@@ -331,12 +332,12 @@ class MlflowTracking(Tracking):
         except VisionLoopError:
             raise
         except (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
-            where = f"MLflow {mask_credentials(self.uri)}"
+            where = f"MLflow {mask(self.uri)}"
             if broken := find_broken_file(exc, str(self._database or where)):
                 path, reason = broken
                 todo = "Free some, or make it readable and writable."
                 raise DiskError(path, f"cannot be used for {where} ({reason})", "a sound file and disk", todo) from exc
-            reason = " ".join(str(exc).replace(self.uri, mask_credentials(self.uri)).split())[:200]
+            reason = " ".join(str(exc).replace(self.uri, mask(self.uri)).split())[:200]
             raise TrackingError(
                 where,
                 f"cannot be used ({reason})",
@@ -365,13 +366,6 @@ def _make_run(run: Any) -> Run:
     started_at = datetime.fromtimestamp(info.start_time / 1000, UTC)
     name = info.run_name or ""
     return Run(info.run_id, name, info.status, started_at, seconds, data.params, data.metrics, data.tags)
-
-
-def mask_credentials(uri: str) -> str:
-    """Hide the password of a URI."""
-    scheme, sep, rest = uri.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{sep}{user.split(':')[0]}:***@{host}" if at and ":" in user else uri
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from visionloop.errors import NotPromoted, VisionLoopError
-from visionloop.tracking import mask_credentials
+from visionloop.secrets import mask
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -330,7 +330,7 @@ def make_refusal(verdict: str) -> NotPromoted:
 def describe_mlflow(uri: str, home: "Path", here: "Path", command: str = "mlflow") -> str:
     """Tell how to look at the runs: the command that shows an SQLite file, or the server without its password."""
     if not uri.startswith("sqlite:///"):
-        return mask_credentials(uri)
+        return mask(uri)
     return f"{command} ui --backend-store-uri sqlite:///{shorten_path(uri.removeprefix('sqlite:///'), home, here)}"
 
 

@@ -10,7 +10,7 @@ from fakes import make_image
 from fault_proxy import FaultProxy, serve_faults
 from s3_server import make_bucket, make_client, point_to, serve_s3
 from visionloop.errors import ImageError, SourceError, StoreError
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import BucketSource
 from visionloop.records import Rejected
 from visionloop.store import open_bucket
@@ -47,9 +47,9 @@ def fill(client: Any, bucket: str, keys: list[str]) -> None:
 
 def read(bucket: str, **more: Any) -> tuple[list[Item], list[Rejected], list[str]]:
     lines: list[str] = []
-    reading = Reading(Path(), Path(), {}, tell=lines.append)
+    context = SourceContext(Path(), Path(), {}, tell=lines.append)
     source = BucketSource(kind="bucket", path=f"s3://{bucket}/2024", name="photos", **more)
-    offered = list(read_source(source, reading))
+    offered = list(read_source(source, context))
     return [o for o in offered if isinstance(o, Item)], [o for o in offered if isinstance(o, Rejected)], lines
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 
@@ -26,7 +26,7 @@ PRIVATE = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"}
 def read(home: Path, env: dict[str, str] | None = None, **keys: Any) -> tuple[list[Item], list[Rejected], list[str]]:
     source = VideoSource.model_validate({"kind": "video", "name": "cam", **keys})
     told: list[str] = []
-    offered = list(read_source(source, Reading(home, home / ".visionloop", env or {}, tell=told.append)))
+    offered = list(read_source(source, SourceContext(home, home / ".visionloop", env or {}, tell=told.append)))
     items = [one for one in offered if isinstance(one, Item)]
     return items, [one for one in offered if isinstance(one, Rejected)], told
 
@@ -219,7 +219,8 @@ class RtspCamera(socketserver.StreamRequestHandler):
             self.reply(number, "200 OK", "Session: 1\r\n")
 
     def reply(self, number: str, status: str, headers: str, body: bytes = b"") -> None:
-        self.wfile.write(f"RTSP/1.0 {status}\r\nCSeq: {number}\r\n{headers}\r\n".encode() + body)
+        head = f"RTSP/1.0 {status}\r\nCSeq: {number}\r\n{headers}\r\n".encode()
+        self.wfile.write(self.server.before + head + body)
 
     def film(self) -> None:
         data: bytes = self.server.film
@@ -230,10 +231,11 @@ class RtspCamera(socketserver.StreamRequestHandler):
 
 
 @contextlib.contextmanager
-def film_over_rtsp(film: bytes, *, redirect: str = "", password: bool = False) -> Iterator[Any]:
+def film_over_rtsp(film: bytes, *, redirect: str = "", password: bool = False, before: bytes = b"") -> Iterator[Any]:
     server: Any = socketserver.ThreadingTCPServer(("127.0.0.1", 0), RtspCamera)
     server.daemon_threads = True
     server.film, server.redirect, server.password, server.asked = film, redirect, password, []
+    server.before = before  # what the camera sends before each answer
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
@@ -255,18 +257,36 @@ def test_a_camera_over_rtsp_is_watched(tmp_path: Path, transport_stream: bytes) 
     assert items[0].read(MB).startswith(b"\xff\xd8")
 
 
-def test_a_camera_that_sends_the_decoder_elsewhere_is_stopped(tmp_path: Path) -> None:
+REDIRECTS = "redirects to another address; expected the film itself"
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "reason"),
+    [
+        (b"", "refused_url", REDIRECTS),
+        (b"$\x00\x00\x02ab", "refused_url", REDIRECTS),
+        (b"\r$\x00\x00\x00", "refused_url", REDIRECTS),
+        (b"\0\n", "refused_url", "sends a control character in a reply; expected the film itself"),
+        (b"\r\n\n", "unreadable", "gives no video"),  # FFmpeg takes these for a whole reply, and gives up
+        (b"ANNOUNCE x RTSP/1.0\nContent-Length: 3\n\n\n\n$", "unreadable", "gives no video"),
+    ],
+    ids=["plain", "packet", "packet-after-return", "NUL", "empty-lines", "request-with-body"],
+)
+def test_a_camera_that_sends_the_decoder_elsewhere_is_stopped(
+    tmp_path: Path, before: bytes, code: str, reason: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         elsewhere.settimeout(0.2)
-        with film_over_rtsp(b"", redirect=f"rtsp://127.0.0.1:{elsewhere.getsockname()[1]}/internal") as server:
+        with film_over_rtsp(
+            b"", redirect=f"rtsp://127.0.0.1:{elsewhere.getsockname()[1]}/internal", before=before
+        ) as server:
             path = f"rtsp://127.0.0.1:{server.server_address[1]}/stream1"
             items, rejected, _ = read(tmp_path, PRIVATE, path=path, label="x", watch_s=1.0)
         with pytest.raises(TimeoutError):
             elsewhere.accept()
     assert items == []
-    assert [(r.code, r.reason) for r in rejected] == [
-        ("refused_url", "redirects to another address; expected the film itself")
-    ]
+    assert [r.code for r in rejected] == [code]
+    assert rejected[0].reason.startswith(reason)
 
 
 def test_a_stream_stops_at_its_limit_of_bytes(tmp_path: Path, transport_stream: bytes) -> None:

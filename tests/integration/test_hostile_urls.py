@@ -14,7 +14,6 @@ import pytest
 
 from http_server import Answer, Handler, WebServer, serve
 from visionloop.errors import ImageError
-from visionloop.ingest.sources import Reading
 from visionloop.web.download import Fetcher, make_fetcher
 
 # TRIP is the port of a listener on loopback that nobody may reach, SITE the host and port of one that is allowed.
@@ -134,7 +133,7 @@ class World:
     def fill(self, text: str) -> str:
         return text.replace("TRIP", str(self.tripwire)).replace("SITE", self.site.host)
 
-    def make_fetcher(self, tmp_path: Path, *private: str, **options: Any) -> Fetcher:
+    def make_fetcher(self, *private: str, **options: Any) -> Fetcher:
         env = {
             "VISIONLOOP_PRIVATE_HOSTS": ",".join([self.site.host, *private]),
             "HTTP_PROXY": f"http://{self.site.host}",
@@ -146,8 +145,7 @@ class World:
             "*.cdn.example",
             self.site.host,
         ]
-        reading = Reading(tmp_path, tmp_path, env)
-        return make_fetcher(reading.env, hosts, requests_per_s=1e6, **{"timeout_s": 2.0, **options})
+        return make_fetcher(env, hosts, requests_per_s=1e6, **{"timeout_s": 2.0, **options})
 
 
 @pytest.fixture
@@ -193,9 +191,9 @@ def refuse(fetcher: Fetcher, url: str) -> ImageError:
     return caught.value
 
 
-def test_hostile_urls_are_refused_before_any_connection(world: World, tmp_path: Path) -> None:
+def test_hostile_urls_are_refused_before_any_connection(world: World) -> None:
     assert len(URLS) == 60
-    fetcher = world.make_fetcher(tmp_path, "127.0.0.1", "169.254.169.254")
+    fetcher = world.make_fetcher("127.0.0.1", "169.254.169.254")
     wrong = []
     for url, reason in URLS.items():
         error = refuse(fetcher, world.fill(url))
@@ -205,8 +203,8 @@ def test_hostile_urls_are_refused_before_any_connection(world: World, tmp_path: 
     assert (world.tried, world.tripped, world.site.targets) == ([], 0, [])
 
 
-def test_names_that_point_to_private_addresses_are_refused(world: World, tmp_path: Path) -> None:
-    fetcher = world.make_fetcher(tmp_path)
+def test_names_that_point_to_private_addresses_are_refused(world: World) -> None:
+    fetcher = world.make_fetcher()
     wrong = []
     for name, (_, reason) in NAMES.items():
         error = refuse(fetcher, f"http://{name}:{world.tripwire}/a.jpg")
@@ -216,8 +214,8 @@ def test_names_that_point_to_private_addresses_are_refused(world: World, tmp_pat
     assert (world.tried, world.tripped) == ([], 0)
 
 
-def test_redirects_to_what_is_not_allowed_are_refused(world: World, tmp_path: Path) -> None:
-    fetcher = world.make_fetcher(tmp_path, "127.0.0.1")
+def test_redirects_to_what_is_not_allowed_are_refused(world: World) -> None:
+    fetcher = world.make_fetcher("127.0.0.1")
     wrong = []
     for location, reason in REDIRECTS.items():
         world.site.routes["/go"] = Answer(status=302, headers={"Location": world.fill(location)})
@@ -230,22 +228,22 @@ def test_redirects_to_what_is_not_allowed_are_refused(world: World, tmp_path: Pa
     assert world.tripped == 0
 
 
-def test_a_name_that_changes_its_address_wins_nothing(world: World, tmp_path: Path) -> None:
+def test_a_name_that_changes_its_address_wins_nothing(world: World) -> None:
     world.names["rebind.cdn.example"] = ["93.184.216.34", "127.0.0.1"]
-    error = refuse(world.make_fetcher(tmp_path), f"http://rebind.cdn.example:{world.tripwire}/a.jpg")
+    error = refuse(world.make_fetcher(), f"http://rebind.cdn.example:{world.tripwire}/a.jpg")
     assert error.found == "rebind.cdn.example is at a loopback address"
     assert (world.tried, world.tripped) == ([("93.184.216.34", world.tripwire)], 0)
 
 
-def test_a_private_host_is_reached_when_it_is_named(world: World, tmp_path: Path) -> None:
+def test_a_private_host_is_reached_when_it_is_named(world: World) -> None:
     world.site.routes["/a"] = Answer(b"image")
     world.names["nas.cdn.example"] = ["127.0.0.1"]
     named = f"http://nas.cdn.example:{world.site.port}/a"
     env = {"VISIONLOOP_PRIVATE_HOSTS": "nas.cdn.example, other.example"}
-    fetcher = make_fetcher(Reading(tmp_path, tmp_path, env), [f"nas.cdn.example:{world.site.port}"])
+    fetcher = make_fetcher(env, [f"nas.cdn.example:{world.site.port}"])
     assert fetcher.make_reader(named)(100) == b"image"
     assert world.site.requests[0].headers["host"] == f"nas.cdn.example:{world.site.port}"
-    without = make_fetcher(Reading(tmp_path, tmp_path, {}), [f"nas.cdn.example:{world.site.port}"])
+    without = make_fetcher({}, [f"nas.cdn.example:{world.site.port}"])
     assert refuse(without, named).todo == "If this host is yours, name it in VISIONLOOP_PRIVATE_HOSTS."
 
 
@@ -271,18 +269,16 @@ CHEATS = [  # headers, body, reason code, what is found
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_bodies_that_cheat_are_refused(
-    world: World, tmp_path: Path, cheat: tuple[dict[str, str], bytes, str, str]
-) -> None:
+def test_bodies_that_cheat_are_refused(world: World, cheat: tuple[dict[str, str], bytes, str, str]) -> None:
     headers, body, code, found = cheat
     world.site.routes["/a"] = Answer(body, headers=headers, cut=len(body))
     with pytest.raises(ImageError, match=found) as caught:
-        world.make_fetcher(tmp_path).fetch(f"{world.site.url}/a", 1_000_000)
+        world.make_fetcher().fetch(f"{world.site.url}/a", 1_000_000)
     assert caught.value.reason_code == code
 
 
 @pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
-def test_an_answer_that_drips_ends_at_its_deadline(world: World, tmp_path: Path, begin: bytes) -> None:
+def test_an_answer_that_drips_ends_at_its_deadline(world: World, begin: bytes) -> None:
     stop = threading.Event()
 
     def drip(handler: Handler) -> None:
@@ -292,20 +288,18 @@ def test_an_answer_that_drips_ends_at_its_deadline(world: World, tmp_path: Path,
 
     world.site.routes["/a"] = drip
     began = time.monotonic()
-    error = refuse(world.make_fetcher(tmp_path, timeout_s=0.2), f"{world.site.url}/a?token=abc")
+    error = refuse(world.make_fetcher(timeout_s=0.2), f"{world.site.url}/a?token=abc")
     stop.set()
     assert (error.reason_code, error.found) == ("unreadable", "gave no whole answer within 0.2 s")
     assert "abc" not in str(error)
     assert 0.8 < time.monotonic() - began < 3  # four tries
 
 
-def test_headers_with_secrets_stay_at_their_host(world: World, tmp_path: Path) -> None:
+def test_headers_with_secrets_stay_at_their_host(world: World) -> None:
     with serve({"/b": Answer(b"image")}) as other:
         env = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"}
         hosts = [world.site.host, other.host]
-        fetcher = make_fetcher(
-            Reading(tmp_path, tmp_path, env), hosts, headers={"X-Key": "k"}, headers_host=f"{world.site.url}/list"
-        )
+        fetcher = make_fetcher(env, hosts, headers={"X-Key": "k"}, headers_host=f"{world.site.url}/list")
         world.site.routes["/go"] = Answer(status=302, headers={"Location": f"{other.url}/b", "Set-Cookie": "a=b"})
         assert fetcher.make_reader(f"{world.site.url}/go")(100) == b"image"
         assert [request.headers.get("x-key") for request in world.site.requests] == ["k"]
@@ -348,12 +342,9 @@ def test_tls_checks_the_name_although_the_address_is_connected(
     with serve({"/a": Answer(b"image")}, context) as secure:
         hosts, env = [f"*.cdn.example:{secure.port}"], {"VISIONLOOP_PRIVATE_HOSTS": "*.cdn.example"}
         url = f"https://photos.cdn.example:{secure.port}/a"
-        assert (
-            "no certificate that can be trusted"
-            in refuse(make_fetcher(Reading(tmp_path, tmp_path, env), hosts), url).found
-        )
+        assert "no certificate that can be trusted" in refuse(make_fetcher(env, hosts), url).found
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        fetcher = make_fetcher(Reading(tmp_path, tmp_path, env), hosts)
+        fetcher = make_fetcher(env, hosts)
         assert fetcher.make_reader(url)(100) == b"image"
         assert asked == ["photos.cdn.example"] * 2
         other = refuse(fetcher, f"https://other.cdn.example:{secure.port}/a")

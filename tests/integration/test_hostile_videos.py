@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from videos import RED, Film, write_video
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import Ingest, VideoSource
 from visionloop.records import Rejected
 
@@ -159,7 +159,7 @@ GIVE_FRAMES = {"endless claim": 3, "absurd frame rate": 1}
 
 def read(home: Path, path: str) -> tuple[list[Item], list[Rejected]]:
     source = VideoSource(kind="video", path=path, name="cam", label="x")
-    offered = list(read_source(source, Reading(home, home / ".visionloop", {}, Ingest())))
+    offered = list(read_source(source, SourceContext(home, home / ".visionloop", {}, Ingest())))
     return [o for o in offered if isinstance(o, Item)], [o for o in offered if isinstance(o, Rejected)]
 
 

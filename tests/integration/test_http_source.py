@@ -13,7 +13,7 @@ from http_server import Answer, Handler, WebServer, serve
 from visionloop.data.manifest import list_versions
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import HttpSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
@@ -53,14 +53,14 @@ class Result:
     ) -> None:
         self.told: list[str] = []
         url = keys.pop("url", f"{site.url}{path}")
-        reading = Reading(home, home, keys.pop("env", ENV), cursor=pulled, tell=self.told.append)
+        context = SourceContext(home, home, keys.pop("env", ENV), cursor=pulled, tell=self.told.append)
         source = HttpSource(kind="http", url=url, name="api", requests_per_s=1e5, **keys)
         self.items: list[Item] = []
         self.rejected: list[Rejected] = []
         self.cursors: list[Cursor] = []
         self.error: SourceError | None = None
         try:
-            for one in read_source(source, reading):
+            for one in read_source(source, context):
                 {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
         except SourceError as exc:
             self.error = exc

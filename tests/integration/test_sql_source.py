@@ -15,7 +15,7 @@ from http_server import Answer, serve
 from postgres_server import PASSWORD, Postgres, run_postgres
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import SqlSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
@@ -108,14 +108,14 @@ class Result:
         self.told: list[str] = []
         env = keys.pop("env", {"PG_PASSWORD": PASSWORD, "VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"})
         limits = make_params({"name": "x", "ingest": keys.pop("limits", {})}).ingest
-        reading = Reading(home, home, env, limits, pulled, self.told.append)
+        context = SourceContext(home, home, env, limits, pulled, self.told.append)
         source = SqlSource(kind="sql", url=keys.pop("url", database.url), query=query, name="db", **keys)
         self.items: list[Item] = []
         self.rejected: list[Rejected] = []
         self.cursors: list[Cursor] = []
         self.error: SourceError | None = None
         try:
-            for one in read_source(source, reading):
+            for one in read_source(source, context):
                 {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
         except SourceError as exc:
             self.error = exc
@@ -135,7 +135,7 @@ def test_blobs_come_in_the_order_of_the_query(database: Database, tmp_path: Path
     result = Result(
         database,
         tmp_path,
-        "SELECT id, label, taken AS time, image FROM photos WHERE '12:30' <> '100%' ORDER BY id DESC; -- all; of it\n",
+        "SELECT id, label, taken AS time, image FROM photos WHERE '12:30' <> '100%' ORDER BY id DESC -- a; b\n;\n",
     )
     assert result.error is None
     assert result.origins == [f"db:id={i}" for i in range(8, -1, -1)]
@@ -295,6 +295,9 @@ def test_rows_are_streamed_in_chunks_that_fit_in_memory(
     ("query", "keys", "message"),
     [
         ("SELECT nope FROM photos", {}, "the database says: .*nope"),
+        ("SELECT 1," + "1," * 60_000 + "1", {}, "query: is too long or holds a NUL; expected at most 100,000 c"),
+        ("SELECT 1\0", {}, "holds a NUL"),
+        (" ; ", {}, "the database says: .*syntax"),
         ("SELECT * FROM photos WHERE", {}, "the database says: .*(syntax|incomplete)"),
         ("SELECT id, id FROM photos", {}, "has two columns named id"),
         ("SELECT * FROM photos", {"cursor": "nope"}, "no column 'nope' in the query; expected one of id, image, label"),

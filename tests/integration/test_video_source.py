@@ -11,12 +11,12 @@ from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.data.manifest import load_version_records
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Item, Reading, read_source
+from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.ingest.video import clip as clip_module
 from visionloop.ingest.video import player as player_module
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.params import VideoSource, make_params
 from visionloop.records import Rejected
 from visionloop.settings import load_settings
@@ -29,7 +29,7 @@ MB = 1_000_000
 def read(home: Path, env: dict[str, str] | None = None, **keys: Any) -> tuple[list[Item], list[Rejected], list[str]]:
     source = VideoSource.model_validate({"kind": "video", "name": "cam", **keys})
     told: list[str] = []
-    offered = list(read_source(source, Reading(home, home / ".visionloop", env or {}, tell=told.append)))
+    offered = list(read_source(source, SourceContext(home, home / ".visionloop", env or {}, tell=told.append)))
     items = [one for one in offered if isinstance(one, Item)]
     return items, [one for one in offered if isinstance(one, Rejected)], told
 
@@ -63,7 +63,7 @@ def test_an_unchanged_video_is_not_decoded_again(tmp_path: Path, monkeypatch: py
     write_video(tmp_path / "v/cat/b.mp4")
     (tmp_path / "v/cat/broken.mp4").write_bytes(b"nonsense")
     first, rejected, _ = read(tmp_path, path="v")
-    jobs: list[Job] = []
+    jobs: list[DecodeJob] = []
     play = Player.play
     monkeypatch.setattr(Player, "play", lambda self, job: jobs.append(job) or play(self, job))
 
@@ -184,7 +184,7 @@ def test_a_decoder_that_dies_or_hangs_costs_one_video(tmp_path: Path, monkeypatc
 
 def test_the_worker_may_write_no_file_and_ends_with_its_parent(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
-    job = Job(1.0, None, [(0.0, None)], 10, 100.0, MB, file=str(path))
+    job = DecodeJob(1.0, None, [(0.0, None)], 10, 100.0, MB, file=str(path))
     with Player() as player:
         answers = list(player.play(job))
         assert [a.t_ms for a in answers if isinstance(a, Frame)] == [0, 1000, 2000]
@@ -202,7 +202,7 @@ def test_the_worker_may_write_no_file_and_ends_with_its_parent(tmp_path: Path) -
 def test_a_pull_that_is_left_in_the_middle_leaves_no_worker(tmp_path: Path) -> None:
     write_video(tmp_path / "v/cat/a.mp4", Film([RED, GREEN] * 20))
     source = VideoSource(kind="video", path="v", name="cam")
-    offered = iter(read_source(source, Reading(tmp_path, tmp_path / ".visionloop", {})))
+    offered = iter(read_source(source, SourceContext(tmp_path, tmp_path / ".visionloop", {})))
     next(offered)
     offered.close()  # type: ignore[attr-defined]
     assert not [p for p in _children() if b"visionloop.ingest.video.worker" in p]
@@ -220,6 +220,6 @@ def _children() -> list[bytes]:
 
 def test_an_end_says_why(tmp_path: Path) -> None:
     with Player() as player:
-        job = Job(1.0, None, [(0.0, None)], 10, 100.0, MB, file=str(tmp_path / "gone.mp4"))
+        job = DecodeJob(1.0, None, [(0.0, None)], 10, 100.0, MB, file=str(tmp_path / "gone.mp4"))
         assert list(player.play(job)) == [End("not_a_video", "is not a video we read (No such file or directory)")]
     assert clip_module.make_stamp(tmp_path / "gone.mp4") is None

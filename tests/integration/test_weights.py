@@ -171,6 +171,11 @@ def test_a_missing_file_a_folder_and_other_bytes_are_refused(tmp_path: Path) -> 
     assert f"w has the sha256 {SHA256[:12]}; expected 000000000000." in refuse(tmp_path, "w", "0" * 64)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionloop.web.download.FIRST_WAIT_S", 0.001)
+
+
 @pytest.fixture
 def site() -> Iterator[WebServer]:
     with serve() as server:
@@ -194,18 +199,23 @@ def test_a_redirect_is_followed_on_loopback_only(site: WebServer, tmp_path: Path
     site.routes["/go"] = Answer(status=302, headers={"Location": f"{site.url}/w"})
     assert is_loaded(load(tmp_path, f"{site.url}/go", SHA256))
     site.routes["/out"] = Answer(status=302, headers={"Location": "http://192.0.2.1/w"})
-    assert "got 'http://192.0.2.1/w'; expected https://" in refuse(tmp_path, f"{site.url}/out", "0" * 64)
+    assert "redirects to 192.0.2.1/w: is not encrypted; expected https://" in refuse(
+        tmp_path, f"{site.url}/out", "0" * 64
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
-        (Answer(b"<html>", 404), "/w?... answers 404 Not Found"),
-        (Answer(b"no", 403), "answers 403 Forbidden"),
-        (Answer(DATA, cut=4000), "/w?... "),
+        (Answer(b"<html>", 404), "/w?...: answered 404; expected"),
+        (Answer(b"no", 403), "answered 403"),
+        (Answer(DATA, cut=4000), "/w?...: the connection failed ("),
         (Answer(b"<!DOCTYPE html>"), f"has the sha256 {hashlib.sha256(b'<!DOCTYPE html>').hexdigest()[:12]};"),
-        (Answer(DATA, headers={"Content-Length": str(1 << 40)}, cut=10), "is too large; expected at most 4 GiB"),
-        (Answer(status=302, headers={"Location": "/w"}), "answers 302"),
+        (
+            Answer(DATA, headers={"Content-Length": str(1 << 40)}, cut=10),
+            "too large; expected at most 4,294,967,296",
+        ),
+        (Answer(status=302, headers={"Location": "/w"}), "redirects more than 5 times"),
     ],
     ids=["404", "403", "cut", "html", "huge", "circle"],
 )
@@ -228,17 +238,21 @@ def test_a_body_that_never_ends_is_cut(site: WebServer, tmp_path: Path, monkeypa
 def test_a_silent_server_is_given_up(site: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_sources, "SILENCE_S", 0.2)
     site.routes["/w"] = lambda handler: time.sleep(0.6)
-    assert "/w cannot be read (" in refuse(tmp_path, f"{site.url}/w", SHA256)
+    assert "/w: gave no whole answer within 0.2 s" in refuse(tmp_path, f"{site.url}/w", SHA256)
 
 
 @pytest.mark.parametrize(
     ("address", "line"),
     [
-        ("http://example.com/w", "got 'http://example.com/w'; expected https://"),
+        ("http://example.com/w", "http://example.com/w: is not encrypted; expected https://"),
         ("http://127.0.0.1.example.com/w", "expected https://"),
-        ("https://me:secret@example.com/w", "got a name or password in 'https://example.com/w'"),
-        ("https:///w", "expected https://"),
-        ("http://127.0.0.1:9/w", "http://127.0.0.1:9/w cannot be read ("),
+        (
+            "https://me:secret@example.com/w",
+            "https://***@example.com/w: a user name or password in the URL; ex",
+        ),
+        ("https:///w", "host ''; expected a host name"),
+        ("https://169.254.169.254/w", "169.254.169.254 is at a metadata address"),
+        ("http://127.0.0.1:9/w", "http://127.0.0.1:9/w: the connection failed ("),
         ("s3://Bad_Bucket/w", "got 's3://Bad_Bucket'"),
     ],
 )

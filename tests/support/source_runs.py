@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import make_params
 from visionloop.records import Rejected
 
@@ -32,8 +32,8 @@ def run_source(home: Path, cursor: str | None = None, env: dict[str, str] | None
     """Read a source to its end. `section` is what stands under `ingest.sources`; paths are relative to `home`."""
     source = make_params({"name": "pets", "ingest": {"sources": [section]}}).ingest.sources[0]
     run = Run()
-    reading = Reading(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append)
-    for one in read_source(source, reading):
+    context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append)
+    for one in read_source(source, context):
         if isinstance(one, Item):
             run.items.append(one)
         elif isinstance(one, Rejected):

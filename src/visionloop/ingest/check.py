@@ -1,10 +1,11 @@
 """Check and store all that the sources offer, with several readers; results are in the order of the sources.
 
-What the journal knows is not read again. Threads do the rest (`crew.py`); whatever is done first, the order stays.
+What the journal knows is not read again. Threads read, check and store the rest; the results keep the order of the
+sources, whichever thread is done first.
 
-There are as many threads as cores, and more of them while they wait for a network; no more decode at once than there
-are cores. Work goes out in batches of some hundredths of a second, and no further ahead than the threads can hold: a
-long source fills no memory but that of its results.
+There are as many threads as cores, and more of them while they wait for a network; at any time at most one image per
+core is decoded. Work goes out in batches that take about 0.03 s, at most two batches per thread ahead, so a long source
+uses no memory except for its results.
 """
 
 import hashlib
@@ -24,6 +25,16 @@ from visionloop.params import Ingest
 from visionloop.records import Rejected
 from visionloop.store import ObjectStore
 
+# Example: four images on two cores. The journal knows a.jpg with today's stamp; c.jpg is damaged.
+#
+#     offered   a.jpg            b.jpg             c.jpg             d.jpg
+#     slots     0: journal row   1: None           2: None           3: None
+#     batches   -                [1] to thread 0   [2] to thread 1   [3] waits: two cores, so two threads
+#
+# Thread 1 is done first: ItemResult(2, c.jpg, Rejected). It took 1 ms, so later batches hold 0.03 s / 1 ms = 30 items.
+# Had the threads spent less than half of their time on a core, a third one would start. Thread 1 takes [3]. `settle`
+# puts each result into its slot as it comes, here 2, 3, 1, and into the journal; so the next pull reads none of the
+# four. `close` goes through the slots 0 to 3: inspected a.jpg, b.jpg, d.jpg; rejected c.jpg; 4 seen, 3 read.
 MAX_READERS = 32
 _BATCH_S = 0.03
 _MAX_BATCH = 32
@@ -31,13 +42,13 @@ _GROUP_BYTES = 8_000_000
 _BUSY = 0.5
 Batch = list[tuple[int, Item]]
 _FLUSH_LINES = 1000
-# The code of a rejection that may pass by itself: a server that was away, a file that was locked.
+# The code of a rejection that may be gone next time: a server was away, a file was locked.
 PASSING = "unreadable"
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What came of one item. `is_lasting`: it is a verdict on the bytes, and stands as long as the stamp does."""
+class ItemResult:
+    """The result of one item. `is_lasting`: it depends on the bytes alone, so it holds until the stamp changes."""
 
     ordinal: int
     item: Item
@@ -47,23 +58,23 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Done:
-    """A batch that was worked on: what came of it, its time on the clock and on a core, and what stopped it."""
+    """A batch that was worked on: its results, the time it took, the time on a core, and the error that stopped it."""
 
-    outcomes: list[Outcome]
+    results: list[ItemResult]
     seconds: float
     cpu_s: float
     error: BaseException | None
 
 
 class Crew:
-    """Threads with batches on their way to and from them. `on_outcomes` is called by the thread that gives the work.
+    """Threads that work on batches. `on_results` gets everything that was stored, also when an error stopped the rest.
 
-    Everything that was stored is handed to `on_outcomes`, also when an error stopped the rest.
+    It is called by the thread that calls `take` and `finish`.
     """
 
-    def __init__(self, checker: "Checker", on_outcomes: Callable[[list[Outcome]], None], *, num_writers: int) -> None:
+    def __init__(self, checker: "Checker", on_results: Callable[[list[ItemResult]], None], *, num_writers: int) -> None:
         self._checker = checker
-        self._on_outcomes = on_outcomes
+        self._on_results = on_results
         self._todo: SimpleQueue[Batch | None] = SimpleQueue()
         self._done: SimpleQueue[_Done] = SimpleQueue()
         self._threads: list[Thread] = []
@@ -74,27 +85,27 @@ class Crew:
         self._num_out = 0
 
     def take(self, ordinal: int, item: Item) -> None:
-        """Take an item on; wait while enough of them are on their way. Raises what stopped an earlier one."""
+        """Add an item; wait while the threads have enough to do. Raises the error that stopped an earlier item."""
         self._batch.append((ordinal, item))
         if len(self._batch) >= self._batch_size:
             self._send()
 
     def finish(self) -> None:
-        """Wait until everything is done. Raises what stopped it."""
+        """Wait until everything is done. Raises the error that stopped it."""
         if self._batch:
             self._send()
         while self._num_out:
             self._receive()
 
     def stop(self) -> None:
-        """Let the threads go: what they have begun they end, what they have not is dropped."""
+        """End the threads: they finish the item they work on; the rest is dropped."""
         self._checker.stopped.set()
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
             thread.join()
         while not self._done.empty():
-            self._on_outcomes(self._done.get().outcomes)
+            self._on_results(self._done.get().results)
 
     def _send(self) -> None:
         if len(self._threads) < min(self._max_threads, self._num_wanted, self._num_out + 1):
@@ -110,10 +121,10 @@ class Crew:
     def _receive(self) -> None:
         done = self._done.get()
         self._num_out -= 1
-        self._on_outcomes(done.outcomes)
+        self._on_results(done.results)
         if done.error is not None:
             raise done.error
-        each_s = done.seconds / max(1, len(done.outcomes))
+        each_s = done.seconds / max(1, len(done.results))
         self._batch_size = min(_MAX_BATCH, max(1, int(_BATCH_S / max(each_s, 1e-6))))
         num_threads = len(self._threads)
         if num_threads == self._num_wanted and done.cpu_s * num_threads < _BUSY * done.seconds * self._num_cores:
@@ -122,49 +133,44 @@ class Crew:
     def _work(self) -> None:
         while (batch := self._todo.get()) is not None:
             started, cpu_started = time.perf_counter(), time.thread_time()
-            outcomes: list[Outcome] = []
+            results: list[ItemResult] = []
             error = None
             try:
-                self._checker.check(batch, outcomes)
-            except BaseException as exc:  # handed on to the thread that gives the work
+                self._checker.check(batch, results)
+            except BaseException as exc:  # raised again by the thread that calls `take`
                 error = exc
-            self._done.put(_Done(outcomes, time.perf_counter() - started, time.thread_time() - cpu_started, error))
+            self._done.put(_Done(results, time.perf_counter() - started, time.thread_time() - cpu_started, error))
 
 
 class Checker:
     """Read, check and store a batch of items; by many threads at once.
 
-    With `verify` an object that is there already is compared with what was read, and put right. What was `forgotten`
-    is neither stored nor remembered.
+    With `verify` an object that is already stored is compared with what was read, and replaced if it differs.
+    What was `forgotten` is neither stored nor put into the journal.
     """
 
-    def __init__(
-        self, store: ObjectStore, limits: Ingest, *, verify: bool, forgotten: Container[str] = frozenset()
-    ) -> None:
+    def __init__(self, store: ObjectStore, limits: Ingest, *, verify: bool, forgotten: Container[str]) -> None:
         self.stopped = Event()
-        self._store = store
-        self._limits = limits
-        self._verify = verify
-        self._forgotten = forgotten
+        self._store, self._limits = store, limits
+        self._verify, self._forgotten = verify, forgotten
         self._decoding = Semaphore(count_cores())
 
-    def check(self, batch: Batch, outcomes: list[Outcome]) -> None:
-        """Add what comes of a batch to `outcomes`. Raises StoreError, and what a source raises as a whole."""
-        held: list[tuple[int, Item, bytes]] = []
-        num_bytes = 0
+    def check(self, batch: Batch, results: list[ItemResult]) -> None:
+        """Add the results of a batch to `results`. Raises StoreError, and errors that end a whole source."""
+        held, num_bytes = list[tuple[int, Item, bytes]](), 0
         for ordinal, item in batch:
             if self.stopped.is_set():
                 return
             data = self._read(item)
             if isinstance(data, Rejected):
-                outcomes.append(Outcome(ordinal, item, data, is_lasting=data.code == "too_large"))
+                results.append(ItemResult(ordinal, item, data, is_lasting=data.code == "too_large"))
                 continue
             held.append((ordinal, item, data))
             num_bytes += len(data)
             if num_bytes > _GROUP_BYTES:
-                self._inspect(held, outcomes)
+                self._inspect(held, results)
                 held, num_bytes = [], 0
-        self._inspect(held, outcomes)
+        self._inspect(held, results)
 
     def _read(self, item: Item) -> bytes | Rejected:
         try:
@@ -173,32 +179,32 @@ class Checker:
             return _reject(item, exc)
         except (VisionLoopError, MemoryError):
             raise
-        except Exception as exc:  # a source of one's own, that fails for one image
+        except Exception as exc:  # a user's source fails for one image
             return Rejected(item.origin, "unreadable", f"cannot be read ({type(exc).__name__})")
 
-    def _inspect(self, held: Sequence[tuple[int, Item, bytes]], outcomes: list[Outcome]) -> None:
+    def _inspect(self, held: Sequence[tuple[int, Item, bytes]], results: list[ItemResult]) -> None:
         with self._decoding:
             judged = [(self._judge(ordinal, item, data), data) for ordinal, item, data in held]
-        for outcome, data in judged:
-            if isinstance(outcome.found, Facts):
+        for result, data in judged:
+            if isinstance(result.found, Facts):
                 if self.stopped.is_set():
                     return
-                if outcome.found.sha256 in self._forgotten:
-                    outcomes.append(replace(outcome, is_lasting=False))
+                if result.found.sha256 in self._forgotten:
+                    results.append(replace(result, is_lasting=False))
                     continue
-                self._put(make_image_key(outcome.found.sha256), data)
-            outcomes.append(outcome)
+                self._put(make_image_key(result.found.sha256), data)
+            results.append(result)
 
-    def _judge(self, ordinal: int, item: Item, data: bytes) -> Outcome:
+    def _judge(self, ordinal: int, item: Item, data: bytes) -> ItemResult:
         try:
-            return Outcome(ordinal, item, inspect_bytes(data, item.origin, max_pixels=self._limits.max_pixels))
+            return ItemResult(ordinal, item, inspect_bytes(data, item.origin, max_pixels=self._limits.max_pixels))
         except ImageError as exc:
-            return Outcome(ordinal, item, _reject(item, exc))
+            return ItemResult(ordinal, item, _reject(item, exc))
         except MemoryError:
             raise
-        except Exception as exc:  # a decoder that fails in its own way costs this image, not the run
+        except Exception as exc:  # an unexpected error of a decoder costs this image only
             found = Rejected(item.origin, "unreadable", f"cannot be decoded ({type(exc).__name__})")
-            return Outcome(ordinal, item, found, is_lasting=False)
+            return ItemResult(ordinal, item, found, is_lasting=False)
 
     def _put(self, key: str, data: bytes) -> None:
         if not self._store.add(key, data) and self._verify and self._store.get(key) != data:
@@ -211,12 +217,12 @@ def _reject(item: Item, exc: ImageError) -> Rejected:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a pull has found: usable images, what cannot be used, and how far each incremental source has come.
+    """What a pull has found: usable images, what cannot be used, and the cursor of each incremental source.
 
     `num_read` of the `num_seen` were read; the others were known. `num_missing` were known, but not in the store.
-    `offers` is equal when all that was offered is: each place, stamp, label, side and group, in the same order. None
-    when something has no stamp. `is_as_before`: the offers are those that were asked about, all of them known, and
-    neither images nor rejections are listed.
+    `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
+    no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
+    left out here.
     """
 
     inspected: list[Inspected] = field(default_factory=list)
@@ -231,11 +237,11 @@ class Checked:
 
 @dataclass(frozen=True)
 class Known:
-    """What need not be read: by the journal, as far as it is in the store.
+    """What need not be read: what is in the journal, and in the store.
 
-    `stored` are the digests in the store, None when the journal is believed. `offers` are those of the pull before, if
-    nothing but new offers could make this one end otherwise. With `verify` everything is read, and compared. What was
-    `forgotten` is not stored again.
+    `stored` are the digests in the store; None: trust the journal. `offers` is the digest of the last pull, if this
+    pull can only differ by what is offered. With `verify` everything is read and compared. Images that were
+    `forgotten` are not stored again.
     """
 
     journal: Journal
@@ -256,7 +262,7 @@ def check_all(
 
     Raises:
         StoreError: the store cannot be written; what was stored until then is in the journal.
-        VisionLoopError: what a source raises as a whole.
+        VisionLoopError: an error that ends a whole source.
     """
     tally = _Tally(known, on_progress)
     checker = Checker(store, limits, verify=known.verify, forgotten=known.forgotten)
@@ -279,7 +285,7 @@ def check_all(
 
 
 class _Tally:
-    """Every item that was offered, in order, with what is known or was found out about it."""
+    """Every item that was offered, in order, each with the journal's row or with its result."""
 
     def __init__(self, known: Known, on_progress: Callable[[int, int], None]) -> None:
         self.rejected: list[Rejected] = []
@@ -288,11 +294,11 @@ class _Tally:
         self._on_progress = on_progress
         self._rows: dict[str, dict[str, Row]] = {}
         self._offers = _Offers()
-        self._slots: list[tuple[Item, Row] | Outcome | None] = []
+        self._slots: list[tuple[Item, Row] | ItemResult | None] = []
         self._num_done = self._num_read = self._num_missing = 0
 
     def count(self, item: Item) -> int | None:
-        """Count an item in; return its ordinal if it must be read."""
+        """Give an item its slot; return the slot's number if the item must be read."""
         self._offers.add(item)
         row = self._find(item)
         self._slots.append(None if row is None else (item, row))
@@ -301,17 +307,17 @@ class _Tally:
         self._num_done += 1
         return None
 
-    def settle(self, outcomes: list[Outcome]) -> None:
-        """Take what threads have found out, and keep in the journal what lasts."""
-        for outcome in outcomes:
-            self._slots[outcome.ordinal] = outcome
-        self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in outcomes if o.is_lasting])
-        self._num_done += len(outcomes)
-        self._num_read += len(outcomes)
+    def settle(self, results: list[ItemResult]) -> None:
+        """Put results into their slots, and into the journal if they are lasting."""
+        for result in results:
+            self._slots[result.ordinal] = result
+        self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in results if o.is_lasting])
+        self._num_done += len(results)
+        self._num_read += len(results)
         self._on_progress(self._num_done, 0)
 
     def close(self) -> Checked:
-        """Return all of it, in the order of the sources."""
+        """Return everything, in the order of the sources."""
         num_seen = len(self._slots)
         self._on_progress(num_seen, num_seen)
         offers = self._offers.close(self.rejected, self.cursors)
@@ -330,8 +336,8 @@ class _Tally:
         )
 
     def _list_held(self) -> set[str]:
-        """Name the sources whose cursor stays: an image that could not be had today must be asked for again."""
-        new = [slot for slot in self._slots if isinstance(slot, Outcome)]
+        """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""
+        new = [slot for slot in self._slots if isinstance(slot, ItemResult)]
         return {o.item.source for o in new if isinstance(o.found, Rejected) and o.found.code == PASSING}
 
     def _find(self, item: Item) -> Row | None:
@@ -383,8 +389,8 @@ class _Offers:
         self._abouts = {} if len(self._abouts) > _FLUSH_LINES else self._abouts
 
 
-def _unpack(ordinal: int, slot: tuple[Item, Row] | Outcome) -> Inspected | Rejected:
-    if isinstance(slot, Outcome):
+def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Rejected:
+    if isinstance(slot, ItemResult):
         item, found = slot.item, slot.found
     else:
         item, row = slot

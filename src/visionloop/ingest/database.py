@@ -1,4 +1,9 @@
-"""Databases: a connection that can only read, and the rows of a query in chunks."""
+"""Databases: a connection that can only read, and the rows of a query in chunks.
+
+The text of a query is not judged here. The session is what stops it: it cannot write, has a time limit, and takes one
+statement at a time. What a session still allows (a superuser may read the server's files) only the rights of its user
+can take away.
+"""
 
 import re
 import sqlite3
@@ -18,22 +23,24 @@ from visionloop.secrets import Environment
 
 CONNECT_S = 10
 OPERATIONS_BETWEEN_CHECKS = 10_000
-DRIVERS = {
-    **dict.fromkeys(("postgres", "postgresql"), "postgresql+psycopg"),
-    **dict.fromkeys(("sqlite", "sqlite+pysqlite"), "sqlite+pysqlite"),
+# The two databases whose sessions are guarded here have one driver each: others send several statements at once.
+DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
+DRIVER_OPTIONS: dict[str, dict[str, Any]] = {
+    "psycopg": {"connect_timeout": CONNECT_S, "application_name": "visionloop"},
+    "mysqldb": {"multi_statements": False},
 }
-# regexp is Python's: it cannot be interrupted. The others read and write files, in shells that have them.
+# regexp is written in Python and cannot be interrupted. The others read and write files, where they exist.
 FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "regexp"})
 READ_ALL = "pg_read_all_data"
 FIRST_CHUNK = 4
 CHUNK_BYTES = 32 << 20
 SIZE = "visionloop_num_bytes"
 SIZED_TYPES = frozenset({17, 25, 1042, 1043})  # of PostgreSQL: bytea, text, char, varchar
-WRAPPED = frozenset({"sqlite", "postgresql"})  # what has a size that can be asked for without reading the value
+WRAPPED = frozenset({"sqlite", "postgresql"})  # these tell the size of a value without sending it
 
 
 class Stopwatch:
-    """Counts the time that a database takes, not the time between its answers."""
+    """Counts the time that the database works, not the time that we spend between its answers."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s, self._spent_s, self._since = limit_s, 0.0, 0.0
@@ -96,12 +103,8 @@ class Database:
         if self.dialect == "sqlite":
             path = self._find_file(where)
             return sa.create_engine("sqlite+pysqlite://", creator=lambda: _open_file(path), poolclass=sa.NullPool)
-        options: dict[str, Any] = {"poolclass": sa.NullPool, "hide_parameters": True}
-        if self.dialect == "postgresql":
-            options["connect_args"] = {"connect_timeout": CONNECT_S, "application_name": "visionloop"}
-            if self.url.get_driver_name() != "psycopg":
-                del options["connect_args"]
-        return sa.create_engine(self.url, **options)
+        options = DRIVER_OPTIONS.get(self.url.get_driver_name(), {})
+        return sa.create_engine(self.url, poolclass=sa.NullPool, hide_parameters=True, connect_args=options)
 
     def _find_file(self, where: str) -> Path:
         """Return the file of an SQLite URL. Raises SourceError."""
@@ -125,16 +128,18 @@ class Database:
         elif self.dialect in {"mysql", "mariadb"}:
             connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
             connection.rollback()
+        else:
+            tell(f"{where}: {self.dialect} has no read-only session; connect as a user that may only SELECT")
         return connection
 
 
 def make_database(text: str, environment: Environment, home: Callable[[str], Path], max_value_bytes: int) -> Database:
-    """Understand the URL of a database; `${NAME}` may stand for the whole or for its parts. Raises SourceError."""
+    """Parse the URL of a database; `${NAME}` may stand for the whole or for its parts. Raises SourceError."""
     whole = environment.expand(text) if text.startswith("${") and text.find("}") == len(text) - 1 else text
     try:
         url = make_url(whole)
         name = url.drivername
-        url = url.set(drivername=DRIVERS.get(name, name))
+        url = url.set(drivername=DRIVERS.get(name.split("+")[0], name))
         if whole is text:
             parts = {key: getattr(url, key) for key in ("username", "password", "host", "database")}
             expanded: dict[str, Any] = {key: environment.expand(value) for key, value in parts.items() if value}
@@ -237,8 +242,8 @@ def _translate(where: str, exc: BaseException, stopwatch: Stopwatch) -> SourceEr
 
 
 @dataclass(frozen=True)
-class Query:
-    """A checked query, and how much of it is wanted: rows from `start` of the column `cursor` on, if there is one."""
+class SqlQuery:
+    """A query. With `cursor`, only rows whose value in that column is at least `start`, in the order of that column."""
 
     text: str
     dialect: str
@@ -333,5 +338,5 @@ def _count_bytes(row: Mapping[str, Any]) -> int:
 
 
 def escape_colons(text: str) -> str:
-    """Return SQL in which SQLAlchemy finds no parameter: a colon is a colon."""
+    """Escape colons, so that SQLAlchemy takes none of them for the start of a parameter."""
     return text.replace(":", "\\:")

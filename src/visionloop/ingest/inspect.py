@@ -1,8 +1,8 @@
 """Validate the bytes of one file: size, format, pixel limit, full decode, digest, perceptual hash. Pure.
 
 Each file is decoded once. A JPEG, by far the most common, is decoded to grey at a reduced scale: all of its data is
-unpacked, so that damage is found, at half the price. What that strict decoder refuses without calling it damaged, and
-every other format, is decoded as training does it (`data/images.py`): what passes here can be decoded there.
+unpacked, so that damage is found, in half the time. Files that this strict decoder does not support, and all other
+formats, are decoded as training does it (`data/images.py`): what passes here can be decoded there.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from visionloop.data.images import MAX_SCANS, decode_grey
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Item
 
-# Counted up when the verdict on the same bytes, or their perceptual hash, may change: what was remembered is forgotten.
+# Raised by one when the same bytes may get another result or perceptual hash: rows of the journal are then not used.
 INSPECTION = 1
 
-# Below 64 px on the shorter side the hash of the reduced image strays from that of the whole one.
+# Below 64 px on the shorter side the hash of the reduced image differs from that of the whole one.
 _REDUCED_PX = 64
 _MAX_CHUNKS = 100_000
 # What libjpeg warns of when pixels are lost. Its other warnings (an odd version, a few bytes too many) lose none.
@@ -40,7 +40,7 @@ GreyArray = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the bytes of a usable file say: a function of the bytes alone. Width and height as people see them."""
+    """What the bytes of a usable file say; depends on the bytes alone. Width and height after EXIF orientation."""
 
     sha256: str
     width: int
@@ -71,7 +71,7 @@ def inspect_bytes(data: bytes, where: str, *, max_pixels: int) -> Facts:
 
 
 def _inspect_jpeg(data: bytes, where: str, max_pixels: int) -> tuple[int, int, str, str] | None:
-    """Return width, height, format and hash of a JPEG; None when another decoder must say. Raises ImageError."""
+    """Return width, height, format and hash of a JPEG; None when another decoder must try. Raises ImageError."""
     import simplejpeg
 
     has_metadata, may_have_scans = _walk_segments(data)
@@ -105,7 +105,7 @@ def _walk_segments(data: bytes) -> tuple[bool, bool]:
     while place + 4 <= size and data[place] == 0xFF:
         marker = data[place + 1]
         if marker in _PROGRESSIVE:
-            return True, True  # the rare kind: metadata is looked for, whether it is there or not
+            return True, True  # rare: treated as if it had metadata
         if marker == 0xDA:
             return has_metadata, False
         if marker == 0xE1:
@@ -125,7 +125,7 @@ def _read_orientation(data: bytes) -> int:
 
     try:
         value: Any = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_ORIENTATION, 1)
-    except Exception:  # metadata of any kind of nonsense: the pixels are whole
+    except Exception:  # broken metadata; the pixels are whole
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -140,7 +140,7 @@ def _turn_upright(grey_hw: GreyArray, orientation: int) -> GreyArray:
 
 
 def _check_png_chunks(data: bytes, where: str) -> None:
-    """Compare the checksum of every chunk with its content: the decoder leaves out those of the pixels.
+    """Compare the checksum of every chunk with its content; the decoder does not check those of the pixels.
 
     Raises:
         ImageError: a chunk is damaged, or the file ends before its last chunk.

@@ -1,4 +1,4 @@
-"""What every source yields, and what it may use while it reads."""
+"""What every source yields, and what it is given."""
 
 import os
 import stat
@@ -38,15 +38,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far an incremental source has come. It is committed with the version that holds what came before it."""
+    """How far an incremental source was read. It is committed together with the version that holds those images."""
 
     source: str
     value: str
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a source may use: the workspace, the environment, its committed cursor, a way to tell of a guess."""
+class SourceContext:
+    """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something."""
 
     home: Path
     hidden_dir: Path
@@ -71,7 +71,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
     Only a regular file, or a link to one, is read: a pipe would wait for a writer, a device would never end.
     """
     try:
-        # Not open(): it asks the system three questions more, and waits at a pipe.
+        # Not open(): it makes three more system calls, and waits at a pipe.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             facts = os.fstat(file)
@@ -88,7 +88,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
 
 
 def _read_whole(file: int, size: int, max_bytes: int) -> bytes:
-    """Read to the end, or just beyond `max_bytes`: in one call, if the file still has the size it said."""
+    """Read to the end, or one byte beyond `max_bytes`; in one call if the size has not changed."""
     data = os.read(file, size + 1)
     if len(data) == size:
         return data

@@ -1,11 +1,11 @@
 """What earlier ingests of this workspace have read: a cache, so that a file is read again only when it has changed.
 
-.visionloop/ingest/journal.sqlite, by store and origin. Never the truth: without it, or when it is damaged or locked,
-everything is read again and the same version comes of it.
+.visionloop/ingest/journal.sqlite, by store and origin. Only a cache: without it, or when it is damaged or locked,
+everything is read again, with the same version as the result.
 
-A row is believed while the stamp of the file is the same, and so are the rules it was checked by. It also says that the
-object is in the store, which a power failure could undo until the store's `sync`: a row from before one is believed
-only as long as the machine has not started anew.
+A row is used while the stamp of the file and the rules of the check are the same. A row also says that the object is in
+the store, and a power failure could undo that until the store's `sync`: a row that no sync has covered is used only
+until the machine is restarted.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def unpack_row(row: Row) -> Facts | Rejected:
 
 @dataclass(frozen=True)
 class LastPull:
-    """What the last pull of a dataset was asked, what it was offered ("": not known), and the version it ended with."""
+    """Of the last pull of a dataset: its settings, what it was offered ("": not known), and the resulting version."""
 
     asked: str
     offers: str
@@ -82,7 +82,7 @@ class Journal:
         self._database = _open_file(path) or _open_memory()
 
     def load(self, source: str) -> dict[str, Row]:
-        """Return every believed row of a source, by origin."""
+        """Return every usable row of a source, by origin."""
         nothing: list[Any] = []
         rows = self._do(lambda database: self._select(database, source), nothing)
         return {row[0]: row for row in rows}
@@ -115,7 +115,7 @@ class Journal:
             self._do(lambda database: self._insert(database, waiting), None)
 
     def mark_synced(self) -> None:
-        """Say that the store has synced: the rows of this session are believed for good."""
+        """Note that the store has synced: the rows of this session stay usable after a restart."""
         if self._session is not None:
             self._do(lambda database: _mark_synced(database, self._session), None)
 
@@ -125,7 +125,7 @@ class Journal:
         return self._session is not None
 
     def forget(self, sha256s: Iterable[str]) -> None:
-        """Drop every row of some images, in all stores, and what the last pulls of this store saw."""
+        """Drop every row of some images, in all stores, and the records of this store's last pulls."""
         self._do(lambda database: _delete(database, self._store, list(sha256s)), None)
 
     def load_pull(self, name: str) -> LastPull | None:
@@ -152,7 +152,7 @@ class Journal:
         except (sqlite3.Error, ValueError, TypeError) as exc:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
-            if not isinstance(exc, sqlite3.OperationalError):  # those pass: locked, or no space left
+            if not isinstance(exc, sqlite3.OperationalError):  # for now only: locked, or no space left
                 _remove(self._path)
             self._database = _open_memory()
             self._session = None
@@ -178,7 +178,7 @@ class Journal:
 
 
 def _open_file(path: Path) -> sqlite3.Connection | None:
-    """Open the journal, made anew if it is damaged or of another version; None when that cannot be."""
+    """Open the journal; a damaged one, or one of another version, is replaced. None when that fails."""
     for _ in range(2):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def _open_file(path: Path) -> sqlite3.Connection | None:
 
 
 def _make_tables(database: sqlite3.Connection) -> None:
-    """Make the tables, unless another process is quicker."""
+    """Make the tables, unless another process has made them."""
     with contextlib.suppress(sqlite3.OperationalError):
         database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
     if database.in_transaction:
@@ -248,7 +248,7 @@ def _replace_pull(database: sqlite3.Connection, row: tuple[object, ...]) -> None
 
 
 def _read_boot_id() -> str:
-    """Return what is new each time the machine starts."""
+    """Return a text that is different after each start of the machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

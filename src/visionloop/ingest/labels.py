@@ -1,4 +1,4 @@
-"""Labels as the dataset holds them: renamed by `ingest.label_map`, put right by `ingest.corrections`, one per image.
+"""Labels as the dataset holds them: renamed by `ingest.label_map`, corrected by `ingest.corrections`, one per image.
 
 Pure. The same rules hold for what a pull brings and for the rows of earlier versions, so that a later pull of the same
 files finds nothing new.
@@ -6,7 +6,7 @@ files finds nothing new.
 sha256,old,new          the sha256, or its first eight digits or more; the label it has; the label it should have
 3f786850,cat,dog        empty `old`: it has no label yet; empty `new`: the label is taken away
 
-A line whose correction was made stays in the file and does nothing more.
+A line whose correction was made may stay in the file; it changes nothing then.
 """
 
 import csv
@@ -57,7 +57,7 @@ def load_corrections(path: Path) -> list[Correction]:
     """Read the file.
 
     Raises:
-        SourceError: it is missing, no CSV with these columns, or a line names no image; with the line.
+        SourceError: it is missing, no CSV with these columns, or a line names no image; the message names the line.
     """
     where = path.name
     try:
@@ -92,7 +92,7 @@ def match_corrections(
     `several`: an image may have several labels, and several corrections. Images that were forgotten are passed over.
 
     Raises:
-        SourceError: lines that mean no image, more than one, one twice, or an image with another label; all of them.
+        SourceError: a line fits no image, several images, or an image with another label, or an image is named twice.
     """
     known = sorted({*labels_of, *forgotten})
     matched: dict[str, list[Correction]] = {}
@@ -143,7 +143,7 @@ def _to_labels(label: str) -> Labels:
 
 @dataclass(frozen=True)
 class LabelRules:
-    """What is done to a label on its way into the dataset. `several`: an image may have more than one."""
+    """How labels are changed before they enter the dataset. `several`: an image may have more than one."""
 
     label_map: Mapping[str, str] = field(default_factory=dict)
     corrections: Sequence[Correction] = ()
@@ -162,7 +162,7 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
     """Return the rules of params.yaml.
 
     Raises:
-        ParamsError: the label map renames a label that it renames another to: the order would decide.
+        ParamsError: the label map renames a to b and b to c: the result would depend on the order.
     """
     label_map = {old: new for old, new in params.ingest.label_map.items() if old != new}
     if chained := set(label_map) & set(label_map.values()):
@@ -178,7 +178,7 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
 def relabel(
     rules: LabelRules, before: Mapping[str, ImageRecord], offered: Sequence[Inspected], forgotten: frozenset[str]
 ) -> tuple[dict[str, ImageRecord], dict[str, list[tuple[Inspected, Labels]]], list[Rejected]]:
-    """Return the earlier rows and what is offered, by content, under their labels; and what has labels too many.
+    """Return the earlier rows and what is offered, by content, with their labels; and what has too many labels.
 
     Raises:
         SourceError: a correction fits no image.
@@ -207,7 +207,7 @@ def relabel(
 
 
 def unite_labels(known: Labels, offered: Iterable[Labels], *, several: bool) -> Labels | None:
-    """Return the labels of one image; without a label gives way to a label. None: two labels where there may be one."""
+    """Return the labels of one image; a label wins over no label. None: two labels where one is allowed."""
     offered = [*offered]
     if all(labels == known for labels in offered):
         return known

@@ -1,6 +1,6 @@
-"""Add what a pull has found to the rows of the version before, and hold it against `ingest.expect`.
+"""Add what a pull has found to the rows of the version before, and compare the result with `ingest.expect`.
 
-Nothing is written here but quarantine and leak lists, which lie under their digest. A side that was given stays.
+Only the lists of quarantine and leaks are written, under their digests. A side that an image has never changes.
 """
 
 from collections import Counter
@@ -82,7 +82,7 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One content that this pull offers, in the order of the sources, under the labels that stand."""
+    """One image (by sha256) that this pull offers, in the order of the sources, with its final labels."""
 
     same: list[Inspected]
     labels: Labels
@@ -104,9 +104,9 @@ def merge(
     """Add what was checked to the parent's rows.
 
     Raises:
-        ParamsError: the split differs from the one that version 1 fixed, or the label map names a chain.
-        SourceError: there is only one class, a correction fits no image, sides leak that must not, or something that
-            `ingest.expect` asks for is broken.
+        ParamsError: the split differs from the one that version 1 fixed, or the label map renames twice.
+        SourceError: there is only one class, a correction fits no image, there are leaks and `on_leak` is `fail`, or
+            an expectation of `ingest.expect` is not met.
     """
     split = _fixed_split(parent, params.ingest.split)
     before = {r.sha256: r for r in load_version_records(store, parent)} if parent else {}
@@ -194,7 +194,7 @@ def _find_given_side(found: _Found) -> str | None:
 def _add(
     store: ObjectStore, params: Params, rows: dict[str, ImageRecord], found: Mapping[str, _Found], *, is_first: bool
 ) -> list[Leak]:
-    """Put what was found into `rows`: known images gain places and a label, new ones a side. Return the new leaks."""
+    """Put what was found into `rows`: known images get new places and labels, new ones a side. Return the new leaks."""
     before = list(rows.values())
     first_ordinal = 1 + max((r.ordinal for r in before), default=-1)
     fresh = sorted((f for s, f in found.items() if s not in rows), key=lambda f: f.first.ordinal)

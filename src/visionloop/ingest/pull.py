@@ -1,6 +1,6 @@
 """Pull images from sources into a new dataset version. Resumable: what is stored is not read or stored again.
 
-Nothing is visible before the version's commit object; two pulls at once both succeed, one after the other.
+Nothing is visible before the version's commit object is written; of two pulls at once, the later adds to the other.
 """
 
 import gc
@@ -18,7 +18,7 @@ from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
 from visionloop.ingest.labels import Correction, load_corrections
 from visionloop.ingest.merge import merge
-from visionloop.ingest.sources import Cursor, Item, Reading, read_source
+from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
 from visionloop.params import Params, Source
 from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
 from visionloop.settings import Settings
@@ -27,13 +27,13 @@ from visionloop.workspace import Workspace
 
 COMMIT_TRIES = 20
 SAMPLE = 64
-# Listed, but no fault of a file: a table and its images that do not cover each other, and images that were forgotten.
+# Listed, but no broken files: rows without an image, images without a row, and images that were forgotten.
 NOT_UNUSABLE = frozenset({"row_without_image", "image_without_row", "forgotten"})
 
 
 @dataclass(frozen=True)
 class PullReport:
-    """What a pull found and what came of it. `changed` is False when the dataset is as before.
+    """The result of a pull. `changed` is False when the dataset is as before.
 
     `num_read` of the `num_seen` images were read; the others were known from an earlier pull.
     """
@@ -49,7 +49,7 @@ class PullReport:
 
 @dataclass(frozen=True)
 class _Ended:
-    """How a pull ended: the version it stands on, the one before (the same, when nothing changed), all it refused."""
+    """How a pull ended: the version, the one before (the same when nothing changed), and all that was refused."""
 
     parent: DatasetVersion | None
     version: DatasetVersion
@@ -68,20 +68,20 @@ def pull(
 ) -> PullReport:
     """Read sources, quarantine what is unusable, commit a version if anything is new, and pin it in the workspace.
 
-    With `verify` nothing that is known is believed: everything is read from its start, and what is missing or damaged
-    in the store is stored again. `on_progress(done, 0)` as long as nobody knows how many there are.
+    With `verify` the journal and the cursors are not used: everything is read, and what is missing or damaged in the
+    store is stored again. `on_progress(done, 0)` while the total is not known.
 
     Raises:
-        SourceError: a source is missing or empty, too many files are unusable, or `merge` refuses what comes of them.
+        SourceError: a source is missing or empty, too many files are unusable, or `merge` refuses the result.
         ParamsError: the split differs from the one that version 1 fixed.
         StoreError: the store cannot be read or written.
     """
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     journal = Journal(make_journal_path(settings), store.url, params.ingest)
     with _rare_collections(), closing(journal):
-        reading = Reading(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
+        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
         path = params.ingest.corrections
-        corrections = load_corrections(reading.resolve(path)) if path else []
+        corrections = load_corrections(context.resolve(path)) if path else []
         before, last = latest_version(store, name), journal.load_pull(name)
         if last and not (before and last.version == _name_version(before)):
             last = None
@@ -95,7 +95,7 @@ def pull(
             verify=verify,
             forgotten=forgotten,
         )
-        checked = check_all(_read_all(sources, reading, cursors), store, params.ingest, known, on_progress)
+        checked = check_all(_read_all(sources, context, cursors), store, params.ingest, known, on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
         if number := checked.num_missing:
             tell(f"{number:,} images were missing from the store: stored again")
@@ -131,16 +131,16 @@ def check_sources(params: Params) -> Sequence[Source]:
 
 
 def _read_all(
-    sources: Sequence[Source], reading: Reading, cursors: Mapping[str, str]
+    sources: Sequence[Source], context: SourceContext, cursors: Mapping[str, str]
 ) -> Iterator[Item | Rejected | Cursor]:
     for source in sources:
-        yield from read_source(source, replace(reading, cursor=cursors.get(source.name)))
+        yield from read_source(source, replace(context, cursor=cursors.get(source.name)))
 
 
 def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]) -> Container[str] | None:
-    """Look whether what the journal knows is in the store still, but what was forgotten; None: believe it.
+    """Return the digests that count as stored: of the store, and forgotten ones; None: trust the journal.
 
-    A folder is listed, which costs next to nothing. Elsewhere some are looked up, and all if one of them is missing.
+    A local store is listed, which is fast. In another one some objects are looked up; if one is missing, all are.
     """
     some = [sha256 for sha256 in journal.sample(SAMPLE) if sha256 not in forgotten]
     if not some:
@@ -169,7 +169,7 @@ def _check_rejected(checked: Checked, max_ratio: float) -> None:
 def _digest_asked(
     params: Params, forgotten: frozenset[str], sources: Sequence[Source], corrections: Sequence[Correction]
 ) -> str:
-    """Return what is equal when the same offers can only make the same of the same version."""
+    """Return a digest of all settings: when it is equal, the same offers give the same result from the same version."""
     declared = [source.model_dump(mode="json") for source in sources]
     lines = [asdict(line) for line in corrections]
     rules = params.ingest.model_dump(mode="json")
@@ -177,7 +177,7 @@ def _digest_asked(
 
 
 def _commit(workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str) -> _Ended:
-    """Merge into the newest version and commit, unless nothing comes of it."""
+    """Merge into the newest version and commit, unless nothing changes."""
     store = workspace.store
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, workspace.name)
@@ -187,14 +187,14 @@ def _commit(workspace: Workspace, checked: Checked, corrections: Sequence[Correc
             return _Ended(parent, parent, rejected)
         if commit_version(store, merged.version, merged.changed):
             return _Ended(parent, merged.version, rejected)
-        # Another pull took this number: merge with what it brought.
+        # Another pull took this number: merge into its version.
     raise DatasetError(
         f"dataset {workspace.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
     )
 
 
 def _sync(journal: Journal, store: ObjectStore, ended: _Ended) -> None:
-    """Let the journal know that what it says is stored stays so. A commit has synced the store already."""
+    """Sync the store, unless a commit has done so, and note it in the journal."""
     if journal.has_news:
         if ended.version is ended.parent:
             store.sync()
@@ -203,7 +203,7 @@ def _sync(journal: Journal, store: ObjectStore, ended: _Ended) -> None:
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let Python look for cycles less often: a pull makes many small objects that last, and cycles hardly ever."""
+    """Let Python collect garbage less often: a pull makes many small objects that it keeps, and few cycles."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, *before[1:])
     try:
@@ -217,7 +217,7 @@ def _name_version(version: DatasetVersion) -> str:
 
 
 def _move_pin(settings: Settings, version: DatasetVersion) -> Pin:
-    """Pin the version, unless the pin stands on the same content already."""
+    """Pin the version, unless the pin has the same content already."""
     pin = make_pin(version)
     if settings.pin_path.is_file():
         try:

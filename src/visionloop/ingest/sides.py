@@ -1,6 +1,6 @@
-"""Which side each new image of a pull is on, and what leaks: the families of the new images and of those they touch.
+"""The side of each new image of a pull, and leaks: near-duplicate families of new images and of old ones near them.
 
-Images of earlier versions are read, never moved.
+Images of earlier versions are only compared; their side never changes.
 
 Only images whose hash is near another's are read from the store again. Dimensions in names: n rows, p pairs.
 """
@@ -22,7 +22,7 @@ from visionloop.records import ImageRecord
 from visionloop.store import ObjectStore
 
 _CHUNK = 4096  # pairs; their thumbnails are 25 MB at most
-# Decoded larger and averaged: a JPEG that is decoded at an eighth of its size is not quite what a PNG is when resized.
+# Decoded larger and averaged: a JPEG decoded at an eighth of its size differs a little from a resized PNG.
 _DECODED_PX = 4 * THUMB_PX
 _KINDS = {"train": 0, "val": 1, "test": 2, "learn": 3, None: 4}
 
@@ -105,7 +105,7 @@ class Newcomer:
 
 @dataclass(frozen=True)
 class Sides:
-    """The side and the key of each newcomer by its sha256, and the leaks that they bring."""
+    """The side and the key of each new image by its sha256, and the new leaks."""
 
     of: dict[str, tuple[str, str]]
     leaks: list[Leak]
@@ -117,8 +117,8 @@ def decide_sides(
     """Decide the sides of newcomers, in their order, beside the rows of earlier versions.
 
     Raises:
-        SourceError: given sides leak and `on_leak` is `fail`; or too few images for a random split.
-        StoreError: images cannot be read again for the look at their pixels.
+        SourceError: near-duplicates have different given sides and `on_leak` is `fail`; or too few images to split.
+        StoreError: images cannot be read again to compare their pixels.
     """
     split = section.split
     if split.method == "random":
@@ -163,7 +163,7 @@ def make_leak_error(leaks: Sequence[Leak]) -> SourceError:
 def _divide_at_random(
     newcomers: Sequence[Newcomer], split: Split, is_first: bool
 ) -> tuple[list[Newcomer], list[Newcomer]]:
-    """Give sides to the first labelled images of the first version as scikit-learn does; return these and the rest."""
+    """Give sides to the labelled images of the first version as scikit-learn does; return these and the rest."""
     labelled = [n for n in newcomers if n.is_labelled] if is_first else []
     if is_first and split.first is not None and len(labelled) < split.first:
         raise SourceError(
@@ -177,7 +177,7 @@ def _divide_at_random(
 
 
 def _find_touched(old: Sequence[ImageRecord], newcomers: Sequence[Newcomer], pairs: Sequence[Pair]) -> list[int]:
-    """Return the old rows that newcomers are tied to: near duplicates, and of each group one of each side."""
+    """Return the old rows that new images belong with: near-duplicates, and for each group one row per side."""
     groups = {n.group for n in newcomers} - {None}
     touched = {min(pair.one, pair.other) for pair in pairs}
     seen: set[tuple[str, str]] = set()

@@ -6,28 +6,23 @@
 A file gets its name when all of it has the digest that was asked for; nothing is read before.
 """
 
-import hashlib
-import ipaddress
 import os
 import pickle
 import re
-import time
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torchvision import models
 
 from visionloop.bundle import hash_file
-from visionloop.errors import ObjectMissing, SettingsError, StoreError, TrainingError
+from visionloop.errors import ImageError, ObjectMissing, SettingsError, SourceError, StoreError, TrainingError
+from visionloop.secrets import mask
 from visionloop.store import open_bucket
+from visionloop.web.addresses import AnyHost, HostRule, parse_url
+from visionloop.web.download import make_fetcher, parse_private_hosts
 
 WHERE = "params.yaml train.weights"
 SUPPLY = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
@@ -37,9 +32,7 @@ INNER = ("state_dict", "model_state_dict", "model")
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 State = dict[str, Tensor]
 MAX_BYTES = 4 << 30
-SILENCE_S = 30
-MAX_SECONDS = 3600
-PIECE_BYTES = 1 << 20
+SILENCE_S = 30.0
 REMOTE = ("s3://", "https://", "http://")
 _HUB_DIGEST = re.compile(r"-([0-9a-f]{8,})\.\w+$")
 
@@ -140,7 +133,7 @@ def _find_in_hub(name: str, home: Path) -> Path:
             return path
         path.unlink()
     try:
-        return _keep(_open_web(url), path, digest, url)
+        return _fetch(url, path, digest)
     except TrainingError as exc:
         folder = path.parent.relative_to(home) if path.parent.is_relative_to(home) else path.parent
         raise TrainingError(
@@ -156,31 +149,27 @@ def _find_in_cache(address: str, sha256: str, path: Path) -> Path:
         if hash_file(path) == sha256:
             return path
         path.unlink()
-    pieces = _open_bucket(address) if address.startswith("s3://") else _open_web(address)
-    return _keep(pieces, path, sha256, address)
+    return _fetch(address, path, sha256)
 
 
-def _keep(pieces: Iterator[bytes], path: Path, digest: str, address: str) -> Path:
-    """Write what arrives, and name it when its sha256 begins with `digest`."""
+def _fetch(address: str, path: Path, digest: str) -> Path:
+    """Write what lies at an address; name the file when its sha256 begins with `digest`. Raises TrainingError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}-{os.getpid()}.part")
-    hasher = hashlib.sha256()
     try:
         with staged.open("wb") as file:
-            for piece in pieces:
-                hasher.update(piece)
-                file.write(piece)
+            (_fetch_object if address.startswith("s3://") else _download)(address, file)
             file.flush()
             os.fsync(file.fileno())
-        if not hasher.hexdigest().startswith(digest):
-            raise _other_bytes(address, hasher.hexdigest(), digest)
+        if not (found := hash_file(staged)).startswith(digest):
+            raise _other_bytes(address, found, digest)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
     return path
 
 
-def _open_bucket(address: str) -> Iterator[bytes]:
+def _fetch_object(address: str, file: BinaryIO) -> None:
     bucket, _, key = address.removeprefix("s3://").partition("/")
     try:
         data = open_bucket(f"s3://{bucket}").fetch(key, MAX_BYTES)
@@ -189,87 +178,28 @@ def _open_bucket(address: str) -> Iterator[bytes]:
     except (StoreError, SettingsError) as exc:
         raise TrainingError(f"{WHERE} {address}", exc.found, exc.expected, exc.todo) from exc
     if len(data) > MAX_BYTES:
-        raise _too_large(address)
-    yield data
+        raise TrainingError(WHERE, f"{address} is too large", f"at most {MAX_BYTES:,} bytes", SUPPLY)
+    file.write(data)
 
 
-def _open_web(address: str) -> Iterator[bytes]:
-    """Yield the body at an address, a piece at a time. Raises TrainingError."""
-    _check_address(address)
-    deadline = time.monotonic() + MAX_SECONDS
+def _download(address: str, file: BinaryIO) -> None:
+    """Write the body at a URL of any host. Only the host that params.yaml names may be a private one unasked."""
     shown = mask(address)
-    opener = urllib.request.build_opener(_SafeRedirects)
-    request = urllib.request.Request(address, headers={"User-Agent": "visionloop", "Accept-Encoding": "identity"})
     try:
-        with opener.open(request, timeout=SILENCE_S) as answer:
-            promised = int(answer.headers.get("Content-Length") or 0)
-            received = 0
-            while piece := answer.read(PIECE_BYTES):
-                received += len(piece)
-                if max(received, promised) > MAX_BYTES:
-                    raise _too_large(shown)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not done after {MAX_SECONDS} s")
-                yield piece
-    except urllib.error.HTTPError as exc:
-        raise _unreachable(shown, f"answers {exc.code} {exc.reason}") from exc
-    except (OSError, HTTPException, ValueError) as exc:  # URLError is an OSError; a cut-off body an HTTPException
-        reason = getattr(exc, "reason", None) or exc or type(exc).__name__
-        raise _unreachable(shown, f"cannot be read ({reason})") from exc
-    if received < promised:
-        raise _unreachable(shown, f"was cut off after {received:,} of {promised:,} bytes")
-
-
-class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to where one may go: never from https to http."""
-
-    def redirect_request(self, *request: Any, **options: Any) -> Any:
-        found = super().redirect_request(*request, **options)
-        if found is not None:
-            _check_address(found.full_url)
-        return found
-
-
-def _check_address(address: str) -> None:
-    """Refuse what others could read or change on the way, and passwords: params.yaml lies in git."""
-    parts = urlsplit(address)
-    is_safe = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
-    if not is_safe or not parts.hostname:
-        raise TrainingError(WHERE, f"got {mask(address)!r}", "https://", "Correct the address.")
-    if "@" in parts.netloc:
-        raise TrainingError(
-            WHERE,
-            f"got a name or password in {mask(address)!r}",
-            "an address without",
-            "Use a signed address, or s3:// with AWS_* in the environment.",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def mask(address: str) -> str:
-    """Return an address as it may be shown: without a name, a password or a signature."""
-    parts = urlsplit(address)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + ("?..." if parts.query else "")
+        own = HostRule(parse_url(address).host, None, False)
+        rules = AnyHost((), (own, *parse_private_hosts(os.environ)))
+        make_fetcher(os.environ, rules, timeout_s=SILENCE_S).download(address, file, MAX_BYTES)
+    except ImageError as exc:
+        todo = f"Correct the address (a signed one needs no password). Or: {SUPPLY}"
+        raise TrainingError(WHERE, f"{shown}: {exc.found}", exc.expected, todo) from exc
+    except SourceError as exc:
+        raise TrainingError(f"{WHERE} {exc.where}", exc.found, exc.expected, exc.todo) from exc
 
 
 def _other_bytes(address: str, found: str, expected: str) -> TrainingError:
     return TrainingError(
         WHERE,
-        f"{mask(address) if '://' in address else address} has the sha256 {found[:12]}",
+        f"{mask(address)} has the sha256 {found[:12]}",
         expected[:12],
         "Correct train.weights or train.weights_sha256; if both are right, the file was changed.",
     )
-
-
-def _too_large(shown: str) -> TrainingError:
-    return TrainingError(WHERE, f"{shown} is too large", f"at most {MAX_BYTES >> 30} GiB", SUPPLY)
-
-
-def _unreachable(shown: str, found: str) -> TrainingError:
-    return TrainingError(WHERE, f"{shown} {found}", "a file of weights", f"Correct the address. Or: {SUPPLY}")

@@ -16,11 +16,11 @@ from visionloop.networks.weight_sources import (
     State,
     find_hub_url,
     find_weights,
-    mask,
     read_weights,
     resolve_path,
 )
 from visionloop.params import Train
+from visionloop.secrets import mask
 
 # A counter that no result depends on; files from before torch 0.4.1 have none.
 _COUNTER = re.compile(r"\.num_batches_tracked$")

@@ -1,1 +1,1 @@
-"""The one way out to the network: which addresses, how fast, how much."""
+"""The only way to other servers over HTTP: which addresses, how fast, how much."""

@@ -1,17 +1,18 @@
 """What a URL may be, which hosts it may name, and which addresses may be connected to. Pure: nothing is resolved here.
 
-One strict parser stands for all: what it returns is what is requested, so that no second reading of the same text can
-lead elsewhere. `connect.py` asks `explain_refusal` about the address that a socket really goes to.
+There is one strict parser, and exactly what it returns is requested: so two programs cannot read the same URL in two
+ways. `connect.py` asks `explain_refusal` about the address that a socket really connects to.
 """
 
 import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote
 
 from visionloop.errors import ImageError, SourceError
+from visionloop.secrets import mask
 
 MAX_URL_CHARS = 8192
 MAX_HOST_CHARS = 253
@@ -20,12 +21,12 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _URL = re.compile(r"(?i)(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
-# A last label like these makes other programs read the whole name as a number: 127.1, 0x7f000001, 2130706433.
+# If the last part of a host looks like this, other programs take the host for a number: 127.1, 0x7f000001, 2130706433.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _SECRET_KEY = re.compile(
     r"(?i)token|key|sig|secret|passw|auth|credential|expire|session|^x-(amz|goog|ms)-|^s[a-z]$|policy"
 )
-# Instance metadata and its like hand out credentials: never, not even to a host named as private.
+# Metadata services of clouds give out credentials: never allowed, not even for a host named as private.
 _METADATA = frozenset(
     ipaddress.ip_address(text)
     for text in (
@@ -39,7 +40,7 @@ def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Networ
     return tuple(ipaddress.ip_network(text) for text in texts)
 
 
-# What a host named in VISIONLOOP_PRIVATE_HOSTS may be, and nobody else.
+# Only hosts named in VISIONLOOP_PRIVATE_HOSTS may have these addresses.
 _PRIVATE = {
     "loopback": _networks("127.0.0.0/8", "::1/128"),
     "private": _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
@@ -52,7 +53,7 @@ _NEVER = {
     "unspecified": _networks("0.0.0.0/8", "::/128"),
     "multicast": _networks("224.0.0.0/4", "ff00::/8"),
     "broadcast": _networks("255.255.255.255/32"),
-    # An IPv4 address in the clothes of IPv6 would be judged by its clothes.
+    # These IPv6 addresses contain an IPv4 address, perhaps a private one, and gateways connect to that.
     "embedded IPv4": _networks("::ffff:0:0/96", "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"),
     "reserved": _networks(
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
@@ -66,7 +67,7 @@ _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
 @dataclass(frozen=True)
 class Address:
-    """A URL that was understood: `host` is lower case, without the brackets of IPv6; `target` is path and query."""
+    """A parsed URL: `host` is lower case, without the brackets of IPv6; `target` is path and query."""
 
     scheme: str
     host: str
@@ -85,12 +86,12 @@ class Address:
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """What must be equal for a header to be sent along."""
+        """What must be equal for a secret header to be sent."""
         return self.scheme, self.host, self.port
 
     @property
     def place(self) -> str:
-        """Host and path, for origins and messages. Of the query only a digest, without what looks like a signature."""
+        """Host and path, for origins and messages; of the query only a digest, without what looks like a secret."""
         path, _, query = self.target.partition("?")
         kept = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if not _SECRET_KEY.search(k)]
         mark = f"?{hashlib.sha256(repr(kept).encode()).hexdigest()[:12]}" if kept else ""
@@ -125,10 +126,12 @@ class HostRules:
         if address.port not in ports:
             expected = " or ".join(str(port) for port in sorted(ports))
             raise _refuse(address.place, f"port {address.port} of {address.host} is not in the list of hosts", expected)
-        if ip := parse_ip(address.host):
-            refusal = self.explain_refusal(address.host, address.port, ip)
-            if refusal:
-                raise _refuse(address.place, refusal, "a public address")
+        self._check_literal(address)
+
+    def _check_literal(self, address: Address) -> None:
+        ip = parse_ip(address.host)
+        if ip and (refusal := self.explain_refusal(address.host, address.port, ip)):
+            raise _refuse(address.place, refusal, "a public address")
 
     def explain_refusal(self, host: str, port: int, ip: IPAddress) -> str | None:
         """Return why `host` may not be connected to at this address; None when it may."""
@@ -142,8 +145,20 @@ class HostRules:
         return f"{host} is at {'an' if kind[0] in 'aeiou' else 'a'} {kind} address"
 
 
+@dataclass(frozen=True)
+class AnyHost(HostRules):
+    """Any host over https; over http only this machine, since others could change what comes on its way."""
+
+    def check(self, address: Address) -> None:
+        ip = parse_ip(address.host)
+        is_here = address.host == "localhost" or (ip is not None and ip.is_loopback)
+        if address.scheme != "https" and not is_here:
+            raise _refuse(address.place, "is not encrypted", "https://")
+        self._check_literal(address)
+
+
 def classify(ip: IPAddress) -> str | None:
-    """Return what is special about an address (`loopback`, `metadata`, ...); None for one of the public internet."""
+    """Return the kind of a special address (`loopback`, `metadata`, ...); None for one of the public internet."""
     if ip in _METADATA:
         return "metadata"
     for kind, networks in (*_NEVER.items(), *_PRIVATE.items()):
@@ -156,7 +171,7 @@ def classify(ip: IPAddress) -> str | None:
 
 
 def parse_ip(host: str) -> IPAddress | None:
-    """Return a host that is an address in its one plain form; None for a name."""
+    """Return the address that a host is, in its plain form only; None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -164,7 +179,7 @@ def parse_ip(host: str) -> IPAddress | None:
 
 
 def parse_url(url: str) -> Address:
-    """Understand a URL, or refuse it: only http and https, no user name, no odd spelling of a host.
+    """Parse a URL, or refuse it: only http and https, no user name, only the plain spelling of a host.
 
     Spaces and letters beyond ASCII in path and query are percent-encoded; a fragment is dropped.
 
@@ -191,7 +206,7 @@ def parse_url(url: str) -> Address:
 
 
 def parse_hosts(entries: Iterable[str], where: str) -> tuple[HostRule, ...]:
-    """Understand a list of hosts. Raises SourceError, naming the entry."""
+    """Parse a list of hosts. Raises SourceError, naming the entry."""
     rules = []
     for entry in entries:
         text = entry.strip().lower()
@@ -208,16 +223,8 @@ def parse_hosts(entries: Iterable[str], where: str) -> tuple[HostRule, ...]:
 
 def describe_url(url: str) -> str:
     """Return a URL of any shape for a message: no user name, no query, printable, short."""
-    shown = re.sub(r"//[^/]*@", "//***@", re.split(r"[?#]", url, maxsplit=1)[0])
+    shown = mask(re.split(r"[?#]", url, maxsplit=1)[0])
     return "URL " + shown[:120].encode("unicode_escape").decode("ascii") + ("..." if len(shown) > 120 else "")
-
-
-def mask(text: str, secrets: Sequence[str]) -> str:
-    """Replace what came from the environment by ***, also where it was percent-encoded."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        for form in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
-            text = text.replace(form, "***") if form else text
-    return text
 
 
 def _split_port(authority: str, where: str) -> tuple[str, int | None]:

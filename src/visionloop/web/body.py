@@ -1,5 +1,6 @@
 """The body of an answer: how fast it may come, how large it may be, and its decompression."""
 
+import io
 import re
 import threading
 import time
@@ -9,16 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import BinaryIO
 
 from visionloop.errors import ImageError
 
 GZIP = 16 + zlib.MAX_WBITS
-BURST_S = 1.0  # so many seconds' worth of requests may go out at once after a rest
+BURST_S = 1.0  # after a pause, the requests of so many seconds may go out at once
 FAILURES_IN_A_ROW = 10
 
 
 class TryAgain(Exception):
-    """What failed may go well the next time. `wait_s`: what the server asked for.
+    """It failed, but a second try may succeed. `wait_s`: the wait that the server asked for.
 
     `of_host`: it is the host that fails, not this one URL.
     """
@@ -30,19 +32,21 @@ class TryAgain(Exception):
 
 @dataclass
 class Body:
-    """What has come so far. With a `validator` (ETag or date) a cut download goes on where it ended."""
+    """What was received so far. With a `validator` (ETag or date) a cut download continues where it ended."""
 
-    data: bytearray = field(default_factory=bytearray)
+    file: BinaryIO = field(default_factory=io.BytesIO)
+    num_bytes: int = 0
     url: str = ""
     validator: str | None = None
 
     def start(self, url: str, validator: str | None) -> None:
-        self.data.clear()
-        self.url, self.validator = url, validator
+        self.file.seek(0)
+        self.file.truncate()
+        self.num_bytes, self.url, self.validator = 0, url, validator
 
     def ask_for_rest(self, url: str) -> dict[str, str]:
-        if self.data and self.validator and self.url == url:
-            return {"Range": f"bytes={len(self.data)}-", "If-Range": self.validator}
+        if self.num_bytes and self.validator and self.url == url:
+            return {"Range": f"bytes={self.num_bytes}-", "If-Range": self.validator}
         self.start(url, None)
         return {}
 
@@ -54,25 +58,27 @@ class Body:
         where: str,
         on_bytes: Callable[[int], None],
     ) -> None:
-        """Take what comes; `on_bytes` is told of each piece. Raises TryAgain, and ImageError (`too_large`, ...)."""
+        """Write each piece, and pass its size to `on_bytes`. Raises TryAgain, and ImageError (`too_large`, ...)."""
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) + len(self.data) > max_bytes:
+        if length.isdecimal() and int(length) + self.num_bytes > max_bytes:
             raise make_too_large(where, max_bytes)
         decoder = _make_decoder(headers.get("content-encoding", "identity"), where)
         num_received = 0
         for chunk in chunks:
             num_received += len(chunk)
             on_bytes(len(chunk))
-            self.data += decoder.decode(chunk, max_bytes + 1 - len(self.data)) if decoder else chunk
+            data = decoder.decode(chunk, max_bytes + 1 - self.num_bytes) if decoder else chunk
+            self.num_bytes += len(data)
             # Both are counted: gzip may hold any number of empty members.
-            if max(len(self.data), num_received) > max_bytes:
+            if max(self.num_bytes, num_received) > max_bytes:
                 raise make_too_large(where, max_bytes)
+            self.file.write(data)
         if decoder and not decoder.is_whole:
             raise TryAgain("the compressed answer was cut", of_host=False)
 
 
 class _Gunzip:
-    """gzip, member by member, never more than asked for."""
+    """Unpacks gzip, member by member, never more than asked for."""
 
     def __init__(self, where: str) -> None:
         self._where, self._member = where, zlib.decompressobj(GZIP)

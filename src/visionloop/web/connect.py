@@ -1,7 +1,7 @@
-"""Sockets for `download.py`: an address is resolved, judged, and then it, not the name, is connected to.
+"""Sockets for `download.py`: a name is resolved, its address is checked, and exactly this address is connected to.
 
-So a name that answers differently the second time (DNS rebinding) wins nothing. TLS still checks the name. Every wait
-on a socket ends at the deadline of the request, however slowly bytes drip. This module needs httpcore.
+So a name that resolves to another address the second time (DNS rebinding) gains nothing. TLS still checks the name.
+Every wait on a socket ends at the deadline of the request, however slowly bytes come. This module needs httpcore.
 """
 
 import ipaddress
@@ -22,7 +22,7 @@ MAX_CONNECTIONS = 64
 
 
 class Deadline(threading.local):
-    """When the request of this thread must be over, in seconds of the monotonic clock."""
+    """When the request of this thread must end, in seconds of the monotonic clock."""
 
     at = float("inf")
 

@@ -1,21 +1,23 @@
 """Fetch pages and images over HTTP from hosts that the user named, and from nowhere else.
 
-Every hop of a redirect is judged like the first URL, and the address of the connected socket decides (`connect.py`).
+Every hop of a redirect is checked like the first URL, and so is the address of each connection (`connect.py`).
 Size is counted after decompression. Proxies, cookies and passwords of the environment are not used: a proxy would
-connect in our place, and nothing could be checked. Retries are here because a page of ten thousand is not asked for
-again from the start; they are few, and a host that keeps failing is given up.
+connect in our place, and nothing could be checked. There are few retries, and a host that keeps failing is given up.
+They are here and not in the flow, because one failed page of 10,000 should not start all of them again.
 """
 
+import io
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 from urllib.parse import urljoin
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.web.addresses import Address, HostRules, describe_url, mask, parse_hosts, parse_url
+from visionloop.secrets import mask
+from visionloop.web.addresses import Address, HostRule, HostRules, describe_url, parse_hosts, parse_url
 from visionloop.web.body import Body, Pace, TryAgain, find_validator, goes_on, make_unreadable, parse_retry_after
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ MAX_REDIRECTS = 5
 TRIES = 4
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 60.0
-MIN_BYTES_PER_S = 100_000  # an answer may take longer than `timeout_s` as long as it comes at least so fast
+MIN_BYTES_PER_S = 100_000  # an answer at least so fast may take longer than `timeout_s`
 PRIVATE_HOSTS = "VISIONLOOP_PRIVATE_HOSTS"
+IDENTITY = {"Accept-Encoding": "identity"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -46,7 +49,7 @@ class Fetched:
 
 def make_fetcher(
     env: Mapping[str, str],
-    hosts: Sequence[str],
+    hosts: Sequence[str] | HostRules,
     *,
     headers: Mapping[str, str] | None = None,
     headers_host: str | None = None,
@@ -56,7 +59,7 @@ def make_fetcher(
 ) -> "Fetcher":
     """Return a fetcher for the listed hosts: `example.com`, `*.example.com`, `example.com:8443`. Safe for threads.
 
-    `env` may hold VISIONLOOP_PRIVATE_HOSTS: hosts that may have a private address.
+    `env` may hold VISIONLOOP_PRIVATE_HOSTS: hosts that may have a private address. Rules may stand for both.
 
     `headers` go only to the scheme, host and port of the URL `headers_host`. `secrets` are masked in messages.
 
@@ -67,11 +70,9 @@ def make_fetcher(
     try:
         from visionloop.web.connect import Deadline, make_pool
     except ModuleNotFoundError as exc:
-        raise SourceError(
-            "download", f"{exc.name} is not installed", "the extra `ingest`", "pip install 'visionloop[ingest]'"
-        ) from exc
-    private = env.get("VISIONLOOP_PRIVATE_HOSTS", "").replace(",", " ").split()
-    rules = HostRules(parse_hosts(hosts, "hosts"), parse_hosts(private, PRIVATE_HOSTS))
+        expected, todo = "the extra `ingest` or `train`", "pip install 'visionloop[ingest]'"
+        raise SourceError("download", f"{exc.name} is not installed", expected, todo) from exc
+    rules = hosts if isinstance(hosts, HostRules) else HostRules(parse_hosts(hosts, "hosts"), parse_private_hosts(env))
     deadline = Deadline()
     return Fetcher(
         rules=rules,
@@ -85,9 +86,14 @@ def make_fetcher(
     )
 
 
+def parse_private_hosts(env: Mapping[str, str]) -> tuple[HostRule, ...]:
+    """Return the hosts of VISIONLOOP_PRIVATE_HOSTS. Raises SourceError."""
+    return parse_hosts(env.get(PRIVATE_HOSTS, "").replace(",", " ").split(), PRIVATE_HOSTS)
+
+
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches from allowed hosts, politely. Made by `make_fetcher`."""
+    """Fetches from allowed hosts, at most `requests_per_s`. Made by `make_fetcher`."""
 
     rules: HostRules
     pool: "httpcore.ConnectionPool"
@@ -99,7 +105,7 @@ class Fetcher:
     secrets: tuple[str, ...]
 
     def check(self, url: str) -> Address:
-        """Understand a URL without connecting. Raises ImageError (`refused_url`)."""
+        """Parse and check a URL without connecting. Raises ImageError (`refused_url`)."""
         try:
             address = parse_url(url)
             self.rules.check(address)
@@ -119,15 +125,20 @@ class Fetcher:
         return partial(self._read, url)
 
     def fetch(self, url: str, max_bytes: int) -> Fetched:
-        """Return the answer to GET, compressed on its way if the server likes. Raises ImageError as a reader does."""
-        return self._fetch("GET", url, max_bytes, {"Accept-Encoding": "gzip"})
+        """Return the answer to GET, which the server may compress. Raises ImageError as a reader does."""
+        file = io.BytesIO()
+        return replace(self._fetch("GET", url, max_bytes, {"Accept-Encoding": "gzip"}, file), data=file.getvalue())
+
+    def download(self, url: str, file: BinaryIO, max_bytes: int) -> None:
+        """Write the answer to GET into an empty file. Raises ImageError as a reader does."""
+        self._fetch("GET", url, max_bytes, IDENTITY, file)
 
     def fetch_stamp(self, url: str) -> str | None:
         """Return the ETag of a URL, or its date and length, by HEAD; None when the server gives neither."""
         try:
-            headers = self._fetch("HEAD", url, 0, {"Accept-Encoding": "identity"}).headers
+            headers = self._fetch("HEAD", url, 0, IDENTITY, io.BytesIO()).headers
         except ImageError:
-            return None  # the image itself will tell what is wrong
+            return None  # reading the image reports what is wrong
         if etag := headers.get("etag"):
             return f"etag {etag}"
         date, length = headers.get("last-modified"), headers.get("content-length")
@@ -136,7 +147,7 @@ class Fetcher:
     def open_stream(
         self, method: str, address: Address, headers: Mapping[str, str]
     ) -> "AbstractContextManager[httpcore.Response]":
-        """Send one request as it is: no retry, no redirect, no limit but each wait's. `address` was checked before."""
+        """Send one request: no retry, no redirect; `timeout_s` limits each wait. `address` must be checked before."""
         import httpcore
 
         secret = self.headers if self.headers_origin == address.origin else {}
@@ -151,16 +162,19 @@ class Fetcher:
         return self.pool.stream(method, url, headers=list(sent.items()), extensions={"timeout": timeouts})
 
     def _read(self, url: str, max_bytes: int) -> bytes:
-        return self._fetch("GET", url, max_bytes, {"Accept-Encoding": "identity"}).data
+        file = io.BytesIO()
+        self.download(url, file, max_bytes)
+        return file.getvalue()
 
-    def _fetch(self, method: str, url: str, max_bytes: int, headers: Mapping[str, str]) -> Fetched:
+    def _fetch(self, method: str, url: str, max_bytes: int, headers: Mapping[str, str], file: BinaryIO) -> Fetched:
+        """Return the answer; its body is in the file."""
         address = self.check(url)
         where = self.describe(url)
         if self.pace.has_given_up(address.host):
             raise make_unreadable(
                 where, f"{address.host} failed too often in a row", "It is not asked again in this run."
             )
-        body = Body()
+        body = Body(file)
         for attempt in range(TRIES):
             try:
                 fetched = self._follow(method, address, max_bytes, headers, body)
@@ -178,7 +192,7 @@ class Fetcher:
         raise AssertionError("the last try ends the loop")
 
     def _may_try_again(self, host: str, wished_s: float | None, wait_s: float) -> bool:
-        """Wait before the next try; what a server asks for holds all threads. False when that would take too long."""
+        """Wait before the next try; a wait that a server asks for holds for all threads. False when it is too long."""
         if wished_s is None:
             self.pace.rest(wait_s)
         elif wished_s <= MAX_WAIT_S:
@@ -230,19 +244,18 @@ class Fetcher:
         if status in TRANSIENT:
             wished_s = parse_retry_after(headers.get("retry-after"))
             raise TryAgain(f"answered {status}", wished_s, of_host=status != 500)
-        if status == 206 and goes_on(headers, len(body.data)):
+        if status == 206 and goes_on(headers, body.num_bytes):
             pass
         elif status == 200:
             body.start(address.url, find_validator(headers))
-        elif status in {206, 416} and body.data:
+        elif status in {206, 416} and body.num_bytes:
             body.start(address.url, None)
             raise TryAgain("answered with another part than the one asked for", of_host=False)
         else:
             raise make_unreadable(address.place, f"answered {status}", _advise(status))
-        if method == "HEAD":
-            return Fetched(b"", address.url, headers)
-        body.receive(response.iter_stream(), headers, max_bytes, address.place, self._extend_deadline)
-        return Fetched(bytes(body.data), address.url, headers)
+        if method != "HEAD":
+            body.receive(response.iter_stream(), headers, max_bytes, address.place, self._extend_deadline)
+        return Fetched(b"", address.url, headers)
 
     def _extend_deadline(self, num_bytes: int) -> None:
         self.deadline.extend(num_bytes / MIN_BYTES_PER_S)
@@ -267,7 +280,7 @@ def check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def follow_redirect(address: Address, location: str) -> Address:
-    """Return where a redirect leads. The strict parser sees the text before anything mends it. Raises ImageError."""
+    """Return where a redirect leads. The text is checked before `urljoin` could change it. Raises ImageError."""
     if re.search(r"[\x00-\x20\x7f\\]", location):
         _refuse(address.place, f"redirects to {describe_url(location)}", "a plain URL")
     target = parse_url(urljoin(address.url, location))

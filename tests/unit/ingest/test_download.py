@@ -1,6 +1,7 @@
 """What surrounds a download, without a network: URLs, hosts, addresses, pace, bodies, and what is masked."""
 
 import gzip
+import io
 import ipaddress
 import threading
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.secrets import Environment
-from visionloop.web.addresses import HostRules, classify, describe_url, mask, parse_hosts, parse_url
+from visionloop.secrets import Environment, mask
+from visionloop.web.addresses import HostRules, classify, describe_url, parse_hosts, parse_url
 from visionloop.web.body import Body, Pace, TryAgain, find_validator, goes_on, parse_retry_after
 from visionloop.web.download import make_fetcher
 
@@ -122,8 +123,17 @@ def test_places_keep_what_tells_images_apart_and_no_signature() -> None:
     assert describe_url("ftp://me:secret@host/x?k=secret\n") == "URL ftp://***@host/x"
 
 
-def test_secrets_are_masked_as_they_are_and_encoded() -> None:
-    assert mask("p@ss/1 p%40ss%2F1 p@ss", ["p@ss/1", "p@ss"]) == "*** *** ***"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("p@ss/1 p%40ss%2F1 p@ss", "*** *** ***"),
+        ("https://me:p@ss@host.example/x?sig=abc&a=1 and s3://b/k", "https://***@host.example/x?... and s3://b/k"),
+        ("got 'https://token@host/x?a=1'; expected what?", "got 'https://***@host/x?...'; expected what?"),
+        ("me@host.example/x?a=1 #2", "me@host.example/x?a=1 #2"),
+    ],
+)
+def test_secrets_logins_and_queries_are_masked(text: str, shown: str) -> None:
+    assert mask(text, ["p@ss/1", "p@ss"]) == shown
 
 
 def test_pace_lets_a_second_of_requests_go_and_then_one_by_one() -> None:
@@ -174,7 +184,8 @@ def receive(chunks: list[bytes], max_bytes: int = 1000, **headers: str) -> bytes
         chunks, {name.replace("_", "-"): value for name, value in headers.items()}, max_bytes, "a", counted.append
     )
     assert sum(counted) == sum(len(chunk) for chunk in chunks)
-    return bytes(body.data)
+    assert isinstance(body.file, io.BytesIO)
+    return body.file.getvalue()
 
 
 def test_gzip_is_read_in_any_pieces_and_members() -> None:
@@ -212,10 +223,11 @@ def test_a_part_goes_on_only_with_what_it_belongs_to() -> None:
     assert goes_on({"content-range": "bytes 5-9/10"}, 5)
     assert not goes_on({"content-range": "bytes 0-9/10"}, 5)
     assert not goes_on({"content-range": "bytes 5-9/10", "content-encoding": "gzip"}, 5)
-    body = Body(bytearray(b"12345"), "http://a.example/x", '"a"')
+    file = io.BytesIO(b"12345")
+    body = Body(file, 5, "http://a.example/x", '"a"')
     assert body.ask_for_rest("http://a.example/x") == {"Range": "bytes=5-", "If-Range": '"a"'}
     assert body.ask_for_rest("http://b.example/x") == {}
-    assert body.data == b""
+    assert (body.num_bytes, file.getvalue()) == (0, b"")
 
 
 def test_variables_come_from_the_environment() -> None:

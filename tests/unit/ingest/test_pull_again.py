@@ -16,7 +16,7 @@ from visionloop.errors import StoreError
 from visionloop.ingest import pull as pull_module
 from visionloop.ingest.journal import make_journal_path
 from visionloop.ingest.pull import PullReport, pull
-from visionloop.ingest.sources import Cursor, Item, Reading
+from visionloop.ingest.sources import Cursor, Item, SourceContext
 from visionloop.params import FolderSource, Params, make_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore
@@ -208,8 +208,8 @@ def test_a_cursor_that_moves_alone_is_remembered_until_a_version_holds_it(
     images[10:12] = images[0:2]  # rows that bring nothing new
     end, asked_from = 0, []
 
-    def read_rows(source: object, reading: Reading) -> Iterator[Item | Cursor]:
-        start = int(reading.cursor or 0)
+    def read_rows(source: object, context: SourceContext) -> Iterator[Item | Cursor]:
+        start = int(context.cursor or 0)
         asked_from.append(start)
         for origin, label, data in images[start:end]:
             yield Item(origin, "photos", (label,), lambda limit, data=data: data)
@@ -232,8 +232,8 @@ def test_a_cursor_that_moved_alone_is_lost_with_the_journal_and_only_read_again(
 ) -> None:
     asked_from = []
 
-    def read_rows(source: object, reading: Reading) -> Iterator[Item | Cursor]:
-        asked_from.append(reading.cursor)
+    def read_rows(source: object, context: SourceContext) -> Iterator[Item | Cursor]:
+        asked_from.append(context.cursor)
         for i in range(4):
             yield Item(f"rows:{i}", "photos", (("cat", "dog")[i % 2],), lambda limit, i=i: make_image(i))
         yield Cursor("photos", str(10 * len(asked_from)))

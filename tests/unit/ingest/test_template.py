@@ -28,7 +28,7 @@ from typing import Literal
 
 from visionloop.errors import SourceError
 from visionloop.ingest.tables.cells import parse_time
-from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, SourceContext, make_file_reader
 from visionloop.ingest.paths.listing import list_files
 from visionloop.ingest.paths.listing import escape_name, is_image_name
 from visionloop.params.section import Name, Section
@@ -43,15 +43,15 @@ class SidecarSource(Section):
     name: Name = "sidecar"
 
 
-def read_sidecar(source: SidecarSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+def read_sidecar(source: SidecarSource, context: SourceContext) -> Iterator[Item | Rejected | Cursor]:
     """Yield the images of a folder; incremental by name. Raises SourceError when it holds none."""
-    folder = reading.resolve(source.path)
+    folder = context.resolve(source.path)
     where = f"source {source.name} {folder}"
     images = [file for file in list_files(folder, where) if is_image_name(file.relative)]
     if not images:
         raise SourceError(where, "holds no image", "images with a JSON file beside each", "Check the path.")
     for file in images:
-        if reading.cursor and file.relative <= reading.cursor:
+        if context.cursor and file.relative <= context.cursor:
             continue
         origin = f"{source.name}:{escape_name(file.relative)}"
         try:

@@ -1,1 +1,1 @@
-"""Labels and sides from where files lie: names, patterns, layouts, and safe ways to a file that data names."""
+"""Labels and sides from paths: names, patterns, layouts, and safe look-up of a file that a table names."""

@@ -1,4 +1,4 @@
-"""The files below a folder in the order of their paths, what names say, and the file that data names."""
+"""The files below a folder in the order of their paths, what their names say, and look-up of a file by a name."""
 
 import os
 import re
@@ -91,7 +91,7 @@ class _Walk:
                     continue
             try:
                 facts = entry.stat() if entry.is_file() else None
-            except OSError:  # links in a circle, or a file that has just gone
+            except OSError:  # links in a circle, or a file that was just removed
                 yield ListedFile(relative, entry.path, None, "cannot be found")
                 continue
             if facts:
@@ -157,7 +157,7 @@ class ImageFolder:
         return stems
 
     def find(self, reference: str) -> Path | None:
-        """Return the file that a cell of a table means, or None. Raises ImageError (`unsafe_path`, `ambiguous`)."""
+        """Return the file that a cell of a table names, or None. Raises ImageError (`unsafe_path`, `ambiguous`)."""
         found = self.look_up(reference)
         return Path(found.path) if found else None
 

@@ -1,6 +1,6 @@
 """A zip of class folders, of flat files, or of a table and its images. Nothing is extracted to disk.
 
-The checks of the archive are in `ingest/archives/`; what lies where is read as in a folder.
+The archive is checked in `ingest/zips.py`; labels and sides come from paths as in a folder.
 """
 
 import io
@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import SourceError
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import ImageFolder, ListedFile, escape_name, find_side, is_image_name
 from visionloop.ingest.sources.folder import read_by_place
-from visionloop.ingest.tables.join import Shelf, Table, choose_table, is_read_by_table, read_shelf_table
+from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, is_read_by_table, read_shelf_table
 from visionloop.ingest.zips import ZipReader
 from visionloop.params import ArchiveSource
 from visionloop.records import Rejected
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-MAX_PARQUET_BYTES = 1 << 30  # it is read from its end, so it has to be held as a whole
+MAX_PARQUET_BYTES = 1 << 30  # Parquet is read from its end, so the file must be in memory as a whole
 
 
-def read_archive(source: ArchiveSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield the images of a zip in the order of their paths, or of its table's rows.
 
-    Hidden files, other file types and archives inside are passed over; an entry that cannot be trusted is `Rejected`.
+    Hidden files, other file types and archives inside are passed over; a member that cannot be trusted is `Rejected`.
 
     Raises:
         SourceError: the file is missing or no zip, the archive is not to be trusted, or no image has a label.
     """
-    path = reading.resolve(source.path)
+    path = context.resolve(source.path)
     where = f"source {source.name} {path}"
     if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
@@ -38,25 +38,27 @@ def read_archive(source: ArchiveSource, reading: Reading) -> Iterator[Item | Rej
     shelf = ZipShelf(ZipReader(path, where))
     inner = sum(name.lower().endswith(ARCHIVE_SUFFIXES) for name in shelf.files)
     if inner:
-        reading.tell(f"{where}: archives inside, which are not opened: {inner:,}")
+        context.tell(f"{where}: archives inside, which are not opened: {inner:,}")
     if source.table is not None or (source.pattern is None and shelf.is_read_by_table()):
-        yield from _read_by_table(source, reading, shelf, where)
+        yield from _read_by_table(source, context, shelf, where)
     else:
         images = [found for found in shelf.files.values() if is_image_name(found.relative.rsplit("/", 1)[-1])]
         yield from read_by_place(
-            source.name, images, shelf.make_reader, reading, where=where, pattern=source.pattern, loose=True
+            source.name, images, shelf.make_reader, context, where=where, pattern=source.pattern, loose=True
         )
-    for entry in shelf.refused:
-        yield Rejected(f"{source.name}:{escape_name(entry.name)}", entry.code, entry.problem)
+    for member in shelf.refused:
+        yield Rejected(f"{source.name}:{escape_name(member.name)}", member.code, member.problem)
 
 
-def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", where: str) -> Iterator[Item | Rejected]:
+def _read_by_table(
+    source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
+) -> Iterator[Item | Rejected]:
     name = source.table
     if name is None:
         if top := shelf.find_wrapper():
-            reading.tell(f"{where}: everything lies in {top}")
+            context.tell(f"{where}: everything lies in {top}")
             shelf.enter(top)
-        name = choose_table(shelf.list_files(), where, reading.tell)
+        name = choose_table(shelf.list_files(), where, context.tell)
     elif name not in shelf.files:
         raise SourceError(where, f"has no entry {name!r}", "the path of the table inside", "Edit `table`.")
     elif source.images is None and shelf.has_images(top := name[: name.rfind("/") + 1]):
@@ -64,13 +66,13 @@ def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", w
         name = name.removeprefix(top)
     images: tuple[Shelf, str] | None = (shelf, source.images.rstrip("/")) if source.images else None
     yield from read_shelf_table(
-        Table(
+        LabelTable(
             source=source.name,
             where=f"{where} {name}",
             shelf=shelf,
             name=name,
             columns=source.columns,
-            tell=reading.tell,
+            tell=context.tell,
             images=images,
         )
     )
@@ -79,16 +81,17 @@ def _read_by_table(source: ArchiveSource, reading: Reading, shelf: "ZipShelf", w
 class ZipShelf:
     """The files of a zip as a shelf; hidden ones are left out. `files` are by their path.
 
-    `refused` are the entries that cannot be used: images, and whatever has a name that is an attack.
+    `refused` are the members that cannot be used: images, and whatever has a name that is an attack.
     """
 
     def __init__(self, reader: ZipReader) -> None:
         self._reader = reader
-        self._entries = {entry.name: entry for entry in reader.entries if not entry.problem}
-        names = sorted((name for name in self._entries if not _is_hidden(name)), key=lambda name: name.split("/"))
-        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{self._entries[name].offset}") for name in names}
-        bad = {entry.name: entry for entry in reader.entries if entry.problem}
-        self.refused = [entry for entry in bad.values() if entry.code == "unsafe_path" or is_image_name(entry.name)]
+        self._members = {member.name: member for member in reader.members if not member.problem}
+        names = sorted((name for name in self._members if not _is_hidden(name)), key=lambda name: name.split("/"))
+        offsets = {name: self._members[name].info.header_offset for name in names}
+        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{offsets[name]}") for name in names}
+        bad = {member.name: member for member in reader.members if member.problem}
+        self.refused = [one for one in bad.values() if one.code == "unsafe_path" or is_image_name(one.name)]
 
     def is_read_by_table(self) -> bool:
         """Say whether images are labelled by a table at the top, or in the one folder that holds all."""
@@ -124,14 +127,14 @@ class ZipShelf:
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        return partial(self._reader.read, self._entries[found.path])
+        return partial(self._reader.read, self._members[found.path])
 
     def open_table(self, name: str) -> BinaryIO | Path:
         """Open the table as a stream. Raises ImageError, also while it is read."""
-        entry = self._entries[self.files[name].path]
+        member = self._members[self.files[name].path]
         if name.lower().endswith(".parquet"):
-            return io.BytesIO(self._reader.read(entry, MAX_PARQUET_BYTES))
-        return self._reader.open(entry)
+            return io.BytesIO(self._reader.read(member, MAX_PARQUET_BYTES))
+        return self._reader.open(member)
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""A prefix of an S3 bucket: class folders, names by a pattern, or a table below it. The listing is the truth.
+"""A prefix of an S3 bucket: class folders, names by a pattern, or a table below it. What the listing says counts.
 
-Every image is pinned as it was listed (version id, else ETag); with the same ETag it is not read again later.
+Exactly the listed version of an image is read (version id, else ETag); with the same ETag it is not read again.
 """
 
 import io
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import ImageFolder, ListedFile, is_image_name
 from visionloop.ingest.sources.folder import read_by_place
-from visionloop.ingest.tables.join import Table, read_shelf_table
+from visionloop.ingest.tables.join import LabelTable, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
 from visionloop.records import Rejected
@@ -22,7 +22,7 @@ from visionloop.store import Bucket, open_bucket
 MAX_TABLE_BYTES = 256 << 20
 
 
-def read_bucket(source: BucketSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield the images below a prefix in the order of their keys; hidden names and other objects are passed over.
 
     Raises:
@@ -34,14 +34,14 @@ def read_bucket(source: BucketSource, reading: Reading) -> Iterator[Item | Rejec
     except (StoreError, SettingsError) as exc:
         raise _as_source_error(exc, where) from exc
     if source.table is not None:
-        yield from _read_by_table(source, source.table, reading, shelf)
+        yield from _read_by_table(source, source.table, context, shelf)
         return
     files = [found for key, found in shelf.files.items() if is_image_name(key.rsplit("/", 1)[-1])]
-    yield from read_by_place(source.name, files, shelf.make_reader, reading, where=where, pattern=source.pattern)
+    yield from read_by_place(source.name, files, shelf.make_reader, context, where=where, pattern=source.pattern)
 
 
 def _read_by_table(
-    source: BucketSource, name: str, reading: Reading, shelf: "BucketShelf"
+    source: BucketSource, name: str, context: SourceContext, shelf: "BucketShelf"
 ) -> Iterator[Item | Rejected]:
     if name not in shelf.files:
         tables = [key for key in shelf.files if guess_table_kind(key)]
@@ -50,13 +50,13 @@ def _read_by_table(
     folder = name.rpartition("/")[0]
     has_images = any(key.startswith(f"{folder}/") and is_image_name(key.rsplit("/", 1)[-1]) for key in shelf.files)
     yield from read_shelf_table(
-        Table(
+        LabelTable(
             source=source.name,
             where=f"{shelf.where} {name}",
             shelf=shelf,
             name=name,
             columns=source.columns,
-            tell=reading.tell,
+            tell=context.tell,
             images=(shelf, folder) if folder and has_images else None,
         )
     )

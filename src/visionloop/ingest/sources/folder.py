@@ -1,8 +1,7 @@
 """A folder per class, with or without split folders above: `cats/1.jpg` or `train/cats/1.jpg`; or flat, by a pattern.
 
-What lies where is read in `layout.py`, for folders, archives and buckets alike.
-
-1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
+Labels and sides are read from paths in `layout.py`, for folders, archives and buckets alike. The digits are a folder
+too: 1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
 """
 
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visionloop.ingest.item import Item, Reading, make_file_reader
+from visionloop.ingest.item import Item, SourceContext, make_file_reader
 from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, escape_name, is_image_name, list_files
 from visionloop.params import DigitsSource, FolderSource
@@ -24,14 +23,14 @@ def read_by_place(
     source: str,
     files: Sequence[ListedFile],
     make_reader: Callable[[ListedFile], Read],
-    reading: Reading,
+    context: SourceContext,
     *,
     where: str,
     pattern: str | None,
     loose: bool = False,
 ) -> Iterator[Item | Rejected]:
     """Yield images by their places, in the order given; `loose` as in `place_all`. Raises SourceError."""
-    places = place_all([found.relative for found in files], where, reading.tell, pattern=pattern, loose=loose)
+    places = place_all([found.relative for found in files], where, context.tell, pattern=pattern, loose=loose)
     for found, place in zip(files, places, strict=True):
         origin = f"{source}:{escape_name(found.relative)}"
         if found.problem:
@@ -43,7 +42,7 @@ def read_by_place(
             yield Item(origin, source, place.labels, read, found.stamp, place.side, place.test_is_given, place.group)
 
 
-def read_folder(source: FolderSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield the images of a folder in the order of their paths; hidden files and other file types are passed over.
 
     A split folder without labels inside comes in without labels, for prediction only.
@@ -51,20 +50,20 @@ def read_folder(source: FolderSource, reading: Reading) -> Iterator[Item | Rejec
     Raises:
         SourceError: the folder is missing or may not be read, or no image in it has a label.
     """
-    folder = reading.resolve(source.path)
+    folder = context.resolve(source.path)
     where = f"source {source.name} {folder}"
     files = [found for found in list_files(folder, where) if is_image_name(found.relative.rsplit("/", 1)[-1])]
     yield from read_by_place(
-        source.name, files, lambda found: make_file_reader(found.path), reading, where=where, pattern=source.pattern
+        source.name, files, lambda found: make_file_reader(found.path), context, where=where, pattern=source.pattern
     )
 
 
-def read_digits(source: DigitsSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_digits(source: DigitsSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Write the digits into class folders of the workspace's hidden folder, once, and yield them."""
-    folder = reading.hidden_dir / "sources" / "digits"
+    folder = context.hidden_dir / "sources" / "digits"
     if not folder.is_dir():
         _write_digits(folder)
-    yield from read_folder(FolderSource(kind="folder", path=str(folder), name=source.name), reading)
+    yield from read_folder(FolderSource(kind="folder", path=str(folder), name=source.name), context)
 
 
 def _write_digits(folder: Path) -> None:

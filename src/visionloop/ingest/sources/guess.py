@@ -22,10 +22,10 @@ LOOKED_AT = 2000  # files of a folder, to see what it holds
 
 
 def guess_source(text: str, name: str | None = None) -> Source:
-    """Return the source that a path, a URL or `module:function` means. `name`: how it is called, else its last word.
+    """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
 
     Raises:
-        SourceError: nothing is there, nothing fits, or it takes more than a path to say what is meant.
+        SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
     """
     if "://" in text:
         return _guess_url(text, name)

@@ -1,6 +1,6 @@
 """An HTTP API: a listing in JSON or CSV, page by page, then the images that it names.
 
-The images are fetched when they are read, by many threads; how safely and how fast is in `ingest/web/download.py`.
+The images are fetched when they are read, by many threads; `web/download.py` has the limits and the checks.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote_plus, urljoin
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Cursor, Item, Reading
+from visionloop.ingest.item import Cursor, Item, SourceContext
 from visionloop.ingest.tables.cells import get_cell
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
@@ -34,8 +34,8 @@ from visionloop.ingest.tables.rows import (
 )
 from visionloop.params import HttpSource
 from visionloop.records import Rejected
-from visionloop.secrets import Environment
-from visionloop.web.addresses import mask, parse_url
+from visionloop.secrets import Environment, mask
+from visionloop.web.addresses import parse_url
 from visionloop.web.download import Fetched, Fetcher, make_fetcher
 
 MAX_PAGE_BYTES = 64 << 20
@@ -44,7 +44,7 @@ _LINK = re.compile(r"<([^<>]*)>((?:\s*;\s*[\w*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+
 _REL = re.compile(r"(?i);\s*rel\s*=\s*(?:\"([^\"]*)\"|([^\s;,\"]+))")
 BATCH_ROWS = 32
 NUM_ASKING = 8
-# Committed with the first version; from then on servers are asked for ETags, since what did not change is not fetched.
+# Committed with the first version; later pulls ask servers for ETags, to fetch only what changed.
 PULLED_BEFORE = "pulled"
 
 
@@ -78,7 +78,7 @@ class Listing:
         """Yield the pages, each fetched when it is asked for.
 
         Raises:
-            SourceError: a page cannot be had or is no table, they go round in a circle, or there are too many.
+            SourceError: a page cannot be fetched or is no table, pages repeat without end, or there are too many.
         """
         seen: dict[str, int] = {}
         asked: set[str] = set()
@@ -175,7 +175,7 @@ class Listing:
         if not link:
             return None
         try:
-            # urljoin drops line ends and tabs: what it would mend is refused first.
+            # urljoin silently drops line ends and tabs, so a link with them is refused first.
             return parse_url(urljoin(page.url, link) if link.isprintable() else link).url
         except ImageError as exc:
             raise SourceError(self._place(page), f"leads to no URL: {exc.found}", exc.expected, "Check it.") from exc
@@ -242,25 +242,25 @@ def _load_json(data: bytes, where: str) -> Any:
         raise SourceError(where, f"is not JSON ({reason})", "a listing in JSON or CSV", "Check the URL.") from exc
 
 
-def read_http(source: HttpSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+def read_http(source: HttpSource, context: SourceContext) -> Iterator[Item | Rejected | Cursor]:
     """Yield the images of a listing in its order.
 
     Raises:
-        SourceError: a variable is missing, a page cannot be had after retries, or its columns cannot be told apart.
+        SourceError: a variable is missing, a page cannot be fetched, or it is unclear which column is which.
     """
     where = f"source {source.name}"
-    environment = Environment(reading.env, where)
+    environment = Environment(context.env, where)
     url = environment.expand_url(source.url)
     headers = {name: environment.expand(value) for name, value in source.headers.items()}
     secrets = tuple(environment.secrets)
-    tell = _make_masked_tell(reading.tell, secrets)
+    tell = _make_masked_tell(context.tell, secrets)
     try:
         try:
             address = parse_url(url)
         except ImageError as exc:
             raise SourceError(f"{where} url", exc.found, exc.expected, exc.todo) from exc
         fetcher = make_fetcher(
-            reading.env,
+            context.env,
             [address.netloc, *source.hosts],
             headers=headers,
             headers_host=address.url,
@@ -269,7 +269,7 @@ def read_http(source: HttpSource, reading: Reading) -> Iterator[Item | Rejected 
             secrets=secrets,
         )
         pages = Listing(source, address.url, fetcher, where, tell).walk()
-        yield from _read_pages(source, pages, fetcher, where, tell, asks_for_stamps=reading.cursor is not None)
+        yield from _read_pages(source, pages, fetcher, where, tell, asks_for_stamps=context.cursor is not None)
     except SourceError as exc:
         raise SourceError(*(mask(part, secrets) for part in (exc.where, exc.found, exc.expected, exc.todo))) from None
     yield Cursor(source.name, PULLED_BEFORE)
@@ -311,7 +311,7 @@ def _join(page_url: str, reference: str | bytes) -> str:
     """Return the URL of an image; a relative one starts at its page. Raises ImageError."""
     if isinstance(reference, bytes):
         raise ImageError("row", "holds bytes", "a URL", reason_code="refused_url")
-    # urljoin drops tabs and line ends: what it would mend goes on unmended, to be refused.
+    # urljoin silently drops line ends and tabs; a link with them is passed on as it is, and refused later.
     return reference if not reference.isprintable() or "\\" in reference else urljoin(page_url, reference)
 
 
@@ -323,7 +323,7 @@ def _ask_for_stamps(rows: Sequence[Row], plan: RowPlan, page_url: str, fetcher: 
             reference = plan.read_image(row)
             return fetcher.fetch_stamp(_join(page_url, reference)) if reference else None
         except ImageError:
-            return None  # make_item will say what is wrong with this row
+            return None  # `make_item` reports what is wrong with this row
 
     with ThreadPoolExecutor(NUM_ASKING) as pool:
         return list(pool.map(ask, rows))

@@ -1,4 +1,4 @@
-"""A function of the user's own that yields records: the door for what has no source here, a NoSQL collection, a queue.
+"""A function of the user that yields records, for data that no other source reads: a NoSQL collection, a queue.
 
 Its module lies in the workspace or is installed. Each record is checked by itself.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import ImageError, SourceError, VisionLoopError, shorten
-from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, SourceContext, make_file_reader
 from visionloop.ingest.paths.listing import ImageFolder, escape_name, find_side
 from visionloop.ingest.tables.cells import parse_time, to_text
 from visionloop.ingest.tables.rows import RowImage, RowPlan, give_bytes, is_url, make_url_finder
@@ -31,8 +31,8 @@ MAX_ORIGIN = 1000
 class Records:
     """Turns records into items: `image` is bytes, a path, a URL, or a function without arguments that gives bytes."""
 
-    def __init__(self, source: PythonSource, reading: Reading) -> None:
-        self._source, self._reading = source, reading
+    def __init__(self, source: PythonSource, context: SourceContext) -> None:
+        self._source, self._context = source, context
         self._told = False
 
     def read(self, number: int, record: object) -> Item | Rejected | Cursor:
@@ -55,7 +55,7 @@ class Records:
         named = to_text(fields.get("origin")) or to_text(fields.get("id"))
         if not named and found.place == f"record {number}" and not self._told:
             self._told = True
-            self._reading.tell(f"source {self._source.name}: records without `id` are called by their number")
+            self._context.tell(f"source {self._source.name}: records without `id` are called by their number")
         if side is not None and not (isinstance(side, str) and find_side(side)):
             raise _refuse(f"has side {str(side)[:60]!r}", "train, val or test")
         if time is not None and parse_time(time) is None:
@@ -75,9 +75,9 @@ class Records:
         """Return where the image is and how it is read. Raises ImageError."""
         if isinstance(image, bytes | bytearray | memoryview):
             return RowImage(f"record {number}", partial(give_bytes, bytes(image)))
-        if isinstance(image, Path):  # the function's own word; a text is data, and stays below its folder
-            path = self._reading.home / image
-            place = path.relative_to(self._reading.home) if path.is_relative_to(self._reading.home) else path
+        if isinstance(image, Path):  # chosen by the function; a text may come from data
+            path = self._context.home / image
+            place = path.relative_to(self._context.home) if path.is_relative_to(self._context.home) else path
             return RowImage(place.as_posix().lstrip("/"), make_file_reader(str(path)))
         if isinstance(image, str) and image.strip():
             if is_url(image):
@@ -94,11 +94,11 @@ class Records:
 
     @cached_property
     def _images(self) -> ImageFolder:
-        return ImageFolder(self._reading.resolve(self._source.images or "."))
+        return ImageFolder(self._context.resolve(self._source.images or "."))
 
     @cached_property
     def _find_url(self) -> Callable[[str], RowImage]:
-        return make_url_finder(self._source.hosts, self._reading)
+        return make_url_finder(self._source.hosts, self._context)
 
 
 def _to_mapping(record: object) -> Mapping[str, Any]:
@@ -147,23 +147,23 @@ def _refuse(found: str, expected: str) -> ImageError:
     return ImageError("record", found, expected, reason_code="bad_record")
 
 
-def read_python(source: PythonSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+def read_python(source: PythonSource, context: SourceContext) -> Iterator[Item | Rejected | Cursor]:
     """Call the function with `options` (and `cursor`, if it takes one) and yield what its records say.
 
     Raises:
         SourceError: there is no such function, it cannot be called so, or it raised: with its file and line.
     """
     where = f"source {source.name} {source.function}"
-    records = Records(source, reading)
+    records = Records(source, context)
     known = set(sys.modules)
     try:
-        with _workspace_on_path(reading.home):
-            function = _load(source.function, reading.home, where)
-            produced = _start(function, source, reading, where)
+        with _workspace_on_path(context.home):
+            function = _load(source.function, context.home, where)
+            produced = _start(function, source, context, where)
         number = 0
         while True:
-            # The workspace is on the path only while the function runs, not while its records are at work.
-            with _workspace_on_path(reading.home):
+            # The workspace is on Python's path only while the function runs, not while its records are used.
+            with _workspace_on_path(context.home):
                 try:
                     record = next(produced)
                 except StopIteration:
@@ -173,7 +173,7 @@ def read_python(source: PythonSource, reading: Reading) -> Iterator[Item | Rejec
             number += 1
             yield records.read(number, record)
     finally:
-        _forget_modules(known, reading.home)
+        _forget_modules(known, context.home)
 
 
 @contextmanager
@@ -213,13 +213,13 @@ def _load(function: str, home: Path, where: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _start(function: Callable[..., Any], source: PythonSource, reading: Reading, where: str) -> Iterator[Any]:
+def _start(function: Callable[..., Any], source: PythonSource, context: SourceContext, where: str) -> Iterator[Any]:
     """Call the function and return what it iterates over. Raises SourceError."""
     arguments = dict(source.options)
     try:
         signature = inspect.signature(function)
         if "cursor" in signature.parameters:
-            arguments["cursor"] = reading.cursor
+            arguments["cursor"] = context.cursor
         signature.bind(**arguments)
     except (TypeError, ValueError) as exc:
         found = f"cannot be called with its `options` ({exc})"

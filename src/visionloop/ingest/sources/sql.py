@@ -1,11 +1,11 @@
 """A query of a database: one row an image, by path, URL or blob, with its labels. Reads only, chunk by chunk.
 
-Incremental with `cursor`: a later pull asks for rows from the last value on, that value included, since rows may share
-it and may have come later. Rows without a value (NULL) are offered each time. So nothing is lost, and what comes twice
-is stored once.
+Incremental with `cursor`: a later pull asks for rows from the last value on. The last value is asked for again, because
+later rows may have the same value. Rows without a value (NULL) are offered each time. So no row is missed, and an image
+that is offered twice is stored once.
 
-The value belongs to one query: with another query, or other columns, the reading begins anew. What was guessed of the
-columns is kept with it, so that a later pull of few rows guesses nothing else.
+The last value is kept for one query: with another query or other columns, all rows are read again. The guessed meaning
+of the columns is kept with it, so that a later pull with few rows cannot guess something else.
 """
 
 import hashlib
@@ -22,9 +22,8 @@ from itertools import chain, islice
 from typing import Any
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.item import Cursor, Item, Reading, make_file_reader
+from visionloop.ingest.item import Cursor, Item, SourceContext, make_file_reader
 from visionloop.ingest.paths.listing import ImageFolder, escape_name
-from visionloop.ingest.statement import check_statement
 from visionloop.ingest.tables.cells import Row, to_text
 from visionloop.ingest.tables.rows import (
     SAMPLE_ROWS,
@@ -37,8 +36,7 @@ from visionloop.ingest.tables.rows import (
 )
 from visionloop.params import SqlSource
 from visionloop.records import Rejected, compute_digest
-from visionloop.secrets import Environment
-from visionloop.web.addresses import mask
+from visionloop.secrets import Environment, mask
 from visionloop.web.download import Fetcher, make_fetcher
 
 _KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -52,11 +50,12 @@ _KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 KEY_NAMES = ("id", "uuid", "guid", "key", "pk", "image_id", "img_id", "name", "filename", "file_name")
 SAMPLE_BYTES = 64 << 20
+MAX_QUERY_CHARS = 100_000
 Sized = tuple[dict[str, Any], bool]
 
 
 @dataclass(frozen=True)
-class Progress:
+class CursorState:
     """The last value seen, and what the columns mean."""
 
     value: object
@@ -64,12 +63,12 @@ class Progress:
 
 
 def compute_query_digest(source: SqlSource) -> str:
-    """Return the digest of what rows a source asks for and what they mean."""
+    """Return the digest of the settings that decide which rows a source asks for and what they mean."""
     return compute_digest(source.model_dump(mode="json", include={"query", "columns", "cursor", "images"}))
 
 
-def write_progress(progress: Progress, digest: str, where: str) -> str:
-    """Return progress as text. Raises SourceError when the cursor column holds what has no order that lasts."""
+def write_progress(progress: CursorState, digest: str, where: str) -> str:
+    """Return the state as text. Raises SourceError when the cursor column holds values that cannot be ordered."""
     value = progress.value
     for kind, (of_type, to_json, _) in _KINDS.items():
         if isinstance(value, of_type) and not isinstance(value, bool):
@@ -81,28 +80,28 @@ def write_progress(progress: Progress, digest: str, where: str) -> str:
     raise SourceError(f"{where} cursor", found, "a number, text, a date or a time", "Choose another column.")
 
 
-def read_progress(text: str | None, digest: str) -> Progress | None:
+def read_progress(text: str | None, digest: str) -> CursorState | None:
     """Return what `write_progress` wrote for the same query; None for anything else."""
     try:
         state = json.loads(text or "")
         if state["digest"] != digest:
             return None
         plan = RowPlan(**{**state["plan"], "labels": tuple(state["plan"]["labels"])})
-        return Progress(_KINDS[state["kind"]][2](state["value"]), plan)
+        return CursorState(_KINDS[state["kind"]][2](state["value"]), plan)
     except (ValueError, KeyError, TypeError, ArithmeticError):
         return None
 
 
-def read_sql(source: SqlSource, reading: Reading) -> Iterator[Item | Rejected | Cursor]:
+def read_sql(source: SqlSource, context: SourceContext) -> Iterator[Item | Rejected | Cursor]:
     """Yield the images of a query in its order; with `cursor`, in the order of that column.
 
     Raises:
-        SourceError: the query is refused, the database cannot be reached or takes too long, or there are too many rows.
+        SourceError: the database refuses the query, cannot be reached or takes too long, or there are too many rows.
     """
     where = f"source {source.name}"
-    environment = Environment(reading.env, where)
+    environment = Environment(context.env, where)
     try:
-        yield from _read(source, reading, environment, where)
+        yield from _read(source, context, environment, where)
     except SourceError as exc:
         # The cause stays out: a driver's error may hold the password.
         parts = (mask(part, tuple(environment.secrets)) for part in (exc.where, exc.found, exc.expected, exc.todo))
@@ -110,22 +109,24 @@ def read_sql(source: SqlSource, reading: Reading) -> Iterator[Item | Rejected | 
 
 
 def _read(
-    source: SqlSource, reading: Reading, environment: Environment, where: str
+    source: SqlSource, context: SourceContext, environment: Environment, where: str
 ) -> Iterator[Item | Rejected | Cursor]:
     try:
-        from visionloop.ingest.database import Query, Stopwatch, make_database
+        from visionloop.ingest.database import SqlQuery, Stopwatch, make_database
     except ModuleNotFoundError as exc:
         todo = "pip install 'visionloop[ingest]'"
         raise SourceError(where, f"{exc.name} is not installed", "the extra `ingest`", todo) from exc
-    max_bytes = reading.limits.max_file_bytes
-    database = make_database(source.url, environment, reading.resolve, max_bytes)
-    text = check_statement(source.query, database.dialect, where)
+    max_bytes = context.limits.max_file_bytes
+    database = make_database(source.url, environment, context.resolve, max_bytes)
+    if len(source.query) > MAX_QUERY_CHARS or "\0" in source.query:  # a driver ends the text at a NUL
+        expected = f"at most {MAX_QUERY_CHARS:,} characters"
+        raise SourceError(f"{where} query", "is too long or holds a NUL", expected, "Edit it.")
     digest = compute_query_digest(source)
-    progress = read_progress(reading.cursor, digest) if source.cursor else None
-    if reading.cursor and source.cursor and not progress:
-        reading.tell(f"{where}: the query, its columns or its cursor changed: read from the start")
-    query = Query(
-        text=text,
+    progress = read_progress(context.cursor, digest) if source.cursor else None
+    if context.cursor and source.cursor and not progress:
+        context.tell(f"{where}: the query, its columns or its cursor changed: read from the start")
+    query = SqlQuery(
+        text=source.query.rstrip("; \t\r\n"),
         dialect=database.dialect,
         where=f"{where} {database.place}",
         max_value_bytes=max_bytes,
@@ -134,9 +135,9 @@ def _read(
         start=progress.value if progress else None,
     )
     stopwatch = Stopwatch(source.timeout_s)
-    pull = _Pull(source, reading, where, tuple(environment.secrets), max_bytes)
+    pull = _Pull(source, context, where, tuple(environment.secrets), max_bytes)
     with (
-        database.open(stopwatch, where, reading.tell) as connection,
+        database.open(stopwatch, where, context.tell) as connection,
         closing(query.read(connection, stopwatch)) as rows,
     ):
         yield from pull.make_items(rows, progress)
@@ -149,22 +150,22 @@ class _Pull:
     """One pull of a query: turns its rows into items. `last` is how far it came."""
 
     source: SqlSource
-    reading: Reading
+    context: SourceContext
     where: str
     secrets: tuple[str, ...]
     max_bytes: int
-    last: Progress | None = None
+    last: CursorState | None = None
     key: str | None = None
     stamp: str | None = None
 
-    def make_items(self, rows: Iterator[Sized], progress: Progress | None) -> Iterator[Item | Rejected]:
+    def make_items(self, rows: Iterator[Sized], progress: CursorState | None) -> Iterator[Item | Rejected]:
         """Yield the items of rows. Raises SourceError when there are more than max_rows."""
         self.last = progress
         sample = _take_sample(rows)
         if not sample and progress:
             return
         plain = [row for row, _ in sample]
-        plan = progress.plan if progress else plan_columns(self.source.columns, plain, self.where, self.reading.tell)
+        plan = progress.plan if progress else plan_columns(self.source.columns, plain, self.where, self.context.tell)
         names = {name.lower(): name for name in (plain[0] if plain else {}) if name not in {plan.image, *plan.labels}}
         self.key = next((names[name] for name in KEY_NAMES if name in names), None)
         self.stamp = find_stamp_column(plain)
@@ -174,16 +175,16 @@ class _Pull:
                 self._stop_at_cap(progress)
                 return
             if column is not None and row.get(column) is not None:
-                self.last = Progress(row[column], plan)
+                self.last = CursorState(row[column], plan)
             yield self._make_item(row, plan, num_rows, too_large=too_large)
 
-    def _stop_at_cap(self, progress: Progress | None) -> None:
-        """End a pull at max_rows, if the next one can go on from there. Raises SourceError."""
+    def _stop_at_cap(self, progress: CursorState | None) -> None:
+        """End a pull at max_rows. Raises SourceError when the next pull could not go on from there."""
         max_rows = f"{self.source.max_rows:,}"
         if self.source.cursor is None or self.last is None or (progress and self.last.value == progress.value):
             found, todo = f"the query gives more than {max_rows} rows", "Narrow it, raise max_rows, or name a `cursor`."
             raise SourceError(self.where, found, f"at most {max_rows}", todo)
-        self.reading.tell(f"{self.where}: took {max_rows} rows (max_rows); the next pull goes on from there")
+        self.context.tell(f"{self.where}: took {max_rows} rows (max_rows); the next pull goes on from there")
 
     def _make_item(self, row: Row, plan: RowPlan, number: int, *, too_large: bool) -> Item | Rejected:
         key = row.get(self.key) if self.key else None
@@ -201,7 +202,7 @@ class _Pull:
         if re.match(r"(?i)https?:", reference):
             self._fetcher.check(reference)
             return RowImage(self._fetcher.describe(reference), self._fetcher.make_reader(reference), stamp)
-        root = f"{self.reading.resolve(self.source.images or '.')}/"
+        root = f"{self.context.resolve(self.source.images or '.')}/"
         found = self._folder.look_up(reference.removeprefix(root))
         if found is None:
             raise ImageError(f"reference {reference[:200]!r}", "no such file", reason_code="row_without_image")
@@ -209,17 +210,17 @@ class _Pull:
 
     @cached_property
     def _fetcher(self) -> Fetcher:
-        return make_fetcher(self.reading.env, self.source.hosts, secrets=self.secrets)
+        return make_fetcher(self.context.env, self.source.hosts, secrets=self.secrets)
 
     @cached_property
     def _folder(self) -> ImageFolder:
         if self.source.images is None:
             raise SourceError(self.where, "its rows hold paths", "`images`, the folder they lie in", "Name it.")
-        return ImageFolder(self.reading.resolve(self.source.images))
+        return ImageFolder(self.context.resolve(self.source.images))
 
 
 class _Blob:
-    """The bytes of an image, let go once they are read."""
+    """The bytes of an image; the memory is freed once they are read."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -232,7 +233,7 @@ class _Blob:
 
 
 def _take_sample(rows: Iterator[Sized]) -> list[Sized]:
-    """Take rows to guess from: few when they are large."""
+    """Take rows to guess the columns from; fewer when they are large."""
     sample: list[Sized] = []
     num_bytes = 0
     for row in islice(rows, SAMPLE_ROWS):

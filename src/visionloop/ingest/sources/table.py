@@ -6,14 +6,14 @@ Rows and images that have no counterpart are listed, not fatal. Folders beside t
 from collections.abc import Iterator
 
 from visionloop.errors import SourceError
-from visionloop.ingest.item import Item, Reading
-from visionloop.ingest.tables.join import FolderShelf, Shelf, Table, choose_table, read_shelf_table
+from visionloop.ingest.item import Item, SourceContext
+from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_table, read_shelf_table
 from visionloop.ingest.tables.rows import make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 
 
-def read_table(source: TableSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield the rows of a table in its order, then the images of folders without labels.
 
     The path may be that of the folder that holds the table. Rows without an image and images without a row come as
@@ -22,10 +22,10 @@ def read_table(source: TableSource, reading: Reading) -> Iterator[Item | Rejecte
     Raises:
         SourceError: the table is missing, is no table, has no header that says enough, or none of its images is found.
     """
-    path = reading.resolve(source.path)
+    path = context.resolve(source.path)
     where = f"source {source.name} {path}"
     if path.is_dir():
-        name = choose_table([child.name for child in path.iterdir() if child.is_file()], where, reading.tell)
+        name = choose_table([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
         path = path / name
         where = f"source {source.name} {path}"
     elif not path.is_file():
@@ -34,16 +34,16 @@ def read_table(source: TableSource, reading: Reading) -> Iterator[Item | Rejecte
     images: tuple[Shelf, str] | None = None
     if source.images is not None:
         beside = path.parent / source.images
-        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(reading.resolve(source.images)), "")
-    table = Table(
+        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(context.resolve(source.images)), "")
+    table = LabelTable(
         source=source.name,
         where=where,
         shelf=shelf,
         name=path.name,
         columns=source.columns,
-        tell=reading.tell,
+        tell=context.tell,
         images=images,
         unlabelled=source.unlabelled,
-        find_url=make_url_finder(source.hosts, reading) if source.hosts else None,
+        find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)

@@ -1,7 +1,7 @@
 """Frames of videos: a file, a folder of them, or a camera (`ingest/video/cameras.py`).
 
 Labels come from class folders, from `label`, or from a table (`ingest/video/segments.py`) of labelled parts.
-A video is a group: its frames, which look alike, never lie on two sides.
+The frames of a video are one group, so they are all on one side.
 """
 
 import os
@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from visionloop.errors import SourceError
-from visionloop.ingest.item import Item, Reading
-from visionloop.ingest.paths.layout import Place, place_all, settle_sides
+from visionloop.ingest.item import Item, SourceContext
+from visionloop.ingest.paths.layout import Placement, place_all, settle_sides
 from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, ListedFile, escape_name, find_side, list_files
 from visionloop.ingest.video.cameras import is_camera, open_camera
 from visionloop.ingest.video.clip import DECODING, Clip, Index, Spool, make_stamp
 from visionloop.ingest.video.player import PASSING, Player, check_installed
-from visionloop.ingest.video.sample import Job, find_spans
+from visionloop.ingest.video.sample import DecodeJob, find_spans
 from visionloop.ingest.video.segments import Segment, read_segments
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
@@ -33,27 +33,27 @@ class Film:
     segments: Sequence[Segment]
 
 
-def read_video(source: VideoSource, reading: Reading) -> Iterator[Item | Rejected]:
+def read_video(source: VideoSource, context: SourceContext) -> Iterator[Item | Rejected]:
     """Yield frames in the order of the videos' paths and their own times; a table gives the order of its rows.
 
     Raises:
-        SourceError: the path or the table is missing, there is no video, or a camera may not be asked.
+        SourceError: the path or the table is missing, there is no video, or a camera's address is not allowed.
     """
     where = f"source {source.name}"
     check_installed(where)
-    folder = reading.hidden_dir / "ingest" / "video"
+    folder = context.hidden_dir / "ingest" / "video"
     spool = Spool(folder / "spool")
     if is_camera(source.path):
-        yield from _watch(source, reading, spool, where)
+        yield from _watch(source, context, spool, where)
         return
-    found = list(_find_films(source, reading, where))
+    found = list(_find_films(source, context, where))
     index = Index(folder / f"index-{source.name}")
     with Player() as player:
         for one in found:
             if isinstance(one, Rejected):
                 yield one
             else:
-                yield from _read_film(one, source, reading, _Tools(player, spool, index))
+                yield from _read_film(one, source, context, _Tools(player, spool, index))
     index.forget_others()
 
 
@@ -66,7 +66,7 @@ class _Tools:
     index: Index | None
 
 
-def _read_film(film: Film, source: VideoSource, reading: Reading, tools: _Tools) -> Iterator[Item | Rejected]:
+def _read_film(film: Film, source: VideoSource, context: SourceContext, tools: _Tools) -> Iterator[Item | Rejected]:
     """Yield the frames of a file, then what was wrong with it."""
     origin = f"{source.name}:{escape_name(film.relative)}"
     stamp = make_stamp(film.path)
@@ -80,7 +80,7 @@ def _read_film(film: Film, source: VideoSource, reading: Reading, tools: _Tools)
     if size > source.max_video_bytes:
         yield Rejected(origin, "too_large", f"has {size:,} bytes; expected at most {source.max_video_bytes:,}")
         return
-    job = make_job(source, reading, [(part.start, part.end) for part in film.segments], file=str(film.path))
+    job = make_job(source, context, [(part.start, part.end) for part in film.segments], file=str(film.path))
     clip = Clip(origin, film.path, stamp, job, tools.spool)
     known = tools.index.load(clip) if tools.index else None
     if known:
@@ -91,20 +91,22 @@ def _read_film(film: Film, source: VideoSource, reading: Reading, tools: _Tools)
     if tools.index and not known and contents.code not in PASSING:
         tools.index.save(clip)
     for line in contents.told:
-        reading.tell(f"{origin}: {line}")
+        context.tell(f"{origin}: {line}")
     if contents.code:
         yield Rejected(origin, contents.code, contents.text or "")
 
 
-def make_job(source: VideoSource, reading: Reading, spans: Sequence[Sequence[float | None]], *, file: str) -> Job:
+def make_job(
+    source: VideoSource, context: SourceContext, spans: Sequence[Sequence[float | None]], *, file: str
+) -> DecodeJob:
     """Return what the decoder is asked for."""
-    return Job(
+    return DecodeJob(
         every_s=source.every_s,
         scene=source.scene,
         spans=spans,
         max_frames=source.max_frames,
         max_s=source.max_video_s,
-        max_pixels=reading.limits.max_pixels,
+        max_pixels=context.limits.max_pixels,
         file=file,
     )
 
@@ -119,7 +121,7 @@ def _make_item(clip: Clip, film: Film, source: VideoSource, t_ms: int) -> Item:
         source=source.name,
         labels=tuple(dict.fromkeys(label for part in parts for label in part.labels)),
         read=partial(clip.read, t_ms),
-        # What is wished for (every_s, scene, the limits) is not in it: the frame at this time is the same one.
+        # every_s, scene and limits are not part of it: they do not change the frame at a given time.
         stamp=f"{clip.stamp} {DECODING}",
         side=first.side,
         test_is_given=first.test_is_given,
@@ -137,9 +139,9 @@ def _add_time(begin: str | None, seconds: float) -> str | None:
     )
 
 
-def _find_films(source: VideoSource, reading: Reading, where: str) -> Iterator[Film | Rejected]:
+def _find_films(source: VideoSource, context: SourceContext, where: str) -> Iterator[Film | Rejected]:
     """Yield the videos of a file or a folder with their labels. Raises SourceError."""
-    path = reading.resolve(source.path)
+    path = context.resolve(source.path)
     if path.is_file():
         root, files = path.parent, [ListedFile(path.name, str(path), make_stamp(path))]
     elif path.is_dir():
@@ -152,9 +154,9 @@ def _find_films(source: VideoSource, reading: Reading, where: str) -> Iterator[F
         kinds = ", ".join(sorted(VIDEO_SUFFIXES)[:6])
         raise SourceError(f"{where} {path}", "holds no video", f"files like {kinds}", "Check the path.")
     if source.table is not None:
-        yield from _match_table(source, reading, where, {one.relative: one for one in files})
+        yield from _match_table(source, context, where, {one.relative: one for one in files})
         return
-    for one, place in zip(files, _place(source, reading, f"{where} {root}", files), strict=True):
+    for one, place in zip(files, _place(source, context, f"{where} {root}", files), strict=True):
         if isinstance(place, str):
             yield Rejected(f"{source.name}:{escape_name(one.relative)}", "no_label", place)
         else:
@@ -162,25 +164,27 @@ def _find_films(source: VideoSource, reading: Reading, where: str) -> Iterator[F
             yield Film(one.relative, Path(one.path), [part])
 
 
-def _place(source: VideoSource, reading: Reading, where: str, files: Sequence[ListedFile]) -> Sequence[Place | str]:
+def _place(
+    source: VideoSource, context: SourceContext, where: str, files: Sequence[ListedFile]
+) -> Sequence[Placement | str]:
     """Return labels and sides of videos: those of their folders, or `label` for all."""
     paths = [one.relative for one in files]
     sides = [find_side(path.partition("/")[0]) if "/" in path else None for path in paths]
     if source.label is None and any("/" in path for path in paths):
-        return place_all(paths, where, reading.tell)
+        return place_all(paths, where, context.tell)
     labels = () if source.label is None else (source.label,)
     if not labels:
-        reading.tell(f"{where}: no class folder, `label` or `table`: {len(files):,} videos come in for prediction only")
+        context.tell(f"{where}: no class folder, `label` or `table`: {len(files):,} videos come in for prediction only")
     settled = settle_sides({side for side in sides if side})
-    return [Place(labels, *settled[side]) if side else Place(labels) for side in sides]
+    return [Placement(labels, *settled[side]) if side else Placement(labels) for side in sides]
 
 
 def _match_table(
-    source: VideoSource, reading: Reading, where: str, files: Mapping[str, ListedFile]
+    source: VideoSource, context: SourceContext, where: str, files: Mapping[str, ListedFile]
 ) -> Iterator[Film | Rejected]:
-    """Yield the videos that a table names, and what has no partner."""
+    """Yield the videos that a table names, then rows without a video and videos without a row."""
     assert source.table is not None
-    table = read_segments(reading.resolve(source.table), source, reading, where, list(files))
+    table = read_segments(context.resolve(source.table), source, context, where, list(files))
     for relative, segments in table.segments.items():
         yield Film(relative, Path(files[relative].path), segments)
     yield from table.rejected
@@ -190,16 +194,16 @@ def _match_table(
             yield Rejected(origin, "image_without_row", f"no row of {os.path.basename(source.table)} names it")
 
 
-def _watch(source: VideoSource, reading: Reading, spool: Spool, where: str) -> Iterator[Item | Rejected]:
+def _watch(source: VideoSource, context: SourceContext, spool: Spool, where: str) -> Iterator[Item | Rejected]:
     """Yield the frames of a camera, or of a video file that lies on a server."""
     labels = () if source.label is None else (source.label,)
     if not labels:
-        reading.tell(f"{where}: no `label`: its frames come in for prediction only")
-    with open_camera(source, reading, spool, where) as camera:
+        context.tell(f"{where}: no `label`: its frames come in for prediction only")
+    with open_camera(source, context, spool, where) as camera:
         if camera.file:
             film = Film(camera.place, camera.file, [Segment(0.0, None, labels)])
             with Player() as player:
-                yield from _read_film(film, source, reading, _Tools(player, spool, None))
+                yield from _read_film(film, source, context, _Tools(player, spool, None))
         else:
             yield from camera.watch(labels)
 

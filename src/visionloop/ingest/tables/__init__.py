@@ -1,1 +1,1 @@
-"""Tables, whatever they come from: files, zips, queries, listings. Rows, columns, and the images they name."""
+"""Tables from files, zips, queries and listings: rows, columns, and the images they name."""

@@ -1,4 +1,4 @@
-"""The cells of a row: how they are found, and what they are as text, time, or a mark of a one-hot column. Pure."""
+"""The cells of a row: look-up, and conversion to text, to a time, or to 0 or 1 of a one-hot column. Pure."""
 
 from collections.abc import Mapping
 from datetime import UTC, date, datetime

@@ -28,7 +28,7 @@ SECONDS_FROM = 1e8
 
 
 class ColumnGuess:
-    """The columns of a sample of rows, which are taken, and what the others may mean."""
+    """The columns of a sample of rows: which have a meaning already, and what the others may mean."""
 
     def __init__(self, rows: Sequence[Row], where: str, named: Mapping[str, str]) -> None:
         """Take the columns that params name (column -> key of `columns`). Raises SourceError when one is missing."""
@@ -78,7 +78,7 @@ class ColumnGuess:
         return None
 
     def find_labels(self) -> tuple[str, ...]:
-        """The column (or the one-hot columns) of the label; () when no column is left that could be."""
+        """The column (or the one-hot columns) of the label; () when no column is left that could be it."""
         for name in self._by_name(LABEL_NAMES):
             if all(_is_label_cell(value) for value in self._values(name)):
                 return (name,)
@@ -131,7 +131,7 @@ def _is_image(text: str) -> bool:
 
 
 def _is_number_of_row(name: str) -> bool:
-    """Say whether this is what is left of another table: the index that pandas writes, or an id beside the image."""
+    """Say whether a column only counts rows: the index that pandas writes, or an id beside the image."""
     return name.startswith(("column ", "Unnamed: ", "__index")) or _plain_name(name) in ("id", "index", "idx")
 
 
@@ -153,7 +153,7 @@ def _is_group(value: object) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    """Say whether this is a time; a number below 1973 counts something else."""
+    """Say whether this is a time; a number that would be before 1973 is none."""
     return not (isinstance(value, int | float) and abs(value) < SECONDS_FROM) and parse_time(value) is not None
 
 

@@ -1,7 +1,7 @@
 """Read CSV, Parquet, JSON and JSON lines row by row, within limits. Knows nothing of what the columns mean.
 
 A row is a dict. A line that cannot be a row (too few cells, half a JSON object) does not end the table: it comes as
-`{BAD_ROW: reason}`. What makes the whole file unreadable is a SourceError.
+`{BAD_ROW: reason}`. An error of the whole file is a SourceError.
 """
 
 import codecs
@@ -206,7 +206,7 @@ def _read_json(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Ite
 
 
 def _no_constant(name: str) -> None:
-    """Read NaN and Infinity, which JSON has not but pandas writes, as nothing."""
+    """Read NaN and Infinity as None: they are no JSON, but pandas writes them."""
 
 
 def _describe(exc: Exception) -> str:

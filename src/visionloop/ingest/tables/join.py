@@ -1,4 +1,4 @@
-"""Join the rows of a table with the images that lie on the same shelf: which row names which file.
+"""Join the rows of a table with the images beside it (on the same shelf: a folder, zip or bucket).
 
 Rows and images that have no counterpart are listed, not fatal. Folders without labels come last.
 """
@@ -41,7 +41,7 @@ from visionloop.ingest.tables.rows import (
 from visionloop.params import Columns
 from visionloop.records import Rejected
 
-# Which of several tables in a folder is the one, by its name without suffix.
+# Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 
@@ -118,10 +118,10 @@ class FolderShelf:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table on a shelf: what it is called there and what params say of it. `images`: where they lie, if it is said.
+class LabelTable:
+    """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
 
-    `find_url` makes the reader of a URL and says how it is called; None: there may be no URLs.
+    `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
     """
 
     source: str
@@ -139,7 +139,7 @@ class Table:
         """Read the table from its start. Raises SourceError."""
         try:
             yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once)
-        except ImageError as exc:  # an entry of an archive that is not what it should be
+        except ImageError as exc:  # a member of an archive that is damaged
             raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
 
     @property
@@ -151,13 +151,13 @@ class Table:
         return kind
 
     def tell_once(self, line: str) -> None:
-        """Tell of a guess; the table is read more than once, it is told once."""
+        """Tell a guess once, although the table is read more than once."""
         if line not in self.told:
             self.told.add(line)
             self.tell(line)
 
 
-def read_shelf_table(table: Table) -> Iterator[Item | Rejected]:
+def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected]:
     """Yield the rows of a table, then the images without labels, then the images without a row. Raises SourceError."""
     sample = list(islice(table.rows(), SAMPLE_ROWS))
     plan = plan_columns(table.columns, sample, table.where, table.tell_once)
@@ -201,7 +201,7 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
         table.tell_once(f"{table.where}: rows without a label, for prediction only: {without:,}")
 
 
-def _list_sides(table: Table, plan: RowPlan) -> set[str]:
+def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
     """Return the sides of the rows that have a label."""
     sides = set()
     for row in table.rows():
@@ -214,9 +214,9 @@ def _list_sides(table: Table, plan: RowPlan) -> set[str]:
 
 @dataclass
 class _Join:
-    """A table and its images: which have been found by a row so far. `index` is None when no row names a file."""
+    """A table and its images: which ones rows have named so far. `index` is None when no row names a file."""
 
-    table: Table
+    table: LabelTable
     plan: RowPlan
     shelf: Shelf
     folder: str
@@ -242,7 +242,7 @@ class _Join:
         return f"{self.folder}/{file.relative}" if self.folder else file.relative
 
 
-def _find_images(table: Table, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
+def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
     """Return the shelf and the folder that the files of the sample lie in. Raises SourceError when there is none."""
     named = [plan.read_image(row) for row in sample if BAD_ROW not in row]
     texts = [name for name in named if isinstance(name, str)]
@@ -274,7 +274,7 @@ def _find_images(table: Table, plan: RowPlan, sample: Sequence[Row]) -> tuple[Sh
     return best[1:]
 
 
-def _list_candidates(table: Table) -> Iterator[tuple[Shelf, str]]:
+def _list_candidates(table: LabelTable) -> Iterator[tuple[Shelf, str]]:
     there = {folder.lower(): folder for folder in table.shelf.list_folders()}
     for name in dict.fromkeys((table.name.rsplit(".", 1)[0].lower(), *IMAGE_FOLDERS)):
         if name in there:
@@ -283,7 +283,7 @@ def _list_candidates(table: Table) -> Iterator[tuple[Shelf, str]]:
 
 
 def _choose_unlabelled(join: _Join) -> list[str]:
-    """Return the folders without labels: those that are named, or those beside the table that no row leads to."""
+    """Return the folders without labels: those that params name, or those beside the table that no row names."""
     table = join.table
     if table.unlabelled is not None:
         return [folder.rstrip("/") for folder in table.unlabelled]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import escape_name, find_side, is_label
 from visionloop.ingest.tables.cells import Row, get_cell, is_on, parse_time, to_text
 from visionloop.ingest.tables.column_guess import ColumnGuess
@@ -19,7 +19,7 @@ from visionloop.records import Rejected
 __all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table_kind", "plan_columns", "read_rows"]
 SAMPLE_ROWS = 200
 MAX_LABELS = 1000
-# A column that changes when the image does, the surest first.
+# Names of columns that change when the image does, the most reliable first.
 STAMP_NAMES = (
     *("sha256", "sha1", "md5", "digest", "checksum", "hash", "etag", "e_tag", "version_id", "revision"),
     *("updated_at", "updated", "modified_at", "modified", "last_modified", "mtime"),
@@ -82,7 +82,7 @@ class RowPlan:
         return find_side(value) if isinstance(value, str) else None
 
     def read_group(self, row: Row) -> str | None:
-        """Return what ties images that must stay on one side, or None."""
+        """Return the group, whose images must stay on one side, or None."""
         value = get_cell(row, self.group) if self.group else None
         return escape_name(to_text(value)) or None
 
@@ -102,7 +102,7 @@ def plan_columns(
     """Say which column means what: as params name them, the rest by names and values of the sample, each guess told.
 
     Raises:
-        SourceError: a named column is missing, or it cannot be told which holds the image or the label.
+        SourceError: a named column is missing, or it is unclear which holds the image or the label.
     """
     rows = [row for row in sample if BAD_ROW not in row]
     if not rows:
@@ -153,7 +153,7 @@ def _describe_guesses(columns: Columns, plan: RowPlan) -> str:
 
 @dataclass(frozen=True)
 class RowImage:
-    """Where the image of a row is: its place for people, how it is read, and its stamp if the source knows one."""
+    """Where the image of a row is: its place for messages, its reader, and its stamp if the source knows one."""
 
     place: str
     read: Callable[[int], bytes]
@@ -206,11 +206,11 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(URL_STARTS)
 
 
-def make_url_finder(hosts: Sequence[str], reading: Reading) -> Callable[[str], RowImage]:
+def make_url_finder(hosts: Sequence[str], context: SourceContext) -> Callable[[str], RowImage]:
     """Return what makes the reader of a URL, once its host was checked. Raises SourceError when a host is none."""
     from visionloop.web.download import make_fetcher
 
-    fetcher = make_fetcher(reading.env, hosts)
+    fetcher = make_fetcher(context.env, hosts)
 
     def find(url: str) -> RowImage:
         fetcher.check(url)

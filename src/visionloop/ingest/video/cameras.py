@@ -1,8 +1,8 @@
-"""Cameras: rtsp://, http(s):// and a device, watched for a while. A file on a web server is read as every other.
+"""Cameras: rtsp://, http(s):// and a device, watched for `watch_s`. A file on a web server is read like a local file.
 
-FFmpeg connects to nothing but this machine. The camera's host is resolved and judged as every download is, and its
-bytes are handed on: over a pipe for HTTP, over a relay on the loopback for RTSP, which also stops a camera that would
-send FFmpeg elsewhere. So no address is reached that was not checked, and no more bytes are read than allowed.
+FFmpeg connects only to this machine. The camera's host is resolved and checked like every download, and its bytes are
+passed on: over a pipe for HTTP, over a relay on the loopback for RTSP. The relay also stops a camera that redirects
+FFmpeg. So no unchecked address is reached, and no more bytes are read than allowed.
 """
 
 import contextlib
@@ -18,44 +18,44 @@ from typing import Protocol
 from urllib.parse import quote, unquote
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.item import Item, Reading
+from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
-from visionloop.secrets import Environment
-from visionloop.web.addresses import HostRules, mask, parse_hosts, parse_url
-from visionloop.web.download import PRIVATE_HOSTS, make_fetcher
+from visionloop.secrets import Environment, mask
+from visionloop.web.addresses import HostRules, parse_url
+from visionloop.web.download import make_fetcher, parse_private_hosts
 
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
 _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
-# Of the demuxer: what it may open, and how long it may wait.
+# Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).
 RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
 
 
 class Feed(Protocol):
-    """Something that hands a camera's bytes to the decoder."""
+    """Something that passes a camera's bytes to the decoder."""
 
     @property
     def failure(self) -> ImageError | None:
         """Why it broke off, if it did."""
         ...
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Begin, and return what the decoder is to read. Raises ImageError."""
         ...
 
     def close(self) -> None:
-        """Hand on no more."""
+        """Stop."""
         ...
 
 
 @dataclass
 class Camera:
-    """An opened camera; or `file`, when what was found is a video file, to be read as every other."""
+    """An opened camera; or `file`, when the URL is a video file, which is read like a local one."""
 
     source: VideoSource
     spool: Spool
@@ -65,9 +65,9 @@ class Camera:
     place: str = "live"
 
     def watch(self, labels: tuple[str, ...]) -> Iterator[Item | Rejected]:
-        """Yield its frames as they come, for `watch_s`; then, if it failed, why.
+        """Yield its frames as they come, for `watch_s`; then, if it failed, a `Rejected` with the reason.
 
-        The frames of all that began in the same hour are one group: what stands before a camera stays there.
+        All frames of sessions that began in the same hour are one group, because the scene hardly changes.
         """
         session = ""
         name = self.source.name
@@ -104,7 +104,7 @@ class Camera:
             self.feed.close()
         if failure := self.feed.failure:
             end = End(failure.reason_code, f"{failure.found}; expected {failure.expected}")
-        if end.code and (not session or end.code != "damaged"):  # a stream is cut where we stop: no damage
+        if end.code and (not session or end.code != "damaged"):  # we cut a stream anywhere
             yield Rejected(f"{name}:{self.place}", end.code, mask(end.text or "", self.secrets))
 
 
@@ -117,13 +117,13 @@ def is_camera(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str) -> Iterator[Camera]:
+def open_camera(source: VideoSource, context: SourceContext, spool: Spool, where: str) -> Iterator[Camera]:
     """Open what a URL or a device names.
 
     Raises:
-        SourceError: it is none that is known, its host may not be asked, or a variable is not set.
+        SourceError: the kind is not known, its host is not allowed, or a variable is not set.
     """
-    environment = Environment(reading.env, where)
+    environment = Environment(context.env, where)
     url = environment.expand_url(source.path)
     login = _LOGIN.match(url)
     secrets = (
@@ -134,19 +134,19 @@ def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str)
     hidden = tuple(secrets | {unquote(secret) for secret in secrets})
     scheme = _SCHEME.match(url)
     kind = scheme[1].lower() if scheme else "device"
-    job = Job(
+    job = DecodeJob(
         every_s=source.every_s,
         scene=source.scene,
         spans=[(0.0, None)],
         max_frames=source.max_frames,
         max_s=source.watch_s,
-        max_pixels=reading.limits.max_pixels,
+        max_pixels=context.limits.max_pixels,
     )
     try:
         if kind == "rtsp":
-            yield Camera(source, spool, _open_rtsp(url, source, reading, job), hidden)
+            yield Camera(source, spool, _open_rtsp(url, source, context, job), hidden)
         elif kind in ("http", "https"):
-            yield _open_web(url, source, reading, spool=spool, job=job, secrets=hidden)
+            yield _open_web(url, source, context, spool=spool, job=job, secrets=hidden)
         elif kind == "device":
             yield Camera(source, spool, Device(url, job))
         else:
@@ -158,15 +158,14 @@ def open_camera(source: VideoSource, reading: Reading, spool: Spool, where: str)
         raise SourceError(f"{where} path", *parts) from None
 
 
-def _open_rtsp(url: str, source: VideoSource, reading: Reading, job: Job) -> Relay:
+def _open_rtsp(url: str, source: VideoSource, context: SourceContext, job: DecodeJob) -> Relay:
     """Raises ImageError, SourceError."""
     login = _LOGIN.match(url)
     bare = _LOGIN.sub(r"\1", url)
     address = parse_url("http" + bare[len("rtsp") :])  # the same strict parser as for every other URL
     has_port = re.match(r"[a-z]+://(\[[^]]*\]|[^/:?#]*):\d", bare, re.IGNORECASE)
     port = address.port if has_port else RTSP_PORT
-    private = reading.env.get(PRIVATE_HOSTS, "").replace(",", " ").split()
-    rules = HostRules((), parse_hosts(private, PRIVATE_HOSTS))
+    rules = HostRules((), parse_private_hosts(context.env))
     local = f"rtsp://{_encode_login(login[2]) + '@' if login else ''}127.0.0.1:{{port}}{address.target}"
     job = replace(job, url=local, format="rtsp", options=RTSP_OPTIONS)
     return Relay(rules, address.host, port, job, source.max_video_bytes)
@@ -178,9 +177,9 @@ def _encode_login(text: str) -> str:
 
 
 def _open_web(
-    url: str, source: VideoSource, reading: Reading, *, spool: Spool, job: Job, secrets: tuple[str, ...]
+    url: str, source: VideoSource, context: SourceContext, *, spool: Spool, job: DecodeJob, secrets: tuple[str, ...]
 ) -> Camera:
-    """Begin a download: a file is taken whole, what has no end is watched. Raises ImageError, SourceError."""
+    """Begin a download: a file is fetched whole, a stream is watched. Raises ImageError, SourceError."""
     from base64 import b64encode
 
     login = _LOGIN.match(url)
@@ -192,7 +191,7 @@ def _open_web(
         headers["Authorization"] = f"Basic {token}"
         secrets = (*secrets, token)
     fetcher = make_fetcher(
-        reading.env,
+        context.env,
         [address.netloc, *source.hosts],
         headers=headers,
         headers_host=bare,
@@ -209,10 +208,10 @@ class Device:
 
     failure: ImageError | None = None
 
-    def __init__(self, path: str, job: Job) -> None:
+    def __init__(self, path: str, job: DecodeJob) -> None:
         self._path, self._job = path, job
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Raises ImageError: there is no such device, or it may not be read."""
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_NONBLOCK))

@@ -1,4 +1,4 @@
-"""One video file: its frames, found once by decoding, later from an index beside the workspace's other caches.
+"""One video file: its frames, found by decoding, in later pulls from an index in the workspace's hidden folder.
 
 What is decoded waits in the spool until it is read. A frame that is not there (the index knew it, or the spool was
 full) is decoded on demand, with all that follow it.
@@ -18,11 +18,11 @@ from typing import Any
 
 from visionloop.errors import ImageError
 from visionloop.ingest.video.player import End, Frame, Player, Start
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 from visionloop.records import canonical_json
 
 MAX_BYTES = 4_000_000_000
-# Counted up when the same video would give other frames: what was remembered is found anew.
+# Raised by one when the same video would give other frames: the index is then made again.
 DECODING = 1
 
 
@@ -87,7 +87,7 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass
 class Contents:
-    """What a video held when it was decoded: times of its frames, when it was recorded, and how it ended."""
+    """What decoding a video gave: times of its frames, when it was recorded, and how it ended."""
 
     times_ms: list[int] = field(default_factory=list)
     created: str | None = None
@@ -103,7 +103,7 @@ class Clip:
     where: str
     path: Path
     stamp: str
-    job: Job
+    job: DecodeJob
     spool: Spool
     contents: Contents = field(default_factory=Contents)
     _spooled: dict[int, Path] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Index:
         self._used: set[str] = set()
 
     def load(self, clip: Clip) -> Contents | None:
-        """Return what an unchanged video held when it was decoded with the same wishes; None when that is not known."""
+        """Return what decoding an unchanged video with the same settings gave; None when that is not known."""
         try:
             value = json.loads(self._path(clip).read_bytes())
             if value.pop("key") != _make_key(clip):

@@ -1,9 +1,9 @@
-"""Open a video that nobody trusts, and make JPEG files of some of its frames. Runs in the worker; the home of PyAV.
+"""Open an untrusted video, and make JPEG files of some of its frames. Runs in the worker; the home of PyAV.
 
 Only containers and codecs of the lists below are opened, and only the one file: a container that refers to another file
-or address (playlists, concat scripts, references of QuickTime) finds nothing. The same video gives the same bytes:
-the conversion to RGB is the exact one, and JPEG at quality 95 loses less than the video has lost. PNG would lose
-nothing, at five times the size, and its bytes hang on the version of zlib.
+or address (playlists, concat scripts, references of QuickTime) cannot open it. The same video gives the same bytes: the
+conversion to RGB is the exact one. JPEG at quality 95 loses less than the video's own codec did. PNG would lose
+nothing, but it is five times as large, and its bytes depend on the version of zlib.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from visionloop.ingest.video.sample import Clock, Job, Sampler, to_ms
+from visionloop.ingest.video.sample import Clock, DecodeJob, Sampler, to_ms
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "mpjpeg")
 LIVE_FORMATS = {"rtsp", "v4l2", "video4linux2", "mjpeg", "h264", "hevc"}
@@ -30,7 +30,7 @@ CODECS = frozenset(
         *("dvvideo", "h263", "flv1", "theora", "ffv1", "msmpeg4v2", "msmpeg4v3"),
     )
 )
-UNTIMED = frozenset({"mpjpeg"})  # its pictures have no time but that of their coming
+UNTIMED = frozenset({"mpjpeg"})  # its pictures carry no time; the time of arrival counts
 DEVICE_CODECS = frozenset({"rawvideo"})
 QUALITY = 95
 LIVE_OPTIONS = {"probesize": "1000000", "analyzeduration": "1000000"}  # a second at most before the first frame
@@ -52,7 +52,7 @@ Message = tuple[dict[str, Any], bytes]
 
 
 class VideoFault(Exception):
-    """Why a video ends here: a stable code, and words. What came before it is good."""
+    """Why a video ends here: a stable code, and a sentence. The frames before it are good."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(code, text)
@@ -61,7 +61,7 @@ class VideoFault(Exception):
 
 @dataclass
 class _Damage:
-    """What was lost, and whether the frames that come now are drawn on top of it: until a key frame after the loss."""
+    """What was lost, and whether the following frames are built on damaged ones: until the next key frame they are."""
 
     packets: int = 0
     first_s: float = 0.0
@@ -76,13 +76,13 @@ class _Damage:
         self._last_stamp = stamp if self._last_stamp is None else max(self._last_stamp, stamp or 0)
 
     def spoils(self, frame: Any) -> bool:
-        """Say whether a frame is of no use, or may be: the decoder hands out some that were made before the loss."""
+        """Say whether a frame is or may be damaged; the decoder may still return frames from before the loss."""
         if self._spreads and frame.key_frame:
             self._spreads = None not in (frame.pts, self._last_stamp) and frame.pts <= self._last_stamp
         return self._spreads
 
 
-def decode(job: Job) -> Iterator[Message]:
+def decode(job: DecodeJob) -> Iterator[Message]:
     """Yield `start`, frames (with their JPEG) and beats, and `end`, which says why: code None is the whole video."""
     told: list[str] = []
     code = text = None
@@ -100,7 +100,7 @@ def decode(job: Job) -> Iterator[Message]:
     yield {"kind": "end", "code": code, "text": text, "told": told}, b""
 
 
-def _open(job: Job) -> Any:
+def _open(job: DecodeJob) -> Any:
     """Open the container. Raises VideoFault."""
     options = {
         "max_streams": str(MAX_STREAMS),
@@ -115,7 +115,7 @@ def _open(job: Job) -> Any:
     try:
         if job.url is not None:
             return av.open(job.url, format=job.format, container_options=options, timeout=timeout)
-        # Opened here, not by FFmpeg: whatever else the file names, io_open says no.
+        # Opened here, not by FFmpeg: `io_open` refuses every other file that this one names.
         source = open(job.pipe or 0 if job.file is None else job.file, "rb", buffering=0)  # noqa: SIM115
         return av.open(
             source, container_options=options, io_open=_refuse_to_open, buffer_size=1 << 18, metadata_errors="replace"
@@ -126,8 +126,8 @@ def _open(job: Job) -> Any:
         raise _explain_unopened(job, f"is not a video we read ({_describe(exc)})") from exc
 
 
-def _explain_unopened(job: Job, text: str) -> VideoFault:
-    """Tell an MP4 whose recording never came to its end, with the index that stands there, from what is no video."""
+def _explain_unopened(job: DecodeJob, text: str) -> VideoFault:
+    """Tell an MP4 whose recording was cut off (its index comes last, and is missing) from a file that is no video."""
     with contextlib.suppress(OSError), open(job.file or "", "rb") as file:
         if file.read(12)[4:8] == b"ftyp":
             return VideoFault("damaged", "has no whole index: the recording was cut off, or the file is damaged")
@@ -142,7 +142,7 @@ def _list_decoders() -> list[str]:
     return sorted({*CODECS, *DEVICE_CODECS, "libdav1d", "libvpx", "libvpx-vp9", "flv"})
 
 
-def _choose_stream(container: Any, job: Job) -> Any:
+def _choose_stream(container: Any, job: DecodeJob) -> Any:
     """Return the first stream that is a film: no cover picture, of a codec and a size that are allowed."""
     attached = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
@@ -166,12 +166,12 @@ def _choose_stream(container: Any, job: Job) -> Any:
     return stream
 
 
-def _check_size(width: int, height: int, job: Job) -> None:
+def _check_size(width: int, height: int, job: DecodeJob) -> None:
     if width * height > job.max_pixels or max(width, height) > MAX_SIDE_PX:
         raise VideoFault("too_large", f"has {width} x {height} pixels; expected at most {job.max_pixels}")
 
 
-def _sample(container: Any, stream: Any, job: Job, told: list[str]) -> Iterator[Message]:
+def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Iterator[Message]:
     """Yield the frames that are wanted. Raises VideoFault at the end of one that is damaged or goes beyond a limit."""
     sampler = Sampler(job.spans, job.every_s, job.scene)
     damage, last_s, num_decoded, num_taken = _Damage(), 0.0, 0, 0
@@ -206,7 +206,7 @@ def _sample(container: Any, stream: Any, job: Job, told: list[str]) -> Iterator[
         raise VideoFault("damaged", f"is damaged at {damage.first_s:.1f} s ({damage.packets:,} packets were lost)")
 
 
-def _decode_frames(container: Any, stream: Any, job: Job, damage: _Damage) -> Iterator[tuple[float, Any]]:
+def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage) -> Iterator[tuple[float, Any]]:
     """Yield (seconds from the start, frame) for every frame that is whole."""
     base = float(stream.time_base or 0)
     start = None if job.is_live or container.start_time is None else container.start_time / av.time_base
@@ -243,8 +243,10 @@ def _decode_frames(container: Any, stream: Any, job: Job, damage: _Damage) -> It
                 yield now_s, frame
 
 
-def _check_end(container: Any, stream: Any, job: Job, damage: _Damage, *, last_s: float, num_decoded: int) -> None:
-    """Tell a video that was cut off, or has no frame, from one that is over. Raises VideoFault."""
+def _check_end(
+    container: Any, stream: Any, job: DecodeJob, damage: _Damage, *, last_s: float, num_decoded: int
+) -> None:
+    """Tell a video that was cut off, or has no frame, from a complete one. Raises VideoFault."""
     if not num_decoded:
         code, text = ("damaged", "every frame is damaged") if damage.packets else ("no_video", "has no frame")
         raise VideoFault(code, text)
@@ -276,7 +278,7 @@ class _Shape:
         width = min(MAX_SIDE_PX, max(1, round(frame.width * self._aspect)))
         name = frame.format.name
         has_alpha = name.startswith(("yuva", "rgba", "argb", "bgra", "abgr", "gbrap", "ya"))
-        # As players do: what does not say which colours it means, means those of its time.
+        # As players do: a video that does not name its colour space has the usual one for its size.
         guess = BT709 if frame.height >= 720 else BT601
         space = guess if frame.colorspace == UNSPECIFIED else frame.colorspace
         picture = frame.reformat(
@@ -290,7 +292,7 @@ class _Shape:
             alpha = picture[:, :, 3:].astype(np.uint16)
             picture = ((picture[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         if frame.interlaced_frame and picture.shape[0] > 2:
-            # Two moments in one picture, every other line: the lines of the second are made of those around them.
+            # Interlaced: every second line is from another moment; it is replaced by the mean of its neighbours.
             inner = picture[1:-1:2]
             above, below = picture[0:-2:2][: len(inner)], picture[2::2][: len(inner)]
             picture = picture.copy()

@@ -1,4 +1,4 @@
-"""Ask the worker for the frames of a video, and bound what it may take: time, size of an answer, silence."""
+"""Ask the worker for the frames of a video, with limits on time, on the size of an answer, and on silence."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visionloop.errors import SourceError
-from visionloop.ingest.video.sample import Job
+from visionloop.ingest.video.sample import DecodeJob
 
 SILENCE_S = 60.0
 LEAST_S = 60.0
@@ -47,12 +47,12 @@ class End:
     told: tuple[str, ...] = ()
 
 
-# Of the machine as much as of the video: another day it may go well.
+# These may be caused by the machine, not by the video: it is tried again in the next pull.
 PASSING = frozenset({"too_slow", "crashed"})
 
 
 class _Gone(Exception):
-    """The worker is of no more use: a code of `PASSING`, and why."""
+    """The worker cannot be used any more: a code of `PASSING`, and why."""
 
     def __init__(self, why: str = "breaks the decoder", code: str = "crashed") -> None:
         super().__init__(why)
@@ -75,8 +75,8 @@ class Player:
     ) -> None:
         self.stop()
 
-    def play(self, job: Job) -> Iterator[Start | Frame | End]:
-        """Yield what becomes of a video; the last is always `End`, whatever happens to the worker."""
+    def play(self, job: DecodeJob) -> Iterator[Start | Frame | End]:
+        """Yield the answers for a video; the last is always `End`, whatever happens to the worker."""
         limit_s = max(LEAST_S, job.max_s)
         self._waited_s = 0.0
         finished = False
@@ -93,7 +93,7 @@ class Player:
             yield End(exc.code, str(exc))
         finally:
             if not finished:
-                self.stop()  # left in the midst of a video: what it still says belongs to nobody
+                self.stop()  # its remaining answers would be taken for those of the next video
 
     def stop(self) -> None:
         """End the worker."""
@@ -106,7 +106,7 @@ class Player:
                 with contextlib.suppress(OSError):
                     stream.close() if stream else None
 
-    def _ask(self, job: Job) -> None:
+    def _ask(self, job: DecodeJob) -> None:
         """Send a job to the worker; a pipe is inherited at its start, so that such a job has a worker of its own."""
         if self._process is None or self._process.poll() is not None or job.pipe is not None:
             self.stop()
@@ -123,7 +123,7 @@ class Player:
         size = int.from_bytes(self._read(4, limit_s), "big")
         if size > MAX_HEAD_BYTES:
             raise _Gone
-        # The worker has read what strangers wrote: its words are checked like theirs.
+        # The worker has read an untrusted file, so its answers are not trusted either.
         try:
             head: dict[str, Any] = json.loads(self._read(size, limit_s))
             num_bytes = int(head["bytes"])
@@ -158,7 +158,7 @@ class Player:
 
 
 def _start(pipe: int | None) -> subprocess.Popen[bytes]:
-    """Start a worker. It gets no secret of the environment, and a folder that is nobody's workspace."""
+    """Start a worker. It gets no secrets of the environment, and an empty folder to work in."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "visionloop.ingest.video.worker"],
         stdin=subprocess.PIPE,
@@ -185,7 +185,7 @@ def _understand(head: dict[str, Any], data: bytes) -> Start | Frame | End | None
 
 
 def check_installed(where: str) -> None:
-    """Raise SourceError when PyAV is missing: the worker could only say that it is broken."""
+    """Raise SourceError when PyAV is missing: the worker could not say so clearly."""
     from importlib.util import find_spec
 
     if find_spec("av") is None:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SLACK_S = 0.0005  # times come as fractions of odd bases: 0.99999 is the frame at 1 s
+SLACK_S = 0.0005  # times are rounded fractions: 0.99999 is the frame at 1 s
 STEPS_S = (1e-4, 10.0)
 
 GreyArray = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Job:
+class DecodeJob:
     """What the worker is asked for. One of `file` (a path), `pipe` (a file descriptor), `url` is where the video is.
 
     `spans` are the seconds [start, end) that are wanted; end None: to the end. `format` names the demuxer of a device.
@@ -39,10 +39,10 @@ class Job:
 
 
 class Clock:
-    """Turns presentation stamps into seconds from the start that only go forward, whatever the stamps do.
+    """Turns the time stamps of frames into seconds from the start that never go back.
 
-    A missing stamp is a step after the frame before; one that jumps back (a recorder that was restarted, a counter that
-    ran over) goes on from there. Before the start is the start.
+    A frame without a stamp is one step after the frame before. A stamp that jumps back (a restarted recorder, a counter
+    that overflowed) continues from the frame before. A time before the start counts as the start.
     """
 
     def __init__(self, start: float | None, step: float | None) -> None:
@@ -105,7 +105,7 @@ class Sampler:
         elif time < self._anchor + (self._count + 1) * self._every_s - SLACK_S:
             return False
         else:
-            # After a gap in the recording the grid goes on; what was missed is not made up for.
+            # After a gap in the recording the next frame is taken at the next step; missed ones are not made up.
             self._count = int((time - self._anchor + SLACK_S) / self._every_s)
         self._taken_ms, self._grey = to_ms(time), grey
         return True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.item import Reading
+from visionloop.ingest.item import SourceContext
 from visionloop.ingest.paths.listing import clean_reference
 from visionloop.ingest.tables.cells import Row, to_text
 from visionloop.ingest.tables.rows import SAMPLE_ROWS, RowPlan, guess_table_kind, plan_columns, read_rows
@@ -48,21 +48,23 @@ class Segments:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-def read_segments(path: Path, source: VideoSource, reading: Reading, where: str, videos: Sequence[str]) -> Segments:
+def read_segments(
+    path: Path, source: VideoSource, context: SourceContext, where: str, videos: Sequence[str]
+) -> Segments:
     """Read the table of a source whose videos lie at these paths. Raises SourceError."""
     place = f"{where} table {path.name}"
     kind = guess_table_kind(path.name)
     if kind is None or not path.is_file():
         found = "does not exist" if not path.exists() else "is not a table"
         raise SourceError(place, found, "a .csv, .json, .jsonl or .parquet file", "Check the path.")
-    rows = read_rows(path, kind, place, reading.tell)
+    rows = read_rows(path, kind, place, context.tell)
     sample = list(islice(rows, SAMPLE_ROWS))
     start, end = (_find_column(sample, names) for names in (START_NAMES, END_NAMES))
     columns = source.columns
     if columns.image is None and (column := _find_column(sample, VIDEO_NAMES)):
         columns = columns.model_copy(update={"image": column})
     bare = [{key: value for key, value in row.items() if key not in (start, end)} for row in sample]
-    plan = plan_columns(columns, bare, place, reading.tell)
+    plan = plan_columns(columns, bare, place, context.tell)
     table, names = Segments(), _Videos(videos)
     for number, row in enumerate(chain(sample, rows), start=1):
         try:
@@ -107,7 +109,7 @@ def _find_column(sample: Sequence[Row], names: Sequence[str]) -> str | None:
 
 
 class _Videos:
-    """Videos by what a cell may call them: their path, their name, either without its suffix; the surest first."""
+    """Videos by the names that a cell may use: path, file name, either without suffix; the most exact first."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._by: tuple[dict[str, list[str]], ...] = tuple(defaultdict(list) for _ in range(4))

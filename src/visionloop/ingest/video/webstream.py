@@ -1,46 +1,44 @@
-"""A video over HTTP: a file is downloaded, a stream without end is handed to the decoder over a pipe as it comes.
+"""A camera's bytes on their way to the decoder: over a pipe for HTTP, over a relay on the loopback for RTSP.
 
-Hosts, redirects and addresses are judged by the fetcher's rules (`ingest/web/download.py`).
-
-The camera's address is resolved and judged here, and then it, not its name, is connected to. Before the film begins an
-answer that redirects (3xx) ends the talk: FFmpeg would follow it to wherever it says.
+A video file on a web server is downloaded instead. Hosts, redirects and addresses of HTTP are judged by the rules of
+the fetcher (`web/download.py`). An RTSP camera's address is resolved and judged here, and then the socket goes to this
+address, not to the name. FFmpeg would follow a redirect of the camera to any address, so the relay reads the camera's
+replies and breaks off before a redirect reaches FFmpeg.
 """
 
 import contextlib
 import os
 import re
+import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
+from typing import TYPE_CHECKING
 
 from visionloop.errors import ImageError
-from visionloop.ingest.video.sample import Job
-from visionloop.web.addresses import Address, parse_url
-from visionloop.web.download import MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher
+from visionloop.ingest.video.sample import DecodeJob
+from visionloop.web.addresses import Address, HostRules
+from visionloop.web.download import IDENTITY, MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
 
 if TYPE_CHECKING:
     import httpcore
-import select
-import socket
-
-from visionloop.web.addresses import HostRules
 
 OPEN_S = 30.0
 CONNECT_S = 15.0
 SILENCE_S = 30.0
 CHUNK = 1 << 16
-MAX_LINE = 8192
-_REDIRECT = re.compile(rb"RTSP/\d\.\d\s+3\d\d")
+MAX_LINE = 4000  # FFmpeg cuts a line off at 4096 bytes; a shorter one it reads as we do
+_STATUS = re.compile(rb"RTSP/\d\.\d[ \t]+([1-5])\d\d([ \t].*)?")
+_LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
 
 
 class WebStream:
     """One answer to GET: first `connect`, then either `download`, or `open` and `close`."""
 
-    def __init__(self, fetcher: Fetcher, url: str, job: Job, max_bytes: int, watch_s: float) -> None:
+    def __init__(self, fetcher: Fetcher, url: str, job: DecodeJob, max_bytes: int, watch_s: float) -> None:
         self._fetcher, self._url, self._job = fetcher, url, job
         self._max_bytes, self._watch_s = max_bytes, watch_s
         self._answer = contextlib.ExitStack()
@@ -61,11 +59,11 @@ class WebStream:
                 self._fetcher.rules.check(address)
                 self._fetcher.pace.wait(address.host)
                 with self._fetcher.deadline.within(OPEN_S):
-                    response = self._answer.enter_context(self._request(address))
+                    response = self._answer.enter_context(self._fetcher.open_stream("GET", address, IDENTITY))
                 headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
                 if response.status in REDIRECTS and "location" in headers:
                     self._answer.close()
-                    address = _follow(address, headers["location"])
+                    address = follow_redirect(address, headers["location"])
                     continue
                 if response.status != 200 or headers.get("content-encoding", "identity") != "identity":
                     self._answer.close()
@@ -84,14 +82,14 @@ class WebStream:
                 file.write(chunk)
         return path
 
-    def open(self) -> Job:
-        """Begin to hand on what comes; the decoder reads it from the pipe of the job."""
+    def open(self) -> DecodeJob:
+        """Begin to pass on what comes; the decoder reads it from the pipe of the job."""
         self._pipe, writing = os.pipe()
         threading.Thread(target=self._hand_on, args=(writing,), daemon=True, name="stream").start()
         return replace(self._job, pipe=self._pipe)
 
     def close(self) -> None:
-        """Hand on no more. The decoder has the pipe's end for itself by now."""
+        """Stop passing on. The decoder has its own copy of the pipe's end by now."""
         self._closing.set()
         with self._lock:
             pipe, self._pipe = self._pipe, None
@@ -105,14 +103,14 @@ class WebStream:
                 while rest:
                     rest = rest[os.write(writing, rest) :]
         except BrokenPipeError:
-            pass  # the decoder has what it wanted
+            pass  # the decoder has all it needs and has closed the pipe
         except ImageError as exc:
             self.failure = None if self._closing.is_set() else exc
         finally:
             os.close(writing)
 
     def _receive(self, limit_s: float) -> Iterator[bytes]:
-        """Yield the body, for so long; then close the connection. Raises ImageError."""
+        """Yield the body for at most `limit_s`; then close the connection. Raises ImageError."""
         import httpcore
 
         assert self._response
@@ -137,32 +135,6 @@ class WebStream:
             reason = f"the connection failed ({str(exc) or type(exc).__name__})"
             raise ImageError(where, reason, "a video", reason_code="unreadable") from exc
 
-    def _request(self, address: Address) -> "contextlib.AbstractContextManager[httpcore.Response]":
-        import httpcore
-
-        fetcher = self._fetcher
-        secret = fetcher.headers if fetcher.headers_origin == address.origin else {}
-        sent = {"User-Agent": "visionloop", "Accept": "*/*", "Accept-Encoding": "identity", **secret}
-        sent["Host"] = address.netloc
-        url = httpcore.URL(
-            scheme=address.scheme.encode(),
-            host=address.host.encode(),
-            port=address.port,
-            target=address.target.encode(),
-        )
-        timeouts: dict[str, Any] = dict.fromkeys(("connect", "read", "write", "pool"), fetcher.timeout_s)
-        return fetcher.pool.stream("GET", url, headers=list(sent.items()), extensions={"timeout": timeouts})
-
-
-def _follow(address: Address, location: str) -> Address:
-    """Return where a redirect leads. Raises ImageError."""
-    if re.search(r"[\x00-\x20\x7f\\]", location):
-        raise ImageError(address.place, "redirects to no plain URL", "a video", reason_code="refused_url")
-    target = parse_url(urljoin(address.url, location))
-    if address.scheme == "https" and target.scheme == "http":
-        raise ImageError(address.place, "redirects from https to http", "https", reason_code="refused_url")
-    return target
-
 
 def _unreadable(address: Address, found: str) -> ImageError:
     return ImageError(address.place, found, "a video", reason_code="unreadable")
@@ -173,14 +145,14 @@ def _too_large(where: str, max_bytes: int) -> ImageError:
 
 
 class Relay:
-    """Between the decoder and one RTSP camera. `job.url` holds `{port}` where ours belongs."""
+    """Stands between the decoder and one RTSP camera. `{port}` in `job.url` is replaced by the relay's port."""
 
-    def __init__(self, rules: HostRules, host: str, port: int, job: Job, max_bytes: int) -> None:
+    def __init__(self, rules: HostRules, host: str, port: int, job: DecodeJob, max_bytes: int) -> None:
         self._rules, self._host, self._port, self._job, self._max_bytes = rules, host, port, job, max_bytes
         self._closing = threading.Event()
         self.failure: ImageError | None = None
 
-    def open(self) -> Job:
+    def open(self) -> DecodeJob:
         """Connect to the camera and wait for the decoder. Raises ImageError (`refused_url`, `unreadable`)."""
         camera = self._connect()
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
@@ -219,7 +191,7 @@ class Relay:
                 self._pump(camera, decoder)
 
     def _pump(self, camera: socket.socket, decoder: socket.socket) -> None:
-        answers, num_bytes, quiet_s = Answers(), 0, 0.0
+        replies, num_bytes, quiet_s = RtspReplies(), 0, 0.0
         while not self._closing.is_set() and quiet_s < SILENCE_S:
             ready, _, _ = select.select([camera, decoder], [], [], 0.25)
             quiet_s = 0.0 if ready else quiet_s + 0.25
@@ -231,8 +203,10 @@ class Relay:
                 if num_bytes > self._max_bytes:
                     self._fail("sends more than max_video_bytes", f"at most {self._max_bytes:,}", "too_large")
                     return
-                if source is camera and not answers.allow(data):
-                    self._fail("redirects to another address", "the film itself", "refused_url")
+                if source is decoder:
+                    replies.note_request(data)
+                elif fault := replies.find_fault(data):
+                    self._fail(fault, "the film itself", "refused_url")
                     return
                 (decoder if source is camera else camera).sendall(data)
 
@@ -240,22 +214,71 @@ class Relay:
         self.failure = ImageError(self._host, found, expected, reason_code=code)
 
 
-class Answers:
-    """Reads the lines of a camera's answers as they pass, until the film begins (`$`, then binary)."""
+class RtspReplies:
+    """Reads a camera's replies as FFmpeg does (`ff_rtsp_read_reply`), until the decoder asks it to PLAY.
+
+    A reply is a status line, header lines, an empty line, then a body of `Content-Length` bytes. Wherever a line would
+    begin, a `$` begins a binary packet instead: a channel, a length of two bytes, so many bytes. Carriage returns
+    count nowhere. What two readers could take in two ways is a fault. Once PLAY is asked for, FFmpeg follows no
+    redirect any more, and the film may hold any bytes.
+    """
 
     def __init__(self) -> None:
-        self._line = b""
-        self._filming = False
+        self._rest = b""
+        self._num_skipped = 0  # bytes still to come of a body or a binary packet
+        self._num_lines = self._body_bytes = 0  # of the head that is being read
+        self._plays = False
 
-    def allow(self, data: bytes) -> bool:
-        """Say whether the bytes may pass: False when they redirect, or a line never ends."""
-        if self._filming:
-            return True
-        *lines, self._line = (self._line + data).split(b"\n")
-        for line in [*lines, self._line]:
-            if line.startswith(b"$"):
-                self._filming = True
-                return True
-            if _REDIRECT.match(line.lstrip()):
-                return False
-        return len(self._line) <= MAX_LINE
+    def note_request(self, data: bytes) -> None:
+        """Take notice of what the decoder asks."""
+        if data.startswith(b"PLAY "):
+            self._plays, self._rest = True, b""
+
+    def find_fault(self, data: bytes) -> str:
+        """Return why the camera's bytes may not pass; "" when they may."""
+        if self._plays:
+            return ""
+        data, place = self._rest + data, 0
+        while place < len(data):
+            if self._num_skipped:
+                taken = min(self._num_skipped, len(data) - place)
+                self._num_skipped -= taken
+            elif data[place] == ord("\r"):
+                taken = 1
+            elif data[place] == ord("$"):
+                if len(data) - place < 4:
+                    break
+                self._num_skipped, taken = 4 + int.from_bytes(data[place + 2 : place + 4], "big"), 0
+            else:
+                end = data.find(b"\n", place)
+                if (end if end >= 0 else len(data)) - place > MAX_LINE:
+                    return "sends a line that is too long"
+                if end < 0:
+                    break
+                if fault := self._read_line(data[place:end].replace(b"\r", b"")):
+                    return fault
+                taken = end + 1 - place
+            place += taken
+        self._rest = data[place:]
+        return ""
+
+    def _read_line(self, line: bytes) -> str:
+        if not line:
+            self._num_skipped, self._num_lines, self._body_bytes = self._body_bytes, 0, 0
+            return ""
+        self._num_lines += 1
+        if re.search(rb"[\x00-\x08\x0b-\x1f]", line):
+            return "sends a control character in a reply"
+        if self._num_lines == 1:
+            status = _STATUS.fullmatch(line)
+            if status and status[1] == b"3":
+                return "redirects to another address"
+            # A line that is no status line is a request of the camera: FFmpeg answers it, and does nothing else.
+            is_request = not line.lstrip().upper().startswith(b"RTSP/")
+            return "" if status or is_request else "sends a status that is not plain"
+        if line.lower().strip().startswith(b"content-length"):
+            length = _LENGTH.fullmatch(line)
+            if not length or self._body_bytes not in (0, int(length[1])):
+                return "sends a length that is not plain"
+            self._body_bytes = int(length[1])
+        return ""

@@ -1,4 +1,4 @@
-"""The process that decodes: `python -m visionloop.ingest.video.worker`. What breaks the decoder breaks only this.
+"""The process that decodes: `python -m visionloop.ingest.video.worker`. A crash of the decoder ends only this process.
 
 Jobs come on stdin, a line of JSON each; answers go to stdout: the length of a JSON object (4 bytes), the object, and as
 many bytes as its key `bytes` says. It may use little memory, write no file, and ends when its parent is gone.
@@ -19,12 +19,12 @@ def main() -> None:
     """Answer jobs until stdin ends."""
     limit_process()
     from visionloop.ingest.video.decode import decode
-    from visionloop.ingest.video.sample import Job
+    from visionloop.ingest.video.sample import DecodeJob
 
     jobs: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     while True:
-        for message, data in decode(Job(**json.loads(jobs.get()))):
+        for message, data in decode(DecodeJob(**json.loads(jobs.get()))):
             write_message(sys.stdout.buffer, message, data)
 
 
@@ -36,16 +36,16 @@ def write_message(out: BinaryIO, message: dict[str, object], data: bytes) -> Non
 
 
 def limit_process() -> None:
-    """Take from this process what a decoder does not need: files to write, core dumps, the memory of others."""
+    """Limit this process: it may write no files, make no core dumps, and use little memory."""
     import resource
 
     for kind, limit in (("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0), ("RLIMIT_AS", MAX_MEMORY_BYTES)):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS has no limit of memory
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS cannot limit memory
             resource.setrlimit(getattr(resource, kind), (limit, limit))
 
 
 def _listen(jobs: "queue.Queue[bytes]") -> None:
-    """Hand on jobs; end the process with its parent, even in the midst of a frame."""
+    """Pass jobs on; end the process when its parent is gone, even while a frame is decoded."""
     for line in sys.stdin.buffer:
         jobs.put(line)
     os._exit(0)
