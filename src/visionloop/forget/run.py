@@ -1,4 +1,4 @@
-"""Forgetting from the first tombstone to the last copy, in an order that no kill spoils: run again, it finishes."""
+"""Forgetting, from the first tombstone to the last copy. If it is killed at any point, a second run finishes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
