@@ -23,10 +23,10 @@ $(STAMP): always
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix lock bench clean always
+.PHONY: help install demo test test-long check fix lock bench clean always
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## the environment, in .venv
 	@echo ".venv is ready."
@@ -34,9 +34,12 @@ install: $(STAMP) ## the environment, in .venv
 demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a served model
 	@$(BIN)/python flows/retrain.py
 
-test: check ## check, then every test
-	@$(TIDY) $(BIN)/python -m pytest -n 2 tests/unit
-	@$(TIDY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
+test: check ## check, then every test but the long ones
+	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
+
+test-long: $(STAMP) ## the tests that take more than a minute each; `make test` leaves them out
+	@$(TIDY) $(BIN)/python -m pytest -n 2 -m long --dist loadfile --no-loadscope-reorder tests
 
 check: $(STAMP) ## lint, format, types, import rules, dead code, code.json
 	@$(BIN)/ruff check --quiet .

@@ -1,4 +1,4 @@
-"""Processes that live no longer than those they work for: no kill leaves a training or a server behind.
+"""A process that works for another one ends with it, so that no kill leaves a training or a server behind.
 
 `python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone.
 """
@@ -18,7 +18,7 @@ WATCH_EVERY_S = 0.25
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it is taken as politely as Ctrl-C."""
+    """SIGTERM, raised as an exception so that work is closed properly, as with Ctrl-C."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def terminable() -> Iterator[None]:
     asked = threading.Event()
 
     def stop(number: int, frame: object) -> None:
-        if not asked.is_set():  # once is enough: what is closed then should be closed to its end
+        if not asked.is_set():  # a second SIGTERM must not interrupt the closing
             asked.set()
             raise Terminated
 
@@ -48,16 +48,16 @@ def terminable() -> Iterator[None]:
 def die_with_parents(guardian_pid: int | None = None) -> None:
     """Watch the processes this stage works for, and stop at once when one is gone.
 
-    That is the parent (or, past a shell, the one above) and the guardian: `guardian_pid`, or the process named in
-    VISIONLOOP_GUARDIAN. A killed dvc or flow then leaves no training behind. A parent that is killed while this process
-    starts cannot be found any more: whoever starts one names itself as its guardian.
+    They are the parent (if that is a shell, also the process above it) and the guardian: `guardian_pid`, or the process
+    named in VISIONLOOP_GUARDIAN. A killed dvc or flow then leaves no training behind. A parent that is killed while
+    this process starts can no longer be found; so whoever starts one passes its own number as the guardian.
     """
     watched = _find_watched(guardian_pid or int(os.environ.get(GUARDIAN_VARIABLE, "0")))
     threading.Thread(target=_watch, args=(watched, lambda: os._exit(143)), daemon=True, name="watch").start()
 
 
 def stop_with_us(pid: int) -> None:
-    """Have a process that is not ours to change stopped when this one is gone, however it went."""
+    """Have another process, whose code is not ours, stopped when this one ends or is killed."""
     subprocess.Popen(
         [sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), str(pid)],
         stdin=subprocess.DEVNULL,

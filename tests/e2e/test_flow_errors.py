@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from shapes import ROOT, make_workspace, retrain, run, set_compute, visionloop, write_shapes
@@ -169,3 +171,30 @@ def test_a_flow_retrains_the_workspace_it_is_given(home: Path, tmp_path: Path, p
     assert done.returncode == 0, done.stderr
     assert done.stdout == "nothing changed: dataset 2, params, code; nothing moved\n"
     assert not (other / ".visionloop").exists()
+
+
+def test_after_forget_no_file_of_the_workspace_holds_the_image(home: Path) -> None:
+    """All that a retrain, its server and the commands that draw have written is searched for its bytes and pixels."""
+    champion = next((home / ".visionloop" / "store" / "bundles").iterdir())
+    kept = {path.read_bytes() for path in (champion / "golden").iterdir()}
+    prepared = home / "data" / "prepared"
+    index = pq.read_table(prepared / "index.parquet").to_pylist()
+    pixels = np.load(prepared / "images-00000.npy")
+    row, sha256 = next((i, r["sha256"]) for i, r in enumerate(index) if r["side"] == "train")
+    data = (home / ".visionloop" / "store" / "images" / sha256[:2] / sha256).read_bytes()
+    assert data not in kept, "else the champion keeps it, which is told"
+    for command in ("datasets show", "train"):
+        assert visionloop(home, *command.split()).returncode == 0, command
+    sought = {"bytes": data, "pixels": pixels[row].tobytes()}
+    assert {name: bool(find_holders(home, text)) for name, text in sought.items()} == {"bytes": True, "pixels": True}
+    done = visionloop(home, "forget", sha256, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert {name: find_holders(home, text) for name, text in sought.items()} == {"bytes": [], "pixels": []}
+    assert "not known to hold no images" not in done.stdout, "a new folder wants a row in forget/hidden.py"
+    assert "what MLflow keeps of " in done.stdout
+    assert [path.name for path in (home / ".visionloop" / "datasets").iterdir()] == []
+
+
+def find_holders(home: Path, text: bytes) -> list[str]:
+    paths = (path for path in home.rglob("*") if path.is_file() and not path.is_symlink())
+    return [path.relative_to(home).as_posix() for path in paths if text in path.read_bytes()]

@@ -11,13 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
+from visionloop.workspace import lock_for_retrain
+
+if TYPE_CHECKING:
+    from conftest import PrefectServer
 
 LIMIT_S = 200
 
@@ -26,16 +31,30 @@ def deploy(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     return run(ROOT, sys.executable, "flows/deploy.py", "--workspace", str(home), **extra)
 
 
-def wait_for_finished_run(api: str, process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Return the first run of the deployment that has ended."""
+def post(api: str, path: str, body: dict[str, Any]) -> Any:
+    return httpx.post(f"{api}/{path}", json=body, trust_env=False, timeout=30).raise_for_status().json()
+
+
+def get_deployment(api: str) -> dict[str, Any]:
+    return dict(httpx.get(f"{api}/deployments/name/retrain/horses-or-humans", trust_env=False).json())
+
+
+def start_run(api: str) -> str:
+    """Start a run of the deployment by hand, as a person does in Prefect's page; return its id."""
+    return str(post(api, f"deployments/{get_deployment(api)['id']}/create_flow_run", {})["id"])
+
+
+def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str | None = None) -> dict[str, Any]:
+    """Return a run of the deployment when it has ended: this one, or the first that found no other at work."""
     deadline = time.monotonic() + LIMIT_S
     query = {"deployments": {"name": {"any_": ["horses-or-humans"]}}, "sort": "EXPECTED_START_TIME_ASC"}
     while time.monotonic() < deadline:
         assert process.poll() is None, "deploy.py ended"
-        runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False).json()
-        ended = [r for r in runs if r["state_type"] in {"COMPLETED", "FAILED", "CRASHED"}]
-        if ended:
-            return dict(ended[0])
+        runs = post(api, "flow_runs/filter", query)
+        ended = [r for r in runs if r["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}]
+        for run_ in ended:
+            if run_["id"] == run_id or (run_id is None and run_["state_name"] != "Busy"):
+                return dict(run_)
         time.sleep(1)
     raise AssertionError(f"no run ended within {LIMIT_S} s: {[r['state_name'] for r in runs]}")
 
@@ -80,7 +99,17 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     path = home / "params.yaml"
     text = path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9")
     path.write_text(text.replace('"0 3 * * *"', '"* * * * *"'))
-    ended, said = run_schedule(home, prefect_api)
+    with serve_schedule(home, prefect_api) as process:
+        # Somebody retrains the workspace already: what comes due meanwhile moves nothing.
+        with lock_for_retrain(home):
+            before = read_files(home)
+            busy = wait_for_run(prefect_api, process, start_run(prefect_api))
+            assert read_files(home) == before
+        ended = wait_for_run(prefect_api, process)
+    said = (home.parent / "deploy.log").read_text()
+    assert (busy["state_name"], busy["state_type"]) == ("Busy", "COMPLETED")
+    message = f"workspace {home}: process {os.getpid()} is retraining it; expected one retrain at a time."
+    assert read_state(prefect_api, busy)["message"].startswith(message)
     assert (ended["state_name"], ended["auto_scheduled"]) == ("Promoted", True), said
     assert ended["parameters"] == {"workspace": str(home)}
     decision = json.loads((home / "decisions" / "latest.json").read_text())
@@ -88,7 +117,7 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     first, second = list_ledger(home)
     assert (second["previous"], second["dataset"]["version"]) == (first["bundle"], 2)
     assert "serving retrain/horses-or-humans" in said
-    assert_limited(prefect_api)
+    assert get_deployment(prefect_api)["global_concurrency_limit"] is None
     assert_artifact(prefect_api)
 
 
@@ -99,30 +128,62 @@ def test_rollback_makes_the_first_champion_the_champion_again(home: Path) -> Non
     assert "a test" in visionloop(home, "history").stdout.splitlines()[0]
 
 
-def run_schedule(home: Path, prefect_api: str) -> tuple[dict[str, Any], str]:
-    """Serve the schedule until its first run has ended; return that run, and what was said."""
+@pytest.mark.long
+def test_a_restarted_prefect_server_neither_ends_a_run_nor_blocks_the_next(
+    home: Path, prefect_server: "PrefectServer"
+) -> None:
+    api, path = prefect_server.url, home / "params.yaml"
+    path.write_text(path.read_text().replace('"* * * * *"', '"0 3 1 1 *"').replace("max_epochs: 4", "max_epochs: 30"))
+    before = list_ledger(home)[-1]["number"]
+    with serve_schedule(home, api) as process:
+        run_id = start_run(api)
+        wait_until_it_trains(home)
+        prefect_server.stop()
+        prefect_server.start()
+        assert wait_for_run(api, process, run_id)["state_name"] == "Promoted"
+        assert wait_for_run(api, process, start_run(api))["state_name"] == "Unchanged"
+    assert list_ledger(home)[-1]["number"] == before + 1
+
+
+@contextlib.contextmanager
+def serve_schedule(home: Path, prefect_api: str) -> Iterator[subprocess.Popen[str]]:
+    """Serve the schedule until Ctrl-C; what it says goes to deploy.log."""
     command = [sys.executable, "flows/deploy.py", "--workspace", str(home)]
     env = make_environment(PREFECT_API_URL=prefect_api)
-    with (home.parent / "deploy.log").open("w") as log:
+    log_path = home.parent / "deploy.log"
+    with log_path.open("w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         try:
-            ended = wait_for_finished_run(prefect_api, process)
-            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C; the run of the next minute may be under way by now
+            while get_deployment(prefect_api).get("status") != "READY":
+                assert process.poll() is None, log_path.read_text()
+                time.sleep(0.2)
+            yield process
+            os.killpg(process.pid, signal.SIGINT)  # the run of the next minute may be under way by now
             process.wait(timeout=120)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return ended, (home.parent / "deploy.log").read_text()
 
 
-def assert_limited(api: str) -> None:
-    """One run at a time: what comes due meanwhile is cancelled."""
-    found = httpx.get(f"{api}/deployments/name/retrain/horses-or-humans", trust_env=False).json()
-    assert found["global_concurrency_limit"]["limit"] == 1
-    assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+def wait_until_it_trains(home: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not list((home / ".visionloop" / "work" / "train").glob("*/checkpoints/*.ckpt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def read_files(home: Path) -> dict[str, bytes]:
+    """What a retrain could move: the store, the pin, dvc.lock, the candidate, reports and decisions."""
+    places = ("data", "models", "reports", "decisions", ".visionloop/store", ".visionloop/work", "dvc.lock")
+    paths = [path for place in places for path in (home / place, *(home / place).rglob("*")) if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths}
+
+
+def read_state(api: str, run_: dict[str, Any]) -> dict[str, Any]:
+    return dict(httpx.get(f"{api}/flow_run_states/{run_['state_id']}", trust_env=False).json())
 
 
 def assert_artifact(api: str) -> None:

@@ -71,18 +71,31 @@ def test_bundles_that_keep_it_go_but_the_champion_which_is_told(pets: Pets) -> N
 def test_a_candidate_and_cached_bundles_that_keep_it_go(pets: Pets) -> None:
     data = pets.store.get(make_image_key(pets.anna.sha256))
     digest = add_bundle(pets, 1, golden=data)
-    cached = pets.settings.hidden_dir / "bundles" / digest
-    for target in (pets.settings.candidate_dir, cached):
-        target.parent.mkdir(parents=True)
-        (pets.settings.home / "bundle-1").rename(target) if target == cached else None
-    add = read_all(cached)
-    for name, content in add.items():
-        (pets.settings.candidate_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        (pets.settings.candidate_dir / name).write_bytes(content)
+    hidden = pets.settings.hidden_dir
+    folders = [hidden / name / digest for name in ("bundles", "bundles-rank2", "serving", "verify-x0")]
+    half = hidden / "serving" / f".{digest[:16]}-4711"  # a server that was killed while it fetched the bundle
+    for target in (pets.settings.candidate_dir, *folders, half):
+        shutil.copytree(pets.settings.home / "bundle-1", target)
+    (half / "digests.json").unlink()
     done = pets.forget(pets.anna.sha256)
-    assert not cached.exists()
-    assert not pets.settings.candidate_dir.exists()
-    assert f"bundle {digest[:12]} in models/candidate" in done.removed
+    assert [path for path in (pets.settings.candidate_dir, *folders, half) if path.exists()] == []
+    places = ("models/candidate", *(f".visionloop/{path.parent.name}/{digest}" for path in folders))
+    assert {f"bundle {digest[:12]} in {place}" for place in places} <= set(done.removed)
+    assert "half a bundle in serving" in done.removed
+
+
+def test_runs_that_saw_it_are_told_also_those_that_made_no_model(pets: Pets) -> None:
+    """MLflow shows a batch of training images with every run."""
+    ids = {
+        tag: pets.tracking.open_run("r", run_id=None, tags={"visionloop.dataset_version": tag}, params={})
+        for tag in ("1", "2", "3")
+    }
+    pets.tracking.close_run(ids["2"], "KILLED")
+    what = f"what MLflow keeps of 2 runs (pictures of batches and mistakes): {ids['1']}, {ids['2']}"
+    assert what in [left.what for left in pets.forget(pets.anna.sha256).left]
+    pets.tracking.down = True  # type: ignore[attr-defined]
+    what = "what MLflow keeps (MLflow memory:// could not be asked for others)"
+    assert what in [left.what for left in pets.forget(pets.anna.sha256).left]
 
 
 class Killed(BaseException):

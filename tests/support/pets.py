@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memory_tracking import MemoryTracking
 from versions import NAME, NOW, commit, store_image
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import list_versions, load_version_records, make_pin, write_pin
@@ -36,7 +37,7 @@ def open_pets(home: Path) -> Pets:
     settings = Settings(home, (home / "store").as_uri(), "http://127.0.0.1:1", (home / "artifacts").as_uri())
     store = LocalStore(home / "store")
     one, two = list_versions(store, NAME)
-    place = connect(settings, make_params({"name": NAME}), store=store)
+    place = connect(settings, make_params({"name": NAME}), store=store, tracking=MemoryTracking())
     return Pets(**vars(place), versions=(one, two), rows=tuple(load_version_records(store, two)))
 
 

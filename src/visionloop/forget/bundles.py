@@ -17,6 +17,7 @@ import numpy as np
 from visionloop.bundle import DIGESTS
 from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.forget.copies import Copy, Sought, read_json, remove_tree
+from visionloop.forget.hidden import list_bundle_folders
 from visionloop.promotion.ledger import read_champion
 from visionloop.records import compute_digest
 from visionloop.store import ObjectStore
@@ -57,10 +58,10 @@ def find_bundles(workspace: Workspace, sought: Sought) -> tuple[list[Copy], list
     for digest in sorted({key.split("/")[1] for key in store.list("bundles/") if key.endswith(f"/{DIGESTS}")}):
         held = examine_bundle(_read_stored(store, digest), sought, f"bundles/{digest}")
         sort(held, "the store (no champion; no rollback to it)", partial(_purge_bundle, store, digest))
-    for folder in (
-        settings.candidate_dir,
-        *sorted((settings.hidden_dir / "bundles").glob("[0-9a-f]*")),
-    ):
+    for folder in (settings.candidate_dir, *list_bundle_folders(settings)):
+        if folder.name.startswith("."):
+            copies.append(Copy(f"half a bundle in {folder.parent.name}", partial(remove_tree, folder)))
+            continue
         held = examine_bundle(_read_folder(folder), sought, str(folder))
         sort(held, folder.relative_to(settings.home).as_posix(), partial(remove_tree, folder))
     return copies, [kept[digest] for digest in sorted(kept)]

@@ -1,4 +1,4 @@
-"""What store and workspace keep of images: bytes, prepared arrays, embeddings, work, reports, sheets.
+"""What store and workspace keep of images: bytes, prepared arrays, embeddings, reports. `.visionloop`: see hidden.py.
 
 Each is found first, so that it can be shown, and removed by the function that comes with it.
 """
@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,8 @@ from visionloop.features.view import EMBEDDINGS
 from visionloop.parallel import map_parallel
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
-from visionloop.workfolder import lock_work
 from visionloop.workspace import Workspace
 
-STAGES = ("prepare", "embed", "train", "evaluate")
 PREDICTIONS = "predictions.csv"
 REPORTS = (PREDICTIONS, "figures", "report.html")  # the rest of reports/ is figures about the whole test side
 
@@ -50,25 +48,16 @@ class Copy:
 def find_stored(store: ObjectStore, sha256s: Iterable[str]) -> list[Copy]:
     """Return the images themselves, with all the versions that the store keeps of them."""
     keys = [make_image_key(sha256) for sha256 in sorted(sha256s)]
-
-    def remove() -> None:
-        for _ in map_parallel(store.purge, keys):
-            pass
-
-    return [Copy(f"{count(len(keys), 'image')} in {store.url}, with all earlier versions", remove)] if keys else []
+    what = f"{count(len(keys), 'image')} in {store.url}, with all earlier versions"
+    return [Copy(what, partial(_purge_all, store, keys))] if keys else []
 
 
 def find_prepared(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
-    """Return the prepared arrays if they hold an image, and the stages' work in progress, which may."""
-    copies = []
+    """Return the prepared arrays if they hold an image."""
     index = settings.prepared_dir / "index.parquet"
     if settings.prepared_dir.is_dir() and (not index.is_file() or read_index(index.read_bytes(), str(index)) & sha256s):
-        copies.append(Copy("data/prepared", partial(remove_tree, settings.prepared_dir)))
-    for stage in STAGES:
-        folder = settings.work_dir(stage)
-        if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
-            copies.append(Copy(f"unfinished work of {stage}", partial(_drop_work, folder)))
-    return copies
+        return [Copy("data/prepared", partial(remove_tree, settings.prepared_dir))]
+    return []
 
 
 def find_reports(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
@@ -79,40 +68,16 @@ def find_reports(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
     return [
         Copy(
             "reports/: page, pictures, predictions",
-            partial(_remove_all, [settings.reports_dir / name for name in REPORTS]),
+            partial(remove_all, [settings.reports_dir / name for name in REPORTS]),
         )
     ]
 
 
-def find_pictures(settings: Settings, name: str) -> list[Copy]:
-    """Return the contact sheets that `datasets show` has drawn: they can be drawn again."""
-    paths = sorted((settings.hidden_dir / "datasets").glob(f"{name}-*.png"))
-    return [Copy(count(len(paths), "contact sheet"), partial(_remove_all, paths))] if paths else []
-
-
-def find_training(workspace: Workspace, sha256s: frozenset[str]) -> list[Copy]:
-    """Return the batches that trainings failed on and that hold an image, and unfinished trainings in the store."""
-    store = workspace.store
-    folders = [path.parent for path in sorted((workspace.settings.hidden_dir / "failed").rglob("batch.json"))]
-    doomed = [folder for folder in folders if _read_batch(folder / "batch.json") & sha256s]
-    copies = []
-    if doomed:
-        what = f"{count(len(doomed), 'folder')} with a batch that a training failed on"
-        copies.append(Copy(what, partial(_remove_all, doomed)))
-    if keys := list(store.list(f"checkpoints/{workspace.name}/")):
-
-        def remove() -> None:
-            for _ in map_parallel(store.purge, keys):
-                pass
-
-        copies.append(Copy(f"checkpoints of an unfinished training in {store.url}", remove))
-    return copies
-
-
-def _read_batch(path: Path) -> frozenset[str]:
-    value = read_json(path.read_bytes(), str(path))
-    images = value.get("images", []) if isinstance(value, dict) else []
-    return frozenset(str(image.get("sha256")) for image in images if isinstance(image, dict))
+def find_checkpoints(store: ObjectStore, name: str) -> list[Copy]:
+    """Return the unfinished trainings of a dataset that are kept in the store."""
+    keys = list(store.list(f"checkpoints/{name}/"))
+    what = f"checkpoints of an unfinished training in {store.url}"
+    return [Copy(what, partial(_purge_all, store, keys))] if keys else []
 
 
 def read_index(data: bytes, where: str) -> frozenset[str]:
@@ -152,12 +117,6 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _drop_work(folder: Path) -> None:
-    """Take the stage's lock, which drops work for other inputs. Raises BusyError while the stage runs."""
-    with lock_work(folder, "forget") as work:
-        work.rmdir()
-
-
 def remove_tree(folder: Path) -> None:
     """Remove a folder by one rename first: half of one would be taken for the whole."""
     doomed = folder.with_name(f".{folder.name}.forgotten")
@@ -167,7 +126,13 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove_all(paths: Iterable[Path]) -> None:
+def _purge_all(store: ObjectStore, keys: Sequence[str]) -> None:
+    for _ in map_parallel(store.purge, keys):
+        pass
+
+
+def remove_all(paths: Iterable[Path]) -> None:
+    """Remove files and folders; one that is gone is no error."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -192,7 +157,7 @@ def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: froz
     ]
     drawn = [path for path in (*drawn, settings.home / "suspects" / "suspects.png") if path.is_file()]
     if drawn:
-        copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(_unlink, drawn)))
+        copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(remove_all, drawn)))
     corrections = settings.home / "suspects" / "corrections.csv"
     if corrections.is_file() and (kept := _drop_lines(corrections, sha256s)) is not None:
         copies.append(Copy("lines of suspects/corrections.csv", partial(_write, corrections, kept)))
@@ -209,8 +174,3 @@ def _drop_lines(path: Path, sha256s: frozenset[str]) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def _unlink(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

@@ -51,6 +51,9 @@ def list_left(
     if sources:
         what = f"the images where they came from ({shorten(list(sources))}): they are not taken in again"
         left.append(Left(what, "Remove them there if nobody should have them."))
+    if records := [n for n in ("logs", "prefect") if (workspace.settings.hidden_dir / n).is_dir()]:
+        what = f"the names of their files, where a run has told them: {', '.join(f'.visionloop/{n}' for n in records)}"
+        left.append(Left(what, "Remove these folders if the names matter."))
     what = "what is outside of visionloop: exports, clones of the workspace, backups, the caches of running servers"
     left.append(Left(what, "Run `visionloop forget` in each clone; it looks for copies once more."))
     return left
@@ -78,13 +81,27 @@ def _list_models(workspace: Workspace, versions: Collection[int]) -> list[Left]:
         trained.setdefault(digest, dataset)
         runs[digest] = run_id or runs.get(digest, "")
     learned = [d for d, on in trained.items() if on.get("name") == workspace.name and on.get("version") in versions]
-    if not learned:
-        return []
-    left = [Left(f"models that learned from them: {shorten([d[:12] for d in learned])}", "Retrain, promote.")]
-    if ids := sorted({runs[digest] for digest in learned if runs[digest]}):
-        what = f"what MLflow keeps of {count(len(ids), 'run')} (golden images, pictures of mistakes): {shorten(ids)}"
-        left.append(Left(what, "Delete the runs there, then `mlflow gc`."))
+    left = []
+    if learned:
+        what = f"models that learned from them: {shorten([d[:12] for d in learned])}"
+        left.append(Left(what, "Retrain, promote."))
+    unmade, unasked = _list_runs(workspace, versions)
+    if ids := sorted({*unmade, *(runs[digest] for digest in learned if runs[digest])}):
+        what = f"what MLflow keeps of {count(len(ids), 'run')} (pictures of batches and mistakes): {shorten(ids)}"
+        left.append(Left(what + unasked, "Delete the runs there, then `mlflow gc`."))
+    elif unasked:
+        left.append(Left(f"what MLflow keeps{unasked}", "Run `visionloop forget` again when it answers."))
     return left
+
+
+def _list_runs(workspace: Workspace, versions: Collection[int]) -> tuple[list[str], str]:
+    """Return the MLflow runs on a version that held an image, also those that made no model; or why that is unknown."""
+    numbers = {str(version) for version in versions}
+    try:
+        runs = list(workspace.tracking.iterate_runs())
+    except VisionLoopError as exc:
+        return [], f" ({exc.where} could not be asked for others)"
+    return [run.run_id for run in runs if run.tags.get("visionloop.dataset_version") in numbers], ""
 
 
 def _list_trainings(workspace: Workspace) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:

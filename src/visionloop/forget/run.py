@@ -1,4 +1,4 @@
-"""Forgetting from the first tombstone to the last copy, in an order that no kill spoils: run again, it finishes."""
+"""Forgetting, from the first tombstone to the last copy. If it is killed at any point, a second run finishes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from visionloop.forget.bundles import Held, find_bundles, list_champions
 from visionloop.forget.copies import (
     Copy,
     Sought,
+    find_checkpoints,
     find_features,
-    find_pictures,
     find_prepared,
     find_reports,
     find_stored,
-    find_training,
 )
 from visionloop.forget.dataset import Trace, commit_without, find_other_holders, move_pin, redact, trace_images
 from visionloop.forget.dvc_cache import find_dvc_copies
+from visionloop.forget.hidden import find_hidden, list_unknown
 from visionloop.forget.left import Left, list_left
 from visionloop.forget.resolve import Wanted
 from visionloop.ingest.journal import Journal, make_journal_path
@@ -62,14 +62,14 @@ def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: froz
     copies = [
         *find_stored(store, (sha256s - gone | back) - shared),
         *find_prepared(settings, sha256s),
+        *find_hidden(settings, name, sha256s, trace.versions),
         *find_features(workspace, sha256s, shared=shared),
         *find_reports(settings, sha256s),
         *dvc_copies,
         *bundles,
-        *find_pictures(settings, name),
-        *find_training(workspace, sha256s),
+        *find_checkpoints(store, name),
     ]
-    return Everything(trace, copies, kept, unclear, holders)
+    return Everything(trace, copies, kept, [*unclear, *list_unknown(settings)], holders)
 
 
 def forget(

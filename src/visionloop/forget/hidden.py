@@ -1,0 +1,109 @@
+"""What lies in `.visionloop`: one table of it all, so that forgetting leaves nothing out.
+
+What is in no row is told as unclear, so a new folder cannot be overlooked without a word.
+"""
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+
+from visionloop.forget.copies import Copy, count, read_json, remove_all
+from visionloop.ingest.video.clip import Spool
+from visionloop.settings import Settings
+from visionloop.workfolder import list_work, lock_work
+
+BUNDLES = ("bundles", "bundles-rank*", "serving", "verify-*")  # a folder for each bundle, by its digest
+TEMPORARY = ("tmp", "ray")  # what a killed process has left
+SEARCHED = (*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "store")
+TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `left.py`
+WITHOUT_IMAGES = (
+    *("cache", "dvc", "encoders", "matplotlib", "runs", "torch", "tune", "weights"),
+    *("curve.png", "dvc.lock", "dvc.lock.staged", "error.json", "lr-find.png", "machine.json", "retrain.lock"),
+    "runs.png",
+)
+
+
+def list_bundle_folders(settings: Settings) -> list[Path]:
+    """Return the folders of all bundles that were fetched here, also of those that a kill has left half fetched."""
+    folders = [path for pattern in BUNDLES for path in settings.hidden_dir.glob(pattern) if path.is_dir()]
+    return sorted(path for folder in folders for path in folder.iterdir() if path.is_dir())
+
+
+def list_unknown(settings: Settings) -> list[str]:
+    """Return, in words, what lies here and is in no row of the table."""
+    names = sorted(path.name for path in settings.hidden_dir.iterdir()) if settings.hidden_dir.is_dir() else []
+    known = (*SEARCHED, *TOLD, *WITHOUT_IMAGES)
+    unknown = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
+    return [f".visionloop/{name}, which is not known to hold no images: look there" for name in unknown]
+
+
+def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions: Collection[int]) -> list[Copy]:
+    """Return work in progress, pictures and leftovers that hold an image, or may: all of it can be made again."""
+    return [
+        *_find_work(settings),
+        *_find_failed(settings, sha256s),
+        *_find_tensorboard(settings, versions),
+        *_find_sheets(settings, name),
+        *_find_frames(settings),
+        *_find_temporary(settings),
+    ]
+
+
+def _find_work(settings: Settings) -> Iterator[Copy]:
+    for folder in sorted((settings.hidden_dir / "work").glob("*")):
+        if list_work(folder):
+            yield Copy(f"unfinished work of {folder.name}", partial(_drop_work, folder))
+
+
+def _drop_work(folder: Path) -> None:
+    """Take the stage's lock, which drops work for other inputs. Raises BusyError while the stage runs."""
+    with lock_work(folder, "forget") as work:
+        work.rmdir()
+
+
+def _find_failed(settings: Settings, sha256s: frozenset[str]) -> Iterator[Copy]:
+    """Find the batches that trainings failed on."""
+    paths = sorted((settings.hidden_dir / "failed").rglob("batch.json"))
+    if doomed := [path.parent for path in paths if _read_batch(path) & sha256s]:
+        what = f"{count(len(doomed), 'folder')} with a batch that a training failed on"
+        yield Copy(what, partial(remove_all, doomed))
+
+
+def _read_batch(path: Path) -> frozenset[str]:
+    value = read_json(path.read_bytes(), str(path))
+    images = value.get("images", []) if isinstance(value, dict) else []
+    return frozenset(str(image.get("sha256")) for image in images if isinstance(image, dict))
+
+
+def _find_tensorboard(settings: Settings, versions: Collection[int]) -> Iterator[Copy]:
+    """Find the runs whose name gives a version that held an image, or none: they show a batch of training images."""
+    folders = sorted(path for path in (settings.hidden_dir / "tensorboard").glob("*") if path.is_dir())
+    named = [(folder, re.search(r"-dataset(\d+)-", folder.name)) for folder in folders]
+    if doomed := [folder for folder, match in named if match is None or int(match[1]) in versions]:
+        what = f"{count(len(doomed), 'run')} in TensorBoard, which shows training images"
+        yield Copy(what, partial(remove_all, doomed))
+
+
+def _find_sheets(settings: Settings, name: str) -> Iterator[Copy]:
+    """Find the contact sheets that `datasets show` has drawn."""
+    if paths := sorted((settings.hidden_dir / "datasets").glob(f"{name}-*.png")):
+        yield Copy(count(len(paths), "contact sheet"), partial(remove_all, paths))
+
+
+def _find_frames(settings: Settings) -> Iterator[Copy]:
+    """Find the decoded frames of an ingest that was killed; a spool that is opened sweeps them out."""
+    folder = settings.hidden_dir / "ingest" / "video" / "spool"
+    if folder.is_dir() and any(folder.iterdir()):
+        yield Copy("decoded frames of an ingest that was killed", partial(_sweep_frames, folder))
+
+
+def _sweep_frames(folder: Path) -> None:
+    Spool(folder)
+
+
+def _find_temporary(settings: Settings) -> Iterator[Copy]:
+    folders = (settings.hidden_dir / name for name in TEMPORARY)
+    if paths := sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        yield Copy("temporary files of processes that were killed", partial(remove_all, paths))
