@@ -122,6 +122,8 @@ def _with_key(value: Mapping[str, Any], parts: list[str], new: Any) -> dict[str,
 
 def _edit(text: str, parts: list[str], value: Any, change: Callable[[Any], None]) -> str | None:
     """Return the text after a change of its tree; None unless that key alone has changed, to `value`."""
+    from ruamel.yaml.error import YAMLError
+
     newline = "\r\n" if "\r\n" in text else "\n"
     plain = text.replace("\r\n", "\n").removesuffix("\n") + "\n"
     yaml, known = _make_yaml(plain), _load(text)
@@ -132,7 +134,7 @@ def _edit(text: str, parts: list[str], value: Any, change: Callable[[Any], None]
         change(tree)
         changed = _carry_over(plain, before, _dump(yaml, tree))
         fits = _load(changed) == wanted
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, YAMLError):
         return None
     return changed.replace("\n", newline) if fits else None
 
@@ -147,7 +149,7 @@ def _make_yaml(text: str) -> "YAML":
     yaml.brace_single_entry_mapping_in_flow_sequence = True
     indented = re.search(r"^( +)[^\s#-]", text, re.MULTILINE)
     step = len(indented[1]) if indented else 2
-    below = re.search(r"^( *)[\w-]+:[^\n]*\n(?: *#.*\n|\s*\n)*( *)- ", text, re.MULTILINE)
+    below = re.search(r"^( *)[\w-]+:[^\n]*\n(?: *#.*\n|[ \t]*\n)*( *)- ", text, re.MULTILINE)
     offset = len(below[2]) - len(below[1]) if below else 2
     yaml.indent(mapping=step, sequence=offset + 2, offset=offset)
     return yaml
@@ -191,25 +193,35 @@ def _append(tree: Any, source: dict[str, Any]) -> None:
 
 
 def _carry_over(text: str, before: str, after: str) -> str:
-    """Return the text with what is changed from `before` to `after`, where `before` is the text in ruamel's layout.
+    """Return the text with the lines that differ between `before` and `after`; `before` is the text in ruamel's layout.
 
-    New lines go above the comments and blank lines that ruamel puts before them: these belong to what follows.
+    A new line goes below the last key before it: blank lines and comments in between belong to what follows.
 
     Raises:
         KeyError: a line that changes has another layout in the text.
     """
     lines, old, new = (one.splitlines(keepends=True) for one in (text, before, after))
-    bare_lines, bare_old = (["".join(line.split()) for line in one] for one in (lines, old))
-    blocks = SequenceMatcher(None, bare_old, bare_lines, autojunk=False).get_matching_blocks()
-    places = {i + k: j + k for i, j, size in blocks for k in range(size)}
-    for tag, start, end, first, last in reversed(SequenceMatcher(None, old, new, autojunk=False).get_opcodes()):
-        if tag == "equal":
-            continue
-        if tag == "insert":
-            while start and (not bare_old[start - 1] or bare_old[start - 1].startswith("#")):
-                start -= 1  # noqa: PLW2901
-            at = places[start - 1] + 1 if start else 0
-            lines[at:at] = new[first:last]
-        else:
-            lines[places[start] : places[end - 1] + 1] = new[first:last]
-    return "".join(lines)
+    head = _count_equal(old, new)
+    tail = _count_equal(old[head:][::-1], new[head:][::-1])
+    end, added = len(old) - tail, new[head : len(new) - tail]
+    theirs, ours = _list_content(old), _list_content(lines)
+    blocks = SequenceMatcher(None, list(theirs.values()), list(ours.values())).get_matching_blocks()
+    numbers = list(theirs), list(ours)
+    places = {numbers[0][i + k]: numbers[1][j + k] for i, j, size in blocks for k in range(size)}
+    if head < end:
+        first, last = places[head], places[end - 1]
+    else:
+        last = places[max(number for number in theirs if number < head)]
+        first = last + 1
+    return "".join([*lines[:first], *added, *lines[last + 1 :]])
+
+
+def _count_equal(a: list[str], b: list[str]) -> int:
+    """Return how many lines are equal from the beginning on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _list_content(lines: list[str]) -> dict[int, str]:
+    """Return the lines that are neither blank nor a comment, without their blanks, by their number."""
+    bare = ("".join(line.split()) for line in lines)
+    return {number: line for number, line in enumerate(bare) if line and not line.startswith("#")}
