@@ -1,21 +1,18 @@
 """Digests of our own code, one a stage: another digest means that the stage's bytes may come out differently.
 
 A stage's digest covers its module and every module of ours that is imported from there, directly or not, except those
-of NOT_IN_CODE. Of each module it covers the syntax tree: no comment, no layout, no docstring, no import for type
-checkers alone, and no text that only people read. A string or f-string is such a text if it stands
+of NOT_IN_CODE. Of each module it covers the syntax tree, without comments, layout, docstrings and imports for type
+checkers, and without the texts that only people read. Such a text is a string or an f-string that
 
-- in a `raise` or an `assert`, in a function that returns an exception, or in the arguments of an exception of ours, of
-  such a function, or of `tell`, `say`, `print`, `warn` or `on_progress`; `reason_code=` counts, as programs read it;
-- in what is assigned to a name, or in a function named `describe...`, that is used in such places alone.
+- is an argument of an exception, of a call that is raised, or of `tell`, `say`, `print`, `warn`, `on_progress`;
+- is the value of a name that errors have for their parts: `where`, `found`, `expected`, `todo`, also in capitals;
+- is returned by a function `describe_...` that returns a `str`, but not in `evaluation`: that goes into the report.
 
-The argument of another call there counts all the same, as that may do anything with it: "a" in `tell(load("a"))`. An
-f-string is left out whole, with what stands in its braces. All else counts: names, numbers, calls.
+All other strings count: under another name, or inside another call, an index or a comparison, as they may decide
+something ("a" in `tell(load("a"))`). `reason_code` counts, as programs read it.
 """
 
 import ast
-import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from visionloop import errors
@@ -55,60 +52,32 @@ NOT_IN_CODE = (
 )
 TELLERS = {"tell", "say", "print", "warn", "on_progress"}
 EXCEPTIONS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-ALWAYS = "always"  # the condition of a text that stands in a message itself
+PARTS = {"where", "found", "expected", "todo"}
 WORDING = {"join", "shorten", "mask"}  # calls that do nothing but put words together
-_SKIPPED_FIELDS = {"kind", "type_comment", "type_ignores", "type_params"}  # the last is new in Python 3.12
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A string, or the parts of an f-string, left out if any of the conditions holds: names of code that is message."""
-
-    parts: tuple[object, ...]
-    conditions: frozenset[str]
-
-
-@dataclass
-class _Module:
-    """What was read of one module: its imports, and its tree as a list of words and texts.
-
-    `named` are the names whose value, or body, is text if they are used in messages alone. `uses` are all uses of any
-    name, each with its conditions. `exceptional` functions return an exception, `ordinary` ones do not.
-    """
-
-    imports: list[str] = field(default_factory=list)
-    words: list[object] = field(default_factory=list)
-    named: set[str] = field(default_factory=set)
-    exceptional: set[str] = field(default_factory=set)
-    ordinary: set[str] = field(default_factory=set)
-    uses: list[tuple[str, frozenset[str]]] = field(default_factory=list)
 
 
 def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     """Return one digest a stage, over the source of the package `visionloop` in a folder."""
-    modules: dict[str, _Module] = {}
-    reached = {stage: sorted(_reach(root, package, modules)) for stage, root in STAGE_MODULES.items()}
-    messages = _find_messages(modules.values())
-    digests = {name: _digest(module.words, messages) for name, module in modules.items()}
-    return {stage: compute_digest({name: digests[name] for name in names}) for stage, names in reached.items()}
+    read: dict[str, tuple[str, list[str]]] = {}  # most modules are those of several stages
+    return {stage: _digest_stage(root, package, read) for stage, root in STAGE_MODULES.items()}
 
 
-def _reach(root: str, package: Path, modules: dict[str, _Module]) -> set[str]:
-    """Return the modules that are imported from one, directly or not; read those that nobody has read yet."""
-    found: set[str] = set()
+def _digest_stage(root: str, package: Path, read: dict[str, tuple[str, list[str]]]) -> str:
+    """Return the digest of a module with all that it imports; `read` keeps the code and imports of each module."""
+    code: dict[str, str] = {}
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        if name in found or _cannot_count(name):
+        path = None if name in code or _cannot_count(name) else _find_source(name, package)
+        if path is None:
             continue
-        if name not in modules:
-            path = _find_source(name, package)
-            if path is None:
-                continue
-            modules[name] = _Reader(name).read(path.read_text(encoding="utf-8"))
-        found.add(name)
-        waiting += modules[name].imports
-    return found
+        if name not in read:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = _Texts(keep_descriptions=name.startswith("visionloop.evaluation")).visit(tree)
+            read[name] = ast.dump(tree), _list_imports(tree)
+        code[name], imported = read[name]
+        waiting += imported
+    return compute_digest(code)
 
 
 def _cannot_count(module: str) -> bool:
@@ -120,170 +89,96 @@ def _find_source(module: str, package: Path) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _find_messages(modules: Iterable[_Module]) -> frozenset[str]:
-    """Return the conditions that hold: names that are used in messages alone, and calls that make exceptions."""
-    read = list(modules)
-    makers = set().union(*(m.exceptional for m in read)) - set().union(*(m.ordinary for m in read))
-    fixed = {ALWAYS, *(f"call {name}" for name in (*makers, *TELLERS, *EXCEPTIONS))}
-    uses = [use for module in read for use in module.uses]
-    named = set().union(*(m.named for m in read)) & {name for name, _ in uses}
-    while True:
-        holding = fixed | named
-        elsewhere = {name for name, conditions in uses if name in named and not conditions & holding}
-        if not elsewhere:
-            return frozenset(holding)
-        named -= elsewhere
+def _list_imports(tree: ast.AST) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("visionloop.")]
 
 
-def _digest(words: list[object], messages: frozenset[str]) -> str:
-    hasher = hashlib.sha256()
-    for word in _resolve(words, messages):
-        hasher.update(word.encode())
-        hasher.update(b"\0")
-    return hasher.hexdigest()
+class _Texts(ast.NodeTransformer):
+    """Takes out of a tree what only people read."""
 
+    def __init__(self, *, keep_descriptions: bool) -> None:
+        self._keep_descriptions = keep_descriptions
+        self._is_description = False
 
-def _resolve(words: Iterable[object], messages: frozenset[str]) -> Iterator[str]:
-    for word in words:
-        if not isinstance(word, _Text):
-            yield str(word)
-        elif word.conditions & messages:
-            yield "text"
-        else:
-            yield from _resolve(word.parts, messages)
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        is_docstring = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if is_docstring else self.generic_visit(node)
 
+    def visit_If(self, node: ast.If) -> ast.AST:
+        is_for_types = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return ast.Pass() if is_for_types else self.generic_visit(node)
 
-class _Reader(ast.NodeVisitor):
-    """Walks over the tree of one module. Strings where it is are texts if one of `_conditions` holds."""
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        return ast.Pass() if _cannot_count(node.module or "") else node
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._function = ""  # the outermost function or method around
-        self._in_class = False
-        self._in_text = False
-        self._raised: ast.expr | None = None
-        self._conditions: frozenset[str] = frozenset()
-        self.module = _Module()
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
 
-    def read(self, source: str) -> _Module:
-        self.visit(ast.parse(source))
-        return self.module
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            _hide_arguments(node.exc)
+        return self.generic_visit(node)
 
-    def generic_visit(self, node: ast.AST, *, but: str = "") -> None:
-        """Add the words of a node, in the order of its fields; empty ones add none."""
-        words = self.module.words
-        words.append(type(node).__name__)
-        for name, value in ast.iter_fields(node):
-            if value is None or value == [] or name in _SKIPPED_FIELDS or name == but:
-                continue
-            words.append(name)
-            for each in value if isinstance(value, list) else [value]:
-                self.visit(each) if isinstance(each, ast.AST) else words.append(repr(each))
-        words.append("end")
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if _get_name(node) in TELLERS | EXCEPTIONS:
+            _hide_arguments(node)
+        return self.generic_visit(node)
 
-    def _visit_under(self, node: ast.AST, conditions: frozenset[str]) -> None:
-        before, self._conditions = self._conditions, conditions
-        self.visit(node)
-        self._conditions = before
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        names = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else [node.targets[0]]
+        values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+        if len(names) == len(values):
+            pairs = zip(names, values, strict=True)
+            values = [_hide(v) if isinstance(n, ast.Name) and n.id.lower() in PARTS else v for n, v in pairs]
+            node.value = ast.Tuple(values, ast.Load()) if len(values) > 1 else values[0]
+        return self.generic_visit(node)
 
-    def visit_Expr(self, node: ast.Expr) -> None:
-        if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):  # a docstring
-            self.generic_visit(node)
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        if self._is_description and node.value is not None:
+            node.value = _hide(node.value)
+        return self.generic_visit(node)
 
-    def visit_Constant(self, node: ast.Constant) -> None:
-        word = repr(node.value)
-        is_text = isinstance(node.value, str) and self._conditions
-        self.module.words.append(_Text((word,), self._conditions) if is_text else word)
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        words, was_in_text = self.module.words, self._in_text
-        self.module.words, self._in_text = [], bool(self._conditions)
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        before = self._is_description
+        returns_text = isinstance(node.returns, ast.Name) and node.returns.id == "str"
+        is_named_so = node.name.lstrip("_").startswith("describe")
+        self._is_description = is_named_so and returns_text and not self._keep_descriptions
         self.generic_visit(node)
-        parts, self.module.words, self._in_text = self.module.words, words, was_in_text
-        words.append(_Text(tuple(parts), self._conditions))
+        self._is_description = before
+        return node
 
-    def visit_Raise(self, node: ast.Raise) -> None:
-        self._raised = node.exc
-        self.generic_visit(node)
 
-    def visit_Assert(self, node: ast.Assert) -> None:
-        self.generic_visit(node, but="msg")
+def _get_name(call: ast.Call) -> str:
+    return str(getattr(call.func, "id", getattr(call.func, "attr", "")))
 
-    def visit_Call(self, node: ast.Call) -> None:
-        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        around = self._conditions if self._in_text or name in WORDING else frozenset()
-        inside = around | ({ALWAYS} if node is self._raised else {f"call {name.removeprefix('_')}", f"call {name}"})
-        self.module.words.append("Call")
-        self.visit(node.func)
-        for argument in node.args:
-            self._visit_under(argument, inside)
-        for keyword in node.keywords:
-            self.module.words.append(str(keyword.arg))
-            self._visit_under(keyword.value, frozenset() if keyword.arg == "reason_code" else inside)
-        self.module.words.append("end")
 
-    def visit_Name(self, node: ast.Name) -> None:
-        self.module.words.append(node.id)
-        if isinstance(node.ctx, ast.Load):
-            self.module.uses += [(key, self._conditions) for key in (node.id, self._name_local(node.id))]
+def _hide_arguments(call: ast.Call) -> None:
+    call.args = [_hide(argument) for argument in call.args]
+    for keyword in call.keywords:
+        if keyword.arg != "reason_code":
+            keyword.value = _hide(keyword.value)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.generic_visit(node)
-        self.module.uses.append((node.attr, self._conditions))
 
-    def _name_local(self, name: str) -> str:
-        return f"{self._name}:{self._function}:{name}"
-
-    def visit_Assign(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
-        """Walk over an assignment: what gets a name, of a function or of the module, is text if the name is for it."""
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        pairs: list[tuple[ast.expr, ast.expr | None]] = [(target, node.value)]
-        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-            pairs = list(zip(target.elts, node.value.elts, strict=False))
-        if self._in_class or not all(isinstance(each, ast.Name) for each, _ in pairs):
-            self.generic_visit(node)
-            return
-        self.generic_visit(node, but="value")
-        for name, value in pairs:
-            assert isinstance(name, ast.Name)
-            key = self._name_local(name.id) if self._function else name.id
-            self.module.named.add(key)
-            if value is not None:
-                self._visit_under(value, self._conditions | {key})
-
-    visit_AnnAssign = visit_AugAssign = visit_Assign
-
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        before = self._function, self._in_class, self._conditions
-        returns = ast.unparse(node.returns) if node.returns else ""
-        makes_error = returns.endswith("Error") or returns in EXCEPTIONS or returns in {"Exception", "NoReturn"}
-        (self.module.exceptional if makes_error else self.module.ordinary).add(node.name)
-        if makes_error:
-            self._conditions |= {ALWAYS}
-        if node.name.lstrip("_").startswith("describe"):
-            self.module.named.add(node.name)
-            self._conditions |= {node.name}
-        self._function, self._in_class = self._function or f"{node.name}@{node.lineno}", False
-        self.generic_visit(node)
-        self._function, self._in_class, self._conditions = before
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        before, self._in_class = self._in_class, True
-        self.generic_visit(node)
-        self._in_class = before
-
-    def visit_If(self, node: ast.If) -> None:
-        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
-            self.generic_visit(node)
-
-    def visit_Import(self, node: ast.Import) -> None:
-        self.module.imports += [alias.name for alias in node.names if alias.name.startswith("visionloop.")]
-        self.generic_visit(node)
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        self.module.imports += [name for name in names if name.startswith("visionloop.")]
-        if not _cannot_count(names[0]):
-            self.generic_visit(node)
+def _hide(value: ast.expr) -> ast.expr:
+    """Return an expression without its text: `"a" + b if c else f"{d}"` is `text + b if c else text`."""
+    match value:
+        case ast.Constant(value=str()) | ast.JoinedStr():
+            return ast.Constant("text")
+        case ast.BinOp(op=ast.Add()):
+            value.left, value.right = _hide(value.left), _hide(value.right)
+        case ast.BoolOp():
+            value.values = [_hide(each) for each in value.values]
+        case ast.IfExp():
+            value.body, value.orelse = _hide(value.body), _hide(value.orelse)
+        case ast.Call() if _get_name(value) in WORDING:
+            _hide_arguments(value)
+            if isinstance(value.func, ast.Attribute):  # ", ".join(...)
+                value.func.value = _hide(value.func.value)
+    return value

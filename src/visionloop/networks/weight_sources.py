@@ -25,7 +25,7 @@ from visionloop.web.addresses import AnyHost, HostRule, parse_url
 from visionloop.web.download import make_fetcher, parse_private_hosts
 
 WHERE = "params.yaml train.weights"
-SUPPLY = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
+TODO = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
 # Where training scripts put the state dict in their checkpoints.
 INNER = ("state_dict", "model_state_dict", "model")
 # DenseNet's published weights were saved under older names: `norm.1.weight` is `norm1.weight` (as torchvision does).
@@ -48,15 +48,15 @@ def read_weights(path: Path) -> State:
             head = file.read(16)
         loaded = _load(path, head)
     except FileNotFoundError as exc:
-        raise TrainingError(WHERE, f"{path} does not exist", "none, default or a file", SUPPLY) from exc
+        raise TrainingError(WHERE, f"{path} does not exist", "none, default or a file", TODO) from exc
     except Exception as exc:  # of a damaged or hostile file: zip, pickle, header, memory
         if isinstance(exc, TrainingError):
             raise
         why = _explain(exc)
-        raise TrainingError(WHERE, f"{path.name} cannot be read as weights ({why})", "tensors alone", SUPPLY) from exc
+        raise TrainingError(WHERE, f"{path.name} cannot be read as weights ({why})", "tensors alone", TODO) from exc
     state = _find_state(loaded)
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise TrainingError(WHERE, f"{path.name} holds no state dict", "names and tensors", SUPPLY)
+        raise TrainingError(WHERE, f"{path.name} holds no state dict", "names and tensors", TODO)
     return {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
 
 
@@ -74,7 +74,7 @@ def _load(path: Path, head: bytes) -> Any:
         WHERE,
         f"{path.name} cannot be read as weights (it begins with {begins!r})",
         "a safetensors file or one that torch.save wrote",
-        SUPPLY,
+        TODO,
     )
 
 
@@ -124,7 +124,7 @@ def find_hub_url(name: str) -> str | None:
 def _find_in_hub(name: str, home: Path) -> Path:
     url = find_hub_url(name)
     if url is None:
-        raise TrainingError(WHERE, f"there are no default weights for {name}", "none or a file", SUPPLY)
+        raise TrainingError(WHERE, f"there are no default weights for {name}", "none or a file", TODO)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     match = _HUB_DIGEST.search(path.name)
     digest = match[1] if match else ""
@@ -140,7 +140,7 @@ def _find_in_hub(name: str, home: Path) -> Path:
             WHERE,
             f"cannot download {path.name} ({exc.found})",
             f"a network, or that file in {folder}/",
-            f"Fetch {url} elsewhere and put it there. Or: {SUPPLY}",
+            f"Fetch {url} elsewhere and put it there. Or: {TODO}",
         ) from exc
 
 
@@ -178,7 +178,7 @@ def _fetch_object(address: str, file: BinaryIO) -> None:
     except (StoreError, SettingsError) as exc:
         raise TrainingError(f"{WHERE} {address}", exc.found, exc.expected, exc.todo) from exc
     if len(data) > MAX_BYTES:
-        raise TrainingError(WHERE, f"{address} is too large", f"at most {MAX_BYTES:,} bytes", SUPPLY)
+        raise TrainingError(WHERE, f"{address} is too large", f"at most {MAX_BYTES:,} bytes", TODO)
     file.write(data)
 
 
@@ -190,7 +190,7 @@ def _download(address: str, file: BinaryIO) -> None:
         rules = AnyHost((), (own, *parse_private_hosts(os.environ)))
         make_fetcher(os.environ, rules, timeout_s=SILENCE_S).download(address, file, MAX_BYTES)
     except ImageError as exc:
-        todo = f"Correct the address (a signed one needs no password). Or: {SUPPLY}"
+        todo = f"Correct the address (a signed one needs no password). Or: {TODO}"
         raise TrainingError(WHERE, f"{shown}: {exc.found}", exc.expected, todo) from exc
     except SourceError as exc:
         raise TrainingError(f"{WHERE} {exc.where}", exc.found, exc.expected, exc.todo) from exc

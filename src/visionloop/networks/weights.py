@@ -11,7 +11,7 @@ from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.weight_sources import (
     REMOTE,
-    SUPPLY,
+    TODO,
     WHERE,
     State,
     find_hub_url,
@@ -68,11 +68,11 @@ def fill_backbone(backbone: nn.Module, name: str, state: State, origin: str) -> 
             f"{origin} does not fit {name}: {len(missing)} tensors missing, {len(wrong)} of another shape "
             f"({shorten(missing + wrong, 3)})",
             f"the state dict of a {name}",
-            SUPPLY,
+            TODO,
         )
     chosen = {key: state[key] for key in wanted if key in state}
     if broken := [key for key, tensor in chosen.items() if not torch.isfinite(tensor).all()]:
-        raise TrainingError(WHERE, f"{origin} has values that are not finite ({shorten(broken, 3)})", "numbers", SUPPLY)
+        raise TrainingError(WHERE, f"{origin} has values that are not finite ({shorten(broken, 3)})", "numbers", TODO)
     backbone.load_state_dict(chosen, strict=False)
 
 
@@ -83,7 +83,7 @@ def _strip_prefix(state: State, wanted: State, origin: str) -> State:
     found = {prefix: sum(prefix + key in state for key in wanted) for prefix in prefixes}
     best = sorted(prefix for prefix in prefixes if found[prefix] == max(found.values()))
     if len(best) > 1 and "" not in best and found[best[0]] == len(wanted):
-        raise TrainingError(WHERE, f"{origin} holds several networks ({shorten(best)})", "one of them alone", SUPPLY)
+        raise TrainingError(WHERE, f"{origin} holds several networks ({shorten(best)})", "one of them alone", TODO)
     prefix = "" if "" in best else best[0]
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
