@@ -9,17 +9,9 @@ from torch import nn
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import make_backbone
-from visionloop.networks.weight_sources import (
-    REMOTE,
-    SUPPLY,
-    WHERE,
-    State,
-    find_hub_url,
-    find_weights,
-    mask,
-    read_weights,
-    resolve_path,
-)
+from visionloop.networks.names import REMOTE, SUPPLY, resolve_path
+from visionloop.networks.names import WEIGHTS as WHERE
+from visionloop.networks.weight_sources import State, find_hub_url, find_weights, mask, read_weights
 from visionloop.params import Train
 
 # A counter that no result depends on; files from before torch 0.4.1 have none.
