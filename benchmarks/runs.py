@@ -68,21 +68,25 @@ def load_workspace(workspace: Path) -> tuple[Settings, Params, ListeningTracking
 
 def train_once(workspace: Path) -> Epochs:
     """Run the stage `train` in this process; return the times of its epochs."""
+    from visionloop.training.checks import check_training
     from visionloop.training.fit import train
+    from visionloop.training.job import Call
 
     settings, params, tracking = load_workspace(workspace)
-    train(connect(settings, params, store=open_store(settings.store_url), tracking=tracking), now="bench")
+    opened = connect(settings, params, store=open_store(settings.store_url), tracking=tracking)
+    train(opened, check_training(opened), Call(now="bench"))
     return tracking.summarize()
 
 
 def make_bench_job(workspace: Path) -> Any:
     """Return the job that the stage `train` would run."""
+    from visionloop.training.checks import check_training
     from visionloop.training.fit import make_job
-    from visionloop.training.watch import Watcher
+    from visionloop.training.job import Call
 
     settings, params, tracking = load_workspace(workspace)
-    store = open_store(settings.store_url)
-    return make_job(connect(settings, params, store=store, tracking=tracking), code_digest="", watcher=Watcher())
+    opened = connect(settings, params, store=open_store(settings.store_url), tracking=tracking)
+    return make_job(opened, check_training(opened), Call())
 
 
 def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:

@@ -75,15 +75,16 @@ def _check_packages() -> Finding:
 
 
 def _check_processor(params: Params) -> Finding:
-    from visionloop.training.job import World, count_gpus, describe_precision, read_hardware
-    from visionloop.training.ranks.launch import describe_plan, plan_launch
+    from visionloop.training.job import describe_precision, read_hardware
+    from visionloop.training.ranks.launch import choose_placement, describe_placement
+    from visionloop.training.ranks.world import World, count_gpus
 
     section, gpus = params.train, count_gpus()
     hardware = read_hardware(params)
     device = f"{gpus} x {hardware.processor}" if hardware.accelerator == "gpu" else f"the CPU, {gpus or 'no'} GPUs"
     found = (
         f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in "
-        f"{describe_precision(hardware, section)}, {describe_plan(plan_launch(params, World(), gpus))}"
+        f"{describe_precision(hardware, section)}, {describe_placement(choose_placement(params, World(), gpus))}"
     )
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")

@@ -9,8 +9,9 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from visionloop.errors import BusyError
 
@@ -54,6 +55,50 @@ def replace_folder(work: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(work, target)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write bytes to a file that is whole or absent, also after a power failure."""
+    write_through(path, lambda file: file.write(data))
+
+
+def write_through(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, and move it there once it is on the disk. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        move_through(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def move_through(path: Path, target: Path) -> None:
+    """Move a file within its folder, and wait until the folder is on the disk."""
+    path.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def link_folder(folder: Path, target: Path) -> None:
+    """Make a second folder of the same files, without copying their bytes where the file system has hard links."""
+
+    def link(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:
+            shutil.copyfile(source, copy)
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target, copy_function=link)
 
 
 def _acquire(descriptor: int, folder: Path) -> None:

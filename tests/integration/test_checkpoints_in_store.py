@@ -1,6 +1,7 @@
 """Checkpoints in the object store: another machine goes on, damage is passed over, a failing store stops nothing."""
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from trainings import Ear, MemoryTracking, Place, make_place
 from visionloop.errors import StoreError
 from visionloop.store import ObjectStore
 from visionloop.training import fit, mirror
+from visionloop.training.checkpoints import parse_name
 from visionloop.training.job import Hardware
 from visionloop.training.watch import EpochReport
 
@@ -92,14 +94,17 @@ def test_another_machine_goes_on_in_the_same_run_to_the_same_bundle(stopped: Pla
     assert note.bundle == replace(place, tracking=MemoryTracking()).train().bundle
 
 
-def test_the_store_has_no_more_than_what_is_needed(stopped: Place) -> None:
-    keys = [key.rpartition("/")[2] for key in stopped.store.list("checkpoints/shapes/")]
-    assert len(keys) == 3
-    assert "manifest.json" in keys
-    manifest = mirror._load_manifest(stopped.make_job())
-    assert manifest is not None
-    assert [entry.epoch for entry in manifest.entries] == [2, 1]
-    assert {entry.sha256 for entry in manifest.needed} | {"manifest.json"} == set(keys)
+def list_names(place: Place) -> list[str]:
+    return sorted(key.rpartition("/")[2] for key in place.store.list("checkpoints/shapes/"))
+
+
+def test_the_store_has_an_object_for_each_of_the_last_two_epochs(stopped: Place, s3: Any) -> None:
+    first, second, run = list_names(stopped)
+    assert (parse_name(first)[0], parse_name(second)[0], run) == (1, 2, "run.json")
+    prefix = mirror.make_prefix("shapes", stopped.make_job().key)
+    data = stopped.store.get(f"{prefix}/{second}")
+    assert hashlib.sha256(data).hexdigest() == parse_name(second)[1]
+    assert json.loads(stopped.store.get(f"{prefix}/run.json"))["run_id"] == next(iter(stopped.tracking.runs))
 
 
 @pytest.mark.usefixtures("fast")
@@ -108,25 +113,25 @@ def test_a_damaged_object_is_said_and_the_one_before_is_used(
     stopped: Place, whole: str, s3: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("visionloop.store.s3.FIRST_PAUSE_S", 0.001)
-    manifest = mirror._load_manifest(stopped.make_job())
-    assert manifest is not None
-    newest = f"{mirror._make_prefix(stopped.make_job())}/{manifest.entries[0].sha256}"
+    newest = f"{mirror.make_prefix('shapes', stopped.make_job().key)}/{list_names(stopped)[1]}"
     stopped.store.purge(newest)
     if how == "changed":
         s3.put_object(Bucket="checkpoints", Key=f"vl/{newest}", Body=b"PK not what it was")
     ear = Ear()
     note = stopped.train(ear)
-    assert ear.said("the checkpoint of epoch 2 in the store is damaged: the one before is used")
+    if how == "changed":
+        assert ear.said("the checkpoint of epoch 2 in the store is damaged: the one before is used")
+    assert ear.said("the store had checkpoints up to epoch 1: they are used")
     assert [report.epoch for report in ear.epochs] == [2, 3, 4]
     assert (note.bundle, note.run_id) == (whole, next(iter(stopped.tracking.runs)))
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_damaged_list_is_said_and_training_begins_anew(stopped: Place, whole: str) -> None:
-    stopped.store.put(f"{mirror._make_prefix(stopped.make_job())}/manifest.json", b'{"run_id": 1, "entries": [{}]}')
+def test_a_damaged_note_of_the_run_is_said_and_training_begins_anew(stopped: Place, whole: str) -> None:
+    stopped.store.put(f"{mirror.make_prefix('shapes', stopped.make_job().key)}/run.json", b'{"run_id": 1}')
     ear = Ear()
     note = stopped.train(ear)
-    assert ear.said("the list of checkpoints in the store is damaged: they are not used")
+    assert ear.said("the run.json of this training in the store is damaged: its checkpoints are not used")
     assert len(ear.epochs) == 4
     assert note.bundle == whole
 
@@ -188,7 +193,7 @@ def test_a_store_that_fails_stops_no_training_and_is_tried_again(place: Place, w
     warned = [line for line in ear.lines if "do not reach" in line]
     assert len(warned) == 1, "one line, however often it fails"
     assert "training goes on, and tries again (store s3://checkpoints/vl: cannot be reached" in warned[0]
-    assert ear.said("checkpoints reach the store again: epoch 3 is there")
+    assert ear.said("checkpoints reach the store again")
     assert list(place.store.list("checkpoints/")) == []
 
 

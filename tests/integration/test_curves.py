@@ -3,20 +3,20 @@
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
+import optuna
 import pytest
+from matplotlib import pyplot
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
 from PIL import Image
 
-from visionloop.params import Span
+from visionloop.params import make_params
 from visionloop.training.plots import draw_curve, draw_overlay, find_best
-from visionloop.training.tune_plots import _list_ticks, _place, draw_history, draw_parallel
+from visionloop.training.study import Tuning, draw_history, draw_parallel
 from visionloop.training.watch import EpochReport, TrialReport
-
-SPACE = {
-    "learning_rate": Span(low=1e-4, high=1e-2, log=True),
-    "augment": ("none", None, "light"),
-    "k": Span(low=1, high=5),
-}
 
 
 def make_reports(losses: Sequence[float], monitor: str = "val/loss") -> list[EpochReport]:
@@ -56,22 +56,32 @@ def test_overlay_takes_runs_of_different_lengths_and_figures() -> None:
     assert measure(draw_overlay(curves, ["val/loss"]))[0] < wide
 
 
-def test_places_on_an_axis() -> None:
-    assert _place(SPACE["learning_rate"], 1e-3) == pytest.approx(0.5)
-    assert _place(SPACE["k"], 2) == 0.25
-    assert _place(SPACE["augment"], None) == 0.5
-    assert math.isnan(_place(SPACE["augment"], "strong"))
-    assert math.isnan(_place(SPACE["k"], None))
-    assert _place((8,), 8) == 0.0
-    assert _list_ticks(SPACE["learning_rate"]) == [("0.0001", 0.0), ("0.001", pytest.approx(0.5)), ("0.01", 1.0)]
-    assert [label for label, _ in _list_ticks(SPACE["augment"])] == ["none", "null", "light"]
+def make_tuning(number: int) -> Tuning:
+    """A study of some trials with a result, and one that failed."""
+    study = optuna.create_study(direction="maximize")
+    choices = ("none", None)
+    rates = FloatDistribution(1e-4, 1e-2, log=True)
+    dists = {"learning_rate": rates, "augment": CategoricalDistribution(choices)}
+    for value in range(number):
+        params = {"learning_rate": 10.0 ** (value - 4), "augment": choices[value % 2]}
+        facts = {"facts": {}}
+        study.add_trial(create_trial(value=value / 4, params=params, distributions=dists, user_attrs=facts))
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"facts": {}}))
+    params = make_params({"name": "shapes", "tune": {"space": {"learning_rate": [1e-4, 1e-2], "augment": ["none"]}}})
+    return Tuning(SimpleNamespace(params=params), study, Path("study.db"))  # type: ignore[arg-type]
 
 
-def test_pictures_of_a_study_without_a_result_and_with_all_kinds() -> None:
-    values = {"learning_rate": 1e-3, "augment": "none", "k": 2}
-    failed = [make_trial(1, "failed", None, **values)]
-    some = [*failed, make_trial(2, "pruned", 0.25, **values), make_trial(3, "done", 0.5, **values)]
-    for reports in (failed, some, some[2:]):
-        assert measure(draw_parallel(reports, SPACE, "val/accuracy"))[0] > 700
-        assert measure(draw_history(reports, "val/accuracy"))[0] > 700
-    assert draw_parallel(some, SPACE, "val/accuracy") != draw_parallel(failed, SPACE, "val/accuracy")
+def test_the_parallel_picture_is_drawn_with_and_without_a_result() -> None:
+    pictures = {number: draw_parallel(make_tuning(number)) for number in (0, 1, 3)}
+    assert all(measure(png)[0] > 500 for png in pictures.values())
+    assert len(set(pictures.values())) == 3
+    assert pictures[3] == draw_parallel(make_tuning(3))
+    assert pyplot.get_fignums() == [], "no figure stays in memory"
+
+
+def test_the_history_is_drawn_without_a_result_and_with_all_kinds() -> None:
+    failed = [make_trial(1, "failed", None)]
+    some = [*failed, make_trial(2, "pruned", 0.25), make_trial(3, "done", 0.5)]
+    pictures = [draw_history(reports, "val/accuracy") for reports in (failed, some, some[2:])]
+    assert all(measure(png)[0] > 700 for png in pictures)
+    assert len(set(pictures)) == 3

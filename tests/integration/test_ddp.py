@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shapes import find_run, make_environment, make_prepared_workspace, open_parts, read_runs, run, set_compute
+from shapes import find_run, make_environment, make_prepared_workspace, open_home, read_runs, run, set_compute
 from visionloop.bundle import load_bundle
+from visionloop.training.checks import check_training
 from visionloop.training.fit import train
+from visionloop.training.job import Call
 from visionloop.training.ranks.launch import launch_train
 
 EPOCHS = 12
@@ -34,7 +36,8 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(prepared, home)
     set_compute(home, devices=2)
     before = dict(os.environ)
-    note = launch_train(*open_parts(home), now=NOW, env={})
+    workspace = open_home(home)
+    note = launch_train(workspace, check_training(workspace), Call(now=NOW), env={})
     assert note is not None
     assert note.bundle == load_bundle(home / "models" / "candidate").digest
     assert list(read_runs(home)) == [note.run_id]
@@ -88,7 +91,9 @@ def wait_until_none_is_left(home: Path, *, within_s: float) -> None:
 def test_two_ranks_are_near_to_one_process(trained: Path, prepared: Path, tmp_path: Path) -> None:
     home = tmp_path / "ws"
     shutil.copytree(prepared, home)
-    note = train(*open_parts(home), now=NOW)
+    workspace = open_home(home)
+    note = train(workspace, check_training(workspace), Call(now=NOW))
+    assert note is not None
     alone = read_runs(home)[note.run_id].data
     (together,) = (one.data for one in read_runs(trained).values())
     assert together.tags["visionloop.world_size"] == "2"

@@ -22,8 +22,8 @@ from trainings import Ear, MemoryTracking, make_place
 from visionloop.errors import DatasetError, TrackingError, TrainingError
 from visionloop.training.datamodule import Batch, PreparedData, fits
 from visionloop.training.fit import translate_error
-from visionloop.training.job import World
 from visionloop.training.loader import Loader
+from visionloop.training.ranks.world import World
 
 
 def read_epoch(data: PreparedData, epoch: int, loader: Loader | None = None) -> list[Batch]:

@@ -24,7 +24,9 @@ from visionloop.promotion.promote import promote, register
 from visionloop.records import Decision, Interval, RunNote
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
+from visionloop.training.checks import check_training
 from visionloop.training.fit import train
+from visionloop.training.job import Call
 from visionloop.workspace import connect
 
 NOW = "2026-01-01T00:00:00+00:00"
@@ -62,7 +64,9 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     settings, params, store, tracking = open_parts(home)
     report = pull(connect(settings, params, store=store), sources=params.ingest.sources, now=NOW)
     prepare(connect(settings, params, store=store))
-    note = train(connect(settings, params, store=store, tracking=tracking), now=NOW)
+    opened = connect(settings, params, store=store, tracking=tracking)
+    note = train(opened, check_training(opened), Call(now=NOW))
+    assert note is not None
     metrics = evaluate(connect(settings, params))
     decision = gate(connect(settings, params, store=store), state={}, now=NOW)
     return Loop(home, photos, report, note, metrics, decision)

@@ -4,18 +4,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from shapes import make_prepared_workspace, open_parts, read_runs, set_compute
+from shapes import make_prepared_workspace, open_home, read_runs, set_compute, set_train
 from visionloop.bundle import load_bundle
 from visionloop.errors import ParamsError, TrainingError
+from visionloop.records import RunNote
+from visionloop.training.checks import check_training
+from visionloop.training.job import Call
 from visionloop.training.ranks.launch import launch_train
 from visionloop.training.watch import EpochReport, Watcher
-from visionloop.workspace import connect
+from visionloop.workspace import Workspace
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -67,9 +71,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prepared_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
 
 
-def open_with_ray(home: Path, address: str) -> Any:
+def open_with_ray(home: Path, address: str) -> Workspace:
     set_compute(home, address=address, strategy="ray", num_nodes=NUM_NODES)
-    return open_parts(home)
+    return open_home(home)
+
+
+def launch(workspace: Workspace, watcher: Watcher | None = None) -> RunNote | None:
+    return launch_train(workspace, check_training(workspace), Call(NOW, watcher=watcher or Watcher()), env={})
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -86,8 +94,8 @@ def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
     shutil.copytree(prepared, here)
     shutil.copytree(prepared, there)
     set_compute(here, devices=NUM_NODES)
-    launch_train(*open_parts(here), now=NOW, env={})
-    parts = open_with_ray(there, cluster_address)
+    launch(open_home(here))
+    workspace = open_with_ray(there, cluster_address)
 
     def kill(report: EpochReport) -> None:
         if report.epoch == 1:
@@ -98,12 +106,12 @@ def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
     with pytest.raises(
         TrainingError, match=r"^rank [01] of 2 on Ray: is gone: its process was killed.*The same command goes on"
     ) as caught:
-        launch_train(*parts, now=NOW, watcher=Listener(kill), env={})
+        launch(workspace, Listener(kill))
     assert "\n" not in str(caught.value)
     assert not [p for p in psutil.process_iter() if is_worker(p)]
 
     listener = Listener()
-    note = launch_train(*parts, now=NOW, watcher=listener, env={})
+    note = launch(workspace, listener)
     assert note is not None
     assert note.bundle == load_bundle(there / "models" / "candidate").digest
     (ddp,) = read_runs(here).values()
@@ -124,12 +132,11 @@ def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
 def test_an_error_of_the_workers_comes_back_as_it_was(prepared: Path, tmp_path: Path, cluster_address: str) -> None:
     home = tmp_path / "ws"
     shutil.copytree(prepared, home)
-    path = home / "params.yaml"
-    path.write_text(path.read_text().replace("small_cnn", "resnet81"))
-    with pytest.raises(TrainingError, match=r"train\.backbone: got 'resnet81'") as caught:
-        launch_train(*open_with_ray(home, cluster_address), now=NOW, env={})
+    workspace = open_with_ray(home, cluster_address)
+    set_train(home, weights="params.yaml")
+    with pytest.raises(TrainingError, match=r"train\.weights: params\.yaml cannot be read as weights") as caught:
+        launch(open_home(home))
     assert "\n" not in str(caught.value)
     with pytest.raises(ParamsError, match=r"got 1 on 9 nodes, and the Ray cluster has 2 nodes with 2 cores and 0 GPUs"):
-        settings, params, store, tracking = open_parts(home)
-        many = params.model_copy(update={"train": params.train.model_copy(update={"num_nodes": 9})})
-        launch_train(connect(settings, many, store=store, tracking=tracking), now=NOW, env={})
+        section = workspace.params.train.model_copy(update={"num_nodes": 9})
+        launch(replace(workspace, params=workspace.params.model_copy(update={"train": section})))

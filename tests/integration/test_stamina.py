@@ -14,10 +14,18 @@ import torch
 from torch import Tensor
 
 from trainings import Ear, Place, make_place, read_json, registered, same_weights
+from visionloop.data.shards import load_prepared
 from visionloop.errors import DatasetError, TrainingError
 from visionloop.training import run
-from visionloop.training.callbacks import CheckpointFiles
-from visionloop.training.checkpoints import FOLDER, find_checkpoint, list_entries
+from visionloop.training.checkpoints import (
+    FOLDER,
+    CheckpointFiles,
+    SavedEpoch,
+    find_checkpoint,
+    list_checkpoints,
+    load_saved,
+    parse_name,
+)
 from visionloop.training.watch import EpochReport
 
 
@@ -58,12 +66,14 @@ def test_stopped_twice_gives_the_same_weights_and_the_whole_history(shapes: Plac
             shapes.learn(Ear(stop_at=epoch), work=work)
         found = find_checkpoint(work / "checkpoints")
         assert found is not None
-        assert found.epoch == epoch, "the checkpoint of an epoch is on the disk when its report ends the training"
+        assert parse_name(found.name)[0] == epoch, (
+            "the checkpoint of an epoch is on the disk when its report ends the training"
+        )
     ear = Ear()
     again = shapes.learn(ear, work=work)
     assert ear.lines[-1] == "going on from epoch 4: 3 are kept"
     assert [report.epoch for report in ear.epochs] == [4]
-    assert [report.epoch for report in list_entries(work / FOLDER)[0].history] == [1, 2, 3, 4]
+    assert [report.epoch for report in load_saved(list_checkpoints(work / FOLDER)[0]).history] == [1, 2, 3, 4]
     assert same_weights(again, whole)
     assert (again.reason, again.num_epochs, again.metrics) == (whole.reason, whole.num_epochs, whole.metrics)
 
@@ -71,7 +81,7 @@ def test_stopped_twice_gives_the_same_weights_and_the_whole_history(shapes: Plac
 def test_a_damaged_checkpoint_is_said_and_changes_nothing(shapes: Place, tmp_path: Path, work: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         shapes.learn(Ear(stop_at=3), work=work)
-    path = work / "checkpoints" / "epoch-0003.ckpt"
+    (path,) = (work / "checkpoints").glob("epoch-00003-*.ckpt")
     path.write_bytes(path.read_bytes()[:-100] + bytes(100))
     ear = Ear()
     again = shapes.learn(ear, work=work)
@@ -221,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_batch(shapes: Pla
     with np.load(folder / "batch.npz", allow_pickle=False) as batch:
         assert batch["inputs"].shape == (8, 32, 32, 3)
         assert batch["inputs"].dtype == np.uint8
-        prepared = place.make_job().prepared
+        prepared = load_prepared(place.settings.prepared_dir)
         assert (batch["inputs"] == prepared.read(batch["rows_n"])).all()
         assert (batch["targets"] == prepared.label_n[batch["rows_n"]]).all()
         assert [sha.decode() for sha in batch["sha256_n"]] == [image["sha256"] for image in facts["images"]]
@@ -230,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_batch(shapes: Pla
     assert {"failed/batch.json", "failed/batch.npz", "failed/batch.png"} <= set(artifacts)
     found = find_checkpoint(work / "checkpoints")
     assert found is not None
-    assert found.epoch == 1, "nothing of the epoch that went wrong is gone on with"
+    assert parse_name(found.name)[0] == 1, "nothing of the epoch that went wrong is gone on with"
 
 
 def test_gradients_that_are_not_finite_stop_before_they_reach_the_weights(shapes: Place, work: Path) -> None:
@@ -256,7 +266,7 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path: Path) -> None:
     state = {"ok": torch.ones(3), "number": torch.tensor(1), "bad": torch.tensor([1.0, float("inf")])}
     files = CheckpointFiles(tmp_path)
     with files.closing(), pytest.raises(TrainingError, match=r"epoch 7: 1 tensors .* NaN or infinity \(bad first\)"):
-        files.save_checkpoint({"state_dict": state, "epoch": 6}, tmp_path / "next.ckpt")
+        files.save_checkpoint({"state_dict": state}, "", SavedEpoch(7, 7, None, ()))
     assert list(tmp_path.iterdir()) == []
 
 

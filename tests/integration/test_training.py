@@ -16,7 +16,9 @@ from visionloop.predictor import Predictor
 from visionloop.settings import load_settings
 from visionloop.store import open_store
 from visionloop.tracking import MlflowTracking
+from visionloop.training.checks import check_training
 from visionloop.training.fit import train
+from visionloop.training.job import Call
 from visionloop.workspace import connect
 
 EPOCHS = 5
@@ -61,10 +63,8 @@ def train_here(home: Path) -> str:
     params = load_params(settings.params_path)
     tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name)
     with pytest.raises(VisionLoopError) as caught:
-        train(
-            connect(settings, params, store=open_store(settings.store_url), tracking=tracking),
-            now="2026-01-01T00:00:00+00:00",
-        )
+        workspace = connect(settings, params, store=open_store(settings.store_url), tracking=tracking)
+        train(workspace, check_training(workspace), Call(now="2026-01-01T00:00:00+00:00"))
     assert caught.value.exit_code == 2
     return str(caught.value)
 

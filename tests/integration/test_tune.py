@@ -15,7 +15,7 @@ from trainings import Place, make_place, registered
 from visionloop.cli.tune import describe_importance, describe_trials, draw, find_best_trial, keep
 from visionloop.errors import BusyError, ParamsError, TrackingError, TrainingError
 from visionloop.params import Params, make_params
-from visionloop.training.fit import Outcome
+from visionloop.training.fit import Trained
 from visionloop.training.job import Job
 from visionloop.training.study import Tuning, compute_importance, list_reports, open_tuning, suggest
 from visionloop.training.tune import run_trials
@@ -71,7 +71,7 @@ def trains() -> None:
     """Asked for by tests that really train."""
 
 
-def follow_formula(job: Job, work: Path, run_id: str) -> Outcome:
+def follow_formula(job: Job, work: Path, run_id: str) -> Trained:
     """Report epochs: accuracy rises to its best at a rate of 0.01, and falls again in the last epoch."""
     section, metrics = job.params.train, {}
     for epoch in range(1, section.max_epochs + 1):
@@ -81,7 +81,7 @@ def follow_formula(job: Job, work: Path, run_id: str) -> Outcome:
         job.tracking.log_metrics(run_id, metrics, step=epoch - 1)
         report = EpochReport(epoch, section.max_epochs, metrics, 1.0, 1.0, "val/loss", 0.0, 0, 5, 0.0)
         job.watcher.on_epoch(report)
-    return Outcome(torch.nn.Identity(), "all epochs", 1, section.max_epochs, metrics)
+    return Trained(torch.nn.Identity(), "all epochs", 1, section.max_epochs, metrics)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from memory_tracking import MemoryTracking
 from trainings import Ear, Place, make_place
-from visionloop.training.job import World
+from visionloop.training.ranks.world import World
 from visionloop.training.views import make_views
 from visionloop.training.views.steps import count_confusion
 from visionloop.training.watch import StepReport, Watcher
@@ -151,10 +151,10 @@ def test_steps_are_told_a_few_times_a_second_with_the_loss_of_the_whole_batch(
 
 def test_only_the_first_rank_shows_anything_and_trials_no_pictures(shapes: Place, tmp_path: Path) -> None:
     job = shapes.make_job()
-    assert make_views(replace(job, world=World(rank=1, size=2)), "run", tmp_path) == []
-    names = {type(view).__name__ for view in make_views(replace(job, watcher=Ear()), "run", tmp_path)}
+    assert make_views(replace(job, world=World(rank=1, size=2)), "run", tmp_path, ()) == []
+    names = {type(view).__name__ for view in make_views(replace(job, watcher=Ear()), "run", tmp_path, ())}
     assert names == {"GradientView", "MemoryView", "StepView"}
-    everything = [type(view).__name__ for view in make_views(replace(job, watcher=Watcher()), "run", tmp_path)]
+    everything = [type(view).__name__ for view in make_views(replace(job, watcher=Watcher()), "run", tmp_path, ())]
     assert {"CurveView", "SampleView", "ConfusionView", "TensorBoardView"} <= set(everything)
     assert everything[-1] == "StepView"
 

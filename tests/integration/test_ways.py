@@ -28,9 +28,10 @@ from visionloop.promotion.ledger import append_entry, read_champion
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import MlflowTracking
+from visionloop.training.checks import check_training
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.fit import make_job, train
-from visionloop.training.job import Job
+from visionloop.training.job import Call, Job
 from visionloop.training.watch import EpochReport, Watcher
 from visionloop.training.ways import WAYS, prepare_learning
 from visionloop.training.ways.network import choose_start
@@ -90,7 +91,7 @@ class Home:
         embed(self)
 
     def make_job(self) -> Job:
-        return make_job(self, code_digest="", watcher=self.notes)
+        return make_job(self, check_training(self), Call(watcher=self.notes))
 
     def make_quiet_job(self) -> Job:
         """A job without an MLflow."""
@@ -100,7 +101,8 @@ class Home:
 
     def train(self) -> str:
         self.notes = Notes()
-        note = train(self, now=NOW, watcher=self.notes)
+        note = train(self, check_training(self), Call(NOW, watcher=self.notes))
+        assert note is not None
         self.run = self.tracking._connect()[0].get_run(note.run_id)
         return note.bundle
 
@@ -295,7 +297,7 @@ def test_an_interrupted_warm_training_keeps_the_start_it_began_with(champion: Ho
     facts = {"action": "promote", "model_version": "2", "decision": None, "dataset": {}, "run_id": None}
     append_entry(home.store, "shapes", first, bundle="f" * 64, by="x", why="x", at=NOW, **facts)
     assert home.make_job().start == "f" * 64
-    work = home.settings.work_dir("train") / job.make_key()[:16]
+    work = home.settings.work_dir("train") / job.key[:16]
     work.mkdir(parents=True)
     (work / "run.json").write_text("{}")
     assert choose_start(replace(job, start=None)).start == first.bundle

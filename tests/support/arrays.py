@@ -54,7 +54,8 @@ def make_prepared(folder: Path, *, number: int = 30, px: int = 32, train_px: int
 
 def make_job(prepared: Prepared, *, workers: int | None = None, world: Any = None, **section: Any) -> Any:
     """Return the training of some prepared data, without an MLflow."""
-    from visionloop.training.job import Hardware, Job, World
+    from visionloop.training.job import Hardware, Job
+    from visionloop.training.ranks.world import World
     from visionloop.training.watch import Watcher
 
     home = prepared.folder

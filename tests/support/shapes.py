@@ -16,7 +16,7 @@ from visionloop.params import Params, load_params
 from visionloop.settings import Settings, load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import MlflowTracking
-from visionloop.workspace import connect
+from visionloop.workspace import Workspace, connect
 
 SHAPES = ("bar", "disc", "ring")
 ROOT = Path(__file__).parents[2]
@@ -151,6 +151,12 @@ def open_parts(home: Path) -> tuple[Settings, Params, ObjectStore, MlflowTrackin
     params = load_params(settings.params_path)
     tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name)
     return settings, params, open_store(settings.store_url), tracking
+
+
+def open_home(home: Path) -> Workspace:
+    """Open a workspace in this process, without its environment."""
+    settings = load_settings({}, home)
+    return connect(settings, load_params(settings.params_path))
 
 
 def read_runs(home: Path) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from visionloop.records import ImageRecord, RunNote
 from visionloop.settings import load_settings
 from visionloop.store import ObjectStore, open_store
 from visionloop.tracking import MlflowTracking
-from visionloop.training.fit import Outcome, learn, make_job, train
-from visionloop.training.job import Job
+from visionloop.training.checks import TrainingData, check_training
+from visionloop.training.fit import Trained, learn, make_job, train
+from visionloop.training.job import Call, Job
 from visionloop.training.watch import EpochReport, Watcher
 from visionloop.workspace import Workspace
 
@@ -86,10 +87,14 @@ class Place(Workspace):
         settings = self.settings
         return replace(self, tracking=MlflowTracking(settings.tracking_uri, settings.artifact_root, self.params.name))
 
-    def make_job(self, watcher: Watcher | None = None) -> Job:
-        return make_job(self, code_digest="", watcher=watcher or Watcher())
+    def check(self) -> TrainingData:
+        """Open the data, and check it and the params, with the networks that tests have registered."""
+        return check_training(self, backbones=backbones.list_backbones())
 
-    def learn(self, watcher: Watcher | None = None, *, work: Path | None = None) -> Outcome:
+    def make_job(self, watcher: Watcher | None = None) -> Job:
+        return make_job(self, self.check(), Call(watcher=watcher or Watcher()))
+
+    def learn(self, watcher: Watcher | None = None, *, work: Path | None = None) -> Trained:
         """Train without a bundle, in a work folder that stays."""
         work = work or self.settings.work_dir("train") / "learn"
         work.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,9 @@ class Place(Workspace):
 
     def train(self, watcher: Watcher | None = None, *, code: str = "") -> RunNote:
         """Run the whole stage. `code`: the digest of the code, which the command adds to the inputs."""
-        return train(self, now=NOW, code_digest=code, watcher=watcher)
+        note = train(self, self.check(), Call(NOW, code, watcher or Watcher()))
+        assert note is not None
+        return note
 
 
 def replace_train(params: Params, **keys: Any) -> Params:
@@ -186,7 +193,7 @@ def registered(fault: Any = None, name: str = "tiny") -> Iterator[str]:
         del backbones.OWN[name]
 
 
-def same_weights(ours: Outcome, theirs: Outcome) -> bool:
+def same_weights(ours: Trained, theirs: Trained) -> bool:
     """Say whether two trainings ended in the same bits."""
     a, b = ours.classifier.state_dict(), theirs.classifier.state_dict()
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)

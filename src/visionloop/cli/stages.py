@@ -69,19 +69,17 @@ def train() -> None:
       dvc repro train
     """
     started = time.perf_counter()
+    from visionloop.training.checks import check_training
+
     workspace, code_digest = open_stage("train")
+    data = check_training(workspace)
     if is_first_rank(os.environ):
         print(f"loading torch to train {workspace.params.train.backbone} ...", flush=True)
+    from visionloop.training.job import Call
     from visionloop.training.ranks.launch import launch_train
 
     with open_watcher(os.environ) as watcher:
-        note = launch_train(
-            workspace,
-            now=get_now(),
-            code_digest=code_digest,
-            watcher=watcher,
-            env=os.environ,
-        )
+        note = launch_train(workspace, data, Call(get_now(), code_digest, watcher), os.environ)
     if note is None:  # a rank that another process speaks for
         return
     for line in describe_training(workspace, note, time.perf_counter() - started):

@@ -104,11 +104,11 @@ def describe_importance(tuning: "Tuning") -> list[str]:
 
 def draw(tuning: "Tuning", reports: "Sequence[TrialReport]", *, logged: bool) -> list[Path]:
     """Write the pictures of a study beside its database, and into its MLflow run; return where they are."""
-    from visionloop.training.tune_plots import draw_history, draw_parallel
+    from visionloop.training.study import draw_history, draw_parallel
 
     metric, stem = reports[0].metric, tuning.database.with_suffix("")
     pictures = {
-        stem.with_name(f"{stem.name}-parallel.png"): draw_parallel(reports, tuning.params.tune.space, metric),
+        stem.with_name(f"{stem.name}-parallel.png"): draw_parallel(tuning),
         stem.with_name(f"{stem.name}-history.png"): draw_history(reports, metric),
     }
     run_id, tracking = tuning.study.user_attrs.get("run_id"), tuning.base.tracking
@@ -170,18 +170,21 @@ def lr_find(
     """
     from visionloop.cli.progress import LineWatcher, make_progress, print_line
     from visionloop.errors import SettingsError, TrainingError
+    from visionloop.training.checks import check_training
     from visionloop.workspace import open_workspace
 
     if not low < high:
         raise SettingsError("lr-find", f"got --low {low:g} and --high {high:g}", "low < high", "Change one of them.")
     workspace = open_workspace()
     section = workspace.params.train
+    data = check_training(workspace)
     print_line(f"loading torch to try {section.backbone} ({section.way}) ...")
     from visionloop.training.fit import make_job
+    from visionloop.training.job import Call
     from visionloop.training.rate_finder import FIGURE, make_rates, search_rate
 
     watcher = LineWatcher(print_line)
-    job = make_job(workspace, code_digest="", watcher=watcher)
+    job = make_job(workspace, data, Call(watcher=watcher))
     sweep, run_id = search_rate(job, make_rates(low, high, steps), on_step=make_progress("tried", "rates"))
     for line in describe_sweep(sweep, steps):
         print(line)

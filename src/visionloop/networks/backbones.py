@@ -1,9 +1,8 @@
 """Backbones: images to feature vectors. Any torchvision classification model by name, and small CNNs of our own.
 
-Add one: a function from the image size to a module here, and its name in `OWN`.
+Add one: a function from the image size to a module here, its name in `OWN`, and in `OWN_NAMES` of `names.py`.
 """
 
-import difflib
 import itertools
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from visionloop.errors import TrainingError
+from visionloop.networks.names import check_backbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,14 +89,7 @@ def make_backbone(name: str, size_hw: SizeHW) -> tuple[nn.Module, int]:
     Raises:
         TrainingError: the name is unknown (the nearest are named), or the network cannot take this image size.
     """
-    if name not in list_backbones():
-        near = difflib.get_close_matches(name, list_backbones(), n=3) or ["resnet18", "mobilenet_v3_large"]
-        raise TrainingError(
-            "params.yaml train.backbone",
-            f"got {name!r}",
-            f"a known backbone; near: {', '.join(near)}",
-            "Edit the file.",
-        )
+    check_backbone(name, list_backbones())
     try:
         backbone = _build(name, size_hw)
         return backbone, _count_features(backbone, size_hw)

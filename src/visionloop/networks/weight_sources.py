@@ -19,13 +19,13 @@ from torchvision import models
 
 from visionloop.bundle import hash_file
 from visionloop.errors import ImageError, ObjectMissing, SettingsError, SourceError, StoreError, TrainingError
+from visionloop.networks.names import REMOTE, TODO, resolve_path
+from visionloop.networks.names import WEIGHTS as WHERE
 from visionloop.secrets import mask
 from visionloop.store import open_bucket
 from visionloop.web.addresses import AnyHost, HostRule, parse_url
 from visionloop.web.download import make_fetcher, parse_private_hosts
 
-WHERE = "params.yaml train.weights"
-TODO = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
 # Where training scripts put the state dict in their checkpoints.
 INNER = ("state_dict", "model_state_dict", "model")
 # DenseNet's published weights were saved under older names: `norm.1.weight` is `norm1.weight` (as torchvision does).
@@ -33,7 +33,6 @@ _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:w
 State = dict[str, Tensor]
 MAX_BYTES = 4 << 30
 SILENCE_S = 30.0
-REMOTE = ("s3://", "https://", "http://")
 _HUB_DIGEST = re.compile(r"-([0-9a-f]{8,})\.\w+$")
 
 
@@ -105,11 +104,6 @@ def find_weights(weights: str, name: str, sha256: str | None, home: Path) -> Pat
     if sha256 and path.is_file() and (found := hash_file(path)) != sha256:
         raise _other_bytes(weights, found, sha256)
     return path
-
-
-def resolve_path(weights: str, home: Path) -> Path:
-    """Return the absolute path of a file of weights; a relative one begins at the workspace."""
-    return (home / Path(weights).expanduser()).resolve()
 
 
 def find_hub_url(name: str) -> str | None:

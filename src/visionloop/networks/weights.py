@@ -9,16 +9,9 @@ from torch import nn
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import make_backbone
-from visionloop.networks.weight_sources import (
-    REMOTE,
-    TODO,
-    WHERE,
-    State,
-    find_hub_url,
-    find_weights,
-    read_weights,
-    resolve_path,
-)
+from visionloop.networks.names import REMOTE, TODO, resolve_path
+from visionloop.networks.names import WEIGHTS as WHERE
+from visionloop.networks.weight_sources import State, find_hub_url, find_weights, read_weights
 from visionloop.params import Train
 from visionloop.secrets import mask
 

@@ -31,7 +31,7 @@ from visionloop.training.augment import (
     draw_preset,
     draw_uniform,
 )
-from visionloop.training.job import World
+from visionloop.training.ranks.world import World
 
 PADDING = -1  # the row of an empty place in a batch, for a rank that has no image left
 

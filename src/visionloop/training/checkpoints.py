@@ -1,42 +1,48 @@
-"""Checkpoints in a folder: written whole or not at all, found again by their digest. Files only, no training.
+"""Checkpoints in a folder: one file an epoch, whole or absent, that bears its digest in its name.
 
-epoch-0007.ckpt  what a resumed training needs: weights, optimizer, schedules; tensors and plain values alone
-epoch-0007.json  its sha256, the best epoch so far, why training ended (if it did), and the figures of all epochs so far
+epoch-00007-<sha256>.ckpt  all that is needed to go on, and to end: weights, optimizer, schedules, the figures of all
+                           epochs so far, and the weights of the best of them
 
-The .json is written last and makes the .ckpt count. The last two epochs are kept, and for each the best epoch as of
-then: so the one before can always be gone on with, to the same result.
+The last two are kept: where the newest is damaged, the training goes on from the one before, to the same result.
+Lightning's ModelCheckpoint is not used: it does not wait until a file is on the disk, and knows no digest.
 """
 
 import contextlib
-import hashlib
 import io
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor
 
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError
-from visionloop.records import canonical_json
 from visionloop.training.watch import EpochReport
+from visionloop.workfolder import move_through, write_through
 
 NUM_KEPT = 2
 FOLDER = "checkpoints"  # in the work folder
+SAVED, BEST = "visionloop", "best_state_dict"  # what we add to a checkpoint of Lightning
+_NAME = re.compile(r"epoch-(\d{5})-([0-9a-f]{64})\.ckpt")
 Tell = Callable[[str], object]
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One checkpoint. Epochs count from 1; `ended` says why training ended with it, None if it goes on."""
+class SavedEpoch:
+    """How far a training had come with a checkpoint. Epochs count from 1.
+
+    `ended` says why the training ended with it, None if it goes on. `history` holds the reports of all epochs so far.
+    """
 
     epoch: int
     best_epoch: int
-    sha256: str
-    num_bytes: int
     ended: str | None
     history: tuple[EpochReport, ...]
 
@@ -45,107 +51,79 @@ class Entry:
         """The figures of the best epoch."""
         return self.history[self.best_epoch - 1]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Entry":
-        """Read an entry back. Raises KeyError, TypeError or ValueError if it is none."""
-        history = tuple(EpochReport(**report) for report in value["history"])
-        entry = cls(**{**value, "history": history})
-        if not 1 <= entry.best_epoch <= entry.epoch == len(history) or len(entry.sha256) != 64:
-            raise ValueError("epochs that do not fit each other")
-        return entry
-
-
-def name_checkpoint(epoch: int) -> str:
-    """Return the file name of an epoch's checkpoint."""
-    return f"epoch-{epoch:04d}.ckpt"
-
-
-def write_checkpoint(
-    folder: Path,
-    content: Mapping[str, Any],
-    *,
-    history: Sequence[EpochReport],
-    best_epoch: int,
-    ended: str | None,
-) -> Entry:
-    """Write the checkpoint of the last epoch of `history`, let go of what is no longer needed, and return its entry.
+def write_checkpoint(folder: Path, content: Mapping[str, Any], saved: SavedEpoch) -> None:
+    """Write a checkpoint, and remove what is no longer needed.
 
     Raises:
         TrainingError: it cannot be written (a full disk).
     """
-    path = folder / name_checkpoint(len(history))
+    new = folder / "next.ckpt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
-        sha256, num_bytes = _write_hashed(path, content)
-        entry = Entry(len(history), best_epoch, sha256, num_bytes, ended, tuple(history))
-        write_entry(folder, entry)
-        drop_old(folder)
-    except (OSError, RuntimeError) as exc:  # torch translates a failed write to a RuntimeError
-        reason = exc.strerror if isinstance(exc, OSError) else " ".join(str(exc).split())[:200]
+        write_through(new, lambda file: torch.save({**content, SAVED: asdict(saved)}, file))
+        move_through(new, folder / f"epoch-{saved.epoch:05d}-{hash_file(new)}.ckpt")
+        for path in list_checkpoints(folder)[NUM_KEPT:]:
+            path.unlink()
+    except (OSError, RuntimeError) as exc:  # torch raises an error of its own over that of a failed write
+        cause = exc.__context__ if isinstance(exc, RuntimeError) else exc
+        reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(exc).split())[:200]
         raise TrainingError(
-            f"checkpoint {path}",
+            f"checkpoint of epoch {saved.epoch} in {folder}",
             f"cannot be written ({reason})",
             "a folder with free space",
             "Free some; the same command goes on from the epoch before.",
         ) from exc
-    return entry
 
 
-def write_entry(folder: Path, entry: Entry) -> None:
-    """Make a checkpoint count, whose file is there already."""
-    _replace(folder / f"epoch-{entry.epoch:04d}.json", lambda file: file.write(canonical_json(entry.to_json())))
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, the newest first; their content is not looked at."""
+    return sorted((path for path in folder.glob("epoch-*.ckpt") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write bytes to a file that is whole or absent, also after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda file: file.write(data))
+def parse_name(name: str) -> tuple[int, str]:
+    """Return the epoch and the digest that a checkpoint's name says; epoch 0 for any other name."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (0, "")
 
 
-def find_checkpoint(folder: Path, tell: Tell = lambda line: None) -> Entry | None:
-    """Return the newest checkpoint that is whole, with its best epoch's; what is damaged is told and removed."""
-    was_damaged = False
-    for entry in list_entries(folder, tell):
-        damaged = [epoch for epoch in sorted({entry.epoch, entry.best_epoch}) if not _is_whole(folder, epoch)]
-        if not damaged:
-            return entry
-        was_damaged = True
-        needed = "" if damaged == [entry.epoch] else f", the best as of epoch {entry.epoch},"
-        tell(f"the checkpoint of epoch {damaged[0]}{needed} is damaged: the one before is used")
-        _remove(folder, entry.epoch)
-    if was_damaged:
+def find_checkpoint(folder: Path, tell: Tell = lambda line: None) -> Path | None:
+    """Return the newest checkpoint that is whole; those that are damaged are told and removed."""
+    paths = list_checkpoints(folder)
+    for path in paths:
+        epoch, sha256 = parse_name(path.name)
+        if hash_file(path) == sha256:
+            return path
+        tell(f"the checkpoint of epoch {epoch} is damaged: the one before is used")
+        path.unlink()
+    if paths:
         tell("no checkpoint is whole: the training begins anew")
     return None
-
-
-def list_entries(folder: Path, tell: Tell = lambda line: None) -> list[Entry]:
-    """Return what counts as a checkpoint, the newest first; their files are not looked at."""
-    entries = []
-    for path in sorted(folder.glob("epoch-*.json"), reverse=True):
-        try:
-            entries.append(_read_entry(path))
-        except (OSError, ValueError, KeyError, TypeError):
-            tell(f"the checkpoint {path.stem} is damaged: it is passed over")
-            path.unlink(missing_ok=True)
-    return sorted(entries, key=lambda entry: -entry.epoch)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU; nothing in it is unpickled but tensors and plain values.
 
     Raises:
-        TrainingError: it is not what its entry says.
+        TrainingError: it cannot be read.
     """
+    return _load(path, io.BytesIO(path.read_bytes()))
+
+
+def load_saved(path: Path) -> SavedEpoch:
+    """Read how far the training had come, without reading the weights. Raises TrainingError."""
+    value = _load(path, path, mmap=True)[SAVED]
+    return SavedEpoch(**{**value, "history": tuple(EpochReport(**report) for report in value["history"])})
+
+
+def get_best(content: Mapping[str, Any]) -> State:
+    """Return the weights of the best epoch up to a checkpoint."""
+    best: State = content.get(BEST, content["state_dict"])
+    return best
+
+
+def _load(path: Path, source: Any, **options: Any) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
-        expected = _read_entry(path.with_suffix(".json")).sha256
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise ValueError("its bytes do not have its digest")
-        content: dict[str, Any] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(source, "cpu", weights_only=True, **options)
     except Exception as exc:  # any damage at all: zip, pickle, tensor
         reason = " ".join(str(exc).split())[:200]
         raise TrainingError(
@@ -154,75 +132,73 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def drop_old(folder: Path) -> None:
-    """Remove all but the newest two checkpoints and the best of each; also what a kill left half written."""
-    entries = list_entries(folder)[:NUM_KEPT]
-    kept = {epoch for entry in entries for epoch in (entry.epoch, entry.best_epoch)}
-    names = {name for epoch in kept for name in (name_checkpoint(epoch), f"epoch-{epoch:04d}.json")}
-    for path in folder.glob("epoch-*"):
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+class CheckpointFiles(CheckpointIO):
+    """Where Lightning's checkpoints go: copied at once, written by a thread while the next epoch runs.
+
+    When it takes a checkpoint, the one before is on the disk.
+    """
+
+    def __init__(self, folder: Path, on_written: Callable[[], object] = lambda: None) -> None:
+        self.folder, self.on_written = folder, on_written
+        self._best: State = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Have a checkpoint written; `storage_options` is its `SavedEpoch`. Raises TrainingError if one failed."""
+        saved: SavedEpoch = storage_options
+        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        _check_weights(copy["state_dict"], saved.epoch)
+        if saved.best_epoch == saved.epoch:
+            self._best = copy["state_dict"]
+        else:
+            copy[BEST] = self._best
+        self.wait()
+        self._pending = self._thread.submit(self._write, copy, saved)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        content = load_checkpoint(Path(path))
+        self._best = get_best(content)
+        return content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Do nothing: what is no longer needed goes when the next one is written."""
+
+    def wait(self) -> None:
+        """Return when all is on the disk. Raises TrainingError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Have all on the disk at the end, whatever ends it; an error of the training is the one that is raised."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(TrainingError):
+                self.wait()
+            raise
+        else:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def teardown(self) -> None:
+        """Do nothing: Lightning calls this also after an error, and an error while waiting would hide it."""
+
+    def _write(self, content: Mapping[str, Any], saved: SavedEpoch) -> None:
+        write_checkpoint(self.folder, content, saved)
+        self.on_written()
 
 
-class _Hashed(io.RawIOBase):
-    """A file that hashes what is written to it. torch writes its zip from front to back."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.num_bytes += memoryview(data).nbytes
-        return self.file.write(data)
-
-
-def _write_hashed(path: Path, content: Mapping[str, Any]) -> tuple[str, int]:
-    written: list[_Hashed] = []
-
-    def save(file: BinaryIO) -> None:
-        written.append(_Hashed(file))
-        torch.save(dict(content), cast(BinaryIO, written[0]))
-
-    _replace(path, save)
-    return written[0].digest.hexdigest(), written[0].num_bytes
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path` and move it there once it is on the disk."""
-    staged = path.with_name(f"{path.name}.new")
-    try:
-        with staged.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _read_entry(path: Path) -> Entry:
-    return Entry.from_json(json.loads(path.read_text()))
-
-
-def _is_whole(folder: Path, epoch: int) -> bool:
-    path = folder / name_checkpoint(epoch)
-    try:
-        entry = _read_entry(path.with_suffix(".json"))
-        return path.stat().st_size == entry.num_bytes and hash_file(path) == entry.sha256
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _remove(folder: Path, epoch: int) -> None:
-    for suffix in (".json", ".ckpt"):
-        (folder / name_checkpoint(epoch)).with_suffix(suffix).unlink(missing_ok=True)
+def _check_weights(state: State, epoch: int) -> None:
+    """Raise TrainingError if a weight is not finite: such a checkpoint would spoil all that follows."""
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise TrainingError(
+            f"train epoch {epoch}",
+            f"{len(bad)} tensors of the network hold NaN or infinity ({bad[0]} first)",
+            "finite weights",
+            "Lower train.learning_rate, set train.clip_norm, or try train.precision: fp32.",
+        )

@@ -24,7 +24,6 @@ from visionloop.training.loader import Loader
 
 CHUNK = 512
 FREE_SHARE = 0.5  # of the device's free memory; the rest is the network's and its activations'
-__all__ = ["Batch", "PreparedData", "check_world"]
 MAX_WORKERS = 4
 
 

@@ -11,39 +11,13 @@
 Dimensions: n images, k classes, u units (1 for binary, else k).
 """
 
-import difflib
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from visionloop.errors import ParamsError
 from visionloop.evaluation.label_metrics import make_macro_f1, make_map
 from visionloop.evaluation.metrics import compute_macro_f1
-from visionloop.params import Train
 from visionloop.training.losses import Objective, compute_loss, make_targets
-
-
-def list_figures(task: str, on: str) -> tuple[str, ...]:
-    """Return the figures of an epoch that may be monitored. With `on: all` there is no validation."""
-    names = ["train/loss", "train/accuracy"]
-    if on != "all":
-        names += ["val/loss", "val/accuracy", "val/f1"] + ["val/map"] * (task == "multilabel")
-    return tuple(names)
-
-
-def check_monitor(section: Train, task: str) -> None:
-    """Raise ParamsError unless `train.monitor` is a figure of the epoch."""
-    names = list_figures(task, section.on)
-    if section.monitor not in names:
-        near = difflib.get_close_matches(section.monitor, names, n=1)
-        hint = f"; near: {near[0]}" if near else ""
-        raise ParamsError(
-            "params.yaml train.monitor",
-            f"got {section.monitor!r}, which no epoch of a {task} training (on: {section.on}) has",
-            f"one of {', '.join(names)}{hint}",
-            "Edit the file.",
-        )
 
 
 def choose_answers(units_nu: Tensor, task: str) -> Tensor:

@@ -19,7 +19,7 @@ from visionloop.data.contact_sheet import Cell, draw_contact_sheet
 from visionloop.data.shards import Prepared
 from visionloop.errors import TrackingError, TrainingError
 from visionloop.records import canonical_json
-from visionloop.training.datamodule import Batch
+from visionloop.training.batches import Batch
 from visionloop.training.job import Job
 
 MAX_PICTURES = 60

@@ -1,39 +1,48 @@
 """The stage `train`: prepared arrays to models/candidate. Resumable by epoch, in the same MLflow run.
 
-.visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  bundle/
+.visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  and when it is finished: bundle/  done.json
+
+What is finished stays there until other inputs come: dvc deletes models/candidate before it runs the stage again, also
+when it was killed before it had taken the bundle.
 """
 
+import contextlib
+import errno
+import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from visionloop.data.shards import Prepared, load_prepared
-from visionloop.errors import ParamsError, TrainingError, VisionLoopError
+from visionloop.bundle import load_bundle
+from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError
 from visionloop.lifetime import terminable
 from visionloop.records import RunNote, canonical_json
-from visionloop.settings import Settings
-from visionloop.training.checkpoints import FOLDER, list_entries
-from visionloop.training.datamodule import check_world
-from visionloop.training.figures import check_monitor
-from visionloop.training.job import Job, World, check_sides, choose_validation, list_remarks, read_hardware
+from visionloop.training.batches import check_world
+from visionloop.training.checkpoints import FOLDER, list_checkpoints, load_saved
+from visionloop.training.checks import TrainingData
+from visionloop.training.job import Call, Job, list_remarks, read_hardware
 from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
-from visionloop.training.mirror import announce, fetch_checkpoints, find_run, remove_checkpoints
+from visionloop.training.mirror import fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
-from visionloop.training.ranks.world import check_agreement, share
-from visionloop.training.run import close_failed, open_run, read_git_commit, remember_run
-from visionloop.training.watch import Watcher
+from visionloop.training.ranks.world import compare_facts, join_world, share
+from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
-from visionloop.workfolder import list_work, lock_work, replace_folder
+from visionloop.workfolder import link_folder, list_work, lock_work, replace_folder, write_file
 from visionloop.workspace import Workspace
+
+DONE = "done.json"  # the note of a finished training, in its work folder
+KEPT = frozenset({"bundle", DONE, "run.json"})  # of its work folder
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trained:
     """A trained classifier with its best weights, why training ended, and the figures of its best epoch.
 
     A way without epochs has `num_epochs` 0 and no figures here.
@@ -46,111 +55,59 @@ class Outcome:
     metrics: dict[str, float]
 
 
-def train(
-    workspace: Workspace, *, now: str, code_digest: str = "", watcher: Watcher | None = None, world: World | None = None
-) -> RunNote:
-    """Train, export and put the bundle at models/candidate; return the note of the run. For rank 0 of a world.
+def train(workspace: Workspace, data: TrainingData, call: Call) -> RunNote | None:
+    """Train, export and put the bundle at models/candidate; return the note of the run, None on ranks but the first.
 
-    The same inputs go on from the last finished epoch. A random split has no validation side: such an experiment is
-    validated on the test side, and its note says so.
+    The same inputs go on from the last finished epoch, or take what is finished. A random split has no validation side:
+    such an experiment is validated on the test side, and its note says so.
 
     Raises:
-        DatasetError: a class has no training image, or a side is empty.
-        TrainingError: the network, its weights or its loss are unusable, or there is no memory for one image.
+        ParamsError, DatasetError: what `make_job` raises.
+        TrainingError: the network, its weights or its loss are unusable, the disk is full, or there is no memory for
+            one image.
         TrackingError: MLflow cannot be reached.
         KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM; what is kept was told.
     """
-    settings = workspace.settings
-    started = time.perf_counter()
-    watcher = watcher or Watcher()
-    job = make_job(workspace, code_digest=code_digest, watcher=watcher, world=world)
-    before = list_work(settings.work_dir("train"))
-    with terminable(), lock_work(settings.work_dir("train"), job.make_key()) as work:
-        for dropped in before - {work.name}:
-            remove_checkpoints(job, dropped)
-        run_id = _open(work, job)
-        try:
-            outcome = learn(job, work, run_id)
-            digest = _package(work, job, outcome.classifier, run_id)
-            workspace.tracking.set_tags(run_id, {"visionloop.ended": outcome.reason})
-        except KeyboardInterrupt:
-            close_failed(job, run_id, "KILLED", "stopped")
-            watcher.tell(describe_stop(work, workspace.params.train.max_epochs))
-            raise
-        except Exception as exc:
-            error = translate_error(exc)
-            close_failed(job, run_id, "FAILED", str(error))
-            if error is exc:
-                raise
-            raise error from exc
-        seconds = round(time.perf_counter() - started, 1)
-        note = RunNote(digest, run_id, read_git_commit(settings.home), now, seconds, {"validated_on": job.validated_on})
-        _write_note(settings, note)
-        replace_folder(work / "bundle", settings.candidate_dir)
-        workspace.tracking.close_run(run_id)
-        remove_checkpoints(job, work.name)
-        shutil.rmtree(work)
-    return note
+    with translated(), join_world(call.world, workspace.params.compute, workspace.settings.hidden_dir):
+        job = make_job(workspace, data, call)
+        if call.world.is_first:
+            return _lead(job, call.now)
+        _follow(job)
+    return None
 
 
-def follow(workspace: Workspace, *, world: World, code_digest: str) -> None:
-    """Take part in a training that rank 0 leads: no lock, no MLflow, no bundle. Raises what learning raises."""
-    job = make_job(workspace, code_digest=code_digest, watcher=Watcher(), world=world)
-    place = share(world, dict)
-    try:
-        learn(job, Path(place["work"]), place["run_id"])
-    except Exception as exc:
-        error = translate_error(exc)
-        if error is exc:
-            raise
-        raise error from exc
-
-
-def make_job(
-    workspace: Workspace,
-    *,
-    code_digest: str,
-    watcher: Watcher,
-    world: World | None = None,
-    prepared: Prepared | None = None,
-) -> Job:
-    """Resolve what a training depends on, and check it before anything is opened.
+def make_job(workspace: Workspace, data: TrainingData, call: Call) -> Job:
+    """Resolve what a training depends on, before anything is opened.
 
     Raises:
-        ParamsError: params.yaml asks for what this machine or this data does not have.
-        DatasetError: there is no prepared data, a class has no training image, a side is empty, or there are more ranks
-            than images in a batch.
+        ParamsError: params.yaml asks for what this machine does not have.
+        DatasetError: there are more ranks than images in a batch.
         TrainingError: the ranks do not see the same params, data, code or processors.
     """
-    params = workspace.params
-    world = world or World()
-    prepared = prepared or load_prepared(workspace.settings.prepared_dir)
-    check_monitor(params.train, prepared.task)
-    validated_on = choose_validation(prepared, workspace.store)
-    check_sides(prepared, validated_on)
+    params, world = workspace.params, call.world
     hardware = read_hardware(params, world_size=world.size)
     for remark in list_remarks(hardware, params.train):
-        watcher.tell(remark)
+        call.watcher.tell(remark)
     job = Job(
         workspace.settings,
-        params,
+        workspace.params,
         workspace.store,
         workspace.tracking,
-        prepared,
+        data.prepared,
         hardware,
-        code_digest,
-        watcher,
-        validated_on,
+        call.code_digest,
+        call.watcher,
+        data.validated_on,
         world=world,
     )
     if world.size > 1:
         check_world(job.train_rows, params.train.batch_size * params.train.accumulate, world)
-        check_agreement(job)
+        compare_facts(world, job.list_facts())
     # The ledger may move between two looks at it: rank 0's counts.
     return replace(job, start=share(world, lambda: choose_start(job, _has_work).start))
 
 
-def learn(job: Job, work: Path, run_id: str) -> Outcome:
+def learn(job: Job, work: Path, run_id: str) -> Trained:
     """Train in a work folder and an MLflow run, without making a bundle. Raises TrainingError, KeyboardInterrupt."""
     way = job.params.train.way
     if way not in WAYS:
@@ -158,21 +115,22 @@ def learn(job: Job, work: Path, run_id: str) -> Outcome:
             "params.yaml train.way", f"got {way!r}", f"one of {', '.join(sorted(WAYS))}", "Edit the file."
         )
     classifier = WAYS[way](work, job, run_id)
-    entries = list_entries(work / FOLDER)
-    if not entries:
-        return Outcome(classifier, "no epochs", 0, 0, {})
-    last = entries[0]
-    return Outcome(classifier, last.ended or "stopped", last.best_epoch, last.epoch, dict(last.best.metrics))
+    paths = list_checkpoints(work / FOLDER)
+    if not paths:
+        return Trained(classifier, "no epochs", 0, 0, {})
+    last = load_saved(paths[0])
+    return Trained(classifier, last.ended or "stopped", last.best_epoch, last.epoch, dict(last.best.metrics))
 
 
 def describe_stop(work: Path, max_epochs: int) -> str:
     """Say where a training was stopped, what is kept of it, and how it goes on."""
-    entries = list_entries(work / FOLDER)
-    epoch = entries[0].epoch if entries else 0
-    if not entries:
+    paths = list_checkpoints(work / FOLDER)
+    if not paths:
         return "stopped before the first epoch was finished; the same command begins anew"
-    if entries[0].ended or epoch >= max_epochs:
+    saved = load_saved(paths[0])
+    if saved.ended or saved.epoch >= max_epochs:
         return "stopped after the last epoch; the same command goes on with making the bundle"
+    epoch = saved.epoch
     return f"stopped in epoch {epoch + 1}; the same command goes on from epoch {epoch + 1} ({epoch} are kept)"
 
 
@@ -183,6 +141,9 @@ def translate_error(exc: Exception) -> Exception:
     text = " ".join(str(exc).split())[:200]
     if is_out_of_memory(exc):
         return TrainingError("train", f"out of memory ({text})", "more of it", "Use a smaller network or image size.")
+    if isinstance(exc, OSError) and exc.errno in NO_SPACE:
+        todo = "Free some; the same command goes on from the last finished epoch."
+        return DiskError(exc.filename or "train", f"cannot be written ({exc.strerror})", "a disk with free space", todo)
     if "DataLoader worker" in text:  # raised by a signal handler of torch, wherever we were by then
         return make_lost_reader_error(exc)
     if "more than 1 value per channel" in text:
@@ -195,19 +156,78 @@ def translate_error(exc: Exception) -> Exception:
     return TrainingError("train", f"torch failed ({text})") if isinstance(exc, RuntimeError) else exc
 
 
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Raise what a person should read of an error."""
+    try:
+        yield
+    except Exception as exc:
+        error = translate_error(exc)
+        if error is exc:
+            raise
+        raise error from exc
+
+
 def _has_work(job: Job) -> bool:
-    """Say whether a training of this job was begun, here or by a machine that shares the store."""
-    return has_work_here(job) or find_run(job) is not None
+    """Say whether a training of this job was begun and not finished, here or by a machine that shares the store."""
+    if has_work_here(job):
+        return not (job.settings.work_dir("train") / job.key[:16] / DONE).is_file()
+    return find_run(job) is not None
 
 
-def _open(work: Path, job: Job) -> str:
-    """Bring what the store has of this training, and open its run; tell both to the other ranks."""
-    if run_id := fetch_checkpoints(work, job):
-        remember_run(work, run_id)
+def _follow(job: Job) -> None:
+    """Take part in a training that rank 0 leads: no lock, no MLflow, no bundle. Raises what learning raises."""
+    if place := share(job.world, dict):
+        learn(job, Path(place["work"]), place["run_id"])
+
+
+def _lead(job: Job, now: str) -> RunNote:
+    """Train as the only process, or as rank 0 of several: it alone has the lock, the MLflow run and the bundle."""
+    before = list_work(job.settings.work_dir("train"))
+    with terminable(), lock_work(job.settings.work_dir("train"), job.key) as work:
+        for dropped in before - {work.name}:
+            remove_checkpoints(job, dropped)
+        note = _find_finished(work, job)
+        if note is None:
+            note = _make_bundle(work, job, now)
+        else:
+            share(job.world, dict)  # the other ranks have nothing to do
+        _deliver(work, job, note)
+    return note
+
+
+def _find_finished(work: Path, job: Job) -> RunNote | None:
+    """Return the note of this very training if it is finished, its bundle is whole, and MLflow has its run."""
+    try:
+        note: RunNote = RunNote.from_json(json.loads((work / DONE).read_bytes()))
+        load_bundle(work / "bundle", expected_digest=note.bundle)
+        job.tracking.load_run(note.run_id)
+    except (OSError, ValueError, KeyError, TypeError, TrackingError):
+        return None
+    job.watcher.tell("this training is finished already (same data, params and code): its bundle is taken")
+    return note
+
+
+def _make_bundle(work: Path, job: Job, now: str) -> RunNote:
+    """Train, and leave the bundle and its note in the work folder."""
+    started = time.perf_counter()
+    if known := fetch_checkpoints(work, job):
+        remember_run(work, known)
     run_id = open_run(work, job)
-    announce(job, run_id)
-    place = share(job.world, lambda: {"work": str(work), "run_id": run_id})
-    return str(place["run_id"])
+    with marking_failure(job, run_id), translated():
+        share(job.world, lambda: {"work": str(work), "run_id": run_id})
+        try:
+            trained = learn(job, work, run_id)
+            digest = _package(work, job, trained.classifier, run_id)
+        except KeyboardInterrupt:
+            job.watcher.tell(describe_stop(work, job.params.train.max_epochs))
+            raise
+        job.tracking.set_tags(run_id, {"visionloop.ended": trained.reason})
+    seconds = round(time.perf_counter() - started, 1)
+    commit = read_git_commit(job.settings.home)
+    note = RunNote(digest, run_id, commit, now, seconds, {"validated_on": job.validated_on})
+    write_file(work / DONE, canonical_json(note.to_json()))
+    return note
 
 
 def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
@@ -226,6 +246,19 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     return digest
 
 
-def _write_note(settings: Settings, note: RunNote) -> None:
-    settings.runs_dir.mkdir(parents=True, exist_ok=True)
-    (settings.runs_dir / f"{note.bundle}.json").write_bytes(canonical_json(note.to_json()))
+def _deliver(work: Path, job: Job, note: RunNote) -> None:
+    """Put a finished bundle at models/candidate, and close its run. Whatever fails here, the next process does again.
+
+    Raises:
+        TrackingError: MLflow cannot be reached; the bundle is there.
+    """
+    settings = job.settings
+    write_file(settings.runs_dir / f"{note.bundle}.json", canonical_json(note.to_json()))
+    link_folder(work / "bundle", work / "candidate")
+    replace_folder(work / "candidate", settings.candidate_dir)
+    if job.tracking.load_run(note.run_id).status != "FINISHED":
+        job.tracking.close_run(note.run_id)
+    remove_checkpoints(job, work.name)
+    for path in work.iterdir():
+        if path.name not in KEPT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

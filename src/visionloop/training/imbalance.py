@@ -34,7 +34,7 @@ Weights = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImbalancePlan:
     """What is done about imbalance.
 
     `weights_2u` are for `losses.Objective`; `row_weights_n` says how often each training image is to be drawn, in the
@@ -59,7 +59,7 @@ class Plan:
         }
 
 
-def plan_imbalance(job: Job) -> Plan:
+def plan_imbalance(job: Job) -> ImbalancePlan:
     """Choose what is done for the training rows of a job."""
     prepared, rows = job.prepared, job.train_rows
     targets = prepared.label_n if prepared.targets_nk is None else prepared.targets_nk
@@ -68,14 +68,14 @@ def plan_imbalance(job: Job) -> Plan:
 
 def choose_imbalance(
     targets: NDArray[np.integer], classes: Sequence[str], task: str, wanted: Literal["auto"] | Kind
-) -> Plan:
+) -> ImbalancePlan:
     """Choose by the counts of the classes, unless a kind is wanted. `targets`: classes (n), or 0 and 1 (n, k)."""
     several = targets.ndim == 2
     counts_k = targets.sum(axis=0, dtype=np.int64) if several else np.bincount(targets, minlength=len(classes))
     ratio = _compute_ratio(counts_k, len(targets), several=several)
     kind = _choose(ratio, several=several) if wanted == "auto" else wanted
     counts = {name: int(count) for name, count in zip(classes, counts_k, strict=True)}
-    return Plan(
+    return ImbalancePlan(
         kind=kind,
         counts=counts,
         ratio=ratio,

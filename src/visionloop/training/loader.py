@@ -1,4 +1,4 @@
-"""Batches ahead of the step that needs them: read by a thread, or by processes of their own.
+"""Batches are read before the step needs them: by a thread, or by processes.
 
 A thread is enough where a batch is a copy of mapped memory; decoding happened in `prepare`. Processes pay where images
 are augmented on the CPU faster than one core can, or lie on a slow disk. Either way the batches are the same.
@@ -53,7 +53,7 @@ class Loader:
             raise make_lost_reader_error(exc) from exc
 
     def close(self) -> None:
-        """End the processes that read, if any. It can be iterated no more then."""
+        """End the processes that read, if any. After that there are no more batches."""
         if self._processes is not None:
             iterator: Any = self._processes._iterator
             if iterator is not None:
@@ -105,7 +105,7 @@ def _make_processes(batches: Batches, sampler: BatchRows, workers: int, pinned: 
 
 
 def _keep_sockets_short() -> None:
-    """Let the processes meet in a short folder: in a long one (TMPDIR) they would wait for each other for ever."""
+    """Give the processes a folder with a short path for their sockets: with a long one (TMPDIR) they hang for ever."""
     if len(util.get_temp_dir()) > MAX_FOLDER:
         folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
         config: Any = process.current_process()._config  # type: ignore[attr-defined]
@@ -124,5 +124,5 @@ class _EndWith:
 
 
 def _use_one_core() -> None:
-    """Keep torch from starting threads in this thread: they would fight the step for its cores."""
+    """Keep torch from starting threads in this thread: the training step needs the cores."""
     torch.set_num_threads(1)

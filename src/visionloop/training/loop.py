@@ -3,8 +3,9 @@
 WORK/checkpoints/   see `checkpoints.py`
 WORK/memory.json    how many images fit into memory at a time, where it is fewer than params.yaml asks for
 
-glibc hands large blocks back to the system when they are freed. A step on a CPU frees all its activations, and has the
-system fill them with zeros again, page by page, in the next: for MobileNetV2 two fifths of its time.
+glibc gives large blocks of memory back to the system as soon as they are freed. A training step on a CPU frees all its
+activations; in the next step the system must give them out again, page by page, filled with zeros. For MobileNetV2 that
+takes two fifths of the time, so freed memory is kept while epochs run.
 """
 
 import contextlib
@@ -29,15 +30,24 @@ from pytorch_lightning.callbacks import EarlyStopping
 from visionloop.errors import TrackingError, TrainingError
 from visionloop.params import Train
 from visionloop.records import canonical_json
-from visionloop.training.callbacks import ALL_EPOCHS, CheckpointFiles, EpochEnd, FigureLog
-from visionloop.training.checkpoints import FOLDER, Entry, find_checkpoint, load_checkpoint, name_checkpoint, write_file
+from visionloop.training.checkpoints import (
+    FOLDER,
+    CheckpointFiles,
+    SavedEpoch,
+    find_checkpoint,
+    get_best,
+    load_checkpoint,
+    load_saved,
+)
 from visionloop.training.datamodule import PreparedData
+from visionloop.training.epoch_end import ALL_EPOCHS, EpochEnd, FigureLog
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
 from visionloop.training.mirror import Mirror
 from visionloop.training.module import ClassifierModule
-from visionloop.training.ranks.world import share, trainer_options
+from visionloop.training.ranks.world import choose_strategy, share
 from visionloop.training.views import make_views
+from visionloop.workfolder import write_file
 
 # Of malloc.h: the largest free block that stays at the top of the heap, and how many blocks may lie outside of it.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -147,7 +157,8 @@ class Attempt:
     job: Job
     run_id: str
     plan: MemoryPlan
-    found: Entry | None
+    path: Path | None
+    saved: SavedEpoch | None
 
 
 def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, make_data: MakeData) -> None:
@@ -164,18 +175,16 @@ def run_loop(work: Path, job: Job, run_id: str, module: ClassifierModule, make_d
     first = load_plan(work, job.params.train)
     plan = replace(first, batch_in_memory=share(job.world, lambda: first.batch_in_memory))
     at_start = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    while not _is_finished(found := _find(work, job), job):
-        if found is None:
+    while not _is_finished(attempt := _begin(work, job, run_id, plan)):
+        if attempt.saved is None:
             module.load_state_dict(at_start)
-        attempt = Attempt(work, job, run_id, plan, found)
         if not _try_epochs(attempt, module, make_data):
             release_memory()
             plan = _reduce(attempt)
-    assert found is not None
     if job.world.is_first:
         FigureLog(work, job.tracking, run_id, job.watcher.tell).send()
-    best = load_checkpoint(work / FOLDER / name_checkpoint(found.best_epoch))
-    module.load_state_dict(best["state_dict"], strict=module.strict_loading)
+    assert attempt.path is not None
+    module.load_state_dict(get_best(load_checkpoint(attempt.path)), strict=module.strict_loading)
 
 
 def make_repeatable(seed: int) -> None:
@@ -186,27 +195,29 @@ def make_repeatable(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _find(work: Path, job: Job) -> Entry | None:
-    """Return the checkpoint to go on from; rank 0 looks, and tells the others."""
+def _begin(work: Path, job: Job, run_id: str, plan: MemoryPlan) -> Attempt:
+    """Look for the checkpoint to go on from; rank 0 looks, and tells the others which it is."""
 
-    def find() -> dict[str, Any] | None:
+    def find() -> str | None:
         found = find_checkpoint(work / FOLDER, job.watcher.tell)
-        return found.to_json() if found else None
+        return found.name if found else None
 
-    value = share(job.world, find)
-    return Entry.from_json(value) if value else None
+    name = share(job.world, find)
+    path = work / FOLDER / name if name else None
+    return Attempt(work, job, run_id, plan, path, load_saved(path) if path else None)
 
 
-def _is_finished(found: Entry | None, job: Job) -> bool:
-    if found is None or found.ended is None:
+def _is_finished(attempt: Attempt) -> bool:
+    saved = attempt.saved
+    if saved is None or saved.ended is None:
         return False
-    return found.ended != ALL_EPOCHS or found.epoch >= job.params.train.max_epochs
+    return saved.ended != ALL_EPOCHS or saved.epoch >= attempt.job.params.train.max_epochs
 
 
 def _try_epochs(attempt: Attempt, module: ClassifierModule, make_data: MakeData) -> bool:
     """Run the epochs that are left; False when memory ran out."""
-    if attempt.found is not None:
-        attempt.job.watcher.tell(f"going on from epoch {attempt.found.epoch + 1}: {attempt.found.epoch} are kept")
+    if attempt.saved is not None:
+        attempt.job.watcher.tell(f"going on from epoch {attempt.saved.epoch + 1}: {attempt.saved.epoch} are kept")
     try:
         _run_epochs(attempt, module, make_data(attempt.plan.batch_in_memory))
     except Exception as exc:
@@ -222,11 +233,9 @@ def _run_epochs(attempt: Attempt, module: ClassifierModule, data: PreparedData) 
     mirror = Mirror(attempt.work, attempt.job, attempt.run_id)
     files = CheckpointFiles(attempt.work / FOLDER, mirror.send)
     trainer = make_trainer(attempt, files, accumulate=data.accumulate)
-    found = attempt.found
-    resume = str(attempt.work / FOLDER / name_checkpoint(found.epoch)) if found else None
     with mirror.closing(), files.closing(), keep_memory(), _interruptible(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        trainer.fit(module, datamodule=data, ckpt_path=attempt.path)
 
 
 def make_trainer(attempt: Attempt, files: CheckpointFiles, *, accumulate: int) -> pl.Trainer:
@@ -238,11 +247,18 @@ def make_trainer(attempt: Attempt, files: CheckpointFiles, *, accumulate: int) -
         section.monitor, patience=section.patience, mode=section.monitor_mode, check_on_train_epoch_end=True
     )
     figures = FigureLog(attempt.work, job.tracking, attempt.run_id, job.watcher.tell)
-    end = EpochEnd(job, figures, stopping, files, attempt.found)
-    views = make_views(job, attempt.run_id, attempt.work)
-    options = trainer_options(job)
+    end = EpochEnd(job, figures, stopping, attempt.saved)
+    views = make_views(job, attempt.run_id, attempt.work, attempt.saved.history if attempt.saved else ())
+    if job.hardware.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as in convolutions by default
+    ranks = choose_strategy(job.world)
     return pl.Trainer(
-        **{**options, "plugins": [*options["plugins"], files]},
+        **{**ranks, "plugins": [*ranks["plugins"], files]},
+        accelerator=job.hardware.accelerator,
+        precision=job.hardware.lightning_precision,  # type: ignore[arg-type]
+        # Kernels that give the same bits each time, on a GPU too: cudnn does not try which is fastest.
+        deterministic="warn",
+        benchmark=False,
         max_epochs=section.max_epochs,
         callbacks=[FiniteGuard(job, attempt.run_id), stopping, *views, end],
         accumulate_grad_batches=accumulate,

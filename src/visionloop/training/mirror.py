@@ -1,58 +1,31 @@
 """Checkpoints in the object store while they are made, so that another machine of the same kind can go on.
 
-checkpoints/<name>/<input key[:16]>/<sha256>        the files
-checkpoints/<name>/<input key[:16]>/manifest.json   which of them count, newest first; put last
+checkpoints/<name>/<input key[:16]>/run.json                   the MLflow run, and on what hardware
+checkpoints/<name>/<input key[:16]>/epoch-00007-<sha256>.ckpt  an epoch in one piece, as it lies in the work folder
 
-Sent by a thread of its own; a store that fails stops no training. Removed when the stage is done.
+A name says epoch and digest, and an object is whole or absent: so no list of them is needed. Sent by a thread of its
+own; a store that fails stops no training. Removed when the stage is done.
 """
 
 import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from visionloop.errors import ObjectMissing, StoreError, VisionLoopError
 from visionloop.records import canonical_json
 from visionloop.store import LocalStore
-from visionloop.training.checkpoints import (
-    FOLDER,
-    NUM_KEPT,
-    Entry,
-    find_checkpoint,
-    list_entries,
-    name_checkpoint,
-    write_entry,
-    write_file,
-)
+from visionloop.training.checkpoints import FOLDER, find_checkpoint, list_checkpoints, parse_name
 from visionloop.training.job import Job
+from visionloop.workfolder import write_file
 
-MANIFEST = "manifest.json"
+RUN = "run.json"
 PATIENCE_S = 1.0  # before a person is told what is waited for
 CLOSE_LIMIT_S = 20.0  # less than the 30 s that Kubernetes and dvc give a process to end
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the store holds of one training. `inputs`: its input key without the hardware."""
-
-    run_id: str
-    inputs: str
-    hardware: Mapping[str, Any]
-    entries: tuple[Entry, ...]
-    needed: tuple[Entry, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Manifest":
-        """Read a manifest back. Raises KeyError, TypeError or ValueError if it is none."""
-        entries, needed = (tuple(Entry.from_json(entry) for entry in value[key]) for key in ("entries", "needed"))
-        return cls(str(value["run_id"]), str(value["inputs"]), dict(value["hardware"]), entries, needed)
 
 
 def is_mirrored(job: Job) -> bool:
@@ -62,24 +35,23 @@ def is_mirrored(job: Job) -> bool:
 
 
 class Mirror:
-    """Sends checkpoints to the store, the newest first; while one is sent, only the newest waits."""
+    """Sends a work folder's checkpoints to the store; while that takes longer than an epoch, only the newest waits.
+
+    The MLflow run is made known there at once: before there is a checkpoint, too.
+    """
 
     def __init__(self, work: Path, job: Job, run_id: str) -> None:
-        self.work, self.job, self.run_id = work, job, run_id
+        self.folder, self.job, self.run_id = work / FOLDER, job, run_id
         self.is_on = job.world.is_first and is_mirrored(job)
-        self._wanted: Entry | None = None
-        self._closing = False
-        self._failing = False
-        self._news = threading.Condition()
+        self._news, self._closing, self._failing = threading.Event(), False, False
+        # A daemon: a store that does not answer must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
         if self.is_on:
             self._thread.start()
 
-    def send(self, entry: Entry) -> None:
-        """Have a checkpoint sent that was just written. Returns at once."""
-        with self._news:
-            self._wanted = entry
-            self._news.notify()
+    def send(self) -> None:
+        """Have sent what is new in the folder. Returns at once."""
+        self._news.set()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -94,9 +66,8 @@ class Mirror:
     def _close(self, limit_s: float | None) -> None:
         if not self.is_on:
             return
-        with self._news:
-            self._closing = True
-            self._news.notify()
+        self._closing = True
+        self._news.set()
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             self.job.watcher.tell("waiting for the last checkpoint to reach the store ...")
@@ -105,154 +76,141 @@ class Mirror:
             self.job.watcher.tell("it did not reach the store in time, and is on this machine alone")
 
     def _run(self) -> None:
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._wanted or self._closing)
-                entry, self._wanted = self._wanted, None
-            if entry is None:
-                return
-            self._try(entry)
+        is_last = False
+        while not is_last:
+            is_last = self._closing
+            self._try()
+            if not is_last:
+                self._news.wait()
+                self._news.clear()
 
-    def _try(self, entry: Entry) -> None:
+    def _try(self) -> None:
+        tell = self.job.watcher.tell
         try:
-            send_checkpoints(self.work, self.job, self.run_id)
+            send_checkpoints(self.folder, self.job, self.run_id)
         except FileNotFoundError:  # a newer one has replaced it, and is next
             return
         except (VisionLoopError, OSError) as exc:
             if not self._failing:
-                self.job.watcher.tell(f"checkpoints do not reach the store; training goes on, and tries again ({exc})")
+                tell(f"checkpoints do not reach the store; training goes on, and tries again ({exc})")
             self._failing = True
             return
         if self._failing:
-            self.job.watcher.tell(f"checkpoints reach the store again: epoch {entry.epoch} is there")
+            tell("checkpoints reach the store again")
         self._failing = False
 
 
-def send_checkpoints(work: Path, job: Job, run_id: str) -> None:
-    """Put what the work folder keeps into the store, the manifest last, and remove what it no longer names.
+def send_checkpoints(folder: Path, job: Job, run_id: str) -> None:
+    """Put the run and a folder's checkpoints into the store, and remove those that the folder no longer has.
 
     Raises:
         StoreError: the store cannot be written.
         FileNotFoundError: a checkpoint was replaced meanwhile.
     """
-    folder, prefix = work / FOLDER, _make_prefix(job)
-    all_entries = list_entries(folder)
-    entries = all_entries[:NUM_KEPT]
-    epochs = {epoch for entry in entries for epoch in (entry.epoch, entry.best_epoch)}
-    needed = [entry for entry in all_entries if entry.epoch in epochs]
-    before = _load_manifest(job)
-    known = {entry.sha256 for entry in before.needed} if before else set()
-    for entry in needed:
-        if entry.sha256 not in known:
-            job.store.add(f"{prefix}/{entry.sha256}", (folder / name_checkpoint(entry.epoch)).read_bytes())
+    prefix, here, there = make_prefix(job.name, job.key), list_checkpoints(folder), set(_list_names(job))
+    run = {"run_id": run_id, "inputs": job.inputs_digest, "hardware": asdict(job.hardware)}
+    job.store.put(f"{prefix}/{RUN}", canonical_json(run))
+    for path in here:
+        if path.name not in there:
+            job.store.add(f"{prefix}/{path.name}", path.read_bytes())
     job.store.sync()
-    manifest = Manifest(run_id, job.make_inputs_digest(), asdict(job.hardware), tuple(entries), tuple(needed))
-    job.store.put(f"{prefix}/{MANIFEST}", canonical_json(manifest.to_json()))
-    for sha256 in known - {entry.sha256 for entry in needed}:
-        _remove(job, f"{prefix}/{sha256}")
-
-
-def announce(job: Job, run_id: str) -> None:
-    """Let the store know the MLflow run before there is a checkpoint. A store that fails is told of later."""
-    if is_mirrored(job):
-        with contextlib.suppress(VisionLoopError):
-            if _load_manifest(job) is None:
-                manifest = Manifest(run_id, job.make_inputs_digest(), asdict(job.hardware), (), ())
-                job.store.put(f"{_make_prefix(job)}/{MANIFEST}", canonical_json(manifest.to_json()))
+    for name in there - {path.name for path in here}:
+        _remove(job, f"{prefix}/{name}")
 
 
 def find_run(job: Job) -> str | None:
-    """Return the MLflow run of which the store keeps checkpoints for this input key, if any. Raises StoreError."""
-    manifest = _load_manifest(job) if is_mirrored(job) else None
-    return manifest.run_id if manifest else None
+    """Return the MLflow run in which another machine began this training, if one did. Raises StoreError."""
+    value = _load_run(job, job.key) if is_mirrored(job) else {}
+    return value.get("run_id")
 
 
 def fetch_checkpoints(work: Path, job: Job) -> str | None:
-    """Bring the store's checkpoints into the work folder where they are newer; return the MLflow run they belong to.
+    """Bring the newest whole checkpoint of the store, if it is newer than those here; return its MLflow run.
 
-    Each is verified by its digest; a damaged one is told and passed over. None where the store has nothing newer.
+    A damaged one is told and passed over. None where the store has nothing, or what is here is newer.
     """
     if not is_mirrored(job):
         return None
-    tell = job.watcher.tell
     try:
-        manifest = _load_manifest(job)
-        if manifest is None:
+        run_id = find_run(job)
+        if run_id is None:
             _tell_other_hardware(job)
             return None
-        local = find_checkpoint(work / FOLDER, tell)
-        for entry in manifest.entries:
-            if local is not None and entry.epoch <= local.epoch:
-                return None
-            if _fetch(work / FOLDER, job, entry, manifest):
-                tell(f"the store had checkpoints up to epoch {entry.epoch}: they are used")
-                return manifest.run_id
+        newer = _list_names(job)
+        if local := find_checkpoint(work / FOLDER, job.watcher.tell):
+            newer = [name for name in newer if parse_name(name)[0] > parse_name(local.name)[0]]
+        is_fetched = any(_fetch(work / FOLDER, job, name) for name in newer)
     except (VisionLoopError, OSError) as exc:
-        tell(f"the store's checkpoints cannot be read and are not used ({exc})")
+        job.watcher.tell(f"the store's checkpoints cannot be read and are not used ({exc})")
         return None
-    return manifest.run_id if local is None else None
+    return run_id if is_fetched or local is None else None
 
 
 def remove_checkpoints(job: Job, key: str) -> None:
     """Remove from the store what it keeps of an input key, with all earlier versions; a failing store is told."""
     if not is_mirrored(job):
         return
+    prefix = make_prefix(job.name, key)
     try:
-        for name in list(job.store.list(f"{_make_prefix(job, key)}/")):
+        for name in list(job.store.list(f"{prefix}/")):
             _remove(job, name)
     except (VisionLoopError, OSError) as exc:
-        job.watcher.tell(f"the checkpoints in the store could not be removed: {_make_prefix(job, key)} ({exc})")
+        job.watcher.tell(f"the checkpoints in the store could not be removed: {prefix} ({exc})")
 
 
-def _make_prefix(job: Job, key: str | None = None) -> str:
-    return f"checkpoints/{job.params.name}/{(key or job.make_key())[:16]}"
+def make_prefix(name: str, key: str) -> str:
+    """Return the folder in the store of a training of some name and input key."""
+    return f"checkpoints/{name}/{key[:16]}"
 
 
-def _load_manifest(job: Job, key: str | None = None) -> Manifest | None:
-    """Read a manifest; None where there is none, or it is damaged. Raises StoreError."""
+def _load_run(job: Job, key: str) -> dict[str, Any]:
+    """Return what the store says of a training; nothing if it has none, or it is damaged. Raises StoreError."""
     try:
-        return Manifest.from_json(json.loads(job.store.get(f"{_make_prefix(job, key)}/{MANIFEST}")))
+        value: dict[str, Any] = json.loads(job.store.get(f"{make_prefix(job.name, key)}/{RUN}"))
+        return {"run_id": str(value["run_id"]), "inputs": value["inputs"], "hardware": dict(value["hardware"])}
     except ObjectMissing:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        job.watcher.tell("the list of checkpoints in the store is damaged: they are not used")
-        return None
+        return {}
+    except (ValueError, KeyError, TypeError):
+        job.watcher.tell(f"the {RUN} of this training in the store is damaged: its checkpoints are not used")
+        return {}
 
 
-def _fetch(folder: Path, job: Job, entry: Entry, manifest: Manifest) -> bool:
-    """Bring an epoch and its best into the folder; False if one of them is damaged or gone."""
-    needed = {found.epoch: found for found in manifest.needed}
+def _list_names(job: Job) -> list[str]:
+    """Return the names of the store's checkpoints of this training, the newest first."""
+    keys = job.store.list(f"{make_prefix(job.name, job.key)}/epoch-")
+    return sorted((key.rpartition("/")[2] for key in keys), reverse=True)
+
+
+def _fetch(folder: Path, job: Job, name: str) -> bool:
+    """Bring a checkpoint into the folder, and say so; False if it is damaged or gone."""
+    epoch, sha256 = parse_name(name)
     try:
-        for epoch in sorted({entry.epoch, entry.best_epoch}):
-            one = needed[epoch]
-            data = job.store.get(f"{_make_prefix(job)}/{one.sha256}")
-            if hashlib.sha256(data).hexdigest() != one.sha256:
-                raise StoreError(f"epoch {epoch}", "does not have its digest")
-            write_file(folder / name_checkpoint(epoch), data)
-            write_entry(folder, one)
-    except (StoreError, KeyError):
-        job.watcher.tell(
-            f"the checkpoint of epoch {entry.epoch} in the store is damaged: the one before is used, if any"
-        )
+        data = job.store.get(f"{make_prefix(job.name, job.key)}/{name}")
+    except StoreError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        job.watcher.tell(f"the checkpoint of epoch {epoch} in the store is damaged: the one before is used, if any")
         return False
+    write_file(folder / name, data)
+    job.watcher.tell(f"the store had checkpoints up to epoch {epoch}: they are used")
     return True
 
 
 def _tell_other_hardware(job: Job) -> None:
     """Say so where the store has the same training of another kind of machine: its bits would not be these."""
-    ours = _make_prefix(job)
-    for name in job.store.list(f"checkpoints/{job.params.name}/"):
-        if not name.endswith(f"/{MANIFEST}") or name.startswith(ours):
-            continue
-        manifest = _load_manifest(job, name.split("/")[2])
-        if manifest and manifest.entries and manifest.inputs == job.make_inputs_digest():
-            here = asdict(job.hardware)
-            differs = [
-                f"{k} {v} (here {here.get(k)})" for k, v in sorted(manifest.hardware.items()) if here.get(k) != v
-            ]
+    epochs: dict[str, int] = {}  # input key -> the newest epoch
+    for key in job.store.list(f"checkpoints/{job.name}/"):
+        folder, name = key.split("/", 3)[2:]
+        epochs[folder] = max(epochs.get(folder, 0), parse_name(name)[0])
+    here = asdict(job.hardware)
+    for folder, epoch in epochs.items():
+        run = _load_run(job, folder) if epoch and folder != job.key[:16] else {}
+        if run.get("inputs") == job.inputs_digest:
+            theirs = sorted(run["hardware"].items())
+            differs = ", ".join(f"{k} {v} (here {here.get(k)})" for k, v in theirs if here.get(k) != v)
             job.watcher.tell(
-                f"the store has checkpoints of this training up to epoch {manifest.entries[0].epoch}, made with "
-                f"{', '.join(differs)}: they are not used, since the bits would differ"
+                f"the store has checkpoints of this training up to epoch {epoch}, made with {differs}: they are not "
+                "used, since the bits would differ"
             )
 
 

@@ -22,10 +22,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train
-from visionloop.training.datamodule import Batch
+from visionloop.training.batches import Batch
 from visionloop.training.figures import compute_figures, count_right
 from visionloop.training.groups import make_optimizer, make_schedule, step_plateau
-from visionloop.training.imbalance import Plan, plan_imbalance
+from visionloop.training.imbalance import ImbalancePlan, plan_imbalance
 from visionloop.training.job import Job
 from visionloop.training.losses import Objective, compute_loss, draw_mix, make_targets, mix_images, mix_targets
 from visionloop.training.ranks.world import gather_rows
@@ -97,7 +97,7 @@ class ClassifierModule(pl.LightningModule):
     val_rows_n: Tensor
 
     def __init__(
-        self, classifier: Classifier, params: Train, *, learns: Learns = "all", plan: Plan | None = None
+        self, classifier: Classifier, params: Train, *, learns: Learns = "all", plan: ImbalancePlan | None = None
     ) -> None:
         super().__init__()
         self.classifier, self.params, self.learns = classifier, params, learns

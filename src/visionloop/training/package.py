@@ -69,10 +69,10 @@ def _check_parity(classifier: nn.Module, predictor: Predictor, images_nhwc: UInt
 
 
 def _find_steady(classifier: nn.Module, embedding_nd: FloatArray, rows: IntArray) -> IntArray:
-    """Return the rows whose answers do not hang by a thread: for these, another processor gives the same.
+    """Return the rows whose answers stay the same where the last bits of an embedding differ, as on other processors.
 
-    A network's answers move by as little as its embeddings do. Of neighbours, one may step into the place of another
-    by the last bit; such images can show nothing about the export or about the machine.
+    The answers of a linear head change as little as the embeddings do. Where neighbours vote, the last bit can decide
+    which of two images is the nearer one: such an image shows nothing about the export or the machine.
     """
     head = getattr(classifier, "head", None)
     if not isinstance(head, NeighbourHead):

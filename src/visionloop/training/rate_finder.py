@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from visionloop.errors import TrainingError, VisionLoopError
+from visionloop.errors import TrainingError
 from visionloop.evaluation.plots import BLUE, GREEN, MUTED, PALE_BLUE, open_figure
 from visionloop.tracking import KIND_TAG
 from visionloop.training.batches import Batch
 from visionloop.training.datamodule import PreparedData
-from visionloop.training.fit import translate_error
+from visionloop.training.fit import translated
 from visionloop.training.groups import make_optimizer
-from visionloop.training.job import Job, World
+from visionloop.training.job import Job
 from visionloop.training.module import ClassifierModule
-from visionloop.training.run import close_failed, flatten_params
+from visionloop.training.ranks.world import World
+from visionloop.training.run import flatten_params, marking_failure
 from visionloop.training.ways import prepare_learning
 
 WIDTH_RATIO = 1 / 40  # of the sweep: how far the smoothing reaches
@@ -125,7 +126,7 @@ def draw_sweep(sweep: Sweep, current: float) -> bytes:
 
 
 def _choose_range(sweep: Sweep) -> tuple[float, float]:
-    """Return what of the losses is shown: what explodes at the end would press all else flat."""
+    """Return what of the losses is shown: the huge losses at the end would make the rest a flat line."""
     calm_s = sweep.losses_s[: find_fall(sweep.smooth_s)[1] + 1]
     low, high = float(calm_s.min()), float(calm_s.max())
     margin = 0.1 * max(high - low, 0.01 * abs(high), 1e-6)
@@ -143,20 +144,13 @@ def search_rate(
     tags = {KIND_TAG: "lr-find", "visionloop.dataset_version": str(pin.version)}
     name = f"lr-find-{job.params.train.backbone}"
     run_id = job.tracking.open_run(name, run_id=None, tags=tags, params=flatten_params(job))
-    try:
+    with marking_failure(job, run_id), translated():
         sweep = find_rate(job, run_id, rates_s, on_step=on_step)
         path.write_bytes(draw_sweep(sweep, job.params.train.learning_rate))
         job.tracking.log_artifact(run_id, path, "figures")
         if sweep.suggestion is not None:
             job.tracking.log_metrics(run_id, {"lr_find/suggestion": sweep.suggestion})
         job.tracking.close_run(run_id)
-    except KeyboardInterrupt:
-        close_failed(job, run_id, "KILLED", "stopped")
-        raise
-    except Exception as exc:
-        error = translate_error(exc)
-        close_failed(job, run_id, "FAILED", str(error))
-        raise error from (None if isinstance(exc, VisionLoopError) else exc)
     return sweep, run_id
 
 
@@ -218,7 +212,7 @@ def _sweep(
         mean = loss if step == 0 else LAG * mean + (1 - LAG) * loss
         lowest = min(lowest, mean)
         on_step(step + 1, len(rates_s))
-        if mean > max(EXPLODED * lowest, losses[0]):  # of a loss near 0, four times is nothing yet
+        if mean > max(EXPLODED * lowest, losses[0]):  # where the lowest loss is near 0, four times that is still small
             break
     return np.asarray(losses)
 

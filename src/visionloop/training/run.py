@@ -8,15 +8,15 @@ import json
 import re
 import secrets
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from visionloop.errors import TrackingError
 from visionloop.records import canonical_json
-from visionloop.training.checkpoints import write_file
 from visionloop.training.job import Job
+from visionloop.workfolder import write_file
 
 FILE = "run.json"
 TOKEN_TAG = "visionloop.token"
@@ -47,11 +47,20 @@ def remember_run(work: Path, run_id: str, token: str = "") -> None:
     write_file(work / FILE, canonical_json({"run_id": run_id, **({"token": token} if token else {})}))
 
 
-def close_failed(job: Job, run_id: str, status: str, reason: str) -> None:
-    """Mark a run FAILED or KILLED, and why. An MLflow that cannot be reached now must not hide the reason."""
-    with contextlib.suppress(TrackingError):
-        job.tracking.set_tags(run_id, {"visionloop.ended": reason[:MAX_TAG_CHARS]})
-        job.tracking.close_run(run_id, status)
+@contextlib.contextmanager
+def marking_failure(job: Job, run_id: str) -> Iterator[None]:
+    """Mark a run FAILED or KILLED, with the reason, if what is done in here fails.
+
+    An MLflow that cannot be reached then must not hide the reason.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as exc:
+        status, reason = ("KILLED", "stopped") if isinstance(exc, KeyboardInterrupt) else ("FAILED", str(exc))
+        with contextlib.suppress(TrackingError):
+            job.tracking.set_tags(run_id, {"visionloop.ended": reason[:MAX_TAG_CHARS]})
+            job.tracking.close_run(run_id, status)
+        raise
 
 
 def flatten_params(job: Job) -> dict[str, Any]:

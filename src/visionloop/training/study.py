@@ -6,8 +6,10 @@ What is suggested is a function of the seed and of the trials that are finished,
 if it had not been. Only here and in `tune.py` is optuna imported.
 """
 
+import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,22 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
-from visionloop.data.shards import load_prepared
 from visionloop.errors import ParamsError, TrainingError
+from visionloop.evaluation.plots import BLUE, DPI, MUTED, RED, STYLE, open_figure
+from visionloop.networks.backbones import list_backbones
 from visionloop.params import Params, Span, Train
 from visionloop.params.train import WAYS_ON_EMBEDDINGS, nest
 from visionloop.records import compute_digest
-from visionloop.training.figures import list_figures
+from visionloop.training.checks import check_training, list_figures
 from visionloop.training.fit import make_job
-from visionloop.training.job import Job
+from visionloop.training.job import Call, Job
 from visionloop.training.watch import TrialReport, Watcher
 from visionloop.workspace import Workspace
 
 NUM_STARTUP = 10  # trials at random before TPE has something to go by, as in its paper's reference code
 NUM_FOR_IMPORTANCE = 8
-DIGITS = 4  # of a suggested number: what is tried is what can be written down
-FACTS = "facts"  # of a trial that came to an end of its own: how, with what, in what time
+DIGITS = 4  # of a suggested number: it is tried as it would stand in params.yaml
+FACTS = "facts"  # of a trial that was not killed: how it ended, with which values, in what time
 STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 Values = dict[str, Any]
 
@@ -58,10 +61,10 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
     params = make_base(workspace.params)
     # One machine, one process, checkpoints here: a trial is short.
     settings = replace(workspace.settings, checkpoints="local")
-    prepared = load_prepared(settings.prepared_dir)
-    job = make_job(
-        replace(workspace, settings=settings, params=params), code_digest="tune", watcher=watcher, prepared=prepared
-    )
+    base = replace(workspace, settings=settings, params=params)
+    data = check_training(base, backbones=list_backbones())
+    job = make_job(base, data, Call(code_digest="tune", watcher=watcher))
+    prepared = job.prepared
     section, train = params.tune, params.train
     names = [name for name in list_figures(prepared.task, train.on) if name.startswith("val/")]
     if section.metric not in names:
@@ -153,7 +156,7 @@ def _make_pruner(params: Params) -> optuna.pruners.BasePruner:
 
 
 def list_finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that came to an end of their own: done, pruned or failed."""
+    """Return the trials that were not killed: done, pruned or failed."""
     trials = study.get_trials(deepcopy=False, states=tuple(STATES))
     return [trial for trial in trials if FACTS in trial.user_attrs]
 
@@ -164,7 +167,7 @@ def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
 
 
 def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> Values:
-    """Ask for a value of each key of the space; numbers have so many digits that they can be written down."""
+    """Ask for a value of each key of the space; numbers are rounded to four digits."""
     values = {}
     for key, choices in sorted(space.items()):
         if not isinstance(choices, Span):
@@ -219,3 +222,46 @@ def compute_importance(tuning: Tuning) -> dict[str, float]:
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares = optuna.importance.get_param_importances(tuning.study, evaluator=evaluator)
     return {key: float(share) for key, share in shares.items()}
+
+
+def draw_parallel(tuning: Tuning) -> bytes:
+    """Draw each trial that went to its end as a line through its values to its result: the better the darker."""
+    import matplotlib
+    from matplotlib import pyplot
+    from optuna.visualization.matplotlib import plot_parallel_coordinate
+
+    sink = io.BytesIO()
+    style: Any = {**STYLE, "text.parse_math": True}  # 10^-3 is a formula
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "experimental" since 2.2
+        axes = plot_parallel_coordinate(tuning.study, target_name=tuning.params.tune.metric)
+        axes.set_title(f"{len(list_finished(tuning.study))} trials")
+        figure: Any = axes.figure
+        figure.set_size_inches(3 + 2 * len(tuning.params.tune.space), 4.6)
+        figure.savefig(sink, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+        pyplot.close(figure)
+    return sink.getvalue()
+
+
+def draw_history(reports: Sequence[TrialReport], metric: str) -> bytes:
+    """Draw the result of every trial and the best so far; pruned ones hollow, where they were left."""
+    from matplotlib.ticker import MaxNLocator
+
+    with open_figure(7.6, 3.8) as (figure, sink):
+        axes = figure.add_subplot()
+        for state, style in (("done", {"facecolor": BLUE}), ("pruned", {"facecolor": "white", "edgecolor": MUTED})):
+            shown = [(r.number, r.value) for r in reports if r.state == state and r.value is not None]
+            if shown:
+                axes.scatter(*zip(*shown, strict=True), s=22, label=state, zorder=3, **style)
+        if failed := [r.number for r in reports if r.state == "failed"]:
+            axes.plot(
+                failed, [0.02] * len(failed), "x", color=RED, transform=axes.get_xaxis_transform(), label="failed"
+            )
+        if best := [(r.number, r.best) for r in reports if r.best is not None]:
+            axes.step(*zip(*best, strict=True), where="post", color=RED, linewidth=1.5, label="best so far")
+        axes.set(xlabel="trial", ylabel=metric)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid()
+        axes.legend(frameon=False)
+        axes.set_title(f"{len(reports)} trials")
+    return sink.getvalue()

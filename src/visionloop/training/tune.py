@@ -3,10 +3,9 @@
 .visionloop/work/tune/   the lock, and the checkpoints of the trial that runs
 """
 
-import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import optuna
 from optuna.trial import TrialState
 
 from visionloop.errors import ParamsError, TrainingError
-from visionloop.tracking import KIND_TAG, PARENT_TAG, Tracking
+from visionloop.tracking import KIND_TAG, PARENT_TAG
+from visionloop.training.checks import TrainingData
 from visionloop.training.fit import learn, make_job, translate_error
-from visionloop.training.job import Job
-from visionloop.training.run import flatten_params
+from visionloop.training.job import Call, Job
+from visionloop.training.run import flatten_params, marking_failure
 from visionloop.training.study import (
     FACTS,
     STATES,
@@ -50,18 +50,19 @@ def run_trials(tuning: Tuning, trials: int) -> None:
         if len(list_finished(tuning.study)) >= trials:
             return
         parent = _open_parent(tuning)
-        with _closing(tracking, parent):
+        with marking_failure(tuning.base, parent):
             while (number := len(list_finished(tuning.study))) < trials:
                 tuning.study.sampler = make_sampler(tuning.params.tune.seed, number)
                 _run_trial(tuning, work, parent, trials)
                 _check_failures(tuning.study)
+        tracking.close_run(parent)
 
 
 def _revive(tuning: Tuning) -> None:
     """Mark trials that a killed process left as failed, and queue them again."""
     study = tuning.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if facts := trial.user_attrs.get(FACTS):  # only the last word was missing
+        if facts := trial.user_attrs.get(FACTS):  # it had ended, and only the study was not told
             study.tell(trial.number, facts["value"], TrialState[facts["state"]])
             continue
         study.tell(trial.number, state=TrialState.FAIL)
@@ -83,21 +84,6 @@ def _open_parent(tuning: Tuning) -> str:
     run_id = tuning.base.tracking.open_run("tune", run_id=known, tags=tags, params=params)
     tuning.study.set_user_attr("run_id", run_id)
     return run_id
-
-
-@contextlib.contextmanager
-def _closing(tracking: Tracking, run_id: str) -> Iterator[None]:
-    """Close a run as it ended."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tracking.close_run(run_id, "KILLED")
-        raise
-    except Exception:
-        with contextlib.suppress(Exception):  # what ended it is the news
-            tracking.close_run(run_id, "FAILED")
-        raise
-    tracking.close_run(run_id)
 
 
 def _run_trial(tuning: Tuning, work: Path, parent: str, total: int) -> None:
@@ -140,7 +126,7 @@ def _train_trial(
     run_id = tracking.open_run(f"trial-{trial.number + 1:03d}", run_id=None, tags=tags, params=flat)
     trial.set_user_attr("run_id", run_id)
     ended = (TrialState.FAIL, "")
-    with _closing(tracking, run_id):
+    with marking_failure(tuning.base, run_id):
         try:
             job = _make_trial_job(tuning, watcher, values)
             tracking.log_params(run_id, flatten_params(job))
@@ -160,8 +146,7 @@ def _train_trial(
         if watcher.reports:
             log_best(tracking, run_id, watcher.reports)
         tracking.set_tags(run_id, {"visionloop.ended": ended[1] or "done", "visionloop.trial": STATES[ended[0]]})
-    if ended[0] is TrialState.FAIL:
-        tracking.close_run(run_id, "FAILED")
+    tracking.close_run(run_id, "FAILED" if ended[0] is TrialState.FAIL else "FINISHED")
     return ended
 
 
@@ -169,7 +154,8 @@ def _make_trial_job(tuning: Tuning, watcher: "_TrialWatcher", values: Values) ->
     """Return the job of a trial. Raises ParamsError, TrainingError, DatasetError."""
     base = tuning.base
     params = base.params.model_copy(update={"train": make_train(base.params.train, values)})
-    return make_job(replace(base, params=params), code_digest="tune", watcher=watcher, prepared=base.prepared)
+    data = TrainingData(base.prepared, base.validated_on)
+    return make_job(replace(base, params=params), data, Call(code_digest="tune", watcher=watcher))
 
 
 def _check_failures(study: optuna.Study) -> None:

@@ -21,8 +21,8 @@ from visionloop.training.batches import (
     read_whole,
 )
 from visionloop.training.datamodule import PreparedData
-from visionloop.training.job import World
 from visionloop.training.loader import Loader
+from visionloop.training.ranks.world import World
 
 
 def read_epoch(sampler: BatchRows, epoch: int) -> list[np.ndarray]:

@@ -7,8 +7,8 @@ import pytest
 
 from memory_tracking import MemoryTracking
 from visionloop.errors import TrackingError
-from visionloop.training import callbacks as figure_log
-from visionloop.training.callbacks import FigureLog
+from visionloop.training import epoch_end
+from visionloop.training.epoch_end import FigureLog
 
 
 class Flaky(MemoryTracking):
@@ -29,7 +29,7 @@ def make_log(work: Path, tracking: Flaky, told: list[str]) -> FigureLog:
 
 
 def test_figures_are_sent_later_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure_log, "TRY_EVERY_S", 0.0)
+    monkeypatch.setattr(epoch_end, "TRY_EVERY_S", 0.0)
     tracking, told = Flaky(), list[str]()
     log = make_log(tmp_path, tracking, told)
     log.add(0, {"a": 0.0})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from visionloop.training.job import World
+from visionloop.training.ranks.world import World
 from visionloop.training.views.steps import StepView, read_loss
 from visionloop.training.watch import StepReport, Watcher
 

@@ -1,4 +1,4 @@
-"""What went wrong among ranks: which of them was the cause, told as one error, and how it travels between processes."""
+"""Which rank was the cause of a failure, told as one error, and the file that carries it to the launcher."""
 
 import contextlib
 import json
@@ -11,8 +11,7 @@ from typing import Any
 
 from visionloop import errors
 from visionloop.errors import TrainingError, VisionLoopError
-from visionloop.training.job import World
-from visionloop.training.ranks.world import PeerLost, is_peer_failure
+from visionloop.training.ranks.world import PeerLost, World, is_peer_failure
 
 STOPPED_CODES = (-signal.SIGTERM, 128 + signal.SIGTERM)
 GO_ON = "The same command goes on from the last finished epoch."

@@ -12,8 +12,8 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Literal, NoReturn
 
 from visionloop.errors import ParamsError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, Terminated
@@ -22,12 +22,11 @@ from visionloop.params import Params
 from visionloop.params.train import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote
 from visionloop.settings import Settings
+from visionloop.training.checks import TrainingData
 from visionloop.training.fit import train
-from visionloop.training.job import World, choose_accelerator, count_gpus
+from visionloop.training.job import Call
 from visionloop.training.ranks.failures import explain_failures, make_rank_error, write_error_file
-from visionloop.training.ranks.rank import train_as_rank
-from visionloop.training.ranks.world import read_world
-from visionloop.training.watch import Watcher
+from visionloop.training.ranks.world import World, choose_accelerator, count_gpus, read_world
 from visionloop.workspace import Workspace
 
 OURS = "visionloop-"  # what TORCHELASTIC_RUN_ID begins with in the ranks that we start
@@ -35,7 +34,7 @@ STOP_WITHIN_S = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """`here`: this process alone; `rank`: one of a world that exists; `ddp`: start ranks; `ray`: start workers.
 
     `devices` is the number of ranks a node; None for Ray where the cluster decides.
@@ -46,7 +45,7 @@ class Plan:
     num_nodes: int = 1
 
 
-def plan_launch(params: Params, world: World, num_gpus: int) -> Plan:
+def choose_placement(params: Params, world: World, num_gpus: int) -> Placement:
     """Decide where a training runs, from params, what torchrun says, and this machine's GPUs. Raises ParamsError."""
     train, section = params.train, params.compute
     devices = None if section.devices == "auto" else section.devices
@@ -54,7 +53,7 @@ def plan_launch(params: Params, world: World, num_gpus: int) -> Plan:
     if train.way in WAYS_ON_EMBEDDINGS:
         if max(asked, world.size) > 1:
             raise _refuse("train.way", f"{train.way!r} in {max(asked, world.size)} processes", "one: it sees no images")
-        return Plan("here")
+        return Placement("here")
     size = max(asked, world.size)
     if size > train.batch_size:
         found = f"{train.batch_size} for {size} processes"
@@ -66,9 +65,9 @@ def plan_launch(params: Params, world: World, num_gpus: int) -> Plan:
         if devices and asked != world.size:
             found = f"{devices} x {section.num_nodes} nodes in a world of {world.size}"
             raise _refuse("compute.devices", found, "as many")
-        return Plan("rank", world.local_size, world.size // world.local_size)
+        return Placement("rank", world.local_size, world.size // world.local_size)
     if section.strategy == "ray":
-        return Plan("ray", devices, section.num_nodes)
+        return Placement("ray", devices, section.num_nodes)
     if section.num_nodes > 1:
         raise _refuse(
             "compute.num_nodes",
@@ -82,49 +81,45 @@ def plan_launch(params: Params, world: World, num_gpus: int) -> Plan:
             "compute.devices", str(devices), f"at most the {num_gpus} GPUs of this machine, or `accelerator: cpu`"
         )
     devices = devices or (min(num_gpus, train.batch_size) if on_gpu else 1)
-    return Plan("here" if devices == 1 else "ddp", devices)
+    return Placement("here" if devices == 1 else "ddp", devices)
 
 
 def _refuse(key: str, found: str, expected: str, todo: str = "Edit the file.") -> ParamsError:
     return ParamsError(f"params.yaml {key}", f"got {found}", expected, todo)
 
 
-def describe_plan(plan: Plan) -> str:
+def describe_placement(placement: Placement) -> str:
     """Say where a training would run, in words."""
-    if plan.kind == "ray":
-        each = f"{plan.devices} a node, " if plan.devices else ""
-        return f"in workers of Ray Train ({each}{plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''})"
-    number = (plan.devices or 1) * plan.num_nodes
+    if placement.kind == "ray":
+        each = f"{placement.devices} a node, " if placement.devices else ""
+        return f"in workers of Ray Train ({each}{placement.num_nodes} node{'s' if placement.num_nodes > 1 else ''})"
+    number = (placement.devices or 1) * placement.num_nodes
     return "in one process" if number == 1 else f"in {number} processes"
 
 
-def launch_train(
-    workspace: Workspace, *, now: str, code_digest: str = "", watcher: Watcher | None = None, env: Mapping[str, str]
-) -> RunNote | None:
+def launch_train(workspace: Workspace, data: TrainingData, call: Call, env: Mapping[str, str]) -> RunNote | None:
     """Train as `params.compute` says: alone, as a rank, in ranks of this machine, or on Ray; return the run's note.
 
-    None in a process that another one speaks for: a rank other than 0, or one that we started.
+    The world of the call is what `env` says. None in a process that another one speaks for: a rank other than 0, or
+    one that we started.
 
     Raises:
         ParamsError: there are not so many GPUs, nodes, or images in a batch.
         TrainingError: a rank failed or was killed; all others are stopped.
         VisionLoopError: what `fit.train` raises, also in another process.
     """
-    world = read_world(env)
-    plan = plan_launch(workspace.params, world, count_gpus())
-    here: dict[str, Any] = {"now": now, "code_digest": code_digest, "watcher": watcher}
-    if plan.kind == "here":
-        return train(workspace, **here)
-    if plan.kind == "rank":
-        with _report_failure(world, env):
-            note = train_as_rank(workspace, world=world, **here)
+    call = replace(call, world=read_world(env))
+    placement = choose_placement(workspace.params, call.world, count_gpus())
+    if placement.kind in {"here", "rank"}:
+        with _report_failure(call.world, env):
+            note = train(workspace, data, call)
         return None if is_ours(env) else note
-    if plan.kind == "ray":
+    if placement.kind == "ray":
         from visionloop.training.ranks.ray import train_on_ray
 
-        train_on_ray(workspace, plan.devices, code_digest=code_digest, now=now, watcher=watcher or Watcher())
+        train_on_ray(workspace, call, placement.devices)
     else:
-        _start_ranks(workspace.settings, plan.devices or 1)
+        _start_ranks(workspace.settings, placement.devices or 1)
     return read_note(workspace.settings)
 
 
@@ -230,4 +225,6 @@ def _report_failure(world: World, env: Mapping[str, str]) -> Iterator[None]:
         write_error_file(error, env)
         if is_ours(env) and isinstance(error, VisionLoopError):
             raise SystemExit(error.exit_code) from None
+        if error is exc:
+            raise
         raise error from exc

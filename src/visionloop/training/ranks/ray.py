@@ -17,6 +17,7 @@ from visionloop.errors import ParamsError, TrainingError, VisionLoopError
 from visionloop.parallel import connect_ray
 from visionloop.params import Params, make_params
 from visionloop.settings import Settings, apply_tool_environment
+from visionloop.training.job import Call
 from visionloop.training.watch import EpochReport, StepReport, Watcher
 from visionloop.workspace import Workspace, connect
 
@@ -51,7 +52,7 @@ class Shape:
         return self.devices * self.num_nodes
 
 
-def train_on_ray(workspace: Workspace, devices: int | None, *, code_digest: str, now: str, watcher: Watcher) -> None:
+def train_on_ray(workspace: Workspace, call: Call, devices: int | None) -> None:
     """Train in workers of a Ray cluster (`compute.address`, RAY_ADDRESS, or one of its own on this machine).
 
     Raises:
@@ -65,11 +66,12 @@ def train_on_ray(workspace: Workspace, devices: int | None, *, code_digest: str,
         shape = choose_shape(params, devices, _list_nodes(ray))
         queue = Queue(actor_options={"num_cpus": 0})
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        order = Order(workspace.settings, params.model_dump(mode="json"), passed, code_digest, now, queue)
+        values = params.model_dump(mode="json")
+        order = Order(workspace.settings, values, passed, call.code_digest, call.now, queue)
         storage = workspace.settings.hidden_dir / "ray"
         try:
             with _translate(shape):
-                _run_and_listen(_make_trainer(order, shape, str(storage)), queue, watcher)
+                _run_and_listen(_make_trainer(order, shape, str(storage)), queue, call.watcher)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 
@@ -133,16 +135,17 @@ def _work(order: Order) -> None:
     """Be a rank: runs in a worker, on whatever node."""
     os.environ.update(order.environment)
     apply_tool_environment(order.settings.home)
+    from visionloop.training.checks import check_training
+    from visionloop.training.fit import train
     from visionloop.training.ranks.failures import make_rank_error
-    from visionloop.training.ranks.rank import train_as_rank
     from visionloop.training.ranks.world import read_world
 
     world = read_world(os.environ, on_ray=True)
     try:
         workspace = connect(order.settings, make_params(order.params))
-        watcher = QueueWatcher(order.queue)
-        how: dict[str, Any] = {"now": order.now, "code_digest": order.code_digest, "watcher": watcher}
-        train_as_rank(workspace, world=world, **how)
+        train(
+            workspace, check_training(workspace), Call(order.now, order.code_digest, QueueWatcher(order.queue), world)
+        )
     except Exception as exc:
         raise make_rank_error(world, exc) from None
 

@@ -1,19 +1,19 @@
 """The ranks of one training: who this process is, how it joins the others, and what rank 0 tells them.
 
-Values cross as JSON over gloo, also beside a GPU's nccl; nothing is pickled. A rank that fails simply ends: the others
-are told by the broken connection, and `is_peer_failure` tells that consequence from a cause.
+Values are exchanged as JSON over gloo, on GPUs too; nothing is pickled. A rank that fails ends; the others notice it by
+the broken connection. `is_peer_failure` says whether an error is such a consequence, or a cause.
 
 Dimensions: n images, u units.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from visionloop.errors import SettingsError, TrainingError, VisionLoopError
-from visionloop.records import canonical_json, compute_digest
-from visionloop.training.job import Job, World
+from visionloop.errors import ParamsError, SettingsError, TrainingError, VisionLoopError
+from visionloop.params import Compute
+from visionloop.records import canonical_json
 
 # How long a rank waits for the others: to come, and at each step. A rank that dies is noticed at once, without it.
 WAIT_LIMIT = timedelta(minutes=10)
@@ -31,6 +31,24 @@ WAIT_LIMIT = timedelta(minutes=10)
 SHARED_WITHIN_S = 15.0
 PEER_SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 PADDING = -1
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and which of them this is. Rank 0 alone writes, logs and tells.
+
+    `local_rank` of `local_size` is its place on this machine; `on_ray`: they are workers of Ray Train.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    on_ray: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
 
 
 class PeerLost(TrainingError):
@@ -63,16 +81,34 @@ def read_world(env: Mapping[str, str], *, on_ray: bool = False) -> World:
     return World(rank, size, local_rank, local_size, on_ray)
 
 
+def choose_accelerator(section: Compute, num_gpus: int) -> str:
+    """Resolve `compute.accelerator` to cpu or gpu. Raises ParamsError when a GPU is asked for where there is none."""
+    if section.accelerator == "gpu" and not num_gpus:
+        raise ParamsError(
+            "params.yaml compute.accelerator",
+            f"got 'gpu', and torch {torch.__version__} sees none on this machine",
+            "a GPU with its driver, or `auto` or `cpu`",
+            "Look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or edit the file.",
+        )
+    return "gpu" if num_gpus and section.accelerator != "cpu" else "cpu"
+
+
+def count_gpus() -> int:
+    """Return how many GPUs torch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 @contextlib.contextmanager
-def join_world(world: World, accelerator: str) -> Iterator[None]:
+def join_world(world: World, section: Compute, folder: Path) -> Iterator[None]:
     """Connect this rank with the others: gloo on a CPU, nccl beside it on GPUs. Nothing to do for a process alone.
 
     Raises:
-        TrainingError: the others do not come, or this machine has fewer GPUs than ranks.
+        TrainingError: the others do not come, this machine has fewer GPUs than ranks, or they do not share `folder`.
     """
     if world.size == 1:
         yield
         return
+    accelerator = choose_accelerator(section, count_gpus())
     if accelerator == "gpu" and not world.on_ray:  # Ray has chosen the device already
         _take_gpu(world)
     started = not distributed.is_initialized()
@@ -88,6 +124,7 @@ def join_world(world: World, accelerator: str) -> Iterator[None]:
                 f"{WAIT_LIMIT.seconds // 60} minutes",
                 "Look at the other ranks, and at the firewall between the nodes.",
             ) from exc
+    check_shared_folder(world, folder)
     yield
     # Only after success: with a rank gone, this would wait for it.
     if started:
@@ -132,8 +169,6 @@ def gather(world: World, value: Any) -> list[Any]:
 
 def check_shared_folder(world: World, folder: Path, *, within_s: float = SHARED_WITHIN_S) -> None:
     """Raise TrainingError, on every rank, unless all of them see a file that rank 0 writes into the folder."""
-    if world.size == 1:
-        return
     token = share(world, lambda: _write_token(folder))
     sees = _sees_token(folder, token, within_s)
     seen = gather(world, {"host": socket.gethostname(), "sees": sees})
@@ -164,19 +199,6 @@ def _sees_token(folder: Path, token: str, within_s: float) -> bool:
     return True
 
 
-def check_agreement(job: Job) -> None:
-    """Raise TrainingError, on every rank, unless all have the same params, prepared data, code and kind of hardware."""
-    compare_facts(
-        job.world,
-        {
-            "another params.yaml": compute_digest(job.params.model_dump(mode="json")),
-            "another data/prepared": compute_digest(json.loads((job.prepared.folder / "report.json").read_text())),
-            "another code of visionloop": f"{job.code_digest} {importlib.metadata.version('visionloop')}",
-            "other hardware": f"{job.hardware.accelerator} {job.hardware.precision}",
-        },
-    )
-
-
 def compare_facts(world: World, facts: Mapping[str, str]) -> None:
     """Raise TrainingError, on every rank, unless all have the same facts: what differs (name) -> value or digest."""
     everyone = gather(world, {"host": socket.gethostname(), "facts": dict(facts)})
@@ -193,22 +215,11 @@ def compare_facts(world: World, facts: Mapping[str, str]) -> None:
             )
 
 
-def trainer_options(job: Job) -> dict[str, Any]:
-    """Return the Trainer's options about hardware and ranks. `plugins` is a list, which may be added to.
-
-    Kernels are chosen to give the same bits each time, on a GPU too: cudnn does not try which is fastest. Matrix
-    products in fp32 use TF32 there, as convolutions do by default.
-    """
-    hardware, world = job.hardware, job.world
-    if hardware.accelerator == "gpu":
-        torch.set_float32_matmul_precision("high")
+def choose_strategy(world: World) -> dict[str, Any]:
+    """Return the Trainer's options about ranks. `plugins` is a list, which may be added to."""
     options: dict[str, Any] = {
-        "accelerator": hardware.accelerator,
         "devices": world.local_size,
         "num_nodes": world.size // world.local_size,
-        "precision": hardware.lightning_precision,
-        "deterministic": "warn",
-        "benchmark": False,
         "plugins": [],
     }
     if world.size == 1:

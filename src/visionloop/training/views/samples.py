@@ -46,7 +46,7 @@ class SampleView(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Listen at the network's input: what is mixed is mixed on the way to it."""
+        """Take the batch where the network gets it: after mixup and cutmix."""
         if batch_idx == 0 and not (self.folder / "batch.png").is_file():
             self._seen = batch.inputs
             self._hook = pl_module.classifier.register_forward_pre_hook(self._keep)  # type: ignore[union-attr]

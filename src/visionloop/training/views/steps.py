@@ -191,24 +191,25 @@ class MemoryView(View):
 class CurveView(View):
     """Draws losses, figures and learning rate over all epochs, also those before a resume; a copy is in .visionloop."""
 
-    def __init__(self, job: Job, run_id: str) -> None:
-        self.job, self.run_id = job, run_id
+    def __init__(self, job: Job, run_id: str, history: Sequence[EpochReport]) -> None:
+        self.job, self.run_id, self.reports = job, run_id, list(history)
+
+    def show_epoch(self, trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
+        self.reports.append(report)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._show(trainer)
+        self._show()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         with contextlib.suppress(TrackingError):  # what ended the training is the news
-            self._show(trainer)
+            self._show()
 
-    def _show(self, trainer: pl.Trainer) -> None:
-        from visionloop.training.callbacks import get_history
-
-        if reports := get_history(trainer):
+    def _show(self) -> None:
+        if self.reports:
             path = self.job.settings.hidden_dir / "curve.png"
-            write_curve(reports, path)
+            write_curve(self.reports, path)
             self.job.tracking.log_artifact(self.run_id, path, "figures")
-            log_best(self.job.tracking, self.run_id, reports)
+            log_best(self.job.tracking, self.run_id, self.reports)
 
 
 def log_best(tracking: Tracking, run_id: str, reports: Sequence[EpochReport]) -> None:

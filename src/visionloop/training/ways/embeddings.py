@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionloop.data.shards import IntArray, Prepared
-from visionloop.errors import DatasetError, ParamsError
+from visionloop.errors import DatasetError
 from visionloop.features.view import load_features
 from visionloop.networks.classifier import Classifier
 from visionloop.networks.export import compute_weights_digest
 from visionloop.networks.heads import NeighbourHead
 from visionloop.networks.weights import load_backbone
+from visionloop.training.checks import check_neighbours, judges_training
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.figures import compute_figures
 from visionloop.training.job import Job
@@ -74,7 +75,6 @@ def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
 
     Raises:
         DatasetError: there are no embeddings, or they are of other data or of another network.
-        ParamsError: more neighbours than training images.
     """
     started = time.perf_counter()
     section, prepared = job.params.train, job.prepared
@@ -96,15 +96,7 @@ def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
 
 def _make_neighbours(job: Job, embedding_nd: FloatArray) -> NeighbourHead:
     options, rows = job.params.train.neighbours, job.train_rows
-    # Where a training image is judged itself, it does not vote.
-    most = len(rows) - (1 if _judges_training(job) else 0)
-    if options.k > most:
-        raise ParamsError(
-            "params.yaml train.neighbours.k",
-            f"got {options.k} with {len(rows)} training images",
-            f"at most {most}",
-            "Edit the file, or add images.",
-        )
+    check_neighbours(job.params.train, len(rows))  # `tune` varies it
     return NeighbourHead(
         torch.from_numpy(embedding_nd[rows]),
         torch.from_numpy(make_targets_nk(job.prepared, rows)),
@@ -123,16 +115,12 @@ def make_targets_nk(prepared: Prepared, rows: IntArray) -> NDArray[np.uint8]:
     return np.eye(len(prepared.classes), dtype=np.uint8)[prepared.label_n[rows]]
 
 
-def _judges_training(job: Job) -> bool:
-    return job.params.train.on == "all" or job.params.train.monitor.startswith("train/")
-
-
 def _judge(job: Job, head: NeighbourHead, embedding_nd: FloatArray) -> dict[str, float]:
     """Return the figures of an epoch: of the validation side; of the training side, each image without its own vote."""
     figures: dict[str, float] = {}
     if len(job.val_rows):
         figures |= _compute(job, head, embedding_nd, job.val_rows, None)
-    if _judges_training(job):
+    if judges_training(job.params.train):
         own_n = np.arange(len(job.train_rows))
         found = _compute(job, head, embedding_nd, job.train_rows, own_n)
         figures |= {f"train/{name}": found[f"val/{name}"] for name in ("loss", "accuracy")}

@@ -44,7 +44,7 @@ def choose_start(job: Job, has_work: Callable[[Job], bool] | None = None) -> Job
 
 def has_work_here(job: Job) -> bool:
     """Say whether this machine has an unfinished training of a job."""
-    return (job.settings.work_dir("train") / job.make_key()[:16] / "run.json").is_file()
+    return (job.settings.work_dir("train") / job.key[:16] / "run.json").is_file()
 
 
 def prepare_network(job: Job, run_id: str) -> tuple[ClassifierModule, MakeData]:

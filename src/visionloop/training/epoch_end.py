@@ -6,32 +6,26 @@ in the background while the next epoch runs; the one before is then always on th
 WORK/unsent.json   what it has not got yet, also for the next process
 """
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
-from pytorch_lightning.plugins.io import CheckpointIO
 
 from visionloop.errors import TrackingError, TrainingError
 from visionloop.tracking import Tracking
-from visionloop.training.checkpoints import Entry, load_checkpoint, write_checkpoint, write_file
+from visionloop.training.checkpoints import SavedEpoch
 from visionloop.training.job import Job
 from visionloop.training.views.view import read_views, show_in_views
 from visionloop.training.watch import EpochReport
+from visionloop.workfolder import write_file
 
 UNSENT_FILE = "unsent.json"
 TRY_EVERY_S = 30.0  # each try may wait for the server's time limit
 ALL_EPOCHS, STOPPED_EARLY = "all epochs", "early stopping"
-OnWritten = Callable[[Entry], object]
 
 
 class FigureLog:
@@ -79,62 +73,11 @@ def _load(path: Path) -> list[tuple[int, dict[str, float]]]:
         return []
 
 
-class CheckpointFiles(CheckpointIO):
-    """Where Lightning's checkpoints go: copied at once, written by a thread, at most one at a time."""
-
-    def __init__(self, folder: Path, on_written: OnWritten = lambda entry: None) -> None:
-        self.folder, self.on_written = folder, on_written
-        self.facts: dict[str, Any] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Have a checkpoint written with `facts`; wait for the one before. Raises TrainingError if that one failed."""
-        copy = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        _check_weights(copy["state_dict"], copy["epoch"] + 1)
-        self.wait()
-        self._pending = self._thread.submit(self._write, copy, dict(self.facts))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Do nothing: what is no longer needed goes when the next one is written."""
-
-    def wait(self) -> None:
-        """Return when all is on the disk. Raises TrainingError if it could not be written."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Have all on the disk at the end, whatever ends it; an error of the training is the one that is raised."""
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(TrainingError):
-                self.wait()
-            raise
-        else:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def teardown(self) -> None:
-        """Do nothing: Lightning calls this also after an error, and an error while waiting would hide it."""
-
-    def _write(self, checkpoint: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        self.on_written(write_checkpoint(self.folder, checkpoint, **facts))
-
-
 class EpochEnd(Checkpoint):
     """Sends each epoch's figures to MLflow in one request, has its checkpoint written, and reports it."""
 
-    def __init__(
-        self, job: Job, figures: FigureLog, stopping: EarlyStopping, files: CheckpointFiles, found: Entry | None
-    ) -> None:
-        self.job, self.figures, self.stopping, self.files = job, figures, stopping, files
+    def __init__(self, job: Job, figures: FigureLog, stopping: EarlyStopping, found: SavedEpoch | None) -> None:
+        self.job, self.figures, self.stopping = job, figures, stopping
         self.history = list(found.history) if found else []
         self.best_epoch = found.best_epoch if found else 0
         self._started = self._train_s = 0.0
@@ -160,8 +103,8 @@ class EpochEnd(Checkpoint):
         self.history.append(report)
         if report.wait == 0:
             self.best_epoch = report.epoch
-        self.files.facts = {"history": tuple(self.history), "best_epoch": self.best_epoch, "ended": _say_end(trainer)}
-        trainer.save_checkpoint(self.files.folder / "next.ckpt")
+        saved = SavedEpoch(report.epoch, self.best_epoch, _say_end(trainer), tuple(self.history))
+        trainer.save_checkpoint("given by CheckpointFiles", storage_options=saved)
         if trainer.is_global_zero:
             show_in_views(trainer, report, figures)
             self.job.watcher.on_epoch(report)
@@ -184,11 +127,6 @@ class EpochEnd(Checkpoint):
         )
 
 
-def get_history(trainer: pl.Trainer) -> list[EpochReport]:
-    """Return the reports of all finished epochs, also of those before a resume."""
-    return next((list(c.history) for c in trainer.callbacks if isinstance(c, EpochEnd)), [])  # type: ignore[attr-defined]
-
-
 def check_figures(metrics: Mapping[str, float], monitor: str, epoch: int) -> None:
     """Raise TrainingError unless the losses and the monitored figure are finite."""
     watched = {name: value for name, value in metrics.items() if name.endswith("/loss") or name == monitor}
@@ -198,18 +136,6 @@ def check_figures(metrics: Mapping[str, float], monitor: str, epoch: int) -> Non
             f"train epoch {epoch}",
             f"the loss is not finite ({found})",
             "finite figures",
-            "Lower train.learning_rate, set train.clip_norm, or try train.precision: fp32.",
-        )
-
-
-def _check_weights(state: Mapping[str, torch.Tensor], epoch: int) -> None:
-    """Raise TrainingError if a weight is not finite: such a checkpoint would poison all that follows."""
-    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if bad:
-        raise TrainingError(
-            f"train epoch {epoch}",
-            f"{len(bad)} tensors of the network hold NaN or infinity ({bad[0]} first)",
-            "finite weights",
             "Lower train.learning_rate, set train.clip_norm, or try train.precision: fp32.",
         )
 
