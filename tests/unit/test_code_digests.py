@@ -63,7 +63,7 @@ def test_comments_docstrings_and_blank_lines_move_nothing(copied: Path, before: 
 READ_BY_PEOPLE = [
     ("data/manifest.py", "is not in the store"),
     ("data/images.py", "is not an image we read"),
-    ("networks/weight_sources.py", "Set train.weights to a file of a state dict"),
+    ("networks/names.py", "Set train.weights to a file of a state dict"),
     ("networks/weight_sources.py", "does not exist"),
     ("networks/weight_sources.py", "is too large"),
     ("training/job.py", "one or more on the training side"),
