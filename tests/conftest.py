@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fakes import make_bundle
+from processors import pretend
 from visionloop.settings import QUIET_TOOLS
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first (`--no-loadscope-reorder` keeps it so)."""
     places = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Pretend another processor, if TEST_CPU says so (`bf16` or `fp32`)."""
+    if kind := os.environ.get("TEST_CPU"):
+        pretend(kind, tmp_path_factory.mktemp("cpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")

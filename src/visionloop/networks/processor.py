@@ -2,23 +2,24 @@
 
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 # NVIDIA's driver, NVIDIA under WSL, AMD's driver.
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
-def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def read_cpu_flags() -> frozenset[str]:
     """Return the CPU's feature flags; empty where the system does not tell."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
-def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def has_bf16() -> bool:
     """Say whether the CPU multiplies bf16 matrices itself; without that bf16 is slower than fp32."""
-    return bool(BF16_FLAGS & read_cpu_flags(cpuinfo))
+    return bool(BF16_FLAGS & read_cpu_flags())
 
 
 def may_have_gpu() -> bool:
