@@ -12,17 +12,20 @@ from torch import nn
 
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import ParamsError, TrainingError, VisionLoopError
+from visionloop.features.view import load_facts
 from visionloop.lifetime import terminable
+from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote, canonical_json
 from visionloop.settings import Settings
 from visionloop.training.checkpoints import FOLDER, list_entries
 from visionloop.training.datamodule import check_world
 from visionloop.training.figures import check_monitor
-from visionloop.training.job import Job, World, check_sides, choose_validation, list_remarks, read_hardware
+from visionloop.training.job import Job, World, check_sides, choose_validation
 from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import announce, fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
+from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import check_agreement, share
 from visionloop.training.run import close_failed, open_run, read_git_commit, remember_run
 from visionloop.training.watch import Watcher
@@ -128,8 +131,8 @@ def make_job(
     check_monitor(params.train, prepared.task)
     validated_on = choose_validation(prepared, workspace.store)
     check_sides(prepared, validated_on)
-    hardware = read_hardware(params.train, world_size=world.size)
-    for remark in list_remarks(hardware, params.train):
+    hardware, remarks = choose_hardware(workspace, prepared, world)
+    for remark in remarks:
         watcher.tell(remark)
     job = Job(
         workspace.settings,
@@ -215,6 +218,9 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     folder = work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     way = {"precision": job.hardware.precision, "threads": str(job.hardware.threads)}
+    if job.params.train.way in WAYS_ON_EMBEDDINGS:
+        facts = load_facts(job.settings.features_dir)
+        way["embeddings"] = f"{facts.runtime} {facts.precision}"
     if job.world.size > 1:
         way["processes"] = str(job.world.size)
     if (plan := load_plan(work, job.params.train)).is_reduced:
