@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from visionloop.networks.processor import MAX_ROUNDS, Measured, load_measured, measure_once, time_in_turn
+from visionloop.networks.processor import FEW_ROUNDS, MAX_ROUNDS, Measured, load_measured, measure_once, time_in_turn
 
 FACTS: dict[str, Any] = {"step": "train", "backbone": "resnet18", "image_size": [224, 224], "processor": "x"}
 
@@ -122,6 +122,9 @@ def test_a_quick_step_is_timed_often_and_a_slow_one_once() -> None:
     quick, slow = Clock(), Clock()
     assert time_in_turn({"a": quick.make_step("a", 0.001)}, 1, clock=quick) == {"a": 1000.0}
     assert len(quick.log) == 1 + MAX_ROUNDS
+    medium = Clock()
+    time_in_turn({"a": medium.make_step("a", 1.0)}, 1, clock=medium)
+    assert len(medium.log) == 1 + FEW_ROUNDS
     assert time_in_turn({"a": slow.make_step("a", 30.0)}, 60, clock=slow) == {"a": 2.0}
     assert len(slow.log) == 1 + 1
 
