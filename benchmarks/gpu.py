@@ -73,7 +73,8 @@ def time_training(folder: Path, backbone: str, *, epochs: int, batch_size: int) 
     from visionloop.data.shards import load_prepared
     from visionloop.params import make_params
     from visionloop.training.fit import learn
-    from visionloop.training.job import Job, read_hardware
+    from visionloop.training.job import Job
+    from visionloop.training.precision import make_hardware
     from visionloop.training.watch import Watcher
 
     prepared = load_prepared(folder)
@@ -85,7 +86,7 @@ def time_training(folder: Path, backbone: str, *, epochs: int, batch_size: int) 
     run_id = tracking.open_run(backbone, run_id=None, tags={}, params={})
     watcher = Watcher()
     watcher.wants_pictures = False
-    store, hardware = LocalStore(folder / "store"), read_hardware(params)
+    store, hardware = LocalStore(folder / "store"), make_hardware("gpu", "bf16")
     job = Job(settings, params, store, tracking, prepared, hardware, "", watcher)
     work = folder / "work" / run_id
     work.mkdir(parents=True)

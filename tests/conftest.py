@@ -3,6 +3,7 @@
 `tests/support` is on the path (pyproject.toml), so that tests can `from fakes import make_bundle`.
 """
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from fakes import make_bundle
+from processors import FLAGS, pretending, refuse_to_measure
+from visionloop.networks import processor
 from visionloop.settings import QUIET_TOOLS
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
@@ -46,6 +49,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first (`--no-loadscope-reorder` keeps it so)."""
     places = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_processor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measure nothing, unless a test asks for it, and pretend another processor if TEST_CPU (bf16 or fp32) says so."""
+    measured, processor.time_in_turn = processor.time_in_turn, refuse_to_measure  # type: ignore[assignment]
+    kind = os.environ.get("TEST_CPU")
+    with pretending(kind, tmp_path_factory.mktemp("cpu")) if kind else contextlib.nullcontext():
+        yield
+    processor.time_in_turn = measured
+
+
+@pytest.fixture(params=sorted(FLAGS))
+def each_processor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A processor that is pretended: with instructions for bf16 ("bf16"), or without ("fp32")."""
+    with pretending(request.param, tmp_path):
+        yield request.param
+
+
+@pytest.fixture
+def bf16_processor(tmp_path: Path) -> Iterator[None]:
+    """A processor that is pretended, with instructions for bf16."""
+    with pretending("bf16", tmp_path):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

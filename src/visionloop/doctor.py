@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from visionloop.data.manifest import load_pin, load_version
 from visionloop.errors import VisionLoopError
+from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
 from visionloop.promotion.ledger import read_champion
@@ -40,6 +41,7 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("python", _check_python),
         ("packages", _check_packages),
         ("processor", lambda: _check_processor(workspace.params)),
+        ("measured", lambda: _check_measured(workspace.settings)),
         ("disk", lambda: _check_disk(workspace.settings)),
         ("store", lambda: _check_store(workspace.store)),
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
@@ -75,19 +77,25 @@ def _check_packages() -> Finding:
 
 
 def _check_processor(params: Params) -> Finding:
-    from visionloop.training.job import describe_precision, read_hardware
+    from visionloop.training.precision import look_at_hardware
     from visionloop.training.ranks.launch import choose_placement, describe_placement
     from visionloop.training.ranks.world import World, count_gpus
 
-    section, gpus = params.train, count_gpus()
-    hardware = read_hardware(params)
+    gpus = count_gpus()
+    hardware, precision = look_at_hardware(params)
     device = f"{gpus} x {hardware.processor}" if hardware.accelerator == "gpu" else f"the CPU, {gpus or 'no'} GPUs"
     found = (
-        f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in "
-        f"{describe_precision(hardware, section)}, {describe_placement(choose_placement(params, World(), gpus))}"
+        f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in {precision}, "
+        f"{describe_placement(choose_placement(params, World(), gpus))}"
     )
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")
+
+
+def _check_measured(settings: Settings) -> Finding:
+    """Say what was measured in this workspace; nothing is measured here."""
+    lines = [one.describe_all() for one in load_measured(settings.hidden_dir)]
+    return Finding("measured", True, "; ".join(lines) or "nothing yet: `auto` measures when it first trains or embeds")
 
 
 def _check_disk(settings: Settings) -> Finding:

@@ -74,6 +74,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
     assert done.returncode == 0, done.stderr
     path = folder / "ws" / "params.yaml"
     text = path.read_text().replace("resnet18 #", "small_cnn #").replace("image_size: 224", "image_size: 32")
+    text = text.replace("  backbone:", "  precision: fp32\n  backbone:")
     path.write_text(text.replace("max_epochs: 20", "max_epochs: 4").replace("accuracy: 0.6", "accuracy: 0.3"))
     done = run(folder, "bash", "-ec", last, PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr

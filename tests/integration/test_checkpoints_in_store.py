@@ -148,7 +148,7 @@ def test_newer_work_of_this_machine_is_kept(stopped: Place, whole: str) -> None:
 
 def test_checkpoints_of_other_hardware_are_named_and_not_used(stopped: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Hardware("cpu", "bf16", 64, "aarch64")
-    monkeypatch.setattr(fit, "read_hardware", lambda section, world_size=1: other)
+    monkeypatch.setattr(fit, "choose_hardware", lambda workspace, prepared, world: (other, []))
     ear = Ear()
     assert mirror.fetch_checkpoints(stopped.settings.work_dir("train") / "x", stopped.make_job(ear)) is None
     (line,) = [line for line in ear.lines if "checkpoints" in line]

@@ -24,7 +24,7 @@ from visionloop.store import LocalStore
 from visionloop.workspace import connect
 
 NUM_PHOTOS = 25
-TRAIN = {"backbone": "small_cnn", "max_epochs": 1, "batch_size": 16}
+TRAIN = {"backbone": "small_cnn", "max_epochs": 1, "batch_size": 16, "precision": "fp32"}
 ORIENTATION = 0x0112
 Way = Callable[[Image.Image], tuple[bytes, str]]
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 PARAMS = """\
 name: shapes
 task: auto
-embed: {batch_size: 500}
+embed: {batch_size: 500, runtime: onnxruntime}
 prepare: {image_size: 32}
-train: {backbone: small_cnn, max_epochs: EPOCHS, batch_size: 16, learning_rate: 3.0e-3, patience: 50}
+train: {backbone: small_cnn, max_epochs: EPOCHS, batch_size: 16, learning_rate: 3.0e-3, patience: 50, precision: fp32}
 evaluate: {resamples: 200}
 """
 

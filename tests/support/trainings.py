@@ -30,7 +30,7 @@ from visionloop.workspace import Workspace
 NOW = "2026-01-01T00:00:00+00:00"
 PARAMS: dict[str, Any] = {
     "name": "shapes",
-    "embed": {"batch_size": 500},
+    "embed": {"batch_size": 500, "runtime": "onnxruntime"},
     "prepare": {"image_size": 32},
     "train": {
         "backbone": "small_cnn",

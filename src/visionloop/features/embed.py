@@ -150,7 +150,7 @@ def embed(
             replace_folder(work, settings.features_dir)
         return Embedded(None)
     prepared = load_prepared(settings.prepared_dir)
-    encoder = make_encoder(workspace, prepared)
+    encoder = make_encoder(workspace, prepared, tell=tell)
     facts = encoder.facts
     tell(f"encoder {facts.digest[:12]}: {facts.describe()}")
     if warning := describe_weights(params.train):

@@ -8,23 +8,29 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property, partial
 from pathlib import Path
 
 from visionloop import networks
 from visionloop.bundle import Bundle, hash_file
 from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
 from visionloop.data.shards import Prepared
-from visionloop.errors import BundleError, ParamsError, TrainingError
+from visionloop.errors import BundleError, TrainingError
+from visionloop.features.runtimes import (
+    Run,
+    find_accelerator,
+    list_candidates,
+    list_versions,
+    measure_runtimes,
+    set_runtime,
+)
 from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
-from visionloop.networks.processor import has_bf16, may_have_gpu
+from visionloop.networks.processor import MACHINE_FILE
 from visionloop.params import Train
-from visionloop.predictor import Embedder, has_openvino
+from visionloop.predictor import Embedder
 from visionloop.records import compute_digest
 from visionloop.workspace import Workspace
 
-Run = Callable[[UInt8Array], FloatArray]
 # What decides over random weights, over those of the hub, and over the exported file.
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript")
 
@@ -50,34 +56,13 @@ class Encoder:
         return load_array(data, where, size_hw=facts.image_size, resize=facts.resize, max_pixels=max_pixels)
 
 
-def choose_runtime(wanted: str) -> tuple[str, str]:
-    """Return (runtime, precision): `auto` is torch in bf16 on a GPU, OpenVINO in bf16 on a CPU that has it and where
-    it is installed, else ONNX Runtime in fp32.
-
-    Raises:
-        ParamsError: OpenVINO is asked for by name and is not installed.
-    """
-    if wanted == "openvino" and not has_openvino():
-        raise ParamsError(
-            "params.yaml embed.runtime",
-            "got 'openvino', which is not installed",
-            "the extra `openvino`",
-            "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
-        )
-    if wanted in {"auto", "torch"} and may_have_gpu():
-        from visionloop.networks.export import has_gpu
-
-        if has_gpu():
-            return "torch", "bf16"
-    if wanted == "auto":
-        wanted = "openvino" if has_bf16() and has_openvino() else "onnxruntime"
-    return wanted, "bf16" if wanted == "openvino" and has_bf16() else "fp32"
-
-
-def make_encoder(workspace: Workspace, prepared: Prepared) -> Encoder:
+def make_encoder(
+    workspace: Workspace, prepared: Prepared, *, tell: Callable[[str], None] = lambda line: None
+) -> Encoder:
     """Return the encoder of `train.backbone` and `train.weights` for images as they are prepared.
 
-    The first time torch is loaded to look at the weights; what they come to is kept in the workspace.
+    The first time torch is loaded to look at the weights, and with `embed.runtime: auto` what can run them is timed;
+    what comes of both is kept in the workspace.
 
     Raises:
         TrainingError: the backbone or its weights are unusable.
@@ -85,7 +70,9 @@ def make_encoder(workspace: Workspace, prepared: Prepared) -> Encoder:
     """
     settings = workspace.settings
     section = workspace.params.train
-    runtime, precision = choose_runtime(workspace.params.embed.runtime)
+    wanted = workspace.params.embed.runtime
+    accelerator = find_accelerator(wanted)
+    candidates = list_candidates(wanted, accelerator)
     folder = settings.hidden_dir / "encoders"
     asked = folder / f"{_digest_question(section, prepared.size_hw, settings.home)}.json"
     weights_digest = _read_answer(asked)
@@ -99,11 +86,25 @@ def make_encoder(workspace: Workspace, prepared: Prepared) -> Encoder:
         weights_digest=weights_digest,
         image_size=prepared.size_hw,
         resize=prepared.resize,
-        runtime=runtime,
-        precision=precision,
+        runtime="",
+        precision="",
         crop=describe_crop(prepared),
     )
-    return Encoder(facts, lambda: _open_backbone(folder, section, settings.home, facts))
+    open_run = partial(_open_backbone, folder, section, settings.home)
+    choice = candidates[0]
+    if len(candidates) > 1:
+        measured = measure_runtimes(
+            facts,
+            candidates,
+            prepared,
+            accelerator=accelerator,
+            hidden_dir=settings.hidden_dir,
+            open_run=open_run,
+        )
+        tell(f"embeds by {measured.describe()} (measured once, kept in .visionloop/{MACHINE_FILE})")
+        choice = measured.choice
+    facts = set_runtime(facts, choice)
+    return Encoder(facts, partial(open_run, facts))
 
 
 def describe_weights(section: Train) -> str:
@@ -114,10 +115,14 @@ def describe_weights(section: Train) -> str:
 
 
 def make_bundle_encoder(bundle: Bundle, *, runtime: str = "auto") -> Encoder:
-    """Return the encoder that a bundle's network is, for images as its card prepares them. Raises ParamsError."""
-    runtime, precision = choose_runtime(runtime)
-    if runtime == "torch":  # a bundle is ONNX
-        runtime, precision = "onnxruntime", "fp32"
+    """Return the encoder that a bundle's network is, for images as its card prepares them. Raises ParamsError.
+
+    In fp32, as it is served; `auto` is ONNX Runtime, and so is torch, which cannot run a bundle.
+    """
+    if runtime == "openvino":
+        list_candidates(runtime, "cpu")  # is it there?
+    else:
+        runtime = "onnxruntime"
     card = bundle.card
     facts = EncoderFacts(
         source=bundle.digest,
@@ -127,10 +132,10 @@ def make_bundle_encoder(bundle: Bundle, *, runtime: str = "auto") -> Encoder:
         image_size=(card.image_size[0], card.image_size[1]),
         resize=card.resize,
         runtime=runtime,
-        precision=precision,
+        precision="fp32",
     )
     model = bundle.folder / "model.onnx"
-    return Encoder(facts, lambda: Embedder(model, runtime=runtime, precision=precision).embed)
+    return Encoder(facts, lambda: Embedder(model, runtime=runtime).embed)
 
 
 def _digest_question(section: Train, size_hw: tuple[int, int], home: Path) -> str:
@@ -139,17 +144,7 @@ def _digest_question(section: Train, size_hw: tuple[int, int], home: Path) -> st
     is_file = section.weights not in {"none", "default"} and path.is_file()
     parts = [section.backbone, section.weights, section.weights_sha256, section.seed, list(size_hw), VERSION]
     code = {source.name: hash_file(source) for source in Path(networks.__path__[0]).glob("*.py")}
-    return compute_digest([*parts, hash_file(path) if is_file else "", code, _list_versions()])
-
-
-def _list_versions() -> list[str]:
-    versions = []
-    for name in LIBRARIES:
-        try:
-            versions.append(version(name))
-        except PackageNotFoundError:
-            versions.append("none")
-    return versions
+    return compute_digest([*parts, hash_file(path) if is_file else "", code, list_versions(LIBRARIES)])
 
 
 def _read_answer(path: Path) -> str | None:
@@ -170,7 +165,9 @@ def _examine_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> s
 
 def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts) -> Run:
     """Make what runs the backbone: torch, or another runtime on its export. Raises TrainingError, BundleError."""
-    name = compute_digest([facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, _list_versions()])
+    name = compute_digest(
+        [facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, list_versions(LIBRARIES)]
+    )
     model = folder / f"{name}.onnx"
     if facts.runtime != "torch" and model.is_file():
         try:

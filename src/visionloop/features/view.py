@@ -81,20 +81,14 @@ def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, Encoder
     Raises:
         DatasetError: they are missing, empty (the way did not need them), damaged, or of other data or sizes.
     """
-    where = f"embeddings {folder}"
+    where, facts = f"embeddings {folder}", load_facts(folder)
     try:
-        value = json.loads((folder / FACTS).read_bytes())
-        if not value["needed"]:
-            raise DatasetError(where, "are empty: `train.way` did not need any", "those of the prepared data", TODO)
-        facts = EncoderFacts.from_json(value["encoder"])
         table = pq.read_table(folder / EMBEDDINGS, memory_map=True)
         sha256_n, embedding_nd = table["sha256"].to_pylist(), to_matrix(table["vector"])
         encoder = (table.schema.metadata or {}).get(ENCODER_KEY, b"").decode()
     except FileNotFoundError as exc:
         raise DatasetError(where, "are missing", "those of the prepared data", TODO) from exc
     except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowInvalid) as exc:
-        if isinstance(exc, DatasetError):
-            raise
         raise DatasetError(where, "are damaged", "those of the prepared data", TODO) from exc
     if encoder != facts.digest:
         raise DatasetError(where, "belong to another encoder than encoder.json says", "one encoder", TODO)
@@ -105,6 +99,20 @@ def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, Encoder
         found = f"were made from images of another size or resize rule ({facts.describe()})"
         raise DatasetError(where, found, f"{prepared.size_hw[0]} x {prepared.size_hw[1]}, {prepared.resize}", TODO)
     return embedding_nd, facts
+
+
+def load_facts(folder: Path) -> EncoderFacts:
+    """Return the encoder of the embeddings in a folder. Raises DatasetError: they are missing, empty or damaged."""
+    where = f"embeddings {folder}"
+    try:
+        value = json.loads((folder / FACTS).read_bytes())
+        if value["needed"]:
+            return EncoderFacts.from_json(value["encoder"])
+    except FileNotFoundError as exc:
+        raise DatasetError(where, "are missing", "those of the prepared data", TODO) from exc
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
+        raise DatasetError(where, "are damaged", "those of the prepared data", TODO) from exc
+    raise DatasetError(where, "are empty: `train.way` did not need any", "those of the prepared data", TODO)
 
 
 def write_features(folder: Path, sha256_n: tuple[str, ...], embedding_nd: FloatArray, facts: EncoderFacts) -> None:

@@ -19,16 +19,19 @@ from torch import nn
 
 from visionloop.bundle import load_bundle
 from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError
+from visionloop.features.view import load_facts
 from visionloop.lifetime import terminable
+from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote, canonical_json
 from visionloop.training.batches import check_world
 from visionloop.training.checkpoints import FOLDER, list_checkpoints, load_saved
 from visionloop.training.checks import TrainingData
-from visionloop.training.job import Call, Job, list_remarks, read_hardware
+from visionloop.training.job import Call, Job
 from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
+from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import compare_facts, join_world, share
 from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
@@ -85,8 +88,8 @@ def make_job(workspace: Workspace, data: TrainingData, call: Call) -> Job:
         TrainingError: the ranks do not see the same params, data, code or processors.
     """
     params, world = workspace.params, call.world
-    hardware = read_hardware(params, world_size=world.size)
-    for remark in list_remarks(hardware, params.train):
+    hardware, remarks = choose_hardware(workspace, data.prepared, world)
+    for remark in remarks:
         call.watcher.tell(remark)
     job = Job(
         workspace.settings,
@@ -235,6 +238,9 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     folder = work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     way = {"precision": job.hardware.precision, "threads": str(job.hardware.threads)}
+    if job.params.train.way in WAYS_ON_EMBEDDINGS:
+        facts = load_facts(job.settings.features_dir)
+        way["embeddings"] = f"{facts.runtime} {facts.precision}"
     if job.world.size > 1:
         way["processes"] = str(job.world.size)
     if (plan := load_plan(work, job.params.train)).is_reduced:

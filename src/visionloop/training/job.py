@@ -2,20 +2,18 @@
 
 import importlib.metadata
 import json
-import platform
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import torch
 
 from visionloop.data.shards import IntArray, Prepared
-from visionloop.networks import processor
-from visionloop.networks.processor import BF16_FLAGS, read_cpu_flags
+from visionloop.features.view import load_facts
 from visionloop.networks.weights import hash_weights
-from visionloop.params import Params, Train
+from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import compute_digest
 from visionloop.training.checks import find_train_rows
-from visionloop.training.ranks.world import World, choose_accelerator, count_gpus
+from visionloop.training.ranks.world import World
 from visionloop.training.watch import Watcher
 from visionloop.workspace import Workspace
 
@@ -33,53 +31,6 @@ class Hardware:
     @property
     def lightning_precision(self) -> str:
         return "bf16-mixed" if self.precision == "bf16" else "32-true"
-
-
-def read_hardware(params: Params, *, world_size: int = 1) -> Hardware:
-    """Look at this machine, and resolve what params.yaml leaves open: bf16 where a GPU or the CPU's flags have it.
-
-    Never by a timing. Raises ParamsError when a GPU is asked for where there is none.
-    """
-    accelerator = choose_accelerator(params.compute, count_gpus())
-    name = torch.cuda.get_device_name() if accelerator == "gpu" else platform.machine()
-    precision = params.train.precision
-    if precision == "auto":
-        precision = "bf16" if has_bf16(accelerator) else "fp32"
-    return Hardware(accelerator, precision, torch.get_num_threads(), name, world_size)
-
-
-def has_bf16(accelerator: str) -> bool:
-    """Say whether there are instructions for bf16; without them it is computed all the same, slowly."""
-    if accelerator == "gpu":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return processor.has_bf16()
-
-
-def list_remarks(hardware: Hardware, section: Train) -> list[str]:
-    """Return what a person should hear before training starts: several processes, a precision that is slow here."""
-    remarks = []
-    if hardware.world_size > 1:
-        each = section.batch_size / hardware.world_size
-        remarks.append(f"{hardware.world_size} processes train together, each on {each:g} images of a batch")
-    if hardware.precision == "bf16" and not has_bf16(hardware.accelerator):
-        remarks.append(f"computing in {describe_precision(hardware, section)}")
-    return remarks
-
-
-def describe_precision(hardware: Hardware, section: Train) -> str:
-    """Say which precision it is, and why: `fp32 (the CPU has neither amx_bf16 nor avx512_bf16)`."""
-    fast = has_bf16(hardware.accelerator)
-    if section.precision != "auto":
-        why = "as train.precision says"
-        if hardware.precision == "bf16" and not fast:
-            why += ", but slowly: the processor has no instructions for it; `auto` would be faster"
-    elif hardware.accelerator == "gpu":
-        why = f"the GPU has {'it' if fast else 'no bf16'}"
-    elif fast:
-        why = f"the CPU has {' and '.join(sorted(BF16_FLAGS & read_cpu_flags()))}"
-    else:
-        why = f"the CPU has neither {' nor '.join(sorted(BF16_FLAGS))}"
-    return f"{hardware.precision} ({why})"
 
 
 @dataclass(frozen=True)
@@ -121,11 +72,17 @@ class Job(Workspace):
 
     @cached_property
     def inputs_digest(self) -> str:
-        """The digest of all inputs but the hardware: the same training on any machine."""
+        """The digest of all inputs but the hardware: the same training on any machine.
+
+        Raises:
+            DatasetError: the way learns from embeddings, and there are none.
+        """
         report = json.loads((self.prepared.folder / "report.json").read_text())
         section = self.params.train
         weights = hash_weights(section, self.settings.home)
         parts = [report, self.params.name, section.model_dump(mode="json"), self.code_digest, weights, self.start]
+        if section.way in WAYS_ON_EMBEDDINGS:  # another runtime or precision gives other vectors
+            parts.append(load_facts(self.settings.features_dir).digest)
         return compute_digest([*parts, torch.__version__.partition("+")[0]])
 
     def list_facts(self) -> dict[str, str]:

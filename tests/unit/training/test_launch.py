@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
-from visionloop.params import Compute, Params, Train, make_params
-from visionloop.training import job as hardware_module
-from visionloop.training.job import Hardware, describe_precision, list_remarks, read_hardware
+from visionloop.params import Compute, Params, make_params
 from visionloop.training.ranks.failures import explain_failures, make_rank_error
 from visionloop.training.ranks.launch import Placement, choose_placement, describe_placement, is_ours
 from visionloop.training.ranks.ray import Shape, choose_shape
@@ -263,33 +261,10 @@ def test_a_cluster_too_small_is_told(section: dict[str, Any], devices: int | Non
         choose_shape(make_asked(**section), devices, nodes)
 
 
-def test_hardware_is_resolved_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware_module, "count_gpus", lambda: 0)
-    monkeypatch.setattr(hardware_module, "has_bf16", lambda accelerator: False)
-    slow = read_hardware(make_asked(precision="bf16"), world_size=2)
-    assert (slow.accelerator, slow.precision, slow.world_size) == ("cpu", "bf16", 2)
-    assert slow.lightning_precision == "bf16-mixed"
-    assert "slowly: the processor has no instructions for it" in describe_precision(slow, Train(precision="bf16"))
-    assert list_remarks(slow, Train(precision="bf16", batch_size=32)) == [
-        "2 processes train together, each on 16 images of a batch",
-        f"computing in {describe_precision(slow, Train(precision='bf16'))}",
-    ]
-    plain = read_hardware(make_asked())
-    assert list_remarks(plain, Train()) == []
-    assert (plain.precision, plain.lightning_precision) == ("fp32", "32-true")
-    assert describe_precision(plain, Train()) == "fp32 (the CPU has neither amx_bf16 nor avx512_bf16)"
-    monkeypatch.setattr(hardware_module, "has_bf16", lambda accelerator: True)
-    assert read_hardware(make_asked()).precision == "bf16"
-    assert read_hardware(make_asked(precision="fp32")).precision == "fp32"
-    with pytest.raises(ParamsError, match=r"compute\.accelerator: got 'gpu'.*Look at `nvidia-smi`"):
-        read_hardware(make_asked(accelerator="gpu"))
-
-
 def test_a_gpu_is_taken_where_there_is_one() -> None:
     assert choose_accelerator(Compute(), 2) == "gpu"
     assert choose_accelerator(Compute(accelerator="gpu"), 1) == "gpu"
     assert choose_accelerator(Compute(accelerator="cpu"), 2) == "cpu"
     assert choose_accelerator(Compute(), 0) == "cpu"
-    assert describe_precision(Hardware("gpu", "bf16", 8, "H200"), Train(precision="fp32")).startswith(
-        "bf16 (as train.pre"
-    )
+    with pytest.raises(ParamsError, match=r"compute\.accelerator: got 'gpu'.*Look at `nvidia-smi`"):
+        choose_accelerator(Compute(accelerator="gpu"), 0)

@@ -1,5 +1,9 @@
 """The ways that learn from the embedding table, without a pass over the images: a head, or neighbours that vote.
 
+What is served is this network in fp32. Vectors of the table in fp32 equal the served ones, up to the order of sums;
+in bf16 each rounding errs by 2^-8 of a number, and so do vectors, by about as much: `embed` takes none below a cosine
+of 0.999 by itself. The head computes in fp32 unless `train.precision` is bf16.
+
 Dimensions: n images, d features, k classes, u units.
 """
 
