@@ -26,7 +26,9 @@ KEPT = "(measured once, kept in .visionloop/machine.json)"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("measuring") / "ws", max_epochs=1, precision="auto", accelerator="cpu")
+    return make_place(
+        tmp_path_factory.mktemp("measuring") / "ws", max_epochs=1, precision="auto", compute={"accelerator": "cpu"}
+    )
 
 
 @pytest.fixture

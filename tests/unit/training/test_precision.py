@@ -9,7 +9,7 @@ from processors import Stopwatch
 from trainings import Ear, Place, make_place
 from visionloop.networks import processor
 from visionloop.networks.processor import load_measured
-from visionloop.params import Train
+from visionloop.params import Train, make_params
 from visionloop.training import precision as precisions
 from visionloop.training.job import World
 from visionloop.training.precision import look_at_hardware, resolve_precision
@@ -19,7 +19,7 @@ KEPT = "(measured once, kept in .visionloop/machine.json)"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = make_place(tmp_path_factory.mktemp("precision") / "ws", accelerator="cpu")
+    place = make_place(tmp_path_factory.mktemp("precision") / "ws", compute={"accelerator": "cpu"})
     return place.with_train(precision="auto")
 
 
@@ -128,11 +128,14 @@ def test_what_params_say_is_done(each_processor: str) -> None:
 
 
 def test_a_look_at_the_hardware_measures_nothing(each_processor: str) -> None:
-    hardware, words = look_at_hardware(Train(accelerator="cpu"))
+    hardware, words = look_at_hardware(make_params({"name": "a", "compute": {"accelerator": "cpu"}}))
     assert (hardware.accelerator, hardware.world_size) == ("cpu", 1)
     if each_processor == "bf16":
         assert words == "fp32 or bf16, whichever is measured to be faster (train.precision: auto)"
     else:
         assert (hardware.precision, hardware.lightning_precision) == ("fp32", "32-true")
         assert words == "fp32 (the CPU has neither amx_bf16 nor avx512_bf16)"
-    assert look_at_hardware(Train(precision="bf16"))[0].lightning_precision == "bf16-mixed"
+    assert (
+        look_at_hardware(make_params({"name": "a", "train": {"precision": "bf16"}}))[0].lightning_precision
+        == "bf16-mixed"
+    )
