@@ -74,7 +74,8 @@ def _digest_stage(root: str, package: Path, read: dict[str, tuple[str, list[str]
         if name not in read:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             tree = _Texts(keep_descriptions=name.startswith("visionloop.evaluation")).visit(tree)
-            read[name] = ast.dump(tree), _list_imports(tree)
+            dump = ast.dump(tree).replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
+            read[name] = dump, _list_imports(tree)
         code[name], imported = read[name]
         waiting += imported
     return compute_digest(code)

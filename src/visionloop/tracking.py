@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
 from visionloop.secrets import mask
 
+CALL_ERRORS = (TrackingError, DiskError)  # what any call to MLflow may raise
 CHAMPION_ALIAS = "champion"
 DIGEST_TAG = "visionloop.bundle"
 MAX_PARAM_CHARS = 500

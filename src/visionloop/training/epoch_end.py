@@ -15,8 +15,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 
-from visionloop.errors import TrackingError, TrainingError
-from visionloop.tracking import Tracking
+from visionloop.errors import TrainingError
+from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.checkpoints import SavedEpoch
 from visionloop.training.job import Job
 from visionloop.training.views.view import read_views, show_in_views
@@ -44,7 +44,7 @@ class FigureLog:
             return
         try:
             self.send()
-        except TrackingError as exc:
+        except CALL_ERRORS as exc:
             if self._failed_at is None:
                 self.tell(f"MLflow cannot be reached; training goes on, its figures are sent later ({exc.found})")
             self._failed_at = time.monotonic()

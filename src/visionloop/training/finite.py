@@ -17,8 +17,9 @@ from torch import Tensor
 
 from visionloop.data.contact_sheet import Cell, draw_contact_sheet
 from visionloop.data.shards import Prepared
-from visionloop.errors import TrackingError, TrainingError
+from visionloop.errors import TrainingError
 from visionloop.records import canonical_json
+from visionloop.tracking import CALL_ERRORS
 from visionloop.training.batches import Batch
 from visionloop.training.job import Job
 
@@ -108,7 +109,7 @@ class FiniteGuard(pl.Callback):
         folder = self._choose_folder()
         write_failed_batch(folder, step, f"{watched.what} {number}", self.job.prepared)
         if self.job.world.is_first:
-            with contextlib.suppress(TrackingError):  # the error to tell is the other one
+            with contextlib.suppress(*CALL_ERRORS):  # the error to tell is the other one
                 self.job.tracking.log_artifact(self.run_id, folder, "failed")
         raise TrainingError(
             f"train epoch {step.epoch}, step {step.number}",

@@ -27,9 +27,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
-from visionloop.errors import TrackingError, TrainingError
+from visionloop.errors import TrainingError
 from visionloop.params import Train
 from visionloop.records import canonical_json
+from visionloop.tracking import CALL_ERRORS
 from visionloop.training.checkpoints import (
     FOLDER,
     CheckpointFiles,
@@ -295,7 +296,7 @@ def _reduce(attempt: Attempt) -> MemoryPlan:
         f"out of memory with {before} images at a time: going on with {plan.batch_in_memory}, "
         f"{plan.accumulate} parts to a step of {plan.step_size} as before"
     )
-    with contextlib.suppress(TrackingError):  # the bundle's card says it too
+    with contextlib.suppress(*CALL_ERRORS):  # the bundle's card says it too
         attempt.job.tracking.set_tags(attempt.run_id, {"visionloop.batch_in_memory": str(plan.batch_in_memory)})
     return plan
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visionloop.errors import TrackingError
 from visionloop.records import canonical_json
+from visionloop.tracking import CALL_ERRORS
 from visionloop.training.job import Job
 from visionloop.workfolder import write_file
 
@@ -57,7 +57,7 @@ def marking_failure(job: Job, run_id: str) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as exc:
         status, reason = ("KILLED", "stopped") if isinstance(exc, KeyboardInterrupt) else ("FAILED", str(exc))
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(*CALL_ERRORS):
             job.tracking.set_tags(run_id, {"visionloop.ended": reason[:MAX_TAG_CHARS]})
             job.tracking.close_run(run_id, status)
         raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionloop.data.contact_sheet import Cell, draw_contact_sheet
 from visionloop.data.images import UInt8Array
-from visionloop.errors import TrackingError
+from visionloop.tracking import CALL_ERRORS
 from visionloop.training.augment import (
     AUGMENT,
     NUM_UNIFORM,
@@ -73,7 +73,7 @@ class SampleView(pl.Callback):
         (self.folder / name).write_bytes(png)
         try:
             self.job.tracking.log_artifact(self.run_id, self.folder / name, "figures")
-        except TrackingError as exc:  # a training does not end for a picture
+        except CALL_ERRORS as exc:  # a training does not end for a picture
             self.job.watcher.tell(f"figures/{name} is not in MLflow: {exc}")
 
 

@@ -16,11 +16,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from visionloop.errors import TrackingError
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import IntArray, compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
-from visionloop.tracking import Tracking
+from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
 from visionloop.training.module import ClassifierModule
@@ -201,7 +200,7 @@ class CurveView(View):
         self._show()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        with contextlib.suppress(TrackingError):  # what ended the training is the news
+        with contextlib.suppress(*CALL_ERRORS):  # what ended the training is the news
             self._show()
 
     def _show(self) -> None:

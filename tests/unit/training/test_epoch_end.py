@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memory_tracking import MemoryTracking
-from visionloop.errors import TrackingError
+from visionloop.errors import DiskError, TrackingError
 from visionloop.training import epoch_end
 from visionloop.training.epoch_end import FigureLog
 
@@ -68,6 +68,20 @@ def test_a_server_that_is_down_is_not_waited_for_each_epoch(tmp_path: Path) -> N
     log.add(1, {"a": 1.0})
     assert tracking.got == [], "the next try is half a minute later"
     assert [step for step, _ in make_log(tmp_path, tracking, told).unsent] == [0, 1]
+
+
+def test_a_full_disk_under_a_local_mlflow_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        raise DiskError("mlflow.db", "cannot be written (no space left)", "a disk with free space")
+
+    tracking, told = Flaky(), list[str]()
+    log = make_log(tmp_path, tracking, told)
+    with monkeypatch.context() as full:
+        full.setattr(tracking, "log_metrics", fail)
+        log.add(0, {"a": 0.0})
+    assert told[0].endswith("its figures are sent later (cannot be written (no space left))")
+    log.send()
+    assert tracking.got == [(0, {"a": 0.0})]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[["x", {}]]', "[[1, 2]]"])
