@@ -35,7 +35,7 @@ from visionloop.workspace import Workspace, lock_for_retrain, open_workspace
 Result = TypeVar("Result")
 
 
-class Clock:
+class StepClock:
     """Announces the steps one by one, and keeps how long each took."""
 
     def __init__(self, total: int) -> None:
@@ -75,7 +75,7 @@ def bring_up_to_date(opened: Workspace) -> State[Any]:
     """Do the steps one by one, as far as they lead."""
     home = str(opened.settings.home)
     stages = pipeline.read_stage_names(opened.settings.home)
-    clock = Clock(len(stages) + 5)
+    clock = StepClock(len(stages) + 5)
     dataset = clock.run("ingest", "new images into the store", lambda: steps.ingest(home))
     unchanged = find_unchanged(opened, dataset)
     if unchanged:
@@ -106,7 +106,11 @@ def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | 
 
 
 def summarise(
-    workspace: Workspace, decision: Decision, outcome: str, clock: Clock, answers: list[dict[str, Any]] | None = None
+    workspace: Workspace,
+    decision: Decision,
+    outcome: str,
+    clock: StepClock,
+    answers: list[dict[str, Any]] | None = None,
 ) -> Summary:
     """Put together what is told at the end."""
     name, champion = workspace.name, read_champion(workspace.store, workspace.name)

@@ -78,7 +78,7 @@ def _check_packages() -> Finding:
 
 def _check_processor(params: Params) -> Finding:
     from visionloop.training.precision import look_at_hardware
-    from visionloop.training.ranks.launch import choose_placement, describe_placement
+    from visionloop.training.ranks.launch import describe_launch, plan_launch
     from visionloop.training.ranks.world import World, count_gpus
 
     gpus = count_gpus()
@@ -86,7 +86,7 @@ def _check_processor(params: Params) -> Finding:
     device = f"{gpus} x {hardware.processor}" if hardware.accelerator == "gpu" else f"the CPU, {gpus or 'no'} GPUs"
     found = (
         f"{count_cores()} cores, {hardware.threads} torch threads; trains on {device}, in {precision}, "
-        f"{describe_placement(choose_placement(params, World(), gpus))}"
+        f"{describe_launch(plan_launch(params, World(), gpus))}"
     )
     ok = hardware.threads <= count_cores()
     return Finding("processor", ok, found, "Set OMP_NUM_THREADS to the number of cores.")

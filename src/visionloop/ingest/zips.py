@@ -46,7 +46,7 @@ BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ZipMember:
     """One file of an archive; its bytes end before `limit`, where the next one begins.
 
     `problem` says why it cannot be used ("" when it can), `code` is the code of that.
@@ -70,7 +70,7 @@ class _Directory(NamedTuple):
     offset: int
 
 
-def read_members(file: BinaryIO, size: int, where: str) -> list[Member]:
+def read_members(file: BinaryIO, size: int, where: str) -> list[ZipMember]:
     """Return the files of an archive in the order of its directory. Raises SourceError."""
     end = _read_end(file, size, where)
     _check_directory_size(file, end, where)
@@ -129,7 +129,7 @@ def _check_directory_size(file: BinaryIO, end: _Directory, where: str) -> None:
         raise SourceError(where, found, f"at most {MAX_MEMBERS:,} entries", "Divide it.")
 
 
-def _make_members(infos: list[ZipInfo], end: int, where: str) -> list[Member]:
+def _make_members(infos: list[ZipInfo], end: int, where: str) -> list[ZipMember]:
     """Return all members, folders too. Raises SourceError when one lies outside, or two share bytes."""
     for number, info in enumerate(infos, start=1):
         if FULL_32 in (info.file_size, info.compress_size, info.header_offset):
@@ -158,7 +158,7 @@ def _encode_name(info: ZipInfo) -> bytes:
     return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8_FLAG else "cp437")
 
 
-def _make_member(info: ZipInfo, limit: int) -> Member:
+def _make_member(info: ZipInfo, limit: int) -> ZipMember:
     """Decode the name: UTF-8 where it is, also without the flag (as macOS writes); else code page 437."""
     name = info.orig_filename
     if not info.flag_bits & UTF8_FLAG and not name.isascii():
@@ -179,7 +179,7 @@ def _make_member(info: ZipInfo, limit: int) -> Member:
         ("too_large", f"it grows from {packed:,} to {size:,} bytes", size > max(RATIO_FROM_BYTES, MAX_RATIO * packed)),
     )
     code, problem = next(((code, problem) for code, problem, holds in found if holds), ("", ""))
-    return Member(name, info, limit, code, problem)
+    return ZipMember(name, info, limit, code, problem)
 
 
 def _is_plain(name: str) -> bool:
@@ -190,7 +190,7 @@ def _leaves(name: str) -> bool:
     return name[1:2] == ":" or not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/"))
 
 
-def _mark_problems(members: list[Member]) -> list[Member]:
+def _mark_problems(members: list[ZipMember]) -> list[ZipMember]:
     """Mark all members that share a name, and drop the folders."""
     files = [member for member in members if not member.name.endswith("/") or member.code]
     counts = Counter(member.name for member in files)
@@ -220,7 +220,7 @@ class ZipReader:
         """What changes when the archive does."""
         return "-".join(map(str, self._state))
 
-    def read(self, member: Member, max_bytes: int) -> bytes:
+    def read(self, member: ZipMember, max_bytes: int) -> bytes:
         """Return the bytes of a member. Raises ImageError (`too_large`, `unreadable`)."""
         size = member.info.file_size
         if size > max_bytes:
@@ -228,7 +228,7 @@ class ZipReader:
         with self.open(member) as stream:
             return stream.read(size + 1)  # only at its end are length and checksum compared
 
-    def open(self, member: Member) -> BinaryIO:
+    def open(self, member: ZipMember) -> BinaryIO:
         """Open a member as a stream, no longer than its stated size. Raises ImageError, also while it is read."""
         if member.problem:
             raise ImageError(member.name, member.problem, "a plain file", reason_code=member.code)
@@ -249,7 +249,7 @@ class ZipReader:
 class _Body(io.RawIOBase):
     """The unpacked bytes of one member; at the end length and checksum must be what the directory says."""
 
-    def __init__(self, file: io.FileIO, member: Member) -> None:
+    def __init__(self, file: io.FileIO, member: ZipMember) -> None:
         self._member, self._num_read = member, 0
         # `zipfile` stops at the stated length, whatever follows. With room for one byte more a longer one shows.
         info = copy.copy(member.info)
@@ -275,7 +275,7 @@ class _Body(io.RawIOBase):
 
 
 @contextmanager
-def _translated(member: Member) -> Iterator[None]:
+def _translated(member: ZipMember) -> Iterator[None]:
     """Turn what `zipfile` raises into an ImageError."""
     try:
         yield
@@ -293,11 +293,11 @@ def _read_state(file: io.IOBase) -> tuple[int, int, int]:
     return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
-def _unreadable(member: Member, found: str) -> ImageError:
+def _unreadable(member: ZipMember, found: str) -> ImageError:
     return ImageError(member.name, found, "a whole entry", TODO, reason_code="unreadable")
 
 
-def _skip_header(file: io.FileIO, member: Member) -> None:
+def _skip_header(file: io.FileIO, member: ZipMember) -> None:
     """Compare the member's own header with the directory's, and go to where its bytes begin. Raises ImageError."""
     info, name = member.info, _encode_name(member.info)
     file.seek(info.header_offset)

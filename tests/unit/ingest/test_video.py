@@ -15,7 +15,7 @@ from visionloop.ingest.item import SourceContext
 from visionloop.ingest.video.cameras import is_camera
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.decode import decode, turn_upright
-from visionloop.ingest.video.sample import Clock, DecodeJob, Sampler, compute_difference
+from visionloop.ingest.video.sample import DecodeJob, FrameClock, Sampler, compute_difference
 from visionloop.ingest.video.segments import parse_seconds, read_segments
 from visionloop.params import VideoSource
 
@@ -44,18 +44,18 @@ def assert_near(found: tuple[int, ...], expected: tuple[int, ...], slack: int = 
 
 
 def test_the_clock_starts_at_the_start_of_the_file_and_only_goes_forward() -> None:
-    clock = Clock(100.0, 0.5)
+    clock = FrameClock(100.0, 0.5)
     assert [clock.read(t) for t in (99.9, 100.5, None, 101.5, 3.0, 3.5)] == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 2.5])
 
 
 def test_the_clock_without_any_stamp_counts_frames() -> None:
-    clock = Clock(None, 0.25)
+    clock = FrameClock(None, 0.25)
     assert [clock.read(None) for _ in range(4)] == pytest.approx([0, 0.25, 0.5, 0.75])
 
 
 @pytest.mark.parametrize("step", [None, 0.0, 1e9])
 def test_a_nonsense_frame_rate_is_not_believed(step: float | None) -> None:
-    clock = Clock(None, step)
+    clock = FrameClock(None, step)
     clock.read(None)
     assert 0 < clock.read(None) <= 10
 

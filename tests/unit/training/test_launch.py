@@ -12,7 +12,7 @@ import pytest
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
 from visionloop.params import Compute, Params, make_params
 from visionloop.training.ranks.failures import explain_failures, make_rank_error
-from visionloop.training.ranks.launch import Placement, choose_placement, describe_placement, is_ours
+from visionloop.training.ranks.launch import LaunchPlan, describe_launch, is_ours, plan_launch
 from visionloop.training.ranks.ray import Shape, choose_shape
 from visionloop.training.ranks.world import PeerLost, World, choose_accelerator, is_peer_failure, read_world
 
@@ -26,37 +26,37 @@ def make_asked(**keys: Any) -> Params:
 
 
 @pytest.mark.parametrize(
-    ("section", "num_gpus", "placement"),
+    ("section", "num_gpus", "plan"),
     [
-        ({}, 0, Placement("here")),
-        ({}, 1, Placement("here")),
-        ({}, 4, Placement("ddp", 4)),
-        ({"accelerator": "cpu"}, 4, Placement("here")),
-        ({"devices": 1}, 4, Placement("here")),
-        ({"devices": 2}, 4, Placement("ddp", 2)),
-        ({"devices": 2}, 0, Placement("ddp", 2)),
-        ({"batch_size": 3}, 8, Placement("ddp", 3)),
-        ({"way": "knn"}, 8, Placement("here")),
-        ({"way": "frozen"}, 8, Placement("here")),
-        ({"strategy": "ray"}, 0, Placement("ray", None, 1)),
-        ({"strategy": "ray", "devices": 2, "num_nodes": 3}, 0, Placement("ray", 2, 3)),
+        ({}, 0, LaunchPlan("here")),
+        ({}, 1, LaunchPlan("here")),
+        ({}, 4, LaunchPlan("ddp", 4)),
+        ({"accelerator": "cpu"}, 4, LaunchPlan("here")),
+        ({"devices": 1}, 4, LaunchPlan("here")),
+        ({"devices": 2}, 4, LaunchPlan("ddp", 2)),
+        ({"devices": 2}, 0, LaunchPlan("ddp", 2)),
+        ({"batch_size": 3}, 8, LaunchPlan("ddp", 3)),
+        ({"way": "knn"}, 8, LaunchPlan("here")),
+        ({"way": "frozen"}, 8, LaunchPlan("here")),
+        ({"strategy": "ray"}, 0, LaunchPlan("ray", None, 1)),
+        ({"strategy": "ray", "devices": 2, "num_nodes": 3}, 0, LaunchPlan("ray", 2, 3)),
     ],
 )
-def test_a_process_alone_plans_by_params_and_gpus(section: dict[str, Any], num_gpus: int, placement: Placement) -> None:
-    assert choose_placement(make_asked(**section), World(), num_gpus) == placement
+def test_a_process_alone_plans_by_params_and_gpus(section: dict[str, Any], num_gpus: int, plan: LaunchPlan) -> None:
+    assert plan_launch(make_asked(**section), World(), num_gpus) == plan
 
 
 def test_a_placement_is_told_in_words() -> None:
-    assert describe_placement(Placement("here")) == "in one process"
-    assert describe_placement(Placement("ddp", 4)) == "in 4 processes"
-    assert describe_placement(Placement("ray", None, 2)) == "in workers of Ray Train (2 nodes)"
-    assert describe_placement(Placement("ray", 4, 2)) == "in workers of Ray Train (4 a node, 2 nodes)"
+    assert describe_launch(LaunchPlan("here")) == "in one process"
+    assert describe_launch(LaunchPlan("ddp", 4)) == "in 4 processes"
+    assert describe_launch(LaunchPlan("ray", None, 2)) == "in workers of Ray Train (2 nodes)"
+    assert describe_launch(LaunchPlan("ray", 4, 2)) == "in workers of Ray Train (4 a node, 2 nodes)"
 
 
 def test_a_rank_of_torchrun_takes_part() -> None:
     world = World(rank=5, size=8, local_rank=1, local_size=4)
-    assert choose_placement(make_asked(devices=4, num_nodes=2), world, 4) == Placement("rank", 4, 2)
-    assert choose_placement(make_asked(), world, 0) == Placement("rank", 4, 2)
+    assert plan_launch(make_asked(devices=4, num_nodes=2), world, 4) == LaunchPlan("rank", 4, 2)
+    assert plan_launch(make_asked(), world, 0) == LaunchPlan("rank", 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_rank_of_torchrun_takes_part() -> None:
 )
 def test_what_cannot_run_is_refused(section: dict[str, Any], world: World, num_gpus: int, line: str) -> None:
     with pytest.raises(ParamsError, match=line) as caught:
-        choose_placement(make_asked(**section), world, num_gpus)
+        plan_launch(make_asked(**section), world, num_gpus)
     assert caught.value.exit_code == 2
 
 

@@ -20,7 +20,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from visionloop.ingest.video.sample import Clock, DecodeJob, Sampler, to_ms
+from visionloop.ingest.video.sample import DecodeJob, FrameClock, Sampler, to_ms
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "mpjpeg")
 LIVE_FORMATS = {"rtsp", "v4l2", "video4linux2", "mjpeg", "h264", "hevc"}
@@ -211,7 +211,7 @@ def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage)
     base = float(stream.time_base or 0)
     start = None if job.is_live or container.start_time is None else container.start_time / av.time_base
     rate = stream.guessed_rate
-    clock = Clock(start, 1 / float(rate) if rate else None)
+    clock = FrameClock(start, 1 / float(rate) if rate else None)
     untimed = job.is_live and container.format.name in UNTIMED
     now_s, opened_at = 0.0, time.monotonic()
     packets = container.demux(stream)

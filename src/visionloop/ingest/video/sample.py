@@ -38,7 +38,7 @@ class DecodeJob:
         return self.file is None
 
 
-class Clock:
+class FrameClock:
     """Turns the time stamps of frames into seconds from the start that never go back.
 
     A frame without a stamp is one step after the frame before. A stamp that jumps back (a restarted recorder, a counter

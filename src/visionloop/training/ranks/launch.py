@@ -34,7 +34,7 @@ STOP_WITHIN_S = 20
 
 
 @dataclass(frozen=True)
-class Placement:
+class LaunchPlan:
     """`here`: this process alone; `rank`: one of a world that exists; `ddp`: start ranks; `ray`: start workers.
 
     `devices` is the number of ranks a node; None for Ray where the cluster decides.
@@ -45,7 +45,7 @@ class Placement:
     num_nodes: int = 1
 
 
-def choose_placement(params: Params, world: World, num_gpus: int) -> Placement:
+def plan_launch(params: Params, world: World, num_gpus: int) -> LaunchPlan:
     """Decide where a training runs, from params, what torchrun says, and this machine's GPUs. Raises ParamsError."""
     train, section = params.train, params.compute
     devices = None if section.devices == "auto" else section.devices
@@ -53,7 +53,7 @@ def choose_placement(params: Params, world: World, num_gpus: int) -> Placement:
     if train.way in WAYS_ON_EMBEDDINGS:
         if max(asked, world.size) > 1:
             raise _refuse("train.way", f"{train.way!r} in {max(asked, world.size)} processes", "one: it sees no images")
-        return Placement("here")
+        return LaunchPlan("here")
     size = max(asked, world.size)
     if size > train.batch_size:
         found = f"{train.batch_size} for {size} processes"
@@ -65,9 +65,9 @@ def choose_placement(params: Params, world: World, num_gpus: int) -> Placement:
         if devices and asked != world.size:
             found = f"{devices} x {section.num_nodes} nodes in a world of {world.size}"
             raise _refuse("compute.devices", found, "as many")
-        return Placement("rank", world.local_size, world.size // world.local_size)
+        return LaunchPlan("rank", world.local_size, world.size // world.local_size)
     if section.strategy == "ray":
-        return Placement("ray", devices, section.num_nodes)
+        return LaunchPlan("ray", devices, section.num_nodes)
     if section.num_nodes > 1:
         raise _refuse(
             "compute.num_nodes",
@@ -81,19 +81,19 @@ def choose_placement(params: Params, world: World, num_gpus: int) -> Placement:
             "compute.devices", str(devices), f"at most the {num_gpus} GPUs of this machine, or `accelerator: cpu`"
         )
     devices = devices or (min(num_gpus, train.batch_size) if on_gpu else 1)
-    return Placement("here" if devices == 1 else "ddp", devices)
+    return LaunchPlan("here" if devices == 1 else "ddp", devices)
 
 
 def _refuse(key: str, found: str, expected: str, todo: str = "Edit the file.") -> ParamsError:
     return ParamsError(f"params.yaml {key}", f"got {found}", expected, todo)
 
 
-def describe_placement(placement: Placement) -> str:
+def describe_launch(plan: LaunchPlan) -> str:
     """Say where a training would run, in words."""
-    if placement.kind == "ray":
-        each = f"{placement.devices} a node, " if placement.devices else ""
-        return f"in workers of Ray Train ({each}{placement.num_nodes} node{'s' if placement.num_nodes > 1 else ''})"
-    number = (placement.devices or 1) * placement.num_nodes
+    if plan.kind == "ray":
+        each = f"{plan.devices} a node, " if plan.devices else ""
+        return f"in workers of Ray Train ({each}{plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''})"
+    number = (plan.devices or 1) * plan.num_nodes
     return "in one process" if number == 1 else f"in {number} processes"
 
 
@@ -109,17 +109,17 @@ def launch_train(workspace: Workspace, data: TrainingData, call: Call, env: Mapp
         VisionLoopError: what `fit.train` raises, also in another process.
     """
     call = replace(call, world=read_world(env))
-    placement = choose_placement(workspace.params, call.world, count_gpus())
-    if placement.kind in {"here", "rank"}:
+    plan = plan_launch(workspace.params, call.world, count_gpus())
+    if plan.kind in {"here", "rank"}:
         with _report_failure(call.world, env):
             note = train(workspace, data, call)
         return None if is_ours(env) else note
-    if placement.kind == "ray":
+    if plan.kind == "ray":
         from visionloop.training.ranks.ray import train_on_ray
 
-        train_on_ray(workspace, call, placement.devices)
+        train_on_ray(workspace, call, plan.devices)
     else:
-        _start_ranks(workspace.settings, placement.devices or 1)
+        _start_ranks(workspace.settings, plan.devices or 1)
     return read_note(workspace.settings)
 
 
