@@ -132,6 +132,7 @@ def without_signals_of_children() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.sigtimedwait({signal.SIGCHLD}, 0)  # one that waits would be delivered as soon as it may be
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 

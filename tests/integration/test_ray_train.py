@@ -138,5 +138,5 @@ def test_an_error_of_the_workers_comes_back_as_it_was(prepared: Path, tmp_path: 
         launch(open_home(home))
     assert "\n" not in str(caught.value)
     with pytest.raises(ParamsError, match=r"got 1 on 9 nodes, and the Ray cluster has 2 nodes with 2 cores and 0 GPUs"):
-        section = workspace.params.train.model_copy(update={"num_nodes": 9})
-        launch(replace(workspace, params=workspace.params.model_copy(update={"train": section})))
+        section = workspace.params.compute.model_copy(update={"num_nodes": 9})
+        launch(replace(workspace, params=workspace.params.model_copy(update={"compute": section})))

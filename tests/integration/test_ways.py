@@ -265,7 +265,7 @@ def test_knn_on_all_judges_each_training_image_by_the_others(champion: Home, tmp
 
 
 def test_embeddings_that_do_not_belong_to_the_network_are_refused(champion: Home, tmp_path: Path) -> None:
-    home = fork(champion, tmp_path / "ws", way="knn", neighbours={"k": 1000})
+    home = fork(champion, tmp_path / "ws", way="knn")
     assert "are missing; expected those of the prepared data. Run `visionloop embed`." in home.refuse(DatasetError)
     home.section["way"] = "scratch"
     home.embed()
@@ -276,7 +276,7 @@ def test_embeddings_that_do_not_belong_to_the_network_are_refused(champion: Home
     refusal = home.refuse(DatasetError)
     assert "are of another network (small_cnn at 32 x 32, onnxruntime fp32, weights " in refusal
     assert "expected those of small_cnn with train.weights: weights.safetensors. Run `visionloop embed`." in refusal
-    home.section |= {"weights": "none", "way": "knn"}
+    home.section |= {"weights": "none", "way": "knn", "neighbours": {"k": 1000}}
     assert "train.neighbours.k: got 1000 with " in home.refuse(ParamsError)
 
 

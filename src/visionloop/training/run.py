@@ -25,19 +25,18 @@ MAX_TAG_CHARS = 500
 
 def open_run(work: Path, job: Job) -> str:
     """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError."""
-    known = _load(work)
+    known, params = _load(work), flatten_params(job)
+    name = f"{job.params.train.backbone}-dataset{job.prepared.pin.version}"
+    token = known.get("token") or secrets.token_hex(16)
+    tags = {**_make_tags(job), TOKEN_TAG: token}
     run_id = known.get("run_id")
     if run_id is None and "token" in known:
-        run_id = job.tracking.find_tagged_run(TOKEN_TAG, known["token"])
+        run_id = job.tracking.find_tagged_run(TOKEN_TAG, token)
         if run_id:
-            job.tracking.log_params(run_id, flatten_params(job))
-    token = known.get("token") or secrets.token_hex(16)
+            job.tracking.log_params(run_id, params)
     if run_id is None:
         write_file(work / FILE, canonical_json({"token": token}))
-    section, pin = job.params.train, job.prepared.pin
-    name = f"{section.backbone}-dataset{pin.version}"
-    tags = {**_make_tags(job), TOKEN_TAG: token}
-    run_id = job.tracking.open_run(name, run_id=run_id, tags=tags, params=flatten_params(job))
+    run_id = job.tracking.open_run(name, run_id=run_id, tags=tags, params=params)
     remember_run(work, run_id, token)
     return run_id
 
