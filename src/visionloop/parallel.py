@@ -90,7 +90,8 @@ def _map_in_processes(function: Callable[[Item], Result], chunks: Iterable[Item]
         options = {"return_as": "generator_unordered", "initializer": _start_worker, "initargs": (os.getpid(),)}
         yield from _map_in_waves("loky", count_cores(), function, chunks, max_held, **options)
     finally:
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        # `reuse`: asked for without it, joblib first ends its own workers politely, and makes others to be killed.
+        get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 def _map_in_waves(

@@ -92,7 +92,7 @@ def test_a_saved_source_is_pulled_from_then_on(home: Path, shell: Shell) -> None
     assert "source mine is in params.yaml" in shown
     text = (home / "params.yaml").read_text()
     path = home.parent / "photos"
-    assert "  sources: # none yet\n" in text
+    assert "  sources:    # none yet\n" in text, "the comment keeps its column"
     assert load_params(home / "params.yaml").ingest.sources[0].model_dump()["path"] == str(path)
     assert "nothing new" in shell("ingest")
     assert "nothing new" in shell("ingest", "../photos", "--name", "mine", "--save")

@@ -118,7 +118,7 @@ def test_the_faster_encoder_is_taken_and_its_vectors_stand_alone(
         assert embed(place).num_computed == 72, "nothing is taken from the other's table"
         facts = load_facts(place.settings.features_dir)
         chosen.append((f"{facts.runtime} {facts.precision}", facts.digest))
-        keys.append(place.make_job().make_key())
+        keys.append(place.make_job().key)
         place.train()
         card = json.loads((place.settings.candidate_dir / "card.json").read_text())
         assert card["network"]["embeddings"] == name

@@ -35,10 +35,11 @@ from pathlib import Path
 from visionloop.params import make_params
 from visionloop.serving.main import run_server
 from visionloop.settings import Settings
+from visionloop.workspace import connect
 home, serve, bundle = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+settings = Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root="")
 run_server(
-    Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root=""),
-    make_params({"name": "fake", "serve": serve}),
+    connect(settings, make_params({"name": "fake", "serve": serve})),
     host="127.0.0.1",
     port=0,
     bundle_dir=Path(bundle) if bundle else None,
