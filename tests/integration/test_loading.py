@@ -128,12 +128,11 @@ def test_reading_ahead_keeps_the_threads_of_the_training_and_its_random_numbers(
 @contextlib.contextmanager
 def without_signals_of_children() -> Iterator[None]:
     """Torch raises from a handler of SIGCHLD, wherever Python is by then: in a test that would be anywhere."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.sigtimedwait({signal.SIGCHLD}, 0)  # one that waits would be delivered as soon as it may be
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_process_that_dies_is_a_clear_error_and_leaves_none(tmp_path: Path) -> None:
