@@ -38,7 +38,7 @@ test: check ## check, then every test but the long ones
 	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" tests/unit
 	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
 
-test-long: $(STAMP) ## the tests that take more than a minute each; `make test` leaves them out
+test-long: $(STAMP) ## the slow repetitions that `make test` leaves out: other ends, Ray, all backbones
 	@$(TIDY) $(BIN)/python -m pytest -n 2 -m long --dist loadfile --no-loadscope-reorder tests
 
 check: $(STAMP) ## lint, format, types, import rules, dead code, code.json

@@ -13,9 +13,10 @@ import httpx
 import psutil
 import pytest
 
-from shapes import ROOT, find_run, make_environment, make_workspace, retrain, visionloop
+from shapes import ROOT, find_run, make_environment, make_workspace, retrain, set_train, visionloop
 
 EPOCHS = 30
+End = Callable[[subprocess.Popen[str]], None]
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +87,19 @@ def terminate_group(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGTERM)
 
 
-def test_every_kind_of_end_leaves_nothing_and_the_same_run_goes_on(home: Path, prefect_api: str) -> None:
-    ends: list[tuple[Callable[[subprocess.Popen[str]], None], int, dict[str, str]]] = [
-        (kill_flow, -signal.SIGKILL, {}),  # with a Prefect server of its own, which must go too
-        (kill_dvc, 2, {"PREFECT_API_URL": prefect_api}),
-        (interrupt_group, 130, {}),
-    ]
+def test_a_killed_flow_leaves_nothing_and_the_same_run_goes_on(home: Path, prefect_api: str) -> None:
+    """It has a Prefect server of its own, which must go too."""
+    check_ends(home, prefect_api, [(kill_flow, -signal.SIGKILL, {})])
+
+
+@pytest.mark.long
+def test_other_ends_leave_nothing_and_the_same_run_goes_on(home: Path, prefect_api: str) -> None:
+    set_train(home, seed=1)  # another training
+    check_ends(home, prefect_api, [(kill_dvc, 2, {"PREFECT_API_URL": prefect_api}), (interrupt_group, 130, {})])
+
+
+def check_ends(home: Path, prefect_api: str, ends: list[tuple[End, int, dict[str, str]]]) -> None:
+    """End a training in each of the ways, then let it go on to its end: in one MLflow run, with no epoch run twice."""
     run_ids = set()
     for end, code, extra in ends:
         process = start_until_it_trains(home, **extra)

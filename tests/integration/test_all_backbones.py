@@ -15,6 +15,7 @@ from visionloop.networks.classifier import Classifier
 from visionloop.networks.export import compute_torch_logits, export_onnx
 
 
+@pytest.mark.long
 def test_every_backbone_is_built_and_gives_one_vector_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     plan: Callable[..., Any] = BlockParams.from_init_params.__func__  # type: ignore[attr-defined]
 

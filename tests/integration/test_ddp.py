@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -102,13 +103,20 @@ def test_two_ranks_are_near_to_one_process(trained: Path, prepared: Path, tmp_pa
         assert abs(together.metrics[name] - alone.metrics[name]) < most, name
 
 
-def test_whatever_is_killed_nothing_stays_and_the_same_command_goes_on(
-    trained: Path, prepared: Path, tmp_path: Path
-) -> None:
-    home = tmp_path / "ws"
+def test_after_a_killed_rank_the_same_command_goes_on(trained: Path, prepared: Path, tmp_path: Path) -> None:
+    check_ends(trained, prepared, tmp_path / "ws", kill_a_rank)
+
+
+@pytest.mark.long
+def test_after_other_ends_the_same_command_goes_on(trained: Path, prepared: Path, tmp_path: Path) -> None:
+    check_ends(trained, prepared, tmp_path / "ws", press_ctrl_c, kill_the_parent)
+
+
+def check_ends(trained: Path, prepared: Path, home: Path, *ends: Callable[[Path], str]) -> None:
+    """End a training in each of the ways, then let torchrun finish it: the same run, and an undisturbed one's bundle."""
     shutil.copytree(prepared, home)
     set_compute(home, devices=2)
-    run_ids = [kill_a_rank(home), press_ctrl_c(home), kill_the_parent(home)]
+    run_ids = [end(home) for end in ends]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run(home, *torchrun, "-m", "visionloop", "train", timeout=120)
     assert done.returncode == 0, done.stderr

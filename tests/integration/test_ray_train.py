@@ -129,6 +129,7 @@ def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
     assert not (there / ".visionloop" / "ray").exists()
 
 
+@pytest.mark.long
 def test_an_error_of_the_workers_comes_back_as_it_was(prepared: Path, tmp_path: Path, cluster_address: str) -> None:
     home = tmp_path / "ws"
     shutil.copytree(prepared, home)
