@@ -113,7 +113,7 @@ def test_after_other_ends_the_same_command_goes_on(trained: Path, prepared: Path
 
 
 def check_ends(trained: Path, prepared: Path, home: Path, *ends: Callable[[Path], str]) -> None:
-    """End a training in each of the ways, then let torchrun finish it: the same run, and an undisturbed one's bundle."""
+    """End a training in each of the ways, then let torchrun finish it: the same run and bundle."""
     shutil.copytree(prepared, home)
     set_compute(home, devices=2)
     run_ids = [end(home) for end in ends]
