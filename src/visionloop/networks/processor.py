@@ -9,7 +9,6 @@ processor, and twice as fast on another.
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,8 +23,8 @@ MACHINE_FILE = "machine.json"
 # Another candidate than the first is taken only where it is this much faster, and gives the same vectors.
 LEAST_GAIN = 1.1
 MIN_COSINE = 0.999
-# A measurement ends after so many rounds, or when this time is over: slow networks have one round at least.
-MAX_ROUNDS, QUICK_S, LIMIT_S, FEW_ROUNDS = 20, 0.7, 4.0, 3
+# A calm measurement ends after so many rounds or this time, and never before a few rounds; any after the limit.
+MAX_ROUNDS, QUICK_S, LIMIT_S, FEW_ROUNDS = 20, 0.7, 5.0, 3
 
 
 def read_cpu_flags() -> frozenset[str]:
@@ -149,9 +148,11 @@ def time_in_turn(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Run steps on `num_images` in turn, so that a busy moment meets all; return the median images per second of each.
+    """Run steps on `num_images` in turn, so that a busy moment meets all; return the images per second of each.
 
-    One run of each goes before, uncounted: it builds kernels. A step that raises RuntimeError has 0 images/s.
+    The best time of each counts: what else runs here only ever takes time. (Two programs with a thread on each core
+    slow each other tenfold.) It goes on until the two best times of each step are a tenth apart or less, or the limit
+    is over. One run of each goes before, uncounted: it builds kernels. A step that raises RuntimeError has 0 images/s.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     running = dict(steps)
@@ -169,11 +170,19 @@ def time_in_turn(
 
     run_all(counted=False)
     began = clock()
-    for number in range(1, MAX_ROUNDS + 1):
+    number, passed_s = 0, 0.0
+    while running and passed_s <= LIMIT_S:
         run_all(counted=True)
-        if clock() - began > (QUICK_S if number >= FEW_ROUNDS else LIMIT_S):
+        number, passed_s = number + 1, clock() - began
+        is_enough = number >= MAX_ROUNDS or (number >= FEW_ROUNDS and passed_s > QUICK_S)
+        if is_enough and all(_is_calm(seconds[name]) for name in running):
             break
     return {
-        name: float(f"{num_images / max(statistics.median(times), 1e-9):.4g}") if name in running and times else 0.0
+        name: float(f"{num_images / max(min(times), 1e-9):.4g}") if name in running else 0.0
         for name, times in seconds.items()
     }
+
+
+def _is_calm(times_s: Sequence[float]) -> bool:
+    best, second = sorted(times_s)[:2]
+    return second <= LEAST_GAIN * best

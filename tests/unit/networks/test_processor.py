@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from visionloop.networks.processor import FEW_ROUNDS, MAX_ROUNDS, Measured, load_measured, measure_once, time_in_turn
+from visionloop.networks.processor import (
+    FEW_ROUNDS,
+    LIMIT_S,
+    MAX_ROUNDS,
+    Measured,
+    load_measured,
+    measure_once,
+    time_in_turn,
+)
 
 FACTS: dict[str, Any] = {"step": "train", "backbone": "resnet18", "image_size": [224, 224], "processor": "x"}
 
@@ -111,11 +119,21 @@ class Clock:
         return step
 
 
-def test_steps_are_timed_in_turn_by_their_medians() -> None:
+def test_steps_are_timed_in_turn_by_their_best_times() -> None:
     clock = Clock()
-    steps = {"a": clock.make_step("a", 9.0, 0.1, 0.4, 0.2), "b": clock.make_step("b", 5.0, 0.1)}
+    steps = {"a": clock.make_step("a", 0.01, 0.2, 0.4, 0.21), "b": clock.make_step("b", 5.0, 0.1)}
     assert time_in_turn(steps, 8, clock=clock) == {"a": 40.0, "b": 80.0}
     assert clock.log == ["a", "b"] * 4, "one round goes before, uncounted, and three are enough"
+
+
+def test_a_busy_machine_is_waited_for_within_limits() -> None:
+    clock, never = Clock(), Clock()
+    steps = {"a": clock.make_step("a", 0.1), "b": clock.make_step("b", 1.0, 1.0, 0.4, 0.9, 0.1, 0.9, 0.105, 0.1)}
+    assert time_in_turn(steps, 1, clock=clock) == {"a": 10.0, "b": 10.0}
+    assert clock.log.count("b") == 1 + 6, "until the two best are alike"
+    # Each best time is a fifth better than the one before: never calm.
+    assert time_in_turn({"a": never.make_step("a", *(2 * 0.8**n for n in range(99)))}, 1, clock=never)["a"] > 1
+    assert LIMIT_S < never.now - 2 < LIMIT_S + 1
 
 
 def test_a_quick_step_is_timed_often_and_a_slow_one_once() -> None:
