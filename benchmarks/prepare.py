@@ -34,6 +34,7 @@ from visionloop.params import Params, make_params
 from visionloop.records import ImageRecord
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from visionloop.workspace import Workspace, connect
 
 S = 224
 REPEATS = 5
@@ -50,7 +51,7 @@ def bench_prepare(bench_dir: Path) -> list[Row]:
         settings = make_prepare_workspace(home, (width, height), number)
         paths = sorted(str(p) for p in (home / "store" / "images").rglob("*") if p.is_file())
         ways: dict[str, Callable[[], object]] = {
-            "ours": partial(prepare, settings, make_bench_params(), LocalStore(home / "store")),
+            "ours": partial(prepare, open_bench(settings)),
             "pillow": partial(run_pool, paths, home / "pillow.npy", convert_with_pillow),
             "limit": partial(run_pool, paths, None, convert_with_turbo),
         }
@@ -73,6 +74,11 @@ def bench_prepare(bench_dir: Path) -> list[Row]:
 def make_bench_params() -> Params:
     """Return the parameters of the benchmark."""
     return make_params({"name": "bench", "prepare": {"image_size": S}})
+
+
+def open_bench(settings: Settings) -> Workspace:
+    """Return the workspace of the benchmark."""
+    return connect(settings, make_bench_params(), store=LocalStore(settings.home / "store"))
 
 
 def make_prepare_workspace(home: Path, size: tuple[int, int], number: int) -> Settings:
@@ -159,7 +165,7 @@ def tell_the_rest(home: Path, settings: Settings, paths: list[str]) -> None:
     script = (
         "import resource, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
         "import prepare as b; home = Path(sys.argv[1]);"
-        "b.prepare(b.make_prepare_workspace(home, (0, 0), 0), b.make_bench_params(), b.LocalStore(home / 'store'));"
+        "b.prepare(b.open_bench(b.make_prepare_workspace(home, (0, 0), 0)));"
         "who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN);"
         "print(*(resource.getrusage(w).ru_maxrss // 1024 for w in who))"
     )

@@ -89,8 +89,17 @@ def make_bench_job(workspace: Path) -> Any:
     return make_job(opened, check_training(opened), Call())
 
 
-def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
-    """Return the seconds of some epochs, training and validation, without Lightning's loop and MLflow."""
+@dataclass(frozen=True)
+class BareEpochs:
+    """Of a bare loop: its precision, images per second of training, and the seconds of an epoch with validation."""
+
+    precision: str
+    images_per_s: float
+    epoch_s: float
+
+
+def time_bare_epochs(job: Any, *, epochs: int) -> BareEpochs:
+    """Return the medians of some epochs in the precision of a job, without Lightning's loop and MLflow."""
     import torch
 
     from visionloop.training.datamodule import PreparedData
@@ -115,7 +124,7 @@ def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
         batch = type(batch)(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
         return data.on_after_batch_transfer(batch)
 
-    seconds = []
+    train_s, epoch_s = [], []
     with keep_memory():
         for epoch in range(1 + epochs):
             started = time.perf_counter()
@@ -127,6 +136,8 @@ def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+            float(loss.detach())  # a GPU is waited for
+            train_s.append(time.perf_counter() - started)
             module.eval()
             trainer.training = False
             with torch.no_grad():
@@ -134,9 +145,11 @@ def time_bare_epochs(job: Any, *, epochs: int) -> list[float]:
                     with mixed:
                         module.compute_units(batch.inputs)
             trainer.training = True
-            float(loss.detach())  # a GPU is waited for
-            seconds.append(time.perf_counter() - started)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            epoch_s.append(time.perf_counter() - started)
     data.teardown("fit")
     with suppress(Exception):
         job.tracking.close_run(run_id)
-    return seconds[1:]
+    speed = len(job.train_rows) / statistics.median(train_s[1:])
+    return BareEpochs(job.hardware.precision, speed, statistics.median(epoch_s[1:]))
