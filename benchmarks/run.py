@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from commands import bench_repro, bench_startup
@@ -14,12 +15,25 @@ from ingest import bench_ingest
 from loading import bench_loading
 from neighbours import bench_neighbours
 from prepare import bench_prepare
-from row import HEADER
+from row import HEADER, Row
 from s3 import bench_s3
 from visionloop.settings import apply_tool_environment
 
 BENCH_DIR = Path(__file__).resolve().parents[1] / ".visionloop" / "bench"
-NAMES = ("epoch", "loading", "startup", "repro", "ingest", "s3", "prepare", "embed", "neighbours", "frozen")
+BENCHES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "startup": lambda chosen: [bench_startup(BENCH_DIR)],
+    "repro": lambda chosen: [bench_repro(BENCH_DIR)],
+    "ingest": lambda chosen: bench_ingest(BENCH_DIR),
+    "s3": lambda chosen: bench_s3(BENCH_DIR),
+    "prepare": lambda chosen: bench_prepare(BENCH_DIR),
+    "epoch": lambda chosen: bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size),
+    "gpu": lambda chosen: bench_gpu(BENCH_DIR, epochs=chosen.epochs, size_px=chosen.size),
+    "loading": lambda chosen: bench_loading(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "frozen": lambda chosen: bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "embed": lambda chosen: bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "neighbours": lambda chosen: [bench_neighbours()],
+}
+NAMES = tuple(BENCHES)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -39,31 +53,10 @@ def main() -> None:
     for name in ("MLFLOW_TRACKING_URI", "VISIONLOOP_STORE", "VISIONLOOP_HOME"):
         os.environ.pop(name, None)  # a benchmark never writes to a team's store
     apply_tool_environment(BENCH_DIR)
-    rows = []
-    if "startup" in wanted:
-        rows.append(bench_startup(BENCH_DIR))
-    if "repro" in wanted:
-        rows.append(bench_repro(BENCH_DIR))
-    if "ingest" in wanted:
-        rows += bench_ingest(BENCH_DIR)
-    if "s3" in wanted:
-        rows += bench_s3(BENCH_DIR)
-    if "prepare" in wanted:
-        rows += bench_prepare(BENCH_DIR)
-    if "epoch" in wanted:
-        rows += bench_epoch(BENCH_DIR, chosen.photos, epochs=chosen.epochs, size_px=chosen.size)
-        rows += bench_gpu(BENCH_DIR, epochs=chosen.epochs, size_px=chosen.size)
-    if "loading" in wanted:
-        rows += bench_loading(BENCH_DIR, chosen.photos, size_px=chosen.size)
-    if "frozen" in wanted:
-        rows += bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size)
-    if "embed" in wanted:
-        rows += bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size)
-    if "neighbours" in wanted:
-        rows.append(bench_neighbours())
-    print(HEADER)
-    for row in rows:
-        print(row.to_markdown())
+    print(HEADER, flush=True)
+    for name in NAMES:
+        for row in BENCHES[name](chosen) if name in wanted else ():
+            print(row.to_markdown(), flush=True)  # at once: what follows may be interrupted
 
 
 if __name__ == "__main__":
