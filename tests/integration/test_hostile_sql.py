@@ -129,11 +129,11 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
-def attack(url: str, query: str, home: Path) -> str:
+def attack(url: str, query: str, home: Path, timeout_s: float = 20.0) -> str:
     """Run a query as hard as a user could, and return what was said; a row that came through is said too."""
     told: list[str] = []
     context = SourceContext(home, home, {"PG_PASSWORD": PASSWORD}, tell=told.append)
-    source = SqlSource(kind="sql", url=url, query=query, name="db", timeout_s=0.4, max_rows=50)
+    source = SqlSource(kind="sql", url=url, query=query, name="db", timeout_s=timeout_s, max_rows=50)
     try:
         for one in read_source(source, context):
             if isinstance(one, Item) and not one.origin.startswith("db:id="):
@@ -145,7 +145,9 @@ def attack(url: str, query: str, home: Path) -> str:
 
 
 def find_wrong(url: str, queries: dict[str, str], trap: Trap, home: Path) -> list[tuple[str, str]]:
-    said = {query: attack(url, trap.fill(query), home) for query in queries}
+    # Only those that shall end by the limit have a short one: a busy machine is slow with the others too.
+    limits = {query: 0.4 if "takes too long" in expected else 20.0 for query, expected in queries.items()}
+    said = {query: attack(url, trap.fill(query), home, limits[query]) for query in queries}
     return [(query, text) for query, text in said.items() if not re.search(queries[query], text)]
 
 
