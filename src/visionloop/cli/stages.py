@@ -104,8 +104,8 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
         f"  MLflow       {describe_mlflow(workspace.tracking.uri, home, here)}",
         f"{'':15}experiment {workspace.name}, run {run.name}",
     ]
-    if workspace.params.compute.tensorboard:
-        folder = settings.hidden_dir / "tensorboard"
+    folder = settings.hidden_dir / "tensorboard"  # not there if the training was finished before it was turned on
+    if workspace.params.compute.tensorboard and folder.is_dir():
         lines.append(f"  TensorBoard  tensorboard --logdir {shorten_path(folder, home, here)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"
     return [f"trained {section.backbone} ({section.way})", *lines, last]

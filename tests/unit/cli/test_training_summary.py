@@ -34,7 +34,7 @@ def test_best_epoch_begins_with_the_monitored_figure() -> None:
 def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     context = make_context(tmp_path, f"sqlite:///{tmp_path}/.visionloop/mlflow/mlflow.db", tensorboard=True)
-    context.settings.hidden_dir.mkdir()
+    (context.settings.hidden_dir / "tensorboard").mkdir(parents=True)
     (context.settings.hidden_dir / "curve.png").write_bytes(b"")
     note = RunNote("b" * 64, RUN, None, "now", 1.0, {"validated_on": "test"})
     lines = describe_training(context, note, 75.0)
@@ -49,6 +49,8 @@ def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"models/candidate is bundle {'b' * 12}, MLflow run {RUN}, 1 min 15 s",
     ]
     assert all(len(line) <= 100 for line in lines)
+    (context.settings.hidden_dir / "tensorboard").rmdir()
+    assert not [line for line in describe_training(context, note, 75.0) if "TensorBoard" in line], "nothing to show"
 
 
 def test_a_password_of_a_server_is_not_shown(tmp_path: Path) -> None:
