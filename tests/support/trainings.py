@@ -16,6 +16,7 @@ from shapes import write_shapes
 from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
 from visionloop.data.prepare import prepare
 from visionloop.networks import backbones
+from visionloop.networks.names import read_backbones
 from visionloop.params import Params, load_params
 from visionloop.records import ImageRecord, RunNote
 from visionloop.settings import load_settings
@@ -89,7 +90,7 @@ class Place(Workspace):
 
     def check(self) -> TrainingData:
         """Open the data, and check it and the params, with the networks that tests have registered."""
-        return check_training(self, backbones=backbones.list_backbones())
+        return check_training(self)
 
     def make_job(self, watcher: Watcher | None = None) -> Job:
         return make_job(self, self.check(), Call(watcher=watcher or Watcher()))
@@ -187,10 +188,11 @@ class Tiny(nn.Module):
 def registered(fault: Any = None, name: str = "tiny") -> Iterator[str]:
     """Let `train.backbone` know a network that fails as `fault` says."""
     backbones.OWN[name] = lambda size_hw: Tiny(fault)
+    read_backbones()[name] = "own"
     try:
         yield name
     finally:
-        del backbones.OWN[name]
+        del backbones.OWN[name], read_backbones()[name]
 
 
 def same_weights(ours: Trained, theirs: Trained) -> bool:

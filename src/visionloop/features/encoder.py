@@ -32,7 +32,7 @@ from visionloop.records import compute_digest
 from visionloop.workspace import Workspace
 
 # What decides over random weights, over those of the hub, and over the exported file.
-LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript")
+LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from visionloop.errors import DatasetError
 from visionloop.records import Record, compute_digest
 
 # Increased when the same weights, preprocessing and runtime give other vectors than before.
-VERSION = 1
+VERSION = 2  # 2: each network has its own normalisation
 FACTS, EMBEDDINGS = "encoder.json", "embeddings.parquet"
 ENCODER_KEY = b"visionloop.encoder"
 GROUP_ROWS = 4096

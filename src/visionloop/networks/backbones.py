@@ -1,23 +1,47 @@
-"""Backbones: images to feature vectors. Any torchvision classification model by name, and small CNNs of our own.
+"""Backbones: images to feature vectors. Any classification network of torchvision or timm by name, and some of our own.
 
+A backbone has an attribute `preprocessing`: the pixels that it wants. `find_preprocessing` reads it.
 Add one: a function from the image size to a module here, its name in `OWN`, and in `OWN_NAMES` of `names.py`.
 """
 
 import itertools
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from visionloop.errors import TrainingError
-from visionloop.networks.names import check_backbone
+from visionloop.errors import TrainingError, shorten
+from visionloop.networks.names import LITE0, TIMM, check_backbone
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SizeHW = tuple[int, int]
+ColourC = tuple[float, float, float]
 # Squares that are offered instead of a size that a network cannot take.
 COMMON_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What pixels a network was made for: x of 0 to 255 becomes (x / 255 - mean) / std, for red, green and blue.
+
+    The rest is how its published weights were evaluated, None where there are none: the side of the square in pixels,
+    the interpolation, and how much of the resized image's side that square is.
+    """
+
+    mean_c: ColourC = (0.485, 0.456, 0.406)
+    std_c: ColourC = (0.229, 0.224, 0.225)
+    side_px: int | None = None
+    interpolation: str | None = None
+    crop_ratio: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for the card."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+IMAGENET = Preprocessing()
 
 
 class SmallCNN(nn.Module):
@@ -72,15 +96,16 @@ class DepthwiseCNN(nn.Module):
         return self.dense(self.features(images_nchw))  # type: ignore[no-any-return]
 
 
+def make_lite0(size_hw: SizeHW) -> nn.Module:
+    """EfficientNet-Lite0 with TensorFlow's padding (timm's `tf_efficientnet_lite0`), 3.4 M parameters."""
+    return _build_timm("tf_efficientnet_lite0", size_hw)
+
+
 OWN: dict[str, Callable[[SizeHW], nn.Module]] = {
     "small_cnn": lambda size_hw: SmallCNN(),
     "depthwise_cnn": DepthwiseCNN,
+    LITE0: make_lite0,
 }
-
-
-def list_backbones() -> list[str]:
-    """Return the names of all backbones, sorted."""
-    return sorted([*OWN, *models.list_models(module=models)])
 
 
 def make_backbone(name: str, size_hw: SizeHW) -> tuple[nn.Module, int]:
@@ -89,25 +114,85 @@ def make_backbone(name: str, size_hw: SizeHW) -> tuple[nn.Module, int]:
     Raises:
         TrainingError: the name is unknown (the nearest are named), or the network cannot take this image size.
     """
-    check_backbone(name, list_backbones())
+    library = check_backbone(name)
     try:
-        backbone = _build(name, size_hw)
+        backbone = _build(name, library, size_hw)
+        backbone.preprocessing = describe_preprocessing(name)  # type: ignore[assignment]
         return backbone, _count_features(backbone, size_hw)
     except (RuntimeError, AssertionError, ValueError) as exc:
         why = (str(exc).splitlines() or [type(exc).__name__])[0][:120].rstrip(" .;")
         raise TrainingError(
             "params.yaml prepare.image_size",
             f"{name} cannot take images of {size_hw[0]} x {size_hw[1]} ({why})",
-            _describe_sizes(name, size_hw),
+            _describe_sizes(name, library, size_hw),
             "Edit the file.",
         ) from exc
 
 
-def _build(name: str, size_hw: SizeHW) -> nn.Module:
-    if name in OWN:
+def find_preprocessing(backbone: nn.Module) -> Preprocessing:
+    """Return what pixels a backbone wants; those of ImageNet's usual normalisation unless it says otherwise."""
+    found = getattr(backbone, "preprocessing", IMAGENET)
+    assert isinstance(found, Preprocessing)
+    return found
+
+
+def describe_preprocessing(name: str) -> Preprocessing:
+    """Return what pixels the published weights of a network want. Raises TrainingError: there is no such network."""
+    library = check_backbone(name)
+    if name == LITE0:  # (x - 127) / 128, as its authors have it
+        return Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, 224, "bicubic", 0.875)
+    if library == "torchvision":
+        rule: Any = models.get_model_weights(name).DEFAULT.transforms()
+        side = rule.crop_size[0]
+        return Preprocessing(
+            tuple(rule.mean), tuple(rule.std), side, rule.interpolation.value, side / rule.resize_size[0]
+        )
+    if library == "timm":
+        found = find_timm_facts(name)
+        return Preprocessing(found.mean, found.std, found.input_size[1], found.interpolation, found.crop_pct)
+    return IMAGENET
+
+
+def find_timm_facts(name: str) -> Any:
+    """Return what timm says of the weights of a network: sizes, normalisation, licence, address.
+
+    Raises:
+        TrainingError: there are no weights with this tag.
+    """
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    base, dot, tag = name.removeprefix(TIMM).partition(".")
+    tags = sorted(full.partition(".")[2] for full in get_arch_pretrained_cfgs(base))
+    if dot and tag not in tags:
+        expected = f"one of its weights: {shorten(tags, 8)}" if tags else f"{base}, which has no published weights"
+        raise TrainingError("params.yaml train.backbone", f"got {name!r}", expected, "Edit the file.")
+    return get_pretrained_cfg(name.removeprefix(TIMM))
+
+
+def _build(name: str, library: str, size_hw: SizeHW) -> nn.Module:
+    if library == "own":
         return OWN[name](size_hw)
+    if library == "timm":
+        return _build_timm(name.removeprefix(TIMM), size_hw)
     backbone: nn.Module = models.get_model(name, weights=None, **_choose_options(name, size_hw))
     _drop_head(backbone, name)
+    return backbone
+
+
+def _build_timm(name: str, size_hw: SizeHW) -> nn.Module:
+    """Build a network of timm, for this image size where it must know it. Raises ValueError where it cannot."""
+    import timm
+
+    facts = find_timm_facts(name)
+    options: dict[str, Any] = {"img_size": size_hw} if facts.fixed_input_size else {}
+    try:
+        backbone: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError as exc:
+        if not options or "img_size" not in str(exc):
+            raise
+        if size_hw != tuple(facts.input_size[1:]):
+            raise ValueError("its size is fixed") from exc
+        backbone = timm.create_model(name, pretrained=False, num_classes=0)
     return backbone
 
 
@@ -138,24 +223,29 @@ def _count_features(backbone: nn.Module, size_hw: SizeHW) -> int:
     tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     with torch.no_grad():
-        output = torch.func.functional_call(backbone, shapes, (torch.zeros(1, 3, *size_hw, device="meta"),))
+        try:
+            output = torch.func.functional_call(backbone, shapes, (torch.zeros(1, 3, *size_hw, device="meta"),))
+        except NotImplementedError:  # it looks at values on its way
+            output = backbone(torch.zeros(1, 3, *size_hw, device=next(backbone.parameters()).device))
     backbone.train(was_training)
     if output.ndim != 2:
         raise ValueError(f"it gives {tuple(output.shape)}, not one vector an image")
     return int(output.shape[1])
 
 
-def _describe_sizes(name: str, size_hw: SizeHW) -> str:
-    """Say which squares a network does take: those nearest to the size that was asked for."""
+def _describe_sizes(name: str, library: str, size_hw: SizeHW) -> str:
+    """Say which squares a network does take: those nearest to the size that was asked for, or its own."""
     by_distance = sorted(COMMON_SIZES, key=lambda side: abs(side - max(size_hw)))
-    nearest = sorted(itertools.islice((side for side in by_distance if _takes(name, (side, side))), 3))
-    return f"a size that it takes, such as {', '.join(map(str, nearest))}" if nearest else "a size it was made for"
+    nearest = sorted(itertools.islice((side for side in by_distance if _takes(name, library, (side, side))), 3))
+    if nearest:
+        return f"a size that it takes, such as {', '.join(map(str, nearest))}"
+    return f"the size that it was made for, {describe_preprocessing(name).side_px or 'which is not known'}"
 
 
-def _takes(name: str, size_hw: SizeHW) -> bool:
+def _takes(name: str, library: str, size_hw: SizeHW) -> bool:
     try:
         with torch.device("meta"):  # shapes alone: a refusal costs no memory
-            _count_features(_build(name, size_hw), size_hw)
+            _count_features(_build(name, library, size_hw), size_hw)
     except (RuntimeError, AssertionError, ValueError):
         return False
     return True

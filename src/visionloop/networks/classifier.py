@@ -6,11 +6,14 @@ Dimensions: n images, h height, w width, c channels, k classes, u units (1 for b
 import torch
 from torch import Tensor, nn
 
-from visionloop.networks.backbones import IMAGENET_MEAN, IMAGENET_STD
+from visionloop.networks.backbones import find_preprocessing
 
 
 class Classifier(nn.Module):
-    """A backbone with normalisation before it and a linear head behind it. `task`: binary, multiclass or multilabel."""
+    """A backbone with its normalisation before it and a linear head behind it.
+
+    `task`: binary, multiclass or multilabel.
+    """
 
     mean_c: Tensor
     std_c: Tensor
@@ -23,8 +26,9 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(num_features, 1 if task == "binary" else num_classes)
-        self.register_buffer("mean_c", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std_c", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
+        wanted = find_preprocessing(backbone)
+        self.register_buffer("mean_c", torch.tensor(wanted.mean_c).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std_c", torch.tensor(wanted.std_c).view(1, 3, 1, 1) * 255)
 
     def embed(self, images_nhwc: Tensor) -> Tensor:
         """Map images of 0 to 255 (n, h, w, 3), uint8 or float, to embeddings (n, d).

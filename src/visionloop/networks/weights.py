@@ -1,17 +1,19 @@
-"""Pretrained weights of a backbone: none, torchvision's, a file, or one from a bucket or the web."""
+"""Pretrained weights of a backbone: none, published ones, a file, or one from a bucket or the web."""
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
-from visionloop.networks.backbones import make_backbone
-from visionloop.networks.names import REMOTE, TODO, resolve_path
+from visionloop.networks.backbones import describe_preprocessing, make_backbone
+from visionloop.networks.names import LITE0, REMOTE, TODO, check_backbone, resolve_path
 from visionloop.networks.names import WEIGHTS as WHERE
-from visionloop.networks.weight_sources import State, find_hub_url, find_weights, read_weights
+from visionloop.networks.weight_sources import State, find_published, find_weights, read_weights, rename_lite0
 from visionloop.params import Train
 from visionloop.secrets import mask
 
@@ -31,7 +33,7 @@ def load_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> tuple
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, home: Path, sha256: str | None = None) -> None:
-    """Load `none`, `default` (torchvision's best for this model), a file or a URI into a backbone, in place.
+    """Load `none`, `default` (the best published for this network), a file or a URI into a backbone, in place.
 
     The file's head may have any number of classes: it is not used.
 
@@ -50,8 +52,12 @@ def fill_backbone(backbone: nn.Module, name: str, state: State, origin: str) -> 
         TrainingError: tensors are missing, of another shape or not finite; `origin` names the file.
     """
     wanted = backbone.state_dict()
+    state = rename_lite0(state) if name == LITE0 else state
     state = _strip_prefix(state, wanted, origin)
-    if name.startswith("vit_"):
+    library = check_backbone(name)
+    if library == "timm":
+        state = _convert_for_timm(backbone, state)
+    elif name.startswith("vit_"):
         state = _fit_positions(backbone, state, wanted)
     missing = [key for key in wanted if key not in state and not _COUNTER.search(key)]
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -93,10 +99,54 @@ def _fit_positions(backbone: nn.Module, state: State, wanted: State) -> State:
     return {**state, key: fitted[key]}
 
 
+def _convert_for_timm(backbone: nn.Module, state: State) -> State:
+    """Rename and interpolate as timm does when it loads published weights; as they are where it has no rule for them.
+
+    Many of its files have such a rule for their networks: names from before, positions of another image size.
+    """
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    try:
+        converted = convert(dict(state), backbone) if convert else state
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError):
+        return state
+    return {name: tensor for name, tensor in converted.items() if isinstance(tensor, torch.Tensor)}
+
+
+def describe_start(section: Train, size_hw: tuple[int, int]) -> list[str]:
+    """Return what a person should know of `weights: default`: their licence, and the image size they were made for.
+
+    Raises:
+        TrainingError: there is no such network.
+    """
+    published = find_published(section.backbone) if section.weights == "default" else None
+    if published is None:
+        return []
+    licence = f"licence {published.license}" if published.license != "not stated" else "licence not stated"
+    warning = "" if published.is_for_everybody else ", which does not allow every use: read it"
+    lines = [f"weights of {section.backbone} as published ({licence}{warning})"]
+    side_px = describe_preprocessing(section.backbone).side_px
+    if side_px and side_px > 1.5 * max(size_hw):
+        lines.append(
+            f"these weights know images of {side_px} x {side_px}; prepare.image_size is {size_hw[0]} x {size_hw[1]}, "
+            "which will cost accuracy"
+        )
+    return lines
+
+
+def describe_network(section: Train) -> dict[str, Any]:
+    """Return what the card of a model says of its network: pixels it wants, and the licence of published weights."""
+    facts: dict[str, Any] = {"preprocessing": describe_preprocessing(section.backbone).to_json()}
+    published = find_published(section.backbone) if section.weights == "default" else None
+    if published:
+        facts["weights"] = {"file": published.file_name, "license": published.license}
+    return facts
+
+
 def hash_weights(section: Train, home: Path) -> str:
     """Return the digest of the weights to start from, so that another file under the same name is another input."""
     if section.weights == "default":
-        return (find_hub_url(section.backbone) or "").rsplit("/", 1)[-1]
+        published = find_published(section.backbone)
+        return published.file_name if published else ""
     if section.weights_sha256:
         return section.weights_sha256
     path = resolve_path(section.weights, home)

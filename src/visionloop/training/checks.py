@@ -1,7 +1,6 @@
 """What can be checked of a training before torch is loaded (it takes seconds) and before a run is opened."""
 
 import difflib
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ParamsError, shorten
-from visionloop.networks.names import check_backbone, check_weights, read_backbone_names
+from visionloop.networks.names import check_backbone, check_weights
 from visionloop.params import Train
 from visionloop.workspace import Workspace
 
@@ -22,10 +21,8 @@ class TrainingData:
     validated_on: str
 
 
-def check_training(workspace: Workspace, *, backbones: Collection[str] | None = None) -> TrainingData:
+def check_training(workspace: Workspace) -> TrainingData:
     """Open the prepared data of a workspace, and check it and params.yaml; the first step of every training.
-
-    `backbones` are those that there are: by default those that can be found without torch.
 
     Raises:
         ParamsError: `train.monitor` is no figure of the epoch, or there are fewer images than neighbours.
@@ -33,7 +30,7 @@ def check_training(workspace: Workspace, *, backbones: Collection[str] | None = 
         DatasetError: there is no prepared data, a class has no training image, or a side is empty.
     """
     section = workspace.params.train
-    check_backbone(section.backbone, read_backbone_names() if backbones is None else backbones)
+    check_backbone(section.backbone)
     check_weights(section.weights, workspace.settings.home)
     prepared = load_prepared(workspace.settings.prepared_dir)
     validated_on = "val"

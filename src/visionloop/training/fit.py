@@ -21,6 +21,7 @@ from visionloop.bundle import load_bundle
 from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError
 from visionloop.features.view import load_facts
 from visionloop.lifetime import terminable
+from visionloop.networks.weights import describe_start
 from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote, canonical_json
 from visionloop.training.batches import check_world
@@ -89,7 +90,7 @@ def make_job(workspace: Workspace, data: TrainingData, call: Call) -> Job:
     """
     params, world = workspace.params, call.world
     hardware, remarks = choose_hardware(workspace, data.prepared, world)
-    for remark in remarks:
+    for remark in [*remarks, *describe_start(params.train, data.prepared.size_hw)] if world.is_first else remarks:
         call.watcher.tell(remark)
     job = Job(
         workspace.settings,

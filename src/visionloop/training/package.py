@@ -17,6 +17,7 @@ from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import TrainingError
 from visionloop.networks.export import compute_torch_logits, export_onnx
 from visionloop.networks.heads import NeighbourHead, find_steady
+from visionloop.networks.weights import describe_network
 from visionloop.params import Params
 from visionloop.predictor import FloatArray, Predictor, choose_batch_size
 from visionloop.records import Card, canonical_json
@@ -126,7 +127,7 @@ def _make_card(params: Params, prepared: Prepared, way: dict[str, str]) -> Card:
         runtimes=("onnxruntime",),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         params={"train": params.train.model_dump(mode="json"), "prepare": params.prepare.model_dump(mode="json")},
-        network={"backbone": params.train.backbone, **way},
+        network={"backbone": params.train.backbone, **describe_network(params.train), **way},
         parity=0.0,
         thresholds=dict.fromkeys(prepared.classes, 0.5) if prepared.task == "multilabel" else None,
     )

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.evaluation.plots import BLUE, DPI, MUTED, RED, STYLE, open_figure
-from visionloop.networks.backbones import list_backbones
 from visionloop.params import Params, Span, Train
 from visionloop.params.train import WAYS_ON_EMBEDDINGS, nest
 from visionloop.records import compute_digest
@@ -62,7 +61,7 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
     # One machine, one process, checkpoints here: a trial is short.
     settings = replace(workspace.settings, checkpoints="local")
     base = replace(workspace, settings=settings, params=params)
-    data = check_training(base, backbones=list_backbones())
+    data = check_training(base)
     job = make_job(base, data, Call(code_digest="tune", watcher=watcher))
     prepared = job.prepared
     section, train = params.tune, params.train

@@ -4,17 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from torchvision.models.regnet import BlockParams
 
 from visionloop.errors import TrainingError
-from visionloop.networks.backbones import OWN, DepthwiseCNN, list_backbones, make_backbone
-
-FAMILIES = (
-    *("alexnet", "convnext", "densenet", "depthwise_cnn", "efficientnet", "googlenet", "inception_v3", "maxvit"),
-    *("mnasnet", "mobilenet_v2", "mobilenet_v3", "regnet", "resnet", "resnext", "shufflenet", "small_cnn"),
-    *("squeezenet", "swin", "vgg", "vit", "wide_resnet"),
+from visionloop.networks.backbones import (
+    IMAGENET,
+    OWN,
+    DepthwiseCNN,
+    describe_preprocessing,
+    find_preprocessing,
+    make_backbone,
 )
+from visionloop.networks.classifier import Classifier
+from visionloop.networks.names import OWN_NAMES, read_backbones
 
 
 @pytest.fixture
@@ -30,13 +35,29 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     return torch.device("meta")
 
 
-def test_the_list_holds_every_family_and_no_detector() -> None:
-    names = list_backbones()
-    assert names == sorted(set(names))
-    assert len(names) >= 80
-    assert all(any(name.startswith(family) for name in names) for family in FAMILIES)
-    assert not [name for name in names if not name.startswith(FAMILIES)]
-    assert set(OWN) == {"small_cnn", "depthwise_cnn"}
+def test_the_list_is_what_the_libraries_register() -> None:
+    found = read_backbones()
+    by_library = {of: {name for name, library in found.items() if library == of} for of in set(found.values())}
+    assert set(OWN) == set(OWN_NAMES) == by_library["own"]
+    assert by_library["torchvision"] == set(torchvision.models.list_models(module=torchvision.models))
+    prefixed = {name for name in by_library["timm"] if name.startswith("timm/")}
+    assert {name.removeprefix("timm/") for name in prefixed} == set(timm.list_models())
+    assert by_library["timm"] - prefixed == set(timm.list_models()) - by_library["torchvision"] - by_library["own"]
+
+
+def test_each_network_has_the_normalisation_of_its_weights() -> None:
+    assert describe_preprocessing("small_cnn") == describe_preprocessing("depthwise_cnn") == IMAGENET
+    lite0 = describe_preprocessing("efficientnet_lite0")
+    assert (lite0.side_px, lite0.interpolation, lite0.crop_ratio) == (224, "bicubic", 0.875)
+    classifier = Classifier(*make_backbone("efficientnet_lite0", (32, 32)), 2, task="binary")
+    assert classifier.mean_c.flatten().tolist() == [127, 127, 127]
+    assert classifier.std_c.flatten().tolist() == [128, 128, 128]
+    assert describe_preprocessing("efficientnet_v2_l").mean_c == (0.5, 0.5, 0.5)
+    assert describe_preprocessing("resnet50").crop_ratio == 224 / 232
+    theirs = describe_preprocessing("timm/resnet50.tv2_in1k")
+    assert (theirs.mean_c, theirs.side_px) == (IMAGENET.mean_c, 176)
+    assert describe_preprocessing("vit_base_patch16_clip_224.openai").mean_c[0] == pytest.approx(0.4815, abs=1e-4)
+    assert find_preprocessing(torch.nn.Identity()) == IMAGENET
 
 
 @pytest.mark.parametrize(
@@ -49,6 +70,10 @@ def test_the_list_holds_every_family_and_no_detector() -> None:
         ("mobilenet_v3_small", (64, 64), 1024),
         ("squeezenet1_1", (64, 64), 512),
         ("vit_b_32", (96, 96), 768),
+        ("efficientnet_lite0", (64, 64), 1280),
+        ("timm/resnet18", (32, 48), 512),
+        ("vit_tiny_patch16_224", (64, 96), 192),
+        ("convnextv2_atto.fcmae_ft_in1k", (64, 64), 320),
     ],
 )
 def test_features_are_counted(name: str, size_hw: tuple[int, int], expected: int, on_meta: Any) -> None:
@@ -73,12 +98,26 @@ def test_counting_features_draws_no_random_number_and_changes_no_weight() -> Non
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("resnet81", "near: resnet18"), ("mobilenetv2", "mobilenet_v2"), ("dense", "near: "), ("", "near: resnet18")],
+    [
+        ("resnet81", "near: resnet18, "),
+        ("mobilenetv2", "near: mobilenet_v2, "),
+        ("dense", "near: densenet"),
+        ("", "near: efficientnet_lite0, resnet18, "),
+        ("vit_tiny_patch16_242", "vit_tiny_patch16_224"),
+        ("resnet18.a1_in1k", "near: timm/resnet18.a1_in1k."),
+        ("../timm/x", "near: "),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(name: str, near: str) -> None:
     with pytest.raises(TrainingError, match=r"^params.yaml train.backbone: got '.*'; expected a known backbone; ") as e:
         make_backbone(name, (224, 224))
     assert near in str(e.value)
+
+
+def test_an_unknown_tag_of_timm_gets_those_that_there_are() -> None:
+    line = r"got 'timm/resnet18\.a9'; expected one of its weights: a1_in1k, a2_in1k, a3_in1k, .*\. Edit the file\.$"
+    with pytest.raises(TrainingError, match=line):
+        make_backbone("timm/resnet18.a9", (224, 224))
 
 
 def test_a_size_that_it_cannot_take_gets_those_that_it_can() -> None:

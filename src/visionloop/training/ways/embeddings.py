@@ -52,8 +52,10 @@ def prepare_head(job: Job, run_id: str) -> tuple[ClassifierModule, MakeData]:
 
 def attach_backbone(job: Job, classifier: Classifier) -> Classifier:
     """Put the network that made the embeddings before a head that learned from them."""
-    classifier.backbone, _ = load_backbone(job.params.train, job.prepared.size_hw, job.settings.home)
-    return classifier
+    backbone, num_features = load_backbone(job.params.train, job.prepared.size_hw, job.settings.home)
+    whole = make_classifier(job, backbone, num_features)
+    whole.head = classifier.head
+    return whole
 
 
 def load_embeddings(job: Job) -> tuple[nn.Module, int, FloatArray]:
