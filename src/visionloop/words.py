@@ -344,10 +344,13 @@ def describe_pull(report: "PullReport") -> list[str]:
     from visionloop.ingest.pull import NOT_UNUSABLE
 
     version = report.version
-    what = f"{report.num_added:,} new images" if report.changed else "nothing new"
-    if report.changed and not report.num_added:
-        what = "no new image, other labels"
-    lines = [f"dataset {version.name} version {report.pin.version}: {what}, {version.num_images:,} in all"]
+    if report.changed:
+        what = f"{report.num_added:,} new images" if report.num_added else "no new image, other labels"
+    else:
+        what = "no new image, new places of known ones" if report.recorded else "nothing new"
+    lines = [f"dataset {version.name} version {version.version}: {what}, {version.num_images:,} in all"]
+    if report.pin.version != version.version:
+        lines.append(f"the pin stays at version {report.pin.version}, which holds the same images: no stage runs again")
     if report.changed:
         lines += describe_counts(version)
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
