@@ -2,8 +2,8 @@
 
     python flows/retrain.py [--workspace DIR]
 
-From the shell no server is needed: Prefect starts one of its own for the run. Exit codes: 0 done (or nothing changed),
-2 an error, told in one line, 3 not promoted.
+From the shell no server is needed: Prefect starts one of its own for the run. Exit codes: 0 done, 2 an error, told in
+one line, 3 not promoted. Where nothing has changed, the last verdict stands, with its exit code (0 or 3).
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def bring_up_to_date(opened: Workspace) -> State[Any]:
     dataset = clock.run("ingest", "new images into the store", lambda: steps.ingest(home))
     unchanged = find_unchanged(opened, dataset)
     if unchanged:
-        steps.say(describe_unchanged(dataset["version"]))
+        steps.say(describe_unchanged(unchanged))
         return finish(summarise(opened, unchanged, "unchanged", clock))
     for stage in stages:
         clock.run(stage, "dvc stage", lambda stage=stage: steps.run_stage.with_options(name=stage)(home, stage))
@@ -113,14 +113,16 @@ def summarise(
     answers: list[dict[str, Any]] | None = None,
 ) -> Summary:
     """Put together what is told at the end."""
-    name, champion = workspace.name, read_champion(workspace.store, workspace.name)
+    champion = read_champion(workspace.store, workspace.name)
+    is_old_news = outcome == "unchanged" and decision.verdict == "passed"
     return Summary(
-        name=name,
+        name=workspace.name,
         outcome=outcome,
-        headline=describe_outcome(outcome, name, decision.dataset["version"]),
+        headline=describe_outcome(outcome, decision),
         dataset=decision.dataset,
         metrics=decision.metrics,
-        rules=[] if outcome == "unchanged" else [rule.to_json() for rule in decision.rules],
+        verdict=decision.verdict,
+        rules=[] if is_old_news else [rule.to_json() for rule in decision.rules],
         model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},
         answers=answers or [],
         step_seconds=clock.seconds,

@@ -40,8 +40,8 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             print(f"error: {summary.headline}", file=sys.stderr)
             return BusyError.exit_code
         print_summary(summary)
-        if summary.outcome in {"refused", "inconclusive"}:
-            raise make_refusal(summary.outcome)
+        if summary.verdict != "passed":
+            raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)
         return exc.exit_code

@@ -103,6 +103,19 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
     return StageResult(stage, _read_status("\n".join(lines)))
 
 
+def is_up_to_date(home: Path, stage: str) -> bool | None:
+    """Ask dvc whether it holds what a stage has made, from what is there now; None: it is not in use, or cannot say."""
+    if not (home / "dvc.yaml").is_file():
+        return None
+    command = [sys.executable, "-m", "dvc", "status", "--json", stage]
+    env = make_stage_environment(home, os.environ)
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
+    with contextlib.suppress(ValueError):
+        if done.returncode == 0:
+            return bool(json.loads(done.stdout) == {})
+    return None
+
+
 def make_stage_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a stage: this Python first on PATH, tools quiet, and whom the stage works for."""
     return {

@@ -28,13 +28,17 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy."""
+    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy.
+
+    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands.
+    """
 
     name: str
     outcome: str
     headline: str
     dataset: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    verdict: str = ""
     rules: Sequence[Mapping[str, Any]] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
@@ -54,6 +58,8 @@ class Summary:
         ]
         if self.model:
             rows.append(("model", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
+        elif self.verdict:
+            rows.append(("model", "no champion yet"))
         rows += [
             (f"asked: a {a['actual']}", f"{a['prediction']} ({a['confidence']:.1%})  {a['origin']}")
             for a in self.answers
@@ -294,19 +300,20 @@ def describe_decision(decision: "Decision") -> list[str]:
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
 
 
-def describe_outcome(outcome: str, name: str, dataset_version: int) -> str:
+def describe_outcome(outcome: str, decision: "Decision") -> str:
     """Tell in one line what came of a retrain."""
     return {
-        "promoted": f"{name} has a new champion",
-        "unchanged": f"{describe_unchanged(dataset_version)}; nothing moved",
+        "promoted": f"{decision.name} has a new champion",
+        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
         "refused": "the candidate was refused at the gate; nothing moved",
         "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
     }[outcome]
 
 
-def describe_unchanged(dataset_version: int) -> str:
-    """Tell that there is nothing to retrain for."""
-    return f"nothing changed: dataset {dataset_version}, params, code"
+def describe_unchanged(decision: "Decision") -> str:
+    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
+    stands = "" if decision.verdict == "passed" else f"; decision {decision.number} stands: {decision.verdict}"
+    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
 def describe_registered(name: str, version: str) -> str:
@@ -321,10 +328,17 @@ def describe_champion(entry: "LedgerEntry") -> str:
     return f"champion of {entry.name} is bundle {bundle}{again}, model version {version}, ledger entry {entry.number}"
 
 
-def make_refusal(verdict: str) -> NotPromoted:
-    """Return the error of a candidate that is not promoted: refused or inconclusive."""
+def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: bool = False) -> NotPromoted:
+    """Return the error of a candidate that is not promoted: refused or inconclusive, by the first such rule.
+
+    `again`: it is the verdict of an earlier run, and nothing has changed since.
+    """
+    wanted = False if verdict == "refused" else None
+    named = next((f" by the rule {r['rule']} ({r['found']})" for r in rules if r["passed"] is wanted), "")
     todo = "See decisions/latest.json and reports/report.html."
-    return NotPromoted("gate", f"the candidate is {verdict}", "a passed gate", todo)
+    if again:
+        todo = f"Add images or change params.yaml, then retrain. {todo}"
+    return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)
 
 
 def describe_mlflow(uri: str, home: "Path", here: "Path", command: str = "mlflow") -> str:
@@ -344,10 +358,13 @@ def describe_pull(report: "PullReport") -> list[str]:
     from visionloop.ingest.pull import NOT_UNUSABLE
 
     version = report.version
-    what = f"{report.num_added:,} new images" if report.changed else "nothing new"
-    if report.changed and not report.num_added:
-        what = "no new image, other labels"
-    lines = [f"dataset {version.name} version {report.pin.version}: {what}, {version.num_images:,} in all"]
+    if report.changed:
+        what = f"{report.num_added:,} new images" if report.num_added else "no new image, other labels"
+    else:
+        what = "no new image, new places of known ones" if report.recorded else "nothing new"
+    lines = [f"dataset {version.name} version {version.version}: {what}, {version.num_images:,} in all"]
+    if report.pin.version != version.version:
+        lines.append(f"the pin stays at version {report.pin.version}, which holds the same images: no stage runs again")
     if report.changed:
         lines += describe_counts(version)
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)

@@ -2,6 +2,7 @@
 
 .visionloop/work/STAGE/lock          held while the stage runs
 .visionloop/work/STAGE/<input key>/  what is done so far; another key means other inputs
+.visionloop/work/STAGE/<input key>/done.json   the stage is finished with it, and keeps it (train does)
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from visionloop.errors import BusyError
 
+DONE = "done.json"
 LOCK_WAIT_S = 20.0
 TRY_EVERY_S = 0.25
 

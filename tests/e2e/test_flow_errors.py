@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -158,6 +159,25 @@ def test_what_changes_no_result_runs_nothing_again(home: Path, prefect_api: str,
     assert code["weights"] == ""
     (home / "code.json").write_text(json.dumps({**code, "weights": "0" * 64}))
     assert find_changed(home) == {"embed", "train"}
+
+
+def test_a_stage_by_hand_tells_how_it_is_kept_and_a_verdict_that_stands_is_told_again(
+    home: Path, prefect_api: str
+) -> None:
+    for stage in ("prepare", "embed", "train", "evaluate"):
+        done = visionloop(home, stage)
+        assert done.returncode == 0, done.stderr
+        assert "run by hand" not in done.stdout, f"dvc has what {stage} has made"
+    assert find_changed(home) == set()
+    edit(home, "resamples: 200", "resamples: 300")
+    told = "\nrun by hand: `dvc commit -f evaluate` keeps this result, `dvc repro` would make it again\n"
+    assert visionloop(home, "evaluate").stdout.endswith(told)
+    for still, stands in (("", ""), ("still ", "\nnothing changed: dataset 2, params, code; decision 2 stands: ")):
+        done = retrain(home, PREFECT_API_URL=prefect_api)
+        assert (done.returncode, stands in done.stdout) == (3, True), "the champion is not better than itself"
+        assert done.stderr.startswith(f"not promoted: gate: the candidate is {still}inconclusive by the rule better (")
+    runs = httpx.post(f"{prefect_api}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()
+    assert [(run["state_name"], run["state_type"]) for run in runs] == [("Unchanged", "COMPLETED")]
 
 
 def test_a_flow_retrains_the_workspace_it_is_given(home: Path, tmp_path: Path, prefect_api: str) -> None:

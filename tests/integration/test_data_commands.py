@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_a_one_time_pull_says_so_and_leaves_params_alone(home: Path, shell: Shel
     assert "to pull it on every run, say --save" in shown
     assert (home / "params.yaml").read_text() == PARAMS
     assert "dataset pets version 1: nothing new, 16 in all" in shell("ingest", "../photos")
+
+
+def test_the_same_photos_in_a_second_place_are_a_version_that_is_told_and_moves_no_pin(
+    home: Path, shell: Shell, store: LocalStore
+) -> None:
+    shell("ingest", "../photos")
+    pin = (home / "data" / "dataset.json").read_bytes()
+    shutil.make_archive(str(home.parent / "again"), "zip", home.parent / "photos")
+    stays = "the pin stays at version 1, which holds the same images: no stage runs again"
+    for what in ("no new image, new places of known ones", "nothing new"):
+        told = f"\ndataset pets version 2: {what}, 16 in all\n{stays}\n"
+        assert told in shell("ingest", "../again.zip")
+    assert (home / "data" / "dataset.json").read_bytes() == pin, "dvc depends on this file"
+    first, second = list_versions(store, "pets")
+    assert (second.digest, second.sources) == (first.digest, ("again", "photos"))
+    listed = [line.split() for line in shell("datasets").splitlines()]
+    assert [(line[:2], "same" in line) for line in listed] == [(["*", "1"], False), (["2", first.digest[:12]], True)]
 
 
 def test_a_saved_source_is_pulled_from_then_on(home: Path, shell: Shell) -> None:

@@ -52,6 +52,8 @@ def test_what_shows_images_or_was_left_by_a_kill_goes(tmp_path: Path) -> None:
         "tensorboard/something/events.1",
         "work/tune/0123/trial/batch.png",
         "work/some_new_stage/0123/x.npy",
+        "work/train/0123/bundle/model.onnx",
+        "work/train/0123/done.json",
         f"ingest/video/spool/{dead.pid}/1.jpg",
         f"ingest/video/spool/{os.getpid()}/1.jpg",
         "tmp/ranks-1/x",
@@ -63,6 +65,7 @@ def test_what_shows_images_or_was_left_by_a_kill_goes(tmp_path: Path) -> None:
     copies = find_hidden(load_settings({}, tmp_path), "pets", frozenset({OURS}), (2, 3))
     assert [copy.what for copy in copies] == [
         "unfinished work of some_new_stage",
+        "finished work of train",
         "unfinished work of tune",
         "2 runs in TensorBoard, which shows training images",
         "decoded frames of an ingest that was killed",

@@ -1,5 +1,7 @@
 """What people are told: the table at the end of a retrain, and the rate and the end of long work."""
 
+from dataclasses import replace
+
 import pytest
 
 from visionloop import words
@@ -39,6 +41,33 @@ def test_markdown_holds_the_same_and_the_commands() -> None:
     assert lines[0] == "# pets: pets has a new champion"
     assert "| asked: a cat | dog (50.0%)  photos:cat/1\\|2.jpg |" in lines
     assert lines[-1] == "- to serve the champion: `visionloop serve`"
+
+
+RULES = [
+    {"rule": "floor accuracy", "passed": True, "found": "accuracy 95.0 %", "expected": "at least 90.0 %"},
+    {"rule": "floor macro_f1", "passed": False, "found": "macro_f1 80.0 %", "expected": "at least 90.0 %"},
+    {"rule": "better", "passed": None, "found": "difference +1.0 points", "expected": "an interval above 0"},
+]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "by"),
+    [("refused", "floor macro_f1 (macro_f1 80.0 %)"), ("inconclusive", "better (difference +1.0 points)")],
+)
+def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str) -> None:
+    error = words.make_refusal(verdict, RULES, again=True)
+    assert (error.exit_code, str(error)) == (
+        3,
+        f"gate: the candidate is still {verdict} by the rule {by}; expected a passed gate. Add images or change "
+        "params.yaml, then retrain. See decisions/latest.json and reports/report.html.",
+    )
+    assert str(words.make_refusal(verdict, RULES)).startswith(f"gate: the candidate is {verdict} by the rule {by}; ")
+
+
+def test_without_a_champion_the_end_says_so() -> None:
+    refused = replace(SUMMARY, outcome="unchanged", verdict="refused", model={})
+    assert ("model", "no champion yet") in refused.rows()
+    assert "no champion" not in str(replace(refused, outcome="busy", verdict="").rows())
 
 
 def test_the_rate_leaves_out_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,18 +59,19 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
         return
     if not versions:
         print(f"no version of {workspace.name} yet; `visionloop ingest` makes one")
-    num_before = 0
+    num_before, digest_before = 0, ""
     for version in versions:
         star = "*" if version.version == pinned else " "
         num_gone = num_before + version.num_added - version.num_images
         change = f"+{version.num_added:,}" + (f" -{num_gone:,}" if num_gone else "")
+        change = "same" if version.digest == digest_before else change
         leaks = f"  {version.num_leaks:,} leaks" if version.num_leaks else ""
         print(
             f"{star} {version.version:>4}  {version.digest[:12]}  {version.created_at[:16].replace('T', ' ')}"
             f"  {version.num_images:>9,} images  {change:<10}  {len(version.classes):>4} classes"
             f"  {version.num_rejected:,} quarantined{leaks}"
         )
-        num_before = version.num_images
+        num_before, digest_before = version.num_images, version.digest
 
 
 @datasets_app.command()

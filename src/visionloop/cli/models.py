@@ -30,7 +30,7 @@ def gate() -> None:
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
-        raise make_refusal(decision.verdict)
+        raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
 
 
 @app.command()

@@ -32,8 +32,12 @@ def die_with_guardian() -> None:
 
 
 def close_stage(workspace: Workspace, stage: str) -> None:
-    """Say how the result of a stage run by hand is kept."""
-    if not os.environ.get("DVC_STAGE"):
+    """Say how the result of a stage run by hand is kept, unless dvc holds it already (or is not in use here)."""
+    if os.environ.get("DVC_STAGE"):
+        return
+    from visionloop.pipeline import is_up_to_date
+
+    if is_up_to_date(workspace.settings.home, stage) is False:
         print(f"run by hand: `dvc commit -f {stage}` keeps this result, `dvc repro` would make it again")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from visionloop.forget.copies import Copy, count, read_json, remove_all
 from visionloop.ingest.video.clip import Spool
 from visionloop.settings import Settings
-from visionloop.workfolder import list_work, lock_work
+from visionloop.workfolder import DONE, list_work, lock_work
 
 BUNDLES = ("bundles", "bundles-rank*", "serving", "verify-*")  # a folder for each bundle, by its digest
 TEMPORARY = ("tmp", "ray")  # what a killed process has left
@@ -40,7 +40,7 @@ def list_unknown(settings: Settings) -> list[str]:
 
 
 def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions: Collection[int]) -> list[Copy]:
-    """Return work in progress, pictures and leftovers that hold an image, or may: all of it can be made again."""
+    """Return the work of stages, pictures and leftovers that hold an image, or may: all of it can be made again."""
     return [
         *_find_work(settings),
         *_find_failed(settings, sha256s),
@@ -53,8 +53,9 @@ def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions
 
 def _find_work(settings: Settings) -> Iterator[Copy]:
     for folder in sorted((settings.hidden_dir / "work").glob("*")):
-        if list_work(folder):
-            yield Copy(f"unfinished work of {folder.name}", partial(_drop_work, folder))
+        if names := list_work(folder):
+            kind = "finished" if all((folder / name / DONE).is_file() for name in names) else "unfinished"
+            yield Copy(f"{kind} work of {folder.name}", partial(_drop_work, folder))
 
 
 def _drop_work(folder: Path) -> None:

@@ -35,12 +35,14 @@ NOT_UNUSABLE = frozenset({"row_without_image", "image_without_row", "forgotten"}
 class PullReport:
     """The result of a pull. `changed` is False when the dataset is as before.
 
+    A version that only tells of other places of known images is `recorded`, but changes nothing: the pin stays.
     `num_read` of the `num_seen` images were read; the others were known from an earlier pull.
     """
 
     pin: Pin
     version: DatasetVersion
     changed: bool
+    recorded: bool
     num_seen: int
     num_read: int
     num_added: int
@@ -111,6 +113,7 @@ def pull(
             pin=_move_pin(settings, ended.version),
             version=ended.version,
             changed=ended.parent is None or ended.version.digest != ended.parent.digest,
+            recorded=ended.version is not ended.parent,
             num_seen=checked.num_seen,
             num_read=checked.num_read,
             num_added=ended.version.num_images - (ended.parent.num_images if ended.parent else 0),

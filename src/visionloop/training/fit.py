@@ -37,10 +37,9 @@ from visionloop.training.ranks.world import compare_facts, join_world, share
 from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
-from visionloop.workfolder import link_folder, list_work, lock_work, replace_folder, write_file
+from visionloop.workfolder import DONE, link_folder, list_work, lock_work, replace_folder, write_file
 from visionloop.workspace import Workspace
 
-DONE = "done.json"  # the note of a finished training, in its work folder
 KEPT = frozenset({"bundle", DONE, "run.json"})  # of its work folder
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 

@@ -39,7 +39,7 @@ def test_class_folders_below_the_archives_own_folder(tmp_path: Path) -> None:
     found = run(tmp_path, files)
     assert found.facts() == [("pets/cat/1.jpg", ("cat",), None), ("pets/dog/1.jpg", ("dog",), None)]
     assert [item.read(1) for item in found.items] == [b"c", b"d"]
-    assert "everything lies in pets/; that is taken as no class" in found.told[0]
+    assert "all images are inside pets/, so this name is not taken for a class" in found.told[0]
     assert found.rejected == []
 
 

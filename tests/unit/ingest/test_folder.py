@@ -33,6 +33,11 @@ def test_train_and_one_other_folder_with_labels(tmp_path: Path) -> None:
     found = run(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "validation/cat/1.jpg", "validation/dog/1.jpg")
     assert {(i.side, i.test_is_given) for i in found.items if "train" in i.origin} == {(None, True)}
     assert {(i.side, i.test_is_given) for i in found.items if "validation" in i.origin} == {("test", False)}
+    (line,) = found.told
+    assert line.endswith(
+        "no test side is given, so the images for validation are the test side; validation gets part of train"
+    )
+    assert run(tmp_path / "b", "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg").told == [], "a test side is one"
 
 
 def test_split_folder_without_labels_is_for_prediction_only(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_no_label_is_made_of_names_that_hold_none(tmp_path: Path, names: tuple[s
 def test_one_folder_around_split_folders_is_no_class(tmp_path: Path) -> None:
     found = run(tmp_path, "pets/train/cat/1.jpg", "pets/train/dog/1.jpg", "pets/test/cat/1.jpg")
     assert found.facts()[0] == ("pets/test/cat/1.jpg", ("cat",), "test")
-    assert "everything lies in pets/" in found.told[0]
+    assert "all images are inside pets/" in found.told[0]
     one_class = run_source(
         touch(tmp_path / "b", ["photos/cat/2020/1.jpg", "photos/cat/2021/2.jpg"]), kind="folder", path="photos"
     )

@@ -65,6 +65,10 @@ def test_sides_of_a_table_are_those_of_folders(tmp_path: Path) -> None:
         *(("train", True), ("val", True), ("test", True), (None, True), (None, False))
     ]
     assert "rows without a label, for prediction only: 1" in found.told[-1]
+    assert not [line for line in found.told if "no test side is given" in line]
+    held_out = run(tmp_path / "b", "file,label,split\n1.jpg,cat,train\n2.jpg,dog,dev\n", "1.jpg", "2.jpg")
+    assert [(i.side, i.test_is_given) for i in held_out.items] == [(None, True), ("test", False)]
+    assert held_out.told[-1].endswith("the test side; validation gets part of train")
 
 
 def test_repeated_rows_are_told_and_conflicting_ones_handed_on(tmp_path: Path) -> None:

@@ -176,21 +176,24 @@ def place_all(
     if not any(isinstance(one, Placement) and one.labels for one in found):
         raise _refuse(paths, where, given)
     sides = {one.side for one in found if isinstance(one, Placement) and one.side and one.labels}
-    settled = settle_sides(sides)
+    settled = settle_sides(sides, lambda line: tell(f"{where}: {line}"))
     return [
         Placement(one.labels, *settled[one.side], one.group) if isinstance(one, Placement) and one.side else one
         for one in found
     ]
 
 
-def settle_sides(sides: Collection[str]) -> dict[str, tuple[str | None, bool]]:
+def settle_sides(sides: Collection[str], tell: Callable[[str], None]) -> dict[str, tuple[str | None, bool]]:
     """Return for each side that a source names its side here, and whether the source has a test side of its own.
 
     With `train` and exactly one held-out side, that one becomes `test`, whatever its name, because people report
-    figures on it. Without a side for validation, part of train is used; `train` alone is divided into all three sides.
+    figures on it. It is told when that is a side for validation. Without a side for validation, part of train is used;
+    `train` alone is divided into all three sides.
     """
     held_out = [side for side in sides if side != "train"]
     if "train" in sides and len(held_out) == 1:
+        if held_out == ["val"]:
+            tell("no test side is given, so the images for validation are the test side; validation gets part of train")
         return {"train": (None, True), held_out[0]: ("test", False)}
     has_val, has_test = "val" in sides, "test" in sides
     return {side: (None if side == "train" and not has_val else side, has_test) for side in sides}
@@ -240,7 +243,7 @@ def _make_plan(
         wrapper += f"{name}/"
         tree = _Tree([path[len(wrapper) :] for path in paths])
     if wrapper:
-        tell(f"{where}: everything lies in {wrapper}; that is taken as no class")
+        tell(f"{where}: all images are inside {wrapper}, so this name is not taken for a class")
     pattern = given
     if pattern is None and not tree.has_classes():
         pattern = tree.guess_pattern()

@@ -175,7 +175,7 @@ def _place(
     labels = () if source.label is None else (source.label,)
     if not labels:
         context.tell(f"{where}: no class folder, `label` or `table`: {len(files):,} videos come in for prediction only")
-    settled = settle_sides({side for side in sides if side})
+    settled = settle_sides({side for side in sides if side}, lambda line: context.tell(f"{where}: {line}"))
     return [Placement(labels, *settled[side]) if side else Placement(labels) for side in sides]
 
 

@@ -180,7 +180,8 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected]:
 
 def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     table, plan = join.table, join.plan
-    settled = settle_sides(_list_sides(table, plan)) if plan.side else {}
+    sides = _list_sides(table, plan) if plan.side else set()
+    settled = settle_sides(sides, lambda line: table.tell_once(f"{table.where}: {line}"))
     given = any(side == "test" for side, _ in settled.values())
     seen: set[tuple[str, tuple[str, ...]]] = set()
     repeated = without = 0
