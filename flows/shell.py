@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from prefect.states import State
 
 from visionloop.errors import BusyError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
-from visionloop.words import Summary, describe_error, make_refusal
+from visionloop.words import Summary, describe_error, make_refusal, render_summary
 from visionloop.workspace import lock_for_retrain
 
 KEPT_LOGS = 30
@@ -39,7 +40,7 @@ def run(flow: Callable[[str], State[Any]]) -> int:
         if summary.outcome == "busy":
             print(f"error: {summary.headline}", file=sys.stderr)
             return BusyError.exit_code
-        print_summary(summary)
+        print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
         if summary.verdict != "passed":
             raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     except VisionLoopError as exc:
@@ -56,22 +57,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
     stop_children()
     os._exit(128 + number)
-
-
-def print_summary(summary: Summary) -> None:
-    """Print the table at the end."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for what, found in summary.rows():
-        table.add_row(what, found)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
-    for what, command in summary.commands.items():
-        print(f"to {what}:\n    {command}")
 
 
 def guard_own_server() -> None:

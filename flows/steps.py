@@ -1,6 +1,6 @@
-"""The steps of a retrain as Prefect tasks: they chain, retry what is transient, and report; the library does the work.
+"""The steps of a retrain as Prefect tasks, which try again what is transient; and the last one, which asks the server.
 
-Arguments and results are small JSON values: paths, digests, counts.
+Results are small JSON values: paths, digests, counts.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,11 @@ from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.lifetime import stop_process
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
-from visionloop.words import (
-    describe_champion,
-    describe_decision,
-    describe_pull,
-    describe_registered,
-    make_log_progress,
-)
-from visionloop.workspace import Workspace, get_now, get_user, open_workspace
+from visionloop.workspace import Workspace, open_workspace
 
 RETRIES = 2
 RETRY_DELAY_S = 4
 SERVER_START_S = 60
-# What dvc itself says around a stage's own lines; all of it is in the log.
-DVC_CHATTER = (
-    "Running stage",
-    "Data and pipelines",
-    "> ",
-    "Updating lock",
-    "Generating lock",
-    "Use `dvc push`",
-    "To ",
-    "\tgit",
-    "\tdvc",
-)
-LOCK_TABLE = "RWLock-file"  # dvc says in several lines that it has taken a killed process out of its table of locks
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:
@@ -60,92 +40,18 @@ def say(line: str) -> None:
     get_run_logger().info(line, extra={"told": True})
 
 
-step = task(retries=RETRIES, retry_delay_seconds=RETRY_DELAY_S, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
+def note(line: str) -> None:
+    """Tell the log alone."""
+    get_run_logger().debug(line)
 
 
-@step(name="ingest")
-def ingest(home: str) -> dict[str, Any]:
-    """Pull the declared sources; a workspace without sources keeps the version it has pinned."""
-    from visionloop.ingest.pull import pull
-
-    workspace = open_workspace(Path(home))
-    pipeline.refresh_code(workspace.settings.home, workspace.params)
-    sources = workspace.params.ingest.sources
-    if not sources:
-        pin = load_pin(workspace.settings.pin_path)
-        load_records(workspace.store, pin)
-        say(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
-        return pin.to_json()
-    progress = make_log_progress("  checked", "images", say)
-    report = pull(
-        workspace,
-        sources=sources,
-        now=get_now(),
-        env=os.environ,
-        tell=lambda line: say(f"  {line}"),
-        on_progress=progress,
-    )
-    for line in describe_pull(report):
-        say(f"  {line}")
-    return report.pin.to_json()
+def run_step(name: str, work: Callable[[], Any]) -> Any:
+    """Run a step of a retrain as a task: what is transient is tried again."""
+    options = {"retries": RETRIES, "retry_delay_seconds": RETRY_DELAY_S, "retry_condition_fn": is_transient}
+    return task(work, name=name, cache_policy=NO_CACHE, **options)()
 
 
-@step(name="stage")
-def run_stage(home: str, stage: str) -> str:
-    """Run one dvc stage; return ran, skipped or restored."""
-    workspace = open_workspace(Path(home))
-
-    def on_line(line: str) -> None:
-        if line and LOCK_TABLE not in line and not line.startswith((*DVC_CHATTER, "Stage '")):
-            say(f"  {line}")
-        else:
-            get_run_logger().debug(line)
-
-    result = pipeline.run_stage(workspace.settings, stage, on_line)
-    if result.status != "ran":
-        words = {"skipped": "nothing it depends on changed", "restored": "made before, restored from dvc's cache"}
-        say(f"  {words[result.status]}")
-    return result.status
-
-
-@step(name="gate")
-def gate(home: str) -> dict[str, Any]:
-    """Judge the candidate against the champion; return the decision."""
-    from visionloop.promotion.decide import gate as run_gate
-
-    workspace = open_workspace(Path(home))
-    settings = workspace.settings
-    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path).digest)
-    decision = run_gate(workspace, state=state, now=get_now())
-    for line in describe_decision(decision):
-        say(f"  {line}")
-    return decision.to_json()
-
-
-@step(name="register")
-def register(home: str) -> str:
-    """Copy the bundle to the store and mirror it in MLflow; return the model version."""
-    from visionloop.promotion.promote import register as run_register
-
-    workspace = open_workspace(Path(home))
-    version = run_register(workspace)
-    say(f"  {describe_registered(workspace.name, version)}")
-    return version
-
-
-@step(name="promote")
-def promote(home: str, why: str) -> dict[str, Any]:
-    """Write the ledger entry and set MLflow's alias; return the entry."""
-    from visionloop.promotion.promote import promote as run_promote
-
-    workspace = open_workspace(Path(home))
-    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
-    say(f"  {describe_champion(entry)}")
-    return entry.to_json()
-
-
-@step(name="ask")
-def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
+def ask(home: str, tell: Callable[[str], None], number: int = 3) -> list[dict[str, Any]]:
     """Start the server on a free port, ask it about held-out images over HTTP, stop it; return the answers."""
     workspace = open_workspace(Path(home))
     chosen = _choose_held_out(workspace, number)
@@ -159,7 +65,7 @@ def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
     )
     try:
         url = _wait_for_url(process)
-        say(f"  server at {url}")
+        tell(f"  server at {url}")
         answers = []
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
             for record in chosen:
@@ -167,7 +73,7 @@ def ask(home: str, number: int = 3) -> list[dict[str, Any]]:
                 body = client.post("/predict", content=data).raise_for_status().json()
                 answer = {k: body[k] for k in ("prediction", "confidence", "labels") if k in body}
                 answers.append({**answer, "actual": LABEL_SEPARATOR.join(record.labels), "origin": record.origins[0]})
-                say(f"  asked about {describe_asked(record.labels, body)} ({body['confidence']:.1%})")
+                tell(f"  asked about {describe_asked(record.labels, body)} ({body['confidence']:.1%})")
     except httpx.HTTPError as exc:
         raise ServingError("server", f"did not answer ({exc})", "an answer") from exc
     finally:

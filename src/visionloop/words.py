@@ -77,6 +77,24 @@ class Summary:
         return "\n".join(lines) + "\n"
 
 
+def render_summary(summary: Summary, width: int) -> str:
+    """Return the table at the end and the commands to look further, for a terminal of this width."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, found in summary.rows():
+        table.add_row(what, found)
+    console = Console(width=width, highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join([*lines, *(f"to {what}:\n    {command}" for what, command in summary.commands.items())])
+
+
 def format_interval(interval: Mapping[str, float]) -> str:
     """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)`."""
     return f"{interval['value']:.4f} (95 %: {interval['low']:.4f} to {interval['high']:.4f})"

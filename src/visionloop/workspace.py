@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import getpass
 import os
+import re
 import shutil
 import subprocess
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,21 +28,28 @@ if TYPE_CHECKING:
 COMMON = {"dvc.yaml": "dvc.yaml", "gitignore": ".gitignore"}
 
 
+DEFAULT_EXAMPLE = "photos"  # where nothing else is asked for
+
+
 def list_examples() -> list[str]:
     """Return the names of the examples, sorted."""
     return sorted(p.name for p in resources.files("visionloop.examples").iterdir() if (p / "params.yaml").is_file())
 
 
-def make_workspace(folder: Path, example: str, *, name: str | None = None) -> Path:
+def make_workspace(folder: Path, example: str | None = None, *, name: str | None = None) -> Path:
     """Make a workspace: params.yaml, dvc.yaml, .gitignore, code.json; git and dvc initialised. Return its folder.
+
+    Without an example it is for photos of one's own, and its name is made from that of the folder.
 
     Raises:
         SettingsError: there is no such example, or the folder is not empty.
         ParamsError: the name is not usable.
     """
-    if example not in list_examples():
-        raise SettingsError("visionloop new --example", f"got {example!r}", f"one of {', '.join(list_examples())}")
     folder = folder.expanduser().resolve()
+    if example is None:
+        example, name = DEFAULT_EXAMPLE, name or make_name(folder.name)
+    elif example not in list_examples():
+        raise SettingsError("visionloop new --example", f"got {example!r}", f"one of {', '.join(list_examples())}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"workspace {folder}", "is not empty", "a new or empty folder", "Choose another one.")
     existed = folder.exists()
@@ -52,6 +61,12 @@ def make_workspace(folder: Path, example: str, *, name: str | None = None) -> Pa
             folder.mkdir()
         raise
     return folder
+
+
+def make_name(text: str) -> str:
+    """Return a text as a name for params.yaml: `My Pets (2026)` is `my-pets-2026`; of nothing usable, `photos`."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:63].strip("-") or DEFAULT_EXAMPLE
 
 
 def _fill(folder: Path, example: str, name: str | None) -> None:

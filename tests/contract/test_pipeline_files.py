@@ -16,7 +16,7 @@ from visionloop.settings import tool_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "src" / "visionloop" / "examples"
-NAMES = ("cats-and-dogs", "digits", "dog-breeds", "fourteen-classes", "horses-or-humans")
+NAMES = ("cats-and-dogs", "digits", "dog-breeds", "fourteen-classes", "horses-or-humans", "photos")
 PARAMS_FILES = (ROOT / "params.yaml", *(EXAMPLES / name / "params.yaml" for name in NAMES))
 STAGES = {
     "prepare": {"deps": {"data/dataset.json"}, "outs": {"data/prepared"}},
@@ -53,13 +53,15 @@ def test_params_hold_the_agreed_values(path: Path) -> None:
     params = load_params(path)
     assert params.name == (path.parent.name if path.parent.name in NAMES else "digits")
     assert (params.prepare.size_hw, params.train.backbone, params.train.weights, params.train.way) == {
-        "cats-and-dogs": ((224, 224), "resnet18", "default", "knn"),
+        "cats-and-dogs": ((224, 224), "efficientnet_lite0", "default", "knn"),
         "digits": ((32, 32), "small_cnn", "none", "scratch"),
-        "dog-breeds": ((224, 224), "mobilenet_v2", "default", "frozen"),
+        "dog-breeds": ((224, 224), "efficientnet_lite0", "default", "frozen"),
         "fourteen-classes": ((768, 1024), "depthwise_cnn", "none", "scratch"),
-        "horses-or-humans": ((224, 224), "resnet18", "none", "scratch"),
+        "horses-or-humans": ((224, 224), "efficientnet_lite0", "default", "finetune"),
+        "photos": ((224, 224), "efficientnet_lite0", "default", "frozen"),
     }[params.name]
-    stopping = (3, "val/accuracy") if params.name == "dog-breeds" else (5, "val/loss")
+    patience = {"dog-breeds": 3, "horses-or-humans": 2}.get(params.name, 5)
+    stopping = (patience, "val/accuracy" if params.name == "dog-breeds" else "val/loss")
     assert (params.train.patience, params.train.monitor, params.train.seed) == (*stopping, 0)
     assert (params.gate.rule, params.gate.alpha) == ("better", 0.05)
     is_experiment = params.ingest.split.method == "random"

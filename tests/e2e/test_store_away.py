@@ -15,11 +15,12 @@ FLOW = """
 import sys
 sys.path.insert(0, "flows")
 import steps
+from visionloop import retrain
 from prefect import flow
 
 @flow
 def prepare(home: str) -> str:
-    return steps.run_stage(home, "prepare")
+    return steps.run_step("prepare", lambda: retrain.run_stage(home, "prepare", steps.say))
 
 print("the stage", prepare(sys.argv[1]))
 """

@@ -13,7 +13,7 @@ from visionloop.predictor import Predictor
 from visionloop.records import Card, canonical_json
 
 COMMANDS = (  # of the command line, as agreed
-    *("new", "ingest", "datasets", "forget", "prepare", "embed", "train", "evaluate", "gate"),
+    *("start", "new", "ingest", "datasets", "forget", "prepare", "embed", "train", "evaluate", "gate"),
     *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store", "runs", "tune"),
     *("lr-find", "similar", "map", "suspects"),
 )

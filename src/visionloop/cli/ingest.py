@@ -10,8 +10,9 @@ import typer
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
+from visionloop.settings import PARAMS_FILE
 from visionloop.words import describe_pull
-from visionloop.workspace import Workspace, get_now, open_workspace
+from visionloop.workspace import get_now, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.params import Source
@@ -71,7 +72,7 @@ def ingest(
         sources, text = check_sources(workspace.params), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
-        text = make_params_text(workspace, source) if save else ""
+        text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     refresh_code(workspace.settings.home, workspace.params)
     report = pull(
@@ -104,9 +105,9 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    source = guess_source(str(local) if local.exists() else what, given["name"])
-    columns = {"image": given["image_column"], "label": given["label_column"]}
-    wanted: dict[str, Any] = {"pattern": given["pattern"]} if given["pattern"] else {}
+    source = guess_source(str(local) if local.exists() else what, given.get("name"))
+    columns = {"image": given.get("image_column"), "label": given.get("label_column")}
+    wanted: dict[str, Any] = {"pattern": given["pattern"]} if given.get("pattern") else {}
     if any(columns.values()):
         wanted["columns"] = {key: column for key, column in columns.items() if column}
     fields = type(source).model_fields
@@ -124,7 +125,19 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
     return validated
 
 
-def make_params_text(workspace: Workspace, source: "Source") -> str:
+def save_source(home: Path, source: "Source") -> bool:
+    """Add a source to the params.yaml of a workspace; say whether it is new there. Raises ParamsError."""
+    from visionloop.params.edit import write_params
+
+    path, text = home / PARAMS_FILE, make_params_text(home, source)
+    with path.open(encoding="utf-8", newline="") as file:
+        is_new = file.read() != text
+    if is_new:
+        write_params(path, text)
+    return is_new
+
+
+def make_params_text(home: Path, source: "Source") -> str:
     """Return the text of params.yaml with the source added. Raises ParamsError."""
     from visionloop.errors import ParamsError
     from visionloop.params.edit import add_source
@@ -139,9 +152,9 @@ def make_params_text(workspace: Workspace, source: "Source") -> str:
                 "${NAME} in its place, filled in from the environment",
                 "Set a variable, and name it in the address.",
             )
-    if "path" in value and (path := Path(value["path"])).is_absolute() and path.is_relative_to(workspace.settings.home):
-        value["path"] = path.relative_to(workspace.settings.home).as_posix()
-    with workspace.settings.params_path.open(encoding="utf-8", newline="") as file:
+    if "path" in value and (path := Path(value["path"])).is_absolute() and path.is_relative_to(home):
+        value["path"] = path.relative_to(home).as_posix()
+    with (home / PARAMS_FILE).open(encoding="utf-8", newline="") as file:
         return add_source(file.read(), value)
 
 

@@ -1,6 +1,8 @@
-"""Commands about the workspace itself and its store: new, doctor, store."""
+"""Commands about the workspace as a whole and its store: start, new, doctor, store."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,25 +19,89 @@ app.add_typer(store_app, name="store")
 
 
 @app.command()
-def new(
-    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    example: Annotated[
-        str, typer.Option(help="cats-and-dogs, digits, dog-breeds, fourteen-classes, horses-or-humans.")
-    ] = "digits",
-    name: Annotated[str | None, typer.Option(help="Name of dataset, model and experiment.")] = None,
+def start(
+    photos: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PHOTOS", help="A folder, table, zip, video or address, as `visionloop ingest` reads it."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="The workspace; made if it is not there.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of dataset, model and experiment, of a new workspace.")] = None,
 ) -> None:
-    """Make a workspace of your own: params.yaml, dvc.yaml, git and dvc ready.
+    """From photos to a judged model that can be served, in one command: new, ingest, train, gate, promote.
+
+    Without PHOTOS: the same for the workspace one is in. What was stopped goes on; what is done already is not done
+    again. The photos become a source in params.yaml, so more of them are found the next time. The workspace of
+    ~/pets is ./pets-model unless FOLDER is given.
 
     Examples:
 
-      visionloop new ~/pets --example horses-or-humans --name pets
+      visionloop start ~/photos/pets
 
-      visionloop new /tmp/digits
+      visionloop start pets.zip ~/models/pets
+
+      cd ~/models/pets && visionloop start
+    """
+    from visionloop.retrain import bring_up_to_date
+    from visionloop.words import make_refusal, render_summary
+    from visionloop.workspace import lock_for_retrain, open_workspace
+
+    if photos is not None:
+        folder = _open_for(photos, folder, name)
+    workspace = open_workspace(folder)
+    with lock_for_retrain(workspace.settings.home):
+        summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
+    print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
+    if summary.verdict != "passed":
+        raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
+
+
+def _open_for(photos: str, folder: Path | None, name: str | None) -> Path:
+    """Return the workspace for photos, made if it is not there, with the photos as a source."""
+    from visionloop.cli.ingest import make_source, save_source
+    from visionloop.settings import PARAMS_FILE
+    from visionloop.workspace import make_name, make_workspace
+
+    source = make_source(photos, {}, Path.cwd())
+    home = folder or Path(f"{make_name(Path(photos).stem)}-model")
+    if not (home / PARAMS_FILE).is_file():
+        home = make_workspace(home, name=name or make_name(source.name))
+        print(f"made the workspace {home}", flush=True)
+    if save_source(home, source):
+        print(f"{photos} is its source {source.name} (kind {source.kind}), in params.yaml", flush=True)
+    return home
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    example: Annotated[
+        str | None,
+        typer.Option(
+            help="cats-and-dogs, digits, dog-breeds, fourteen-classes, horses-or-humans; default: photos of your own."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of dataset, model and experiment; default: from the folder or example.")
+    ] = None,
+) -> None:
+    """Make a workspace of your own: params.yaml, dvc.yaml, git and dvc ready.
+
+    Without --example it trains a head on a pretrained EfficientNet-Lite0, whose weights come with the installation.
+
+    Examples:
+
+      visionloop new ~/pets
+
+      visionloop new ~/breeds --example dog-breeds --name breeds
     """
     from visionloop.workspace import make_workspace
 
     home = make_workspace(folder, example, name=name)
-    print(f"made {home} from the example {example}")
+    print(f"made {home}" + (f" from the example {example}" if example else ""))
     readme = home / "README.md"
     if readme.is_file():
         print(f"read {readme} for the next step; params.yaml holds what you can change")

@@ -109,16 +109,21 @@ def pull(
         _sync(journal, store, ended)
         version = _name_version(ended.version)
         journal.keep_pull(name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
-        return PullReport(
-            pin=_move_pin(settings, ended.version),
-            version=ended.version,
-            changed=ended.parent is None or ended.version.digest != ended.parent.digest,
-            recorded=ended.version is not ended.parent,
-            num_seen=checked.num_seen,
-            num_read=checked.num_read,
-            num_added=ended.version.num_images - (ended.parent.num_images if ended.parent else 0),
-            rejected=ended.rejected,
-        )
+        return _make_report(checked, ended, _move_pin(settings, ended.version))
+
+
+def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
+    version, parent = ended.version, ended.parent
+    return PullReport(
+        pin=pin,
+        version=version,
+        changed=parent is None or version.digest != parent.digest,
+        recorded=version is not parent,
+        num_seen=checked.num_seen,
+        num_read=checked.num_read,
+        num_added=version.num_images - (parent.num_images if parent else 0),
+        rejected=ended.rejected,
+    )
 
 
 def check_sources(params: Params) -> Sequence[Source]:

@@ -1,0 +1,118 @@
+"""`visionloop start`: from a folder of photos to a judged model, in one command, without a clone or a Prefect server.
+
+The tests of `home` are one story: each goes on where the one before ended.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shapes import make_environment, visionloop, write_shapes
+from visionloop.params import load_params
+from visionloop.workspace import make_name
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace that `start` has made of photos beside it."""
+    folder = tmp_path_factory.mktemp("start")
+    photos = write_shapes(folder / "My Shapes", 25)
+    (photos / "disc" / "broken.png").write_bytes(b"no picture")
+    done = visionloop(folder, "start", "My Shapes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"made the workspace {folder}/my-shapes-model"
+    assert lines[1] == "My Shapes is its source my-shapes (kind folder), in params.yaml"
+    steps = [line.split()[1].rstrip(":") for line in lines if line.startswith("[")]
+    assert steps == ["ingest", "prepare", "embed", "train", "evaluate", "gate", "register", "promote"]
+    assert "quarantined 1 file that cannot be used:" in done.stdout
+    assert "weights of efficientnet_lite0 as published (licence Apache-2.0)" in done.stdout
+    assert "has a new champion" in done.stdout
+    assert lines[-2:] == ["to serve the champion:", f"    cd {folder}/my-shapes-model && visionloop serve"]
+    return folder / "my-shapes-model"
+
+
+def test_the_model_knows_imagenet_and_can_be_asked(home: Path) -> None:
+    params = load_params(home / "params.yaml")
+    assert (params.name, params.train.backbone, params.train.way) == ("my-shapes", "efficientnet_lite0", "frozen")
+    card = json.loads((home / "models" / "candidate" / "card.json").read_text())
+    assert card["network"]["weights"] == {"file": "models/efficientnet-lite0-57934424.pth", "license": "Apache-2.0"}
+    assert card["network"]["preprocessing"]["side_px"] == 224
+    metrics = json.loads((home / "reports" / "metrics.json").read_text())
+    assert metrics["accuracy"]["value"] >= 0.9
+    photos = home.parent / "My Shapes"
+    answers = visionloop(home, "predict", *(str(photos / name / "0-000.png") for name in ("disc", "ring"))).stdout
+    assert re.findall(r"\.png\s+(\w+)", answers) == ["disc", "ring"]
+
+
+def test_again_nothing_is_done_twice(home: Path) -> None:
+    done = visionloop(home.parent, "start", "My Shapes")
+    assert done.returncode == 0, done.stderr
+    assert "made the workspace" not in done.stdout
+    assert "is its source" not in done.stdout
+    assert "nothing changed: dataset 1, params, code" in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == [
+        "[1/8] ingest: new images into the store"
+    ]
+
+
+def test_more_photos_are_found_from_within_the_workspace(home: Path) -> None:
+    write_shapes(home.parent / "My Shapes", 10, seed=1)
+    done = visionloop(home, "start")
+    assert done.returncode in {0, 3}, done.stderr  # on so few images the gate may not tell
+    assert "version 2: 20 new images, 70 in all" in done.stdout
+    assert "50 from the table, 20 computed" in done.stdout
+
+
+@pytest.mark.long
+def test_what_was_killed_goes_on(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "pets", 12)
+    command = [sys.executable, "-m", "visionloop", "start", "pets", "w"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=make_environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[3/8] embed"):
+            time.sleep(1)
+            process.kill()
+    process.wait()
+    done = visionloop(tmp_path, "start", "pets", "w")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing it depends on changed" in done.stdout, "prepared images are not prepared again"
+    assert "pets has a new champion" in done.stdout
+
+
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    def refuse(*argv: str) -> str:
+        done = visionloop(tmp_path, "start", *argv)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        return done.stderr
+
+    assert "does not exist; expected a folder, a table, a .zip" in refuse("pots")
+    assert "no params.yaml here or above" in refuse()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    write_shapes(tmp_path / "pets", 1)
+    assert "full: is not empty; expected a new or empty folder." in refuse("pets", "full")
+    (tmp_path / "nothing").mkdir()
+    assert "error: " in refuse("nothing")
+    one = tmp_path / "one" / "cat"
+    one.mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (40, 40), (number * 20, 0, 0)).save(one / f"{number}.png")
+    assert "class" in refuse("one")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("My Pets (2026)", "my-pets-2026"), ("Ärger", "arger"), ("猫", "photos"), ("", "photos"), ("-a-", "a")],
+)
+def test_a_name_is_made_of_any_text(text: str, name: str) -> None:
+    assert make_name(text) == name
+    assert len(make_name("x" * 200)) == 63
