@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from conftest import PrefectServer
 
 LIMIT_S = 200
+NAME = "my-shapes"  # of the workspace, and so of dataset, model and deployment
 
 
 def deploy(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,7 @@ def post(api: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def get_deployment(api: str) -> dict[str, Any]:
-    return dict(httpx.get(f"{api}/deployments/name/retrain/horses-or-humans", trust_env=False).json())
+    return dict(httpx.get(f"{api}/deployments/name/retrain/{NAME}", trust_env=False).json())
 
 
 def start_run(api: str) -> str:
@@ -47,7 +48,7 @@ def start_run(api: str) -> str:
 def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str | None = None) -> dict[str, Any]:
     """Return a run of the deployment when it has ended: this one, or the first that found no other at work."""
     deadline = time.monotonic() + LIMIT_S
-    query = {"deployments": {"name": {"any_": ["horses-or-humans"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    query = {"deployments": {"name": {"any_": [NAME]}}, "sort": "EXPECTED_START_TIME_ASC"}
     while time.monotonic() < deadline:
         assert process.poll() is None, "deploy.py ended"
         runs = post(api, "flow_runs/filter", query)
@@ -60,26 +61,26 @@ def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str | None = 
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
-    """A workspace made by the commands of "Your own images", with a smaller network and fewer epochs."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace made by the commands of "Your own workspace", with a smaller network that learns for four epochs."""
     folder = tmp_path_factory.mktemp("own")
     blocks = re.findall(r"^```(?:\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     (block,) = [b for b in blocks if b.startswith("visionloop new DIR")]
     write_shapes(folder / "photos")
-    script = (
-        block.replace("CLONE", str(ROOT)).replace("DIR", str(folder / "ws")).replace("PATH", str(folder / "photos"))
-    )
-    *first, last = script.strip().splitlines()
+    *first, last = block.replace("DIR", NAME).replace("PATH", str(folder / "photos")).strip().splitlines()
     done = run(folder, "bash", "-ec", "\n".join(first))
     assert done.returncode == 0, done.stderr
-    path = folder / "ws" / "params.yaml"
-    text = path.read_text().replace("resnet18 #", "small_cnn #").replace("image_size: 224", "image_size: 32")
-    text = text.replace("  backbone:", "  precision: fp32\n  backbone:")
-    path.write_text(text.replace("max_epochs: 20", "max_epochs: 4").replace("accuracy: 0.6", "accuracy: 0.3"))
-    done = run(folder, "bash", "-ec", last, PREFECT_API_URL=prefect_api)
+    path = folder / NAME / "params.yaml"
+    text = (
+        path.read_text().replace("efficientnet_lite0 #", "small_cnn #").replace("weights: default #", "weights: none #")
+    )
+    text = text.replace("way: frozen #", "way: scratch #").replace("image_size: 224", "image_size: 32")
+    text = text.replace("  backbone:", "  precision: fp32\n  max_epochs: 4\n  backbone:")
+    path.write_text(text.replace("accuracy: 0.5", "accuracy: 0.3"))
+    done = run(folder / NAME, *last.split())
     assert done.returncode == 0, done.stderr
-    assert "horses-or-humans has a new champion" in done.stdout
-    return folder / "ws"
+    assert f"{NAME} has a new champion" in done.stdout
+    return folder / NAME
 
 
 def list_ledger(home: Path) -> list[dict[str, Any]]:
@@ -117,7 +118,7 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     assert [r["passed"] for r in decision["rules"] if r["rule"] == "no_worse"] == [True]
     first, second = list_ledger(home)
     assert (second["previous"], second["dataset"]["version"]) == (first["bundle"], 2)
-    assert "serving retrain/horses-or-humans" in said
+    assert f"serving retrain/{NAME}" in said
     assert get_deployment(prefect_api)["global_concurrency_limit"] is None
     assert_artifact(prefect_api)
 
@@ -190,7 +191,7 @@ def read_state(api: str, run_: dict[str, Any]) -> dict[str, Any]:
 def assert_artifact(api: str) -> None:
     query = {"artifacts": {"key": {"any_": ["retrain"]}}}
     texts = [a["data"] for a in httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()]
-    assert any(text.startswith("# horses-or-humans: horses-or-humans has a new champion") for text in texts)
+    assert any(text.startswith(f"# {NAME}: {NAME} has a new champion") for text in texts)
 
 
 def test_what_cannot_be_scheduled_is_one_line(tmp_path: Path) -> None:
