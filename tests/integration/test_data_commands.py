@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from fakes import make_image
-from versions import commit, store_image
 from visionloop.cli import main
 from visionloop.cli.pictures import choose_images
 from visionloop.data.manifest import latest_version, list_versions, load_pin, load_version_records, make_image_key
@@ -19,6 +18,7 @@ from visionloop.params import load_params
 from visionloop.records import Rejected
 from visionloop.store import LocalStore
 from visionloop.words import describe_classes, describe_counts, format_bytes
+from workspaces import commit, store_image
 
 PARAMS = """\
 name: pets # the name

@@ -16,7 +16,6 @@ import pytest
 from fakes import make_bundle
 from s3_server import point_to, serve_s3
 from shapes import run, visionloop
-from versions import NAME, NOW, commit, store_image
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
 from visionloop.forget import find_everything, forget, resolve_images
@@ -25,6 +24,7 @@ from visionloop.records import ImageRecord, canonical_json
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore, S3Store
 from visionloop.workspace import connect
+from workspaces import NAME, NOW, commit, store_image
 
 DVC_YAML = """\
 stages:
