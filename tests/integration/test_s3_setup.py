@@ -10,7 +10,7 @@ import pytest
 
 from fakes import make_image
 from fault_proxy import FaultProxy, serve_faults
-from s3_server import S3_ENV, make_bucket, make_client, point_to, serve_s3
+from s3_server import S3_ENV, make_bucket, point_to
 from shapes import run
 from visionloop.data.manifest import latest_version, list_versions, load_version_records
 from visionloop.data.prepare import prepare
@@ -21,17 +21,6 @@ from visionloop.settings import load_settings
 from visionloop.store import LocalStore, S3Store, open_store
 from visionloop.store.setup import describe_store, init_store, list_dvc_commands
 from visionloop.workspace import connect
-
-
-@pytest.fixture(scope="module")
-def endpoint_url() -> Iterator[str]:
-    with serve_s3() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(endpoint_url: str) -> Any:
-    return make_client(endpoint_url)
 
 
 @pytest.fixture
