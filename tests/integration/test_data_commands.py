@@ -183,6 +183,7 @@ def test_what_is_unusable_is_counted_by_code(home: Path, shell: Shell) -> None:
 def test_versions_are_listed_and_shown(home: Path, store: LocalStore, shell: Shell) -> None:
     assert "no version of pets yet" in shell("datasets")
     shell("ingest", "../photos")
+    assert shell("datasets").startswith("*    1  ")
     shown = shell("datasets", "show")
     assert "  sources   photos 16\n  formats   PNG 16\n  pixels    32 x 32\n" in shown
     assert "  class" in shown

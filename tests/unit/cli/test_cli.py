@@ -40,25 +40,6 @@ def test_help_loads_no_heavy_library() -> None:
     assert done.stderr.strip() == "[]"
 
 
-def test_ingest_datasets_and_show(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (home.parent / "photos" / "cat" / "bad.jpg").write_text("text")
-    assert run_here(monkeypatch, "ingest", "../photos") == 0
-    shown = capsys.readouterr().out
-    assert "a one-time pull of" in shown
-    assert "dataset pets version 1: 24 new images, 24 in all" in shown
-    assert "photos:cat/bad.jpg: is not an image we read" in shown
-    assert run_here(monkeypatch, "ingest", "../photos") == 0
-    assert "dataset pets version 1: nothing new, 24 in all" in capsys.readouterr().out
-    assert run_here(monkeypatch, "datasets") == 0
-    assert capsys.readouterr().out.startswith("*    1  ")
-    assert run_here(monkeypatch, "datasets", "show") == 0
-    shown = capsys.readouterr().out
-    assert "sources   photos 24" in shown
-    assert "quarantined 1 file " in shown
-
-
 def test_prepare_after_ingest(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "params.yaml").write_text("name: pets\nprepare: {image_size: 32}\n")
     assert run_here(monkeypatch, "ingest", "../photos") == 0
