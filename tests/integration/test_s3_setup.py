@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fakes import make_image
+from fakes import write_photos
 from fault_proxy import FaultProxy, serve_faults
 from s3_server import S3_ENV, make_bucket, point_to
 from shapes import run
@@ -105,10 +105,7 @@ def test_a_local_store_is_a_folder(tmp_path: Path) -> None:
 
 
 def fill(folder: Path) -> Path:
-    for k, name in enumerate(("cat", "dog")):
-        (folder / name).mkdir(parents=True)
-        for i in range(15):
-            (folder / name / f"{i}.png").write_bytes(make_image(1000 * k + i))
+    write_photos(folder, 15)
     (folder / "cat" / "broken.png").write_bytes(b"no image")
     return folder
 
