@@ -30,9 +30,13 @@ SERVER_START_S = 60
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:
-    """Say whether trying again may help: a typo in params.yaml stays a typo."""
+    """Say whether trying again may help, and tell it: a typo in params.yaml stays a typo."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, VisionLoopError) and error.transient
+    if not (isinstance(error, VisionLoopError) and error.transient):
+        return False
+    again = f"trying again in {RETRY_DELAY_S} s (try {run.run_count + 1} of {RETRIES + 1})"
+    say(f"  {error.where}: {error.found}; {again}")
+    return True
 
 
 def say(line: str) -> None:

@@ -13,6 +13,7 @@ something ("a" in `tell(load("a"))`). `reason_code` counts, as programs read it.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 from visionloop import errors
@@ -58,27 +59,29 @@ WORDING = {"join", "shorten", "mask"}  # calls that do nothing but put words tog
 
 def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     """Return one digest a stage, over the source of the package `visionloop` in a folder."""
-    read: dict[str, tuple[str, list[str]]] = {}  # most modules are those of several stages
-    return {stage: _digest_stage(root, package, read) for stage, root in STAGE_MODULES.items()}
+    return {stage: _digest_stage(root, package) for stage, root in STAGE_MODULES.items()}
 
 
-def _digest_stage(root: str, package: Path, read: dict[str, tuple[str, list[str]]]) -> str:
-    """Return the digest of a module with all that it imports; `read` keeps the code and imports of each module."""
+def _digest_stage(root: str, package: Path) -> str:
+    """Return the digest of a module with all that it imports."""
     code: dict[str, str] = {}
     waiting = [root]
     while waiting:
         name = waiting.pop()
         path = None if name in code or _cannot_count(name) else _find_source(name, package)
-        if path is None:
-            continue
-        if name not in read:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            tree = _Texts(keep_descriptions=name.startswith("visionloop.evaluation")).visit(tree)
-            dump = ast.dump(tree).replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
-            read[name] = dump, _list_imports(tree)
-        code[name], imported = read[name]
-        waiting += imported
+        if path is not None:
+            text = path.read_text(encoding="utf-8")
+            code[name], imported = _read_code(text, keep_descriptions=name.startswith("visionloop.evaluation"))
+            waiting += imported
     return compute_digest(code)
+
+
+@functools.lru_cache(maxsize=1024)  # most modules are those of several stages, and a flow asks several times
+def _read_code(text: str, *, keep_descriptions: bool) -> tuple[str, list[str]]:
+    """Return what counts of a module's text, and the modules of ours that it imports."""
+    tree = _Texts(keep_descriptions=keep_descriptions).visit(ast.parse(text))
+    dump = ast.dump(tree).replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
+    return dump, _list_imports(tree)
 
 
 def _cannot_count(module: str) -> bool:

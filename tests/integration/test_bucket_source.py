@@ -8,7 +8,7 @@ import pytest
 
 from fakes import make_image
 from fault_proxy import FaultProxy, serve_faults
-from s3_server import make_bucket, make_client, point_to, serve_s3
+from s3_server import make_bucket, point_to
 from visionloop.errors import ImageError, SourceError, StoreError
 from visionloop.ingest.sources import Item, SourceContext, read_source
 from visionloop.params import BucketSource
@@ -16,17 +16,6 @@ from visionloop.records import Rejected
 from visionloop.store import open_bucket
 
 MAX_BYTES = 100_000
-
-
-@pytest.fixture(scope="module")
-def endpoint_url() -> Iterator[str]:
-    with serve_s3() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(endpoint_url: str) -> Any:
-    return make_client(endpoint_url)
 
 
 @pytest.fixture(params=["plain", "versioned"])

@@ -13,22 +13,12 @@ from typing import Any
 
 import pytest
 
+from source_runs import read_video
 from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.sources import Item, SourceContext, read_source
-from visionloop.params import VideoSource
-from visionloop.records import Rejected
 
 MB = 1_000_000
 PRIVATE = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"}
-
-
-def read(home: Path, env: dict[str, str] | None = None, **keys: Any) -> tuple[list[Item], list[Rejected], list[str]]:
-    source = VideoSource.model_validate({"kind": "video", "name": "cam", **keys})
-    told: list[str] = []
-    offered = list(read_source(source, SourceContext(home, home / ".visionloop", env or {}, tell=told.append)))
-    items = [one for one in offered if isinstance(one, Item)]
-    return items, [one for one in offered if isinstance(one, Rejected)], told
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -78,7 +68,7 @@ def transport_stream(tmp_path: Path) -> bytes:
 def test_a_camera_over_http_is_watched(tmp_path: Path, transport_stream: bytes) -> None:
     before = time.time()
     with serve(lambda handler: send_paced(handler, "video/mp2t", transport_stream * 3, 6.0)) as host:
-        items, rejected, told = read(
+        items, rejected, told = read_video(
             tmp_path, PRIVATE, path=f"http://{host}/live", label="yard", every_s=0.25, watch_s=1.0
         )
     assert time.time() - before < 5
@@ -105,7 +95,7 @@ def test_a_camera_of_single_pictures_has_the_time_of_their_coming(tmp_path: Path
             h, "multipart/x-mixed-replace;boundary=ffmpeg", path.read_bytes()[: -len(b"--ffmpeg\r\n")] * 20, 3.0
         )
     ) as host:
-        items, _, _ = read(tmp_path, PRIVATE, path=f"http://{host}/", label="x", every_s=0.4, watch_s=1.0)
+        items, _, _ = read_video(tmp_path, PRIVATE, path=f"http://{host}/", label="x", every_s=0.4, watch_s=1.0)
     assert 2 <= len(items) <= 4
 
 
@@ -123,16 +113,18 @@ def test_a_file_on_a_server_is_read_like_every_other(tmp_path: Path) -> None:
 
     env = {**PRIVATE, "CAM_PASSWORD": "s3cret!w"}
     with serve(answer) as host:
-        items, _, _ = read(tmp_path, env, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4", label="x")
+        items, _, _ = read_video(tmp_path, env, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4", label="x")
         assert [(i.origin, i.captured_at) for i in items][1] == (
             f"cam:{host}/a.mp4#t=1.000",
             "2026-01-01T00:00:01.000+00:00",
         )
         assert {i.group for i in items} == {f"cam:{host}/a.mp4"}
         with pytest.raises(SourceError, match="too large"):
-            read(tmp_path, env, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4", max_video_bytes=1024)
+            read_video(tmp_path, env, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4", max_video_bytes=1024)
         with pytest.raises(SourceError, match=r"answered 401") as caught:
-            read(tmp_path, {**env, "CAM_PASSWORD": "wr0ng!pw"}, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4")
+            read_video(
+                tmp_path, {**env, "CAM_PASSWORD": "wr0ng!pw"}, path=f"http://user:${{CAM_PASSWORD}}@{host}/a.mp4"
+            )
     assert "wr0ng" not in str(caught.value)
 
 
@@ -153,7 +145,7 @@ def test_a_file_on_a_server_is_read_like_every_other(tmp_path: Path) -> None:
 )
 def test_a_camera_that_may_not_be_asked_is_refused(path: str, env: dict[str, str], reason: str, tmp_path: Path) -> None:
     try:
-        _, rejected, _ = read(tmp_path, env, path=path, label="x", watch_s=1.0)
+        _, rejected, _ = read_video(tmp_path, env, path=path, label="x", watch_s=1.0)
         text = str(rejected)
     except SourceError as exc:
         text = str(exc)
@@ -171,13 +163,13 @@ def test_a_redirect_off_the_list_is_refused(tmp_path: Path) -> None:
         handler.end_headers()
 
     with serve(answer) as host, pytest.raises(SourceError, match="host localhost is not in the list of hosts"):
-        read(tmp_path, PRIVATE, path=f"http://{host}/live")
+        read_video(tmp_path, PRIVATE, path=f"http://{host}/live")
     assert asked == ["/live"]
 
 
 def test_a_camera_that_sends_nothing_useful_is_rejected_and_the_pull_goes_on(tmp_path: Path) -> None:
     with serve(lambda h: send_paced(h, "video/mp2t", b"x" * 100_000, 0.2)) as host:
-        items, rejected, _ = read(tmp_path, PRIVATE, path=f"http://{host}/live", label="x", watch_s=1.0)
+        items, rejected, _ = read_video(tmp_path, PRIVATE, path=f"http://{host}/live", label="x", watch_s=1.0)
     assert items == []
     assert [(r.origin, r.code) for r in rejected] == [(f"cam:{host}/live", "unreadable")]
 
@@ -247,7 +239,7 @@ def film_over_rtsp(film: bytes, *, redirect: str = "", password: bool = False, b
 def test_a_camera_over_rtsp_is_watched(tmp_path: Path, transport_stream: bytes) -> None:
     with film_over_rtsp(transport_stream * 6, password=True) as server:
         path = f"rtsp://admin:${{CAM}}@127.0.0.1:{server.server_address[1]}/stream1"
-        items, rejected, _ = read(
+        items, rejected, _ = read_video(
             tmp_path, {**PRIVATE, "CAM": "p@ss:w"}, path=path, label="gate", every_s=0.25, watch_s=1.0
         )
     assert [method for method, _ in server.asked][-2:-1] == ["SETUP"] or "PLAY" in dict(server.asked)
@@ -281,7 +273,7 @@ def test_a_camera_that_sends_the_decoder_elsewhere_is_stopped(
             b"", redirect=f"rtsp://127.0.0.1:{elsewhere.getsockname()[1]}/internal", before=before
         ) as server:
             path = f"rtsp://127.0.0.1:{server.server_address[1]}/stream1"
-            items, rejected, _ = read(tmp_path, PRIVATE, path=path, label="x", watch_s=1.0)
+            items, rejected, _ = read_video(tmp_path, PRIVATE, path=path, label="x", watch_s=1.0)
         with pytest.raises(TimeoutError):
             elsewhere.accept()
     assert items == []
@@ -292,7 +284,7 @@ def test_a_camera_that_sends_the_decoder_elsewhere_is_stopped(
 def test_a_stream_stops_at_its_limit_of_bytes(tmp_path: Path, transport_stream: bytes) -> None:
     with film_over_rtsp(transport_stream * 50) as server:
         path = f"rtsp://127.0.0.1:{server.server_address[1]}/stream1"
-        _, rejected, _ = read(
+        _, rejected, _ = read_video(
             tmp_path, PRIVATE, path=path, label="x", watch_s=9.0, max_video_bytes=len(transport_stream) * 2
         )
     assert [r.code for r in rejected] == ["too_large"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from s3_server import make_bucket, make_client, point_to, serve_s3
+from s3_server import make_bucket, make_client, point_to
 from trainings import Ear, MemoryTracking, Place, make_place
 from visionloop.errors import StoreError
 from visionloop.store import ObjectStore
@@ -21,22 +21,15 @@ from visionloop.training.checkpoints import parse_name
 from visionloop.training.job import Hardware
 from visionloop.training.watch import EpochReport
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The number of threads is an input of a training."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with serve_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
-        point_to(patch, endpoint)
-        make_bucket(endpoint, "checkpoints", versioned=True)
-        yield make_client(endpoint)
+def s3(endpoint_url: str) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        point_to(patch, endpoint_url)
+        make_bucket(endpoint_url, "checkpoints", versioned=True)
+        yield make_client(endpoint_url)
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,20 @@
 import csv
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fakes import make_image
-from versions import commit, store_image
-from visionloop.cli import main
+from fakes import make_image, run_here, write_photos
 from visionloop.cli.pictures import choose_images
 from visionloop.data.manifest import latest_version, list_versions, load_pin, load_version_records, make_image_key
 from visionloop.params import load_params
 from visionloop.records import Rejected
 from visionloop.store import LocalStore
 from visionloop.words import describe_classes, describe_counts, format_bytes
+from workspaces import commit, store_image
 
 PARAMS = """\
 name: pets # the name
@@ -35,10 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ws"
     folder.mkdir()
     (folder / "params.yaml").write_text(PARAMS)
-    for k, name in enumerate(("cat", "dog")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(8):
-            (tmp_path / "photos" / name / f"{i}.png").write_bytes(make_image(100 * k + i))
+    write_photos(tmp_path / "photos", 8)
     monkeypatch.chdir(folder)
     return folder
 
@@ -66,12 +61,9 @@ class Shell:
         return err
 
     def run(self, *argv: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
-        self._monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-        with pytest.raises(SystemExit) as caught:
-            main()
+        code = run_here(self._monkeypatch, *argv)
         said = self._capsys.readouterr()
-        return int(caught.value.code or 0), said.out, said.err
+        return code, said.out, said.err
 
 
 @pytest.fixture
@@ -191,6 +183,7 @@ def test_what_is_unusable_is_counted_by_code(home: Path, shell: Shell) -> None:
 def test_versions_are_listed_and_shown(home: Path, store: LocalStore, shell: Shell) -> None:
     assert "no version of pets yet" in shell("datasets")
     shell("ingest", "../photos")
+    assert shell("datasets").startswith("*    1  ")
     shown = shell("datasets", "show")
     assert "  sources   photos 16\n  formats   PNG 16\n  pixels    32 x 32\n" in shown
     assert "  class" in shown

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shapes import find_run, make_environment, make_prepared_workspace, open_home, read_runs, run, set_compute
+from shapes import find_run, make_prepared_workspace, open_home, read_runs, run, set_compute, start_training
 from visionloop.bundle import load_bundle
 from visionloop.training.checks import check_training
 from visionloop.training.fit import train
@@ -45,17 +45,6 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return home
-
-
-def start(home: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "train"],
-        cwd=home,
-        env=make_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_for_epoch(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -129,7 +118,7 @@ def check_ends(trained: Path, prepared: Path, home: Path, *ends: Callable[[Path]
 
 
 def kill_a_rank(home: Path) -> str:
-    process = start(home)
+    process = start_training(home, stderr=subprocess.PIPE)
     _, second = wait_for_epoch(process)
     second.kill()
     stopped = time.monotonic()
@@ -148,7 +137,7 @@ def kill_a_rank(home: Path) -> str:
 
 
 def press_ctrl_c(home: Path) -> str:
-    process = start(home)
+    process = start_training(home, stderr=subprocess.PIPE)
     wait_for_epoch(process)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -162,7 +151,7 @@ def press_ctrl_c(home: Path) -> str:
 
 
 def kill_the_parent(home: Path) -> str:
-    process = start(home)
+    process = start_training(home, stderr=subprocess.PIPE)
     ranks = wait_for_epoch(process)
     process.kill()
     process.wait(timeout=10)

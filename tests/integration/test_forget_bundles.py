@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from fakes import make_bundle
-from pets import Pets, make_pets, open_pets, read_all
-from versions import NAME, NOW
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.data.manifest import load_pin, make_image_key
 from visionloop.data.tombstones import load_unfinished
 from visionloop.promotion.ledger import append_entry
 from visionloop.records import canonical_json
 from visionloop.store import LocalStore
+from workspaces import NAME, NOW, Pets, make_pets, open_pets, read_all
 
 
 @pytest.fixture

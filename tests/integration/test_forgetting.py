@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import make_bundle
-from s3_server import point_to, serve_s3
+from s3_server import point_to
 from shapes import run, visionloop
-from versions import NAME, NOW, commit, store_image
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
 from visionloop.forget import find_everything, forget, resolve_images
@@ -25,6 +23,7 @@ from visionloop.records import ImageRecord, canonical_json
 from visionloop.settings import Settings, load_settings
 from visionloop.store import LocalStore, S3Store
 from visionloop.workspace import connect
+from workspaces import NAME, NOW, commit, store_image
 
 DVC_YAML = """\
 stages:
@@ -138,18 +137,12 @@ def test_dvc_keeps_no_copy_of_a_forgotten_image_and_all_else(home: Path) -> None
     )
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve_s3() as url:
-        yield url
-
-
 def test_a_versioned_bucket_keeps_no_earlier_version(
-    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    endpoint_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import boto3
 
-    point_to(monkeypatch, endpoint)
+    point_to(monkeypatch, endpoint_url)
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     client.create_bucket(Bucket="pets")
     client.put_bucket_versioning(Bucket="pets", VersioningConfiguration={"Status": "Enabled"})

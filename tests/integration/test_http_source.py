@@ -10,12 +10,12 @@ import pytest
 
 from fakes import make_image
 from http_server import Answer, Handler, WebServer, serve
+from source_runs import Run
 from visionloop.data.manifest import list_versions
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
+from visionloop.ingest.sources import Cursor, SourceContext
 from visionloop.params import HttpSource, make_params
-from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
@@ -45,25 +45,17 @@ def answer(value: object, **headers: str) -> Answer:
     return Answer(json.dumps(value).encode(), headers={"Content-Type": "application/json", **headers})
 
 
-class Result:
+class Result(Run):
     """What a listing gave, and what was told on the way."""
 
     def __init__(
         self, site: WebServer, home: Path, path: str = "/list", pulled: str | None = None, **keys: Any
     ) -> None:
-        self.told: list[str] = []
+        super().__init__()
         url = keys.pop("url", f"{site.url}{path}")
         context = SourceContext(home, home, keys.pop("env", ENV), cursor=pulled, tell=self.told.append)
         source = HttpSource(kind="http", url=url, name="api", requests_per_s=1e5, **keys)
-        self.items: list[Item] = []
-        self.rejected: list[Rejected] = []
-        self.cursors: list[Cursor] = []
-        self.error: SourceError | None = None
-        try:
-            for one in read_source(source, context):
-                {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
-        except SourceError as exc:
-            self.error = exc
+        self.take(source, context)
 
     @property
     def origins(self) -> list[str]:

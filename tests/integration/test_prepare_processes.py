@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from s3_server import make_bucket, point_to, serve_s3
+from s3_server import make_bucket, point_to
 from shapes import ROOT, make_environment, make_workspace, visionloop
 from visionloop.data import prepare as stage
 from visionloop.data.prepare import prepare
@@ -94,19 +94,20 @@ def test_prepare_in_processes_gives_the_bytes_of_threads(tmp_path: Path, monkeyp
     assert find_workers() == []
 
 
-def test_processes_read_an_s3_store_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_read_an_s3_store_by_its_address(
+    endpoint_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = make_world(tmp_path)
     prepare(world)
     first = digest(world.settings.prepared_dir)
     monkeypatch.setattr(stage, "MIN_PER_PROCESS", 1)
     monkeypatch.setattr(stage, "count_cores", lambda: 2)
-    with serve_s3() as endpoint_url:
-        point_to(monkeypatch, endpoint_url)
-        make_bucket(endpoint_url, "photos")
-        far = S3Store("s3://photos/store")
-        for key in world.store.list(""):
-            far.put(key, world.store.get(key))
-        prepare(connect(world.settings, world.params, store=far))
+    point_to(monkeypatch, endpoint_url)
+    make_bucket(endpoint_url, "photos")
+    far = S3Store("s3://photos/store")
+    for key in world.store.list(""):
+        far.put(key, world.store.get(key))
+    prepare(connect(world.settings, world.params, store=far))
     assert digest(world.settings.prepared_dir) == first
 
 

@@ -2,13 +2,10 @@
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from visionloop.data.prepare import prepare
@@ -19,36 +16,6 @@ from visionloop.workspace import connect
 from worlds import World, make_world
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-
-
-@pytest.fixture(scope="module")
-def cluster_address() -> Iterator[str]:
-    """Two nodes of one core each. Their sockets want a short path, so the folder is not pytest's."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    (Path(folder) / "ray").mkdir()
-    os.environ["RAY_TMPDIR"] = folder
-    before = {p.pid for p in psutil.process_iter()}
-    quiet = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
-    try:
-        cluster.add_node(**quiet)
-        yield cluster.address
-    finally:
-        del os.environ["RAY_TMPDIR"]
-        ray.shutdown()
-        cluster.shutdown()
-        for process in [p for p in psutil.process_iter() if p.pid not in before and folder in " ".join(_command(p))]:
-            process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def read_all(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,6 @@
 """Training in workers of a Ray cluster of two nodes on this machine: the figures of DDP, also after a kill."""
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,26 +40,6 @@ class Listener(Watcher):
         self.reports.append(report)
         if self.then:
             self.then(report)
-
-
-@pytest.fixture(scope="module")
-def cluster_address() -> Iterator[str]:
-    """Two nodes of one core each. Their sockets want a short path, so the folder is not pytest's."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    (Path(folder) / "ray").mkdir()
-    os.environ["RAY_TMPDIR"] = folder
-    quiet = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
-    try:
-        cluster.add_node(**quiet)
-        yield cluster.address
-    finally:
-        del os.environ["RAY_TMPDIR"]
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

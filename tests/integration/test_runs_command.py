@@ -1,28 +1,23 @@
 """`visionloop runs` on a real MLflow (SQLite): the table, marks, JSON, two runs side by side with their curves."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fakes import make_bundle
+from fakes import make_bundle, run_here
 from trainings import Place, make_place
 from visionloop.bundle import load_bundle
-from visionloop.cli import main
 from visionloop.promotion.ledger import append_entry
 from visionloop.tracking import KIND_TAG, PARENT_TAG, Tracking
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str, code: int = 0) -> str:
     """Run a command in this process and return what it printed; of an error, its line."""
-    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main()
+    ended = run_here(monkeypatch, *argv)
     said = capsys.readouterr()
-    assert int(caught.value.code or 0) == code, said.err
+    assert ended == code, said.err
     return said.err if code else said.out
 
 

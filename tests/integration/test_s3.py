@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fault_proxy import FaultProxy, serve_faults
-from s3_server import make_bucket, make_client, point_to, serve_s3
+from s3_server import make_bucket, make_client, point_to
 from visionloop.errors import StoreError
 from visionloop.store import S3Store
 
@@ -19,11 +19,11 @@ FULL = f"team/{KEY}"
 
 
 @pytest.fixture(scope="module")
-def endpoint_url() -> Iterator[str]:
-    with serve_s3() as url:
-        make_bucket(url, "pets")
-        make_bucket(url, "versioned", versioned=True)
-        yield url
+def endpoint_url(endpoint_url: str) -> str:
+    """The server, with two buckets."""
+    make_bucket(endpoint_url, "pets")
+    make_bucket(endpoint_url, "versioned", versioned=True)
+    return endpoint_url
 
 
 @pytest.fixture(scope="module")

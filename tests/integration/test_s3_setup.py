@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fakes import make_image
+from fakes import write_photos
 from fault_proxy import FaultProxy, serve_faults
-from s3_server import S3_ENV, make_bucket, make_client, point_to, serve_s3
+from s3_server import S3_ENV, make_bucket, point_to
 from shapes import run
 from visionloop.data.manifest import latest_version, list_versions, load_version_records
 from visionloop.data.prepare import prepare
@@ -21,17 +21,6 @@ from visionloop.settings import load_settings
 from visionloop.store import LocalStore, S3Store, open_store
 from visionloop.store.setup import describe_store, init_store, list_dvc_commands
 from visionloop.workspace import connect
-
-
-@pytest.fixture(scope="module")
-def endpoint_url() -> Iterator[str]:
-    with serve_s3() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(endpoint_url: str) -> Any:
-    return make_client(endpoint_url)
 
 
 @pytest.fixture
@@ -116,10 +105,7 @@ def test_a_local_store_is_a_folder(tmp_path: Path) -> None:
 
 
 def fill(folder: Path) -> Path:
-    for k, name in enumerate(("cat", "dog")):
-        (folder / name).mkdir(parents=True)
-        for i in range(15):
-            (folder / name / f"{i}.png").write_bytes(make_image(1000 * k + i))
+    write_photos(folder, 15)
     (folder / "cat" / "broken.png").write_bytes(b"no image")
     return folder
 

@@ -4,17 +4,15 @@ import csv
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fakes import make_bundle
+from fakes import make_bundle, run_here
 from shapes import PARAMS, make_environment, make_workspace, write_shapes
 from visionloop.bundle import load_bundle
-from visionloop.cli import main
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
 from visionloop.features.embed import embed
@@ -61,15 +59,6 @@ def home(made: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.Monkey
     return tmp_path / "ws"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    """Run a command in this process; return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -86,7 +75,7 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     made: tuple[Path, set[str]], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turned = made[1]
-    assert run(monkeypatch, "suspects", "--top", "24") == 0
+    assert run_here(monkeypatch, "suspects", "--top", "24") == 0
     said = capsys.readouterr().out
     assert "train.weights is none" in said
     path = home / "suspects" / "corrections.csv"
@@ -103,7 +92,7 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], *(line for line in lines[1:] if "was-" in line)]))
     (home / "params.yaml").write_text(FROZEN + "ingest: {corrections: suspects/corrections.csv}\n")
-    assert run(monkeypatch, "ingest", "../photos") == 0
+    assert run_here(monkeypatch, "ingest", "../photos") == 0
     settings = load_settings({}, home)
     records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
@@ -115,10 +104,10 @@ def test_an_edited_corrections_file_is_never_overwritten(
 ) -> None:
     (home / "suspects").mkdir()
     (home / "suspects" / "corrections.csv").write_text("mine")
-    assert run(monkeypatch, "suspects") == 2
+    assert run_here(monkeypatch, "suspects") == 2
     assert "is there already, perhaps edited; expected a folder without it" in capsys.readouterr().err
     assert (home / "suspects" / "corrections.csv").read_text() == "mine"
-    assert run(monkeypatch, "suspects", "--out", "review", "--top", "3") == 0
+    assert run_here(monkeypatch, "suspects", "--out", "review", "--top", "3") == 0
     assert len(read_rows(home / "review" / "corrections.csv")) == 3
 
 
@@ -126,7 +115,7 @@ def test_similar_finds_a_file_itself_first_and_draws_the_matches(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = sorted((home.parent / "photos" / "disc").iterdir())[0]
-    assert run(monkeypatch, "similar", str(photo), "--k", "5", "--json") == 0
+    assert run_here(monkeypatch, "similar", str(photo), "--k", "5", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     matches = answer["queries"][0]["matches"]
     assert len(matches) == 5
@@ -135,7 +124,7 @@ def test_similar_finds_a_file_itself_first_and_draws_the_matches(
     assert [m["distance"] for m in matches] == sorted(m["distance"] for m in matches)
     assert not (home / ".visionloop" / "features").exists()
     digits = matches[0]["sha256"][:10]
-    assert run(monkeypatch, "similar", digits, str(photo), "--k", "4", "--out", "out/like.png") == 0
+    assert run_here(monkeypatch, "similar", digits, str(photo), "--k", "4", "--out", "out/like.png") == 0
     said = capsys.readouterr().out
     assert said.count("the same file") == 1, "an image of the dataset is not among its own matches"
     assert f"{matches[1]['sha256'][:12]}" in said
@@ -155,9 +144,9 @@ def test_similar_says_what_it_cannot_use(
         ("0123456789", "is no image of the prepared dataset, and no file"),
         ("..", "is a folder"),
     ]:
-        assert run(monkeypatch, "similar", argument) == 2
+        assert run_here(monkeypatch, "similar", argument) == 2
         assert words in capsys.readouterr().err
-    assert run(monkeypatch, "similar", "..", "--encoder", "champion") == 2
+    assert run_here(monkeypatch, "similar", "..", "--encoder", "champion") == 2
     assert "has no champion" in capsys.readouterr().err
 
 
@@ -167,7 +156,7 @@ def test_a_bundle_is_an_encoder_too(
     make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
     digest = load_bundle(home / "models" / "candidate").digest
     photo = sorted((home.parent / "photos" / "ring").iterdir())[0]
-    assert run(monkeypatch, "similar", str(photo), "--encoder", "candidate", "--k", "200") == 0
+    assert run_here(monkeypatch, "similar", str(photo), "--encoder", "candidate", "--k", "200") == 0
     said = capsys.readouterr().out
     assert f"encoder: linear of bundle {digest[:12]} at 32 x 32" in said
     assert len(list_encoders(open_store(load_settings({}, home).store_url))) == 2
@@ -177,7 +166,7 @@ def test_a_bundle_is_an_encoder_too(
 def test_the_map_holds_every_image_and_loads_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
+    assert run_here(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
     assert "40 of 160 have a thumbnail" in capsys.readouterr().out
     page = (home / "map.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|@import|url\(""", page)
@@ -186,13 +175,13 @@ def test_the_map_holds_every_image_and_loads_nothing(
     assert data["classes"] == ["disc", "ring"]
     assert (len(data["sha256_n"]), len(data["origins"]), len(data["thumbs"])) == (160, 160, 40)  # type: ignore[arg-type]
     before = page
-    assert run(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
+    assert run_here(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
     assert (home / "map.html").read_text() == before
 
 
 def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "map", "--method", "pca", "--thumbnails", "0") == 0
-    assert run(monkeypatch, "suspects", "--top", "5") == 0
+    assert run_here(monkeypatch, "map", "--method", "pca", "--thumbnails", "0") == 0
+    assert run_here(monkeypatch, "suspects", "--top", "5") == 0
     settings = load_settings({}, home)
     store = open_store(settings.store_url)
     gone, *kept = [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")]

@@ -13,11 +13,11 @@ import pytest
 from fakes import make_image
 from http_server import Answer, serve
 from postgres_server import PASSWORD, Postgres, run_postgres
-from visionloop.errors import ImageError, SourceError
+from source_runs import Run
+from visionloop.errors import ImageError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
+from visionloop.ingest.sources import SourceContext
 from visionloop.params import SqlSource, make_params
-from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
@@ -101,24 +101,16 @@ def insert(database: Database, first: int, last: int) -> None:
     database.run(f"INSERT INTO photos VALUES {values}")
 
 
-class Result:
+class Result(Run):
     """What a query gave, and what was told on the way."""
 
     def __init__(self, database: Database, home: Path, query: str, pulled: str | None = None, **keys: Any) -> None:
-        self.told: list[str] = []
+        super().__init__()
         env = keys.pop("env", {"PG_PASSWORD": PASSWORD, "VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1"})
         limits = make_params({"name": "x", "ingest": keys.pop("limits", {})}).ingest
         context = SourceContext(home, home, env, limits, pulled, self.told.append)
         source = SqlSource(kind="sql", url=keys.pop("url", database.url), query=query, name="db", **keys)
-        self.items: list[Item] = []
-        self.rejected: list[Rejected] = []
-        self.cursors: list[Cursor] = []
-        self.error: SourceError | None = None
-        try:
-            for one in read_source(source, context):
-                {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
-        except SourceError as exc:
-            self.error = exc
+        self.take(source, context)
 
     @property
     def origins(self) -> list[str]:

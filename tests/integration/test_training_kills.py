@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shapes import make_environment
+from shapes import start_training
 from trainings import Ear, Place, make_place, read_json
 from visionloop.code_digests import compute_code_digests
 from visionloop.settings import load_settings
@@ -28,20 +26,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("kills") / "ws", counts=counts, max_epochs=EPOCHS).with_mlflow()
 
 
-def start(home: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "train"],
-        cwd=home,
-        env=make_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def kill_when(home: Path, there: Callable[[], Any], *, after_s: float = 0.0, limit_s: float = 90) -> None:
     """Start the command, and kill it when something is there."""
-    process = start(home)
+    process = start_training(home)
     deadline = time.monotonic() + limit_s
     try:
         while not there():

@@ -50,13 +50,10 @@ class Audience(Watcher):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny() -> Iterator[None]:
+def tiny(one_thread: None) -> Iterator[None]:
     """A network that learns nothing much, in no time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with registered():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,35 +3,26 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from source_runs import read_video
 from videos import BLUE, GREEN, RED, Film, write_video
 from visionloop.data.manifest import load_version_records
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
-from visionloop.ingest.sources import Item, SourceContext, read_source
+from visionloop.ingest.sources import SourceContext, read_source
 from visionloop.ingest.video import clip as clip_module
 from visionloop.ingest.video import player as player_module
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.player import End, Frame, Player
 from visionloop.ingest.video.sample import DecodeJob
 from visionloop.params import VideoSource, make_params
-from visionloop.records import Rejected
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
 
 MB = 1_000_000
-
-
-def read(home: Path, env: dict[str, str] | None = None, **keys: Any) -> tuple[list[Item], list[Rejected], list[str]]:
-    source = VideoSource.model_validate({"kind": "video", "name": "cam", **keys})
-    told: list[str] = []
-    offered = list(read_source(source, SourceContext(home, home / ".visionloop", env or {}, tell=told.append)))
-    items = [one for one in offered if isinstance(one, Item)]
-    return items, [one for one in offered if isinstance(one, Rejected)], told
 
 
 def test_a_folder_of_videos_becomes_a_version(tmp_path: Path) -> None:
@@ -62,12 +53,12 @@ def test_an_unchanged_video_is_not_decoded_again(tmp_path: Path, monkeypatch: py
     path = write_video(tmp_path / "v/cat/a.mp4")
     write_video(tmp_path / "v/cat/b.mp4")
     (tmp_path / "v/cat/broken.mp4").write_bytes(b"nonsense")
-    first, rejected, _ = read(tmp_path, path="v")
+    first, rejected, _ = read_video(tmp_path, path="v")
     jobs: list[DecodeJob] = []
     play = Player.play
     monkeypatch.setattr(Player, "play", lambda self, job: jobs.append(job) or play(self, job))
 
-    again, rejected_again, _ = read(tmp_path, path="v")
+    again, rejected_again, _ = read_video(tmp_path, path="v")
     known = [(i.origin, i.stamp, i.labels, i.group, i.captured_at) for i in first]
     assert [(i.origin, i.stamp, i.labels, i.group, i.captured_at) for i in again] == known
     assert rejected_again == rejected
@@ -83,14 +74,14 @@ def test_an_unchanged_video_is_not_decoded_again(tmp_path: Path, monkeypatch: py
 
     jobs.clear()
     write_video(path, Film([GREEN]))
-    changed, _, _ = read(tmp_path, path="v")
+    changed, _, _ = read_video(tmp_path, path="v")
     assert [Path(job.file or "").name for job in jobs] == ["a.mp4"]
     assert [i.origin for i in changed if "a.mp4" in i.origin] == ["cam:cat/a.mp4#t=0.000"]
     assert changed[0].stamp != first[0].stamp
     with pytest.raises(ImageError, match="has changed"):
         again[1].read(MB)
     # Other wishes find other frames, but the same frame keeps its stamp.
-    closer, _, _ = read(tmp_path, path="v", every_s=0.5)
+    closer, _, _ = read_video(tmp_path, path="v", every_s=0.5)
     stamps = {i.origin: i.stamp for i in changed}
     assert {o: s for o, s in ((i.origin, i.stamp) for i in closer) if o in stamps} == stamps
     assert len(list((tmp_path / ".visionloop/ingest/video/index-cam").iterdir())) == 3
@@ -98,10 +89,10 @@ def test_an_unchanged_video_is_not_decoded_again(tmp_path: Path, monkeypatch: py
 
 def test_a_full_spool_costs_time_and_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "v/cat/a.mp4", Film([RED, GREEN, BLUE] * 2))
-    whole = [item.read(MB) for item in read(tmp_path, path="v")[0]]
+    whole = [item.read(MB) for item in read_video(tmp_path, path="v")[0]]
     (tmp_path / "other").mkdir()
     monkeypatch.setattr(Spool.__init__, "__defaults__", (2 * len(whole[0]),))
-    items, _, _ = read(tmp_path / "other", path=str(tmp_path / "v"))
+    items, _, _ = read_video(tmp_path / "other", path=str(tmp_path / "v"))
     left = list((tmp_path / "other/.visionloop/ingest/video/spool" / str(os.getpid())).iterdir())
     assert len(left) <= 2
     assert [item.read(MB) for item in items] == whole
@@ -111,24 +102,24 @@ def test_a_full_spool_costs_time_and_no_frame(tmp_path: Path, monkeypatch: pytes
 def test_splits_labels_and_tables(tmp_path: Path) -> None:
     for name in ("train/cat/a.mp4", "train/dog/b.mp4", "test/cat/c.mp4"):
         write_video(tmp_path / "split" / name, Film([RED]))
-    items, _, _ = read(tmp_path, path="split")
+    items, _, _ = read_video(tmp_path, path="split")
     assert [(i.labels, i.side, i.test_is_given) for i in items] == [
         (("cat",), "test", False),
         (("cat",), None, True),
         (("dog",), None, True),
     ]
     write_video(tmp_path / "flat/a.mp4", Film([RED, GREEN, BLUE]))
-    items, _, told = read(tmp_path, path="flat")
+    items, _, told = read_video(tmp_path, path="flat")
     assert {i.labels for i in items} == {()}
     assert "1 videos come in for prediction only" in told[0]
-    items, _, _ = read(tmp_path, path="flat/a.mp4", label="cat")
+    items, _, _ = read_video(tmp_path, path="flat/a.mp4", label="cat")
     assert [(i.origin, i.labels) for i in items][:1] == [("cam:a.mp4#t=0.000", ("cat",))]
 
     write_video(tmp_path / "flat/unnamed.mp4", Film([RED]))
     (tmp_path / "t.csv").write_text(
         "video,label,start,end,time\na.mp4,cat,0.5,1.2,2026-03-01T08:00:00Z\na.mp4,dog,2.0,,\nnone.mp4,cat,0,1,\n"
     )
-    items, rejected, _ = read(tmp_path, path="flat", table="t.csv")
+    items, rejected, _ = read_video(tmp_path, path="flat", table="t.csv")
     assert [(i.origin, i.labels, i.group, i.captured_at) for i in items] == [
         ("cam:a.mp4#t=0.500", ("cat",), "cam:a.mp4", "2026-03-01T08:00:00.000+00:00"),
         ("cam:a.mp4#t=2.000", ("dog",), "cam:a.mp4", None),
@@ -144,7 +135,7 @@ def test_a_source_without_a_video_is_an_error(path: str, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(SourceError, match=r"source cam .*(does not exist|holds no video|is no file and no folder)"):
-        read(tmp_path, path=path)
+        read_video(tmp_path, path=path)
 
 
 def test_a_decoder_that_dies_or_hangs_costs_one_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +161,7 @@ def test_a_decoder_that_dies_or_hangs_costs_one_video(tmp_path: Path, monkeypatc
     for name in ("a", "b-dies", "c-hangs", "d-babbles", "e-lies", "f"):
         (tmp_path / "v").mkdir(exist_ok=True)
         (tmp_path / "v" / f"{name}.mp4").write_bytes(b"x")
-    items, rejected, _ = read(tmp_path, path="v", label="cat")
+    items, rejected, _ = read_video(tmp_path, path="v", label="cat")
     assert [i.origin for i in items] == ["cam:a.mp4#t=0.000", "cam:f.mp4#t=0.000"]
     assert [(r.origin, r.code) for r in rejected] == [
         ("cam:b-dies.mp4", "crashed"),

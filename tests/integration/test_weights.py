@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from http_server import Answer, WebServer, serve
-from s3_server import make_bucket, make_client, point_to, serve_s3
+from s3_server import make_bucket, point_to
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.networks import weight_sources
 from visionloop.networks.backbones import make_backbone
@@ -261,15 +261,15 @@ def test_addresses_that_are_refused(address: str, line: str, tmp_path: Path) -> 
     assert "secret" not in refusal
 
 
-def test_weights_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_s3() as endpoint:
-        point_to(monkeypatch, endpoint)
-        make_client(endpoint).put_object(Bucket=make_bucket(endpoint, "zoo"), Key="nets/small (1).bin", Body=DATA)
-        assert is_loaded(load(tmp_path, "s3://zoo/nets/small (1).bin", SHA256))
-        assert "there is no s3://zoo/nets/no; expected an object" in refuse(tmp_path, "s3://zoo/nets/no", "1" * 64)
-        other = refuse(tmp_path, "s3://zoo/nets/small (1).bin", "0" * 64)
-        assert f"s3://zoo/nets/small (1).bin has the sha256 {SHA256[:12]}; expected 000000000000." in other
-        assert "no-such-bucket" in refuse(tmp_path, "s3://no-such-bucket/w", "2" * 64)
+def test_weights_from_a_bucket(endpoint_url: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(monkeypatch, endpoint_url)
+    client.put_object(Bucket=make_bucket(endpoint_url, "zoo"), Key="nets/small (1).bin", Body=DATA)
+    assert is_loaded(load(tmp_path, "s3://zoo/nets/small (1).bin", SHA256))
+    assert "there is no s3://zoo/nets/no; expected an object" in refuse(tmp_path, "s3://zoo/nets/no", "1" * 64)
+    other = refuse(tmp_path, "s3://zoo/nets/small (1).bin", "0" * 64)
+    assert f"s3://zoo/nets/small (1).bin has the sha256 {SHA256[:12]}; expected 000000000000." in other
+    assert "no-such-bucket" in refuse(tmp_path, "s3://no-such-bucket/w", "2" * 64)
+    point_to(monkeypatch, "http://127.0.0.1:9")
     assert is_loaded(load(tmp_path, "s3://zoo/nets/small (1).bin", SHA256)), "the cache needs no network"
 
 

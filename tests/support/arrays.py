@@ -13,8 +13,8 @@ from PIL import Image
 
 from visionloop.data.shards import Prepared, load_prepared, make_shard_name
 from visionloop.params import make_params
-from visionloop.settings import Settings
 from visionloop.store import LocalStore
+from workspaces import make_settings
 
 CLASSES = ("a", "b", "c")
 
@@ -59,10 +59,9 @@ def make_job(prepared: Prepared, *, workers: int | None = None, world: Any = Non
     from visionloop.training.watch import Watcher
 
     home = prepared.folder
-    settings = Settings(home, (home / "store").as_uri(), "http://127.0.0.1:1", (home / "artifacts").as_uri())
     train = {"backbone": "small_cnn", "batch_size": 8, "imbalance": "none", **section}
     return Job(
-        settings=replace(settings, loader_workers=workers),
+        settings=replace(make_settings(home), loader_workers=workers),
         params=make_params({"name": "random", "prepare": {"image_size": 32}, "train": train}),
         store=LocalStore(home / "store"),
         tracking=None,  # type: ignore[arg-type]

@@ -2,10 +2,12 @@
 
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from visionloop.bundle import load_bundle, seal_bundle
@@ -28,6 +30,26 @@ def make_image(seed: int, *, size_hw: tuple[int, int] = (32, 32), kind: str = "P
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
+
+
+def write_photos(folder: Path, number: int = 10, first: int = 0, classes: Sequence[str] = ("cat", "dog")) -> Path:
+    """Write `number` PNG files a class, from number `first` on, into a folder for each class."""
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + number):
+            (folder / name / f"{i}.png").write_bytes(make_image(1000 * k + i))
+    return folder
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """Run a command in this process; return its exit code."""
+    from visionloop.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
 
 
 def make_bundle(

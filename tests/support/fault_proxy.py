@@ -20,6 +20,8 @@ from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+from http_server import running
+
 CODES = {
     403: "AccessDenied",
     409: "ConditionalRequestConflict",
@@ -157,11 +159,6 @@ def flip(data: bytes) -> bytes:
 @contextmanager
 def serve_faults(target: str) -> Iterator[FaultProxy]:
     """Run a proxy before a server."""
-    with FaultProxy(target) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            proxy.shutdown()
-            thread.join()
+    proxy = FaultProxy(target)
+    with running(proxy):
+        yield proxy

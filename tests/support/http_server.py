@@ -1,5 +1,6 @@
 """A small web server on loopback for tests: each path has an answer, or a function that writes what it likes."""
 
+import socketserver
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -97,10 +98,17 @@ def serve(routes: Mapping[str, Route] | None = None, tls: ssl.SSLContext | None 
         server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     site = WebServer(server.server_address[1], dict(routes or {}))
     server.RequestHandlerClass = type("BoundHandler", (Handler,), {"site": site})
+    with running(server):
+        yield site
+
+
+@contextmanager
+def running(server: socketserver.BaseServer) -> Iterator[None]:
+    """Let a server work in a thread of its own until the block ends, then close it."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield site
+        yield
     finally:
         server.shutdown()
         server.server_close()

@@ -97,6 +97,12 @@ def visionloop(home: Path, *argv: str, **extra: str) -> subprocess.CompletedProc
     return run(home, sys.executable, "-m", "visionloop", *argv, **extra)
 
 
+def start_training(home: Path, *, stderr: int = subprocess.STDOUT) -> "subprocess.Popen[str]":
+    """Start `visionloop train` in a workspace; its lines can be read while it runs."""
+    command, env = [sys.executable, "-m", "visionloop", "train"], make_environment()
+    return subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
 def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run the flow on a workspace, from the repository."""
     return run(ROOT, sys.executable, "flows/retrain.py", "--workspace", str(home), **extra)

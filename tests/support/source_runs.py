@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visionloop.errors import SourceError
 from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
-from visionloop.params import make_params
+from visionloop.params import Source, make_params
 from visionloop.records import Rejected
 
 
@@ -16,8 +17,17 @@ class Run:
 
     items: list[Item] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    cursors: list[str] = field(default_factory=list)
+    cursors: list[Cursor] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    error: SourceError | None = None
+
+    def take(self, source: Source, context: SourceContext) -> None:
+        """Read a source to its end, or until it cannot be used."""
+        try:
+            for one in read_source(source, context):
+                {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
+        except SourceError as exc:
+            self.error = exc
 
     def facts(self) -> list[tuple[Any, ...]]:
         """Origin (without the source's name), labels and side of each item."""
@@ -33,15 +43,18 @@ def run_source(home: Path, cursor: str | None = None, env: dict[str, str] | None
     source = make_params({"name": "pets", "ingest": {"sources": [section]}}).ingest.sources[0]
     run = Run()
     context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append)
-    for one in read_source(source, context):
-        if isinstance(one, Item):
-            run.items.append(one)
-        elif isinstance(one, Rejected):
-            run.rejected.append(one)
-        else:
-            assert isinstance(one, Cursor)
-            run.cursors.append(one.value)
+    run.take(source, context)
+    if run.error:
+        raise run.error
     return run
+
+
+def read_video(
+    home: Path, env: dict[str, str] | None = None, **keys: Any
+) -> tuple[list[Item], list[Rejected], list[str]]:
+    """Read a source of kind video; return its frames, what it rejects, and what it tells."""
+    run = run_source(home, env=env, kind="video", name="cam", **keys)
+    return run.items, run.rejected, run.told
 
 
 def touch(home: Path, paths: Iterable[str], data: bytes = b"x") -> Path:

@@ -1,6 +1,5 @@
 """Workspaces that train in this process: shapes prepared without a command, an MLflow in memory, networks that fail."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 from memory_tracking import MemoryTracking
 from shapes import write_shapes
-from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
-from visionloop.data.prepare import prepare
 from visionloop.networks import backbones
 from visionloop.networks.names import read_backbones
 from visionloop.params import Params, load_params
@@ -27,8 +24,8 @@ from visionloop.training.fit import Trained, learn, make_job, train
 from visionloop.training.job import Call, Job
 from visionloop.training.watch import EpochReport, Watcher
 from visionloop.workspace import Workspace
+from workspaces import NOW, build, store_image
 
-NOW = "2026-01-01T00:00:00+00:00"
 PARAMS: dict[str, Any] = {
     "name": "shapes",
     "embed": {"batch_size": 500, "runtime": "onnxruntime"},
@@ -130,17 +127,9 @@ def make_place(
     values["compute"] = dict(compute or {})
     (home / "params.yaml").write_text(json.dumps(values))
     settings = load_settings({"VISIONLOOP_STORE": store_url} if store_url else {}, home)
-    store = open_store(settings.store_url)
+    params, store = load_params(settings.params_path), open_store(settings.store_url)
     records = [record for name, numbers in counts.items() for record in _make_records(home, store, name, numbers)]
-    records.sort(key=lambda record: record.sha256)
-    facts: dict[str, Any] = {"num_added": len(records), "split": {}, "rejected": None, "num_rejected": 0}
-    version = make_version("shapes", None, records, records, created_at="2026-01-01T00:00:00Z", **facts)
-    assert commit_version(store, version, records)
-    write_pin(settings.pin_path, make_pin(version))
-    params = load_params(settings.params_path)
-    place = Place(settings, params, store)
-    prepare(place)
-    return place
+    return Place(**{**vars(build(settings, params, store, records, prepared=True)), "tracking": MemoryTracking()})
 
 
 def _make_records(home: Path, store: ObjectStore, name: str, numbers: tuple[int, int, int]) -> Iterator[ImageRecord]:
@@ -148,25 +137,8 @@ def _make_records(home: Path, store: ObjectStore, name: str, numbers: tuple[int,
     folder = write_shapes(home / "photos", sum(numbers), seed=seed, classes=(name,)) / name
     sides = [side for side, number in zip(("train", "val", "test"), numbers, strict=True) for _ in range(number)]
     for path, side in zip(sorted(folder.glob(f"{seed}-*.png")), sides, strict=True):
-        data = path.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        store.put(make_image_key(sha256), data)
-        yield ImageRecord(
-            sha256=sha256,
-            labels=(name,),
-            sources=("shapes",),
-            origins=(path.name,),
-            ordinal=0,
-            group=None,
-            key=sha256,
-            side=side,
-            captured_at=None,
-            width=40,
-            height=40,
-            format="PNG",
-            num_bytes=len(data),
-            phash="",
-        )
+        facts = {"labels": (name,), "sources": ("shapes",), "origins": (path.name,), "side": side}
+        yield store_image(store, 0, data=path.read_bytes(), width=40, height=40, **facts)
 
 
 class Tiny(nn.Module):

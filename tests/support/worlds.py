@@ -3,7 +3,6 @@
 Labels follow the answers of the fake bundle with seed 0, some of them turned: that model is good, others guess.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, seal_bundle
-from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
-from visionloop.data.prepare import prepare
+from visionloop.data.manifest import load_pin
 from visionloop.params import Params, make_params
 from visionloop.predictor import Predictor
 from visionloop.records import ImageRecord, Pin, RunNote, canonical_json
-from visionloop.settings import Settings
 from visionloop.store import LocalStore, ObjectStore
-from visionloop.workspace import Workspace, connect
+from visionloop.workspace import Workspace
+from workspaces import build, make_settings, store_image
 
 CLASSES = ("a", "b", "c")
 NUM_IMAGES = 160
@@ -61,27 +59,14 @@ def make_world(
 
     With the task multilabel an image has any number of labels, and those without one are negatives.
     """
-    settings = Settings(
-        home=home,
-        store_url=(home / "store").as_uri(),
-        tracking_uri="http://127.0.0.1:1",
-        artifact_root=(home / "artifacts").as_uri(),
-    )
-    store = LocalStore(home / "store")
+    settings, store = make_settings(home), LocalStore(home / "store")
     section = {"image_size": 32, "unlabelled": "negative" if task == "multilabel" else "exclude"}
     params = make_params({"name": "fake", "task": task, "prepare": section, "evaluate": {"resamples": 400}})
     oracle_task = task if task == "multilabel" else None
     make_bundle(home / "oracle", classes=classes, seed=GOOD, task=oracle_task)
     records = _make_records(store, Predictor(load_bundle(home / "oracle"), threads=1), test_sides, turned)
-    facts: dict[str, Any] = {"num_added": len(records), "split": {}, "rejected": None, "num_rejected": 0}
-    version = make_version("fake", None, records, records, created_at="2026-01-01T00:00:00Z", **facts)
-    assert commit_version(store, version, records)
-    pin = make_pin(version)
-    write_pin(settings.pin_path, pin)
-    place = connect(settings, params, store=store)
-    if prepared:
-        prepare(place)
-    return World(**vars(place), pin=pin, records=tuple(records))
+    place = build(settings, params, store, records, prepared=prepared)
+    return World(**vars(place), pin=load_pin(settings.pin_path), records=tuple(records))
 
 
 def write_bundle(
@@ -114,8 +99,6 @@ def _make_records(store: LocalStore, oracle: Predictor, test_sides: int, turned:
     images = [make_image(1000 + number) for number in range(NUM_IMAGES)]
     records = []
     for number, (data, answer) in enumerate(zip(images, oracle.predict(images), strict=True)):
-        sha256 = hashlib.sha256(data).hexdigest()
-        store.put(make_image_key(sha256), data)
         labels = set(answer.labels if answer.labels is not None else [answer.prediction])
         if turned and number % turned < 2 and number // 2 % 2 == 0:
             if answer.labels is None:
@@ -123,24 +106,8 @@ def _make_records(store: LocalStore, oracle: Predictor, test_sides: int, turned:
             else:
                 labels ^= {classes[number % len(classes)]}
         side = "test" if test_sides and number % test_sides else "train"
-        records.append(
-            ImageRecord(
-                sha256=sha256,
-                labels=tuple(sorted(labels)),
-                sources=("fake",),
-                origins=(f"{number}.png",),
-                ordinal=0,
-                group=None,
-                key=sha256,
-                side=side,
-                captured_at=None,
-                width=32,
-                height=32,
-                format="PNG",
-                num_bytes=len(data),
-                phash="",
-            )
-        )
+        facts = {"labels": tuple(sorted(labels)), "sources": ("fake",), "origins": (f"{number}.png",), "side": side}
+        records.append(store_image(store, 0, data=data, **facts))
     return records
 
 

@@ -13,6 +13,14 @@ from visionloop.params import load_params, make_params
     ("value", "line"),
     [
         ({"train": {"epochs": 3}}, "params.yaml train.epochs: unknown key; expected one of max_epochs, frozen_epochs"),
+        ({"prepare": {"size": 3}}, "params.yaml prepare.size: unknown key; expected one of resize, train_size"),
+        ({"prepare": {"imagesize": 3}}, "params.yaml prepare.imagesize: unknown key; expected image_size."),
+        ({"embed": {"BatchSize": 3}}, "params.yaml embed.BatchSize: unknown key; expected batch_size."),
+        ({"batchsize": 3}, "params.yaml batchsize: unknown key; expected one of embed.batch_size, train.batch_size."),
+        (
+            {"ingest": {"sources": [{"kind": "folder", "path": "x", "patern": "y"}]}},
+            "params.yaml ingest.sources.0.patern: unknown key; expected pattern.",
+        ),
         (
             {"train": {"tensorboard": True}},
             "params.yaml train.tensorboard: stands in another section; expected compute.tensorboard. Edit the file.",
@@ -26,7 +34,7 @@ from visionloop.params import load_params, make_params
             "params.yaml train: got {'weights': 's3://b/w.pth'}; expected `weights_s",
         ),
         ({"tune": {"space": {"dropout": {"low": 1, "high": 0}}}}, "params.yaml tune.space.dropout"),
-        ({"trian": {}}, "params.yaml trian: unknown key; expected one of train"),
+        ({"trian": {}}, "params.yaml trian: unknown key; expected train."),
         ({"prepare": {"image_size": 0}}, "params.yaml prepare.image_size: got 0; expected greater than or equal to 32"),
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),

@@ -5,8 +5,9 @@ An unknown key, a wrong type or a value out of range is a `ParamsError` that nam
 
 import difflib
 import re
+from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -66,6 +67,7 @@ __all__ = [
 ]
 
 CRON_FIELDS = 5
+ALIKE = 0.85  # how near a key must be to be meant rather than others (difflib's ratio)
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 KINDS = "|".join(("folder", "table", "archive", "sql", "http", "bucket", "video", "python", "digits"))
@@ -211,7 +213,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     if kind == "extra_forbidden" and first["loc"] in {("train", key) for key in Compute.model_fields}:
         found, expected = "stands in another section", f"compute.{keys[-1]}"
     elif kind == "extra_forbidden":
-        found, expected = "unknown key", f"one of {_known_keys(first['loc'])}"
+        found, expected = "unknown key", _known_keys(first["loc"])
     elif kind == "missing":
         found, expected = "missing", "a value"
     elif kind == "union_tag_invalid":
@@ -232,10 +234,33 @@ def _tag_of(error: Any) -> str:
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> str:
-    model: Any = Params
-    for part in loc[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field else None
-    fields = sorted(getattr(model, "model_fields", {}))
-    near = difflib.get_close_matches(str(loc[-1]), fields, cutoff=0.5)
-    return ", ".join(near or fields) or "the documented keys"
+    """Return the keys that an unknown one is meant to be: a like one here or in another section, else all of here."""
+    here = {_plain(name): name for name in _find_fields(Params, loc[:-1])}
+    elsewhere: dict[str, list[str]] = defaultdict(list)
+    for section in Params.model_fields:
+        for name in _find_fields(Params, (section,)):
+            elsewhere[_plain(name)].append(f"{section}.{name}")
+    wanted = _plain(str(loc[-1]))
+    near = [here[key] for key in difflib.get_close_matches(wanted, here, cutoff=ALIKE)]
+    alike = difflib.get_close_matches(wanted, elsewhere, cutoff=ALIKE)
+    near = near or [name for key in alike for name in elsewhere[key]]
+    near = near or [here[key] for key in difflib.get_close_matches(wanted, here, cutoff=0.5)]
+    known = near or sorted(here.values())
+    return f"{'one of ' * (len(known) > 1)}{', '.join(known)}" if known else "the documented keys"
+
+
+def _plain(key: str) -> str:
+    """Return a key without its dividers: `batchsize` is as good as `batch_size`."""
+    return re.sub(r"[_\W]", "", key.lower())
+
+
+def _find_fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of a section, such as ("ingest", "sources", 0, "folder"); none if it has no fixed ones."""
+    kinds = {get_args(one.model_fields["kind"].annotation)[0]: one for one in get_args(get_args(Source)[0])}
+    before: int | str = ""
+    for part in path:
+        if not isinstance(part, int):
+            field = getattr(model, "model_fields", {}).get(part)
+            model = kinds.get(part) if isinstance(before, int) else field.annotation if field else None
+        before = part
+    return list(getattr(model, "model_fields", {}))

@@ -7,12 +7,14 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from visionloop.errors import NotPromoted, PromotionError
 from visionloop.promotion.gate import PASSED
 from visionloop.records import Decision, LedgerEntry, canonical_json, compute_digest
 from visionloop.store import ObjectStore
+
+AnyRecord = TypeVar("AnyRecord", LedgerEntry, Decision)
 
 
 def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
@@ -21,13 +23,13 @@ def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
     Raises:
         PromotionError: the entry is damaged.
     """
-    keys = _list_entry_keys(store, name)
-    return _read_entry(store, keys[-1]) if keys else None
+    keys = _list_keys(store, f"ledger/{name}")
+    return _read(store, keys[-1], LedgerEntry, "a ledger entry") if keys else None
 
 
 def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
     """Return all entries, oldest first. Raises PromotionError."""
-    return [_read_entry(store, key) for key in _list_entry_keys(store, name)]
+    return [_read(store, key, LedgerEntry, "a ledger entry") for key in _list_keys(store, f"ledger/{name}")]
 
 
 def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **facts: Any) -> LedgerEntry:
@@ -48,28 +50,14 @@ def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **fac
     return entry
 
 
-def _list_entry_keys(store: ObjectStore, name: str) -> list[str]:
-    keys = (key for key in store.list(f"ledger/{name}/") if key.endswith(".json"))
-    return sorted(keys, key=lambda key: (len(key), key))
-
-
-def _read_entry(store: ObjectStore, key: str) -> LedgerEntry:
-    try:
-        return LedgerEntry.from_json(json.loads(store.get(key)))
-    except (ValueError, TypeError, AttributeError) as exc:
-        raise PromotionError(
-            f"store object {key}", "is damaged", "a ledger entry", "Restore the store from its backup."
-        ) from exc
-
-
 def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = None) -> Decision | None:
     """Return the newest decision of a name, or the newest about one candidate (a bundle digest), or None.
 
     Raises:
         PromotionError: a decision is damaged.
     """
-    for key in reversed(_list_decision_keys(store, name)):
-        decision = _read_decision(store, key)
+    for key in reversed(_list_keys(store, f"decisions/{name}")):
+        decision = _read(store, key, Decision, "a decision")
         if candidate in (None, decision.candidate):
             return decision
     return None
@@ -122,15 +110,14 @@ def _compute_question(decision: Decision) -> str:
     return compute_digest({**decision.to_json(), "number": 0, "decided_at": ""})
 
 
-def _list_decision_keys(store: ObjectStore, name: str) -> list[str]:
-    keys = (key for key in store.list(f"decisions/{name}/") if key.endswith(".json"))
+def _list_keys(store: ObjectStore, folder: str) -> list[str]:
+    """Return the keys of entries or decisions by their number."""
+    keys = (key for key in store.list(f"{folder}/") if key.endswith(".json"))
     return sorted(keys, key=lambda key: (len(key), key))
 
 
-def _read_decision(store: ObjectStore, key: str) -> Decision:
+def _read(store: ObjectStore, key: str, kind: type[AnyRecord], what: str) -> AnyRecord:
     try:
-        return Decision.from_json(json.loads(store.get(key)))
+        return kind.from_json(json.loads(store.get(key)))
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise PromotionError(
-            f"store object {key}", "is damaged", "a decision", "Restore the store from its backup."
-        ) from exc
+        raise PromotionError(f"store object {key}", "is damaged", what, "Restore the store from its backup.") from exc

@@ -8,17 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes import COMMANDS, make_bundle, make_image
-from visionloop.cli import main
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    """Run a command in this process; return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+from fakes import COMMANDS, make_bundle, run_here, write_photos
 
 
 @pytest.fixture
@@ -27,17 +17,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ws"
     folder.mkdir()
     (folder / "params.yaml").write_text("name: pets\n")
-    for k, name in enumerate(("cat", "dog")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(12):
-            (tmp_path / "photos" / name / f"{i}.png").write_bytes(make_image(100 * k + i))
+    write_photos(tmp_path / "photos", 12)
     monkeypatch.chdir(folder)
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert run_here(monkeypatch, command, "--help") == 0
     shown = capsys.readouterr().out
     assert "Examples:" in shown
     assert f"visionloop {command}" in shown
@@ -53,29 +40,10 @@ def test_help_loads_no_heavy_library() -> None:
     assert done.stderr.strip() == "[]"
 
 
-def test_ingest_datasets_and_show(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (home.parent / "photos" / "cat" / "bad.jpg").write_text("text")
-    assert run(monkeypatch, "ingest", "../photos") == 0
-    shown = capsys.readouterr().out
-    assert "a one-time pull of" in shown
-    assert "dataset pets version 1: 24 new images, 24 in all" in shown
-    assert "photos:cat/bad.jpg: is not an image we read" in shown
-    assert run(monkeypatch, "ingest", "../photos") == 0
-    assert "dataset pets version 1: nothing new, 24 in all" in capsys.readouterr().out
-    assert run(monkeypatch, "datasets") == 0
-    assert capsys.readouterr().out.startswith("*    1  ")
-    assert run(monkeypatch, "datasets", "show") == 0
-    shown = capsys.readouterr().out
-    assert "sources   photos 24" in shown
-    assert "quarantined 1 file " in shown
-
-
 def test_prepare_after_ingest(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "params.yaml").write_text("name: pets\nprepare: {image_size: 32}\n")
-    assert run(monkeypatch, "ingest", "../photos") == 0
-    assert run(monkeypatch, "prepare") == 0
+    assert run_here(monkeypatch, "ingest", "../photos") == 0
+    assert run_here(monkeypatch, "prepare") == 0
     assert "run by hand" not in capsys.readouterr().out, "dvc is not in use here"
     assert json.loads((home / "data" / "prepared" / "report.json").read_text())["num_images"] == 24
 
@@ -83,7 +51,7 @@ def test_prepare_after_ingest(home: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_predict_with_a_bundle(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make_bundle(home / "models" / "candidate", classes=("cat", "dog"))
     bundle = str(home / "models" / "candidate")
-    assert run(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", bundle, "--out", "out.jsonl") == 0
+    assert run_here(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", bundle, "--out", "out.jsonl") == 0
     shown = capsys.readouterr().out
     assert "█" in shown
     assert shown.count("%") == 2
@@ -101,7 +69,7 @@ def test_a_bundle_with_a_flipped_byte(
 ) -> None:
     make_bundle(home / "b")
     flip_byte(home / "b" / "model.onnx")
-    assert run(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", "b") == 2
+    assert run_here(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", "b") == 2
     assert "model.onnx differs from its digest; expected the files as they were made" in capsys.readouterr().err
 
 
@@ -122,7 +90,7 @@ def test_a_bundle_with_a_flipped_byte(
 def test_a_mistake_is_one_line_and_exit_code_2(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], line: str
 ) -> None:
-    assert run(monkeypatch, *argv) == 2
+    assert run_here(monkeypatch, *argv) == 2
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
@@ -130,7 +98,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_a_wrong_params_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "params.yaml").write_text("name: pets\ntrain: {epochs: 3}\n")
-    assert run(monkeypatch, "prepare") == 2
+    assert run_here(monkeypatch, "prepare") == 2
     assert capsys.readouterr().err.startswith(
         "error: params.yaml train.epochs: unknown key; expected one of max_epochs"
     )
@@ -142,7 +110,7 @@ def test_outside_of_a_workspace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "train") == 2
+    assert run_here(monkeypatch, "train") == 2
     assert "no params.yaml here or above" in capsys.readouterr().err
 
 
@@ -153,7 +121,7 @@ def test_new_makes_a_workspace_that_is_valid(
 
     monkeypatch.chdir(tmp_path)
     started = time.perf_counter()
-    assert run(monkeypatch, "new", "pets", "--example", "horses-or-humans", "--name", "pets") == 0
+    assert run_here(monkeypatch, "new", "pets", "--example", "horses-or-humans", "--name", "pets") == 0
     assert time.perf_counter() - started < 30
     home = tmp_path / "pets"
     assert load_params(home / "params.yaml").name == "pets"

@@ -1,20 +1,10 @@
 """`visionloop store` on a local store, and what it says of an address that is none."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from visionloop.cli import main
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    """Run a command in this process; return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["visionloop", *argv])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+from fakes import run_here
 
 
 @pytest.fixture
@@ -29,19 +19,19 @@ def test_a_local_store_is_described_and_made(
 ) -> None:
     folder = home / "elsewhere" / "store"
     monkeypatch.setenv("VISIONLOOP_STORE", str(folder))
-    assert run(monkeypatch, "store") == 0
+    assert run_here(monkeypatch, "store") == 0
     assert capsys.readouterr().out == (
         f"ok  store                {folder.as_uri()} (a folder that is made when it is needed)\n"
     )
     assert not folder.exists()
-    assert run(monkeypatch, "store", "init") == 0
+    assert run_here(monkeypatch, "store", "init") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"ok  folder               {folder} made",
         "to keep DVC's cache there too:",
         f"  dvc remote add --default store {folder / 'dvc'}",
     ]
     assert folder.is_dir()
-    assert run(monkeypatch, "store") == 0
+    assert run_here(monkeypatch, "store") == 0
     assert capsys.readouterr().out == f"ok  store                {folder.as_uri()} (a folder)\n"
 
 
@@ -56,5 +46,5 @@ def test_an_address_that_is_none(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, line: str
 ) -> None:
     monkeypatch.setenv("VISIONLOOP_STORE", url)
-    assert run(monkeypatch, "store", "init") == 2
+    assert run_here(monkeypatch, "store", "init") == 2
     assert capsys.readouterr().err.startswith(line)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from versions import store_image
 from visionloop.data.compare import compare_records
 from visionloop.records import ImageRecord
 from visionloop.store import LocalStore
+from workspaces import store_image
 
 
 @pytest.fixture

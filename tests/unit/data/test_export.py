@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from versions import commit, store_image
 from visionloop.data import export
 from visionloop.data.export import export_version, make_file_name, make_folder_name, make_folder_names
 from visionloop.data.manifest import make_image_key
@@ -18,6 +17,7 @@ from visionloop.errors import BusyError, DatasetError, SettingsError
 from visionloop.records import DatasetVersion, ImageRecord
 from visionloop.store import LocalStore
 from visionloop.workfolder import lock_work
+from workspaces import commit, store_image
 
 Made = tuple[LocalStore, DatasetVersion, list[ImageRecord]]
 

@@ -228,7 +228,7 @@ def test_the_digest_follows_all_that_changes_an_embedding() -> None:
         replace(FACTS, precision="bf16"),
         replace(FACTS, crop={"dataset": "pets", "train_size": [40, 40]}),
         replace(FACTS, source="f" * 64),
-        replace(FACTS, version=2),
+        replace(FACTS, version=FACTS.version + 1),
     ]
     assert len({f.digest for f in (FACTS, *others)}) == len(others) + 1
     assert replace(FACTS, weights="other.pth").digest == FACTS.digest, "the same weights under another name"

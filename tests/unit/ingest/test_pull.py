@@ -8,36 +8,15 @@ from typing import Any
 
 import pytest
 
-from fakes import make_image
+from fakes import write_photos
 from visionloop.data.manifest import list_versions, load_pin, load_version_records
 from visionloop.errors import ParamsError, SourceError, StoreError
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, Params, make_params
-from visionloop.settings import Settings, load_settings
+from visionloop.settings import Settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
-
-NOW = "2026-01-01T00:00:00+00:00"
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    (tmp_path / "ws").mkdir()
-    (tmp_path / "ws" / "params.yaml").write_text("name: pets\n")
-    return load_settings({}, tmp_path / "ws")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
-def fill(folder: Path, number: int = 10, first: int = 0, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    for k, name in enumerate(classes):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(first, first + number):
-            (folder / name / f"{i}.png").write_bytes(make_image(1000 * k + i))
-    return folder
+from workspaces import NOW
 
 
 def run(settings: Settings, store: LocalStore, folder: Path, **sections: Any) -> PullReport:
@@ -47,7 +26,7 @@ def run(settings: Settings, store: LocalStore, folder: Path, **sections: Any) ->
 
 
 def test_first_pull_pins_version_1(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    report = run(settings, store, fill(tmp_path / "photos", 40))
+    report = run(settings, store, write_photos(tmp_path / "photos", 40))
     assert (report.version.version, report.num_added, report.changed) == (1, 80, True)
     assert load_pin(settings.pin_path) == report.pin
     assert report.pin.classes == ("cat", "dog")
@@ -58,23 +37,23 @@ def test_first_pull_pins_version_1(settings: Settings, store: LocalStore, tmp_pa
 
 
 def test_nothing_new_makes_no_version(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     run(settings, store, folder)
     report = run(settings, store, folder)
     assert (report.changed, report.num_added, len(list_versions(store, "pets"))) == (False, 0, 1)
 
 
 def test_a_later_version_is_cumulative_and_moves_nothing(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    first = run(settings, store, fill(tmp_path / "a"))
-    second = run(settings, store, fill(tmp_path / "b", first=100))
+    first = run(settings, store, write_photos(tmp_path / "a"))
+    second = run(settings, store, write_photos(tmp_path / "b", first=100))
     sides = {r.sha256: r.side for r in load_version_records(store, second.version)}
     assert (second.pin.version, second.num_added, len(sides)) == (2, 20, 40)
     assert all(sides[r.sha256] == r.side for r in load_version_records(store, first.version))
 
 
 def test_one_held_out_folder_is_the_test_side(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    fill(tmp_path / "photos" / "train", 50)
-    fill(tmp_path / "photos" / "validation", 8, first=500)
+    write_photos(tmp_path / "photos" / "train", 50)
+    write_photos(tmp_path / "photos" / "validation", 8, first=500)
     report = run(settings, store, tmp_path / "photos")
     assert report.version.counts["test"] == {"cat": 8, "dog": 8}
     assert sum(report.version.counts["train"].values()) + sum(report.version.counts["val"].values()) == 100
@@ -83,13 +62,13 @@ def test_one_held_out_folder_is_the_test_side(settings: Settings, store: LocalSt
 
 def test_three_split_folders_are_taken_as_they_are(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
     for i, name in enumerate(("train", "valid", "test")):
-        fill(tmp_path / "photos" / name, 3, first=100 * i)
+        write_photos(tmp_path / "photos" / name, 3, first=100 * i)
     counts = run(settings, store, tmp_path / "photos").version.counts
     assert counts == {side: {"cat": 3, "dog": 3} for side in ("train", "val", "test")}
 
 
 def test_what_is_no_image_is_quarantined_and_named(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos", 30)
+    folder = write_photos(tmp_path / "photos", 30)
     (folder / "cat" / "notes.jpg").write_text("not a photo")
     (folder / "dog" / "empty.png").write_bytes(b"")
     (folder / "dog" / "readme.txt").write_text("passed over")
@@ -102,7 +81,7 @@ def test_what_is_no_image_is_quarantined_and_named(settings: Settings, store: Lo
 
 
 def test_too_many_unusable_files_stop_the_pull(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos", 3)
+    folder = write_photos(tmp_path / "photos", 3)
     for i in range(4):
         (folder / "cat" / f"bad{i}.jpg").write_text("x")
     with pytest.raises(SourceError, match=r"4 of 10 files cannot be used: photos:cat/bad0\.jpg \(not_an_image\)"):
@@ -112,7 +91,7 @@ def test_too_many_unusable_files_stop_the_pull(settings: Settings, store: LocalS
 
 
 def test_same_bytes_under_two_labels_go_to_quarantine(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos", 20)
+    folder = write_photos(tmp_path / "photos", 20)
     shutil.copy(folder / "cat" / "3.png", folder / "dog" / "copy.png")
     shutil.copy(folder / "cat" / "4.png", folder / "cat" / "again.png")
     report = run(settings, store, folder)
@@ -126,7 +105,7 @@ def test_same_bytes_under_two_labels_go_to_quarantine(settings: Settings, store:
 def test_a_known_image_under_another_label_keeps_the_first(
     settings: Settings, store: LocalStore, tmp_path: Path
 ) -> None:
-    first = run(settings, store, fill(tmp_path / "a"))
+    first = run(settings, store, write_photos(tmp_path / "a"))
     (tmp_path / "b" / "dog").mkdir(parents=True)
     shutil.copy(tmp_path / "a" / "cat" / "1.png", tmp_path / "b" / "dog" / "1.png")
     params = {"ingest": {"max_rejected_ratio": 1.0}}
@@ -141,7 +120,7 @@ def test_a_known_image_under_another_label_keeps_the_first(
         (lambda p: None, "does not exist; expected a folder"),
         (lambda p: p.mkdir(), "no image in any class folder"),
         (lambda p: p.write_text("x"), "is a file; expected a folder"),
-        (lambda p: fill(p, classes=("cat",)), r"has 1 class \(cat\); expected two classes or more"),
+        (lambda p: write_photos(p, classes=("cat",)), r"has 1 class \(cat\); expected two classes or more"),
         (lambda p: (p / "cat").mkdir(parents=True), "no image in any class folder"),
     ],
     ids=["missing", "empty", "file", "one-class", "empty-class"],
@@ -154,14 +133,14 @@ def test_unusable_sources(settings: Settings, store: LocalStore, tmp_path: Path,
 
 
 def test_another_split_needs_another_name(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     run(settings, store, folder)
     with pytest.raises(ParamsError, match=r"got seed 1.*expected seed 0.*as version 1 of pets fixed them"):
         run(settings, store, folder, ingest={"split": {"seed": 1}})
 
 
 def test_two_pulls_at_once_both_succeed(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    folders = [fill(tmp_path / str(i), first=100 * i) for i in range(4)]
+    folders = [write_photos(tmp_path / str(i), first=100 * i) for i in range(4)]
     failures: list[BaseException] = []
 
     def work(folder: Path) -> None:
@@ -185,7 +164,7 @@ def test_two_pulls_at_once_both_succeed(settings: Settings, store: LocalStore, t
 def test_an_interrupted_pull_leaves_nothing_visible_and_ends_the_same(
     settings: Settings, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     whole = run(settings, LocalStore(tmp_path / "other"), folder)
     settings.pin_path.unlink()
     added = 0
@@ -212,7 +191,7 @@ def test_an_interrupted_pull_leaves_nothing_visible_and_ends_the_same(
 def test_what_a_source_itself_refuses_is_counted_among_the_files(
     settings: Settings, store: LocalStore, tmp_path: Path
 ) -> None:
-    folder = fill(tmp_path / "photos", 1)
+    folder = write_photos(tmp_path / "photos", 1)
     (folder / "cat" / "lost.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(SourceError) as caught:
         run(settings, store, folder)

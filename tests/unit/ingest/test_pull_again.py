@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fakes import make_image
+from fakes import make_image, write_photos
 from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import StoreError
@@ -18,31 +18,10 @@ from visionloop.ingest.journal import make_journal_path
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.ingest.sources import Cursor, Item, SourceContext
 from visionloop.params import FolderSource, Params, make_params
-from visionloop.settings import Settings, load_settings
+from visionloop.settings import Settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
-
-NOW = "2026-01-01T00:00:00+00:00"
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    (tmp_path / "ws").mkdir()
-    (tmp_path / "ws" / "params.yaml").write_text("name: pets\n")
-    return load_settings({}, tmp_path / "ws")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
-def fill(folder: Path, number: int = 10, first: int = 0, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    for k, name in enumerate(classes):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(first, first + number):
-            (folder / name / f"{i}.png").write_bytes(make_image(1000 * k + i))
-    return folder
+from workspaces import NOW
 
 
 def run(
@@ -70,7 +49,7 @@ def forbid_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_nothing_new_nothing_is_read_or_merged_and_the_report_is_the_same(
     settings: Settings, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = fill(tmp_path / "photos", 30)
+    folder = write_photos(tmp_path / "photos", 30)
     (folder / "cat" / "notes.jpg").write_text("not a photo")
     shutil.copy(folder / "cat" / "3.png", folder / "dog" / "copy.png")
     sections = {"ingest": {"max_rejected_ratio": 0.1}}
@@ -87,7 +66,7 @@ def test_with_nothing_new_nothing_is_read_or_merged_and_the_report_is_the_same(
 def test_what_changes_the_outcome_is_merged_again_though_nothing_is_read(
     settings: Settings, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     first = run(settings, store, folder)
     (settings.home / "corrections.csv").write_text("sha256,old,new\n")
     corrected = {"ingest": {"corrections": "corrections.csv"}}
@@ -110,7 +89,7 @@ def test_what_changes_the_outcome_is_merged_again_though_nothing_is_read(
 
 
 def test_another_version_since_then_is_merged_with(settings: Settings, store: LocalStore, tmp_path: Path) -> None:
-    a, b = fill(tmp_path / "a"), fill(tmp_path / "b", first=100)
+    a, b = write_photos(tmp_path / "a"), write_photos(tmp_path / "b", first=100)
     for folder in (a, b, a, a):
         report = run(settings, store, folder)
     assert (report.version.version, report.num_read, report.changed) == (2, 0, False)
@@ -120,7 +99,7 @@ def test_another_version_since_then_is_merged_with(settings: Settings, store: Lo
 def test_without_its_journal_a_pull_ends_the_same(
     settings: Settings, store: LocalStore, tmp_path: Path, damage: Any
 ) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     first = run(settings, store, folder)
     damage(make_journal_path(settings))
     again = run(settings, store, folder)
@@ -139,7 +118,7 @@ def test_what_vanished_from_the_store_is_stored_again(
     settings: Settings, tmp_path: Path, kind: type[LocalStore]
 ) -> None:
     store, said = kind(tmp_path / "store"), []
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     first = run(settings, store, folder)
     keys = [make_image_key(r.sha256) for r in load_version_records(store, first.version)]
     for key in keys[:5]:
@@ -153,7 +132,7 @@ def test_what_vanished_from_the_store_is_stored_again(
 def test_what_is_damaged_in_the_store_is_mended_by_verify(
     settings: Settings, store: LocalStore, tmp_path: Path
 ) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     first = run(settings, store, folder)
     key = make_image_key(load_version_records(store, first.version)[0].sha256)
     good = store.get(key)
@@ -175,7 +154,7 @@ def test_the_store_is_synced_once_a_pull_and_only_when_something_was_stored(
         num_synced += 1
 
     monkeypatch.setattr(LocalStore, "sync", sync)
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
     counts = []
     for _ in range(2):
         run(settings, store, folder)
@@ -188,7 +167,7 @@ def test_the_store_is_synced_once_a_pull_and_only_when_something_was_stored(
 def test_a_full_disk_is_told_and_nothing_is_visible(
     settings: Settings, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = fill(tmp_path / "photos")
+    folder = write_photos(tmp_path / "photos")
 
     def write(file: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

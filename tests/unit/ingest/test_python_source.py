@@ -123,9 +123,10 @@ def test_cursor_goes_in_and_comes_out(tmp_path: Path) -> None:
     yield {'cursor': 3}
 """
     first = run(tmp_path, code)
-    assert ([i.origin for i in first.items], first.cursors) == (["python:0", "python:1", "python:2"], ["3"])
-    again = run(tmp_path, code, cursor=first.cursors[-1])
-    assert (again.items, again.cursors) == ([], ["3"])
+    assert [i.origin for i in first.items] == ["python:0", "python:1", "python:2"]
+    assert [c.value for c in first.cursors] == ["3"]
+    again = run(tmp_path, code, cursor=first.cursors[-1].value)
+    assert (again.items, again.cursors) == ([], first.cursors)
 
 
 def test_late_readers_that_fail_fail_alone(tmp_path: Path) -> None:

@@ -8,13 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
 from visionloop.params import Compute, Params, make_params
 from visionloop.training.ranks.failures import explain_failures, make_rank_error
 from visionloop.training.ranks.launch import LaunchPlan, describe_launch, is_ours, plan_launch
 from visionloop.training.ranks.ray import Shape, choose_shape
-from visionloop.training.ranks.world import PeerLost, World, choose_accelerator, is_peer_failure, read_world
+from visionloop.training.ranks.world import (
+    PeerLost,
+    World,
+    choose_accelerator,
+    gather_rows,
+    is_peer_failure,
+    read_world,
+)
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -268,3 +276,22 @@ def test_a_gpu_is_taken_where_there_is_one() -> None:
     assert choose_accelerator(Compute(), 0) == "cpu"
     with pytest.raises(ParamsError, match=r"compute\.accelerator: got 'gpu'.*Look at `nvidia-smi`"):
         choose_accelerator(Compute(accelerator="gpu"), 0)
+
+
+def test_rows_come_in_order_each_once_and_without_padding() -> None:
+    rows_n = torch.tensor([5, -1, 2, 5, -1, 9])
+    units_nu = torch.arange(6.0).reshape(6, 1)
+    units, targets, rows = gather_rows(units_nu, torch.tensor([0, 1, 0, 0, 1, 1]), rows_n)
+    assert rows.tolist() == [2, 5, 9]
+    assert units.flatten().tolist() == [2.0, 0.0, 5.0]
+    assert targets.tolist() == [0, 0, 1]
+
+
+def test_targets_of_several_labels_keep_their_shape() -> None:
+    units, targets, _ = gather_rows(torch.zeros(2, 3), torch.eye(3, dtype=torch.uint8)[:2], torch.tensor([1, 0]))
+    assert (units.shape, targets.tolist()) == ((2, 3), [[0, 1, 0], [1, 0, 0]])
+
+
+def test_padding_alone_leaves_nothing() -> None:
+    units, _, rows = gather_rows(torch.zeros(2, 1), torch.zeros(2), torch.tensor([-1, -1]))
+    assert (len(units), len(rows)) == (0, 0)

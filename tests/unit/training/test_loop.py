@@ -1,13 +1,51 @@
-"""Out of memory: what counts as it, fewer images at a time for the same step, remembered for the next process."""
+"""Memory in the loop: pages of a step are kept for the next one, and what follows when there is too little of it."""
 
+import resource
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from visionloop.errors import TrainingError
 from visionloop.params import Train
-from visionloop.training.loop import MemoryPlan, is_out_of_memory, keep_plan, load_plan
+from visionloop.training.loop import MemoryPlan, _find_glibc, is_out_of_memory, keep_memory, keep_plan, load_plan
+
+NUM_FLOATS = 4 * 1024 * 1024
+NUM_BYTES = 4 * NUM_FLOATS
+PAGES = NUM_BYTES // resource.getpagesize()
+
+only_glibc = pytest.mark.skipif(not sys.platform.startswith("linux") or _find_glibc() is None, reason="no glibc")
+
+
+def count_faults() -> int:
+    """How many pages the system had to give for filling and freeing 16 MiB three times, after some times uncounted."""
+    for _ in range(30):
+        torch.ones(NUM_FLOATS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(NUM_FLOATS)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@only_glibc
+def test_pages_are_kept_inside_and_given_back_at_the_end() -> None:
+    with keep_memory():
+        assert count_faults() < PAGES / 10, "outside it would be three times all pages"
+        inside = psutil.Process().memory_info().rss
+    assert inside - psutil.Process().memory_info().rss > 0.9 * NUM_BYTES
+
+
+@only_glibc
+def test_an_error_inside_gives_the_memory_back_too() -> None:
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(RuntimeError, match="inside"), keep_memory():
+        for _ in range(4):
+            torch.ones(NUM_FLOATS)
+        assert psutil.Process().memory_info().rss - before > 0.9 * NUM_BYTES
+        raise RuntimeError("inside")
+    assert psutil.Process().memory_info().rss - before < 0.5 * NUM_BYTES
 
 
 @pytest.mark.parametrize(

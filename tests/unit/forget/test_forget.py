@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from fakes import make_image
-from pets import SECRET, Pets, make_pets, read_all
-from versions import NAME, NOW, commit, store_image
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import (
     latest_version,
@@ -32,6 +30,7 @@ from visionloop.records import DatasetVersion, ImageRecord, canonical_json
 from visionloop.store import LocalStore
 from visionloop.workfolder import lock_work
 from visionloop.workspace import connect
+from workspaces import NAME, NOW, SECRET, Pets, commit, make_pets, read_all, store_image
 
 
 @pytest.fixture
