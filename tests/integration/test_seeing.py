@@ -95,6 +95,11 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     assert run(monkeypatch, "suspects", "--top", "24") == 0
     said = capsys.readouterr().out
     assert "train.weights is none" in said
+    share = re.search(
+        r"^neighbours agree with the labels in (\d\d\.\d)% of cases, by chance it would be 4", said, re.MULTILINE
+    )
+    assert share
+    assert 60 < float(share[1]) < 95
     path = home / "suspects" / "corrections.csv"
     rows = read_rows(path)
     assert list(rows[0]) == ["sha256", "old", "new", "score", "side", "origin"]
@@ -114,6 +119,23 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
     assert load_pin(settings.pin_path).version == 2
+
+
+def test_an_encoder_that_cannot_tell_the_classes_writes_no_corrections(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
+    settings = load_settings({}, home)
+    prepared = load_prepared(settings.prepared_dir)
+    encoder = make_bundle_encoder(load_bundle(settings.candidate_dir)).facts.digest
+    vectors = np.random.default_rng(0).normal(size=(160, 8)).astype(np.float32)
+    EmbeddingTable(open_store(settings.store_url), encoder).write(prepared.sha256_n, vectors)
+    assert run(monkeypatch, "suspects", "--encoder", "candidate") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "cannot tell the classes: neighbours agree with the labels in " in said[0]
+    assert "and `--encoder params`" in said[0]
+    assert not (home / "suspects").exists()
 
 
 def test_an_edited_corrections_file_is_never_overwritten(

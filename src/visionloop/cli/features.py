@@ -160,7 +160,8 @@ def suspects(
 
     Writes suspects.png to look at, and corrections.csv to edit: remove the lines where the label was right, name the
     file in `ingest.corrections`, and ingest. A network that learned from wrong labels may agree with them: an encoder
-    with pretrained weights (--encoder params) sees more.
+    with pretrained weights (--encoder params) sees more. An encoder whose neighbours agree with the labels no more than
+    chance does is refused, and nothing is written.
 
     Examples:
 
@@ -170,7 +171,7 @@ def suspects(
     """
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
-    from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
+    from visionloop.features.suspects import advise, draw_suspects, encode_corrections, find_suspects
 
     workspace, album = _open_album(encoder)
     folder = out or workspace.settings.home / "suspects"
@@ -178,7 +179,11 @@ def suspects(
     if corrections.exists():
         todo = "Keep or remove it, or name another folder: `--out DIR`."
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
-    found = find_suspects(album, neighbours)
+    found, agreement = find_suspects(album, neighbours)
+    if agreement:
+        print(agreement.describe())
+    if agreement and agreement.is_weak:
+        print(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
     shown = found[:top]
     print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
     if not shown:
