@@ -3,13 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from trainings import Ear, Place, make_place, registered
 from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
-from visionloop.training.rate_finder import make_rates, search_rate
+from visionloop.training.rate_finder import make_rates, make_sweep, search_rate
 
 # A batch is 8 images: with half as many steps its noise at high rates is as steep as the fall, and rounding decides.
 STEPS = 80
@@ -57,6 +58,21 @@ def test_the_suggested_rate_learns_and_nothing_but_the_figure_is_left(
     assert learned.metrics["train/loss"] < idle.metrics["train/loss"] - 0.1
 
 
+def test_the_loss_is_of_the_same_images_and_the_suggestion_in_the_valley(clean: Place) -> None:
+    """The valley is that of all sweeps together, whose noise is smaller."""
+    rates = make_rates(1e-6, 1.0, STEPS)
+    sweeps = [search_rate(clean.with_train(seed=seed).make_job(), rates)[0] for seed in range(3)]
+    num_steps = min(len(sweep.rates_s) for sweep in sweeps)
+    losses = np.mean([sweep.losses_s[:num_steps] for sweep in sweeps], axis=0)
+    valley = make_sweep(rates[:num_steps], losses, num_steps=STEPS).suggestion
+    assert valley is not None
+    for sweep in sweeps:
+        assert sweep.suggestion is not None
+        assert abs(np.log10(sweep.suggestion / valley)) < np.log10(3)
+        # Before the fall the curve is flat: batches differ by a tenth of the fall.
+        assert np.abs(np.diff(sweep.losses_s[:20])).max() < 0.02 * (sweep.losses_s[0] - sweep.smooth_s.min())
+
+
 def test_the_same_sweep_gives_the_same_losses(clean: Place) -> None:
     job, rates = clean.with_train(mixup=0.2, dropout=0.3, clip_norm=1.0).make_job(), make_rates(1e-5, 1e-2, 8)
     first, again = (search_rate(job, rates)[0] for _ in range(2))
@@ -87,7 +103,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_the_run_is_marked(clean: Place
     with registered(lambda features, images, is_training: features * float("nan")) as name:
         job = clean.with_train(backbone=name).make_job(Ear())
         with pytest.raises(
-            TrainingError, match=r"the loss is not finite before the first step, at 1e-06; expected a number"
+            TrainingError, match=r"the loss is not finite at the first step, at 1e-06; expected a number"
         ):
             search_rate(job, make_rates(1e-6, 1.0, 20))
     assert clean.tracking.only["status"] == "FAILED"

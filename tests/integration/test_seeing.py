@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,8 +18,11 @@ from shapes import PARAMS, make_environment, make_workspace, write_shapes
 from visionloop.bundle import load_bundle
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
+from visionloop.data.shards import load_prepared
 from visionloop.features.embed import embed
+from visionloop.features.encoder import make_bundle_encoder
 from visionloop.features.table import EmbeddingTable
+from visionloop.features.view import load_features
 from visionloop.forget import forget, resolve_images
 from visionloop.params import load_params
 from visionloop.settings import load_settings
@@ -78,6 +84,11 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     assert run_here(monkeypatch, "suspects", "--top", "24") == 0
     said = capsys.readouterr().out
     assert "train.weights is none" in said
+    share = re.search(
+        r"^neighbours agree with the labels in (\d\d\.\d)% of cases, by chance it would be 4", said, re.MULTILINE
+    )
+    assert share
+    assert 60 < float(share[1]) < 95
     path = home / "suspects" / "corrections.csv"
     rows = read_rows(path)
     assert list(rows[0]) == ["sha256", "old", "new", "score", "side", "origin"]
@@ -97,6 +108,23 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
     assert load_pin(settings.pin_path).version == 2
+
+
+def test_an_encoder_that_cannot_tell_the_classes_writes_no_corrections(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
+    settings = load_settings({}, home)
+    prepared = load_prepared(settings.prepared_dir)
+    encoder = make_bundle_encoder(load_bundle(settings.candidate_dir)).facts.digest
+    vectors = np.random.default_rng(0).normal(size=(160, 8)).astype(np.float32)
+    EmbeddingTable(open_store(settings.store_url), encoder).write(prepared.sha256_n, vectors)
+    assert run(monkeypatch, "suspects", "--encoder", "candidate") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "cannot tell the classes: neighbours agree with the labels in " in said[0]
+    assert "and `--encoder params`" in said[0]
+    assert not (home / "suspects").exists()
 
 
 def test_an_edited_corrections_file_is_never_overwritten(
@@ -177,6 +205,64 @@ def test_the_map_holds_every_image_and_loads_nothing(
     before = page
     assert run_here(monkeypatch, "map", "--method", "pca", "--out", "map.html", "--thumbnails", "40") == 0
     assert (home / "map.html").read_text() == before
+
+
+def test_embeddings_can_be_had_with_paths_and_labels(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in (home / "features").iterdir()}
+    assert run(monkeypatch, "embed", "--out", "out/vectors.parquet") == 0
+    assert "out/vectors.parquet holds 160 embeddings of 64 numbers" in capsys.readouterr().out
+    frame = pd.read_parquet(home / "out" / "vectors.parquet")
+    assert list(frame) == ["path", "labels", "side", "sha256", "vector"]
+    settings = load_settings({}, home)
+    records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
+    embedding_nd, facts = load_features(settings.features_dir, load_prepared(settings.prepared_dir))
+    assert np.array_equal(np.stack(frame["vector"]), embedding_nd)
+    seen = [(row.path, tuple(row.labels), row.side) for row in frame.itertuples()]
+    assert seen == [(records[s].origins[0], records[s].labels, records[s].side) for s in frame["sha256"]]
+    file = pq.read_schema(home / "out" / "vectors.parquet")
+    assert file.field("vector").type == pa.list_(pa.float32(), 64)
+    assert file.metadata[b"visionloop.encoder"] == facts.digest.encode()
+    assert file.metadata[b"visionloop.dataset"] == b"shapes version 1"
+    assert {path.name: path.read_bytes() for path in (home / "features").iterdir()} == before
+
+
+def test_a_way_that_needs_no_embeddings_has_them_too_and_its_stage_stays_as_it_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "params.yaml").write_text(FROZEN.replace("way: frozen", "way: scratch"))
+    before = {path.name: path.read_bytes() for path in (home / "features").iterdir()}
+    assert run(monkeypatch, "embed", "--out", "vectors.parquet") == 0
+    assert len(pd.read_parquet(home / "vectors.parquet")) == 160
+    assert {path.name: path.read_bytes() for path in (home / "features").iterdir()} == before
+    # A candidate is asked first, as by `similar`; what is written over is a file of this command alone.
+    make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
+    assert run(monkeypatch, "embed", "--out", "vectors.parquet") == 0
+    digest = make_bundle_encoder(load_bundle(home / "models" / "candidate")).facts.digest
+    assert pq.read_schema(home / "vectors.parquet").metadata[b"visionloop.encoder"] == digest.encode()
+    assert list(home.glob("vectors*")) == [home / "vectors.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--out", "v.csv"], "--out v.csv: has the suffix .csv; expected a file *.parquet. Name it v.parquet."),
+        (["--out", "v"], "--out v: has no suffix; expected a file *.parquet. Name it v.parquet."),
+        (["--out", "features/embeddings.parquet"], "is there already, and not from `embed --out`; expected a new file"),
+        (["--out", "params.yaml/v.parquet"], "lies below params.yaml, which is a file; expected a folder"),
+        (["--out", "folder.parquet"], "is there already, and not from `embed --out`"),
+        (["--encoder", "champion"], "--encoder: got champion without --out; expected --out FILE.parquet with it."),
+    ],
+)
+def test_embeddings_that_cannot_be_written_are_refused_in_a_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    (home / "folder.parquet").mkdir()
+    before = (home / "features" / "embeddings.parquet").read_bytes()
+    assert run(monkeypatch, "embed", *argv) == 2
+    assert words in capsys.readouterr().err
+    assert (home / "features" / "embeddings.parquet").read_bytes() == before
 
 
 def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

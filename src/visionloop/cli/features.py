@@ -34,17 +34,38 @@ SHOWN = 10
 
 
 @app.command()
-def embed() -> None:
+def embed(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.parquet", help="Into this file instead, with path, labels, side and sha256."),
+    ] = None,
+    encoder: EncoderOption = EncoderName.auto,
+) -> None:
     """Write the embeddings of data/prepared into features/; what was ever computed comes from the embedding table.
 
     Does nothing unless train.way is frozen or knn. Stopped or killed, the same command goes on from the last batch.
+
+    With --out it writes a table for other tools, whatever train.way is, and leaves features/ as it is. A file of an
+    earlier --out is replaced, any other is not. --encoder is for --out.
 
     Examples:
 
       visionloop embed
 
       dvc repro embed
+
+      visionloop embed --out vectors.parquet --encoder champion
     """
+    if out is not None:
+        _export_embeddings(out.expanduser(), encoder)
+        return
+    if encoder is not EncoderName.auto:
+        from visionloop.errors import SettingsError
+
+        found = f"got {encoder.value} without --out"
+        raise SettingsError(
+            "--encoder", found, "--out FILE.parquet with it", "features/ always holds those of params.yaml."
+        )
     from visionloop.features.embed import embed as run_embed
 
     started = time.perf_counter()
@@ -139,7 +160,8 @@ def suspects(
 
     Writes suspects.png to look at, and corrections.csv to edit: remove the lines where the label was right, name the
     file in `ingest.corrections`, and ingest. A network that learned from wrong labels may agree with them: an encoder
-    with pretrained weights (--encoder params) sees more.
+    with pretrained weights (--encoder params) sees more. An encoder whose neighbours agree with the labels no more than
+    chance does is refused, and nothing is written.
 
     Examples:
 
@@ -149,7 +171,7 @@ def suspects(
     """
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
-    from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
+    from visionloop.features.suspects import advise, draw_suspects, encode_corrections, find_suspects
 
     workspace, album = _open_album(encoder)
     folder = out or workspace.settings.home / "suspects"
@@ -157,7 +179,11 @@ def suspects(
     if corrections.exists():
         todo = "Keep or remove it, or name another folder: `--out DIR`."
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
-    found = find_suspects(album, neighbours)
+    found, agreement = find_suspects(album, neighbours)
+    if agreement:
+        print(agreement.describe())
+    if agreement and agreement.is_weak:
+        print(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
     shown = found[:top]
     print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
     if not shown:
@@ -169,6 +195,16 @@ def suspects(
     print(f"look at {folder / 'suspects.png'}")
     print(f"edit {corrections}: remove the lines where the label was right; then put it under")
     print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
+
+
+def _export_embeddings(path: Path, encoder: EncoderName) -> None:
+    from visionloop.features.album import check_target, write_embeddings
+
+    check_target(path)
+    _, album = _open_album(encoder)
+    write_embeddings(album, path)
+    number, size = album.embedding_nd.shape
+    print(f"{path} holds {number:,} embeddings of {size:,} numbers: path, labels, side, sha256, vector")
 
 
 def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, Album]":

@@ -1,30 +1,42 @@
 """A prepared dataset with the embeddings of one encoder: for each image its vector, labels, side and origin.
 
+As a file for other tools it is Parquet, a row for each image in the order of the prepared data:
+
+    path: string, the first origin    labels: list<string>    side: string    sha256: string
+    vector: fixed-size list of float32    metadata: the encoder's digest and words, the dataset's name and version
+
 Dimensions: n images, d features, c classes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import load_records, make_image_key
 from visionloop.data.shards import Prepared
-from visionloop.errors import DatasetError, ImageError, ObjectMissing
+from visionloop.errors import DatasetError, ImageError, ObjectMissing, SettingsError
 from visionloop.features.embed import choose_reader, embed_prepared
 from visionloop.features.encoder import Encoder
 from visionloop.features.neighbours import to_targets
 from visionloop.features.table import EmbeddingTable
-from visionloop.features.view import FloatArray
+from visionloop.features.view import GROUP_ROWS, FloatArray, make_schema, make_table
 from visionloop.records import ImageRecord
 from visionloop.store import ObjectStore
+from visionloop.workfolder import write_through
 from visionloop.workspace import Workspace
 
 GREY = 200
+COLUMNS = ("path", "labels", "side", "sha256", "vector")
+SUFFIX = ".parquet"
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,57 @@ def load_album(
     )
     records = tuple(found[sha256] for sha256 in prepared.sha256_n)
     return Album(prepared, records, encoder, embedding_nd, store)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that `write_embeddings` may not write, before anything is computed. Raises SettingsError.
+
+    Embeddings of an earlier call are replaced; any other file that is there may be somebody's work.
+    """
+    where = f"--out {path}"
+    if path.suffix.lower() != SUFFIX:
+        found = f"has the suffix {path.suffix}" if path.suffix else "has no suffix"
+        raise SettingsError(where, found, f"a file *{SUFFIX}", f"Name it {path.with_suffix(SUFFIX).name}.")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise SettingsError(where, f"lies below {folder}, which is a file", "a folder", "Name another one.")
+    if path.exists() and not _holds_embeddings(path):
+        todo = "Name another file, or remove this one."
+        raise SettingsError(where, "is there already, and not from `embed --out`", "a new file", todo)
+
+
+def write_embeddings(album: Album, path: Path) -> None:
+    """Write an album as Parquet, whole or not at all; makes the folder. Raises SettingsError."""
+    facts, pin, sha256_n = album.encoder.facts, album.prepared.pin, album.prepared.sha256_n
+    vectors = make_schema(album.embedding_nd.shape[1], facts.digest)
+    words = {"visionloop.encoder_words": facts.describe(), "visionloop.dataset": f"{pin.name} version {pin.version}"}
+    columns = [("path", pa.string()), ("labels", pa.list_(pa.string())), ("side", pa.string()), *vectors]
+    schema = pa.schema(columns, metadata={**vectors.metadata, **words})
+
+    def make_group(start: int) -> pa.Table:
+        rows = range(start, min(start + GROUP_ROWS, len(sha256_n)))
+        seen = make_table(sha256_n[start : rows.stop], album.embedding_nd[start : rows.stop], vectors)
+        known = [[album.get_origin(i) for i in rows], [album.prepared.labels(i) for i in rows]]
+        known.append([album.records[i].side for i in rows])
+        arrays = [pa.array(values, field.type) for values, field in zip(known, schema, strict=False)]
+        return pa.Table.from_arrays([*arrays, *seen.columns], schema=schema)
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, schema) as writer:
+            for start in range(0, len(sha256_n), GROUP_ROWS):
+                writer.write_table(make_group(start))
+
+    try:
+        write_through(path, write)
+    except OSError as exc:
+        raise SettingsError(f"--out {path}", f"cannot be written ({exc.strerror})", "a place to write to") from exc
+
+
+def _holds_embeddings(path: Path) -> bool:
+    try:
+        return tuple(pq.read_schema(path).names) == COLUMNS
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def _fit(record: ImageRecord, max_px: int) -> tuple[int, int]:

@@ -9,6 +9,9 @@ Example: an image has the label cat. Its neighbours give 0.7 of the votes to dog
 0.7 - 0.2 = 0.5, and dog is proposed. With several labels for an image each class is judged alone: the votes for it
 against the votes without it.
 
+An encoder that cannot tell the classes doubts what it likes. So first the neighbours must know more of the labels than
+chance does: a permutation test (`neighbours.measure_agreement`) at the 5 % level.
+
 Dimensions: n images, c classes.
 """
 
@@ -21,11 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.contact_sheet import Cell, draw_contact_sheet
+from visionloop.errors import TrainingError
 from visionloop.features.album import Album
-from visionloop.features.neighbours import DoubleArray, compute_votes_of_others
+from visionloop.features.encoder import Encoder
+from visionloop.features.neighbours import (
+    Agreement,
+    DoubleArray,
+    compute_votes_of_others,
+    find_other_neighbours,
+    measure_agreement,
+)
 
 COLUMNS = ("sha256", "old", "new", "score", "side", "origin")
 CELL_PX = 170
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,15 +50,40 @@ class Suspect:
     score: float
 
 
-def find_suspects(album: Album, k: int = 10) -> list[Suspect]:
-    """Return all labels that the neighbours contradict, the most suspicious first. Raises DatasetError."""
+def find_suspects(album: Album, k: int = 10) -> tuple[list[Suspect], Agreement | None]:
+    """Return all labels that the neighbours contradict, the most suspicious first, and how far they agree with all.
+
+    Raises:
+        DatasetError: there are fewer than two images.
+        TrainingError: the encoder cannot tell the classes.
+    """
     prepared = album.prepared
-    votes_nc = compute_votes_of_others(album.embedding_nd, album.target_nc, k)
+    distance_nk, row_nk = find_other_neighbours(album.embedding_nd, k)
+    agreement = measure_agreement(distance_nk, row_nk, album.target_nc)
+    if agreement and agreement.p_value > LEVEL:
+        raise TrainingError(
+            f"encoder {album.encoder.facts.describe()}",
+            f"cannot tell the classes: {agreement.describe()}",
+            "neighbours that know more than chance",
+            advise(album.encoder),
+        )
+    votes_nc = compute_votes_of_others(distance_nk, row_nk, album.target_nc)
     if prepared.targets_nk is None:
         found = judge_labels(votes_nc, prepared.label_n, prepared.classes)
     else:
         found = judge_several(votes_nc, prepared.targets_nk, prepared.classes)
-    return sorted(found, key=lambda suspect: (-suspect.score, prepared.sha256_n[suspect.row], suspect.old))
+    found.sort(key=lambda suspect: (-suspect.score, prepared.sha256_n[suspect.row], suspect.old))
+    return found, agreement
+
+
+def advise(encoder: Encoder) -> str:
+    """Return what to do where an encoder sees little in the images."""
+    if encoder.facts.source == "params" and encoder.facts.weights != "none":
+        return "Use another train.backbone, or a trained model: `--encoder candidate`."
+    return (
+        "Use pretrained weights: `backbone: efficientnet_lite0` and `weights: default` under `train` in params.yaml, "
+        "and `--encoder params`."
+    )
 
 
 def judge_labels(votes_nc: DoubleArray, label_n: NDArray[np.int64], classes: Sequence[str]) -> list[Suspect]:

@@ -15,6 +15,7 @@ from visionloop.features.neighbours import (
     compute_votes_of_others,
     find_neighbours,
     find_other_neighbours,
+    measure_agreement,
     to_targets,
 )
 
@@ -124,8 +125,61 @@ def test_votes_of_others_leave_an_image_itself_out() -> None:
     table = np.concatenate([RNG.normal([5, 0], 0.1, (20, 2)), RNG.normal([0, 5], 0.1, (20, 2))]).astype(np.float32)
     labels = np.array([0] * 20 + [1] * 20)
     labels[4] = 1
-    votes_nc = compute_votes_of_others(table, to_targets(labels, 2), 5)
+    votes_nc = compute_votes_of_others(*find_other_neighbours(table, 5), to_targets(labels, 2))
     assert votes_nc.shape == (40, 2)
     assert votes_nc[4, 1] == 0.0
     assert votes_nc.sum(axis=1) == pytest.approx(np.ones(40))
     assert (votes_nc.argmax(axis=1) == np.array([0] * 20 + [1] * 20)).all()
+
+
+def test_neighbours_of_the_same_label_agree_and_those_of_dealt_labels_do_not() -> None:
+    labels = np.repeat([0, 1], [30, 10])
+    table = (np.eye(2)[labels] * 9 + RNG.normal(size=(40, 2))).astype(np.float32)
+    found = find_other_neighbours(table, 5)
+    agreement = measure_agreement(*found, to_targets(labels, 2))
+    assert agreement is not None
+    assert (agreement.share, agreement.p_value, agreement.is_weak) == (pytest.approx(1.0), 1 / 200, False)
+    assert agreement.chance == pytest.approx((29 / 39 + 9 / 39) / 2, abs=0.02), "the mean over the classes"
+    words = "neighbours agree with the labels in 100.0% of cases, by chance it would be "
+    assert agreement.describe().startswith(words)
+    dealt = measure_agreement(*found, to_targets(RNG.permutation(labels), 2))
+    assert dealt is not None
+    assert dealt.p_value > 0.05
+    assert dealt.is_weak
+
+
+def test_votes_weigh_by_distance_in_the_agreement() -> None:
+    distance_nk, row_nk = np.array([[0.1, 0.3]] * 3), np.array([[1, 2], [0, 2], [0, 1]])
+    agreement = measure_agreement(distance_nk, row_nk, to_targets(np.array([0, 0, 1]), 2))
+    assert agreement is not None, "the class of a single image does not count"
+    assert agreement.share == pytest.approx(0.75)
+    assert agreement.chance == pytest.approx(0.5, abs=0.05), "where another of the class is, near or far"
+
+
+def test_several_labels_agree_class_by_class() -> None:
+    distance_nk, row_nk = np.ones((4, 1)), np.array([[1], [0], [3], [2]])
+    target_nc = np.array([[1, 1], [1, 0], [0, 1], [0, 1]], np.uint8)
+    agreement = measure_agreement(distance_nk, row_nk, target_nc)
+    assert agreement is not None
+    assert agreement.share == pytest.approx((2 / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    "target_nc", [np.ones((6, 1), np.uint8), np.eye(6, dtype=np.uint8), np.zeros((6, 2), np.uint8)]
+)
+def test_labels_that_nobody_can_tell_apart_have_no_agreement(target_nc: Any) -> None:
+    assert measure_agreement(*find_other_neighbours(TABLE[:6], 3), target_nc) is None
+
+
+@pytest.mark.parametrize("counts", [(30, 30), (54, 6), (20, 20, 20)])
+def test_labels_of_chance_pass_at_the_level_that_is_said(counts: tuple[int, ...]) -> None:
+    """Of 300 sets whose vectors know nothing of the labels about 15 pass a test at 5 %: 4 to 29, but once in 2,000."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    passed = 0
+    for _ in range(300):
+        table = (rng.normal(size=(60, 4)) * [4, 2, 1, 1]).astype(np.float32)
+        agreement = measure_agreement(*find_other_neighbours(table, 3), to_targets(labels, len(counts)))
+        assert agreement is not None
+        passed += agreement.p_value <= 0.05
+    assert 4 <= passed <= 29
