@@ -20,7 +20,7 @@ BAR_CHARS = 20
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
     out: Annotated[Path | None, typer.Option(help="Write every answer to a .jsonl or .csv file.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; default: the champion.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="A folder, NAME@champion, NAME@3 or s3://...")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
@@ -33,12 +33,12 @@ def predict(
 
       visionloop predict photo.jpg --bundle models/candidate
     """
-    from visionloop.predict import find_images, load_champion, predict_files, write_answers
-    from visionloop.predictor import Predictor
+    from visionloop.predict import find_images, predict_files, write_answers
+    from visionloop.promotion.models import load_champion, load_model
 
     workspace = open_workspace()
     files = find_images(paths, out=out)
-    predictor = Predictor.load(bundle) if bundle else load_champion(workspace)
+    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     answers = predict_files(predictor, files, on_progress=progress)
     shown = answers[:20] if out else answers
