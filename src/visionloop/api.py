@@ -134,9 +134,9 @@ def load(address: str | os.PathLike[str], *, workspace: str | os.PathLike[str] |
         BundleError: the bundle is missing, incomplete or damaged, or answers differently on this machine.
         StoreError: the store cannot be read.
     """
-    shown = os.fspath(address)
+    shown = str(address)
     if workspace is not None and _is_relative_folder(address):
-        address = _find_home(workspace) / shown
+        address = _open(workspace).settings.home / address
     return Model(load_model(address, lambda: _open(workspace)), shown)
 
 
@@ -259,12 +259,8 @@ def _open(folder: str | os.PathLike[str] | Workspace | None) -> Workspace:
     return connect(settings, load_params(settings.params_path))
 
 
-def _find_home(workspace: str | os.PathLike[str] | Workspace) -> Path:
-    return _open(workspace).settings.home
-
-
 def _is_relative_folder(address: str | os.PathLike[str]) -> bool:
-    text = os.fspath(address)
+    text = str(address)
     is_name = isinstance(address, str) and ("@" in text or "://" in text)
     return not is_name and not Path(text).expanduser().is_absolute()
 

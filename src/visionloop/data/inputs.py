@@ -1,6 +1,8 @@
 """One image in the form that a caller has: a path, bytes, an image of Pillow, an array. Reads files, no addresses."""
 
 import os
+import stat
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -36,23 +38,34 @@ def load_input(
 
 def is_one_image(images: object) -> bool:
     """Say whether this is one image, or nothing that could hold images, and not a list of images."""
+    # Pillow's images first: the next question would decode them.
+    if isinstance(images, (*FORMS, Mapping, Set)):  # a set says not which answer is whose
+        return True
     if isinstance(images, np.ndarray) or hasattr(images, "__array_interface__"):
         return getattr(images, "ndim", 0) not in (1, 4)
-    return isinstance(images, FORMS) or hasattr(images, "read") or not hasattr(images, "__iter__")
+    return hasattr(images, "read") or not hasattr(images, "__iter__")
 
 
 def _read_file(path: str) -> bytes:
+    place, where = os.path.expanduser(path), path or "image ''"
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        if not stat.S_ISREG(os.stat(place).st_mode):  # a pipe could keep us waiting for ever
+            found, todo = ("is a folder", "List its files.") if os.path.isdir(place) else ("is no file", "")
+            raise ImageError(where, found, "an image file", todo, reason_code="unreadable")
+        with open(place, "rb") as file:
             return file.read()
-    except (OSError, ValueError) as exc:  # ValueError: a null byte in the path
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, ImageError):
+            raise
         todo = "Fetch it, and pass its bytes." if "://" in path else ""
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise ImageError(path, f"cannot be read ({reason})", "an image file", todo, reason_code="unreadable") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc  # ValueError: a null byte in the path
+        raise ImageError(where, f"cannot be read ({reason})", "an image file", todo, reason_code="unreadable") from exc
 
 
 def _name_type(value: object) -> str:
-    return "None" if value is None else f"of type {type(value).__module__}.{type(value).__name__}"
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return "None" if value is None else f"of type {name}"
 
 
 def _advise(value: object) -> str:

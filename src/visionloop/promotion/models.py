@@ -9,6 +9,7 @@ from pathlib import Path
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
+from visionloop.secrets import mask
 from visionloop.store import ObjectStore, open_store
 from visionloop.workspace import Workspace
 
@@ -28,6 +29,8 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
         BundleError: the bundle is missing, incomplete or damaged, or answers differently on this machine.
         StoreError: the store cannot be read.
     """
+    if not isinstance(address, str | os.PathLike):
+        raise SettingsError("model", f"got {address!r}", ADDRESSES)
     text = os.fspath(address)
     if isinstance(address, str) and "://" in text:
         return _load_stored(text)
@@ -55,7 +58,7 @@ def _load_stored(url: str) -> Predictor:
     """Load a bundle of a store by way of a temporary folder: nothing of it stays on this machine."""
     found = _STORED.fullmatch(url)
     if not found or not url.startswith(("s3://", "file://")):
-        raise SettingsError(f"model {url!r}", "is not the address of a bundle", ADDRESSES)
+        raise SettingsError(f"model {mask(url)!r}", "is not the address of a bundle", ADDRESSES)
     with tempfile.TemporaryDirectory(prefix="visionloop-") as folder:
         return Predictor.fetch(open_store(found[1]), found[2], Path(folder))
 
