@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.inputs import ImageInput, is_one_image
-from visionloop.data.manifest import list_versions, load_pin, load_version, load_version_records
+from visionloop.data.manifest import list_versions, load_pin, load_version, load_version_records, make_image_key
 from visionloop.errors import DatasetError, ImageError, SettingsError
 from visionloop.params import load_params
 from visionloop.predictor import Predictor, raise_errors
@@ -194,6 +195,10 @@ class WorkspaceTables(Workspace):
         ]
         return _make_frame(rows, ["origin", "label", *keys, "source", "origins"])
 
+    def read_image(self, sha256: str) -> bytes:
+        """Return the bytes of an image of a dataset. Raises ObjectMissing, StoreError."""
+        return self.store.get(make_image_key(sha256))
+
     def runs(self, *, trials: bool = False) -> "pd.DataFrame":
         """Return the trainings in MLflow, newest first, as `visionloop runs`; with `trials` also those of `tune`.
 
@@ -201,6 +206,9 @@ class WorkspaceTables(Workspace):
         """
         _require("mlflow")
         marks, kinds = read_marks(self), {"train", "trial"} if trials else {"train"}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "IProgress not found")  # MLflow wants a bar, and shows none
+            found = list(self.tracking.iterate_runs())
         rows = [
             {
                 **{name.replace(" ", "_"): read(run) for name, read in COLUMNS.items()},
@@ -210,7 +218,7 @@ class WorkspaceTables(Workspace):
                 **{f"params.{key}": value for key, value in sorted(run.params.items())},
                 **{f"metrics.{key}": value for key, value in sorted(run.metrics.items())},
             }
-            for run in self.tracking.iterate_runs()
+            for run in found
             if run.kind in kinds
         ]
         return _make_frame(rows, [*(name.replace(" ", "_") for name in COLUMNS), "bundle", "champion", "candidate"])
