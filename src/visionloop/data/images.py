@@ -155,7 +155,7 @@ def make_image(pixels: NDArray[Any], where: str) -> Image.Image:
         raise ImageError(where, f"is an array of shape {shape}", expected)
     if 0 in pixels.shape:
         raise ImageError(where, f"is empty ({shape} pixels)", "an image", reason_code="empty")
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return Image.fromarray(pixels)
 
 
 def _check_pixels(size: Size, where: str, max_pixels: int) -> None:
@@ -168,15 +168,12 @@ def _check_pixels(size: Size, where: str, max_pixels: int) -> None:
 
 def _read_undecoded(image: Image.Image) -> bytes | None:
     """Return the bytes of a JPEG that is opened and not decoded: its pixels cannot have been changed. Else None."""
-    if not isinstance(image, ImageFile.ImageFile) or not _is_jpeg(image) or not image.tile or image.tell():
+    if not isinstance(image, ImageFile.ImageFile) or not _is_jpeg(image) or image.tell():
         return None
-    if image.fp is None or image.fp.closed:
+    if image.fp is None or image.fp.closed:  # it is decoded, or its owner has closed it
         return None
-    place = image.fp.tell()
     image.fp.seek(0)
-    data = image.fp.read()
-    image.fp.seek(place)
-    return data
+    return image.fp.read()
 
 
 def _make_array(

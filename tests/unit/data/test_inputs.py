@@ -107,6 +107,27 @@ def test_a_jpeg_that_was_drawn_on_is_not_read_from_its_file() -> None:
     assert (array == [0, 255, 0]).all()
 
 
+def test_an_image_whose_file_is_closed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(FILES["jpeg"]())
+    closed = Image.open(tmp_path / "a.jpg")
+    closed.close()
+    file = (tmp_path / "a.jpg").open("rb")
+    without_file = Image.open(file)
+    file.close()
+    for image in (closed, without_file):
+        with pytest.raises(ImageError, match="it: is damaged") as caught:
+            load_input(image, "it", **SIZE)
+        assert caught.value.reason_code == "damaged"
+
+
+def test_another_frame_is_not_taken_for_the_file(tmp_path: Path) -> None:
+    make_photo().save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (60, 60), "red")])
+    image = Image.open(tmp_path / "two.jpg")
+    np.testing.assert_array_equal(load_input(image, "x", **SIZE), load_input(tmp_path / "two.jpg", "x", **SIZE))
+    image.seek(1)
+    assert (load_input(image, "x", size_hw=(8, 8), resize="squash") == [254, 0, 0]).all()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
 def test_an_array_gives_what_its_png_gives(mode: str) -> None:
     image = make_alpha().convert(mode)
