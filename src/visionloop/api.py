@@ -112,14 +112,13 @@ class Model:
         """
         _check_choice("embed", on_error, ("raise", "nan"))
         answers = self._predictor.embed_each(_list_images(images)[1])
-        size = self._predictor.embedding_size
-        lost = np.full(size, np.nan, np.float32)
-        rows = (
-            raise_errors(answers)
-            if on_error == "raise"
-            else [lost if isinstance(a, ImageError) else a for a in answers]
-        )
-        return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+        rows = raise_errors(answers) if on_error == "raise" else list(answers)
+        good = [row for row in rows if not isinstance(row, ImageError)]
+        size = len(good[0]) if good else self._predictor.embedding_size
+        vectors = np.full((len(rows), size), np.nan, np.float32)
+        if good:
+            vectors[[not isinstance(row, ImageError) for row in rows]] = good
+        return vectors
 
 
 def load(address: str | os.PathLike[str], *, workspace: str | os.PathLike[str] | Workspace | None = None) -> Model:

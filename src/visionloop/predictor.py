@@ -67,8 +67,8 @@ class Predictor:
 
     @property
     def embedding_size(self) -> int:
-        """The length d of an embedding."""
-        return next(int(output.shape[1]) for output in self._session.get_outputs() if output.name == "embedding")
+        """The length d of an embedding, found by running the network once: its graph need not say it."""
+        return int(self.run(np.zeros((1, *self.card.image_size, 3), np.uint8)).embedding_nd.shape[1])
 
     @property
     def card(self) -> Card:
