@@ -78,7 +78,10 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
     wrong |= set(files) - present - TRAINING_ONLY
     if wrong:
         raise BundleError(where, f"{shorten(list(wrong))} differs from its digest", "the files as they were made", todo)
-    card = Card.from_json(json.loads((folder / "card.json").read_bytes()))
+    try:
+        card = Card.from_json(json.loads((folder / "card.json").read_bytes()))
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise BundleError(where, "card.json is damaged", "a model's card", todo) from exc
     return Bundle(folder=folder, digest=digest, card=card, files=files)
 
 

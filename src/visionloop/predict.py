@@ -8,18 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from visionloop.bundle import download_bundle
-from visionloop.errors import ImageError, PromotionError, SourceError, shorten
+from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import IMAGE_SUFFIXES
-from visionloop.parallel import map_parallel
 from visionloop.predictor import Predictor
-from visionloop.promotion.ledger import read_champion
 from visionloop.records import Prediction
-from visionloop.workspace import Workspace
 
-BATCH = 64
+REPORT_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -55,44 +49,21 @@ def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def load_champion(workspace: Workspace) -> Predictor:
-    """Fetch the champion's bundle, check it and load it.
-
-    Raises:
-        PromotionError: there is no champion yet.
-        BundleError: its bundle is damaged.
-    """
-    entry = read_champion(workspace.store, workspace.name)
-    if entry is None:
-        raise PromotionError(
-            f"ledger {workspace.name}",
-            "has no champion",
-            "a promoted model",
-            "Run `python flows/retrain.py`, or name a bundle with --bundle.",
-        )
-    bundle = download_bundle(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
-    return Predictor.load(bundle.folder, expected_digest=entry.bundle)
-
-
 def predict_files(
     predictor: Predictor,
     files: Sequence[Path],
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[FilePrediction]:
-    """Answer for files, a batch at a time, in their order; a file that cannot be used gets its reason."""
+    """Answer for files, in their order; a file that cannot be used gets its reason."""
     answers: list[FilePrediction] = []
-    for start in range(0, len(files), BATCH):
-        batch = files[start : start + BATCH]
-        decoded = list(map_parallel(lambda path: _decode(predictor, path), batch))
-        arrays = [d for d in decoded if isinstance(d, np.ndarray)]
-        predictions = iter(predictor.answer(predictor.run_batches(np.stack(arrays))) if arrays else [])
-        for path, one in zip(batch, decoded, strict=True):
-            good = isinstance(one, np.ndarray)
-            answers.append(
-                FilePrediction(str(path), next(predictions)) if good else FilePrediction(str(path), None, str(one))
-            )
-        on_progress(len(answers), len(files))
+    for path, answer in zip(files, predictor.predict_each(files), strict=True):
+        if isinstance(answer, ImageError):
+            answers.append(FilePrediction(str(path), None, f"{answer.found}; expected {answer.expected}"))
+        else:
+            answers.append(FilePrediction(str(path), answer))
+        if len(answers) % REPORT_EVERY == 0 or len(answers) == len(files):
+            on_progress(len(answers), len(files))
     return answers
 
 
@@ -118,12 +89,3 @@ def write_answers(answers: Sequence[FilePrediction], out: Path, predictor: Predi
                 figures = [f"{p.probabilities[c]:.6f}" for c in classes] if p else [""] * len(classes)
                 writer.writerow([a.path, p.prediction if p else "", p.confidence if p else "", a.error or "", *figures])
     os.replace(staged, out)
-
-
-def _decode(predictor: Predictor, path: Path) -> np.ndarray | str:
-    try:
-        return predictor.decode(path.read_bytes(), path.name)
-    except ImageError as exc:
-        return f"{exc.found}; expected {exc.expected}"
-    except OSError as exc:
-        return f"cannot be read ({exc.strerror})"

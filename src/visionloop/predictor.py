@@ -5,19 +5,23 @@ Dimensions: n images, h height, w width, k classes, d embedding size.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.bundle import Bundle, check_onnx, load_bundle
+from visionloop.bundle import Bundle, check_onnx, download_bundle, load_bundle
 from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
-from visionloop.errors import BundleError, ParamsError, shorten
+from visionloop.data.inputs import ImageInput, load_input
+from visionloop.errors import BundleError, ImageError, ParamsError, shorten
+from visionloop.parallel import map_parallel
 from visionloop.records import LABEL_SEPARATOR, Card, Prediction
+from visionloop.store import ObjectStore
 
 GOLDEN_TOLERANCE = 2e-2
 BATCH_IMAGES, BATCH_BYTES = 64, 32 * 1024 * 1024
@@ -27,6 +31,7 @@ TASKS = ("binary", "multiclass", "multilabel")
 FloatArray = NDArray[np.float32]
 # A model's answers: a class for each image (n,), or for multilabel a bool for each image and class (n, k).
 Choices = NDArray[np.int64] | NDArray[np.bool_]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,16 @@ class Predictor:
         predictor = cls(load_bundle(folder, expected_digest=expected_digest), threads=threads)
         predictor.check_golden()
         return predictor
+
+    @classmethod
+    def fetch(cls, store: ObjectStore, digest: str, cache_dir: Path) -> "Predictor":
+        """Open a bundle of the store, by way of a folder that keeps it. Raises BundleError, StoreError."""
+        return cls.load(download_bundle(store, digest, cache_dir).folder, expected_digest=digest)
+
+    @property
+    def embedding_size(self) -> int:
+        """The length d of an embedding, found by running the network once: its graph need not say it."""
+        return int(self.run(np.zeros((1, *self.card.image_size, 3), np.uint8)).embedding_nd.shape[1])
 
     @property
     def card(self) -> Card:
@@ -107,10 +122,35 @@ class Predictor:
             for labels, probs_k, confidence in zip(names, outputs.probs_nk, confidence_n, strict=True)
         ]
 
-    def predict(self, images: Sequence[bytes]) -> list[Prediction]:
-        """Answer for encoded images. Raises ImageError for the first one that cannot be used."""
-        arrays = [self.decode(data, f"image {i}") for i, data in enumerate(images)]
-        return self.answer(self.run_batches(np.stack(arrays))) if arrays else []
+    def predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
+        """Answer for images. Raises ImageError for the first one that cannot be used."""
+        return raise_errors(self.predict_each(images))
+
+    def predict_each(self, images: Iterable[ImageInput]) -> Iterator[Prediction | ImageError]:
+        """Yield each image's answer, or what is wrong with that image, in their order. One batch is in memory."""
+        return self._answer_each(images, self.answer)
+
+    def embed_each(self, images: Iterable[ImageInput]) -> Iterator[FloatArray | ImageError]:
+        """Yield each image's embedding (d,), or what is wrong with that image, as `predict_each`."""
+        return self._answer_each(images, lambda outputs: list(outputs.embedding_nd))
+
+    def _answer_each(
+        self, images: Iterable[ImageInput], answer: Callable[[Outputs], Iterable[Answer]]
+    ) -> Iterator[Answer | ImageError]:
+        numbered, size = iter(enumerate(images)), choose_batch_size(self.card.image_size)
+        while batch := list(islice(numbered, size)):
+            decoded = list(map_parallel(self._try_decode, batch))
+            arrays = [one for one in decoded if not isinstance(one, ImageError)]
+            answers = iter(answer(self.run(np.stack(arrays))) if arrays else ())
+            for one in decoded:
+                yield one if isinstance(one, ImageError) else next(answers)
+
+    def _try_decode(self, numbered: tuple[int, ImageInput]) -> UInt8Array | ImageError:
+        number, image = numbered
+        try:
+            return load_input(image, f"image {number}", size_hw=self.card.image_size, resize=self.card.resize)
+        except ImageError as exc:
+            return exc
 
     def check_golden(self) -> float:
         """Answer the golden images again and compare. Return the largest difference of a logit.
@@ -129,6 +169,16 @@ class Predictor:
                 "Do not serve it here: check the versions of onnxruntime and Pillow.",
             )
         return difference
+
+
+def raise_errors(answers: Iterable[Answer | ImageError]) -> list[Answer]:
+    """Return the answers. Raises the first ImageError among them."""
+    good = []
+    for one in answers:
+        if isinstance(one, ImageError):
+            raise one
+        good.append(one)
+    return good
 
 
 def check_card(card: Card, where: str) -> None:

@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 
+from notebooks import run_notebook
 from shapes import ROOT, make_environment, run, visionloop
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -163,3 +166,34 @@ def test_a_port_in_use(demo: Demo, server: str) -> None:
     assert done.returncode == 2
     assert "in use" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_tour_runs_after_the_demo_and_is_kept_with_its_outputs(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    places = {"HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython")}
+    ran = run_notebook(demo.home / "docs" / "tour.ipynb", **make_environment(**places))
+    cells = [cell for cell in ran.cells if cell.cell_type == "code"]
+    kept = [cell for cell in nbformat.read(ROOT / "docs" / "tour.ipynb", 4).cells if cell.cell_type == "code"]
+    assert [describe_outputs(cell) for cell in kept] == [describe_outputs(cell) for cell in cells]
+    said = "\n".join(output["text"] for cell in cells for output in cell.outputs if output.output_type == "stream")
+    accuracy = re.search(r"^([\d.]+)% of 286 test images are answered rightly$", said, flags=re.M)
+    assert accuracy and float(accuracy[1]) >= 97
+    assert "image 2: is not an image we read; expected JPEG, PNG or WebP." in said
+    [model] = [text for text in list_texts(cells) if text.startswith("<visionloop.Model")]
+    assert re.fullmatch(r"<visionloop.Model digits: .*; dataset version 1; bundle \w{12} from digits@champion>", model)
+    pictures = [kind for cell in cells for kind in describe_outputs(cell) if "image/png" in kind]
+    assert len(pictures) == 2
+
+
+def list_texts(cells: list[Any]) -> list[str]:
+    outputs = [output for cell in cells for output in cell.outputs]
+    return [output["data"]["text/plain"] for output in outputs if "data" in output]
+
+
+def describe_outputs(cell: Any) -> list[str]:
+    """What kinds of output a cell has; none of them is an error or goes to stderr."""
+    kinds = [o.get("name") or " ".join(sorted(o.get("data", [o.output_type]))) for o in cell.outputs]
+    assert not {"stderr", "error"} & set(kinds), cell.outputs
+    return kinds

@@ -42,7 +42,7 @@ run_server(
     connect(settings, make_params({"name": "fake", "serve": serve})),
     host="127.0.0.1",
     port=0,
-    bundle_dir=Path(bundle) if bundle else None,
+    bundle=bundle or None,
     on_ready=lambda url: print(url, flush=True),
 )
 print("returned")
@@ -112,7 +112,7 @@ def wait_for(claim: Callable[[], bool]) -> None:
 
 def run_here(home: Path, port: int = 0, bundle_dir: Path | None = None) -> None:
     settings = Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root="")
-    run_server(connect(settings, make_params({"name": "fake"})), host="127.0.0.1", port=port, bundle_dir=bundle_dir)
+    run_server(connect(settings, make_params({"name": "fake"})), host="127.0.0.1", port=port, bundle=bundle_dir)
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:

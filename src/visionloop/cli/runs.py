@@ -2,8 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,10 +11,10 @@ import typer
 from visionloop.cli.app import app
 from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
+from visionloop.runs import COLUMNS, Marks, read_marks, to_number
 from visionloop.tracking import Run
 
 if TYPE_CHECKING:
-    from visionloop.tracking import Run
     from visionloop.workspace import Workspace
 
 ID_CHARS = 8
@@ -26,43 +25,7 @@ NONE = "-"
 PLOTTED = ("train/loss", "val/loss", "val/accuracy", "val/f1", "val/map", "train/accuracy")
 MOST = 12
 Status = Literal["running", "finished", "failed", "killed"]
-
-
-@dataclass(frozen=True)
-class Marks:
-    """The bundles of the champion and of the candidate, by digest; None where there is none."""
-
-    champion: str | None
-    candidate: str | None
-
-    def of(self, run: Run) -> str:
-        """Return `champion`, `candidate`, both or nothing."""
-        bundle = run.tags.get("visionloop.bundle")
-        marks = {"champion": self.champion, "candidate": self.candidate}
-        return " ".join(name for name, digest in marks.items() if bundle and digest == bundle)
-
-
-COLUMNS: dict[str, Callable[[Run], Any]] = {
-    "started": lambda run: run.started_at,
-    "run": lambda run: run.run_id,
-    "way": lambda run: run.params.get("train.way"),
-    "backbone": lambda run: run.params.get("train.backbone"),
-    "data": lambda run: _to_number(run.tags.get("visionloop.dataset_version")),
-    "epochs": lambda run: run.metrics.get("epoch"),
-    "val accuracy": lambda run: get_best(run, "val/accuracy"),
-    "val loss": lambda run: get_best(run, "val/loss"),
-    "test accuracy": lambda run: run.metrics.get("test/accuracy"),
-    "time": lambda run: run.seconds,
-    "status": lambda run: run.status,
-}
-
-
 RISING = ("loss", "_s", "run", "way", "backbone", "time", "status")  # what ends so is sorted upwards
-
-
-def get_best(run: Run, name: str) -> float | None:
-    """Return a figure of the run's best epoch; of its last one while it runs, or if it was killed."""
-    return run.metrics.get(f"best/{name.replace('/', '_')}", run.metrics.get(name))
 
 
 def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
@@ -152,7 +115,7 @@ def to_json(run: Run, marks: Marks) -> dict[str, Any]:
         "seconds": run.seconds,
         "bundle": run.tags.get("visionloop.bundle"),
         "marks": marks.of(run).split(),
-        "dataset_version": _to_number(run.tags.get("visionloop.dataset_version")),
+        "dataset_version": to_number(run.tags.get("visionloop.dataset_version")),
         "params": dict(sorted(run.params.items())),
         "metrics": dict(sorted(run.metrics.items())),
     }
@@ -176,10 +139,6 @@ def _format_figure(value: float | None) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."
-
-
-def _to_number(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
 
 
 @app.command()
@@ -217,24 +176,7 @@ def runs(
     show_all(list(itertools.islice((r for r in found if r.kind in kinds), last)), marks, sort=sort, as_json=as_json)
 
 
-def read_marks(workspace: "Workspace") -> "Marks":
-    """Find out which bundles are champion (by the ledger) and candidate; an unreadable one is none."""
-    import contextlib
-
-    from visionloop.bundle import load_bundle
-    from visionloop.errors import VisionLoopError
-    from visionloop.promotion.ledger import read_champion
-
-    champion = candidate = None
-    with contextlib.suppress(VisionLoopError):
-        entry = read_champion(workspace.store, workspace.name)
-        champion = entry.bundle if entry else None
-    with contextlib.suppress(VisionLoopError):
-        candidate = load_bundle(workspace.settings.candidate_dir).digest
-    return Marks(champion, candidate)
-
-
-def show_all(found: "list[Run]", marks: "Marks", *, sort: str, as_json: bool) -> None:
+def show_all(found: list[Run], marks: Marks, *, sort: str, as_json: bool) -> None:
     """Print the table, or its JSON."""
     from visionloop.words import align
 
@@ -248,7 +190,7 @@ def show_all(found: "list[Run]", marks: "Marks", *, sort: str, as_json: bool) ->
             print(line)
 
 
-def compare(workspace: "Workspace", marks: "Marks", asked: list[str], *, out: Path | None, as_json: bool) -> None:
+def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path | None, as_json: bool) -> None:
     """Print some runs side by side and draw their curves.
 
     Raises:

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from visionloop.predict import FilePrediction
 
 BAR_CHARS = 20
+ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 
 
 @app.command()
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
     out: Annotated[Path | None, typer.Option(help="Write every answer to a .jsonl or .csv file.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; default: the champion.")] = None,
+    bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
@@ -32,13 +33,15 @@ def predict(
       visionloop predict "photos/**/*.jpg" --out answers.jsonl
 
       visionloop predict photo.jpg --bundle models/candidate
+
+      visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.predict import find_images, load_champion, predict_files, write_answers
-    from visionloop.predictor import Predictor
+    from visionloop.predict import find_images, predict_files, write_answers
+    from visionloop.promotion.models import load_champion, load_model
 
     workspace = open_workspace()
     files = find_images(paths, out=out)
-    predictor = Predictor.load(bundle) if bundle else load_champion(workspace)
+    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     answers = predict_files(predictor, files, on_progress=progress)
     shown = answers[:20] if out else answers
@@ -76,7 +79,7 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; default: follow the champion.")] = None,
+    bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: follow the champion.")] = None,
 ) -> None:
     """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
 
@@ -96,7 +99,7 @@ def serve(
         workspace,
         host=host,
         port=port,
-        bundle_dir=bundle,
+        bundle=bundle,
         on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
     )
 

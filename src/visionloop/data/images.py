@@ -8,12 +8,14 @@ asked. If it refuses the file or warns, Pillow decodes it instead, and decides w
 
 import io
 import math
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from visionloop.errors import ImageError
 
@@ -40,6 +42,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_DECODING = tuple(threading.Lock() for _ in range(16))  # two threads may have the same image, and one file behind it
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ def open_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Imag
         raise
     except Exception as exc:  # a malformed file can make the parser raise anything
         raise ImageError(where, "is not an image we read", "JPEG, PNG or WebP", reason_code="not_an_image") from exc
-    if image.width * image.height > max_pixels:
-        found = f"has {image.width} x {image.height} pixels"
-        raise ImageError(where, found, f"at most {max_pixels}", reason_code="too_large")
+    _check_pixels(image.size, where, max_pixels)
     if _is_jpeg(image) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ImageError(where, f"has {scans} scans", f"at most {MAX_SCANS}", reason_code="too_large")
     return image
@@ -119,17 +120,77 @@ def load_array(
     bytes give the same array in every thread and process of a machine. Raises ImageError.
     """
     header = open_image(data, where, max_pixels=max_pixels)
+    return _make_array(header, data if _is_jpeg(header) else None, where, size_hw, resize)
+
+
+def convert_image(
+    image: Image.Image, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int = MAX_PIXELS
+) -> UInt8Array:
+    """Do what `load_array` does, for an image that Pillow has opened: the same array as from its file.
+
+    The exception is a JPEG whose pixels are decoded already, at full size: it may differ by one to two grey levels.
+    Two threads may call this with the same image. Raises ImageError.
+    """
+    _check_pixels(image.size, where, max_pixels)
+    if image.mode == "F":
+        todo = "Scale it, and convert it to mode L or RGB."
+        raise ImageError(where, "has pixels of floating point (mode F)", "8 or 16 bits", todo)
+    with _DECODING[id(image) // 64 % len(_DECODING)]:
+        data = _read_undecoded(image)
+        if data is None:
+            return _make_array(image, None, where, size_hw, resize)
+    return load_array(data, where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)
+
+
+def make_image(pixels: NDArray[Any], where: str) -> Image.Image:
+    """Return pixels as an image: uint8, (h, w) grey, (h, w, 3) RGB or (h, w, 4) RGB and alpha. Raises ImageError."""
+    shape = " x ".join(map(str, pixels.shape)) or "no"
+    if pixels.dtype != np.uint8:
+        todo = "Convert it: values from 0 to 255, then `.astype('uint8')`."
+        raise ImageError(where, f"is an array of {pixels.dtype}", "an array of uint8", todo)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        expected = "height x width (grey), height x width x 3 (RGB), or x 4 (RGB and alpha)"
+        raise ImageError(where, f"is an array of shape {shape}", expected)
+    if 0 in pixels.shape:
+        raise ImageError(where, f"is empty ({shape} pixels)", "an image", reason_code="empty")
+    return Image.fromarray(pixels)
+
+
+def _check_pixels(size: Size, where: str, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        found = f"has {size[0]} x {size[1]} pixels"
+        raise ImageError(where, found, f"at most {max_pixels}", reason_code="too_large")
+    if not size[0] * size[1]:
+        raise ImageError(where, f"is empty ({size[0]} x {size[1]} pixels)", "an image", reason_code="empty")
+
+
+def _read_undecoded(image: Image.Image) -> bytes | None:
+    """Return the bytes of a JPEG that is opened and not decoded: its pixels cannot have been changed. Else None."""
+    if not isinstance(image, ImageFile.ImageFile) or not _is_jpeg(image) or image.tell():
+        return None
+    if image.fp is None or image.fp.closed:  # it is decoded, or its owner has closed it
+        return None
+    image.fp.seek(0)
+    return image.fp.read()
+
+
+def _make_array(
+    image: Image.Image, jpeg: bytes | None, where: str, size_hw: tuple[int, int], resize: str
+) -> UInt8Array:
+    """Turn an image into (height, width, 3). `jpeg` are the bytes for the fast path."""
     upright = size_hw[1], size_hw[0]
-    pixels = None if _is_jpeg(header) else _load(header, where)  # a PNG may have its EXIF behind its pixels
-    orientation = _read_orientation(header)
+    pixels = None if jpeg else _load(image, where)  # a PNG may have its EXIF behind its pixels
+    orientation = _read_orientation(image)
     wanted = _swap(upright, orientation)
-    share, size = _fit(header.size, wanted, resize)
+    share, size = _fit(image.size, wanted, resize)
     may_sample = False
     if pixels is None:
         needed = math.ceil(size[0] / (share[2] - share[0])), math.ceil(size[1] / (share[3] - share[1]))
-        pixels = _decode_jpeg(data, header, needed)
+        pixels = _decode_jpeg(jpeg or b"", image, needed)
         may_sample = pixels is not None
-        pixels = pixels or _load(header, where)
+        pixels = pixels or _load(image, where)
     small = _turn(_to_rgb(_resize(pixels, share, size, may_sample=may_sample)), orientation)
     if small.size != upright:
         canvas = Image.new("RGB", upright, BAR_COLOUR)

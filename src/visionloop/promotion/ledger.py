@@ -27,6 +27,24 @@ def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
     return _read(store, keys[-1], LedgerEntry, "a ledger entry") if keys else None
 
 
+def require_entry(store: ObjectStore, name: str, number: int | None = None) -> LedgerEntry:
+    """Return the champion's entry, or the one with a number.
+
+    Raises:
+        PromotionError: there is none, or it is damaged.
+    """
+    entries = read_history(store, name) if number is not None else [read_champion(store, name)]
+    for entry in entries:
+        if entry and number in (None, entry.number):
+            return entry
+    todo = "Run `python flows/retrain.py`, or name a bundle with --bundle."
+    if number is None or not entries:
+        raise PromotionError(f"ledger {name}", "has no champion", "a promoted model", todo)
+    raise PromotionError(
+        f"ledger {name}", f"has no entry {number}", f"1 to {len(entries)}", "See `visionloop history`."
+    )
+
+
 def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
     """Return all entries, oldest first. Raises PromotionError."""
     return [_read(store, key, LedgerEntry, "a ledger entry") for key in _list_keys(store, f"ledger/{name}")]
@@ -61,6 +79,11 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
         if candidate in (None, decision.candidate):
             return decision
     return None
+
+
+def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
+    """Return all decisions of a name, oldest first. Raises PromotionError."""
+    return [_read_decision(store, key) for key in _list_decision_keys(store, name)]
 
 
 def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:

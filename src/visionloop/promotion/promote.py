@@ -218,7 +218,7 @@ def _verify_in_store(workspace: Workspace, digest: str) -> None:
     """Download a bundle without this machine's cache, as a server would; check its digests and golden answers."""
     workspace.settings.hidden_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.settings.hidden_dir) as folder:
-        Predictor(download_bundle(workspace.store, digest, Path(folder))).check_golden()
+        Predictor.fetch(workspace.store, digest, Path(folder))
 
 
 def _register_again(workspace: Workspace, champion: LedgerEntry) -> str:

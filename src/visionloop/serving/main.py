@@ -17,7 +17,8 @@ from fastapi import FastAPI
 
 from visionloop.errors import ServingError
 from visionloop.params import Serve
-from visionloop.predictor import Predictor
+from visionloop.promotion.ledger import read_champion
+from visionloop.promotion.models import load_model
 from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
@@ -36,13 +37,13 @@ def run_server(
     *,
     host: str,
     port: int,
-    bundle_dir: Path | None = None,
+    bundle: str | Path | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
-    Serves the ledger's champion and follows it, or the bundle in `bundle_dir`. Port 0 means any free port; `on_ready`
-    is called with the address. Configures logging.
+    Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
+    any free port; `on_ready` is called with the address. Configures logging.
 
     Raises:
         ServingError: the port cannot be had, or there is no champion.
@@ -52,8 +53,8 @@ def run_server(
     with _exit_on_signals(), _bind(host, port) as sock:
         slot = ModelSlot()
         follower = None
-        if bundle_dir is not None:
-            slot.current = ServedModel(Predictor.load(bundle_dir))
+        if bundle is not None:
+            slot.current = ServedModel(load_model(bundle, lambda: workspace))
         else:
             follower = _make_follower(workspace, slot)
             follower.load_first()
@@ -107,8 +108,6 @@ class _Server(uvicorn.Server):
 
 
 def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
-    from visionloop.promotion.ledger import read_champion
-
     store = open_store(workspace.settings.store_url)
 
     def find_champion() -> LedgerEntry | None:

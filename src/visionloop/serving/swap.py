@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visionloop.bundle import download_bundle
 from visionloop.errors import ServingError, StoreError, VisionLoopError
 from visionloop.predictor import Predictor
 from visionloop.records import LedgerEntry
@@ -136,8 +135,7 @@ class ChampionFollower:
         log.info("serving entry %d, version %s, bundle %s", entry.number, entry.model_version, entry.bundle[:12])
 
     def _load(self, entry: LedgerEntry) -> ServedModel:
-        bundle = download_bundle(self._store, entry.bundle, self._cache_dir)
-        predictor = Predictor.load(bundle.folder, expected_digest=entry.bundle)
+        predictor = Predictor.fetch(self._store, entry.bundle, self._cache_dir)
         return ServedModel(predictor, entry.model_version, entry.number)
 
     def _clear_problem(self) -> None:

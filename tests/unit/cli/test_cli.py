@@ -82,6 +82,11 @@ def test_a_bundle_with_a_flipped_byte(
         (("gate",), "error: data/dataset.json: not found"),
         (("predict", "x.jpg"), "error: x.jpg: does not exist; expected an image, a folder or a glob."),
         (("predict", "../photos"), "error: ledger pets: has no champion; expected a promoted model."),
+        (("predict", "../photos", "--bundle", "cats@champion"), "knows no 'cats'; expected a name with a dataset."),
+        (
+            ("predict", "../photos", "--bundle", "x"),
+            "error: model 'x': does not exist; expected a bundle's folder,",
+        ),
         (("new", "."), "is not empty; expected a new or empty folder."),
         (("new", "x", "--example", "cats"), "got 'cats'; expected one of cats-and-dogs, digits, dog-breeds"),
         (("datasets", "show", "9"), "error: dataset pets version 9: is not in the store"),

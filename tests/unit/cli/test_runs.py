@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from visionloop.cli.runs import Marks, compare_runs, find_run, list_differences, make_table, sort_runs, to_json
+from visionloop.cli.runs import compare_runs, find_run, list_differences, make_table, sort_runs, to_json
 from visionloop.errors import SettingsError
+from visionloop.runs import Marks
 from visionloop.tracking import Run
 
 STARTED = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -1,0 +1,79 @@
+"""From the address of a model to the model: a folder, NAME@champion, NAME@3, or a bundle's folder in a store."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
+from visionloop.predictor import Predictor
+from visionloop.promotion.ledger import require_entry
+from visionloop.secrets import mask
+from visionloop.store import ObjectStore, open_store
+from visionloop.workspace import Workspace
+
+ADDRESSES = "a bundle's folder, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
+_PROMOTED = re.compile(r"([A-Za-z0-9._-]+)@(champion|[0-9]{1,6})")
+_STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
+
+
+def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspace]) -> Predictor:
+    """Open the model of an address: digests first, then the golden answers.
+
+    `open_home` opens the workspace whose store a name is looked up in; it is called for a name only.
+
+    Raises:
+        SettingsError: it is no address.
+        PromotionError: the name is not known, or has no champion.
+        BundleError: the bundle is missing, incomplete or damaged, or answers differently on this machine.
+        StoreError: the store cannot be read.
+    """
+    if not isinstance(address, str | os.PathLike):
+        raise SettingsError("model", f"got {address!r}", ADDRESSES)
+    text = os.fspath(address)
+    if isinstance(address, str) and "://" in text:
+        return _load_stored(text)
+    folder = Path(text).expanduser()
+    if isinstance(address, str) and "@" in text and not folder.is_dir():
+        return _load_promoted(text, open_home)
+    if not text or not folder.is_dir():
+        found = "is a file" if folder.is_file() and text else "does not exist"
+        raise BundleError(f"model {text!r}", found, ADDRESSES, "Check it; a path is relative to the current folder.")
+    return Predictor.load(folder)
+
+
+def load_champion(workspace: Workspace, name: str | None = None, number: int | None = None) -> Predictor:
+    """Fetch the bundle of the champion, or of another entry of a ledger, check it and load it.
+
+    Raises:
+        PromotionError: there is no such entry yet.
+        BundleError: its bundle is damaged.
+    """
+    entry = require_entry(workspace.store, name or workspace.name, number)
+    return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+
+
+def _load_stored(url: str) -> Predictor:
+    """Load a bundle of a store by way of a temporary folder: nothing of it stays on this machine."""
+    found = _STORED.fullmatch(url)
+    if not found or not url.startswith(("s3://", "file://")):
+        raise SettingsError(f"model {mask(url)!r}", "is not the address of a bundle", ADDRESSES)
+    with tempfile.TemporaryDirectory(prefix="visionloop-") as folder:
+        return Predictor.fetch(open_store(found[1]), found[2], Path(folder))
+
+
+def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
+    found = _PROMOTED.fullmatch(text)
+    if not found:
+        raise SettingsError(f"model {text!r}", "is neither a folder nor a name", ADDRESSES)
+    workspace, name = open_home(), found[1]
+    if name not in (known := _list_names(workspace.store)):
+        what = f"one of {shorten(known)}" if known else "a name with a dataset"
+        todo = "Name another workspace, or set VISIONLOOP_STORE."
+        raise PromotionError(f"model {text!r}", f"the store {workspace.store.url} knows no {name!r}", what, todo)
+    return load_champion(workspace, name, None if found[2] == "champion" else int(found[2]))
+
+
+def _list_names(store: ObjectStore) -> list[str]:
+    return sorted({key.split("/")[1] for folder in ("datasets", "ledger") for key in store.list(f"{folder}/")})
