@@ -119,7 +119,7 @@ def test_an_encoder_that_cannot_tell_the_classes_writes_no_corrections(
     encoder = make_bundle_encoder(load_bundle(settings.candidate_dir)).facts.digest
     vectors = np.random.default_rng(0).normal(size=(160, 8)).astype(np.float32)
     EmbeddingTable(open_store(settings.store_url), encoder).write(prepared.sha256_n, vectors)
-    assert run(monkeypatch, "suspects", "--encoder", "candidate") == 2
+    assert run_here(monkeypatch, "suspects", "--encoder", "candidate") == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "cannot tell the classes: neighbours agree with the labels in " in said[0]
@@ -211,7 +211,7 @@ def test_embeddings_can_be_had_with_paths_and_labels(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in (home / "features").iterdir()}
-    assert run(monkeypatch, "embed", "--out", "out/vectors.parquet") == 0
+    assert run_here(monkeypatch, "embed", "--out", "out/vectors.parquet") == 0
     assert "out/vectors.parquet holds 160 embeddings of 64 numbers" in capsys.readouterr().out
     frame = pd.read_parquet(home / "out" / "vectors.parquet")
     assert list(frame) == ["path", "labels", "side", "sha256", "vector"]
@@ -233,12 +233,12 @@ def test_a_way_that_needs_no_embeddings_has_them_too_and_its_stage_stays_as_it_w
 ) -> None:
     (home / "params.yaml").write_text(FROZEN.replace("way: frozen", "way: scratch"))
     before = {path.name: path.read_bytes() for path in (home / "features").iterdir()}
-    assert run(monkeypatch, "embed", "--out", "vectors.parquet") == 0
+    assert run_here(monkeypatch, "embed", "--out", "vectors.parquet") == 0
     assert len(pd.read_parquet(home / "vectors.parquet")) == 160
     assert {path.name: path.read_bytes() for path in (home / "features").iterdir()} == before
     # A candidate is asked first, as by `similar`; what is written over is a file of this command alone.
     make_bundle(home / "models" / "candidate", classes=("disc", "ring"))
-    assert run(monkeypatch, "embed", "--out", "vectors.parquet") == 0
+    assert run_here(monkeypatch, "embed", "--out", "vectors.parquet") == 0
     digest = make_bundle_encoder(load_bundle(home / "models" / "candidate")).facts.digest
     assert pq.read_schema(home / "vectors.parquet").metadata[b"visionloop.encoder"] == digest.encode()
     assert list(home.glob("vectors*")) == [home / "vectors.parquet"]
@@ -260,7 +260,7 @@ def test_embeddings_that_cannot_be_written_are_refused_in_a_line(
 ) -> None:
     (home / "folder.parquet").mkdir()
     before = (home / "features" / "embeddings.parquet").read_bytes()
-    assert run(monkeypatch, "embed", *argv) == 2
+    assert run_here(monkeypatch, "embed", *argv) == 2
     assert words in capsys.readouterr().err
     assert (home / "features" / "embeddings.parquet").read_bytes() == before
 

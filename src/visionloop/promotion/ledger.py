@@ -83,7 +83,7 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
 
 def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
     """Return all decisions of a name, oldest first. Raises PromotionError."""
-    return [_read_decision(store, key) for key in _list_decision_keys(store, name)]
+    return [_read(store, key, Decision, "a decision") for key in _list_keys(store, f"decisions/{name}")]
 
 
 def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:
