@@ -59,9 +59,8 @@ def tune(
     for path in draw(tuning, reports, logged=not show):
         print(f"  {path}")
     if best := find_best_trial(reports):
-        if (solver := tuning.params.train.solver) != workspace.params.train.solver:
-            best = replace(best, values={**best.values, "solver": solver})  # the values are of use only with it
-        for line in keep(workspace.settings.params_path, best, save=save):
+        whole = replace(best, values={**best.values, **tuning.needed})
+        for line in keep(workspace.settings.params_path, whole, save=save):
             print(line)
 
 

@@ -39,11 +39,15 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuning:
-    """All that a study depends on, opened: `base` is the job that every trial varies."""
+    """All that a study depends on, opened: `base` is the job that every trial varies.
+
+    `needed`: keys of train beside the space that its values are of use with.
+    """
 
     base: Job
     study: optuna.Study
     database: Path
+    needed: Mapping[str, str]
 
     @property
     def params(self) -> Params:
@@ -58,11 +62,13 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
         DatasetError: there is no prepared data to learn from.
     """
     params = make_base(workspace.params)
-    if params.train.solver != workspace.params.train.solver:
+    needed = {"solver": params.train.solver} if params.train.solver != workspace.params.train.solver else {}
+    if needed:
         watcher.tell("heads on embeddings learn by epochs (train.solver: epochs), as tune.space has keys of steps")
     # One machine, one process, checkpoints here: a trial is short.
     settings = replace(workspace.settings, checkpoints="local")
-    if params.train.solver != workspace.params.train.solver:
+    needed = {"solver": params.train.solver} if params.train.solver != workspace.params.train.solver else {}
+    if needed:
         watcher.tell("trials of the way frozen learn by epochs (train.solver: epochs), as tune.space asks for")
     base = replace(workspace, settings=settings, params=params)
     data = check_training(base)
@@ -80,7 +86,7 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
     folder = settings.hidden_dir / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     database = folder / f"{params.name}-{compute_digest(depends_on)[:12]}.db"
-    return Tuning(job, _open_study(database, params), database)
+    return Tuning(job, _open_study(database, params), database, needed)
 
 
 def make_base(params: Params) -> Params:

@@ -9,9 +9,11 @@ Dimensions: n images, d features, u units (1 for binary, else k classes).
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionloop.networks.classifier import Classifier
@@ -126,8 +128,8 @@ class _Sides:
         prepared, plan = job.prepared, plan_imbalance(job)
         self.task, self.objective = prepared.task, make_objective(job.params.train, prepared.task, plan)
         self.device = torch.device("cuda" if job.hardware.accelerator == "gpu" else "cpu")
-        truth = torch.from_numpy(prepared.label_n if prepared.targets_nk is None else prepared.targets_nk)
-        self.targets, self.val_targets = truth[job.train_rows].to(self.device), truth[job.val_rows].to(self.device)
+        truth: Any = prepared.label_n if prepared.targets_nk is None else prepared.targets_nk
+        self.targets, self.val_targets = (self._place(truth[rows]) for rows in (job.train_rows, job.val_rows))
         self.weights_n = None if plan.row_weights_n is None else self._place(plan.row_weights_n.astype(np.float32))
         train_nd, self.val_nd = self._place(embedding_nd[job.train_rows]), self._place(embedding_nd[job.val_rows])
         self.scaling = compute_scaling(train_nd)
@@ -145,7 +147,7 @@ class _Sides:
         units_nu = torch.addmm(solution.bias_u, self.val_nd, solution.weight_ud.T)
         return figures | compute_figures(units_nu, self.val_targets, self.task)
 
-    def _place(self, values: FloatArray) -> Tensor:
+    def _place(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
 
