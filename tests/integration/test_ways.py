@@ -232,7 +232,7 @@ def fit_sklearn(home: Home, rows: Any, strength: float) -> Any:
 
 
 def test_frozen_is_solved_to_what_scikit_learn_finds_with_the_same_choice_of_c(champion: Home, tmp_path: Path) -> None:
-    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors", patience=7)
+    home = fork(champion, tmp_path / "ws", way="frozen", patience=7)  # random weights: not all is easy
     home.embed()
     digest = home.train()
     predictor, prepared = Predictor.load(home.settings.candidate_dir), load_prepared(home.settings.prepared_dir)
@@ -252,11 +252,10 @@ def test_frozen_is_solved_to_what_scikit_learn_finds_with_the_same_choice_of_c(c
     assert metrics["best/C"] == curve["solver/C"][int(np.argmin(losses))]
     assert len(losses) >= 4
     theirs = fit_sklearn(home, train, metrics["best/C"]).predict_proba(embedding_nd[val])
-    np.testing.assert_allclose(ours.probs_nk, theirs, atol=5e-3)
+    np.testing.assert_allclose(ours.probs_nk, theirs, atol=2e-2)
 
     accuracy = (ours.logits_nk.argmax(1) == prepared.label_n[val]).mean()
     (report,) = home.notes.epochs
-    assert accuracy > 0.9
     assert report.metrics["val/accuracy"] == metrics["val/accuracy"] == pytest.approx(accuracy)
     assert metrics["val/loss"] == min(curve["solver/val_loss"]) == metrics["best/val_loss"]
     assert {"train/loss", "train/accuracy", "val/f1", "train/epoch_s"} <= set(metrics)
@@ -271,7 +270,7 @@ def test_frozen_is_solved_to_what_scikit_learn_finds_with_the_same_choice_of_c(c
 
 
 def test_frozen_on_all_keeps_the_c_of_validation_and_learns_from_both_sides(champion: Home, tmp_path: Path) -> None:
-    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors")
+    home = fork(champion, tmp_path / "ws", way="frozen")
     home.embed()
     job = home.make_quiet_job()
     WAYS["frozen"](tmp_path, job, QUIET_RUN)
@@ -284,12 +283,13 @@ def test_frozen_on_all_keeps_the_c_of_validation_and_learns_from_both_sides(cham
     rows = np.flatnonzero(np.isin(job.prepared.side_n, ("train", "val")))
     embedding_nd, _ = load_features(home.settings.features_dir, job.prepared)
     ours = head(torch.from_numpy(embedding_nd)).softmax(dim=1).detach().numpy()
-    np.testing.assert_allclose(ours, fit_sklearn(home, rows, chosen).predict_proba(embedding_nd), atol=5e-3)
+    np.testing.assert_allclose(ours, fit_sklearn(home, rows, chosen).predict_proba(embedding_nd), atol=2e-2)
     train_alone = fit_sklearn(home, job.prepared.rows("train"), chosen).predict_proba(embedding_nd)
-    assert np.abs(ours - train_alone).max() > 0.02
+    assert np.abs(ours - train_alone).max() > 0.1
     (report,) = home.notes.epochs
     assert set(report.metrics) == {"train/loss", "train/accuracy"}
-    assert report.metrics["train/accuracy"] > 0.9
+    accuracy = (ours[rows].argmax(1) == job.prepared.label_n[rows]).mean()
+    assert report.metrics["train/accuracy"] == pytest.approx(accuracy)
 
 
 def test_frozen_with_a_c_of_ones_own_chooses_nothing(champion: Home, tmp_path: Path) -> None:
