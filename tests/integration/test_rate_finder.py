@@ -10,12 +10,8 @@ import torch
 from trainings import Ear, Place, make_place, registered
 from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
-<<<<<<< HEAD
-from visionloop.training.rate_finder import make_rates, make_sweep, search_rate
-=======
 from visionloop.features.embed import embed
-from visionloop.training.rate_finder import make_rates, search_rate
->>>>>>> 6965fcf (wip: tests of the solved head)
+from visionloop.training.rate_finder import make_rates, make_sweep, search_rate
 
 # A batch is 8 images: with half as many steps its noise at high rates is as steep as the fall, and rounding decides.
 STEPS = 80
