@@ -10,6 +10,7 @@ import torch
 from trainings import Ear, Place, make_place, registered
 from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
+from visionloop.features.embed import embed
 from visionloop.training.rate_finder import make_rates, make_sweep, search_rate
 
 # A batch is 8 images: with half as many steps its noise at high rates is as steep as the fall, and rounding decides.
@@ -89,6 +90,18 @@ def test_all_layers_learn_from_the_first_step_in_a_fine_tuning(clean: Place, tmp
         search_rate(clean.with_train(**keys, frozen_epochs=epochs).make_job(), rates)[0] for epochs in (2, 0)
     )
     assert frozen.losses_s.tolist() == whole.losses_s.tolist()
+
+
+def test_a_head_that_is_solved_gets_a_rate_all_the_same_and_it_is_said_what_for(place: Place) -> None:
+    ear, head = Ear(), place.with_train(way="frozen")
+    embed(head)
+    sweep, _ = search_rate(head.make_job(ear), make_rates(1e-5, 1e-2, 8))
+    assert len(sweep.rates_s) == 8
+    line = "head: is solved without a learning rate; `train.solver: epochs` uses the one that is found"
+    assert ear.said(line)
+    ear = Ear()
+    search_rate(head.with_train(solver="epochs").make_job(ear), make_rates(1e-5, 1e-2, 8))
+    assert not ear.said(line)
 
 
 def test_a_loss_that_explodes_ends_the_sweep(clean: Place) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from trainings import Place, make_place, registered
 from visionloop.cli.tune import describe_importance, describe_trials, draw, find_best_trial, keep
 from visionloop.errors import BusyError, ParamsError, TrackingError, TrainingError
+from visionloop.features.embed import embed
 from visionloop.params import Params, make_params
 from visionloop.training.fit import Trained
 from visionloop.training.job import Job
@@ -276,6 +277,11 @@ def test_losses_are_to_fall(place: Place) -> None:
         ({"on": "all", "monitor": "train/loss"}, {}, "params.yaml train.on: got 'all'"),
         ({"way": "frozen"}, {"space": {"backbone": ["tiny", "small_cnn"]}}, "params.yaml tune.space.backbone"),
         (
+            {"way": "frozen", "solver": "lbfgs"},
+            {},
+            "params.yaml tune.space.batch_size: changes nothing with train.solver: lbfgs; expected keys that such",
+        ),
+        (
             {},
             {"metric": "val/accurracy"},
             "params.yaml tune.metric: got 'val/accurracy', which no epoch has; expected one of val/loss",
@@ -289,6 +295,22 @@ def test_what_cannot_be_tuned_is_said_before_the_first_trial(
         tune(place.with_train(**train), **section)
     assert line in str(caught.value)
     assert place.tracking.runs == {}
+
+
+@pytest.mark.parametrize(
+    ("space", "needed", "epochs"),
+    [({"learning_rate": [0.01, 0.1]}, {"solver": "epochs"}, 2), ({"C": [0.01, 1.0]}, {}, 1)],
+)
+def test_heads_on_embeddings_are_tuned_by_what_they_learn_by(
+    place: Place, space: dict[str, Any], needed: dict[str, str], epochs: int, trains: None
+) -> None:
+    place, audience = place.with_train(way="frozen", backbone="small_cnn"), Audience()
+    embed(place)
+    tuning = tune(place, audience, space=space, trials=1)
+    assert [(report.state, report.epochs) for report in list_reports(tuning)] == [("done", epochs)]
+    assert tuning.needed == needed
+    told = "heads on embeddings learn by epochs (train.solver: epochs), as tune.space has keys of steps"
+    assert (told in audience.lines) == bool(needed)
 
 
 def test_a_damaged_database_is_one_line(place: Place) -> None:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from memory_tracking import MemoryTracking
@@ -203,7 +206,7 @@ def test_frozen_learns_the_head_that_passes_through_the_backbone_would_give(
 
 def train_plainly(job: Job, head_alone: Classifier, epochs: int) -> Classifier:
     """Train the same head by hand: images through the backbone at every step, as anyone would."""
-    from visionloop.training.ways.embeddings import attach_backbone
+    from visionloop.training.ways.head import attach_backbone
 
     classifier = attach_backbone(job, head_alone).eval()
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=job.params.train.learning_rate, weight_decay=0.0)
@@ -218,6 +221,114 @@ def train_plainly(job: Job, head_alone: Classifier, epochs: int) -> Classifier:
             loss.backward()
             optimizer.step()
     return classifier
+
+
+def fit_sklearn(home: Home, rows: Any, strength: float) -> Any:
+    """scikit-learn's head on the embeddings of some rows."""
+    prepared = load_prepared(home.settings.prepared_dir)
+    embedding_nd, _ = load_features(home.settings.features_dir, prepared)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=5000, tol=1e-8))
+    return model.fit(embedding_nd[rows].astype(np.float64), prepared.label_n[rows])
+
+
+def test_frozen_is_solved_to_what_scikit_learn_finds_with_the_same_choice_of_c(champion: Home, tmp_path: Path) -> None:
+    home = fork(champion, tmp_path / "ws", way="frozen", patience=7)  # random weights: not all is easy
+    home.embed()
+    digest = home.train()
+    predictor, prepared = Predictor.load(home.settings.candidate_dir), load_prepared(home.settings.prepared_dir)
+    embedding_nd, _ = load_features(home.settings.features_dir, prepared)
+    train, val = prepared.rows("train"), prepared.rows("val")
+    ours = predictor.run_batches(prepared.read(val))
+    metrics = home.run.data.metrics
+    curve = {
+        name: [point.value for point in home.tracking._connect()[0].get_metric_history(home.run.info.run_id, name)]
+        for name in ("solver/C", "solver/val_loss", "solver/val_accuracy", "solver/train_loss")
+    }
+    losses = []
+    for strength, loss in zip(curve["solver/C"], curve["solver/val_loss"], strict=True):
+        theirs = fit_sklearn(home, train, strength).predict_proba(embedding_nd[val])
+        losses.append(-np.log(theirs[np.arange(len(val)), prepared.label_n[val]]).mean())
+        assert loss == pytest.approx(losses[-1], abs=1e-3)
+    assert metrics["best/C"] == curve["solver/C"][int(np.argmin(losses))]
+    assert len(losses) >= 4
+    theirs = fit_sklearn(home, train, metrics["best/C"]).predict_proba(embedding_nd[val])
+    np.testing.assert_allclose(ours.probs_nk, theirs, atol=2e-2)
+
+    accuracy = (ours.logits_nk.argmax(1) == prepared.label_n[val]).mean()
+    (report,) = home.notes.epochs
+    assert report.metrics["val/accuracy"] == metrics["val/accuracy"] == pytest.approx(accuracy)
+    assert metrics["val/loss"] == min(curve["solver/val_loss"]) == metrics["best/val_loss"]
+    assert {"train/loss", "train/accuracy", "val/f1", "train/epoch_s"} <= set(metrics)
+    assert (
+        "head: solved without epochs; not used: train.batch_size, train.learning_rate, train.max_epochs, "
+        "train.patience (`train.solver: epochs` uses them)"
+    ) in home.notes.lines
+    assert f"head: solved with C {metrics['best/C']:g} (the best of {len(losses)} by val/loss)" in home.notes.lines
+
+    shutil.rmtree(home.settings.work_dir("train"))
+    assert home.train() == digest, "the same input gives the same bytes"
+
+
+def test_frozen_on_all_keeps_the_c_of_validation_and_learns_from_both_sides(champion: Home, tmp_path: Path) -> None:
+    home = fork(champion, tmp_path / "ws", way="frozen")
+    home.embed()
+    job = home.make_quiet_job()
+    WAYS["frozen"](tmp_path, job, QUIET_RUN)
+    chosen = job.tracking.only["metrics"][0]["best/C"]  # type: ignore[attr-defined]
+    home.section |= {"on": "all", "monitor": "train/accuracy"}
+    home.notes = Notes()
+    job = home.make_quiet_job()
+    head: Any = WAYS["frozen"](tmp_path, job, QUIET_RUN).head
+    assert job.tracking.only["metrics"][0]["best/C"] == chosen  # type: ignore[attr-defined]
+    rows = np.flatnonzero(np.isin(job.prepared.side_n, ("train", "val")))
+    embedding_nd, _ = load_features(home.settings.features_dir, job.prepared)
+    ours = head(torch.from_numpy(embedding_nd)).softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(ours, fit_sklearn(home, rows, chosen).predict_proba(embedding_nd), atol=2e-2)
+    train_alone = fit_sklearn(home, job.prepared.rows("train"), chosen).predict_proba(embedding_nd)
+    assert np.abs(ours - train_alone).max() > 0.1
+    (report,) = home.notes.epochs
+    assert set(report.metrics) == {"train/loss", "train/accuracy"}
+    accuracy = (ours[rows].argmax(1) == job.prepared.label_n[rows]).mean()
+    assert report.metrics["train/accuracy"] == pytest.approx(accuracy)
+
+
+def test_frozen_with_a_c_of_ones_own_chooses_nothing(champion: Home, tmp_path: Path) -> None:
+    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors", C=1e-4)
+    home.embed()
+    job = home.make_quiet_job()
+    head: Any = WAYS["frozen"](tmp_path, job, QUIET_RUN).head
+    assert "head: solved with C 0.0001 (given)" in home.notes.lines
+    assert not [name for name in job.tracking.only["metrics"][0] if name.startswith("solver/")]  # type: ignore[attr-defined]
+    assert float(head.weight.detach().abs().max()) > 0
+
+
+def test_a_training_figure_chooses_no_penalty(champion: Home, tmp_path: Path) -> None:
+    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors", monitor="train/loss")
+    home.embed()
+    job = home.make_quiet_job()
+    WAYS["frozen"](tmp_path, job, QUIET_RUN)
+    assert "head: C is chosen by val/loss, since train/loss is best without any penalty" in home.notes.lines
+    curve = {step: found["solver/val_loss"] for step, found in job.tracking.only["metrics"].items()}  # type: ignore[attr-defined]
+    assert job.tracking.only["metrics"][0]["val/loss"] == min(curve.values())  # type: ignore[attr-defined]
+
+
+def test_a_key_that_only_epochs_know_makes_the_head_learn_by_epochs(champion: Home, tmp_path: Path) -> None:
+    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors", dropout=0.1, max_epochs=2)
+    home.embed()
+    work = tmp_path / "work"
+    work.mkdir()
+    WAYS["frozen"](work, home.make_quiet_job(), QUIET_RUN)
+    assert [report.epoch for report in home.notes.epochs] == [1, 2]
+    assert (
+        "head: learns by epochs, as train.dropout asks for (without it, it would be solved: train.solver)"
+    ) in home.notes.lines
+    home.section |= {"dropout": 0.0, "solver": "epochs"}
+    home.notes = Notes()
+    work = tmp_path / "work2"
+    work.mkdir()
+    WAYS["frozen"](work, home.make_quiet_job(), QUIET_RUN)
+    assert [report.epoch for report in home.notes.epochs] == [1, 2]
+    assert not [line for line in home.notes.lines if line.startswith("head:")]
 
 
 def test_knn_answers_as_scikit_learn_does(champion: Home, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,8 @@ def tune(
     for path in draw(tuning, reports, logged=not show):
         print(f"  {path}")
     if best := find_best_trial(reports):
-        for line in keep(workspace.settings.params_path, best, save=save):
+        whole = replace(best, values={**best.values, **tuning.needed})
+        for line in keep(workspace.settings.params_path, whole, save=save):
             print(line)
 
 

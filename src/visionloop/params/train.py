@@ -14,6 +14,9 @@ from visionloop.params.section import Section, to_tuple
 NOT_TUNED = frozenset({"on", "monitor", "weights_sha256"})
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
+# What only epochs can do, where it is not as by default; and what they go by, but has no meaning without them.
+ONLY_BY_EPOCHS = ("clip_norm", "dropout", "ema", "schedule")
+STEPS = ("accumulate", "batch_size", "learning_rate", "max_epochs", "patience", "weight_decay")
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -83,13 +86,16 @@ class Train(Section):
     `weights`: none | default (torchvision's hub) | a file | an s3:// or https:// URI with `weights_sha256`.
     `on: all` trains on train and val for a last model. `backbone_rate` and `frozen_epochs` are of the way `finetune`:
     the learning rate of the first layers as a share of the head's, and the epochs in which only the head learns.
-    `monitor` is a figure of the epoch; losses are to fall, all others to rise.
+    `monitor` is a figure of the epoch; losses are to fall, all others to rise. `solver` is of the way `frozen`: the
+    head is solved to convergence (`lbfgs`), with the penalty `C` (as in scikit-learn; None: chosen), or by epochs.
     """
 
     backbone: str = "resnet18"
     weights: str = "none"
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     way: Way = "scratch"
+    solver: Literal["auto", "lbfgs", "epochs"] = "auto"
+    C: float | None = Field(default=None, gt=0, le=1e6)
     on: Literal["train", "all"] = "train"
     max_epochs: int = Field(default=20, ge=1, le=10_000)
     batch_size: int = Field(default=32, ge=1, le=65_536)
@@ -123,7 +129,26 @@ class Train(Section):
             raise ValueError("`monitor: train/accuracy` with `on: all`: there is no validation side to watch")
         if self.way in WAYS_ON_EMBEDDINGS and (self.augment != "none" or self.mixup or self.cutmix):
             raise ValueError(f"no augment, mixup or cutmix with `way: {self.way}`: it sees embeddings, not pixels")
+        if self.solver == "lbfgs" and self.way != "frozen":
+            raise ValueError(f"`solver: lbfgs` with `way: frozen` alone: with `way: {self.way}` there is no such head")
+        needed = self.list_epoch_keys()
+        if self.solver == "lbfgs" and needed:
+            raise ValueError(f"no {', '.join(needed)} with `solver: lbfgs`: only `solver: epochs` does that")
+        if self.C is not None and not self.solves_head:
+            why = f"; {', '.join(needed)} needs `solver: epochs`" if self.way == "frozen" and needed else ""
+            raise ValueError(f"`C` with `way: frozen` and `solver: lbfgs` alone{why}")
         return self
+
+    def list_epoch_keys(self) -> list[str]:
+        """Return the keys that ask for what only a training by epochs does."""
+        plain = {name: field.default for name, field in type(self).model_fields.items()}
+        keys = [name for name in ONLY_BY_EPOCHS if getattr(self, name) != plain[name]]
+        return keys + ["precision"] * (self.precision == "bf16")
+
+    @property
+    def solves_head(self) -> bool:
+        """Whether the head is solved to convergence, without epochs: the way `frozen`, unless a key asks for epochs."""
+        return self.way == "frozen" and self.solver != "epochs" and not self.list_epoch_keys()
 
     def find_weights_file(self, home: Path) -> Path | None:
         """Return the file that `weights` names, absolute, whether it is there or not; None for other weights."""

@@ -98,19 +98,24 @@ def smooth_targets(targets_nu: Tensor, task: str, smoothing: float) -> Tensor:
     return targets_nu * (1 - smoothing) + smoothing / answers
 
 
-def compute_loss(units_nu: Tensor, targets_nu: Tensor, objective: Objective) -> Tensor:
+def compute_loss(
+    units_nu: Tensor, targets_nu: Tensor, objective: Objective, *, row_weights_n: Tensor | None = None
+) -> Tensor:
     """Return the mean loss of n images, in float32. For `multilabel` it is the mean over classes too.
 
     It is divided by the number of images, not by the sum of weights, so a batch with rare classes has a larger loss.
+    `row_weights_n`: how much each image counts.
     """
     units_nu, targets_nu = units_nu.float(), targets_nu.float()
     if objective.smoothing:
         targets_nu = smooth_targets(targets_nu, objective.task, objective.smoothing)
     if objective.task == "multiclass":
-        return _weigh(targets_nu, functional.log_softmax(units_nu, dim=1), objective, yes=True).sum(dim=1).mean()
-    yes_nu = _weigh(targets_nu, functional.logsigmoid(units_nu), objective, yes=True)
-    no_nu = _weigh(1 - targets_nu, functional.logsigmoid(-units_nu), objective, yes=False)
-    return (yes_nu + no_nu).mean()
+        yes_nu = _weigh(targets_nu, functional.log_softmax(units_nu, dim=1), objective, yes=True)
+        loss_n = yes_nu.sum(dim=1)
+    else:
+        yes_nu = _weigh(targets_nu, functional.logsigmoid(units_nu), objective, yes=True)
+        loss_n = (yes_nu + _weigh(1 - targets_nu, functional.logsigmoid(-units_nu), objective, yes=False)).mean(dim=1)
+    return loss_n.mean() if row_weights_n is None else (loss_n * row_weights_n).mean()
 
 
 def _weigh(targets_nu: Tensor, log_probs_nu: Tensor, objective: Objective, *, yes: bool) -> Tensor:

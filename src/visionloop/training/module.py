@@ -65,11 +65,22 @@ def make_module(job: Job, run_id: str, classifier: Classifier, *, learns: Learns
     """Return the module of a job; tell and log what is done about imbalance. Raises TrackingError."""
     plan = plan_imbalance(job)
     if job.world.is_first:
-        job.watcher.tell(plan.sentence)
-        job.tracking.set_tags(run_id, plan.to_tags())
+        announce_imbalance(job, run_id, plan)
         if job.params.train.way == "finetune":
             job.watcher.tell(describe_finetune(job.params.train))
     return ClassifierModule(classifier, job.params.train, learns=learns, plan=plan)
+
+
+def announce_imbalance(job: Job, run_id: str, plan: ImbalancePlan) -> None:
+    """Tell and tag what is done about imbalance. Raises TrackingError."""
+    job.watcher.tell(plan.sentence)
+    job.tracking.set_tags(run_id, plan.to_tags())
+
+
+def make_objective(section: Train, task: str, plan: ImbalancePlan | None) -> Objective:
+    """Return the loss that the parameters and the plan ask for."""
+    gamma, weights_2u = (plan.gamma, plan.weights_2u) if plan else (0.0, None)
+    return Objective(task, smoothing=section.label_smoothing, gamma=gamma, weights_2u=weights_2u)
 
 
 def describe_finetune(section: Train) -> str:
@@ -101,12 +112,7 @@ class ClassifierModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.classifier, self.params, self.learns = classifier, params, learns
-        self.objective = Objective(
-            classifier.task,
-            smoothing=params.label_smoothing,
-            gamma=plan.gamma if plan else 0.0,
-            weights_2u=plan.weights_2u if plan else None,
-        )
+        self.objective = make_objective(params, classifier.task, plan)
         self._totals = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, right answers, images
         self._rate = 0.0
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []

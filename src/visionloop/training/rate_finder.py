@@ -148,6 +148,8 @@ def search_rate(
     pin, path = job.prepared.pin, job.settings.hidden_dir / FIGURE
     tags = {KIND_TAG: "lr-find", "visionloop.dataset_version": str(pin.version)}
     name = f"lr-find-{job.params.train.backbone}"
+    if job.params.train.solves_head:
+        job.watcher.tell("head: is solved without a learning rate; `train.solver: epochs` uses the one that is found")
     run_id = job.tracking.open_run(name, run_id=None, tags=tags, params=flatten_params(job))
     with marking_failure(job, run_id), translated():
         sweep = find_rate(job, run_id, rates_s, on_step=on_step)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.evaluation.plots import BLUE, DPI, MUTED, RED, STYLE, open_figure
 from visionloop.params import Params, Span, Train
-from visionloop.params.train import WAYS_ON_EMBEDDINGS, nest
+from visionloop.params.train import STEPS, WAYS_ON_EMBEDDINGS, nest
 from visionloop.records import compute_digest
 from visionloop.training.checks import check_training, list_figures
 from visionloop.training.fit import make_job
@@ -39,11 +39,15 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuning:
-    """All that a study depends on, opened: `base` is the job that every trial varies."""
+    """All that a study depends on, opened: `base` is the job that every trial varies.
+
+    `needed`: keys of train beside the space that its values are of use with.
+    """
 
     base: Job
     study: optuna.Study
     database: Path
+    needed: Mapping[str, str]
 
     @property
     def params(self) -> Params:
@@ -58,8 +62,14 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
         DatasetError: there is no prepared data to learn from.
     """
     params = make_base(workspace.params)
+    needed = {"solver": params.train.solver} if params.train.solver != workspace.params.train.solver else {}
+    if needed:
+        watcher.tell("heads on embeddings learn by epochs (train.solver: epochs), as tune.space has keys of steps")
     # One machine, one process, checkpoints here: a trial is short.
     settings = replace(workspace.settings, checkpoints="local")
+    needed = {"solver": params.train.solver} if params.train.solver != workspace.params.train.solver else {}
+    if needed:
+        watcher.tell("trials of the way frozen learn by epochs (train.solver: epochs), as tune.space asks for")
     base = replace(workspace, settings=settings, params=params)
     data = check_training(base)
     job = make_job(base, data, Call(code_digest="tune", watcher=watcher))
@@ -76,23 +86,27 @@ def open_tuning(workspace: Workspace, *, watcher: Watcher) -> Tuning:
     folder = settings.hidden_dir / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     database = folder / f"{params.name}-{compute_digest(depends_on)[:12]}.db"
-    return Tuning(job, _open_study(database, params), database)
+    return Tuning(job, _open_study(database, params), database, needed)
 
 
 def make_base(params: Params) -> Params:
     """Return the params that trials vary: one process, the epochs of a trial, watching the metric of the study.
 
+    A space with keys that only steps go by (`learning_rate`) makes trials of the way `frozen` learn by epochs.
+
     Raises:
-        ParamsError: there is no validation side, or embeddings of one network cannot serve others.
+        ParamsError: there is no validation side, embeddings of one network cannot serve others, or a key of the space
+            changes nothing.
     """
     section, train = params.tune, params.train
     if train.on == "all":
         raise ParamsError(
             "params.yaml train.on", "got 'all'", "`train` to tune: trials are judged on the validation side", "Edit it."
         )
-    ways = section.space.get("way", (train.way,))
+    choices = section.space.get("way", (train.way,))
+    ways = frozenset(choices if isinstance(choices, tuple) else ())
     encoder = {"backbone", "weights"} & section.space.keys()
-    if encoder and WAYS_ON_EMBEDDINGS.intersection(ways if isinstance(ways, tuple) else ()):
+    if encoder and WAYS_ON_EMBEDDINGS & ways:
         key = min(encoder)
         raise ParamsError(
             f"params.yaml tune.space.{key}",
@@ -100,9 +114,20 @@ def make_base(params: Params) -> Params:
             "one network: its embeddings are made once, by the stage embed",
             "Take it out of the space, or set train.way.",
         )
+    changed: dict[str, Any] = {"max_epochs": section.max_epochs or train.max_epochs}
+    by_steps = sorted(section.space.keys() & set(STEPS))
+    if by_steps and "frozen" in ways and "solver" not in section.space:
+        if train.solver == "lbfgs":
+            raise ParamsError(
+                f"params.yaml tune.space.{by_steps[0]}",
+                "changes nothing with train.solver: lbfgs",
+                "keys that such a head goes by: C, imbalance, label_smoothing",
+                "Take it out of the space, or set train.solver to epochs.",
+            )
+        changed["solver"] = "epochs"
     alone = {"strategy": "auto", "devices": 1, "num_nodes": 1, "tensorboard": False, "confusion_every": 0}
     compute = params.compute.model_copy(update=alone)
-    train = make_train(train, {"max_epochs": section.max_epochs or train.max_epochs})
+    train = make_train(train, changed)
     return params.model_copy(update={"train": train, "compute": compute})
 
 

@@ -13,7 +13,8 @@ from visionloop.errors import ParamsError
 from visionloop.training.job import Job
 from visionloop.training.loop import MakeData, make_repeatable, run_loop
 from visionloop.training.module import ClassifierModule
-from visionloop.training.ways.embeddings import attach_backbone, prepare_head, vote_neighbours
+from visionloop.training.ways.embeddings import vote_neighbours
+from visionloop.training.ways.head import attach_backbone, prepare_head, solve_head
 from visionloop.training.ways.network import prepare_champion, prepare_network
 
 Way = Callable[[Path, Job, str], nn.Module]
@@ -52,7 +53,18 @@ def learn_network(work: Path, job: Job, run_id: str) -> nn.Module:
 
 
 def learn_head(work: Path, job: Job, run_id: str) -> nn.Module:
-    """Train a head on embeddings and put it behind the network that made them. Raises TrainingError, DatasetError."""
+    """Solve a head on embeddings, or train it by epochs, behind the network that made them.
+
+    Raises:
+        TrainingError: what `run_loop` raises.
+        DatasetError: the embeddings that it needs are not there.
+    """
+    section = job.params.train
+    if section.solves_head:
+        return solve_head(job, run_id)
+    if section.solver == "auto":
+        keys = ", ".join(f"train.{key}" for key in section.list_epoch_keys())
+        job.watcher.tell(f"head: learns by epochs, as {keys} asks for (without it, it would be solved: train.solver)")
     module, make_data = prepare_learning(job, run_id)
     run_loop(work, job, run_id, module, make_data)
     return attach_backbone(job, module.classifier)

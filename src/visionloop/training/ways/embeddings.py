@@ -1,4 +1,4 @@
-"""The ways that learn from the embedding table, without a pass over the images: a head, or neighbours that vote.
+"""The embedding table that the ways `frozen` and `knn` learn from without a pass over the images; neighbours that vote.
 
 What is served is this network in fp32. Vectors of the table in fp32 equal the served ones, up to the order of sums;
 in bf16 each rounding errs by 2^-8 of a number, and so do vectors, by about as much: `embed` takes none below a cosine
@@ -8,7 +8,6 @@ Dimensions: n images, d features, k classes, u units.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,14 @@ from visionloop.networks.export import compute_weights_digest
 from visionloop.networks.heads import NeighbourHead
 from visionloop.networks.weights import load_backbone
 from visionloop.training.checks import check_neighbours, judges_training
-from visionloop.training.datamodule import PreparedData
 from visionloop.training.figures import compute_figures
 from visionloop.training.job import Job
-from visionloop.training.loop import MakeData, make_repeatable
-from visionloop.training.module import ClassifierModule, make_module
+from visionloop.training.loop import make_repeatable
 from visionloop.training.views.steps import log_best
 from visionloop.training.watch import EpochReport
-from visionloop.training.ways.network import make_classifier
 
 BLOCK_ROWS = 256
 FloatArray = NDArray[np.float32]
-
-
-def prepare_head(job: Job, run_id: str) -> tuple[ClassifierModule, MakeData]:
-    """Return a fresh head alone, to be trained on embeddings. Its checkpoints hold no backbone.
-
-    Raises:
-        DatasetError: there are no embeddings, or they are of other data or of another network.
-    """
-    _, num_features, embedding_nd = load_embeddings(job)
-    classifier = make_classifier(job, nn.Identity(), num_features)
-    module = make_module(job, run_id, classifier, learns="head")
-    return module, partial(PreparedData, job, embedding_nd=embedding_nd)
-
-
-def attach_backbone(job: Job, classifier: Classifier) -> Classifier:
-    """Put the network that made the embeddings before a head that learned from them."""
-    backbone, num_features = load_backbone(job.params.train, job.prepared.size_hw, job.settings.home)
-    whole = make_classifier(job, backbone, num_features)
-    whole.head = classifier.head
-    return whole
 
 
 def load_embeddings(job: Job) -> tuple[nn.Module, int, FloatArray]:
@@ -88,13 +64,7 @@ def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
     backbone, num_features, embedding_nd = load_embeddings(job)
     head = _make_neighbours(job, embedding_nd)
     figures = _judge(job, head, embedding_nd)
-    seconds = time.perf_counter() - started
-    images_per_s = len(job.train_rows) / max(seconds, 1e-9)
-    speed = {"train/images_per_s": images_per_s, "train/epoch_s": seconds}
-    job.tracking.log_metrics(run_id, {**figures, **speed}, step=0)
-    report = _make_report(job, figures, images_per_s, seconds)
-    log_best(job.tracking, run_id, [report])
-    job.watcher.on_epoch(report)
+    report_figures(job, run_id, figures, time.perf_counter() - started)
     classifier = Classifier(backbone, num_features, len(prepared.classes), task=prepared.task)
     classifier.head = head  # type: ignore[assignment]
     return classifier
@@ -148,9 +118,12 @@ def _compute(
     return compute_figures(units_nu, torch.from_numpy(targets[rows]), prepared.task)
 
 
-def _make_report(job: Job, figures: dict[str, float], images_per_s: float, seconds: float) -> EpochReport:
-    section = job.params.train
-    return EpochReport(
+def report_figures(job: Job, run_id: str, figures: dict[str, float], seconds: float) -> None:
+    """Log and tell the figures of a way without epochs, as those of one epoch. Raises TrackingError."""
+    section, images_per_s = job.params.train, len(job.train_rows) / max(seconds, 1e-9)
+    speed = {"train/images_per_s": images_per_s, "train/epoch_s": seconds}
+    job.tracking.log_metrics(run_id, {**figures, **speed}, step=0)
+    report = EpochReport(
         epoch=1,
         max_epochs=1,
         metrics=figures,
@@ -162,3 +135,5 @@ def _make_report(job: Job, figures: dict[str, float], images_per_s: float, secon
         patience=section.patience,
         eta_s=0.0,
     )
+    log_best(job.tracking, run_id, [report])
+    job.watcher.on_epoch(report)
