@@ -1,4 +1,4 @@
-"""What several files need: an S3 server, a Ray cluster, one thread of torch."""
+"""What several files need: an S3 server, a Ray cluster, a workspace with a champion, one thread of torch."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from homes import Home, make_champion
 from s3_server import make_client, serve_s3
 
 
@@ -24,6 +25,12 @@ def endpoint_url() -> Iterator[str]:
 def client(endpoint_url: str) -> Any:
     """A client of that server."""
     return make_client(endpoint_url)
+
+
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A workspace whose champion tells bars, discs and rings apart. Tests change copies of it."""
+    return make_champion(tmp_path_factory.mktemp("ways") / "ws")
 
 
 @pytest.fixture(scope="module")

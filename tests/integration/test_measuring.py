@@ -4,6 +4,7 @@ What is timed is the real step and the real encoder; the processor is pretended 
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(processor, "time_in_turn", listen)
     monkeypatch.setattr(runtimes, "has_openvino", lambda: False)
+    monkeypatch.setattr(runtimes, "HOPELESS", 1e9)  # on a busy machine any of them may seem so
     return names
 
 
@@ -125,6 +127,25 @@ def test_the_faster_encoder_is_taken_and_its_vectors_stand_alone(
         assert card["network"]["precision"] == "fp32"
     assert [name for name, _ in chosen] == ["onnxruntime fp32", "torch bf16"]
     assert len({digest for _, digest in chosen}) == len(set(keys)) == 2
+
+
+def test_what_is_far_slower_is_run_twice_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[float] = []
+
+    def make(seconds: float) -> Callable[[], runtimes.Run]:
+        def run(images_nhwc: Any) -> Any:
+            runs.append(seconds)
+            time.sleep(seconds)
+            return np.ones((len(images_nhwc), 3), np.float32)
+
+        return lambda: run
+
+    monkeypatch.setattr(processor, "time_in_turn", Stopwatch(quick=400.0, slow=1.0))
+    speeds, cosine = runtimes.time_encoders({"quick": make(0.0), "slow": make(0.2)}, np.zeros((4, 8, 8, 3), np.uint8))
+    assert speeds["quick"] == 400.0
+    assert 5 < speeds["slow"] <= 20, "four images in 0.2 s or a little more: its own figure, not the stopwatch's"
+    assert cosine == {"quick": 1.0, "slow": 1.0}
+    assert [name for name in runs if name] == [0.2, 0.2]
 
 
 def test_vectors_that_differ_are_not_taken_however_fast_they_come(
