@@ -164,7 +164,7 @@ def prepare_workspace(workspace: Path, photos: Path, backbone: str, *, epochs: i
     Ingest and prepare are not counted: they run once for a dataset, not once for an epoch.
     """
     learning: dict[str, object] = {"backbone": backbone, "max_epochs": 1 + epochs, "patience": 1 + epochs}
-    learning |= {"way": "scratch", "weights": "none", "augment": "none", "batch_size": 32}
+    learning |= {"way": "scratch", "frozen_epochs": 0, "weights": "none", "augment": "none", "batch_size": 32}
     make_workspace(workspace, "horses-or-humans", prepare={"image_size": size_px}, train=learning)
     if not (workspace / "data" / "dataset.json").is_file():
         run_visionloop(workspace, "ingest", str(photos.resolve()))
