@@ -178,7 +178,7 @@ def bench_embed_gpu(folder: Path, settings: Settings, number: int) -> list[Row]:
         return []
     rows = []
     prepared = make_many(folder, number, GPU_PX)
-    for name in BACKBONES:
+    for name in NAMES:
         encoder = make_encoder(connect(settings, make_params(settings, name)), prepared)
         ours = number / statistics.median(time_ours(encoder, prepared, settings) for _ in range(REPEATS))
         network, batch = make_plain(name), torch.zeros(32, 3, GPU_PX, GPU_PX).cuda()
