@@ -178,7 +178,7 @@ def bench_embed_gpu(folder: Path, settings: Settings, number: int) -> list[Row]:
         return []
     rows = []
     prepared = make_many(folder, number, GPU_PX)
-    for name in NAMES:
+    for name, shown in NAMES.items():
         encoder = make_encoder(connect(settings, make_params(settings, name)), prepared)
         ours = number / statistics.median(time_ours(encoder, prepared, settings) for _ in range(REPEATS))
         network, batch = make_plain(name), torch.zeros(32, 3, GPU_PX, GPU_PX).cuda()
@@ -189,7 +189,7 @@ def bench_embed_gpu(folder: Path, settings: Settings, number: int) -> list[Row]:
             for _ in range(-(-number // 32)):
                 network(batch).cpu()
         plain = time.perf_counter() - started
-        what = f"{NAMES[name]} at {GPU_PX}, {number:,} embeddings from shards on a GPU"
+        what = f"{shown} at {GPU_PX}, {number:,} embeddings from shards on a GPU"
         rows.append(Row(what, ours, plain, "s", "eager fp32, its images on the GPU already"))
     return rows
 
