@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = 100_000
 TEXT_TYPES = {TensorProto.INT64, TensorProto.INT32, TensorProto.STRING, TensorProto.BOOL}
-TEXT_NAMES = ("input_ids", "attention_mask", "token", "text")
+TEXT_NAMES = ("input_ids", "attention_mask")
 EXPORT = "Export the image tower alone, with one input of images (docs/training.md: an encoder of your own)."
 
 
