@@ -140,7 +140,7 @@ def compute_cosine(encoder: Encoder, settings: Settings, prepared: Prepared, nam
 
     images = prepared.read(np.arange(min(32, len(prepared.sha256_n))))
     section = make_params(settings, name).train
-    network = EmbeddingNetwork(*load_backbone(section, prepared.size_hw, settings.home)).eval()
+    network = EmbeddingNetwork(*load_backbone(section, prepared.size_hw, settings.home), prepared.size_hw).eval()
     with torch.no_grad():
         plain = network(torch.from_numpy(images)).numpy()
     ours = encoder.embed(images)

@@ -85,8 +85,8 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
     return Bundle(folder=folder, digest=digest, card=card, files=files)
 
 
-def check_onnx(model_bytes: bytes, where: str) -> None:
-    """Refuse a model that needs anything outside its file.
+def check_onnx(model_bytes: bytes, where: str) -> Any:
+    """Refuse a model that needs anything outside its file; return it as protobuf has it.
 
     Raises:
         BundleError: external data, an operator of a custom domain, or no ONNX at all.
@@ -96,12 +96,14 @@ def check_onnx(model_bytes: bytes, where: str) -> None:
     try:
         model = onnx.load_model_from_string(model_bytes)
     except Exception as exc:  # protobuf's DecodeError has no public home
-        raise BundleError(where, "model.onnx is not ONNX", "an ONNX model") from exc
-    domains = {node.domain for node in _all_nodes(model.graph.node)} | {o.domain for o in model.opset_import}
+        raise BundleError(where, "is not ONNX", "an ONNX model") from exc
+    nodes = list(_all_nodes(model.graph.node))
+    domains = {node.domain for node in nodes} | {o.domain for o in model.opset_import}
     if custom := domains - ALLOWED_DOMAINS:
         raise BundleError(where, f"uses the operator domains {shorten(list(custom))}", "standard ONNX operators")
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in _all_tensors(model.graph, nodes)):
         raise BundleError(where, "keeps weights in other files", "one self-contained file")
+    return model
 
 
 def upload_bundle(store: ObjectStore, bundle: Bundle) -> None:
@@ -170,7 +172,19 @@ def _all_nodes(nodes: Iterable[Any]) -> Iterable[Any]:
     for node in nodes:
         yield node
         for attribute in node.attribute:
-            yield from _all_nodes(attribute.g.node)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(graph.node)
+
+
+def _all_tensors(graph: Any, nodes: Iterable[Any]) -> Iterable[Any]:
+    """Yield the weights of a graph, also those of inner graphs (of `If`, `Loop`) and those that nodes hold."""
+    attributes = [attribute for node in nodes for attribute in node.attribute]
+    for each in (graph, *(inner for attribute in attributes for inner in (attribute.g, *attribute.graphs))):
+        yield from each.initializer
+        for sparse in each.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors, attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
 
 
 def load_run_note(runs_dir: Path, bundle_digest: str) -> RunNote | None:

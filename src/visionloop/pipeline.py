@@ -54,12 +54,16 @@ def refresh_code(home: Path, params: Params) -> dict[str, str]:
 
 
 def hash_weights_file(home: Path, params: Params) -> str:
-    """Return the sha256 of the file that `train.weights` names; empty if it names none, or one that is not there."""
-    path = params.train.find_weights_file(home)
-    if path is None or not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the sha256 of the file that `train.weights` names; empty if it names none, or one that is not there.
+
+    Of an ONNX encoder with the file beside it that says what pixels it wants: a digest of both.
+    """
+    digests = []
+    for path in params.train.list_files(home):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else compute_digest(digests) if digests else ""
 
 
 def compute_state(home: Path, params: Params, dataset_digest: str) -> dict[str, str]:

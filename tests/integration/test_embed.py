@@ -84,7 +84,7 @@ def test_an_embedding_is_what_a_served_model_with_this_backbone_answers(
 
     settings = load_settings({}, home)
     if precision == "bf16":
-        monkeypatch.setattr(encoders, "list_candidates", lambda wanted, accelerator: ["torch bf16"])
+        monkeypatch.setattr(encoders, "list_candidates", lambda wanted, accelerator, has_torch: ["torch bf16"])
         assert run(home).num_computed == 120, "vectors of another precision are never mixed"
     prepared, store = load_prepared(settings.prepared_dir), open_store(settings.store_url)
     embedding_nd, facts = load_features(settings.features_dir, prepared)
@@ -241,7 +241,7 @@ def test_the_torch_encoder_agrees_with_the_exported_one(home: Path) -> None:
     params, prepared = load_params(settings.params_path), load_prepared(settings.prepared_dir)
     images = prepared.read(np.arange(20))
     known = make_encoder(connect(settings, params), prepared).embed(images)
-    network = EmbeddingNetwork(*load_backbone(params.train, prepared.size_hw, home))
+    network = EmbeddingNetwork(*load_backbone(params.train, prepared.size_hw, home), prepared.size_hw)
     np.testing.assert_allclose(TorchEncoder(network, device="cpu", precision="fp32").embed(images), known, atol=1e-4)
     rough = TorchEncoder(network, device="cpu", precision="bf16").embed(images)
     cosine_n = (known * rough).sum(1) / np.linalg.norm(known, axis=1) / np.linalg.norm(rough, axis=1)

@@ -33,7 +33,7 @@ def test_frozen_learns_the_head_that_passes_through_the_backbone_would_give(
     options = {"way": "frozen", "weights": "weights.safetensors", "schedule": "constant", "weight_decay": 0.0}
     home = fork(champion, tmp_path / "ws", max_epochs=4, learning_rate=3e-2, precision=precision, **options)
     if precision == "bf16":
-        monkeypatch.setattr(encoders, "list_candidates", lambda wanted, accelerator: ["torch bf16"])
+        monkeypatch.setattr(encoders, "list_candidates", lambda wanted, accelerator, has_torch: ["torch bf16"])
     home.embed()
     module, _ = prepare_learning(home.make_quiet_job(), QUIET_RUN)
     assert not [name for name in module.state_dict() if "backbone" in name], "checkpoints hold the head alone"

@@ -18,7 +18,7 @@ from torch import nn
 from http_server import Answer, WebServer, serve
 from s3_server import make_bucket, point_to
 from visionloop.errors import ParamsError, TrainingError
-from visionloop.networks import weight_sources
+from visionloop.networks import fetch
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.weights import _fit_positions, hash_weights, load_backbone, load_weights
 from visionloop.params import Train, make_params
@@ -229,13 +229,13 @@ def test_what_the_web_may_answer_is_one_line_without_secrets(
 
 
 def test_a_body_that_never_ends_is_cut(site: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_sources, "MAX_BYTES", 3 << 20)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 3 << 20)
     site.routes["/w"] = Answer(b"\0" * (5 << 20), headers={"Content-Length": str(5 << 20)})
     assert "is too large" in refuse(tmp_path, f"{site.url}/w", SHA256)
 
 
 def test_a_silent_server_is_given_up(site: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_sources, "SILENCE_S", 0.2)
+    monkeypatch.setattr(fetch, "SILENCE_S", 0.2)
     site.routes["/w"] = lambda handler: time.sleep(0.6)
     assert "/w: gave no whole answer within 0.2 s" in refuse(tmp_path, f"{site.url}/w", SHA256)
 

@@ -65,7 +65,7 @@ READ_BY_PEOPLE = [
     ("data/images.py", "is not an image we read"),
     ("networks/names.py", "Set train.weights to a file of a state dict"),
     ("networks/weight_sources.py", "does not exist"),
-    ("networks/weight_sources.py", "is too large"),
+    ("networks/fetch.py", "is too large"),
     ("training/checks.py", "one or more on the training side"),
     ("training/checks.py", 'f"dataset '),
     ("training/fit.py", "stopped before the first epoch was finished"),

@@ -78,7 +78,7 @@ def train() -> None:
     workspace, code_digest = open_stage("train")
     data = check_training(workspace)
     if is_first_rank(os.environ):
-        print(f"loading torch to train {workspace.params.train.backbone} ...", flush=True)
+        print(f"loading torch to train {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.job import Call
     from visionloop.training.ranks.launch import launch_train
 
@@ -112,7 +112,7 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
     if workspace.params.compute.tensorboard and folder.is_dir():
         lines.append(f"  TensorBoard  tensorboard --logdir {shorten_path(folder, home, here)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"
-    return [f"trained {section.backbone} ({section.way})", *lines, last]
+    return [f"trained {section.network_name} ({section.way})", *lines, last]
 
 
 def describe_best(metrics: Mapping[str, float], monitor: str) -> str:

@@ -42,7 +42,7 @@ def tune(
 
     workspace = open_workspace()
     if not show:
-        print(f"loading torch to tune {workspace.params.train.backbone} ...", flush=True)
+        print(f"loading torch to tune {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.study import list_reports, open_tuning
     from visionloop.training.tune import run_trials
 
@@ -180,7 +180,7 @@ def lr_find(
     workspace = open_workspace()
     section = workspace.params.train
     data = check_training(workspace)
-    print_line(f"loading torch to try {section.backbone} ({section.way}) ...")
+    print_line(f"loading torch to try {section.network_name} ({section.way}) ...")
     from visionloop.training.fit import make_job
     from visionloop.training.job import Call
     from visionloop.training.rate_finder import FIGURE, make_rates, search_rate

@@ -1,15 +1,20 @@
-"""Encoders: of the parameters (a backbone with its weights), or of a bundle (its `embedding` output).
+"""Encoders: of the parameters (a backbone with its weights, an ONNX file), or of a bundle (its `embedding` output).
 
-.visionloop/encoders/<digest of weights, network and versions>.onnx    the exported backbone
+.visionloop/encoders/<digest of weights, network and versions>.onnx    the network, from uint8 images to embeddings
 .visionloop/encoders/<digest of what it was asked by>.json             what that came to: known again without torch
+
+Dimensions: n images, d features.
 """
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from visionloop import networks
 from visionloop.bundle import Bundle, hash_file
@@ -25,14 +30,23 @@ from visionloop.features.runtimes import (
     set_runtime,
 )
 from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
+from visionloop.networks.frozen import load_frozen
+from visionloop.networks.names import BACKBONE
 from visionloop.networks.processor import MACHINE_FILE
 from visionloop.params import Train
 from visionloop.predictor import Embedder
 from visionloop.records import compute_digest
 from visionloop.workspace import Workspace
 
+if TYPE_CHECKING:
+    from visionloop.networks.onnx_encoder import OnnxEncoder
+
 # What decides over random weights, over those of the hub, and over the exported file.
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript")
+# The keys of `train` that do.
+ASKED = {"backbone", "backbone_sha256", "output", "preprocessing", "weights", "weights_sha256", "seed"}
+# An ONNX encoder is tried on so many images; vectors agree within this share of the largest number.
+TRIED, AGREE = 3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -71,26 +85,31 @@ def make_encoder(
     settings = workspace.settings
     section = workspace.params.train
     wanted = workspace.params.embed.runtime
-    accelerator = find_accelerator(wanted)
-    candidates = list_candidates(wanted, accelerator)
+    accelerator = "cpu" if section.is_onnx else find_accelerator(wanted)
+    candidates = list_candidates(wanted, accelerator, has_torch=not section.is_onnx)
     folder = settings.hidden_dir / "encoders"
     asked = folder / f"{_digest_question(section, prepared.size_hw, settings.home)}.json"
-    weights_digest = _read_answer(asked)
-    if weights_digest is None:
-        weights_digest = _examine_backbone(section, prepared.size_hw, settings.home)
-        _write_atomically(asked, lambda path: path.write_text(json.dumps({"weights_digest": weights_digest})))
+    answer = _read_answer(asked)
+    if answer is None:
+        network = load_frozen(section, prepared.size_hw, settings.home)
+        if section.is_onnx:
+            _try_encoder(cast("OnnxEncoder", network), folder)
+        answer = _Answer(network.weights_digest, network.describe())
+        _write_atomically(asked, partial(_write_answer, answer))
+    for line in answer.lines:
+        tell(line)
     facts = EncoderFacts(
         source="params",
-        backbone=section.backbone,
+        backbone=section.network_name,
         weights=section.weights,
-        weights_digest=weights_digest,
+        weights_digest=answer.weights_digest,
         image_size=prepared.size_hw,
         resize=prepared.resize,
         runtime="",
         precision="",
         crop=describe_crop(prepared),
     )
-    open_run = partial(_open_backbone, folder, section, settings.home)
+    open_run = partial(_open_network, folder, section, settings.home)
     choice = candidates[0]
     if len(candidates) > 1:
         measured = measure_runtimes(
@@ -109,7 +128,7 @@ def make_encoder(
 
 def describe_weights(section: Train) -> str:
     """Return a warning where the encoder never learned anything; else nothing."""
-    if section.weights != "none":
+    if section.weights != "none" or section.is_onnx:
         return ""
     return f"train.weights is none: this {section.backbone} is random, near images share colours rather than meaning"
 
@@ -140,31 +159,95 @@ def make_bundle_encoder(bundle: Bundle, *, runtime: str = "auto") -> Encoder:
 
 def _digest_question(section: Train, size_hw: tuple[int, int], home: Path) -> str:
     """Return the digest of all that decides over the weights, as far as it can be known without loading them."""
-    path = (home / Path(section.weights).expanduser()).resolve()
-    is_file = section.weights not in {"none", "default"} and path.is_file()
-    parts = [section.backbone, section.weights, section.weights_sha256, section.seed, list(size_hw), VERSION]
+    files = [hash_file(path) if path.is_file() else "" for path in section.list_files(home)]
+    network = section.model_dump(mode="json", include=ASKED)
     code = {source.name: hash_file(source) for source in Path(networks.__path__[0]).glob("*.py")}
-    return compute_digest([*parts, hash_file(path) if is_file else "", code, list_versions(LIBRARIES)])
+    return compute_digest([network, list(size_hw), VERSION, files, code, list_versions(LIBRARIES)])
 
 
-def _read_answer(path: Path) -> str | None:
+@dataclass(frozen=True)
+class _Answer:
+    """What a network came to: the digest of its weights, and what a person should read of it."""
+
+    weights_digest: str
+    lines: list[str]
+
+
+def _read_answer(path: Path) -> _Answer | None:
     try:
-        digest = json.loads(path.read_text())["weights_digest"]
+        value = json.loads(path.read_text())
+        answer = _Answer(value["weights_digest"], [str(line) for line in value["lines"]])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return digest if isinstance(digest, str) and len(digest) == 64 else None
+    return answer if isinstance(answer.weights_digest, str) and len(answer.weights_digest) == 64 else None
 
 
-def _examine_backbone(section: Train, size_hw: tuple[int, int], home: Path) -> str:
-    """Load the backbone, and return the digest of its weights. Raises TrainingError."""
-    from visionloop.networks.export import compute_weights_digest
-    from visionloop.networks.weights import load_backbone
-
-    return compute_weights_digest(load_backbone(section, size_hw, home)[0])
+def _write_answer(answer: _Answer, path: Path) -> None:
+    path.write_text(json.dumps(asdict(answer)))
 
 
-def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts) -> Run:
-    """Make what runs the backbone: torch, or another runtime on its export. Raises TrainingError, BundleError."""
+def _try_encoder(network: "OnnxEncoder", folder: Path) -> None:
+    """Run an ONNX encoder on a few images: all at once they must give what each gives alone.
+
+    Raises:
+        TrainingError: it does not run, or not on any number of images, or was not the same before it was raised.
+    """
+    images_nhwc = np.random.default_rng(0).integers(0, 256, (TRIED, *network.size_hw, 3), dtype=np.uint8)
+    name = network.name
+    run = _open_graph(network.model, folder, name)
+    alone_nd = _run_graph(run, images_nhwc, name, 1)
+    if network.given is not None:
+        before_nd = _run_graph(_open_graph(network.given, folder, name), images_nhwc, name, 1)
+        if not _agree(before_nd, alone_nd):
+            todo = "Export it with opset 18 or later."
+            raise TrainingError(BACKBONE, f"{name} gives other vectors once its operators are raised", "the same", todo)
+    try:
+        together_nd = _run_graph(run, images_nhwc, name, TRIED)
+    except TrainingError:
+        together_nd = alone_nd[:0]
+    if not _agree(together_nd, alone_nd):
+        batch = network.pixels.batch or "any number"
+        found = f"{name} does not take {TRIED} images at once, or mixes them (exported for {batch})"
+        todo = "Export it with a dynamic batch (`dynamic_shapes`, or `dynamic_axes` of older exporters)."
+        raise TrainingError(BACKBONE, found, "the same vector for an image whatever is beside it", todo)
+
+
+def _open_graph(model: Any, folder: Path, name: str) -> Run:
+    """Make what runs a graph in ONNX Runtime, by way of a file that is removed. Raises TrainingError."""
+    from visionloop.networks.onnx_graph import to_bytes
+
+    path = folder / f"tried-{os.getpid()}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.write_bytes(to_bytes(model))
+        return Embedder(path).embed
+    except BundleError as exc:
+        todo = "Export it again with the current version of its exporter."
+        found = f"{name} {exc.found.removeprefix('model.onnx ')}"
+        raise TrainingError(BACKBONE, found, exc.expected or "a graph that runs", todo) from exc
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _run_graph(run: Run, images_nhwc: UInt8Array, name: str, step: int) -> FloatArray:
+    """Return the embeddings (n, d) of images, so many at a time. Raises TrainingError."""
+    try:
+        return np.concatenate([run(images_nhwc[i : i + step]) for i in range(0, len(images_nhwc), step)])
+    except Exception as exc:  # onnxruntime raises classes of its own, from C++
+        size = "{} x {}".format(*images_nhwc.shape[1:3])
+        why = " ".join(str(exc).split())[-160:]
+        todo = "Set prepare.image_size to the size that it was made for, or export it for this one."
+        raise TrainingError(BACKBONE, f"{name} cannot run on images of {size} ({why})", "a vector", todo) from exc
+
+
+def _agree(ours_nd: FloatArray, theirs_nd: FloatArray) -> bool:
+    if ours_nd.shape != theirs_nd.shape:
+        return False
+    return bool(np.allclose(ours_nd, theirs_nd, rtol=0, atol=AGREE * max(1e-6, float(np.abs(theirs_nd).max()))))
+
+
+def _open_network(folder: Path, section: Train, home: Path, facts: EncoderFacts) -> Run:
+    """Make what runs the network: torch, or another runtime on its graph. Raises TrainingError, BundleError."""
     name = compute_digest(
         [facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, list_versions(LIBRARIES)]
     )
@@ -174,22 +257,16 @@ def _open_backbone(folder: Path, section: Train, home: Path, facts: EncoderFacts
             return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
         except BundleError:  # damaged: exported again
             model.unlink()
-    from visionloop.networks.export import (
-        EmbeddingNetwork,
-        TorchEncoder,
-        compute_weights_digest,
-        export_encoder,
-        has_gpu,
-    )
-    from visionloop.networks.weights import load_backbone
-
-    backbone, num_features = load_backbone(section, facts.image_size, home)
-    if compute_weights_digest(backbone) != facts.weights_digest:
-        raise TrainingError("params.yaml train.weights", "changed while they were used", "the same weights all along")
-    network = EmbeddingNetwork(backbone, num_features)
+    network = load_frozen(section, facts.image_size, home)
+    if network.weights_digest != facts.weights_digest:
+        key = "backbone" if section.is_onnx else "weights"
+        raise TrainingError(f"params.yaml train.{key}", "changed while it was used", "the same file all along")
     if facts.runtime == "torch":
+        from visionloop.networks.export import EmbeddingNetwork, TorchEncoder, has_gpu
+
+        assert isinstance(network, EmbeddingNetwork)
         return TorchEncoder(network, device="cuda" if has_gpu() else "cpu", precision=facts.precision).embed
-    _write_atomically(model, lambda path: export_encoder(network, facts.image_size, path))
+    _write_atomically(model, network.write)
     return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
 
 

@@ -28,15 +28,18 @@ RUNTIMES = ("torch", "onnxruntime", "openvino")
 HOPELESS = 2.5
 
 
-def list_candidates(wanted: str, accelerator: str) -> list[str]:
+def list_candidates(wanted: str, accelerator: str, *, has_torch: bool = True) -> list[str]:
     """Return what may compute embeddings here, as `RUNTIME PRECISION`. The first is the one to fall back to.
 
     `auto`: ONNX Runtime in fp32, which serves; OpenVINO where it is installed; torch. bf16 only where there are
-    instructions for it. A runtime that is asked for by name: its precisions.
+    instructions for it. A runtime that is asked for by name: its precisions. `has_torch`: whether torch can run it.
 
     Raises:
-        ParamsError: OpenVINO is asked for by name and is not installed.
+        ParamsError: OpenVINO is asked for by name and is not installed, or torch and it cannot run the network.
     """
+    if wanted == "torch" and not has_torch:
+        found, expected = "got 'torch', which cannot run an ONNX encoder", "auto, onnxruntime or openvino"
+        raise ParamsError("params.yaml embed.runtime", found, expected, "Edit the file.")
     if wanted == "openvino" and not has_openvino():
         raise ParamsError(
             "params.yaml embed.runtime",
@@ -48,7 +51,8 @@ def list_candidates(wanted: str, accelerator: str) -> list[str]:
     names = ["onnxruntime fp32"]
     if has_openvino() and not (on_gpu and wanted == "auto"):
         names += ["openvino fp32", *["openvino bf16"][: has_bf16()]]
-    names += ["torch fp32", *["torch bf16"][: on_gpu or has_bf16()]]
+    if has_torch:
+        names += ["torch fp32", *["torch bf16"][: on_gpu or has_bf16()]]
     return [name for name in names if wanted in {"auto", name.partition(" ")[0]}]
 
 

@@ -6,7 +6,6 @@ Add one: a function from the image size to a module here, its name in `OWN`, and
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,11 @@ from torchvision import models
 
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.names import LITE0, TIMM, check_backbone
+from visionloop.networks.preprocessing import IMAGENET, Preprocessing
 
 SizeHW = tuple[int, int]
-ColourC = tuple[float, float, float]
 # Squares that are offered instead of a size that a network cannot take.
 COMMON_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What pixels a network was made for: x of 0 to 255 becomes (x / 255 - mean) / std, for red, green and blue.
-
-    The rest is how its published weights were evaluated, None where there are none: the side of the square in pixels,
-    the interpolation, and how much of the resized image's side that square is.
-    """
-
-    mean_c: ColourC = (0.485, 0.456, 0.406)
-    std_c: ColourC = (0.229, 0.224, 0.225)
-    side_px: int | None = None
-    interpolation: str | None = None
-    crop_ratio: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it for the card."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-IMAGENET = Preprocessing()
 
 
 class SmallCNN(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionloop.networks.backbones import find_preprocessing
+from visionloop.networks.onnx_encoder import OnnxEncoder
 
 
 class Classifier(nn.Module):
@@ -50,6 +51,23 @@ class Classifier(nn.Module):
         return self.classify(embedding_nd), embedding_nd
 
 
+class EncodedClassifier(nn.Module):
+    """A head behind an ONNX encoder, which torch cannot run: it maps embeddings, and in the bundle images.
+
+    Its state is that of the head.
+    """
+
+    def __init__(self, encoder: OnnxEncoder, head: nn.Module, num_classes: int, *, task: str) -> None:
+        super().__init__()
+        self.num_classes, self.task = num_classes, task
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, embedding_nd: Tensor) -> tuple[Tensor, Tensor]:
+        """Map embeddings (n, d) to units (n, u) and the same embeddings."""
+        return self.head(embedding_nd), embedding_nd
+
+
 class ExportedClassifier(nn.Module):
     """The classifier as it is exported: logits always have one column a class; a single unit z becomes [0, z]."""
 
@@ -58,7 +76,7 @@ class ExportedClassifier(nn.Module):
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map uint8 images (n, h, w, 3) to logits (n, k) and embeddings (n, d)."""
+        """Map what the classifier maps, uint8 images (n, h, w, 3), to logits (n, k) and embeddings (n, d)."""
         units_nu, embedding_nd = self.classifier(images)
         if units_nu.shape[1] == 1:
             units_nu = torch.cat([torch.zeros_like(units_nu), units_nu], dim=1)

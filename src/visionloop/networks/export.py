@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,59 +18,68 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionloop.data.images import UInt8Array
-from visionloop.networks.classifier import Classifier, ExportedClassifier
+from visionloop.networks import onnx_graph
+from visionloop.networks.classifier import Classifier, EncodedClassifier, ExportedClassifier
 
 OPSET = 20
 SLICE_PIXELS = 512 * 224 * 224  # on a GPU; a few gigabytes with the largest networks
 
 
 def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> None:
-    """Write a classifier as ONNX: input `images` uint8 (n, h, w, 3); outputs `logits` (n, k), `embedding` (n, d)."""
-    export_module(ExportedClassifier(classifier).eval(), size_hw, ("logits", "embedding"), path)
+    """Write a classifier as ONNX: input `images` uint8 (n, h, w, 3); outputs `logits` (n, k), `embedding` (n, d).
+
+    An ONNX encoder goes into the same graph. Raises TrainingError: that is more than an ONNX file can hold.
+    """
+    module = ExportedClassifier(classifier).eval()
+    if isinstance(classifier, EncodedClassifier):
+        encoder = classifier.encoder
+        embeddings = torch.zeros(2, encoder.num_features)
+        opset = onnx_graph.find_opset(encoder.model)
+        head = _export(module, embeddings, "embedding", ("logits", "same"), opset=opset)
+        model = onnx_graph.put_head_behind(encoder.model, head)
+    else:
+        model = _export(module, _make_images(size_hw), "images", ("logits", "embedding"))
+    path.write_bytes(onnx_graph.to_bytes(model))
 
 
-def export_module(module: nn.Module, size_hw: tuple[int, int], outputs: tuple[str, ...], path: Path) -> None:
-    """Write a module from uint8 images (n, h, w, 3) to the named outputs (n, ...) as ONNX."""
-    example = torch.zeros(2, *size_hw, 3, dtype=torch.uint8)
+def _make_images(size_hw: tuple[int, int]) -> Tensor:
+    return torch.zeros(2, *size_hw, 3, dtype=torch.uint8)
+
+
+def _export(
+    module: nn.Module, example: Tensor, name: str, outputs: tuple[str, ...], *, opset: int = OPSET
+) -> onnx.ModelProto:
+    """Return a module from one input (n, ...) to the named outputs (n, ...) as ONNX."""
     with warnings.catch_warnings(), _quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
             (example,),
             dynamo=True,
-            input_names=["images"],
+            input_names=[name],
             output_names=list(outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}},
-            opset_version=OPSET,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            opset_version=opset,
             external_data=False,
         )
     assert program is not None
-    model = program.model_proto
-    _strip(model)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    model: onnx.ModelProto = program.model_proto
+    onnx_graph.strip(model)
+    return model
 
 
-def compute_torch_logits(classifier: nn.Module, images_nhwc: torch.Tensor) -> torch.Tensor:
-    """Return the logits (n, k) that torch itself gives, in fp32 and evaluation mode."""
+def compute_torch_logits(
+    classifier: nn.Module, images_nhwc: UInt8Array, embedding_nd: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the logits (n, k) that torch itself gives, in fp32 and evaluation mode.
+
+    Torch begins with the images, behind an ONNX encoder with the embeddings that ONNX gave for them.
+    """
     module: nn.Module = ExportedClassifier(classifier).eval()
+    start = embedding_nd if isinstance(classifier, EncodedClassifier) else images_nhwc
     with torch.no_grad():
-        logits_nk, _ = module(images_nhwc)
-    return torch.as_tensor(logits_nk)
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove source paths and other metadata: two folders would give two digests."""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for entry in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
-            entry.doc_string = ""
-            del entry.metadata_props[:]
-        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        logits_nk, _ = module(torch.from_numpy(start))
+    return torch.as_tensor(logits_nk).numpy()
 
 
 @contextlib.contextmanager
@@ -86,13 +96,39 @@ def _quiet_logging():  # type: ignore[no-untyped-def]
 class EmbeddingNetwork(nn.Module):
     """Maps uint8 images (n, h, w, 3) to embeddings (n, d), exactly as a classifier around this backbone does."""
 
-    def __init__(self, backbone: nn.Module, num_features: int) -> None:
+    def __init__(self, backbone: nn.Module, num_features: int, size_hw: tuple[int, int]) -> None:
         super().__init__()
+        self.num_features, self.size_hw = num_features, size_hw
         self.classifier = Classifier(backbone, num_features, 2, task="binary")
         self.classifier.head = nn.Identity()  # type: ignore[assignment]  # no weights that nothing uses
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier.embed(images)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """The sha256 over the backbone's tensors: names, types, shapes and values."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.classifier.backbone.state_dict().items()):
+            value = tensor.detach().cpu().contiguous()
+            total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def put_before(self, head: nn.Module, num_classes: int, task: str) -> Classifier:
+        """Return a classifier of the backbone and a head."""
+        whole = Classifier(self.classifier.backbone, self.num_features, num_classes, task=task)
+        whole.head = head  # type: ignore[assignment]
+        return whole
+
+    def write(self, path: Path) -> None:
+        """Write it as ONNX: input `images` uint8 (n, h, w, 3), output `embedding` (n, d)."""
+        model = _export(self.cpu().eval(), _make_images(self.size_hw), "images", ("embedding",))
+        path.write_bytes(onnx_graph.to_bytes(model))
+
+    def describe(self) -> list[str]:
+        """Return nothing: its name says what it is."""
+        return []
 
 
 class TorchEncoder:
@@ -117,21 +153,6 @@ class TorchEncoder:
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=enabled):
             embedding_nd = self.network(images_nhwc.to(self.device, non_blocking=True))
         return embedding_nd.float()  # type: ignore[no-any-return]
-
-
-def export_encoder(network: EmbeddingNetwork, size_hw: tuple[int, int], path: Path) -> None:
-    """Write an embedding network as ONNX: input `images` uint8 (n, h, w, 3), output `embedding` (n, d)."""
-    export_module(network.cpu().eval(), size_hw, ("embedding",), path)
-
-
-def compute_weights_digest(backbone: nn.Module) -> str:
-    """Return the sha256 over a network's tensors: names, types, shapes and values."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def has_gpu() -> bool:

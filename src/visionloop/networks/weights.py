@@ -11,10 +11,12 @@ from torch import nn
 from visionloop.bundle import hash_file
 from visionloop.errors import TrainingError, shorten
 from visionloop.networks.backbones import describe_preprocessing, make_backbone
-from visionloop.networks.names import LITE0, REMOTE, TODO, check_backbone, resolve_path
+from visionloop.networks.classifier import EncodedClassifier
+from visionloop.networks.names import LITE0, TODO, check_backbone, resolve_path
 from visionloop.networks.names import WEIGHTS as WHERE
 from visionloop.networks.weight_sources import State, find_published, find_weights, read_weights, rename_lite0
-from visionloop.params import Train
+from visionloop.params import REMOTE, Train
+from visionloop.records import compute_digest
 from visionloop.secrets import mask
 
 # A counter that no result depends on; files from before torch 0.4.1 have none.
@@ -118,7 +120,7 @@ def describe_start(section: Train, size_hw: tuple[int, int]) -> list[str]:
     Raises:
         TrainingError: there is no such network.
     """
-    published = find_published(section.backbone) if section.weights == "default" else None
+    published = find_published(section.backbone) if section.weights == "default" and not section.is_onnx else None
     if published is None:
         return []
     licence = f"licence {published.license}" if published.license != "not stated" else "licence not stated"
@@ -133,8 +135,10 @@ def describe_start(section: Train, size_hw: tuple[int, int]) -> list[str]:
     return lines
 
 
-def describe_network(section: Train) -> dict[str, Any]:
+def describe_network(section: Train, classifier: nn.Module) -> dict[str, Any]:
     """Return what the card of a model says of its network: pixels it wants, and the licence of published weights."""
+    if isinstance(classifier, EncodedClassifier):
+        return classifier.encoder.card
     facts: dict[str, Any] = {"preprocessing": describe_preprocessing(section.backbone).to_json()}
     published = find_published(section.backbone) if section.weights == "default" else None
     if published:
@@ -144,6 +148,9 @@ def describe_network(section: Train) -> dict[str, Any]:
 
 def hash_weights(section: Train, home: Path) -> str:
     """Return the digest of the weights to start from, so that another file under the same name is another input."""
+    if section.is_onnx:
+        files = [hash_file(path) for path in section.list_files(home) if path.is_file()]
+        return compute_digest([section.backbone_sha256, files])
     if section.weights == "default":
         published = find_published(section.backbone)
         return published.file_name if published else ""

@@ -30,10 +30,22 @@ from visionloop.params.ingest import (
 )
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
-from visionloop.params.train import WAYS_ON_EMBEDDINGS, Embed, Neighbours, Span, Train, Tune
+from visionloop.params.train import (
+    PREPROCESSOR,
+    REMOTE,
+    WAYS_ON_EMBEDDINGS,
+    Embed,
+    Neighbours,
+    Normalisation,
+    Span,
+    Train,
+    Tune,
+)
 from visionloop.records import compute_digest
 
 __all__ = [
+    "PREPROCESSOR",
+    "REMOTE",
     "WAYS_ON_EMBEDDINGS",
     "ArchiveSource",
     "BucketSource",
@@ -48,6 +60,7 @@ __all__ = [
     "HttpSource",
     "Ingest",
     "Neighbours",
+    "Normalisation",
     "Params",
     "Prepare",
     "PythonSource",

@@ -1,9 +1,11 @@
 """The sections of params.yaml about learning: embed, train, tune."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -11,13 +13,17 @@ from visionloop.errors import shorten
 from visionloop.params.section import Section, to_tuple
 
 # They change what a result is compared by, or check it only.
-NOT_TUNED = frozenset({"on", "monitor", "weights_sha256"})
+NOT_TUNED = frozenset({"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing"})
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
 # What only epochs can do, where it is not as by default; and what they go by, but has no meaning without them.
 ONLY_BY_EPOCHS = ("clip_norm", "dropout", "ema", "schedule")
 STEPS = ("accumulate", "batch_size", "learning_rate", "max_epochs", "patience", "weight_decay")
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Colour = Annotated[tuple[float, float, float], BeforeValidator(to_tuple)]
+REMOTE = ("s3://", "https://", "http://")
+PREPROCESSOR = "preprocessor_config.json"  # what Hugging Face's tools write beside a model
 
 
 def list_keys(section: type[BaseModel]) -> list[str]:
@@ -80,10 +86,27 @@ class Neighbours(Section):
     smoothing: float = Field(default=0.1, gt=0, le=100)
 
 
+class Normalisation(Section):
+    """What an ONNX encoder is given for a pixel x of 0 to 255: (x * rescale_factor - mean) / std; red, green, blue."""
+
+    mean: Colour
+    std: Colour
+    rescale_factor: float = Field(default=1 / 255, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _finite(self) -> "Normalisation":
+        if not all(map(math.isfinite, self.mean)) or not all(0 < value < math.inf for value in self.std):
+            raise ValueError("finite numbers, and `std` above 0")
+        return self
+
+
 class Train(Section):
     """The network and how it learns.
 
     `weights`: none | default (torchvision's hub) | a file | an s3:// or https:// URI with `weights_sha256`.
+    `backbone` may be an ONNX encoder for the ways `frozen` and `knn`: a file NAME.onnx, or a URI with
+    `backbone_sha256`. `output` chooses among its outputs; `preprocessing` says which pixels it wants, if there is no
+    preprocessor_config.json beside it.
     `on: all` trains on train and val for a last model. `backbone_rate` and `frozen_epochs` are of the way `finetune`:
     the learning rate of the first layers as a share of the head's, and the epochs in which only the head learns.
     `monitor` is a figure of the epoch; losses are to fall, all others to rise. `solver` is of the way `frozen`: the
@@ -92,7 +115,10 @@ class Train(Section):
 
     backbone: str = "resnet18"
     weights: str = "none"
-    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    weights_sha256: Sha256 | None = None
+    backbone_sha256: Sha256 | None = None
+    output: str | None = Field(default=None, min_length=1)
+    preprocessing: Literal["imagenet", "none"] | Normalisation | None = None
     way: Way = "scratch"
     solver: Literal["auto", "lbfgs", "epochs"] = "auto"
     C: float | None = Field(default=None, gt=0, le=1e6)
@@ -120,10 +146,25 @@ class Train(Section):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
+    def _encoder_fits_the_rest(self) -> "Train":
+        keys = [key for key in ("backbone_sha256", "output", "preprocessing") if getattr(self, key) is not None]
+        if not self.is_onnx:
+            if keys:
+                raise ValueError(f"no `{keys[0]}` with a backbone that is known by name: only an ONNX encoder has it")
+            return self
+        if self.way not in WAYS_ON_EMBEDDINGS:
+            raise ValueError(f"`way: frozen` or `way: knn` with {self.network_name}: nothing in an ONNX file can learn")
+        if self.weights not in {"none", "default"} or self.weights_sha256:
+            raise ValueError(f"`weights: none` with {self.network_name}: an ONNX file holds its own weights")
+        if self.backbone.startswith(REMOTE) and not self.backbone_sha256:
+            raise ValueError("`backbone_sha256` with a backbone from a URI: the sha256 that its bytes must have")
+        return self
+
+    @model_validator(mode="after")
     def _way_fits_the_rest(self) -> "Train":
         if self.way == "finetune" and self.weights == "none":
             raise ValueError("`weights: default`, a file or a URI with `way: finetune`")
-        if self.weights.startswith(("s3://", "https://", "http://")) and not self.weights_sha256:
+        if self.weights.startswith(REMOTE) and not self.weights_sha256:
             raise ValueError("`weights_sha256` with weights from a URI: the sha256 that its bytes must have")
         if self.on == "all" and not self.monitor.startswith("train/"):
             raise ValueError("`monitor: train/accuracy` with `on: all`: there is no validation side to watch")
@@ -150,11 +191,32 @@ class Train(Section):
         """Whether the head is solved to convergence, without epochs: the way `frozen`, unless a key asks for epochs."""
         return self.way == "frozen" and self.solver != "epochs" and not self.list_epoch_keys()
 
-    def find_weights_file(self, home: Path) -> Path | None:
-        """Return the file that `weights` names, absolute, whether it is there or not; None for other weights."""
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the backbone is an ONNX encoder: a file or a URI, and not a name that a library knows."""
+        return self.backbone.startswith(REMOTE) or self.backbone.lower().endswith(".onnx")
+
+    @property
+    def network_name(self) -> str:
+        """The backbone's name; of an ONNX encoder that of its file, without folders and what signs a URL."""
+        if not self.is_onnx:
+            return self.backbone
+        path = urlsplit(self.backbone).path if self.backbone.startswith(REMOTE) else self.backbone
+        return Path(path).name or "encoder.onnx"
+
+    def list_files(self, home: Path) -> list[Path]:
+        """Return the files beside params.yaml that this network is read from, absolute, whether they are there or not.
+
+        They are that of `weights`, or an ONNX encoder and the preprocessor_config.json that says what pixels it wants.
+        """
+        if self.is_onnx:
+            if self.backbone.startswith(REMOTE):
+                return []
+            path = (home / Path(self.backbone).expanduser()).resolve()
+            return [path, path.with_name(PREPROCESSOR)] if self.preprocessing is None else [path]
         if self.weights in {"none", "default"} or "://" in self.weights:
-            return None
-        return (home / Path(self.weights).expanduser()).resolve()
+            return []
+        return [(home / Path(self.weights).expanduser()).resolve()]
 
     @property
     def monitor_mode(self) -> Literal["min", "max"]:
@@ -202,4 +264,6 @@ class Tune(Section):
     def _of_train(cls, space: dict[str, Any]) -> dict[str, Any]:
         for key, values in space.items():
             check_key(Train, key, (values.low, values.high) if isinstance(values, Span) else values)
+            if key == "backbone" and (encoders := [v for v in values if Train.model_construct(backbone=v).is_onnx]):
+                raise ValueError(f"networks known by name; {encoders[0]!r} is an ONNX encoder, which has no trials")
         return space

@@ -8,7 +8,7 @@ import numpy as np
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ParamsError, shorten
-from visionloop.networks.names import check_backbone, check_weights
+from visionloop.networks.names import check_network
 from visionloop.params import Train
 from visionloop.workspace import Workspace
 
@@ -26,12 +26,11 @@ def check_training(workspace: Workspace) -> TrainingData:
 
     Raises:
         ParamsError: `train.monitor` is no figure of the epoch, or there are fewer images than neighbours.
-        TrainingError: there is no such backbone, or no such file of weights.
+        TrainingError: there is no such backbone, or no such file of an encoder or of weights.
         DatasetError: there is no prepared data, a class has no training image, or a side is empty.
     """
     section = workspace.params.train
-    check_backbone(section.backbone)
-    check_weights(section.weights, workspace.settings.home)
+    check_network(section, workspace.settings.home)
     prepared = load_prepared(workspace.settings.prepared_dir)
     validated_on = "val"
     if not len(prepared.rows("val")):  # a random split has train and test alone

@@ -32,7 +32,8 @@ SUFFIXES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}
 def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str, str]) -> str:
     """Write a whole bundle into an empty folder and return its digest. `way`: how it was computed (precision, threads).
 
-    The classifier maps uint8 images (n, h, w, 3) to units and embeddings. The golden answers and the reference
+    The classifier maps uint8 images (n, h, w, 3), or behind an ONNX encoder embeddings, to units and embeddings. The
+    golden answers and the reference
     embeddings are given by the exported model, not by torch.
 
     Raises:
@@ -45,7 +46,8 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     export_onnx(classifier, prepared.size_hw, folder / "model.onnx")
     state = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     (folder / "weights.safetensors").write_bytes(save(state))
-    card = _make_card(params, prepared, way if job.start is None else {**way, "started_from": job.start})
+    network = describe_network(params.train, classifier) | way
+    card = _make_card(params, prepared, network if job.start is None else {**network, "started_from": job.start})
     predictor = Predictor(Bundle(folder=folder, digest="unsealed", card=card, files={}))
     embedding_nd = _write_reference(folder / "reference.npz", predictor, prepared, rows)
     rows = _find_steady(classifier, embedding_nd, rows)
@@ -59,10 +61,12 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
 
 def _check_parity(classifier: nn.Module, predictor: Predictor, images_nhwc: UInt8Array) -> float:
     """Return the largest difference between torch and ONNX, relative to the largest logit (at least 1)."""
-    ours = predictor.run_batches(images_nhwc).logits_nk
-    size = choose_batch_size(images_nhwc.shape[1:3])
-    batches = [torch.from_numpy(images_nhwc[i : i + size]) for i in range(0, len(images_nhwc), size)]
-    theirs = np.concatenate([compute_torch_logits(classifier, batch).numpy() for batch in batches])
+    outputs = predictor.run_batches(images_nhwc)
+    ours, size = outputs.logits_nk, choose_batch_size(images_nhwc.shape[1:3])
+    batches = [slice(i, i + size) for i in range(0, len(images_nhwc), size)]
+    theirs = np.concatenate(
+        [compute_torch_logits(classifier, images_nhwc[batch], outputs.embedding_nd[batch]) for batch in batches]
+    )
     parity = float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))
     if not parity <= PARITY_TOLERANCE:
         raise TrainingError("export", f"torch and ONNX differ by {parity:.3g}", f"at most {PARITY_TOLERANCE}")
@@ -114,7 +118,7 @@ def _write_golden(folder: Path, predictor: Predictor, job: Job, rows: IntArray) 
     (folder / "answers.json").write_bytes(canonical_json({"images": names, "labels": labels, "logits": logits}))
 
 
-def _make_card(params: Params, prepared: Prepared, way: dict[str, str]) -> Card:
+def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> Card:
     pin = prepared.pin
     return Card(
         name=params.name,
@@ -127,7 +131,7 @@ def _make_card(params: Params, prepared: Prepared, way: dict[str, str]) -> Card:
         runtimes=("onnxruntime",),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         params={"train": params.train.model_dump(mode="json"), "prepare": params.prepare.model_dump(mode="json")},
-        network={"backbone": params.train.backbone, **describe_network(params.train), **way},
+        network={"backbone": params.train.network_name, **network},
         parity=0.0,
         thresholds=dict.fromkeys(prepared.classes, 0.5) if prepared.task == "multilabel" else None,
     )

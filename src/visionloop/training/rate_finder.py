@@ -147,7 +147,7 @@ def search_rate(
     """
     pin, path = job.prepared.pin, job.settings.hidden_dir / FIGURE
     tags = {KIND_TAG: "lr-find", "visionloop.dataset_version": str(pin.version)}
-    name = f"lr-find-{job.params.train.backbone}"
+    name = f"lr-find-{job.params.train.network_name}"
     if job.params.train.solves_head:
         job.watcher.tell("head: is solved without a learning rate; `train.solver: epochs` uses the one that is found")
     run_id = job.tracking.open_run(name, run_id=None, tags=tags, params=flatten_params(job))

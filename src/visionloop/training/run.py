@@ -26,7 +26,7 @@ MAX_TAG_CHARS = 500
 def open_run(work: Path, job: Job) -> str:
     """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError."""
     known, params = _load(work), flatten_params(job)
-    name = f"{job.params.train.backbone}-dataset{job.prepared.pin.version}"
+    name = f"{job.params.train.network_name}-dataset{job.prepared.pin.version}"
     token = known.get("token") or secrets.token_hex(16)
     tags = {**_make_tags(job), TOKEN_TAG: token}
     run_id = known.get("run_id")

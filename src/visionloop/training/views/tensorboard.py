@@ -26,7 +26,7 @@ class TensorBoardView(View):
 
     def __init__(self, job: Job, run_id: str, work: Path) -> None:
         self.job, self.work = job, work
-        name = f"{job.params.train.backbone}-dataset{job.prepared.pin.version}-{run_id[:8]}"
+        name = f"{job.params.train.network_name}-dataset{job.prepared.pin.version}-{run_id[:8]}"
         self.folder = job.settings.hidden_dir / "tensorboard" / name
         self._writer: Any = None
         self._last: dict[str, float] = {}

@@ -1,6 +1,7 @@
 """The ways to train, by the word in `train.way`: each takes a job to a classifier that can be exported.
 
-A classifier is a torch module that maps uint8 images (n, h, w, 3) to units (n, u) and embeddings (n, d). `WAYS` has a
+A classifier is a torch module that maps uint8 images (n, h, w, 3) to units (n, u) and embeddings (n, d); behind an ONNX
+encoder it maps embeddings. `WAYS` has a
 function for each way. `LEARNERS` has, for the ways with epochs, what makes the network as it is before the first step.
 """
 

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import DatasetError
 from visionloop.features.view import load_features
-from visionloop.networks.classifier import Classifier
-from visionloop.networks.export import compute_weights_digest
+from visionloop.networks.frozen import FrozenNetwork, load_frozen
 from visionloop.networks.heads import NeighbourHead
-from visionloop.networks.weights import load_backbone
 from visionloop.training.checks import check_neighbours, judges_training
 from visionloop.training.figures import compute_figures
 from visionloop.training.job import Job
@@ -34,22 +32,24 @@ BLOCK_ROWS = 256
 FloatArray = NDArray[np.float32]
 
 
-def load_embeddings(job: Job) -> tuple[nn.Module, int, FloatArray]:
-    """Return the backbone of the parameters, its number of features and its embeddings, (n, d) in prepared order.
+def load_embeddings(job: Job) -> tuple[FrozenNetwork, FloatArray]:
+    """Return the network of the parameters and its embeddings, (n, d) in prepared order.
 
     Raises:
         DatasetError: they are missing, or those of another network.
     """
     section, prepared = job.params.train, job.prepared
-    backbone, num_features = load_backbone(section, prepared.size_hw, job.settings.home)
+    network = load_frozen(section, prepared.size_hw, job.settings.home)
     embedding_nd, facts = load_features(job.settings.features_dir, prepared)
     where, todo = f"embeddings {job.settings.features_dir}", "Run `visionloop embed`."
-    if facts.weights_digest != compute_weights_digest(backbone) or embedding_nd.shape[1] != num_features:
+    if facts.weights_digest != network.weights_digest or embedding_nd.shape[1] != network.num_features:
         found = f"are of another network ({facts.describe()}, weights {facts.weights_digest[:12]})"
-        raise DatasetError(where, found, f"those of {section.backbone} with train.weights: {section.weights}", todo)
+        expected = f"those of {section.network_name}"
+        expected += "" if section.is_onnx else f" with train.weights: {section.weights}"
+        raise DatasetError(where, found, expected, todo)
     if not np.isfinite(embedding_nd).all():
         raise DatasetError(where, "have values that are not finite", "numbers", "Look at train.weights.")
-    return backbone, num_features, embedding_nd
+    return network, embedding_nd
 
 
 def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
@@ -61,13 +61,11 @@ def vote_neighbours(work: Path, job: Job, run_id: str) -> nn.Module:
     started = time.perf_counter()
     section, prepared = job.params.train, job.prepared
     make_repeatable(section.seed)
-    backbone, num_features, embedding_nd = load_embeddings(job)
+    network, embedding_nd = load_embeddings(job)
     head = _make_neighbours(job, embedding_nd)
     figures = _judge(job, head, embedding_nd)
     report_figures(job, run_id, figures, time.perf_counter() - started)
-    classifier = Classifier(backbone, num_features, len(prepared.classes), task=prepared.task)
-    classifier.head = head  # type: ignore[assignment]
-    return classifier
+    return network.put_before(head, len(prepared.classes), prepared.task)
 
 
 def _make_neighbours(job: Job, embedding_nd: FloatArray) -> NeighbourHead:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionloop.networks.classifier import Classifier
-from visionloop.networks.weights import load_backbone
+from visionloop.networks.frozen import load_frozen
 from visionloop.params import Train
 from visionloop.params.train import STEPS
 from visionloop.training.datamodule import PreparedData
@@ -42,21 +42,19 @@ def prepare_head(job: Job, run_id: str) -> tuple[ClassifierModule, MakeData]:
     Raises:
         DatasetError: there are no embeddings, or they are of other data or of another network.
     """
-    _, num_features, embedding_nd = load_embeddings(job)
-    classifier = make_classifier(job, nn.Identity(), num_features)
+    network, embedding_nd = load_embeddings(job)
+    classifier = make_classifier(job, nn.Identity(), network.num_features)
     module = make_module(job, run_id, classifier, learns="head")
     return module, partial(PreparedData, job, embedding_nd=embedding_nd)
 
 
-def attach_backbone(job: Job, classifier: Classifier) -> Classifier:
+def attach_backbone(job: Job, classifier: Classifier) -> nn.Module:
     """Put the network that made the embeddings before a head that learned from them."""
-    backbone, num_features = load_backbone(job.params.train, job.prepared.size_hw, job.settings.home)
-    whole = make_classifier(job, backbone, num_features)
-    whole.head = classifier.head
-    return whole
+    network = load_frozen(job.params.train, job.prepared.size_hw, job.settings.home)
+    return network.put_before(classifier.head, len(job.prepared.classes), job.prepared.task)
 
 
-def solve_head(job: Job, run_id: str) -> Classifier:
+def solve_head(job: Job, run_id: str) -> nn.Module:
     """Solve a head on the embeddings to convergence, and put it behind the network that made them.
 
     The penalty is that of `train.C`, or the one that is best on the validation side. With `on: all` it is chosen so
@@ -68,7 +66,7 @@ def solve_head(job: Job, run_id: str) -> Classifier:
     started = time.perf_counter()
     section = job.params.train
     make_repeatable(section.seed)
-    backbone, num_features, embedding_nd = load_embeddings(job)
+    network, embedding_nd = load_embeddings(job)
     announce_imbalance(job, run_id, plan_imbalance(job))
     for line in describe_solver(job):
         job.watcher.tell(line)
@@ -83,12 +81,12 @@ def solve_head(job: Job, run_id: str) -> Classifier:
     job.watcher.tell(found.describe(choose_figure(section) if section.C is None else None))
     job.tracking.log_metrics(run_id, {"best/C": found.solution.strength}, step=0)
     report_figures(job, run_id, found.figures, time.perf_counter() - started)
-    classifier = make_classifier(job, backbone, num_features)
     weight_ud, bias_u = found.scaling.fold(found.solution.weight_ud, found.solution.bias_u)
+    head = nn.Linear(network.num_features, len(bias_u))
     with torch.no_grad():
-        classifier.head.weight.copy_(weight_ud)
-        classifier.head.bias.copy_(bias_u)
-    return classifier
+        head.weight.copy_(weight_ud)
+        head.bias.copy_(bias_u)
+    return network.put_before(head, len(job.prepared.classes), job.prepared.task)
 
 
 def describe_solver(job: Job) -> list[str]:
