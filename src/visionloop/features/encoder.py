@@ -30,7 +30,7 @@ from visionloop.features.runtimes import (
     set_runtime,
 )
 from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
-from visionloop.networks.frozen import load_frozen
+from visionloop.networks.frozen import FrozenNetwork, load_frozen
 from visionloop.networks.names import BACKBONE
 from visionloop.networks.processor import MACHINE_FILE
 from visionloop.params import Train
@@ -39,6 +39,8 @@ from visionloop.records import compute_digest
 from visionloop.workspace import Workspace
 
 if TYPE_CHECKING:
+    import onnx
+
     from visionloop.networks.onnx_encoder import OnnxEncoder
 
 # What decides over random weights, over those of the hub, and over the exported file.
@@ -248,10 +250,7 @@ def _agree(ours_nd: FloatArray, theirs_nd: FloatArray) -> bool:
 
 def _open_network(folder: Path, section: Train, home: Path, facts: EncoderFacts) -> Run:
     """Make what runs the network: torch, or another runtime on its graph. Raises TrainingError, BundleError."""
-    name = compute_digest(
-        [facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, list_versions(LIBRARIES)]
-    )
-    model = folder / f"{name}.onnx"
+    model = _place_graph(folder, facts)
     if facts.runtime != "torch" and model.is_file():
         try:
             return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
@@ -268,6 +267,26 @@ def _open_network(folder: Path, section: Train, home: Path, facts: EncoderFacts)
         return TorchEncoder(network, device="cuda" if has_gpu() else "cpu", precision=facts.precision).embed
     _write_atomically(model, network.write)
     return Embedder(model, runtime=facts.runtime, precision=facts.precision).embed
+
+
+def load_graph(hidden_dir: Path, facts: EncoderFacts, network: FrozenNetwork) -> "onnx.ModelProto":
+    """Return the graph of a network: as `embed` exported it, else exported now. What holds a head is joined to it."""
+    import onnx
+
+    path = _place_graph(hidden_dir / "encoders", facts)
+    for _ in range(2):
+        if not path.is_file():
+            _write_atomically(path, network.write)
+        try:
+            return onnx.load(path)
+        except Exception:  # protobuf's DecodeError has no public home
+            path.unlink()
+    raise BundleError(f"encoder {path.name[:12]}", "cannot be read after it was written", "an ONNX file")
+
+
+def _place_graph(folder: Path, facts: EncoderFacts) -> Path:
+    parts = [facts.weights_digest, facts.backbone, list(facts.image_size), VERSION, list_versions(LIBRARIES)]
+    return folder / f"{compute_digest(parts)}.onnx"
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

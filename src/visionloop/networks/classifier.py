@@ -23,7 +23,7 @@ class Classifier(nn.Module):
         self, backbone: nn.Module, num_features: int, num_classes: int, *, task: str, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.num_classes, self.task = num_classes, task
+        self.num_features, self.num_classes, self.task = num_features, num_classes, task
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(num_features, 1 if task == "binary" else num_classes)
@@ -51,21 +51,28 @@ class Classifier(nn.Module):
         return self.classify(embedding_nd), embedding_nd
 
 
-class EncodedClassifier(nn.Module):
+class HeadAlone(nn.Module):
+    """A head without the network before it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, embedding_nd: Tensor) -> tuple[Tensor, Tensor]:
+        """Map embeddings (n, d) to units (n, u) and the same embeddings."""
+        return self.head(embedding_nd), embedding_nd
+
+
+class EncodedClassifier(HeadAlone):
     """A head behind an ONNX encoder, which torch cannot run: it maps embeddings, and in the bundle images.
 
     Its state is that of the head.
     """
 
     def __init__(self, encoder: OnnxEncoder, head: nn.Module, num_classes: int, *, task: str) -> None:
-        super().__init__()
+        super().__init__(head)
         self.num_classes, self.task = num_classes, task
         self.encoder = encoder
-        self.head = head
-
-    def forward(self, embedding_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Map embeddings (n, d) to units (n, u) and the same embeddings."""
-        return self.head(embedding_nd), embedding_nd
 
 
 class ExportedClassifier(nn.Module):

@@ -19,26 +19,31 @@ from torch import Tensor, nn
 
 from visionloop.data.images import UInt8Array
 from visionloop.networks import onnx_graph
-from visionloop.networks.classifier import Classifier, EncodedClassifier, ExportedClassifier
+from visionloop.networks.classifier import Classifier, EncodedClassifier, ExportedClassifier, HeadAlone
 
 OPSET = 20
 SLICE_PIXELS = 512 * 224 * 224  # on a GPU; a few gigabytes with the largest networks
 
 
-def export_onnx(classifier: nn.Module, size_hw: tuple[int, int], path: Path) -> None:
+def export_onnx(
+    classifier: nn.Module, size_hw: tuple[int, int], path: Path, *, encoder: onnx.ModelProto | None = None
+) -> None:
     """Write a classifier as ONNX: input `images` uint8 (n, h, w, 3); outputs `logits` (n, k), `embedding` (n, d).
 
-    An ONNX encoder goes into the same graph. Raises TrainingError: that is more than an ONNX file can hold.
+    An ONNX encoder goes into the same graph, and so does `encoder`: the network before the head as it was exported
+    already. Raises TrainingError: that is more than an ONNX file can hold.
     """
-    module = ExportedClassifier(classifier).eval()
     if isinstance(classifier, EncodedClassifier):
-        encoder = classifier.encoder
-        embeddings = torch.zeros(2, encoder.num_features)
-        opset = onnx_graph.find_opset(encoder.model)
-        head = _export(module, embeddings, "embedding", ("logits", "same"), opset=opset)
-        model = onnx_graph.put_head_behind(encoder.model, head)
-    else:
+        encoder = classifier.encoder.model
+    if encoder is None:
+        module = ExportedClassifier(classifier).eval()
         model = _export(module, _make_images(size_hw), "images", ("logits", "embedding"))
+    else:
+        module = ExportedClassifier(HeadAlone(classifier.head)).eval()  # type: ignore[arg-type]
+        embeddings = torch.zeros(2, onnx_graph.read_num_features(encoder))
+        opset = onnx_graph.find_opset(encoder)
+        head = _export(module, embeddings, "embedding", ("logits", "same"), opset=opset)
+        model = onnx_graph.put_head_behind(encoder, head)
     path.write_bytes(onnx_graph.to_bytes(model))
 
 

@@ -151,6 +151,12 @@ def put_head_behind(encoder: onnx.ModelProto, head: onnx.ModelProto) -> onnx.Mod
     return joined
 
 
+def read_num_features(model: onnx.ModelProto) -> int:
+    """Return the length of the embeddings that a graph gives."""
+    (output,) = (value for value in model.graph.output if value.name == "embedding")
+    return int(output.type.tensor_type.shape.dim[1].dim_value)
+
+
 def to_bytes(model: onnx.ModelProto) -> bytes:
     """Return a model as it is written. Raises TrainingError: it is more than an ONNX file can hold."""
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)

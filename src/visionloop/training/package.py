@@ -15,10 +15,13 @@ from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import TrainingError
-from visionloop.networks.export import compute_torch_logits, export_onnx
+from visionloop.features.encoder import load_graph
+from visionloop.features.view import load_facts
+from visionloop.networks.classifier import Classifier
+from visionloop.networks.export import EmbeddingNetwork, compute_torch_logits, export_onnx
 from visionloop.networks.heads import NeighbourHead, find_steady
 from visionloop.networks.weights import describe_network
-from visionloop.params import Params
+from visionloop.params import WAYS_ON_EMBEDDINGS, Params
 from visionloop.predictor import FloatArray, Predictor, choose_batch_size
 from visionloop.records import Card, canonical_json
 from visionloop.training.job import Job
@@ -33,8 +36,7 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     """Write a whole bundle into an empty folder and return its digest. `way`: how it was computed (precision, threads).
 
     The classifier maps uint8 images (n, h, w, 3), or behind an ONNX encoder embeddings, to units and embeddings. The
-    golden answers and the reference
-    embeddings are given by the exported model, not by torch.
+    golden answers and the reference embeddings are given by the exported model, not by torch.
 
     Raises:
         TrainingError: torch and ONNX do not agree.
@@ -43,7 +45,7 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     rows = prepared.rows(job.validated_on)
     (folder / "golden").mkdir(parents=True)
     classifier = classifier.cpu().float().eval()
-    export_onnx(classifier, prepared.size_hw, folder / "model.onnx")
+    export_onnx(classifier, prepared.size_hw, folder / "model.onnx", encoder=_find_encoder(classifier, job))
     state = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     (folder / "weights.safetensors").write_bytes(save(state))
     network = describe_network(params.train, classifier) | way
@@ -57,6 +59,15 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     digest = seal_bundle(folder)
     Predictor.load(folder)
     return digest
+
+
+def _find_encoder(classifier: nn.Module, job: Job) -> Any:
+    """Return the graph of the network before the head where `embed` has run it: exporting takes seconds. Else None."""
+    if job.params.train.way not in WAYS_ON_EMBEDDINGS or not isinstance(classifier, Classifier):
+        return None
+    facts = load_facts(job.settings.features_dir)
+    network = EmbeddingNetwork(classifier.backbone, classifier.num_features, job.prepared.size_hw)
+    return load_graph(job.settings.hidden_dir, facts, network)
 
 
 def _check_parity(classifier: nn.Module, predictor: Predictor, images_nhwc: UInt8Array) -> float:
