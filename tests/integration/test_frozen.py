@@ -18,6 +18,7 @@ from visionloop.data.shards import load_prepared
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.features import encoder as encoders
 from visionloop.features.view import load_features
+from visionloop.networks import export as exports
 from visionloop.networks.classifier import Classifier
 from visionloop.predictor import Predictor
 from visionloop.training.datamodule import PreparedData
@@ -208,3 +209,29 @@ def test_embeddings_that_do_not_belong_to_the_network_are_refused(champion: Home
     assert "expected those of small_cnn with train.weights: weights.safetensors. Run `visionloop embed`." in refusal
     home.section |= {"weights": "none", "way": "knn", "neighbours": {"k": 1000}}
     assert "train.neighbours.k: got 1000 with " in home.refuse(ParamsError)
+
+
+def test_the_head_is_joined_to_the_network_that_embed_exported(
+    champion: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is exported once; where its file is gone or damaged, again, and the bundle has the same bytes."""
+    exported: list[str] = []
+    export = exports._export
+
+    def listen(module: Any, example: Any, name: str, *rest: Any, **options: Any) -> Any:
+        exported.append(name)
+        return export(module, example, name, *rest, **options)
+
+    monkeypatch.setattr(exports, "_export", listen)
+    home = fork(champion, tmp_path / "ws", way="frozen", weights="weights.safetensors")
+    home.embed()
+    assert exported == ["images"]
+    digest = home.train()
+    assert exported == ["images", "embedding"]
+    (graph,) = (home.settings.hidden_dir / "encoders").glob("*.onnx")
+    for text in (b"", b"damaged", None):
+        shutil.rmtree(home.settings.work_dir("train"))
+        graph.unlink() if text is None else graph.write_bytes(text)
+        exported.clear()
+        assert home.train() == digest
+        assert exported == ["images", "embedding"]

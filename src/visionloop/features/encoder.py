@@ -273,14 +273,19 @@ def load_graph(hidden_dir: Path, facts: EncoderFacts, network: FrozenNetwork) ->
     """Return the graph of a network: as `embed` exported it, else exported now. What holds a head is joined to it."""
     import onnx
 
+    from visionloop.networks.onnx_graph import read_num_features
+
     path = _place_graph(hidden_dir / "encoders", facts)
     for _ in range(2):
         if not path.is_file():
             _write_atomically(path, network.write)
         try:
-            return onnx.load(path)
+            model = onnx.load(path)
+            read_num_features(model)  # of an empty file there is a model, which has no output
         except Exception:  # protobuf's DecodeError has no public home
             path.unlink()
+        else:
+            return model
     raise BundleError(f"encoder {path.name[:12]}", "cannot be read after it was written", "an ONNX file")
 
 
