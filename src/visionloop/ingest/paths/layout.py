@@ -183,6 +183,6 @@ def _refuse(paths: Sequence[str], where: str, given: Pattern | None) -> SourceEr
         where,
         found,
         "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg",
-        "Put the images of each class into a folder of its name, name the table that holds the labels, or give the source"
-        " a `pattern` for their names.",
+        "Put the images of each class into a folder of its name, name the table that holds the labels, or give the"
+        " source a `pattern` for their names.",
     )

@@ -46,7 +46,8 @@ TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 # What visionloop itself writes is no table of labels.
 OWN_FILES = frozenset(
-    ("code.json", "dataset.json", "corrections.csv", "classes.json", "card.json", "metrics.json", "leaks.json")
+    {"code.json", "dataset.json", "corrections.csv", "classes.json", "card.json", "metrics.json", "report.json"}
+    | {"leaks.json", "predictions.csv", "per_class.csv", "answers.json"}
 )
 
 
