@@ -40,6 +40,7 @@ def test_class_folders_below_the_archives_own_folder(tmp_path: Path) -> None:
     assert found.facts() == [("pets/cat/1.jpg", ("cat",), None), ("pets/dog/1.jpg", ("dog",), None)]
     assert [item.read(1) for item in found.items] == [b"c", b"d"]
     assert "all images are inside pets/, so this name is not taken for a class" in found.told[0]
+    assert found.told[1].endswith("files passed over: hidden 1; in __MACOSX 1")
     assert found.rejected == []
 
 

@@ -154,6 +154,12 @@ def _compare(paths: Sequence[str], table: str, read: Callable[[str], Iterator[Ro
     return named, alike, len(rows)
 
 
+def tell_unread(names: Sequence[str], where: str, tell: Callable[[str], None]) -> None:
+    """Tell which tables lie beside images whose paths give the labels."""
+    if tables := list_tables(names):
+        tell(f"{where}: labels are those of the paths; not read: {shorten(tables)} (to read it, name it as a table)")
+
+
 def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> SourceError:
     """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files."""
     todo = "Check the path."
