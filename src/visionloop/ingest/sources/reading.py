@@ -54,8 +54,13 @@ def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence
     tables: their labels are exact, where the name of a folder was made safe.
     """
     tops = sorted({path[: path.find("/") + 1] for path in paths if "/" in path})
-    if EXPORT_LIST in list_names("") and all(EXPORT_TABLE in list_names(top) for top in tops):
-        return [SplitTable(top, find_side(top), EXPORT_TABLE, EXPORT_COLUMNS) for top in tops]
+    if len(tops) == 1 and EXPORT_LIST in list_names(tops[0]):  # a zip of the export's folder
+        depth = len(tops[0])
+        tops = sorted({path[: path.find("/", depth) + 1] for path in paths if "/" in path[depth:]})
+    elif EXPORT_LIST not in list_names(""):
+        tops = []
+    if tops and all(EXPORT_TABLE in list_names(top) for top in tops):
+        return [SplitTable(top, find_side(top.split("/")[-2]), EXPORT_TABLE, EXPORT_COLUMNS) for top in tops]
     sides = find_flat_splits(paths)
     names = {folder: list_tables(list_names(folder)) for folder in sides}
     if not any(names.values()) or count_classes(paths):
