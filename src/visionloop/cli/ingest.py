@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,16 @@ import typer
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
-from visionloop.settings import PARAMS_FILE
-from visionloop.words import describe_pull
+from visionloop.settings import PARAMS_FILE, load_settings
+from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
 
 if TYPE_CHECKING:
+    from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
+    from visionloop.workspace import Workspace
 
+MANY_CLASSES = 200
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
     str | None,
@@ -25,9 +28,19 @@ What = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of this source; default: made from WHAT.")]
-Pattern = Annotated[str | None, typer.Option(help="Where the label is in the names of flat files: '{label}.*.jpg'.")]
+Pattern = Annotated[
+    str | None, typer.Option(help="Where the label is: in names, '{label}.*.jpg', or in folders, '{side}/{label}/'.")
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of a table that names the image.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of a table that holds the label.")]
+Unlabelled = Annotated[
+    list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
+]
+Table = Annotated[str | None, typer.Option(help="The table inside a zip or a bucket that holds the labels.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of the names in a zip that are not UTF-8: gbk, cp866.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
+]
 Save = Annotated[bool, typer.Option("--save", help="Add the source to params.yaml, to pull it every time.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Read everything again; mend what is missing or damaged in the store.")
@@ -42,6 +55,10 @@ def ingest(
     pattern: Pattern = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    unlabelled: Unlabelled = None,
+    table: Table = None,
+    encoding: Encoding = None,
+    dry_run: DryRun = False,
     save: Save = False,
     verify: Verify = False,
 ) -> None:
@@ -60,13 +77,19 @@ def ingest(
 
       visionloop ingest labels.csv --label-column breed
 
+      visionloop ingest ~/photos --dry-run
+
       visionloop ingest s3://bucket/photos --name warehouse
     """
-    from visionloop.ingest.pull import check_sources, pull
-    from visionloop.pipeline import refresh_code
+    from visionloop.ingest.pull import check_sources
 
+    given: dict[str, Any] = {"name": name, "pattern": pattern}
+    given |= {"image_column": image_column, "label_column": label_column}
+    given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
+    if dry_run:
+        _print_dry_run(what, {**given, "save": save or None})
+        return
     workspace = open_workspace()
-    given = {"name": name, "pattern": pattern, "image_column": image_column, "label_column": label_column}
     if what is None:
         _check_alone({**given, "save": save or None})
         sources, text = check_sources(workspace.params), ""
@@ -74,6 +97,20 @@ def ingest(
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
+    _pull(workspace, sources, verify=verify)
+    if text:
+        from visionloop.params.edit import write_params
+
+        write_params(workspace.settings.params_path, text)
+        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
+    elif what is not None:
+        print("to pull it on every run, say --save")
+
+
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool) -> None:
+    from visionloop.ingest.pull import pull
+    from visionloop.pipeline import refresh_code
+
     refresh_code(workspace.settings.home, workspace.params)
     report = pull(
         workspace,
@@ -86,16 +123,50 @@ def ingest(
     )
     for line in describe_pull(report):
         print(line)
-    if text:
-        from visionloop.params.edit import write_params
-
-        write_params(workspace.settings.params_path, text)
-        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
-    elif what is not None:
-        print("to pull it on every run, say --save")
 
 
-def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Source":
+def _describe_outline(outline: "Outline") -> list[str]:
+    """Tell what a pull of a source would bring: images by class and side, some of their names, and what is left."""
+    from visionloop.ingest.dry_run import UNLABELLED
+    from visionloop.ingest.pull import NOT_UNUSABLE
+
+    labels = sorted(outline.counts, key=lambda label: (label == UNLABELLED, label))
+    num_classes = sum(label != UNLABELLED for label in labels)
+    sides = sorted({side for counts in outline.counts.values() for side in counts})
+    shown = labels[:MANY_CLASSES]
+    rows = [
+        [cut(label), *(f"{outline.counts[label][side]:,}" for side in sides), f"{outline.counts[label].total():,}"]
+        for label in shown
+    ]
+    lines = [f"source {outline.source}: {outline.num_images:,} images of {num_classes:,} classes would be offered"]
+    lines += [f"  {line}" for line in align([["class", *sides, "all"], *rows])] if rows else []
+    lines += [f"  and {len(labels) - len(shown):,} more classes"] if len(labels) > len(shown) else []
+    lines += [f"  {cut(label)}: {', '.join(map(fit, outline.samples[label]))}" for label in shown]
+    lines += describe_rejected(outline.rejected, NOT_UNUSABLE)
+    lines.append(f"files passed over: {outline.passed.num_files:,}")
+    return lines
+
+
+def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
+    """Print what a pull would bring. The workspace is not opened: that would write into it."""
+    from visionloop.ingest.dry_run import outline_source
+    from visionloop.ingest.item import SourceContext
+    from visionloop.ingest.pull import check_sources
+    from visionloop.params import load_params
+
+    settings = load_settings(os.environ, None)
+    params = load_params(settings.params_path)
+    if what is None:
+        _check_alone(given)
+    sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
+    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print)
+    for source in sources:
+        for line in _describe_outline(outline_source(source, context)):
+            print(line)
+    print("a dry run: nothing was read or written")
+
+
+def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     """Return the source that a word stands for, with what the options say; paths are relative to `here`.
 
     Raises:
@@ -105,15 +176,17 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    source = guess_source(str(local) if local.exists() else what, given.get("name"))
+    by_pattern = bool(given.get("pattern"))
+    source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
-    wanted: dict[str, Any] = {"pattern": given["pattern"]} if given.get("pattern") else {}
+    keys = ("pattern", "unlabelled", "table", "encoding")
+    wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
         wanted["columns"] = {key: column for key, column in columns.items() if column}
     fields = type(source).model_fields
     for key in wanted:
         if key not in fields:
-            option = "--pattern" if key == "pattern" else "--image-column and --label-column"
+            option = "--image-column and --label-column" if key == "columns" else f"--{key}"
             raise SourceError(f"{option}", f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
     value = {
         **source.model_dump(mode="json", exclude_defaults=True),
@@ -121,7 +194,13 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
         "name": source.name,
         **wanted,
     }
-    validated: Source = type(source).model_validate(value)
+    try:
+        validated: Source = type(source).model_validate(value)
+    except ValueError as exc:
+        found = ", ".join(f"--{key} {wanted[key]}" for key in wanted if key != "columns")
+        raise SourceError(
+            f"{found}", "does not fit", "a value as `visionloop ingest --help` says", "Change it."
+        ) from exc
     return validated
 
 

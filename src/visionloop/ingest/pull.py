@@ -18,7 +18,7 @@ from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
 from visionloop.ingest.labels import Correction, load_corrections
 from visionloop.ingest.merge import merge
-from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
+from visionloop.ingest.sources import Cursor, Item, PassedOver, SourceContext, read_source
 from visionloop.params import Params, Source
 from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
 from visionloop.settings import Settings
@@ -140,7 +140,7 @@ def check_sources(params: Params) -> Sequence[Source]:
 
 def _read_all(
     sources: Sequence[Source], context: SourceContext, cursors: Mapping[str, str]
-) -> Iterator[Item | Rejected | Cursor]:
+) -> Iterator[Item | Rejected | Cursor | PassedOver]:
     for source in sources:
         yield from read_source(source, replace(context, cursor=cursors.get(source.name)))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
-from visionloop.ingest.item import Item, SourceContext
-from visionloop.ingest.paths.listing import ImageFolder, ListedFile, is_image_name
-from visionloop.ingest.sources.folder import read_by_place
+from visionloop.ingest.item import Item, PassedOver, SourceContext
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images, is_image_name
+from visionloop.ingest.sources.folder import Files, read_by_place
 from visionloop.ingest.tables.join import LabelTable, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
@@ -22,7 +22,7 @@ from visionloop.store import Bucket, open_bucket
 MAX_TABLE_BYTES = 256 << 20
 
 
-def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Yield the images below a prefix in the order of their keys; hidden names and other objects are passed over.
 
     Raises:
@@ -36,8 +36,9 @@ def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item |
     if source.table is not None:
         yield from _read_by_table(source, source.table, context, shelf)
         return
-    files = [found for key, found in shelf.files.items() if is_image_name(key.rsplit("/", 1)[-1])]
-    yield from read_by_place(source.name, files, shelf.make_reader, context, where=where, pattern=source.pattern)
+    images, passed = choose_images(shelf.files.values())
+    files = Files(source.name, where, images, passed, shelf.make_reader)
+    yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
 
 
 def _read_by_table(

@@ -44,21 +44,20 @@ from visionloop.records import Rejected
 # Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
+# What visionloop itself writes is no table of labels.
+OWN_FILES = frozenset(
+    {"code.json", "dataset.json", "corrections.csv", "classes.json", "card.json", "metrics.json", "report.json"}
+    | {"leaks.json", "predictions.csv", "per_class.csv", "answers.json"}
+)
 
 
 def list_tables(names: Sequence[str]) -> list[str]:
-    """Return the names of tables among the files of a folder, sorted; hidden ones and submissions left out."""
-    return sorted(name for name in names if guess_table_kind(name) and not name.lower().startswith((".", *IGNORED)))
-
-
-def is_read_by_table(names: Sequence[str], class_folders: Sequence[str]) -> bool:
-    """Say whether images are labelled by a table beside them: there is one, and there are no class folders.
-
-    `names` are the files of the folder, `class_folders` the folders with images: those in it, below split folders too.
-    """
-    no_classes = (*IMAGE_FOLDERS, *UNLABELLED_FOLDERS)
-    classes = [name for name in class_folders if name.lower() not in no_classes and not find_side(name)]
-    return bool(list_tables(names)) and len(classes) < 2
+    """Return the names of tables among the files of a folder, sorted; without hidden ones, submissions and our own."""
+    return sorted(
+        name
+        for name in names
+        if guess_table_kind(name) and name not in OWN_FILES and not name.lower().startswith((".", *IGNORED))
+    )
 
 
 def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) -> str:
