@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import SourceError
-from visionloop.ingest.sources import Cursor, Item, SourceContext, read_source
+from visionloop.ingest.sources import Cursor, Item, PassedOver, SourceContext, read_source
 from visionloop.params import Source, make_params
 from visionloop.records import Rejected
 
@@ -18,6 +18,7 @@ class Run:
     items: list[Item] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     cursors: list[Cursor] = field(default_factory=list)
+    passed: list[PassedOver] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     error: SourceError | None = None
 
@@ -25,7 +26,8 @@ class Run:
         """Read a source to its end, or until it cannot be used."""
         try:
             for one in read_source(source, context):
-                {Item: self.items, Rejected: self.rejected, Cursor: self.cursors}[type(one)].append(one)
+                kinds = {Item: self.items, Rejected: self.rejected, Cursor: self.cursors, PassedOver: self.passed}
+                kinds[type(one)].append(one)
         except SourceError as exc:
             self.error = exc
 

@@ -19,7 +19,7 @@ from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.ingest.inspect import Facts, Inspected, inspect_bytes
 from visionloop.ingest.journal import SHA256, STAMP, Journal, Row, unpack_row
-from visionloop.ingest.sources import Cursor, Item
+from visionloop.ingest.sources import Cursor, Item, PassedOver
 from visionloop.parallel import count_cores
 from visionloop.params import Ingest
 from visionloop.records import Rejected
@@ -220,6 +220,7 @@ class Checked:
     """What a pull has found: usable images, what cannot be used, and the cursor of each incremental source.
 
     `num_read` of the `num_seen` were read; the others were known. `num_missing` were known, but not in the store.
+    `num_places` are the places of files that were offered or rejected, each once; `num_passed_over` the other files.
     `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
     no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
     left out here.
@@ -231,6 +232,8 @@ class Checked:
     num_seen: int = 0
     num_read: int = 0
     num_missing: int = 0
+    num_places: int = 0
+    num_passed_over: int = 0
     offers: str | None = None
     is_as_before: bool = False
 
@@ -252,7 +255,7 @@ class Known:
 
 
 def check_all(
-    offered: Iterable[Item | Rejected | Cursor],
+    offered: Iterable[Item | Rejected | Cursor | PassedOver],
     store: ObjectStore,
     limits: Ingest,
     known: Known,
@@ -275,6 +278,8 @@ def check_all(
                     crew.take(ordinal, one)
             elif isinstance(one, Cursor):
                 tally.cursors[one.source] = one.value
+            elif isinstance(one, PassedOver):
+                tally.num_passed_over += one.num_files
             else:
                 tally.rejected.append(one)
         crew.finish()
@@ -295,6 +300,7 @@ class _Tally:
         self._rows: dict[str, dict[str, Row]] = {}
         self._offers = _Offers()
         self._slots: list[tuple[Item, Row] | ItemResult | None] = []
+        self.num_passed_over = 0
         self._num_done = self._num_read = self._num_missing = 0
 
     def count(self, item: Item) -> int | None:
@@ -322,7 +328,14 @@ class _Tally:
         self._on_progress(num_seen, num_seen)
         offers = self._offers.close(self.rejected, self.cursors)
         if offers is not None and offers == self._known.offers and not self._num_read:
-            return Checked(cursors=self.cursors, num_seen=num_seen, offers=offers, is_as_before=True)
+            return Checked(
+                cursors=self.cursors,
+                num_seen=num_seen,
+                num_places=self._count_places(),
+                num_passed_over=self.num_passed_over,
+                offers=offers,
+                is_as_before=True,
+            )
         held = self._list_held()
         results = [_unpack(ordinal, slot) for ordinal, slot in enumerate(self._slots) if slot is not None]
         return Checked(
@@ -332,8 +345,16 @@ class _Tally:
             num_seen=num_seen,
             num_read=self._num_read,
             num_missing=self._num_missing,
+            num_places=self._count_places(),
+            num_passed_over=self.num_passed_over,
             offers=offers,
         )
+
+    def _count_places(self) -> int:
+        places = {one.origin for one in self.rejected if not one.is_row}
+        slots = (slot for slot in self._slots if slot is not None)
+        places.update(slot.item.origin if isinstance(slot, ItemResult) else slot[0].origin for slot in slots)
+        return len(places)
 
     def _list_held(self) -> set[str]:
         """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
+
+SHOWN_SUFFIXES = 10
 
 
 class Item(NamedTuple):
@@ -42,6 +45,48 @@ class Cursor:
 
     source: str
     value: str
+
+
+@dataclass
+class PassedOver:
+    """How many files of a source are neither offered nor rejected. A source yields one, at its end.
+
+    `files` are counted by the folder they lie in (its path with a `/` at the end, or "") and their suffix (`hidden`,
+    `no suffix`). `folders` are hidden ones and those that systems make (`@eaDir`), by where they lie and their name:
+    the files in them.
+    """
+
+    files: Counter[tuple[str, str]] = field(default_factory=Counter)
+    folders: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add_file(self, folder: str, suffix: str) -> None:
+        """Count a file that is passed over."""
+        self.files[folder, suffix] += 1
+
+    def add_folder(self, folder: str, name: str, num_files: int) -> None:
+        """Count the files in a folder that is passed over as a whole."""
+        self.folders[folder, name] += num_files
+
+    @property
+    def num_files(self) -> int:
+        """How many files they are in all."""
+        return self.files.total() + self.folders.total()
+
+    def describe(self) -> str:
+        """Return the counts by suffix and by folder, the largest first: `.txt 12, hidden 1; in @eaDir 40`; or ""."""
+        suffixes, names = Counter[str](), Counter[str]()
+        for (_, suffix), number in self.files.items():
+            suffixes[suffix] += number
+        for (_, name), number in self.folders.items():
+            names[name] += number
+        texts = []
+        for counts, before in ((suffixes, ""), (names, "in ")):
+            ranked = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+            shown = [f"{before}{name} {number:,}" for name, number in ranked[:SHOWN_SUFFIXES]]
+            if more := ranked[SHOWN_SUFFIXES:]:
+                shown.append(f"{before}{len(more):,} others {sum(number for _, number in more):,}")
+            texts += [", ".join(shown)] if shown else []
+        return "; ".join(texts)
 
 
 @dataclass(frozen=True)

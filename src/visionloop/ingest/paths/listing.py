@@ -1,16 +1,46 @@
-"""The files below a folder in the order of their paths, what their names say, and look-up of a file by a name."""
+"""The files below a folder in the order of their paths, and look-up of a file by a name."""
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.item import PassedOver
+from visionloop.ingest.paths.names import (
+    IMAGE_FOLDERS,
+    SPLIT_NAMES,
+    UNLABELLED_FOLDERS,
+    escape_name,
+    find_side,
+    get_suffix,
+    is_image_name,
+    is_label,
+    is_system_file,
+    is_system_folder,
+    is_text,
+)
 
+__all__ = [
+    "IMAGE_FOLDERS",
+    "SPLIT_NAMES",
+    "UNLABELLED_FOLDERS",
+    "VIDEO_SUFFIXES",
+    "ImageFolder",
+    "ListedFile",
+    "choose_images",
+    "clean_reference",
+    "escape_name",
+    "find_side",
+    "is_image_name",
+    "is_label",
+    "list_files",
+    "list_images",
+]
 MAX_DEPTH = 64
 VIDEO_SUFFIXES = frozenset(
     (
@@ -18,20 +48,6 @@ VIDEO_SUFFIXES = frozenset(
         *(".flv", ".ogv", ".ogg", ".3gp", ".3g2"),
     )
 )
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
-)
-SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("train", "training"), "train"),
-        **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-        **dict.fromkeys(("test", "testing", "eval", "holdout"), "test"),
-    }
-)
-# Folders beside a table: where its images lie, most likely first, and where images without labels do.
-IMAGE_FOLDERS = ("train", "images", "train_images", "image", "imgs", "img", "photos", "data")
-UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
-MAX_LABEL = 256
 MAX_REFERENCE = 4096
 OUTSIDE = re.compile(r"^([/~]|[A-Za-z][A-Za-z0-9+.-]*:)")
 
@@ -49,7 +65,7 @@ class ListedFile(NamedTuple):
 
 
 def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[ListedFile]:
-    """Return the files below a folder in the order of their paths; hidden files and folders are passed over.
+    """Return the files below a folder in the order of their paths; what is hidden or a system's own is passed over.
 
     A link is followed unless it leads to a folder above itself, to one that another link led to, or (`stay_inside`)
     out of the root.
@@ -57,31 +73,69 @@ def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[Lis
     Raises:
         SourceError: there is no such folder, a folder in it may not be read, or lies too deep.
     """
+    return _walk(_Walk(root, where, stay_inside))
+
+
+def list_images(root: Path, where: str) -> tuple[list[ListedFile], PassedOver]:
+    """Return the images below a folder, and how many other files there are. Raises SourceError as `list_files`."""
+    walk = _Walk(root, where, stay_inside=False, is_wanted=is_image_name)
+    return _walk(walk), walk.passed
+
+
+def choose_images(files: Iterable[ListedFile]) -> tuple[list[ListedFile], PassedOver]:
+    """Return the images among the files of an archive or a bucket, and how many others there are."""
+    images, passed = [], PassedOver()
+    for found in files:
+        *folders, name = found.relative.split("/")
+        depth = next((i for i, folder in enumerate(folders) if is_system_folder(folder)), None)
+        prefix = "".join(f"{folder}/" for folder in folders[:depth])
+        if depth is not None:
+            passed.add_folder(prefix, escape_name(folders[depth]), 1)
+        elif is_system_file(name) or not is_image_name(name):
+            passed.add_file(prefix, get_suffix(name))
+        else:
+            images.append(found)
+    return images, passed
+
+
+def _walk(walk: "_Walk") -> list[ListedFile]:
+    root, where = walk.root, walk.where
     if not root.is_dir():
         raise SourceError(where, "is a file" if root.exists() else "does not exist", "a folder", "Check the path.")
     try:
-        return list(_Walk(root, where, stay_inside).run(str(root), "", (os.path.realpath(root),)))
+        return list(walk.run(str(root), "", (os.path.realpath(root),)))
     except OSError as exc:
         found = f"cannot be read ({exc.strerror}: {exc.filename})"
         raise SourceError(where, found, "folders that may be read", "Check the permissions.") from exc
 
 
 class _Walk:
-    """One walk: its root, and the folders that links have led to. None is entered by a link twice."""
+    """One walk: its root, and the folders that links have led to. None is entered by a link twice.
 
-    def __init__(self, root: Path, where: str, stay_inside: bool) -> None:
-        self._where = where
+    `passed` counts what it passes over. Only files whose names are wanted are looked at more closely: that takes longer
+    than to list them.
+    """
+
+    def __init__(
+        self, root: Path, where: str, stay_inside: bool, is_wanted: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        self.root, self.where, self.passed = root, where, PassedOver()
+        self._is_wanted = is_wanted
         self._inside = os.path.join(os.path.realpath(root), "") if stay_inside else ""
         self._linked: set[str] = set()
 
     def run(self, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[ListedFile]:
         """Yield the files below `folder`; `prefix` is its path below the root, `above` the real folders it lies in."""
         if len(above) > MAX_DEPTH:
-            raise SourceError(self._where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
+            raise SourceError(self.where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
         with os.scandir(folder) as entries:
             listed = sorted((entry.name, entry) for entry in entries)
         for name, entry in listed:
-            if name[0] == ".":
+            if name[0] == "." or is_system_file(name) or (is_system_folder(name) and entry.is_dir()):
+                self._pass(entry, prefix)
+                continue
+            if not self._is_wanted(name) and entry.is_file():
+                self.passed.add_file(prefix, get_suffix(name))
                 continue
             relative, real = prefix + name, ""
             if entry.is_symlink():
@@ -97,33 +151,23 @@ class _Walk:
             if facts:
                 yield ListedFile(relative, entry.path, f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}")
             elif not entry.is_dir():
-                yield ListedFile(relative, entry.path, None, "is a link to nothing" if real else "is no regular file")
+                if self._is_wanted(name):
+                    yield ListedFile(
+                        relative, entry.path, None, "is a link to nothing" if real else "is no regular file"
+                    )
+                else:
+                    self.passed.add_file(prefix, get_suffix(name))
             elif not real or not (real in above or real in self._linked):
                 self._linked.update([real] if real else [])
                 yield from self.run(entry.path, f"{relative}/", (*above, real or os.path.join(above[-1], name)))
 
-
-def find_side(name: str) -> str | None:
-    """Return train, val or test for the name of a split (`Training`, `val2017`, `test1`); None for any other name."""
-    lower = name.strip().lower()
-    return SPLIT_NAMES.get(lower) or SPLIT_NAMES.get(lower.rstrip("0123456789"))
-
-
-def is_image_name(name: str) -> bool:
-    """Say whether a file's suffix is one of an image, and it is not hidden."""
-    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-def is_label(text: str) -> bool:
-    """Say whether a text can be a class: 1 to 256 printable characters, none of white space around them."""
-    return 0 < len(text) <= MAX_LABEL and text.isprintable() and text == text.strip()
-
-
-def escape_name(name: str) -> str:
-    """Return a file's name as text of one line that can be stored: what is not printable is escaped."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    def _pass(self, entry: "os.DirEntry[str]", prefix: str) -> None:
+        """Count what is hidden, or a system's own."""
+        if not entry.is_dir(follow_symlinks=False):
+            self.passed.add_file(prefix, "hidden")
+            return
+        num_files = sum(len(files) for _, _, files in os.walk(entry.path))
+        self.passed.add_folder(prefix, escape_name(entry.name), num_files)
 
 
 class ImageFolder:
@@ -145,16 +189,30 @@ class ImageFolder:
         return {found.relative: found for found in list_files(self._root, f"folder {self._root}", stay_inside=True)}
 
     @cached_property
-    def _stems(self) -> dict[str, list[str]]:
-        """Paths of images by their path without suffix and by their name without suffix."""
-        stems: dict[str, list[str]] = defaultdict(list)
+    def _names(self) -> dict[str, list[str]]:
+        """Paths of files by what a row may call them, in NFC.
+
+        An image: by its path, its path without suffix, its name, and its name without suffix. Another file: by its path
+        where that is not in NFC.
+        """
+        names: dict[str, list[str]] = defaultdict(list)
         for relative in self.files:
-            if not is_image_name(relative.rsplit("/", 1)[-1]):
-                continue
-            stem = relative[: relative.rfind(".")]
-            for key in {stem, stem.rsplit("/", 1)[-1], relative.rsplit("/", 1)[-1]}:
-                stems[key].append(relative)
-        return stems
+            path = relative if relative.isascii() else unicodedata.normalize("NFC", relative)
+            if is_image_name(path.rsplit("/", 1)[-1]):
+                stem = path[: path.rfind(".")]
+                for key in {path, stem, stem.rsplit("/", 1)[-1], path.rsplit("/", 1)[-1]}:
+                    names[key].append(relative)
+            elif path is not relative:
+                names[path].append(relative)
+        return names
+
+    @cached_property
+    def _folded(self) -> dict[str, list[str]]:
+        """The same, for names that are spelled differently."""
+        folded: dict[str, list[str]] = defaultdict(list)
+        for name, paths in self._names.items():
+            folded[_fold(name)] += paths
+        return folded
 
     def find(self, reference: str) -> Path | None:
         """Return the file that a cell of a table names, or None. Raises ImageError (`unsafe_path`, `ambiguous`)."""
@@ -172,9 +230,9 @@ class ImageFolder:
         path = clean_reference(reference)
         if path in self.files:
             return self.files[path]
-        matches = self._stems.get(path) or []
+        matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]
         if len(matches) > 1:
-            nearest = [match for match in matches if match.rsplit(".", 1)[0] == path] or matches
+            nearest = [match for match in matches if path in (match, match.rsplit(".", 1)[0])] or matches
             if len(nearest) > 1:
                 found = f"fits {len(nearest)} files: {nearest[0]}, {nearest[1]}"
                 raise ImageError(f"reference {path}", found, "one file", reason_code="ambiguous")
@@ -186,8 +244,20 @@ def clean_reference(reference: str) -> str:
     """Return a path of a table as a path below its folder, `/` between its parts. Raises ImageError (`unsafe_path`)."""
     text = reference.strip().replace("\\", "/")
     parts = [part for part in text.split("/") if part not in ("", ".")]
-    unsafe = OUTSIDE.match(text) or ".." in parts or not text.isprintable() or len(text) > MAX_REFERENCE
+    unsafe = OUTSIDE.match(text) or ".." in parts or not is_text(text) or len(text) > MAX_REFERENCE
     if unsafe or not parts:
         shown = text[:80].encode("unicode_escape").decode()
         raise ImageError(f"reference {shown}", "leaves its folder", "a path below it", reason_code="unsafe_path")
-    return "/".join(parts)
+    return unicodedata.normalize("NFC", "/".join(parts))
+
+
+def is_spelled_so(relative: str, reference: str) -> bool:
+    """Say whether a reference has the letters of the path it stands for, and not another case or other spaces."""
+    path, found = clean_reference(reference), unicodedata.normalize("NFC", relative)
+    return f"/{found}".endswith(f"/{path}") or f"/{found[: found.rfind('.')]}".endswith(f"/{path}")
+
+
+def _fold(path: str) -> str:
+    """Return what is left of a name when case, kinds of space and the ways to write `.jpg` do not matter."""
+    text = " ".join(path.casefold().split())
+    return f"{text[: text.rfind('.')]}.jpg" if text.endswith((".jpeg", ".jpe")) else text

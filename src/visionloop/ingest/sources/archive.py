@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import SourceError
-from visionloop.ingest.item import Item, SourceContext
-from visionloop.ingest.paths.listing import ImageFolder, ListedFile, escape_name, find_side, is_image_name
+from visionloop.ingest.item import Item, PassedOver, SourceContext
+from visionloop.ingest.paths.listing import (
+    ImageFolder,
+    ListedFile,
+    choose_images,
+    escape_name,
+    find_side,
+    is_image_name,
+)
 from visionloop.ingest.sources.folder import read_by_place
 from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, is_read_by_table, read_shelf_table
 from visionloop.ingest.zips import ZipReader
@@ -22,7 +29,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar",
 MAX_PARQUET_BYTES = 1 << 30  # Parquet is read from its end, so the file must be in memory as a whole
 
 
-def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Yield the images of a zip in the order of their paths, or of its table's rows.
 
     Hidden files, other file types and archives inside are passed over; a member that cannot be trusted is `Rejected`.
@@ -52,7 +59,7 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
 
 def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
-) -> Iterator[Item | Rejected]:
+) -> Iterator[Item | Rejected | PassedOver]:
     name = source.table
     if name is None:
         if top := shelf.find_wrapper():
@@ -125,6 +132,9 @@ class ZipShelf:
         prefix = f"{folder}/" if folder else ""
         inside = [one for path, one in self.files.items() if path.startswith(prefix)]
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return choose_images(self.index(folder).files.values())
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._reader.read, self._members[found.path])

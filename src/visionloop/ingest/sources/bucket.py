@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
-from visionloop.ingest.item import Item, SourceContext
-from visionloop.ingest.paths.listing import ImageFolder, ListedFile, is_image_name
+from visionloop.ingest.item import Item, PassedOver, SourceContext
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images, is_image_name
 from visionloop.ingest.sources.folder import read_by_place
 from visionloop.ingest.tables.join import LabelTable, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
@@ -22,7 +22,7 @@ from visionloop.store import Bucket, open_bucket
 MAX_TABLE_BYTES = 256 << 20
 
 
-def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Yield the images below a prefix in the order of their keys; hidden names and other objects are passed over.
 
     Raises:
@@ -42,7 +42,7 @@ def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item |
 
 def _read_by_table(
     source: BucketSource, name: str, context: SourceContext, shelf: "BucketShelf"
-) -> Iterator[Item | Rejected]:
+) -> Iterator[Item | Rejected | PassedOver]:
     if name not in shelf.files:
         tables = [key for key in shelf.files if guess_table_kind(key)]
         there = f"one of {shorten(tables)}" if tables else "a CSV, Parquet, JSON or JSON lines object below the prefix"
@@ -82,6 +82,9 @@ class BucketShelf:
         index.files = {key: found._replace(relative=key) for key, found in inside.items()}
         index.url = f"{self._bucket.url}/{prefix}"
         return index
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return choose_images(self.index(folder).files.values())
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._bucket.read, self._entries[found.path])

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
 from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, find_side, is_image_name
+from visionloop.ingest.tables.files import FOREIGN_TABLES, guess_table_kind
 from visionloop.ingest.tables.join import is_read_by_table
-from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import Source, make_params
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -41,6 +41,8 @@ def guess_source(text: str, name: str | None = None) -> Source:
         found = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise SourceError(f"source {path}", found, KINDS, "Check the path.")
     suffix = path.suffix.lower()
+    if suffix in FOREIGN_TABLES:
+        raise SourceError(f"source {path}", f"is {FOREIGN_TABLES[suffix][0]}", KINDS, FOREIGN_TABLES[suffix][1])
     kind = "table" if guess_table_kind(path.name) else "archive" if suffix == ".zip" else "video"
     if kind == "video" and suffix not in VIDEO_SUFFIXES:
         todo = "Unpack it, or make a zip of it." if suffix in OTHER_ARCHIVES else "Give another path."

@@ -1,0 +1,165 @@
+"""What the names of files and folders say: a side, a label, an image, or something that a system made. Pure."""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
+)
+SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("train", "training", "trn", "trainset", "trainingset", "traindata"), "train"),
+        **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "valset", "validset"), "val"),
+        **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "testset", "testdata"), "test"),
+        **dict.fromkeys(("entrenamiento", "entrainement", "entraînement", "treino", "treinamento"), "train"),
+        **dict.fromkeys(("addestramento", "обучение", "训练", "训练集", "訓練", "学習", "훈련", "학습"), "train"),
+        **dict.fromkeys(("validierung", "validacion", "validación", "validacao", "validação"), "val"),
+        **dict.fromkeys(("validazione", "验证", "验证集", "検証", "검증"), "val"),
+        **dict.fromkeys(("prueba", "pruebas", "teste", "testes", "тест", "测试", "测试集", "テスト", "테스트"), "test"),
+    }
+)
+# Words beside a split's word that say nothing more: `training_set`, `Train Images`, `test_data`, `PublicTest`.
+_FILLERS = frozenset(
+    ("set", "sets", "data", "dataset", "datasets", "ds", "image", "images", "img", "imgs", "split", "splits", "folder")
+    + ("dir", "file", "files", "photo", "photos", "pic", "pics", "picture", "pictures", "sample", "samples", "subset")
+    + ("part", "public", "private", "final", "raw", "jpg", "jpeg", "png", "aug", "augmented", "resized", "labelled")
+    + ("labeled", "set's", "zip")
+)
+# Folders without labels, by their whole name.
+UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+_NO_LABELS = frozenset((*UNLABELLED_FOLDERS, "pred", "predict", "prediction", "predictions", "inference", "submission"))
+# Folders beside a table: where its images lie, most likely first.
+IMAGE_FOLDERS = ("train", "images", "train_images", "image", "imgs", "img", "photos", "data")
+# Folders that only hold others, in any language that tools write them in: Google Takeout, exports, downloads.
+_HOLDERS = frozenset(
+    (*IMAGE_FOLDERS, "pictures", "pics", "dataset", "datasets", "jpg", "jpeg", "png", "jpegs", "raw", "files", "all")
+    + ("archive", "takeout", "google photos", "google fotos", "google foto", "jpegimages", "upload", "uploads")
+)
+_BY_YEAR = re.compile(r"(photos|fotos|foto|foto's|zdjęcia|фото)\b.{0,12}\b(19|20)\d\d", re.I)
+_DATE = re.compile(r"(19|20)\d\d([-_. ]?(0?[1-9]|1[0-2])([-_. ]?[0-3]?\d)?)?")
+# What systems and programs put beside images: NAS, macOS, Windows, Linux, Lightroom, Capture One, Bridge, ACDSee.
+_SYSTEM_FOLDERS = frozenset(
+    ("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "@transcode", "@__thumb")
+    + ("@sharebin", "@synoresource", "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information")
+    + ("found.000", "lost+found", "~snapshot", "network trash folder", "temporary items", "__pycache__")
+    + ("captureone", "[originals]", "picasa originals", "node_modules", "thumbs.db")
+)
+_SYSTEM_ENDS = (".lrdata", ".lrlibrary", ".photoslibrary", ".photolibrary", ".cocatalog", ".aplibrary")
+_SYSTEM_FILES = frozenset(
+    {"thumbs.db", "ehthumbs.db", "desktop.ini", "synofile_thumb_m.jpg", "icon\r", "zbthumbnail.info"}
+)
+_SYNOLOGY_THUMB = re.compile(r"synofile_thumb_|synophoto_thumb_", re.I)
+MAX_LABEL = 256
+# Control characters, halves of characters, ends of lines.
+_NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"  # they carry meaning inside words of some scripts, and in emoji
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_WORDS = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
+
+
+@lru_cache(maxsize=4096)
+def find_side(name: str) -> str | None:
+    """Return train, val or test for the name of a split; None for any other name.
+
+    Numbers and words that say nothing more may stand beside it: `Training`, `val2017`, `test1`, `training_set`.
+    """
+    side, rest = split_name(name)
+    return side if all(word in _FILLERS for word in rest) else None
+
+
+@lru_cache(maxsize=4096)
+def split_name(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """Return the side that one word of a name means, and the other words: `seg_train` -> train, (seg,).
+
+    The side is None without such a word, and with words of two sides.
+    """
+    text = unicodedata.normalize("NFC", name).strip()
+    words = [word.lower() for word in _WORDS.findall(_CAMEL.sub(" ", text))]
+    if whole := SPLIT_NAMES.get("".join(words)):  # hold-out, TEST set
+        return whole, ()
+    sides = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    rest = tuple(word for word in words if word not in SPLIT_NAMES)
+    return (sides.pop(), rest) if len(sides) == 1 else (None, rest)
+
+
+def cut_side(name: str) -> str:
+    """Return a name without its split's word: `train_tabby_cat` -> tabby_cat."""
+    for word in _WORDS.findall(_CAMEL.sub(" ", name)):
+        if word.lower() in SPLIT_NAMES:
+            return name.replace(word, "", 1).strip(" _-.")
+    return name
+
+
+def has_no_labels(name: str) -> bool:
+    """Say whether a folder beside split folders holds images without labels: `unlabelled`, `seg_pred`."""
+    words = [word.lower() for word in _WORDS.findall(name)]
+    return bool(words) and (words[-1] in _NO_LABELS or words[0] in _NO_LABELS)
+
+
+def is_unlabelled_name(name: str) -> bool:
+    """Say whether a folder beside class folders holds images without labels: `unlabelled`, `Photos from 2023`."""
+    return name.strip().lower() in UNLABELLED_FOLDERS or bool(_BY_YEAR.fullmatch(name.strip()))
+
+
+def is_holder(name: str) -> bool:
+    """Say whether a folder's name says that it holds images, and not which."""
+    return name.strip().lower() in _HOLDERS
+
+
+def is_date(name: str) -> bool:
+    """Say whether a name is a year, a month or a day."""
+    return bool(_DATE.fullmatch(name.strip()))
+
+
+def is_system_folder(name: str) -> bool:
+    """Say whether a folder is one that systems and programs make, or a hidden one."""
+    lower = name.lower()
+    return name.startswith(".") or lower in _SYSTEM_FOLDERS or lower.endswith(_SYSTEM_ENDS)
+
+
+def is_system_file(name: str) -> bool:
+    """Say whether a file is one that systems make, or a hidden one."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES or bool(_SYNOLOGY_THUMB.match(name))
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether a file's suffix is one of an image, and it is not hidden. Spaces at its end do not matter."""
+    return name[name.rfind(".") :].rstrip().lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def get_suffix(name: str) -> str:
+    """Return what a file of another type is counted as: its suffix in lower case, `hidden`, or `no suffix`."""
+    if is_system_file(name):
+        return "hidden"
+    dot = name.rfind(".")
+    return escape_name(name[dot:].lower()[:20]) if 0 < dot < len(name) - 1 else "no suffix"
+
+
+def is_text(name: str) -> bool:
+    """Say whether a name has no control characters. Any script, and any kind of space, is text."""
+    return name.isprintable() or not any(unicodedata.category(c) in _NO_TEXT for c in name)
+
+
+def is_label(text: str) -> bool:
+    """Say whether a text can be a class: 1 to 256 characters without control characters, no white space around."""
+    return 0 < len(text) <= MAX_LABEL and text == text.strip() and is_text(text)
+
+
+@lru_cache(maxsize=65536)
+def make_label(name: str) -> str:
+    """Return a folder's name as a label: in NFC, without what cannot be seen (spaces around it, invisible marks)."""
+    if name.isascii() and name.isprintable():
+        return name.strip()
+    text = unicodedata.normalize("NFC", name)
+    text = "".join(c for c in text if c in _JOINERS or unicodedata.category(c) != "Cf")
+    return text.strip(_JOINERS + " \t\u00a0\u2007\u202f\u3000").strip()
+
+
+def escape_name(name: str) -> str:
+    """Return a file's name as text of one line that can be stored: what is not printable is escaped."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
