@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.paths.listing import IMAGE_SUFFIXES
+from visionloop.ingest.paths.names import IMAGE_SUFFIXES
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 

@@ -245,16 +245,8 @@ def test_a_table_is_read_as_it_is_asked_for() -> None:
 
 def test_kinds_by_suffix() -> None:
     names = ("a.CSV", "a.tsv", "a.parquet", "a.json", "a.jsonl", "a.ndjson", "a.txt", "csv")
-    assert [guess_table_kind(name) for name in names] == [
-        "csv",
-        "csv",
-        "parquet",
-        "json",
-        "jsonl",
-        "jsonl",
-        "list",
-        None,
-    ]
+    kinds = ["csv", "csv", "parquet", "json", "jsonl", "jsonl", "list", None]
+    assert [guess_table_kind(name) for name in names] == kinds
 
 
 def test_whole_numbers_beyond_a_double_stay_as_they_are() -> None:

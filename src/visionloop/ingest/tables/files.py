@@ -228,6 +228,9 @@ def _check_header(cells: list[str], where: str) -> list[str]:
 def _read_list(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a text file: `cat/1.jpg 0` on each line, without a header; with a header it is a CSV."""
     first = next((line for line in lines if line.strip()), "")
+    if LIST_LINE.match(first.strip()) and not _split_list_line(first):
+        found, todo = f"line 1 has more than a label behind the image: {first.strip()[-60:]!r}", "Save it as CSV."
+        raise SourceError(where, found, "FILE LABEL, or a CSV with a header", todo)
     if not _split_list_line(first):
         yield from _read_csv(chain([first], lines), where)
         return

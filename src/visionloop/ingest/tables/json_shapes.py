@@ -44,9 +44,7 @@ def find_rows(value: object, where: str, tell: Callable[[str], None]) -> Sequenc
         return [{"file": name, "label": label} for label, names in value.items() for name in names]
     lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
     if len(lists) != 1:
-        found = f"is an object with {len(lists)} lists" + (
-            f" ({shorten([key[:40] for key in lists])})" if lists else ""
-        )
+        found = f"is an object with {len(lists)} lists: {shorten([key[:40] for key in lists]) or 'none'}"
         expected = 'a list of objects, an object that holds one, {"a.jpg": "cat"}, or COCO'
         raise SourceError(where, found, expected, "Save it as JSON lines: one object with file and label on each line.")
     key, rows = lists.popitem()

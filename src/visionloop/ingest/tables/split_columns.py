@@ -49,8 +49,9 @@ def find_flag_side(plain: str) -> str | None:
 
 
 def are_flags(values: Sequence[object]) -> bool:
-    """Say whether all values are yes or no."""
-    return all(isinstance(value, str | int | float) and to_text(value).lower() in YES_NO for value in values)
+    """Say whether most values are yes or no."""
+    known = sum(isinstance(value, str | int | float) and to_text(value).lower() in YES_NO for value in values)
+    return known * 2 >= len(values)
 
 
 def find_unknown(values: Sequence[object]) -> tuple[list[str], int]:
@@ -79,9 +80,8 @@ def read_flags(row: Row, columns: Sequence[str], sides: Sequence[str]) -> str | 
     Raises:
         ImageError: `unknown_side`: two say yes, or a cell is neither yes nor no.
     """
-    answers = {
-        side: YES_NO.get(to_text(get_cell(row, name)).lower()) for name, side in zip(columns, sides, strict=True)
-    }
+    cells = [to_text(get_cell(row, name)).lower() for name in columns]
+    answers = {side: YES_NO.get(cell) for cell, side in zip(cells, sides, strict=True)}
     on = [side for side, answer in answers.items() if answer]
     if None in answers.values() or len(on) > 1:
         found = "say yes to two sides" if len(on) > 1 else "hold something else than yes or no"
