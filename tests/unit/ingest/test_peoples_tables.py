@@ -65,8 +65,8 @@ def test_a_split_column_is_taken_and_rows_of_unknown_words_are_listed(
         ("is_valid", ("False", "False", "True", "True"), ["learn", "learn", "test", "test"]),
         ("is_test", ("0", "0", "1", "1"), ["learn", "learn", "test", "test"]),
         ("isTrain", ("yes", "yes", "no", "no"), ["learn", "learn", "test", "test"]),
-        ("is_valid,is_test", ("0,0", "0,0", "1,0", "0,1"), ["learn", "learn", "learn", "test"]),
-        ("is_train,is_val,is_test", ("1,0,0", "1,0,0", "0,1,0", "0,0,1"), ["learn", "learn", "learn", "test"]),
+        ("is_valid,is_test", ("0,0", "0,0", "1,0", "0,1"), ["train", "train", "val", "test"]),
+        ("is_train,is_val,is_test", ("1,0,0", "1,0,0", "0,1,0", "0,0,1"), ["train", "train", "val", "test"]),
         ("is_training_image", ("1", "1.0", "0", ""), ["learn", "learn", "test", "test"]),
     ],
 )
