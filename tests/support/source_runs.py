@@ -26,8 +26,8 @@ class Run:
         """Read a source to its end, or until it cannot be used."""
         try:
             for one in read_source(source, context):
-                kinds = {Item: self.items, Rejected: self.rejected, Cursor: self.cursors, PassedOver: self.passed}
-                kinds[type(one)].append(one)
+                kept = {Item: self.items, Rejected: self.rejected, Cursor: self.cursors, PassedOver: self.passed}
+                kept[type(one)].append(one)
         except SourceError as exc:
             self.error = exc
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +11,12 @@ import typer
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
 from visionloop.settings import PARAMS_FILE
-from visionloop.words import describe_pull
+from visionloop.words import describe_outline, describe_pull
 from visionloop.workspace import get_now, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.params import Source
+    from visionloop.workspace import Workspace
 
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
@@ -25,9 +26,19 @@ What = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of this source; default: made from WHAT.")]
-Pattern = Annotated[str | None, typer.Option(help="Where the label is in the names of flat files: '{label}.*.jpg'.")]
+Pattern = Annotated[
+    str | None, typer.Option(help="Where the label is: in names, '{label}.*.jpg', or in folders, '{side}/{label}/'.")
+]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of a table that names the image.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of a table that holds the label.")]
+Unlabelled = Annotated[
+    list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
+]
+Table = Annotated[str | None, typer.Option(help="The table inside a zip or a bucket that holds the labels.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of the names in a zip that are not UTF-8: gbk, cp866.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
+]
 Save = Annotated[bool, typer.Option("--save", help="Add the source to params.yaml, to pull it every time.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Read everything again; mend what is missing or damaged in the store.")
@@ -42,6 +53,10 @@ def ingest(
     pattern: Pattern = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    unlabelled: Unlabelled = None,
+    table: Table = None,
+    encoding: Encoding = None,
+    dry_run: DryRun = False,
     save: Save = False,
     verify: Verify = False,
 ) -> None:
@@ -60,20 +75,27 @@ def ingest(
 
       visionloop ingest labels.csv --label-column breed
 
+      visionloop ingest ~/photos --dry-run
+
       visionloop ingest s3://bucket/photos --name warehouse
     """
     from visionloop.ingest.pull import check_sources, pull
     from visionloop.pipeline import refresh_code
 
     workspace = open_workspace()
-    given = {"name": name, "pattern": pattern, "image_column": image_column, "label_column": label_column}
+    given: dict[str, Any] = {"name": name, "pattern": pattern}
+    given |= {"image_column": image_column, "label_column": label_column}
+    given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
     if what is None:
         _check_alone({**given, "save": save or None})
         sources, text = check_sources(workspace.params), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
-        print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
+        print(f"{'a' if save or dry_run else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
+    if dry_run:
+        _print_dry_run(workspace, sources)
+        return
     refresh_code(workspace.settings.home, workspace.params)
     report = pull(
         workspace,
@@ -95,7 +117,19 @@ def ingest(
         print("to pull it on every run, say --save")
 
 
-def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Source":
+def _print_dry_run(workspace: "Workspace", sources: "Sequence[Source]") -> None:
+    from visionloop.ingest.dry_run import outline_source
+    from visionloop.ingest.item import SourceContext
+
+    settings = workspace.settings
+    context = SourceContext(settings.home, settings.hidden_dir, os.environ, workspace.params.ingest, tell=print)
+    for source in sources:
+        for line in describe_outline(outline_source(source, context)):
+            print(line)
+    print("a dry run: nothing was read or written")
+
+
+def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     """Return the source that a word stands for, with what the options say; paths are relative to `here`.
 
     Raises:
@@ -105,15 +139,17 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    source = guess_source(str(local) if local.exists() else what, given.get("name"))
+    by_pattern = bool(given.get("pattern"))
+    source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
-    wanted: dict[str, Any] = {"pattern": given["pattern"]} if given.get("pattern") else {}
+    keys = ("pattern", "unlabelled", "table", "encoding")
+    wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
         wanted["columns"] = {key: column for key, column in columns.items() if column}
     fields = type(source).model_fields
     for key in wanted:
         if key not in fields:
-            option = "--pattern" if key == "pattern" else "--image-column and --label-column"
+            option = "--image-column and --label-column" if key == "columns" else f"--{key}"
             raise SourceError(f"{option}", f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
     value = {
         **source.model_dump(mode="json", exclude_defaults=True),
@@ -121,7 +157,13 @@ def make_source(what: str, given: Mapping[str, str | None], here: Path) -> "Sour
         "name": source.name,
         **wanted,
     }
-    validated: Source = type(source).model_validate(value)
+    try:
+        validated: Source = type(source).model_validate(value)
+    except ValueError as exc:
+        found = ", ".join(f"--{key} {wanted[key]}" for key in wanted if key != "columns")
+        raise SourceError(
+            f"{found}", "does not fit", "a value as `visionloop ingest --help` says", "Change it."
+        ) from exc
     return validated
 
 

@@ -22,6 +22,8 @@ from typing import BinaryIO, NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipExtFile, ZipFile, ZipInfo
 
 from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.paths.names import is_text
+from visionloop.ingest.zip_names import UNIX, ZipNames, encode_name
 
 MAX_MEMBERS = 2_000_000
 MAX_DIRECTORY_BYTES = 512 << 20
@@ -39,8 +41,6 @@ FULL_16, FULL_32 = 0xFFFF, 0xFFFFFFFF
 METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
 ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000
 SIZES_FOLLOW_FLAG = 0x8
-UTF8_FLAG = 0x800
-UNIX = 3
 TODO = "Make the archive again, with zip or your system's own tool."
 BLOCK = 1 << 16
 
@@ -70,8 +70,14 @@ class _Directory(NamedTuple):
     offset: int
 
 
-def read_members(file: BinaryIO, size: int, where: str) -> list[ZipMember]:
-    """Return the files of an archive in the order of its directory. Raises SourceError."""
+def read_members(file: BinaryIO, size: int, where: str, encoding: str | None = None) -> tuple[list[ZipMember], str]:
+    """Return the files of an archive in the order of its directory, and a name whose encoding was guessed, or "".
+
+    `encoding` is that of names that are not UTF-8; None: they are taken for DOS names, if they look like them.
+
+    Raises:
+        SourceError: the archive is not to be trusted, or the encoding of its names is not clear.
+    """
     end = _read_end(file, size, where)
     _check_directory_size(file, end, where)
     try:
@@ -81,12 +87,13 @@ def read_members(file: BinaryIO, size: int, where: str) -> list[ZipMember]:
     # The end has 16 bits for the number, and macOS makes no zip64 end: it writes 70,000 as 4,464.
     if end.num_members not in (len(infos), len(infos) & FULL_16):
         raise SourceError(where, f"has {len(infos):,} entries", f"{end.num_members:,}, as its end says", TODO)
-    members = _make_members(infos, end.offset, where)
+    names = ZipNames(infos, encoding, where)
+    members = _make_members(infos, end.offset, where, names)
     total = sum(info.file_size for info in infos)
     if total > max(TOTAL_RATIO_FROM_BYTES, MAX_RATIO * size):
         found = f"would be {total:,} bytes unpacked, {total // size:,} times its size"
         raise SourceError(where, found, f"at most {MAX_RATIO} times", "Do not trust it.")
-    return _mark_problems(members)
+    return _mark_problems(members), names.guessed
 
 
 def _read_end(file: BinaryIO, size: int, where: str) -> _Directory:
@@ -129,7 +136,7 @@ def _check_directory_size(file: BinaryIO, end: _Directory, where: str) -> None:
         raise SourceError(where, found, f"at most {MAX_MEMBERS:,} entries", "Divide it.")
 
 
-def _make_members(infos: list[ZipInfo], end: int, where: str) -> list[ZipMember]:
+def _make_members(infos: list[ZipInfo], end: int, where: str, names: ZipNames) -> list[ZipMember]:
     """Return all members, folders too. Raises SourceError when one lies outside, or two share bytes."""
     for number, info in enumerate(infos, start=1):
         if FULL_32 in (info.file_size, info.compress_size, info.header_offset):
@@ -145,33 +152,21 @@ def _make_members(infos: list[ZipInfo], end: int, where: str) -> list[ZipMember]
         limits[i] = infos[following].header_offset
         if _find_earliest_end(infos[i]) > limits[i]:
             raise SourceError(where, "has entries that overlap", "each byte in one entry", "Do not trust it.")
-    return [_make_member(info, limit) for info, limit in zip(infos, limits, strict=True)]
+    return [_make_member(info, names.decode(info), limit) for info, limit in zip(infos, limits, strict=True)]
 
 
 def _find_earliest_end(info: ZipInfo) -> int:
     """Return where a member ends if its own header has no extra field, whose length only that header tells."""
-    return info.header_offset + LOCAL.size + len(_encode_name(info)) + info.compress_size
+    return info.header_offset + LOCAL.size + len(encode_name(info)) + info.compress_size
 
 
-def _encode_name(info: ZipInfo) -> bytes:
-    """Return the bytes of a name, which `zipfile` decoded by one of these two codecs without loss."""
-    return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8_FLAG else "cp437")
-
-
-def _make_member(info: ZipInfo, limit: int) -> ZipMember:
-    """Decode the name: UTF-8 where it is, also without the flag (as macOS writes); else code page 437."""
-    name = info.orig_filename
-    if not info.flag_bits & UTF8_FLAG and not name.isascii():
-        try:
-            name = _encode_name(info).decode("utf-8")
-        except UnicodeDecodeError:
-            name = info.orig_filename
+def _make_member(info: ZipInfo, name: str, limit: int) -> ZipMember:
     packed, size = info.compress_size, info.file_size
     mode = info.external_attr >> 16 if info.create_system == UNIX else 0
     method = METHODS.get(info.compress_type, f"method {info.compress_type}")
     is_known = info.compress_type in (ZIP_STORED, ZIP_DEFLATED)
     found = (
-        ("unsafe_path", "its name is not printable, too long, or has a backslash", not _is_plain(name)),
+        ("unsafe_path", "its name has control characters or a backslash, or is too long", not _is_plain(name)),
         ("unsafe_path", "its name leaves the archive", _leaves(name)),
         ("unsafe_path", "it is a link or a device", stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)),
         ("encrypted", "it is encrypted", info.flag_bits & ENCRYPTED_FLAGS),
@@ -183,7 +178,7 @@ def _make_member(info: ZipInfo, limit: int) -> ZipMember:
 
 
 def _is_plain(name: str) -> bool:
-    return name.isprintable() and "\\" not in name and len(name) <= MAX_NAME
+    return is_text(name) and "\\" not in name and len(name) <= MAX_NAME
 
 
 def _leaves(name: str) -> bool:
@@ -205,13 +200,13 @@ def _mark_problems(members: list[ZipMember]) -> list[ZipMember]:
 class ZipReader:
     """A zip archive whose directory was read and checked. Members may be read by several threads at once."""
 
-    def __init__(self, path: Path, where: str) -> None:
+    def __init__(self, path: Path, where: str, encoding: str | None = None) -> None:
         """Read the directory. Raises SourceError."""
         self._path = path
         try:
             with path.open("rb") as file:
                 self._state = _read_state(file)
-                self.members = read_members(file, self._state[0], where)
+                self.members, self.guessed = read_members(file, self._state[0], where, encoding)
         except OSError as exc:
             raise SourceError(where, f"cannot be read ({exc.strerror})", "a zip archive", "Check the file.") from exc
 
@@ -299,7 +294,7 @@ def _unreadable(member: ZipMember, found: str) -> ImageError:
 
 def _skip_header(file: io.FileIO, member: ZipMember) -> None:
     """Compare the member's own header with the directory's, and go to where its bytes begin. Raises ImageError."""
-    info, name = member.info, _encode_name(member.info)
+    info, name = member.info, encode_name(member.info)
     file.seek(info.header_offset)
     data = file.read(LOCAL.size + len(name))
     if len(data) < LOCAL.size or data[:4] != b"PK\3\4":

@@ -50,13 +50,15 @@ class FolderSource(Section):
     """A folder per class, with or without split folders above them; or flat files, labelled by `pattern`.
 
     In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
-    `{label}.*.jpg`, `{label}_{number}`.
+    `{label}.*.jpg`, `{label}_{number}`; one that ends with `/` names the folders: `{side}/{label}/`. The images of
+    `unlabelled` folders come in for prediction only.
     """
 
     kind: Literal["folder"]
     path: Text
     name: Name = "folder"
     pattern: Text | None = None
+    unlabelled: Words = ()
 
 
 class TableSource(Section):
@@ -77,12 +79,17 @@ class TableSource(Section):
 
 
 class ArchiveSource(Section):
-    """A zip of class folders, of flat files (`pattern`), or of a table (`table`, inside it) and its images."""
+    """A zip of class folders, of flat files (`pattern`), or of a table (`table`, inside it) and its images.
+
+    `encoding` is that of the names in the zip, where they are not UTF-8: gbk, cp866, shift_jis.
+    """
 
     kind: Literal["archive"]
     path: Text
     name: Name = "archive"
     pattern: Text | None = None
+    unlabelled: Words = ()
+    encoding: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,30}$")] | None = None
     table: Text | None = None
     images: Text | None = None
     columns: Columns = Columns()
@@ -147,6 +154,7 @@ class BucketSource(Section):
     path: Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$")]
     name: Name = "bucket"
     pattern: Text | None = None
+    unlabelled: Words = ()
     table: Text | None = None
     columns: Columns = Columns()
     endpoint_url: Text | None = None

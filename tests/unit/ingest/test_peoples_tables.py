@@ -332,7 +332,9 @@ def test_text_lists(tmp_path: Path, text: str) -> None:
 def test_text_lists_without_labels_are_told_and_of_several_numbers_refused(tmp_path: Path) -> None:
     found = run(tmp_path, "1.jpg\n2.jpg\n", "1.jpg", "2.jpg", name="train.txt")
     assert labels(found) == {"1.jpg": (), "2.jpg": ()}
-    with pytest.raises(SourceError, match="line 1 has more than a label behind the image: '1.jpg 0 1 1'; expected FILE"):
+    with pytest.raises(
+        SourceError, match=r"line 1 has more than a label behind the image: '1\.jpg 0 1 1'; expected FILE"
+    ):
         run(tmp_path, "1.jpg 0 1 1\n", name="list.txt")
 
 

@@ -23,10 +23,39 @@ SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
 )
 # Words beside a split's word that say nothing more: `training_set`, `Train Images`, `test_data`, `PublicTest`.
 _FILLERS = frozenset(
-    ("set", "sets", "data", "dataset", "datasets", "ds", "image", "images", "img", "imgs", "split", "splits", "folder")
-    + ("dir", "file", "files", "photo", "photos", "pic", "pics", "picture", "pictures", "sample", "samples", "subset")
-    + ("part", "public", "private", "final", "raw", "jpg", "jpeg", "png", "aug", "augmented", "resized", "labelled")
-    + ("labeled", "set's", "zip")
+    (
+        *(
+            "set",
+            "sets",
+            "data",
+            "dataset",
+            "datasets",
+            "ds",
+            "image",
+            "images",
+            "img",
+            "imgs",
+            "split",
+            "splits",
+            "folder",
+        ),
+        *(
+            "dir",
+            "file",
+            "files",
+            "photo",
+            "photos",
+            "pic",
+            "pics",
+            "picture",
+            "pictures",
+            "sample",
+            "samples",
+            "subset",
+        ),
+        *("part", "public", "private", "final", "raw", "jpg", "jpeg", "png", "aug", "augmented", "resized", "labelled"),
+        *("subset", "labeled", "zip"),
+    )
 )
 # Folders without labels, by their whole name.
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
@@ -35,22 +64,55 @@ _NO_LABELS = frozenset((*UNLABELLED_FOLDERS, "pred", "predict", "prediction", "p
 IMAGE_FOLDERS = ("train", "images", "train_images", "image", "imgs", "img", "photos", "data")
 # Folders that only hold others, in any language that tools write them in: Google Takeout, exports, downloads.
 _HOLDERS = frozenset(
-    (*IMAGE_FOLDERS, "pictures", "pics", "dataset", "datasets", "jpg", "jpeg", "png", "jpegs", "raw", "files", "all")
-    + ("archive", "takeout", "google photos", "google fotos", "google foto", "jpegimages", "upload", "uploads")
+    (
+        *(
+            *IMAGE_FOLDERS,
+            "pictures",
+            "pics",
+            "dataset",
+            "datasets",
+            "jpg",
+            "jpeg",
+            "png",
+            "jpegs",
+            "raw",
+            "files",
+            "all",
+        ),
+        *(
+            "files",
+            "archive",
+            "takeout",
+            "google photos",
+            "google fotos",
+            "google foto",
+            "jpegimages",
+            "upload",
+            "uploads",
+        ),
+    )
 )
 _BY_YEAR = re.compile(r"(photos|fotos|foto|foto's|zdjęcia|фото)\b.{0,12}\b(19|20)\d\d", re.I)
 _DATE = re.compile(r"(19|20)\d\d([-_. ]?(0?[1-9]|1[0-2])([-_. ]?[0-3]?\d)?)?")
 # What systems and programs put beside images: NAS, macOS, Windows, Linux, Lightroom, Capture One, Bridge, ACDSee.
 _SYSTEM_FOLDERS = frozenset(
-    ("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "@transcode", "@__thumb")
-    + ("@sharebin", "@synoresource", "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information")
-    + ("found.000", "lost+found", "~snapshot", "network trash folder", "temporary items", "__pycache__")
-    + ("captureone", "[originals]", "picasa originals", "node_modules", "thumbs.db")
+    (
+        *("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "@transcode", "@__thumb"),
+        *(
+            "@sharebin",
+            "@synoresource",
+            "__macosx",
+            "$recycle.bin",
+            "recycler",
+            "recycled",
+            "system volume information",
+        ),
+        *("found.000", "lost+found", "~snapshot", "network trash folder", "temporary items", "__pycache__"),
+        *("captureone", "[originals]", "picasa originals", "node_modules", "thumbs.db"),
+    )
 )
 _SYSTEM_ENDS = (".lrdata", ".lrlibrary", ".photoslibrary", ".photolibrary", ".cocatalog", ".aplibrary")
-_SYSTEM_FILES = frozenset(
-    {"thumbs.db", "ehthumbs.db", "desktop.ini", "synofile_thumb_m.jpg", "icon\r", "zbthumbnail.info"}
-)
+_SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "zbthumbnail.info"})
 _SYNOLOGY_THUMB = re.compile(r"synofile_thumb_|synophoto_thumb_", re.I)
 MAX_LABEL = 256
 # Control characters, halves of characters, ends of lines.
@@ -123,6 +185,12 @@ def is_system_folder(name: str) -> bool:
 def is_system_file(name: str) -> bool:
     """Say whether a file is one that systems make, or a hidden one."""
     return name.startswith(".") or name.lower() in _SYSTEM_FILES or bool(_SYNOLOGY_THUMB.match(name))
+
+
+def is_passed(path: str) -> bool:
+    """Say whether a path is hidden, or a system's own, or lies in such a folder."""
+    *folders, name = path.split("/")
+    return is_system_file(name) or any(map(is_system_folder, folders))
 
 
 def is_image_name(name: str) -> bool:

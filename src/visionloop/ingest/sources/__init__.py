@@ -1,7 +1,8 @@
 """Sources of images, one file per kind. A source yields items and decides nothing: no side, no decoding.
 
 Add one: a file here with a function `read_x(source, context)` that yields `Item`, `Rejected` (what could not be used,
-with the reason), what it passed over (`PassedOver`) and, if it is incremental, `Cursor`; its section in `params/ingest.py`; a line below.
+with the reason), what it passed over (`PassedOver`) and, if it is incremental, `Cursor`; its section in
+`params/ingest.py`; a line below.
 """
 
 from collections.abc import Callable, Iterator

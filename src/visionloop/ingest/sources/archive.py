@@ -3,26 +3,30 @@
 The archive is checked in `ingest/zips.py`; labels and sides come from paths as in a folder.
 """
 
+import copy
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.paths.listing import (
-    ImageFolder,
-    ListedFile,
-    choose_images,
-    escape_name,
-    find_side,
-    is_image_name,
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images
+from visionloop.ingest.paths.names import escape_name, is_image_name, is_passed
+from visionloop.ingest.sources.folder import Files, read_by_place
+from visionloop.ingest.sources.reading import (
+    Place,
+    explain_no_image,
+    find_split_tables,
+    is_read_by_table,
+    read_split_tables,
 )
-from visionloop.ingest.sources.folder import read_by_place
-from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, is_read_by_table, read_shelf_table
-from visionloop.ingest.zips import ZipReader
-from visionloop.params import ArchiveSource
+from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, read_shelf_table
+from visionloop.ingest.tables.rows import Row
+from visionloop.ingest.zips import TODO, ZipReader
+from visionloop.params import ArchiveSource, Columns
 from visionloop.records import Rejected
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
@@ -42,17 +46,31 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
     if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
         raise SourceError(where, found, "a zip archive", "Check the path.")
-    shelf = ZipShelf(ZipReader(path, where))
+    reader = ZipReader(path, where, source.encoding)
+    shelf = ZipShelf(reader)
+    if reader.guessed:
+        context.tell(f"{where}: names that are not UTF-8 are read as cp437, such as {reader.guessed}; else `encoding`")
     inner = sum(name.lower().endswith(ARCHIVE_SUFFIXES) for name in shelf.files)
     if inner:
         context.tell(f"{where}: archives inside, which are not opened: {inner:,}")
-    if source.table is not None or (source.pattern is None and shelf.is_read_by_table()):
+    images, passed = choose_images(shelf.all_files)
+    if not images and shelf.refused:
+        codes = Counter(f"{member.problem} ({member.code})" for member in shelf.refused)
+        found = "; ".join(f"{number:,}: {problem}" for problem, number in codes.most_common(5))
+        raise SourceError(where, f"no image is left of it, entries refused: {found}", "plain entries", TODO)
+    if not images:
+        raise explain_no_image(where, list(shelf.files), passed)
+    paths = [found.relative for found in images]
+    if source.table is None and source.pattern is None and (tables := find_split_tables(paths, shelf.list_files_in)):
+        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in)
+        yield from read_split_tables(tables, place, context)
+        yield passed
+    elif source.table is not None or (source.pattern is None and shelf.is_read_by_table(where, context)):
         yield from _read_by_table(source, context, shelf, where)
+        yield passed
     else:
-        images = [found for found in shelf.files.values() if is_image_name(found.relative.rsplit("/", 1)[-1])]
-        yield from read_by_place(
-            source.name, images, shelf.make_reader, context, where=where, pattern=source.pattern, loose=True
-        )
+        files = Files(source.name, where, images, passed, shelf.make_reader)
+        yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
     for member in shelf.refused:
         yield Rejected(f"{source.name}:{escape_name(member.name)}", member.code, member.problem)
 
@@ -94,17 +112,36 @@ class ZipShelf:
     def __init__(self, reader: ZipReader) -> None:
         self._reader = reader
         self._members = {member.name: member for member in reader.members if not member.problem}
-        names = sorted((name for name in self._members if not _is_hidden(name)), key=lambda name: name.split("/"))
+        names = sorted(self._members, key=lambda name: name.split("/"))
         offsets = {name: self._members[name].info.header_offset for name in names}
-        self.files = {name: ListedFile(name, name, f"{reader.stamp}-{offsets[name]}") for name in names}
+        self.all_files = [ListedFile(name, name, f"{reader.stamp}-{offsets[name]}") for name in names]
+        self.files = {found.relative: found for found in self.all_files if not is_passed(found.relative)}
         bad = {member.name: member for member in reader.members if member.problem}
         self.refused = [one for one in bad.values() if one.code == "unsafe_path" or is_image_name(one.name)]
 
-    def is_read_by_table(self) -> bool:
+    def is_read_by_table(self, where: str, context: SourceContext) -> bool:
         """Say whether images are labelled by a table at the top, or in the one folder that holds all."""
         prefix = self.find_wrapper()
         paths = [path[len(prefix) :] for path in self.files]
-        return is_read_by_table([path for path in paths if "/" not in path], _list_class_folders(paths))
+        images = [path for path in paths if is_image_name(path.rsplit("/", 1)[-1])]
+        inner = self.make_inner(prefix)
+
+        def read(name: str) -> Iterator[Row]:
+            return LabelTable("", where, inner, name, Columns(), lambda line: None).rows()
+
+        place = where.rpartition(" ")[2]
+        return is_read_by_table(images, [path for path in paths if "/" not in path], read, where, place)
+
+    def list_files_in(self, folder: str) -> list[str]:
+        """Return the names of the files in a folder, whose path has a `/` at its end."""
+        inside = (path[len(folder) :] for path in self.files if path.startswith(folder))
+        return [name for name in inside if "/" not in name]
+
+    def make_inner(self, prefix: str) -> "ZipShelf":
+        """Return a shelf of what lies in one folder."""
+        inner = copy.copy(self)
+        inner.enter(prefix)
+        return inner
 
     def enter(self, prefix: str) -> None:
         """Take a folder (its path with a `/` at the end) as the top; what lies beside it is left out."""
@@ -134,7 +171,7 @@ class ZipShelf:
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
 
     def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        return choose_images(self.index(folder).files.values())
+        return choose_images(self.index(folder).files.values())[0], PassedOver()  # `read_archive` counts the others
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._reader.read, self._members[found.path])
@@ -145,17 +182,3 @@ class ZipShelf:
         if name.lower().endswith(".parquet"):
             return io.BytesIO(self._reader.read(member, MAX_PARQUET_BYTES))
         return self._reader.open(member)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name
-
-
-def _list_class_folders(paths: Sequence[str]) -> list[str]:
-    """Return the folders that images lie in: at the top, and in split folders."""
-    folders = set()
-    for path in paths:
-        *parents, name = path.split("/")
-        if parents and is_image_name(name):
-            folders.add(parents[1] if len(parents) > 1 and find_side(parents[0]) else parents[0])
-    return sorted(folders)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from visionloop.errors import ImageError, SettingsError, SourceError, StoreError, VisionLoopError, shorten
 from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images, is_image_name
-from visionloop.ingest.sources.folder import read_by_place
+from visionloop.ingest.sources.folder import Files, read_by_place
 from visionloop.ingest.tables.join import LabelTable, read_shelf_table
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
@@ -36,8 +36,9 @@ def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item |
     if source.table is not None:
         yield from _read_by_table(source, source.table, context, shelf)
         return
-    files = [found for key, found in shelf.files.items() if is_image_name(key.rsplit("/", 1)[-1])]
-    yield from read_by_place(source.name, files, shelf.make_reader, context, where=where, pattern=source.pattern)
+    images, passed = choose_images(shelf.files.values())
+    files = Files(source.name, where, images, passed, shelf.make_reader)
+    yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
 
 
 def _read_by_table(

@@ -4,61 +4,94 @@ Labels and sides are read from paths in `layout.py`, for folders, archives and b
 too: 1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, UCI, 1998; CC BY 4.0).
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from visionloop.ingest.item import Item, SourceContext, make_file_reader
+from visionloop.ingest.item import Item, PassedOver, SourceContext, make_file_reader
 from visionloop.ingest.paths.layout import place_all
-from visionloop.ingest.paths.listing import ListedFile, escape_name, is_image_name, list_files
+from visionloop.ingest.paths.listing import ListedFile, list_images
+from visionloop.ingest.paths.names import escape_name, is_passed
+from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables
+from visionloop.ingest.tables.join import FolderShelf
 from visionloop.params import DigitsSource, FolderSource
 from visionloop.records import Rejected
 
 Read = Callable[[int], bytes]
 
 
+@dataclass(frozen=True)
+class Files:
+    """The images of one place in the order of their paths, what lies beside them, and how they are read."""
+
+    source: str
+    where: str
+    images: Sequence[ListedFile]
+    passed: PassedOver
+    make_reader: Callable[[ListedFile], Read]
+
+
 def read_by_place(
-    source: str,
-    files: Sequence[ListedFile],
-    make_reader: Callable[[ListedFile], Read],
-    context: SourceContext,
-    *,
-    where: str,
-    pattern: str | None,
-    loose: bool = False,
-) -> Iterator[Item | Rejected]:
-    """Yield images by their places, in the order given; `loose` as in `place_all`. Raises SourceError."""
-    places = place_all([found.relative for found in files], where, context.tell, pattern=pattern, loose=loose)
-    for found, place in zip(files, places, strict=True):
+    files: Files, context: SourceContext, *, pattern: str | None, unlabelled: Sequence[str] = ()
+) -> Iterator[Item | Rejected | PassedOver]:
+    """Yield images by their places, in the order given, then what was passed over. Raises SourceError."""
+    source, where = files.source, files.where
+    places = place_all(
+        [found.relative for found in files.images],
+        where,
+        context.tell,
+        pattern=pattern,
+        unlabelled=unlabelled,
+        passed=files.passed,
+    )
+    if text := files.passed.describe():
+        context.tell(f"{where}: files passed over: {text}")
+    for found, place in zip(files.images, places, strict=True):
         origin = f"{source}:{escape_name(found.relative)}"
         if found.problem:
             yield Rejected(origin, "unreadable", found.problem)
         elif isinstance(place, str):
             yield Rejected(origin, "no_label", place)
         else:
-            read = make_reader(found)
+            read = files.make_reader(found)
             yield Item(origin, source, place.labels, read, found.stamp, place.side, place.test_is_given, place.group)
+    yield files.passed
 
 
-def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Yield the images of a folder in the order of their paths; hidden files and other file types are passed over.
 
-    A split folder without labels inside comes in without labels, for prediction only.
+    A split folder without labels inside comes in without labels, for prediction only; but if there are only split
+    folders, the tables in them are read.
 
     Raises:
-        SourceError: the folder is missing or may not be read, or no image in it has a label.
+        SourceError: the folder is missing or may not be read, no image has a label, or it can be read in two ways.
     """
     folder = context.resolve(source.path)
     where = f"source {source.name} {folder}"
-    files = [found for found in list_files(folder, where) if is_image_name(found.relative.rsplit("/", 1)[-1])]
-    yield from read_by_place(
-        source.name, files, lambda found: make_file_reader(found.path), context, where=where, pattern=source.pattern
-    )
+    images, passed = list_images(folder, where)
+    paths = [found.relative for found in images]
+    if not images:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not is_passed(entry.name)]
+        raise explain_no_image(where, names, passed)
+
+    def list_names(inside: str) -> list[str]:
+        return [entry.name for entry in os.scandir(folder / inside) if entry.is_file()]
+
+    if not source.pattern and (tables := find_split_tables(paths, list_names)):
+        place = Place(source.name, where, lambda inside: FolderShelf(folder / inside), list_names)
+        yield from read_split_tables(tables, place, context)
+        yield passed
+        return
+    files = Files(source.name, where, images, passed, lambda found: make_file_reader(found.path))
+    yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
 
 
-def read_digits(source: DigitsSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_digits(source: DigitsSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Write the digits into class folders of the workspace's hidden folder, once, and yield them."""
     folder = context.hidden_dir / "sources" / "digits"
     if not folder.is_dir():

@@ -2,27 +2,36 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, find_side, is_image_name
-from visionloop.ingest.tables.files import FOREIGN_TABLES, guess_table_kind
-from visionloop.ingest.tables.join import is_read_by_table
-from visionloop.params import Source, make_params
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES
+from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_folder
+from visionloop.ingest.sources.reading import (
+    EXPORT_LIST,
+    OTHER_ARCHIVES,
+    find_split_tables,
+    is_read_by_table,
+)
+from visionloop.ingest.tables.files import FOREIGN_TABLES
+from visionloop.ingest.tables.join import FolderShelf, LabelTable, list_tables
+from visionloop.ingest.tables.rows import Row, guess_table_kind
+from visionloop.params import Columns, Source, make_params
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HTTP = ("http", "https")
 CAMERAS = ("rtsp", "rtsps")
 STREAM_SUFFIXES = (".m3u8", ".mpd", ".mjpg", ".mjpeg")
 DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "mssql", "duckdb", "snowflake")
-OTHER_ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 KINDS = "a folder, a table, a .zip, a video, a URL (s3, http, https, rtsp) or module:function"
-LOOKED_AT = 2000  # files of a folder, to see what it holds
 
 
-def guess_source(text: str, name: str | None = None) -> Source:
+def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False) -> Source:
     """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
+
+    `by_pattern`: a folder is read by its paths, whatever tables lie in it.
 
     Raises:
         SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
@@ -34,7 +43,8 @@ def guess_source(text: str, name: str | None = None) -> Source:
         return _make("python", "function", text, name, text.partition(":")[0].rpartition(".")[2])
     path = path.resolve()
     if path.is_dir():
-        return _make(_guess_folder(path), "path", str(path), name, path.name)
+        kind, place = ("folder", path) if by_pattern else _guess_folder(path)
+        return _make(kind, "path", str(place), name, path.name)
     if path.is_char_device():
         return _make("video", "path", str(path), name, path.name)
     if not path.is_file():
@@ -71,26 +81,51 @@ def _guess_url(text: str, name: str | None) -> Source:
     raise SourceError(f"source {scheme[:30]}://{host[:80]}", "has an unknown scheme", KINDS, "Check it.")
 
 
-def _guess_folder(path: Path) -> str:
-    """Return the kind of source that fits what a folder holds; of a very large one only a part is looked at."""
-    files: list[str] = []
-    class_folders: set[str] = set()
-    images = videos = seen = 0
-    for root, folders, names in os.walk(path):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        parts = Path(root).relative_to(path).parts
-        files = files if parts else names
-        images_here = sum(map(is_image_name, names))
-        if images_here and parts:
-            class_folders.add(parts[1] if len(parts) > 1 and find_side(parts[0]) else parts[0])
-        images += images_here
-        videos += sum(os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES for name in names)
-        seen += len(names)
-        if seen > LOOKED_AT:
-            break
-    if is_read_by_table(files, sorted(class_folders)):
-        return "table"
-    return "video" if videos and not images else "folder"
+def _guess_folder(path: Path) -> tuple[str, Path]:
+    """Return the kind of source that fits what a folder holds, and the folder or the table that is meant.
+
+    Raises:
+        SourceError: class folders and a table say different things.
+    """
+    paths, num_videos = _list_paths(path)
+    top, files = path, _list_names(path)
+    if not files and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
+        top, files = path / folders[0], _list_names(path / folders[0])
+    below = len(top.relative_to(path).as_posix()) + 1 if top != path else 0
+
+    def read(name: str) -> Iterator[Row]:
+        return LabelTable("", f"source {top}", FolderShelf(top), name, Columns(), lambda line: None).rows()
+
+    if EXPORT_LIST in files or find_split_tables(paths, lambda inside: _list_names(path / inside)):
+        return "folder", path
+    if is_read_by_table([one[below:] for one in paths], files, read, f"source {top}", str(top)):
+        return "table", top
+    return ("video" if num_videos and not paths else "folder"), path
+
+
+def _list_paths(path: Path) -> tuple[list[str], int]:
+    """Return the paths of images below a folder, and how many videos there are."""
+    paths: list[str] = []
+    num_videos = 0
+    start = len(str(path)) + 1
+    for root, folders, names in os.walk(path, followlinks=False):
+        folders[:] = sorted(folder for folder in folders if not is_system_folder(folder))
+        prefix = f"{root[start:]}/" if len(root) >= start else ""
+        paths += [prefix + name for name in names if is_image_name(name)]
+        num_videos += sum(os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES for name in names)
+    return paths, num_videos
+
+
+def _list_names(path: Path) -> list[str]:
+    """Return the names of the files in a folder; none when there is no such folder."""
+    try:
+        return sorted(child.name for child in os.scandir(path) if child.is_file() and not is_passed(child.name))
+    except OSError:
+        return []
+
+
+def _list_folders(path: Path) -> list[str]:
+    return [child.name for child in os.scandir(path) if child.is_dir() and not is_system_folder(child.name)]
 
 
 def _make(kind: str, key: str, value: str, name: str | None, word: str) -> Source:

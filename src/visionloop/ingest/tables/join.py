@@ -47,12 +47,13 @@ from visionloop.records import Rejected
 # Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
-# What programs write beside images, and what this one does: no tables of images.
+# What programs write beside images, and what visionloop itself writes: no tables of labels.
 SIDE_FILES = frozenset(
     (
         *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "features.json", "state.json"),
         *("class_indices.json", "class_names.json", "id2label.json", "label_map.json", "classes.json"),
         *("dataset.json", "code.json", "corrections.csv", "cat_to_name.json", "config.json", "package.json"),
+        *("card.json", "metrics.json", "report.json", "leaks.json", "predictions.csv", "per_class.csv", "answers.json"),
     )
 )
 
@@ -60,7 +61,7 @@ SIDE_FILES = frozenset(
 def list_tables(names: Sequence[str]) -> list[str]:
     """Return the names of tables among the files of a folder, sorted.
 
-    Left out are text lists, hidden files, submissions, and what lies beside one image: `x.jpg.json`, `x.json`.
+    Left out are text lists, hidden files, submissions, our own, and what lies beside an image: `x.jpg.json`, `x.json`.
     """
     tables = [name for name in names if guess_table_kind(name) not in (None, "list")]
     tables = [name for name in tables if not name.lower().startswith((".", *IGNORED)) and name not in SIDE_FILES]
@@ -73,16 +74,6 @@ def _is_sidecar(name: str, images: Collection[str]) -> bool:
     """Say whether a file's name is that of an image, with or without suffix, and more: Google Takeout, Lightroom."""
     parts = name.split(".")
     return is_image_name(".".join(parts[:-1])) or any(".".join(parts[:i]) in images for i in range(1, len(parts)))
-
-
-def is_read_by_table(names: Sequence[str], class_folders: Sequence[str]) -> bool:
-    """Say whether images are labelled by a table beside them: there is one, and there are no class folders.
-
-    `names` are the files of the folder, `class_folders` the folders with images: those in it, below split folders too.
-    """
-    no_classes = (*IMAGE_FOLDERS, *UNLABELLED_FOLDERS)
-    classes = [name for name in class_folders if name.lower() not in no_classes and not find_side(name)]
-    return bool(list_tables(names)) and len(classes) < 2
 
 
 def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) -> str:
@@ -299,7 +290,7 @@ class _Join:
             shown = escape_name(reference[:120])
             raise ImageError("row", f"no image {shown}", "one in the folder", reason_code="row_without_image")
         self.used.add(file.relative)
-        if not is_spelled_so(file.relative, reference):
+        if not reference.endswith(file.relative) and not is_spelled_so(file.relative, reference):
             self.num_respelled += 1
             self.respelled = self.respelled or f"{escape_name(reference[:80])} is {escape_name(file.relative[-80:])}"
         return RowImage(escape_name(self.place_of(file.relative)), self.shelf.make_reader(file), file.stamp)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionloop.errors import SourceError
-from visionloop.ingest.paths.layout import Match, make_pattern
+from visionloop.ingest.paths.pattern import Match, make_pattern
 
 PIECES = ("{label}", "{group}", "{number}", "*", "a", "1", "_", "/", ".")
 AS_EXPRESSION = {"*": "[^/]*?", "{number}": "[0-9]+?"}

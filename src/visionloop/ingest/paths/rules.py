@@ -1,0 +1,259 @@
+"""How the paths of one source are read: a rule for some of its folders. Pure.
+
+What can be read in one way is told; what can be read in two ways is refused, with the two answers.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from visionloop.errors import SourceError, shorten
+from visionloop.ingest.paths.names import (
+    cut_side,
+    find_side,
+    has_no_labels,
+    is_date,
+    is_holder,
+    is_unlabelled_name,
+    split_name,
+)
+from visionloop.ingest.paths.pattern import Pattern, guess_pattern
+from visionloop.ingest.paths.tree import Folder, find_sides, make_tree, pass_wrappers, skip_lone
+
+SAMPLE = 100
+NO_FOLDER = "it lies in no class folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How what lies below one folder is read.
+
+    `classes`: the folders in it are classes. `label`: it is one class itself. `names`: by the pattern. `none`: without
+    labels. `outside`: it cannot be used, and `label` says why.
+    """
+
+    kind: str
+    side: str | None = None
+    label: str = ""
+
+
+class Reading:
+    """How all paths of one source are read: a rule for some folders (their paths, with a `/` at the end)."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        where: str,
+        tell: Callable[[str], None],
+        pattern: Pattern | None,
+        unlabelled: Sequence[str],
+    ) -> None:
+        self.pattern, self.prefix = pattern, ""
+        self.rules: dict[str, Rule] = {"": Rule("outside", label=NO_FOLDER)}
+        self.around: list[str] = []  # the folders that hold class folders
+        self._where, self._tell = where, tell
+        self._paths = paths
+        for folder in unlabelled:
+            self.rules[f"{folder}/"] = Rule("none")
+        if unlabelled:
+            inside = tuple(f"{folder}/" for folder in unlabelled)
+            self._paths = [path for path in paths if not path.startswith(inside)]
+
+    def tell(self, line: str) -> None:
+        self._tell(f"{self._where}: {line}")
+
+    def read(self) -> None:
+        """Choose the rules. Raises SourceError when two ways are as likely."""
+        folder = make_tree(self._paths)
+        self.prefix, folder = pass_wrappers(folder, "")
+        if self.pattern:
+            self._read_by_pattern(folder, self.pattern)
+            return
+        if self.prefix:
+            self.tell(f"all images are inside {self.prefix}, so this name is not taken for a class")
+        sides = find_sides(folder)
+        splits = {name: side for name, side in sides.items() if side}
+        others = [name for name in sides if name not in splits]
+        without = [name for name in others if is_unlabelled_name(name) or (splits and has_no_labels(name))]
+        if len(without) < len(sides):
+            others = [name for name in others if name not in without]
+            for name in without:
+                self._take_unlabelled(f"{self.prefix}{name}/", folder.folders[name])
+        if splits and not others:
+            self._read_splits(self.prefix, folder, splits)
+        elif splits:
+            self._read_mixed(folder, splits, others)
+        elif others:
+            self._read_classes(folder, others)
+        else:
+            self._guess_pattern([self.prefix], folder.num_here)
+
+    def _take_unlabelled(self, place: str, folder: Folder) -> None:
+        self.rules[place] = Rule("none")
+        self.tell(f"images of {place} without labels, for prediction only: {folder.num_all:,}")
+
+    def _take_classes(self, place: str, side: str | None = None) -> None:
+        self.rules[place] = Rule("classes", side)
+        self.around.append(place)
+
+    def _read_by_pattern(self, folder: Folder, pattern: Pattern) -> None:
+        if pattern.whole_path and self.prefix and any(map(pattern.match, islice(self._paths, SAMPLE))):
+            self.prefix, folder = "", make_tree(self._paths)
+        self.rules[self.prefix] = Rule("names")
+        sides = {} if pattern.num_folders else find_sides(folder)
+        for name, side in sides.items():
+            place = f"{self.prefix}{name}/"
+            below = islice((path for path in self._paths if path.startswith(place)), SAMPLE)
+            if side and any(pattern.match(path[len(self.prefix) :]) for path in below):
+                self.rules[place] = Rule("names", side)
+            elif side and len(sides) > 1:
+                self._take_unlabelled(place, folder.folders[name])
+
+    def _read_splits(self, prefix: str, folder: Folder, splits: Mapping[str, str]) -> None:
+        """Read split folders: class folders inside, else names by a pattern."""
+        everything = {name for split in splits for name in self._class_names(folder.folders[split])}
+        places: dict[str, tuple[str, Folder]] = {}
+        for split in splits:
+            way, inside = skip_lone(folder.folders[split], split, everything)
+            places[split] = f"{prefix}{split}/{way}", inside
+            if way:
+                self.tell(f"all of {prefix}{split}/ is inside {way}, so this name is not taken for a class")
+        known = {name for split, (_, inside) in places.items() if splits[split] == "train" for name in inside.folders}
+        labelled = {
+            split
+            for split, (_, inside) in places.items()
+            if inside.folders and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
+        }
+        for split in labelled:
+            self._take_classes(places[split][0], splits[split])
+        if not labelled:
+            labelled = self._read_flat_splits(places, splits)
+        for split in splits:
+            if split not in labelled and labelled:
+                self._take_unlabelled(f"{prefix}{split}/", folder.folders[split])
+
+    @staticmethod
+    def _class_names(folder: Folder) -> list[str]:
+        return list(folder.folders) if len(folder.folders) > 1 else []
+
+    def _read_flat_splits(self, places: Mapping[str, tuple[str, Folder]], splits: Mapping[str, str]) -> set[str]:
+        train = [place for split, (place, _) in places.items() if splits[split] == "train"]
+        pattern = self._guess_pattern(train or [place for place, _ in places.values()], 1)
+        if pattern is None:
+            return set()
+        self.rules[self.prefix] = Rule("outside", label=NO_FOLDER)
+        labelled = set()
+        for split, (place, _) in places.items():
+            below = islice((path for path in self._paths if path.startswith(place)), SAMPLE)
+            if any(map(pattern.match, below)):
+                labelled.add(split)
+                self.rules[place] = Rule("names", splits[split])
+        return labelled
+
+    def _guess_pattern(self, places: Sequence[str], num_here: int) -> Pattern | None:
+        inside = tuple(places)
+        names = [path for path in self._paths if path.startswith(inside)] if num_here else []
+        self.pattern = guess_pattern(names)
+        if self.pattern:
+            self.tell(f"no class folders, labels guessed from names by the pattern {self.pattern.text}")
+            self.rules[self.prefix] = Rule("names")
+        return self.pattern
+
+    def _read_mixed(self, folder: Folder, splits: Mapping[str, str], others: Sequence[str]) -> None:
+        """Read split folders beside folders of other names."""
+        flat = [name for name in splits if not skip_lone(folder.folders[name], name)[1].folders]
+        if len(flat) < len(splits):
+            self._read_splits_among(folder, splits, others)
+            return
+        asked = [name for name in flat if splits[name] == "test"]
+        if asked or len(set(splits.values())) > 1 or all(map(is_holder, others)):
+            name = (asked or flat)[0]
+            raise self._ask(
+                f"{name}/ may be a class beside {shorten(list(others))}, or hold images without labels",
+                f"--pattern '{'*/' * self.prefix.count('/')}{{label}}/' if it is a class",
+                f"--unlabelled {self.prefix}{name} if it is not",
+            )
+        self.tell(f"{shorten(flat)} beside the class folders {shorten(list(others))}: taken for a class")
+        self._take_classes(self.prefix)
+
+    def _read_splits_among(self, folder: Folder, splits: Mapping[str, str], others: Sequence[str]) -> None:
+        inner = {name: set(folder.folders[name].folders) for name in (*splits, *others)}
+        copies = [name for name in others if inner[name] and all(map(find_side, inner[name]))]
+        rest = [name for name in others if name not in copies]
+        classes = set().union(*(inner[name] for name in splits))
+        alike = [name for name in rest if len(inner[name]) > 1 and inner[name] <= classes]
+        if alike or (len(rest) > 1 and len(splits) == 1):
+            split = next(name for name in splits if inner[name])
+            raise self._ask(
+                f"{split}/ may be a split, or a class beside {shorten(rest)}",
+                f"--pattern '{'*/' * self.prefix.count('/')}{{side}}/{{label}}/' if the classes are inside",
+                f"--pattern '{'*/' * self.prefix.count('/')}{{label}}/' if they are at the top",
+            )
+        self.rules[self.prefix] = Rule("outside", label=f"it lies outside of the split folders {shorten([*splits])}")
+        self._read_splits(self.prefix, folder, splits)
+        for name in copies:
+            inside = folder.folders[name]
+            self.tell(f"{self.prefix}{name}/ holds split folders too, and is read with them")
+            sides = {one: side for one in inside.folders if (side := find_side(one))}
+            self._read_splits(f"{self.prefix}{name}/", inside, sides)
+
+    def _read_classes(self, folder: Folder, names: Sequence[str]) -> None:
+        """Read folders none of which is a split: classes; or classes with a split's word; or splits below classes."""
+        parts = {name: split_name(name) for name in names}
+        if len(names) > 1 and all(side for side, _ in parts.values()):
+            self._read_named_splits(folder, parts)
+            return
+        inner = {name: set(folder.folders[name].folders) for name in names}
+        below = [name for name in names if inner[name] and all(map(find_side, inner[name]))]
+        shared = inner[names[0]]
+        if below:
+            self._read_sides_below(folder, below)
+        elif len(names) > 1 and len(shared) > 1 and all(one == shared for one in inner.values()):
+            is_plain = all(map(is_date, shared)) or all(map(is_holder, shared))
+            if not is_plain and not any(folder.folders[name].num_here for name in names):
+                raise self._ask(
+                    f"{shorten(list(names))} all hold the folders {shorten(list(shared))}",
+                    f"--pattern '{'*/' * self.prefix.count('/')}{{label}}/' if the classes are {shorten(list(names))}",
+                    f"--pattern '{'*/' * self.prefix.count('/')}*/{{label}}/' if they are {shorten(list(shared))}",
+                )
+        self._take_classes(self.prefix)
+
+    def _read_named_splits(self, folder: Folder, parts: Mapping[str, tuple[str | None, tuple[str, ...]]]) -> None:
+        """Read `train_cats, train_dogs, test_cats, test_dogs`: each folder is a class and a side."""
+        sides_of = defaultdict(set)
+        for side, rest in parts.values():
+            sides_of[rest].add(side)
+        if len(sides_of) < 2 or () in sides_of or any(len(sides) < 2 for sides in sides_of.values()):
+            raise self._ask(
+                f"the folders {shorten(list(parts))} have names of splits, and no class folders inside",
+                f"--pattern '{'*/' * self.prefix.count('/')}{{label}}/' if they are classes",
+                "folders train/CLASS and test/CLASS if they are not",
+            )
+        for name, (side, _) in parts.items():
+            self.rules[f"{self.prefix}{name}/"] = Rule("label", side, cut_side(name))
+        labels = sorted({rule.label for rule in self.rules.values() if rule.kind == "label"})
+        self.tell(f"each folder names a side and a class: {shorten(labels)}")
+
+    def _read_sides_below(self, folder: Folder, below: Sequence[str]) -> None:
+        deeper = {one for name in below for split in folder.folders[name].folders.values() for one in split.folders}
+        if len(deeper) > 1 and not all(map(is_date, deeper)):
+            stars = "*/" * self.prefix.count("/")
+            raise self._ask(
+                f"the split folders in {shorten(list(below))} hold the folders {shorten(list(deeper))}",
+                f"--pattern '{stars}*/{{side}}/{{label}}/' if these are the classes",
+                f"--pattern '{stars}{{label}}/{{side}}/' if the classes are {shorten(list(below))}",
+            )
+        for name in below:
+            for split in folder.folders[name].folders:
+                rule = Rule("label", find_side(split), name)
+                self.rules[f"{self.prefix}{name}/{split}/"] = rule
+        self.tell(f"split folders below the class folders {shorten(list(below))}: taken as sides")
+
+    def _ask(self, found: str, first: str, second: str) -> SourceError:
+        return SourceError(
+            self._where,
+            f"can be read in two ways: {found}",
+            "one way to read it",
+            f"Say {first}, or {second} (in params.yaml: `pattern`, `unlabelled`).",
+        )

@@ -1,0 +1,173 @@
+"""Which labels count where images lie beside tables: those of class folders, of one table, or of one in each split.
+
+A table in each split folder: Roboflow's `train/_classes.csv`, Hugging Face's `train/metadata.jsonl`, and what
+`visionloop datasets export` wrote. Each is read by itself; its folder gives the side.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
+
+from visionloop.errors import SourceError, shorten
+from visionloop.ingest.item import Item, PassedOver, SourceContext
+from visionloop.ingest.paths.layout import count_classes, settle_sides
+from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
+from visionloop.ingest.paths.tree import find_flat_splits
+from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, list_tables, read_shelf_table
+from visionloop.ingest.tables.rows import Row
+from visionloop.params import Columns
+from visionloop.records import Rejected
+
+MAX_ROWS = 20_000
+SAMPLE = 100
+OTHER_ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+EXPORT_LIST, EXPORT_TABLE = "images.csv", "metadata.jsonl"
+EXPORT_COLUMNS = Columns(image="file_name", label="labels", side="side", group="group", time="captured_at")
+
+
+class SplitTable(NamedTuple):
+    """A folder (its path with a `/` at the end), its side, and the table in it; "" when there is none."""
+
+    folder: str
+    side: str | None
+    table: str
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it."""
+
+    source: str
+    where: str
+    enter: Callable[[str], Shelf]
+    list_names: Callable[[str], Sequence[str]]
+
+
+def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence[str]]) -> list[SplitTable]:
+    """Return the tables in split folders, if they hold the labels of these images; else [].
+
+    `list_names` returns the names of the files in a folder. Class folders in the split folders win, but an export's own
+    tables: their labels are exact, where the name of a folder was made safe.
+    """
+    tops = sorted({path[: path.find("/") + 1] for path in paths if "/" in path})
+    if EXPORT_LIST in list_names("") and all(EXPORT_TABLE in list_names(top) for top in tops):
+        return [SplitTable(top, find_side(top), EXPORT_TABLE, EXPORT_COLUMNS) for top in tops]
+    sides = find_flat_splits(paths)
+    names = {folder: list_tables(list_names(folder)) for folder in sides}
+    if not any(names.values()) or count_classes(paths):
+        return []
+    return [SplitTable(folder, sides[folder], (names[folder] or [""])[0]) for folder in sorted(sides)]
+
+
+def read_split_tables(tables: Sequence[SplitTable], place: Place, context: SourceContext) -> Iterator[Item | Rejected]:
+    """Yield the rows of each table with the side of its folder.
+
+    Raises:
+        SourceError: a table cannot be read, or it is unclear which of several is meant.
+    """
+    where, tell = place.where, context.tell
+    sides = {one.side for one in tables if one.side and one.table}
+    settled = settle_sides(sides, lambda line: tell(f"{where}: {line}"))
+    for one in tables:
+        shelf = place.enter(one.folder)
+        if not one.table:
+            yield from _read_unlabelled(one.folder, shelf, place, tell)
+            continue
+        is_export = one.columns is EXPORT_COLUMNS
+        name = one.table if is_export else choose_table(place.list_names(one.folder), f"{where} {one.folder}", tell)
+        tell(f"{where}: the labels of {one.folder} are those of {one.folder}{name}")
+        table = LabelTable(place.source, f"{where} {one.folder}{name}", shelf, name, one.columns, tell)
+        for found in read_shelf_table(table):
+            if isinstance(found, PassedOver):
+                continue  # counted for the whole place
+            origin = f"{place.source}:{one.folder}{found.origin[len(place.source) + 1 :]}"
+            if isinstance(found, Rejected):
+                yield replace(found, origin=origin)
+            elif found.labels and one.side:
+                side, test_is_given = settled[one.side]
+                yield found._replace(origin=origin, side=side, test_is_given=test_is_given)
+            else:
+                yield found._replace(origin=origin)
+
+
+def _read_unlabelled(folder: str, shelf: Shelf, place: Place, tell: Callable[[str], None]) -> Iterator[Item]:
+    files = [file for file in shelf.index("").files.values() if is_image_name(file.relative.rsplit("/", 1)[-1])]
+    tell(f"{place.where}: images of {folder} without labels, for prediction only: {len(files):,}")
+    for file in files:
+        origin = f"{place.source}:{escape_name(folder + file.relative)}"
+        yield Item(origin, place.source, (), shelf.make_reader(file), file.stamp)
+
+
+def is_read_by_table(
+    paths: Sequence[str], names: Sequence[str], read: Callable[[str], Iterator[Row]], where: str, place: str
+) -> bool:
+    """Say whether the labels of images are those of a table among the files `names`, and not of class folders.
+
+    `read` returns the rows of a table. `place` is how a command names what holds the images.
+
+    Raises:
+        SourceError: there are class folders, and a table that names most of the images and has other labels.
+    """
+    tables = list_tables(names)
+    if not tables or not paths or count_classes(paths) < 2:
+        return bool(tables)
+    for name in tables:
+        num_named, num_alike, num_rows = _compare(paths, name, read)
+        if 2 * num_named < min(len(paths), MAX_ROWS) or 10 * num_alike >= 9 * num_named:
+            continue
+        pattern = "{side}/{label}/" if find_flat_splits(paths) else "{label}/"
+        table = f"{place} --table {name}" if place.endswith(".zip") else f"{place}/{name}"
+        raise SourceError(
+            where,
+            f"can be read in two ways: it holds class folders, and {name} names {num_named:,} of {len(paths):,} images"
+            f" in {num_rows:,} rows",
+            "one way to read it",
+            f"Say `visionloop ingest {table}` for the labels of the table, or"
+            f" `visionloop ingest {place} --pattern '{pattern}'` for those of the folders.",
+        )
+    return False
+
+
+def _compare(paths: Sequence[str], table: str, read: Callable[[str], Iterator[Row]]) -> tuple[int, int, int]:
+    """Return how many rows name an image, how many of these have its folder's name in a cell, and how many rows."""
+    folders: dict[str, str] = {}
+    for path in paths:
+        folder, _, file = path.rpartition("/")
+        for key in (path, file, path.rpartition(".")[0], file.rpartition(".")[0]):
+            folders[key] = folder.rpartition("/")[2]
+    try:
+        rows = list(islice(read(table), MAX_ROWS))
+    except SourceError:
+        return 0, 0, 0
+    hits = Counter(key for row in rows[:SAMPLE] for key, cell in row.items() if str(cell).strip() in folders)
+    if not hits:
+        return 0, 0, len(rows)
+    column = hits.most_common(1)[0][0]
+    named = alike = 0
+    for row in rows:
+        name = folders.get(str(row.get(column, "")).strip())
+        if name is not None:
+            named += 1
+            alike += any(str(cell).strip().lower() == name.lower() for key, cell in row.items() if key != column)
+    return named, alike, len(rows)
+
+
+def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> SourceError:
+    """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files."""
+    todo = "Check the path."
+    lone = sorted(name for name in names if "/" not in name)
+    zips = [name for name in lone if name.lower().endswith(".zip")]
+    packed = [name for name in lone if name.lower().endswith(OTHER_ARCHIVES)]
+    sheets = [name for name in lone if name.lower().endswith(SHEETS)]
+    if zips:
+        todo = f"Take the zip itself: give the path of {shorten(zips)}; a zip inside a zip has to be unpacked first."
+    elif packed:
+        todo = f"Unpack {shorten(packed)}, or make a zip of it."
+    elif sheets:
+        todo = f"Save {shorten(sheets)} as CSV, beside the images."
+    kinds = passed.describe()
+    return SourceError(where, f"no image in any class folder; it holds {kinds or 'no file'}", "CLASS/IMAGE.jpg", todo)
