@@ -191,8 +191,8 @@ def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]
 
 def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float) -> None:
     """Raise SourceError when more files and rows than allowed are what the summary calls unusable."""
-    unusable = [one for one in rejected if one.code not in NOT_UNUSABLE]
-    rows = sum(one.is_row for one in rejected)
+    unusable = [*{one.origin: one for one in rejected if one.code not in NOT_UNUSABLE}.values()]
+    rows = len({one.origin for one in rejected if one.is_row})
     total = checked.num_places + rows
     if len(unusable) <= max_ratio * total:
         return
