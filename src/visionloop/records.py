@@ -64,11 +64,15 @@ class ImageRecord(Record):
 
 @dataclass(frozen=True)
 class Rejected(Record):
-    """One quarantined file: where it came from, a stable code, and the reason in words."""
+    """One quarantined file: where it came from, a stable code, and the reason in words.
+
+    `is_row`: it is a row of a table, a query or a listing that leads to no file.
+    """
 
     origin: str
     code: str
     reason: str
+    is_row: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What commands and flows tell people, as lines of at most about 110 columns. Pure: given values, it prints nothing."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from visionloop.data.compare import Diff
     from visionloop.data.leaks import Leaks
-    from visionloop.ingest.pull import PullReport
+    from visionloop.ingest.pull import Account, PullReport
     from visionloop.records import DatasetVersion, Decision, ImageRecord, LedgerEntry, Rejected
 
 
@@ -171,7 +172,8 @@ def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str
     for codes, what in ((unusable, "that cannot be used"), (listed, "listed only")):
         number = sum(len(by_code[code]) for code in codes)
         if number:
-            noun = "file" if number == 1 else "files"
+            has_rows = any(one.is_row for code in codes for one in by_code[code])
+            noun = ("row" if has_rows else "file") if number == 1 else "files and rows" if has_rows else "files"
             lines.append(f"quarantined {number:,} {noun} {what}:" if codes is unusable else f"{number:,} {what}:")
         for code in codes:
             rows = by_code[code]
@@ -386,7 +388,36 @@ def describe_pull(report: "PullReport") -> list[str]:
     if report.changed:
         lines += describe_counts(version)
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
+    lines.append(describe_account(report.account))
+    lines += describe_twins(version.classes)
     if version.num_leaks:
         what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"
         lines.append(f"LEAK: {version.num_leaks:,} {what} between sides; see `visionloop datasets show`")
+    return lines
+
+
+def describe_account(account: "Account") -> str:
+    """Tell in one line what became of every file of a pull; rows that lead to no file come last."""
+    parts = {
+        "taken": account.taken,
+        "quarantined": account.quarantined,
+        "listed": account.listed,
+        "passed over": account.passed_over,
+    }
+    shown = ", ".join(f"{number:,} {what}" for what, number in parts.items() if number or what == "taken")
+    rows = ", ".join(f"{number:,} {code}" for code, number in account.rows.items())
+    line = f"sum: {account.num_files:,} {'file' if account.num_files == 1 else 'files'} = {shown}"
+    return f"{line}; and rows: {rows}" if rows else line
+
+
+def describe_twins(classes: Sequence[str]) -> list[str]:
+    """Tell which classes may be one by their names, with the line for params.yaml that unites them."""
+    from visionloop.ingest.labels import find_twins
+
+    lines = []
+    for names in find_twins(classes)[:SHOWN_OF_MANY]:
+        kept, *others = names[::-1]
+        pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(kept)}" for name in others)  # JSON is YAML
+        shown = " and ".join(map(repr, names))
+        lines.append(f"TWINS: {shown} may be one class; if so: ingest.label_map: {{{pairs}}}")
     return lines

@@ -220,7 +220,7 @@ class Checked:
     """What a pull has found: usable images, what cannot be used, and the cursor of each incremental source.
 
     `num_read` of the `num_seen` were read; the others were known. `num_missing` were known, but not in the store.
-    `num_passed_over` files were neither offered nor rejected.
+    `num_places` are the places of files that were offered or rejected, each once; `num_passed_over` the other files.
     `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
     no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
     left out here.
@@ -232,6 +232,7 @@ class Checked:
     num_seen: int = 0
     num_read: int = 0
     num_missing: int = 0
+    num_places: int = 0
     num_passed_over: int = 0
     offers: str | None = None
     is_as_before: bool = False
@@ -327,9 +328,13 @@ class _Tally:
         self._on_progress(num_seen, num_seen)
         offers = self._offers.close(self.rejected, self.cursors)
         if offers is not None and offers == self._known.offers and not self._num_read:
-            passed = self.num_passed_over
             return Checked(
-                cursors=self.cursors, num_seen=num_seen, num_passed_over=passed, offers=offers, is_as_before=True
+                cursors=self.cursors,
+                num_seen=num_seen,
+                num_places=self._count_places(),
+                num_passed_over=self.num_passed_over,
+                offers=offers,
+                is_as_before=True,
             )
         held = self._list_held()
         results = [_unpack(ordinal, slot) for ordinal, slot in enumerate(self._slots) if slot is not None]
@@ -340,9 +345,16 @@ class _Tally:
             num_seen=num_seen,
             num_read=self._num_read,
             num_missing=self._num_missing,
+            num_places=self._count_places(),
             num_passed_over=self.num_passed_over,
             offers=offers,
         )
+
+    def _count_places(self) -> int:
+        places = {one.origin for one in self.rejected if not one.is_row}
+        slots = (slot for slot in self._slots if slot is not None)
+        places.update(slot.item.origin if isinstance(slot, ItemResult) else slot[0].origin for slot in slots)
+        return len(places)
 
     def _list_held(self) -> set[str]:
         """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unicodedata import normalize
 
 from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.inspect import Inspected
@@ -129,7 +130,7 @@ def _find_problem(one: Correction, earlier: Sequence[Correction], labels: Iterab
 def _read_line(where: str, line: int, row: Sequence[str], places: Sequence[int], header: Sequence[str]) -> Correction:
     if len(row) != len(header):
         raise SourceError(where, f"has {len(row)} cells", f"{len(header)}, as line 1", "Quote a label with a comma.")
-    sha256, old, new = (row[place].strip() for place in places)
+    sha256, old, new = (normalize("NFC", row[place].strip()) for place in places)
     if not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", sha256):
         raise SourceError(where, f"has the sha256 {sha256[:70]!r}", f"{MIN_DIGITS} to 64 hexadecimal digits")
     if old == new:
@@ -150,7 +151,9 @@ class LabelRules:
     several: bool = False
 
     def rename(self, labels: Labels) -> Labels:
-        """Apply the label map; several labels are sorted, each once."""
+        """Apply the label map; labels are in NFC, several are sorted, each once."""
+        if not all(map(str.isascii, labels)):
+            labels = tuple(normalize("NFC", label) for label in labels)
         if not self.label_map and len(labels) <= 1:
             return labels
         if len(labels) == 1:
@@ -164,7 +167,8 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
     Raises:
         ParamsError: the label map renames a to b and b to c: the result would depend on the order.
     """
-    label_map = {old: new for old, new in params.ingest.label_map.items() if old != new}
+    pairs = {normalize("NFC", old): normalize("NFC", new) for old, new in params.ingest.label_map.items()}
+    label_map = {old: new for old, new in pairs.items() if old != new}
     if chained := set(label_map) & set(label_map.values()):
         raise ParamsError(
             "params.yaml ingest.label_map",
@@ -196,11 +200,7 @@ def relabel(
             refused.append(Rejected(one.item.origin, "several_labels", found))
         else:
             by_content.setdefault(one.facts.sha256, []).append((one, labels))
-    rows = dict(before)
-    if rules.label_map:
-        rows = {
-            s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in rows.items()
-        }
+    rows = {s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in before.items()}
     if rules.corrections:
         _correct(rules, rows, by_content, forgotten)
     return rows, by_content, refused
@@ -236,3 +236,16 @@ def _correct(
             rows[sha256] = replace(rows[sha256], labels=apply(sha256, rows[sha256].labels))
         if sha256 in by_content:
             by_content[sha256] = [(one, apply(sha256, labels)) for one, labels in by_content[sha256]]
+
+
+def find_twins(classes: Iterable[str]) -> list[list[str]]:
+    """Return classes that may be one: their names differ only by case, spaces, marks between words or `.0`.
+
+    Example: ["Cat", "cat"], ["1", "01", "1.0"], ["hot dog", "hot-dog", "hot_dog"].
+    """
+    alike: dict[str, list[str]] = {}
+    for name in sorted(classes):
+        text = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", normalize("NFKC", name).casefold().strip())
+        text = re.sub(r"^0+(?=[0-9]+$)", "", text)
+        alike.setdefault(re.sub(r"[\s_\u200b-\u200f\u2060\ufeff-]+", "", text) or name, []).append(name)
+    return [names for names in alike.values() if len(names) > 1]

@@ -121,7 +121,7 @@ def merge(
     new = _add(store, params, rows, found, is_first=parent is None)
     records = [rows[sha256] for sha256 in sorted(rows)]
     changed = [row for row in records if (old := before.get(row.sha256)) is not row and old != row]
-    _check_classes(params.name, records, refused)
+    _check_classes(params.name, records, [*checked.rejected, *refused])
     check_expectations(params.name, params.ingest.expect, records)
     mine = make_leaks([*sides, *new])
     if parent and not changed:
@@ -279,14 +279,19 @@ def _fixed_split(parent: DatasetVersion | None, split: Split) -> Split:
 
 
 def _check_classes(name: str, records: Sequence[ImageRecord], refused: Sequence[Rejected]) -> None:
+    """Raise SourceError when there are fewer than two classes; it names what the other images were refused for."""
     classes = {label for r in records if r.side != "excluded" for label in r.labels}
     if len(classes) >= 2:
         return
-    several = sum(r.code == "several_labels" for r in refused)
-    raise SourceError(
-        f"dataset {name}",
-        f"has {len(classes)} class ({shorten(list(classes)) or 'none'})"
-        + (f", and {several} images with several labels that were not taken" if several else ""),
-        "two classes or more",
-        "Set `task: multilabel`." if several else "Add a folder of images for each other class.",
-    )
+    codes = Counter(one.code for one in refused)
+    found = f"has {len(classes)} class ({shorten(list(classes)) or 'none'})"
+    for code, number in codes.most_common(3):
+        first = min((one for one in refused if one.code == code), key=lambda one: one.origin)
+        found += f", and {number:,} not taken as {code}, such as {first.origin} ({first.reason[:120]})"
+    todos = {
+        "several_labels": "Set `task: multilabel`.",
+        "label_conflict": "Keep one copy of each image, or say which label is right in ingest.corrections.",
+    }
+    worst = codes.most_common(1)[0][0] if codes else ""
+    others = "Mend what was not taken." if codes else "Add a folder of images for each other class."
+    raise SourceError(f"dataset {name}", found, "two classes or more", todos.get(worst, others))

@@ -4,6 +4,7 @@ Nothing is visible before the version's commit object is written; of two pulls a
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -27,8 +28,35 @@ from visionloop.workspace import Workspace
 
 COMMIT_TRIES = 20
 SAMPLE = 64
-# Listed, but no broken files: rows without an image, images without a row, and images that were forgotten.
-NOT_UNUSABLE = frozenset({"row_without_image", "image_without_row", "forgotten"})
+# Listed for an image that is in the dataset all the same.
+IS_TAKEN = "side_conflict"
+# Listed, but not broken: images that no row names or whose split is an unknown word, and forgotten ones.
+NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", IS_TAKEN})
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of every file: it is in exactly one of the first four. `rows`: what leads to no file, by code."""
+
+    taken: int
+    quarantined: int
+    listed: int
+    passed_over: int
+    rows: Mapping[str, int]
+
+    @property
+    def num_files(self) -> int:
+        """All files that were seen."""
+        return self.taken + self.quarantined + self.listed + self.passed_over
+
+
+def make_account(checked: Checked, rejected: Sequence[Rejected]) -> Account:
+    """Return what became of the files of a pull. A place that is both taken and rejected counts as rejected."""
+    refused = {one.origin: one.code for one in rejected if not one.is_row and one.code != IS_TAKEN}
+    listed = sum(code in NOT_UNUSABLE for code in refused.values())
+    rows = Counter(one.code for one in rejected if one.is_row)
+    taken = checked.num_places - len(refused)
+    return Account(taken, len(refused) - listed, listed, checked.num_passed_over, dict(sorted(rows.items())))
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,7 @@ class PullReport:
     num_read: int
     num_added: int
     rejected: tuple[Rejected, ...]
+    account: Account
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,6 @@ def pull(
         if before and last and checked.is_as_before:
             ended = _Ended(before, before, last.rejected)
         else:
-            _check_rejected(checked, params.ingest.max_rejected_ratio)
             ended = _commit(workspace, checked, corrections, now)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
@@ -123,6 +151,7 @@ def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
         num_read=checked.num_read,
         num_added=version.num_images - (parent.num_images if parent else 0),
         rejected=ended.rejected,
+        account=make_account(checked, ended.rejected),
     )
 
 
@@ -160,18 +189,24 @@ def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]
     return forgotten | {key.rpartition("/")[2] for key in store.list("images/")}
 
 
-def _check_rejected(checked: Checked, max_ratio: float) -> None:
-    unusable = [r for r in checked.rejected if r.code not in NOT_UNUSABLE]
-    if unusable and len(unusable) > max_ratio * checked.num_seen:
-        worst = shorten([f"{r.origin} ({r.code})" for r in unusable])
-        total = len(checked.inspected) + len(unusable)
-        first = min(unusable, key=lambda r: f"{r.origin} ({r.code})")
-        raise SourceError(
-            "ingest",
-            f"{len(unusable)} of {total} files cannot be used: {worst}; the first one {first.reason.rstrip('.')}",
-            f"at most {max_ratio:.0%}",
-            "Mend them, or raise ingest.max_rejected_ratio.",
-        )
+def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float) -> None:
+    """Raise SourceError when more files and rows than allowed are what the summary calls unusable."""
+    unusable = [*{one.origin: one for one in rejected if one.code not in NOT_UNUSABLE}.values()]
+    rows = len({one.origin for one in rejected if one.is_row})
+    total = checked.num_places + rows
+    if len(unusable) <= max_ratio * total:
+        return
+    worst = shorten([f"{r.origin} ({r.code})" for r in unusable])
+    first = min(unusable, key=lambda r: f"{r.origin} ({r.code})")
+    codes = Counter(one.code for one in unusable)
+    todo = "Set `task: multilabel` if an image may have several labels." if "several_labels" in codes else "Mend them."
+    raise SourceError(
+        "ingest",
+        f"{len(unusable)} of {total} files {'and rows ' if rows else ''}cannot be used: {worst};"
+        f" the first one {first.reason.rstrip('.')}",
+        f"at most {max_ratio:.0%}",
+        f"{todo} Or raise ingest.max_rejected_ratio.",
+    )
 
 
 def _digest_asked(
@@ -187,10 +222,13 @@ def _digest_asked(
 def _commit(workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str) -> _Ended:
     """Merge into the newest version and commit, unless nothing changes."""
     store = workspace.store
+    max_ratio = workspace.params.ingest.max_rejected_ratio
+    _check_rejected(checked, checked.rejected, max_ratio)
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, workspace.name)
         merged = merge(store, workspace.params, parent, checked, now=now, corrections=corrections)
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
+        _check_rejected(checked, rejected, max_ratio)
         if parent and not merged.changed:
             return _Ended(parent, parent, rejected)
         if commit_version(store, merged.version, merged.changed):

@@ -4,6 +4,7 @@ Paths are relative to the workspace. Text like `${NAME}` in a URL or a header is
 password is in params.yaml. How a source is read is in `ingest/sources/`, one file per kind.
 """
 
+import codecs
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -16,6 +17,18 @@ Fractions = Annotated[
     tuple[Fraction, Fraction, Fraction] | tuple[Fraction, Fraction],
     BeforeValidator(to_tuple),
 ]
+
+
+def _check_encoding(value: object) -> object:
+    try:
+        if isinstance(value, str) and not codecs.lookup(value)._is_text_encoding:
+            raise LookupError
+    except (LookupError, ValueError) as exc:
+        raise ValueError("the name of an encoding, such as utf-8, cp1252, shift_jis, gbk or cp1251") from exc
+    return value
+
+
+Encoding = Annotated[str, BeforeValidator(_check_encoding)]
 
 
 class Columns(Section):
@@ -51,13 +64,15 @@ class FolderSource(Section):
 class TableSource(Section):
     """CSV, Parquet, JSON or JSON lines: one row an image, by path or URL. Images lie in `images`, or are guessed.
 
-    `unlabelled` folders come in without labels, for prediction only. URLs are fetched from `hosts` alone.
+    `unlabelled` folders come in without labels, for prediction only. URLs are fetched from `hosts` alone. `encoding`
+    is that of a CSV or of JSON lines; without it UTF-8, UTF-16 and Windows-1252 are told apart.
     """
 
     kind: Literal["table"]
     path: Text
     name: Name = "table"
     images: Text | None = None
+    encoding: Encoding | None = None
     columns: Columns = Columns()
     unlabelled: Words | None = None
     hosts: Words = ()

@@ -63,7 +63,12 @@ def test_addresses(text: str, kind: str, name: str) -> None:
     ("text", "message"),
     [
         ("gone", r"gone: does not exist; expected a folder, a table, a \.zip, a video, a URL"),
-        ("a.txt", r"is a file that ends in '\.txt'; expected a folder"),
+        ("a.md", r"is a file that ends in '\.md'; expected a folder"),
+        ("a.xlsx", r"is a spreadsheet; expected .*CSV UTF-8"),
+        ("a.ods", "is a spreadsheet; expected"),
+        ("a.pkl", r"may run code.*Save it as CSV"),
+        ("a.tfrecord", r"holds no names; expected.*Save it as CSV"),
+        ("a.xml", "is not a table we read; expected"),
         ("a.tar.gz", r"is a file that ends in '\.gz'.*Unpack it, or make a zip of it\."),
         ("pipe", "is neither a file nor a folder"),
         ("postgresql+psycopg://u:secret@h/d", "is a database; expected its URL and a query.*kind: sql"),
@@ -74,7 +79,7 @@ def test_addresses(text: str, kind: str, name: str) -> None:
     ],
 )
 def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
-    touch(tmp_path, ["a.txt", "a.tar.gz"])
+    touch(tmp_path, ["a.md", "a.tar.gz", "a.xlsx", "a.ods", "a.pkl", "a.tfrecord", "a.xml"])
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=message) as caught:

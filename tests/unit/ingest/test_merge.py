@@ -199,7 +199,7 @@ def test_several_labels_want_the_task(desk: Desk) -> None:
         ("s:1.png", "several_labels", "has the labels cat, dog; expected one, or `task: multilabel`")
     ]
     with pytest.raises(
-        SourceError, match=r"has 0 class \(none\), and 1 images with several labels .* Set `task: multi"
+        SourceError, match=r"has 0 class \(none\), and 1 not taken as several_labels, such as s:1.* Set `task: multi"
     ):
         desk.merge([both])
     desk.pull([*fill(), both, offer(2, "cat", place="a"), offer(2, "dog", place="b")], task="multilabel")

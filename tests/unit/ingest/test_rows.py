@@ -111,9 +111,11 @@ def test_other_cells() -> None:
     row = {"i": " a.jpg ", "s": " Valid", "g": 12.0, "t": "2024:05:01 10:00:00"}
     assert (found.read_image(row), found.read_side(row), found.read_group(row)) == ("a.jpg", "val", "12")
     assert found.read_time(row) == "2024-05-01T10:00:00+00:00"
-    assert (found.read_image({}), found.read_side({"s": "fold 3"}), found.read_group({}), found.read_time({})) == (
+    assert (found.read_image({}), found.read_side({"s": "nan"}), found.read_group({}), found.read_time({})) == (
         None,
     ) * 4
+    with pytest.raises(ImageError, match="column s says 'fold 3'; expected train, val or test"):
+        found.read_side({"s": "fold 3"})
     assert found.read_image({"i": memoryview(b"abc")}) == b"abc"
     assert found.read_image({"i": {"bytes": None, "path": "x.jpg"}}) == "x.jpg"
 
@@ -165,10 +167,38 @@ def test_csv(data: bytes, expected: list[dict[str, str]]) -> None:
     assert read(data) == (expected, [])
 
 
-def test_csv_in_latin_1_is_told() -> None:
-    rows, told = read(b"id,breed\na,b\nc,b\xf6\n")
-    assert rows[1] == {"id": "c", "breed": "b\u00f6"}
-    assert told == ["labels: not UTF-8 from line 3 on, so taken as Latin-1; save it as UTF-8 to be sure"]
+@pytest.mark.parametrize("label", ["b\u00f6", "d\u2019or \u2013 5 \u20ac", "\u201cna\u00efve\u201d\u2026"])
+def test_csv_of_windows_is_told(label: str) -> None:
+    rows, told = read(b"id,breed\na,b\n" + f"c,{label}\n".encode("cp1252"))
+    assert rows[1] == {"id": "c", "breed": label}
+    assert told == [
+        f"labels: not UTF-8 from line 3 on, so taken as Windows-1252, as in 'c,{label}';"
+        " save it as UTF-8 or name its `encoding` to be sure"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("\u72ac\u732b", "shift_jis"), ("\u72d7\u732b", "gbk"), ("\u043a\u043e\u0442\u044b", "cp1251")],
+)
+def test_csv_in_another_writing_asks_for_its_encoding(text: str, encoding: str) -> None:
+    data = f"id,breed\na,{text}\n".encode(encoding)
+    with pytest.raises(SourceError, match=r"line 2: is neither UTF-8 nor Windows-1252; expected its `encoding`"):
+        read(data)
+    assert list(read_rows(io.BytesIO(data), "csv", "labels", encoding=encoding)) == [{"id": "a", "breed": text}]
+
+
+@pytest.mark.parametrize(
+    ("data", "label"),
+    [
+        (b"sep=;\r\nid;breed\r\na;b,c\r\n", "b,c"),
+        (b'\xef\xbb\xbf"sep=;"\nid;breed\na;b\n', "b"),
+        ("SEP=\t\nid\tbreed, of dog\na\tb\n".replace(", of dog", "").encode("utf-16"), "b"),
+        (b"sep=|\n\nid|breed\na|b\n", "b"),
+    ],
+)
+def test_excels_line_with_the_separator_is_skipped(data: bytes, label: str) -> None:
+    assert read(data) == ([{"id": "a", "breed": label}], [])
 
 
 def test_json_and_json_lines() -> None:
@@ -215,7 +245,8 @@ def test_a_table_is_read_as_it_is_asked_for() -> None:
 
 def test_kinds_by_suffix() -> None:
     names = ("a.CSV", "a.tsv", "a.parquet", "a.json", "a.jsonl", "a.ndjson", "a.txt", "csv")
-    assert [guess_table_kind(name) for name in names] == ["csv", "csv", "parquet", "json", "jsonl", "jsonl", None, None]
+    kinds = ["csv", "csv", "parquet", "json", "jsonl", "jsonl", "list", None]
+    assert [guess_table_kind(name) for name in names] == kinds
 
 
 def test_whole_numbers_beyond_a_double_stay_as_they_are() -> None:

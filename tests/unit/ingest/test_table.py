@@ -27,7 +27,12 @@ def test_kaggles_labels_csv_as_it_is(tmp_path: Path) -> None:
         ("test/t1.jpg", (), None),
         ("test/t2.jpg", (), None),
     ]
-    assert found.codes() == [("labels.csv row 2", "row_without_image"), ("train/zz.jpg", "image_without_row")]
+    assert found.codes() == [
+        ("labels.csv row 2", "row_without_image"),
+        ("cover.png", "image_without_row"),
+        ("train/zz.jpg", "image_without_row"),
+    ]
+    assert [passed.describe() for passed in found.passed] == [".csv 2"]
     assert [line.partition("labels.csv: ")[2] for line in found.told] == [
         "columns guessed: image = id, label = breed (name them under `columns` to be sure)",
         "images found in train/",
@@ -86,8 +91,10 @@ def test_bad_rows_stop_nothing(tmp_path: Path) -> None:
         ("labels.csv row 3", "bad_row"),
         ("labels.csv row 4", "row_without_image"),
         ("labels.csv row 5", "ambiguous"),
-        ("labels.csv row 6", "bad_label"),
     ]
+    assert ("2.jpg", "bad_label") in found.codes()
+    assert [one.is_row for one in found.rejected] == [True] * 4 + [False] * 3
+    assert found.rejected[4].reason.startswith("labels.csv row 6: label: cannot be 'xxx")
 
 
 def test_images_inside_a_parquet_file(tmp_path: Path) -> None:
@@ -123,6 +130,7 @@ def test_urls_need_hosts(tmp_path: Path) -> None:
         ("id,breed\n1,b\n", {"path": "data/none.csv"}, r"none\.csv: does not exist; expected a table"),
         ("id,breed\n1,b\n", {"path": "data/1.jpg"}, "has the suffix of no table"),
         ("id,breed\n1,b\n", {"path": "data/sub"}, "holds no table"),
+        ("id,breed\n1,b\n", {"path": "data/sub/x.txt"}, r"x\.txt: is not CSV|has no row"),
         (
             "id,breed\n1,b\n",
             {"columns": {"side": "fold"}},

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -188,16 +189,30 @@ class ImageFolder:
         return {found.relative: found for found in list_files(self._root, f"folder {self._root}", stay_inside=True)}
 
     @cached_property
-    def _stems(self) -> dict[str, list[str]]:
-        """Paths of images by their path without suffix and by their name without suffix."""
-        stems: dict[str, list[str]] = defaultdict(list)
+    def _names(self) -> dict[str, list[str]]:
+        """Paths of files by what a row may call them, in NFC.
+
+        An image: by its path, its path without suffix, its name, and its name without suffix. Another file: by its path
+        where that is not in NFC.
+        """
+        names: dict[str, list[str]] = defaultdict(list)
         for relative in self.files:
-            if not is_image_name(relative.rsplit("/", 1)[-1]):
-                continue
-            stem = relative[: relative.rfind(".")]
-            for key in {stem, stem.rsplit("/", 1)[-1], relative.rsplit("/", 1)[-1]}:
-                stems[key].append(relative)
-        return stems
+            path = relative if relative.isascii() else unicodedata.normalize("NFC", relative)
+            if is_image_name(path.rsplit("/", 1)[-1]):
+                stem = path[: path.rfind(".")]
+                for key in {path, stem, stem.rsplit("/", 1)[-1], path.rsplit("/", 1)[-1]}:
+                    names[key].append(relative)
+            elif path is not relative:
+                names[path].append(relative)
+        return names
+
+    @cached_property
+    def _folded(self) -> dict[str, list[str]]:
+        """The same, for names that are spelled differently."""
+        folded: dict[str, list[str]] = defaultdict(list)
+        for name, paths in self._names.items():
+            folded[_fold(name)] += paths
+        return folded
 
     def find(self, reference: str) -> Path | None:
         """Return the file that a cell of a table names, or None. Raises ImageError (`unsafe_path`, `ambiguous`)."""
@@ -215,9 +230,9 @@ class ImageFolder:
         path = clean_reference(reference)
         if path in self.files:
             return self.files[path]
-        matches = self._stems.get(path) or []
+        matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]
         if len(matches) > 1:
-            nearest = [match for match in matches if match.rsplit(".", 1)[0] == path] or matches
+            nearest = [match for match in matches if path in (match, match.rsplit(".", 1)[0])] or matches
             if len(nearest) > 1:
                 found = f"fits {len(nearest)} files: {nearest[0]}, {nearest[1]}"
                 raise ImageError(f"reference {path}", found, "one file", reason_code="ambiguous")
@@ -233,4 +248,16 @@ def clean_reference(reference: str) -> str:
     if unsafe or not parts:
         shown = text[:80].encode("unicode_escape").decode()
         raise ImageError(f"reference {shown}", "leaves its folder", "a path below it", reason_code="unsafe_path")
-    return "/".join(parts)
+    return unicodedata.normalize("NFC", "/".join(parts))
+
+
+def is_spelled_so(relative: str, reference: str) -> bool:
+    """Say whether a reference has the letters of the path it stands for, and not another case or other spaces."""
+    path, found = clean_reference(reference), unicodedata.normalize("NFC", relative)
+    return f"/{found}".endswith(f"/{path}") or f"/{found[: found.rfind('.')]}".endswith(f"/{path}")
+
+
+def _fold(path: str) -> str:
+    """Return what is left of a name when case, kinds of space and the ways to write `.jpg` do not matter."""
+    text = " ".join(path.casefold().split())
+    return f"{text[: text.rfind('.')]}.jpg" if text.endswith((".jpeg", ".jpe")) else text

@@ -79,7 +79,7 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
 
 def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
-) -> Iterator[Item | Rejected]:
+) -> Iterator[Item | Rejected | PassedOver]:
     name = source.table
     if name is None:
         if top := shelf.find_wrapper():
@@ -171,6 +171,9 @@ class ZipShelf:
         prefix = f"{folder}/" if folder else ""
         inside = [one for path, one in self.files.items() if path.startswith(prefix)]
         return ImageFolder.of_files(one._replace(relative=one.relative[len(prefix) :]) for one in inside)
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return choose_images(self.index(folder).files.values())[0], PassedOver()  # `read_archive` counts the others
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._reader.read, self._members[found.path])

@@ -43,7 +43,7 @@ def read_bucket(source: BucketSource, context: SourceContext) -> Iterator[Item |
 
 def _read_by_table(
     source: BucketSource, name: str, context: SourceContext, shelf: "BucketShelf"
-) -> Iterator[Item | Rejected]:
+) -> Iterator[Item | Rejected | PassedOver]:
     if name not in shelf.files:
         tables = [key for key in shelf.files if guess_table_kind(key)]
         there = f"one of {shorten(tables)}" if tables else "a CSV, Parquet, JSON or JSON lines object below the prefix"
@@ -83,6 +83,9 @@ class BucketShelf:
         index.files = {key: found._replace(relative=key) for key, found in inside.items()}
         index.url = f"{self._bucket.url}/{prefix}"
         return index
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return choose_images(self.index(folder).files.values())
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return partial(self._bucket.read, self._entries[found.path])

@@ -12,10 +12,10 @@ from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_fo
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
     OTHER_ARCHIVES,
-    SHEETS,
     find_split_tables,
     is_read_by_table,
 )
+from visionloop.ingest.tables.files import FOREIGN_TABLES
 from visionloop.ingest.tables.join import FolderShelf, LabelTable, list_tables
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
@@ -51,13 +51,11 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
         found = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise SourceError(f"source {path}", found, KINDS, "Check the path.")
     suffix = path.suffix.lower()
+    if suffix in FOREIGN_TABLES:
+        raise SourceError(f"source {path}", f"is {FOREIGN_TABLES[suffix][0]}", KINDS, FOREIGN_TABLES[suffix][1])
     kind = "table" if guess_table_kind(path.name) else "archive" if suffix == ".zip" else "video"
     if kind == "video" and suffix not in VIDEO_SUFFIXES:
         todo = "Unpack it, or make a zip of it." if suffix in OTHER_ARCHIVES else "Give another path."
-        if suffix in SHEETS:
-            todo = "Save it as CSV, and give that."
-        elif suffix == ".txt":
-            todo = "A list of paths and labels is a table: make a CSV of it, with a header such as `image,label`."
         raise SourceError(f"source {path}", f"is a file that ends in {suffix or path.name[-20:]!r}", KINDS, todo)
     return _make(kind, "path", str(path), name, path.stem)
 

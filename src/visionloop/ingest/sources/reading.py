@@ -6,7 +6,7 @@ A table in each split folder: Roboflow's `train/_classes.csv`, Hugging Face's `t
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -87,9 +87,11 @@ def read_split_tables(tables: Sequence[SplitTable], place: Place, context: Sourc
         tell(f"{where}: the labels of {one.folder} are those of {one.folder}{name}")
         table = LabelTable(place.source, f"{where} {one.folder}{name}", shelf, name, one.columns, tell)
         for found in read_shelf_table(table):
+            if isinstance(found, PassedOver):
+                continue  # counted for the whole place
             origin = f"{place.source}:{one.folder}{found.origin[len(place.source) + 1 :]}"
             if isinstance(found, Rejected):
-                yield Rejected(origin, found.code, found.reason)
+                yield replace(found, origin=origin)
             elif found.labels and one.side:
                 side, test_is_given = settled[one.side]
                 yield found._replace(origin=origin, side=side, test_is_given=test_is_given)

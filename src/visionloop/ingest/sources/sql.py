@@ -86,7 +86,10 @@ def read_progress(text: str | None, digest: str) -> CursorState | None:
         state = json.loads(text or "")
         if state["digest"] != digest:
             return None
-        plan = RowPlan(**{**state["plan"], "labels": tuple(state["plan"]["labels"])})
+        stored: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in {**state["plan"]}.items()
+        }
+        plan = RowPlan(**stored)
         return CursorState(_KINDS[state["kind"]][2](state["value"]), plan)
     except (ValueError, KeyError, TypeError, ArithmeticError):
         return None
@@ -191,7 +194,7 @@ class _Pull:
         place = f"row {number}" if key is None else f"{self.key}={escape_name(to_text(key))[:200]}"
         if too_large:
             reason = f"a value is larger than {self.max_bytes:,} bytes (ingest.max_file_bytes)"
-            return Rejected(f"{self.source.name}:{place}", "too_large", reason)
+            return Rejected(f"{self.source.name}:{place}", "too_large", reason, is_row=True)
         stamp = read_stamp(row, self.stamp) if self.stamp else None
         return make_item(row, plan, self.source.name, place, lambda reference: self._find(reference, place, stamp))
 

@@ -6,14 +6,14 @@ Rows and images that have no counterpart are listed, not fatal. Folders beside t
 from collections.abc import Iterator
 
 from visionloop.errors import SourceError
-from visionloop.ingest.item import Item, SourceContext
+from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_table, read_shelf_table
 from visionloop.ingest.tables.rows import make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 
 
-def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | Rejected]:
+def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | Rejected | PassedOver]:
     """Yield the rows of a table in its order, then the images of folders without labels.
 
     The path may be that of the folder that holds the table. Rows without an image and images without a row come as
@@ -24,7 +24,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     """
     path = context.resolve(source.path)
     where = f"source {source.name} {path}"
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         name = choose_table([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
         path = path / name
         where = f"source {source.name} {path}"
@@ -44,6 +45,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         tell=context.tell,
         images=images,
         unlabelled=source.unlabelled,
+        encoding=source.encoding,
+        is_all=is_folder,
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)

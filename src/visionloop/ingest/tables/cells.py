@@ -1,5 +1,8 @@
 """The cells of a row: look-up, and conversion to text, to a time, or to 0 or 1 of a one-hot column. Pure."""
 
+import json
+import re
+import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -10,6 +13,9 @@ from visionloop.errors import ImageError
 Row = Mapping[str, Any]
 
 ON_OFF = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
+CHOICES = "choices"  # the key of several answers, as Label Studio writes them into one cell
+WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+PYTHON_LIST = re.compile(r"\[\s*'[^']*'(?:\s*,\s*'[^']*')*\s*\]")
 MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
 
 
@@ -42,6 +48,27 @@ def to_text(value: object) -> str:
     if isinstance(value, dict | list | tuple | set | bytes | bytearray | memoryview):
         raise ImageError("row", f"a cell holds a {type(value).__name__}", "text or a number", reason_code="bad_row")
     return str(value).strip()
+
+
+def split_label_cell(value: object) -> list[object]:
+    """Return the labels of a cell: one, those of a list, also of a list written as text, or Label Studio's choices."""
+    text = value.strip() if isinstance(value, str) else ""
+    if text[:1] in ("[", "{"):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = re.findall(r"'([^']*)'", text) if PYTHON_LIST.fullmatch(text) else value
+    if isinstance(value, Mapping) and isinstance(value.get(CHOICES), list):
+        value = value[CHOICES]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def clean_label(text: str) -> str:
+    """Return a label as the same class is written everywhere: in NFC, `1.0` as `1`, `True` as `true`."""
+    text = unicodedata.normalize("NFC", text.strip())
+    if found := WHOLE.fullmatch(text):
+        return found[1]
+    return text.lower() if text in ("True", "TRUE", "False", "FALSE") else text
 
 
 def parse_time(value: object) -> str | None:

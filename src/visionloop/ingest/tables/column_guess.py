@@ -4,26 +4,35 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from visionloop.errors import SourceError, shorten
-from visionloop.ingest.paths.listing import SPLIT_NAMES, is_image_name
-from visionloop.ingest.tables.cells import ON_OFF, Row, get_cell, is_on, parse_time, to_text
+from visionloop.ingest.paths.listing import find_side, is_image_name
+from visionloop.ingest.tables.cells import CHOICES, ON_OFF, Row, get_cell, is_on, parse_time, to_text
+from visionloop.ingest.tables.split_columns import (
+    are_flags,
+    find_flag_side,
+    find_unknown,
+    is_split_name,
+)
 
 MAX_DEPTH = 3
 IMAGE_NAMES = (
     *("image", "image_path", "img", "img_path", "path", "file", "filename", "file_name", "filepath", "file_path"),
-    *("image_file", "image_name", "img_name", "image_url", "url", "uri", "photo", "picture"),
+    *("image_file", "image_name", "img_name", "image_url", "url", "uri", "photo", "picture", "fname", "image_index"),
+    *("filenames", "filepaths", "image_filename", "img_filename"),
     *("image_id", "img_id", "id", "key"),
 )
 LABEL_NAMES = (
     *("label", "labels", "class", "class_name", "classname", "category", "categories", "target", "breed", "species"),
-    *("tags", "diagnosis", "y", "label_name", "class_id", "label_id"),
+    *("tags", "diagnosis", "dx", "finding_labels", "emotion", "choice", "choices", "classes", "y", "label_name"),
+    *("class_id", "label_id"),
 )
-SIDE_NAMES = ("split", "side", "subset", "partition", "set", "dataset")
+SEVERAL_NAMES = ("labels", "tags", "classes", "categories")
 GROUP_NAMES = (
     *("group", "group_id", "patient", "patient_id", "subject", "subject_id", "video", "video_id", "session"),
-    *("session_id", "sequence", "sequence_id", "camera", "camera_id", "lesion_id"),
+    *("session_id", "sequence", "sequence_id", "seq_id", "camera", "camera_id", "lesion_id"),
 )
 TIME_NAMES = ("captured_at", "taken_at", "time", "timestamp", "datetime", "date", "created_at", "date_taken")
 SEPARATORS = ("|", ";")
+NO_CLASSES = ("unlabeled", "unlabelled")  # Roboflow's one-hot column of images without a label
 SECONDS_FROM = 1e8
 
 
@@ -33,6 +42,7 @@ class ColumnGuess:
     def __init__(self, rows: Sequence[Row], where: str, named: Mapping[str, str]) -> None:
         """Take the columns that params name (column -> key of `columns`). Raises SourceError when one is missing."""
         self._rows, self._where, self._taken = rows, where, set(named)
+        self.notes: list[str] = []  # why a column was not used for what its name says
         self._columns = list(dict.fromkeys(name for row in rows for name in _list_columns(row)))
         if any(map(_is_image, self._columns)):
             raise SourceError(where, "has an image where a column's name should be", "a header", "Write one above.")
@@ -55,7 +65,7 @@ class ColumnGuess:
         return [cell for cell in cells if cell is not None and cell != "" and cell == cell]  # noqa: PLR0124
 
     def find(self, key: str) -> str | None:
-        """Take the first free column that has a name for this key (side, group, time) and values that fit."""
+        """Take the first free column that has a name for this key (group, time) and values that fit."""
         names, fits = FITTING[key]
         for name in self._by_name(names):
             values = self._values(name)
@@ -64,9 +74,58 @@ class ColumnGuess:
                 return name
         return None
 
+    def find_split(self) -> tuple[str, ...]:
+        """Take the column of the split's words, or those of yes and no (`is_valid`, `is_test`); () when there is none.
+
+        A column is one by its name and the words of most rows, or by its values alone: train and another side.
+        """
+        named = [name for name in self._free() if is_split_name(_plain_name(name))]
+        for name in named:
+            unknown, known = find_unknown(values := self._values(name))
+            if known and known * 2 >= len(values):
+                return self._take_split(name)
+            if values:
+                shown = shorten([ascii(word) for word in unknown])
+                self.notes.append(f"column {name} is not used as the split: {shown} are not train, val or test")
+        flags = [name for name in self._free() if find_flag_side(_plain_name(name)) and are_flags(self._values(name))]
+        if flags:
+            sides = [find_flag_side(_plain_name(name)) for name in flags]
+            return self._take_split(*(name for i, name in enumerate(flags) if sides.index(sides[i]) == i))
+        for name in self._free():
+            sides = [find_side(value) if isinstance(value, str) else None for value in self._values(name)]
+            if None not in sides and "train" in sides and len({*sides}) > 1 and _plain_name(name) not in LABEL_NAMES:
+                return self._take_split(name)
+        return ()
+
+    def check_split(self, name: str) -> tuple[str, ...]:
+        """Return the split column that params name. Raises SourceError when no value of it names a side."""
+        values = self._values(name)
+        if values and not (find_flag_side(_plain_name(name)) and are_flags(values)) and not find_unknown(values)[1]:
+            found = f"column {name!r} holds {shorten([*{ascii(value)[:40] for value in values}])}"
+            todo = "Write these words into the table, or leave columns.side out."
+            expected = "train, val or test, or yes and no in a column like is_valid or is_test"
+            raise SourceError(f"{self._where} columns.side", found, expected, todo)
+        return (name,)
+
+    def flag_sides(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the sides that split columns mean if they are columns of yes and no, () if they hold words."""
+        sides = [side for name in names if (side := find_flag_side(_plain_name(name)))]
+        return tuple(sides) if len(sides) == len(names) and all(are_flags(self._values(n)) for n in names) else ()
+
+    def list_unused(self, used: Sequence[str]) -> list[str]:
+        """Return the columns that mean nothing to us, in the order of the table."""
+        return [n for n in self._columns if n not in used and not any(n.startswith(f"{one}.") for one in used)]
+
+    def _take_split(self, *names: str) -> tuple[str, ...]:
+        self._taken.update(names)
+        return names
+
+    def _free(self) -> list[str]:
+        return [name for name in self._columns if name not in self._taken]
+
     def find_image(self) -> str | None:
         """Take the column whose values are image files, URLs or bytes; else one by its name."""
-        free = [name for name in self._columns if name not in self._taken]
+        free = self._free()
         sure = [name for name in free if _are_images(self._values(name))]
         named = self._by_name(IMAGE_NAMES)
         blobs = [name for name in sure if _are_blobs(self._values(name))]
@@ -82,22 +141,28 @@ class ColumnGuess:
         for name in self._by_name(LABEL_NAMES):
             if all(_is_label_cell(value) for value in self._values(name)):
                 return (name,)
-        free = [name for name in self._columns if name not in self._taken and not _is_number_of_row(name)]
+        free = [name for name in self._free() if not _is_number_of_row(name)]
         flat = [name for name in free if all(_is_label_cell(value) for value in self._values(name))]
         on_off = [name for name in flat if all(_is_cell_one_hot(get_cell(row, name)) for row in self._rows)]
         if len(on_off) > 1 and any(_count_on(row, on_off) for row in self._rows):
-            return tuple(on_off)
+            return tuple(name for name in on_off if _plain_name(name) not in NO_CLASSES)
         if len(flat) > 1:
             raise self.refuse("label", "the label")
         return tuple(flat)
 
     def find_separator(self, name: str) -> str | None:
+        """Return what divides several labels in one cell; a space, if nearly all words between are labels alone too."""
         texts = [value for value in self._values(name) if isinstance(value, str)]
-        return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
+        if mark := next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None):
+            return mark
+        alone = {text.strip() for text in texts}
+        words = [word for text in texts if len(text.split()) > 1 for word in text.split()]
+        divided = _plain_name(name) in SEVERAL_NAMES and sum(word in alone for word in words) > 0.8 * len(words)
+        return " " if words and divided else None
 
     def _by_name(self, names: Sequence[str]) -> list[str]:
         """The free columns that have one of these names (of a dotted one, its last part), in this order."""
-        free = [name for name in self._columns if name not in self._taken]
+        free = self._free()
         places = {name: index for index, name in enumerate(names)}
         found = [(places[plain], name) for name in free if (plain := _plain_name(name)) in places]
         return [name for _, name in sorted(found, key=lambda pair: pair[0])]
@@ -136,16 +201,13 @@ def _is_number_of_row(name: str) -> bool:
 
 
 def _is_label_cell(value: object) -> bool:
+    value = value.get(CHOICES) if isinstance(value, Mapping) else value
     parts = value if isinstance(value, list | tuple) else [value]
     return all(isinstance(part, str | int | float) for part in parts)
 
 
 def _count_on(row: Row, names: Sequence[str]) -> int:
     return sum(is_on(get_cell(row, name), name) for name in names)
-
-
-def _is_side(value: object) -> bool:
-    return isinstance(value, str) and (value.strip().lower() in SPLIT_NAMES)
 
 
 def _is_group(value: object) -> bool:
@@ -162,7 +224,6 @@ def _is_cell_one_hot(value: object) -> bool:
 
 
 FITTING: Mapping[str, tuple[Sequence[str], Callable[[object], bool]]] = {
-    "side": (SIDE_NAMES, _is_side),
     "group": (GROUP_NAMES, _is_group),
     "time": (TIME_NAMES, _is_time),
 }

@@ -1,4 +1,4 @@
-"""Read CSV, Parquet, JSON and JSON lines row by row, within limits. Knows nothing of what the columns mean.
+"""Read CSV, text lists, Parquet, JSON and JSON lines row by row, within limits. Does not know what columns mean.
 
 A row is a dict. A line that cannot be a row (too few cells, half a JSON object) does not end the table: it comes as
 `{BAD_ROW: reason}`. An error of the whole file is a SourceError.
@@ -6,19 +6,23 @@ A row is a dict. A line that cannot be a row (too few cells, half a JSON object)
 
 import codecs
 import csv
-import io
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from visionloop.errors import SourceError, shorten
+from visionloop.ingest.paths.names import IMAGE_SUFFIXES
+from visionloop.ingest.tables.json_shapes import find_rows, name_kind
 
-TableKind = Literal["csv", "parquet", "json", "jsonl"]
+TableKind = Literal["csv", "parquet", "json", "jsonl", "list"]
 
 BAD_ROW = "\0bad row"
 MAX_LINE = 16 << 20
+MAX_LIST_LINE = 10_000
 MAX_JSON_BYTES = 256 << 20
 MAX_COLUMNS = 10_000
 MAX_ROWS = 50_000_000
@@ -31,7 +35,31 @@ SUFFIXES: dict[str, TableKind] = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".txt": "list",
 }
+# What people keep labels in that is read by nothing here, and what to do.
+FOREIGN_TABLES = {
+    **dict.fromkeys(
+        (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
+        ("a spreadsheet", "In Excel: File > Save As > CSV UTF-8; then give that file."),
+    ),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".npy", ".npz", ".pt", ".mat", ".h5", ".hdf5", ".feather", ".arrow", ".tfrecord", ".rds"),
+        ("data of a program, which may run code or holds no names", "Save it as CSV: a column file, a column label."),
+    ),
+    **dict.fromkeys(
+        (".xml", ".yaml", ".yml", ".sqlite", ".db"),
+        ("not a table we read", "Save it as CSV: a column file, a column label. For a database use a source `sql`."),
+    ),
+}
+# Western text has up to three accented letters or signs like these side by side; anything else is another writing.
+FEW_WESTERN = re.compile(
+    r"(?:[^\W\d_]|[\u2018-\u201e\u2013\u2014\u2026\u20ac\u00ab\u00bb\u00a0\u00ba\u00aa\u00b0]){1,3}"
+)
+HIGH_BYTES = re.compile(r"[^\x00-\x7f]{2,}")
+SEP_LINE = re.compile(r'^"?sep=(.)"?\s*$', re.IGNORECASE)
+_SUFFIX = rf"\.(?:{'|'.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))})"
+LIST_LINE = re.compile(rf"^(?P<file>.*?{_SUFFIX})(?:(?:\s*[,;]\s*|\s+)(?P<label>.*\S))?\s*$", re.IGNORECASE)
 
 
 def guess_table_kind(name: str) -> TableKind | None:
@@ -40,11 +68,15 @@ def guess_table_kind(name: str) -> TableKind | None:
 
 
 def read_rows(
-    data: BinaryIO | Path, kind: TableKind, where: str, tell: Callable[[str], None] = lambda line: None
+    data: BinaryIO | Path,
+    kind: TableKind,
+    where: str,
+    tell: Callable[[str], None] = lambda line: None,
+    encoding: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table, read as they are asked for. `data` is a file's path or an open binary stream.
 
-    A CSV has a header and cells of text; all else has values of its own kinds.
+    A CSV has a header and cells of text; all else has values of its own kinds. `encoding`: of the text; None: guessed.
 
     Raises:
         SourceError: the file cannot be read, is not of its kind, or is beyond the limits.
@@ -52,40 +84,66 @@ def read_rows(
     if isinstance(data, Path):
         try:
             with data.open("rb") as stream:
-                yield from read_rows(stream, kind, where, tell)
+                yield from read_rows(stream, kind, where, tell, encoding)
         except OSError as exc:
             raise SourceError(where, f"cannot be read ({exc.strerror})", "a table", "Check the path.") from exc
         return
-    readers = {"csv": _read_csv, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
-    for number, row in enumerate(readers[kind](data, where, tell)):
+    text = partial(_decode_lines, data, where, tell, encoding)
+    rows: Iterator[dict[str, Any]]
+    if kind == "parquet":
+        rows = _read_parquet(data, where)
+    elif kind == "json":
+        rows = _read_json(data, where, tell)
+    else:
+        rows = {"csv": _read_csv, "jsonl": _read_jsonl, "list": _read_list}[kind](text(), where)
+    for number, row in enumerate(rows):
         if number >= MAX_ROWS:
             raise SourceError(where, f"has more than {MAX_ROWS:,} rows", "fewer", "Divide it into several sources.")
         yield row
 
 
-def _decode_lines(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Iterator[str]:
-    """Yield lines of text with their ends: UTF-8, UTF-16 if a mark says so, else Latin-1 (told). Raises SourceError."""
+def _decode_lines(stream: BinaryIO, where: str, tell: Callable[[str], None], encoding: str | None) -> Iterator[str]:
+    """Yield lines of text with their ends: in `encoding`; else UTF-8, UTF-16 if a mark says so, else Windows-1252,
+    which is told. Raises SourceError.
+    """
     start = stream.read(4)
-    head = io.BytesIO(start)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        yield from _decode_utf16(head, stream, where)
+    if encoding or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield from _decode_blocks(start, stream, where, encoding)
         return
-    head.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
+    start = start.removeprefix(codecs.BOM_UTF8)
     encoding, plain = "utf-8", True
-    for number, line in enumerate(_split_lines(head.read(), stream, where), start=1):
+    for number, line in enumerate(_split_lines(start, stream, where), start=1):
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as exc:
-            if not plain:
+            if encoding == "utf-8" and not plain:
                 raise SourceError(
                     f"{where} line {number}", "is not UTF-8, the lines before are", "UTF-8", "Save it as UTF-8."
                 ) from exc
-            tell(f"{where}: not UTF-8 from line {number} on, so taken as Latin-1; save it as UTF-8 to be sure")
-            encoding, text = "latin-1", line.decode("latin-1")
+            text, encoding = _decode_western(line, f"{where} line {number}", exc), "cp1252"
+            shown = " ".join(text.split())[:60]
+            tell(
+                f"{where}: not UTF-8 from line {number} on, so taken as Windows-1252, as in {shown!r};"
+                " save it as UTF-8 or name its `encoding` to be sure"
+            )
         plain = plain and line.isascii()
         if "\0" in text:
-            raise SourceError(f"{where} line {number}", "holds a NUL byte", "text in UTF-8", "Save it as UTF-8.")
+            todo = "Save it as UTF-8, or name the source's `encoding`, as utf-16-le."
+            raise SourceError(f"{where} line {number}", "holds a NUL byte", "text in UTF-8", todo)
         yield text
+
+
+def _decode_western(line: bytes, where: str, cause: UnicodeDecodeError) -> str:
+    """Return a line that is not UTF-8 as Windows-1252. Raises SourceError when it is in another writing."""
+    try:
+        text = line.decode("cp1252")
+        if all(FEW_WESTERN.fullmatch(run) for run in HIGH_BYTES.findall(text)):
+            return text
+    except UnicodeDecodeError:
+        pass
+    expected = "its `encoding`, such as shift_jis, gbk or cp1251"
+    todo = "Save it as UTF-8, or name the encoding in a source of kind table."
+    raise SourceError(where, "is neither UTF-8 nor Windows-1252", expected, todo) from cause
 
 
 def _split_lines(start: bytes, stream: BinaryIO, where: str) -> Iterator[bytes]:
@@ -102,12 +160,13 @@ def _split_lines(start: bytes, stream: BinaryIO, where: str) -> Iterator[bytes]:
         rest = b""
 
 
-def _decode_utf16(head: BinaryIO, stream: BinaryIO, where: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-16")()
+def _decode_blocks(start: bytes, stream: BinaryIO, where: str, encoding: str | None) -> Iterator[str]:
+    """Yield lines in a named encoding, or in the UTF-16 that `start` marks. Raises SourceError."""
+    decoder = codecs.getincrementaldecoder(encoding or "utf-16")()
     rest = ""
     try:
-        for block in chain([head.read()], iter(lambda: stream.read(1 << 16), b"")):
-            *lines, rest = (rest + decoder.decode(block)).split("\n")
+        for block in chain([start], iter(lambda: stream.read(1 << 16), b"")):
+            *lines, rest = (rest + decoder.decode(block)).removeprefix("\ufeff").split("\n")
             yield from (f"{line}\n" for line in lines)
             if len(rest) > MAX_LINE:
                 raise SourceError(
@@ -115,17 +174,20 @@ def _decode_utf16(head: BinaryIO, stream: BinaryIO, where: str) -> Iterator[str]
                 )
         rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError as exc:
-        raise SourceError(where, "is not the UTF-16 that its mark says", "UTF-8", "Save it as UTF-8.") from exc
+        found = f"is not {encoding}, its `encoding`" if encoding else "is not the UTF-16 that its mark says"
+        raise SourceError(where, found, "UTF-8", "Save it as UTF-8.") from exc
     if rest:
         yield rest
 
 
-def _read_csv(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    lines = _decode_lines(stream, where, tell)
+def _read_csv(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
     first = next((line for line in lines if line.strip()), None)
+    named = SEP_LINE.match(first or "")  # Excel's own first line: it gives the delimiter
+    if named:
+        first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise SourceError(where, "is empty", "a header and a row for each image", "Check the file.")
-    delimiter = _guess_delimiter(first)
+    delimiter = named[1] if named else _guess_delimiter(first)
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = _check_header(next(rows), where)
@@ -163,9 +225,34 @@ def _check_header(cells: list[str], where: str) -> list[str]:
     return header
 
 
-def _read_jsonl(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _read_list(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a text file: `cat/1.jpg 0` on each line, without a header; with a header it is a CSV."""
+    first = next((line for line in lines if line.strip()), "")
+    if LIST_LINE.match(first.strip()) and not _split_list_line(first):
+        found, todo = f"line 1 has more than a label behind the image: {first.strip()[-60:]!r}", "Save it as CSV."
+        raise SourceError(where, found, "FILE LABEL, or a CSV with a header", todo)
+    if not _split_list_line(first):
+        yield from _read_csv(chain([first], lines), where)
+        return
+    for number, line in enumerate(chain([first], lines), start=1):
+        if row := _split_list_line(line):
+            yield row
+        elif line.strip():
+            yield {BAD_ROW: f"line {number} does not begin with an image's file; expected FILE LABEL"}
+
+
+def _split_list_line(line: str) -> dict[str, Any] | None:
+    """Return file and label of a line, or the file alone; None when the line does not begin with an image's name."""
+    found = LIST_LINE.match(line.strip()) if len(line) < MAX_LIST_LINE else None
+    label = (found and found["label"]) or ""
+    if found is None or (len(label.split()) > 1 and label.replace(" ", "").isdecimal()) or LIST_LINE.match(label):
+        return None  # several numbers, or a pair of images: not a label
+    return {"file": found["file"], "label": label or None}
+
+
+def _read_jsonl(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
     seen = False
-    for number, line in enumerate(_decode_lines(stream, where, tell), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -173,7 +260,7 @@ def _read_jsonl(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> It
         except (ValueError, RecursionError) as exc:
             value, reason = None, f"line {number} is not JSON ({_describe(exc)})"
         else:
-            reason = f"line {number} holds a {_name_kind(value)}; expected an object"
+            reason = f"line {number} holds a {name_kind(value)}; expected an object"
         if not isinstance(value, dict):
             if not seen:
                 raise SourceError(where, reason, "a JSON object on each line", "Check the file.")
@@ -192,17 +279,8 @@ def _read_json(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Ite
         value = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as exc:
         raise SourceError(where, f"is not JSON ({_describe(exc)})", "a list of objects", "Check the file.") from exc
-    if isinstance(value, dict):
-        lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
-        if len(lists) != 1:
-            found = f"is an object with {len(lists)} lists"
-            raise SourceError(where, found, "a list of objects, or an object that holds one", "Save it as JSON lines.")
-        key, value = lists.popitem()
-        tell(f"{where}: rows taken from {key[:80]!r}")
-    if not isinstance(value, list):
-        raise SourceError(where, f"holds a {_name_kind(value)}", "a list of objects", "Check the file.")
-    for number, row in enumerate(value, start=1):
-        yield row if isinstance(row, dict) else {BAD_ROW: f"row {number} is a {_name_kind(row)}; expected an object"}
+    for number, row in enumerate(find_rows(value, where, tell), start=1):
+        yield row if isinstance(row, dict) else {BAD_ROW: f"row {number} is a {name_kind(row)}; expected an object"}
 
 
 def _no_constant(name: str) -> None:
@@ -213,12 +291,7 @@ def _describe(exc: Exception) -> str:
     return "nested too deep" if isinstance(exc, RecursionError) else str(exc)[:120]
 
 
-def _name_kind(value: object) -> str:
-    names = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _read_parquet(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _read_parquet(stream: BinaryIO, where: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -226,12 +299,42 @@ def _read_parquet(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> 
         file = pq.ParquetFile(stream)
         if len(file.schema_arrow.names) > MAX_COLUMNS:
             raise SourceError(where, "has too many columns", f"at most {MAX_COLUMNS:,}", "Check the file.")
+        names = _find_class_names(file.schema_arrow.metadata or {})
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
             row_bytes = max(1, facts.total_byte_size // max(1, facts.num_rows))
             batch_rows = max(1, min(4096, BATCH_BYTES // row_bytes))
             for batch in file.iter_batches(batch_rows, row_groups=[group]):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {**row, **{key: _name_class(row.get(key), names[key]) for key in names}} if names else row
     except (pa.ArrowException, OSError, OverflowError, MemoryError) as exc:
         reason = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__
         raise SourceError(where, f"is not Parquet ({reason})", "a Parquet file", "Check the file.") from exc
+
+
+def _find_class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the names of the classes by column, as Hugging Face's `datasets` writes them into the schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        inner = {key: _get_inner(feature) for key, feature in features.items()}
+        return {key: [*map(str, one["names"])] for key, one in inner.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _get_inner(feature: Any) -> Mapping[str, Any]:
+    """Return a feature, or the one inside a list of it."""
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
+    return feature if isinstance(feature, dict) else {}
+
+
+def _name_class(value: Any, names: list[str]) -> Any:
+    """Return the name of a class by its number; -1 is no label."""
+    if isinstance(value, list):
+        return [_name_class(one, names) for one in value]
+    if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(names):
+        return names[value] if value >= 0 else None
+    return value

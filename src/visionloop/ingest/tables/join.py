@@ -4,7 +4,7 @@ Rows and images that have no counterpart are listed, not fatal. Folders without 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, make_file_reader
+from visionloop.ingest.item import Item, PassedOver, make_file_reader
 from visionloop.ingest.paths.layout import settle_sides
 from visionloop.ingest.paths.listing import (
     IMAGE_FOLDERS,
@@ -23,7 +23,10 @@ from visionloop.ingest.paths.listing import (
     escape_name,
     find_side,
     is_image_name,
+    is_spelled_so,
+    list_images,
 )
+from visionloop.ingest.paths.names import get_suffix
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
@@ -44,20 +47,33 @@ from visionloop.records import Rejected
 # Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
 IGNORED = ("sample_submission", "samplesubmission", "submission")
-# What visionloop itself writes is no table of labels.
-OWN_FILES = frozenset(
-    {"code.json", "dataset.json", "corrections.csv", "classes.json", "card.json", "metrics.json", "report.json"}
-    | {"leaks.json", "predictions.csv", "per_class.csv", "answers.json"}
+# What programs write beside images, and what visionloop itself writes: no tables of labels.
+SIDE_FILES = frozenset(
+    (
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "features.json", "state.json"),
+        *("class_indices.json", "class_names.json", "id2label.json", "label_map.json", "classes.json"),
+        *("dataset.json", "code.json", "corrections.csv", "cat_to_name.json", "config.json", "package.json"),
+        *("card.json", "metrics.json", "report.json", "leaks.json", "predictions.csv", "per_class.csv", "answers.json"),
+    )
 )
 
 
 def list_tables(names: Sequence[str]) -> list[str]:
-    """Return the names of tables among the files of a folder, sorted; without hidden ones, submissions and our own."""
-    return sorted(
-        name
-        for name in names
-        if guess_table_kind(name) and name not in OWN_FILES and not name.lower().startswith((".", *IGNORED))
-    )
+    """Return the names of tables among the files of a folder, sorted.
+
+    Left out are text lists, hidden files, submissions, our own, and what lies beside an image: `x.jpg.json`, `x.json`.
+    """
+    tables = [name for name in names if guess_table_kind(name) not in (None, "list")]
+    tables = [name for name in tables if not name.lower().startswith((".", *IGNORED)) and name not in SIDE_FILES]
+    images = {name for name in names if is_image_name(name)} if tables else set()
+    images |= {name.rsplit(".", 1)[0] for name in images}
+    return sorted(name for name in tables if not _is_sidecar(name, images))
+
+
+def _is_sidecar(name: str, images: Collection[str]) -> bool:
+    """Say whether a file's name is that of an image, with or without suffix, and more: Google Takeout, Lightroom."""
+    parts = name.split(".")
+    return is_image_name(".".join(parts[:-1])) or any(".".join(parts[:i]) in images for i in range(1, len(parts)))
 
 
 def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) -> str:
@@ -86,6 +102,9 @@ class Shelf(Protocol):
     def index(self, folder: str) -> ImageFolder:
         """Return the files below a folder. Raises SourceError."""
 
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        """Return the images below a folder, and how many other files there are. Raises SourceError."""
+
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         """Return the `read` of an item."""
 
@@ -112,6 +131,9 @@ class FolderShelf:
             self._indexes[folder] = ImageFolder(self._root / folder)
         return self._indexes[folder]
 
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return list_images(self._root / folder, f"folder {self._root / folder}")
+
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return make_file_reader(found.path)
 
@@ -120,6 +142,8 @@ class FolderShelf:
 class LabelTable:
     """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
 
+    `is_all`: the whole shelf is the source, so that all of its files are accounted for, not only those where the images
+    are. `encoding`: that of the table, None: guessed.
     `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
     """
 
@@ -131,13 +155,15 @@ class LabelTable:
     tell: Callable[[str], None]
     images: tuple[Shelf, str] | None = None
     unlabelled: tuple[str, ...] | None = None
+    encoding: str | None = None
+    is_all: bool = True
     find_url: Callable[[str], RowImage] | None = None
     told: set[str] = field(default_factory=set)
 
     def rows(self) -> Iterator[Row]:
         """Read the table from its start. Raises SourceError."""
         try:
-            yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once)
+            yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once, self.encoding)
         except ImageError as exc:  # a member of an archive that is damaged
             raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
 
@@ -156,8 +182,12 @@ class LabelTable:
             self.tell(line)
 
 
-def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected]:
-    """Yield the rows of a table, then the images without labels, then the images without a row. Raises SourceError."""
+def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver]:
+    """Yield the rows of a table, then the images without labels, then the images without a row, then the other files.
+
+    Raises:
+        SourceError: the table cannot be read or understood, or none of its images is found.
+    """
     sample = list(islice(table.rows(), SAMPLE_ROWS))
     plan = plan_columns(table.columns, sample, table.where, table.tell_once)
     join = _Join(table, plan, *_find_images(table, plan, sample))
@@ -169,32 +199,54 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected]:
         for file in files:
             origin = f"{table.source}:{escape_name(f'{folder}/{file.relative}')}"
             yield Item(origin, table.source, (), table.shelf.make_reader(file), file.stamp)
-    passed = tuple(f"{folder}/" for folder in unlabelled)
-    for file in join.index.files.values() if join.index else ():
-        place = join.place_of(file)
-        if _is_image(file) and file.relative not in join.used and not place.startswith(passed):
-            origin = f"{table.source}:{escape_name(place)}"
-            yield Rejected(origin, "image_without_row", f"no row of {table.name} names it")
+    yield from _list_rest(join, unlabelled)
+
+
+def _list_rest(join: "_Join", unlabelled: Sequence[str]) -> Iterator[Rejected | PassedOver]:
+    """Yield the images that no row names, and how many files of other types there are."""
+    table, passed = join.table, PassedOver()
+    has_own = join.index is not None and (join.shelf is not table.shelf or not table.is_all)
+    places = [(table.shelf, "")] * table.is_all + [(join.shelf, join.folder)] * has_own
+    for shelf, folder in places:
+        taken = {join.place_of(name) for name in join.used} if shelf is join.shelf else set()
+        without = tuple(f"{name}/" for name in unlabelled) if shelf is table.shelf else ()
+        images, others = shelf.list_images(folder)
+        passed.files.update(others.files)
+        passed.folders.update(others.folders)
+        for file in images:
+            place = f"{folder}/{file.relative}" if folder else file.relative
+            if place not in taken and not place.startswith(without or "\0"):
+                origin = f"{table.source}:{escape_name(place)}"
+                reason = file.problem or f"no row of {table.name} names it"
+                yield Rejected(origin, "unreadable" if file.problem else "image_without_row", reason)
+        for place in taken:  # of other types, but a row names them
+            top, _, name = place[len(folder) + bool(folder) :].rpartition("/")
+            if not is_image_name(name):
+                passed.files[f"{top}/" if top else "", get_suffix(name)] -= 1
+    yield passed
 
 
 def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     table, plan = join.table, join.plan
-    sides = _list_sides(table, plan) if plan.side else set()
+    sides = _list_sides(table, plan) if plan.side or plan.flags else set()
     settled = settle_sides(sides, lambda line: table.tell_once(f"{table.where}: {line}"))
     given = any(side == "test" for side, _ in settled.values())
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    seen: set[int] = set()  # hashes of place and labels: a table of URLs has as many as rows
     repeated = without = 0
     for number, row in enumerate(table.rows(), start=1):
         one = make_item(row, plan, table.source, f"{table.name} row {number}", partial(join.find, number))
         if isinstance(one, Item):
-            if (one.origin, one.labels) in seen:
+            if (offer := hash((one.origin, one.labels))) in seen:
                 repeated += 1
                 continue
-            seen.add((one.origin, one.labels))
+            seen.add(offer)
             without += bool(plan.labels and not one.labels)
             side, test_is_given = settled.get(one.side or "", (None, given)) if one.labels else (None, False)
             one = one._replace(side=side, test_is_given=test_is_given)
         yield one
+    if join.num_respelled:
+        found = f"rows that spell their image in another case: {join.num_respelled:,}, as {join.respelled}"
+        table.tell_once(f"{table.where}: {found}")
     if repeated:
         table.tell_once(f"{table.where}: rows that repeat another one: {repeated:,}")
     if without:
@@ -205,10 +257,10 @@ def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
     """Return the sides of the rows that have a label."""
     sides = set()
     for row in table.rows():
-        side = plan.read_side(row)
-        if side and side not in sides:
-            with suppress(ImageError):
-                sides.update([side] if plan.read_labels(row) else [])
+        with suppress(ImageError):
+            side = plan.read_side(row)
+            if side and side not in sides and plan.read_labels(row):
+                sides.add(side)
     return sides
 
 
@@ -222,6 +274,8 @@ class _Join:
     folder: str
     index: ImageFolder | None
     used: set[str] = field(default_factory=set)
+    num_respelled: int = 0
+    respelled: str = ""
 
     def find(self, number: int, reference: str | bytes) -> RowImage:
         """Look up what row `number` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
@@ -236,10 +290,13 @@ class _Join:
             shown = escape_name(reference[:120])
             raise ImageError("row", f"no image {shown}", "one in the folder", reason_code="row_without_image")
         self.used.add(file.relative)
-        return RowImage(escape_name(self.place_of(file)), self.shelf.make_reader(file), file.stamp)
+        if not reference.endswith(file.relative) and not is_spelled_so(file.relative, reference):
+            self.num_respelled += 1
+            self.respelled = self.respelled or f"{escape_name(reference[:80])} is {escape_name(file.relative[-80:])}"
+        return RowImage(escape_name(self.place_of(file.relative)), self.shelf.make_reader(file), file.stamp)
 
-    def place_of(self, file: ListedFile) -> str:
-        return f"{self.folder}/{file.relative}" if self.folder else file.relative
+    def place_of(self, relative: str) -> str:
+        return f"{self.folder}/{relative}" if self.folder else relative
 
 
 def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tuple[Shelf, str, ImageFolder | None]:
@@ -289,7 +346,7 @@ def _choose_unlabelled(join: _Join) -> list[str]:
         return [folder.rstrip("/") for folder in table.unlabelled]
     if join.index is None or (table.images and table.images[0] is not table.shelf):
         return []
-    tops = {join.place_of(join.index.files[name]).partition("/")[0] for name in join.used}
+    tops = {join.place_of(name).partition("/")[0] for name in join.used}
     names = [
         name for name in table.shelf.list_folders() if find_side(name) == "test" or name.lower() in UNLABELLED_FOLDERS
     ]

@@ -4,21 +4,26 @@ What params name is checked; the rest is guessed from names and values, and each
 item needs: labels as text, sides as train, val or test, times as ISO 8601 in UTC.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.item import Item, SourceContext
-from visionloop.ingest.paths.listing import escape_name, find_side, is_label
-from visionloop.ingest.tables.cells import Row, get_cell, is_on, parse_time, to_text
+from visionloop.ingest.paths.listing import escape_name, is_label
+from visionloop.ingest.tables.cells import Row, clean_label, get_cell, is_on, parse_time, split_label_cell, to_text
 from visionloop.ingest.tables.column_guess import ColumnGuess
 from visionloop.ingest.tables.files import BAD_ROW, TableKind, guess_table_kind, read_rows
+from visionloop.ingest.tables.split_columns import read_flags, read_word
 from visionloop.params import Columns
 from visionloop.records import Rejected
 
 __all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table_kind", "plan_columns", "read_rows"]
 SAMPLE_ROWS = 200
 MAX_LABELS = 1000
+MAX_NAMED = 20
+# Paths as Label Studio exports them: of uploaded files, and of files below its local folder.
+UPLOADED = re.compile(r"/data/(?:upload/|local-files/\?d=)")
 # Names of columns that change when the image does, the most reliable first.
 STAMP_NAMES = (
     *("sha256", "sha1", "md5", "digest", "checksum", "hash", "etag", "e_tag", "version_id", "revision"),
@@ -31,6 +36,7 @@ URL_STARTS = ("http://", "https://")
 class RowPlan:
     """Which column means what. `labels` is one column, or several one-hot columns; empty: the table has no labels.
 
+    `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -41,6 +47,8 @@ class RowPlan:
     group: str | None = None
     time: str | None = None
     separator: str | None = None
+    flags: tuple[str, ...] = ()
+    flag_sides: tuple[str, ...] = ()
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -55,18 +63,17 @@ class RowPlan:
             value = value.get("bytes") or value.get("path") or value.get("url")
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value) or None
-        return to_text(value) or None
+        return UPLOADED.sub("", to_text(value), count=1) or None
 
     def read_labels(self, row: Row) -> tuple[str, ...]:
         """Return the labels, each once; () when there is none. Raises ImageError (`bad_label`)."""
         if self.one_hot:
-            return tuple(name for name in self.labels if is_on(get_cell(row, name), name))
+            return tuple(clean_label(name) for name in self.labels if is_on(get_cell(row, name), name))
         value = get_cell(row, self.labels[0]) if self.labels else None
-        values = value if isinstance(value, list | tuple) else [value]
-        texts = [to_text(one) for one in values]
+        texts = [to_text(one) for one in split_label_cell(value)]
         if self.separator:
             texts = [part for text in texts for part in text.split(self.separator)]
-        labels = tuple(dict.fromkeys(label for text in texts if (label := text.strip())))
+        labels = tuple(dict.fromkeys(label for text in texts if (label := clean_label(text))))
         for label in labels:
             if not is_label(label):
                 shown = escape_name(label[:60])
@@ -77,9 +84,10 @@ class RowPlan:
         return labels
 
     def read_side(self, row: Row) -> str | None:
-        """Return train, val or test; None when the cell says nothing else that is known."""
-        value = get_cell(row, self.side) if self.side else None
-        return find_side(value) if isinstance(value, str) else None
+        """Return train, val or test; None when the cell is empty. Raises ImageError (`unknown_side`)."""
+        if self.flags:
+            return read_flags(row, self.flags, self.flag_sides)
+        return read_word(row, self.side) if self.side else None
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
@@ -112,15 +120,20 @@ def plan_columns(
     image = columns.image or guess.find_image()
     if image is None and needs_image:
         raise guess.refuse("image", "the image's path, URL or bytes")
-    side, group, time = (getattr(columns, key) or guess.find(key) for key in ("side", "group", "time"))
+    split = guess.check_split(columns.side) if columns.side else guess.find_split()
+    flag_sides = guess.flag_sides(split)
+    group, time = (getattr(columns, key) or guess.find(key) for key in ("group", "time"))
     labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
     one_hot = len(labels) > 1
     separator = columns.separator
     if separator is None and labels and not one_hot and columns.label is None:
         separator = guess.find_separator(labels[0])
-    plan = RowPlan(image, labels, one_hot, side, group, time, separator)
-    if line := _describe_guesses(columns, plan):
-        tell(f"{where}: {line}")
+    words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
+    plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides)
+    unused = guess.list_unused([name for name in (image, *labels, *split, group, time) if name])
+    for line in (_describe_guesses(columns, plan), *guess.notes, _describe_unused(unused)):
+        if line:
+            tell(f"{where}: {line}")
     return plan
 
 
@@ -144,11 +157,18 @@ def _describe_guesses(columns: Columns, plan: RowPlan) -> str:
         if plan.separator and columns.separator is None:
             parts["label"] += f" (several, divided by {plan.separator!r})"
     for key in ("image", "side", "group", "time"):
-        name = getattr(plan, key)
+        name = getattr(plan, key) or (shorten(plan.flags) if key == "side" else "")
         if name and getattr(columns, key) is None:
             parts[key] = name
     guesses = ", ".join(f"{key} = {parts[key]}" for key in ("image", "label", "side", "group", "time") if key in parts)
     return f"columns guessed: {guesses} (name them under `columns` to be sure)" if parts else ""
+
+
+def _describe_unused(names: Sequence[str]) -> str:
+    """Say in one line which columns mean nothing to us, "" when there are none."""
+    shown = ", ".join(escape_name(name[:60]) for name in names[:MAX_NAMED])
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return f"columns not used: {shown}{more}" if names else ""
 
 
 @dataclass(frozen=True)
@@ -163,11 +183,15 @@ class RowImage:
 def make_item(
     row: Row, plan: RowPlan, source: str, place: str, find: Callable[[str | bytes], RowImage]
 ) -> Item | Rejected:
-    """Return the item of a row. `place` names the row where its image does not; `find` looks its image up."""
+    """Return the item of a row. `place` names the row where its image does not; `find` looks its image up.
+
+    What is wrong in the row of an image that was found is a rejection of that image, not of the row.
+    """
+    found: RowImage | None = None
     try:
         reference = plan.read_image(row)
         if reference is None:
-            return Rejected(f"{source}:{place}", "row_without_image", f"no value in column {plan.image}")
+            return Rejected(f"{source}:{place}", "row_without_image", f"no value in column {plan.image}", is_row=True)
         found = find(reference)
         return Item(
             origin=f"{source}:{found.place}",
@@ -180,7 +204,10 @@ def make_item(
             captured_at=plan.read_time(row),
         )
     except ImageError as exc:
-        return Rejected(f"{source}:{place}", exc.reason_code, str(exc).removeprefix("row: "))
+        reason = str(exc).removeprefix("row: ")
+        if found is None or found.place == place:
+            return Rejected(f"{source}:{place}", exc.reason_code, reason, is_row=found is None)
+        return Rejected(f"{source}:{found.place}", exc.reason_code, f"{place}: {reason}")
 
 
 def find_stamp_column(rows: Sequence[Row]) -> str | None:

@@ -74,7 +74,8 @@ def read_segments(
             table.segments[relative].append(_make_segment(row, plan, start, end))
         except ImageError as exc:
             reason = f"{exc.found}; expected {exc.expected}"
-            table.rejected.append(Rejected(f"{source.name}:{path.name} row {number}", exc.reason_code, reason))
+            origin = f"{source.name}:{path.name} row {number}"
+            table.rejected.append(Rejected(origin, exc.reason_code, reason, is_row=True))
     return table
 
 
