@@ -233,7 +233,9 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         keys.append("kind")
         found, expected = f"got {_tag_of(first)!r}", f"one of {first['ctx']['expected_tags']}"
     elif kind == "string_pattern_mismatch":
-        found, expected = f"got {first['input']!r}", "lower-case letters, digits and '-' (at most 63)"
+        found = f"got {first['input']!r}"
+        is_digest = keys[-1].endswith("sha256")
+        expected = "64 digits and letters a to f" if is_digest else "lower-case letters, digits and '-' (at most 63)"
     else:
         found = f"got {first['input']!r}"[:120]
         expected = re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)
