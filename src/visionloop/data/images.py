@@ -24,8 +24,8 @@ from PIL import Image, ImageFile
 
 from visionloop.data.encoded import Size, parse_encoded, read_orientation
 from visionloop.errors import ImageError
+from visionloop.records import MAX_PIXELS
 
-MAX_PIXELS = 50_000_000
 BAR_COLOUR = (128, 128, 128)
 
 UInt8Array = NDArray[np.uint8]
@@ -81,7 +81,7 @@ class _Opened:
         self.encoded, self._where, self._image = parse_encoded(data, where), where, None
         size = self.encoded.size
         if size is None:  # only the decoder knows it; it has decoded nothing yet
-            self._image = _open(self.encoded.kind, data, where)
+            self._image = open_image(self.encoded.kind, data, where)
             size = self._image.size
         check_pixels(size, where, max_pixels)
         self.size: Size = size
@@ -95,9 +95,9 @@ class _Opened:
         pixels = self.decode_turbo(needed)
         if pixels is not None:
             return Image.fromarray(pixels), True
-        image = self._image or _open(self.encoded.kind, self.encoded.picture, self._where)
+        image = self._image or open_image(self.encoded.kind, self.encoded.picture, self._where)
         if image.size != self.size:  # the limit was checked on another size
-            raise _make_damaged(self._where, "two sizes in it")
+            raise make_damaged(self._where, "two sizes in it")
         return load_pixels(image, self._where, self.encoded.bits), False
 
     def decode_turbo(self, needed: Size, *, grey: bool = False) -> UInt8Array | None:
@@ -121,7 +121,7 @@ class _Opened:
             )
         except (ValueError, KeyError, RuntimeError) as exc:
             if _DAMAGE.search(str(exc)):
-                raise _make_damaged(self._where, str(exc)) from exc
+                raise make_damaged(self._where, str(exc)) from exc
             return None
         return np.asarray(pixels[:, :, 0] if one else pixels, np.uint8)
 
@@ -255,7 +255,7 @@ class _ShortFirst(io.BytesIO):
         return super().read(16 if self.tell() == 0 else size)
 
 
-def _open(kind: str, data: bytes, where: str) -> Image.Image:
+def open_image(kind: str, data: bytes, where: str) -> Image.Image:
     """Read the header by Pillow, which decodes nothing yet. Raises ImageError."""
     module, name = _CLASSES[kind]
     try:
@@ -267,11 +267,12 @@ def _open(kind: str, data: bytes, where: str) -> Image.Image:
         todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
         raise ImageError(where, "is HEIC, and pillow-heif is not installed", "JPEG, PNG or WebP", todo) from exc
     except Exception as exc:  # a malformed file can make the parser raise anything
-        raise _make_damaged(where, str(exc) or "its header") from exc
+        raise make_damaged(where, str(exc) or "its header") from exc
     return opened
 
 
-def _make_damaged(where: str, why: str) -> ImageError:
+def make_damaged(where: str, why: str) -> ImageError:
+    """Return the error of an image whose pixels are not whole."""
     return ImageError(where, f"is damaged ({why})"[:200], "whole pixels", reason_code="damaged")
 
 
@@ -283,7 +284,7 @@ def load_pixels(image: Image.Image, where: str, bits: int = 0) -> Image.Image:
     except MemoryError:
         raise
     except Exception as exc:  # a malformed file can make the decoder raise anything
-        raise _make_damaged(where, str(exc)) from exc
+        raise make_damaged(where, str(exc)) from exc
 
 
 def _flatten(image: Image.Image, bits: int) -> Image.Image:

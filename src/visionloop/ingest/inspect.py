@@ -6,11 +6,14 @@ unpacked, so that damage is found, in half the time.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from visionloop.data.convert import convert_to_png
 from visionloop.data.duplicates import compute_phash_of_grey
+from visionloop.data.encoded import name_other
 from visionloop.data.images import decode_grey
 from visionloop.ingest.sources import Item
+from visionloop.params import Ingest
 
 # Raised by one when the same bytes may get another result or perceptual hash: rows of the journal are then not used.
 INSPECTION = 2
@@ -21,7 +24,10 @@ _REDUCED_PX = 64
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the bytes of a usable file say; depends on the bytes alone. Width and height after EXIF orientation."""
+    """What the bytes of a usable file say; depends on the bytes alone. Width and height after EXIF orientation.
+
+    `converted` is the format that it had before `ingest.convert` made a PNG of it; "" otherwise.
+    """
 
     sha256: str
     width: int
@@ -29,6 +35,7 @@ class Facts:
     format: str
     num_bytes: int
     phash: str
+    converted: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,18 @@ class Inspected:
     item: Item
     ordinal: int
     facts: Facts
+
+
+def inspect_for_store(data: bytes, where: str, limits: Ingest) -> tuple[Facts, bytes]:
+    """Check encoded bytes; return what they say, and the bytes to store: a PNG of them, if it was asked for.
+
+    Raises ImageError.
+    """
+    png = convert_to_png(data, where, max_pixels=limits.max_pixels) if limits.convert else None
+    if png is None:
+        return inspect_bytes(data, where, max_pixels=limits.max_pixels), data
+    facts = inspect_bytes(png, where, max_pixels=limits.max_pixels)
+    return replace(facts, converted=name_other(data)[0]), png
 
 
 def inspect_bytes(data: bytes, where: str, *, max_pixels: int) -> Facts:

@@ -122,7 +122,7 @@ def _write_golden(folder: Path, predictor: Predictor, job: Job, rows: IntArray) 
     names = [f"{number:02d}.{SUFFIXES.get(data[:2], 'bin')}" for number, data in enumerate(images)]
     for name, data in zip(names, images, strict=True):
         (folder / name).write_bytes(data)
-    outputs = predictor.run_batches(np.stack([predictor.decode(data, "golden image") for data in images]))
+    outputs = predictor.run_batches(predictor.decode_golden(images))
     logits = [[round(float(z), 6) for z in row] for row in outputs.logits_nk]
     several = prepared.task == "multilabel"
     labels = [list(prepared.labels(row)) if several else prepared.labels(row)[0] for row in chosen]
@@ -145,4 +145,5 @@ def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> C
         network={"backbone": params.train.network_name, **network},
         parity=0.0,
         thresholds=dict.fromkeys(prepared.classes, 0.5) if prepared.task == "multilabel" else None,
+        max_pixels=params.ingest.max_pixels,
     )
