@@ -35,7 +35,7 @@ _SCAN, _END = 0xDA, 0xD9
 _SAMPLINGS = frozenset({0x11, 0x21, 0x12, 0x22, 0x41, 0x14})
 _PICTURE_PNG = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _PICTURE_WEBP = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"})
-_NOTES_OF_VP8X = 0x20 | 0x08 | 0x04  # ICC, EXIF, XMP
+_PICTURE_OF_VP8X = 0x10 | 0x02  # alpha, animation; the others are ICC, EXIF, XMP, and bits that must be zero
 _XMP = "XML:com.adobe.xmp"
 _HEX_EXIF = "Raw profile type exif"  # ImageMagick's, in PNG
 _AVIF = frozenset({b"avif", b"avis"})
@@ -331,7 +331,7 @@ def _parse_webp(data: bytes, where: str) -> Encoded:
             raise _damaged(where, f"{kind!r} is cut off", "WebP")
         content = data[place + 8 : place + 18]
         if kind == b"VP8X" and len(content) == 10:
-            content = bytes([content[0] & ~_NOTES_OF_VP8X]) + content[1:]
+            content = bytes([content[0] & _PICTURE_OF_VP8X]) + content[1:]
             kept.append(b"VP8X\x0a\0\0\0" + content)
             num_bytes += 18
         elif kind in _PICTURE_WEBP:
