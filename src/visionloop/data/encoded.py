@@ -41,7 +41,7 @@ _HEX_EXIF = "Raw profile type exif"  # ImageMagick's, in PNG
 _AVIF = frozenset({b"avif", b"avis"})
 _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 
-_CONVERT = "Set `ingest.convert: true`, or convert it to PNG."
+_CONVERT = "Convert it to PNG."
 EXPORT = "Export it as JPEG or PNG."
 # First bytes of what people have beside images that we read: place, bytes, name, what to do.
 _OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
@@ -68,9 +68,9 @@ _OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"DDS ", "DDS", EXPORT),
     (0, b"v/1\x01", "OpenEXR", EXPORT),
     (0, b"<svg", "a drawing (SVG)", EXPORT),
-    (0, b"PK\x03\x04", "a zip", "Give the zip's path as a source."),
+    (0, b"PK\x03\x04", "a zip", "Its path is a source of images."),
     (0, b"version https://git-lfs", "a pointer of Git LFS, not the image", "Run `git lfs pull`."),
-    (4, b"ftyp", "a film", "Give it as a source of kind `video`."),
+    (4, b"ftyp", "a film", "Its frames come from a source of kind `video`."),
 )
 _SUBFILE, _DNG, _SMALL_COPY = 254, 50706, 1  # TIFF tags, and the value that says: a small copy of another image
 

@@ -22,7 +22,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from visionloop.data.encoded import Size, parse_encoded, read_orientation
+from visionloop.data.encoded import READ, Size, parse_encoded, read_orientation
 from visionloop.errors import ImageError
 from visionloop.records import MAX_PIXELS
 
@@ -265,7 +265,7 @@ def open_image(kind: str, data: bytes, where: str) -> Image.Image:
         raise
     except ImportError as exc:
         todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
-        raise ImageError(where, "is HEIC, and pillow-heif is not installed", "JPEG, PNG or WebP", todo) from exc
+        raise ImageError(where, "is HEIC, and pillow-heif is not installed", READ, todo) from exc
     except Exception as exc:  # a malformed file can make the parser raise anything
         raise make_damaged(where, str(exc) or "its header") from exc
     return opened

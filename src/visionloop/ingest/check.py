@@ -17,7 +17,7 @@ from threading import Event, Semaphore, Thread
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.ingest.inspect import Facts, Inspected, inspect_for_store
+from visionloop.ingest.inspect import Facts, Inspected, inspect_for_store, make_inspected, make_rejected
 from visionloop.ingest.journal import SHA256, STAMP, Journal, Row, unpack_row
 from visionloop.ingest.sources import Cursor, Item, PassedOver
 from visionloop.parallel import count_cores
@@ -176,7 +176,7 @@ class Checker:
         try:
             return item.read(self._limits.max_file_bytes)
         except ImageError as exc:
-            return _reject(item, exc)
+            return make_rejected(item, exc)
         except (VisionLoopError, MemoryError):
             raise
         except Exception as exc:  # a user's source fails for one image
@@ -202,7 +202,7 @@ class Checker:
         try:
             found, data = inspect_for_store(data, item.origin, self._limits)
         except ImageError as exc:
-            found = _reject(item, exc)
+            found = make_rejected(item, exc)
         except MemoryError:
             raise
         except Exception as exc:  # an unexpected error of a decoder costs this image only
@@ -212,11 +212,6 @@ class Checker:
     def _put(self, key: str, data: bytes) -> None:
         if not self._store.add(key, data) and self._verify and self._store.get(key) != data:
             self._store.put(key, data)
-
-
-def _reject(item: Item, exc: ImageError) -> Rejected:
-    reason = f"{exc.found}; expected {exc.expected}" + (f". {exc.todo}" if exc.todo else "")
-    return Rejected(item.origin, exc.reason_code, reason)
 
 
 @dataclass(frozen=True)
@@ -420,8 +415,4 @@ def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Re
     else:
         item, row = slot
         found = unpack_row(row)
-    if isinstance(found, Rejected):
-        return found
-    # What is stored is not what lies at that place, and the origin says so.
-    origin = f"{item.origin}#png" if found.converted else item.origin
-    return Inspected(item._replace(origin=origin), ordinal, found)
+    return found if isinstance(found, Rejected) else make_inspected(item, ordinal, found)
