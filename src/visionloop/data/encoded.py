@@ -178,7 +178,7 @@ def _parse_jpeg(data: bytes, where: str) -> Encoded:
         if marker == _SCAN:
             num_scans += 1
             first_scan = first_scan or start
-            if frame[:1] in _BASELINE and data[start + 4] == frame[8]:
+            if frame[:1] in _BASELINE and data[start + 4 : start + 5] == frame[8:9]:
                 break  # it holds all colours: libjpeg allows no further scan
         elif marker == _END:
             end = stop
