@@ -120,7 +120,9 @@ def parse_encoded(data: bytes, where: str) -> Encoded:
     if not data:
         raise ImageError(where, "is empty (0 bytes)", "an image", reason_code="empty")
     name, todo = name_other(data)
-    raise ImageError(where, f"is {name}" if name else "is not an image we read", READ, todo)
+    if name:
+        raise ImageError(where, f"is {name}", "JPEG or PNG", todo)
+    raise ImageError(where, "is not an image we read", READ)
 
 
 def name_other(data: bytes) -> tuple[str, str]:

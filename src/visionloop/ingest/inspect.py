@@ -72,7 +72,7 @@ def inspect_for_store(data: bytes, where: str, limits: Ingest) -> tuple[Facts, b
         return inspect_bytes(data, where, max_pixels=limit), data
     except ImageError as exc:
         if name_other(data)[0] in CONVERTIBLE and not limits.convert:
-            todo = "Set `ingest.convert: true`, or convert it to PNG."
+            todo = "Set `ingest.convert: true`, or convert it."
             raise ImageError(where, exc.found, exc.expected, todo, reason_code=exc.reason_code) from exc
         raise
 

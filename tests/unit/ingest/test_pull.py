@@ -209,7 +209,7 @@ def test_what_is_converted_is_stored_as_png_and_its_origin_says_so(
     Image.open(folder / "dog" / "0.png").save(folder / "dog" / "zero.ppm")
     refused = run(settings, store, folder, ingest={"max_rejected_ratio": 1})
     assert Counter(r.code for r in refused.rejected) == {"not_an_image": 4}
-    assert refused.rejected[0].reason.endswith("Set `ingest.convert: true`, or convert it to PNG.")
+    assert refused.rejected[0].reason == "is TIFF; expected JPEG or PNG. Set `ingest.convert: true`, or convert it."
 
     taken = run(settings, store, folder, ingest={"convert": True})
     assert taken.rejected == ()
