@@ -18,7 +18,7 @@ import numpy as np
 
 from visionloop import networks
 from visionloop.bundle import Bundle, hash_file
-from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.shards import Prepared
 from visionloop.errors import BundleError, TrainingError
 from visionloop.features.runtimes import (
@@ -35,7 +35,7 @@ from visionloop.networks.names import BACKBONE
 from visionloop.networks.processor import MACHINE_FILE
 from visionloop.params import Train
 from visionloop.predictor import Embedder
-from visionloop.records import compute_digest
+from visionloop.records import MAX_PIXELS, compute_digest
 from visionloop.workspace import Workspace
 
 if TYPE_CHECKING:

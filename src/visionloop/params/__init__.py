@@ -124,10 +124,10 @@ class Gate(Section):
 
 
 class Serve(Section):
-    """Limits of the server."""
+    """Limits of the server. `max_pixels` None: the model's own, under which its images were ingested."""
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
-    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_pixels: int | None = Field(default=None, ge=1024)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=1)
     poll_s: float = Field(default=5.0, gt=0)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from visionloop.params.section import Name, Section, Words, to_tuple
+from visionloop.records import MAX_PIXELS
 
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -266,6 +267,7 @@ class Ingest(Section):
     """Where images come from, and what is asked of them.
 
     `label_map` renames labels (old: new). `corrections` is a CSV (sha256, old, new), applied at each pull.
+    `convert` makes PNGs of TIFF, BMP, GIF and PPM.
     """
 
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
@@ -274,8 +276,9 @@ class Ingest(Section):
     label_map: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     corrections: str | None = Field(default=None, min_length=1)
     max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
-    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1024)
     max_file_bytes: int = Field(default=50_000_000, ge=1024)
+    convert: bool = False
 
     @model_validator(mode="after")
     def _names_are_different(self) -> "Ingest":
