@@ -165,14 +165,16 @@ class VideoSource(Section):
     """Frames of a video file, a folder of them, or a camera (rtsp://, http://, a device) watched for `watch_s`.
 
     A frame every `every_s` seconds, or at each change of scene (`scene`: mean difference of grey levels, 0 to 1).
-    Labelled by the folder of the file, by `label`, or by `table` (columns: image = file; start, end in seconds are
-    optional). Each video is one group.
+    Labelled by the folder of the file (`pattern` and `unlabelled` as of a folder), by `label`, or by `table` (columns:
+    image = file; start, end in seconds are optional). Each video is one group.
     """
 
     kind: Literal["video"]
     path: Text
     name: Name = "video"
     label: Text | None = None
+    pattern: Text | None = None
+    unlabelled: Words = ()
     table: Text | None = None
     columns: Columns = Columns()
     every_s: float = Field(default=1.0, gt=0)
