@@ -6,7 +6,7 @@ The same bytes give the same PNG with the same version of Pillow; a newer one ma
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from visionloop.data.encoded import EXPORT, READ, is_small_copy, name_other
 from visionloop.data.images import check_pixels, make_damaged, open_image
@@ -30,13 +30,12 @@ def convert_to_png(data: bytes, where: str, *, max_pixels: int | None) -> bytes 
         raise ImageError(where, "is a camera's RAW file: a TIFF with a small preview", READ, EXPORT)
     check_pixels(image.size, where, max_pixels)
     try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
+        image.load()  # a TIFF is turned upright by it
     except MemoryError:
         raise
     except Exception as exc:  # a malformed file can make the decoder raise anything
         raise make_damaged(where, str(exc)) from exc
-    pixels = _fit_png(upright, where)
+    pixels = _fit_png(image, where)
     pixels.info = {}  # a profile, or a resolution, would be written too
     sink = io.BytesIO()
     pixels.save(sink, "PNG", compress_level=6)

@@ -36,7 +36,7 @@ def convert(data: bytes) -> Image.Image:
 
 
 LOSSLESS: dict[str, tuple[str, Image.Image, dict[str, object]]] = {
-    "tiff": ("TIFF", make_picture(), {"compression": "tiff_lzw", "dpi": (300, 300)}),
+    "tiff": ("TIFF", make_picture(), {"compression": "tiff_lzw", "dpi": (300, 300), "icc_profile": bytes(200)}),
     "tiff-grey": ("TIFF", make_picture("L"), {}),
     "tiff-16-bit": ("TIFF", make_wide(), {}),
     "tiff-alpha": ("TIFF", make_picture("RGBA"), {}),

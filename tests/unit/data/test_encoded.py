@@ -82,7 +82,7 @@ ODD_JPEGS: dict[str, Callable[[], bytes]] = {
     "scan-markers-behind-its-end": lambda: encode("JPEG") + b"\xff\xda" * 101,
     "a-film-behind-its-end": lambda: encode("JPEG") + FILM,
     "a-film-behind-a-progressive-one": lambda: encode("JPEG", progressive=True) + FILM + b"\xff\xda" * 200,
-    "pictures-behind-its-end": lambda: encode("JPEG") * 150,
+    "progressive-pictures-behind-its-end": lambda: encode("JPEG", progressive=True) * 60,
     "scan-markers-in-a-comment": lambda: put_in(encode("JPEG", progressive=True), segment(0xFE, b"\xff\xda" * 300)),
     "scan-markers-in-a-thumbnail": lambda: put_in(encode("JPEG"), segment(0xE1, make_exif(1) + b"\xff\xda" * 300)),
     "an-mpo-of-121-pictures": lambda: encode("MPO", save_all=True, append_images=[make_picture()] * 120),
