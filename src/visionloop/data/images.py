@@ -56,7 +56,7 @@ _CLASSES = {
     "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
     "WEBP": ("PIL.WebPImagePlugin", "WebPImageFile"),
     "AVIF": ("PIL.AvifImagePlugin", "AvifImageFile"),
-    "HEIF": ("pillow_heif", "HeifImageFile"),
+    "HEIF": ("pi_heif", "HeifImageFile"),
     "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
     "BMP": ("PIL.BmpImagePlugin", "BmpImageFile"),
     "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
@@ -265,7 +265,7 @@ def open_image(kind: str, data: bytes, where: str) -> Image.Image:
         raise
     except ImportError as exc:
         todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
-        raise ImageError(where, "is HEIC, and pillow-heif is not installed", READ, todo) from exc
+        raise ImageError(where, "is HEIC, and pi-heif is not installed", READ, todo) from exc
     except Exception as exc:  # a malformed file can make the parser raise anything
         raise make_damaged(where, str(exc) or "its header") from exc
     return opened
