@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from visionloop.errors import NotPromoted, VisionLoopError
+from visionloop.errors import NotPromoted, VisionLoopError, shorten
 from visionloop.secrets import mask
 
 if TYPE_CHECKING:
@@ -389,6 +389,10 @@ def describe_pull(report: "PullReport") -> list[str]:
         lines.append(f"the pin stays at version {report.pin.version}, which holds the same images: no stage runs again")
     if report.changed:
         lines += describe_counts(version)
+    lines += [f"note: {note}" for note in report.notes]
+    if version.left_out:
+        names = shorten(version.left_out)
+        lines.append(f"left out: {names}, with fewer images than ingest.expect.min_per_class; with more they come back")
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
     lines.append(describe_account(report.account))
     lines += describe_twins(version.classes)

@@ -222,9 +222,10 @@ Source = Annotated[
 
 
 class Split(Section):
-    """How images without a side of their own are divided. All but `on_leak` is fixed by the first version of a name.
+    """How images without a side of their own are divided. Method, seed and fractions are fixed by the first version.
 
-    `hash`: fractions [train, val, test], by a hash of the image's key; an image never changes its side.
+    `hash`: fractions [train, val, test], by a hash of the image's key; an image never changes its side. The first
+    version is divided class by class. The first `min_train` keys of a class go to train, whatever their hash says.
     `random`: scikit-learn's `train_test_split(shuffle=True, random_state=seed)` over the first `first` images of the
     source's order, fractions [train, test]: for comparison with tutorials, never promoted.
     `on_leak` says what happens when near duplicates lie on different sides that the sources gave themselves.
@@ -234,6 +235,7 @@ class Split(Section):
     seed: int = 0
     fractions: Fractions = (0.70, 0.15, 0.15)
     first: int | None = Field(default=None, ge=2)
+    min_train: int = Field(default=1, ge=0)
     on_leak: Literal["report", "exclude", "fail"] = "report"
 
     @model_validator(mode="after")
@@ -248,7 +250,7 @@ class Split(Section):
 
     def fixed(self) -> dict[str, Any]:
         """Return what version 1 of a name fixes."""
-        return self.model_dump(mode="json", exclude={"on_leak"})
+        return self.model_dump(mode="json", exclude={"on_leak", "min_train"})
 
 
 class Expect(Section):
