@@ -14,6 +14,8 @@ from visionloop.errors import SettingsError
 PARAMS_FILE = "params.yaml"
 TOOLS_VARIABLE = "VISIONLOOP_TOOLS"  # the workspace in which the variables of `tool_environment` keep the tools
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CHECKPOINTS = ("auto", "store", "local")
 MAX_LOADERS = 256
 
@@ -180,7 +182,19 @@ def choose_tool_environment(env: Mapping[str, str], home: Path) -> dict[str, str
     """Return the tool environment of a workspace: what the user has set stays, what another workspace has set goes."""
     before = tool_environment(Path(env[TOOLS_VARIABLE])) if TOOLS_VARIABLE in env else {}
     ours = tool_environment(home)
-    return {name: value if env.get(name) in {None, before.get(name)} else env[name] for name, value in ours.items()}
+    chosen = {name: value if env.get(name) in {None, before.get(name)} else env[name] for name, value in ours.items()}
+    return {**chosen, **_spare_loopback(env)}
+
+
+def _spare_loopback(env: Mapping[str, str]) -> dict[str, str]:
+    """Return NO_PROXY with this machine in it, where a proxy is set: our own servers are not asked through it."""
+    if not any(name.lower() in PROXIES for name in env):
+        return {}
+    hosts = [host.strip() for host in (env.get("no_proxy") or env.get("NO_PROXY") or "").split(",") if host.strip()]
+    if "*" in hosts:
+        return {}
+    spared = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+    return {"NO_PROXY": spared, "no_proxy": spared}
 
 
 def apply_tool_environment(home: Path) -> None:

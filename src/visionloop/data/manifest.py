@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.params.text import has_conflict_marks
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
@@ -211,8 +212,10 @@ def load_pin(path: Path, name: str | None = None) -> Pin:
     Raises:
         DatasetError: nothing was ingested yet, the file is damaged, or it pins a dataset of another name.
     """
+    text = ""
     try:
-        pin = Pin.from_json(json.loads(path.read_text()))
+        text = path.read_text()
+        pin = Pin.from_json(json.loads(text))
     except FileNotFoundError as exc:
         raise DatasetError(
             f"{path.parent.name}/{path.name}",
@@ -223,9 +226,9 @@ def load_pin(path: Path, name: str | None = None) -> Pin:
     except (ValueError, TypeError, AttributeError) as exc:
         raise DatasetError(
             f"{path.parent.name}/{path.name}",
-            "is damaged",
+            "has the conflict marks of a merge in it" if has_conflict_marks(text) else "is damaged",
             "JSON of a pin",
-            "Run `git checkout` on it, or ingest again.",
+            "`git checkout HEAD data/dataset.json` brings the last one back; `visionloop ingest` pins the newest.",
         ) from exc
     if name is not None:
         check_name(pin, name)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.labels import Labels
-from visionloop.ingest.paths.listing import SPLIT_NAMES
+from visionloop.ingest.paths.names import SPLIT_NAMES
 from visionloop.params import Expect, Params
 from visionloop.records import ImageRecord, Rejected
 

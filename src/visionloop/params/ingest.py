@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from visionloop.params.section import Name, Section, Words, to_tuple
+from visionloop.params.section import Name, Section, Text, Words, to_tuple
 from visionloop.records import MAX_PIXELS
 
-Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Fractions = Annotated[
     tuple[Fraction, Fraction, Fraction] | tuple[Fraction, Fraction],
@@ -277,7 +276,7 @@ class Ingest(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
     split: Split = Split()
     expect: Expect = Expect()
-    label_map: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    label_map: dict[Text, Text] = Field(default_factory=dict)
     corrections: str | None = Field(default=None, min_length=1)
     max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1024)
