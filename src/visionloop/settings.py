@@ -121,18 +121,28 @@ def find_home(env: Mapping[str, str], start: Path | None = None) -> Path:
 def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings:
     """Build the settings of the workspace that `find_home` returns. Relative places in `env` are relative to it."""
     home = find_home(env, start)
-    hidden = home / ".visionloop"
+    base = find_base(home)
+    hidden = base / ".visionloop"
     store_url = env.get("VISIONLOOP_STORE") or (hidden / "store").as_uri()
     if not re.match(r"^[a-z0-9]+://", store_url):
-        store_url = (home / Path(store_url).expanduser()).resolve().as_uri()
+        store_url = (base / Path(store_url).expanduser()).resolve().as_uri()
     return Settings(
         home=home,
         store_url=store_url,
-        tracking_uri=_place_database(home, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
+        tracking_uri=_place_database(base, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
         artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
         checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
         loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
     )
+
+
+def find_base(home: Path) -> Path:
+    """Return the workspace whose store and MLflow are used: for a copy that dvc made for a queued experiment, its own.
+
+    `dvc exp run --queue` trains in WORKSPACE/.dvc/tmp/exps/NAME, where no store is.
+    """
+    before, queue, _ = f"{home}/".partition("/.dvc/tmp/exps/")
+    return Path(before) if queue and (Path(before) / PARAMS_FILE).is_file() else home
 
 
 def _place_database(home: Path, uri: str) -> str:

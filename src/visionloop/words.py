@@ -72,7 +72,8 @@ class Summary:
 
     def to_markdown(self) -> str:
         """Return the same as a Markdown table."""
-        lines = [f"# {self.name}: {self.headline}", "", "| what | found |", "| --- | --- |"]
+        title = self.headline if self.name in self.headline else f"{self.name}: {self.headline}"
+        lines = [f"# {title}", "", "| what | found |", "| --- | --- |"]
         lines += [f"| {what} | {found.replace('|', chr(92) + '|')} |" for what, found in self.rows()[1:]]
         lines += ["", *(f"- to {what}: `{command}`" for what, command in self.commands.items())]
         return "\n".join(lines) + "\n"

@@ -130,3 +130,21 @@ def test_this_machine_is_not_asked_through_a_proxy(tmp_path: Path, env: dict[str
     assert (chosen.get("NO_PROXY"), chosen.get("no_proxy")) == (spared, spared)
     again = choose_tool_environment({**env, **chosen}, tmp_path / "other")
     assert again.get("NO_PROXY") == spared
+
+
+@pytest.mark.parametrize("inside", ["", "sub/ws"])
+def test_a_queued_experiment_of_dvc_uses_the_store_and_mlflow_of_its_workspace(home: Path, inside: str) -> None:
+    copy = home / ".dvc" / "tmp" / "exps" / "tmpabc" / inside
+    copy.mkdir(parents=True)
+    (copy / "params.yaml").write_text("name: pets\n")
+    here, there = load_settings({}, copy), load_settings({}, home)
+    assert here.home == copy
+    assert (here.store_url, here.tracking_uri, here.artifact_root) == (
+        there.store_url,
+        there.tracking_uri,
+        there.artifact_root,
+    )
+    assert here.hidden_dir == copy / ".visionloop"
+    named = {"VISIONLOOP_STORE": "objects", "MLFLOW_TRACKING_URI": "sqlite:///m.db"}
+    assert load_settings(named, copy).store_url == (home / "objects").as_uri()
+    assert load_settings(named, copy).tracking_uri == f"sqlite:///{home}/m.db"

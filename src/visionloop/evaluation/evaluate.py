@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,19 @@ from visionloop.workspace import Workspace
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
 NUM_MISTAKES = 25
+MOST_GAP = 0.10  # between accuracy on val and on test
 # metrics.json is moved last: if it is there, the others are too.
 OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.json")
 
 Progress = Callable[[int, int], None]
 
 
-def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total: None) -> dict[str, Interval]:
+def evaluate(
+    workspace: Workspace,
+    *,
+    on_progress: Progress = lambda done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Interval]:
     """Judge models/candidate on the prepared test side; write reports/ and log it to the candidate's MLflow run.
 
     Raises:
@@ -71,8 +77,26 @@ def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total
         _write_outs(work, predictor, prepared, rows_n, answers, metrics=metrics)
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
-    _log_to_run(workspace, predictor.digest, metrics)
+    tell(f"on {len(rows_n):,} test images{_describe_limit(workspace)}")
+    best = _log_to_run(workspace, predictor.digest, metrics)
+    if "accuracy" in metrics and (line := describe_gap(best.get("best/val_accuracy"), metrics["accuracy"].value)):
+        tell(line)
     return metrics
+
+
+def describe_gap(val: float | None, test: float) -> str:
+    """Return a line if accuracy on val (of the best epoch) and on test are far apart; else nothing."""
+    if val is None or abs(val - test) <= MOST_GAP:
+        return ""
+    return (
+        f"LOOK: accuracy is {val:.3f} on val and {test:.3f} on test, {100 * abs(val - test):.0f} points apart: the "
+        "sides differ (other cameras, days or films), or are small; see `visionloop datasets show`"
+    )
+
+
+def _describe_limit(workspace: Workspace) -> str:
+    limit = workspace.params.prepare.limit
+    return f" of the subset of prepare.limit ({limit:,}); the gate judges all test images" if limit else ""
 
 
 def _check_fit(card: Card, prepared: Prepared) -> None:
@@ -219,12 +243,12 @@ def _move_outs(work: Path, reports_dir: Path) -> None:
         os.replace(work / name, target)
 
 
-def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Interval]) -> None:
-    """Add the figures and the report to the run that trained this bundle, if this workspace knows it."""
+def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Interval]) -> Mapping[str, float]:
+    """Add the figures and the report to the run that trained this bundle; return its figures, if it is known here."""
     settings = workspace.settings
     note = load_run_note(settings.runs_dir, bundle_digest)
     if note is None:
-        return
+        return {}
     tracking = workspace.tracking
     values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
     for bound in ("low", "high"):
@@ -233,3 +257,4 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
     for file in ("report.html", "metrics.json", "per_class.csv"):
         tracking.log_artifact(note.run_id, settings.reports_dir / file, "evaluation")
+    return tracking.load_run(note.run_id).metrics
