@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from visionloop.evaluation.answers import (
     get_truth,
     join_names,
 )
+from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures, IntArray
 from visionloop.evaluation.plots import (
@@ -179,11 +181,14 @@ def _draw_figures(
     class_figures: Sequence[ClassFigures],
 ) -> dict[str, bytes]:
     """Draw the figures. With several labels each class has bars instead of a confusion matrix."""
+    shown = number_names(prepared.classes)
+    class_figures = [replace(row, name=shown[row.name]) for row in class_figures]
+    names = [shown[name] for name in prepared.classes]
     if answers.is_several:
         targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
-        first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, answers.classes))}
+        first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, names))}
     else:
-        first = {"confusion": draw_confusion(confusion_kk, prepared.classes)}
+        first = {"confusion": draw_confusion(confusion_kk, names)}
     num_wrong = int((~answers.hits_n).sum())
     return {
         **first,
@@ -198,11 +203,12 @@ def _find_mistakes(prepared: Prepared, rows_n: IntArray, answers: Answers) -> li
     worst_n = find_worst(answers, NUM_MISTAKES)
     images_nhwc = prepared.read(rows_n[worst_n])
     actual, predicted = answers.name_labels(), answers.name_chosen()
+    shown = number_names(prepared.classes)
     return [
         Mistake(
             image_hwc=images_nhwc[i],
-            actual=join_names(actual[n]),
-            predicted=join_names(predicted[n]),
+            actual=join_names([shown[name] for name in actual[n]]),
+            predicted=join_names([shown[name] for name in predicted[n]]),
             confidence=float(answers.confidence_n[n]),
             verb="has" if answers.is_several else "is",
         )
