@@ -120,13 +120,18 @@ def test_nothing_left_is_refused_and_the_way_out_works(desk: Desk) -> None:
 
 
 def test_images_that_come_again_have_the_sides_they_had(desk: Desk) -> None:
-    folder = add_more(desk)
-    sides = {s: r.side for s, r in desk.rows().items()}
-    desk.run("datasets", "drop", "2")
-    add_more(desk, "third", 200)
-    desk.run("ingest", folder, "--name", "again")
-    assert len(desk.rows()) == 60
-    assert {s: r.side for s, r in desk.rows().items() if s in sides} == sides
+    write_photos(desk.home / "one", 20, 300)
+    write_photos(desk.home / "two", 20, 400)
+    sources = "[{kind: folder, path: one, name: one}, {kind: folder, path: two, name: two}]"
+    (desk.home / "params.yaml").write_text(f"name: cattle\ningest:\n  sources: {sources}\n")
+    desk.run("ingest")
+    first = {r.sha256: r for r in load_version_records(desk.store, list_versions(desk.store, "cattle")[0])}
+    sides = {s: r.side for s, r in first.items()}
+    assert any(side != choose_side(first[s].key, 0, (0.7, 0.15, 0.15)) for s, side in sides.items())
+    desk.run("datasets", "drop", "--source", "two")
+    desk.run("ingest")
+    last = load_version_records(desk.store, list_versions(desk.store, "cattle")[-1])
+    assert {r.sha256: r.side for r in last} == sides
 
 
 def test_a_side_that_the_right_folder_gives_counts_after_a_mistake(desk: Desk) -> None:
