@@ -56,20 +56,16 @@ def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trac
 
 
 def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, now: str) -> DatasetVersion | None:
-    """Commit the version without these images, unless the newest is that already; return the newest.
-
-    No side changes. An image that was taken out before is in a list beside the newest version: that is made anew too.
-    """
+    """Commit the version without these images, unless the newest is that already; return the newest."""
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, name)
         if parent is None:
             return None
         rows = load_version_records(store, parent)
         kept = [row for row in rows if row.sha256 not in sha256s]
-        taken_out = load_aside(store, parent)
-        if len(kept) == len(rows) and not sha256s & taken_out.keys():
+        if len(kept) == len(rows):
             return parent
-        aside = [row for row in taken_out.values() if row.sha256 not in sha256s]
+        aside = [row for row in load_aside(store, parent).values() if row.sha256 not in sha256s]
         version = make_smaller_version(store, parent, kept, created_at=now, aside=write_aside(store, aside))
         if commit_version(store, version, kept):
             return version
