@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.labels import Labels
-from visionloop.ingest.paths.names import SPLIT_NAMES
+from visionloop.ingest.paths.names import find_side
 from visionloop.params import Expect, Params
 from visionloop.records import ImageRecord, Rejected
 
@@ -121,7 +121,7 @@ def check_new_classes(params: Params, rows: Iterable[ImageRecord], new: Sequence
 def is_generic_name(label: str) -> bool:
     """Say whether a label is what people call a folder or a split: `train`, `images2`, `New Folder (3)`, `test_set`."""
     words = [word for word in re.split(r"[\W\d_]+", label.casefold()) if word]
-    return bool(words) and all(word in GENERIC or word in SPLIT_NAMES for word in words)
+    return find_side(label) is not None or (bool(words) and all(word in GENERIC for word in words))
 
 
 def find_small_classes(params: Params, rows: Iterable[ImageRecord]) -> dict[str, int]:
