@@ -17,6 +17,7 @@ if __name__ == "__main__":
     environment.enter_workspace_or_exit(sys.argv[1:], "Serve the scheduled retraining of a workspace.")
 
 import httpx
+from prefect.schedules import Cron
 
 from retrain import retrain
 from visionloop.errors import SettingsError, VisionLoopError
@@ -32,7 +33,7 @@ def check_server(api_url: str | None) -> None:
     if not api_url:
         raise SettingsError("PREFECT_API_URL", "is not set", "the address of a Prefect server", todo)
     try:
-        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10, trust_env=False).raise_for_status()
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise SettingsError("PREFECT_API_URL", f"{api_url} does not answer ({exc})", "a Prefect server", todo) from exc
 
@@ -43,10 +44,11 @@ def deploy(home: Path) -> None:
     if params.schedule.retrain is None:
         raise SettingsError("params.yaml schedule.retrain", "is not set", 'a cron expression like "0 3 * * *"')
     check_server(os.environ.get("PREFECT_API_URL"))
-    print(f"serving retrain/{params.name} of {home} at {params.schedule.retrain!r} (UTC); Ctrl-C stops", flush=True)
+    when = f"{params.schedule.retrain!r} ({params.schedule.timezone})"
+    print(f"serving retrain/{params.name} of {home} at {when}; Ctrl-C stops", flush=True)
     retrain.serve(
         name=params.name,
-        cron=params.schedule.retrain,
+        schedule=Cron(params.schedule.retrain, timezone=params.schedule.timezone),
         parameters={"workspace": str(home)},
         description=f"Retrains {params.name} in {home}",
         tags=["visionloop", params.name],

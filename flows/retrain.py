@@ -52,7 +52,7 @@ def end_as_busy(name: str, error: BusyError) -> State[Any]:
 
 def finish(summary: Summary) -> State[Any]:
     """Keep the summary as an artifact, and end the run: completed, by what came of it."""
-    create_markdown_artifact(summary.to_markdown(), key="retrain", description=summary.headline)
+    create_markdown_artifact(summary.to_markdown(), key=f"retrain-{summary.name}", description=summary.headline)
     return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 
 

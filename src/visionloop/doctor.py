@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from visionloop.data.manifest import load_pin, load_version
-from visionloop.errors import VisionLoopError
+from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
@@ -56,6 +56,10 @@ def examine(workspace: Workspace) -> list[Finding]:
             findings.append(
                 Finding(subject, False, f"{exc.where}: {exc.found}", exc.todo or f"expected {exc.expected}")
             )
+        except ImportError as exc:
+            if (missing := find_missing_extra(exc)) is None:
+                raise
+            findings.append(Finding(subject, False, f"{missing.where} {missing.found}", missing.todo))
     return findings
 
 

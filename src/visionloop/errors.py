@@ -22,9 +22,13 @@ Errors are raised where files, networks and users' input are read. They say wher
 and what to do.
 """
 
+import contextlib
+import re
 from collections.abc import Sequence
 
 SHOWN = 5
+PACKAGE_OF = {"sklearn": "scikit-learn", "PIL": "pillow", "botocore": "boto3"}
+EXTRA = re.compile(r"extra == ['\"]([a-z0-9-]+)['\"]")
 
 
 class VisionLoopError(Exception):
@@ -135,3 +139,32 @@ def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
     ordered = sorted(names)
     text = ", ".join(ordered[:shown])
     return text + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
+
+
+def find_missing_extra(error: ImportError) -> SettingsError | None:
+    """Return the error of a library that is not installed, with the extra that brings it; None: not one of ours.
+
+    Where a folder bears the library's name (`mlflow/`), Python imports that, and a name in it is missing.
+    """
+    import importlib.metadata
+
+    library = (error.name or "").partition(".")[0]
+    package = PACKAGE_OF.get(library, library).replace("_", "-").lower()
+    if not package:
+        return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version(package)
+        return None
+    try:
+        required = importlib.metadata.requires("visionloop") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    extras = [
+        match[1] for line in required if re.match(rf"{re.escape(package)}\b", line) and (match := EXTRA.search(line))
+    ]
+    if not extras:
+        return None
+    extra = min(extras, key=lambda name: (name in ("all", "dev"), extras.index(name)))
+    return SettingsError(
+        package, "is not installed", "it for this command", f"Run `pip install 'visionloop[{extra}]'`."
+    )

@@ -19,7 +19,7 @@ from visionloop.code_digests import compute_code_digests
 from visionloop.errors import BusyError, PipelineError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
-from visionloop.params.text import parse_yaml
+from visionloop.params.text import has_conflict_marks, parse_yaml
 from visionloop.records import compute_digest
 from visionloop.settings import Settings, choose_tool_environment
 
@@ -134,11 +134,22 @@ def make_stage_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]
 
 
 def heal(settings: Settings) -> None:
-    """Mend what a kill can leave: a torn lock table blocks dvc, an emptied dvc.lock means "nothing done" to it."""
+    """Mend what a kill can leave: a torn lock table blocks dvc, an emptied dvc.lock means "nothing done" to it.
+
+    Raises:
+        PipelineError: dvc.lock holds the conflict marks of a merge, which a person must settle.
+    """
     table = settings.home / ".dvc" / "tmp" / "rwlock"
     if table.is_file() and not _is_json(table):
         table.unlink()
     lock, snapshot = settings.home / "dvc.lock", settings.hidden_dir / "dvc.lock"
+    if lock.is_file() and has_conflict_marks(lock.read_text(errors="replace")):
+        raise PipelineError(
+            "dvc.lock",
+            "has the conflict marks of a merge in it",
+            "one of its two sides",
+            "Keep one (`git checkout --ours dvc.lock`, or --theirs), then go on: the stages that differ run again.",
+        )
     if lock.is_file() and snapshot.is_file() and not _is_lock(lock):
         shutil.copyfile(snapshot, lock)
 
@@ -147,10 +158,9 @@ def init_dvc(home: Path) -> None:
     """Make the folder a dvc repository, if it is none. Raises PipelineError."""
     if (home / ".dvc" / "config").is_file():
         return
-    options = [] if _in_git(home) else ["--no-scm"]
-    command = [sys.executable, "-m", "dvc", "init", "-q", "--subdir", *options]
-    if not options and (home / ".git").exists():
-        command.remove("--subdir")
+    # Without git, or where git refuses the folder ("dubious ownership"), dvc works alone; it knows no subdir then.
+    option = "--no-scm" if not _in_git(home) else "" if (home / ".git").exists() else "--subdir"
+    command = [sys.executable, "-m", "dvc", "init", "-q", *([option] if option else [])]
     env = make_stage_environment(home, os.environ)
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -205,8 +215,17 @@ def _is_lock(path: Path) -> bool:
 
 
 def _in_git(home: Path) -> bool:
-    done = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=home, capture_output=True, check=False)
-    return done.returncode == 0
+    with contextlib.suppress(OSError):  # no git on the PATH
+        done = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=home, capture_output=True, check=False)
+        return done.returncode == 0
+    return False
+
+
+def is_without_git(home: Path) -> bool:
+    """Say whether dvc was told to work alone in this workspace."""
+    with contextlib.suppress(OSError):
+        return "no_scm = true" in (home / ".dvc" / "config").read_text().lower()
+    return False
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Batch prediction: files, folders and globs through a predictor, and the answers as JSON lines or CSV."""
 
+import contextlib
 import csv
 import glob
 import json
@@ -7,9 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.paths.names import IMAGE_SUFFIXES
+from visionloop.errors import DiskError, ImageError, SourceError, shorten
+from visionloop.ingest.paths.listing import list_images
+from visionloop.ingest.paths.names import escape_name
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 
@@ -28,6 +31,8 @@ class FilePrediction:
 def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
     """Return the files that are named, the images in folders that are named, and the matches of globs, in that order.
 
+    In folders hidden files are passed over and links are followed, as `ingest` does.
+
     Raises:
         SourceError: a path does not exist, nothing matches, or `out` is no .jsonl or .csv.
     """
@@ -37,7 +42,7 @@ def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
     for text in paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            files += [Path(one.path) for one in list_images(path, text)[0]]
         elif path.is_file():
             files.append(path)
         elif matches := sorted(glob.glob(str(path), recursive=True)):
@@ -59,9 +64,9 @@ def predict_files(
     answers: list[FilePrediction] = []
     for path, answer in zip(files, predictor.predict_each(files), strict=True):
         if isinstance(answer, ImageError):
-            answers.append(FilePrediction(str(path), None, f"{answer.found}; expected {answer.expected}"))
+            answers.append(FilePrediction(escape_name(str(path)), None, f"{answer.found}; expected {answer.expected}"))
         else:
-            answers.append(FilePrediction(str(path), answer))
+            answers.append(FilePrediction(escape_name(str(path)), answer))
         if len(answers) % REPORT_EVERY == 0 or len(answers) == len(files):
             on_progress(len(answers), len(files))
     return answers
@@ -72,20 +77,34 @@ def write_answers(answers: Sequence[FilePrediction], out: Path, predictor: Predi
 
     Several labels are one text in `prediction`, divided by `|`; JSON lines have them as a list too.
     """
-    classes = predictor.card.classes
     staged = out.with_name(f".{out.name}.{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with staged.open("w", newline="", encoding="utf-8") as file:
-        if out.suffix == ".jsonl":
-            for a in answers:
-                answer = a.prediction.to_json() if a.prediction else {}
-                row = {"path": a.path, **answer, "error": a.error, "bundle": predictor.digest}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        else:
-            writer = csv.writer(file)
-            writer.writerow(["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)])
-            for a in answers:
-                p = a.prediction
-                figures = [f"{p.probabilities[c]:.6f}" for c in classes] if p else [""] * len(classes)
-                writer.writerow([a.path, p.prediction if p else "", p.confidence if p else "", a.error or "", *figures])
-    os.replace(staged, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", newline="", encoding="utf-8") as file:
+            if out.suffix == ".jsonl":
+                _write_lines(answers, file, predictor.digest)
+            else:
+                _write_table(answers, file, predictor.card.classes)
+        os.replace(staged, out)
+    except OSError as exc:
+        todo = "Name another file, or make room; then run it again."
+        raise DiskError(f"--out {out}", f"cannot be written ({exc.strerror})", "a file", todo) from exc
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+def _write_lines(answers: Sequence[FilePrediction], file: TextIO, bundle: str) -> None:
+    for a in answers:
+        answer = a.prediction.to_json() if a.prediction else {}
+        row = {"path": a.path, **answer, "error": a.error, "bundle": bundle}
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_table(answers: Sequence[FilePrediction], file: TextIO, classes: Sequence[str]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)])
+    for a in answers:
+        p = a.prediction
+        figures = [f"{p.probabilities[c]:.6f}" for c in classes] if p else [""] * len(classes)
+        writer.writerow([a.path, p.prediction if p else "", p.confidence if p else "", a.error or "", *figures])

@@ -81,7 +81,8 @@ class DatasetVersion(Record):
     """The commit object of one dataset version. `parts` are digests of manifests; rows of later parts replace earlier.
 
     `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it,
-    `leaks` that of its leak report. `cursors` says how far each incremental source has been read.
+    `leaks` that of its leak report. `cursors` says how far each incremental source has been read. `aside` is the digest
+    of a manifest of images that were taken out, with the sides they had; the classes `left_out` are among them.
     """
 
     name: str
@@ -101,6 +102,8 @@ class DatasetVersion(Record):
     cursors: dict[str, str] = field(default_factory=dict)
     leaks: str | None = None
     num_leaks: int = 0
+    aside: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

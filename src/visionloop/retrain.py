@@ -91,7 +91,7 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
     pipeline.refresh_code(workspace.settings.home, workspace.params)
     sources = workspace.params.ingest.sources
     if not sources:
-        pin = load_pin(workspace.settings.pin_path)
+        pin = load_pin(workspace.settings.pin_path, workspace.name)
         load_records(workspace.store, pin)
         tell(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
@@ -131,7 +131,7 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
     workspace = open_workspace(Path(home))
     settings = workspace.settings
-    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path).digest)
+    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         tell(f"  {line}")

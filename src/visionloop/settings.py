@@ -14,6 +14,8 @@ from visionloop.errors import SettingsError
 PARAMS_FILE = "params.yaml"
 TOOLS_VARIABLE = "VISIONLOOP_TOOLS"  # the workspace in which the variables of `tool_environment` keep the tools
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CHECKPOINTS = ("auto", "store", "local")
 MAX_LOADERS = 256
 
@@ -119,18 +121,28 @@ def find_home(env: Mapping[str, str], start: Path | None = None) -> Path:
 def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings:
     """Build the settings of the workspace that `find_home` returns. Relative places in `env` are relative to it."""
     home = find_home(env, start)
-    hidden = home / ".visionloop"
+    base = find_base(home)
+    hidden = base / ".visionloop"
     store_url = env.get("VISIONLOOP_STORE") or (hidden / "store").as_uri()
     if not re.match(r"^[a-z0-9]+://", store_url):
-        store_url = (home / Path(store_url).expanduser()).resolve().as_uri()
+        store_url = (base / Path(store_url).expanduser()).resolve().as_uri()
     return Settings(
         home=home,
         store_url=store_url,
-        tracking_uri=_place_database(home, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
+        tracking_uri=_place_database(base, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
         artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
         checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
         loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
     )
+
+
+def find_base(home: Path) -> Path:
+    """Return the workspace whose store and MLflow are used: for a copy that dvc made for a queued experiment, its own.
+
+    `dvc exp run --queue` trains in WORKSPACE/.dvc/tmp/exps/NAME, where no store is.
+    """
+    before, queue, _ = f"{home}/".partition("/.dvc/tmp/exps/")
+    return Path(before) if queue and (Path(before) / PARAMS_FILE).is_file() else home
 
 
 def _place_database(home: Path, uri: str) -> str:
@@ -180,7 +192,19 @@ def choose_tool_environment(env: Mapping[str, str], home: Path) -> dict[str, str
     """Return the tool environment of a workspace: what the user has set stays, what another workspace has set goes."""
     before = tool_environment(Path(env[TOOLS_VARIABLE])) if TOOLS_VARIABLE in env else {}
     ours = tool_environment(home)
-    return {name: value if env.get(name) in {None, before.get(name)} else env[name] for name, value in ours.items()}
+    chosen = {name: value if env.get(name) in {None, before.get(name)} else env[name] for name, value in ours.items()}
+    return {**chosen, **_spare_loopback(env)}
+
+
+def _spare_loopback(env: Mapping[str, str]) -> dict[str, str]:
+    """Return NO_PROXY with this machine in it, where a proxy is set: our own servers are not asked through it."""
+    if not any(name.lower() in PROXIES for name in env):
+        return {}
+    hosts = [host.strip() for host in (env.get("no_proxy") or env.get("NO_PROXY") or "").split(",") if host.strip()]
+    if "*" in hosts:
+        return {}
+    spared = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+    return {"NO_PROXY": spared, "no_proxy": spared}
 
 
 def apply_tool_environment(home: Path) -> None:

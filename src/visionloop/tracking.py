@@ -4,7 +4,6 @@ The only home of mlflow, which is imported when it is first used (3 s).
 """
 
 import contextlib
-import errno
 import os
 import sqlite3
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
 from visionloop.secrets import mask
+from visionloop.tracking_file import find_broken_file, follow_workspace
 
 CALL_ERRORS = (TrackingError, DiskError)  # what any call to MLflow may raise
 CHAMPION_ALIAS = "champion"
@@ -26,8 +26,6 @@ PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG = "visionloop.kind"  # none: a training; else what else was run: tune, trial, lr-find
 PAGE = 200
 SQLITE = "sqlite:///"
-FULL = (errno.ENOSPC, errno.EDQUOT)
-BROKEN_FILE = ("SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 PROCESS_WIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's own functions leave in the environment
 Curve = list[tuple[int, float]]
 
@@ -221,7 +219,9 @@ class MlflowTracking(Tracking):
             return version
         with self._translated(), _own_process(model_path.parent.parent):
             client, experiment_id = self._connect()
-            if not (run_id and self._find_run(run_id)):
+            found = self._find_run(run_id) if run_id else None
+            run_id = found or self.find_tagged_run(DIGEST_TAG, bundle_digest)  # trained in a queue, or in another clone
+            if run_id is None:
                 restored = client.create_run(experiment_id, run_name="restored", tags={"visionloop.restored": "true"})
                 run_id = str(restored.info.run_id)
                 client.set_terminated(run_id)
@@ -288,6 +288,7 @@ class MlflowTracking(Tracking):
                 self._database.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.closing(sqlite3.connect(self._database)) as database:
                     database.execute("PRAGMA schema_version")  # MLflow tries a damaged file again for a minute
+                    follow_workspace(database, self._database, self.artifact_root)
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         return self._client
 
@@ -345,20 +346,6 @@ class MlflowTracking(Tracking):
                 "a reachable MLflow",
                 "Start the server, or set MLFLOW_TRACKING_URI; unset it for SQLite in the workspace.",
             ) from exc
-
-
-def find_broken_file(error: BaseException, database: str) -> tuple[str, str] | None:
-    """Return the path and the reason, if an error of MLflow comes from a file or a full disk of this machine."""
-    cause: BaseException | None = error
-    while cause is not None:
-        origin = getattr(cause, "orig", cause)  # SQLAlchemy wraps the error of its driver
-        if isinstance(origin, sqlite3.Error) and getattr(origin, "sqlite_errorname", "").startswith(BROKEN_FILE):
-            return database, str(origin)
-        if isinstance(origin, OSError) and (origin.filename or origin.errno in FULL):
-            path = origin.filename2 if origin.errno in FULL else origin.filename  # a copy names what it read first
-            return str(path or origin.filename or database), str(origin.strerror)
-        cause = cause.__cause__
-    return None
 
 
 def _make_run(run: Any) -> Run:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from visionloop.errors import NotPromoted, VisionLoopError
+from visionloop.errors import NotPromoted, VisionLoopError, shorten
 from visionloop.secrets import mask
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Summary:
 
     def to_markdown(self) -> str:
         """Return the same as a Markdown table."""
-        lines = [f"# {self.name}: {self.headline}", "", "| what | found |", "| --- | --- |"]
+        title = self.headline if self.name in self.headline else f"{self.name}: {self.headline}"
+        lines = [f"# {title}", "", "| what | found |", "| --- | --- |"]
         lines += [f"| {what} | {found.replace('|', chr(92) + '|')} |" for what, found in self.rows()[1:]]
         lines += ["", *(f"- to {what}: `{command}`" for what, command in self.commands.items())]
         return "\n".join(lines) + "\n"
@@ -389,6 +390,10 @@ def describe_pull(report: "PullReport") -> list[str]:
         lines.append(f"the pin stays at version {report.pin.version}, which holds the same images: no stage runs again")
     if report.changed:
         lines += describe_counts(version)
+    lines += [f"note: {note}" for note in report.notes]
+    if version.left_out:
+        names = shorten(version.left_out)
+        lines.append(f"left out: {names}, with fewer images than ingest.expect.min_per_class; with more they come back")
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
     lines.append(describe_account(report.account))
     lines += describe_twins(version.classes)

@@ -86,7 +86,8 @@ def _fill(folder: Path, example: str, name: str | None) -> None:
         path.write_text(path.read_text().replace(f"name: {example}", f"name: {name}", 1))
     refresh_code(folder, load_params(folder / "params.yaml"))
     if not (folder / ".git").exists():
-        subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=False, capture_output=True)
+        with contextlib.suppress(OSError):  # no git on the PATH
+            subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=False, capture_output=True)
     init_dvc(folder)
 
 

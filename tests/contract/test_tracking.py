@@ -11,7 +11,7 @@ import pytest
 from fakes import make_bundle
 from memory_tracking import MemoryTracking
 from visionloop.errors import DiskError, SettingsError, TrackingError
-from visionloop.tracking import MlflowTracking, Tracking
+from visionloop.tracking import DIGEST_TAG, MlflowTracking, Tracking
 
 NOWHERE = "0" * 32
 
@@ -112,6 +112,15 @@ def test_a_run_that_is_none(tracking: Tracking) -> None:
     for call in calls:
         with pytest.raises(TrackingError):
             call()
+
+
+def test_the_run_of_a_bundle_is_found_by_its_tag(tracking: Tracking, tmp_path: Path) -> None:
+    """A queued experiment trains in a copy of the workspace: its note of the run is not here."""
+    make_bundle(tmp_path / "bundle", classes=("a", "b"))
+    run_id = open_run(tracking)
+    tracking.set_tags(run_id, {DIGEST_TAG: "d" * 64})
+    assert tracking.register_onnx(None, tmp_path / "bundle" / "model.onnx", "d" * 64, {}) == "1"
+    assert [run.run_id for run in tracking.iterate_runs()] == [run_id]
 
 
 def test_a_bundle_is_one_version_and_the_alias_points_at_it(tracking: Tracking, tmp_path: Path) -> None:

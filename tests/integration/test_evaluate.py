@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn import metrics as reference
 from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
-from visionloop.evaluation.evaluate import OUTS, evaluate
+from visionloop.evaluation.evaluate import OUTS, describe_gap, evaluate
 from visionloop.predictor import Predictor
 from worlds import GOOD, make_world
 
@@ -123,3 +124,20 @@ def test_a_damaged_note_is_named(world):
     with pytest.raises(BundleError, match=f"run note {digest}.json: is damaged"):
         load_run_note(world.settings.runs_dir, digest)
     assert load_run_note(world.settings.runs_dir, "0" * 64) is None
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "told"), [(0.95, 0.80, "15 points"), (0.7, 0.85, "15 points"), (0.9, 0.81, ""), (None, 0.1, "")]
+)
+def test_a_gap_between_val_and_test_is_told(val: float | None, test: float, told: str) -> None:
+    line = describe_gap(val, test)
+    assert bool(line) == bool(told)
+    assert told in line
+
+
+def test_the_number_of_test_images_is_told(tmp_path):
+    world = make_world(tmp_path, prepared=True)
+    world.write_candidate(GOOD)
+    said: list[str] = []
+    evaluate(world, tell=said.append)
+    assert re.fullmatch(r"on \d+ test images", said[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import DiskError, TrackingError
-from visionloop.tracking import Curve, Run, Tracking
+from visionloop.tracking import DIGEST_TAG, Curve, Run, Tracking
 
 FIRST_START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -92,7 +92,7 @@ class MemoryTracking(Tracking):
         if version := self.find_version(bundle_digest):
             return version
         assert model_path.is_file()
-        if run_id not in self.runs:
+        if run_id not in self.runs and self.find_tagged_run(DIGEST_TAG, bundle_digest) is None:
             self.close_run(self.open_run("restored", run_id=None, tags={"visionloop.restored": "true"}, params={}))
         version = self.versions[bundle_digest] = str(len(self.versions) + 1)
         self.version_tags[version] = dict(tags)

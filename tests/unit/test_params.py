@@ -49,7 +49,7 @@ from visionloop.params import load_params, make_params
         ({"ingest": {"split": {"fractions": [0.5, 0.5, 0.5]}}}, "params.yaml ingest.split: got"),
         (
             {"schedule": {"retrain": "daily"}},
-            "params.yaml schedule: got {'retrain': 'daily'}; expected a cron expression",
+            "params.yaml schedule.retrain: got 'daily'; expected a cron expression",
         ),
         ({"gate": {"floors": {"acc": 0.5}}}, "params.yaml gate.floors.acc"),
     ],
@@ -82,7 +82,7 @@ def test_digest_follows_what_changes_a_model_and_nothing_else() -> None:
         ("name: [", "params.yaml line 1: is not YAML"),
         ("- a\n", "params.yaml: holds a list; expected sections with keys"),
         ("", "params.yaml: holds a NoneType; expected sections with keys"),
-        ("name: 3\n", "params.yaml name: got 3; expected string"),
+        ("name: 3\n", 'params.yaml name: got 3; expected text: write it in quotes, "3"'),
     ],
 )
 def test_a_file_that_is_no_params(tmp_path: Path, text: str, line: str) -> None:

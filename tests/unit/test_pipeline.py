@@ -8,6 +8,7 @@ import pytest
 
 from visionloop import pipeline
 from visionloop.cli.run import write_error_file
+from visionloop.data.manifest import load_pin
 from visionloop.errors import BusyError, DatasetError, PipelineError, StoreError
 from visionloop.params import make_params
 from visionloop.settings import Settings, load_settings
@@ -126,3 +127,26 @@ def test_environment_of_a_stage(tmp_path: Path) -> None:
     assert env["PATH"].endswith(":/bin")
     assert env["DO_NOT_TRACK"] == "false", "what the user set stays"
     assert env["DVC_SITE_CACHE_DIR"].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("side", ["ours", "both"])
+def test_conflict_marks_in_the_lock_are_told_and_left(settings: Settings, side: str) -> None:
+    lock, snapshot = settings.home / "dvc.lock", settings.hidden_dir / "dvc.lock"
+    settings.hidden_dir.mkdir()
+    snapshot.write_text("stages: {}\n")
+    theirs = "" if side == "ours" else "  train: {}\n"
+    text = f"schema: '2.0'\nstages:\n<<<<<<< HEAD\n  prepare: {{}}\n=======\n{theirs}>>>>>>> other\n"
+    lock.write_text(text)
+    with pytest.raises(PipelineError, match=r"dvc\.lock: has the conflict marks of a merge in it.*git checkout --ours"):
+        pipeline.heal(settings)
+    assert lock.read_text() == text
+    lock.write_text("")
+    pipeline.heal(settings)
+    assert lock.read_text() == "stages: {}\n"
+
+
+def test_conflict_marks_in_the_pin_are_told(settings: Settings) -> None:
+    settings.pin_path.parent.mkdir()
+    settings.pin_path.write_text('{\n<<<<<<< HEAD\n "version": 1\n=======\n "version": 2\n>>>>>>> b\n}\n')
+    with pytest.raises(DatasetError, match=r"conflict marks of a merge.*`visionloop ingest` pins the newest"):
+        load_pin(settings.pin_path)

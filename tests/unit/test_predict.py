@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from fakes import make_bundle, make_image
-from visionloop.errors import SourceError
+from visionloop.errors import DiskError, SourceError
+from visionloop.ingest.paths.names import escape_name
 from visionloop.predict import find_images, predict_files, write_answers
 from visionloop.predictor import Predictor
 
@@ -100,3 +102,44 @@ def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None
         assert row["prediction"] == line["prediction"] == "|".join(line["labels"])
         assert row["error"] == ""
     assert {len(line.get("labels", [])) for line in lines} >= {0, 1, 2}
+
+
+def test_a_folder_is_read_as_ingest_reads_it(photos: Path, tmp_path: Path) -> None:
+    hidden = photos / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "a-checkpoint.png").write_bytes(make_image(3))
+    (photos / "._a.png").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.png").write_bytes(make_image(4))
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "again").symlink_to(photos)
+    assert names(find_images([str(photos)])) == ["a.png", "broken.jpg", "c.png", "b.JPG"]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff\xfe.png", "katze 🐈.png".encode(), b"a\nb.png"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_name_that_is_not_utf_8_is_escaped_as_ingest_does(
+    photos: Path, tmp_path: Path, name: bytes, suffix: str
+) -> None:
+    for old in photos.rglob("*.*"):
+        old.unlink()
+    Path(os.fsdecode(os.fsencode(photos) + b"/" + name)).write_bytes(make_image(1))
+    make_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    answers = predict_files(predictor, find_images([str(photos)]))
+    assert [a.path for a in answers] == [f"{photos}/{escape_name(os.fsdecode(name))}"]
+    write_answers(answers, tmp_path / f"out.{suffix}", predictor)
+    text = (tmp_path / f"out.{suffix}").read_text(encoding="utf-8")
+    assert answers[0].path.replace("\\", "\\\\" if suffix == "jsonl" else "\\") in text
+
+
+def test_answers_that_cannot_be_written_leave_no_half_file(photos: Path, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    answers = predict_files(predictor, find_images([str(photos)]))
+    (tmp_path / "out.csv").mkdir()
+    with pytest.raises(DiskError, match=r"--out .*out\.csv: cannot be written \(Is a directory\)"):
+        write_answers(answers, tmp_path / "out.csv", predictor)
+    with pytest.raises(AttributeError):
+        write_answers([*answers, None], tmp_path / "out.jsonl", predictor)  # type: ignore[list-item]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.csv", "photos"]

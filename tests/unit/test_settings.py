@@ -7,7 +7,13 @@ import pytest
 
 from visionloop.errors import SettingsError
 from visionloop.pipeline import make_stage_environment
-from visionloop.settings import TOOLS_VARIABLE, apply_tool_environment, load_settings, tool_environment
+from visionloop.settings import (
+    TOOLS_VARIABLE,
+    apply_tool_environment,
+    choose_tool_environment,
+    load_settings,
+    tool_environment,
+)
 from visionloop.store import LocalStore, open_store
 
 
@@ -107,3 +113,38 @@ def test_number_of_loader_processes(home: Path, value: str | None, workers: int 
 def test_a_number_of_loader_processes_that_is_none(home: Path, value: str) -> None:
     with pytest.raises(SettingsError, match=r"LOADER_WORKERS: got .*; expected a whole number from 0 to 256\."):
         load_settings({"VISIONLOOP_LOADER_WORKERS": value}, home)
+
+
+@pytest.mark.parametrize(
+    ("env", "spared"),
+    [
+        ({"HTTP_PROXY": "http://proxy:3128"}, "localhost,127.0.0.1,::1"),
+        ({"https_proxy": "x", "NO_PROXY": "intern.example, 127.0.0.1"}, "intern.example,127.0.0.1,localhost,::1"),
+        ({"ALL_PROXY": "x", "no_proxy": "a", "NO_PROXY": "b"}, "a,localhost,127.0.0.1,::1"),
+        ({"HTTP_PROXY": "x", "no_proxy": "*"}, None),
+        ({"NO_PROXY": "a"}, None),
+    ],
+)
+def test_this_machine_is_not_asked_through_a_proxy(tmp_path: Path, env: dict[str, str], spared: str | None) -> None:
+    chosen = choose_tool_environment(env, tmp_path)
+    assert (chosen.get("NO_PROXY"), chosen.get("no_proxy")) == (spared, spared)
+    again = choose_tool_environment({**env, **chosen}, tmp_path / "other")
+    assert again.get("NO_PROXY") == spared
+
+
+@pytest.mark.parametrize("inside", ["", "sub/ws"])
+def test_a_queued_experiment_of_dvc_uses_the_store_and_mlflow_of_its_workspace(home: Path, inside: str) -> None:
+    copy = home / ".dvc" / "tmp" / "exps" / "tmpabc" / inside
+    copy.mkdir(parents=True)
+    (copy / "params.yaml").write_text("name: pets\n")
+    here, there = load_settings({}, copy), load_settings({}, home)
+    assert here.home == copy
+    assert (here.store_url, here.tracking_uri, here.artifact_root) == (
+        there.store_url,
+        there.tracking_uri,
+        there.artifact_root,
+    )
+    assert here.hidden_dir == copy / ".visionloop"
+    named = {"VISIONLOOP_STORE": "objects", "MLFLOW_TRACKING_URI": "sqlite:///m.db"}
+    assert load_settings(named, copy).store_url == (home / "objects").as_uri()
+    assert load_settings(named, copy).tracking_uri == f"sqlite:///{home}/m.db"

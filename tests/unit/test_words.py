@@ -38,7 +38,7 @@ def test_rows_tell_everything_in_order() -> None:
 
 def test_markdown_holds_the_same_and_the_commands() -> None:
     lines = SUMMARY.to_markdown().splitlines()
-    assert lines[0] == "# pets: pets has a new champion"
+    assert lines[0] == "# pets has a new champion"
     assert "| asked: a cat | dog (50.0%)  photos:cat/1\\|2.jpg |" in lines
     assert lines[-1] == "- to serve the champion: `visionloop serve`"
 

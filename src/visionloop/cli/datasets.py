@@ -1,4 +1,4 @@
-"""The command `datasets`: list the versions, look into one, compare two, write one as plain files."""
+"""The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
 import json
 from enum import StrEnum
@@ -9,11 +9,12 @@ import typer
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
-from visionloop.workspace import Workspace, open_workspace
+from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
+    from visionloop.data.drop import Dropped
     from visionloop.data.leaks import Leaks
-    from visionloop.records import DatasetVersion, ImageRecord, Rejected
+    from visionloop.records import DatasetVersion, ImageRecord, LedgerEntry, Pin, Rejected
 
 datasets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(datasets_app, name="datasets")
@@ -35,7 +36,8 @@ class Side(StrEnum):
 
 @datasets_app.callback()
 def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
-    """List the dataset versions; the pinned one has a star. `show`, `diff` and `export` look closer.
+    """List the dataset versions; the pinned one has a star. `show`, `diff` and `export` look closer;
+    `drop` takes a mistake back.
 
     Examples:
 
@@ -44,6 +46,8 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
       visionloop datasets show 2
 
       visionloop datasets diff 1 2
+
+      visionloop datasets drop 2
 
       visionloop datasets export 2 ~/pets-2
     """
@@ -145,6 +149,43 @@ def diff(
 
 
 @datasets_app.command()
+def drop(
+    number: Annotated[int | None, typer.Argument(help="The newest version.")] = None,
+    source: Annotated[str | None, typer.Option(help="A source of the newest version, instead of all of it.")] = None,
+) -> None:
+    """Take a mistaken ingest back: a new version without what the newest one brought, or without one source.
+
+    The pin moves to it. All other images keep their sides. Earlier versions and the bytes of the images stay
+    (`visionloop forget` removes bytes), so a drop can be dropped too.
+
+    Examples:
+
+      visionloop datasets drop 3
+
+      visionloop datasets drop --source warehouse
+    """
+    from visionloop.data.compare import compare_records
+    from visionloop.data.drop import drop_source, drop_version
+    from visionloop.errors import DatasetError
+    from visionloop.ingest.pull import move_pin
+    from visionloop.promotion.ledger import read_champion
+    from visionloop.words import describe_diff
+
+    workspace = open_workspace()
+    store, name, now = workspace.store, workspace.name, get_now()
+    if (number is None) == (source is None):
+        found = "neither a version nor a source is named" if number is None else "a version and a source are named"
+        raise DatasetError("datasets drop", found, "one of them", "Say `drop N` or `drop --source NAME`.")
+    done = drop_source(store, name, source, now=now) if source else drop_version(store, name, int(number or 0), now=now)
+    pin = move_pin(workspace.settings, done.after)
+    for line in describe_diff(compare_records(done.rows_before, done.rows_after), []):
+        print(line)
+    declared = {one.name for one in workspace.params.ingest.sources}
+    for line in _describe_drop(done, pin, declared, read_champion(store, name), source):
+        print(line)
+
+
+@datasets_app.command()
 def export(
     number: Annotated[int, typer.Argument(help="A version.")],
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
@@ -181,6 +222,30 @@ def export(
     )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
     print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
+
+
+def _describe_drop(
+    drop: "Dropped", pin: "Pin", declared: set[str], champion: "LedgerEntry | None", source: str | None
+) -> list[str]:
+    """Tell what a drop made, and what may bring the images back or still knows them."""
+    before, after = drop.before, drop.after
+    kept = {record.sha256 for record in drop.rows_after}
+    gone = [record for record in drop.rows_before if record.sha256 not in kept]
+    lines = [f"dataset {after.name} version {after.version}: {after.num_images:,} images, without {len(gone):,} others"]
+    held = f", which holds the same images as version {after.version}" if pin.version != after.version else ""
+    lines.append(f"the pin is on version {pin.version}{held}")
+    names = {one for record in gone for one in record.sources} | ({source} if source else set())
+    if again := sorted(names & declared):
+        lines.append(
+            f"params.yaml still names the source {', '.join(again)}: mend it or take it out, or the next ingest brings "
+            "its images back"
+        )
+    if champion and gone and champion.dataset.get("digest") == before.digest:
+        lines.append(
+            f"the champion, bundle {champion.bundle[:12]}, was trained on version {before.version}, which had them: "
+            "retrain, or `visionloop rollback` to the one before"
+        )
+    return [*lines, f"to take this back: `visionloop datasets drop {after.version}`"]
 
 
 def _describe_version(
@@ -255,7 +320,7 @@ def _load_version(workspace: Workspace, number: int | None) -> "DatasetVersion":
     from visionloop.data.manifest import load_pin, load_version
 
     if number is None:
-        number = load_pin(workspace.settings.pin_path).version
+        number = load_pin(workspace.settings.pin_path, workspace.name).version
     return load_version(workspace.store, workspace.name, number)
 
 

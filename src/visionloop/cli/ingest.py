@@ -47,6 +47,9 @@ Save = Annotated[bool, typer.Option("--save", help="Add the source to params.yam
 Verify = Annotated[
     bool, typer.Option("--verify", help="Read everything again; mend what is missing or damaged in the store.")
 ]
+NewClasses = Annotated[
+    bool, typer.Option("--allow-new-classes", help="Take in new classes, though they look like a mistake.")
+]
 
 
 @app.command()
@@ -63,6 +66,7 @@ def ingest(
     dry_run: DryRun = False,
     save: Save = False,
     verify: Verify = False,
+    allow_new_classes: NewClasses = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -94,12 +98,12 @@ def ingest(
     workspace = open_workspace()
     if what is None:
         _check_alone({**given, "save": save or None})
-        sources, text = check_sources(workspace.params), ""
+        sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    _pull(workspace, sources, verify=verify)
+    _pull(workspace, sources, verify=verify, allow_new_classes=allow_new_classes)
     if text:
         from visionloop.params.edit import write_params
 
@@ -109,7 +113,7 @@ def ingest(
         print("to pull it on every run, say --save")
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool) -> None:
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool, allow_new_classes: bool) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -122,6 +126,7 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool) 
         tell=print,
         on_progress=make_progress("checked", "images"),
         verify=verify,
+        allow_new_classes=allow_new_classes,
     )
     for line in (*describe_pull(report), *_advise(report.rejected)):
         print(line)

@@ -25,7 +25,7 @@ def gate() -> None:
 
     workspace = open_workspace()
     settings = workspace.settings
-    state = compute_state(settings.home, workspace.params, load_pin(settings.pin_path).digest)
+    state = compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)

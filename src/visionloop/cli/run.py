@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 from typer.models import CommandInfo
 
 from visionloop.cli.app import FIRST, app
-from visionloop.errors import VisionLoopError
+from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.lifetime import Terminated
 from visionloop.settings import load_settings
 from visionloop.words import describe_error
@@ -20,13 +21,15 @@ def main() -> None:
     from visionloop.cli import datasets, features, forget, ingest, models, runs, serving, stages, tune, workspace  # noqa: F401
 
     app.registered_commands.sort(key=_place)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     try:
         app()
     except VisionLoopError as exc:
-        write_error_file(exc, os.environ)
-        print(describe_error(exc), file=sys.stderr)
-        sys.exit(exc.exit_code)
+        _end_with(exc)
+    except ImportError as exc:
+        if (missing := find_missing_extra(exc)) is None:
+            raise
+        _end_with(missing)
     except SystemExit as exc:  # typer makes one of Ctrl-C too, and SIGTERM comes the same way
         sys.exit(143 if _was_terminated(exc) else exc.code)
     except BrokenPipeError:
@@ -38,6 +41,12 @@ def _place(command: CommandInfo) -> int:
     """Return where a command is listed: those of the way to a served model first, the rest as they were."""
     name = command.name or getattr(command.callback, "__name__", "")
     return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def _end_with(error: VisionLoopError) -> NoReturn:
+    write_error_file(error, os.environ)
+    print(describe_error(error), file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _was_terminated(exc: BaseException | None) -> bool:

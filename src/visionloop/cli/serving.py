@@ -36,6 +36,7 @@ def predict(
 
       visionloop predict photo.jpg --bundle pets@3
     """
+    from visionloop.errors import SourceError, shorten
     from visionloop.predict import find_images, predict_files, write_answers
     from visionloop.promotion.models import load_champion, load_model
 
@@ -54,6 +55,9 @@ def predict(
         print(f"{len(answers):,} answers of bundle {predictor.digest[:12]} in {out}")
     if failed := sum(a.prediction is None for a in answers):
         print(f"{failed:,} of {len(answers):,} files could not be used")
+    if failed == len(answers):
+        found = f"none of {failed:,} could be used: {answers[0].error}"
+        raise SourceError(shorten(paths), found, "", "Name images that can be read.")
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:

@@ -138,7 +138,7 @@ def evaluate() -> None:
     from visionloop.evaluation.evaluate import evaluate as run_evaluate
 
     workspace, _ = open_stage("evaluate")
-    metrics = run_evaluate(workspace)
+    metrics = run_evaluate(workspace, tell=print)
     for name, interval in metrics.items():
         print(f"{name:<12} {interval.value:.4f}  (95 %: {interval.low:.4f} to {interval.high:.4f})")
     print("look at reports/report.html")

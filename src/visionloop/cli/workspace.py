@@ -102,10 +102,13 @@ def new(
 
       visionloop new ~/breeds --example dog-breeds --name breeds
     """
+    from visionloop.pipeline import is_without_git
     from visionloop.workspace import make_workspace
 
     home = make_workspace(folder, example, name=name)
     print(f"made {home}" + (f" from the example {example}" if example else ""))
+    if is_without_git(home):
+        print("git is not installed, or refuses this folder: dvc works without it, and no history is kept")
     readme = home / "README.md"
     if readme.is_file():
         print(f"read {readme} for the next step; params.yaml holds what you can change")

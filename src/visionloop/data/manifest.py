@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.params.text import has_conflict_marks
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
@@ -46,6 +47,17 @@ _encode_row = json.JSONEncoder(
 def make_image_key(sha256: str) -> str:
     """Return the store key of an image's bytes."""
     return f"images/{sha256[:2]}/{sha256}"
+
+
+def make_lost_error(sha256: str, origin: str) -> DatasetError:
+    """Return the error of an image of a dataset whose bytes are not in the store, or not as they were."""
+    return DatasetError(
+        f"image {sha256[:12]} ({origin})",
+        "is missing from the store or damaged there",
+        "its bytes as they were ingested",
+        "Run `visionloop ingest --verify`: it mends what its source still has (a folder that was ingested once: "
+        f"`visionloop ingest PATH --verify`); if that is gone too, `visionloop forget {sha256[:12]}` takes it out.",
+    )
 
 
 def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
@@ -194,14 +206,16 @@ def write_pin(path: Path, pin: Pin) -> None:
     os.replace(staged, path)
 
 
-def load_pin(path: Path) -> Pin:
-    """Read the pin of a workspace.
+def load_pin(path: Path, name: str | None = None) -> Pin:
+    """Read the pin of a workspace, whose `name` it should bear.
 
     Raises:
-        DatasetError: nothing was ingested yet, or the file is damaged.
+        DatasetError: nothing was ingested yet, the file is damaged, or it pins a dataset of another name.
     """
+    text = ""
     try:
-        return Pin.from_json(json.loads(path.read_text()))
+        text = path.read_text()
+        pin = Pin.from_json(json.loads(text))
     except FileNotFoundError as exc:
         raise DatasetError(
             f"{path.parent.name}/{path.name}",
@@ -212,10 +226,24 @@ def load_pin(path: Path) -> Pin:
     except (ValueError, TypeError, AttributeError) as exc:
         raise DatasetError(
             f"{path.parent.name}/{path.name}",
-            "is damaged",
+            "has the conflict marks of a merge in it" if has_conflict_marks(text) else "is damaged",
             "JSON of a pin",
-            "Run `git checkout` on it, or ingest again.",
+            "`git checkout HEAD data/dataset.json` brings the last one back; `visionloop ingest` pins the newest.",
         ) from exc
+    if name is not None:
+        check_name(pin, name)
+    return pin
+
+
+def check_name(pin: Pin, name: str) -> None:
+    """Raise DatasetError unless a pin bears the name of its workspace: `name` was changed after the ingest."""
+    if pin.name != name:
+        raise DatasetError(
+            "data/dataset.json",
+            f"pins version {pin.version} of {pin.name}",
+            f"a version of {name}, as `name` in params.yaml says",
+            f"Put the name back, or run `visionloop ingest` (or `visionloop ingest PATH`) to make {name}.",
+        )
 
 
 def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:

@@ -123,7 +123,7 @@ def prepare(
     """
     settings, params, store = workspace.settings, workspace.params, workspace.store
     check_params(params)
-    pin = load_pin(settings.pin_path)
+    pin = load_pin(settings.pin_path, workspace.name)
     records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params, pin)
     layouts = make_layouts(records, params.prepare)
     task = resolve_task(params.task, {label for r in records for label in r.labels}, pin)

@@ -9,7 +9,8 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from visionloop.evaluation.answers import (
     get_truth,
     join_names,
 )
+from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures, IntArray
 from visionloop.evaluation.plots import (
@@ -44,13 +46,19 @@ from visionloop.workspace import Workspace
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
 NUM_MISTAKES = 25
+MOST_GAP = 0.10  # between accuracy on val and on test
 # metrics.json is moved last: if it is there, the others are too.
 OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.json")
 
 Progress = Callable[[int, int], None]
 
 
-def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total: None) -> dict[str, Interval]:
+def evaluate(
+    workspace: Workspace,
+    *,
+    on_progress: Progress = lambda done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Interval]:
     """Judge models/candidate on the prepared test side; write reports/ and log it to the candidate's MLflow run.
 
     Raises:
@@ -71,8 +79,26 @@ def evaluate(workspace: Workspace, *, on_progress: Progress = lambda done, total
         _write_outs(work, predictor, prepared, rows_n, answers, metrics=metrics)
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
-    _log_to_run(workspace, predictor.digest, metrics)
+    tell(f"on {len(rows_n):,} test images{_describe_limit(workspace)}")
+    best = _log_to_run(workspace, predictor.digest, metrics)
+    if "accuracy" in metrics and (line := describe_gap(best.get("best/val_accuracy"), metrics["accuracy"].value)):
+        tell(line)
     return metrics
+
+
+def describe_gap(val: float | None, test: float) -> str:
+    """Return a line if accuracy on val (of the best epoch) and on test are far apart; else nothing."""
+    if val is None or abs(val - test) <= MOST_GAP:
+        return ""
+    return (
+        f"LOOK: accuracy is {val:.3f} on val and {test:.3f} on test, {100 * abs(val - test):.0f} points apart: the "
+        "sides differ (other cameras, days or films), or are small; see `visionloop datasets show`"
+    )
+
+
+def _describe_limit(workspace: Workspace) -> str:
+    limit = workspace.params.prepare.limit
+    return f" of the subset of prepare.limit ({limit:,}); the gate judges all test images" if limit else ""
 
 
 def _check_fit(card: Card, prepared: Prepared) -> None:
@@ -155,11 +181,14 @@ def _draw_figures(
     class_figures: Sequence[ClassFigures],
 ) -> dict[str, bytes]:
     """Draw the figures. With several labels each class has bars instead of a confusion matrix."""
+    shown = number_names(prepared.classes)
+    class_figures = [replace(row, name=shown[row.name]) for row in class_figures]
+    names = [shown[name] for name in prepared.classes]
     if answers.is_several:
         targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
-        first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, answers.classes))}
+        first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, names))}
     else:
-        first = {"confusion": draw_confusion(confusion_kk, prepared.classes)}
+        first = {"confusion": draw_confusion(confusion_kk, names)}
     num_wrong = int((~answers.hits_n).sum())
     return {
         **first,
@@ -174,11 +203,12 @@ def _find_mistakes(prepared: Prepared, rows_n: IntArray, answers: Answers) -> li
     worst_n = find_worst(answers, NUM_MISTAKES)
     images_nhwc = prepared.read(rows_n[worst_n])
     actual, predicted = answers.name_labels(), answers.name_chosen()
+    shown = number_names(prepared.classes)
     return [
         Mistake(
             image_hwc=images_nhwc[i],
-            actual=join_names(actual[n]),
-            predicted=join_names(predicted[n]),
+            actual=join_names([shown[name] for name in actual[n]]),
+            predicted=join_names([shown[name] for name in predicted[n]]),
             confidence=float(answers.confidence_n[n]),
             verb="has" if answers.is_several else "is",
         )
@@ -219,12 +249,12 @@ def _move_outs(work: Path, reports_dir: Path) -> None:
         os.replace(work / name, target)
 
 
-def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Interval]) -> None:
-    """Add the figures and the report to the run that trained this bundle, if this workspace knows it."""
+def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Interval]) -> Mapping[str, float]:
+    """Add the figures and the report to the run that trained this bundle; return its figures, if it is known here."""
     settings = workspace.settings
     note = load_run_note(settings.runs_dir, bundle_digest)
     if note is None:
-        return
+        return {}
     tracking = workspace.tracking
     values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
     for bound in ("low", "high"):
@@ -233,3 +263,4 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
     for file in ("report.html", "metrics.json", "per_class.csv"):
         tracking.log_artifact(note.run_id, settings.reports_dir / file, "evaluation")
+    return tracking.load_run(note.run_id).metrics

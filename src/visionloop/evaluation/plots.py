@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
+from visionloop.evaluation.fonts import find_families
 from visionloop.evaluation.label_metrics import LabelCounts
 from visionloop.evaluation.metrics import ClassFigures, IntArray, compute_calibration_error, compute_confidence_bins
 
@@ -23,7 +24,6 @@ INK, MUTED, GRID = "#1f2733", "#6b7686", "#e3e7ed"
 BLUE, PALE_BLUE, RED, GREEN = "#2f6fde", "#a9c5f5", "#d6493a", "#2d9d78"
 PALE_GREEN = "#cfe6dd"
 STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,  # a class may be called "$5"
@@ -79,7 +79,7 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str], *, title: str
     upright = longest > (10 if num_classes <= 4 else 4) or not few
     room = 0.009 * size * longest
     side = max(2.8, 0.9 + 0.5 * num_classes) if few else 11.5
-    with open_figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9) as (figure, sink):
+    with open_figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9, names) as (figure, sink):
         axes = figure.add_subplot()
         picture = axes.imshow(share_kk, cmap=_make_blues(), vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=size, color=INK)
@@ -105,7 +105,7 @@ def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1
     ordered = sorted(occurring, key=lambda f: (f.f1, f.recall, f.name))[:SHOWN_BARS]
     shown = ordered[::-1]
     place_n = np.arange(len(shown))
-    with open_figure(8.4, 1.5 + 0.3 * len(shown)) as (figure, sink):
+    with open_figure(8.4, 1.5 + 0.3 * len(shown), [f.name for f in shown]) as (figure, sink):
         axes = figure.add_subplot()
         axes.barh(place_n, [f.recall for f in shown], height=0.66, color=PALE_BLUE, label="recall")
         axes.barh(place_n, [f.f1 for f in shown], height=0.28, color=BLUE, label="F1")
@@ -137,7 +137,7 @@ def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, misse
     found_n = np.array([o.found for o in shown]) / support_n
     extra_n = np.minimum(np.array([o.extra for o in shown]) / support_n, 1.0)
     reach = max(0.1, float(extra_n.max(initial=0.0)))
-    with open_figure(8.4, 1.9 + 0.3 * len(shown)) as (figure, sink):
+    with open_figure(8.4, 1.9 + 0.3 * len(shown), [o.name for o in shown]) as (figure, sink):
         axes = figure.add_subplot()
         axes.barh(place_n, found_n, height=0.62, color=GREEN, label="found")
         axes.barh(place_n, 1 - found_n, left=found_n, height=0.62, color=PALE_GREEN, label="missed")
@@ -196,7 +196,8 @@ def draw_mistakes(mistakes: Sequence[Mistake], num_wrong: int, num_test: int) ->
         f"The {len(shown)} worst of {num_wrong:,} mistakes" if num_wrong > len(shown) else f"All {num_wrong} mistakes"
     )
     title = title if num_wrong else "No mistakes"
-    with open_figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows) as (figure, sink):
+    names = [name for m in shown for name in (m.actual, m.predicted)]
+    with open_figure(9.6, 0.6 + CELL_HEIGHT * 1.88 * rows, names) as (figure, sink):
         # One pair of axes for all images, each 1 wide: 25 pairs of axes take three times as long.
         axes = figure.add_subplot(aspect="equal")
         axes.axis("off")
@@ -242,8 +243,11 @@ def _cut(name: str, chars: int = NAME_CHARS) -> str:
 
 
 @contextlib.contextmanager
-def open_figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
-    """Yield an empty figure (size in inches) and the buffer that holds its PNG afterwards. Ignores user settings."""
+def open_figure(width: float, height: float, texts: Sequence[str] = ()) -> Iterator[tuple[Any, io.BytesIO]]:
+    """Yield an empty figure (size in inches) and the buffer that holds its PNG afterwards. Ignores user settings.
+
+    `texts` are names that may need other fonts than ours.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -252,7 +256,7 @@ def open_figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(cast(Any, STYLE))
+        matplotlib.rcParams.update(cast(Any, {**STYLE, "font.family": find_families(texts)}))
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure, sink

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.metrics import ClassFigures, IntArray
 from visionloop.records import Card, Interval, Pin
 
@@ -93,6 +94,7 @@ def make_report(facts: ReportFacts) -> str:
         f'<h1>{title}</h1><p class="lead">{lead}</p>',
         f'<div class="cards">{"".join(_make_card(n, i, facts.card) for n, i in facts.metrics.items())}</div>',
         '<p class="note">Below each figure is its 95 % interval: how far it could differ on other test images.</p>',
+        _make_legend(facts.card.classes),
         *(_make_figure(name, facts.figures[name]) for name in CAPTIONS if name in facts.figures),
         f"<h2>Most frequent confusions</h2>{_make_confusions(facts)}",
         f"<h2>Classes</h2>{_make_classes(facts.class_figures)}",
@@ -136,6 +138,12 @@ def _make_confusions(facts: ReportFacts) -> str:
     left, right = ("missed", "said instead") if several else ("actual", "predicted")
     head = f'<th>{left}</th><th class="text">{right}</th><th>images</th><th>share of the {left} class</th>'
     return _make_table(head, rows)
+
+
+def _make_legend(classes: Sequence[str]) -> str:
+    """Return what the numbers in the figures mean, where no font of this machine has the names."""
+    rows = [f"{shown} is {escape(name)}" for name, shown in number_names(classes).items() if shown != name]
+    return f'<p class="note">In the figures {", ".join(rows)}.</p>' if rows else ""
 
 
 def _make_classes(class_figures: Sequence[ClassFigures]) -> str:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from visionloop.data.leaks import Leak, load_leaks, make_leaks, write_leaks
+from visionloop.data.drop import load_aside, make_smaller_version, write_aside
+from visionloop.data.leaks import Leak
 from visionloop.data.manifest import (
     commit_version,
     decode_records,
@@ -17,7 +18,6 @@ from visionloop.data.manifest import (
     load_pin,
     load_version_records,
     make_pin,
-    make_version,
     write_pin,
 )
 from visionloop.errors import DatasetError
@@ -45,7 +45,8 @@ def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trac
     versions = list_versions(store, name)
     parts: dict[str, frozenset[str]] = {}
     origins: set[str] = set()
-    for part in dict.fromkeys(part for version in versions for part in version.parts):
+    lists = (part for version in versions for part in (*version.parts, version.aside) if part)
+    for part in dict.fromkeys(lists):
         rows = [r for r in _read_part(store, part) if r.sha256 in sha256s]
         if rows:
             parts[part] = frozenset(r.sha256 for r in rows)
@@ -55,10 +56,7 @@ def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trac
 
 
 def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, now: str) -> DatasetVersion | None:
-    """Commit the version without these images, unless the newest is that already; return the newest.
-
-    Its rows are one part of their own: those of the parents would bring the images' rows back. No side changes.
-    """
+    """Commit the version without these images, unless the newest is that already; return the newest."""
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, name)
         if parent is None:
@@ -67,22 +65,8 @@ def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, no
         kept = [row for row in rows if row.sha256 not in sha256s]
         if len(kept) == len(rows):
             return parent
-        leaks = make_leaks([row for row in load_leaks(store, parent).rows if not _names(row, sha256s)])
-        version = make_version(
-            name,
-            parent,
-            kept,
-            kept,
-            num_added=0,
-            split=parent.split,
-            rejected=None,
-            num_rejected=0,
-            created_at=now,
-            cursors=parent.cursors,
-            leaks=write_leaks(store, name, leaks),
-            num_leaks=len(leaks.rows),
-        )
-        version = replace(version, parts=version.parts[-1:])
+        aside = [row for row in load_aside(store, parent).values() if row.sha256 not in sha256s]
+        version = make_smaller_version(store, parent, kept, created_at=now, aside=write_aside(store, aside))
         if commit_version(store, version, kept):
             return version
     raise DatasetError(

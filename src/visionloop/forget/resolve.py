@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from visionloop.data.drop import load_aside
 from visionloop.data.manifest import latest_version, load_version_records, make_image_key
 from visionloop.data.tombstones import load_tombstones, load_unfinished
 from visionloop.errors import DatasetError, shorten
@@ -17,7 +18,10 @@ DIGEST_LENGTH = 64
 
 @dataclass(frozen=True)
 class Wanted:
-    """The images to forget. `records` are those in the newest version; `again` were forgotten before, wholly or not."""
+    """The images to forget. `again` were forgotten before, wholly or not.
+
+    `records` are those in the newest version, and those that were taken out of an earlier one.
+    """
 
     records: tuple[ImageRecord, ...]
     others: tuple[str, ...]
@@ -38,7 +42,8 @@ def resolve_images(store: ObjectStore, name: str, digests: Sequence[str], patter
         DatasetError: a digest or a pattern names no image, or a digest is the beginning of several.
     """
     latest = latest_version(store, name)
-    records = {r.sha256: r for r in load_version_records(store, latest)} if latest else {}
+    records = load_aside(store, latest) if latest else {}
+    records |= {r.sha256: r for r in load_version_records(store, latest)} if latest else {}
     tombstones = load_tombstones(store, name)
     if not digests and not patterns:
         again = tombstones | {sha256 for begun in load_unfinished(store, name) for sha256 in begun.sha256s}

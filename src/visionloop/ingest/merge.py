@@ -1,83 +1,40 @@
-"""Add what a pull has found to the rows of the version before, and compare the result with `ingest.expect`.
+"""Add what a pull has found to the rows of the version before.
 
 Only the lists of quarantine and leaks are written, under their digests. A side that an image has never changes.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
 from visionloop.data.manifest import load_version_records, make_version, write_quarantine
+from visionloop.data.split import find_lone_films
 from visionloop.data.tombstones import load_tombstones
-from visionloop.errors import ParamsError, SourceError, shorten
+from visionloop.errors import SHOWN, ParamsError, shorten
 from visionloop.ingest.check import Checked
+from visionloop.ingest.expect import check_classes, check_expectations, check_new_classes, find_small_classes
 from visionloop.ingest.inspect import Inspected
 from visionloop.ingest.labels import Correction, Labels, make_label_rules, relabel, unite_labels
-from visionloop.ingest.sides import Newcomer, decide_sides, make_leak_error
-from visionloop.params import Expect, Params, Split
+from visionloop.ingest.sides import Newcomer, Sides, decide_sides, make_leak_error
+from visionloop.params import Params, Split
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
 from visionloop.store import ObjectStore
 
-
-def check_expectations(name: str, expect: Expect, records: Sequence[ImageRecord]) -> None:
-    """Raise SourceError naming everything that is broken. Excluded images do not count, unlabelled ones in no class."""
-    if expect == Expect():
-        return
-    used = [record for record in records if record.side != "excluded"]
-    counts = Counter(label for record in used for label in record.labels)
-    broken = [*_compare_classes(expect, counts), *_compare_sources(expect, records), *_compare_sizes(expect, used)]
-    if broken:
-        raise SourceError(
-            f"dataset {name}",
-            "; ".join(broken),
-            "what ingest.expect in params.yaml asks for; no version was made",
-            "Mend the source, or change ingest.expect.",
-        )
-
-
-def _compare_classes(expect: Expect, counts: Counter[str]) -> list[str]:
-    broken = []
-    if expect.classes is not None and (foreign := set(counts) - set(expect.classes)):
-        broken.append(f"classes that are not expected ({shorten([f'{c}: {counts[c]} images' for c in foreign])})")
-    names = {*(expect.classes or ()), *counts}
-    if few := [f"{c}: {counts[c]}" for c in names if counts[c] < expect.min_per_class]:
-        broken.append(f"fewer than {expect.min_per_class} images of {shorten(few)}")
-    if expect.max_imbalance is not None and counts:
-        (most, high), (least, low) = counts.most_common(1)[0], min(counts.items(), key=lambda pair: (pair[1], pair[0]))
-        if high > expect.max_imbalance * low:
-            ratio = f"{high / low:.1f} times"
-            broken.append(
-                f"{ratio} as many images of {most} ({high}) as of {least} ({low}), not {expect.max_imbalance:g}"
-            )
-    return broken
-
-
-def _compare_sources(expect: Expect, records: Sequence[ImageRecord]) -> list[str]:
-    if expect.sources is None:
-        return []
-    foreign = {source for record in records for source in record.sources} - set(expect.sources)
-    return [f"sources that may not deliver ({shorten([*foreign])})"] if foreign else []
-
-
-def _compare_sizes(expect: Expect, used: Sequence[ImageRecord]) -> list[str]:
-    if expect.size_px is None:
-        return []
-    shortest, longest = expect.size_px
-    bad = [r for r in used if min(r.width, r.height) < shortest or max(r.width, r.height) > longest]
-    if not bad:
-        return []
-    named = shorten([f"{r.origins[0]} {r.width}x{r.height}" for r in bad])
-    return [f"{len(bad)} images with a side outside {shortest} to {longest} px ({named})"]
+FEW_TESTS = 5  # of a class: one wrong answer is 20 points
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A version that is not committed yet (the parent itself, when no row is new or differs), and what was refused."""
+    """A version that is not committed yet (the parent itself, when nothing is new or differs), and what was refused.
+
+    `changed` are the rows of its newest part. `notes` are to be told.
+    """
 
     version: DatasetVersion
     changed: list[ImageRecord]
     refused: list[Rejected]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,41 +57,46 @@ def merge(
     *,
     now: str,
     corrections: Sequence[Correction] = (),
+    allow_new_classes: bool = False,
 ) -> Merged:
     """Add what was checked to the parent's rows.
 
     Raises:
         ParamsError: the split differs from the one that version 1 fixed, or the label map renames twice.
-        SourceError: there is only one class, a correction fits no image, there are leaks and `on_leak` is `fail`, or
-            an expectation of `ingest.expect` is not met.
+        SourceError: there is only one class, a correction fits no image, there are leaks and `on_leak` is `fail`,
+            an expectation is not met, or new classes look like a mistake.
     """
     split = _fixed_split(parent, params.ingest.split)
-    before = {r.sha256: r for r in load_version_records(store, parent)} if parent else {}
-    forgotten = load_tombstones(store, params.name)
+    known = _load_known(store, params.name, parent)
     rules = make_label_rules(params, corrections)
-    rows, by_content, refused = relabel(rules, before, checked.inspected, forgotten)
+    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten)
     found, conflicts = _unite(by_content, rows, several=rules.several)
-    refused += conflicts
     sides = _find_side_conflicts(found, rows, split)
     if split.on_leak == "fail" and sides:
         raise make_leak_error(sides)
-    new = _add(store, params, rows, found, is_first=parent is None)
-    records = [rows[sha256] for sha256 in sorted(rows)]
-    changed = [row for row in records if (old := before.get(row.sha256)) is not row and old != row]
-    _check_classes(params.name, records, [*checked.rejected, *refused])
+    if parent and not allow_new_classes:
+        check_new_classes(params, rows.values(), [one.labels for s, one in found.items() if s not in rows])
+    added = _add(store, params, rows, found, known.aside, is_first=parent is None)
+    small = find_small_classes(params, rows.values())
+    out = {s: row for s, row in rows.items() if set(row.labels) & small.keys()}
+    refused = [*refused, *conflicts, *_list_left_out(found, out, small, params.ingest.expect.min_per_class)]
+    records = [rows[sha256] for sha256 in sorted(rows.keys() - out.keys())]
+    check_classes(params.name, records, [*checked.rejected, *refused])
     check_expectations(params.name, params.ingest.expect, records)
-    mine = make_leaks([*sides, *new])
-    if parent and not changed:
-        in_vain = [Rejected(leak.other_origins[0], "side_conflict", leak.reason) for leak in sides]
-        return Merged(parent, [], [*refused, *in_vain])
+    changed = [row for row in records if (old := known.before.get(row.sha256)) is not row and old != row]
+    aside = {s: r for s, r in {**known.aside, **out}.items() if s in out or s not in rows}
+    taken = out.keys() & known.before.keys()
+    if parent and not (changed or taken) and aside == known.aside and parent.left_out == tuple(sorted(small)):
+        return Merged(parent, [], [*refused, *_list_in_vain(sides)])
     everything = [*checked.rejected, *refused]
-    leaks = _inherit_leaks(store, parent, rows, mine)
+    leaks = _inherit_leaks(store, parent, {r.sha256: r for r in records}, make_leaks([*sides, *added.leaks]))
+    newest = records if taken else changed  # the rows of earlier parts would bring back what was taken out
     version = make_version(
         params.name,
         parent,
         records,
-        changed,
-        num_added=len(rows) - len(before),
+        newest,
+        num_added=len(records) - len(known.before.keys() - taken),
         split=split.fixed(),
         rejected=write_quarantine(store, params.name, everything),
         num_rejected=len(everything),
@@ -142,8 +104,76 @@ def merge(
         cursors={**(parent.cursors if parent else {}), **checked.cursors},
         leaks=write_leaks(store, params.name, leaks),
         num_leaks=len(leaks.rows),
+        aside=write_aside(store, [*aside.values()]),
+        left_out=tuple(sorted(small)),
     )
-    return Merged(version, changed, refused)
+    version = replace(version, parts=version.parts[-1:]) if taken else version
+    return Merged(version, newest, refused, tuple(_tell(version, records, added, split)))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known before a pull: the rows `before` of the version, those beside it, and what was forgotten."""
+
+    before: dict[str, ImageRecord]
+    aside: dict[str, ImageRecord]
+    waiting: dict[str, ImageRecord]  # those beside it whose class was left out: they may come back
+    forgotten: frozenset[str]
+
+    @property
+    def rows(self) -> dict[str, ImageRecord]:
+        return {**self.before, **self.waiting}
+
+
+def _load_known(store: ObjectStore, name: str, parent: DatasetVersion | None) -> _Known:
+    forgotten = load_tombstones(store, name)
+    if parent is None:
+        return _Known({}, {}, {}, forgotten)
+    before = {r.sha256: r for r in load_version_records(store, parent)}
+    aside = {s: r for s, r in load_aside(store, parent).items() if s not in forgotten}
+    return _Known(before, aside, {s: r for s, r in aside.items() if {*r.labels} & {*parent.left_out}}, forgotten)
+
+
+def _list_in_vain(conflicts: Sequence[Leak]) -> list[Rejected]:
+    return [Rejected(leak.other_origins[0], "side_conflict", leak.reason) for leak in conflicts]
+
+
+def _list_left_out(
+    found: Mapping[str, "_Found"], out: Mapping[str, ImageRecord], small: Mapping[str, int], least: int
+) -> list[Rejected]:
+    """Return a line for each file of this pull whose class is left out."""
+    return [
+        Rejected(
+            one.item.origin,
+            "class_left_out",
+            f"its class {label} has {small[label]} images, fewer than ingest.expect.min_per_class ({least})",
+        )
+        for sha256, row in out.items()
+        if sha256 in found
+        for one in found[sha256].same
+        for label in row.labels
+    ]
+
+
+def _tell(version: DatasetVersion, records: Sequence[ImageRecord], added: Sides, split: Split) -> list[str]:
+    """Return what people should know of the sides."""
+    lines = []
+    if added.brought:
+        total = sum(added.brought.values())
+        named = shorten([f"{label}: {number}" for label, number in added.brought.items()])
+        keys = "image" if total == 1 else "images or groups"
+        lines.append(
+            f"{total:,} {keys} of classes without {split.min_train} on train went there, whatever their hash says "
+            f"({named}; ingest.split.min_train)"
+        )
+    tests = version.counts.get("test", {})
+    if few := [f"{name} {tests.get(name, 0)}" for name in version.classes if tests.get(name, 0) < FEW_TESTS]:
+        lines.append(f"fewer than {FEW_TESTS} test images, whose figures say little: {shorten(few)}")
+    lone = find_lone_films((r.group, r.side, r.labels) for r in records)
+    return lines + [
+        f"all images of {label} are of one group ({group}), so they are all on {side}: add another one to judge it"
+        for label, (group, side) in [*lone.items()][:SHOWN]
+    ]
 
 
 def _unite(
@@ -192,13 +222,22 @@ def _find_given_side(found: _Found) -> str | None:
 
 
 def _add(
-    store: ObjectStore, params: Params, rows: dict[str, ImageRecord], found: Mapping[str, _Found], *, is_first: bool
-) -> list[Leak]:
-    """Put what was found into `rows`: known images get new places and labels, new ones a side. Return the new leaks."""
+    store: ObjectStore,
+    params: Params,
+    rows: dict[str, ImageRecord],
+    found: Mapping[str, _Found],
+    aside: Mapping[str, ImageRecord],
+    *,
+    is_first: bool,
+) -> Sides:
+    """Put what was found into `rows`: known images get new places and labels, new ones a side.
+
+    An image that was taken out before, and comes again, has the side that it had, unless its source gives it one now.
+    """
     before = list(rows.values())
     first_ordinal = 1 + max((r.ordinal for r in before), default=-1)
     fresh = sorted((f for s, f in found.items() if s not in rows), key=lambda f: f.first.ordinal)
-    newcomers = [_make_newcomer(one) for one in fresh]
+    newcomers = [_make_newcomer(one, aside.get(one.first.facts.sha256)) for one in fresh]
     sides = decide_sides(store, params.ingest, before, newcomers, is_first=is_first)
     for sha256, one in found.items():
         if sha256 in rows:
@@ -206,20 +245,22 @@ def _add(
     for one, newcomer in zip(fresh, newcomers, strict=True):
         side, key = sides.of[newcomer.sha256]
         rows[newcomer.sha256] = _make_record(one, newcomer, first_ordinal, side, key)
-    return sides.leaks
+    return sides
 
 
-def _make_newcomer(found: _Found) -> Newcomer:
+def _make_newcomer(found: _Found, earlier: ImageRecord | None) -> Newcomer:
     facts = found.first.facts
+    learn = any(one.item.test_is_given for one in found.same)
+    had = earlier.side if earlier and earlier.side != "excluded" and (earlier.side != "test" or not learn) else None
     group = next((one.item.group for one in found.same if one.item.group), None)
     return Newcomer(
         sha256=facts.sha256,
         phash=facts.phash,
         origins=tuple(sorted({one.item.origin for one in found.same})),
-        is_labelled=bool(found.labels),
+        labels=found.labels,
         group=group,
-        side=_find_given_side(found),
-        learn=any(one.item.test_is_given for one in found.same),
+        side=_find_given_side(found) or had,
+        learn=learn,
     )
 
 
@@ -276,22 +317,3 @@ def _fixed_split(parent: DatasetVersion | None, split: Split) -> Split:
         f"seed {fixed['seed']}, fractions {fixed['fractions']}, as version 1 of {parent.name} fixed them",
         "Put them back, or choose another `name` to start anew.",
     )
-
-
-def _check_classes(name: str, records: Sequence[ImageRecord], refused: Sequence[Rejected]) -> None:
-    """Raise SourceError when there are fewer than two classes; it names what the other images were refused for."""
-    classes = {label for r in records if r.side != "excluded" for label in r.labels}
-    if len(classes) >= 2:
-        return
-    codes = Counter(one.code for one in refused)
-    found = f"has {len(classes)} class ({shorten(list(classes)) or 'none'})"
-    for code, number in codes.most_common(3):
-        first = min((one for one in refused if one.code == code), key=lambda one: one.origin)
-        found += f", and {number:,} not taken as {code}, such as {first.origin} ({first.reason[:120]})"
-    todos = {
-        "several_labels": "Set `task: multilabel`.",
-        "label_conflict": "Keep one copy of each image, or say which label is right in ingest.corrections.",
-    }
-    worst = codes.most_common(1)[0][0] if codes else ""
-    others = "Mend what was not taken." if codes else "Add a folder of images for each other class."
-    raise SourceError(f"dataset {name}", found, "two classes or more", todos.get(worst, others))

@@ -30,8 +30,8 @@ COMMIT_TRIES = 20
 SAMPLE = 64
 # Listed for an image that is in the dataset all the same.
 IS_TAKEN = "side_conflict"
-# Listed, but not broken: images that no row names or whose split is an unknown word, and forgotten ones.
-NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", IS_TAKEN})
+# Listed, but not broken: images that no row names or whose split is an unknown word, forgotten ones, left-out classes.
+NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", "class_left_out", IS_TAKEN})
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class PullReport:
     num_added: int
     rejected: tuple[Rejected, ...]
     account: Account
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class _Ended:
     parent: DatasetVersion | None
     version: DatasetVersion
     rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...] = ()
 
 
 def pull(
@@ -96,6 +98,7 @@ def pull(
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     verify: bool = False,
+    allow_new_classes: bool = False,
 ) -> PullReport:
     """Read sources, quarantine what is unusable, commit a version if anything is new, and pin it in the workspace.
 
@@ -114,6 +117,9 @@ def pull(
         path = params.ingest.corrections
         corrections = load_corrections(context.resolve(path)) if path else []
         before, last = latest_version(store, name), journal.load_pull(name)
+        if not sources:
+            tell("params.yaml names no source: no image is read; label_map, corrections and limits are applied")
+        _tell_older_pin(settings, before, tell)
         if last and not (before and last.version == _name_version(before)):
             last = None
         forgotten = load_tombstones(store, name)
@@ -133,11 +139,11 @@ def pull(
         if before and last and checked.is_as_before:
             ended = _Ended(before, before, last.rejected)
         else:
-            ended = _commit(workspace, checked, corrections, now)
+            ended = _commit(workspace, checked, corrections, now, allow_new_classes=allow_new_classes)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
         journal.keep_pull(name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
-        return _make_report(checked, ended, _move_pin(settings, ended.version))
+        return _make_report(checked, ended, move_pin(settings, ended.version))
 
 
 def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
@@ -152,17 +158,24 @@ def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
         num_added=version.num_images - (parent.num_images if parent else 0),
         rejected=ended.rejected,
         account=make_account(checked, ended.rejected),
+        notes=ended.notes,
     )
 
 
-def check_sources(params: Params) -> Sequence[Source]:
-    """Return the declared sources. Raises SourceError when there are none."""
-    if not params.ingest.sources:
+def check_sources(params: Params, store: ObjectStore | None = None, *, verify: bool = False) -> Sequence[Source]:
+    """Return the declared sources: none where `store` has a dataset, which is then pinned with today's rules.
+
+    Raises:
+        SourceError: there are none, and no dataset; or what is stored is to be verified, which only a source can mend.
+    """
+    has_dataset = store is not None and latest_version(store, params.name) is not None
+    if not params.ingest.sources and (verify or not has_dataset):
+        todo = "Run `visionloop ingest PATH --verify` with the folder that the images came from."
         raise SourceError(
             "params.yaml ingest.sources",
             "names no source",
             "at least one",
-            "Run `visionloop ingest FOLDER` once, or add a source to the file.",
+            todo if verify else "Run `visionloop ingest FOLDER` once, or add a source to the file.",
         )
     return params.ingest.sources
 
@@ -219,20 +232,30 @@ def _digest_asked(
     return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten)])
 
 
-def _commit(workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str) -> _Ended:
+def _commit(
+    workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str, *, allow_new_classes: bool
+) -> _Ended:
     """Merge into the newest version and commit, unless nothing changes."""
     store = workspace.store
     max_ratio = workspace.params.ingest.max_rejected_ratio
     _check_rejected(checked, checked.rejected, max_ratio)
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, workspace.name)
-        merged = merge(store, workspace.params, parent, checked, now=now, corrections=corrections)
+        merged = merge(
+            store,
+            workspace.params,
+            parent,
+            checked,
+            now=now,
+            corrections=corrections,
+            allow_new_classes=allow_new_classes,
+        )
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
         _check_rejected(checked, rejected, max_ratio)
-        if parent and not merged.changed:
+        if merged.version is parent:
             return _Ended(parent, parent, rejected)
         if commit_version(store, merged.version, merged.changed):
-            return _Ended(parent, merged.version, rejected)
+            return _Ended(parent, merged.version, rejected, merged.notes)
         # Another pull took this number: merge into its version.
     raise DatasetError(
         f"dataset {workspace.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"
@@ -262,7 +285,20 @@ def _name_version(version: DatasetVersion) -> str:
     return f"{version.version}:{version.digest}"
 
 
-def _move_pin(settings: Settings, version: DatasetVersion) -> Pin:
+def _tell_older_pin(settings: Settings, newest: DatasetVersion | None, tell: Callable[[str], None]) -> None:
+    """Tell that a version follows the newest one, where the workspace has pinned an older one."""
+    try:
+        pin = load_pin(settings.pin_path)
+    except DatasetError:
+        return
+    if newest and pin.name == newest.name and pin.version < newest.version and pin.digest != newest.digest:
+        tell(
+            f"pinned is version {pin.version}; what is new goes on top of version {newest.version}, the newest "
+            f"(`visionloop datasets drop {newest.version}` takes that one back)"
+        )
+
+
+def move_pin(settings: Settings, version: DatasetVersion) -> Pin:
     """Pin the version, unless the pin has the same content already."""
     pin = make_pin(version)
     if settings.pin_path.is_file():

@@ -5,16 +5,18 @@ Images of earlier versions are only compared; their side never changes.
 Only images whose hash is near another's are read from the store again. Dimensions in names: n rows, p pairs.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from visionloop.data.duplicates import THUMB_PX, Pairs, compute_difference, find_near_pairs
-from visionloop.data.families import Families, FamilyLeak, Member, Pair, choose_random_sides, choose_side, place_members
+from visionloop.data.families import Families, FamilyLeak, Member, Pair, place_members
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import make_image_key
+from visionloop.data.split import Undecided, choose_random_sides, divide
 from visionloop.errors import ImageError, ObjectMissing, SourceError
 from visionloop.parallel import map_parallel
 from visionloop.params import Ingest, Split
@@ -24,6 +26,7 @@ from visionloop.store import ObjectStore
 _CHUNK = 4096  # pairs; their thumbnails are 25 MB at most
 # Decoded larger and averaged: a JPEG decoded at an eighth of its size differs a little from a resized PNG.
 _DECODED_PX = 4 * THUMB_PX
+UNDECIDED, TO_LEARN = "?", "?learn"  # a family without a side, until `divide` gives it one
 _KINDS = {"train": 0, "val": 1, "test": 2, "learn": 3, None: 4}
 
 
@@ -95,7 +98,7 @@ class Newcomer:
     sha256: str
     phash: str
     origins: tuple[str, ...]
-    is_labelled: bool
+    labels: tuple[str, ...]
     group: str | None
     side: str | None
     learn: bool
@@ -103,10 +106,11 @@ class Newcomer:
 
 @dataclass(frozen=True)
 class Sides:
-    """The side and the key of each new image by its sha256, and the new leaks."""
+    """The side and the key of each new image by its sha256, the new leaks, and what `min_train` brought to train."""
 
     of: dict[str, tuple[str, str]]
     leaks: list[Leak]
+    brought: dict[str, int]
 
 
 def decide_sides(
@@ -131,18 +135,50 @@ def decide_sides(
     touched = _find_touched(old, newcomers, pairs)
     place_of = {i: place for place, i in enumerate([*touched, *range(len(old), len(everyone))])}
     people = [everyone[i] for i in place_of]
-
-    def choose(key: str, learn: bool) -> str:
-        return choose_side(key, split.seed, split.fractions, test_is_given=learn)
-
     near = [replace(pair, one=place_of[pair.one], other=place_of[pair.other]) for pair in pairs]
-    families = place_members([_make_member(p) for p in people], near, choose, exclude_leaks=split.on_leak == "exclude")
+    families = place_members(
+        [_make_member(p) for p in people],
+        near,
+        lambda key, learn: TO_LEARN if learn else UNDECIDED,
+        exclude_leaks=split.on_leak == "exclude",
+    )
+    families, brought = _decide(families, people, before, split, is_first=is_first)
     leaks = [_make_leak(f, people, families) for f in families.leaks if max(f.one, f.other) >= len(touched)]
     if split.on_leak == "fail" and (across := [leak for leak in leaks if leak.kind == "across"]):
         raise make_leak_error(across)
     placed = zip(people[len(touched) :], families.sides[len(touched) :], families.keys[len(touched) :], strict=True)
     sides = {p.sha256: (side, key) for p, side, key in placed}
-    return Sides(sides | {p.sha256: ("excluded", p.group or p.sha256) for p in excluded}, leaks)
+    return Sides(sides | {p.sha256: ("excluded", p.group or p.sha256) for p in excluded}, leaks, brought)
+
+
+def _decide(
+    families: Families,
+    people: Sequence[ImageRecord | Newcomer],
+    before: Sequence[ImageRecord],
+    split: Split,
+    *,
+    is_first: bool,
+) -> tuple[Families, dict[str, int]]:
+    """Give the families without a side one; return them, and how many keys of a class `min_train` brought to train."""
+    labels: dict[tuple[str, str], set[str]] = {}
+    on_train = {(label, r.key) for r in before if r.side == "train" for label in r.labels}
+    for one, side, key in zip(people, families.sides, families.keys, strict=True):
+        if side in (UNDECIDED, TO_LEARN):
+            labels.setdefault((key, side), set()).update(one.labels)
+        elif side == "train":
+            on_train.update((label, key) for label in one.labels)
+    undecided = [Undecided(key, frozenset(names), mark == TO_LEARN) for (key, mark), names in labels.items()]
+    division = divide(
+        undecided,
+        split.seed,
+        split.fractions,
+        is_first=is_first,
+        min_train=split.min_train,
+        num_train=Counter(label for label, _ in on_train),
+    )
+    side_of = dict(zip(labels, division.sides, strict=True))
+    sides = [side_of.get((key, side), side) for key, side in zip(families.keys, families.sides, strict=True)]
+    return replace(families, sides=sides), division.brought
 
 
 def make_leak_error(leaks: Sequence[Leak]) -> SourceError:
@@ -162,7 +198,7 @@ def _divide_at_random(
     newcomers: Sequence[Newcomer], split: Split, is_first: bool
 ) -> tuple[list[Newcomer], list[Newcomer]]:
     """Give sides to the labelled images of the first version as scikit-learn does; return these and the rest."""
-    labelled = [n for n in newcomers if n.is_labelled] if is_first else []
+    labelled = [n for n in newcomers if n.labels] if is_first else []
     if is_first and split.first is not None and len(labelled) < split.first:
         raise SourceError(
             "ingest.split.first", f"the sources have {len(labelled)} labelled images", f"{split.first} or more"

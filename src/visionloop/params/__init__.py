@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from visionloop.errors import ParamsError
 from visionloop.params.ingest import (
@@ -28,6 +28,7 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
+from visionloop.params.schedule import check_cron, check_timezone
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
 from visionloop.params.train import (
@@ -79,7 +80,6 @@ __all__ = [
     "make_params",
 ]
 
-CRON_FIELDS = 5
 ALIKE = 0.85  # how near a key must be to be meant rather than others (difflib's ratio)
 
 Side = Annotated[int, Field(ge=32, le=4096)]
@@ -134,15 +134,10 @@ class Serve(Section):
 
 
 class Schedule(Section):
-    """When flows run, as cron expressions (five fields)."""
+    """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin)."""
 
-    retrain: str | None = None
-
-    @model_validator(mode="after")
-    def _cron(self) -> "Schedule":
-        if self.retrain is not None and len(self.retrain.split()) != CRON_FIELDS:
-            raise ValueError('a cron expression of five fields, like "0 3 * * *"')
-        return self
+    retrain: Annotated[str | None, AfterValidator(check_cron)] = None
+    timezone: Annotated[str, AfterValidator(check_timezone)] = "UTC"
 
 
 class Compute(Section):
@@ -232,6 +227,8 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     elif kind == "union_tag_invalid":
         keys.append("kind")
         found, expected = f"got {_tag_of(first)!r}", f"one of {first['ctx']['expected_tags']}"
+    elif kind == "string_type":
+        found, expected = f"got {first['input']!r}"[:120], f'text: write it in quotes, "{first["input"]}"'[:120]
     elif kind == "string_pattern_mismatch":
         found = f"got {first['input']!r}"
         is_digest = keys[-1].endswith("sha256")

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from visionloop.params.section import Name, Section, Words, to_tuple
+from visionloop.params.section import Name, Section, Text, Words, to_tuple
 from visionloop.records import MAX_PIXELS
 
-Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Fractions = Annotated[
     tuple[Fraction, Fraction, Fraction] | tuple[Fraction, Fraction],
@@ -222,9 +221,10 @@ Source = Annotated[
 
 
 class Split(Section):
-    """How images without a side of their own are divided. All but `on_leak` is fixed by the first version of a name.
+    """How images without a side of their own are divided. Method, seed and fractions are fixed by the first version.
 
-    `hash`: fractions [train, val, test], by a hash of the image's key; an image never changes its side.
+    `hash`: fractions [train, val, test], by a hash of the image's key; an image never changes its side. The first
+    version is divided class by class. The first `min_train` keys of a class go to train, whatever their hash says.
     `random`: scikit-learn's `train_test_split(shuffle=True, random_state=seed)` over the first `first` images of the
     source's order, fractions [train, test]: for comparison with tutorials, never promoted.
     `on_leak` says what happens when near duplicates lie on different sides that the sources gave themselves.
@@ -234,6 +234,7 @@ class Split(Section):
     seed: int = 0
     fractions: Fractions = (0.70, 0.15, 0.15)
     first: int | None = Field(default=None, ge=2)
+    min_train: int = Field(default=1, ge=0)
     on_leak: Literal["report", "exclude", "fail"] = "report"
 
     @model_validator(mode="after")
@@ -248,7 +249,7 @@ class Split(Section):
 
     def fixed(self) -> dict[str, Any]:
         """Return what version 1 of a name fixes."""
-        return self.model_dump(mode="json", exclude={"on_leak"})
+        return self.model_dump(mode="json", exclude={"on_leak", "min_train"})
 
 
 class Expect(Section):
@@ -275,7 +276,7 @@ class Ingest(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
     split: Split = Split()
     expect: Expect = Expect()
-    label_map: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    label_map: dict[Text, Text] = Field(default_factory=dict)
     corrections: str | None = Field(default=None, min_length=1)
     max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1024)

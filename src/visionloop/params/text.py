@@ -66,3 +66,9 @@ def _check_size(value: Any, where: str) -> None:
 
     if (number := count(value)) > MAX_VALUES:
         raise ParamsError(where, f"stands for {number:,} values", f"at most {MAX_VALUES:,}", "Edit the file.")
+
+
+def has_conflict_marks(text: str) -> bool:
+    """Say whether a file is as git leaves it where two sides of a merge differ."""
+    lines = text.splitlines()
+    return any(line.startswith("<<<<<<< ") for line in lines) and any(line.startswith(">>>>>>> ") for line in lines)

@@ -49,7 +49,7 @@ def gate(
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
-    pin = load_pin(settings.pin_path)
+    pin = load_pin(settings.pin_path, workspace.name)
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")

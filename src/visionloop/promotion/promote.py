@@ -13,6 +13,7 @@ from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import append_entry, read_champion, read_history, require_passed
 from visionloop.records import Decision, LedgerEntry
 from visionloop.store import ObjectStore
+from visionloop.tracking import DIGEST_TAG
 from visionloop.workspace import Workspace
 
 ALIAS_ROUNDS = 3
@@ -86,7 +87,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry
         model_version=version,
         decision=decision.number,
         dataset=decision.dataset,
-        run_id=note.run_id if note else decision.run_id,
+        run_id=note.run_id if note else decision.run_id or workspace.tracking.find_tagged_run(DIGEST_TAG, digest),
         by=by,
         why=why,
         at=now,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionloop.data.manifest import is_experiment, load_version
+from visionloop.data.manifest import check_name, is_experiment, load_version
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.networks.names import check_network
@@ -32,6 +32,7 @@ def check_training(workspace: Workspace) -> TrainingData:
     section = workspace.params.train
     check_network(section, workspace.settings.home)
     prepared = load_prepared(workspace.settings.prepared_dir)
+    check_name(prepared.pin, workspace.name)
     validated_on = "val"
     if not len(prepared.rows("val")):  # a random split has train and test alone
         version = load_version(workspace.store, prepared.pin.name, prepared.pin.version)
@@ -97,7 +98,8 @@ def check_sides(prepared: Prepared, validated_on: str = "val") -> None:
             where,
             f"no training image of {shorten([prepared.classes[k] for k in empty])}{held}",
             "one or more on the training side",
-            "Add images of it.",
+            "Add images of it (the first ones go to train), or set ingest.expect.min_per_class, which leaves it out: "
+            "then `visionloop ingest`.",
         )
     if len(train) < 2 or not len(val):
         raise DatasetError(

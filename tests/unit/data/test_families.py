@@ -12,11 +12,9 @@ from visionloop.data.families import (
     Families,
     Member,
     Pair,
-    choose_random_sides,
-    choose_side,
-    compute_position,
     place_members,
 )
+from visionloop.data.split import choose_random_sides, choose_side, compute_position
 
 FRACTIONS = (0.70, 0.15, 0.15)
 USED = ("train", "val", "test")

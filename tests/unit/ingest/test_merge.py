@@ -18,9 +18,10 @@ from visionloop.data.manifest import commit_version, latest_version, load_versio
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import ParamsError, SourceError
 from visionloop.ingest.check import Checked
+from visionloop.ingest.expect import check_expectations
 from visionloop.ingest.inspect import Inspected, inspect_bytes
 from visionloop.ingest.labels import Correction
-from visionloop.ingest.merge import Merged, check_expectations, merge
+from visionloop.ingest.merge import Merged, merge
 from visionloop.ingest.sources import Item
 from visionloop.params import make_params
 from visionloop.records import ImageRecord

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from visionloop.errors import ParamsError
-from visionloop.params import load_params
+from visionloop.params import load_params, make_params
 from visionloop.params.text import MAX_CHARS, MAX_VALUES, parse_yaml
 
 
@@ -77,3 +77,31 @@ def test_a_huge_file_is_not_read_to_its_end(tmp_path: Path) -> None:
         file.truncate(10 << 30)
     with pytest.raises(ParamsError, match=rf"params\.yaml: has [0-9,]+ characters; expected at most {MAX_CHARS:,}"):
         load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("{0: cat, 1: 2}", {"0": "cat", "1": "2"}),
+        ("{1.0: a, 2.5: b}", {"1": "a", "2.5": "b"}),
+        ("{no: yes}", {"no": "yes"}),
+    ],
+)
+def test_numbers_stand_for_names_of_classes(text: str, labels: dict[str, str]) -> None:
+    params = make_params(parse_yaml(f"name: a\ningest: {{label_map: {text}, expect: {{classes: [0, 1, 2021-05-01]}}}}"))
+    assert params.ingest.label_map == labels
+    assert params.ingest.expect.classes == ("0", "1", "2021-05-01")
+    source = {"kind": "video", "path": "x", "label": 3}
+    assert make_params({"name": "a", "ingest": {"sources": [source]}}).ingest.sources[0].label == "3"
+
+
+def test_what_is_no_text_says_that_quotes_are_wanted() -> None:
+    with pytest.raises(ParamsError, match=r'expect\.classes\.0: got True; expected text: write it in quotes, "True"'):
+        make_params(parse_yaml("name: a\ningest: {expect: {classes: [true]}}"))
+    with pytest.raises(ParamsError, match=r'name: got 3; expected text: write it in quotes, "3"'):
+        make_params(parse_yaml("name: 3"))
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-05", 1e-5), ("2e-3", 2e-3), ("1E-4", 1e-4), ("1.0e-3", 1e-3)])
+def test_numbers_as_dvc_writes_them(text: str, number: float) -> None:
+    assert make_params(parse_yaml(f"name: a\ntrain: {{learning_rate: {text}}}")).train.learning_rate == number

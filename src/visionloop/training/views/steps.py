@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import IntArray, compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
@@ -42,7 +43,7 @@ class ConfusionView(View):
         epoch = trainer.current_epoch + 1
         if epoch % self.job.params.compute.confusion_every and epoch != trainer.max_epochs:
             return
-        classes = self.job.prepared.classes
+        classes = [*number_names(self.job.prepared.classes).values()]
         assert isinstance(pl_module, ClassifierModule)
         units_nu, targets = pl_module.val_units_nu, pl_module.val_targets
         folder = self.work / "figures" / "confusion"

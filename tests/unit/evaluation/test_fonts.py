@@ -1,0 +1,45 @@
+"""Class names in any script are drawn by a font that has them, or as numbers that the report explains."""
+
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib import font_manager
+
+from visionloop.evaluation import fonts
+from visionloop.evaluation.fonts import find_families, number_names
+from visionloop.evaluation.metrics import ClassFigures
+from visionloop.evaluation.plots import draw_classes
+from visionloop.evaluation.report import _make_legend
+
+OURS = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@pytest.fixture
+def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has matplotlib's fonts alone."""
+    mine = [f for f in font_manager.fontManager.ttflist if Path(f.fname).parent == OURS.parent]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", mine)
+    for cached in (fonts._find_family, fonts._list_charmaps):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["猫", "हिन्दी", "ภาษา", "犬 dog"])
+def test_a_name_that_no_font_has_is_a_number_with_a_legend(only_ours: None, name: str) -> None:
+    assert number_names(["cat", name, "Ünï-ж"]) == {"cat": "cat", name: "#2", "Ünï-ж": "Ünï-ж"}
+    assert f"In the figures #2 is {name}." in _make_legend(["cat", name])
+    assert _make_legend(["cat", "Кот", "γάτα"]) == ""
+    assert find_families([name, "cat"]) == ["DejaVu Sans"]
+
+
+def test_a_system_font_that_has_the_characters_is_used(only_ours: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = draw_classes([ClassFigures("猫", 0.5, 0.5, 0.5, 4)])
+    entry = font_manager.FontEntry(fname=str(OURS), name="Noto Sans CJK", style="normal")
+    listed = [("DejaVu Sans", frozenset(range(32, 127))), ("Noto Sans CJK", frozenset({ord("猫")}))]
+    monkeypatch.setattr(fonts, "_list_charmaps", lambda: listed)
+    fonts._find_family.cache_clear()
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist, entry])
+    assert number_names(["猫", "cat"]) == {"猫": "猫", "cat": "cat"}
+    assert find_families(["猫", "cat"]) == ["DejaVu Sans", "Noto Sans CJK"]
+    assert draw_classes([ClassFigures("猫", 0.5, 0.5, 0.5, 4)])[:8] == plain[:8] == b"\x89PNG\r\n\x1a\n"
+    fonts._find_family.cache_clear()
