@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
-from visionloop.data.manifest import make_image_key
+from visionloop.data.manifest import make_image_key, make_lost_error
 from visionloop.data.shards import IMAGES, TRAIN, compute_rows_per_shard, make_shard_name
 from visionloop.errors import DatasetError, ImageError, ObjectMissing
 from visionloop.params import Prepare
@@ -134,20 +134,11 @@ def _decode(image: ChunkImage, data: bytes, chunk: Chunk) -> UInt8Array:
     """Decode an image after a check of its sha256: a damaged JPEG often decodes without an error."""
     try:
         if hashlib.sha256(data).hexdigest() != image.sha256:
-            raise _make_error(image)
+            raise make_lost_error(image.sha256, image.origin)
         limit = max(MAX_PIXELS, image.num_pixels)
         return load_array(data, image.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=limit)
     except ImageError as exc:
-        raise _make_error(image) from exc
-
-
-def _make_error(image: ChunkImage) -> DatasetError:
-    return DatasetError(
-        f"image {image.sha256[:12]} ({image.origin})",
-        "is missing from the store or damaged there",
-        "its bytes as they were ingested",
-        "Run `visionloop ingest --verify`: it mends what its source still has.",
-    )
+        raise make_lost_error(image.sha256, image.origin) from exc
 
 
 @lru_cache(maxsize=4)
@@ -162,7 +153,7 @@ def _read_ahead(store: ObjectStore, images: Sequence[ChunkImage]) -> Generator[b
         try:
             return store.get(make_image_key(image.sha256))
         except ObjectMissing as exc:
-            raise _make_error(image) from exc
+            raise make_lost_error(image.sha256, image.origin) from exc
 
     if store.url.startswith("file:"):
         yield from map(read, images)

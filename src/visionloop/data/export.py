@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionloop.data.manifest import make_image_key
+from visionloop.data.manifest import make_image_key, make_lost_error
 from visionloop.errors import DatasetError, ObjectMissing, SettingsError
 from visionloop.parallel import map_parallel
 from visionloop.records import DatasetVersion, ImageRecord, compute_digest
@@ -161,12 +161,7 @@ def read_image(store: ObjectStore, record: ImageRecord) -> bytes:
     except ObjectMissing:
         found = "nothing"
     if found != record.sha256:
-        raise DatasetError(
-            f"image {record.sha256[:12]} ({(*record.origins, 'unknown origin')[0]})",
-            "is missing from the store or damaged there",
-            "its bytes as they were ingested",
-            "Run `visionloop ingest --verify`: it mends what its source still has.",
-        )
+        raise make_lost_error(record.sha256, (*record.origins, "unknown origin")[0])
     return data
 
 

@@ -164,6 +164,18 @@ def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequenc
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
 
 
+def make_lost_error(sha256: str, origin: str) -> DatasetError:
+    """Return the error of an image that the store has lost; its ways out work for declared sources and one-time pulls."""
+    source = origin.partition(":")[0] if ":" in origin else "NAME"
+    return DatasetError(
+        f"image {sha256[:12]} ({origin})",
+        "is missing from the store or damaged there",
+        "its bytes as they were ingested",
+        f"Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest PATH --name {source} --verify`:"
+        f" it mends what its source still has. Without its source: `visionloop forget {sha256[:12]} --why lost`.",
+    )
+
+
 def write_quarantine(store: ObjectStore, name: str, rejected: Sequence[Rejected]) -> str | None:
     """Keep the list of unusable files in the store; return its digest, None for an empty list."""
     if not rejected:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionloop.data.images import UInt8Array
-from visionloop.data.manifest import make_image_key
+from visionloop.data.manifest import make_image_key, make_lost_error
 from visionloop.data.shards import IntArray, Prepared, load_prepared
-from visionloop.errors import DatasetError, ImageError, ObjectMissing, TrainingError
+from visionloop.errors import ImageError, ObjectMissing, TrainingError
 from visionloop.features.encoder import Encoder, describe_weights, make_encoder
 from visionloop.features.table import EmbeddingTable
 from visionloop.features.view import EncoderFacts, FloatArray, describe_crop, write_empty, write_features
@@ -93,16 +93,11 @@ def choose_reader(store: ObjectStore, encoder: Encoder, prepared: Prepared, orig
 
     def decode(row: int) -> UInt8Array:
         sha256 = prepared.sha256_n[row]
-        where = f"image {sha256[:12]} ({origin_of.get(sha256, 'of an earlier version')})"
+        origin = origin_of.get(sha256, "of an earlier version")
         try:
-            return encoder.decode(store.get(make_image_key(sha256)), where)
+            return encoder.decode(store.get(make_image_key(sha256)), f"image {sha256[:12]} ({origin})")
         except (ImageError, ObjectMissing) as exc:
-            raise DatasetError(
-                where,
-                "is missing from the store or damaged there",
-                "its bytes as they were ingested",
-                "Run `visionloop ingest --verify`: it mends what its source still has.",
-            ) from exc
+            raise make_lost_error(sha256, origin) from exc
 
     return lambda rows: np.stack(list(map_parallel(decode, [int(row) for row in rows])))
 
