@@ -165,7 +165,7 @@ def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequenc
 
 
 def make_lost_error(sha256: str, origin: str) -> DatasetError:
-    """Return the error of an image that the store has lost; its ways out work for declared sources and one-time pulls."""
+    """Return the error of an image that the store has lost, with a way out for each kind of pull."""
     source = origin.partition(":")[0] if ":" in origin else "NAME"
     return DatasetError(
         f"image {sha256[:12]} ({origin})",

@@ -171,7 +171,7 @@ def check_sources(params: Params) -> Sequence[Source]:
             "params.yaml ingest.sources",
             "names no source",
             "at least one",
-            "Run `visionloop ingest FOLDER` once, or add a source to the file.",
+            "Run `visionloop ingest PATH` once (also with --verify), or add a source to the file.",
         )
     return params.ingest.sources
 
