@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from visionloop.workspace import get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
+    from visionloop.records import Rejected
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
@@ -121,8 +123,20 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool) 
         on_progress=make_progress("checked", "images"),
         verify=verify,
     )
-    for line in describe_pull(report):
+    for line in (*describe_pull(report), *_advise(report.rejected)):
         print(line)
+
+
+def _advise(rejected: "Sequence[Rejected]") -> list[str]:
+    """Say how to move images that were sorted again, or a class whose folder has another name now."""
+    reasons = Counter(one.reason for one in rejected if one.code == "label_conflict")
+    if not reasons:
+        return []
+    (reason, number), *_ = reasons.most_common(1)
+    return [
+        f"{number:,} times {reason}: the label that an image has stands. To rename a class: `label_map: {{OLD: NEW}}`",
+        "under `ingest` in params.yaml; to move single images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
+    ]
 
 
 def _describe_outline(outline: "Outline") -> list[str]:
