@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from visionloop.data.compare import Diff
     from visionloop.data.leaks import Leaks
-    from visionloop.ingest.dry_run import Outline
     from visionloop.ingest.pull import PullReport
     from visionloop.records import DatasetVersion, Decision, ImageRecord, LedgerEntry, Rejected
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
 MANY = 12
 SHOWN_OF_MANY = 8
-MANY_CLASSES = 200
 NAME_WIDTH = 32
 LINE = 110
 
@@ -184,28 +182,6 @@ def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str
             ]
             if len(rows) > shown:
                 lines.append(f"         and {len(rows) - shown:,} more")
-    return lines
-
-
-def describe_outline(outline: "Outline") -> list[str]:
-    """Tell what a pull of a source would bring: images by class and side, some of their names, and what is left."""
-    from visionloop.ingest.dry_run import UNLABELLED
-    from visionloop.ingest.pull import NOT_UNUSABLE
-
-    labels = sorted(outline.counts, key=lambda label: (label == UNLABELLED, label))
-    num_classes = sum(label != UNLABELLED for label in labels)
-    sides = sorted({side for counts in outline.counts.values() for side in counts})
-    shown = labels[:MANY_CLASSES]
-    rows = [
-        [cut(label), *(f"{outline.counts[label][side]:,}" for side in sides), f"{outline.counts[label].total():,}"]
-        for label in shown
-    ]
-    lines = [f"source {outline.source}: {outline.num_images:,} images of {num_classes:,} classes would be offered"]
-    lines += [f"  {line}" for line in align([["class", *sides, "all"], *rows])] if rows else []
-    lines += [f"  and {len(labels) - len(shown):,} more classes"] if len(labels) > len(shown) else []
-    lines += [f"  {cut(label)}: {', '.join(map(fit, outline.samples[label]))}" for label in shown]
-    lines += describe_rejected(outline.rejected, NOT_UNUSABLE)
-    lines.append(f"files passed over: {outline.passed.num_files:,}")
     return lines
 
 

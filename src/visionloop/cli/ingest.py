@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +11,17 @@ import typer
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
-from visionloop.settings import PARAMS_FILE
-from visionloop.words import describe_outline, describe_pull
+from visionloop.settings import PARAMS_FILE, load_settings
+from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
 
 if TYPE_CHECKING:
+    from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
+    from visionloop.records import Rejected
     from visionloop.workspace import Workspace
 
+MANY_CLASSES = 200
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
     str | None,
@@ -79,23 +83,36 @@ def ingest(
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
-    from visionloop.ingest.pull import check_sources, pull
-    from visionloop.pipeline import refresh_code
+    from visionloop.ingest.pull import check_sources
 
-    workspace = open_workspace()
     given: dict[str, Any] = {"name": name, "pattern": pattern}
     given |= {"image_column": image_column, "label_column": label_column}
     given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
+    if dry_run:
+        _print_dry_run(what, {**given, "save": save or None})
+        return
+    workspace = open_workspace()
     if what is None:
         _check_alone({**given, "save": save or None})
         sources, text = check_sources(workspace.params), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
-        print(f"{'a' if save or dry_run else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    if dry_run:
-        _print_dry_run(workspace, sources)
-        return
+        print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
+    _pull(workspace, sources, verify=verify)
+    if text:
+        from visionloop.params.edit import write_params
+
+        write_params(workspace.settings.params_path, text)
+        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
+    elif what is not None:
+        print("to pull it on every run, say --save")
+
+
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool) -> None:
+    from visionloop.ingest.pull import pull
+    from visionloop.pipeline import refresh_code
+
     refresh_code(workspace.settings.home, workspace.params)
     report = pull(
         workspace,
@@ -106,25 +123,59 @@ def ingest(
         on_progress=make_progress("checked", "images"),
         verify=verify,
     )
-    for line in describe_pull(report):
+    for line in (*describe_pull(report), *_advise(report.rejected)):
         print(line)
-    if text:
-        from visionloop.params.edit import write_params
-
-        write_params(workspace.settings.params_path, text)
-        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
-    elif what is not None:
-        print("to pull it on every run, say --save")
 
 
-def _print_dry_run(workspace: "Workspace", sources: "Sequence[Source]") -> None:
+def _advise(rejected: "Sequence[Rejected]") -> list[str]:
+    """Say how to move images that were sorted again, or a class whose folder has another name now."""
+    reasons = Counter(one.reason for one in rejected if one.code == "label_conflict")
+    if not reasons:
+        return []
+    (reason, number), *_ = reasons.most_common(1)
+    return [
+        f"{number:,} times {reason}: the label that an image has stands. To rename a class: `label_map: {{OLD: NEW}}`",
+        "under `ingest` in params.yaml; to move single images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
+    ]
+
+
+def _describe_outline(outline: "Outline") -> list[str]:
+    """Tell what a pull of a source would bring: images by class and side, some of their names, and what is left."""
+    from visionloop.ingest.dry_run import UNLABELLED
+    from visionloop.ingest.pull import NOT_UNUSABLE
+
+    labels = sorted(outline.counts, key=lambda label: (label == UNLABELLED, label))
+    num_classes = sum(label != UNLABELLED for label in labels)
+    sides = sorted({side for counts in outline.counts.values() for side in counts})
+    shown = labels[:MANY_CLASSES]
+    rows = [
+        [cut(label), *(f"{outline.counts[label][side]:,}" for side in sides), f"{outline.counts[label].total():,}"]
+        for label in shown
+    ]
+    lines = [f"source {outline.source}: {outline.num_images:,} images of {num_classes:,} classes would be offered"]
+    lines += [f"  {line}" for line in align([["class", *sides, "all"], *rows])] if rows else []
+    lines += [f"  and {len(labels) - len(shown):,} more classes"] if len(labels) > len(shown) else []
+    lines += [f"  {cut(label)}: {', '.join(map(fit, outline.samples[label]))}" for label in shown]
+    lines += describe_rejected(outline.rejected, NOT_UNUSABLE)
+    lines.append(f"files passed over: {outline.passed.num_files:,}")
+    return lines
+
+
+def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
+    """Print what a pull would bring. The workspace is not opened: that would write into it."""
     from visionloop.ingest.dry_run import outline_source
     from visionloop.ingest.item import SourceContext
+    from visionloop.ingest.pull import check_sources
+    from visionloop.params import load_params
 
-    settings = workspace.settings
-    context = SourceContext(settings.home, settings.hidden_dir, os.environ, workspace.params.ingest, tell=print)
+    settings = load_settings(os.environ, None)
+    params = load_params(settings.params_path)
+    if what is None:
+        _check_alone(given)
+    sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
+    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print)
     for source in sources:
-        for line in describe_outline(outline_source(source, context)):
+        for line in _describe_outline(outline_source(source, context)):
             print(line)
     print("a dry run: nothing was read or written")
 

@@ -3,79 +3,82 @@
 Names of the fields: PKWARE's APPNOTE.TXT, version 6.3.10.
 """
 
+import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from zipfile import ZipInfo
 
 from visionloop.errors import SourceError
+from visionloop.ingest.paths.names import is_text
 
 UTF8_FLAG = 0x800
 UNIX = 3
 UNICODE_PATH = 0x7075
 SAMPLE = 200
 # Encodings of names that are offered, the most frequent first; and the letters of code page 437.
-ENCODINGS = ("gbk", "shift_jis", "cp866", "euc_kr", "big5", "cp1252", "cp850", "cp437")
+ENCODINGS = ("gbk", "shift_jis", "cp866", "euc_kr", "big5", "cp1252", "cp850", "cp437", "utf-8")
 DOS_LETTERS = frozenset((*range(0x80, 0x9B), *range(0xA0, 0xA6), 0xE1))
 DOS_CAPITALS = frozenset((0x80, 0x8E, 0x8F, 0x90, 0x92, 0x99, 0x9A, 0xA5))
 
 
 class ZipNames:
-    """How the names of one archive are read: their encoding, and whether `\\` stands between folders."""
+    """How the names of one archive are read: their encoding, and whether `\\` stands between folders.
+
+    Names without the mark of UTF-8 are UTF-8 all the same if all of them can be (macOS writes them so).
+    """
 
     def __init__(self, infos: Sequence[ZipInfo], encoding: str | None, where: str) -> None:
-        self._encoding = encoding or "cp437"
         self._is_windows = not any("/" in info.orig_filename for info in infos)
-        other = [name for info in infos if (name := _find_other(info))]
-        if encoding:
-            self._check(other, where)
-        elif doubtful := [name for name in other if not _is_dos_name(name)]:
-            raise _ask_encoding(doubtful, where)
-        self.guessed = self.decode_bytes(other[0]) if other and not encoding else ""
+        unmarked = [data for info in infos if (data := _find_unmarked(info))]
+        self._encoding, self.guessed = encoding or "utf-8", ""
+        if encoding is None and unmarked and not _are_utf8(unmarked):
+            if not all(map(_is_dos_name, unmarked)):
+                raise _ask_encoding(unmarked, where)
+            self._encoding = "cp437"
+            self.guessed = unmarked[0].decode("cp437")
+        self._check(unmarked, where)
 
     def decode(self, info: ZipInfo) -> str:
         """Return a name with `/` between its parts: by its UTF-8 field or as UTF-8 where it is, else as encoded."""
-        other = _find_other(info)
-        name = self.decode_bytes(other) if other else _decode_utf8(info)
+        data = _find_unmarked(info)
+        name = data.decode(self._encoding) if data else _find_unicode_path(info) or info.orig_filename
         if "\\" in name and (info.create_system != UNIX or self._is_windows):  # as .NET writes them on Windows
             name = name.replace("\\", "/")
-        if name.startswith("./") or "/./" in name:
+        if name != "./" and (name.startswith("./") or "/./" in name):
             name = "/".join(part for part in name.split("/") if part != ".")
         return name
-
-    def decode_bytes(self, name: bytes) -> str:
-        return name.decode(self._encoding)
 
     def _check(self, names: Sequence[bytes], where: str) -> None:
         try:
             for name in names:
-                self.decode_bytes(name)
+                name.decode(self._encoding)
         except (UnicodeDecodeError, LookupError) as exc:
-            found = (
-                f"has a name that is no {self._encoding}" if isinstance(exc, UnicodeDecodeError) else "cannot be used"
-            )
+            found = "fits not all names" if isinstance(exc, UnicodeDecodeError) else "is no encoding"
+            expected = "that of the names: gbk, shift_jis, cp866, utf-8"
             raise SourceError(
-                f"{where} encoding", found, "a text encoding: gbk, shift_jis, cp866", "Change `encoding`."
+                f"{where} encoding", f"{self._encoding!r} {found}", expected, "Change `encoding`."
             ) from exc
 
 
-def _find_other(info: ZipInfo) -> bytes | None:
-    """Return the bytes of a name that is neither ASCII nor UTF-8; None for any other."""
+def _find_unmarked(info: ZipInfo) -> bytes | None:
+    """Return the bytes of a name that is not ASCII and not marked as UTF-8; None for any other."""
     if info.flag_bits & UTF8_FLAG or info.orig_filename.isascii() or _find_unicode_path(info):
         return None
-    data = encode_name(info)
+    return encode_name(info)
+
+
+def _are_utf8(names: Sequence[bytes]) -> bool:
+    """Say whether names are UTF-8: all can be, and none is a word of Latin-1 letters alone.
+
+    By chance some short names in another encoding can be: the character for cat in GBK has the bytes of `è`.
+    """
     try:
-        data.decode("utf-8")
+        texts = [name.decode("utf-8") for name in names]
     except UnicodeDecodeError:
-        return data
-    return None
-
-
-def _decode_utf8(info: ZipInfo) -> str:
-    """Return a name that is UTF-8, also without the flag (as macOS writes)."""
-    if info.flag_bits & UTF8_FLAG or info.orig_filename.isascii():
-        return info.orig_filename
-    return _find_unicode_path(info) or encode_name(info).decode("utf-8")
+        return False
+    return not any(part and all("\x80" <= c <= "\xff" for c in part) for text in texts for part in text.split("/"))
 
 
 def _find_unicode_path(info: ZipInfo) -> str:
@@ -103,22 +106,47 @@ def _is_dos_name(name: bytes) -> bool:
 
 
 def _ask_encoding(names: Sequence[bytes], where: str) -> SourceError:
-    sample = max(names[:SAMPLE], key=lambda name: sum(byte > 127 for byte in name))
+    sample = sorted(names[:SAMPLE], key=lambda name: -sum(byte > 127 for byte in name))
     readings = {}
     for encoding in ENCODINGS:
         try:
-            texts = [name.decode(encoding) for name in names[:SAMPLE]]
+            texts = [name.decode(encoding) for name in sample]
         except UnicodeDecodeError:
             continue
-        if all(text.isprintable() for text in texts):
-            readings[encoding] = sample.decode(encoding)[:60]
-    shown = "; ".join(f"{text} as {encoding}" for encoding, text in readings.items()) or repr(sample[:60])
+        if all(map(is_text, texts)):
+            readings[encoding] = texts
+    order = sorted(readings, key=lambda encoding: -_rate("".join(readings[encoding])))
+    shown = "; ".join(f"{readings[encoding][0][:60]} in {encoding}" for encoding in order[:5]) or repr(sample[0][:60])
     return SourceError(
         where,
-        f"has {len(names):,} names that are not UTF-8, such as {shown}",
-        "the encoding of its names",
-        f"Say --encoding {next(iter(readings), 'gbk')} (in params.yaml: `encoding`), or the one that reads right.",
+        f"does not say the encoding of {len(names):,} of its names, such as {shown}",
+        "an encoding",
+        f"Say --encoding {next(iter(order), 'gbk')} (in params.yaml: `encoding`), or the one that reads right.",
     )
+
+
+def _rate(text: str) -> float:
+    """Return how much a text looks like one language: the share of its letters that belong together, kana first."""
+    blocks = Counter(_find_block(c) for c in text if c > "\x7f")
+    mixed = len(re.findall(r"[a-zA-Z][Ѐ-ӿ]|[Ѐ-ӿ][a-zA-Z]", text))
+    good = (
+        3 * blocks["kana"] + 2 * blocks["common"] + 1.5 * blocks["latin"] + blocks["han"] - blocks["other"] - 2 * mixed
+    )
+    return good / max(1, blocks.total())
+
+
+def _find_block(character: str) -> str:
+    if "\u3040" <= character <= "\u30ff":
+        return "kana"
+    if "\u0400" <= character <= "\u04ff" or "\uac00" <= character <= "\ud7a3":
+        return "common"
+    if "\u4e00" <= character <= "\u9fff":
+        try:
+            character.encode("gb2312")
+        except UnicodeEncodeError:
+            return "han"
+        return "common"
+    return "latin" if "\xc0" <= character <= "\u024f" and character.isalpha() else "other"
 
 
 def encode_name(info: ZipInfo) -> bytes:

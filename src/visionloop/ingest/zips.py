@@ -182,7 +182,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _leaves(name: str) -> bool:
-    return name[1:2] == ":" or not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/"))
+    return name[1:2] == ":" or (name != "./" and not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/")))
 
 
 def _mark_problems(members: list[ZipMember]) -> list[ZipMember]:

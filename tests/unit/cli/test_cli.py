@@ -137,3 +137,77 @@ def test_new_makes_a_workspace_that_is_valid(
     assert {"params.yaml", "dvc.yaml", "code.json", ".gitignore"} <= names
     assert not any(name.startswith((".visionloop", "models")) for name in names)
     assert (home / ".visionloop").stat().st_mode & 0o022 == 0, "no folder that everybody may write"
+
+
+def test_a_dry_run_says_what_would_be_taken_and_writes_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train/cat/1.jpg", "train/cat/2.jpg", "train/cat/3.jpg", "train/cat/4.jpg", "train/dog/1.jpg"):
+        path = home.parent / "pets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image, and not opened")
+    (home.parent / "pets" / "test" / "dog").mkdir(parents=True)
+    (home.parent / "pets" / "test" / "dog" / "9.jpg").touch()
+    (home.parent / "pets" / "train" / "notes.txt").touch()
+    (home.parent / "pets" / "train" / "loose.jpg").touch()
+    before = sorted(home.rglob("*"))
+    assert run_here(monkeypatch, "ingest", "../pets", "--dry-run") == 0
+    assert sorted(home.rglob("*")) == before
+    shown = capsys.readouterr().out
+    assert "source pets: 6 images of 2 classes would be offered\n" in shown
+    table = [line.split() for line in shown.splitlines()]
+    assert ["class", "test", "train", "or", "val", "all"] in table
+    assert ["cat", "0", "4", "4"] in table
+    assert ["dog", "1", "1", "2"] in table
+    assert "  cat: train/cat/1.jpg, train/cat/2.jpg, train/cat/3.jpg\n" in shown
+    assert "quarantined 1 file that cannot be used:\n      1  no_label\n" in shown
+    assert "files passed over: .txt 1\n" in shown
+    assert shown.endswith("files passed over: 1\na dry run: nothing was read or written\n")
+
+
+def test_a_dry_run_of_the_declared_sources(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "name: pets\ningest: {sources: [{kind: folder, path: ../photos, name: a}, {kind: digits, name: b}]}\n"
+    (home / "params.yaml").write_text(text)
+    assert run_here(monkeypatch, "ingest", "--dry-run") == 2
+    shown = capsys.readouterr()
+    assert "source a: 24 images of 2 classes would be offered" in shown.out
+    assert "source b is of kind digits: its images are known only by reading it" in shown.err
+    assert {path.name for path in home.rglob("*") if path.is_file()} == {"params.yaml", "error.json"}
+
+
+def test_the_answers_to_a_question_are_options(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home.parent / "photos" / "test").mkdir()
+    (home.parent / "photos" / "test" / "1.png").write_bytes((home.parent / "photos" / "cat" / "1.png").read_bytes())
+    assert run_here(monkeypatch, "ingest", "../photos", "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert "Say --pattern '{label}/' if it is a class, or --unlabelled test if it is not" in error
+    assert run_here(monkeypatch, "ingest", "../photos", "--dry-run", "--pattern", "{label}/") == 0
+    assert "of 3 classes" in capsys.readouterr().out
+    assert run_here(monkeypatch, "ingest", "../photos", "--dry-run", "--unlabelled", "test") == 0
+    shown = capsys.readouterr().out
+    assert "of 2 classes" in shown
+    assert "(unlabelled): test/1.png" in shown
+    assert run_here(monkeypatch, "ingest", "../photos", "--encoding", "gbk") == 2
+    assert "--encoding: ../photos is of kind folder" in capsys.readouterr().err
+
+
+def test_a_class_folder_that_was_renamed_is_told_with_the_way_out_and_it_works(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "params.yaml").write_text("name: pets\ningest: {max_rejected_ratio: 1.0}\n")
+    assert run_here(monkeypatch, "ingest", "../photos") == 0
+    (home.parent / "photos" / "cat").rename(home.parent / "photos" / "kitty")
+    capsys.readouterr()
+    assert run_here(monkeypatch, "ingest", "../photos") == 0
+    shown = capsys.readouterr().out
+    assert "12 times same bytes labelled cat, kitty: the label that an image has stands." in shown
+    assert "To rename a class: `label_map: {OLD: NEW}`" in shown
+    assert "lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`" in shown
+    (home / "params.yaml").write_text("name: pets\ningest: {label_map: {cat: kitty}}\n")
+    assert run_here(monkeypatch, "ingest", "../photos") == 0
+    assert json.loads((home / "data" / "dataset.json").read_text())["classes"] == ["dog", "kitty"]
+    assert "label_conflict" not in capsys.readouterr().out

@@ -1,7 +1,10 @@
 """Zip archives as sources: laid out like folders or tables, read by several threads, changed under our hands."""
 
 import io
+import struct
+import unicodedata
 import zipfile
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +43,7 @@ def test_class_folders_below_the_archives_own_folder(tmp_path: Path) -> None:
     assert found.facts() == [("pets/cat/1.jpg", ("cat",), None), ("pets/dog/1.jpg", ("dog",), None)]
     assert [item.read(1) for item in found.items] == [b"c", b"d"]
     assert "all images are inside pets/, so this name is not taken for a class" in found.told[0]
+    assert found.told[1].endswith("files passed over: hidden 1; in __MACOSX 1")
     assert found.rejected == []
 
 
@@ -160,3 +164,182 @@ def test_broken_table_in_an_archive(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(data)
     with pytest.raises(SourceError, match=r"labels\.csv: does not have the size or the checksum that"):
         run_source(tmp_path, kind="archive", path="a.zip")
+
+
+def write_raw(home: Path, files: Mapping[str, bytes], system: int = 3, **bytes_for: bytes) -> None:
+    """Write a zip whose names hold other bytes than Python would write: `AAA` stands for those of `AAA=...`."""
+    with zipfile.ZipFile(home / "a.zip", "w") as archive:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            info.create_system = system
+            archive.writestr(info, data)
+    data = (home / "a.zip").read_bytes()
+    for name, raw in bytes_for.items():
+        assert len(name) == len(raw)
+        data = data.replace(name.encode(), raw)
+    (home / "a.zip").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("names", "system"),
+    [
+        (("./cat/1.jpg", "./dog/1.jpg", "./"), 3),
+        (("././cat/1.jpg", "dog/./1.jpg"), 3),
+        (("cat\\1.jpg", "dog\\1.jpg", "cat\\"), 0),
+        (("pets\\cat\\1.jpg", "pets\\dog\\1.jpg"), 3),
+        (("cat\\1.jpg", "dog/1.jpg"), 0),
+    ],
+)
+def test_names_as_other_tools_write_them(tmp_path: Path, names: tuple[str, ...], system: int) -> None:
+    write_raw(tmp_path, {name: b"" if name.endswith(("/", "\\")) else b"x" for name in names}, system)
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    assert [item.labels for item in found.items] == [("cat",), ("dog",)]
+    assert [item.read(9) for item in found.items] == [b"x", b"x"]
+    assert found.rejected == []
+
+
+@pytest.mark.parametrize("name", ["..\\evil.jpg", "C:\\evil.jpg", "./../evil.jpg", "a/./../../evil.jpg"])
+def test_names_that_lead_out_stay_refused(tmp_path: Path, name: str) -> None:
+    write_raw(tmp_path, {"cat/1.jpg": b"x", "dog/1.jpg": b"x", name: b"x"}, system=0)
+    (refused,) = run_source(tmp_path, kind="archive", path="a.zip").rejected
+    assert (refused.code, refused.reason) == ("unsafe_path", "its name leaves the archive")
+
+
+@pytest.mark.parametrize(
+    ("word", "encoding"),
+    [
+        ("猫", "gbk"),
+        ("狗狗", "gbk"),
+        ("猫", "shift_jis"),
+        ("ねこ", "shift_jis"),
+        ("собака", "cp866"),
+        ("кот", "cp866"),
+        ("고양이", "euc_kr"),
+        ("été", "cp1252"),
+    ],
+)
+def test_encoding_of_names_is_asked_for_and_the_answer_is_taken(tmp_path: Path, word: str, encoding: str) -> None:
+    raw = word.encode(encoding)
+    hole = "Z" * len(raw)
+    write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
+    with pytest.raises(SourceError, match=rf"does not say the encoding of 1 .*{word}/1\.jpg in {encoding}") as caught:
+        run_source(tmp_path, kind="archive", path="a.zip")
+    first = "gbk" if encoding == "euc_kr" else encoding  # bytes of Korean words are Chinese ones too
+    assert f"Say --encoding {first} (in params.yaml: `encoding`)" in str(caught.value)
+    found = run_source(tmp_path, kind="archive", path="a.zip", encoding=encoding)
+    assert {item.labels for item in found.items} == {(word,), ("dog",)}
+    assert [item.read(1) for item in found.items if item.labels == (word,)] == [b"1"]
+
+
+@pytest.mark.parametrize(("word", "encoding"), [("Müll", "cp437"), ("piñata", "cp437"), ("Katze_ß", "cp437")])
+def test_names_of_dos_are_read_and_told(tmp_path: Path, word: str, encoding: str) -> None:
+    raw = word.encode(encoding)
+    hole = "Z" * len(raw)
+    write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    assert {item.labels for item in found.items} == {(word,), ("dog",)}
+    assert found.told[0].endswith(f"names that are not UTF-8 are read as cp437, such as {word}/1.jpg; else `encoding`")
+
+
+@pytest.mark.parametrize("word", ["café", "cafe\u0301", "Кошка", "猫", "คน"])
+def test_utf8_without_its_mark_is_read(tmp_path: Path, word: str) -> None:
+    raw = word.encode()
+    hole = "Z" * len(raw)
+    write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    assert {item.labels for item in found.items} == {(unicodedata.normalize("NFC", word),), ("dog",)}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("klingon", r"'klingon' is no encoding"),
+        ("hex", r"'hex' is no encoding"),
+        ("ascii", "'ascii' fits not all names"),
+    ],
+)
+def test_an_encoding_that_does_not_fit(tmp_path: Path, encoding: str, message: str) -> None:
+    write_raw(tmp_path, {"ZZ/1.jpg": b"1", "dog/1.jpg": b"2"}, ZZ="狗".encode("gbk"))
+    with pytest.raises(SourceError, match=message):
+        run_source(tmp_path, kind="archive", path="a.zip", encoding=encoding)
+
+
+def test_a_name_in_the_unicode_field(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, text in (("Z/1.jpg", "猫/1.jpg"), ("Y/1.jpg", "犬/1.jpg")):
+            info = zipfile.ZipInfo(name)
+            raw = name.replace("Z", "\xff").replace("Y", "\xfe").encode("latin-1")
+            field = b"\x01" + zlib.crc32(raw).to_bytes(4, "little") + text.encode()
+            info.extra = struct.pack("<HH", 0x7075, len(field)) + field
+            archive.writestr(info, b"x")
+    data = (tmp_path / "a.zip").read_bytes().replace(b"Z/1", b"\xff/1").replace(b"Y/1", b"\xfe/1")
+    (tmp_path / "a.zip").write_bytes(data)
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    assert {item.labels for item in found.items} == {("猫",), ("犬",)}
+    assert [item.read(1) for item in found.items] == [b"x", b"x"]
+
+
+def test_any_name_without_control_characters_is_a_name(tmp_path: Path) -> None:
+    files = {"cat/Shot at 3.04\u202fPM.png": b"1", "dog/a\u00a0b\u200e.jpg": b"2", "dog/bad\x07.jpg": b"3"}
+    found = run(tmp_path, files)
+    assert [item.labels for item in found.items] == [("cat",), ("dog",)]
+    assert [item.read(1) for item in found.items] == [b"1", b"2"]
+    assert [code for _, code in found.codes()] == ["unsafe_path"]
+
+
+def test_a_zip_of_the_finder_with_more_entries_than_its_end_can_count(tmp_path: Path) -> None:
+    number = 65_600
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(number):
+            archive.writestr(zipfile.ZipInfo(f"{'cat' if i % 2 else 'dog'}/{i}.jpg"), b"")
+    data = (tmp_path / "a.zip").read_bytes()
+    place = data.rfind(b"PK\6\6")  # the zip64 end, which the Finder does not write
+    size, offset = struct.unpack_from("<QQ", data, place + 40)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, number & 0xFFFF, number & 0xFFFF, size, offset, 0)
+    (tmp_path / "a.zip").write_bytes(data[:place] + end)
+    assert len(run_source(tmp_path, kind="archive", path="a.zip").items) == number
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["../1.jpg", "../2.jpg"],
+            r"no image is left of it, entries refused: 2: its name leaves the archive \(unsafe_path",
+        ),
+        (["data.zip"], r"it holds \.zip 1; .* a zip inside a zip has to be unpacked first"),
+        (["a/1.ppm", "b/2.ppm"], r"it holds \.ppm 2"),
+    ],
+)
+def test_a_zip_of_which_nothing_is_left_says_why(tmp_path: Path, files: list[str], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        run(tmp_path, dict.fromkeys(files, b"x"))
+
+
+def test_a_table_in_each_split_folder_gives_labels_and_the_folder_the_side(tmp_path: Path) -> None:
+    files = {f"{split}/{split}.jpg": split.encode() for split in ("train", "valid", "test")}
+    files |= {
+        f"{split}/_classes.csv": f"filename, cat, dog\n{split}.jpg, 1, 0\n".encode() for split in ("train", "test")
+    }
+    files["valid/_classes.csv"] = b"filename, cat, dog\nvalid.jpg, 0, 1\n"
+    found = run(tmp_path, files)
+    assert found.facts() == [
+        ("test/test.jpg", ("cat",), "test"),
+        ("train/train.jpg", ("cat",), "train"),
+        ("valid/valid.jpg", ("dog",), "val"),
+    ]
+    assert [item.read(9) for item in found.items] == [b"test", b"train", b"valid"]
+
+
+def test_class_folders_and_a_table_that_names_the_images(tmp_path: Path) -> None:
+    images = {f"part{i}/{i}{j}.jpg": b"1" for i in (1, 2) for j in (1, 2, 3)}
+    rows = "".join(f"{i}{j}.jpg,{'nv' if j == 1 else 'mel'}\n" for i in (1, 2) for j in (1, 2, 3))
+    files = {**images, "meta.csv": f"file,dx\n{rows}".encode()}
+    with pytest.raises(
+        SourceError, match=r"two ways: it holds class folders, and meta\.csv names 6 of 6 images in 6 rows"
+    ) as e:
+        run(tmp_path, files)
+    assert f"`visionloop ingest {tmp_path}/a.zip --table meta.csv`" in str(e.value)
+    assert f"`visionloop ingest {tmp_path}/a.zip --pattern '{{label}}/'`" in str(e.value)
+    assert {i.labels for i in run(tmp_path, files, table="meta.csv").items} == {("nv",), ("mel",)}
+    assert {i.labels for i in run(tmp_path, files, pattern="{label}/").items} == {("part1",), ("part2",)}

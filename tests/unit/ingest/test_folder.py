@@ -8,6 +8,7 @@ import pytest
 from source_runs import Run, run_source, touch
 from visionloop.errors import SourceError
 from visionloop.ingest.paths import listing
+from visionloop.ingest.sources import PassedOver
 
 
 def run(home: Path, *paths: str, **section: str) -> Run:
@@ -23,7 +24,8 @@ def test_class_folders_in_the_order_of_their_paths(tmp_path: Path) -> None:
         ("cat/b/2.PNG", ("cat",), None),
         ("dog/1.jpg", ("dog",), None),
     ]
-    assert found.told == []
+    (line,) = found.told
+    assert line.endswith("photos: files passed over: .txt 1, hidden 1")
     facts = (tmp_path / "photos/cat/10.jpg").stat()
     assert found.items[0].stamp == f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
     assert found.items[0].read(10) == b"x"
@@ -185,3 +187,57 @@ def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_folder_that_is_too_deep(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="goes deeper than 64 folders"):
         run(tmp_path, "cat/" + "d/" * 70 + "1.jpg")
+
+
+def test_what_is_passed_over_is_counted_by_suffix_and_by_folder(tmp_path: Path) -> None:
+    names = ("cat/1.jpg", "dog/1.jpg", "cat/a.txt", "cat/b.TXT", "dog/README", "dog/.DS_Store", "Thumbs.db")
+    found = run(tmp_path, *names, "cat/@eaDir/1.jpg/THUMB.jpg", "dog/@eaDir/x/y.jpg", "#recycle/1.jpg", ".NET/1.jpg")
+    assert [item.labels for item in found.items] == [("cat",), ("dog",)]
+    (passed,) = found.passed
+    assert passed.files == {("cat/", ".txt"): 2, ("dog/", "no suffix"): 1, ("dog/", "hidden"): 1, ("", "hidden"): 1}
+    assert passed.folders == {("cat/", "@eaDir"): 1, ("dog/", "@eaDir"): 1, ("", "#recycle"): 1, ("", ".NET"): 1}
+    assert passed.num_files == 9
+    assert len(names) + 4 == len(found.items) + passed.num_files
+    hidden, line = found.told
+    assert hidden.endswith("the folder .NET/ is hidden, and its 1 files are passed over: rename it")
+    assert line.endswith("passed over: .txt 2, hidden 2, no suffix 1; in @eaDir 2, in #recycle 1, in .NET 1")
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (("b/1", "b/2"), "no suffix 2"),
+        (("b/1.jpg_large", "b/2.ppm"), ".jpg_large 1, .ppm 1"),
+        (("b/x/1.cr2", "b/2.dng", "b/y/3.cr2"), ".cr2 2, .dng 1"),
+        (("b/1.jpg.crdownload", "b/.hidden.jpg"), ".crdownload 1"),
+    ],
+)
+def test_a_class_folder_that_gives_no_image_is_told(tmp_path: Path, names: tuple[str, ...], kinds: str) -> None:
+    found = run(tmp_path, "a/1.jpg", "c/1.jpg", *names)
+    assert [item.labels for item in found.items] == [("a",), ("c",)]
+    assert found.told[0].endswith(f"the folder b/ gives no image: it holds {kinds}")
+
+
+def test_a_suffix_with_a_space_behind_it_is_one(tmp_path: Path) -> None:
+    assert [item.labels for item in run(tmp_path, "a/1.jpg", "b/1.JPG ").items] == [("a",), ("b",)]
+
+
+def test_many_kinds_of_passed_over_files_are_cut(tmp_path: Path) -> None:
+    passed = PassedOver()
+    for i in range(14):
+        passed.add_file(f"{i}/", f".{i:02d}")
+    assert passed.describe().endswith(".09 1, 4 others 4")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("data.zip",), r"it holds \.zip 1; .* Take the zip itself: give the path of data\.zip"),
+        (("a.tar.gz", "notes.txt"), r"it holds \.gz 1, \.txt 1; .* Unpack a\.tar\.gz, or make a zip of it"),
+        (("labels.xlsx",), r"Save labels\.xlsx as CSV"),
+        (("sub/1.cr2",), r"it holds \.cr2 1; expected"),
+    ],
+)
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        run(tmp_path, *names)

@@ -21,6 +21,11 @@ from visionloop.ingest.sources.guess import guess_source
         (["d/meta.jsonl", "d/1.jpg"], "d", "table", "d"),
         (["d/clips/a.mp4", "d/b.MOV"], "d", "video", "d"),
         (["d/a.mp4", "d/cat/1.jpg"], "d", "folder", "d"),
+        (["d/train/1.jpg", "d/test/2.jpg", "d/train/_classes.csv", "d/test/_classes.csv"], "d", "folder", "d"),
+        (["d/photos/cat/1.jpg", "d/photos/dog/1.jpg", "d/info.csv"], "d", "folder", "d"),
+        (["d/cat/1.jpg", "d/dog/1.jpg", "d/info.csv"], "d", "folder", "d"),
+        (["d/images/1.jpg", "d/corrections.csv", "d/labels.csv"], "d", "table", "d"),
+        (["d/cat/1.jpg", "d/predictions.csv", "d/code.json"], "d", "folder", "d"),
         (["labels.CSV"], "labels.CSV", "table", "labels"),
         (["a.parquet"], "a.parquet", "table", "a"),
         (["p.json"], "p.json", "table", "p"),
@@ -85,3 +90,45 @@ def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 def test_name_that_cannot_be_one(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"--name: got 'No Name'; expected lower-case letters"):
         guess_source(str(tmp_path), "No Name")
+
+
+def test_a_table_inside_the_one_folder_is_meant_itself(tmp_path: Path) -> None:
+    touch(tmp_path, ["d/dogs/labels.csv", "d/dogs/train/a.jpg"])
+    source = guess_source(str(tmp_path / "d"))
+    assert (source.kind, source.name, source.model_dump()["path"]) == ("table", "d", str(tmp_path / "d/dogs"))
+
+
+def test_class_folders_are_found_behind_many_files(tmp_path: Path) -> None:
+    touch(tmp_path, [f"d/cat/{i}.jpg" for i in range(2100)] + ["d/dog/1.jpg", "d/info.csv"])
+    assert guess_source(str(tmp_path / "d")).kind == "folder"
+
+
+IMAGES = [f"d/{part}/{part}{i}.jpg" for part in "ab" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ("a0.jpg,Ann\nb1.jpg,Bob\n", "folder"),
+        ("x.jpg,Ann\n" * 40, "folder"),
+        ("".join(f"{part}{i}.jpg,{part.upper()}\n" for part in "ab" for i in range(10)), "folder"),
+        ("".join(f"{part}{i},{i % 3}\n" for part in "ab" for i in range(10)), None),
+        ("".join(f"{part}/{part}{i}.jpg,{i % 3}\n" for part in "ab" for i in range(6)), None),
+    ],
+)
+def test_class_folders_win_over_a_table_that_names_few_images_or_says_the_same(
+    tmp_path: Path, rows: str, kind: str | None
+) -> None:
+    touch(tmp_path, IMAGES)
+    (tmp_path / "d/info.csv").write_text(f"file,what\n{rows}")
+    if kind:
+        assert guess_source(str(tmp_path / "d")).kind == kind
+        return
+    with pytest.raises(
+        SourceError, match=r"two ways: it holds class folders, and info\.csv names \d+ of 20 images"
+    ) as e:
+        guess_source(str(tmp_path / "d"))
+    assert f"`visionloop ingest {tmp_path}/d/info.csv`" in str(e.value)
+    assert f"`visionloop ingest {tmp_path}/d --pattern '{{label}}/'`" in str(e.value)
+    assert guess_source(str(tmp_path / "d/info.csv")).kind == "table"
+    assert guess_source(str(tmp_path / "d"), by_pattern=True).kind == "folder"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.item import PassedOver
-from visionloop.ingest.paths.names import find_side, is_label, make_label
+from visionloop.ingest.paths.names import is_known_hidden, is_label, make_label
 from visionloop.ingest.paths.pattern import Pattern, make_pattern
 from visionloop.ingest.paths.rules import NO_FOLDER, Reading, Rule
+from visionloop.ingest.paths.tree import find_flat_splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,10 @@ def _place_by_name(path: str, rule: Rule, pattern: Pattern | None) -> Placement 
 
 def _tell_names(found: Sequence[Placement | str], paths: Sequence[str], reading: Reading, passed: PassedOver) -> None:
     """Tell of class folders without an image, of classes that look alike, and of names with invisible characters."""
+    for folder, name in passed.folders:
+        if name.startswith(".") and not is_known_hidden(name):
+            number = passed.folders[folder, name]
+            reading.tell(f"the folder {folder}{name}/ is hidden, and its {number:,} files are passed over: rename it")
     for place, empty in _find_empty(paths, reading, passed):
         reading.tell(f"the folder {place} gives no image: it holds {empty.describe()}")
     labels = {label for one in found if isinstance(one, Placement) for label in one.labels}
@@ -175,10 +180,9 @@ def _refuse(paths: Sequence[str], where: str, given: Pattern | None) -> SourceEr
     if given:
         found = f"no file fits the pattern {given.text}" + (f", as {paths[0]!r} does not" if paths else "")
         return SourceError(where, found, "names like the pattern", "Edit the pattern in params.yaml.")
-    splits = sorted({top for path in paths if (top := path.partition("/")[0]) != path and find_side(top)})
-    found = (
-        f"no image in any class folder: no labels in {shorten(splits)}" if splits else "no image in any class folder"
-    )
+    splits = sorted(find_flat_splits(paths))
+    nothing = "no image in any class folder"
+    found = f"{nothing}: there are no labels in {shorten(splits)}" if splits else nothing
     return SourceError(
         where,
         found,

@@ -114,6 +114,10 @@ _SYSTEM_FOLDERS = frozenset(
 _SYSTEM_ENDS = (".lrdata", ".lrlibrary", ".photoslibrary", ".photolibrary", ".cocatalog", ".aplibrary")
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "zbthumbnail.info"})
 _SYNOLOGY_THUMB = re.compile(r"synofile_thumb_|synophoto_thumb_", re.I)
+_KNOWN_HIDDEN = re.compile(
+    r"\.(git|svn|hg|cache|thumb|trash|ipynb|spotlight|fsevents|temporary|picasa|@|_|apple|bridge|st(folder|versions)"
+    r"|dvc|venv|idea|vscode|tmp|ds_|documentrevisions|mobilebackups|nfs|visionloop|dropbox|sync)"
+)
 MAX_LABEL = 256
 # Control characters, halves of characters, ends of lines.
 _NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -180,6 +184,11 @@ def is_system_folder(name: str) -> bool:
     """Say whether a folder is one that systems and programs make, or a hidden one."""
     lower = name.lower()
     return name.startswith(".") or lower in _SYSTEM_FOLDERS or lower.endswith(_SYSTEM_ENDS)
+
+
+def is_known_hidden(name: str) -> bool:
+    """Say whether a hidden folder is one that a program makes, so that it can be no class: `.git`, `.thumbnails`."""
+    return bool(_KNOWN_HIDDEN.match(name.lower()))
 
 
 def is_system_file(name: str) -> bool:

@@ -22,6 +22,7 @@ from visionloop.ingest.sources.reading import (
     find_split_tables,
     is_read_by_table,
     read_split_tables,
+    tell_unread,
 )
 from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, read_shelf_table
 from visionloop.ingest.tables.rows import Row
@@ -69,6 +70,7 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
         yield from _read_by_table(source, context, shelf, where)
         yield passed
     else:
+        tell_unread(shelf.list_files(), where, context.tell)
         files = Files(source.name, where, images, passed, shelf.make_reader)
         yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
     for member in shelf.refused:

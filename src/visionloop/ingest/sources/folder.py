@@ -16,7 +16,7 @@ from visionloop.ingest.item import Item, PassedOver, SourceContext, make_file_re
 from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, list_images
 from visionloop.ingest.paths.names import escape_name, is_passed
-from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables
+from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables, tell_unread
 from visionloop.ingest.tables.join import FolderShelf
 from visionloop.params import DigitsSource, FolderSource
 from visionloop.records import Rejected
@@ -75,18 +75,18 @@ def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item |
     where = f"source {source.name} {folder}"
     images, passed = list_images(folder, where)
     paths = [found.relative for found in images]
-    if not images:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not is_passed(entry.name)]
-        raise explain_no_image(where, names, passed)
 
     def list_names(inside: str) -> list[str]:
-        return [entry.name for entry in os.scandir(folder / inside) if entry.is_file()]
+        return [entry.name for entry in os.scandir(folder / inside) if entry.is_file() and not is_passed(entry.name)]
 
+    if not images:
+        raise explain_no_image(where, list_names(""), passed)
     if not source.pattern and (tables := find_split_tables(paths, list_names)):
         place = Place(source.name, where, lambda inside: FolderShelf(folder / inside), list_names)
         yield from read_split_tables(tables, place, context)
         yield passed
         return
+    tell_unread(list_names(""), where, context.tell)
     files = Files(source.name, where, images, passed, lambda found: make_file_reader(found.path))
     yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)
 

@@ -54,8 +54,13 @@ def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence
     tables: their labels are exact, where the name of a folder was made safe.
     """
     tops = sorted({path[: path.find("/") + 1] for path in paths if "/" in path})
-    if EXPORT_LIST in list_names("") and all(EXPORT_TABLE in list_names(top) for top in tops):
-        return [SplitTable(top, find_side(top), EXPORT_TABLE, EXPORT_COLUMNS) for top in tops]
+    if len(tops) == 1 and EXPORT_LIST in list_names(tops[0]):  # a zip of the export's folder
+        depth = len(tops[0])
+        tops = sorted({path[: path.find("/", depth) + 1] for path in paths if "/" in path[depth:]})
+    elif EXPORT_LIST not in list_names(""):
+        tops = []
+    if tops and all(EXPORT_TABLE in list_names(top) for top in tops):
+        return [SplitTable(top, find_side(top.split("/")[-2]), EXPORT_TABLE, EXPORT_COLUMNS) for top in tops]
     sides = find_flat_splits(paths)
     names = {folder: list_tables(list_names(folder)) for folder in sides}
     if not any(names.values()) or count_classes(paths):
@@ -154,6 +159,12 @@ def _compare(paths: Sequence[str], table: str, read: Callable[[str], Iterator[Ro
             named += 1
             alike += any(str(cell).strip().lower() == name.lower() for key, cell in row.items() if key != column)
     return named, alike, len(rows)
+
+
+def tell_unread(names: Sequence[str], where: str, tell: Callable[[str], None]) -> None:
+    """Tell which tables lie beside images whose paths give the labels."""
+    if tables := list_tables(names):
+        tell(f"{where}: labels are those of the paths; not read: {shorten(tables)} (to read it, name it as a table)")
 
 
 def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> SourceError:
