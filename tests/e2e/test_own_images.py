@@ -33,7 +33,13 @@ def deploy(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    return httpx.post(f"{api}/{path}", json=body, trust_env=False, timeout=30).raise_for_status().json()
+    """Ask Prefect's server; a busy database is 503, after which its own client asks again too."""
+    for _ in range(10):
+        answer = httpx.post(f"{api}/{path}", json=body, trust_env=False, timeout=30)
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
+    return answer.raise_for_status().json()
 
 
 def get_deployment(api: str) -> dict[str, Any]:

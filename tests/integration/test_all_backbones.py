@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torchvision.models.regnet import BlockParams
 
 from visionloop.errors import TrainingError
-from visionloop.networks.backbones import make_backbone
+from visionloop.networks.backbones import describe_preprocessing, make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.networks.export import compute_torch_logits, export_onnx
 from visionloop.networks.names import read_backbones
+from visionloop.networks.weight_sources import find_published
 
 
 @pytest.mark.long
@@ -37,6 +39,25 @@ def test_every_backbone_is_built_and_gives_one_vector_an_image(monkeypatch: pyte
     known = {"resnet50": 2048, "vgg16": 4096, "vit_l_16": 1024, "densenet201": 1920, "regnet_y_128gf": 7392}
     known |= {"convnext_tiny": 768, "swin_v2_b": 1024, "efficientnet_b7": 2560, "squeezenet1_0": 512}
     assert {name: found[name] for name in known} == known
+
+
+@pytest.mark.long
+def test_a_network_of_every_family_of_timm_is_built_at_its_own_size() -> None:
+    """The one with the shortest name of each of timm's files: a hundred families."""
+    refused, found = [], {}
+    for module in sorted(timm.list_modules()):
+        names = [name for name in timm.list_models(module=module) if find_published(f"timm/{name}")]
+        if not names:
+            continue
+        name = f"timm/{min(names, key=len)}"
+        side = describe_preprocessing(name).side_px or 224
+        try:
+            found[name] = make_backbone(name, (side, side))[1]
+        except TrainingError as exc:
+            refused.append(f"{name}: {exc}")
+    assert len(found) >= 60
+    assert all(8 <= num <= 8192 for num in found.values())
+    assert refused == []
 
 
 @pytest.mark.parametrize(

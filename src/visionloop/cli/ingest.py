@@ -135,7 +135,7 @@ def _advise(rejected: "Sequence[Rejected]") -> list[str]:
     (reason, number), *_ = reasons.most_common(1)
     return [
         f"{number:,} times {reason}: the label that an image has stands. To rename a class: `label_map: {{OLD: NEW}}`",
-        "under `ingest` in params.yaml; to move single images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
+        "under `ingest` in params.yaml; to move some images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
     ]
 
 

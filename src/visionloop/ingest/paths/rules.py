@@ -126,12 +126,31 @@ class Reading:
             if inside.folders and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
         }
         for split in labelled:
-            self._take_classes(places[split][0], splits[split])
+            self._take_split(places[split], splits[split])
         if not labelled:
             labelled = self._read_flat_splits(places, splits)
         for split in splits:
             if split not in labelled and labelled:
                 self._take_unlabelled(f"{prefix}{split}/", folder.folders[split])
+
+    def _take_split(self, place: tuple[str, Folder], side: str) -> None:
+        """Take the folders in a split folder for classes; in `train/train_cat` the word says nothing more."""
+        prefix, inside = place
+        stars = "*/" * self.prefix.count("/")
+        depth = prefix[len(self.prefix) :].count("/") - 1
+        if all(map(find_side, inside.folders)):
+            raise self._ask(
+                f"{prefix} is a split folder, and so are {shorten(list(inside.folders))} in it",
+                f"--pattern '{stars}{{side}}/*/{{label}}/' if the upper ones are the sides",
+                f"--pattern '{stars}*/{{side}}/{{label}}/' if the lower ones are",
+            )
+        self._check_depth(inside, f"{stars}{{side}}/{'*/' * depth}")
+        self._take_classes(prefix, side)
+        if len(inside.folders) > 1 and all(split_name(name)[0] == side for name in inside.folders):
+            for name in inside.folders:
+                self.rules[f"{prefix}{name}/"] = Rule("label", side, cut_side(name))
+            labels = shorten([cut_side(name) for name in inside.folders])
+            self.tell(f"the folders in {prefix} repeat its side, so the classes are {labels}")
 
     @staticmethod
     def _class_names(folder: Folder) -> list[str]:
@@ -206,18 +225,26 @@ class Reading:
             return
         inner = {name: set(folder.folders[name].folders) for name in names}
         below = [name for name in names if inner[name] and all(map(find_side, inner[name]))]
-        shared = inner[names[0]]
         if below:
             self._read_sides_below(folder, below)
-        elif len(names) > 1 and len(shared) > 1 and all(one == shared for one in inner.values()):
-            is_plain = all(map(is_date, shared)) or all(map(is_holder, shared))
-            if not is_plain and not any(folder.folders[name].num_here for name in names):
-                raise self._ask(
-                    f"{shorten(list(names))} all hold the folders {shorten(list(shared))}",
-                    f"--pattern '{'*/' * self.prefix.count('/')}{{label}}/' if the classes are {shorten(list(names))}",
-                    f"--pattern '{'*/' * self.prefix.count('/')}*/{{label}}/' if they are {shorten(list(shared))}",
-                )
+        else:
+            self._check_depth(folder, "*/" * self.prefix.count("/"))
         self._take_classes(self.prefix)
+
+    def _check_depth(self, folder: Folder, stars: str) -> None:
+        """Raise SourceError when all folders in a folder hold the same ones: which of them are the classes?"""
+        names = list(folder.folders)
+        inner = [set(folder.folders[name].folders) for name in names]
+        shared = inner[0]
+        if len(names) < 2 or len(shared) < 2 or any(one != shared for one in inner):
+            return
+        is_plain = all(map(is_date, shared)) or all(map(is_holder, shared))
+        if not is_plain and not any(folder.folders[name].num_here for name in names):
+            raise self._ask(
+                f"{shorten(names)} all hold the folders {shorten(list(shared))}",
+                f"--pattern '{stars}{{label}}/' if the classes are {shorten(names)}",
+                f"--pattern '{stars}*/{{label}}/' if they are {shorten(list(shared))}",
+            )
 
     def _read_named_splits(self, folder: Folder, parts: Mapping[str, tuple[str | None, tuple[str, ...]]]) -> None:
         """Read `train_cats, train_dogs, test_cats, test_dogs`: each folder is a class and a side."""
