@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fakes import make_image, write_photos
 from visionloop.errors import SourceError
-from visionloop.ingest.labels import describe_twins
+from visionloop.ingest.labels import describe_twins, make_label_rules
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.ingest.sources.guess import guess_source
 from visionloop.params import make_params
@@ -217,3 +217,16 @@ def test_labels_of_folders_and_of_earlier_versions_are_in_nfc(tmp_path: Path) ->
     assert report.version.classes == ("bar", "dog")
     plain = pull_path(tmp_path / "b", place)
     assert plain.version.classes == ("café", "dog")
+
+
+def test_labels_and_their_rules_are_in_nfc() -> None:
+    rules = make_label_rules(make_params({"name": "x", "ingest": {"label_map": {"e\u0301": "o\u0308"}}}), ())
+    assert rules.rename(("cafe\u0301",)) == ("caf\u00e9",)
+    assert rules.rename(("\u00e9",)) == ("\u00f6",)
+    assert rules.rename(("n\u0303", "a")) == ("a", "\u00f1")
+
+
+def test_an_image_without_a_suffix_that_a_row_names_is_taken_and_not_passed_over(tmp_path: Path) -> None:
+    place = write(tmp_path / "photos", {"1": IMAGES[1], "sub/2": IMAGES[2], "3": b"x", "4.png": IMAGES[4]})
+    write(place, {"labels.csv": "file,label\n1,a\nsub/2,b\n4.png,a\n"})
+    assert pull_path(tmp_path / "ws", place).account.describe() == "sum: 5 files = 3 taken, 2 passed over"
