@@ -85,7 +85,7 @@ class Model:
     ) -> Prediction | ImageError | Sequence[Prediction | ImageError]:
         """Answer for one image, or for many: a list of answers in their order. An empty list has none.
 
-        An image is a path, the bytes of a JPEG, PNG or WebP, an image of Pillow, or a numpy array of uint8: (h, w, 3)
+        An image is a path, the bytes of an image file, an image of Pillow, or a numpy array of uint8: (h, w, 3)
         RGB, (h, w) grey or (h, w, 4) RGB and alpha. Many are a list or any other iterable, or an array (n, h, w, 3).
         At most 64 images are taken from it at a time, fewer if the model's images are large.
 

@@ -44,8 +44,9 @@ def read_stage_names(home: Path) -> list[str]:
 
 
 def refresh_code(home: Path, params: Params) -> dict[str, str]:
-    """Write code.json if the code, or the file of `train.weights`, changed since; return what it holds."""
+    """Write code.json if the code, the file of `train.weights` or the limit on pixels changed; return what it holds."""
     digests = {**compute_code_digests(), "weights": hash_weights_file(home, params)}
+    digests["max_pixels"] = str(params.ingest.max_pixels)
     path = home / CODE_FILE
     text = json.dumps(digests, indent=2) + "\n"
     if not path.is_file() or path.read_text() != text:

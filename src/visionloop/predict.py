@@ -45,7 +45,7 @@ def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
         else:
             raise SourceError(text, "does not exist", "an image, a folder or a glob", "Check the path.")
     if not files:
-        raise SourceError(shorten(list(paths)), "no image there", "JPEG, PNG or WebP files")
+        raise SourceError(shorten(list(paths)), "no image there", "image files")
     return list(dict.fromkeys(files))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle, check_onnx, download_bundle, load_bundle
-from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.inputs import ImageInput, load_input
 from visionloop.errors import BundleError, ImageError, ParamsError, shorten
 from visionloop.parallel import map_parallel
@@ -78,10 +78,16 @@ class Predictor:
     def digest(self) -> str:
         return self.bundle.digest
 
-    def decode(self, data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> UInt8Array:
-        """Turn encoded bytes into this model's input (h, w, 3). Raises ImageError."""
-        height, width = self.card.image_size
-        return load_array(data, where, size_hw=(height, width), resize=self.card.resize, max_pixels=max_pixels)
+    def decode(self, data: bytes, where: str, *, max_pixels: int | None = None) -> UInt8Array:
+        """Turn encoded bytes into this model's input (h, w, 3). `max_pixels` None: the card's. Raises ImageError."""
+        limit = max_pixels or self.card.max_pixels
+        return load_array(data, where, size_hw=self.card.image_size, resize=self.card.resize, max_pixels=limit)
+
+    def decode_golden(self, images: Iterable[bytes]) -> UInt8Array:
+        """Turn golden images, of any size, into this model's input (n, h, w, 3). Raises ImageError."""
+        size_hw, resize = self.card.image_size, self.card.resize
+        arrays = [load_array(data, "golden image", size_hw=size_hw, resize=resize, max_pixels=None) for data in images]
+        return np.stack(arrays)
 
     def run(self, images_nhwc: UInt8Array) -> Outputs:
         """Run the network on n decoded images."""
@@ -148,7 +154,8 @@ class Predictor:
     def _try_decode(self, numbered: tuple[int, ImageInput]) -> UInt8Array | ImageError:
         number, image = numbered
         try:
-            return load_input(image, f"image {number}", size_hw=self.card.image_size, resize=self.card.resize)
+            card, where = self.card, f"image {number}"
+            return load_input(image, where, size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
         except ImageError as exc:
             return exc
 
@@ -158,8 +165,7 @@ class Predictor:
         Raises:
             BundleError: it is above the tolerance, so this machine would give other answers than those judged.
         """
-        arrays = [self.decode(data, "golden image") for data in self.bundle.golden_images()]
-        logits_nk = self.run_batches(np.stack(arrays)).logits_nk
+        logits_nk = self.run_batches(self.decode_golden(self.bundle.golden_images())).logits_nk
         difference = float(np.abs(logits_nk - self.bundle.golden_logits()).max())
         if not difference <= GOLDEN_TOLERANCE:
             raise BundleError(

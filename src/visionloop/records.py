@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SIDES = ("train", "val", "test", "excluded")
+MAX_PIXELS = 50_000_000  # of an image, where `ingest.max_pixels` says nothing else
 LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
 
 
@@ -120,6 +121,7 @@ class Card(Record):
     `threshold` is the probability of `classes[1]` from which a binary model answers `classes[1]`; None otherwise.
     `thresholds` are, by class, the probabilities from which a multilabel model gives that label; None otherwise.
     `dataset` holds name, version, digest. `parity` is the largest |torch - ONNX| logit difference at export.
+    `max_pixels` is the limit on an image: that of the ingest.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Card(Record):
     parity: float
     schema: int = 1
     thresholds: dict[str, float] | None = None
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -355,6 +355,8 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     wanted = False if verdict == "refused" else None
     named = next((f" by the rule {r['rule']} ({r['found']})" for r in rules if r["passed"] is wanted), "")
     todo = "See decisions/latest.json and reports/report.html."
+    if verdict == "inconclusive":
+        todo = f"More test images would tell; with `gate.rule: no_worse` an equal one passes. {todo}"
     if again:
         todo = f"Add images or change params.yaml, then retrain. {todo}"
     return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)

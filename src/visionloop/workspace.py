@@ -55,10 +55,12 @@ def make_workspace(folder: Path, example: str | None = None, *, name: str | None
     existed = folder.exists()
     try:
         _fill(folder, example, name)
-    except BaseException:
-        shutil.rmtree(folder)
-        if existed:
-            folder.mkdir()
+    except BaseException as exc:
+        for path in (folder.iterdir() if folder.is_dir() else ()) if existed else (folder,):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            todo = "Choose another place, or make it writable."
+            raise SettingsError(f"workspace {folder}", f"cannot be made ({exc.strerror})", "a folder", todo) from exc
         raise
     return folder
 

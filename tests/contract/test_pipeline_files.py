@@ -87,7 +87,8 @@ def test_stage_bears_one_name_everywhere(name: str) -> None:
     assert stage["cmd"] == f"python -m visionloop {name}"
     assert name in list_sections(stage)
     weights = ["weights"] if name in {"embed", "train"} else []
-    assert {"code.json": [name, *weights]} in stage["params"]
+    limit = ["max_pixels"] if name == "train" else []
+    assert {"code.json": [name, *weights, *limit]} in stage["params"]
     assert set(stage["deps"]) == STAGES[name]["deps"]
     assert set(stage["outs"]) == STAGES[name]["outs"]
 

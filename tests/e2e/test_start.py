@@ -96,10 +96,11 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
 
     assert "does not exist; expected a folder, a table, a .zip" in refuse("pots")
     assert "no params.yaml here or above" in refuse()
-    assert list(tmp_path.iterdir()) == []
+    write_shapes(tmp_path / "pets", 1)
+    assert "workspace /proc/pets: cannot be made (" in refuse("pets", "/proc/pets")
+    assert [path.name for path in tmp_path.iterdir()] == ["pets"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
-    write_shapes(tmp_path / "pets", 1)
     assert "full: is not empty; expected a new or empty folder." in refuse("pets", "full")
     (tmp_path / "nothing").mkdir()
     assert "error: " in refuse("nothing")

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fakes import make_image
+from fakes import make_image, write_photos
+from visionloop.cli import pictures
 from visionloop.data import chunks
 from visionloop.data import chunks as layout
 from visionloop.data import prepare as stage
@@ -21,6 +23,7 @@ from visionloop.data.manifest import (
     commit_version,
     load_pin,
     load_records,
+    load_version_records,
     make_image_key,
     make_pin,
     make_version,
@@ -30,7 +33,8 @@ from visionloop.data.prepare import choose_engine, prepare
 from visionloop.data.shards import load_prepared
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import DatasetError, ParamsError
-from visionloop.params import Compute, Params, make_params
+from visionloop.ingest.pull import pull
+from visionloop.params import Compute, FolderSource, Params, make_params
 from visionloop.records import ImageRecord
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
@@ -354,3 +358,32 @@ def test_where_it_runs(
     monkeypatch.setattr(stage, "count_cores", lambda: cores)
     engine = choose_engine(Compute(**compute), number)
     assert (engine.kind, engine.address) == (kind, compute.get("address"))
+
+
+def test_what_a_raised_limit_let_in_is_compared_prepared_and_drawn_under_a_lower_one(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos", 10)
+    large = Image.radial_gradient("L").resize((7200, 7200))
+    for quality in (60, 90):
+        large.save(folder / "cat" / f"large-{quality}.jpg", "JPEG", quality=quality)
+    store = LocalStore(tmp_path / "store")
+    settings = Settings(tmp_path / "ws", store.url, "http://127.0.0.1:1", (tmp_path / "artifacts").as_uri())
+    source = FolderSource(kind="folder", path=str(folder), name="photos")
+    raised = make_params({"name": "pets", "ingest": {"max_pixels": 60_000_000}})
+    usual = make_params({"name": "pets", "prepare": {"image_size": 32}, "ingest": {"max_rejected_ratio": 1}})
+    pull(connect(settings, raised, store=store), sources=[source], now="2026-01-01")
+    write_photos(folder, 11)
+    report = pull(connect(settings, usual, store=store), sources=[source], now="2026-01-02")
+
+    assert (report.num_added, [r.code for r in report.rejected]) == (2, ["too_large"] * 2), "read again, refused now"
+    records = [r for r in load_version_records(store, report.version) if r.width == 7200]
+    assert len(records) == 2
+    assert len({record.key for record in records}) == 1, "near duplicates were compared"
+    prepare(connect(settings, usual, store=store))
+    prepared = load_prepared(settings.prepared_dir)
+    row = prepared.sha256_n.index(records[0].sha256)
+    expected = load_array(folder.joinpath("cat", records[0].origins[0].rpartition("/")[2]).read_bytes(), "x", **LARGE)
+    assert np.array_equal(prepared.read(np.array([row]))[0], expected)
+    assert pictures._make_cell(store, records[0]).note == f"{records[0].side}  7200 x 7200"
+
+
+LARGE: dict[str, Any] = {"size_hw": (32, 32), "resize": "squash", "max_pixels": None}

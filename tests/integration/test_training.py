@@ -28,6 +28,8 @@ EPOCHS = 5
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with prepared shapes; tests work on copies."""
     home = make_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
+    with (home / "params.yaml").open("a") as params:
+        params.write("\ningest: {max_pixels: 70000000}\n")
     assert visionloop(home, "prepare").returncode == 0
     return home
 
@@ -76,6 +78,7 @@ def test_bundle_is_whole_and_binary(trained: tuple[Path, str]) -> None:
     assert (card.task, card.classes, card.threshold, card.image_size) == ("binary", ("disc", "ring"), 0.5, (32, 32))
     assert card.dataset["digest"] == json.loads((home / "data" / "dataset.json").read_text())["digest"]
     assert 0 <= card.parity < 1e-4
+    assert card.max_pixels == load_params(home / "params.yaml").ingest.max_pixels == 70_000_000
     outputs = predictor.run(np.zeros((3, 32, 32, 3), np.uint8))
     assert outputs.logits_nk.shape == (3, 2)
     assert (outputs.logits_nk[:, 0] == 0).all(), "a single unit z is exported as [0, z]"

@@ -214,3 +214,14 @@ def test_an_end_says_why(tmp_path: Path) -> None:
         job = DecodeJob(1.0, None, [(0.0, None)], 10, 100.0, MB, file=str(tmp_path / "gone.mp4"))
         assert list(player.play(job)) == [End("not_a_video", "is not a video we read (No such file or directory)")]
     assert clip_module.make_stamp(tmp_path / "gone.mp4") is None
+
+
+def test_folders_of_films_that_can_be_read_in_two_ways_are_asked_about(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "test"):
+        write_video(tmp_path / f"v/{name}/a.mp4", Film([RED], size_hw=(64, 64)))
+    with pytest.raises(SourceError, match=r"test/ may be a class beside cat, dog"):
+        read_video(tmp_path, path="v")
+    as_class, _, _ = read_video(tmp_path, path="v", pattern="{label}/")
+    assert {item.labels for item in as_class} == {("cat",), ("dog",), ("test",)}
+    without, _, _ = read_video(tmp_path, path="v", unlabelled=["test"])
+    assert {item.labels for item in without} == {("cat",), ("dog",), ()}

@@ -62,7 +62,7 @@ def test_comments_docstrings_and_blank_lines_move_nothing(copied: Path, before: 
 
 READ_BY_PEOPLE = [
     ("data/manifest.py", "is not in the store"),
-    ("data/images.py", "is not an image we read"),
+    ("data/encoded.py", "is not an image we read"),
     ("networks/names.py", "Set train.weights to a file of a state dict"),
     ("networks/weight_sources.py", "does not exist"),
     ("networks/fetch.py", "is too large"),
@@ -88,7 +88,7 @@ def test_what_only_people_read_moves_nothing(copied: Path, before: dict[str, str
 @pytest.mark.parametrize(
     ("edit", "moved"),
     [
-        (("data/images.py", "MAX_PIXELS = ", "MAX_PIXELS = 1 + "), ALL),
+        (("data/images.py", "_BAND_PIXELS = ", "_BAND_PIXELS = 1 + "), ALL),
         (("data/images.py", 'reason_code="empty"', 'reason_code="nothing"'), ALL),
         (("data/prepare.py", "WAVE = 64", "WAVE = 65"), {"prepare"}),
         (("training/module.py", "0.", "0.5 + 0."), {"train"}),

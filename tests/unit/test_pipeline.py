@@ -22,7 +22,7 @@ def settings(tmp_path: Path) -> Settings:
 def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
     params = make_params({"name": "pets"})
     digests = pipeline.refresh_code(tmp_path, params)
-    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate", "weights"}
+    assert set(digests) == {"prepare", "embed", "train", "evaluate", "gate", "weights", "max_pixels"}
     path = tmp_path / "code.json"
     assert json.loads(path.read_text()) == digests
     stamp = path.stat().st_mtime_ns

@@ -54,7 +54,10 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
     good, broken, jpg = predict_files(predictor, find_images([str(photos)]))
     assert good.prediction == predictor.predict([make_image(1)])[0]
     assert jpg.prediction == predictor.predict([make_image(2, kind="JPEG")])[0]
-    assert (broken.prediction, broken.error) == (None, "is not an image we read; expected JPEG, PNG or WebP")
+    assert (broken.prediction, broken.error) == (
+        None,
+        "is not an image we read; expected JPEG, PNG, WebP, AVIF or HEIC",
+    )
 
 
 def test_written_answers(photos: Path, tmp_path: Path) -> None:

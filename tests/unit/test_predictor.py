@@ -1,14 +1,16 @@
 """What a model says: probabilities, answers and confidence, for each task."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fakes import make_bundle, make_card, make_image
 from visionloop.bundle import load_bundle, seal_bundle
-from visionloop.errors import BundleError
+from visionloop.errors import BundleError, ImageError
 from visionloop.predictor import (
     Outputs,
     Predictor,
@@ -19,7 +21,7 @@ from visionloop.predictor import (
     sigmoid,
     softmax,
 )
-from visionloop.records import Card, canonical_json
+from visionloop.records import Card, Prediction, canonical_json
 
 PROBS_NK = np.array([[0.9, 0.6, 0.2], [0.4, 0.1, 0.3]], np.float32)
 SEVERAL = make_card(task="multilabel")
@@ -119,3 +121,38 @@ def test_no_image_has_no_answer(tmp_path: Path) -> None:
     predictor = Predictor.load(tmp_path / "b", threads=1)
     empty = np.zeros((0, 3), np.float32)
     assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32))) == []
+
+
+def seal_with_limit(folder: Path, max_pixels: int) -> Predictor:
+    """Make a bundle whose golden images have 32 x 32 pixels, and another limit on its card."""
+    make_bundle(folder)
+    card = replace(load_bundle(folder).card, max_pixels=max_pixels)
+    (folder / "card.json").write_bytes(canonical_json(card.to_json()))
+    seal_bundle(folder)
+    return Predictor.load(folder, threads=1)
+
+
+def test_the_limit_on_pixels_is_that_of_the_ingest_and_not_for_golden_images(tmp_path: Path) -> None:
+    predictor = seal_with_limit(tmp_path / "b", 1000)
+    small, large = make_image(1, size_hw=(25, 40)), make_image(1, size_hw=(25, 41))
+    answer, refused = predictor.predict_each([small, large])
+    assert isinstance(answer, Prediction)
+    assert isinstance(refused, ImageError)
+    assert (refused.reason_code, "has 41 x 25 pixels; expected at most 1000" in str(refused)) == ("too_large", True)
+    assert predictor.decode(large, "x", max_pixels=1025).shape == (32, 32, 3), "an operator may set another one"
+
+
+def test_what_a_raised_limit_let_in_is_golden_and_answered(tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    Image.new("L", (8000, 8000), 99).save(sink, "JPEG")
+    predictor = seal_with_limit(tmp_path / "b", 100_000_000)
+    assert [one.prediction in "abc" for one in predictor.predict([sink.getvalue()])] == [True]
+    usual = seal_with_limit(tmp_path / "c", 50_000_000)
+    (refused,) = usual.predict_each([sink.getvalue()])
+    assert isinstance(refused, ImageError)
+    assert np.all(usual.decode_golden([sink.getvalue()]) == 99), "a golden image was let in"
+
+
+def test_a_card_of_before_there_was_a_limit_has_the_usual_one() -> None:
+    old = {key: value for key, value in make_card().to_json().items() if key != "max_pixels"}
+    assert Card.from_json(old).max_pixels == 50_000_000

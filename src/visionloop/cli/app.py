@@ -2,6 +2,12 @@
 
 import typer
 
+# What `visionloop --help` lists first: the way from photos to a served model.
+FIRST = (
+    *("start", "new", "ingest", "prepare", "embed", "train", "evaluate"),
+    *("gate", "register", "promote", "serve", "predict"),
+)
+
 app = typer.Typer(
     name="visionloop",
     help="Keeps an image classifier up to date: ingest, train, judge, promote, serve.",

@@ -102,7 +102,8 @@ def similar(
     from visionloop.features.similar import draw_similar, find_similar, read_query
 
     workspace, album = _open_album(encoder, quiet=as_json)
-    queries = [read_query(text, album) for text in images]
+    limit = workspace.params.ingest.max_pixels
+    queries = [read_query(text, album, max_pixels=limit) for text in images]
     found = find_similar(album, queries, k)
     if as_json:
         print(json.dumps(_describe_json(album, queries, found)))

@@ -88,7 +88,7 @@ def _make_cell(store: "ObjectStore", record: "ImageRecord") -> "Cell":
     size_hw = max(1, round(record.height * ratio)), max(1, round(record.width * ratio))
     try:
         data = store.get(make_image_key(record.sha256))
-        array = load_array(data, record.sha256, size_hw=size_hw, resize="squash")
+        array = load_array(data, record.sha256, size_hw=size_hw, resize="squash", max_pixels=None)
     except (ImageError, ObjectMissing):
         return Cell(np.full((CELL_PX, CELL_PX, 3), 200, np.uint8), label, "missing or damaged in the store")
     return Cell(array, label, f"{record.side}  {record.width} x {record.height}")

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Mapping
 
-from visionloop.cli.app import app
+from typer.models import CommandInfo
+
+from visionloop.cli.app import FIRST, app
 from visionloop.errors import VisionLoopError
 from visionloop.lifetime import Terminated
 from visionloop.settings import load_settings
@@ -17,6 +19,7 @@ def main() -> None:
     """Run the command line; exit 0 done, 2 an error with one line, 3 not promoted, 1 our bug with a traceback."""
     from visionloop.cli import datasets, features, forget, ingest, models, runs, serving, stages, tune, workspace  # noqa: F401
 
+    app.registered_commands.sort(key=_place)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         app()
@@ -29,6 +32,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _place(command: CommandInfo) -> int:
+    """Return where a command is listed: those of the way to a served model first, the rest as they were."""
+    name = command.name or getattr(command.callback, "__name__", "")
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def _was_terminated(exc: BaseException | None) -> bool:

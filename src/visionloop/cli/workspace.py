@@ -52,8 +52,12 @@ def start(
     if photos is not None:
         folder = _open_for(photos, folder, name)
     workspace = open_workspace(folder)
-    with lock_for_retrain(workspace.settings.home):
-        summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
+    try:
+        with lock_for_retrain(workspace.settings.home):
+            summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
     if summary.verdict != "passed":
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")

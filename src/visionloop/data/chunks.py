@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import make_image_key, make_lost_error
 from visionloop.data.shards import IMAGES, TRAIN, compute_rows_per_shard, make_shard_name
 from visionloop.errors import DatasetError, ImageError, ObjectMissing
@@ -36,7 +36,7 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ChunkImage:
-    """One image to prepare. `num_pixels` is its size at ingest: a pixel limit lowered since then does not apply."""
+    """One image to prepare. `num_pixels` is its size, which tells how long it takes."""
 
     sha256: str
     origin: str
@@ -135,8 +135,7 @@ def _decode(image: ChunkImage, data: bytes, chunk: Chunk) -> UInt8Array:
     try:
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise make_lost_error(image.sha256, image.origin)
-        limit = max(MAX_PIXELS, image.num_pixels)
-        return load_array(data, image.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=limit)
+        return load_array(data, image.origin, size_hw=chunk.size_hw, resize=chunk.resize, max_pixels=None)
     except ImageError as exc:
         raise make_lost_error(image.sha256, image.origin) from exc
 

@@ -42,7 +42,7 @@ _SPLIT_WORD = re.compile(
 )
 FORMATS = ("folders", "webdataset")
 UNLABELLED = "unlabelled"
-SUFFIXES: Mapping[str, str] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+SUFFIXES: Mapping[str, str] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif", "HEIF": "heic"}
 SHARD_BYTES = 512 * 1024 * 1024
 COLUMNS = (
     *("path", "label", "side", "group", "captured_at", "width", "height", "format", "num_bytes"),

@@ -1,15 +1,20 @@
-"""Bytes to pixels: the one way an image is decoded and resized, for training, judging and serving alike.
+"""Bytes to pixels: the one way an image is decoded and resized, for ingest, training, judging and serving alike.
 
-Pure: no disk, no network. Shapes: height x width x 3, uint8, RGB. Formats: JPEG, PNG, WebP.
+Pure: no disk, no network. Shapes: height x width x 3, uint8, RGB. What one function here reads, all of them read:
+ingest decides by `decode_grey`, with the same decoder, what goes in.
 
 JPEGs take a fast path: libjpeg-turbo decodes at 1/2, 1/4 or 1/8 of the size, if that is still at least as large as
-asked. If it refuses the file or warns, Pillow decodes it instead, and decides whether the file is damaged.
+asked. It names lost pixels, and such a file is damaged. What else it refuses or warns about goes to Pillow, which gets
+the picture without its notes (`data/encoded.py`): its own reading of them refuses files that libjpeg reads.
 """
 
 import io
 import math
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -17,21 +22,18 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+from visionloop.data.encoded import READ, Size, parse_encoded, read_orientation
 from visionloop.errors import ImageError
+from visionloop.records import MAX_PIXELS
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000
-MAX_SCANS = 100
 BAR_COLOUR = (128, 128, 128)
 
 UInt8Array = NDArray[np.uint8]
-Size = tuple[int, int]  # (width, height), as Pillow has it
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_BAND_PIXELS = 1 << 20  # of a large image so many are converted at a time, to hold it in memory once
 _SCALES = (8, 4, 2)  # libjpeg-turbo has other scales, without SIMD code: slower than the next larger one of these
-_ORIENTATION = 0x0112
-_EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,6 +45,23 @@ _TURNS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _DECODING = tuple(threading.Lock() for _ in range(16))  # two threads may have the same image, and one file behind it
+# What libjpeg warns of when pixels are lost. Its other warnings (an odd version, a few bytes too many) lose none.
+_DAMAGE = re.compile(
+    "remature end|bad Huffman code|bad arithmetic code|instead of RST"
+    "|before marker 0x(d[0-7]|da|c4)"  # bytes left over where a part of the picture ends
+)
+# Pillow's classes by format: `Image.open` has a limit of its own on pixels.
+_CLASSES = {
+    "JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"),
+    "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
+    "WEBP": ("PIL.WebPImagePlugin", "WebPImageFile"),
+    "AVIF": ("PIL.AvifImagePlugin", "AvifImageFile"),
+    "HEIF": ("pillow_heif", "HeifImageFile"),
+    "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
+    "BMP": ("PIL.BmpImagePlugin", "BmpImageFile"),
+    "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
+    "PPM": ("PIL.PpmImagePlugin", "PpmImageFile"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,91 +73,122 @@ class ImageFacts:
     format: str
 
 
-def open_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read the header of an encoded image, without decoding its pixels.
+class _Opened:
+    """An encoded image whose header is read, within the limit on pixels. `size` is the size before the orientation."""
 
-    Raises:
-        ImageError: not an image, a format that is not allowed, more than `max_pixels`, or more than 100 JPEG scans
-            (no camera or program writes so many, and each costs a pass over all pixels).
-    """
-    if not data:
-        raise ImageError(where, "is empty (0 bytes)", "an image", reason_code="empty")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as exc:
-        found, limit = "has too many pixels", min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-        raise ImageError(where, found, f"at most {limit}", reason_code="too_large") from exc
-    except MemoryError:
-        raise
-    except Exception as exc:  # a malformed file can make the parser raise anything
-        raise ImageError(where, "is not an image we read", "JPEG, PNG or WebP", reason_code="not_an_image") from exc
-    _check_pixels(image.size, where, max_pixels)
-    if _is_jpeg(image) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-        raise ImageError(where, f"has {scans} scans", f"at most {MAX_SCANS}", reason_code="too_large")
-    return image
+    def __init__(self, data: bytes, where: str, max_pixels: int | None) -> None:
+        """Raises ImageError: not an image we read, damaged, or too large. `max_pixels` None: any size."""
+        self.encoded, self._where, self._image = parse_encoded(data, where), where, None
+        size = self.encoded.size
+        if size is None:  # only the decoder knows it; it has decoded nothing yet
+            self._image = open_image(self.encoded.kind, data, where)
+            size = self._image.size
+        check_pixels(size, where, max_pixels)
+        self.size: Size = size
+
+    @property
+    def orientation(self) -> int:
+        return read_orientation(self.encoded.info if self._image is None else self._image.info)
+
+    def decode(self, needed: Size) -> tuple[Image.Image, bool]:
+        """Return L or RGB pixels, no smaller than `needed`, and whether they are scaled. Raises ImageError."""
+        pixels = self.decode_turbo(needed)
+        if pixels is not None:
+            return Image.fromarray(pixels), True
+        image = self._image or open_image(self.encoded.kind, self.encoded.picture, self._where)
+        if image.size != self.size:  # the limit was checked on another size
+            raise make_damaged(self._where, "two sizes in it")
+        return load_pixels(image, self._where, self.encoded.bits), False
+
+    def decode_turbo(self, needed: Size, *, grey: bool = False) -> UInt8Array | None:
+        """Decode a JPEG by libjpeg-turbo, to (h, w) or (h, w, 3). Raises ImageError.
+
+        None where Pillow must do it: another format, an unusual kind, or a warning that loses no pixels.
+        """
+        encoded = self.encoded
+        if encoded.num_colours not in (1, 3) or (grey and not encoded.is_usual):
+            return None
+        width, height = needed if grey else _choose_scale(self.size, needed)
+        one = grey or encoded.num_colours == 1
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                encoded.data,
+                colorspace="GRAY" if one else "RGB",
+                fastupsample=needed[0] < width and needed[1] < height,  # coarse: they are averaged next
+                min_height=height,
+                min_width=width,
+                min_factor=1,
+            )
+        except (ValueError, KeyError, RuntimeError) as exc:
+            if _DAMAGE.search(str(exc)):
+                raise make_damaged(self._where, str(exc)) from exc
+            return None
+        return np.asarray(pixels[:, :, 0] if one else pixels, np.uint8)
 
 
-def decode_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, where: str, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Decode to RGB, upright. Alpha is laid on white; 16-bit grey is scaled to 8; CMYK and palettes are converted.
 
-    Raises:
-        ImageError: as `open_image`, or the pixels are damaged or cut off.
+    `max_pixels` None, here and below: an image that ingest has let in. Raises ImageError.
     """
-    header = open_image(data, where, max_pixels=max_pixels)
-    pixels = _decode_jpeg(data, header, header.size) or _load(header, where)
-    return _turn(_to_rgb(pixels), _read_orientation(header))
+    opened = _Opened(data, where, max_pixels)
+    return _turn(_to_rgb(opened.decode(opened.size)[0]), opened.orientation)
 
 
 def decode_grey(
-    data: bytes, where: str, *, at_least_px: int, max_pixels: int = MAX_PIXELS
+    data: bytes, where: str, *, at_least_px: int, max_pixels: int | None = MAX_PIXELS
 ) -> tuple[ImageFacts, UInt8Array]:
     """Check an image by a full decode of its data and return its facts and its grey pixels (h, w), upright.
 
     The pixels may be scaled down, but no side goes below `at_least_px`. This is for hashes: it costs a third of
     `decode_image`. Raises ImageError.
     """
-    header = open_image(data, where, max_pixels=max_pixels)
-    grey = _decode_jpeg(data, header, (at_least_px, at_least_px), grey=True)
-    if grey is None:
-        grey = _load(header, where).convert("L")
+    opened = _Opened(data, where, max_pixels)
+    grey_hw = opened.decode_turbo((at_least_px, at_least_px), grey=True)
+    if grey_hw is None:
+        grey = opened.decode(opened.size)[0].convert("L")
         if (factor := min(grey.size) // at_least_px) > 1:
             grey = grey.resize((grey.width // factor, grey.height // factor), Image.Resampling.BOX)
-    orientation = _read_orientation(header)
-    width, height = _swap(header.size, orientation)
-    kind = "JPEG" if _is_jpeg(header) else str(header.format)
-    return ImageFacts(width, height, kind), np.asarray(_turn(grey, orientation), dtype=np.uint8)
+        grey_hw = np.asarray(grey)
+    orientation = opened.orientation
+    if orientation > 1:
+        grey_hw = np.asarray(_turn(Image.fromarray(grey_hw), orientation))
+    width, height = _swap(opened.size, orientation)
+    return ImageFacts(width, height, opened.encoded.kind), grey_hw
 
 
 def load_array(
-    data: bytes, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int = MAX_PIXELS
+    data: bytes, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int | None = MAX_PIXELS
 ) -> UInt8Array:
     """Decode and resize: bytes to (height, width, 3) uint8. The only preprocessing outside the network.
 
-    `resize`: squash (ignore the aspect ratio), fit_crop (fill, cut out the middle), letterbox (fit, grey bars). PNG and
-    WebP are resized by Pillow's antialiased bilinear filter. In a JPEG that is larger than asked each new pixel is the
-    mean of 2 x 2 or more samples. That costs half, and differs from Pillow's filter by one to two grey levels. The same
-    bytes give the same array in every thread and process of a machine. Raises ImageError.
+    `resize`: squash (ignore the aspect ratio), fit_crop (fill, cut out the middle), letterbox (fit, grey bars). Of a
+    JPEG that is larger than asked each new pixel is the mean of 2 x 2 or more samples: that costs half, and differs
+    by one to two grey levels from Pillow's antialiased bilinear filter, which resizes all others. The same bytes give
+    the same array in every thread and process of a machine. Raises ImageError.
     """
-    header = open_image(data, where, max_pixels=max_pixels)
-    return _make_array(header, data if _is_jpeg(header) else None, where, size_hw, resize)
+    opened = _Opened(data, where, max_pixels)
+    return _make_array(opened.size, opened.orientation, opened.decode, size_hw, resize)
 
 
 def convert_image(
-    image: Image.Image, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int = MAX_PIXELS
+    image: Image.Image, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int | None = MAX_PIXELS
 ) -> UInt8Array:
     """Do what `load_array` does, for an image that Pillow has opened: the same array as from its file.
 
     The exception is a JPEG whose pixels are decoded already, at full size: it may differ by one to two grey levels.
     Two threads may call this with the same image. Raises ImageError.
     """
-    _check_pixels(image.size, where, max_pixels)
+    check_pixels(image.size, where, max_pixels)
     if image.mode == "F":
         todo = "Scale it, and convert it to mode L or RGB."
         raise ImageError(where, "has pixels of floating point (mode F)", "8 or 16 bits", todo)
     with _DECODING[id(image) // 64 % len(_DECODING)]:
         data = _read_undecoded(image)
         if data is None:
-            return _make_array(image, None, where, size_hw, resize)
+            pixels = load_pixels(image, where)  # a PNG may have its EXIF behind its pixels
+            orientation = read_orientation(image.info)
+            return _make_array(pixels.size, orientation, lambda needed: (pixels, False), size_hw, resize)
     return load_array(data, where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)
 
 
@@ -158,8 +208,9 @@ def make_image(pixels: NDArray[Any], where: str) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _check_pixels(size: Size, where: str, max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
+def check_pixels(size: Size, where: str, max_pixels: int | None) -> None:
+    """Raise ImageError if an image has no pixels, or more than `max_pixels`; None is no limit."""
+    if max_pixels is not None and size[0] * size[1] > max_pixels:
         found = f"has {size[0]} x {size[1]} pixels"
         raise ImageError(where, found, f"at most {max_pixels}", reason_code="too_large")
     if not size[0] * size[1]:
@@ -168,7 +219,8 @@ def _check_pixels(size: Size, where: str, max_pixels: int) -> None:
 
 def _read_undecoded(image: Image.Image) -> bytes | None:
     """Return the bytes of a JPEG that is opened and not decoded: its pixels cannot have been changed. Else None."""
-    if not isinstance(image, ImageFile.ImageFile) or not _is_jpeg(image) or image.tell():
+    # MPO: a phone's JPEG with a second picture behind the first
+    if not isinstance(image, ImageFile.ImageFile) or image.format not in ("JPEG", "MPO") or image.tell():
         return None
     if image.fp is None or image.fp.closed:  # it is decoded, or its owner has closed it
         return None
@@ -177,20 +229,17 @@ def _read_undecoded(image: Image.Image) -> bytes | None:
 
 
 def _make_array(
-    image: Image.Image, jpeg: bytes | None, where: str, size_hw: tuple[int, int], resize: str
+    source: Size,
+    orientation: int,
+    decode: Callable[[Size], tuple[Image.Image, bool]],
+    size_hw: tuple[int, int],
+    resize: str,
 ) -> UInt8Array:
-    """Turn an image into (height, width, 3). `jpeg` are the bytes for the fast path."""
+    """Turn an image of the size `source` into (height, width, 3). `decode` gives pixels of a size at least."""
     upright = size_hw[1], size_hw[0]
-    pixels = None if jpeg else _load(image, where)  # a PNG may have its EXIF behind its pixels
-    orientation = _read_orientation(image)
-    wanted = _swap(upright, orientation)
-    share, size = _fit(image.size, wanted, resize)
-    may_sample = False
-    if pixels is None:
-        needed = math.ceil(size[0] / (share[2] - share[0])), math.ceil(size[1] / (share[3] - share[1]))
-        pixels = _decode_jpeg(jpeg or b"", image, needed)
-        may_sample = pixels is not None
-        pixels = pixels or _load(image, where)
+    share, size = _fit(source, _swap(upright, orientation), resize)
+    needed = math.ceil(size[0] / (share[2] - share[0])), math.ceil(size[1] / (share[3] - share[1]))
+    pixels, may_sample = decode(needed)
     small = _turn(_to_rgb(_resize(pixels, share, size, may_sample=may_sample)), orientation)
     if small.size != upright:
         canvas = Image.new("RGB", upright, BAR_COLOUR)
@@ -199,61 +248,96 @@ def _make_array(
     return np.asarray(small, dtype=np.uint8)
 
 
-def _is_jpeg(image: Image.Image) -> bool:
-    return image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a second picture behind the first
+class _ShortFirst(io.BytesIO):
+    """A file whose first read is short: of 16 bytes Pillow's WebP reader cannot tell the size, nor apply its limit."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(16 if self.tell() == 0 else size)
 
 
-def _load(image: Image.Image, where: str) -> Image.Image:
-    """Decode with Pillow to grey or RGB, without the EXIF rotation. Raises ImageError."""
+def open_image(kind: str, data: bytes, where: str) -> Image.Image:
+    """Read the header by Pillow, which decodes nothing yet. Raises ImageError."""
+    module, name = _CLASSES[kind]
+    try:
+        file = _ShortFirst(data) if kind == "WEBP" else io.BytesIO(data)
+        opened: Image.Image = getattr(import_module(module), name)(file)
+    except MemoryError:
+        raise
+    except ImportError as exc:
+        todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
+        raise ImageError(where, "is HEIC, and pillow-heif is not installed", READ, todo) from exc
+    except Exception as exc:  # a malformed file can make the parser raise anything
+        raise make_damaged(where, str(exc) or "its header") from exc
+    return opened
+
+
+def make_damaged(where: str, why: str) -> ImageError:
+    """Return the error of an image whose pixels are not whole."""
+    return ImageError(where, f"is damaged ({why})"[:200], "whole pixels", reason_code="damaged")
+
+
+def load_pixels(image: Image.Image, where: str, bits: int = 0) -> Image.Image:
+    """Decode with Pillow to grey or RGB, without the EXIF rotation. `bits` as in `Encoded`. Raises ImageError."""
     try:
         image.load()
-        return _flatten(image)
+        return _flatten(image, bits)
     except MemoryError:
         raise
     except Exception as exc:  # a malformed file can make the decoder raise anything
-        raise ImageError(where, f"is damaged ({exc})"[:200], "whole pixels", reason_code="damaged") from exc
+        raise make_damaged(where, str(exc)) from exc
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, bits: int) -> Image.Image:
     """Turn any mode into L or RGB."""
     if image.mode in _WIDE_MODES:
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
+        return _narrow(image, bits)
+    if image.has_transparency_data:
+        alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        flat = Image.new("L" if alpha.mode == "LA" else "RGB", image.size, "white")
+        flat.paste(alpha if alpha.mode == "RGBA" else alpha.getchannel("L"), mask=alpha)
+        return flat
     return image if image.mode == "L" else _to_rgb(image)
+
+
+# A 16-bit sample of a PNG fills its 16 bits: 65535 is white, whatever the brightest sample of this picture is. A file
+# may say (chunk sBIT) that its camera had fewer bits. By the standard they are then the upper ones, and the lower ones
+# are zero or repeat them. Some programs store them as the lower ones:
+#
+#     12 bits, the value 4095 (white)   0xFFF0 or 0xFFFF: by the standard   0x0FFF: as the lower bits, white too
+
+
+def _narrow(image: Image.Image, bits: int) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, some rows at a time."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    bands = [(0, top, image.width, min(image.height, top + rows)) for top in range(0, image.height, rows)]
+    top_value = (1 << bits) - 1 if 8 <= bits < 16 and _holds_lower_bits(image, bands, bits) else 65535
+    table = (np.arange(65536, dtype=np.int64).clip(0, top_value) * 510 + top_value) // (2 * top_value)
+    table = table.astype(np.uint8)
+    grey = Image.new("L", image.size)
+    for band in bands:
+        grey.paste(Image.fromarray(table[_read_wide(image, band)]), band)
+    return grey
+
+
+def _read_wide(image: Image.Image, band: tuple[int, int, int, int]) -> NDArray[np.uint16]:
+    values = np.asarray(image.crop(band))
+    return values if values.dtype == np.uint16 else values.clip(0, 65535).astype(np.uint16)
+
+
+def _holds_lower_bits(image: Image.Image, bands: list[tuple[int, int, int, int]], bits: int) -> bool:
+    """Say whether samples of `bits` bits lie in the lower bits: no upper one is in use, and the lower ones are."""
+    spare = (1 << (16 - bits)) - 1
+    uses_spare = False
+    for band in bands:
+        values = _read_wide(image, band)
+        if (values >> bits).any():
+            return False
+        uses_spare = uses_spare or bool((values & spare).any())
+    return uses_spare
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies even where there is nothing to do
-
-
-def _decode_jpeg(data: bytes, header: Image.Image, needed: Size, *, grey: bool = False) -> Image.Image | None:
-    """Decode with libjpeg-turbo, as small as it can be and no smaller than `needed`.
-
-    None where Pillow must decide: other formats, CMYK, and data that libjpeg-turbo refuses or warns about.
-    """
-    if not _is_jpeg(header) or header.mode not in ("L", "RGB"):
-        return None
-    width, height = _choose_scale(header.size, needed)
-    one = grey or header.mode == "L"
-    try:
-        if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
-            return None  # two parsers read two sizes, and the pixel limit was checked on one of them
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            colorspace="GRAY" if one else "RGB",
-            fastupsample=needed[0] < width and needed[1] < height,  # coarse colours are enough: they are averaged next
-            min_height=height,
-            min_width=width,
-            min_factor=1,
-        )
-    except ValueError:
-        return None
-    return Image.fromarray(pixels[:, :, 0] if one else pixels)
 
 
 def _choose_scale(size: Size, needed: Size) -> Size:
@@ -263,17 +347,6 @@ def _choose_scale(size: Size, needed: Size) -> Size:
         if width >= needed[0] and height >= needed[1]:
             return width, height
     return size
-
-
-def _read_orientation(image: Image.Image) -> int:
-    """Return the EXIF (or XMP) orientation, 1 to 8; 1 where there is none, or it cannot be read."""
-    if image.info.keys().isdisjoint(_EXIF_KEYS):
-        return 1
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF is no reason to reject an image whose pixels are good
-        return 1
-    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _turn(image: Image.Image, orientation: int) -> Image.Image:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from visionloop.data.images import MAX_PIXELS, UInt8Array, convert_image, load_array, make_image
+from visionloop.data.images import UInt8Array, convert_image, load_array, make_image
 from visionloop.errors import ImageError
+from visionloop.records import MAX_PIXELS
 
 ImageInput = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 FORMS = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)

@@ -100,6 +100,6 @@ def make_leak_picture(leaks: Leaks, load_bytes: Callable[[str], bytes], *, shown
 
 
 def _make_cell(data: bytes, origins: tuple[str, ...], side: str) -> Cell:
-    image = decode_image(data, origins[0])
+    image = decode_image(data, origins[0], max_pixels=None)
     image.thumbnail((CELL_PX, CELL_PX))
     return Cell(np.asarray(image), side, origins[0])

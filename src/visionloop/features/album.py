@@ -70,7 +70,7 @@ class Album:
         record = self.records[row]
         try:
             data = self.store.get(make_image_key(record.sha256))
-            return load_array(data, record.sha256, size_hw=_fit(record, max_px), resize="squash")
+            return load_array(data, record.sha256, size_hw=_fit(record, max_px), resize="squash", max_pixels=None)
         except (ImageError, ObjectMissing):
             return np.full((max_px, max_px, 3), GREY, np.uint8)
 

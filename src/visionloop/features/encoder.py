@@ -18,7 +18,7 @@ import numpy as np
 
 from visionloop import networks
 from visionloop.bundle import Bundle, hash_file
-from visionloop.data.images import MAX_PIXELS, UInt8Array, load_array
+from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.shards import Prepared
 from visionloop.errors import BundleError, TrainingError
 from visionloop.features.runtimes import (
@@ -35,7 +35,7 @@ from visionloop.networks.names import BACKBONE
 from visionloop.networks.processor import MACHINE_FILE
 from visionloop.params import Train
 from visionloop.predictor import Embedder
-from visionloop.records import compute_digest
+from visionloop.records import MAX_PIXELS, compute_digest
 from visionloop.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def make_encoder(
             accelerator=accelerator,
             hidden_dir=settings.hidden_dir,
             open_run=open_run,
+            tell=tell,
         )
         tell(f"embeds by {measured.describe()} (measured once, kept in .visionloop/{MACHINE_FILE})")
         choice = measured.choice
@@ -208,9 +209,10 @@ def _try_encoder(network: "OnnxEncoder", folder: Path) -> None:
     except TrainingError:
         together_nd = alone_nd[:0]
     if not _agree(together_nd, alone_nd):
-        batch = network.pixels.batch or "any number"
-        found = f"{name} does not take {TRIED} images at once, or mixes them (exported for {batch})"
-        todo = "Export it with a dynamic batch (`dynamic_shapes`, or `dynamic_axes` of older exporters)."
+        found, todo = f"{name} gives an image another vector when others are beside it", "Take out what mixes images."
+        if network.pixels.batch or not len(together_nd):
+            found = f"{name} does not take {TRIED} images at once (exported for {network.pixels.batch or 'any number'})"
+            todo = "Export it with a dynamic batch (`dynamic_shapes`, or `dynamic_axes` of older exporters)."
         raise TrainingError(BACKBONE, found, "the same vector for an image whatever is beside it", todo)
 
 

@@ -73,6 +73,7 @@ def measure_runtimes(
     accelerator: str,
     hidden_dir: Path,
     open_run: Callable[[EncoderFacts], Run],
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Measured:
     """Return how fast each candidate runs this encoder on prepared images: as measured once, or measured now."""
     about: dict[str, Any] = {
@@ -87,6 +88,7 @@ def measure_runtimes(
     }
 
     def measure() -> Measured:
+        tell(f"finds out which of {', '.join(candidates)} embeds fastest here: 10 to 30 s, once in a workspace ...")
         height, width = facts.image_size
         number = max(1, min(MAX_SLICE, SLICE_PIXELS // (height * width), len(prepared.sha256_n)))
         opens = {name: partial(open_run, set_runtime(facts, name)) for name in candidates}

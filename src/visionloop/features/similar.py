@@ -14,6 +14,7 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.features.album import Album
 from visionloop.features.neighbours import find_neighbours
 from visionloop.features.view import FloatArray
+from visionloop.records import MAX_PIXELS
 
 MIN_DIGITS = 8
 MAX_BYTES = 200_000_000
@@ -41,7 +42,7 @@ class SimilarImage:
     is_same: bool
 
 
-def read_query(text: str, album: Album) -> QueryImage:
+def read_query(text: str, album: Album, *, max_pixels: int = MAX_PIXELS) -> QueryImage:
     """Read a file, or the sha256 of an image of the dataset (or its first eight digits or more).
 
     Raises:
@@ -50,7 +51,7 @@ def read_query(text: str, album: Album) -> QueryImage:
     """
     path = Path(text).expanduser()
     if path.is_file():
-        return _read_file(path, album)
+        return _read_file(path, album, max_pixels)
     if not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", text):
         found = "is a folder" if path.is_dir() else "does not exist"
         raise SourceError(text, found, f"an image file, or {MIN_DIGITS} digits or more of a sha256", "Check the path.")
@@ -96,16 +97,16 @@ def draw_similar(album: Album, queries: Sequence[QueryImage], found: Sequence[Se
     return draw_contact_sheet(cells, title, columns=columns, cell_px=CELL_PX)
 
 
-def _read_file(path: Path, album: Album) -> QueryImage:
+def _read_file(path: Path, album: Album, max_pixels: int) -> QueryImage:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ImageError(path.name, "is too large", f"at most {MAX_BYTES:,} bytes", reason_code="too_large")
         data = path.read_bytes()
     except OSError as exc:
         raise SourceError(str(path), f"cannot be read ({exc.strerror})", "an image file", "Check the path.") from exc
-    picture = decode_image(data, path.name)
+    picture = decode_image(data, path.name, max_pixels=max_pixels)
     picture.thumbnail((CELL_PX, CELL_PX))
-    image = album.encoder.decode(data, path.name)
+    image = album.encoder.decode(data, path.name, max_pixels=max_pixels)
     return QueryImage(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
 
 

@@ -17,7 +17,7 @@ from threading import Event, Semaphore, Thread
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.ingest.inspect import Facts, Inspected, inspect_bytes
+from visionloop.ingest.inspect import Facts, Inspected, inspect_for_store, make_inspected, make_rejected
 from visionloop.ingest.journal import SHA256, STAMP, Journal, Offers, Row, unpack_row
 from visionloop.ingest.sources import Cursor, Item, PassedOver
 from visionloop.parallel import count_cores
@@ -176,7 +176,7 @@ class Checker:
         try:
             return item.read(self._limits.max_file_bytes)
         except ImageError as exc:
-            return _reject(item, exc)
+            return make_rejected(item, exc)
         except (VisionLoopError, MemoryError):
             raise
         except Exception as exc:  # a user's source fails for one image
@@ -184,7 +184,7 @@ class Checker:
 
     def _inspect(self, held: Sequence[tuple[int, Item, bytes]], results: list[ItemResult]) -> None:
         with self._decoding:
-            judged = [(self._judge(ordinal, item, data), data) for ordinal, item, data in held]
+            judged = [self._judge(ordinal, item, data) for ordinal, item, data in held]
         for result, data in judged:
             if isinstance(result.found, Facts):
                 if self.stopped.is_set():
@@ -195,24 +195,23 @@ class Checker:
                 self._put(make_image_key(result.found.sha256), data)
             results.append(result)
 
-    def _judge(self, ordinal: int, item: Item, data: bytes) -> ItemResult:
+    def _judge(self, ordinal: int, item: Item, data: bytes) -> tuple[ItemResult, bytes]:
+        """Return what was found out about an image, and the bytes to store."""
+        found: Facts | Rejected
+        is_lasting = True
         try:
-            return ItemResult(ordinal, item, inspect_bytes(data, item.origin, max_pixels=self._limits.max_pixels))
+            found, data = inspect_for_store(data, item.origin, self._limits)
         except ImageError as exc:
-            return ItemResult(ordinal, item, _reject(item, exc))
+            found = make_rejected(item, exc)
         except MemoryError:
             raise
         except Exception as exc:  # an unexpected error of a decoder costs this image only
-            found = Rejected(item.origin, "unreadable", f"cannot be decoded ({type(exc).__name__})")
-            return ItemResult(ordinal, item, found, is_lasting=False)
+            found, is_lasting = Rejected(item.origin, "unreadable", f"cannot be decoded ({type(exc).__name__})"), False
+        return ItemResult(ordinal, item, found, is_lasting=is_lasting), data
 
     def _put(self, key: str, data: bytes) -> None:
         if not self._store.add(key, data) and self._verify and self._store.get(key) != data:
             self._store.put(key, data)
-
-
-def _reject(item: Item, exc: ImageError) -> Rejected:
-    return Rejected(item.origin, exc.reason_code, f"{exc.found}; expected {exc.expected}")
 
 
 @dataclass(frozen=True)
@@ -396,4 +395,4 @@ def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Re
     else:
         item, row = slot
         found = unpack_row(row)
-    return found if isinstance(found, Rejected) else Inspected(item, ordinal, found)
+    return found if isinstance(found, Rejected) else make_inspected(item, ordinal, found)

@@ -28,14 +28,14 @@ from visionloop.settings import Settings
 
 Result = TypeVar("Result")
 
-_SCHEMA = 1
+_SCHEMA = 2
 _FLUSH_ROWS = 250
 FLUSH_LINES = 1000
 _FLUSH_S = 0.5
 _WAIT_S = 5.0
 _TABLES = f"""
 CREATE TABLE files (store TEXT, origin TEXT, stamp TEXT, rules TEXT, session INTEGER, sha256 TEXT, width INTEGER,
-    height INTEGER, format TEXT, num_bytes INTEGER, phash TEXT, code TEXT, reason TEXT,
+    height INTEGER, format TEXT, num_bytes INTEGER, phash TEXT, converted TEXT, code TEXT, reason TEXT,
     PRIMARY KEY (store, origin)) WITHOUT ROWID;
 CREATE TABLE sessions (id INTEGER PRIMARY KEY AUTOINCREMENT, boot TEXT, synced INTEGER);
 CREATE TABLE pulls (store TEXT, name TEXT, asked TEXT, offers TEXT, version TEXT, rejected TEXT, cursors TEXT,
@@ -77,7 +77,7 @@ class Journal:
     def __init__(self, path: Path, store_url: str, limits: Ingest) -> None:
         self._path = path
         self._store = store_url
-        self._rules = f"{INSPECTION}/{limits.max_pixels}/{limits.max_file_bytes}"
+        self._rules = f"{INSPECTION}/{limits.max_pixels}/{limits.max_file_bytes}/{limits.convert}"
         self._boot = _read_boot_id()
         self._waiting: list[tuple[object, ...]] = []
         self._flushed_at = time.monotonic()
@@ -103,10 +103,10 @@ class Journal:
                 continue
             head = (self._store, origin, stamp, self._rules)
             if isinstance(one, Facts):
-                facts = (one.sha256, one.width, one.height, one.format, one.num_bytes, one.phash)
+                facts = (one.sha256, one.width, one.height, one.format, one.num_bytes, one.phash, one.converted)
                 self._waiting.append((*head, *facts, None, None))
             else:
-                self._waiting.append((*head, None, None, None, None, None, None, one.code, one.reason))
+                self._waiting.append((*head, None, None, None, None, None, None, None, one.code, one.reason))
         if len(self._waiting) >= _FLUSH_ROWS or time.monotonic() - self._flushed_at > _FLUSH_S:
             self.flush()
 
@@ -163,7 +163,7 @@ class Journal:
 
     def _select(self, database: sqlite3.Connection, source: str) -> list[Any]:
         return database.execute(
-            "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash FROM files"
+            "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash, converted FROM files"
             " WHERE store = ? AND origin >= ? AND origin < ? AND rules = ?"
             " AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
             (self._store, f"{source}:", f"{source};", self._rules, self._boot),
@@ -175,7 +175,7 @@ class Journal:
             self._session = added.lastrowid
         database.executemany(
             "INSERT OR REPLACE INTO files (store, origin, stamp, rules, sha256, width, height, format, num_bytes,"
-            f" phash, code, reason, session) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {self._session})",
+            f" phash, converted, code, reason, session) VALUES ({'?, ' * 13} {self._session})",
             rows,
         )
 

@@ -33,8 +33,6 @@ def find_duplicates(
     phash_n: Sequence[str],
     kind_n: Sequence[int],
     first_new: int,
-    *,
-    max_pixels: int,
 ) -> list[Pair]:
     """Return the confirmed pairs of rows with at least one at or after `first_new`; earlier rows come first.
 
@@ -56,7 +54,7 @@ def find_duplicates(
         missing = sorted(wanted - thumbs.keys())
         names = [sha256_n[row_of[i]] for i in missing]
         thumbs = {i: thumb for i, thumb in thumbs.items() if i in wanted}
-        thumbs.update(zip(missing, _load_thumbs(store, names, max_pixels), strict=True))
+        thumbs.update(zip(missing, _load_thumbs(store, names), strict=True))
         usable = [p for p, (a, b) in enumerate(zip(later_p, earlier_p, strict=True)) if _has(thumbs, a, b)]
         if not usable:
             continue
@@ -74,12 +72,12 @@ def make_thumb(image_hwc: UInt8Array) -> UInt8Array:
     return np.asarray(means.round(), np.uint8)
 
 
-def _load_thumbs(store: ObjectStore, names: Sequence[str], max_pixels: int) -> list[UInt8Array | None]:
+def _load_thumbs(store: ObjectStore, names: Sequence[str]) -> list[UInt8Array | None]:
     def load(sha256: str) -> UInt8Array | None:
         try:
             data = store.get(make_image_key(sha256))
             size_hw = (_DECODED_PX, _DECODED_PX)
-            return make_thumb(load_array(data, sha256[:12], size_hw=size_hw, resize="squash", max_pixels=max_pixels))
+            return make_thumb(load_array(data, sha256[:12], size_hw=size_hw, resize="squash", max_pixels=None))
         except (ObjectMissing, ImageError):
             return None
 
@@ -129,7 +127,7 @@ def decide_sides(
     everyone: list[ImageRecord | Newcomer] = [*old, *newcomers]
     kinds = [_KINDS[r.side or ("learn" if isinstance(r, Newcomer) and r.learn else None)] for r in everyone]
     names, hashes = [r.sha256 for r in everyone], [r.phash for r in everyone]
-    pairs = find_duplicates(store, names, hashes, kinds, len(old), max_pixels=section.max_pixels)
+    pairs = find_duplicates(store, names, hashes, kinds, len(old))
     touched = _find_touched(old, newcomers, pairs)
     place_of = {i: place for place, i in enumerate([*touched, *range(len(old), len(everyone))])}
     people = [everyone[i] for i in place_of]

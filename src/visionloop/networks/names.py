@@ -44,7 +44,9 @@ def check_backbone(name: str) -> str:
     base, dot, _ = name.partition(".")
     if base in known and (not dot or known[base] == "timm"):
         return known[base]
-    near = [TIMM + name] if TIMM + base in known else _find_near(name, known)
+    near = _find_near(name, known)
+    if dot and TIMM + base in known:  # a tag of timm's weights, behind a name that is not timm's
+        near = [*[base][: base in known], f"{TIMM}{base} and a tag of its weights"]
     expected = f"a known backbone; near: {', '.join(near or OFFERED)}"
     raise TrainingError(BACKBONE, f"got {name!r}", expected, "Edit the file.")
 

@@ -124,10 +124,10 @@ class Gate(Section):
 
 
 class Serve(Section):
-    """Limits of the server."""
+    """Limits of the server. `max_pixels` None: the model's own, under which its images were ingested."""
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
-    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_pixels: int | None = Field(default=None, ge=1024)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=1)
     poll_s: float = Field(default=5.0, gt=0)
@@ -233,7 +233,9 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         keys.append("kind")
         found, expected = f"got {_tag_of(first)!r}", f"one of {first['ctx']['expected_tags']}"
     elif kind == "string_pattern_mismatch":
-        found, expected = f"got {first['input']!r}", "lower-case letters, digits and '-' (at most 63)"
+        found = f"got {first['input']!r}"
+        is_digest = keys[-1].endswith("sha256")
+        expected = "64 digits and letters a to f" if is_digest else "lower-case letters, digits and '-' (at most 63)"
     else:
         found = f"got {first['input']!r}"[:120]
         expected = re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)

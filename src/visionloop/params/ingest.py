@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from visionloop.params.section import Name, Section, Words, to_tuple
+from visionloop.records import MAX_PIXELS
 
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -164,14 +165,16 @@ class VideoSource(Section):
     """Frames of a video file, a folder of them, or a camera (rtsp://, http://, a device) watched for `watch_s`.
 
     A frame every `every_s` seconds, or at each change of scene (`scene`: mean difference of grey levels, 0 to 1).
-    Labelled by the folder of the file, by `label`, or by `table` (columns: image = file; start, end in seconds are
-    optional). Each video is one group.
+    Labelled by the folder of the file (`pattern` and `unlabelled` as of a folder), by `label`, or by `table` (columns:
+    image = file; start, end in seconds are optional). Each video is one group.
     """
 
     kind: Literal["video"]
     path: Text
     name: Name = "video"
     label: Text | None = None
+    pattern: Text | None = None
+    unlabelled: Words = ()
     table: Text | None = None
     columns: Columns = Columns()
     every_s: float = Field(default=1.0, gt=0)
@@ -266,6 +269,7 @@ class Ingest(Section):
     """Where images come from, and what is asked of them.
 
     `label_map` renames labels (old: new). `corrections` is a CSV (sha256, old, new), applied at each pull.
+    `convert` makes PNGs of TIFF, BMP, GIF and PPM.
     """
 
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
@@ -274,8 +278,9 @@ class Ingest(Section):
     label_map: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     corrections: str | None = Field(default=None, min_length=1)
     max_rejected_ratio: float = Field(default=0.05, ge=0, le=1)
-    max_pixels: int = Field(default=50_000_000, ge=1024)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1024)
     max_file_bytes: int = Field(default=50_000_000, ge=1024)
+    convert: bool = False
 
     @model_validator(mode="after")
     def _names_are_different(self) -> "Ingest":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionloop.data.images import MAX_PIXELS, UInt8Array
+from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.parallel import map_parallel
@@ -121,8 +121,8 @@ def _read_batches(store: ObjectStore, predictor: Predictor, tests: Sequence[Imag
                 "Set VISIONLOOP_STORE, or ingest its source again.",
             ) from exc
         # The image was accepted at this size: a pixel limit that was lowered since then must not stop the gate.
-        max_pixels = max(MAX_PIXELS, record.width * record.height)
-        return predictor.decode(data, f"test image {record.sha256[:12]}", max_pixels=max_pixels)
+        where, max_pixels = f"test image {record.sha256[:12]}", record.width * record.height
+        return predictor.decode(data, where, max_pixels=max_pixels)
 
     height, width = predictor.card.image_size
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (height * width * 3)))

@@ -100,7 +100,7 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         summary="Classify one image, or several",
     )
     async def predict(request: Request) -> Response:
-        """Send the image as the body, or one or more files in a form. JPEG, PNG and WebP; the bytes decide.
+        """Send the image as the body, or one or more files in a form. JPEG, PNG, WebP or AVIF; the bytes decide.
 
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty.
         """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionloop.data.images import MAX_PIXELS, UInt8Array
+from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.records import Prediction
 from visionloop.serving.swap import ServedModel
@@ -42,7 +42,7 @@ class Batcher:
         *,
         max_batch: int = 32,
         max_queue: int = 256,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int | None = None,
         max_wait_s: float = 0.004,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:

@@ -24,10 +24,13 @@ DISCARD_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one server. `max_held_bytes` is for the bodies of all requests together."""
+    """The limits of one server. `max_held_bytes` is for the bodies of all requests together.
+
+    `max_pixels` None: the limit of the model in use.
+    """
 
     max_body_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
+    max_pixels: int | None = None
     max_batch: int = 32
     max_queue: int = 256
     max_files: int = 64

@@ -80,7 +80,8 @@ class Job(Workspace):
         report = json.loads((self.prepared.folder / "report.json").read_text())
         section = self.params.train
         weights = hash_weights(section, self.settings.home)
-        parts = [report, self.params.name, section.model_dump(mode="json"), self.code_digest, weights, self.start]
+        sections = [section.model_dump(mode="json"), self.params.ingest.max_pixels]  # the limit goes on the card
+        parts = [report, self.params.name, *sections, self.code_digest, weights, self.start]
         if section.way in WAYS_ON_EMBEDDINGS:  # another runtime or precision gives other vectors
             parts.append(load_facts(self.settings.features_dir).digest)
         return compute_digest([*parts, torch.__version__.partition("+")[0]])

@@ -1,5 +1,6 @@
 """From the best weights to a bundle: export, parity with torch, golden answers, reference embeddings."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from visionloop.bundle import Bundle, seal_bundle
-from visionloop.data.images import UInt8Array
+from visionloop.data.images import UInt8Array, decode_image
 from visionloop.data.manifest import make_image_key
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import TrainingError
@@ -113,20 +114,29 @@ def _write_reference(path: Path, predictor: Predictor, prepared: Prepared, rows:
 
 
 def _write_golden(folder: Path, predictor: Predictor, job: Job, rows: IntArray) -> None:
-    """Keep a few validation images of all classes as they were ingested, and this model's answers to them."""
+    """Keep a few validation images of all classes, and this model's answers to them."""
     prepared = job.prepared
     order = np.argsort(prepared.label_n[rows], kind="stable")
     picks = np.linspace(0, len(rows) - 1, min(NUM_GOLDEN, len(rows))).round().astype(int)
     chosen = rows[order][picks]
-    images = [job.store.get(make_image_key(prepared.sha256_n[row])) for row in chosen]
-    names = [f"{number:02d}.{SUFFIXES.get(data[:2], 'bin')}" for number, data in enumerate(images)]
+    images = [_make_golden(job.store.get(make_image_key(prepared.sha256_n[row]))) for row in chosen]
+    names = [f"{number:02d}.{SUFFIXES[data[:2]]}" for number, data in enumerate(images)]
     for name, data in zip(names, images, strict=True):
         (folder / name).write_bytes(data)
-    outputs = predictor.run_batches(np.stack([predictor.decode(data, "golden image") for data in images]))
+    outputs = predictor.run_batches(predictor.decode_golden(images))
     logits = [[round(float(z), 6) for z in row] for row in outputs.logits_nk]
     several = prepared.task == "multilabel"
     labels = [list(prepared.labels(row)) if several else prepared.labels(row)[0] for row in chosen]
     (folder / "answers.json").write_bytes(canonical_json({"images": names, "labels": labels, "logits": logits}))
+
+
+def _make_golden(data: bytes) -> bytes:
+    """Return an image as it is, or as PNG where not every machine that serves can read its format (AVIF, HEIC)."""
+    if data[:2] in SUFFIXES:
+        return data
+    sink = io.BytesIO()
+    decode_image(data, "golden image", max_pixels=None).save(sink, "PNG")
+    return sink.getvalue()
 
 
 def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> Card:
@@ -145,4 +155,5 @@ def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> C
         network={"backbone": params.train.network_name, **network},
         parity=0.0,
         thresholds=dict.fromkeys(prepared.classes, 0.5) if prepared.task == "multilabel" else None,
+        max_pixels=params.ingest.max_pixels,
     )

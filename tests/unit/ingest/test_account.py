@@ -44,7 +44,7 @@ def write(place: Path, files: dict[str, bytes | str]) -> Path:
     return place
 
 
-NAMES = ("a.png", "b.PNG", "c.jpg", "d.txt", "e", ".f", "g.xml", "h.jpg_large", "i.ppm", "Thumbs.db", "j.png.json")
+NAMES = ("a.png", "b.PNG", "c.jpg", "d.txt", "e", ".f", "g.xml", "h.jpg_large", "i.jp2", "Thumbs.db", "j.png.json")
 FOLDERS = ("cat", "dog", "cat/x", "@eaDir", "dog/.hidden", "test", "train", "#recycle", "", "other/deep")
 PLACES = st.sets(st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES)), max_size=25)
 ROWS = st.lists(

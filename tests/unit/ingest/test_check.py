@@ -90,10 +90,10 @@ def test_an_image_that_cannot_be_read_costs_itself_alone(
 def test_a_decoder_that_fails_in_its_own_way_costs_one_image(
     store: LocalStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def inspect(data: bytes, where: str, *, max_pixels: int) -> None:
+    def inspect(data: bytes, where: str, limits: Ingest) -> None:
         raise ZeroDivisionError(where)
 
-    monkeypatch.setattr(crew, "inspect_bytes", inspect)
+    monkeypatch.setattr(crew, "inspect_for_store", inspect)
     checked = check_all([make_item(0)], store, LIMITS, Known(journal))
     assert checked.rejected == [Rejected("s:000.png", "unreadable", "cannot be decoded (ZeroDivisionError)")]
 

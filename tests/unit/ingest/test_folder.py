@@ -207,7 +207,7 @@ def test_what_is_passed_over_is_counted_by_suffix_and_by_folder(tmp_path: Path) 
     ("names", "kinds"),
     [
         (("b/1", "b/2"), "no suffix 2"),
-        (("b/1.jpg_large", "b/2.ppm"), ".jpg_large 1, .ppm 1"),
+        (("b/1.jpg_large", "b/2.jp2"), ".jp2 1, .jpg_large 1"),
         (("b/x/1.cr2", "b/2.dng", "b/y/3.cr2"), ".cr2 2, .dng 1"),
         (("b/1.jpg.crdownload", "b/.hidden.jpg"), ".crdownload 1"),
     ],

@@ -132,3 +132,8 @@ def test_class_folders_win_over_a_table_that_names_few_images_or_says_the_same(
     assert f"`visionloop ingest {tmp_path}/d --pattern '{{label}}/'`" in str(e.value)
     assert guess_source(str(tmp_path / "d/info.csv")).kind == "table"
     assert guess_source(str(tmp_path / "d"), by_pattern=True).kind == "folder"
+
+
+def test_a_folder_of_films_that_is_read_by_a_pattern_is_one_of_films(tmp_path: Path) -> None:
+    touch(tmp_path, ["d/cat/1.mp4", "d/test/2.mp4", "d/events.csv"])
+    assert guess_source(str(tmp_path / "d"), by_pattern=True).kind == "video"

@@ -93,7 +93,6 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "png-cut": lambda: encode("PNG")[:-100],
     "png-no-end": lambda: encode("PNG")[:-12],
     "png-wrong-checksum": lambda: flip(encode("PNG")),
-    "png-wrong-checksum-of-a-comment": lambda: patch(encode("PNG", pnginfo=make_comment()), b"hello", b"jello"),
 }
 WHOLE: dict[str, Callable[[], bytes]] = {
     "progressive": lambda: encode(progressive=True),
@@ -108,6 +107,7 @@ WHOLE: dict[str, Callable[[], bytes]] = {
     "palette": lambda: encode("PNG", mode="P"),
     "alpha": lambda: encode("PNG", mode="RGBA"),
     "broken-exif": lambda: encode(exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12" * 50),
+    "png-wrong-checksum-of-a-comment": lambda: patch(encode("PNG", pnginfo=make_comment()), b"hello", b"jello"),
     "one-pixel": lambda: encode(size=(1, 1)),
 }
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fakes import write_photos
-from visionloop.data.manifest import list_versions, load_pin, load_version_records
+from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
 from visionloop.errors import ParamsError, SourceError, StoreError
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, Params, make_params
@@ -197,3 +198,28 @@ def test_what_a_source_itself_refuses_is_counted_among_the_files(
         run(settings, store, folder)
     assert "1 of 3 files cannot be used: photos:cat/lost.jpg (unreadable); the first one " in str(caught.value)
     assert list_versions(store, "pets") == []
+
+
+def test_what_is_converted_is_stored_as_png_and_its_origin_says_so(
+    settings: Settings, store: LocalStore, tmp_path: Path
+) -> None:
+    folder = write_photos(tmp_path / "photos", 6)
+    for number in range(3):
+        Image.open(folder / "cat" / f"{number}.png").save(folder / "cat" / f"{number}.png", "TIFF")
+    Image.open(folder / "dog" / "0.png").save(folder / "dog" / "zero.ppm")
+    refused = run(settings, store, folder, ingest={"max_rejected_ratio": 1})
+    assert Counter(r.code for r in refused.rejected) == {"not_an_image": 4}
+    assert refused.rejected[0].reason == "is TIFF; expected JPEG or PNG. Set `ingest.convert: true`, or convert it."
+
+    taken = run(settings, store, folder, ingest={"convert": True})
+    assert taken.rejected == ()
+    records = {r.origins[-1]: r for r in load_version_records(store, taken.version)}
+    assert sorted(name for name in records if name.endswith("#png")) == [
+        *(f"photos:cat/{number}.png#png" for number in range(3)),
+        "photos:dog/zero.ppm#png",
+    ]
+    data = store.get(make_image_key(records["photos:cat/0.png#png"].sha256))
+    assert data.startswith(b"\x89PNG")
+    assert records["photos:cat/0.png#png"].format == "PNG"
+    again = run(settings, store, folder, ingest={"convert": True})
+    assert (again.changed, again.num_read) == (False, 0), "the journal knows what was converted"

@@ -2,9 +2,11 @@
 
 import io
 import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -360,3 +362,53 @@ def test_the_spool_of_a_dead_process_is_swept(tmp_path: Path) -> None:
 )
 def test_cameras_are_told_from_files(path: str, camera: bool) -> None:
     assert is_camera(path) is camera
+
+
+# Where a film ends
+
+
+def write_slow(path: Path, rate: Fraction, number: int, sound_s: float = 0.0, codec: str = "mpeg4") -> Path:
+    """Write `number` frames at a rate, and a sound beside them that may be longer."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = 1 / rate
+        sound: Any = container.add_stream("aac", rate=8000) if sound_s else None
+        for place in range(number):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * place % 255, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = place, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for place in range(int(sound_s * 8000 / 1024)):
+            quiet = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            quiet.sample_rate, quiet.pts = 8000, place * 1024
+            container.mux(sound.encode(quiet))
+        if sound:
+            container.mux(sound.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "mov"])
+@pytest.mark.parametrize(("rate", "number"), [(Fraction(1, 5), 4), (Fraction(1, 60), 3), (Fraction(1, 5), 1)])
+def test_the_last_frame_of_a_slow_film_is_shown_to_its_end(
+    tmp_path: Path, suffix: str, rate: Fraction, number: int
+) -> None:
+    frames, end = play(write_slow(tmp_path / f"slow.{suffix}", rate, number))
+    assert (len(frames), end["code"], end["text"]) == (number, None, None)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("flv", "flv1")])
+def test_a_sound_that_goes_on_is_not_the_end_of_the_pictures(tmp_path: Path, suffix: str, codec: str) -> None:
+    frames, end = play(write_slow(tmp_path / f"a.{suffix}", Fraction(10), 20, sound_s=12.0, codec=codec))
+    assert (len(frames), end["code"]) == (2, None)
+
+
+@pytest.mark.parametrize(("suffix", "share"), [("avi", 0.8), ("mkv", 0.5)])
+def test_a_slow_film_that_lacks_frames_is_still_cut_off(tmp_path: Path, suffix: str, share: float) -> None:
+    whole = write_slow(tmp_path / f"whole.{suffix}", Fraction(1, 5), 40)
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+    frames, end = play(cut)
+    assert 0 < len(frames) < 40
+    assert end["code"] == "damaged"
+    assert "cut off" in end["text"]

@@ -104,7 +104,7 @@ def test_counting_features_draws_no_random_number_and_changes_no_weight() -> Non
         ("dense", "near: densenet"),
         ("", "near: efficientnet_lite0, resnet18, "),
         ("vit_tiny_patch16_242", "vit_tiny_patch16_224"),
-        ("resnet18.a1_in1k", "near: timm/resnet18.a1_in1k."),
+        ("resnet18.a1_in1k", "near: resnet18, timm/resnet18 and a tag of its weights."),
         ("../timm/x", "near: "),
     ],
 )

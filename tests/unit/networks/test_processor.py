@@ -32,6 +32,8 @@ FACTS: dict[str, Any] = {"step": "train", "backbone": "resnet18", "image_size": 
         ({"fp32": 10.0}, {}, "fp32"),
         ({"a": 10.0, "b": 30.0, "c": 20.0}, {"b": 0.9989, "c": 0.9991}, "c"),
         ({"a": 10.0, "b": 30.0, "c": 20.0}, {"b": 0.9991, "c": 0.9991}, "b"),
+        ({"a": 100.0, "b": 124.9}, {"b": 1.0}, "a"),
+        ({"a": 100.0, "b": 125.1}, {"b": 1.0}, "b"),
     ],
 )
 def test_another_candidate_is_taken_where_it_is_a_tenth_faster_and_agrees(
@@ -44,7 +46,7 @@ def test_a_measurement_in_words() -> None:
     assert Measured(FACTS, {"fp32": 17.21, "bf16": 33.4}).describe() == "bf16: 33 images/s against 17 in fp32"
     measured = Measured(FACTS, {"a": 1234.5, "b": 0.0, "c": 2000.0}, {"c": 0.5})
     assert measured.describe_all() == (
-        "train resnet18 at 224 x 224: a: 1,234 images/s against none in b, 2,000 in c, other vectors"
+        "train resnet18 at 224 x 224: a: 1,234 images/s against none in b, 2,000 in c (its vectors differ)"
     )
 
 

@@ -2,16 +2,20 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fakes import make_bundle, make_image
+from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError
+from visionloop.params import Serve
 from visionloop.predictor import Outputs, Predictor
-from visionloop.records import Prediction
+from visionloop.records import Prediction, canonical_json
 from visionloop.serving.batcher import Batcher, QueueFull
+from visionloop.serving.main import make_limits
 from visionloop.serving.swap import ServedModel
 
 
@@ -200,3 +204,20 @@ def test_stop_answers_what_was_taken_and_takes_no_more(model: ServedModel, monke
         assert not names & {"decode", "network"}
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(None, [False, True]), (2000, [False, False]), (1024, [False, True])])
+def test_without_a_limit_of_its_own_the_server_has_that_of_the_model(
+    tmp_path: Path, limit: int | None, refused: list[bool]
+) -> None:
+    make_bundle(tmp_path / "b")
+    card = replace(load_bundle(tmp_path / "b").card, max_pixels=1024)
+    (tmp_path / "b" / "card.json").write_bytes(canonical_json(card.to_json()))
+    seal_bundle(tmp_path / "b")
+    model = ServedModel(Predictor.load(tmp_path / "b", threads=1))
+
+    async def run() -> list[Prediction | ImageError]:
+        async with running(max_pixels=make_limits(Serve(max_pixels=limit)).max_pixels) as batcher:
+            return await batcher.predict(model, [make_image(1), make_image(1, size_hw=(32, 33))])
+
+    assert [isinstance(one, ImageError) for one in asyncio.run(run())] == refused

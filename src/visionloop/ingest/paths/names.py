@@ -7,7 +7,10 @@ from functools import lru_cache
 from types import MappingProxyType
 
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
+        *(".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    )
 )
 SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
     {

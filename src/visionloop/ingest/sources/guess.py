@@ -43,7 +43,7 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
         return _make("python", "function", text, name, text.partition(":")[0].rpartition(".")[2])
     path = path.resolve()
     if path.is_dir():
-        kind, place = ("folder", path) if by_pattern else _guess_folder(path)
+        kind, place = _guess_folder(path, by_pattern=by_pattern)
         return _make(kind, "path", str(place), name, path.name)
     if path.is_char_device():
         return _make("video", "path", str(path), name, path.name)
@@ -81,13 +81,15 @@ def _guess_url(text: str, name: str | None) -> Source:
     raise SourceError(f"source {scheme[:30]}://{host[:80]}", "has an unknown scheme", KINDS, "Check it.")
 
 
-def _guess_folder(path: Path) -> tuple[str, Path]:
+def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
     """Return the kind of source that fits what a folder holds, and the folder or the table that is meant.
 
     Raises:
         SourceError: class folders and a table say different things.
     """
     paths, num_videos = _list_paths(path)
+    if by_pattern:
+        return ("video" if num_videos and not paths else "folder"), path
     top, files = path, _list_names(path)
     if not files and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
         top, files = path / folders[0], _list_names(path / folders[0])

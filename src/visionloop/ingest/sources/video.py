@@ -171,7 +171,7 @@ def _place(
     paths = [one.relative for one in files]
     sides = [find_side(path.partition("/")[0]) if "/" in path else None for path in paths]
     if source.label is None and any("/" in path for path in paths):
-        return place_all(paths, where, context.tell)
+        return place_all(paths, where, context.tell, pattern=source.pattern, unlabelled=source.unlabelled)
     labels = () if source.label is None else (source.label,)
     if not labels:
         context.tell(f"{where}: no class folder, `label` or `table`: {len(files):,} videos come in for prediction only")

@@ -7,6 +7,7 @@ nothing, but it is five times as large, and its bytes depend on the version of z
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,11 +175,11 @@ def _check_size(width: int, height: int, job: DecodeJob) -> None:
 def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Iterator[Message]:
     """Yield the frames that are wanted. Raises VideoFault at the end of one that is damaged or goes beyond a limit."""
     sampler = Sampler(job.spans, job.every_s, job.scene)
-    damage, last_s, num_decoded, num_taken = _Damage(), 0.0, 0, 0
+    damage, end_s, num_decoded, num_taken = _Damage(), 0.0, 0, 0
     began_at, beat_at = None, time.monotonic()
     shape = _Shape(stream, told)
     for now_s, frame in _decode_frames(container, stream, job, damage):
-        last_s, num_decoded = now_s, num_decoded + 1
+        end_s, num_decoded = now_s + _read_length(frame, stream), num_decoded + 1
         began_at = time.time() - now_s if began_at is None else began_at
         if num_decoded > MAX_FRAMES_PER_S * (1 + now_s):
             raise VideoFault("too_many_frames", f"has more than {MAX_FRAMES_PER_S} frames a second at {now_s:.1f} s")
@@ -201,7 +202,7 @@ def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Ite
             message = {"kind": "frame", "t_ms": to_ms(now_s), "clock": began_at + now_s if job.is_live else None}
             yield message, shape.encode(frame)
     else:
-        _check_end(container, stream, job, damage, last_s=last_s, num_decoded=num_decoded)
+        _check_end(container, stream, job, damage, end_s=end_s, num_decoded=num_decoded)
     if damage.packets:
         raise VideoFault("damaged", f"is damaged at {damage.first_s:.1f} s ({damage.packets:,} packets were lost)")
 
@@ -243,18 +244,33 @@ def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage)
                 yield now_s, frame
 
 
-def _check_end(
-    container: Any, stream: Any, job: DecodeJob, damage: _Damage, *, last_s: float, num_decoded: int
-) -> None:
+def _check_end(container: Any, stream: Any, job: DecodeJob, damage: _Damage, *, end_s: float, num_decoded: int) -> None:
     """Tell a video that was cut off, or has no frame, from a complete one. Raises VideoFault."""
     if not num_decoded:
         code, text = ("damaged", "every frame is damaged") if damage.packets else ("no_video", "has no frame")
         raise VideoFault(code, text)
-    declared = container.duration / av.time_base if container.duration else None
+    declared = _read_duration(container, stream)
+    if not job.is_live and declared and end_s < declared - max(CUT_SHORT_S, declared / 20):
+        raise VideoFault("damaged", f"ends at {end_s:.1f} s of {declared:.1f} s: the file is cut off")
+
+
+def _read_length(frame: Any, stream: Any) -> float:
+    """Return for how many seconds a frame is shown: by its own word, else by the usual rate; 0 where none is known."""
+    if frame.duration and frame.time_base:
+        return float(frame.duration * frame.time_base)
+    return 1 / float(stream.average_rate) if stream.average_rate else 0.0
+
+
+def _read_duration(container: Any, stream: Any) -> float | None:
+    """Return the duration of the pictures in seconds. The sound beside them may be longer, and says nothing."""
     if stream.duration and stream.time_base:
-        declared = float(stream.duration * stream.time_base)
-    if not job.is_live and declared and last_s < declared - max(CUT_SHORT_S, declared / 20):
-        raise VideoFault("damaged", f"ends at {last_s:.1f} s of {declared:.1f} s: the file is cut off")
+        return float(stream.duration * stream.time_base)
+    if container.duration and len(container.streams) == 1:
+        return float(container.duration / av.time_base)
+    for name, value in stream.metadata.items():  # Matroska: DURATION, or DURATION-eng
+        if name.startswith("DURATION") and (found := re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", value)):
+            return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+    return None
 
 
 class _Shape:
