@@ -1,6 +1,5 @@
 """What commands and flows tell people, as lines of at most about 110 columns. Pure: given values, it prints nothing."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from visionloop.data.compare import Diff
     from visionloop.data.leaks import Leaks
-    from visionloop.ingest.pull import Account, PullReport
+    from visionloop.ingest.pull import PullReport
     from visionloop.records import DatasetVersion, Decision, ImageRecord, LedgerEntry, Rejected
 
 
@@ -378,6 +377,7 @@ def shorten_path(path: "Path | str", home: "Path", here: "Path") -> str:
 
 def describe_pull(report: "PullReport") -> list[str]:
     """Tell what a pull brought, in a few lines."""
+    from visionloop.ingest.labels import describe_twins
     from visionloop.ingest.pull import NOT_UNUSABLE
 
     version = report.version
@@ -395,36 +395,8 @@ def describe_pull(report: "PullReport") -> list[str]:
         names = shorten(version.left_out)
         lines.append(f"left out: {names}, with fewer images than ingest.expect.min_per_class; with more they come back")
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
-    lines.append(describe_account(report.account))
-    lines += describe_twins(version.classes)
+    lines += [report.account.describe(), *describe_twins(version.classes)]
     if version.num_leaks:
         what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"
         lines.append(f"LEAK: {version.num_leaks:,} {what} between sides; see `visionloop datasets show`")
-    return lines
-
-
-def describe_account(account: "Account") -> str:
-    """Tell in one line what became of every file of a pull; rows that lead to no file come last."""
-    parts = {
-        "taken": account.taken,
-        "quarantined": account.quarantined,
-        "listed": account.listed,
-        "passed over": account.passed_over,
-    }
-    shown = ", ".join(f"{number:,} {what}" for what, number in parts.items() if number or what == "taken")
-    rows = ", ".join(f"{number:,} {code}" for code, number in account.rows.items())
-    line = f"sum: {account.num_files:,} {'file' if account.num_files == 1 else 'files'} = {shown}"
-    return f"{line}; and rows: {rows}" if rows else line
-
-
-def describe_twins(classes: Sequence[str]) -> list[str]:
-    """Tell which classes may be one by their names, with the line for params.yaml that unites them."""
-    from visionloop.ingest.labels import find_twins
-
-    lines = []
-    for names in find_twins(classes)[:SHOWN_OF_MANY]:
-        kept, *others = names[::-1]
-        pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(kept)}" for name in others)  # JSON is YAML
-        shown = " and ".join(map(repr, names))
-        lines.append(f"TWINS: {shown} may be one class; if so: ingest.label_map: {{{pairs}}}")
     return lines

@@ -54,6 +54,13 @@ def draw_all() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize(("num_classes", "name"), [(2, "c"), (25, "cat"), (26, "c"), (120, "c"), (120, "breed" * 6)])
+def test_no_word_is_cut_off_at_the_border(num_classes: int, name: str):
+    png = draw_confusion(np.eye(num_classes, dtype=int) * 5, [f"{i}{name}" for i in range(num_classes)])
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    assert min(pixels[0].min(), pixels[-1].min(), pixels[:, 0].min(), pixels[:, -1].min()) == 255
+
+
 def test_same_input_gives_same_bytes_whatever_the_users_settings():
     import matplotlib
 

@@ -49,17 +49,6 @@ def make_image_key(sha256: str) -> str:
     return f"images/{sha256[:2]}/{sha256}"
 
 
-def make_lost_error(sha256: str, origin: str) -> DatasetError:
-    """Return the error of an image of a dataset whose bytes are not in the store, or not as they were."""
-    return DatasetError(
-        f"image {sha256[:12]} ({origin})",
-        "is missing from the store or damaged there",
-        "its bytes as they were ingested",
-        "Run `visionloop ingest --verify`: it mends what its source still has (a folder that was ingested once: "
-        f"`visionloop ingest PATH --verify`); if that is gone too, `visionloop forget {sha256[:12]}` takes it out.",
-    )
-
-
 def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
     """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
     total = hashlib.sha256()
@@ -174,6 +163,18 @@ def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequenc
     store.put(f"manifests/{version.parts[-1]}.parquet", encode_records(changed))
     store.sync()
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
+
+
+def make_lost_error(sha256: str, origin: str) -> DatasetError:
+    """Return the error of an image that the store has lost, with a way out for each kind of pull."""
+    source = origin.partition(":")[0] if ":" in origin else "NAME"
+    return DatasetError(
+        f"image {sha256[:12]} ({origin})",
+        "is missing from the store or damaged there",
+        "its bytes as they were ingested",
+        f"Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest PATH --name {source} --verify`:"
+        f" it mends what its source still has. Without its source: `visionloop forget {sha256[:12]} --why lost`.",
+    )
 
 
 def write_quarantine(store: ObjectStore, name: str, rejected: Sequence[Rejected]) -> str | None:

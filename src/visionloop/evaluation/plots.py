@@ -81,7 +81,9 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str], *, title: str
     side = max(2.8, 0.9 + 0.5 * num_classes) if few else 11.5
     with open_figure(side + room + 1.7, side + (room if upright else 0.2) + 0.9, names) as (figure, sink):
         axes = figure.add_subplot()
-        picture = axes.imshow(share_kk, cmap=_make_blues(), vmin=0, vmax=1, interpolation="nearest")
+        # Cells of a fixed aspect would be laid out after the labels, which then lie partly outside of the picture.
+        aspect = "equal" if few else "auto"
+        picture = axes.imshow(share_kk, cmap=_make_blues(), vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
         axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=size, color=INK)
         axes.set_yticks(range(len(names)), names, fontsize=size)
         axes.set_xlabel("predicted")

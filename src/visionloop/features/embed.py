@@ -93,11 +93,11 @@ def choose_reader(store: ObjectStore, encoder: Encoder, prepared: Prepared, orig
 
     def decode(row: int) -> UInt8Array:
         sha256 = prepared.sha256_n[row]
-        where = f"image {sha256[:12]} ({origin_of.get(sha256, 'of an earlier version')})"
+        origin = origin_of.get(sha256, "of an earlier version")
         try:
-            return encoder.decode(store.get(make_image_key(sha256)), where)
+            return encoder.decode(store.get(make_image_key(sha256)), f"image {sha256[:12]} ({origin})")
         except (ImageError, ObjectMissing) as exc:
-            raise make_lost_error(sha256, origin_of.get(sha256, "of an earlier version")) from exc
+            raise make_lost_error(sha256, origin) from exc
 
     return lambda rows: np.stack(list(map_parallel(decode, [int(row) for row in rows])))
 

@@ -8,9 +8,9 @@ core is decoded. Work goes out in batches that take about 0.03 s, at most two ba
 uses no memory except for its results.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -18,7 +18,7 @@ from threading import Event, Semaphore, Thread
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.ingest.inspect import Facts, Inspected, inspect_for_store, make_inspected, make_rejected
-from visionloop.ingest.journal import SHA256, STAMP, Journal, Row, unpack_row
+from visionloop.ingest.journal import SHA256, STAMP, Journal, Offers, Row, unpack_row
 from visionloop.ingest.sources import Cursor, Item, PassedOver
 from visionloop.parallel import count_cores
 from visionloop.params import Ingest
@@ -36,12 +36,12 @@ from visionloop.store import ObjectStore
 # puts each result into its slot as it comes, here 2, 3, 1, and into the journal; so the next pull reads none of the
 # four. `close` goes through the slots 0 to 3: inspected a.jpg, b.jpg, d.jpg; rejected c.jpg; 4 seen, 3 read.
 MAX_READERS = 32
+KEPT_ROWS = 100_000
 _BATCH_S = 0.03
 _MAX_BATCH = 32
 _GROUP_BYTES = 8_000_000
 _BUSY = 0.5
 Batch = list[tuple[int, Item]]
-_FLUSH_LINES = 1000
 # The code of a rejection that may be gone next time: a server was away, a file was locked.
 PASSING = "unreadable"
 
@@ -219,7 +219,8 @@ class Checked:
     """What a pull has found: usable images, what cannot be used, and the cursor of each incremental source.
 
     `num_read` of the `num_seen` were read; the others were known. `num_missing` were known, but not in the store.
-    `num_places` are the places of files that were offered or rejected, each once; `num_passed_over` the other files.
+    `num_places` are the places of files that were offered or rejected, each once; `num_passed_over` the other files;
+    `more_rows` the rejected rows, by code, that are too many to be listed.
     `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
     no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
     left out here.
@@ -233,6 +234,7 @@ class Checked:
     num_missing: int = 0
     num_places: int = 0
     num_passed_over: int = 0
+    more_rows: Mapping[str, int] = field(default_factory=dict)
     offers: str | None = None
     is_as_before: bool = False
 
@@ -280,7 +282,7 @@ def check_all(
             elif isinstance(one, PassedOver):
                 tally.num_passed_over += one.num_files
             else:
-                tally.rejected.append(one)
+                tally.reject(one)
         crew.finish()
     finally:
         crew.stop()
@@ -297,10 +299,19 @@ class _Tally:
         self._known = known
         self._on_progress = on_progress
         self._rows: dict[str, dict[str, Row]] = {}
-        self._offers = _Offers()
+        self._offers = Offers()
         self._slots: list[tuple[Item, Row] | ItemResult | None] = []
         self.num_passed_over = 0
+        self._num_rows: Counter[str] = Counter()
         self._num_done = self._num_read = self._num_missing = 0
+
+    def reject(self, one: Rejected) -> None:
+        """Keep what a source has rejected; of rows that lead to no file so many of a kind, the others are counted."""
+        if one.is_row:
+            self._num_rows[one.code] += 1
+            if self._num_rows[one.code] > KEPT_ROWS:
+                return
+        self.rejected.append(one)
 
     def count(self, item: Item) -> int | None:
         """Give an item its slot; return the slot's number if the item must be read."""
@@ -324,14 +335,16 @@ class _Tally:
     def close(self) -> Checked:
         """Return everything, in the order of the sources."""
         num_seen = len(self._slots)
+        more = {code: number - KEPT_ROWS for code, number in self._num_rows.items() if number > KEPT_ROWS}
         self._on_progress(num_seen, num_seen)
-        offers = self._offers.close(self.rejected, self.cursors)
+        offers = self._offers.close(self.rejected, self.cursors, more)
         if offers is not None and offers == self._known.offers and not self._num_read:
             return Checked(
                 cursors=self.cursors,
                 num_seen=num_seen,
                 num_places=self._count_places(),
                 num_passed_over=self.num_passed_over,
+                more_rows=more,
                 offers=offers,
                 is_as_before=True,
             )
@@ -346,6 +359,7 @@ class _Tally:
             num_missing=self._num_missing,
             num_places=self._count_places(),
             num_passed_over=self.num_passed_over,
+            more_rows=more,
             offers=offers,
         )
 
@@ -373,40 +387,6 @@ class _Tally:
             self._num_missing += 1
             return None
         return row
-
-
-class _Offers:
-    """A digest over all that the sources offer."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._lines: list[str] = []
-        self._abouts: dict[tuple[object, ...], str] = {}
-        self._have_stamps = True
-
-    def add(self, item: Item) -> None:
-        stamp = item.stamp
-        if stamp is None:
-            self._have_stamps = False
-            return
-        about = item.labels, item.side, item.test_is_given, item.group, item.captured_at
-        text = self._abouts.get(about)
-        if text is None:
-            text = self._abouts[about] = repr(about)
-        self._lines.append(f"{item.origin}\0{stamp}\0{text}")
-        if len(self._lines) >= _FLUSH_LINES:
-            self._flush()
-
-    def close(self, rejected: list[Rejected], cursors: dict[str, str]) -> str | None:
-        self._lines += [f"{one.origin}\0{one.code}\0{one.reason}" for one in rejected]
-        self._lines.append(repr(sorted(cursors.items())))
-        self._flush()
-        return self._digest.hexdigest() if self._have_stamps else None
-
-    def _flush(self) -> None:
-        self._digest.update("\n".join((*self._lines, "")).encode("utf-8", "surrogatepass"))
-        self._lines = []
-        self._abouts = {} if len(self._abouts) > _FLUSH_LINES else self._abouts
 
 
 def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Rejected:

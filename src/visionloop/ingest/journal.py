@@ -9,10 +9,11 @@ until the machine is restarted.
 """
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import psutil
 
 from visionloop.ingest.inspect import INSPECTION, Facts
+from visionloop.ingest.item import Item
 from visionloop.params import Ingest
 from visionloop.records import Rejected
 from visionloop.settings import Settings
@@ -28,6 +30,7 @@ Result = TypeVar("Result")
 
 _SCHEMA = 2
 _FLUSH_ROWS = 250
+FLUSH_LINES = 1000
 _FLUSH_S = 0.5
 _WAIT_S = 5.0
 _TABLES = f"""
@@ -253,3 +256,41 @@ def _read_boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return str(psutil.boot_time())
+
+
+class Offers:
+    """A digest over all that the sources offer."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._lines: list[str] = []
+        self._abouts: dict[tuple[object, ...], str] = {}
+        self._have_stamps = True
+
+    def add(self, item: Item) -> None:
+        """Add an item; the order counts."""
+        stamp = item.stamp
+        if stamp is None:
+            self._have_stamps = False
+            return
+        about = item.labels, item.side, item.test_is_given, item.group, item.captured_at
+        text = self._abouts.get(about)
+        if text is None:
+            text = self._abouts[about] = repr(about)
+        self._lines.append(f"{item.origin}\0{stamp}\0{text}")
+        if len(self._lines) >= FLUSH_LINES:
+            self._flush()
+
+    def close(
+        self, rejected: Sequence[Rejected], cursors: Mapping[str, str], more_rows: Mapping[str, int]
+    ) -> str | None:
+        """Return the digest; None when an item has no stamp."""
+        self._lines += [f"{one.origin}\0{one.code}\0{one.reason}" for one in rejected]
+        self._lines.append(repr([sorted(cursors.items()), sorted(more_rows.items())]))
+        self._flush()
+        return self._digest.hexdigest() if self._have_stamps else None
+
+    def _flush(self) -> None:
+        self._digest.update("\n".join((*self._lines, "")).encode("utf-8", "surrogatepass"))
+        self._lines = []
+        self._abouts = {} if len(self._abouts) > FLUSH_LINES else self._abouts

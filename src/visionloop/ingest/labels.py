@@ -11,6 +11,7 @@ A line whose correction was made may stay in the file; it changes nothing then.
 
 import csv
 import io
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from visionloop.records import ImageRecord, Rejected
 COLUMNS = ("sha256", "old", "new")
 MIN_DIGITS = 8
 MAX_BYTES = 100_000_000
+SHOWN_TWINS = 8
 Labels = tuple[str, ...]
 
 
@@ -249,3 +251,14 @@ def find_twins(classes: Iterable[str]) -> list[list[str]]:
         text = re.sub(r"^0+(?=[0-9]+$)", "", text)
         alike.setdefault(re.sub(r"[\s_\u200b-\u200f\u2060\ufeff-]+", "", text) or name, []).append(name)
     return [names for names in alike.values() if len(names) > 1]
+
+
+def describe_twins(classes: Iterable[str]) -> list[str]:
+    """Return a line for each group of twins, with what unites them in params.yaml."""
+    lines = []
+    for names in find_twins(classes)[:SHOWN_TWINS]:
+        kept, *others = names[::-1]
+        pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(kept)}" for name in others)  # JSON is YAML
+        shown = " and ".join(map(repr, names))
+        lines.append(f"TWINS: {shown} may be one class; if so: ingest.label_map: {{{pairs}}}")
+    return lines

@@ -49,12 +49,21 @@ class Account:
         """All files that were seen."""
         return self.taken + self.quarantined + self.listed + self.passed_over
 
+    def describe(self) -> str:
+        """Return the sum in one line; rows that lead to no file come last."""
+        parts = {"quarantined": self.quarantined, "listed": self.listed, "passed over": self.passed_over}
+        shown = "".join(f", {number:,} {what}" for what, number in parts.items() if number)
+        rows = ", ".join(f"{number:,} {code}" for code, number in self.rows.items())
+        line = f"sum: {self.num_files:,} {'file' if self.num_files == 1 else 'files'} = {self.taken:,} taken{shown}"
+        return f"{line}; and rows: {rows}" if rows else line
+
 
 def make_account(checked: Checked, rejected: Sequence[Rejected]) -> Account:
     """Return what became of the files of a pull. A place that is both taken and rejected counts as rejected."""
     refused = {one.origin: one.code for one in rejected if not one.is_row and one.code != IS_TAKEN}
     listed = sum(code in NOT_UNUSABLE for code in refused.values())
     rows = Counter(one.code for one in rejected if one.is_row)
+    rows.update(checked.more_rows)
     taken = checked.num_places - len(refused)
     return Account(taken, len(refused) - listed, listed, checked.num_passed_over, dict(sorted(rows.items())))
 
@@ -205,9 +214,10 @@ def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]
 def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float) -> None:
     """Raise SourceError when more files and rows than allowed are what the summary calls unusable."""
     unusable = [*{one.origin: one for one in rejected if one.code not in NOT_UNUSABLE}.values()]
-    rows = len({one.origin for one in rejected if one.is_row})
-    total = checked.num_places + rows
-    if len(unusable) <= max_ratio * total:
+    num_more = sum(checked.more_rows.values())
+    rows = len({one.origin for one in rejected if one.is_row}) + num_more
+    total, num_unusable = checked.num_places + rows, len(unusable) + num_more
+    if num_unusable <= max_ratio * total:
         return
     worst = shorten([f"{r.origin} ({r.code})" for r in unusable])
     first = min(unusable, key=lambda r: f"{r.origin} ({r.code})")
@@ -215,7 +225,7 @@ def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: f
     todo = "Set `task: multilabel` if an image may have several labels." if "several_labels" in codes else "Mend them."
     raise SourceError(
         "ingest",
-        f"{len(unusable)} of {total} files {'and rows ' if rows else ''}cannot be used: {worst};"
+        f"{num_unusable} of {total} files {'and rows ' if rows else ''}cannot be used: {worst};"
         f" the first one {first.reason.rstrip('.')}",
         f"at most {max_ratio:.0%}",
         f"{todo} Or raise ingest.max_rejected_ratio.",

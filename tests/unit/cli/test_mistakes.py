@@ -272,14 +272,14 @@ def test_what_the_store_lost_is_mended_as_the_message_says(desk: Desk) -> None:
     for sha256 in (one, other):
         desk.store.delete(f"images/{sha256[:2]}/{sha256}")
     told = desk.run("prepare", code=2)
-    assert "`visionloop ingest PATH --verify`" in told
+    assert "`visionloop ingest PATH --name photos --verify`" in told
     assert "`visionloop ingest PATH --verify`" in desk.run("ingest", "--verify", code=2)
     desk.run("ingest", desk.photos, "--verify", "--name", "photos")
     desk.run("prepare")
     desk.store.delete(f"images/{one[:2]}/{one}")
     shutil.rmtree(desk.home / "data" / "prepared")
-    assert f"`visionloop forget {one[:12]}`" in desk.run("prepare", code=2)
-    desk.run("forget", one[:12], "--yes")
+    assert f"`visionloop forget {one[:12]} --why lost`" in desk.run("prepare", code=2)
+    desk.run("forget", one[:12], "--why", "lost", "--yes")
     desk.run("prepare")
     assert len(desk.rows()) == 19
 

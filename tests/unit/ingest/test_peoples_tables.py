@@ -168,6 +168,27 @@ def test_classes_of_hugging_faces_parquet_have_their_names(
     assert [*labels(run_source(tmp_path, kind="table", path="data")).values()] == expected
 
 
+def test_parts_of_hugging_faces_parquet_are_one_table(tmp_path: Path) -> None:
+    touch(tmp_path / "data", ["1.jpg", "2.jpg", "3.jpg"])
+    names = ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001-0a1b.parquet")
+    for number, name in enumerate(names, start=1):
+        table = pa.table({"image": [{"bytes": bytes([number]), "path": None}], "label": [number % 2]})
+        meta = {"huggingface": json.dumps({"info": {"features": {"label": CLASSES}}})}
+        pq.write_table(table.replace_schema_metadata(meta), tmp_path / "data" / name)
+    found = run_source(tmp_path, kind="table", path="data")
+    assert sides(found) == [
+        (f"{names[0]} row 1", "learn"),
+        (f"{names[1]} row 1", "learn"),
+        (f"{names[2]} row 1", "test"),
+    ]
+    assert [(item.labels, item.read(9)) for item in found.items] == [
+        (("dog",), b"\x01"),
+        (("cat",), b"\x02"),
+        (("dog",), b"\x03"),
+    ]
+    assert "3 parts of one table" in found.told[0]
+
+
 def test_metadata_that_is_broken_costs_only_the_names(tmp_path: Path) -> None:
     touch(tmp_path / "data", ["1.jpg"])
     table = pa.table({"image": ["1.jpg"], "label": [0]})
@@ -358,6 +379,20 @@ def test_roboflows_classes_csv(tmp_path: Path) -> None:
     found = run(tmp_path, table, "1.jpg", "2.jpg", "3.jpg", name="_classes.csv")
     assert labels(found) == {**CAT_DOG, "3.jpg": ()}
     assert "columns not used: Unlabeled" in found.told[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("labels.xlsx", r"If the \.xlsx holds the labels, save it as CSV"),
+        ("sub/labels.ods", r"If the \.ods holds the labels, save it as CSV"),
+        ("train.txt", r"If a \.txt lists FILE LABEL on each line, give its path"),
+    ],
+)
+def test_labels_in_other_files_beside_flat_images_are_named(tmp_path: Path, name: str, hint: str) -> None:
+    touch(tmp_path / "data", ["a.jpg", "b.jpg", name])
+    with pytest.raises(SourceError, match=hint):
+        run_source(tmp_path, kind="folder", path="data")
 
 
 # 20: encodings

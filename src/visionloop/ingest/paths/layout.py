@@ -48,7 +48,7 @@ def place_all(
     reading.read()
     found = _place_each(paths, reading)
     if not any(isinstance(one, Placement) and one.labels for one in found):
-        raise _refuse(paths, where, given)
+        raise _refuse(paths, where, given, passed or PassedOver())
     _tell_names(found, paths, reading, passed or PassedOver())
     sides = {one.side for one in found if isinstance(one, Placement) and one.side and one.labels}
     settled = settle_sides(sides, reading.tell)
@@ -56,6 +56,13 @@ def place_all(
         Placement(one.labels, *settled[one.side], one.group) if isinstance(one, Placement) and one.side else one
         for one in found
     ]
+
+
+# Files beside images that often hold their labels, and what to do then.
+_AS_CSV = "If the {} holds the labels, save it as CSV (two columns: file, label) beside the images."
+LABELS_BESIDE = {suffix: _AS_CSV.format(suffix) for suffix in (".xlsx", ".xls", ".ods", ".numbers", ".xml", ".mat")} | {
+    ".txt": "If a .txt lists FILE LABEL on each line, give its path: `visionloop ingest FOLDER/NAME.txt`."
+}
 
 
 def count_classes(paths: Sequence[str]) -> int:
@@ -176,13 +183,16 @@ def _find_empty(paths: Sequence[str], reading: Reading, passed: PassedOver) -> I
     yield from sorted(empty.items())
 
 
-def _refuse(paths: Sequence[str], where: str, given: Pattern | None) -> SourceError:
+def _refuse(paths: Sequence[str], where: str, given: Pattern | None, passed: PassedOver) -> SourceError:
     if given:
         found = f"no file fits the pattern {given.text}" + (f", as {paths[0]!r} does not" if paths else "")
         return SourceError(where, found, "names like the pattern", "Edit the pattern in params.yaml.")
     splits = sorted(find_flat_splits(paths))
     nothing = "no image in any class folder"
     found = f"{nothing}: there are no labels in {shorten(splits)}" if splits else nothing
+    beside = {suffix for folder, suffix in passed.files if folder.count("/") < 2}
+    if hints := [hint for suffix, hint in LABELS_BESIDE.items() if suffix in beside]:
+        return SourceError(where, found, "CLASS/IMAGE.jpg, or labels that can be read", " ".join(hints))
     return SourceError(
         where,
         found,

@@ -286,7 +286,7 @@ def _read_pages(
 ) -> Iterator[Item | Rejected]:
     first = next((page for page in pages if page.rows), None)
     sample = first.rows[:SAMPLE_ROWS] if first else []
-    plan = plan_columns(source.columns, sample, where, tell)
+    plan = plan_columns(source.columns, sample, where, tell, own=[find_stamp_column(sample)])
     stamp_column = find_stamp_column(sample)
     if stamp_column:
         tell(f"{where}: an image counts as unchanged while its {stamp_column} does")

@@ -168,10 +168,17 @@ class _Pull:
         if not sample and progress:
             return
         plain = [row for row, _ in sample]
-        plan = progress.plan if progress else plan_columns(self.source.columns, plain, self.where, self.context.tell)
+        self.stamp = find_stamp_column(plain)
+        found = [name for name in (plain[0] if plain else {}) if name.lower() in KEY_NAMES]
+        keys = sorted(found, key=lambda name: KEY_NAMES.index(name.lower()))[:1]
+        own = [*keys, self.stamp, self.source.cursor]
+        plan = (
+            progress.plan
+            if progress
+            else plan_columns(self.source.columns, plain, self.where, self.context.tell, own=own)
+        )
         names = {name.lower(): name for name in (plain[0] if plain else {}) if name not in {plan.image, *plan.labels}}
         self.key = next((names[name] for name in KEY_NAMES if name in names), None)
-        self.stamp = find_stamp_column(plain)
         num_rows, column = 0, self.source.cursor
         for num_rows, (row, too_large) in enumerate(chain(sample, rows), start=1):
             if num_rows > self.source.max_rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_table, read_shelf_table
+from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_tables, read_shelf_table
 from visionloop.ingest.tables.rows import make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
@@ -24,10 +24,10 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     """
     path = context.resolve(source.path)
     where = f"source {source.name} {path}"
-    is_folder = path.is_dir()
+    is_folder, names = path.is_dir(), [path.name]
     if is_folder:
-        name = choose_table([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
-        path = path / name
+        names = choose_tables([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
+        path = path / names[0]
         where = f"source {source.name} {path}"
     elif not path.is_file():
         raise SourceError(where, "is no regular file" if path.exists() else "does not exist", "a table", "Check it.")
@@ -46,6 +46,7 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         images=images,
         unlabelled=source.unlabelled,
         encoding=source.encoding,
+        parts=names if len(names) > 1 else (),
         is_all=is_folder,
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )

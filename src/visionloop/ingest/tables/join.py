@@ -46,6 +46,7 @@ from visionloop.records import Rejected
 
 # Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
+PART = re.compile(r"(.+?)-\d+-of-\d+(?:-\w+)?\.parquet")  # as Hugging Face's `datasets` names them
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 # What programs write beside images, and what visionloop itself writes: no tables of labels.
 SIDE_FILES = frozenset(
@@ -88,6 +89,23 @@ def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) 
         found = f"holds {len(tables)} tables: {shorten(tables)}" if tables else "holds no table"
         raise SourceError(where, found, "one, or one named labels.csv", "Give the path of the table itself.")
     return tables[0]
+
+
+def choose_tables(names: Sequence[str], where: str, tell: Callable[[str], None]) -> list[str]:
+    """Return which of these files is the table, or all that are one table in parts: `train-00000-of-00002.parquet`.
+
+    Raises:
+        SourceError: none or several could be the table.
+    """
+    tables = list_tables(names)
+    if len(tables) > 1 and all(PART.fullmatch(name) and _find_part_side(name) for name in tables):
+        tell(f"{where}: {len(tables)} parts of one table, their names say the split: {shorten(tables)}")
+        return sorted(tables, key=lambda name: (_find_part_side(name) != "train", name))
+    return [choose_table(names, where, tell)]
+
+
+def _find_part_side(name: str) -> str | None:
+    return find_side(PART.sub(r"\1", name))
 
 
 class Shelf(Protocol):
@@ -143,7 +161,7 @@ class LabelTable:
     """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
 
     `is_all`: the whole shelf is the source, so that all of its files are accounted for, not only those where the images
-    are. `encoding`: that of the table, None: guessed.
+    are. `encoding`: that of the table, None: guessed. `parts` are all files of a table in parts, each of one split.
     `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
     """
 
@@ -156,16 +174,26 @@ class LabelTable:
     images: tuple[Shelf, str] | None = None
     unlabelled: tuple[str, ...] | None = None
     encoding: str | None = None
+    parts: Sequence[str] = ()
     is_all: bool = True
     find_url: Callable[[str], RowImage] | None = None
     told: set[str] = field(default_factory=set)
 
     def rows(self) -> Iterator[Row]:
         """Read the table from its start. Raises SourceError."""
-        try:
-            yield from read_rows(self.shelf.open_table(self.name), self.kind, self.where, self.tell_once, self.encoding)
-        except ImageError as exc:  # a member of an archive that is damaged
-            raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
+        return (row for _, row in self.placed_rows())
+
+    def placed_rows(self) -> Iterator[tuple[str, Row]]:
+        """Read the table from its start, each row with its place. Raises SourceError."""
+        for name in self.parts or (self.name,):
+            try:
+                data = self.shelf.open_table(name)
+                rows = read_rows(data, self.kind, self.where, self.tell_once, self.encoding)
+                for number, row in enumerate(rows, start=1):
+                    split = {"split": _find_part_side(name)} if self.parts and BAD_ROW not in row else {}
+                    yield f"{name} row {number}", {**split, **row} if split else row
+            except ImageError as exc:  # a member of an archive that is damaged
+                raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
 
     @property
     def kind(self) -> TableKind:
@@ -233,8 +261,8 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     given = any(side == "test" for side, _ in settled.values())
     seen: set[int] = set()  # hashes of place and labels: a table of URLs has as many as rows
     repeated = without = 0
-    for number, row in enumerate(table.rows(), start=1):
-        one = make_item(row, plan, table.source, f"{table.name} row {number}", partial(join.find, number))
+    for place, row in table.placed_rows():
+        one = make_item(row, plan, table.source, place, partial(join.find, place))
         if isinstance(one, Item):
             if (offer := hash((one.origin, one.labels))) in seen:
                 repeated += 1
@@ -277,10 +305,10 @@ class _Join:
     num_respelled: int = 0
     respelled: str = ""
 
-    def find(self, number: int, reference: str | bytes) -> RowImage:
-        """Look up what row `number` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
+    def find(self, place: str, reference: str | bytes) -> RowImage:
+        """Look up what the row at `place` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
         if isinstance(reference, bytes):
-            return RowImage(f"{self.table.name} row {number}", partial(give_bytes, reference))
+            return RowImage(place, partial(give_bytes, reference))
         if is_url(reference):
             if self.table.find_url is None:
                 raise ImageError("row", "names a URL", "a file", reason_code="refused_url")

@@ -106,8 +106,11 @@ def plan_columns(
     tell: Callable[[str], None],
     *,
     needs_image: bool = True,
+    own: Sequence[str | None] = (),
 ) -> RowPlan:
     """Say which column means what: as params name them, the rest by names and values of the sample, each guess told.
+
+    `own` are columns that the source itself uses. What nobody uses is told too.
 
     Raises:
         SourceError: a named column is missing, or it is unclear which holds the image or the label.
@@ -130,7 +133,7 @@ def plan_columns(
         separator = guess.find_separator(labels[0])
     words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
     plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides)
-    unused = guess.list_unused([name for name in (image, *labels, *split, group, time) if name])
+    unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *own) if name])
     for line in (_describe_guesses(columns, plan), *guess.notes, _describe_unused(unused)):
         if line:
             tell(f"{where}: {line}")
