@@ -84,11 +84,10 @@ def render_summary(summary: Summary, width: int) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for what, found in summary.rows():
-        table.add_row(what, found)
+    table = Table("what", "found", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.columns[0].style, table.columns[0].no_wrap, table.columns[1].overflow = "bold", True, "fold"
+    for row in summary.rows():
+        table.add_row(*row)
     console = Console(width=width, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)

@@ -81,7 +81,7 @@ def with_unknown_backbone(home: Path) -> None:
 
 CASES: list[tuple[Callable[[Path], None], str]] = [
     (with_missing_path, "nowhere: does not exist; expected a folder. Check the path."),
-    (with_empty_folder, "no image in any class folder; expected CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg."),
+    (with_empty_folder, "no image in any class folder; it holds no file; expected CLASS/IMAGE.jpg. Check the path."),
     (with_one_class, "dataset fresh: has 1 class (disc); expected two classes or more."),
     (with_unknown_key, "params.yaml train.epochs: unknown key; expected one of max_epochs,"),
     (with_wrong_type, "params.yaml train.batch_size: got 'many'; expected integer."),

@@ -195,9 +195,9 @@ def read_state(api: str, run_: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_artifact(api: str) -> None:
-    query = {"artifacts": {"key": {"any_": ["retrain"]}}}
+    query = {"artifacts": {"key": {"any_": [f"retrain-{NAME}"]}}}
     texts = [a["data"] for a in httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()]
-    assert any(text.startswith(f"# {NAME}: {NAME} has a new champion") for text in texts)
+    assert any(text.startswith(f"# {NAME} has a new champion") for text in texts)
 
 
 def test_what_cannot_be_scheduled_is_one_line(tmp_path: Path) -> None:

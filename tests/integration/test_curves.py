@@ -68,7 +68,7 @@ def make_tuning(number: int) -> Tuning:
         study.add_trial(create_trial(value=value / 4, params=params, distributions=dists, user_attrs=facts))
     study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"facts": {}}))
     params = make_params({"name": "shapes", "tune": {"space": {"learning_rate": [1e-4, 1e-2], "augment": ["none"]}}})
-    return Tuning(SimpleNamespace(params=params), study, Path("study.db"))  # type: ignore[arg-type]
+    return Tuning(SimpleNamespace(params=params), study, Path("study.db"), {})  # type: ignore[arg-type]
 
 
 def test_the_parallel_picture_is_drawn_with_and_without_a_result() -> None:

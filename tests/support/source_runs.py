@@ -65,3 +65,30 @@ def touch(home: Path, paths: Iterable[str], data: bytes = b"x") -> Path:
         (home / path).parent.mkdir(parents=True, exist_ok=True)
         (home / path).write_bytes(data)
     return home
+
+
+# What COCO and Label Studio write for a cat and a dog.
+COCO = {
+    "info": {"year": 2024},
+    "licenses": [],
+    "images": [
+        {"id": 1, "file_name": "1.jpg", "height": 4, "coco_url": "http://x.org/1.jpg"},
+        {"id": 2, "file_name": "2.jpg", "height": 4, "coco_url": "http://x.org/2.jpg"},
+        {"id": 3, "file_name": "3.jpg", "height": 4, "coco_url": "http://x.org/3.jpg"},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 7},
+        {"id": 2, "image_id": 1, "category_id": 7},
+        {"id": 3, "image_id": 2, "category_id": 9},
+        {"id": 4, "image_id": 1, "category_id": 9},
+    ],
+    "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+}
+TASKS = [
+    {"id": 1, "data": {"image": "/data/upload/1.jpg"}, "annotations": [{"result": [
+        {"from_name": "choice", "type": "choices", "value": {"choices": ["cat"]}}]}]},
+    {"id": 2, "data": {"image": "/data/local-files/?d=2.jpg"}, "annotations": [
+        {"was_cancelled": True, "result": [{"from_name": "choice", "type": "choices", "value": {"choices": ["cat"]}}]},
+        {"result": [{"from_name": "choice", "type": "choices", "value": {"choices": ["dog"]}}]}]},
+    {"id": 3, "data": {"image": "/data/upload/3.jpg"}, "annotations": []},
+]  # fmt: skip

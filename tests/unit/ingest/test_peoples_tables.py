@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from source_runs import Run, run_source, touch
+from source_runs import COCO, TASKS, Run, run_source, touch
 from visionloop.errors import ParamsError, SourceError
 from visionloop.ingest.tables.join import list_tables
 
@@ -248,30 +248,6 @@ def test_labels_are_written_alike(tmp_path: Path) -> None:
 # 54/O15: other shapes
 
 
-COCO = {
-    "info": {"year": 2024},
-    "licenses": [],
-    "images": [
-        {"id": 1, "file_name": "1.jpg", "height": 4, "coco_url": "http://x.org/1.jpg"},
-        {"id": 2, "file_name": "2.jpg", "height": 4, "coco_url": "http://x.org/2.jpg"},
-        {"id": 3, "file_name": "3.jpg", "height": 4, "coco_url": "http://x.org/3.jpg"},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 1, "category_id": 7},
-        {"id": 2, "image_id": 1, "category_id": 7},
-        {"id": 3, "image_id": 2, "category_id": 9},
-        {"id": 4, "image_id": 1, "category_id": 9},
-    ],
-    "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
-}
-TASKS = [
-    {"id": 1, "data": {"image": "/data/upload/1.jpg"}, "annotations": [{"result": [
-        {"from_name": "choice", "type": "choices", "value": {"choices": ["cat"]}}]}]},
-    {"id": 2, "data": {"image": "/data/local-files/?d=2.jpg"}, "annotations": [
-        {"was_cancelled": True, "result": [{"from_name": "choice", "type": "choices", "value": {"choices": ["cat"]}}]},
-        {"result": [{"from_name": "choice", "type": "choices", "value": {"choices": ["dog"]}}]}]},
-    {"id": 3, "data": {"image": "/data/upload/3.jpg"}, "annotations": []},
-]  # fmt: skip
 CAT_DOG = {"1.jpg": ("cat",), "2.jpg": ("dog",)}
 
 

@@ -6,12 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_sound, write_video
+from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_slow, write_sound, write_video
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import SourceContext
 from visionloop.ingest.video.cameras import is_camera
@@ -365,27 +364,6 @@ def test_cameras_are_told_from_files(path: str, camera: bool) -> None:
 
 
 # Where a film ends
-
-
-def write_slow(path: Path, rate: Fraction, number: int, sound_s: float = 0.0, codec: str = "mpeg4") -> Path:
-    """Write `number` frames at a rate, and a sound beside them that may be longer."""
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = 1 / rate
-        sound: Any = container.add_stream("aac", rate=8000) if sound_s else None
-        for place in range(number):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * place % 255, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = place, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        for place in range(int(sound_s * 8000 / 1024)):
-            quiet = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            quiet.sample_rate, quiet.pts = 8000, place * 1024
-            container.mux(sound.encode(quiet))
-        if sound:
-            container.mux(sound.encode())
-    return path
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "mov"])
