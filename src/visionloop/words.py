@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
-MANY = 12
-SHOWN_OF_MANY = 8
+MANY, SHOWN_OF_MANY = 12, 8
 NAME_WIDTH = 32
 LINE = 110
 
@@ -314,7 +313,7 @@ def describe_decision(decision: "Decision") -> list[str]:
     """Tell a decision rule by rule."""
     champion = decision.champion[:12] if decision.champion else "none"
     lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
-    width = max((len(r.rule) for r in decision.rules), default=0)
+    width = max(map(len, (r.rule for r in decision.rules)), default=0)
     lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
 
