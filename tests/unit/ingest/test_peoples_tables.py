@@ -235,9 +235,6 @@ def test_control_characters_are_no_name(tmp_path: Path, name: str) -> None:
     assert found.codes()[0] == ("t.json row 2", "unsafe_path")
 
 
-# 24: labels alike
-
-
 def test_labels_are_written_alike(tmp_path: Path) -> None:
     cells = ["1.0", "1", "True", "TRUE", "true", "1.5", "007", unicodedata.normalize("NFD", "café"), "café"]
     table = "file,label\n" + "".join(f"{i}.jpg,{cell}\n" for i, cell in enumerate(cells))
@@ -369,9 +366,6 @@ def test_labels_in_other_files_beside_flat_images_are_named(tmp_path: Path, name
     touch(tmp_path / "data", ["a.jpg", "b.jpg", name])
     with pytest.raises(SourceError, match=hint):
         run_source(tmp_path, kind="folder", path="data")
-
-
-# 20: encodings
 
 
 def test_encoding_of_a_table_is_a_setting(tmp_path: Path) -> None:
