@@ -15,6 +15,9 @@ IMAGE_SUFFIXES = frozenset(
 SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("train", "training", "trn", "trainset", "trainingset", "traindata"), "train"),
+        **dict.fromkeys(("trains", "trainval", "xtrain", "trainingsdaten", "apprentissage"), "train"),
+        **dict.fromkeys(("vali", "vals", "xval"), "val"),
+        **dict.fromkeys(("tests", "xtest", "testdaten", "valtest", "essai", "essais"), "test"),
         **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "valset", "validset"), "val"),
         **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "testset", "testdata"), "test"),
         **dict.fromkeys(("entrenamiento", "entrainement", "entraînement", "treino", "treinamento"), "train"),
@@ -57,6 +60,7 @@ _FILLERS = frozenset(
             "subset",
         ),
         *("part", "public", "private", "final", "raw", "jpg", "jpeg", "png", "aug", "augmented", "resized", "labelled"),
+        *("small", "mini", "large", "big", "full", "new", "old"),
         *("subset", "labeled", "zip"),
     )
 )
@@ -100,7 +104,17 @@ _DATE = re.compile(r"(19|20)\d\d([-_. ]?(0?[1-9]|1[0-2])([-_. ]?[0-3]?\d)?)?")
 # What systems and programs put beside images: NAS, macOS, Windows, Linux, Lightroom, Capture One, Bridge, ACDSee.
 _SYSTEM_FOLDERS = frozenset(
     (
-        *("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "@transcode", "@__thumb"),
+        *(
+            "@eadir",
+            "lost.dir",
+            "#recycle",
+            "#snapshot",
+            "@tmp",
+            "@recycle",
+            "@recently-snapshot",
+            "@transcode",
+            "@__thumb",
+        ),
         *(
             "@sharebin",
             "@synoresource",
