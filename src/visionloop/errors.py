@@ -168,3 +168,8 @@ def find_missing_extra(error: ImportError) -> SettingsError | None:
     return SettingsError(
         package, "is not installed", "it for this command", f"Run `pip install 'visionloop[{extra}]'`."
     )
+
+
+def describe_first_line(exc: BaseException, length: int = 160) -> str:
+    """Return the first line of what an exception says, cut; the name of its class if it says nothing."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:length]

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from visionloop.errors import ParamsError, VisionLoopError
+from visionloop.errors import ParamsError, VisionLoopError, describe_first_line
 from visionloop.lifetime import die_with_parents
 
 Item = TypeVar("Item")
@@ -158,7 +158,7 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
             except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as exc:
                 raise ParamsError(
                     "params.yaml compute.address",
-                    f"no Ray cluster at {address or 'this machine'} ({str(exc).splitlines()[0][:120]})",
+                    f"no Ray cluster at {address or 'this machine'} ({describe_first_line(exc, 120)})",
                     "the address of a running cluster",
                     f"Start one with `ray start --head`, or set `{instead}`.",
                 ) from exc

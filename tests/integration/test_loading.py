@@ -22,7 +22,7 @@ from trainings import Ear, MemoryTracking, make_place
 from visionloop.errors import DatasetError, TrackingError, TrainingError
 from visionloop.training.datamodule import Batch, PreparedData, fits
 from visionloop.training.fit import translate_error
-from visionloop.training.loader import Loader
+from visionloop.training.loader import Loader, make_lost_reader_error
 from visionloop.training.ranks.world import World
 
 
@@ -231,3 +231,8 @@ def _find_tracker() -> int | None:
     from multiprocessing import resource_tracker
 
     return getattr(resource_tracker._resource_tracker, "_pid", None)
+
+
+def test_a_reader_whose_pipe_is_closed_without_a_word_is_told() -> None:
+    assert "is gone (EOFError); expected memory" in str(make_lost_reader_error(EOFError()))
+    assert "is gone (killed); expected memory" in str(make_lost_reader_error(RuntimeError("killed\nby a signal")))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from visionloop.errors import TrainingError
+from visionloop.errors import TrainingError, describe_first_line
 from visionloop.lifetime import die_with_parents
 from visionloop.training.batches import Batch, Batches, BatchRows
 
@@ -83,7 +83,7 @@ def make_lost_reader_error(exc: Exception) -> TrainingError:
     """Return the error of a process that reads and is gone."""
     return TrainingError(
         "reading training batches",
-        f"a process that reads them is gone ({str(exc).splitlines()[0][:160]})",
+        f"a process that reads them is gone ({describe_first_line(exc)})",
         "memory for all of them, shared memory (/dev/shm) too",
         "Set VISIONLOOP_LOADER_WORKERS to fewer, or to 0: a thread reads then.",
     )

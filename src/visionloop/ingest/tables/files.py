@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from visionloop.errors import SourceError, shorten
+from visionloop.errors import SourceError, describe_first_line, shorten
 from visionloop.ingest.paths.names import IMAGE_SUFFIXES
 from visionloop.ingest.tables.json_shapes import find_rows, name_kind
 
@@ -308,7 +308,7 @@ def _read_parquet(stream: BinaryIO, where: str) -> Iterator[dict[str, Any]]:
                 for row in batch.to_pylist():
                     yield {**row, **{key: _name_class(row.get(key), names[key]) for key in names}} if names else row
     except (pa.ArrowException, OSError, OverflowError, MemoryError) as exc:
-        reason = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__
+        reason = describe_first_line(exc)
         raise SourceError(where, f"is not Parquet ({reason})", "a Parquet file", "Check the file.") from exc
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop import errors
-from visionloop.errors import TrainingError, VisionLoopError
+from visionloop.errors import TrainingError, VisionLoopError, describe_first_line
 from visionloop.training.ranks.world import PeerLost, World, is_peer_failure
 
 STOPPED_CODES = (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -20,7 +20,7 @@ GO_ON = "The same command goes on from the last finished epoch."
 def make_rank_error(world: World, exc: Exception) -> Exception:
     """Tell the loss of another rank from an error of this one; any of ours keeps its kind and names the rank."""
     if is_peer_failure(exc):
-        reason = str(exc.__cause__ or exc).splitlines()[0][:160]
+        reason = describe_first_line(exc.__cause__ or exc)
         return PeerLost(f"rank {world.rank} of {world.size}", f"lost another rank ({reason})", "all to go on", GO_ON)
     if isinstance(exc, VisionLoopError) and not world.is_first:
         where = f"rank {world.rank} of {world.size} on {socket.gethostname()}, {exc.where}"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from visionloop.errors import ParamsError, SettingsError, TrainingError, VisionLoopError
+from visionloop.errors import ParamsError, SettingsError, TrainingError, VisionLoopError, describe_first_line
 from visionloop.params import Compute
 from visionloop.records import canonical_json
 
@@ -119,7 +119,7 @@ def join_world(world: World, section: Compute, folder: Path) -> Iterator[None]:
         except (RuntimeError, ValueError) as exc:
             raise TrainingError(
                 f"rank {world.rank} of {world.size}",
-                f"cannot join the others ({str(exc).splitlines()[0][:200]})",
+                f"cannot join the others ({describe_first_line(exc, 200)})",
                 f"all of them at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
                 f"{WAIT_LIMIT.seconds // 60} minutes",
                 "Look at the other ranks, and at the firewall between the nodes.",
