@@ -24,6 +24,7 @@ from encoders import (
     compute_embeddings,
     copy_place,
     make_encoder,
+    make_home,
     put,
     refuse,
 )
@@ -31,7 +32,7 @@ from http_server import Answer, serve
 from processors import Stopwatch, pretending
 from s3_server import make_bucket, make_client, point_to, serve_s3
 from shapes import make_environment, visionloop
-from trainings import Ear, Place, make_place, read_json
+from trainings import Ear, Place, read_json
 from visionloop.bundle import load_bundle
 from visionloop.data.shards import load_prepared
 from visionloop.errors import DatasetError, ParamsError
@@ -47,10 +48,7 @@ KNN = {"neighbours": {"k": 3}}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace of 72 prepared shapes, whose `train.backbone` is a file that each test writes."""
-    home = tmp_path_factory.mktemp("encoders") / "ws"
-    make_place(home, backbone="encoder.onnx", way="frozen", preprocessing="imagenet", max_epochs=3)
-    return home
+    return make_home(tmp_path_factory.mktemp("encoders") / "ws")
 
 
 @pytest.fixture

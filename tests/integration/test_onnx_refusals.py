@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from encoders import FEATURES, add_output, copy_place, make_encoder, put, refuse
-from trainings import Place, make_place
+from encoders import FEATURES, add_output, copy_place, make_encoder, make_home, put, refuse
+from trainings import Place
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.features.embed import embed
 from visionloop.networks import onnx_graph
@@ -19,10 +19,7 @@ KNN = {"neighbours": {"k": 3}}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace of 72 prepared shapes, whose `train.backbone` is a file that each test writes."""
-    home = tmp_path_factory.mktemp("encoders") / "ws"
-    make_place(home, backbone="encoder.onnx", way="frozen", preprocessing="imagenet", max_epochs=3)
-    return home
+    return make_home(tmp_path_factory.mktemp("encoders") / "ws")
 
 
 @pytest.fixture

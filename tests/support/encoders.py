@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from trainings import Place
+from trainings import Place, make_place
 from visionloop.errors import TrainingError
 from visionloop.features.embed import embed
 from visionloop.params import load_params
@@ -98,6 +98,12 @@ def compute_embeddings(
     filters, dense = (torch.from_numpy(weights) for weights in make_weights(seed))
     maps = functional.relu(functional.conv2d(pixels.permute(0, 3, 1, 2).float(), filters, stride=4))
     return (maps.mean(dim=(2, 3)) @ dense).numpy()
+
+
+def make_home(home: Path) -> Path:
+    """Make a workspace of 72 prepared shapes, whose `train.backbone` is a file that each test writes."""
+    make_place(home, backbone="encoder.onnx", way="frozen", preprocessing="imagenet", max_epochs=3)
+    return home
 
 
 def copy_place(made: Path, home: Path) -> Place:

@@ -3,11 +3,13 @@
 Dimensions: n images, h height, w width, c channels, k classes, u units (1 for binary, else k), d features.
 """
 
+from typing import Any
+
+import onnx
 import torch
 from torch import Tensor, nn
 
 from visionloop.networks.backbones import find_preprocessing
-from visionloop.networks.onnx_encoder import OnnxEncoder
 
 
 class Classifier(nn.Module):
@@ -66,13 +68,12 @@ class HeadAlone(nn.Module):
 class EncodedClassifier(HeadAlone):
     """A head behind an ONNX encoder, which torch cannot run: it maps embeddings, and in the bundle images.
 
-    Its state is that of the head.
+    Its state is that of the head. `graph` is the encoder's, `card` what the card of a model says of it.
     """
 
-    def __init__(self, encoder: OnnxEncoder, head: nn.Module, num_classes: int, *, task: str) -> None:
+    def __init__(self, head: nn.Module, graph: onnx.ModelProto, card: dict[str, Any]) -> None:
         super().__init__(head)
-        self.num_classes, self.task = num_classes, task
-        self.encoder = encoder
+        self.graph, self.card = graph, card
 
 
 class ExportedClassifier(nn.Module):

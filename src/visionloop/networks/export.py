@@ -34,7 +34,7 @@ def export_onnx(
     already. Raises TrainingError: that is more than an ONNX file can hold.
     """
     if isinstance(classifier, EncodedClassifier):
-        encoder = classifier.encoder.model
+        encoder = classifier.graph
     if encoder is None:
         module = ExportedClassifier(classifier).eval()
         model = _export(module, _make_images(size_hw), "images", ("logits", "embedding"))

@@ -58,7 +58,7 @@ class OnnxEncoder:
         """Return the encoder with a head behind it, to be exported."""
         from visionloop.networks.classifier import EncodedClassifier
 
-        return EncodedClassifier(self, head, num_classes, task=task)
+        return EncodedClassifier(head, self.model, self.card)
 
     def write(self, path: Path) -> None:
         """Write the graph. Raises TrainingError."""

@@ -138,7 +138,7 @@ def describe_start(section: Train, size_hw: tuple[int, int]) -> list[str]:
 def describe_network(section: Train, classifier: nn.Module) -> dict[str, Any]:
     """Return what the card of a model says of its network: pixels it wants, and the licence of published weights."""
     if isinstance(classifier, EncodedClassifier):
-        return classifier.encoder.card
+        return classifier.card
     facts: dict[str, Any] = {"preprocessing": describe_preprocessing(section.backbone).to_json()}
     published = find_published(section.backbone) if section.weights == "default" else None
     if published:
