@@ -146,11 +146,11 @@ class Card(Record):
 
 @dataclass(frozen=True)
 class Interval(Record):
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval. The bounds are None where there are too few images to tell them."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class Decision(Record):
     test_digest: str
     num_test: int
     rules: tuple[RuleResult, ...]
-    metrics: dict[str, dict[str, float]]
-    champion_metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
+    champion_metrics: dict[str, dict[str, float | None]]
     state: dict[str, str]
     dataset: dict[str, Any]
     run_id: str | None

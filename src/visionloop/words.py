@@ -36,7 +36,7 @@ class Summary:
     outcome: str
     headline: str
     dataset: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     verdict: str = ""
     rules: Sequence[Mapping[str, Any]] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -49,9 +49,7 @@ class Summary:
         rows = [("result", self.headline)]
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
-        rows += [
-            (name, format_interval(self.metrics[name])) for name in ("accuracy", "macro_f1") if name in self.metrics
-        ]
+        rows += [(n, format_interval(self.metrics[n])) for n in ("accuracy", "macro_f1") if n in self.metrics]
         rows += [
             (f"gate: {r['rule']}", f"{MARKS[r['passed']]}: {r['found']}; expected {r['expected']}") for r in self.rules
         ]
@@ -94,9 +92,10 @@ def render_summary(summary: Summary, width: int) -> str:
     return "\n".join([*lines, *(f"to {what}:\n    {command}" for what, command in summary.commands.items())])
 
 
-def format_interval(interval: Mapping[str, float]) -> str:
-    """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)`."""
-    return f"{interval['value']:.4f} (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
+def format_interval(interval: Mapping[str, float | None]) -> str:
+    """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)` or `(too few images)`."""
+    bounds = "too few images" if interval["low"] is None else f"95 %: {interval['low']:.4f} to {interval['high']:.4f}"
+    return f"{interval['value']:.4f} ({bounds})"
 
 
 def describe_counts(version: "DatasetVersion") -> list[str]:

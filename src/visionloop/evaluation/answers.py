@@ -33,12 +33,16 @@ from visionloop.records import Interval
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k)."""
+    """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k).
+
+    `key_n` says which images belong together: equal numbers for equal keys (`resampling.code_keys`).
+    """
 
     labels: Choices
     probs_nk: NDArray[np.floating]
     chosen: Choices
     classes: tuple[str, ...]
+    key_n: IntArray
 
     @property
     def is_several(self) -> bool:

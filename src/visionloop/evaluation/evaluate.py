@@ -38,6 +38,7 @@ from visionloop.evaluation.plots import (
     draw_outcomes,
 )
 from visionloop.evaluation.report import ReportFacts, make_report
+from visionloop.evaluation.resampling import code_keys
 from visionloop.predictor import Predictor
 from visionloop.records import LABEL_SEPARATOR, Card, Interval
 from visionloop.workfolder import lock_work
@@ -142,7 +143,8 @@ def _answer(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progr
         on_progress(min(start + size, len(rows_n)), len(rows_n))
     probs_nk = np.concatenate(parts)
     chosen = predictor.choose(probs_nk)
-    return Answers(get_truth(prepared, rows_n), probs_nk.astype(np.float64), chosen, prepared.classes)
+    key_n = code_keys([r.key for r in prepared.load_records(rows_n)])
+    return Answers(get_truth(prepared, rows_n), probs_nk.astype(np.float64), chosen, prepared.classes, key_n)
 
 
 def _write_outs(

@@ -107,12 +107,13 @@ def make_report(facts: ReportFacts) -> str:
 
 
 def _make_card(name: str, interval: Interval, card: Card) -> str:
-    shown = [_format(name, v) for v in (interval.value, interval.low, interval.high)]
+    low, high = interval.low, interval.high
+    bounds = "too few images" if low is None or high is None else f"{_format(name, low)} … {_format(name, high)}"
     of_class = f" of {card.classes[1]}" if name in {"precision", "recall"} else ""
     if name == "accuracy" and card.task == "multilabel":
         of_class = " (exact match)"
     title = escape(TITLES.get(name, name) + of_class)
-    return f'<div class="card"><span>{title}</span><b>{shown[0]}</b><span>{shown[1]} … {shown[2]}</span></div>'
+    return f'<div class="card"><span>{title}</span><b>{_format(name, interval.value)}</b><span>{bounds}</span></div>'
 
 
 def _make_figure(name: str, png: bytes) -> str:

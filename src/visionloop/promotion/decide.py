@@ -12,6 +12,7 @@ from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.errors import DatasetError, PromotionError
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
+from visionloop.evaluation.resampling import code_keys
 from visionloop.params import Params
 from visionloop.predictor import Choices, Predictor
 from visionloop.promotion.gate import (
@@ -111,8 +112,10 @@ def _judge(
         labels = np.array([[name in r.labels for name in classes] for r in tests])
     else:
         labels = np.array([classes.index(name) for name in names])
+    key_n = code_keys([r.key for r in tests])
     metrics = [
-        compute_answer_metrics(Answers(labels, s.probs_nk, s.chosen, s.classes), params.evaluate) for s in aligned
+        compute_answer_metrics(Answers(labels, s.probs_nk, s.chosen, s.classes, key_n), params.evaluate)
+        for s in aligned
     ]
     rules = check_floors({str(k): v for k, v in params.gate.floors.items()}, metrics[0])
     if is_champion:

@@ -1,0 +1,74 @@
+"""Parts of a test side by what the manifest says of the images: source, group, size, time and so on. Pure.
+
+Dimensions in names: n images.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloop.records import ImageRecord
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+MIN_SUPPORT = 30
+THIRDS = ("low", "middle", "high")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The images (`rows_n`, ascending places among the given ones) that share a property, such as `source=cam1`."""
+
+    name: str
+    rows_n: IntArray
+
+
+def make_slices(
+    records: Sequence[ImageRecord],
+    measures: Mapping[str, FloatArray] | None = None,
+    *,
+    min_support: int = MIN_SUPPORT,
+) -> list[Slice]:
+    """Return the slices of some images with at least `min_support` of them, sorted by name.
+
+    An image is in no slice of a property it has no value of, and in one for each of its sources. `measures` are figures
+    of the images (n,) by name, such as brightness: each is cut at the terciles, equal values together. A slice that holds all
+    images is left out: it says nothing.
+    """
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, record in enumerate(records):
+        for name in _name_slices(record):
+            rows[name].append(row)
+    numbers: dict[str, FloatArray] = {
+        "size": np.array([r.width * r.height for r in records], np.float64),
+        **(measures or {}),
+    }
+    for name, values_n in numbers.items():
+        for third, places in zip(THIRDS, _cut_thirds(values_n), strict=True):
+            rows[f"{name}={third}"] = places.tolist()
+    return [
+        Slice(name, np.array(places, np.int64))
+        for name, places in sorted(rows.items())
+        if min_support <= len(places) < len(records)
+    ]
+
+
+def _name_slices(record: ImageRecord) -> Iterator[str]:
+    yield from sorted({f"source={source}" for source in record.sources})
+    yield f"grouped={'yes' if record.group else 'no'}"
+    yield f"format={record.format}"
+    shape = "square" if record.width == record.height else "wide" if record.width > record.height else "tall"
+    yield f"shape={shape}"
+    if record.captured_at:
+        yield f"month={record.captured_at[:7]}"
+
+
+def _cut_thirds(values_n: FloatArray) -> list[IntArray]:
+    """Return the places of the lowest, the middle and the highest third. Equal values stay in one third."""
+    low, high = np.quantile(values_n, [1 / 3, 2 / 3]) if len(values_n) else (0.0, 0.0)
+    third_n = (values_n > low).astype(np.int64) + (values_n > high)
+    return [np.flatnonzero(third_n == third) for third in range(3)]
