@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from visionloop.data.contact_sheet import Panel, draw_prediction_sheet
+from visionloop.data.inputs import load_input
 from visionloop.errors import DiskError, ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import list_images
 from visionloop.ingest.paths.names import escape_name
@@ -27,6 +29,7 @@ CHUNK_IMAGES = 512
 # How a table is written, by the suffix of its name; `kaggle` is asked for by name.
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 KAGGLE = "kaggle"
+SHEET_IMAGES, SHEET_BARS = 24, 10
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,34 @@ def _compute_key(predictor: Predictor, files: Sequence[Path]) -> str:
             found = path.stat()
             facts.append([escape_name(str(path)), found.st_size, found.st_mtime_ns])
     return compute_digest([predictor.digest, facts])
+
+
+def draw_sheet(predictor: Predictor, files: Sequence[Path], *, most: int = SHEET_IMAGES) -> bytes:
+    """Draw some of the images, evenly spaced, with their answers and the likeliest classes as bars, as PNG.
+
+    Where an image's folder is named as a class, that is taken for the truth: the title is then green or red.
+    """
+    places = dict.fromkeys(round(i * (len(files) - 1) / max(1, most - 1)) for i in range(min(most, len(files))))
+    chosen = [files[place] for place in places]
+    panels = []
+    for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
+        if not isinstance(answer, ImageError):
+            panels.append(_make_panel(predictor, path, answer))
+    return draw_prediction_sheet(panels, f"{len(panels)} of {len(files):,} images, bundle {predictor.digest[:12]}")
+
+
+def _make_panel(predictor: Predictor, path: Path, answer: Prediction) -> Panel:
+    card, truth = predictor.card, path.parent.name
+    ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:SHEET_BARS]
+    known = truth if truth in card.classes else ""
+    said = answer.labels if answer.labels is not None else (answer.prediction,)
+    return Panel(
+        image=load_input(path, str(path), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels),
+        title=f"{' '.join(said) or 'no label'} {answer.confidence:.0%}" + (f" ({known})" if known else ""),
+        bars=ranked,
+        is_right=said == (known,) if known else None,
+        truth=frozenset({known}),
+    )
 
 
 def make_id(path: str) -> str:

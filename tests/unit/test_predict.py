@@ -1,17 +1,20 @@
 """Batch prediction: what is found, what cannot be used, what is written."""
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fakes import make_bundle, make_image
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
-from visionloop.predict import FilePrediction, Table, find_images, predict_files, predict_in_chunks
+from visionloop.predict import FilePrediction, Table, draw_sheet, find_images, predict_files, predict_in_chunks
 from visionloop.predictor import Predictor
 
 
@@ -263,3 +266,24 @@ def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, m
     os.utime(photos / "a.png", (1, 1))
     assert answer("two")[0] != first[0]
     assert lines == ["3 of 3 were answered by a run that stopped"]
+
+
+def test_a_sheet_shows_the_truth_where_the_folder_names_a_class(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    answer = predictor.predict([make_image(1)])[0].prediction
+    wrong = next(name for name in "abc" if name != answer)
+    for folder in (answer, wrong, "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(make_image(1))
+    (tmp_path / "elsewhere" / "broken.png").write_bytes(b"x")
+
+    def count_ink(folder: str) -> tuple[int, int]:
+        sheet = Image.open(io.BytesIO(draw_sheet(predictor, find_images([str(tmp_path / folder)]))))
+        pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
+        return tuple(int((pixels == ink).all(axis=1).sum()) for ink in ((0x1C, 0x7A, 0x43), (0xC0, 0x2B, 0x2B)))  # type: ignore[return-value]
+
+    right, missed, unknown = count_ink(answer), count_ink(wrong), count_ink("elsewhere")
+    assert right[0] > 20 and right[1] == 0
+    assert missed[1] > 20 and missed[0] == 0
+    assert unknown == (0, 0)

@@ -24,11 +24,15 @@ ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 @app.command()
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
+    *,
     out: Annotated[
         Path | None, typer.Option(help="Write every answer to a .jsonl, .csv or .parquet file; resumable.")
     ] = None,
     format: Annotated[
         str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw some images with their answers and the likeliest classes, as .png.")
     ] = None,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
@@ -43,12 +47,15 @@ def predict(
 
       visionloop predict test/ --out submission.csv --format kaggle
 
+      visionloop predict photos/ --sheet answers.png
+
       visionloop predict photo.jpg --bundle models/candidate
 
       visionloop predict photo.jpg --bundle pets@3
     """
+    from visionloop.cli.pictures import write_picture
     from visionloop.errors import ParamsError, SourceError, shorten
-    from visionloop.predict import Table, find_images, predict_files, predict_in_chunks
+    from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
     if format and not out:
@@ -72,6 +79,9 @@ def predict(
         print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
     if len(files) > 1:
         print(describe_counts(counts, len(files)))
+    if sheet and counts:
+        write_picture(sheet, draw_sheet(predictor, files))
+        print(f"some of them in {sheet}")
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")

@@ -5,6 +5,7 @@ Dimensions in names: n images, k classes, r resamples, g groups of equal scores.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -172,6 +173,25 @@ def compute_confidence_bins(
         bins.append(
             ConfidenceBin(number / num_bins, (number + 1) / num_bins, int(mine.sum()), confidence, accuracy),
         )
+    return bins
+
+
+def compute_equal_bins(
+    confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_], num_bins: int = 10
+) -> list[ConfidenceBin]:
+    """Sort answers into bins of (nearly) equally many images, by confidence (Nguyen & O'Connor 2015, section 4.1).
+
+    Equal confidences stay in one bin, so there may be fewer bins. Bins of equal width leave most of them almost empty
+    where a model is sure of nearly all its answers.
+    """
+    order_n = np.argsort(confidence_n, kind="stable")
+    sorted_n = confidence_n[order_n].astype(np.float64)
+    cuts = [round(len(order_n) * place / num_bins) for place in range(1, num_bins)]
+    starts = {0, *(int(np.searchsorted(sorted_n, sorted_n[cut])) for cut in cuts if cut < len(order_n))}
+    bins = []
+    for start, end in pairwise([*sorted(starts), len(order_n)]):
+        mine, accuracy = sorted_n[start:end], float(hits_n[order_n[start:end]].mean())
+        bins.append(ConfidenceBin(mine[0], mine[-1], end - start, float(mine.mean()), accuracy))
     return bins
 
 

@@ -9,6 +9,7 @@ from visionloop.evaluation.metrics import (
     compute_class_figures,
     compute_confidence_bins,
     compute_confusion,
+    compute_equal_bins,
     compute_log_losses,
     compute_macro_f1,
     compute_metrics,
@@ -141,3 +142,15 @@ def test_bins_hold_every_answer_once():
         (0.9, 1, 1.0, 1.0),
     ]
     assert compute_calibration_error(bins) == pytest.approx((2 * 0.025 + 2 * 0.065 + 0) / 5)
+
+
+def test_equal_bins_hold_equally_many_images_and_keep_equal_confidences_together() -> None:
+    confidence = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99])
+    hits = np.array([False, True, True, False, True, True, True, True])
+    bins = compute_equal_bins(confidence, hits, num_bins=4)
+    assert [b.count for b in bins] == [2, 2, 2, 2]
+    assert [b.accuracy for b in bins] == [0.5, 0.5, 1.0, 1.0]
+    assert bins[0].confidence == pytest.approx(0.55)
+    assert [b.count for b in compute_equal_bins(np.ones(20), np.ones(20, bool))] == [20]
+    assert [b.count for b in compute_equal_bins(np.array([0.3]), np.array([True]))] == [1]
+    assert sum(b.count for b in compute_equal_bins(np.repeat([0.2, 0.9], [3, 17]), np.ones(20, bool))) == 20
