@@ -1,4 +1,4 @@
-"""Commands that answer: predict, serve."""
+"""Commands that answer, or let others answer: predict, explain, export, serve."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -126,6 +126,61 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
         lines.append(f"{' ' * width if lines else name}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
     return lines
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    name: Annotated[
+        str | None, typer.Option("--class", help="The class that is asked about; default: the answer.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("explained.png"),
+    bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
+) -> None:
+    """Draw which parts of an image hold up the answer: each is covered in turn, and the network is asked again.
+
+    Examples:
+
+      visionloop explain photo.jpg
+
+      visionloop explain photo.jpg --class wolf --out why-no-wolf.png
+    """
+    from visionloop.cli.pictures import write_picture
+    from visionloop.data.inputs import load_input
+    from visionloop.explain import describe_falls, draw_explanation
+    from visionloop.explain import explain as run_explain
+    from visionloop.promotion.models import load_champion, load_model
+
+    workspace = open_workspace()
+    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    card = predictor.card
+    array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
+    found = run_explain(predictor, array, name)
+    write_picture(out, draw_explanation(array, found, f"{image.name}, bundle {predictor.digest[:12]}"))
+    print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="champion, a bundle's folder, NAME@champion, NAME@3 or s3://...")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+) -> None:
+    """Write a model for people without visionloop: ONNX, classes, example images, and a program of one page.
+
+    Examples:
+
+      visionloop export champion to-the-app-team
+
+      visionloop export models/candidate candidate-1
+    """
+    from visionloop.promotion.handout import write_handout
+    from visionloop.promotion.models import load_champion, load_model
+
+    workspace = open_workspace()
+    predictor = load_champion(workspace) if model == "champion" else load_model(model, lambda: workspace)
+    names = write_handout(predictor, folder)
+    print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
+    print(f"try it:  python {folder}/predict.py --check")
 
 
 @app.command()

@@ -166,8 +166,9 @@ def test_a_browser_shows_it_at_the_width_of_a_phone(tmp_path: Path, classes: tup
     (tmp_path / "report.html").write_text(render(make_facts(classes, 240)), encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         '<iframe src="report.html" width="390" height="800" style="border:0"></iframe><script>onload = () => {'
-        "const page = document.querySelector('iframe').contentDocument; const root = page.documentElement;"
-        " document.body.dataset.hidden = root.scrollWidth - root.clientWidth; document.body.dataset.title = page.querySelector('h1').innerText }</script>"
+        "const root = document.querySelector('iframe').contentDocument.documentElement, body = document.body;"
+        "body.dataset.hidden = root.scrollWidth - root.clientWidth;"
+        "body.dataset.title = root.querySelector('h1').innerText }</script>"
     )
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frame.html").as_uri()]
