@@ -73,7 +73,7 @@ def predict_files(
 
 
 def write_answers(answers: Sequence[FilePrediction], out: Path, predictor: Predictor) -> None:
-    """Write the answers, whole or not at all. CSV: path, prediction, confidence, error, one column a class.
+    """Write the answers, whole or not at all. CSV: path, prediction, confidence, abstained, error, one column a class.
 
     Several labels are one text in `prediction`, divided by `|`; JSON lines have them as a list too.
     """
@@ -103,8 +103,9 @@ def _write_lines(answers: Sequence[FilePrediction], file: TextIO, bundle: str) -
 
 def _write_table(answers: Sequence[FilePrediction], file: TextIO, classes: Sequence[str]) -> None:
     writer = csv.writer(file)
-    writer.writerow(["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)])
+    writer.writerow(["path", "prediction", "confidence", "abstained", "error", *(f"p_{c}" for c in classes)])
     for a in answers:
         p = a.prediction
         figures = [f"{p.probabilities[c]:.6f}" for c in classes] if p else [""] * len(classes)
-        writer.writerow([a.path, p.prediction if p else "", p.confidence if p else "", a.error or "", *figures])
+        answer = [p.prediction, p.confidence, p.abstained or ""] if p else [""] * 3
+        writer.writerow([a.path, *answer, a.error or "", *figures])

@@ -61,7 +61,10 @@ def predict(
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
-    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not."""
+    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not.
+
+    Where the model does not know, that is the first line; below it is what it would have said.
+    """
     name = f"{_shorten_path(answer.path):<{width}}"
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
@@ -72,6 +75,8 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
     ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
     label_width = max(len(label) for label, _ in ranked)
     lines = [] if chosen else [f"{name}  -- no label"]
+    if answer.prediction.abstained:
+        lines = [f"{name}  ? don't know ({answer.prediction.abstained})"]
     for label, p in ranked:
         mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
