@@ -253,15 +253,15 @@ def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: P
 
 def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     classes = predictor.card.classes
-    header = ["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)]
+    header = ["path", "prediction", "confidence", "abstained", "error", *(f"p_{c}" for c in classes)]
     _write_rows(file, header, (_make_row(a, classes) for a in answers))
 
 
 def _make_row(a: FilePrediction, classes: Sequence[str]) -> list[Any]:
     p = a.prediction
     if p is None:
-        return [a.path, "", "", a.error, *[""] * len(classes)]
-    return [a.path, p.prediction, p.confidence, "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
+        return [a.path, "", "", "", a.error, *[""] * len(classes)]
+    return [a.path, p.prediction, p.confidence, p.abstained or "", "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
 
 
 def _write_kaggle(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
@@ -289,7 +289,8 @@ def _write_parquet(answers: Iterable[FilePrediction], file: BinaryIO, predictor:
 
     classes = predictor.card.classes
     several = predictor.card.task == "multilabel"
-    fields = [("path", pa.string()), ("prediction", pa.string()), ("confidence", pa.float64()), ("error", pa.string())]
+    fields = [("path", pa.string()), ("prediction", pa.string()), ("confidence", pa.float64())]
+    fields += [("abstained", pa.string()), ("error", pa.string())]
     fields += [("labels", pa.list_(pa.string()))] if several else []
     fields += [("bundle", pa.string()), *((f"p_{c}", pa.float32()) for c in classes)]
     schema = pa.schema(fields)
@@ -297,7 +298,12 @@ def _write_parquet(answers: Iterable[FilePrediction], file: BinaryIO, predictor:
     def make_row(a: FilePrediction) -> dict[str, Any]:
         row: dict[str, Any] = {"path": a.path, "error": a.error, "bundle": predictor.digest}
         if p := a.prediction:
-            row |= {"prediction": p.prediction, "confidence": p.confidence, "labels": p.labels}
+            row |= {
+                "prediction": p.prediction,
+                "confidence": p.confidence,
+                "labels": p.labels,
+                "abstained": p.abstained,
+            }
             row |= {f"p_{c}": p.probabilities[c] for c in classes}
         return row
 

@@ -5,6 +5,7 @@ Dimensions: n images, h height, w width, k classes, d embedding size.
 
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle, check_onnx, download_bundle, load_bundle
+from visionloop.confidence import (
+    check_abstain,
+    compute_distances,
+    compute_probs,
+    describe_doubt,
+    find_abstained,
+    get_limit,
+    is_number,
+    pick_reference,
+)
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.inputs import ImageInput, load_input
 from visionloop.errors import BundleError, ImageError, ParamsError, shorten
@@ -36,11 +47,29 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The output of the network for n images: logits and probabilities (n, k), embeddings (n, d)."""
+    """The output of the network for n images: logits and probabilities (n, k), embeddings (n, d).
+
+    `distance_n` is how far each is from the validation images, where the card has a rule for it. `abstained_n` says for
+    which the model does not know.
+    """
 
     logits_nk: FloatArray
     probs_nk: FloatArray
     embedding_nd: FloatArray
+    abstained_n: NDArray[np.bool_]
+    distance_n: FloatArray | None = None
+
+
+def join_outputs(parts: Sequence[Outputs]) -> Outputs:
+    """Put the outputs of several batches, one or more, one after the other."""
+    distances = [p.distance_n for p in parts if p.distance_n is not None]
+    return Outputs(
+        np.concatenate([p.logits_nk for p in parts]),
+        np.concatenate([p.probs_nk for p in parts]),
+        np.concatenate([p.embedding_nd for p in parts]),
+        np.concatenate([p.abstained_n for p in parts]),
+        np.concatenate(distances) if distances else None,
+    )
 
 
 class Predictor:
@@ -52,6 +81,7 @@ class Predictor:
         check_card(bundle.card, where)
         self._session = _open_session((bundle.folder / "model.onnx").read_bytes(), where, threads)
         self.bundle = bundle
+        self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 0, expected_digest: str | None = None) -> "Predictor":
@@ -92,8 +122,12 @@ class Predictor:
     def run(self, images_nhwc: UInt8Array) -> Outputs:
         """Run the network on n decoded images."""
         logits_nk, embedding_nd = self._session.run(["logits", "embedding"], {"images": images_nhwc})
-        squash = sigmoid if self.card.task == "multilabel" else softmax
-        return Outputs(logits_nk, squash(logits_nk / self.card.temperature), embedding_nd)
+        probs_nk, distance_n = compute_probs(logits_nk, self.card), None
+        if self._reference_rd is not None:
+            neighbours = int((self.card.abstain or {})["neighbours"])
+            distance_n = compute_distances(embedding_nd, self._reference_rd, neighbours)
+        abstained_n = find_abstained(compute_confidence(probs_nk, self.choose(probs_nk)), distance_n, self.card)
+        return Outputs(logits_nk, probs_nk, embedding_nd, abstained_n, distance_n)
 
     def run_batches(self, images_nhwc: UInt8Array, *, batch_size: int | None = None) -> Outputs:
         """Run the network on any number of images, in batches. The larger the images, the smaller the batch."""
@@ -101,12 +135,8 @@ class Predictor:
         parts = [self.run(images_nhwc[i : i + batch_size]) for i in range(0, len(images_nhwc), batch_size)]
         if not parts:
             empty = np.zeros((0, len(self.card.classes)), np.float32)
-            return Outputs(empty, empty, np.zeros((0, 0), np.float32))
-        return Outputs(
-            np.concatenate([p.logits_nk for p in parts]),
-            np.concatenate([p.probs_nk for p in parts]),
-            np.concatenate([p.embedding_nd for p in parts]),
-        )
+            return Outputs(empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, bool))
+        return join_outputs(parts)
 
     def choose(self, probs_nk: NDArray[np.floating]) -> Choices:
         """Return the answers for n images: a class each (n,), or for multilabel which of the classes (n, k)."""
@@ -118,14 +148,18 @@ class Predictor:
         confidence_n = compute_confidence(outputs.probs_nk, chosen)
         names = name_choices(chosen, classes)
         several = chosen.ndim == 2
+        distance_n = outputs.distance_n if outputs.distance_n is not None else [None] * len(names)
         return [
             Prediction(
                 prediction=LABEL_SEPARATOR.join(labels),
                 probabilities={c: float(p) for c, p in zip(classes, probs_k, strict=True)},
                 confidence=float(confidence),
                 labels=labels if several else None,
+                abstained=describe_doubt(float(confidence), distance, self.card) if abstained else None,
             )
-            for labels, probs_k, confidence in zip(names, outputs.probs_nk, confidence_n, strict=True)
+            for labels, probs_k, confidence, abstained, distance in zip(
+                names, outputs.probs_nk, confidence_n, outputs.abstained_n, distance_n, strict=True
+            )
         ]
 
     def predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
@@ -196,24 +230,20 @@ def check_card(card: Card, where: str) -> None:
     if card.thresholds is not None and set(card.thresholds) != set(card.classes):
         found = f"has thresholds for {shorten([*map(str, card.thresholds)]) or 'nothing'}"
         raise BundleError(where, found, f"one for each of {shorten(card.classes)}", todo)
+    if not is_number(card.temperature) or card.temperature <= 0:
+        raise BundleError(where, f"has the temperature {card.temperature!r}", "a number above 0", todo)
+    if card.biases is not None and (
+        set(card.biases) != set(card.classes) or not all(map(is_number, card.biases.values()))
+    ):
+        found = f"has biases for {shorten([*map(str, card.biases)]) or 'nothing'}"
+        raise BundleError(where, found, f"a number for each of {shorten(card.classes)}", todo)
+    if card.abstain is not None:
+        check_abstain(card.abstain, where, todo)
 
 
 def choose_batch_size(size_hw: Sequence[int]) -> int:
     """Return how many images go through a network at once: fewer of large images, for the same memory."""
     return max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, size_hw[0] * size_hw[1] * 3)))
-
-
-def softmax(logits_nk: FloatArray) -> FloatArray:
-    """Softmax over the last axis, in float64 inside."""
-    shifted = logits_nk.astype(np.float64) - logits_nk.max(axis=-1, keepdims=True)
-    exp = np.exp(shifted)
-    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), dtype=np.float32)
-
-
-def sigmoid(logits_nk: FloatArray) -> FloatArray:
-    """Return 1 / (1 + exp(-z)) of each logit, in float64 inside. The exponent is never positive: no overflow."""
-    small = np.exp(-np.abs(logits_nk.astype(np.float64)))
-    return np.where(logits_nk >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
 
 
 def choose_classes(probs_nk: NDArray[np.floating], card: Card) -> Choices:
@@ -231,6 +261,20 @@ def compute_confidence(probs_nk: NDArray[np.floating], chosen: Choices) -> NDArr
     if chosen.ndim == 2:
         return np.asarray(np.where(chosen, probs_nk, 1 - probs_nk).prod(axis=1))
     return probs_nk[np.arange(len(chosen)), chosen]
+
+
+def _load_reference(bundle: Bundle, where: str) -> FloatArray:
+    """Read the embeddings that distances are taken to. Raises BundleError."""
+    wanted = int((bundle.card.abstain or {})["neighbours"])
+    try:
+        with np.load(bundle.folder / "reference.npz", allow_pickle=False) as arrays:
+            embedding_nd = arrays["embedding_nd"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise BundleError(where, "reference.npz is damaged", "embeddings", "Train again.") from exc
+    if embedding_nd.ndim != 2 or len(embedding_nd) < wanted or not np.isfinite(embedding_nd).all():
+        found = f"reference.npz has embeddings of shape {embedding_nd.shape}"
+        raise BundleError(where, found, f"{wanted} or more finite ones", "Train again.")
+    return pick_reference(embedding_nd)
 
 
 def name_choices(chosen: Choices, classes: Sequence[str]) -> list[tuple[str, ...]]:

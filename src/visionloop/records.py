@@ -12,6 +12,7 @@ from typing import Any, Self
 SIDES = ("train", "val", "test", "excluded")
 MAX_PIXELS = 50_000_000  # of an image, where `ingest.max_pixels` says nothing else
 LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
+CARD_SCHEMA = 2  # of the cards that this version writes: 2 brought biases, abstain and tuning
 
 
 def canonical_json(value: object) -> bytes:
@@ -125,6 +126,10 @@ class Card(Record):
     `thresholds` are, by class, the probabilities from which a multilabel model gives that label; None otherwise.
     `dataset` holds name, version, digest. `parity` is the largest |torch - ONNX| logit difference at export.
     `max_pixels` is the limit on an image: that of the ingest.
+
+    Logits become probabilities as logits / `temperature` + `biases` (by class; None: none). `abstain` says when the
+    model does not know: below which `confidence`, beyond which `distance` to the `neighbours`-th nearest validation
+    image; either may be None. `tuning` says what all this was fitted on and what it brought; None: nothing was tried.
     """
 
     name: str
@@ -139,9 +144,12 @@ class Card(Record):
     params: dict[str, Any]
     network: dict[str, Any]
     parity: float
-    schema: int = 1
+    schema: int = CARD_SCHEMA
     thresholds: dict[str, float] | None = None
     max_pixels: int = MAX_PIXELS
+    biases: dict[str, float] | None = None
+    abstain: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +169,15 @@ class Prediction(Record):
     these names joined by `|`. `confidence` is the probability of the whole answer if labels are independent: the
     product over all classes of p for a given label and 1 - p for one not given. For other tasks `labels` is None, and
     not in the JSON.
+
+    `abstained` says in words why the model does not know; `prediction` is then its best guess. None: it answers.
     """
 
     prediction: str
     probabilities: dict[str, float]
     confidence: float
     labels: tuple[str, ...] | None = None
+    abstained: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)

@@ -92,7 +92,7 @@ def test_written_answers(photos: Path, tmp_path: Path) -> None:
     Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
     with (tmp_path / "out.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == ["path", "prediction", "confidence", "error", "p_a", "p_b", "p_c"]
+    assert list(table[0]) == ["path", "prediction", "confidence", "abstained", "error", "p_a", "p_b", "p_c"]
     assert float(table[0]["p_a"]) == pytest.approx(rows[0]["probabilities"]["a"], abs=1e-6)
     assert table[1]["error"].startswith("is not an image")
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fakes import make_bundle, make_card, make_image
 from visionloop.bundle import load_bundle, seal_bundle
+from visionloop.confidence import sigmoid, softmax
 from visionloop.errors import BundleError, ImageError
 from visionloop.predictor import (
     Outputs,
@@ -18,8 +19,6 @@ from visionloop.predictor import (
     choose_classes,
     compute_confidence,
     name_choices,
-    sigmoid,
-    softmax,
 )
 from visionloop.records import Card, Prediction, canonical_json
 
@@ -75,8 +74,8 @@ def test_answers_of_a_multilabel_bundle(tmp_path: Path) -> None:
         assert answer.prediction == "|".join(answer.labels)
         assert answer.confidence == pytest.approx(np.maximum(probs_k, 1 - probs_k).prod(), abs=1e-6)
     assert {len(answer.labels or ()) for answer in answers} == {0, 1, 2, 3}
-    assert list(answers[0].to_json()) == ["prediction", "probabilities", "confidence", "labels"]
-    assert list(single.predict(images[:1])[0].to_json()) == ["prediction", "probabilities", "confidence"]
+    assert list(answers[0].to_json()) == ["prediction", "probabilities", "confidence", "labels", "abstained"]
+    assert list(single.predict(images[:1])[0].to_json()) == ["prediction", "probabilities", "confidence", "abstained"]
 
 
 def test_temperature_softens_each_label(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_no_image_has_no_answer(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", task="multilabel")
     predictor = Predictor.load(tmp_path / "b", threads=1)
     empty = np.zeros((0, 3), np.float32)
-    assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32))) == []
+    assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, bool))) == []
 
 
 def seal_with_limit(folder: Path, max_pixels: int) -> Predictor:

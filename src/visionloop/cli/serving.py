@@ -97,7 +97,8 @@ def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: in
         if answer.prediction is None:
             problem = problem or answer.error
         else:
-            counts[answer.prediction.prediction or "no label"] += 1
+            said = answer.prediction.prediction or "no label"
+            counts["don't know" if answer.prediction.abstained else said] += 1
     return counts, problem
 
 
@@ -110,7 +111,10 @@ def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
-    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not."""
+    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not.
+
+    Where the model does not know, that is the first line; below it is what it would have said.
+    """
     name = f"{_shorten_path(answer.path):<{width}}"
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
@@ -121,6 +125,8 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
     ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
     label_width = max(len(label) for label, _ in ranked)
     lines = [] if chosen else [f"{name}  -- no label"]
+    if answer.prediction.abstained:
+        lines = [f"{name}  ? don't know ({answer.prediction.abstained})"]
     for label, p in ranked:
         mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")

@@ -26,6 +26,7 @@ from visionloop.evaluation.metrics import (
     compute_confusion,
     compute_metrics,
 )
+from visionloop.evaluation.resampling import compute_key_interval, sum_keys
 from visionloop.params import Evaluate
 from visionloop.predictor import Choices, compute_confidence, name_choices
 from visionloop.records import Interval
@@ -35,7 +36,8 @@ from visionloop.records import Interval
 class Answers:
     """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k).
 
-    `key_n` says which images belong together: equal numbers for equal keys (`resampling.code_keys`).
+    `key_n` says which images belong together: equal numbers for equal keys (`resampling.code_keys`). `abstained_n` says
+    for which the model does not know; None: it has no such rule.
     """
 
     labels: Choices
@@ -43,6 +45,7 @@ class Answers:
     chosen: Choices
     classes: tuple[str, ...]
     key_n: IntArray
+    abstained_n: BoolArray | None = None
 
     @property
     def is_several(self) -> bool:
@@ -72,6 +75,20 @@ class Answers:
     def name_chosen(self) -> list[tuple[str, ...]]:
         """Return the answered labels of each image."""
         return name_choices(self.chosen, self.classes)
+
+
+def compute_answered(answers: Answers) -> dict[str, Interval]:
+    """Return the share of images that is answered, and the share of these that is right; nothing without a rule."""
+    if answers.abstained_n is None:
+        return {}
+    answered_n, count_g = ~answers.abstained_n, sum_keys(np.ones(len(answers.labels)), answers.key_n)
+    answered_g = sum_keys(answered_n, answers.key_n)
+    figures = {"answered": compute_key_interval(answered_g, count_g)}
+    if answered_n.any():
+        some_g = answered_g > 0
+        hits_g = sum_keys(answers.hits_n & answered_n, answers.key_n)
+        figures["answered_accuracy"] = compute_key_interval(hits_g[some_g], answered_g[some_g])
+    return figures
 
 
 def compute_answer_metrics(answers: Answers, section: Evaluate) -> dict[str, Interval]:

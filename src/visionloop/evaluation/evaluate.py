@@ -21,11 +21,13 @@ from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
     Answers,
     compute_answer_metrics,
+    compute_answered,
     compute_tables,
     find_worst,
     get_truth,
     join_names,
 )
+from visionloop.evaluation.confidence_plots import describe_answered, draw_certainty
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures, IntArray
@@ -73,7 +75,7 @@ def evaluate(
     _check_fit(predictor.card, prepared)
     rows_n = _find_tests(prepared)
     answers = _answer(predictor, prepared, rows_n, on_progress)
-    metrics = compute_answer_metrics(answers, workspace.params.evaluate)
+    metrics = {**compute_answer_metrics(answers, workspace.params.evaluate), **compute_answered(answers)}
     with lock_work(settings.work_dir("evaluate"), predictor.digest) as work:
         shutil.rmtree(work)
         (work / "figures").mkdir(parents=True)
@@ -81,6 +83,8 @@ def evaluate(
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
     tell(f"on {len(rows_n):,} test images{_describe_limit(workspace)}")
+    if line := describe_answered(predictor.card, metrics):
+        tell(line)
     best = _log_to_run(workspace, predictor.digest, metrics)
     if "accuracy" in metrics and (line := describe_gap(best.get("best/val_accuracy"), metrics["accuracy"].value)):
         tell(line)
@@ -136,15 +140,18 @@ def _find_tests(prepared: Prepared) -> IntArray:
 def _answer(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> Answers:
     """Run the model on some rows, in batches of limited memory."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
-    parts = []
+    parts, abstained = [], []
     for start in range(0, len(rows_n), size):
-        images_nhwc = prepared.read(rows_n[start : start + size])
-        parts.append(predictor.run(images_nhwc).probs_nk)
+        outputs = predictor.run(prepared.read(rows_n[start : start + size]))
+        parts.append(outputs.probs_nk)
+        abstained.append(outputs.abstained_n)
         on_progress(min(start + size, len(rows_n)), len(rows_n))
     probs_nk = np.concatenate(parts)
     chosen = predictor.choose(probs_nk)
     key_n = code_keys([r.key for r in prepared.load_records(rows_n)])
-    return Answers(get_truth(prepared, rows_n), probs_nk.astype(np.float64), chosen, prepared.classes, key_n)
+    abstained_n = None if predictor.card.abstain is None else np.concatenate(abstained)
+    truth = get_truth(prepared, rows_n)
+    return Answers(truth, probs_nk.astype(np.float64), chosen, prepared.classes, key_n, abstained_n)
 
 
 def _write_outs(
@@ -158,6 +165,7 @@ def _write_outs(
 ) -> None:
     confusion_kk, class_figures = compute_tables(answers)
     figures = _draw_figures(prepared, rows_n, answers, confusion_kk, class_figures)
+    figures |= draw_certainty(predictor.bundle, answers)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
     facts = ReportFacts(

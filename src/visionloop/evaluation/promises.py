@@ -73,14 +73,14 @@ def find_promise(score_n: NDArray[np.floating], hits_n: BoolArray, error: float,
 def choose_looks(num_images: int, error: float, delta: float) -> IntArray:
     """Return the numbers m of highest images to look at, ascending: log2(n) of them, fewer where n is small.
 
-    More looks find a finer m, but each has a smaller share of delta: a look at fewer than `count_flawless` images is
-    lost. The first is at that many, the last at all images. It depends on the number of images alone.
+    More looks find a finer m, but each has a smaller share of delta, so that the least m is larger: there are only so
+    many that it is at most half of all. The first look is at that many, the last of several at all images.
     """
-    for number in range(max(1, math.ceil(math.log2(max(num_images, 2)))), 0, -1):
+    for number in range(max(1, math.ceil(math.log2(max(num_images, 2)))), 1, -1):
         least = count_flawless(error, delta / number)
-        if least <= num_images:
-            return np.unique(np.linspace(least, num_images, number).round().astype(np.int64)[::-1])
-    return np.array([num_images], np.int64)
+        if 2 * least <= num_images:
+            return np.linspace(least, num_images, number).round().astype(np.int64)
+    return np.array([min(count_flawless(error, delta), num_images)], np.int64)
 
 
 def count_flawless(error: float, delta: float) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from visionloop.evaluation.confidence_plots import describe_confidence
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.metrics import ClassFigures, IntArray
 from visionloop.records import Card, Interval, Pin
@@ -25,12 +26,16 @@ TITLES = {
     "auc": "Area under ROC",
     "precision": "Precision",
     "recall": "Recall",
+    "answered": "Answered",
+    "answered_accuracy": "Accuracy of the answered",
 }
 CAPTIONS = {
     "confusion": "Confusion matrix: actual and predicted classes",
     "outcomes": "How often each class is found, missed, and wrongly given",
     "per_class": "Recall and F1 of each class",
     "confidence": "How reliable the confidence is",
+    "risk": "What not answering brings: the share of wrong answers when only the surest are answered",
+    "threshold": "What a threshold gives on the validation side",
     "mistakes": "Wrong answers: the truth above, the answer and its confidence below",
 }
 STYLE = """
@@ -171,6 +176,7 @@ def _make_origin(facts: ReportFacts) -> str:
         values["Threshold"] = f"{facts.card.threshold:.3f} for {escape(facts.card.classes[1])}"
     if facts.card.task == "multilabel":
         values["Thresholds"] = escape(_describe_thresholds(facts.card.thresholds or {}))
+    values |= {escape(key): escape(value) for key, value in describe_confidence(facts.card).items()}
     values |= {escape(key): escape(str(value)) for key, value in _flatten(facts.card.params)}
     return _make_table("", [f'<td>{key}</td><td class="value">{value}</td>' for key, value in values.items()])
 

@@ -38,6 +38,7 @@ def check_training(workspace: Workspace) -> TrainingData:
         version = load_version(workspace.store, prepared.pin.name, prepared.pin.version)
         validated_on = "test" if is_experiment(version) else "val"
     check_monitor(section, prepared.task)
+    check_threshold(section, prepared.task)
     check_neighbours(section, len(find_train_rows(section, prepared, validated_on)))
     check_sides(prepared, validated_on)
     return TrainingData(prepared, validated_on)
@@ -83,6 +84,17 @@ def check_monitor(section: Train, task: str) -> None:
             f"got {section.monitor!r}, which no epoch of a {task} training (on: {section.on}) has",
             f"one of {', '.join(names)}{hint}",
             "Edit the file.",
+        )
+
+
+def check_threshold(section: Train, task: str) -> None:
+    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
+    if task == "multiclass" and section.threshold != Train().threshold:
+        raise ParamsError(
+            "params.yaml train.threshold",
+            f"got {section.model_dump()['threshold']!r} with a multiclass task",
+            "no threshold: the likeliest of more than two classes is the answer",
+            "Remove the key.",
         )
 
 
