@@ -1,22 +1,28 @@
 """A bundle's answers on a test side, from the original bytes in the store, with the preprocessing of its own card.
 
-    scores/<bundle digest>/<test digest>.npz     probs (n, k) and chosen, rows in the order of sha256
+    scores/<bundle digest>/<test digest>-<engine>.npz     probs (n, k) and chosen, rows in the order of sha256
+
+`engine` is a digest of the code and the libraries that answer: other ones may answer differently, and answer again.
 
 `chosen` is one class for each image (n,), or for multilabel a bool for each class (n, k).
 
 Dimensions in names: n test images, k classes.
 """
 
+import functools
 import io
+import platform
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 
+from visionloop.code_digests import compute_module_digest
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
-from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.errors import BundleError, DatasetError, ObjectMissing
 from visionloop.parallel import map_parallel
 from visionloop.predictor import Choices, FloatArray, Predictor
 from visionloop.records import ImageRecord, compute_digest
@@ -24,6 +30,7 @@ from visionloop.store import ObjectStore
 
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
+ENGINE = ("onnxruntime", "numpy", "pillow", "simplejpeg")  # the libraries that turn bytes into answers
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,13 @@ def compute_test_digest(tests: Sequence[ImageRecord]) -> str:
     return compute_digest(sorted([r.sha256, sorted(r.labels)] for r in tests))
 
 
+@functools.cache
+def compute_engine_digest() -> str:
+    """Return a digest of what turns the bytes of an image into an answer, besides the bundle: code and libraries."""
+    versions = [f"{name} {version(name)}" for name in ENGINE]
+    return compute_digest([compute_module_digest(__name__), *versions, platform.machine()])
+
+
 def score_bundle(
     store: ObjectStore,
     predictor: Predictor,
@@ -57,8 +71,9 @@ def score_bundle(
 
     Raises:
         DatasetError: an image is missing from the store. ImageError: one is damaged there.
+        BundleError: an answer is no number.
     """
-    key = f"scores/{predictor.digest}/{compute_test_digest(tests)}.npz"
+    key = f"scores/{predictor.digest}/{compute_test_digest(tests)}-{compute_engine_digest()[:12]}.npz"
     if scores := _load_scores(store, key, predictor, len(tests)):
         return scores
     parts = []
@@ -66,6 +81,7 @@ def score_bundle(
         parts.append(predictor.run(images_nhwc).probs_nk)
         on_progress(sum(len(p) for p in parts), len(tests))
     probs_nk = np.concatenate(parts)
+    _check_numbers(predictor, tests, probs_nk)
     scores = Scores(predictor.card.classes, probs_nk, predictor.choose(probs_nk))
     sink = io.BytesIO()
     np.savez(sink, probs=scores.probs_nk, chosen=scores.chosen)
@@ -93,8 +109,20 @@ def to_sets(scores: Scores) -> Scores:
     return Scores(scores.classes, scores.probs_nk, chosen_nk)
 
 
+def _check_numbers(predictor: Predictor, tests: Sequence[ImageRecord], probs_nk: FloatArray) -> None:
+    """Raise BundleError if a probability is no number: it would count as the first class."""
+    bad_n = np.flatnonzero(~np.isfinite(probs_nk).all(axis=1))
+    if len(bad_n):
+        raise BundleError(
+            f"bundle {predictor.digest[:12]}",
+            f"answers {len(bad_n):,} of {len(tests):,} test images with no number, first {tests[bad_n[0]].sha256[:12]}",
+            "probabilities",
+            "Train again; a smaller train.learning_rate may help.",
+        )
+
+
 def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: int) -> Scores | None:
-    """Read cached answers. None if there are none, or if they are damaged or have another shape."""
+    """Read cached answers. None if there are none, or if they are damaged, no numbers or of another shape."""
     try:
         with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
             probs_nk, chosen = file["probs"], file["chosen"]
@@ -102,6 +130,8 @@ def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: i
         return None
     shape, is_several = (num_test, len(predictor.card.classes)), predictor.card.task == "multilabel"
     if probs_nk.shape != shape or chosen.shape != (shape if is_several else shape[:1]):
+        return None
+    if not np.isfinite(probs_nk).all():
         return None
     chosen = chosen.astype(bool) if is_several else chosen.astype(np.int64)
     return Scores(predictor.card.classes, probs_nk.astype(np.float32), chosen)
