@@ -10,8 +10,8 @@ from visionloop.params.section import Section
 Mode = Literal["on", "dry_run", "off"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal[
-    "accuracy", "auc", "balanced_accuracy", "brier", "log_loss", "macro_f1", "map", "micro_f1", "pr_auc", "precision",
-    "recall", "top_3_accuracy", "top_5_accuracy", "weighted_f1",
+    "accuracy", "answered", "answered_accuracy", "auc", "balanced_accuracy", "brier", "log_loss", "macro_f1", "map",
+    "micro_f1", "pr_auc", "precision", "recall", "top_3", "top_5", "weighted_f1",
 ]  # fmt: skip
 LOWER_IS_BETTER = frozenset({"brier", "log_loss"})
 

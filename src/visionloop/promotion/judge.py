@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.evaluation.answers import Answers, compute_answer_metrics
+from visionloop.evaluation.answers import Answers, compute_answer_metrics, compute_answered
 from visionloop.evaluation.label_metrics import compute_label_losses
 from visionloop.evaluation.metrics import compute_log_losses
 from visionloop.evaluation.resampling import code_keys
@@ -74,7 +74,8 @@ def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     aligned = _align(case)
     metrics = [_compute_metrics(aligned, scores, case.params) for scores in aligned.models]
     floors = {str(name): floor for name, floor in case.params.gate.floors.items()}
-    rules = [*check_floors(floors, metrics[0]), _check_baseline(aligned, case.params)]
+    answered = {"answered": metrics[0].get("answered", Interval(1.0, 1.0, 1.0))}  # without a rule it always answers
+    rules = [*check_floors(floors, metrics[0] | answered), _check_baseline(aligned, case.params)]
     if case.is_champion:
         rules.append(make_same_rule(case.params.gate))
     elif case.champion is None:
@@ -100,8 +101,8 @@ def _align(case: Case) -> Aligned:
 
 
 def _compute_metrics(aligned: Aligned, scores: Scores, params: Params) -> Metrics:
-    answers = Answers(aligned.labels, scores.probs_nk, scores.chosen, scores.classes, aligned.key_n)
-    return compute_answer_metrics(answers, params.evaluate)
+    answers = Answers(aligned.labels, scores.probs_nk, scores.chosen, scores.classes, aligned.key_n, scores.abstained_n)
+    return compute_answer_metrics(answers, params.evaluate) | compute_answered(answers)
 
 
 def _check_baseline(aligned: Aligned, params: Params) -> RuleResult | None:
