@@ -62,6 +62,11 @@ def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     return {stage: _digest_stage(root, package) for stage, root in STAGE_MODULES.items()}
 
 
+def compute_module_digest(module: str, package: Path = PACKAGE) -> str:
+    """Return the digest of one module with all that it imports, as a stage has it."""
+    return _digest_stage(module, package)
+
+
 def _digest_stage(root: str, package: Path) -> str:
     """Return the digest of a module with all that it imports."""
     code: dict[str, str] = {}

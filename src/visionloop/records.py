@@ -188,20 +188,37 @@ class Prediction(Record):
 
 @dataclass(frozen=True)
 class RuleResult(Record):
-    """The result of one rule of the gate. `passed` is None if the data are not enough to decide (inconclusive)."""
+    """The result of one rule of the gate. `passed` is None if it cannot be told, or if a person has to say.
+
+    `value` with its bounds `low` and `high` is held against `line`; None where the rule has no such number. With the
+    mode `dry_run` a rule is shown, but decides nothing.
+    """
 
     rule: str
     passed: bool | None
     found: str
     expected: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    line: float | None = None
+    mode: str = "on"
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the candidate does not pass because of this rule."""
+        return self.mode == "on" and not self.passed
 
 
 @dataclass(frozen=True)
 class Decision(Record):
     """What the gate decided, for which models, by which rules. Every decision is stored, also a refusal.
 
-    `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
-    dataset, params, code, weights. `champion` is None when there was none.
+    `verdict` is passed, refused, inconclusive or waiting (for a person to approve). `state` holds the digests that
+    "nothing changed" compares: dataset, params, code, weights. `champion` is None when there was none. `entry` is the
+    number of the ledger entry that it was compared with: 0 when there was none, None in decisions from before it was
+    noted. `num_keys` counts the groups of test images (one image is a group too). `looks`: it was the so-many-th
+    candidate against this entry.
     """
 
     name: str
@@ -218,6 +235,9 @@ class Decision(Record):
     dataset: dict[str, Any]
     run_id: str | None
     decided_at: str
+    entry: int | None = None
+    num_keys: int | None = None
+    looks: int = 0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

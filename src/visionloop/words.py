@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
+DRY = {"dry_run": " (dry run)"}  # a rule that only shows what it would say
 MANY, SHOWN_OF_MANY = 12, 8
 NAME_WIDTH = 32
 LINE = 110
@@ -50,9 +51,9 @@ class Summary:
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
         rows += [(n, format_interval(self.metrics[n])) for n in ("accuracy", "macro_f1") if n in self.metrics]
-        rows += [
-            (f"gate: {r['rule']}", f"{MARKS[r['passed']]}: {r['found']}; expected {r['expected']}") for r in self.rules
-        ]
+        for r in self.rules:
+            mark = MARKS[r["passed"]] + DRY.get(r.get("mode", ""), "")
+            rows.append((f"gate: {r['rule']}", f"{mark}: {r['found']}; expected {r['expected']}"))
         if self.model:
             rows.append(("model", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
         elif self.verdict:
@@ -313,7 +314,9 @@ def describe_decision(decision: "Decision") -> list[str]:
     champion = decision.champion[:12] if decision.champion else "none"
     lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
     width = max(map(len, (r.rule for r in decision.rules)), default=0)
-    lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
+    marks = [MARKS[r.passed] + DRY.get(r.mode, "") for r in decision.rules]
+    told = (f"{r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules)
+    lines += [f"  {mark}  {text}" for mark, text in zip(marks, told, strict=True)]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
 
 
@@ -323,7 +326,8 @@ def describe_outcome(outcome: str, decision: "Decision") -> str:
         "promoted": f"{decision.name} has a new champion",
         "unchanged": f"{describe_unchanged(decision)}; nothing moved",
         "refused": "the candidate was refused at the gate; nothing moved",
-        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
+        "inconclusive": "the gate cannot tell whether the candidate is good enough; nothing moved",
+        "waiting": f"decision {decision.number} waits for `visionloop approve`; nothing moved",
     }[outcome]
 
 
@@ -346,12 +350,13 @@ def describe_champion(entry: "LedgerEntry") -> str:
 
 
 def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: bool = False) -> NotPromoted:
-    """Return the error of a candidate that is not promoted: refused or inconclusive, by the first such rule.
+    """Return the error of a candidate that is not promoted: refused, inconclusive or waiting, by the first such rule.
 
     `again`: it is the verdict of an earlier run, and nothing has changed since.
     """
     wanted = False if verdict == "refused" else None
-    named = next((f" by the rule {r['rule']} ({r['found']})" for r in rules if r["passed"] is wanted), "")
+    held = [r for r in rules if r["passed"] is wanted and r.get("mode") != "dry_run"]
+    named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
     todo = "See decisions/latest.json and reports/report.html."
     if verdict == "inconclusive":
         todo = f"More test images would tell; with `gate.rule: no_worse` an equal one passes. {todo}"

@@ -1,4 +1,4 @@
-"""Commands about models: gate, register, promote, rollback, history."""
+"""Commands about models: gate, approve, register, promote, rollback, history."""
 
 from typing import Annotated
 
@@ -11,7 +11,9 @@ from visionloop.workspace import get_now, get_user, open_workspace
 
 @app.command()
 def gate() -> None:
-    """Judge the candidate against the champion on the same test images. Exit code 3: refused or inconclusive.
+    """Judge the candidate against the champion on the same test images.
+
+    Exit code 3: refused, inconclusive, or waiting for `visionloop approve`.
 
     Examples:
 
@@ -31,6 +33,32 @@ def gate() -> None:
         print(line)
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+
+
+@app.command()
+def approve(
+    why: Annotated[str, typer.Option(help="The reason, kept with the decision.", show_default=False)],
+    number: Annotated[int | None, typer.Argument(help="The decision; default: the last one.")] = None,
+) -> None:
+    """Let a candidate pass that waits for a person: `gate.approval: required`, or what only a person may allow.
+
+    Examples:
+
+      visionloop approve --why "looked at all changed answers"
+
+      visionloop approve 12 --why "mules are sorted by hand from now on"
+    """
+    from visionloop.errors import SettingsError
+    from visionloop.promotion.decide import approve as run_approve
+
+    if not why.strip():
+        raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
+    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why.strip(), now=get_now())
+    for line in describe_decision(decision):
+        print(line)
+    if decision.verdict != "passed":
+        raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+    print("next: `visionloop register`, then `visionloop promote`; a retrain does both")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from visionloop.errors import ParamsError
+from visionloop.params.gate import Floor, Gate
 from visionloop.params.ingest import (
     ArchiveSource,
     BucketSource,
@@ -56,6 +57,7 @@ __all__ = [
     "Embed",
     "Evaluate",
     "Expect",
+    "Floor",
     "FolderSource",
     "Gate",
     "HttpSource",
@@ -111,16 +113,6 @@ class Evaluate(Section):
 
     resamples: int = Field(default=2000, ge=100, le=100_000)
     seed: int = 0
-
-
-class Gate(Section):
-    """When a candidate may replace the champion."""
-
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
-    rule: Literal["better", "no_worse"] = "better"
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    margin: float = Field(default=0.02, ge=0, lt=1)
-    floors: dict[Literal["accuracy", "macro_f1"], Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
 
 
 class Serve(Section):
@@ -207,9 +199,14 @@ def load_params(path: Path) -> Params:
 def make_params(value: dict[str, Any], where: str = "params.yaml") -> Params:
     """Check a decoded params.yaml. Raises ParamsError."""
     try:
-        return Params.model_validate(value)
+        params = Params.model_validate(value)
     except ValidationError as exc:
         raise _translate(exc, where) from exc
+    if params.evaluate.resamples < (least := params.gate.count_resamples()):
+        found = f"got {params.evaluate.resamples} with gate.metric: macro_f1 and gate.alpha: {params.gate.alpha:g}"
+        expected = f"an integer >= {least} (20 / alpha: fewer tell too little of the tail)"
+        raise ParamsError(f"{where} evaluate.resamples", found, expected, "Edit the file.")
+    return params
 
 
 def _translate(exc: ValidationError, where: str) -> ParamsError:

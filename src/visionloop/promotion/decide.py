@@ -1,36 +1,49 @@
 """The stage `gate`: candidate against champion on the same test side. Stores its decision, changes no champion.
 
-The rules are in `gate.py`, the answers of both models in `score.py`.
+The answers of both models are in `score.py`, what is made of them in `judge.py`, the rules in `gate.py`. `approve` adds
+a person's word to a decision that waits for it: as a decision of its own, so that every step after it reads the same.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-
 from visionloop.bundle import download_bundle, load_run_note
-from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import DatasetError, PromotionError
-from visionloop.evaluation.answers import Answers, compute_answer_metrics
-from visionloop.evaluation.resampling import code_keys
-from visionloop.params import Params
-from visionloop.predictor import Choices, Predictor
+from visionloop.data.leaks import load_leaks
+from visionloop.data.manifest import load_pin, load_records, load_version
+from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.evaluation.resampling import code_keys, count_keys
+from visionloop.predictor import Predictor
 from visionloop.promotion.gate import (
-    check_difference,
-    check_floors,
-    compute_difference,
+    APPROVABLE,
+    WAITING,
+    approve_rules,
     compute_verdict,
-    make_first_rule,
-    make_same_rule,
+    make_approval_rule,
+    make_broken_rule,
     make_task_rule,
 )
-from visionloop.promotion.ledger import read_champion, store_decision, write_decision
-from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
-from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
+from visionloop.promotion.judge import Case, Metrics, judge
+from visionloop.promotion.ledger import latest_decision, read_champion, read_decisions, store_decision, write_decision
+from visionloop.promotion.limits import check_limit
+from visionloop.promotion.score import Scores, compute_test_digest, score_bundle, select_test
+from visionloop.records import Card, Decision, ImageRecord, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
-Metrics = dict[str, Interval]
+Score = Callable[[Predictor], Scores]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The champion, as far as it can be asked here: its model and answers, or why there are none."""
+
+    entry: LedgerEntry
+    is_candidate: bool = False
+    model: Predictor | None = None
+    scores: Scores | None = None
+    broken: str = ""
 
 
 def gate(
@@ -46,7 +59,7 @@ def gate(
 
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
-        BundleError: a bundle is damaged, or answers differently here.
+        BundleError: the candidate is damaged, or answers differently here.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
@@ -54,40 +67,160 @@ def gate(
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
-    champion = read_champion(store, name)
-    models = [candidate]
-    if champion and champion.bundle != candidate.digest:
-        rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
-        rival.check_golden()
-        models.append(rival)
-    scores = [score_bundle(store, model, tests, on_progress=on_progress) for model in models]
-    rules, metrics = _judge(workspace.params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
-    tasks = [model.card.task for model in models]
-    if len(set(tasks)) > 1 and "multilabel" in tasks:
-        rules.insert(0, make_task_rule(*tasks))
+    score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
+    scores, champion = score(candidate), read_champion(store, name)
+    rival = _ask_champion(workspace, champion, candidate, score) if champion else None
+    earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
+    looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
+    rules, metrics = judge(
+        Case(
+            params=workspace.params,
+            tests=tests,
+            candidate=scores,
+            champion=rival.scores if rival else None,
+            is_champion=rival is not None and rival.is_candidate,
+            looks=looks,
+            on_these=on_these,
+        )
+    )
+    rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
         number=0,
-        verdict=compute_verdict(rules),
+        verdict="",
         candidate=candidate.digest,
         champion=champion.bundle if champion else None,
-        test_digest=compute_test_digest(tests),
+        test_digest=test_digest,
         num_test=len(tests),
         rules=tuple(rules),
         metrics=_to_json(metrics[0]),
-        champion_metrics=_to_json(metrics[-1]) if champion else {},
+        champion_metrics=_to_json(metrics[-1]) if rival and not rival.broken else {},
         state=dict(state),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         run_id=note.run_id if note else None,
         decided_at=now,
+        entry=champion.number if champion else 0,
+        num_keys=count_keys(code_keys([r.key for r in tests])),
+        looks=looks,
     )
-    decision = store_decision(store, decision)
-    write_decision(settings.decisions_dir, decision)
+    kept = _keep_approval(earlier, decision)
+    return _conclude(workspace, replace(decision, rules=kept, verdict=compute_verdict(kept)))
+
+
+def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now: str) -> Decision:
+    """Let a candidate pass that waits for a person: store and return a new decision that says who and why.
+
+    Raises:
+        PromotionError: there is no such decision, it does not wait, or is out of date: about this candidate there is a
+            newer one, or the champion moved.
+        TrackingError: MLflow cannot be tagged; the decision is stored by then.
+    """
+    store, name = workspace.store, workspace.name
+    decisions = [one for one in read_decisions(store, name) if number in (None, one.number)]
+    if not decisions:
+        found = "has no decision" if number is None else f"has no decision {number}"
+        raise PromotionError(f"decisions {name}", found, "one that waits", "Run `visionloop gate`.")
+    decision = decisions[-1]
+    where = f"decision {decision.number} of {name}"
+    if decision.verdict != WAITING:
+        raise PromotionError(
+            where,
+            f"is {decision.verdict}",
+            f"one that is {WAITING}: only what a person may say can be approved",
+            "See decisions/latest.json and `docs/judging.md`.",
+        )
+    newest, champion = latest_decision(store, name, candidate=decision.candidate), read_champion(store, name)
+    if newest and newest.number != decision.number:
+        found = f"is not the newest about its candidate: decision {newest.number} is ({newest.verdict})"
+        raise PromotionError(where, found, "the newest", "See `visionloop gate`.")
+    if decision.entry != (champion.number if champion else 0):
+        found = f"compared with ledger entry {decision.entry}, and the champion moved"
+        raise PromotionError(where, found, "the champion that the gate saw", "Run `visionloop gate` again.")
+    rules = approve_rules(decision.rules, by, why)
+    return _conclude(workspace, replace(decision, rules=rules, verdict=compute_verdict(rules), decided_at=now))
+
+
+def _conclude(workspace: Workspace, decision: Decision) -> Decision:
+    """Store a decision, copy it into the workspace and tag the candidate's run."""
+    decision = store_decision(workspace.store, decision)
+    write_decision(workspace.settings.decisions_dir, decision)
     if decision.run_id:
         tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
         workspace.tracking.set_tags(decision.run_id, tags)
     return decision
+
+
+def _ask_champion(workspace: Workspace, entry: LedgerEntry, candidate: Predictor, score: Score) -> Rival:
+    """Let the champion answer. What is wrong with its bundle or on this machine is a reason, not an error."""
+    if entry.bundle == candidate.digest:
+        return Rival(entry, is_candidate=True)
+    try:
+        bundle = download_bundle(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+        model = Predictor(bundle)
+        model.check_golden()
+        return Rival(entry, model=model, scores=score(model))
+    except BundleError as exc:
+        return Rival(entry, broken=f"{exc.where} {exc.found}")
+
+
+def _note_champion(candidate: Predictor, rival: Rival | None) -> list[RuleResult]:
+    """Return the rules about the champion itself."""
+    if rival and rival.broken:
+        return [make_broken_rule(rival.broken)]
+    tasks = [candidate.card.task, rival.model.card.task if rival and rival.model else candidate.card.task]
+    return [make_task_rule(*tasks)] if len(set(tasks)) > 1 and "multilabel" in tasks else []
+
+
+def _check_limits(
+    workspace: Workspace, pin: Pin, tests: Sequence[ImageRecord], candidate: Predictor, rival: Rival | None
+) -> list[RuleResult]:
+    """Apply the rules about data, size and approval, which need more than answers."""
+    section, rules = workspace.params.gate, []
+    if section.leaks.mode != "off":
+        leaks = load_leaks(workspace.store, load_version(workspace.store, pin.name, pin.version)).rows
+        across = {sha256 for leak in leaks if leak.kind == "across" for sha256 in (leak.sha256, leak.other)}
+        leaked = sum(record.sha256 in across for record in tests)
+        if leaked or section.leaks.mode == "on":
+            unit = "test images with a near duplicate on another side"
+            rules.append(check_limit("leaks", leaked, section.leaks.most, unit, section.leaks.mode))
+    if section.model_size and section.model_size.mode != "off":
+        size_mb = (candidate.bundle.folder / "model.onnx").stat().st_size / 1e6
+        rules.append(check_limit("model_size", size_mb, section.model_size.mb, "MB", section.model_size.mode))
+    if section.approval == "required":
+        rules.append(make_approval_rule())
+    return rules
+
+
+def _count_looks(
+    earlier: Sequence[Decision], champion: LedgerEntry | None, candidate: str, test_digest: str
+) -> tuple[int, int]:
+    """Return how many candidates were compared with the champion's entry, this one included; and on these images.
+
+    A candidate that was judged before keeps its place. Decisions of before entries were noted count by the bundle.
+    """
+    if champion is None or champion.bundle == candidate:
+        return 0, 0
+    digests: dict[str, bool] = {}
+    for one in earlier:
+        is_here = one.entry == champion.number if one.entry is not None else one.champion == champion.bundle
+        if is_here and one.candidate != champion.bundle:
+            digests[one.candidate] = digests.get(one.candidate, False) or one.test_digest == test_digest
+    digests[candidate] = True
+    order = list(digests)[: list(digests).index(candidate) + 1]
+    return len(order), sum(digests[digest] for digest in order)
+
+
+def _keep_approval(earlier: Sequence[Decision], decision: Decision) -> tuple[RuleResult, ...]:
+    """Return the decision's rules with what a person has allowed for this candidate, champion and test side."""
+    for one in reversed(earlier):
+        is_same = (one.candidate, one.entry, one.test_digest) == (
+            decision.candidate, decision.entry, decision.test_digest,
+        )  # fmt: skip
+        allowed = {r.rule: r for r in one.rules if r.rule in APPROVABLE and r.passed} if is_same else {}
+        if allowed:
+            return tuple(allowed.get(r.rule, r) if r.passed is None else r for r in decision.rules)
+    return decision.rules
 
 
 def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[ImageRecord]:
@@ -96,44 +229,6 @@ def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[I
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
     return tests
-
-
-def _judge(
-    params: Params, tests: Sequence[ImageRecord], scores: Sequence[Scores], *, is_champion: bool
-) -> tuple[list[RuleResult], list[Metrics]]:
-    """Return the result of each rule, and the figures of the candidate, then of the champion if it was scored."""
-    # The candidate's classes come first. An answer with a class that only the champion knows is wrong, but no error.
-    names = [name for record in tests for name in record.labels]
-    classes = list(dict.fromkeys([c for s in scores for c in s.classes] + names))
-    aligned = [map_scores(s, classes) for s in scores]
-    labels: Choices
-    if any(s.chosen.ndim == 2 for s in scores) or any(len(r.labels) != 1 for r in tests):
-        aligned = [to_sets(s) for s in aligned]
-        labels = np.array([[name in r.labels for name in classes] for r in tests])
-    else:
-        labels = np.array([classes.index(name) for name in names])
-    key_n = code_keys([r.key for r in tests])
-    metrics = [
-        compute_answer_metrics(Answers(labels, s.probs_nk, s.chosen, s.classes, key_n), params.evaluate)
-        for s in aligned
-    ]
-    rules = check_floors({str(k): v for k, v in params.gate.floors.items()}, metrics[0])
-    if is_champion:
-        rules.append(make_same_rule(params.gate))
-    elif len(aligned) == 1:
-        rules.append(make_first_rule())
-    else:
-        difference = compute_difference(
-            labels,
-            aligned[0].chosen,
-            aligned[1].chosen,
-            len(classes),
-            params.gate,
-            resamples=params.evaluate.resamples,
-            seed=params.evaluate.seed,
-        )
-        rules.append(check_difference(difference, params.gate))
-    return rules, metrics
 
 
 def _check_candidate(card: Card, name: str, pin: Pin) -> None:
