@@ -197,7 +197,7 @@ def _summarise(
 def _list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str, str]:
     """Return the commands to look further, as they can be pasted into this shell."""
     settings, here = workspace.settings, Path.cwd()
-    report = settings.reports_dir / "report.html"
+    report = settings.decisions_dir / "latest.html"
     look = describe_mlflow(settings.tracking_uri, settings.home, here, find_command("mlflow"))
     commands = {"compare runs": look}
     if report.is_file():

@@ -357,7 +357,7 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     wanted = False if verdict == "refused" else None
     held = [r for r in rules if r["passed"] is wanted and r.get("mode") != "dry_run"]
     named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
-    todo = "See decisions/latest.json and reports/report.html."
+    todo = "See decisions/latest.json and decisions/latest.html."
     if verdict == "inconclusive":
         todo = f"More test images would tell; with `gate.rule: no_worse` an equal one passes. {todo}"
     if again:

@@ -134,7 +134,9 @@ def test_decisions_are_stored_numbered_and_copied(world):
     assert [Decision.from_json(d) for d in stored] == [first, second]
     assert latest_decision(world.store, "fake") == second
     folder = world.settings.decisions_dir
-    assert sorted(p.name for p in folder.iterdir()) == ["000001.json", "000002.json", "latest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"{name}.{kind}" for name in ("000001", "000002", "latest") for kind in ("html", "json")
+    ]
     assert Decision.from_json(json.loads((folder / "latest.json").read_text())) == second
     assert Decision.from_json(json.loads((folder / "000001.json").read_text())) == first
 

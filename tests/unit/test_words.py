@@ -60,7 +60,7 @@ def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str
     assert (error.exit_code, str(error)) == (
         3,
         f"gate: the candidate is still {verdict} by the rule {by}; expected a passed gate. Add images or change "
-        f"params.yaml, then retrain. {more}See decisions/latest.json and reports/report.html.",
+        f"params.yaml, then retrain. {more}See decisions/latest.json and decisions/latest.html.",
     )
     assert str(words.make_refusal(verdict, RULES)).startswith(f"gate: the candidate is {verdict} by the rule {by}; ")
 

@@ -1,12 +1,28 @@
-"""Commands about models: gate, approve, register, promote, rollback, history."""
+"""Commands about models: gate, approve, register, promote, rollback, history, compare."""
 
-from typing import Annotated
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from visionloop.cli.app import app
-from visionloop.words import describe_champion, describe_decision, describe_registered, make_refusal
-from visionloop.workspace import get_now, get_user, open_workspace
+from visionloop.records import Interval
+from visionloop.words import (
+    align,
+    describe_champion,
+    describe_decision,
+    describe_registered,
+    make_refusal,
+    shorten_path,
+)
+from visionloop.workspace import Workspace, get_now, get_user, open_workspace
+
+if TYPE_CHECKING:
+    from visionloop.predictor import Predictor
+    from visionloop.promotion.report import RetrainFacts
+
+MODELS = "champion, a bundle's folder, NAME@champion, NAME@3, s3://..., or the id of an MLflow run."
 
 
 @app.command()
@@ -31,6 +47,7 @@ def gate() -> None:
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)
+    print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
 
@@ -140,3 +157,63 @@ def history() -> None:
             f"{star} {entry.number:>4}  {at}  {entry.action:<8}  bundle {entry.bundle[:12]}"
             f"  model {entry.model_version:<4}  dataset {trained_on}  {entry.by}: {entry.why}"
         )
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(help=MODELS)],
+    other: Annotated[str, typer.Argument(help=MODELS)],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("compared.html"),
+) -> None:
+    """Let two models answer the test side of the pinned version, side by side. Nothing is stored or promoted.
+
+    Examples:
+
+      visionloop compare models/candidate champion
+
+      visionloop compare pets@3 pets@2 --out 3-against-2.html
+    """
+    from visionloop.cli.progress import make_progress
+    from visionloop.promotion.compare import compare_models
+    from visionloop.promotion.evidence import make_page, write_page
+
+    workspace = open_workspace()
+    names = (one, other)
+    models = (_load_any(workspace, one), _load_any(workspace, other))
+    progress = make_progress("answered", "images")
+    facts = compare_models(workspace, models, names, now=get_now(), on_progress=progress)
+    for line in describe_comparison(facts):
+        print(line)
+    write_page(out, make_page(workspace.store, facts))
+    print(f"the images that only one of them has right, classes and more: {out}")
+
+
+def describe_comparison(facts: "RetrainFacts") -> list[str]:
+    """Return two models' figures as a table, then what the rules of the gate say of the first."""
+    from visionloop.promotion.report import format_interval
+
+    decision = facts.decision
+    rows = [["", *facts.names]]
+    for name, value in decision.metrics.items():
+        both = [
+            Interval.from_json(each[name]) for each in (decision.metrics, decision.champion_metrics) if name in each
+        ]
+        rows.append([name, *(format_interval(name, interval) for interval in both)])
+    lines = [f"{decision.num_test:,} test images of dataset version {decision.dataset['version']}", *align(rows)]
+    return [*lines, "the rules of the gate, as if the first were a candidate:", *describe_decision(decision)[1:-1]]
+
+
+def _load_any(workspace: Workspace, address: str) -> "Predictor":
+    """Open a model: `champion`, an address, or the id of an MLflow run."""
+    from visionloop.predictor import Predictor
+    from visionloop.promotion.compare import find_bundle_of_run
+    from visionloop.promotion.models import load_champion, load_model
+
+    if address == "champion":
+        return load_champion(workspace)
+    if not re.fullmatch("[0-9a-f]{32}", address) or Path(address).is_dir():
+        return load_model(address, lambda: workspace)
+    found = find_bundle_of_run(workspace, address)
+    if isinstance(found, Path):
+        return Predictor.load(found)
+    return Predictor.fetch(workspace.store, found, workspace.settings.hidden_dir / "bundles")

@@ -7,6 +7,7 @@ a person's word to a decision that waits for it: as a decision of its own, so th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import download_bundle, load_run_note
@@ -15,6 +16,7 @@ from visionloop.data.manifest import load_pin, load_records, load_version
 from visionloop.errors import BundleError, DatasetError, PromotionError
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
+from visionloop.promotion.evidence import Asked, write_report
 from visionloop.promotion.gate import (
     APPROVABLE,
     WAITING,
@@ -24,7 +26,7 @@ from visionloop.promotion.gate import (
     make_broken_rule,
     make_task_rule,
 )
-from visionloop.promotion.judge import Case, Metrics, judge
+from visionloop.promotion.judge import Case, Metrics, align, judge
 from visionloop.promotion.ledger import latest_decision, read_champion, read_decisions, store_decision, write_decision
 from visionloop.promotion.limits import check_limit
 from visionloop.promotion.score import Scores, compute_test_digest, score_bundle, select_test
@@ -72,17 +74,16 @@ def gate(
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
-    rules, metrics = judge(
-        Case(
-            params=workspace.params,
-            tests=tests,
-            candidate=scores,
-            champion=rival.scores if rival else None,
-            is_champion=rival is not None and rival.is_candidate,
-            looks=looks,
-            on_these=on_these,
-        )
+    case = Case(
+        params=workspace.params,
+        tests=tests,
+        candidate=scores,
+        champion=rival.scores if rival else None,
+        is_champion=rival is not None and rival.is_candidate,
+        looks=looks,
+        on_these=on_these,
     )
+    rules, metrics = judge(case)
     rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
@@ -105,7 +106,9 @@ def gate(
         looks=looks,
     )
     kept = _keep_approval(earlier, decision)
-    return _conclude(workspace, replace(decision, rules=kept, verdict=compute_verdict(kept)))
+    models = [(model.digest, model.card) for model in (candidate, rival.model if rival else None) if model]
+    write_page = partial(write_report, workspace, asked=Asked(tests, align(case), models), champion=champion)
+    return _conclude(workspace, replace(decision, rules=kept, verdict=compute_verdict(kept)), write_page)
 
 
 def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now: str) -> Decision:
@@ -141,11 +144,16 @@ def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now:
     return _conclude(workspace, replace(decision, rules=rules, verdict=compute_verdict(rules), decided_at=now))
 
 
-def _conclude(workspace: Workspace, decision: Decision) -> Decision:
-    """Store a decision, copy it into the workspace and tag the candidate's run."""
+def _conclude(
+    workspace: Workspace, decision: Decision, write_page: Callable[[Decision], Path] | None = None
+) -> Decision:
+    """Store a decision, copy it into the workspace with its page, and tag the candidate's run."""
     decision = store_decision(workspace.store, decision)
     write_decision(workspace.settings.decisions_dir, decision)
+    page = write_page(decision) if write_page else None
     if decision.run_id:
+        if page:
+            workspace.tracking.log_artifact(decision.run_id, page, "decision")
         tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
         workspace.tracking.set_tags(decision.run_id, tags)
     return decision

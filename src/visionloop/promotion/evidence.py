@@ -7,6 +7,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from visionloop.bundle import load_run_note
@@ -14,7 +15,7 @@ from visionloop.data.compare import Diff, compare_records
 from visionloop.data.images import decode_image
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import load_version, load_version_records, make_image_key
-from visionloop.errors import ImageError, VisionLoopError
+from visionloop.errors import VisionLoopError
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.slices import make_slices
 from visionloop.promotion.judge import Aligned
@@ -32,16 +33,18 @@ LEAK_WORDS = {
 }
 
 
-def write_report(
-    workspace: Workspace,
-    decision: Decision,
-    tests: Sequence[ImageRecord],
-    aligned: Aligned,
-    models: Sequence[tuple[str, Card]],
-    champion: LedgerEntry | None,
-) -> Path:
-    """Write the page about a decision, and return its path. `models`: digest and card, in the order of `aligned`."""
-    facts = collect_facts(workspace, decision, tests, aligned, models, champion)
+@dataclass(frozen=True)
+class Asked:
+    """The test images, the answers to them, and who gave these: digest and card of each, in the order of `aligned`."""
+
+    tests: Sequence[ImageRecord]
+    aligned: Aligned
+    models: Sequence[tuple[str, Card]]
+
+
+def write_report(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> Path:
+    """Write the page about a decision, and return its path. `champion` is its ledger entry, if there is one."""
+    facts = collect_facts(workspace, decision, asked, champion)
     page = make_page(workspace.store, facts)
     folder = workspace.settings.decisions_dir
     for name in (f"{decision.number:06d}.html", "latest.html"):
@@ -62,18 +65,12 @@ def write_page(path: Path, page: str) -> None:
     os.replace(staged, path)
 
 
-def collect_facts(
-    workspace: Workspace,
-    decision: Decision,
-    tests: Sequence[ImageRecord],
-    aligned: Aligned,
-    models: Sequence[tuple[str, Card]],
-    champion: LedgerEntry | None,
-) -> RetrainFacts:
+def collect_facts(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> RetrainFacts:
     """Return what the page shows. The champion is left out where it was not asked."""
+    tests, aligned = asked.tests, asked.aligned
     judged = [
         Judged(digest, card, Answers(aligned.labels, scores.probs_nk, scores.chosen, aligned.classes, aligned.key_n))
-        for (digest, card), scores in zip(models, aligned.models, strict=True)
+        for (digest, card), scores in zip(asked.models, aligned.models, strict=True)
     ]
     return RetrainFacts(
         decision=decision,
@@ -95,7 +92,7 @@ def _load_pictures(store: ObjectStore, names: Sequence[str]) -> dict[str, bytes]
     for sha256 in names:
         try:
             image = decode_image(store.get(make_image_key(sha256)), sha256, max_pixels=None).convert("RGB")
-        except (VisionLoopError, ImageError):
+        except VisionLoopError:
             continue
         image.thumbnail((PICTURE_PX, PICTURE_PX))
         sink = io.BytesIO()

@@ -71,7 +71,7 @@ class Aligned:
 
 def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     """Return the result of each rule, and the figures of the candidate, then of the champion if it was asked."""
-    aligned = _align(case)
+    aligned = align(case)
     metrics = [_compute_metrics(aligned, scores, case.params) for scores in aligned.models]
     floors = {str(name): floor for name, floor in case.params.gate.floors.items()}
     answered = {"answered": metrics[0].get("answered", Interval(1.0, 1.0, 1.0))}  # without a rule it always answers
@@ -85,7 +85,8 @@ def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     return [rule for rule in rules if rule is not None], metrics
 
 
-def _align(case: Case) -> Aligned:
+def align(case: Case) -> Aligned:
+    """Put both models' answers and the truth into one order of classes."""
     scores = [case.candidate, *([case.champion] if case.champion else [])]
     # The candidate's classes come first. An answer with a class that only the champion knows is wrong, but no error.
     names = [name for record in case.tests for name in record.labels]

@@ -24,7 +24,7 @@ from visionloop.evaluation.promises import compute_risk_curve
 from visionloop.evaluation.report import TITLES
 from visionloop.evaluation.resampling import compute_key_interval, describe_images, sum_keys
 from visionloop.evaluation.slices import Slice
-from visionloop.promotion.drawings import Span, choose_span, draw_curves, draw_reliability, draw_strip
+from visionloop.promotion.drawings import ROLES, Span, choose_span, draw_curves, draw_reliability, draw_strip
 from visionloop.records import Card, Decision, Interval, RuleResult
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Judged:
 class RetrainFacts:
     """All that a report shows. `slices` are places among the test images; `sha256_n` names them in the same order.
 
-    `curves` are loss by epoch: role-free names such as `train/loss`. `origin` is told as it is: what -> found.
+    `curves` are loss by epoch: role-free names such as `train/loss`. `origin` is told as it is: what -> found. `names`
+    is how candidate and champion are called; others than these two words make it a comparison that decides nothing.
     """
 
     decision: Decision
@@ -74,6 +75,11 @@ class RetrainFacts:
     leaks: Mapping[str, int] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    names: tuple[str, str] = ROLES
+
+    @property
+    def decides(self) -> bool:
+        return self.names == ROLES
 
 
 def choose_pictures(facts: RetrainFacts) -> list[str]:
@@ -90,7 +96,9 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
     shown = {sha256: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for sha256, data in pictures.items()}
     return _load_template().render(
         decision=decision,
-        headline=VERDICTS[decision.verdict][facts.champion is None],
+        headline=VERDICTS[decision.verdict][facts.champion is None] if facts.decides else " against ".join(facts.names),
+        decides=facts.decides,
+        names=dict(zip(ROLES, facts.names, strict=True)),
         images=describe_images(decision.num_test, getattr(decision, "num_keys", 0) or decision.num_test, "test images"),
         rules=[_make_rule(rule) for rule in decision.rules],
         metrics=_make_metrics(decision),
@@ -174,11 +182,15 @@ def _list_changed(facts: RetrainFacts) -> list[tuple[str, list[int]]]:
     if facts.champion is None:
         return []
     ours, theirs = facts.candidate.answers, facts.champion.answers
+    one, other = facts.names
+    wrong, right = f"{one} wrong, {other} right", f"{one} right, {other} wrong"
+    if facts.decides:
+        wrong, right = "Wrong now, right before", "Right now, wrong before"
     gain_n = ours.merit_n - theirs.merit_n
     ways = []
     for title, mine_n, order in (
-        ("Wrong now, right before", theirs.hits_n & ~ours.hits_n, gain_n),
-        ("Right now, wrong before", ours.hits_n & ~theirs.hits_n, -gain_n),
+        (wrong, theirs.hits_n & ~ours.hits_n, gain_n),
+        (right, ours.hits_n & ~theirs.hits_n, -gain_n),
     ):
         rows_n = np.flatnonzero(mine_n)
         rows_n = rows_n[np.argsort(order[rows_n], kind="stable")]
@@ -189,7 +201,11 @@ def _list_changed(facts: RetrainFacts) -> list[tuple[str, list[int]]]:
 
 def _make_changed(facts: RetrainFacts, row: int, shown: Mapping[str, str]) -> dict[str, Any]:
     assert facts.champion is not None
-    cell = {"picture": shown.get(facts.sha256_n[row]), "truth": _name_truth(facts, row), "file": facts.origins[row]}
+    cell: dict[str, Any] = {
+        "truth": _name_truth(facts, row),
+        "file": facts.origins[row],
+        **_make_picture(facts, row, shown),
+    }
     for role, answers in (("candidate", facts.candidate.answers), ("champion", facts.champion.answers)):
         cell[role] = _name_answer(answers, row)
     return cell
@@ -227,7 +243,13 @@ def _make_sheet_cell(facts: RetrainFacts, row: int, shown: Mapping[str, str]) ->
         for k in top
     ]
     answer = _name_answer(answers, row)
-    return {"picture": shown.get(facts.sha256_n[row]), "truth": _name_truth(facts, row), "bars": bars, **answer}
+    return {"truth": _name_truth(facts, row), "bars": bars, **answer, **_make_picture(facts, row, shown)}
+
+
+def _make_picture(facts: RetrainFacts, row: int, shown: Mapping[str, str]) -> dict[str, Any]:
+    """The page names each image that it shows: `forget` finds it by that."""
+    sha256 = facts.sha256_n[row]
+    return {"picture": shown.get(sha256), "sha256": sha256}
 
 
 def _make_class_rows(models: Mapping[str, Judged]) -> list[dict[str, Any]]:

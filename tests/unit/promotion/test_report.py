@@ -116,6 +116,7 @@ def test_images_whose_verdict_changed_are_shown_both_ways() -> None:
     assert "photos/7.jpg" in page and "photos/5.jpg" in page
     assert "photos/35.jpg" not in page and "photos/1.jpg" not in page
     assert "dog now cat 90% before dog 60%" in text
+    assert f'data-image="{7:064d}"' in page
 
 
 def test_the_verdict_comes_first_and_settings_that_differ_are_named() -> None:
