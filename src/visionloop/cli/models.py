@@ -194,10 +194,9 @@ def describe_comparison(facts: "RetrainFacts") -> list[str]:
 
     decision = facts.decision
     rows = [["", *facts.names]]
-    for name, value in decision.metrics.items():
-        both = [
-            Interval.from_json(each[name]) for each in (decision.metrics, decision.champion_metrics) if name in each
-        ]
+    for name in decision.metrics:
+        sides = (decision.metrics, decision.champion_metrics)
+        both = [Interval.from_json(figures[name]) for figures in sides if name in figures]
         rows.append([name, *(format_interval(name, interval) for interval in both)])
     lines = [f"{decision.num_test:,} test images of dataset version {decision.dataset['version']}", *align(rows)]
     return [*lines, "the rules of the gate, as if the first were a candidate:", *describe_decision(decision)[1:-1]]

@@ -74,7 +74,10 @@ def find_bundle_of_run(workspace: Workspace, run_id: str) -> Path | str:
         TrackingError: MLflow has no such run. PromotionError: its bundle is nowhere to be found.
     """
     settings = workspace.settings
-    digest = workspace.tracking.load_run(run_id).tags.get(DIGEST_TAG, "")
+    known = next((run for run in workspace.tracking.iterate_runs() if run.run_id == run_id), None)
+    if known is None:
+        raise PromotionError(f"run {run_id}", "is not in MLflow", "a run of this name", "See `visionloop runs`.")
+    digest = known.tags.get(DIGEST_TAG, "")
     for folder in (settings.hidden_dir / "bundles" / digest, settings.candidate_dir):
         if digest and (folder / "digests.json").is_file() and Predictor.load(folder).digest == digest:
             return folder

@@ -170,11 +170,11 @@ def _make_metrics(decision: Decision) -> list[dict[str, Any]]:
 def format_interval(name: str, interval: Interval) -> str:
     """Return a figure with its bounds, as shares are told: `97.9 % (95.5 … 99.0)`."""
     plain = name in LOWER_IS_BETTER or name in {"auc", "pr_auc"}
-    show = (lambda v: f"{v:.3f}") if plain else (lambda v: f"{100 * v:.1f}")
-    text = show(interval.value) + ("" if plain else " %")
+    factor, digits = (1, 3) if plain else (100, 1)
+    text = f"{factor * interval.value:.{digits}f}" + ("" if plain else " %")
     if interval.low is None or interval.high is None:
         return f"{text} (too few to say how sure)"
-    return f"{text} ({show(interval.low)} … {show(interval.high)})"
+    return f"{text} ({factor * interval.low:.{digits}f} … {factor * interval.high:.{digits}f})"
 
 
 def _list_changed(facts: RetrainFacts) -> list[tuple[str, list[int]]]:

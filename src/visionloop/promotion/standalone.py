@@ -9,6 +9,7 @@ Needs Python 3.10 or newer, and: pip install onnxruntime numpy pillow
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -37,17 +38,17 @@ def load_image(path: Path, size_hw: tuple[int, int], resize: str) -> np.ndarray:
     return np.asarray(image, np.uint8)
 
 
-def compute_probabilities(logits_k: np.ndarray, card: dict) -> np.ndarray:
+def compute_probabilities(logits_k: np.ndarray, card: dict[str, Any]) -> np.ndarray:
     """Return the probability of each class: of its own for several labels an image, else they sum to 1."""
     biases = card.get("biases") or {}
     scaled_k = logits_k.astype(np.float64) / card["temperature"] + [biases.get(name, 0.0) for name in card["classes"]]
     if card["task"] == "multilabel":
-        return 1 / (1 + np.exp(-scaled_k))
+        return np.asarray(1 / (1 + np.exp(-scaled_k)))
     exp_k = np.exp(scaled_k - scaled_k.max())
-    return exp_k / exp_k.sum()
+    return np.asarray(exp_k / exp_k.sum())
 
 
-def answer(session: ort.InferenceSession, card: dict, image: np.ndarray) -> dict:
+def answer(session: ort.InferenceSession, card: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
     """Return the answer for one image. `labels` are all that the model gives it: one, or for multilabel any number."""
     logits_k = session.run(["logits"], {"images": image[None]})[0][0]
     probs_k = compute_probabilities(logits_k, card)
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def check(session: ort.InferenceSession, card: dict) -> int:
+def check(session: ort.InferenceSession, card: dict[str, Any]) -> int:
     """Answer for the example images again. Returns 1 if an answer is not the one that it was."""
     wanted = json.loads((HERE / "examples" / "answers.json").read_text(encoding="utf-8"))
     worst = 0.0
