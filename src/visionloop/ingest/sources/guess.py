@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.paths.listing import VIDEO_SUFFIXES
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, list_paths
 from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_folder
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
@@ -107,15 +107,9 @@ def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
 
 def _list_paths(path: Path) -> tuple[list[str], int]:
     """Return the paths of images below a folder, and how many videos there are."""
-    paths: list[str] = []
-    num_videos = 0
-    start = len(str(path)) + 1
-    for root, folders, names in os.walk(path, followlinks=False):
-        folders[:] = sorted(folder for folder in folders if not is_system_folder(folder))
-        prefix = f"{root[start:]}/" if len(root) >= start else ""
-        paths += [prefix + name for name in names if is_image_name(name)]
-        num_videos += sum(os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES for name in names)
-    return paths, num_videos
+    paths = list_paths(path, f"source {path}")
+    num_videos = sum(os.path.splitext(one)[1].lower() in VIDEO_SUFFIXES for one in paths)
+    return [one for one in paths if is_image_name(one.rpartition("/")[2])], num_videos
 
 
 def _list_names(path: Path) -> list[str]:
