@@ -251,25 +251,52 @@ class ImageFolder:
         found = self.look_up(reference)
         return Path(found.path) if found else None
 
-    def look_up(self, reference: str) -> ListedFile | None:
-        """Return what `find` does, with the file's place and stamp. Raises ImageError."""
-        found = self._look_up(reference)
+    def look_up(self, reference: str, read_side: Callable[[], str | None] | None = None) -> ListedFile | None:
+        """Return what `find` does, with the file's place and stamp. Raises ImageError.
+
+        `read_side` returns the side of the row. Of several files of one name it is the one in a folder of that side;
+        where split folders use the same names, a file in a folder of another side is not meant.
+        """
+        found = self._look_up(reference, read_side)
         if found and found.problem:
             raise ImageError(f"reference {found.relative}", found.problem, "a file", reason_code="unsafe_path")
         return found
 
-    def _look_up(self, reference: str) -> ListedFile | None:
+    def count_repeated(self, folder: str) -> int:
+        """Return how many names of images in a folder (its path with a `/` at the end) are used outside of it too."""
+        return sum(
+            0 < sum(path.startswith(folder) for path in paths) < len(paths)
+            for name, paths in self._names.items()
+            if len(paths) > 1 and "/" not in name and is_image_name(name)
+        )
+
+    @cached_property
+    def _has_same_names(self) -> bool:
+        """Whether images in folders of different sides have the same name."""
+        several = (paths for paths in self._names.values() if len(paths) > 1)
+        return any(len({find_path_side(path) for path in paths} - {None}) > 1 for paths in several)
+
+    def _look_up(self, reference: str, read_side: Callable[[], str | None] | None) -> ListedFile | None:
         path = clean_reference(reference)
         if path in self.files:
             return self.files[path]
         matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]
         if len(matches) > 1:
             nearest = [match for match in matches if path in (match, match.rsplit(".", 1)[0])] or matches
+            if len(nearest) > 1 and (side := read_side() if read_side else None):
+                nearest = [match for match in nearest if find_path_side(match) == side] or nearest
             if len(nearest) > 1:
                 found = f"fits {len(nearest)} files: {nearest[0]}, {nearest[1]}"
                 raise ImageError(f"reference {path}", found, "one file", reason_code="ambiguous")
             matches = nearest
+        elif matches and read_side and (there := find_path_side(matches[0])) and self._has_same_names:
+            matches = [] if read_side() not in (None, there) else matches
         return self.files[matches[0]] if matches else None
+
+
+def find_path_side(path: str) -> str | None:
+    """Return the side that a folder of a path names, the uppermost one first."""
+    return next((side for folder in path.split("/")[:-1] if (side := find_side(folder))), None)
 
 
 def clean_reference(reference: str) -> str:

@@ -15,8 +15,9 @@ from visionloop.ingest.sources.reading import (
     find_split_tables,
     is_read_by_table,
 )
+from visionloop.ingest.tables.choose import list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, list_tables
+from visionloop.ingest.tables.join import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
 

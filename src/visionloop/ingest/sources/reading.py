@@ -15,7 +15,8 @@ from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.layout import count_classes, settle_sides
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
-from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, list_tables, read_shelf_table
+from visionloop.ingest.tables.choose import choose_table, list_tables
+from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row
 from visionloop.params import Columns
 from visionloop.records import Rejected
