@@ -54,7 +54,11 @@ COCO = [
     )
     for a, b in ((1, 2), (3, 4), (5, 6))
 ]
-ROWS = ["file,label\n1.jpg,dog\n2.jpg,cat\n", "file,label\n3.jpg,dog\n4.jpg,cat\n", "file,label\n5.jpg,dog\n6.jpg,cat\n"]
+ROWS = [
+    "file,label\n1.jpg,dog\n2.jpg,cat\n",
+    "file,label\n3.jpg,dog\n4.jpg,cat\n",
+    "file,label\n5.jpg,dog\n6.jpg,cat\n",
+]
 
 
 @pytest.mark.parametrize("read", [run, run_zip])
@@ -166,7 +170,9 @@ def test_tables_that_do_not_fit_together(tmp_path: Path, tables: dict[str, str],
 ALL = "file,label\n" + "".join(f"{i},{'cat' if i % 2 else 'dog'}\n" for i in range(1, 7))
 
 
-@pytest.mark.parametrize("folders", [("train", "test"), ("images", "photos"), ("images_1", "images_2"), ("images/train", "images/val")])
+@pytest.mark.parametrize(
+    "folders", [("train", "test"), ("images", "photos"), ("images_1", "images_2"), ("images/train", "images/val")]
+)
 @pytest.mark.parametrize("read", [run, run_zip])
 def test_bare_names_are_looked_for_in_all_folders(tmp_path: Path, read: Any, folders: tuple[str, str]) -> None:
     paths = [f"{folders[i > 3]}/{i}.jpg" for i in range(1, 7)]

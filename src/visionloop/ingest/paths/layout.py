@@ -210,6 +210,7 @@ def _refuse(
     more = " ..." if len(bare) > MAX_FLAGS else ""
     todo += (
         f" (`--table FILE`), or say `--pattern '{stars}{{label}}/'` if these folders are the classes,"
-        f" `--pattern '{{label}}_*'` or the like if names hold them, `{flags}{more}` for prediction only."
+        f" `--pattern '{{label}}_*'` or the like if names hold them, `{flags}{more}` if there"
+        " are none: then they come into a data set that has classes, for prediction only."
     )
     return SourceError(where, found, "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg", todo)

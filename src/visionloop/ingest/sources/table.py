@@ -36,8 +36,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     shelf = FolderShelf(path.parent)
     images: tuple[Shelf, str] | None = None
     if source.images is not None:
-        beside = path.parent / source.images
-        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(context.resolve(source.images)), "")
+        is_beside = (path.parent / source.images).is_dir() and not Path(source.images).is_absolute()
+        images = (shelf, source.images) if is_beside else (FolderShelf(context.resolve(source.images)), "")
     table = LabelTable(
         source=source.name,
         where=where,
