@@ -195,11 +195,11 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    if given.get("table") and local.is_dir():
-        images = str(local) if "/" in given["table"] else None
-        return make_source(str(local / given["table"]), {**given, "table": None, "images": images}, here)
-    by_pattern = bool(given.get("pattern"))
-    source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
+    by_pattern, table = bool(given.get("pattern")), given.get("table") if local.is_dir() else None
+    text = str(local) if local.exists() else what
+    source = guess_source(text, given.get("name"), by_pattern=by_pattern, table=table)
+    if table:
+        given = {**given, "table": None, "images": str(local) if "/" in table else None}
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
     keys = ("pattern", "unlabelled", "table", "images", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}

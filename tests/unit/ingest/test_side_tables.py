@@ -1,6 +1,8 @@
 """Tables that lie side by side, one for each side; and bare names whose images lie in several folders."""
 
 import json
+import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from source_runs import Run, run_source, touch
+from visionloop.cli.ingest import make_source
 from visionloop.errors import SourceError
 from visionloop.ingest.sources.guess import guess_source
 
@@ -225,3 +228,48 @@ def test_kaggles_test_folder_with_the_same_names_stays_unlabelled(tmp_path: Path
     }
     assert found.codes() == [("labels.csv row 3", "row_without_image")]
     assert any("names that are in train/ and elsewhere too: 2; those in train/ are meant" in one for one in found.told)
+
+
+@pytest.mark.parametrize("read", [run, run_zip])
+def test_tables_that_label_more_than_class_folders_do_are_read(tmp_path: Path, read: Any) -> None:
+    """As in the traffic signs: class folders in Train/, a flat Test/, and a table of each."""
+    tables = {
+        "Train.csv": "Width,class_id,Path\n10,0,Train/0/a.png\n11,1,Train/1/b.png\n",
+        "Test.csv": "Width,class_id,Path\n10,1,Test/a.png\n11,0,Test/b.png\n",
+        "Meta.csv": "Path,class_id\nMeta/0.png,0\nMeta/1.png,1\n",
+    }
+    paths = ("Train/0/a.png", "Train/1/b.png", "Test/a.png", "Test/b.png")
+    found = read(tmp_path, tables, *paths)
+    assert sides_of(found) == {
+        "Train/0/a.png": ("0", "learn"),
+        "Train/1/b.png": ("1", "learn"),
+        "Test/a.png": ("1", "test"),
+        "Test/b.png": ("0", "test"),
+    }
+
+
+def test_class_folders_win_over_tables_that_say_the_same(tmp_path: Path) -> None:
+    tables = {f"{side}.csv": f"file,label\n{side}/cat/1.jpg,cat\n{side}/dog/1.jpg,dog\n" for side in ("train", "test")}
+    found = run(tmp_path, tables, *(f"{s}/{c}/1.jpg" for s in ("train", "test") for c in ("cat", "dog")), kind="folder")
+    assert {label for label, _ in sides_of(found).values()} == {"cat", "dog"}
+    unlabelled = {"train.csv": "file,label\ncat/1.jpg,cat\n", "test.csv": "file\n7.jpg\n"}
+    found = run(tmp_path / "b", unlabelled, "train/cat/1.jpg", "train/dog/1.jpg", "test/7.jpg", kind="folder")
+    assert sides_of(found)["test/7.jpg"] == ("", "any")
+
+
+def test_class_folders_against_tables_of_all_sides_are_asked_about_and_both_answers_work(tmp_path: Path) -> None:
+    tables = {
+        f"{side}.csv": "file,label\n"
+        + "".join(f"{side}/{who}/{i}.jpg,{'ab'[i]}\n" for who in ("x", "y") for i in (0, 1))
+        for side in ("train", "test")
+    }
+    paths = [f"{side}/{who}/{i}.jpg" for side in ("train", "test") for who in ("x", "y") for i in (0, 1)]
+    folder = str(write(tmp_path, tables, *paths) / "data")
+    with pytest.raises(SourceError, match=r"two ways: .*train\.csv names 8 of 8 images in 8 rows") as caught:
+        guess_source(folder)
+    first, second = (shlex.split(text)[2:] for text in re.findall(r"`(visionloop ingest [^`]*)`", str(caught.value)))
+    assert first == [folder, "--table", "*"]
+    for options, label in (({"table": first[2]}, "a"), ({"pattern": second[2]}, "x")):
+        source = make_source(folder, options, tmp_path)
+        section = {**source.model_dump(exclude_defaults=True), "kind": source.kind}
+        assert sides_of(run_source(tmp_path, **section))["test/x/0.jpg"] == (label, "test")

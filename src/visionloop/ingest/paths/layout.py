@@ -71,6 +71,14 @@ LABELS_BESIDE = {suffix: _AS_CSV.format(suffix) for suffix in (".xlsx", ".xls", 
 }
 
 
+def find_unlabelled(paths: Sequence[str]) -> set[str]:
+    """Return the paths that would come in without a label. Raises SourceError when they can be read in two ways."""
+    reading = Reading(paths, "", lambda line: None, None, [])
+    reading.read()
+    found = _place_each(paths, reading)
+    return {path for path, one in zip(paths, found, strict=True) if isinstance(one, Placement) and not one.labels}
+
+
 def count_classes(paths: Sequence[str]) -> int:
     """Return how many classes the folders of these paths would give; 2 when that can be read in two ways."""
     reading = Reading(paths, "", lambda line: None, None, [])

@@ -96,7 +96,9 @@ _DONE = frozenset(
     )
 )
 # Small copies that programs write beside the images.
-_SMALL_COPIES = frozenset(("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "_thumbnails", "thumbs_small"))
+_SMALL_COPIES = frozenset(
+    ("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "_thumbnails", "thumbs_small", "previews", "preview")
+)
 _FINGERS = frozenset(("finger", "index", "pinky", "pinkie", "ring", "middle", "palm", "wrist", "fist"))
 # Folders without labels, by their whole name.
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")

@@ -254,14 +254,15 @@ class Reading:
 
         `above` is the pattern of the folders around. Raises SourceError when both are plausible.
         """
-        groups = find_groups(folder)
+        folders = {name: one for name, one in folder.folders.items() if f"{prefix}{name}/" not in self.rules}
+        groups = find_groups(folders)
         if groups is None:
             self._take_classes(prefix, side)
             return
-        tops = shorten([*folder.folders])
+        tops = shorten([*groups.ways])
         if not groups.are_sure:
             raise self._ask(
-                f"{tops} all hold nearly the same folders, {shorten(groups.inside)}",
+                f"{tops} hold nearly the same folders, {shorten(groups.inside)}",
                 f"--pattern '{above}{{label}}/' if the classes are {tops}",
                 f"--pattern '{groups.make_pattern(above)}' if they are {shorten(groups.inside)}",
             )

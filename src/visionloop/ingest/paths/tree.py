@@ -54,7 +54,7 @@ def find_small_copies(paths: Sequence[str], pattern: str = "") -> list[str]:
     """
     folders = {path[: path.rfind("/") + 1] for path in paths}
     beside: dict[str, set[str]] = {}
-    for folder in folders if any("thumb" in folder.lower() for folder in folders) else ():
+    for folder in folders:
         parts = folder.split("/")[:-1]
         for depth, name in enumerate(parts):
             beside.setdefault("/".join((*parts[:depth], "")), set()).add(name)
@@ -164,25 +164,25 @@ class Groups:
         return f"{above}{'*/' * (1 + depths.pop()) if len(depths) == 1 else '**/'}{{label}}/"
 
 
-def find_groups(folder: Folder) -> Groups | None:
-    """Say whether the folders in a folder are sites or parts of the data, with class folders inside.
+def find_groups(folders: Mapping[str, Folder]) -> Groups | None:
+    """Say whether folders beside each other are sites or parts of the data, with class folders inside.
 
     They are when their names say so (`siteA`, `fold_1`, `2023`), and may be when they hold nearly the same folders.
     None: they are classes; what lies in them are dates, holders or parts, or nothing.
     """
-    inside = {name: skip_lone(one, name) for name, one in folder.folders.items()}
+    inside = {name: found for name, one in folders.items() if (found := skip_lone(one, name))[1].folders}
     inner = {name: {make_label(one).casefold() for one in place.folders} for name, (_, place) in inside.items()}
     counts = Counter(one for names in inner.values() for one in names)
-    if len(inner) < 2 or len(counts) < 2 or _say_nothing(counts, folder.folders):
+    if len(inner) < 2 or len(counts) < 2 or _say_nothing(counts, inner):
         return None
     usual = {one for one, number in counts.items() if 2 * number > len(inner)}
     shared = [len(names & usual) for names in inner.values()]
     are_alike = all(2 * n >= max(len(names), len(usual), 1) for n, names in zip(shared, inner.values(), strict=True))
-    is_sure = all(map(is_group_name, inner)) and (max(counts.values()) > 1 or all(map(is_part_name, inner)))
-    num_loose = sum(one.num_here for one in folder.folders.values())
-    if not is_sure and not (are_alike and 10 * num_loose <= folder.num_all):
+    is_sure = all(map(is_group_name, folders)) and (max(counts.values()) > 1 or all(map(is_part_name, folders)))
+    num_loose = sum(one.num_here for one in folders.values())
+    if not is_sure and not (are_alike and 10 * num_loose <= sum(one.num_all for one in folders.values())):
         return None
-    ways = {name: way for name, (way, place) in inside.items() if place.folders}
+    ways = {name: way for name, (way, _) in inside.items()}
     return Groups(ways, is_sure, sorted({one for _, place in inside.values() for one in place.folders}))
 
 

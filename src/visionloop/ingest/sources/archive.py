@@ -24,7 +24,7 @@ from visionloop.ingest.sources.reading import (
     read_split_tables,
     tell_unread,
 )
-from visionloop.ingest.tables.choose import choose_tables
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
 from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row
 from visionloop.ingest.zips import TODO, ZipReader
@@ -82,7 +82,7 @@ def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
 ) -> Iterator[Item | Rejected | PassedOver]:
     name, names = source.table, []
-    if name is None:
+    if name is None or name == ALL_TABLES:
         if top := shelf.find_wrapper():
             context.tell(f"{where}: everything lies in {top}")
             shelf.enter(top)

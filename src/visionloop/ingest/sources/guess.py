@@ -15,7 +15,7 @@ from visionloop.ingest.sources.reading import (
     find_split_tables,
     is_read_by_table,
 )
-from visionloop.ingest.tables.choose import list_tables
+from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
 from visionloop.ingest.tables.join import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
@@ -29,10 +29,10 @@ DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "
 KINDS = "a folder, a table, a .zip, a video, a URL (s3, http, https, rtsp) or module:function"
 
 
-def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False) -> Source:
+def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False, table: str | None = None) -> Source:
     """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
 
-    `by_pattern`: a folder is read by its paths, whatever tables lie in it.
+    `by_pattern`: a folder is read by its paths, whatever tables lie in it. `table`: it is read by this table in it.
 
     Raises:
         SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
@@ -43,6 +43,8 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
     if FUNCTION.match(text) and not path.exists():
         return _make("python", "function", text, name, text.partition(":")[0].rpartition(".")[2])
     path = path.resolve()
+    if path.is_dir() and table:
+        return _make("table", "path", str(path if table == ALL_TABLES else path / table), name, path.name)
     if path.is_dir():
         kind, place = _guess_folder(path, by_pattern=by_pattern)
         return _make(kind, "path", str(place), name, path.name)

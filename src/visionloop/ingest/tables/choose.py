@@ -25,6 +25,7 @@ _TABLE_WORDS = frozenset(
         *("set", "data", "images", "image", "files", "split", "final", "new", "full", "table"),
     )
 )
+ALL_TABLES = "*"  # in the place of a table's name: those that `choose_tables` takes
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 # What programs write beside images, and what visionloop itself writes: no tables of labels.
 SIDE_FILES = frozenset(
