@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -79,6 +79,7 @@ _PARTS = frozenset(
         *("data", "dataset", "cv", "partition", "portion", "section", "block", "tr", "te", "va", "query", "gallery"),
     )
 )
+_SURE_PARTS = frozenset(("fold", "split", "part", "batch", "chunk", "shard", "subset", "partition"))
 # Words for where images are from, with a number or a letter beside them: `site_a`, `camera2`.
 _PLACES = frozenset(
     (
@@ -223,6 +224,18 @@ def is_part_name(name: str) -> bool:
     """Say whether a name is one of a part of a data set, so that it can be no class: `fold_1`, `images_002`, `tr`."""
     words = [word for word in _split_words(name) if len(word) > 1]
     return bool(_PARTS & {*words}) and all(word in _PARTS or word in _FILLERS for word in words)
+
+
+def are_parts(names: Collection[str]) -> bool:
+    """Say whether all names are those of parts: `fold_1, fold_2`; also `mole_images_part_1, mole_images_part_2`."""
+    words = {tuple(word for word in _split_words(name) if len(word) > 1) for name in names}
+    are_numbered = len(names) > 1 and len(words) == 1 and bool(_SURE_PARTS & {*next(iter(words))})
+    return are_numbered or all(map(is_part_name, names))
+
+
+def are_groups(names: Collection[str]) -> bool:
+    """Say whether all names are those of sites or parts: `siteA, siteB`, `2023, 2024`."""
+    return are_parts(names) or all(map(is_group_name, names))
 
 
 def is_group_name(name: str) -> bool:

@@ -10,12 +10,12 @@ from itertools import islice
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.paths.names import (
+    are_parts,
     cut_side,
     find_side,
     has_no_labels,
     is_date,
     is_holder,
-    is_part_name,
     is_unlabelled_name,
     split_name,
 )
@@ -241,9 +241,7 @@ class Reading:
         if below:
             self._read_sides_below(folder, below)
             self._take_classes(self.prefix)
-        elif all(map(is_part_name, names)) and not any(
-            skip_lone(folder.folders[name], name)[1].folders for name in names
-        ):
+        elif are_parts(names) and not any(skip_lone(folder.folders[name], name)[1].folders for name in names):
             self.bare = [f"{self.prefix}{name}/" for name in names]
             self._guess_pattern(self.bare, 1)
         else:

@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from visionloop.ingest.paths.names import (
+    are_groups,
+    are_parts,
     find_side,
     find_weak_side,
     has_no_labels,
     is_date,
-    is_group_name,
     is_holder,
-    is_part_name,
     is_small_copies,
     make_label,
     repeats_name,
@@ -178,7 +178,7 @@ def find_groups(folders: Mapping[str, Folder]) -> Groups | None:
     usual = {one for one, number in counts.items() if 2 * number > len(inner)}
     shared = [len(names & usual) for names in inner.values()]
     are_alike = all(2 * n >= max(len(names), len(usual), 1) for n, names in zip(shared, inner.values(), strict=True))
-    is_sure = all(map(is_group_name, folders)) and (max(counts.values()) > 1 or all(map(is_part_name, folders)))
+    is_sure = are_groups(folders) and (max(counts.values()) > 1 or are_parts(folders))
     num_loose = sum(one.num_here for one in folders.values())
     if not is_sure and not (are_alike and 10 * num_loose <= sum(one.num_all for one in folders.values())):
         return None
@@ -188,8 +188,8 @@ def find_groups(folders: Mapping[str, Folder]) -> Groups | None:
 
 def _say_nothing(inside: Collection[str], tops: Collection[str]) -> bool:
     """Say whether folders inside others name no class: dates, holders of images, or sites in folders that are none."""
-    are_groups = all(map(is_group_name, inside)) and not all(map(is_group_name, tops))
-    return all(map(is_date, inside)) or all(map(is_holder, inside)) or are_groups
+    are_sites = are_groups(inside) and not are_groups(tops)
+    return all(map(is_date, inside)) or all(map(is_holder, inside)) or are_sites
 
 
 def find_flat_splits(paths: Sequence[str]) -> dict[str, str]:
