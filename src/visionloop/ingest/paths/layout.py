@@ -203,7 +203,7 @@ def _refuse(
     if given:
         found = f"no file fits the pattern {given.text}" + (f", as {paths[0]!r} does not" if paths else "")
         return SourceError(where, found, "names like the pattern", "Edit the pattern in params.yaml.")
-    bare = sorted(find_flat_splits(paths)) or reading.bare
+    bare = sorted(find_flat_splits(paths) or reading.bare)
     nothing = "no image in any class folder"
     found = f"{nothing}: there are no labels in {shorten(bare)}" if bare else nothing
     beside = {suffix for folder, suffix in passed.files if folder.count("/") < 2}

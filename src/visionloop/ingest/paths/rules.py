@@ -10,7 +10,6 @@ from itertools import islice
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.paths.names import (
-    are_parts,
     cut_side,
     find_side,
     has_no_labels,
@@ -22,6 +21,7 @@ from visionloop.ingest.paths.names import (
 from visionloop.ingest.paths.pattern import Pattern, guess_pattern
 from visionloop.ingest.paths.tree import (
     Folder,
+    are_bare,
     find_groups,
     find_sides,
     find_sides_below,
@@ -62,7 +62,7 @@ class Reading:
         self.pattern, self.prefix = pattern, ""
         self.rules: dict[str, Rule] = {"": Rule("outside", label=NO_FOLDER)}
         self.around: list[str] = []  # the folders that hold class folders
-        self.bare: list[str] = []  # folders of parts of the data set, without class folders in them
+        self.bare: Sequence[str] = ()  # folders of parts of the data set, without class folders in them
         self._where, self._tell = where, tell
         self._paths = paths
         for folder in unlabelled:
@@ -138,7 +138,9 @@ class Reading:
         labelled = {
             split
             for split, (_, inside) in places.items()
-            if inside.folders and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
+            if inside.folders
+            and not are_bare(inside.folders)
+            and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
         }
         for split in labelled:
             self._take_split(places[split], splits[split])
@@ -196,6 +198,9 @@ class Reading:
     def _read_mixed(self, folder: Folder, splits: Mapping[str, str], others: Sequence[str]) -> None:
         """Read split folders beside folders of other names."""
         flat = [name for name in splits if not skip_lone(folder.folders[name], name)[1].folders]
+        if len(flat) == len(splits) and are_bare({name: folder.folders[name] for name in others}):
+            self._read_bare([f"{self.prefix}{name}/" for name in (*splits, *others)])
+            return
         if len(flat) < len(splits):
             self._read_splits_among(folder, splits, others)
             return
@@ -237,15 +242,15 @@ class Reading:
         if len(names) > 1 and all(side for side, _ in parts.values()):
             self._read_named_splits(folder, parts)
             return
-        below = {name: found for name in names if (found := find_sides_below(folder.folders[name], name))[1]}
-        if below:
-            self._read_sides_below(folder, below)
-            self._take_classes(self.prefix)
-        elif are_parts(names) and not any(skip_lone(folder.folders[name], name)[1].folders for name in names):
-            self.bare = [f"{self.prefix}{name}/" for name in names]
-            self._guess_pattern(self.bare, 1)
+        if are_bare({name: folder.folders[name] for name in names}):
+            self._read_bare([f"{self.prefix}{name}/" for name in names])
         else:
             self._take_below(self.prefix, folder, "*/" * self.prefix.count("/"))
+
+    def _read_bare(self, places: Sequence[str]) -> None:
+        """Read flat parts of a data set: by their files' names, or not at all."""
+        self.bare = places
+        self._guess_pattern(places, 1)
 
     def _take_below(self, prefix: str, folder: Folder, above: str, side: str | None = None) -> None:
         """Take the folders in a folder for classes; or those inside them, if these are sites or parts.
@@ -253,6 +258,10 @@ class Reading:
         `above` is the pattern of the folders around. Raises SourceError when both are plausible.
         """
         folders = {name: one for name, one in folder.folders.items() if f"{prefix}{name}/" not in self.rules}
+        below = {name: found for name, one in folders.items() if (found := find_sides_below(one, name))[1]}
+        if below and side is None:
+            self._read_sides_below(prefix, folder, below, above)
+            return
         groups = find_groups(folders)
         if groups is None:
             self._take_classes(prefix, side)
@@ -260,7 +269,7 @@ class Reading:
         tops = shorten([*groups.ways])
         if not groups.are_sure:
             raise self._ask(
-                f"{tops} hold nearly the same folders, {shorten(groups.inside)}",
+                f"{tops} hold the folders {shorten(groups.inside)}",
                 f"--pattern '{above}{{label}}/' if the classes are {tops}",
                 f"--pattern '{groups.make_pattern(above)}' if they are {shorten(groups.inside)}",
             )
@@ -290,7 +299,9 @@ class Reading:
         labels = sorted({rule.label for rule in self.rules.values() if rule.kind == "label"})
         self.tell(f"each folder names a side and a class: {shorten(labels)}")
 
-    def _read_sides_below(self, folder: Folder, below: Mapping[str, tuple[str, Mapping[str, str]]]) -> None:
+    def _read_sides_below(
+        self, prefix: str, folder: Folder, below: Mapping[str, tuple[str, Mapping[str, str]]], above: str
+    ) -> None:
         """Take the split folders inside class folders, each with the way to them, for sides."""
         deeper, ways = set(), {way for way, _ in below.values()}
         for name, (way, sides) in below.items():
@@ -299,16 +310,16 @@ class Reading:
                 place = place.folders[lone]
             deeper |= {one for split in sides for one in place.folders[split].folders}
             for split, side in sides.items():
-                self.rules[f"{self.prefix}{name}/{way}{split}/"] = Rule("label", side, name)
+                self.rules[f"{prefix}{name}/{way}{split}/"] = Rule("label", side, name)
         if len(deeper) > 1 and not all(map(is_date, deeper)):
-            stars = "*/" * self.prefix.count("/")
             skipped = "*/" * ways.pop().count("/") if len(ways) == 1 else "**/"
             raise self._ask(
                 f"the split folders in {shorten(list(below))} hold the folders {shorten(list(deeper))}",
-                f"--pattern '{stars}*/{skipped}{{side}}/{{label}}/' if these are the classes",
-                f"--pattern '{stars}{{label}}/{skipped}{{side}}/' if the classes are {shorten(list(below))}",
+                f"--pattern '{above}*/{skipped}{{side}}/{{label}}/' if these are the classes",
+                f"--pattern '{above}{{label}}/{skipped}{{side}}/' if the classes are {shorten(list(below))}",
             )
         self.tell(f"split folders below the class folders {shorten(list(below))}: taken as sides")
+        self._take_classes(prefix)
 
     def _ask(self, found: str, first: str, second: str) -> SourceError:
         return SourceError(

@@ -167,23 +167,31 @@ class Groups:
 def find_groups(folders: Mapping[str, Folder]) -> Groups | None:
     """Say whether folders beside each other are sites or parts of the data, with class folders inside.
 
-    They are when their names say so (`siteA`, `fold_1`, `2023`), and may be when they hold nearly the same folders.
+    They are when their names say so (`siteA`, `fold_1`, `2023`) and several hold a folder of one name. They may be when
+    only their names say so, or when they hold nearly the same folders.
     None: they are classes; what lies in them are dates, holders or parts, or nothing.
     """
     inside = {name: found for name, one in folders.items() if (found := skip_lone(one, name))[1].folders}
     inner = {name: {make_label(one).casefold() for one in place.folders} for name, (_, place) in inside.items()}
     counts = Counter(one for names in inner.values() for one in names)
-    if len(inner) < 2 or len(counts) < 2 or _say_nothing(counts, inner):
+    are_named = len(folders) > 1 and are_groups(folders)
+    if not counts or _say_nothing(counts, inner) or not (are_named or (len(inner) > 1 and len(counts) > 1)):
         return None
     usual = {one for one, number in counts.items() if 2 * number > len(inner)}
     shared = [len(names & usual) for names in inner.values()]
     are_alike = all(2 * n >= max(len(names), len(usual), 1) for n, names in zip(shared, inner.values(), strict=True))
-    is_sure = are_groups(folders) and (max(counts.values()) > 1 or are_parts(folders))
+    is_sure = are_named and len(counts) > 1 and (max(counts.values()) > 1 or are_parts(folders))
     num_loose = sum(one.num_here for one in folders.values())
-    if not is_sure and not (are_alike and 10 * num_loose <= sum(one.num_all for one in folders.values())):
+    are_mostly_inside = are_groups(inner) or 10 * num_loose <= sum(one.num_all for one in folders.values())
+    if not are_named and not (are_alike and are_mostly_inside):
         return None
     ways = {name: way for name, (way, _) in inside.items()}
     return Groups(ways, is_sure, sorted({one for _, place in inside.values() for one in place.folders}))
+
+
+def are_bare(folders: Mapping[str, Folder]) -> bool:
+    """Say whether folders are parts of a data set without class folders in them: `fold_1`, `images_002/images`."""
+    return are_parts(folders) and not any(skip_lone(one, name)[1].folders for name, one in folders.items())
 
 
 def _say_nothing(inside: Collection[str], tops: Collection[str]) -> bool:

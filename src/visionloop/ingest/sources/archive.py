@@ -25,9 +25,8 @@ from visionloop.ingest.sources.reading import (
     tell_unread,
 )
 from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
-from visionloop.ingest.tables.join import LabelTable, read_shelf_table
+from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row
-from visionloop.ingest.tables.shelf import Shelf
 from visionloop.ingest.zips import TODO, ZipReader
 from visionloop.params import ArchiveSource, Columns
 from visionloop.records import Rejected

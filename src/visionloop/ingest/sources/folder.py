@@ -17,7 +17,7 @@ from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, list_images
 from visionloop.ingest.paths.names import escape_name, is_passed, is_small_copies
 from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables, tell_unread
-from visionloop.ingest.tables.shelf import FolderShelf
+from visionloop.ingest.tables.join import FolderShelf
 from visionloop.params import DigitsSource, FolderSource
 from visionloop.records import Rejected
 

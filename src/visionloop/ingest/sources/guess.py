@@ -17,9 +17,8 @@ from visionloop.ingest.sources.reading import (
 )
 from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import LabelTable
+from visionloop.ingest.tables.join import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
-from visionloop.ingest.tables.shelf import FolderShelf
 from visionloop.params import Columns, Source, make_params
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")

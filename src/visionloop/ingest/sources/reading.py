@@ -17,9 +17,8 @@ from visionloop.ingest.paths.layout import count_classes, find_unlabelled, settl
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
 from visionloop.ingest.tables.choose import ALL_TABLES, choose_table, choose_tables, find_side_tables, list_tables
-from visionloop.ingest.tables.join import LabelTable, read_shelf_table
+from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row
-from visionloop.ingest.tables.shelf import Shelf
 from visionloop.params import Columns
 from visionloop.records import Rejected
 

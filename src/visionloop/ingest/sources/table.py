@@ -9,9 +9,8 @@ from pathlib import Path
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.tables.choose import choose_tables
-from visionloop.ingest.tables.join import LabelTable, read_shelf_table
+from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row, make_url_finder
-from visionloop.ingest.tables.shelf import FolderShelf, Shelf
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 

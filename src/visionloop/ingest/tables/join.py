@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, PassedOver
+from visionloop.ingest.item import Item, PassedOver, make_file_reader
 from visionloop.ingest.paths.layout import settle_sides
 from visionloop.ingest.paths.listing import (
     IMAGE_FOLDERS,
@@ -22,6 +24,7 @@ from visionloop.ingest.paths.listing import (
     find_side,
     is_image_name,
     is_spelled_so,
+    list_images,
 )
 from visionloop.ingest.paths.names import get_suffix, is_system_folder
 from visionloop.ingest.tables.choose import find_table_side
@@ -39,9 +42,63 @@ from visionloop.ingest.tables.rows import (
     plan_columns,
     read_rows,
 )
-from visionloop.ingest.tables.shelf import Shelf
 from visionloop.params import Columns
 from visionloop.records import Rejected
+
+
+class Shelf(Protocol):
+    """Files below one place. A `folder` is "" for the place itself, or the path of a folder in it."""
+
+    def list_folders(self) -> list[str]:
+        """Return the names of the folders at the top, sorted."""
+
+    def open_table(self, name: str) -> BinaryIO | Path:
+        """Return the table of this name, to be read once."""
+
+    def index(self, folder: str) -> ImageFolder:
+        """Return the files below a folder. Raises SourceError."""
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        """Return the images below a folder, and how many other files there are. Raises SourceError."""
+
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
+        """Return the `read` of an item."""
+
+
+class FolderShelf:
+    """A folder of this machine. What lies in it is listed when it is asked for, once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._indexes: dict[str, ImageFolder] = {}
+
+    def list_folders(self) -> list[str]:
+        return self._folders
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        return sorted(child.name for child in self._root.iterdir() if child.is_dir() and child.name[0] != ".")
+
+    def open_table(self, name: str) -> BinaryIO | Path:
+        return self._root / name
+
+    def index(self, folder: str) -> ImageFolder:
+        if folder not in self._indexes:
+            self._indexes[folder] = self._cut_index(folder) or ImageFolder(self._root / folder)
+        return self._indexes[folder]
+
+    def _cut_index(self, folder: str) -> ImageFolder | None:
+        """Return what lies in a folder, out of what is listed already."""
+        if "" not in self._indexes or folder not in self._folders or (self._root / folder).is_symlink():
+            return None
+        inside = (one for path, one in self._indexes[""].files.items() if path.startswith(f"{folder}/"))
+        return ImageFolder.of_files(one._replace(relative=one.relative[len(folder) + 1 :]) for one in inside)
+
+    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
+        return list_images(self._root / folder, f"folder {self._root / folder}")
+
+    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
+        return make_file_reader(found.path)
 
 
 @dataclass(frozen=True)
