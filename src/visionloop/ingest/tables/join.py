@@ -337,7 +337,7 @@ def _find_more(table: LabelTable, plan: RowPlan, folder: str, inside: ImageFolde
         return None  # a link that leads out of the shelf
     if not any(_is_image(one) for path, one in whole.files.items() if "/" in path and not path.startswith(place)):
         return None
-    if table.parts or not (repeated := whole.count_repeated(place)):
+    if not (repeated := whole.count_repeated(place)):
         return whole
     for row in table.rows():
         with suppress(ImageError):
