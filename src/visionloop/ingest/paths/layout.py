@@ -14,7 +14,7 @@ from visionloop.ingest.item import PassedOver
 from visionloop.ingest.paths.names import find_twins, is_known_hidden, is_label, make_label
 from visionloop.ingest.paths.pattern import Pattern, make_pattern
 from visionloop.ingest.paths.rules import NO_FOLDER, Reading, Rule
-from visionloop.ingest.paths.tree import find_flat_splits
+from visionloop.ingest.paths.tree import find_flat_splits, find_place
 
 MAX_FLAGS = 5
 
@@ -129,9 +129,8 @@ def _place_each(paths: Sequence[str], reading: Reading) -> list[Placement | str 
 
 def _find_rule(folder: str, rules: Mapping[str, Rule]) -> tuple[str, Rule]:
     """Return the rule of the nearest folder above."""
-    while folder not in rules:
-        folder = folder[: folder[:-1].rfind("/") + 1]
-    return folder, rules[folder]
+    place = find_place(folder, rules) or ""
+    return place, rules[place]
 
 
 def _place_folder(below: str, rule: Rule) -> Placement | str | None:
@@ -175,25 +174,25 @@ def _tell_names(
 
 
 def _list_class_folders(paths: Sequence[str], reading: Reading) -> Iterator[str]:
+    around = {*reading.around}
     for folder in {path[: path.rfind("/") + 1] for path in paths}:
-        for place in reading.around:
-            if folder.startswith(place) and len(folder) > len(place):
-                yield folder[len(place) :].partition("/")[0]
+        place = find_place(folder, around)
+        if place is not None and folder != place:
+            yield folder[len(place) :].partition("/")[0]
 
 
 def _find_empty(paths: Sequence[str], reading: Reading, passed: PassedOver) -> Iterator[tuple[str, PassedOver]]:
     """Yield the folders beside class folders that hold files, none of which is an image."""
     empty: dict[str, PassedOver] = defaultdict(PassedOver)
+    around = {*reading.around}
     for (folder, suffix), number in passed.files.items():
-        for place in reading.around:
-            if folder.startswith(place) and folder != place and suffix != "hidden":
-                name = folder[len(place) :].partition("/")[0]
-                empty[f"{place}{name}/"].files[folder, suffix] += number
-    if empty:
-        for folder in {path[: path.rfind("/") + 1] for path in paths}:
-            for place in reading.around:
-                if folder.startswith(place):
-                    empty.pop(f"{place}{folder[len(place) :].partition('/')[0]}/", None)
+        place = find_place(folder, around)
+        if place is not None and folder != place and suffix != "hidden":
+            name = folder[len(place) :].partition("/")[0]
+            empty[f"{place}{name}/"].files[folder, suffix] += number
+    for folder in {path[: path.rfind("/") + 1] for path in paths} if empty else ():
+        if (place := find_place(folder, around)) is not None:
+            empty.pop(f"{place}{folder[len(place) :].partition('/')[0]}/", None)
     yield from sorted(empty.items())
 
 

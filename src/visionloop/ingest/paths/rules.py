@@ -23,9 +23,11 @@ from visionloop.ingest.paths.tree import (
     Folder,
     are_bare,
     find_groups,
+    find_place,
     find_sides,
     find_sides_below,
     find_small_copies,
+    leave_out,
     make_tree,
     pass_wrappers,
     skip_lone,
@@ -64,14 +66,11 @@ class Reading:
         self.around: list[str] = []  # the folders that hold class folders
         self.bare: Sequence[str] = ()  # folders of parts of the data set, without class folders in them
         self._where, self._tell = where, tell
-        self._paths = paths
         for folder in unlabelled:
             self.rules[f"{folder}/"] = Rule("none")
-        if unlabelled:
-            inside = tuple(f"{folder}/" for folder in unlabelled)
-            self._paths = [path for path in paths if not path.startswith(inside)]
+        self._paths = leave_out(paths, {f"{folder}/" for folder in unlabelled})
         if small := find_small_copies(self._paths, pattern.text if pattern else ""):
-            self._paths = [path for path in self._paths if not path.startswith(tuple(small))]
+            self._paths = leave_out(self._paths, {*small})
             self.rules |= dict.fromkeys(small, Rule("passed"))
             self.tell(f"folders of small copies are passed over: {shorten(small)} (to take one, give it another name)")
 
@@ -187,8 +186,9 @@ class Reading:
         return labelled
 
     def _guess_pattern(self, places: Sequence[str], num_here: int) -> Pattern | None:
-        inside = tuple(places)
-        names = [path for path in self._paths if path.startswith(inside)] if num_here else []
+        inside = {*places}
+        below = (path for path in self._paths if find_place(path[: path.rfind("/") + 1], inside) is not None)
+        names = [*below] if num_here else []
         self.pattern = guess_pattern(names)
         if self.pattern:
             self.tell(f"no class folders, labels guessed from names by the pattern {self.pattern.text}")

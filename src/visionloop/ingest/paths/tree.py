@@ -47,6 +47,22 @@ def make_tree(paths: Sequence[str]) -> Folder:
     return root
 
 
+def find_place(folder: str, places: Collection[str]) -> str | None:
+    """Return the nearest of the places (folders with a `/` at the end, or "") that a folder is or lies in, or None."""
+    while folder not in places:
+        if not folder:
+            return None
+        folder = folder[: folder[:-1].rfind("/") + 1]
+    return folder
+
+
+def leave_out(paths: Sequence[str], places: Collection[str]) -> Sequence[str]:
+    """Return the paths that lie in none of the places."""
+    if not places:
+        return paths
+    return [path for path in paths if find_place(path[: path.rfind("/") + 1], places) is None]
+
+
 def find_small_copies(paths: Sequence[str], pattern: str = "") -> list[str]:
     """Return the folders of small copies (`Thumbs/`, `cat/thumbnails/`), unless all images lie in such folders.
 
@@ -54,6 +70,8 @@ def find_small_copies(paths: Sequence[str], pattern: str = "") -> list[str]:
     """
     folders = {path[: path.rfind("/") + 1] for path in paths}
     beside: dict[str, set[str]] = {}
+    if not any(is_small_copies(name) for folder in folders for name in folder.split("/")):
+        return []
     for folder in folders:
         parts = folder.split("/")[:-1]
         for depth, name in enumerate(parts):
@@ -64,7 +82,8 @@ def find_small_copies(paths: Sequence[str], pattern: str = "") -> list[str]:
         for name in names
         if is_small_copies(name, names) and name.lower() not in pattern.lower()
     ]
-    return sorted(small) if any(not folder.startswith(tuple(small)) for folder in folders) else []
+    places = set(small)
+    return sorted(small) if any(find_place(folder, places) is None for folder in folders) else []
 
 
 def pass_wrappers(folder: Folder, prefix: str) -> tuple[str, Folder]:
@@ -205,8 +224,8 @@ def find_flat_splits(paths: Sequence[str]) -> dict[str, str]:
 
     What lies around them is passed through. {} when there is another folder at the top.
     """
-    small = tuple(find_small_copies(paths)) or "\0"
-    prefix, folder = pass_wrappers(make_tree([path for path in paths if not path.startswith(small)]), "")
+    small = set(find_small_copies(paths))
+    prefix, folder = pass_wrappers(make_tree(leave_out(paths, small)), "")
     sides = find_sides(folder)
     known = {f"{prefix}{name}/": side for name, side in sides.items() if side}
     return known if known and all(sides[name] or has_no_labels(name) for name in sides) else {}
