@@ -38,7 +38,7 @@ LabelColumn = Annotated[str | None, typer.Option(help="Column of a table that ho
 Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
 ]
-Table = Annotated[str | None, typer.Option(help="The table inside a zip or a bucket that holds the labels.")]
+Table = Annotated[str | None, typer.Option(help="The table that holds the labels, inside a folder, a zip or a bucket.")]
 Encoding = Annotated[str | None, typer.Option(help="Encoding of the names in a zip that are not UTF-8: gbk, cp866.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
@@ -195,10 +195,13 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    by_pattern = bool(given.get("pattern"))
-    source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
+    by_pattern, table = bool(given.get("pattern")), given.get("table") if local.is_dir() else None
+    text = str(local) if local.exists() else what
+    source = guess_source(text, given.get("name"), by_pattern=by_pattern, table=table)
+    if table:
+        given = {**given, "table": None, "images": str(local) if "/" in table else None}
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
-    keys = ("pattern", "unlabelled", "table", "encoding")
+    keys = ("pattern", "unlabelled", "table", "images", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
         wanted["columns"] = {key: column for key, column in columns.items() if column}

@@ -21,6 +21,7 @@ from unicodedata import normalize
 
 from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.inspect import Inspected
+from visionloop.ingest.paths.names import find_twins
 from visionloop.params import Params
 from visionloop.records import ImageRecord, Rejected
 
@@ -240,25 +241,12 @@ def _correct(
             by_content[sha256] = [(one, apply(sha256, labels)) for one, labels in by_content[sha256]]
 
 
-def find_twins(classes: Iterable[str]) -> list[list[str]]:
-    """Return classes that may be one: their names differ only by case, spaces, marks between words or `.0`.
-
-    Example: ["Cat", "cat"], ["1", "01", "1.0"], ["hot dog", "hot-dog", "hot_dog"].
-    """
-    alike: dict[str, list[str]] = {}
-    for name in sorted(classes):
-        text = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", normalize("NFKC", name).casefold().strip())
-        text = re.sub(r"^0+(?=[0-9]+$)", "", text)
-        alike.setdefault(re.sub(r"[\s_\u200b-\u200f\u2060\ufeff-]+", "", text) or name, []).append(name)
-    return [names for names in alike.values() if len(names) > 1]
-
-
 def describe_twins(classes: Iterable[str]) -> list[str]:
     """Return a line for each group of twins, with what unites them in params.yaml."""
     lines = []
     for names in find_twins(classes)[:SHOWN_TWINS]:
-        kept, *others = names[::-1]
+        kept, *others = names
         pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(kept)}" for name in others)  # JSON is YAML
-        shown = " and ".join(map(repr, names))
+        shown = " and ".join(map(repr, sorted(names)))
         lines.append(f"TWINS: {shown} may be one class; if so: ingest.label_map: {{{pairs}}}")
     return lines
