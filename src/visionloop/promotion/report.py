@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined, Template
 
 from visionloop.data.compare import Diff
 from visionloop.evaluation.answers import Answers, join_names
@@ -26,9 +27,6 @@ from visionloop.evaluation.resampling import compute_key_interval, describe_imag
 from visionloop.evaluation.slices import Slice
 from visionloop.promotion.drawings import ROLES, Span, choose_span, draw_curves, draw_reliability, draw_strip
 from visionloop.records import Card, Decision, Interval, RuleResult
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 SHOWN_CHANGED = 24  # images of each way
 SHOWN_SHEET = 9
@@ -123,9 +121,7 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
 
 
 @cache
-def _load_template() -> "Template":
-    from jinja2 import Environment, StrictUndefined
-
+def _load_template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = files("visionloop.promotion").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(text)
