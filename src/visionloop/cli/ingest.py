@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,6 @@ from visionloop.workspace import get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
-    from visionloop.records import Rejected
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
@@ -50,6 +48,12 @@ Verify = Annotated[
 NewClasses = Annotated[
     bool, typer.Option("--allow-new-classes", help="Take in new classes, though they look like a mistake.")
 ]
+Relabel = Annotated[
+    bool, typer.Option("--relabel", help="Known images get the labels that their sources give them now.")
+]
+Prune = Annotated[
+    bool, typer.Option("--prune", help="Take images out that are no longer in their source (a drop brings them back).")
+]
 
 
 @app.command()
@@ -67,6 +71,8 @@ def ingest(
     save: Save = False,
     verify: Verify = False,
     allow_new_classes: NewClasses = False,
+    relabel: Relabel = False,
+    prune: Prune = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -81,17 +87,16 @@ def ingest(
 
       visionloop ingest ~/cats-and-dogs --pattern '{label}.*.jpg' --save
 
-      visionloop ingest labels.csv --label-column breed
+      visionloop ingest labels.csv --label-column breed --dry-run
 
-      visionloop ingest ~/photos --dry-run
+      visionloop ingest --relabel --prune
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
     from visionloop.ingest.pull import check_sources
 
-    given: dict[str, Any] = {"name": name, "pattern": pattern}
-    given |= {"image_column": image_column, "label_column": label_column}
-    given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
+    given: dict[str, Any] = {"name": name, "pattern": pattern, "image_column": image_column}
+    given |= {"label_column": label_column, "unlabelled": unlabelled or None, "table": table, "encoding": encoding}
     if dry_run:
         _print_dry_run(what, {**given, "save": save or None})
         return
@@ -103,7 +108,8 @@ def ingest(
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    _pull(workspace, sources, verify=verify, allow_new_classes=allow_new_classes)
+    wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
+    _pull(workspace, sources, wanted)
     if text:
         from visionloop.params.edit import write_params
 
@@ -113,7 +119,7 @@ def ingest(
         print("to pull it on every run, say --save")
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool, allow_new_classes: bool) -> None:
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -125,23 +131,10 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool, 
         env=os.environ,
         tell=print,
         on_progress=make_progress("checked", "images"),
-        verify=verify,
-        allow_new_classes=allow_new_classes,
+        **wanted,
     )
-    for line in (*describe_pull(report), *_advise(report.rejected)):
+    for line in describe_pull(report):
         print(line)
-
-
-def _advise(rejected: "Sequence[Rejected]") -> list[str]:
-    """Say how to move images that were sorted again, or a class whose folder has another name now."""
-    reasons = Counter(one.reason for one in rejected if one.code == "label_conflict")
-    if not reasons:
-        return []
-    (reason, number), *_ = reasons.most_common(1)
-    return [
-        f"{number:,} times {reason}: the label that an image has stands. To rename a class: `label_map: {{OLD: NEW}}`",
-        "under `ingest` in params.yaml; to move some images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
-    ]
 
 
 def _describe_outline(outline: "Outline") -> list[str]:

@@ -27,6 +27,7 @@ from visionloop.records import ImageRecord, Rejected
 
 COLUMNS = ("sha256", "old", "new")
 MIN_DIGITS = 8
+SHOWN_DIGITS = 12
 MAX_BYTES = 100_000_000
 SHOWN_TWINS = 8
 Labels = tuple[str, ...]
@@ -139,6 +140,13 @@ def _read_line(where: str, line: int, row: Sequence[str], places: Sequence[int],
     if old == new:
         raise SourceError(where, f"changes {old or 'no label'!r} to itself", "two labels that differ")
     return Correction(line, sha256.lower(), old, new)
+
+
+def format_correction(sha256: str, old: Labels, new: Labels) -> str:
+    """Return the line that gives an image another label: `3f786850e387,cat,dog`."""
+    sink = io.StringIO()
+    csv.writer(sink, lineterminator="").writerow([sha256[:SHOWN_DIGITS], "".join(old[:1]), "".join(new[:1])])
+    return sink.getvalue()
 
 
 def _to_labels(label: str) -> Labels:
