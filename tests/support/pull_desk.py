@@ -10,7 +10,7 @@ from visionloop.data.manifest import latest_version, load_version_records
 from visionloop.records import ImageRecord
 from visionloop.store import LocalStore
 
-PARAMS = "name: pets\ningest:\n  max_rejected_ratio: {ratio}\n"
+PARAMS = "name: pets\nprepare:\n  image_size: 32\ningest:\n  max_rejected_ratio: {ratio}\n"
 
 
 class PullDesk:

@@ -53,7 +53,7 @@ def check_expectations(name: str, expect: Expect, records: Sequence[ImageRecord]
             f"dataset {name}",
             "; ".join(broken),
             "what ingest.expect in params.yaml asks for; no version was made",
-            "Mend the source, or change ingest.expect.",
+            "Mend the source and say `--prune`, which takes out what it no longer has; or change ingest.expect.",
         )
 
 

@@ -179,7 +179,7 @@ def _read_offers(
 ) -> _Offered:
     """Apply label map and corrections, and compare with what is known. Raises SourceError, ParamsError as `merge`."""
     rules = make_label_rules(params, corrections)
-    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten)
+    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten, known.aside)
     held = {sha256: rows[sha256] for sha256 in known.before if sha256 not in known.forgotten}
     moves = find_moves(held, by_content, checked, refused, wishes.whole)
     before = [*rows.values()]
