@@ -30,7 +30,7 @@ from visionloop.params import load_params, make_params
         ({"gate": "on"}, "params.yaml gate: got 'on'; expected keys below it: alpha, floors, margin, metric, rule."),
         (
             {"ingest": {"expect": [1]}},
-            "params.yaml ingest.expect: got [1]; expected keys below it: classes, max_imbalance, min_per_class, size_px",
+            "params.yaml ingest.expect: got [1]; expected keys below it: classes, max_imbalance, min_per_class",
         ),
         (
             {"train": {"preprocessing": "clip"}},

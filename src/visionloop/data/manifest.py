@@ -174,7 +174,8 @@ def make_lost_error(sha256: str, origin: str) -> DatasetError:
         "is missing from the store or damaged there",
         "its bytes as they were ingested",
         f"Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest PATH --name {source} --verify`"
-        f" (with the options of then): it mends what its source still has. Without its source: `visionloop forget {sha256[:12]} --why lost`.",
+        f" (with the options of then): it mends what its source still has. Without its source: "
+        f"`visionloop forget {sha256[:12]} --why lost`.",
     )
 
 

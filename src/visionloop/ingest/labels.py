@@ -94,8 +94,8 @@ def match_corrections(
 ) -> dict[str, list[Correction]]:
     """Return the corrections by full sha256. `labels_of` gives all labels under which an image is known or offered.
 
-    `several`: an image may have several labels, and several corrections. Lines of `passed` images change nothing: they were
-    forgotten, or taken out of the dataset.
+    `several`: an image may have several labels, and several corrections. Lines of `passed` images change nothing:
+    these were forgotten, or taken out of the dataset.
 
     Raises:
         SourceError: a line fits no image, several images, or an image with another label, or an image is named twice.
