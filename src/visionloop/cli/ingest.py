@@ -17,6 +17,7 @@ from visionloop.workspace import get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
+    from visionloop.records import ImageRecord
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
@@ -161,8 +162,9 @@ def _describe_outline(outline: "Outline") -> list[str]:
 
 def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
     """Print what a pull would bring. The workspace is not opened: that would write into it."""
-    from visionloop.ingest.dry_run import outline_source
+    from visionloop.ingest.dry_run import describe_differences, outline_source
     from visionloop.ingest.item import SourceContext
+    from visionloop.ingest.labels import load_corrections, make_label_rules
     from visionloop.ingest.pull import check_sources
     from visionloop.params import load_params
 
@@ -172,10 +174,28 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
         _check_alone(given)
     sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
     context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print)
+    records, path = _load_newest(settings.store_url, params.name), params.ingest.corrections
+    rules = make_label_rules(params, load_corrections(context.resolve(path)) if path else [])
     for source in sources:
-        for line in _describe_outline(outline_source(source, context)):
+        outline = outline_source(source, context)
+        lines = describe_differences(outline, source, records, rules)
+        for line in (*_describe_outline(outline), *lines):
             print(line)
     print("a dry run: nothing was read or written")
+
+
+def _load_newest(store_url: str, name: str) -> "Sequence[ImageRecord]":
+    """Return the rows of the newest version; none where there is none, or its store is away."""
+    from visionloop.data.manifest import latest_version, load_version_records
+    from visionloop.errors import StoreError
+    from visionloop.store import open_store
+
+    store = open_store(store_url)
+    try:
+        newest = latest_version(store, name)
+        return load_version_records(store, newest) if newest else []
+    except StoreError:
+        return []
 
 
 def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":

@@ -90,14 +90,14 @@ def find_moves(
 
     What lies at the places that were rejected, or `refused` for their labels, is not judged.
     """
-    taken = {_find_place(one.item.origin) for one in checked.inspected}
-    unclear = {_find_place(one.origin) for one in (*checked.rejected, *refused) if not one.is_row}
+    taken = {find_place(one.item.origin) for one in checked.inspected}
+    unclear = {find_place(one.origin) for one in (*checked.rejected, *refused) if not one.is_row}
 
     def has_left(origin: str) -> bool:
         """Say whether an image that is not offered at a place lies there no longer."""
         if origin.partition(":")[0] not in whole or _LIVE in origin:
             return False
-        place = _find_place(origin)
+        place = find_place(origin)
         return place not in unclear and (_FRAME not in origin or place not in taken)
 
     relabelled, renamed, gone = list[Relabelled](), list[tuple[str, str]](), dict[str, ImageRecord]()
@@ -116,7 +116,7 @@ def find_moves(
                 renamed.append((lost[0], min(new)))
         elif are_lost and len({labels for _, labels in same}) == 1:
             relabelled.append(Relabelled(sha256, row.labels, after, row.origins[0], tuple(sorted(places))))
-    replaced = {s for s, row in gone.items() if any(_find_place(origin) in taken for origin in row.origins)}
+    replaced = {s for s, row in gone.items() if any(find_place(origin) in taken for origin in row.origins)}
     return Moves(relabelled, renamed, gone, frozenset(replaced))
 
 
@@ -249,7 +249,7 @@ def describe_unusable_classes(offered: Mapping[str, int], usable: Collection[str
     return lines + ([f"  and {len(bad) - SHOWN:,} more classes like that"] if len(bad) > SHOWN else [])
 
 
-def _find_place(origin: str) -> str:
+def find_place(origin: str) -> str:
     """Return the place of a file: without what is said of a frame, or of a format."""
     return re.split(f"{_FRAME}|{_CONVERTED}$", origin, maxsplit=1)[0]
 

@@ -203,6 +203,27 @@ def test_without_its_journal_a_pull_says_the_same(desk: PullDesk) -> None:
     ]
 
 
+def test_a_dry_run_tells_which_places_are_not_there_and_which_have_another_label(desk: PullDesk) -> None:
+    write_photos(desk.photos)
+    assert "not there" not in desk.pull("--dry-run")
+    desk.pull()
+    told = desk.pull("--dry-run")
+    assert "not there" not in told
+    assert "labels:" not in told
+    (desk.photos / "cat" / "0.png").unlink()
+    (desk.photos / "dog" / "1.png").rename(desk.photos / "dog" / "one.png")
+    told = desk.pull("--dry-run")
+    assert "not there: 2 places of images of this dataset (photos:cat/0.png, photos:dog/1.png)" in told
+    table = desk.photos / "labels.csv"
+    table.write_text("file,label\ncat/1.png,dog\ncat/2.png,cat\n")
+    told = desk.run("ingest", table, "--name", "photos", "--dry-run")
+    assert "labels: 1 places have another label than in this dataset (photos:cat/1.png)" in told
+    sha256 = next(row.sha256 for place, row in desk.rows().items() if place == "photos:cat/1.png")
+    (desk.home / "corrections.csv").write_text(f"sha256,old,new\n{sha256},dog,cat\n")
+    desk.write("  corrections: corrections.csv\n")
+    assert "labels:" not in desk.run("ingest", table, "--name", "photos", "--dry-run")
+
+
 # Copies, and classes of which nothing can be used
 
 
