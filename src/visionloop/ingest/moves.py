@@ -101,7 +101,7 @@ def find_moves(
         return place not in unclear and (_FRAME not in origin or place not in taken)
 
     relabelled, renamed, gone = list[Relabelled](), list[tuple[str, str]](), dict[str, ImageRecord]()
-    for sha256, row in sorted(rows.items(), key=lambda one: one[1].origins):
+    for sha256, row in rows.items():
         same = offers.get(sha256, ())
         places = {one.item.origin for one, _ in same}
         lost = [origin for origin in row.origins if origin not in places]
@@ -117,7 +117,8 @@ def find_moves(
         elif are_lost and len({labels for _, labels in same}) == 1:
             relabelled.append(Relabelled(sha256, row.labels, after, row.origins[0], tuple(sorted(places))))
     replaced = {s for s, row in gone.items() if any(find_place(origin) in taken for origin in row.origins)}
-    return Moves(relabelled, renamed, gone, frozenset(replaced))
+    gone = dict(sorted(gone.items(), key=lambda one: one[1].origins))
+    return Moves(sorted(relabelled, key=lambda one: one.old), sorted(renamed), gone, frozenset(replaced))
 
 
 def relabel_rows(rows: dict[str, ImageRecord], moves: Moves) -> None:
