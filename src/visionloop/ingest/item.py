@@ -53,12 +53,14 @@ class PassedOver:
 
     `files` are counted by the folder they lie in (its path with a `/` at the end, or "") and their suffix (`hidden`,
     `no suffix`). `folders` are hidden ones and those that systems make (`@eaDir`), by where they lie and their name:
-    the files in them. `links` are links to folders, each with what was done with it.
+    the files in them. `links` are links to folders, each with what was done with it. `empty` are folders without
+    anything in them.
     """
 
     files: Counter[tuple[str, str]] = field(default_factory=Counter)
     folders: Counter[tuple[str, str]] = field(default_factory=Counter)
     links: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
 
     def add_file(self, folder: str, suffix: str) -> None:
         """Count a file that is passed over."""

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import normalize
@@ -27,6 +27,7 @@ from visionloop.records import ImageRecord, Rejected
 
 COLUMNS = ("sha256", "old", "new")
 MIN_DIGITS = 8
+SHOWN_DIGITS = 12
 MAX_BYTES = 100_000_000
 SHOWN_TWINS = 8
 Labels = tuple[str, ...]
@@ -87,18 +88,19 @@ def load_corrections(path: Path) -> list[Correction]:
 def match_corrections(
     corrections: Sequence[Correction],
     labels_of: Mapping[str, Iterable[Labels]],
-    forgotten: frozenset[str],
+    passed: frozenset[str],
     *,
     several: bool,
 ) -> dict[str, list[Correction]]:
     """Return the corrections by full sha256. `labels_of` gives all labels under which an image is known or offered.
 
-    `several`: an image may have several labels, and several corrections. Images that were forgotten are passed over.
+    `several`: an image may have several labels, and several corrections. Lines of `passed` images change nothing:
+    these were forgotten, or taken out of the dataset.
 
     Raises:
         SourceError: a line fits no image, several images, or an image with another label, or an image is named twice.
     """
-    known = sorted({*labels_of, *forgotten})
+    known = sorted({*labels_of, *passed})
     matched: dict[str, list[Correction]] = {}
     wrong: list[str] = []
     for one in corrections:
@@ -107,7 +109,7 @@ def match_corrections(
         if len(same) != 1:
             found = f"{len(same)} images begin with" if same else "no image has"
             wrong.append(f"line {one.line}: {found} {one.sha256[:16]}")
-        elif same[0] not in forgotten:
+        elif same[0] not in passed:
             earlier = matched.setdefault(same[0], [])
             if problem := _find_problem(one, earlier, labels_of[same[0]], several):
                 wrong.append(f"line {one.line}: {problem}")
@@ -139,6 +141,13 @@ def _read_line(where: str, line: int, row: Sequence[str], places: Sequence[int],
     if old == new:
         raise SourceError(where, f"changes {old or 'no label'!r} to itself", "two labels that differ")
     return Correction(line, sha256.lower(), old, new)
+
+
+def format_correction(sha256: str, old: Labels, new: Labels) -> str:
+    """Return the line that gives an image another label: `3f786850e387,cat,dog`."""
+    sink = io.StringIO()
+    csv.writer(sink, lineterminator="").writerow([sha256[:SHOWN_DIGITS], "".join(old[:1]), "".join(new[:1])])
+    return sink.getvalue()
 
 
 def _to_labels(label: str) -> Labels:
@@ -183,9 +192,15 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
 
 
 def relabel(
-    rules: LabelRules, before: Mapping[str, ImageRecord], offered: Sequence[Inspected], forgotten: frozenset[str]
+    rules: LabelRules,
+    before: Mapping[str, ImageRecord],
+    offered: Sequence[Inspected],
+    forgotten: frozenset[str],
+    aside: Collection[str] = (),
 ) -> tuple[dict[str, ImageRecord], dict[str, list[tuple[Inspected, Labels]]], list[Rejected]]:
     """Return the earlier rows and what is offered, by content, with their labels; and what has too many labels.
+
+    Images that are `aside` were taken out of the dataset; their corrections wait until they come again.
 
     Raises:
         SourceError: a correction fits no image.
@@ -205,7 +220,7 @@ def relabel(
             by_content.setdefault(one.facts.sha256, []).append((one, labels))
     rows = {s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in before.items()}
     if rules.corrections:
-        _correct(rules, rows, by_content, forgotten)
+        _correct(rules, rows, by_content, forgotten | ({*aside} - rows.keys() - by_content.keys()))
     return rows, by_content, refused
 
 
@@ -222,12 +237,12 @@ def _correct(
     rules: LabelRules,
     rows: dict[str, ImageRecord],
     by_content: dict[str, list[tuple[Inspected, Labels]]],
-    forgotten: frozenset[str],
+    passed: frozenset[str],
 ) -> None:
     labels_of: dict[str, list[Labels]] = {sha256: [row.labels] for sha256, row in rows.items()}
     for sha256, same in by_content.items():
         labels_of.setdefault(sha256, []).extend(labels for _, labels in same)
-    matched = match_corrections(rules.corrections, labels_of, forgotten, several=rules.several)
+    matched = match_corrections(rules.corrections, labels_of, passed, several=rules.several)
 
     def apply(sha256: str, labels: Labels) -> Labels:
         for one in matched[sha256]:

@@ -163,7 +163,7 @@ def _tell_names(
             number = passed.folders[folder, name]
             reading.tell(f"the folder {folder}{name}/ is hidden, and its {number:,} files are passed over: rename it")
     for place, empty in _find_empty(paths, reading, passed):
-        reading.tell(f"the folder {place} gives no image: it holds {empty.describe()}")
+        reading.tell(f"the folder {place} gives no image: it holds {empty.describe() or 'nothing'}")
     labels = {label for one in found if isinstance(one, Placement) for label in one.labels}
     for names in find_twins(labels):
         reading.tell(f"classes that may be one: {shorten(names)}; `label_map` joins them, best to {names[0]!r}")
@@ -182,7 +182,7 @@ def _list_class_folders(paths: Sequence[str], reading: Reading) -> Iterator[str]
 
 
 def _find_empty(paths: Sequence[str], reading: Reading, passed: PassedOver) -> Iterator[tuple[str, PassedOver]]:
-    """Yield the folders beside class folders that hold files, none of which is an image."""
+    """Yield the folders beside class folders that hold nothing, or files none of which is an image."""
     empty: dict[str, PassedOver] = defaultdict(PassedOver)
     around = {*reading.around}
     for (folder, suffix), number in passed.files.items():
@@ -190,6 +190,9 @@ def _find_empty(paths: Sequence[str], reading: Reading, passed: PassedOver) -> I
         if place is not None and folder != place and suffix != "hidden":
             name = folder[len(place) :].partition("/")[0]
             empty[f"{place}{name}/"].files[folder, suffix] += number
+    for folder in passed.empty:
+        if (place := find_place(folder, around)) is not None and folder != place:
+            empty.setdefault(f"{place}{folder[len(place) :].partition('/')[0]}/", PassedOver())
     for folder in {path[: path.rfind("/") + 1] for path in paths} if empty else ():
         if (place := find_place(folder, around)) is not None:
             empty.pop(f"{place}{folder[len(place) :].partition('/')[0]}/", None)

@@ -142,6 +142,7 @@ class _Walk:
             raise SourceError(self.where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
         with os.scandir(folder) as entries:
             listed = sorted((entry.name, entry) for entry in entries)
+        self.passed.empty += [] if listed else [prefix]
         for name, entry in listed:
             if name[0] == "." or is_system_file(name) or (is_system_folder(name) and entry.is_dir()):
                 self._pass(entry, prefix)
