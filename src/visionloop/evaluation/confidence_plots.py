@@ -49,8 +49,8 @@ def describe_limits(card: Card) -> str:
             return ""
         wanted = facts["wanted"]["error"]
         return (
-            f"answers everything: at most {wanted:.1%} wrong cannot be promised; "
-            f"the lowest bound on validation is {facts['best_bound']:.1%}"
+            f"answers everything: at most {wanted:.2%} wrong cannot be promised; "
+            f"the lowest bound on validation is {facts['best_bound']:.2%}"
         )
     parts = []
     if rule.get("confidence") is not None:

@@ -166,11 +166,11 @@ def describe_refusal(promise: Promise, wanted: Abstain) -> str:
     """Say why no share of wrong answers can be promised, and what it would take."""
     assert wanted.error is not None
     flawless = bound_errors(0, promise.num_images, wanted.delta)
-    least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.1%} at best"
+    least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.2%} at best"
     return (
-        f"LOOK: abstain: at most {wanted.error:.1%} wrong cannot be promised with {promise.num_images} validation "
+        f"LOOK: abstain: at most {wanted.error:.2%} wrong cannot be promised with {promise.num_images} validation "
         f"images{least if promise.num_images < promise.least else ''}. The lowest bound that was reached is "
-        f"{promise.bound:.1%} ({promise.num_wrong} wrong among the surest {promise.num_answered}). The model answers "
+        f"{promise.bound:.2%} ({promise.num_wrong} wrong among the surest {promise.num_answered}). The model answers "
         "everything. Add images, or raise train.abstain.error"
     )
 

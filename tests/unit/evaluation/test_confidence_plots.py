@@ -58,7 +58,7 @@ def test_words_of_a_card() -> None:
 
 def test_what_could_not_be_promised_is_told_at_each_evaluation() -> None:
     card = replace(make_card(), tuning=REFUSED)
-    line = "answers everything: at most 2.0% wrong cannot be promised; the lowest bound on validation is 4.9%"
+    line = "answers everything: at most 2.00% wrong cannot be promised; the lowest bound on validation is 4.91%"
     assert describe_limits(card) == line
     assert describe_answered(card, {}) == f"LOOK: {line}"
     assert describe_answered(make_card(), {}) == ""
