@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionloop.evaluation.label_metrics import make_macro_f1
-from visionloop.evaluation.metrics import Statistic, compute_macro_f1, draw_rows
+from visionloop.evaluation.label_metrics import Statistic, make_macro_f1
+from visionloop.evaluation.metrics import compute_macro_f1, draw_rows
 from visionloop.params import Gate
 from visionloop.predictor import Choices
 from visionloop.records import Interval, RuleResult
