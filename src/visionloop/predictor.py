@@ -6,11 +6,12 @@ Dimensions: n images, h height, w width, k classes, d embedding size.
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,11 +77,15 @@ def join_outputs(parts: Sequence[Outputs]) -> Outputs:
 class Predictor:
     """One loaded model. Thread-safe. Create it after a fork, not before."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, runtime: str = "onnxruntime") -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
         where = f"bundle {bundle.digest[:12]}"
         check_card(bundle.card, where)
-        self._session = _open_session((bundle.folder / "model.onnx").read_bytes(), where, threads)
+        model_bytes = (bundle.folder / "model.onnx").read_bytes()
+        if runtime == "openvino":
+            self._session: Any = _open_openvino(model_bytes, where, "fp32", threads)
+        else:
+            self._session = _open_session(model_bytes, where, threads)
         self.bundle = bundle
         self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
@@ -303,16 +308,16 @@ class Embedder:
         """Load a model with the output `embedding`; `threads` 0 means all cores. Raises BundleError, ParamsError."""
         model_bytes = model.read_bytes()
         if runtime == "openvino":
-            self._run = _open_openvino(model_bytes, model.name, precision, threads)
-            return
-        session = _open_session(model_bytes, model.name, threads)
-        self._run = lambda images: session.run(["embedding"], {"images": images})[0]
+            self._session: Any = _open_openvino(model_bytes, model.name, precision, threads)
+        else:
+            self._session = _open_session(model_bytes, model.name, threads)
 
     def embed(self, images_nhwc: UInt8Array) -> FloatArray:
         """Map any number of images (n, h, w, 3) to embeddings (n, d), in slices of limited memory."""
         height, width = images_nhwc.shape[1:3]
         step = max(1, min(MAX_SLICE, SLICE_PIXELS // (height * width)))
-        parts = [self._run(images_nhwc[i : i + step]) for i in range(0, len(images_nhwc), step)]
+        slices = [images_nhwc[i : i + step] for i in range(0, len(images_nhwc), step)]
+        parts = [self._session.run(["embedding"], {"images": images})[0] for images in slices]
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
@@ -337,8 +342,21 @@ def has_openvino() -> bool:
     return find_spec("openvino") is not None
 
 
-def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int) -> Callable[[UInt8Array], FloatArray]:
-    """Open a checked model in OpenVINO, and return what runs it. Raises BundleError, ParamsError."""
+class _OpenVinoSession:
+    """A model in OpenVINO, with the one method of ONNX Runtime's session that is used here. Thread-safe by a lock."""
+
+    def __init__(self, request: Any) -> None:
+        self._request, self._lock = request, Lock()
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, UInt8Array]) -> list[FloatArray]:
+        """Return the outputs of these names."""
+        with self._lock:
+            self._request.infer(inputs)
+            return [np.array(self._request.get_tensor(name).data, np.float32) for name in names]
+
+
+def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int) -> _OpenVinoSession:
+    """Open a checked model in OpenVINO. Raises BundleError, ParamsError."""
     check_onnx(model_bytes, where)
     try:
         # The import of openvino reports to Google Analytics through this package. Without it, it uses its own stub.
@@ -364,9 +382,4 @@ def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int)
         request = core.compile_model(core.read_model(model_bytes), "CPU", options).create_infer_request()
     except Exception as exc:  # openvino raises RuntimeError and classes of its own, from C++
         raise BundleError(where, f"does not load in OpenVINO ({exc})"[:300]) from exc
-
-    def run(images_nhwc: UInt8Array) -> FloatArray:
-        request.infer({"images": images_nhwc})
-        return np.array(request.get_tensor("embedding").data, np.float32)
-
-    return run
+    return _OpenVinoSession(request)

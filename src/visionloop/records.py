@@ -5,6 +5,7 @@ Dimensions in names: n images, k classes, d embedding size.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -23,6 +24,12 @@ def canonical_json(value: object) -> bytes:
 def compute_digest(value: object) -> str:
     """Return the sha256 (hex) of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def make_natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return what names are sorted by, as people count: `2` before `10`, and `class 2` before `class 10`."""
+    parts = [(part.isdecimal(), part.lstrip("0") if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]
+    return [(int(not number), len(text) if number else 0, text) for number, text in parts if text or number]
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class Card(Record):
 
 @dataclass(frozen=True)
 class Interval(Record):
-    """A figure with its 95 % interval. The bounds are None where there are too few images to tell them."""
+    """A figure with its 95 % interval. The bounds are None where there are too few images to tell, and for ece."""
 
     value: float
     low: float | None

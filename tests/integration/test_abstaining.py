@@ -88,6 +88,7 @@ def test_all_who_answer_say_it_alike(predictor: Predictor, tmp_path: Path) -> No
         assert served["abstained"] == answer.abstained
         assert served["prediction"] == answer.prediction
         assert client.get("/model").json()["abstain"] == predictor.card.abstain
+        assert "visionloop_abstained_images_total 1.0" in client.get("/metrics").text
     lines = describe_answer(FilePrediction("a.png", answer), 5, 2)
     assert lines[0] == f"a.png  ? don't know ({answer.abstained})"
     assert len(lines) == 3

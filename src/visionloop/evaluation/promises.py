@@ -59,10 +59,10 @@ def find_promise(score_n: NDArray[np.floating], hits_n: BoolArray, error: float,
     looks_t = choose_looks(len(score_n), error, delta)
     found = []
     for look in looks_t:
-        # Scores above the next one down. With ties they are fewer than `look`; the bound is of those there are.
-        below = float(sorted_n[look]) if look < len(sorted_n) else -math.inf
-        number = int((sorted_n > below).sum())
-        wrong = int(wrong_n[number - 1]) if number else 0
+        # Of equal scores all are taken. They are the lowest of these, so if anything the bound is too careful.
+        number = int((sorted_n >= sorted_n[look - 1]).sum())
+        below = float(sorted_n[number]) if number < len(sorted_n) else -math.inf
+        wrong = int(wrong_n[number - 1])
         bound = bound_errors(wrong, number, delta / len(looks_t))
         limit = 0.0 if below == -math.inf else float(np.nextafter(below, np.float32(np.inf), dtype=np.float32))
         found.append(Promise(bound <= error, limit, number, wrong, bound, len(score_n), least))

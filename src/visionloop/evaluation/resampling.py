@@ -3,7 +3,7 @@
 Images of one key (a film, a patient, near duplicates) are alike, so 256 frames of 16 films tell little more than 16
 images. Each interval here is one over keys. Where every key is one image it is the usual one over images.
 
-Dimensions in names: n images, g keys, r resamples, c cells.
+Dimensions in names: n images, g keys, r resamples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 LEVEL = 0.95
+Z_95 = 1.959963984540054
 CHUNK_CELLS = 1_000_000
 
 
@@ -63,6 +64,64 @@ def compute_key_interval(sum_g: ArrayLike, count_g: ArrayLike, level: float = LE
     return Interval(value, value - half, value + half)
 
 
+def compute_wilson(hits: float, trials: float) -> Interval:
+    """Return a share with its 95 % score interval (Wilson 1927). Without trials it is 0, with the interval 0 to 1."""
+    if trials == 0:
+        return Interval(0.0, 0.0, 1.0)
+    share, z2 = hits / trials, Z_95**2
+    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    # For the shares 0 and 1 one bound is the share itself. Rounding must not move it past the share.
+    return Interval(share, float(min(max(center - half, 0.0), share)), float(max(min(center + half, 1.0), share)))
+
+
+def compute_score_interval(
+    value: float,
+    variance: float,
+    degrees: int,
+    *,
+    flawless: float,
+    center: float | None = None,
+    num_mixed: int | None = None,
+) -> Interval:
+    """Return the interval of a figure from 0 to 1: Wilson's, with the effective number of images.
+
+    That is the number of independent images with this variance (Kish 1965; for score intervals of grouped data: Korn &
+    Graubard 1998, with their factor for few `degrees` of freedom). `flawless` is the lower bound of a figure of 1,
+    where the variance says nothing. `center` is the figure without its bias, where that is known. `num_mixed`, for keys
+    of several images, is the number of keys with an error (or with a hit, if these are fewer): few bad films tell
+    little about how films differ, so one more key counts as if it were all right or all wrong.
+    """
+    middle = value if center is None or not 0 < center < 1 else center
+    least = Z_95**2 * flawless / (1 - flawless)  # Wilson's bound of so many images, all right, is `flawless`
+    number = least
+    if variance > 0 and 0 < middle < 1:
+        spread = middle * (1 - middle)
+        if num_mixed is not None:
+            variance = max(variance, (num_mixed * variance + spread / least) / (num_mixed + 1))
+        number = spread / variance * (Z_95 / find_t_quantile(degrees)) ** 2
+    found = compute_wilson(middle * number, number)
+    assert found.low is not None and found.high is not None
+    # More errors than none cannot give a higher bound than none: the rarest class may have shown no error by luck.
+    return Interval(value, min(found.low, value, flawless), max(found.high, value, 1 - flawless))
+
+
+def compute_share_interval(hits_g: ArrayLike, count_g: ArrayLike) -> Interval:
+    """Return the share of right images with its interval over keys: Wilson's where every key is one image."""
+    hits, counts = np.asarray(hits_g, np.float64), np.asarray(count_g, np.float64)
+    hits, counts = hits[counts > 0], counts[counts > 0]
+    total, number = float(counts.sum()), len(counts)
+    if total == number:
+        return compute_wilson(float(hits.sum()), total)
+    value = float(hits.sum()) / total
+    if number < 2:
+        return Interval(value, None, None)
+    bound = compute_wilson(number, number).low
+    assert bound is not None
+    mixed = min(int((hits < counts).sum()), int((hits > 0).sum()))
+    return compute_score_interval(value, _compute_variance(hits, counts), number - 1, flawless=bound, num_mixed=mixed)
+
+
 def draw_keys(key_n: IntArray, resamples: int, seed: int) -> Iterator[FloatArray]:
     """Yield bootstrap resamples of keys, in blocks: how often each key is drawn (r, g), as many draws as keys.
 
@@ -75,18 +134,6 @@ def draw_keys(key_n: IntArray, resamples: int, seed: int) -> Iterator[FloatArray
         drawn_rg = generator.integers(0, num_keys, size=(rows, num_keys)) + np.arange(rows)[:, None] * num_keys
         times = np.bincount(drawn_rg.ravel(), minlength=rows * num_keys)
         yield times.reshape(rows, num_keys).astype(np.float64)
-
-
-def draw_cells(count_c: IntArray, resamples: int, seed: int) -> Iterator[IntArray]:
-    """Yield bootstrap resamples of a table, in blocks: the number of images in each cell (r, c).
-
-    Where a figure depends on the table alone and every key is one image, this is the same bootstrap as drawing images
-    (the cells of n draws are multinomial), at the cost of the cells instead of the images.
-    """
-    generator, total = np.random.default_rng(seed), int(count_c.sum())
-    size = max(1, CHUNK_CELLS // len(count_c))
-    for start in range(0, resamples, size):
-        yield generator.multinomial(total, count_c / total, size=min(size, resamples - start))
 
 
 def find_t_quantile(degrees: int, level: float = LEVEL) -> float:

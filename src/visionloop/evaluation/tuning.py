@@ -21,7 +21,7 @@ from visionloop.confidence import (
     pick_rows,
     scale_to_one,
 )
-from visionloop.evaluation.calibration import IntArray, fit_scale, number_keys
+from visionloop.evaluation.calibration import FIGURES, IntArray, fit_scale, number_keys
 from visionloop.evaluation.promises import Promise, bound_errors, find_promise, keep_one_of_a_key
 from visionloop.evaluation.thresholds import Chosen, choose_threshold
 from visionloop.params.train import Abstain, Threshold
@@ -73,7 +73,7 @@ def _tune_scale(
     if fit.why:
         line = f"confidence: probabilities stay as they are: {fit.why}"
     else:
-        figures = ", ".join(f"{n.replace('_', ' ')} {fit.before[n]:.3f} -> {fit.after[n]:.3f}" for n in fit.before)
+        figures = ", ".join(f"{FIGURES[n]} {fit.before[n]:.3f} -> {fit.after[n]:.3f}" for n in fit.before)
         line = f"confidence: {fit.kept} fitted on validation (T {scale.temperature:.3g}); held-out images: {figures}"
     return replace(card, temperature=scale.temperature, biases=biases), [line]
 
@@ -166,11 +166,11 @@ def describe_refusal(promise: Promise, wanted: Abstain) -> str:
     """Say why no share of wrong answers can be promised, and what it would take."""
     assert wanted.error is not None
     flawless = bound_errors(0, promise.num_images, wanted.delta)
-    least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.1%} at best"
+    least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.2%} at best"
     return (
-        f"LOOK: abstain: at most {wanted.error:.1%} wrong cannot be promised with {promise.num_images} validation "
+        f"LOOK: abstain: at most {wanted.error:.2%} wrong cannot be promised with {promise.num_images} validation "
         f"images{least if promise.num_images < promise.least else ''}. The lowest bound that was reached is "
-        f"{promise.bound:.1%} ({promise.num_wrong} wrong among the surest {promise.num_answered}). The model answers "
+        f"{promise.bound:.2%} ({promise.num_wrong} wrong among the surest {promise.num_answered}). The model answers "
         "everything. Add images, or raise train.abstain.error"
     )
 

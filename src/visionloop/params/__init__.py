@@ -110,10 +110,11 @@ class Prepare(Section):
 
 
 class Evaluate(Section):
-    """How figures get their intervals."""
+    """How figures get their intervals, and how many training images the baselines of the report learn from."""
 
     resamples: int = Field(default=2000, ge=100, le=100_000)
     seed: int = 0
+    baseline_images: int = Field(default=512, ge=0)
 
 
 class Serve(Section):

@@ -71,6 +71,14 @@ def test_ties_count_only_what_a_limit_can_divide() -> None:
     assert not find_promise(np.ones(600, np.float32), hits_n, 0.02, 0.05).kept
 
 
+def test_a_tie_across_the_only_look_is_taken_whole() -> None:
+    # Seen on horses-or-humans: 168 flawless images, many at the same confidence of 0.99999994 around the 149th.
+    score_n = np.float32([1.0] * 148 + [0.9999999] * 10 + [0.99] * 10)
+    promise = find_promise(score_n, np.ones(168, bool), 0.02, 0.05)
+    assert (promise.kept, promise.num_answered) == (True, 158)
+    assert 0.99 < promise.limit < 0.9999999
+
+
 def test_limit_is_0_where_everything_may_be_answered() -> None:
     promise = find_promise(np.linspace(0.1, 1, 500, dtype=np.float32), np.ones(500, bool), 0.02, 0.05)
     assert (promise.kept, promise.limit, promise.num_answered) == (True, 0.0, 500)

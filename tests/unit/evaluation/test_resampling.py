@@ -6,9 +6,10 @@ import pytest
 from visionloop.evaluation.resampling import (
     code_keys,
     compute_key_interval,
+    compute_share_interval,
+    compute_wilson,
     count_keys,
     describe_images,
-    draw_cells,
     draw_keys,
     sum_keys,
 )
@@ -44,6 +45,47 @@ def test_the_interval_of_a_mean_covers_the_truth_when_frames_are_alike(num_keys,
     assert by_images < 800
 
 
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [(8, 10, 0.490162, 0.943318), (0, 20, 0.0, 0.161125), (20, 20, 0.838875, 1.0), (0, 0, 0.0, 1.0)],
+)
+def test_wilson_equals_published_values(hits, trials, low, high):
+    found = compute_wilson(hits, trials)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_a_share_of_single_images_has_wilsons_interval():
+    assert compute_share_interval(np.arange(50) < 45, np.ones(50)) == compute_wilson(45, 50)
+
+
+@pytest.mark.parametrize("correlation", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize(("num_keys", "per_key"), [(8, 30), (16, 16), (29, 10), (60, 8)])
+@pytest.mark.parametrize("share", [0.7, 0.95])
+def test_the_interval_of_a_share_covers_the_truth_when_frames_are_alike(correlation, num_keys, per_key, share):
+    # Each film has a share of its own, of a beta distribution: frames of a film correlate by `correlation`.
+    generator = np.random.default_rng(num_keys)
+    scale = (1 - correlation) / correlation
+    level = generator.beta(share * scale, (1 - share) * scale, (1000, num_keys))
+    hits = generator.binomial(per_key, level)
+    found = [compute_share_interval(row, np.full(num_keys, per_key)) for row in hits]
+    covered = sum(one.low <= share <= one.high for one in found)
+    naive = [compute_wilson(int(row.sum()), num_keys * per_key) for row in hits]
+    assert covered >= 930
+    assert sum(one.low <= share <= one.high for one in naive) < 850
+    # It is no wider than if each film were one image.
+    films = compute_wilson(share * num_keys, num_keys)
+    assert np.median([one.high - one.low for one in found]) < 1.15 * (films.high - films.low)
+
+
+def test_flawless_films_tell_as_much_as_so_many_images():
+    found = compute_share_interval([16] * 16, [16] * 16)
+    assert (found.low, found.high) == pytest.approx((compute_wilson(16, 16).low, 1.0))
+    one_error = compute_share_interval([15] + [16] * 15, [16] * 16)
+    assert one_error.low == pytest.approx(found.low)
+    assert one_error.low < compute_wilson(255, 256).low
+    assert compute_share_interval([9], [10]).low is None
+
+
 def test_codes_and_sums_follow_the_keys():
     key_n = code_keys(["film-b", "film-a", "film-b", "x"])
     assert key_n.tolist() == [1, 0, 1, 2]
@@ -70,13 +112,3 @@ def test_keys_are_drawn_whole_and_the_same_however_they_are_cut(monkeypatch):
     monkeypatch.setattr("visionloop.evaluation.resampling.CHUNK_CELLS", 90)
     assert np.array_equal(np.concatenate(list(draw_keys(key_n, 500, seed=3))), whole)
     assert not np.array_equal(np.concatenate(list(draw_keys(key_n, 500, seed=4))), whole)
-
-
-def test_drawn_cells_have_the_mean_and_spread_of_drawn_images(monkeypatch):
-    count_c = np.array([5, 0, 15, 30])
-    whole = np.concatenate(list(draw_cells(count_c, 4000, seed=1)))
-    assert (whole.sum(axis=1) == 50).all()
-    assert whole.mean(axis=0) == pytest.approx(count_c, abs=0.2)
-    assert whole.var(axis=0) == pytest.approx(count_c * (1 - count_c / 50), rel=0.1)
-    monkeypatch.setattr("visionloop.evaluation.resampling.CHUNK_CELLS", 90)
-    assert np.array_equal(np.concatenate(list(draw_cells(count_c, 4000, seed=1))), whole)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
-from visionloop.evaluation.metrics import IntArray, compute_confusion
+from visionloop.evaluation.metrics import compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
+from visionloop.evaluation.resampling import IntArray
 from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
