@@ -51,9 +51,10 @@ def approve(
     from visionloop.errors import SettingsError
     from visionloop.promotion.decide import approve as run_approve
 
-    if not why.strip():
+    why = " ".join(why.split())
+    if not why:
         raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
-    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why.strip(), now=get_now())
+    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why, now=get_now())
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
