@@ -26,6 +26,7 @@ MAX_STEPS = 100
 MOST_SHARPNESS = 100.0  # of 1 / T, either way
 PENALTY = 1.0  # on (1/T - 1)^2 / 2 and b^2 / 2
 NUM_BINS = 15
+FIGURES = {"log_loss": "log loss", "brier": "Brier score", "ece": "calibration error"}
 Kept = Literal["nothing", "temperature", "temperature and biases"]
 WITHOUT: Kept = "nothing"
 WAYS: tuple[tuple[Kept, bool], ...] = (("temperature", False), ("temperature and biases", True))

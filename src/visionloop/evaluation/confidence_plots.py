@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from visionloop.bundle import Bundle
 from visionloop.confidence import compute_probs
 from visionloop.evaluation.answers import Answers
+from visionloop.evaluation.calibration import FIGURES
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.plots import BLUE, GREEN, INK, MUTED, RED, open_figure
 from visionloop.evaluation.promises import BoolArray, FloatArray, compute_risk_curve
@@ -34,7 +35,7 @@ def describe_confidence(card: Card) -> dict[str, str]:
     elif tuning:
         words["Tuned on"] = f"{tuning['num_images']:,} validation images ({tuning['num_keys']:,} independent)"
         for name, value in tuning["before"].items():
-            words[f"Held-out {name.replace('_', ' ')}"] = f"{value:.4f} before, {tuning['after'][name]:.4f} after"
+            words[f"Held-out {FIGURES[name]}"] = f"{value:.4f} before, {tuning['after'][name]:.4f} after"
     if limits := describe_limits(card):
         words["Does not know"] = limits
     return words

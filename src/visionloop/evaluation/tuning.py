@@ -21,7 +21,7 @@ from visionloop.confidence import (
     pick_rows,
     scale_to_one,
 )
-from visionloop.evaluation.calibration import IntArray, fit_scale, number_keys
+from visionloop.evaluation.calibration import FIGURES, IntArray, fit_scale, number_keys
 from visionloop.evaluation.promises import Promise, bound_errors, find_promise, keep_one_of_a_key
 from visionloop.evaluation.thresholds import Chosen, choose_threshold
 from visionloop.params.train import Abstain, Threshold
@@ -73,7 +73,7 @@ def _tune_scale(
     if fit.why:
         line = f"confidence: probabilities stay as they are: {fit.why}"
     else:
-        figures = ", ".join(f"{n.replace('_', ' ')} {fit.before[n]:.3f} -> {fit.after[n]:.3f}" for n in fit.before)
+        figures = ", ".join(f"{FIGURES[n]} {fit.before[n]:.3f} -> {fit.after[n]:.3f}" for n in fit.before)
         line = f"confidence: {fit.kept} fitted on validation (T {scale.temperature:.3g}); held-out images: {figures}"
     return replace(card, temperature=scale.temperature, biases=biases), [line]
 

@@ -149,6 +149,15 @@ def test_calibration_error_of_a_worked_example() -> None:
     assert compute_ece(np.array([1.0]), np.array([1.0])) == 0.0
 
 
+def test_calibration_error_is_that_of_mapie() -> None:
+    """MAPIE 1.6.0: expected_calibration_error(hits, confidence, num_bins=15, split_strategy="uniform")."""
+    rng = np.random.default_rng(11)
+    rng.beta(0.2, 0.6, 2000), rng.random(2000)
+    label_n, score_n = rng.integers(0, 2, 500), rng.random(500)
+    hits_n = (label_n == (score_n >= 0.5)).astype(float)
+    assert compute_ece(np.maximum(score_n, 1 - score_n), hits_n) == pytest.approx(0.21643701975934418)
+
+
 def test_keys_are_numbered_in_their_order() -> None:
     codes_n, number = number_keys(np.array([7, 3, 7, 1, 3]))
     assert (codes_n.tolist(), number) == ([0, 1, 0, 2, 1], 3)

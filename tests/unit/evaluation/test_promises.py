@@ -131,3 +131,21 @@ def test_risk_curve_of_a_worked_example() -> None:
     assert coverage_n.tolist() == [0.5, 0.75, 1.0]
     assert risk_n.tolist() == pytest.approx([0.0, 1 / 3, 0.5])
     assert [len(one) for one in compute_risk_curve(np.zeros(0), np.zeros(0, bool))] == [0, 0]
+
+
+def test_looks_keep_what_mapie_keeps() -> None:
+    """Numbers of MAPIE 1.6.0: BinaryClassificationController(precision, 0.8, confidence_level=0.95, "bonferroni")."""
+    rng = np.random.default_rng(11)
+    score_n = rng.beta(0.2, 0.6, 2000).astype(np.float32)
+    hits_n = rng.random(2000) < score_n
+    looks_t = choose_looks(2000, 0.2, 0.05)
+    assert looks_t.tolist() == [25, 222, 420, 618, 815, 1012, 1210, 1408, 1605, 1802, 2000]
+    wrong_n = np.cumsum(~hits_n[np.argsort(-score_n, kind="stable")])
+    p_values = [binomtest(int(wrong_n[m - 1]), int(m), 0.2, alternative="less").pvalue for m in looks_t[:4]]
+    assert p_values[:2] == pytest.approx([0.0037778931862957137, 2.9306468522555352e-08], rel=1e-9)
+    # Where it is not small, theirs is the Hoeffding-Bentkus bound, which is a little larger than the exact value.
+    assert p_values[2:] == pytest.approx([0.12229981579756431, 0.9999999999721824], rel=0.25)
+    assert p_values[2] < 0.12229981579756431
+    promise = find_promise(score_n, hits_n, 0.2, 0.05)
+    assert promise.limit == pytest.approx(0.8078070282936096, rel=1e-9), "their best_predict_param"
+    assert (promise.num_answered, promise.num_wrong) == (222, 15)
