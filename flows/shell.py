@@ -41,7 +41,7 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             print(f"error: {summary.headline}", file=sys.stderr)
             return BusyError.exit_code
         print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
-        if summary.verdict != "passed":
+        if summary.is_not_promoted:
             raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)

@@ -190,7 +190,8 @@ class Decision(Record):
     """What the gate decided, for which models, by which rules. Every decision is stored, also a refusal.
 
     `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
-    dataset, params, code, weights. `champion` is None when there was none.
+    dataset, params, code, weights. `champion` is None when there was none. `entry` is the number of the ledger entry
+    that it was compared with: 0 when there was none, None in decisions from before it was noted.
     """
 
     name: str
@@ -207,6 +208,12 @@ class Decision(Record):
     dataset: dict[str, Any]
     run_id: str | None
     decided_at: str
+    entry: int | None = None
+
+    @property
+    def is_same_model(self) -> bool:
+        """Say whether the candidate was the champion itself, so that there was nothing to compare."""
+        return self.candidate == self.champion and self.verdict == "inconclusive"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

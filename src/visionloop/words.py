@@ -27,9 +27,10 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy.
+    """All that is told at the end. `outcome` is promoted, unchanged, same, refused, inconclusive or busy.
 
-    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands.
+    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands. It is
+    `same` where the candidate is the champion itself.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Summary:
     answers: Sequence[Mapping[str, Any]] = ()
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_not_promoted(self) -> bool:
+        """Say whether a candidate was turned down: refused or inconclusive, now or with nothing changed since."""
+        return self.verdict in ("refused", "inconclusive")
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the table: (what, found), top to bottom."""
@@ -316,22 +322,6 @@ def describe_decision(decision: "Decision") -> list[str]:
     width = max(map(len, (r.rule for r in decision.rules)), default=0)
     lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
-
-
-def describe_outcome(outcome: str, decision: "Decision") -> str:
-    """Tell in one line what came of a retrain."""
-    return {
-        "promoted": f"{decision.name} has a new champion",
-        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
-        "refused": "the candidate was refused at the gate; nothing moved",
-        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
-    }[outcome]
-
-
-def describe_unchanged(decision: "Decision") -> str:
-    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
-    stands = "" if decision.verdict == "passed" else f"; decision {decision.number} stands: {decision.verdict}"
-    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
 def describe_registered(name: str, version: str) -> str:

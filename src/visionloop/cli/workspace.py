@@ -59,7 +59,7 @@ def start(
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
-    if summary.verdict != "passed":
+    if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
 
 

@@ -23,7 +23,7 @@ from visionloop.promotion.gate import (
     make_same_rule,
     make_task_rule,
 )
-from visionloop.promotion.ledger import read_champion, store_decision, write_decision
+from visionloop.promotion.ledger import check_rolled_back, read_ledger, store_decision, write_decision
 from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
 from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
 from visionloop.store import ObjectStore
@@ -53,7 +53,8 @@ def gate(
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
-    champion = read_champion(store, name)
+    ledger = read_ledger(store, name)
+    champion = ledger.champion
     models = [candidate]
     if champion and champion.bundle != candidate.digest:
         rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
@@ -64,6 +65,8 @@ def gate(
     tasks = [model.card.task for model in models]
     if len(set(tasks)) > 1 and "multilabel" in tasks:
         rules.insert(0, make_task_rule(*tasks))
+    if rolled_back := check_rolled_back(store, ledger.entries, candidate.bundle):
+        rules.insert(0, rolled_back)
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
@@ -80,6 +83,7 @@ def gate(
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         run_id=note.run_id if note else None,
         decided_at=now,
+        entry=champion.number if champion else 0,
     )
     decision = store_decision(store, decision)
     write_decision(settings.decisions_dir, decision)
