@@ -15,15 +15,15 @@ from typing import Any
 
 from visionloop import pipeline
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import PromotionError
 from visionloop.promotion.ledger import (
     describe_rollback,
     find_rolled_back,
+    is_bound,
     latest_decision,
     read_champion,
     read_history,
-    require_bound,
 )
+from visionloop.promotion.restore import require_whole
 from visionloop.records import Decision, LedgerEntry
 from visionloop.words import (
     Summary,
@@ -171,6 +171,9 @@ def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | 
     """Return the last decision if dataset, params, code and champion are still those that it left behind.
 
     A model that passed and was rolled back from since is still what this state leads to: it stays down.
+
+    Raises:
+        BundleError: nothing changed, but the champion's bundle is damaged in the store.
     """
     decision = latest_decision(workspace.store, workspace.name)
     state = pipeline.compute_state(workspace.settings.home, workspace.params, dataset["digest"])
@@ -179,12 +182,12 @@ def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | 
     champion = read_champion(workspace.store, workspace.name)
     if decision.verdict == "passed":
         is_champion = champion is not None and decision.candidate == champion.bundle
-        return decision if is_champion or _find_rollback(workspace, decision) else None
-    try:
-        require_bound(decision, champion)
-    except PromotionError:
-        return None
-    return decision
+        stands = is_champion or _find_rollback(workspace, decision) is not None
+    else:
+        stands = is_bound(decision, champion)
+    if stands and champion:
+        require_whole(workspace.store, champion.bundle)
+    return decision if stands else None
 
 
 def _find_rollback(workspace: Workspace, decision: Decision) -> LedgerEntry | None:

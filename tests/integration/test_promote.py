@@ -6,45 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from desks import NOW, Desk
 from memory_tracking import MemoryTracking
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
-from visionloop.promotion.decide import gate
 from visionloop.promotion.ledger import append_entry, latest_decision, read_champion, read_history
-from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
-from visionloop.workspace import connect
-from worlds import GOOD, POOR, make_world, write_note
-
-NOW = "2026-02-03T04:05:06Z"
-
-
-class Desk:
-    """A world with an MLflow in memory, and the steps as a person takes them."""
-
-    def __init__(self, home):
-        self.world = make_world(home)
-        self.store, self.tracking = self.world.store, MemoryTracking()
-        self.place = replace(self.world, tracking=self.tracking)
-
-    def judge(self, seed, *, floors=None, note=None, **card):
-        digest = self.world.write_candidate(seed, **card)
-        params = self.world.with_gate(rule="no_worse", margin=0.99, floors=floors or {})
-        gate(connect(self.world.settings, params, store=self.store), state={}, now=NOW)
-        if note:  # after the gate: it would tag a run of a real MLflow
-            write_note(self.world.settings.runs_dir, digest, note)
-        return digest
-
-    def promote(self, by="ann", **options):
-        return promote(self.place, by=by, why="because", now=NOW, **options)
-
-    def rollback(self, to=None):
-        return rollback(self.place, to=to, by="bob", why="it was wrong", now=NOW)
-
-    def crown(self, seed, **card):
-        """Take a candidate all the way."""
-        digest = self.judge(seed, **card)
-        register(self.place)
-        assert self.promote().bundle == digest
-        return digest
+from visionloop.promotion.promote import compare_alias, mirror_alias, register
+from worlds import GOOD, POOR
 
 
 @pytest.fixture

@@ -247,14 +247,20 @@ def require_passed(store: ObjectStore, name: str, candidate: str, *, again: bool
     raise NotPromoted(where, f"decision {decision.number} is {decision.verdict} ({told})", "one that passed", todo)
 
 
-def require_bound(decision: Decision, champion: LedgerEntry | None) -> None:
-    """Raise PromotionError unless the ledger is where it was when the gate decided.
+def is_bound(decision: Decision, champion: LedgerEntry | None) -> bool:
+    """Say whether the ledger is where it was when the gate decided.
 
     A decision holds for one ledger entry: after a rollback and back, the same champion is another entry. One from
     before entries were noted holds for a bundle.
     """
-    number, bundle = (champion.number, champion.bundle) if champion else (0, None)
-    if (decision.entry == number) if decision.entry is not None else (decision.champion == bundle):
+    if decision.entry is None:
+        return decision.champion == (champion.bundle if champion else None)
+    return decision.entry == (champion.number if champion else 0)
+
+
+def require_bound(decision: Decision, champion: LedgerEntry | None) -> None:
+    """Raise PromotionError unless the ledger is where it was when the gate decided."""
+    if is_bound(decision, champion):
         return
     seen = decision.champion[:12] if decision.champion else "no champion"
     raise PromotionError(

@@ -88,7 +88,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
         raise PromotionError(
             f"candidate {digest[:12]}", "is not registered", "a model version", "Run `visionloop register`."
         )
-    _verify_in_store(workspace, digest)
+    verify_in_store(workspace, digest)
     note = load_run_note(workspace.settings.runs_dir, digest)
     entry = append_entry(
         store,
@@ -122,7 +122,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
     name = workspace.name
     history = read_history(workspace.store, name)
     target = _find_target(name, history, to)
-    _verify_in_store(workspace, target.bundle)
+    verify_in_store(workspace, target.bundle)
     entry = append_entry(
         workspace.store,
         name,
@@ -227,7 +227,7 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
     return earlier[-1]
 
 
-def _verify_in_store(workspace: Workspace, digest: str) -> None:
+def verify_in_store(workspace: Workspace, digest: str) -> None:
     """Download a bundle without this machine's cache, as a server would; check its digests and golden answers."""
     workspace.settings.hidden_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.settings.hidden_dir) as folder:
