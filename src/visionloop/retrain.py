@@ -4,6 +4,7 @@
 Each step takes the workspace's folder and returns a JSON value.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -148,10 +149,16 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
 
 def register(home: str, tell: Tell) -> str:
-    """Copy the bundle to the store and mirror it in MLflow; return the model version."""
+    """Try the candidate in the real server, copy it to the store and mirror it in MLflow; return the model version."""
     from visionloop.promotion.promote import register as run_register
+    from visionloop.serving.check import check_serving
 
     workspace = open_workspace(Path(home))
+    if importlib.util.find_spec("fastapi"):
+        number = check_serving(workspace, str(workspace.settings.candidate_dir))
+        tell(f"  the server, tried on a port of its own, answers {number} golden images as the bundle does")
+    else:
+        tell("  the server was not tried: it is not installed here (`pip install 'visionloop[serve]'`)")
     version = run_register(workspace)
     tell(f"  {describe_registered(workspace.name, version)}")
     return version

@@ -27,7 +27,7 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, same, refused, inconclusive or busy.
+    """All that is told at the end. `outcome` is promoted, unchanged, same, refused or inconclusive.
 
     `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands. It is
     `same` where the candidate is the champion itself.
