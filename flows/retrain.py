@@ -63,7 +63,8 @@ def end_as_skipped(name: str, error: BusyError) -> State[Any]:
 def keep_failure(name: str, error: Exception) -> None:
     """Keep what went wrong as an artifact: an error of ours in its own words, any other by its kind."""
     line = describe_error(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
-    create_markdown_artifact(f"# {name}: failed\n\n{line}\n", key=f"retrain-{name}", description=line[:300])
+    with contextlib.suppress(Exception):  # where Prefect is away too, the error that is told stays the first one
+        create_markdown_artifact(f"# {name}: failed\n\n{line}\n", key=f"retrain-{name}", description=line[:300])
 
 
 def finish(summary: Summary) -> State[Any]:

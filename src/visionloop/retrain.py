@@ -84,8 +84,11 @@ def bring_up_to_date(
     for stage in stages:
         step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more))
     decision = Decision.from_json(step("gate", "candidate against champion", lambda: gate(home, tell)))
+    if decision.is_same_model:
+        require_whole(workspace.store, decision.candidate)
+        return _summarise(workspace, decision, "same", seconds)
     if decision.verdict != "passed":
-        return _summarise(workspace, decision, "same" if decision.is_same_model else decision.verdict, seconds)
+        return _summarise(workspace, decision, decision.verdict, seconds)
     step("register", "bundle to the store and to MLflow", lambda: register(home, tell))
     why = f"passed the gate on dataset {dataset['version']} (decision {decision.number})"
     step("promote", "ledger entry and alias", lambda: promote(home, why, tell))
