@@ -36,8 +36,8 @@ def make_slices(
     """Return the slices of some images with at least `min_support` of them, sorted by name.
 
     An image is in no slice of a property it has no value of, and in one for each of its sources. `measures` are figures
-    of the images (n,) by name, such as brightness: each is cut at the terciles, equal values together. A slice that holds all
-    images is left out: it says nothing.
+    of the images (n,) by name, such as brightness: each is cut at the terciles, equal values together. A slice that
+    holds all images is left out: it says nothing.
     """
     rows: dict[str, list[int]] = defaultdict(list)
     for row, record in enumerate(records):

@@ -26,7 +26,15 @@ from visionloop.promotion.gate import (
     make_task_rule,
 )
 from visionloop.promotion.judge import Case, Metrics, judge
-from visionloop.promotion.ledger import latest_decision, read_champion, read_decisions, store_decision, write_decision
+from visionloop.promotion.ledger import (
+    check_rolled_back,
+    latest_decision,
+    read_champion,
+    read_decisions,
+    read_ledger,
+    store_decision,
+    write_decision,
+)
 from visionloop.promotion.limits import check_latency, check_limit
 from visionloop.promotion.score import (
     Scores,
@@ -76,7 +84,8 @@ def gate(
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
-    scores, champion = score(candidate), read_champion(store, name)
+    scores, ledger = score(candidate), read_ledger(store, name)
+    champion = ledger.champion
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
@@ -91,7 +100,13 @@ def gate(
             on_these=on_these,
         )
     )
-    rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
+    rolled_back = check_rolled_back(store, ledger.entries, candidate.bundle)
+    rules = [
+        *([rolled_back] if rolled_back else []),
+        *_note_champion(candidate, rival),
+        *rules,
+        *_check_limits(workspace, pin, tests, candidate, rival),
+    ]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
