@@ -1,12 +1,14 @@
 """params.yaml: each mistake is one line that names the key."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visionloop.errors import ParamsError
-from visionloop.params import load_params, make_params
+from visionloop.params import Gate, load_params, make_params
+from visionloop.params.text import parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,14 @@ def test_a_file_that_is_no_params(tmp_path: Path, text: str, line: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"not found; expected a params\.yaml. Make a workspace"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_the_params_of_the_page_about_judging_are_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S)
+    gates = [make_params({"name": "pets", **parse_yaml(block, "judging.md")}).gate for block in blocks]
+    assert [(gate.looks, gate.approval, len(gate.floors)) for gate in gates] == [
+        ("tell", "none", 0),
+        ("spend", "required", 4),
+    ]
+    assert gates[0] == Gate(), "the first block shows the defaults"

@@ -187,6 +187,13 @@ def test_what_cannot_be_told_says_how_many_images_would():
     assert rule.found.endswith("; the candidate is not ahead: more test images would hardly help it")
 
 
+def test_one_image_tells_nothing_not_even_how_many_would():
+    section = Gate(rule="no_worse", margin=0.02)
+    rule = check_difference(make_difference(0, 0, 1, section), "no_worse", ALPHA)
+    assert rule.passed is None
+    assert rule.found.endswith("; too few images to say how many would tell")
+
+
 def test_groups_are_said():
     rule = check_difference(make_difference(12, 3, 256, keys=16), "better", ALPHA)
     assert " on 256 images in 16 groups: " in rule.found
