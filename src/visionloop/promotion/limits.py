@@ -48,6 +48,26 @@ def _check_floor(name: str, floor: Floor, figure: Interval | None) -> RuleResult
     )
 
 
+def check_baseline(accuracy: Interval, share: float, told: str, section: Gate) -> RuleResult:
+    """Hold the accuracy's 95 % interval against the share of images that one constant answer has right.
+
+    The labels of the test side are taken as given, so the share is a plain number.
+    """
+    low, high = accuracy.low, accuracy.high
+    interval = f"{percent(low)} ... {percent(high)}" if low is not None and high is not None else "unknown"
+    return RuleResult(
+        rule="baseline",
+        passed=True if low is not None and low > share else False if high is not None and high < share else None,
+        found=f"accuracy {percent(accuracy.value)}, its 95 % interval {interval}",
+        expected=f"an interval above {percent(share)}, the answer {told}; more test images make it narrower",
+        value=accuracy.value,
+        low=low,
+        high=high,
+        line=share,
+        mode=section.baseline.mode,
+    )
+
+
 def check_new_classes(recalls: Mapping[str, tuple[int, int]], section: Gate) -> RuleResult | None:
     """Hold what the candidate finds of the classes new to it (found, images) against a line. None without any."""
     if not recalls or section.new_class.mode == "off":

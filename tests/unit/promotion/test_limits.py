@@ -2,13 +2,28 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from visionloop.params import Floor, Gate
 from visionloop.params.gate import Latency
-from visionloop.promotion.limits import check_floors, check_latency, check_limit, check_log_loss, check_new_classes
+from visionloop.promotion.limits import (
+    check_baseline,
+    check_floors,
+    check_latency,
+    check_limit,
+    check_log_loss,
+    check_new_classes,
+)
 from visionloop.records import Interval, RuleResult
 
 RUNS = 1000
+
+
+def compute_wilson(hits, number):
+    bounds = binomtest(hits, number).proportion_ci(method="wilson")
+    return Interval(hits / number, bounds.low, bounds.high)
+
+
 ALLOWED = 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / RUNS)  # a level of 5 % is above this in one of 100 simulations
 
 
@@ -34,6 +49,28 @@ def test_a_floor_of_the_interval_takes_its_worse_end():
     assert (auc.passed, auc.found) == (None, "these answers have no auc")
     assert check_floors({"log_loss": Floor(line=0.25)}, metrics)[0].passed is False
     assert check_floors({"accuracy": Floor(line=0.25, mode="off")}, metrics) == []
+
+
+def test_the_baseline_lies_below_above_or_inside_the_interval():
+    rule = check_baseline(compute_wilson(36, 36), 0.5, "always 'cat'", Gate())
+    assert (rule.passed, rule.value, rule.line) == (True, 1.0, 0.5)
+    assert rule.found == "accuracy 100.00 %, its 95 % interval 90.36 % ... 100.00 %"
+    assert rule.expected.startswith("an interval above 50.00 %, the answer always 'cat'; ")
+    for hits, number, share, passed in (
+        (6, 6, 0.5, True),
+        (5, 5, 0.6, None),
+        (40, 40, 1.0, None),
+        (10, 40, 0.5, False),
+    ):
+        assert check_baseline(compute_wilson(hits, number), share, "x", Gate()).passed is passed, (hits, number)
+    few = check_baseline(Interval(1.0, None, None), 0.5, "x", Gate(baseline={"mode": "dry_run"}))
+    assert (few.passed, few.mode, few.found.endswith("interval unknown")) == (None, "dry_run", True)
+
+
+def test_guessing_beats_the_baseline_in_at_most_one_of_forty():
+    hits = np.random.default_rng(0).binomial(60, 0.6, size=RUNS)
+    passed = [check_baseline(compute_wilson(int(each), 60), 0.6, "x", Gate()).passed is True for each in hits]
+    assert np.mean(passed) <= 0.025 + 2.33 * np.sqrt(0.025 * 0.975 / RUNS)
 
 
 def test_new_classes_are_held_against_their_own_line():
