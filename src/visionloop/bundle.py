@@ -25,6 +25,7 @@ from visionloop.store import ObjectStore
 DIGESTS = "digests.json"
 REQUIRED = ("model.onnx", "card.json", "reference.npz", "golden/answers.json")
 TRAINING_ONLY = frozenset({"weights.safetensors"})
+RESTORE = "If it is the champion, `visionloop doctor --fix` puts it back from a copy on this machine."
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 
 
@@ -131,7 +132,10 @@ def download_bundle(store: ObjectStore, digest: str, cache_dir: Path, *, with_we
     shutil.rmtree(staged, ignore_errors=True)
     try:
         _fetch(store, digest, staged, skip=frozenset() if with_weights else TRAINING_ONLY)
-        load_bundle(staged, expected_digest=digest)
+        try:
+            load_bundle(staged, expected_digest=digest)
+        except BundleError as exc:
+            raise BundleError(f"bundle {digest[:12]} in {store.url}", exc.found, exc.expected, RESTORE) from exc
         shutil.rmtree(target, ignore_errors=True)
         staged.rename(target)
     finally:
@@ -152,9 +156,7 @@ def _fetch(store: ObjectStore, digest: str, folder: Path, *, skip: frozenset[str
             path.write_bytes(store.get(f"bundles/{digest}/{name}"))
         (folder / DIGESTS).write_bytes(table)
     except ObjectMissing as exc:
-        raise BundleError(
-            f"bundle {digest[:12]}", f"is not whole in {store.url}", "every file of it", "Register it again."
-        ) from exc
+        raise BundleError(f"bundle {digest[:12]}", f"is not whole in {store.url}", "every file of it", RESTORE) from exc
 
 
 def hash_file(path: Path) -> str:

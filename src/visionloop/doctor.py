@@ -13,8 +13,9 @@ from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
-from visionloop.promotion.ledger import read_champion
-from visionloop.promotion.promote import compare_alias
+from visionloop.promotion.ledger import read_champion, read_ledger, require_sound
+from visionloop.promotion.promote import compare_alias, verify_in_store
+from visionloop.promotion.restore import require_whole
 from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
@@ -46,7 +47,9 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("store", lambda: _check_store(workspace.store)),
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
         ("dataset", lambda: _check_dataset(workspace)),
+        ("ledger", lambda: _check_ledger(workspace)),
         ("champion", lambda: _check_champion(workspace)),
+        ("alias", lambda: _check_alias(workspace)),
     ]
     findings = []
     for subject, check in checks:
@@ -129,10 +132,26 @@ def _check_dataset(workspace: Workspace) -> Finding:
     return Finding("dataset", ok, found, f"The pin is not of {workspace.name} in this store: run `visionloop ingest`.")
 
 
+def _check_ledger(workspace: Workspace) -> Finding:
+    ledger = read_ledger(workspace.store, workspace.name)
+    require_sound(ledger, workspace.name)
+    return Finding("ledger", True, f"{len(ledger.entries)} entries of {workspace.name}, each after the one before")
+
+
 def _check_champion(workspace: Workspace) -> Finding:
+    """Fetch the champion's bundle as a server would: all its files, and its answers on this machine."""
     entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         return Finding("champion", True, "none yet")
+    require_whole(workspace.store, entry.bundle)
+    verify_in_store(workspace, entry.bundle)
+    return Finding("champion", True, f"bundle {entry.bundle[:12]} is whole in the store and answers as it did")
+
+
+def _check_alias(workspace: Workspace) -> Finding:
+    entry = read_champion(workspace.store, workspace.name)
+    if entry is None:
+        return Finding("alias", True, "no champion to name yet")
     in_ledger, in_alias = compare_alias(workspace)
     found = f"ledger entry {entry.number}: model version {in_ledger}; MLflow's alias: {in_alias}"
-    return Finding("champion", in_ledger == in_alias, found, "Run `visionloop promote`: it sets the alias again.")
+    return Finding("alias", in_ledger == in_alias, found, "Run `visionloop doctor --fix`: it sets the alias again.")

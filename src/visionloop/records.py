@@ -246,6 +246,11 @@ class Decision(Record):
     num_keys: int | None = None
     looks: int = 0
 
+    @property
+    def is_same_model(self) -> bool:
+        """Say whether the candidate was the champion itself, so that there was nothing to compare."""
+        return self.candidate == self.champion and self.verdict == "inconclusive"
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         rules = tuple(RuleResult.from_json(rule) for rule in value["rules"])

@@ -4,6 +4,7 @@
 Each step takes the workspace's folder and returns a JSON value.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -15,17 +16,23 @@ from typing import Any
 
 from visionloop import pipeline
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.promotion.ledger import latest_decision, read_champion
-from visionloop.records import Decision
+from visionloop.promotion.ledger import (
+    describe_rollback,
+    find_rolled_back,
+    is_bound,
+    latest_decision,
+    read_champion,
+    read_history,
+)
+from visionloop.promotion.restore import require_whole
+from visionloop.records import Decision, LedgerEntry
 from visionloop.words import (
     Summary,
     describe_champion,
     describe_decision,
     describe_mlflow,
-    describe_outcome,
     describe_pull,
     describe_registered,
-    describe_unchanged,
     make_log_progress,
     shorten_path,
 )
@@ -69,11 +76,17 @@ def bring_up_to_date(
     dataset = step("ingest", "new images into the store", lambda: ingest(home, tell))
     unchanged = find_unchanged(workspace, dataset)
     if unchanged:
+        rollback = _find_rollback(workspace, unchanged)
         tell(describe_unchanged(unchanged))
+        if rollback:
+            tell(f"bundle {unchanged.candidate[:12]} was {describe_rollback(rollback)}; it stays down")
         return _summarise(workspace, unchanged, "unchanged", seconds)
     for stage in stages:
         step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more))
     decision = Decision.from_json(step("gate", "candidate against champion", lambda: gate(home, tell)))
+    if decision.is_same_model:
+        require_whole(workspace.store, decision.candidate)
+        return _summarise(workspace, decision, "same", seconds)
     if decision.verdict != "passed":
         return _summarise(workspace, decision, decision.verdict, seconds)
     step("register", "bundle to the store and to MLflow", lambda: register(home, tell))
@@ -139,10 +152,16 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
 
 def register(home: str, tell: Tell) -> str:
-    """Copy the bundle to the store and mirror it in MLflow; return the model version."""
+    """Try the candidate in the real server, copy it to the store and mirror it in MLflow; return the model version."""
     from visionloop.promotion.promote import register as run_register
+    from visionloop.serving.check import check_serving
 
     workspace = open_workspace(Path(home))
+    if importlib.util.find_spec("fastapi"):
+        number = check_serving(workspace, str(workspace.settings.candidate_dir))
+        tell(f"  the server, tried on a port of its own, answers {number} golden images as the bundle does")
+    else:
+        tell("  the server was not tried: it is not installed here (`pip install 'visionloop[serve]'`)")
     version = run_register(workspace)
     tell(f"  {describe_registered(workspace.name, version)}")
     return version
@@ -159,14 +178,50 @@ def promote(home: str, why: str, tell: Tell) -> dict[str, Any]:
 
 
 def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | None:
-    """Return the last decision if dataset, params, code and champion are still those that it left behind."""
+    """Return the last decision if dataset, params, code and champion are still those that it left behind.
+
+    A model that passed and was rolled back from since is still what this state leads to: it stays down.
+
+    Raises:
+        BundleError: nothing changed, but the champion's bundle is damaged in the store.
+    """
     decision = latest_decision(workspace.store, workspace.name)
-    champion = read_champion(workspace.store, workspace.name)
     state = pipeline.compute_state(workspace.settings.home, workspace.params, dataset["digest"])
     if decision is None or decision.state != state:
         return None
-    left = decision.candidate if decision.verdict == "passed" else decision.champion
-    return decision if left == (champion.bundle if champion else None) else None
+    champion = read_champion(workspace.store, workspace.name)
+    if decision.verdict == "passed":
+        is_champion = champion is not None and decision.candidate == champion.bundle
+        stands = is_champion or _find_rollback(workspace, decision) is not None
+    else:
+        stands = is_bound(decision, champion)
+    if stands and champion:
+        require_whole(workspace.store, champion.bundle)
+    return decision if stands else None
+
+
+def _find_rollback(workspace: Workspace, decision: Decision) -> LedgerEntry | None:
+    """Return the rollback from a decision's candidate, if it still holds."""
+    return find_rolled_back(read_history(workspace.store, workspace.name), decision.candidate)
+
+
+def describe_outcome(outcome: str, decision: Decision) -> str:
+    """Tell in one line what came of a retrain."""
+    return {
+        "promoted": f"{decision.name} has a new champion",
+        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
+        "same": f"the candidate is the champion of {decision.name} itself; nothing moved",
+        "refused": "the candidate was refused at the gate; nothing moved",
+        "inconclusive": "the gate cannot tell whether the candidate is good enough; nothing moved",
+        "waiting": f"decision {decision.number} waits for `visionloop approve`; nothing moved",
+    }[outcome]
+
+
+def describe_unchanged(decision: Decision) -> str:
+    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
+    is_good = decision.verdict == "passed" or decision.is_same_model
+    stands = "" if is_good else f"; decision {decision.number} stands: {decision.verdict}"
+    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
 def _summarise(
@@ -178,14 +233,14 @@ def _summarise(
 ) -> Summary:
     """Put together what is told at the end."""
     champion = read_champion(workspace.store, workspace.name)
-    is_old_news = outcome == "unchanged" and decision.verdict == "passed"
+    is_old_news = outcome == "unchanged" and (decision.verdict == "passed" or decision.is_same_model)
     return Summary(
         name=workspace.name,
         outcome=outcome,
         headline=describe_outcome(outcome, decision),
         dataset=decision.dataset,
         metrics=decision.metrics,
-        verdict=decision.verdict,
+        verdict="same" if decision.is_same_model else decision.verdict,
         rules=[] if is_old_news else [rule.to_json() for rule in decision.rules],
         model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},
         answers=answers or [],

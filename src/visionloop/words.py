@@ -28,9 +28,10 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy.
+    """All that is told at the end. `outcome` is promoted, unchanged, same, refused, inconclusive, waiting.
 
-    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands.
+    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands. It is
+    `same` where the candidate is the champion itself.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Summary:
     answers: Sequence[Mapping[str, Any]] = ()
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_not_promoted(self) -> bool:
+        """Say whether a candidate does not go on: refused, inconclusive or waiting, also if nothing changed since."""
+        return self.verdict in ("refused", "inconclusive", "waiting")
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the table: (what, found), top to bottom."""
@@ -318,23 +324,6 @@ def describe_decision(decision: "Decision") -> list[str]:
     told = (f"{r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules)
     lines += [f"  {mark}  {text}" for mark, text in zip(marks, told, strict=True)]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
-
-
-def describe_outcome(outcome: str, decision: "Decision") -> str:
-    """Tell in one line what came of a retrain."""
-    return {
-        "promoted": f"{decision.name} has a new champion",
-        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
-        "refused": "the candidate was refused at the gate; nothing moved",
-        "inconclusive": "the gate cannot tell whether the candidate is good enough; nothing moved",
-        "waiting": f"decision {decision.number} waits for `visionloop approve`; nothing moved",
-    }[outcome]
-
-
-def describe_unchanged(decision: "Decision") -> str:
-    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
-    stands = "" if decision.verdict == "passed" else f"; decision {decision.number} stands: {decision.verdict}"
-    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
 def describe_registered(name: str, version: str) -> str:

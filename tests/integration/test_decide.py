@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fakes import run_here
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionError, StoreError
 from visionloop.predictor import Predictor
@@ -254,6 +255,25 @@ def test_a_candidate_waits_for_approval_where_it_is_required(world, tmp_path):
     assert judge(world, params).verdict == "waiting"
 
 
+def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monkeypatch, capsys):
+    world.write_candidate(GOOD)
+    judge(world, world.with_gate(approval="required"))
+    (world.settings.home / "params.yaml").write_text("name: fake\n")
+    monkeypatch.setenv("VISIONLOOP_HOME", str(world.settings.home))
+    monkeypatch.setenv("VISIONLOOP_STORE", world.store.url)
+    assert run_here(monkeypatch, "approve", "--why", "  ") == 2
+    assert "visionloop approve --why: is empty; expected a reason" in capsys.readouterr().err
+    assert run_here(monkeypatch, "approve") == 2
+    assert "Missing option '--why'" in capsys.readouterr().err
+    assert run_here(monkeypatch, "approve", "1", "--why", "looked\nat it") == 0
+    told = capsys.readouterr().out
+    assert ": looked at it; expected gate.approval: required" in told
+    assert "pass  approval  waits for `visionloop approve --why ...` by a person; approved by " in told
+    assert "verdict: passed (decision 2)\nnext: `visionloop register`, then `visionloop promote`" in told
+    assert run_here(monkeypatch, "approve", "--why", "again") == 2
+    assert "decision 2 of fake: is passed; expected one that is waiting" in capsys.readouterr().err
+
+
 def test_a_word_is_for_what_waits_now(world, tmp_path):
     with pytest.raises(PromotionError, match="decisions fake: has no decision; expected one that waits"):
         give_word(world)
@@ -294,7 +314,7 @@ def test_the_first_model_must_beat_the_most_frequent_class(world):
     decision = judge(world, world.with_gate(baseline={}))
     rule = get_rule(decision, "baseline")
     assert (decision.verdict, rule.passed) == ("refused", False)
-    assert rule.expected == "more than the answer always 'a'"
+    assert rule.expected.startswith("an interval above 47.50 %, the answer always 'a'")
     shown = judge(world, world.with_gate(baseline={"mode": "dry_run"}))
     assert (shown.verdict, get_rule(shown, "baseline").passed) == ("passed", False)
 
@@ -325,6 +345,23 @@ def test_a_model_that_answers_no_numbers_is_named(world, tmp_path, monkeypatch):
     crown(world, tmp_path, POOR, params={"seed": "bad"})
     world.write_candidate(GOOD)
     assert "with no number" in get_rule(judge(world), "champion_runs").found
+
+
+def test_time_is_measured_once_beside_the_champion(world, tmp_path):
+    crown(world, tmp_path, POOR)
+    world.write_candidate(GOOD)
+    params = world.with_gate(latency={"ms": 1e-6, "ratio": 1000, "mode": "on"})
+    decision = judge(world, params)
+    rule = get_rule(decision, "latency")
+    assert (decision.verdict, rule.passed, rule.line) == ("refused", False, 1e-6)
+    assert 0 < rule.value < 1000
+    assert rule.expected == "at most 1e-06 ms and 1000 times the champion's"
+    assert judge(world, params) == decision, "the same times, so the same decision"
+    shown = judge(world, world.with_gate(latency={"ms": 1e-6}))
+    assert (shown.verdict, get_rule(shown, "latency").mode) == ("passed", "dry_run")
+    (path,) = (world.settings.hidden_dir / "latency").iterdir()
+    path.write_text("{")
+    assert get_rule(judge(world, params), "latency").passed is False
 
 
 def test_size_is_held_against_its_budget(world):

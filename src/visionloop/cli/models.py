@@ -68,9 +68,10 @@ def approve(
     from visionloop.errors import SettingsError
     from visionloop.promotion.decide import approve as run_approve
 
-    if not why.strip():
+    why = " ".join(why.split())
+    if not why:
         raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
-    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why.strip(), now=get_now())
+    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why, now=get_now())
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
@@ -95,18 +96,30 @@ def register() -> None:
 
 @app.command()
 def promote(
-    why: Annotated[str, typer.Option(help="The reason, kept in the ledger.")] = "passed the gate",
+    why: Annotated[str | None, typer.Option(help="The reason, kept in the ledger; default: passed the gate.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also a model that was rolled back from; wants --why.")
+    ] = False,
 ) -> None:
     """Make the registered candidate the champion: a ledger entry, and MLflow's alias `champion`.
+
+    A model that was rolled back from stays down until `--again` takes it back, after `visionloop gate` has found
+    nothing else against it.
 
     Examples:
 
       visionloop promote --why "500 new images of mules"
+
+      visionloop promote --again --why "the camera was dirty, not the model bad"
     """
+    from visionloop.errors import SettingsError
     from visionloop.promotion.promote import promote as run_promote
 
+    if again and not (why and why.strip()):
+        todo = 'Say why it should serve after all: `visionloop promote --again --why "..."`.'
+        raise SettingsError("visionloop promote --again", "has no --why", "a reason, kept in the ledger", todo)
     workspace = open_workspace()
-    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
+    entry = run_promote(workspace, by=get_user(), why=why or "passed the gate", now=get_now(), again=again)
     print(describe_champion(entry))
 
 
@@ -138,25 +151,30 @@ def rollback(
 
 @app.command()
 def history() -> None:
-    """Show every promotion and rollback: who, when, why, from what.
+    """Show every promotion and rollback: when, from which bundle to which, by what verdict, who and why.
+
+    What does not belong into the ledger is named, with exit code 2.
 
     Examples:
 
       visionloop history
     """
-    from visionloop.promotion.ledger import read_history
+    from visionloop.promotion.ledger import find_verdict, read_ledger, require_sound
 
     workspace = open_workspace()
-    entries = read_history(workspace.store, workspace.name)
-    if not entries:
+    ledger = read_ledger(workspace.store, workspace.name)
+    if not ledger.entries:
         print(f"{workspace.name} has no champion yet; `python flows/retrain.py` makes one")
-    for entry in reversed(entries):
-        star = "*" if entry is entries[-1] else " "
+    for entry in reversed(ledger.entries):
+        star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
+        verdict = find_verdict(workspace.store, workspace.name, entry)
         print(
-            f"{star} {entry.number:>4}  {at}  {entry.action:<8}  bundle {entry.bundle[:12]}"
-            f"  model {entry.model_version:<4}  dataset {trained_on}  {entry.by}: {entry.why}"
+            f"{star} {entry.number:>4}  {at}  {entry.action:<8}  {(entry.previous or 'none')[:12]:>12} ->"
+            f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
+            f"  {entry.by}: {entry.why}"
         )
+    require_sound(ledger, workspace.name)
 
 
 @app.command()

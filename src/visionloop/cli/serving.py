@@ -194,6 +194,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: follow the champion.")] = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="BUNDLE", help="Only try it: a folder, or a digest of the store.")
+    ] = None,
 ) -> None:
     """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
 
@@ -204,11 +207,19 @@ def serve(
       curl -F file=@photo.jpg http://127.0.0.1:8000/predict
 
       visionloop serve --port 0 --bundle models/candidate
+
+      visionloop serve --check models/candidate
     """
     from visionloop.serving.main import run_server
 
     die_with_guardian()
     workspace = open_workspace()
+    if check is not None:
+        from visionloop.serving.check import check_serving
+
+        number = check_serving(workspace, check)
+        print(f"the server answers {number} golden images of {check} as the bundle does")
+        return
     run_server(
         workspace,
         host=host,

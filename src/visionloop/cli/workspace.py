@@ -67,7 +67,7 @@ def start(
             print("nothing was ingested: the workspace is removed again", file=sys.stderr)
         raise
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
-    if summary.verdict != "passed":
+    if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
 
 
@@ -124,17 +124,34 @@ def new(
 
 
 @app.command()
-def doctor() -> None:
-    """Check versions, store, MLflow, disk, processor, GPU, and the ledger against MLflow's alias; say what to do.
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="First mend the champion's bundle and MLflow's alias; no champion moves.")
+    ] = False,
+) -> None:
+    """Check versions, store, MLflow, disk, processor, GPU, ledger, the champion's bundle and its alias; say what to do.
+
+    --fix puts damaged files of the champion's bundle back into the store, from a copy on this machine, and points
+    MLflow's alias `champion` where the ledger says. It moves nothing else.
 
     Examples:
 
       visionloop doctor
+
+      visionloop doctor --fix
     """
     from visionloop.doctor import examine
+    from visionloop.errors import VisionLoopError
+    from visionloop.promotion.restore import mend
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
+    if fix:
+        try:
+            for line in mend(workspace) or ["nothing to mend"]:
+                print(f"fix   {line}")
+        except VisionLoopError as exc:
+            print(f"fix   not mended: {exc}")
     findings = examine(workspace)
     width = max(len(f.subject) for f in findings)
     for finding in findings:

@@ -79,6 +79,12 @@ class Latency(Section):
     ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     mode: Mode = "dry_run"
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.ms is None and self.ratio is None:
+            raise ValueError("`ms`, `ratio`, or both")
+        return self
+
 
 def to_floor(value: Any) -> Any:
     """Take a bare number for a floor's line."""

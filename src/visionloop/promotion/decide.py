@@ -4,6 +4,7 @@ The answers of both models are in `score.py`, what is made of them in `judge.py`
 a person's word to a decision that waits for it: as a decision of its own, so that every step after it reads the same.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,9 +28,24 @@ from visionloop.promotion.gate import (
     make_task_rule,
 )
 from visionloop.promotion.judge import Case, Metrics, align, judge
-from visionloop.promotion.ledger import latest_decision, read_champion, read_decisions, store_decision, write_decision
-from visionloop.promotion.limits import check_limit
-from visionloop.promotion.score import Scores, compute_test_digest, score_bundle, select_test
+from visionloop.promotion.ledger import (
+    check_rolled_back,
+    latest_decision,
+    read_champion,
+    read_decisions,
+    read_ledger,
+    store_decision,
+    write_decision,
+)
+from visionloop.promotion.limits import check_latency, check_limit
+from visionloop.promotion.score import (
+    Scores,
+    compute_engine_digest,
+    compute_test_digest,
+    measure_latency,
+    score_bundle,
+    select_test,
+)
 from visionloop.records import Card, Decision, ImageRecord, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
@@ -70,7 +86,8 @@ def gate(
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
-    scores, champion = score(candidate), read_champion(store, name)
+    scores, ledger = score(candidate), read_ledger(store, name)
+    champion = ledger.champion
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
@@ -84,7 +101,13 @@ def gate(
         on_these=on_these,
     )
     rules, metrics = judge(case)
-    rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
+    rolled_back = check_rolled_back(store, ledger.entries, candidate.bundle)
+    rules = [
+        *([rolled_back] if rolled_back else []),
+        *_note_champion(candidate, rival),
+        *rules,
+        *_check_limits(workspace, pin, tests, candidate, rival),
+    ]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
@@ -183,7 +206,7 @@ def _note_champion(candidate: Predictor, rival: Rival | None) -> list[RuleResult
 def _check_limits(
     workspace: Workspace, pin: Pin, tests: Sequence[ImageRecord], candidate: Predictor, rival: Rival | None
 ) -> list[RuleResult]:
-    """Apply the rules about data, size and approval, which need more than answers."""
+    """Apply the rules about data, size, time and approval, which need more than answers."""
     section, rules = workspace.params.gate, []
     if section.leaks.mode != "off":
         leaks = load_leaks(workspace.store, load_version(workspace.store, pin.name, pin.version)).rows
@@ -195,9 +218,30 @@ def _check_limits(
     if section.model_size and section.model_size.mode != "off":
         size_mb = (candidate.bundle.folder / "model.onnx").stat().st_size / 1e6
         rules.append(check_limit("model_size", size_mb, section.model_size.mb, "MB", section.model_size.mode))
+    if section.latency and section.latency.mode != "off":
+        champion = rival.model if rival else None
+        rules.append(check_latency(*_recall_latency(workspace, candidate, champion), section.latency))
     if section.approval == "required":
         rules.append(make_approval_rule())
     return rules
+
+
+def _recall_latency(
+    workspace: Workspace, candidate: Predictor, champion: Predictor | None
+) -> tuple[float, float | None]:
+    """Measure candidate and champion in turns; once in a workspace, so that a second gate finds the same numbers."""
+    models = [candidate, *([champion] if champion else [])]
+    name = "-".join([*(model.digest[:16] for model in models), compute_engine_digest()[:12]])
+    path = workspace.settings.hidden_dir / "latency" / f"{name}.json"
+    try:
+        times = [float(each) for each in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        times = []
+    if len(times) != len(models):
+        times = measure_latency(models)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(times), encoding="utf-8")
+    return times[0], times[1] if champion else None
 
 
 def _count_looks(

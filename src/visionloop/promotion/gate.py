@@ -27,6 +27,7 @@ from visionloop.records import RuleResult
 
 PASSED, REFUSED, INCONCLUSIVE, WAITING = "passed", "refused", "inconclusive", "waiting"
 APPROVAL = "approval"
+MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
 APPROVE = "`visionloop approve --why ...` by a person"
 
@@ -292,6 +293,8 @@ def _describe_p(difference: Difference) -> str:
 def _describe_more(difference: Difference, alpha: float) -> str:
     """Tell how many more images would show the difference, if it is as large as it looks."""
     number, line = difference.num_images, difference.line
+    if number < MIN_GUESS:
+        return "; too few images to say how many would tell"
     needed = estimate_images(difference.value, difference.error, number, line, alpha)
     if needed is None:
         behind = "is not ahead" if line == 0 else f"is behind by {100 * abs(line):g} points or more"

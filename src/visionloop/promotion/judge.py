@@ -4,7 +4,7 @@ Dimensions in names: n test images, k classes (of both models and of the labels,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from visionloop.promotion.gate import (
     make_same_rule,
     spend_alpha,
 )
-from visionloop.promotion.limits import check_floors, check_log_loss, check_new_classes
+from visionloop.promotion.limits import check_baseline, check_floors, check_log_loss, check_new_classes
 from visionloop.promotion.paired import Pair
 from visionloop.promotion.score import Scores, map_scores, to_sets
 from visionloop.records import ImageRecord, Interval, RuleResult
@@ -75,7 +75,7 @@ def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     metrics = [_compute_metrics(aligned, scores, case.params) for scores in aligned.models]
     floors = {str(name): floor for name, floor in case.params.gate.floors.items()}
     answered = {"answered": metrics[0].get("answered", Interval(1.0, 1.0, 1.0))}  # without a rule it always answers
-    rules = [*check_floors(floors, metrics[0] | answered), _check_baseline(aligned, case.params)]
+    rules = [*check_floors(floors, metrics[0] | answered), _check_baseline(aligned, metrics[0], case.params)]
     if case.is_champion:
         rules.append(make_same_rule(case.params.gate))
     elif case.champion is None:
@@ -106,7 +106,7 @@ def _compute_metrics(aligned: Aligned, scores: Scores, params: Params) -> Metric
     return compute_answer_metrics(answers, params.evaluate) | compute_answered(answers)
 
 
-def _check_baseline(aligned: Aligned, params: Params) -> RuleResult | None:
+def _check_baseline(aligned: Aligned, metrics: Metrics, params: Params) -> RuleResult | None:
     """Compare the candidate with the best answer that is the same for every image.
 
     That is the most frequent class; for macro F1 of several labels, all of them (nothing else is as good a constant).
@@ -121,12 +121,13 @@ def _check_baseline(aligned: Aligned, params: Params) -> RuleResult | None:
         counts_k = np.bincount(labels.astype(np.int64), minlength=len(aligned.classes))
         most = int(counts_k.argmax())
         metric, constant, told = section.metric, np.full_like(labels, most), f"always {aligned.classes[most]!r}"
+    if metric == "accuracy":
+        share = float(np.equal(labels, constant).mean())
+        return check_baseline(metrics["accuracy"], share, told, section)
     pair = Pair(labels, aligned.models[0].chosen, constant, aligned.key_n, len(aligned.classes))
     draw = {"resamples": params.evaluate.resamples, "seed": params.evaluate.seed}
-    difference = compute_difference(pair, metric, 0.0, section.alpha, **draw)
-    rule = check_difference(difference, "baseline", section.alpha)
-    expected = f"more than the answer {told}"
-    return RuleResult(**{**rule.to_json(), "expected": expected, "mode": section.baseline.mode})
+    rule = check_difference(compute_difference(pair, metric, 0.0, section.alpha, **draw), "baseline", section.alpha)
+    return replace(rule, expected=f"more than the answer {told}", mode=section.baseline.mode)
 
 
 def _compare(case: Case, champion: Scores, aligned: Aligned) -> list[RuleResult | None]:

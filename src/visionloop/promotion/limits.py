@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from visionloop.errors import shorten
 from visionloop.evaluation.resampling import IntArray, compute_key_interval, count_keys, sum_keys
 from visionloop.params import Gate
-from visionloop.params.gate import LOWER_IS_BETTER, Floor
+from visionloop.params.gate import LOWER_IS_BETTER, Floor, Latency
 from visionloop.promotion.gate import percent
 from visionloop.promotion.paired import MIN_KEYS
 from visionloop.records import Interval, RuleResult
@@ -45,6 +45,26 @@ def _check_floor(name: str, floor: Floor, figure: Interval | None) -> RuleResult
         high=figure.high,
         line=floor.line,
         mode=floor.mode,
+    )
+
+
+def check_baseline(accuracy: Interval, share: float, told: str, section: Gate) -> RuleResult:
+    """Hold the accuracy's 95 % interval against the share of images that one constant answer has right.
+
+    The labels of the test side are taken as given, so the share is a plain number.
+    """
+    low, high = accuracy.low, accuracy.high
+    interval = f"{percent(low)} ... {percent(high)}" if low is not None and high is not None else "unknown"
+    return RuleResult(
+        rule="baseline",
+        passed=True if low is not None and low > share else False if high is not None and high < share else None,
+        found=f"accuracy {percent(accuracy.value)}, its 95 % interval {interval}",
+        expected=f"an interval above {percent(share)}, the answer {told}; more test images make it narrower",
+        value=accuracy.value,
+        low=low,
+        high=high,
+        line=share,
+        mode=section.baseline.mode,
     )
 
 
@@ -101,6 +121,24 @@ def check_log_loss(excess_n: ArrayLike, key_n: IntArray, section: Gate) -> RuleR
 def check_limit(rule: str, value: float, line: float, unit: str, mode: str) -> RuleResult:
     """Hold a plain number against the most that it may be."""
     return RuleResult(rule, value <= line, f"{value:,.4g} {unit}", f"at most {line:,.4g}", value, line=line, mode=mode)
+
+
+def check_latency(candidate_ms: float, champion_ms: float | None, section: Latency) -> RuleResult:
+    """Hold the time for one image against a budget in ms, and against a multiple of the champion's."""
+    limits = {f"{section.ms:g} ms": section.ms} if section.ms else {}
+    if section.ratio and champion_ms is not None:
+        limits[f"{section.ratio:g} times the champion's"] = section.ratio * champion_ms
+    line = min(limits.values(), default=None)
+    rival = f", the champion {champion_ms:.4g} ms" if champion_ms is not None else ""
+    return RuleResult(
+        rule="latency",
+        passed=line is None or candidate_ms <= line,
+        found=f"{candidate_ms:.4g} ms for one image here{rival}",
+        expected=f"at most {' and '.join(limits) or 'that of the champion, once there is one'}",
+        value=candidate_ms,
+        line=line,
+        mode=section.mode,
+    )
 
 
 def _write(value: float) -> str:

@@ -1,4 +1,4 @@
-"""From the address of a model to the model: a folder, NAME@champion, NAME@3, or a bundle's folder in a store."""
+"""From the address of a model to the model: a folder, NAME@champion, NAME@3, a digest, or a bundle in another store."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from visionloop.store import ObjectStore, open_store
 from visionloop.workspace import Workspace
 
 ADDRESSES = "a bundle's folder, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _PROMOTED = re.compile(r"([A-Za-z0-9._-]+)@(champion|[0-9]{1,6})")
 _STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
 
@@ -21,7 +22,7 @@ _STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
 def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspace]) -> Predictor:
     """Open the model of an address: digests first, then the golden answers.
 
-    `open_home` opens the workspace whose store a name is looked up in; it is called for a name only.
+    `open_home` opens the workspace whose store a name or digest is looked up in; it is called for these only.
 
     Raises:
         SettingsError: it is no address.
@@ -37,6 +38,10 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
     folder = Path(text).expanduser()
     if isinstance(address, str) and "@" in text and not folder.is_dir():
         return _load_promoted(text, open_home)
+    if _DIGEST.fullmatch(text) and not folder.exists():
+        workspace = open_home()
+        digest = find_digest(workspace.store, text)
+        return Predictor.fetch(workspace.store, digest, workspace.settings.hidden_dir / "bundles")
     if not text or not folder.is_dir():
         found = "is a file" if folder.is_file() and text else "does not exist"
         raise BundleError(f"model {text!r}", found, ADDRESSES, "Check it; a path is relative to the current folder.")
@@ -52,6 +57,17 @@ def load_champion(workspace: Workspace, name: str | None = None, number: int | N
     """
     entry = require_entry(workspace.store, name or workspace.name, number)
     return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+
+
+def find_digest(store: ObjectStore, start: str) -> str:
+    """Return the digest of the one registered bundle that begins so. Raises BundleError."""
+    found = sorted({key.split("/")[1] for key in store.list(f"bundles/{start}")})
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} registered bundles begin so" if found else f"no such bundle is registered in {store.url}"
+    raise BundleError(
+        f"model {start!r}", what, "the first 12 letters of a digest, or more", "See `visionloop history`."
+    )
 
 
 def _load_stored(url: str) -> Predictor:
