@@ -121,8 +121,10 @@ def describe_baseline(baseline: Baseline, accuracy: float) -> str:
     against = f"{100 * accuracy:.1f} % against {100 * baseline.accuracy.value:.1f} %"
     if baseline.name == "majority class" and baseline.verdict != "beaten":
         return f"LOOK: not clearly better than the most frequent class for every image: {against}; nothing was learned"
-    if baseline.verdict == "better" or baseline.gain.value < 0:
+    if baseline.verdict == "better":
         return f"LOOK: a simple head ({baseline.name}) on the network's own embeddings is better: {against}"
+    if baseline.gain.value < 0:
+        return f"a simple head ({baseline.name}) on the network's own embeddings is as good: {against}"
     return ""
 
 
