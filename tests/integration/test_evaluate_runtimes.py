@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from visionloop.errors import BundleError
+from visionloop.data.manifest import decode_records, encode_records
+from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation import runtimes
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.slices import make_slices
@@ -100,3 +101,39 @@ def test_without_baseline_images_only_the_majority_is_judged(tmp_path):
     world.write_candidate(GOOD)
     evaluate(world)
     assert [row["name"] for row in read_intervals(world)["baselines"]] == ["majority class"]
+
+
+def test_images_in_groups_are_told_and_widen_every_interval(tmp_path):
+    world = make_world(tmp_path, prepared=True)
+    world.write_candidate(GOOD)
+    alone = evaluate(world)
+    manifest = world.settings.prepared_dir / "manifest.parquet"
+    records = decode_records(manifest.read_bytes(), "manifest")
+    names = [f"film {record.labels} {i % 3}" for i, record in enumerate(records)]
+    films = [replace(record, group=name, key=name) for record, name in zip(records, names, strict=True)]
+    manifest.write_bytes(encode_records(films))
+    said = []
+    found = evaluate(world, tell=said.append)
+    groups = len({f.key for f in films if f.side == "test"})
+    assert said[0] == f"on 80 test images in {groups} groups"
+    page = (world.settings.reports_dir / "report.html").read_text()
+    assert f"80 test images in {groups} groups of dataset version" in page
+    assert (read_intervals(world)["num_test"], read_intervals(world)["num_groups"]) == (80, groups)
+    assert found["accuracy"].value == alone["accuracy"].value
+    assert found["accuracy"].high - found["accuracy"].low > alone["accuracy"].high - alone["accuracy"].low
+    assert found["macro_f1"].low is None, "three films a class tell no interval"
+
+
+def test_prepared_data_without_its_manifest_is_an_error_that_says_what_to_do(tmp_path):
+    world = make_world(tmp_path, prepared=True)
+    world.write_candidate(GOOD)
+    manifest = world.settings.prepared_dir / "manifest.parquet"
+    whole = decode_records(manifest.read_bytes(), "manifest")
+    for data, message in (
+        (None, "has no manifest.parquet"),
+        (b"", "is damaged"),
+        (encode_records(whole[1:]), "has a manifest of other images"),
+    ):
+        manifest.unlink() if data is None else manifest.write_bytes(data)
+        with pytest.raises(DatasetError, match=message):
+            evaluate(world)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from visionloop.cli.app import app
 from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
-from visionloop.words import describe_mlflow, shorten_path
+from visionloop.words import describe_mlflow, format_interval, shorten_path
 from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
@@ -140,6 +140,6 @@ def evaluate() -> None:
     workspace, _ = open_stage("evaluate")
     metrics = run_evaluate(workspace, tell=print)
     for name, interval in metrics.items():
-        print(f"{name:<12} {interval.value:.4f}  (95 %: {interval.low:.4f} to {interval.high:.4f})")
+        print(f"{name:<17} {f'{interval.value:.4f}' if name == 'ece' else format_interval(interval.to_json())}")
     print("look at reports/report.html")
     close_stage(workspace, "evaluate")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from visionloop.data.shards import Prepared
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.metrics import compute_share
-from visionloop.evaluation.resampling import IntArray, compute_key_interval, sum_keys
+from visionloop.evaluation.resampling import IntArray, compute_key_interval, compute_wilson, count_keys, sum_keys
 from visionloop.features.neighbours import compute_votes, find_neighbours, to_targets
 from visionloop.predictor import FloatArray, Predictor, choose_batch_size
 from visionloop.records import Interval
@@ -78,6 +78,10 @@ def make_baseline(name: str, said_mk: BoolArray, answers: Answers) -> Baseline:
     gain_m = answers.hits_n.astype(np.float64) - hits_m
     key_m = answers.key_n
     gain = compute_key_interval(sum_keys(gain_m, key_m), sum_keys(np.ones(len(key_m)), key_m))
+    if not gain_m.any():  # where all answers are equally right, that many keys could still hide a difference
+        number = count_keys(key_m)
+        room = compute_wilson(0, number).high
+        gain = Interval(0.0, -(room or 0.0), room)
     return Baseline(name, compute_share(hits_m, key_m), gain)
 
 
@@ -121,8 +125,10 @@ def describe_baseline(baseline: Baseline, accuracy: float) -> str:
     against = f"{100 * accuracy:.1f} % against {100 * baseline.accuracy.value:.1f} %"
     if baseline.name == "majority class" and baseline.verdict != "beaten":
         return f"LOOK: not clearly better than the most frequent class for every image: {against}; nothing was learned"
-    if baseline.verdict == "better" or baseline.gain.value < 0:
+    if baseline.verdict == "better":
         return f"LOOK: a simple head ({baseline.name}) on the network's own embeddings is better: {against}"
+    if baseline.gain.value < 0:
+        return f"a simple head ({baseline.name}) on the network's own embeddings is as good: {against}"
     return ""
 
 

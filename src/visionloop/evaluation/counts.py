@@ -129,7 +129,7 @@ def compute_count_interval(figure: CountFigure, counts: Counts) -> Interval:
         variance + half_bias**2,
         number - 1,
         center=value - half_bias,
-        flawless=compute_flawless_bound(keys_k),
+        flawless=compute_flawless_bound(keys_k, number),
         num_mixed=mixed,
     )
 
@@ -149,14 +149,16 @@ def _leave_out(figure: CountFigure, counts: Counts, total: tuple[FloatArray, ...
         yield figure(hits_rk, support_rk, given_rk)
 
 
-def compute_flawless_bound(keys_k: FloatArray, tail: float = 0.025) -> float:
-    """Return the lower bound of a mean of the recalls of classes, of `keys_k` images each, where all are right.
+def compute_flawless_bound(keys_k: FloatArray, num_keys: int, tail: float = 0.025) -> float:
+    """Return the lower bound of a mean of the recalls of classes, of `keys_k` keys each, where all are right.
 
     It is the lowest mean under which only right answers still have the probability `tail`: the rule of three (Hanley &
     Lippman-Hand 1983) for several classes. The lowest sum of recalls with a product of recall^keys = `tail` has recalls
     of min(1, m x keys), by Lagrange; m is found by halving. Example: one class of 30 images has 0.025^(1/30) = 0.884,
-    two classes of 15 the same; of 30 and 5 images 0.739: the second class may be right in 48 % only.
+    two classes of 15 the same; of 30 and 5 images 0.739: the second class may be right in 48 % only. Where keys hold
+    several classes, so that there are more pairs of key and class than `num_keys`, they count for no more than that.
     """
+    keys_k = keys_k * min(1.0, num_keys / keys_k.sum())
     low, high = 0.0, 1 / float(keys_k.min())
     for _ in range(60):
         middle = (low + high) / 2

@@ -81,6 +81,7 @@ def compute_metrics(
     hits_n = labels_n == chosen_n
     figures = {"accuracy": compute_share(hits_n, key_n)}
     figures |= compute_count_figures(make_counts(labels_n, chosen_n, len(classes), key_n))
+    figures["micro_f1"] = figures["accuracy"]  # with one label an image they are the same
     place_n = (probs_nk > probs_nk[np.arange(len(labels_n)), labels_n][:, None]).sum(axis=1)
     figures |= {f"top_{k}": compute_share(place_n < k, key_n) for k in TOP_K if k < len(classes)}
     figures["log_loss"] = compute_mean(compute_log_losses(labels_n, probs_nk), key_n)

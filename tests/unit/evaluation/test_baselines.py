@@ -66,10 +66,21 @@ def test_a_baseline_is_beaten_only_by_the_whole_interval(network, baseline, verd
         assert f"{network:.1f} % against {baseline:.1f} %" in line
 
 
+def test_equal_answers_may_still_hide_a_difference():
+    labels_n = np.zeros(30, np.int64)
+    answers = Answers(labels_n, np.full((30, 2), 0.5), labels_n, ("a", "b"), np.arange(30) // 2)
+    found = make_baseline("neighbours", np.eye(2, dtype=bool)[labels_n], answers)
+    assert (found.gain.low, found.gain.value, found.gain.high) == pytest.approx((-0.2039, 0, 0.2039), abs=1e-4)
+
+
 def test_a_simple_head_is_named_only_where_it_is_ahead():
-    head = Baseline("neighbours", Interval(0.8, 0.7, 0.9), Interval(-0.02, -0.1, 0.06))
-    assert "(neighbours) on the network's own embeddings is better: 78.0 % against 80.0 %" in describe_baseline(
-        head, 0.78
+    behind = Baseline("neighbours", Interval(0.8, 0.7, 0.9), Interval(-0.12, -0.2, -0.06))
+    assert describe_baseline(behind, 0.68) == (
+        "LOOK: a simple head (neighbours) on the network's own embeddings is better: 68.0 % against 80.0 %"
+    )
+    even = Baseline("neighbours", Interval(0.8, 0.7, 0.9), Interval(-0.02, -0.1, 0.06))
+    assert describe_baseline(even, 0.78) == (
+        "a simple head (neighbours) on the network's own embeddings is as good: 78.0 % against 80.0 %"
     )
     ahead = Baseline("neighbours", Interval(0.8, 0.7, 0.9), Interval(0.02, -0.1, 0.16))
     assert describe_baseline(ahead, 0.82) == ""

@@ -85,12 +85,18 @@ def test_with_fewer_than_five_keys_a_class_there_is_no_interval():
 
 
 def test_the_bound_of_a_flawless_test_is_the_lowest_mean_that_is_likely_enough():
-    assert compute_flawless_bound(np.array([30.0])) == pytest.approx(0.025 ** (1 / 30))
-    assert compute_flawless_bound(np.array([15.0, 15.0])) == pytest.approx(0.025 ** (1 / 30))
+    assert compute_flawless_bound(np.array([30.0]), 30) == pytest.approx(0.025 ** (1 / 30))
+    assert compute_flawless_bound(np.array([15.0, 15.0]), 30) == pytest.approx(0.025 ** (1 / 30))
     grid = np.linspace(0.001, 1, 1000)
     one, two = np.meshgrid(grid, grid)
     likely = 30 * np.log(one) + 5 * np.log(two) >= np.log(0.025)
-    assert compute_flawless_bound(np.array([30.0, 5.0])) == pytest.approx(((one + two) / 2)[likely].min(), abs=1e-3)
+    assert compute_flawless_bound(np.array([30.0, 5.0]), 35) == pytest.approx(((one + two) / 2)[likely].min(), abs=1e-3)
+
+
+def test_flawless_films_of_many_classes_tell_no_more_than_so_many_films():
+    labels_n = np.tile(np.arange(50), 40)
+    films = compute_count_interval(macro_f1, make_counts(labels_n, labels_n, 50, np.repeat(np.arange(40), 50)))
+    assert films.low == pytest.approx(0.025 ** (1 / 40))
 
 
 def test_shared_rows_give_the_interval_of_single_ones():

@@ -86,6 +86,14 @@ def test_flawless_films_tell_as_much_as_so_many_images():
     assert compute_share_interval([9], [10]).low is None
 
 
+def test_one_bad_film_tells_little_about_how_films_differ():
+    found = compute_share_interval([0] + [16] * 39, [16] * 40)
+    assert found.low < compute_wilson(39, 40).low + 0.01
+    spread = compute_share_interval([15] * 16 + [16] * 24, [16] * 40)
+    assert spread.value == found.value
+    assert found.low < spread.low
+
+
 def test_codes_and_sums_follow_the_keys():
     key_n = code_keys(["film-b", "film-a", "film-b", "x"])
     assert key_n.tolist() == [1, 0, 1, 2]
