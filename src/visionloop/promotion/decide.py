@@ -91,23 +91,12 @@ def gate(
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
-    case = Case(
-        params=workspace.params,
-        tests=tests,
-        candidate=scores,
-        champion=rival.scores if rival else None,
-        is_champion=rival is not None and rival.is_candidate,
-        looks=looks,
-        on_these=on_these,
-    )
+    is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
+    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these)
     rules, metrics = judge(case)
-    rolled_back = check_rolled_back(store, ledger.entries, candidate.bundle)
-    rules = [
-        *([rolled_back] if rolled_back else []),
-        *_note_champion(candidate, rival),
-        *rules,
-        *_check_limits(workspace, pin, tests, candidate, rival),
-    ]
+    if rolled_back := check_rolled_back(store, ledger.entries, candidate.bundle):
+        rules.insert(0, rolled_back)
+    rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
