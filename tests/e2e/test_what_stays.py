@@ -132,6 +132,16 @@ def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has
     assert start()[0] == 0
     assert visionloop(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
     assert list_ledger(home) == before
+    told = visionloop(home, "history").stdout.splitlines()
+    assert [line.split("  decision")[0][24:] for line in told] == [
+        f"{entry['action']:<8}  {(entry['previous'] or 'none')[:12]:>12} -> {entry['bundle'][:12]}  "
+        f"model {entry['model_version']:<4}  dataset 1"
+        for entry in reversed(before)
+    ]
+    said = visionloop(home, "lineage", "champion").stdout
+    assert said.startswith(f"bundle    {champion[:12]} (champion): binary, 2 classes: disc, ring\nledger    entry 1, ")
+    photo = next((home.parent / "photos" / "disc").iterdir())
+    assert f"\nbundle    {champion[:12]} (candidate, champion): " in visionloop(home, "lineage", str(photo)).stdout
 
 
 def test_a_server_that_cannot_start_stops_before_the_ledger(home: Path, prefect_api: str, tmp_path: Path) -> None:

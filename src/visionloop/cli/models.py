@@ -1,5 +1,6 @@
-"""Commands about models: gate, approve, register, promote, rollback, history, compare."""
+"""Commands about models: gate, approve, register, promote, rollback, history, lineage, compare."""
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -175,6 +176,31 @@ def history() -> None:
             f"  {entry.by}: {entry.why}"
         )
     require_sound(ledger, workspace.name)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(help="A model (champion, candidate, NAME@3, digest) or an image.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every image.")] = False,
+) -> None:
+    """Follow a model back to its images, or an image forward to the models that used it.
+
+    An image is a file, the first letters of its sha256, or the place that it came from.
+
+    Examples:
+
+      visionloop lineage champion
+
+      visionloop lineage photo.jpg
+    """
+    from visionloop.lineage import ModelOrigin, describe_origin, describe_path, trace
+
+    found = trace(open_workspace(), what)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    for line in describe_origin(found) if isinstance(found, ModelOrigin) else describe_path(found):
+        print(line)
 
 
 @app.command()
