@@ -44,6 +44,7 @@ NOT_IN_CODE = (
     "visionloop.workfolder",
     "visionloop.workspace",
     "visionloop.data.contact_sheet",
+    "visionloop.data.known_store",
     "visionloop.promotion.ledger",  # who is champion is data, not code
     "visionloop.training.mirror",
     "visionloop.training.plots",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
+from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.promotion.ledger import latest_decision, read_champion
 from visionloop.records import Decision
@@ -92,6 +93,7 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
     sources = workspace.params.ingest.sources
     if not sources:
         pin = load_pin(workspace.settings.pin_path, workspace.name)
+        check_store(workspace)
         load_records(workspace.store, pin)
         tell(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
@@ -131,7 +133,8 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
     workspace = open_workspace(Path(home))
     settings = workspace.settings
-    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
+    pin = load_pin(settings.pin_path, workspace.name)
+    state = pipeline.compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         tell(f"  {line}")

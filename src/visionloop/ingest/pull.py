@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from visionloop import __version__
+from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
@@ -117,8 +118,9 @@ def pull(
     Raises:
         SourceError: a source is missing or empty, too many files are unusable, or `merge` refuses the result.
         ParamsError: the split differs from the one that version 1 fixed.
-        StoreError: the store cannot be read or written.
+        StoreError: the store cannot be read or written, or is not the one that the workspace knows.
     """
+    lost = check_store_for_pull(workspace)
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     journal = Journal(make_journal_path(settings), store.url, params.ingest)
     with _rare_collections(), closing(journal):
@@ -148,7 +150,7 @@ def pull(
         if before and last and checked.is_as_before:
             ended = _Ended(before, before, last.rejected)
         else:
-            ended = _commit(workspace, checked, corrections, now, allow_new_classes=allow_new_classes)
+            ended = _commit(workspace, checked, corrections, now, lost=lost, allow_new_classes=allow_new_classes)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
         journal.keep_pull(name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
@@ -243,9 +245,15 @@ def _digest_asked(
 
 
 def _commit(
-    workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str, *, allow_new_classes: bool
+    workspace: Workspace,
+    checked: Checked,
+    corrections: Sequence[Correction],
+    now: str,
+    *,
+    lost: Pin | None,
+    allow_new_classes: bool,
 ) -> _Ended:
-    """Merge into the newest version and commit, unless nothing changes."""
+    """Merge into the newest version and commit, unless nothing changes; a `lost` pin must come of it again."""
     store = workspace.store
     max_ratio = workspace.params.ingest.max_rejected_ratio
     _check_rejected(checked, checked.rejected, max_ratio)
@@ -262,6 +270,7 @@ def _commit(
         )
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
         _check_rejected(checked, rejected, max_ratio)
+        require_restored(workspace, lost, merged.version.digest)
         if merged.version is parent:
             return _Ended(parent, parent, rejected)
         if commit_version(store, merged.version, merged.changed):

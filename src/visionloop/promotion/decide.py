@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from visionloop.bundle import download_bundle, load_run_note
+from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.errors import DatasetError, PromotionError
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
@@ -46,9 +47,11 @@ def gate(
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
         BundleError: a bundle is damaged, or answers differently here.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
+    check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)

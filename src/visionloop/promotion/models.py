@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
@@ -49,7 +50,9 @@ def load_champion(workspace: Workspace, name: str | None = None, number: int | N
     Raises:
         PromotionError: there is no such entry yet.
         BundleError: its bundle is damaged.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
     """
+    check_store(workspace)
     entry = require_entry(workspace.store, name or workspace.name, number)
     return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
 
