@@ -11,6 +11,7 @@ from typing import Any, Self
 
 SIDES = ("train", "val", "test", "excluded")
 MAX_PIXELS = 50_000_000  # of an image, where `ingest.max_pixels` says nothing else
+CARD_SCHEMA = 1  # of `Card`: a bundle with a higher one is refused, as this code would pass over what it adds
 LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
 
 
@@ -139,7 +140,7 @@ class Card(Record):
     params: dict[str, Any]
     network: dict[str, Any]
     parity: float
-    schema: int = 1
+    schema: int = CARD_SCHEMA
     thresholds: dict[str, float] | None = None
     max_pixels: int = MAX_PIXELS
 
