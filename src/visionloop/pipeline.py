@@ -18,7 +18,7 @@ from typing import Any
 
 from visionloop import errors
 from visionloop.code_digests import compute_code_digests
-from visionloop.errors import BusyError, PipelineError, VisionLoopError, shorten
+from visionloop.errors import BusyError, PipelineError, VisionLoopError, require_installed, shorten
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
 from visionloop.params.text import has_conflict_marks, parse_yaml
@@ -131,8 +131,10 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
     Raises:
         VisionLoopError: the stage's own error, as it was raised there.
         BusyError: dvc is held by another process.
+        SettingsError: dvc is not installed.
         PipelineError: dvc failed otherwise, or what the stage read has changed meanwhile; dvc.lock is then as before.
     """
+    require_installed("dvc")
     heal(settings)
     before, started = read_inputs(settings.home, stage), time.time()
     recorded = _read_lock(settings)
@@ -216,9 +218,10 @@ def heal(settings: Settings) -> None:
 
 
 def init_dvc(home: Path) -> None:
-    """Make the folder a dvc repository, if it is none. Raises PipelineError."""
+    """Make the folder a dvc repository, if it is none. Raises PipelineError, SettingsError."""
     if (home / ".dvc" / "config").is_file():
         return
+    require_installed("dvc")
     # Without git, or where git refuses the folder ("dubious ownership"), dvc works alone; it knows no subdir then.
     option = "--no-scm" if not _in_git(home) else "" if (home / ".git").exists() else "--subdir"
     command = [sys.executable, "-m", "dvc", "init", "-q", *([option] if option else [])]

@@ -325,15 +325,15 @@ class MlflowTracking(Tracking):
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Turn the errors of MLflow, of the network and of the disk into ours, once."""
-        import requests
-        from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException  # the first: where it is missing, its extra is named
+        from requests import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
         except VisionLoopError:
             raise
-        except (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
+        except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
             where = f"MLflow {mask(self.uri)}"
             if broken := find_broken_file(exc, str(self._database or where)):
                 path, reason = broken

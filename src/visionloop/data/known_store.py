@@ -8,6 +8,8 @@ A store that is not mounted, was emptied, or whose address is mistyped looks lik
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,6 @@ from visionloop.records import Pin, Record, canonical_json
 from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store import LocalStore, ObjectStore
-from visionloop.workfolder import write_file
 from visionloop.workspace import Workspace
 
 FOLDER = "seen"
@@ -146,7 +147,11 @@ def _hash(store: ObjectStore, key: str) -> str:
 
 def _write_seen(workspace: Workspace, number: int, sha256: str) -> None:
     seen = Seen(number, sha256, mask(workspace.store.url))
-    write_file(_make_path(workspace.settings, workspace.name), canonical_json(seen.to_json()))
+    path = _make_path(workspace.settings, workspace.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # several commands may look at once
+    staged.write_bytes(canonical_json(seen.to_json()))
+    os.replace(staged, path)
 
 
 def _list_entries(store: ObjectStore, name: str) -> dict[int, str]:
