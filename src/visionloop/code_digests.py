@@ -39,6 +39,7 @@ NOT_IN_CODE = (
     "visionloop.settings",
     "visionloop.store",  # bytes under the digest that they have
     "visionloop.tracking",
+    "visionloop.tracking_pages",
     "visionloop.web",
     "visionloop.words",
     "visionloop.workfolder",

@@ -23,7 +23,7 @@ from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
 from visionloop.params.text import has_conflict_marks, parse_yaml
 from visionloop.records import compute_digest
-from visionloop.settings import PARAMS_FILE, Settings, choose_tool_environment
+from visionloop.settings import PARAMS_FILE, PARENT_VARIABLE, Settings, choose_tool_environment
 
 CODE_FILE = "code.json"
 
@@ -125,8 +125,12 @@ def check_inputs(home: Path, stage: str, before: Mapping[str, str]) -> None:
         )
 
 
-def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) -> StageResult:
+def run_stage(
+    settings: Settings, stage: str, on_line: Callable[[str], None], *, parent_run: str | None = None
+) -> StageResult:
     """Run one stage by `dvc repro --single-item`, passing its output on line by line.
+
+    `parent_run` is the MLflow run of the retrain, which those of the stage are nested under.
 
     Raises:
         VisionLoopError: the stage's own error, as it was raised there.
@@ -144,7 +148,7 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--single-item", stage],
         cwd=settings.home,
-        env=make_stage_environment(settings.home, os.environ),
+        env={**make_stage_environment(settings.home, os.environ), PARENT_VARIABLE: parent_run or ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

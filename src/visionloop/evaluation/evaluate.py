@@ -261,6 +261,7 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
         values |= {f"test/{metric}_{bound}": getattr(interval, bound) for metric, interval in metrics.items()}
     tracking.log_metrics(note.run_id, values)
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
+    tracking.log_images(note.run_id, sorted((settings.reports_dir / "figures").glob("*.png")))
     for file in ("report.html", "metrics.json", "per_class.csv"):
         tracking.log_artifact(note.run_id, settings.reports_dir / file, "evaluation")
     return tracking.load_run(note.run_id).metrics
