@@ -259,9 +259,8 @@ class MlflowTracking(Tracking):
             self._ensure_model()
             words = describe_for(client, run_id, info.model_id, load_card(model_path), bundle_digest)
             tags = {**words.tags, **tags, DIGEST_TAG: bundle_digest}
-            version = client.create_model_version(
-                self.name, info.model_uri, run_id=run_id, tags=tags, description=words.text
-            )
+            facts = {"run_id": run_id, "model_id": info.model_id, "tags": tags, "description": words.text}
+            version = client.create_model_version(self.name, info.model_uri, **facts)  # a server wants the id, too
             return str(version.version)
 
     def _make_restored(self, model_path: Path) -> str:

@@ -183,10 +183,9 @@ def test_ingest_reads_videos_and_databases(install: Callable[..., Environment]) 
     place = install("ingest")
     (place.home / "films" / "red").mkdir(parents=True)
     write_video(place.home / "films" / "red" / "a.mp4")
-    done = place.visionloop("ingest", "films", "--dry-run")
-    assert done.returncode == 0, done.stderr
     done = place.visionloop("ingest", "films/red/a.mp4")
-    assert "3 images" in done.stdout or "frames" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "new images" in done.stdout
     write_photos(place.home / "photos", 5)
     with sqlite3.connect(place.home / "labels.db") as database:
         database.execute("CREATE TABLE labels (image TEXT, label TEXT)")
