@@ -71,6 +71,7 @@ def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
     if not found:
         raise SettingsError(f"model {text!r}", "is neither a folder nor a name", ADDRESSES)
     workspace, name = open_home(), found[1]
+    check_store(workspace)
     if name not in (known := _list_names(workspace.store)):
         what = f"one of {shorten(known)}" if known else "a name with a dataset"
         todo = "Name another workspace, or set VISIONLOOP_STORE."

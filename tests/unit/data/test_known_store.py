@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes import write_photos
+from fakes import run_here, write_photos
 from memory_tracking import MemoryTracking
 from visionloop.data.known_store import accept_store, check_store, remember_entry
 from visionloop.data.manifest import latest_version, load_pin
@@ -206,3 +206,36 @@ def test_doctor_says_so_and_makes_nothing(used: Workspace, tmp_path: Path) -> No
     assert not findings["dataset"].ok
     assert not (tmp_path / "sotre").exists()
     assert {f.subject: f.ok for f in examine(used)}["store"]
+
+
+COMMANDS = (
+    *("ingest", "ingest photos", "gate", "register", "promote", "rollback", "history", "serve --port 0"),
+    *("predict photos", "predict photos --bundle pets@champion", "datasets", "datasets drop 1", "forget"),
+)
+
+
+def test_every_command_that_needs_the_store_says_so(
+    used: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (used.settings.home / "params.yaml").write_text("name: pets\n")
+    monkeypatch.setenv("VISIONLOOP_HOME", str(used.settings.home))
+    monkeypatch.setenv("VISIONLOOP_STORE", str(tmp_path / "sotre"))
+    monkeypatch.chdir(tmp_path)
+    pinned = load_pin(used.settings.pin_path).digest[:12]
+    for command in COMMANDS:
+        assert run_here(monkeypatch, *command.split()) == 2, command
+        told = capsys.readouterr().err.splitlines()[-1]
+        where = f"error: store {(tmp_path / 'sotre').as_uri()} (there is no such folder)"
+        assert told.startswith(f"{where}: does not hold dataset pets version 1 ({pinned}), which"), command
+    assert run_here(monkeypatch, "doctor") == 2
+    assert "LOOK  store" in capsys.readouterr().out
+    assert not (tmp_path / "sotre").exists()
+    assert run_here(monkeypatch, "store", "accept") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"given up: dataset pets version 1 ({pinned}), which data/dataset.json pins",
+        f"given up: ledger entry 2 of pets, as it was seen in {used.store.url}",
+        f"`visionloop ingest` makes or finds the dataset in {(tmp_path / 'sotre').as_uri()}",
+    ]
+    assert run_here(monkeypatch, "store", "accept") == 0
+    assert "nothing to do: " in capsys.readouterr().out
+    assert run_here(monkeypatch, "ingest", "photos") == 0
