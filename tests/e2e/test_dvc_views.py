@@ -60,7 +60,7 @@ def test_an_experiment_trains_with_what_was_set(home: Path) -> None:
 def test_exp_show_has_params_and_figures_of_both(home: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(dvc(home, "exp", "show", "--csv"))))
     experiment = next(row for row in rows if row["Experiment"] == "longer")
-    head = next(row for row in rows if row["Experiment"] == "main")
+    head = next(row for row in rows if row["rev"] == "main")
     (epochs,) = [key for key in experiment if key.endswith("train.max_epochs")]
     assert (head[epochs], experiment[epochs]) == ("1", "2")
     figures = list_numbers(json.loads((home / "reports" / "metrics.json").read_text()))
@@ -71,7 +71,7 @@ def test_exp_show_has_params_and_figures_of_both(home: Path) -> None:
 
 
 def test_metrics_diff_tells_old_and_new(home: Path) -> None:
-    told = json.loads(dvc(home, "metrics", "diff", "--json", "--all"))["diff"]
+    told = json.loads(dvc(home, "metrics", "diff", "--json", "--all"))
     now = list_numbers(json.loads((home / "reports" / "metrics.json").read_text()))
     found = told["reports/metrics.json"]
     assert {name for name in found if isinstance(found[name]["new"], int | float)} == set(now)
