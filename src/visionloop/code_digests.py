@@ -39,11 +39,13 @@ NOT_IN_CODE = (
     "visionloop.settings",
     "visionloop.store",  # bytes under the digest that they have
     "visionloop.tracking",
+    "visionloop.tracking_pages",
     "visionloop.web",
     "visionloop.words",
     "visionloop.workfolder",
     "visionloop.workspace",
     "visionloop.data.contact_sheet",
+    "visionloop.data.known_store",
     "visionloop.promotion.ledger",  # who is champion is data, not code
     "visionloop.training.mirror",
     "visionloop.training.plots",

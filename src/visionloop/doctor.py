@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_version
 from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
@@ -18,7 +19,6 @@ from visionloop.promotion.promote import compare_alias, verify_in_store
 from visionloop.promotion.restore import require_whole
 from visionloop.secrets import mask
 from visionloop.settings import Settings
-from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
@@ -44,7 +44,7 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("processor", lambda: _check_processor(workspace.params)),
         ("measured", lambda: _check_measured(workspace.settings)),
         ("disk", lambda: _check_disk(workspace.settings)),
-        ("store", lambda: _check_store(workspace.store)),
+        ("store", lambda: _check_store(workspace)),
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
         ("dataset", lambda: _check_dataset(workspace)),
         ("ledger", lambda: _check_ledger(workspace)),
@@ -111,7 +111,10 @@ def _check_disk(settings: Settings) -> Finding:
     return Finding("disk", free_gb >= LEAST_FREE_GB, found, f"Free some: {LEAST_FREE_GB} GB is little for a training.")
 
 
-def _check_store(store: ObjectStore) -> Finding:
+def _check_store(workspace: Workspace) -> Finding:
+    """Write and read. First see whether it is the store of this workspace: a mistyped folder is not made."""
+    check_store(workspace)
+    store = workspace.store
     key, data = f"doctor/{secrets.token_hex(4)}", secrets.token_bytes(32)
     store.put(key, data)
     same = store.get(key) == data and not store.create(key, b"other")
@@ -140,6 +143,7 @@ def _check_ledger(workspace: Workspace) -> Finding:
 
 def _check_champion(workspace: Workspace) -> Finding:
     """Fetch the champion's bundle as a server would: all its files, and its answers on this machine."""
+    check_store(workspace)
     entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         return Finding("champion", True, "none yet")

@@ -85,7 +85,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (with_one_class, "dataset fresh: has 1 class (disc); expected two classes or more."),
     (with_unknown_key, "params.yaml train.epochs: unknown key; expected one of max_epochs,"),
     (with_wrong_type, "params.yaml train.batch_size: got 'many'; expected integer."),
-    (with_lost_version, "dataset shapes version 2: is not in the store"),
+    (with_lost_version, "/store: does not hold dataset shapes version 2 ("),
     (with_unknown_backbone, "params.yaml train.backbone: got 'small_cn'; expected a known backbone; near: small_cnn"),
 ]
 

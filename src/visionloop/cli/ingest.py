@@ -94,6 +94,7 @@ def ingest(
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
+    from visionloop.data.known_store import check_store_for_pull
     from visionloop.ingest.pull import check_sources
 
     given: dict[str, Any] = {"name": name, "pattern": pattern, "image_column": image_column}
@@ -102,6 +103,7 @@ def ingest(
         _print_dry_run(what, {**given, "save": save or None})
         return
     workspace = open_workspace()
+    check_store_for_pull(workspace)  # before anything is said of the sources
     if what is None:
         _check_alone({**given, "save": save or None})
         sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""

@@ -44,7 +44,8 @@ def gate() -> None:
 
     workspace = open_workspace()
     settings = workspace.settings
-    state = compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
+    pin = load_pin(settings.pin_path, workspace.name)
+    state = compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         print(line)
@@ -160,9 +161,11 @@ def history() -> None:
 
       visionloop history
     """
+    from visionloop.data.known_store import check_store
     from visionloop.promotion.ledger import find_verdict, read_ledger, require_sound
 
     workspace = open_workspace()
+    check_store(workspace)
     ledger = read_ledger(workspace.store, workspace.name)
     if not ledger.entries:
         print(f"{workspace.name} has no champion yet; `python flows/retrain.py` makes one")

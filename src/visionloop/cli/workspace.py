@@ -206,6 +206,30 @@ def init() -> None:
         print(f"  {line}")
 
 
+@store_app.command()
+def accept() -> None:
+    """Go on with a store that lacks what this workspace has used: a new one on purpose, or an older copy.
+
+    A pin that the store does not hold is taken away (git still has it), and what was seen of its ledger is forgotten.
+    The store that was used before is not touched. Not needed after all of a store was copied to another address.
+
+    Examples:
+
+      VISIONLOOP_STORE=s3://another/store visionloop store accept
+    """
+    from visionloop.data.known_store import accept_store
+    from visionloop.workspace import open_workspace
+
+    workspace = open_workspace()
+    given_up = accept_store(workspace)
+    for what in given_up:
+        print(f"given up: {what}")
+    if not given_up:
+        print(f"nothing to do: {workspace.store.url} holds all that this workspace knows")
+    elif not workspace.settings.pin_path.is_file():
+        print(f"`visionloop ingest` makes or finds the dataset in {workspace.store.url}")
+
+
 def _open_store() -> "ObjectStore":
     from visionloop.settings import load_settings
     from visionloop.store import open_store

@@ -299,6 +299,7 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
             values |= {f"test/{name}_low": interval.low, f"test/{name}_high": interval.high}
     tracking.log_metrics(note.run_id, values)
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
+    tracking.log_images(note.run_id, sorted((settings.reports_dir / "figures").glob("*.png")))
     for file in ("report.html", "metrics.json", "intervals.json", "per_class.csv", "slices.csv"):
         tracking.log_artifact(note.run_id, settings.reports_dir / file, "evaluation")
     return tracking.load_run(note.run_id).metrics

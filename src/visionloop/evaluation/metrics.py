@@ -3,7 +3,7 @@
 Dimensions in names: n images, k classes, r resamples, b bins. A class is an index into `classes`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -166,14 +166,6 @@ def compute_log_losses(labels_n: IntArray, probs_nk: NDArray[np.floating]) -> Fl
     """Return -ln of the probability given to each true class, at most 36 (clipped as scikit-learn's log_loss)."""
     true_n = probs_nk[np.arange(len(labels_n)), labels_n].astype(np.float64)
     return np.asarray(-np.log(np.clip(true_n, np.finfo(np.float64).eps, 1.0)))
-
-
-def draw_rows(num_images: int, resamples: int, seed: int) -> Iterator[IntArray]:
-    """Yield bootstrap resamples as row numbers (r, n), in blocks. Equal arguments give equal rows."""
-    generator = np.random.default_rng(seed)
-    size = max(1, CHUNK_ROWS // num_images)
-    for start in range(0, resamples, size):
-        yield generator.integers(0, num_images, size=(min(size, resamples - start), num_images))
 
 
 def compute_confusion(labels_n: IntArray, chosen_n: IntArray, num_classes: int) -> IntArray:

@@ -6,7 +6,7 @@ An unknown key, a wrong type or a value out of range is a `ParamsError` that nam
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -171,10 +171,12 @@ class Params(Section):
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 
-    def digest(self) -> str:
-        """Digest of the sections that change a model or a verdict."""
+    def digest(self, made_with: Mapping[str, Any] | None = None) -> str:
+        """Digest of the sections that change a model or a verdict; `made_with`: sections that stand for those here."""
         sections = ("prepare", "embed", "train", "evaluate", "gate")
-        return compute_digest([self.task, {s: getattr(self, s).model_dump(mode="json") for s in sections}])
+        values = {name: getattr(self, name).model_dump(mode="json") for name in sections}
+        values |= {name: value for name, value in (made_with or {}).items() if name in values}
+        return compute_digest([self.task, values])
 
 
 def load_params(path: Path) -> Params:

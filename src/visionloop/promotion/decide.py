@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import download_bundle, load_run_note
+from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import load_pin, load_records, load_version
 from visionloop.errors import BundleError, DatasetError, PromotionError
@@ -78,9 +79,11 @@ def gate(
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
         BundleError: the candidate is damaged, or answers differently here.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
+    check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)

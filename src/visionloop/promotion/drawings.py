@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from visionloop.evaluation.metrics import ConfidenceBin, compute_wilson
+from visionloop.evaluation.metrics import ConfidenceBin
+from visionloop.evaluation.resampling import compute_wilson
 from visionloop.records import Interval
 
 SIDE, LEFT, BELOW, ABOVE = 300, 38, 30, 10

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
@@ -54,7 +55,9 @@ def load_champion(workspace: Workspace, name: str | None = None, number: int | N
     Raises:
         PromotionError: there is no such entry yet.
         BundleError: its bundle is damaged.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
     """
+    check_store(workspace)
     entry = require_entry(workspace.store, name or workspace.name, number)
     return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
 
@@ -84,6 +87,7 @@ def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
     if not found:
         raise SettingsError(f"model {text!r}", "is neither a folder nor a name", ADDRESSES)
     workspace, name = open_home(), found[1]
+    check_store(workspace)
     if name not in (known := _list_names(workspace.store)):
         what = f"one of {shorten(known)}" if known else "a name with a dataset"
         todo = "Name another workspace, or set VISIONLOOP_STORE."

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from visionloop.bundle import DIGESTS, download_bundle, load_bundle, load_run_note, upload_bundle
+from visionloop.data.known_store import check_store, remember_entry
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.errors import NotPromoted, PromotionError, TrackingError, shorten
 from visionloop.predictor import Predictor
@@ -38,6 +39,7 @@ def register(workspace: Workspace) -> str:
         BundleError: the candidate is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached; the store's copy stays, and a second run goes on from there.
     """
+    check_store(workspace)
     bundle = Predictor.load(workspace.settings.candidate_dir).bundle
     decision = require_passed(workspace.store, workspace.name, bundle.digest, again=True)
     upload_bundle(workspace.store, bundle)
@@ -66,6 +68,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
     """
+    check_store(workspace)
     store = workspace.store
     name, digest = workspace.name, load_bundle(workspace.settings.candidate_dir).digest
     champion = read_champion(store, name)
@@ -104,6 +107,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
         why=why,
         at=now,
     )
+    remember_entry(workspace)
     mirror_alias(workspace)
     return entry
 
@@ -119,6 +123,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
         BundleError: the earlier bundle is damaged, or answers differently here; nothing has changed then.
         TrackingError: the ledger entry is written, the alias is not; do not roll back again.
     """
+    check_store(workspace)
     name = workspace.name
     history = read_history(workspace.store, name)
     target = _find_target(name, history, to)
@@ -137,6 +142,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
         why=why,
         at=now,
     )
+    remember_entry(workspace)
     try:
         mirror_alias(workspace)
     except TrackingError as exc:

@@ -18,12 +18,11 @@ from visionloop.data.compare import Diff
 from visionloop.evaluation.answers import Answers, join_names
 from visionloop.evaluation.metrics import (
     ConfidenceBin,
-    IntArray,
     compute_equal_bins,
 )
 from visionloop.evaluation.promises import compute_risk_curve
 from visionloop.evaluation.report import TITLES
-from visionloop.evaluation.resampling import compute_key_interval, describe_images, sum_keys
+from visionloop.evaluation.resampling import IntArray, compute_share_interval, describe_images, sum_keys
 from visionloop.evaluation.slices import Slice
 from visionloop.promotion.drawings import ROLES, Span, choose_span, draw_curves, draw_reliability, draw_strip
 from visionloop.records import Card, Decision, Interval, RuleResult
@@ -302,7 +301,7 @@ def _compute_share(answers: Answers, rows_n: IntArray, class_k: int | None) -> I
         chosen = answers.chosen
         hits_n = chosen[rows_n, class_k].astype(bool) if chosen.ndim == 2 else chosen[rows_n] == class_k
     key_n = answers.key_n[rows_n]
-    return compute_key_interval(sum_keys(hits_n, key_n), sum_keys(np.ones(len(rows_n)), key_n))
+    return compute_share_interval(sum_keys(hits_n, key_n), sum_keys(np.ones(len(rows_n)), key_n))
 
 
 def _make_bins(answers: Answers) -> list[ConfidenceBin]:

@@ -13,7 +13,6 @@ from visionloop.evaluation.metrics import (
     compute_log_losses,
     compute_macro_f1,
     compute_metrics,
-    draw_rows,
 )
 
 
@@ -79,15 +78,6 @@ def test_macro_f1_leaves_out_classes_that_do_not_occur():
     expected = reference.f1_score(labels_n, chosen_n, labels=[0, 1], average="macro")
     assert compute_macro_f1(labels_n, chosen_n, 5)[0] == pytest.approx(expected)
     assert expected == pytest.approx((2 / 3 + 1) / 2)
-
-
-def test_draws_are_the_same_however_they_are_cut(monkeypatch):
-    whole = np.concatenate(list(draw_rows(50, 90, 3)))
-    monkeypatch.setattr("visionloop.evaluation.metrics.CHUNK_ROWS", 500)
-    parts = list(draw_rows(50, 90, 3))
-    assert len(parts) == 9
-    assert np.array_equal(np.concatenate(parts), whole)
-    assert not np.array_equal(np.concatenate(list(draw_rows(50, 90, 4))), whole)
 
 
 def test_perfect_answers_give_finite_figures():

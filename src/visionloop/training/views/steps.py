@@ -210,6 +210,7 @@ class CurveView(View):
             path = self.job.settings.hidden_dir / "curve.png"
             write_curve(self.reports, path)
             self.job.tracking.log_artifact(self.run_id, path, "figures")
+            self.job.tracking.log_images(self.run_id, [path])
             log_best(self.job.tracking, self.run_id, self.reports)
 
 
