@@ -62,6 +62,15 @@ def test_promise_holds_in_95_of_100_splits_and_answers_most_images() -> None:
     assert np.mean(shares) > 0.3, "a promise that answers nothing is cheap"
 
 
+def test_many_looks_are_not_as_many_chances() -> None:
+    # 2.01 % are wrong wherever one looks, so every promise of 2 % is false. With 0.05 for each look 12 % are made.
+    rng, made = np.random.default_rng(3), 0
+    for _ in range(1000):
+        score_n, hits_n = rng.random(1000, np.float32), rng.random(1000) >= 0.0201
+        made += find_promise(score_n, hits_n, 0.02, 0.05).kept
+    assert made <= 0.05 * 1000
+
+
 def test_ties_count_only_what_a_limit_can_divide() -> None:
     score_n = np.repeat(np.float32([1.0, 0.5]), [300, 300])
     hits_n = np.repeat([True, False], [300, 300])
