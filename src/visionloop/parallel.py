@@ -45,16 +45,20 @@ def count_cores() -> int:
 
 
 def map_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None, ahead: int = 0
 ) -> Iterator[Result]:
-    """Yield `function(item)` in the order of the items, computed in threads. A few are in memory at a time."""
+    """Yield `function(item)` in the order of the items, computed in threads. A few are in memory at a time.
+
+    `ahead`: at least so many are computed while the caller is busy with earlier ones.
+    """
     workers = workers or count_cores()
+    ahead = max(ahead, AHEAD * workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="map")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) >= AHEAD * workers:
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -1,22 +1,32 @@
-"""Batch prediction: files, folders and globs through a predictor, and the answers as JSON lines or CSV."""
+"""Batch prediction: files, folders and globs through a predictor, and the answers as a table.
+
+The answers for a table are kept in chunks until it is written, so that a run that was stopped goes on where it was.
+"""
 
 import contextlib
 import csv
 import glob
+import io
 import json
-import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO
 
 from visionloop.errors import DiskError, ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import list_images
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predictor import Predictor
-from visionloop.records import Prediction
+from visionloop.records import Prediction, canonical_json, compute_digest
+from visionloop.workfolder import lock_work, write_file, write_through
 
 REPORT_EVERY = 64
+CHUNK_IMAGES = 512
+# How a table is written, by the suffix of its name; `kaggle` is asked for by name.
+SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+KAGGLE = "kaggle"
 
 
 @dataclass(frozen=True)
@@ -28,16 +38,52 @@ class FilePrediction:
     error: str | None = None
 
 
-def find_images(paths: Sequence[str], *, out: Path | None = None) -> list[Path]:
+@dataclass(frozen=True)
+class Table:
+    """A table of answers to be written to `out`: as jsonl, csv, parquet, or csv in a competition's form (kaggle)."""
+
+    out: Path
+    form: str
+
+    @classmethod
+    def plan(cls, out: Path, form: str | None) -> "Table":
+        """Choose the form by the name, or check the one that is asked for. Raises SourceError."""
+        by_suffix = SUFFIXES.get(out.suffix.lower())
+        if by_suffix is None:
+            raise SourceError("--out", f"got {out.name!r}", f"a file that ends in {', '.join(SUFFIXES)}")
+        if form not in (None, KAGGLE):
+            raise SourceError("--format", f"got {form!r}", f"{KAGGLE}; other forms go by the end of --out's name")
+        if form == KAGGLE and by_suffix != "csv":
+            raise SourceError("--out", f"got {out.name!r}", f"a .csv file, as --format {KAGGLE} is one")
+        return cls(out, form or by_suffix)
+
+    def write(self, answers: Iterable[FilePrediction], predictor: Predictor) -> None:
+        """Write the answers, whole or not at all. One chunk of them is in memory.
+
+        csv: path, prediction, confidence, error, one column a class. parquet: the same with the bundle. Several labels
+        are one text in `prediction`, divided by `|`; jsonl and parquet have them as a list too. kaggle: the name
+        without its suffix as `id`, and one column a class; a file that could not be used gets the same probability for
+        every class, because a competition refuses a table without its row.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        write = {"jsonl": _write_lines, "csv": _write_csv, KAGGLE: _write_kaggle, "parquet": _write_parquet}[self.form]
+        try:
+            write_through(self.out, lambda file: write(answers, file, predictor))
+        except OSError as exc:
+            todo = "Name another file, or make room; then run it again."
+            raise DiskError(f"--out {self.out}", f"cannot be written ({exc.strerror})", "a file", todo) from exc
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
     """Return the files that are named, the images in folders that are named, and the matches of globs, in that order.
 
     In folders hidden files are passed over and links are followed, as `ingest` does.
 
     Raises:
-        SourceError: a path does not exist, nothing matches, or `out` is no .jsonl or .csv.
+        SourceError: a path does not exist, or nothing matches.
     """
-    if out is not None and out.suffix not in {".jsonl", ".csv"}:
-        raise SourceError("--out", f"got {out.name!r}", "a file that ends in .jsonl or .csv")
     files: list[Path] = []
     for text in paths:
         path = Path(text).expanduser()
@@ -59,52 +105,177 @@ def predict_files(
     files: Sequence[Path],
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[FilePrediction]:
-    """Answer for files, in their order; a file that cannot be used gets its reason."""
-    answers: list[FilePrediction] = []
-    for path, answer in zip(files, predictor.predict_each(files), strict=True):
+) -> Iterator[FilePrediction]:
+    """Yield the answers for files, in their order; a file that cannot be used gets its reason."""
+    answers = predictor.predict_each(files)
+    for number, (path, answer) in enumerate(zip(files, answers, strict=True), start=1):
+        if number % REPORT_EVERY == 0 or number == len(files):
+            on_progress(number, len(files))
         if isinstance(answer, ImageError):
-            answers.append(FilePrediction(escape_name(str(path)), None, f"{answer.found}; expected {answer.expected}"))
+            yield FilePrediction(escape_name(str(path)), None, f"{answer.found}; expected {answer.expected}")
         else:
-            answers.append(FilePrediction(escape_name(str(path)), answer))
-        if len(answers) % REPORT_EVERY == 0 or len(answers) == len(files):
-            on_progress(len(answers), len(files))
-    return answers
+            yield FilePrediction(escape_name(str(path)), answer)
 
 
-def write_answers(answers: Sequence[FilePrediction], out: Path, predictor: Predictor) -> None:
-    """Write the answers, whole or not at all. CSV: path, prediction, confidence, error, one column a class.
+@contextlib.contextmanager
+def predict_in_chunks(
+    predictor: Predictor,
+    files: Sequence[Path],
+    table: Table,
+    folder: Path,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator["Chunks"]:
+    """Answer for files and keep the answers in `folder` until the block ends without an error.
 
-    Several labels are one text in `prediction`, divided by `|`; JSON lines have them as a list too.
+    A run for the same table with the same model and files (paths, sizes, times) takes up the chunks that are there.
+
+    Raises:
+        SourceError: for kaggle, two files have the same id. BusyError: another process writes the same table.
     """
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", newline="", encoding="utf-8") as file:
-            if out.suffix == ".jsonl":
-                _write_lines(answers, file, predictor.digest)
-            else:
-                _write_table(answers, file, predictor.card.classes)
-        os.replace(staged, out)
-    except OSError as exc:
-        todo = "Name another file, or make room; then run it again."
-        raise DiskError(f"--out {out}", f"cannot be written ({exc.strerror})", "a file", todo) from exc
-    finally:
+    if table.form == KAGGLE:
+        _check_ids(files)
+    place = folder / compute_digest(str(table.out.absolute()))[:16]
+    with lock_work(place, _compute_key(predictor, files)) as work:
+        chunks = Chunks(work)
+        starts = range(0, len(files), CHUNK_IMAGES)
+        found = sum(chunks.has(start) for start in starts)
+        if found:
+            tell(f"{min(found * CHUNK_IMAGES, len(files)):,} of {len(files):,} were answered by a run that stopped")
+        for start in starts:
+            if not chunks.has(start):
+                part = files[start : start + CHUNK_IMAGES]
+                report = partial(_report, on_progress, start, len(files))
+                chunks.keep(start, predict_files(predictor, part, on_progress=report))
+        yield chunks
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _report(on_progress: Callable[[int, int], None], start: int, total: int, done: int, _: int) -> None:
+    on_progress(start + done, total)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The answers so far, as JSON lines, one file a chunk."""
+
+    folder: Path
+
+    def has(self, start: int) -> bool:
+        """Say whether the chunk that begins with this file is there."""
+        return self._path(start).is_file()
+
+    def keep(self, start: int, answers: Iterable[FilePrediction]) -> None:
+        """Write a chunk, whole or not at all."""
+        lines = [
+            canonical_json([a.path, a.prediction.to_json() if a.prediction else None, a.error]) + b"\n" for a in answers
+        ]
+        write_file(self._path(start), b"".join(lines))
+
+    def read(self) -> Iterator[FilePrediction]:
+        """Yield all answers, in the order of the files."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for line in file:
+                    name, answer, error = json.loads(line)
+                    yield FilePrediction(name, Prediction.from_json(answer) if answer else None, error)
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:012d}.jsonl"
+
+
+def _compute_key(predictor: Predictor, files: Sequence[Path]) -> str:
+    """Return the digest of the model and of the files: their names, sizes and times."""
+    facts = []
+    for path in files:
         with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
+            found = path.stat()
+            facts.append([escape_name(str(path)), found.st_size, found.st_mtime_ns])
+    return compute_digest([predictor.digest, facts])
 
 
-def _write_lines(answers: Sequence[FilePrediction], file: TextIO, bundle: str) -> None:
+def make_id(path: str) -> str:
+    """Return the id of an image in a competition: its name without folder and suffix."""
+    return Path(path).stem
+
+
+def _check_ids(files: Sequence[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for path in files:
+        other = seen.setdefault(make_id(str(path)), path)
+        if other != path:
+            raise SourceError(
+                f"--format {KAGGLE}",
+                f"{escape_name(str(other))} and {escape_name(str(path))} have the same id {make_id(path.name)!r}",
+                "names that differ without folder and suffix",
+                "Name one folder, or write .csv or .jsonl, which hold the whole path.",
+            )
+
+
+def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     for a in answers:
         answer = a.prediction.to_json() if a.prediction else {}
-        row = {"path": a.path, **answer, "error": a.error, "bundle": bundle}
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        row = {"path": a.path, **answer, "error": a.error, "bundle": predictor.digest}
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _write_table(answers: Sequence[FilePrediction], file: TextIO, classes: Sequence[str]) -> None:
-    writer = csv.writer(file)
-    writer.writerow(["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)])
-    for a in answers:
-        p = a.prediction
-        figures = [f"{p.probabilities[c]:.6f}" for c in classes] if p else [""] * len(classes)
-        writer.writerow([a.path, p.prediction if p else "", p.confidence if p else "", a.error or "", *figures])
+def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
+    classes = predictor.card.classes
+    header = ["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)]
+    _write_rows(file, header, (_make_row(a, classes) for a in answers))
+
+
+def _make_row(a: FilePrediction, classes: Sequence[str]) -> list[Any]:
+    p = a.prediction
+    if p is None:
+        return [a.path, "", "", a.error, *[""] * len(classes)]
+    return [a.path, p.prediction, p.confidence, "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
+
+
+def _write_kaggle(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
+    classes = predictor.card.classes
+    unknown = dict.fromkeys(classes, 1 / len(classes))
+
+    def make_row(a: FilePrediction) -> list[str]:
+        p = a.prediction.probabilities if a.prediction else unknown
+        return [make_id(a.path), *(f"{p[c]:.8g}" for c in classes)]
+
+    _write_rows(file, ["id", *classes], (make_row(a) for a in answers))
+
+
+def _write_rows(file: BinaryIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    text.detach()  # writes what it holds, and leaves the file open
+
+
+def _write_parquet(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    classes = predictor.card.classes
+    several = predictor.card.task == "multilabel"
+    fields = [("path", pa.string()), ("prediction", pa.string()), ("confidence", pa.float64()), ("error", pa.string())]
+    fields += [("labels", pa.list_(pa.string()))] if several else []
+    fields += [("bundle", pa.string()), *((f"p_{c}", pa.float32()) for c in classes)]
+    schema = pa.schema(fields)
+
+    def make_row(a: FilePrediction) -> dict[str, Any]:
+        row: dict[str, Any] = {"path": a.path, "error": a.error, "bundle": predictor.digest}
+        if p := a.prediction:
+            row |= {"prediction": p.prediction, "confidence": p.confidence, "labels": p.labels}
+            row |= {f"p_{c}": p.probabilities[c] for c in classes}
+        return row
+
+    waiting: list[dict[str, Any]] = []
+    with pq.ParquetWriter(file, schema) as writer:
+        for answer in answers:
+            waiting.append(make_row(answer))
+            if len(waiting) == CHUNK_IMAGES:
+                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.Table.from_pylist(waiting, schema=schema))

@@ -138,7 +138,7 @@ class Predictor:
         return raise_errors(self.predict_each(images))
 
     def predict_each(self, images: Iterable[ImageInput]) -> Iterator[Prediction | ImageError]:
-        """Yield each image's answer, or what is wrong with that image, in their order. One batch is in memory."""
+        """Yield each image's answer, or what is wrong with that image, in their order. Two batches are in memory."""
         return self._answer_each(images, self.answer)
 
     def embed_each(self, images: Iterable[ImageInput]) -> Iterator[FloatArray | ImageError]:
@@ -148,9 +148,10 @@ class Predictor:
     def _answer_each(
         self, images: Iterable[ImageInput], answer: Callable[[Outputs], Iterable[Answer]]
     ) -> Iterator[Answer | ImageError]:
-        numbered, size = iter(enumerate(images)), choose_batch_size(self.card.image_size)
-        while batch := list(islice(numbered, size)):
-            decoded = list(map_parallel(self._try_decode, batch))
+        size = choose_batch_size(self.card.image_size)
+        # The next batch is decoded while the network runs on this one.
+        each = map_parallel(self._try_decode, enumerate(images), ahead=size)
+        while decoded := list(islice(each, size)):
             arrays = [one for one in decoded if not isinstance(one, ImageError)]
             answers = iter(answer(self.run(np.stack(arrays))) if arrays else ())
             for one in decoded:

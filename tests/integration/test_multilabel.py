@@ -140,7 +140,7 @@ def test_the_gate_judges_as_evaluate_does_and_the_champion_answers(loop: Loop, t
     again = gate(connect(settings, params, store=store), state={"code": "2"}, now=NOW)
     assert (again.verdict, again.champion) == ("inconclusive", loop.note.bundle)
     champion = load_champion(connect(settings, params, store=store))
-    answers = predict_files(champion, find_images([str(loop.photos / "images")]))
+    answers = list(predict_files(champion, find_images([str(loop.photos / "images")])))
     truth = read_truth(loop.photos)
     right = [a.prediction is not None and a.prediction.labels == truth[Path(a.path).name] for a in answers]
     assert np.mean(right) > 0.6

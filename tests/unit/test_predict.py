@@ -5,12 +5,13 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from fakes import make_bundle, make_image
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
-from visionloop.predict import find_images, predict_files, write_answers
+from visionloop.predict import FilePrediction, Table, find_images, predict_files, predict_in_chunks
 from visionloop.predictor import Predictor
 
 
@@ -43,8 +44,22 @@ def test_paths_without_images(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no image there"):
         find_images([str(tmp_path / "empty")])
-    with pytest.raises(SourceError, match=r"got 'x\.txt'; expected a file that ends in \.jsonl or \.csv"):
-        find_images([str(photos)], out=Path("x.txt"))
+
+
+def test_the_form_of_a_table_goes_by_its_name() -> None:
+    assert [Table.plan(Path(f"a{end}"), None).form for end in (".CSV", ".jsonl", ".parquet")] == [
+        "csv",
+        "jsonl",
+        "parquet",
+    ]
+    assert Table.plan(Path("a.csv"), "kaggle").form == "kaggle"
+    for name, form, message in (
+        ("x.txt", None, r"got 'x\.txt'; expected a file that ends in \.jsonl, \.csv, \.parquet"),
+        ("x.csv", "coco", "got 'coco'; expected kaggle"),
+        ("x.jsonl", "kaggle", r"got 'x\.jsonl'; expected a \.csv file"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            Table.plan(Path(name), form)
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("a", "b")])
@@ -65,13 +80,13 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
 def test_written_answers(photos: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")
-    answers = predict_files(predictor, find_images([str(photos)]))
-    write_answers(answers, tmp_path / "out.jsonl", predictor)
+    answers = list(predict_files(predictor, find_images([str(photos)])))
+    Table.plan(tmp_path / "out.jsonl", None).write(answers, predictor)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [r.get("prediction") for r in rows] == [a.prediction and a.prediction.prediction for a in answers]
     assert rows[0]["bundle"] == predictor.digest
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
-    write_answers(answers, tmp_path / "out.csv", predictor)
+    Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
     with (tmp_path / "out.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["path", "prediction", "confidence", "error", "p_a", "p_b", "p_c"]
@@ -84,9 +99,9 @@ def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None
     predictor = Predictor.load(tmp_path / "bundle")
     for seed in range(20):
         (photos / f"{seed}.png").write_bytes(make_image(seed))
-    answers = predict_files(predictor, find_images([str(photos)]))
-    write_answers(answers, tmp_path / "out.jsonl", predictor)
-    write_answers(answers, tmp_path / "out.csv", predictor)
+    answers = list(predict_files(predictor, find_images([str(photos)])))
+    Table.plan(tmp_path / "out.jsonl", None).write(answers, predictor)
+    Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -126,9 +141,9 @@ def test_a_name_that_is_not_utf_8_is_escaped_as_ingest_does(
     Path(os.fsdecode(os.fsencode(photos) + b"/" + name)).write_bytes(make_image(1))
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")
-    answers = predict_files(predictor, find_images([str(photos)]))
+    answers = list(predict_files(predictor, find_images([str(photos)])))
     assert [a.path for a in answers] == [f"{photos}/{escape_name(os.fsdecode(name))}"]
-    write_answers(answers, tmp_path / f"out.{suffix}", predictor)
+    Table.plan(tmp_path / f"out.{suffix}", None).write(answers, predictor)
     text = (tmp_path / f"out.{suffix}").read_text(encoding="utf-8")
     assert answers[0].path.replace("\\", "\\\\" if suffix == "jsonl" else "\\") in text
 
@@ -136,10 +151,115 @@ def test_a_name_that_is_not_utf_8_is_escaped_as_ingest_does(
 def test_answers_that_cannot_be_written_leave_no_half_file(photos: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")
-    answers = predict_files(predictor, find_images([str(photos)]))
+    answers = list(predict_files(predictor, find_images([str(photos)])))
     (tmp_path / "out.csv").mkdir()
     with pytest.raises(DiskError, match=r"--out .*out\.csv: cannot be written \(Is a directory\)"):
-        write_answers(answers, tmp_path / "out.csv", predictor)
+        Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
     with pytest.raises(AttributeError):
-        write_answers([*answers, None], tmp_path / "out.jsonl", predictor)  # type: ignore[list-item]
+        Table.plan(tmp_path / "out.jsonl", None).write([*answers, None], predictor)  # type: ignore[list-item]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.csv", "photos"]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_competition_gets_a_row_for_every_id(photos: Path, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    answers = list(predict_files(predictor, find_images([str(photos)])))
+    Table.plan(tmp_path / "out.csv", "kaggle").write(answers, predictor)
+    rows = read_csv(tmp_path / "out.csv")
+    assert [list(row) for row in rows] == [["id", "a", "b", "c"]] * 3
+    assert [row["id"] for row in rows] == ["a", "broken", "b"]
+    assert answers[0].prediction is not None
+    assert float(rows[0]["c"]) == pytest.approx(answers[0].prediction.probabilities["c"], rel=1e-6)
+    assert [float(rows[1][c]) for c in "abc"] == pytest.approx([1 / 3] * 3, rel=1e-6)
+
+
+def test_two_files_with_one_id_are_named(photos: Path, tmp_path: Path) -> None:
+    (photos / "sub" / "a.jpg").write_bytes(make_image(5, kind="JPEG"))
+    make_bundle(tmp_path / "bundle")
+    predictor, table = Predictor.load(tmp_path / "bundle"), Table.plan(tmp_path / "o.csv", "kaggle")
+    with (
+        pytest.raises(SourceError, match=r"photos/a\.png and .*photos/sub/a\.jpg have the same id 'a'"),
+        predict_in_chunks(predictor, find_images([str(photos)]), table, tmp_path / "work"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_parquet_table_equals_the_json_lines(photos: Path, tmp_path: Path, task: str) -> None:
+    make_bundle(tmp_path / "bundle", task=task, seed=1)
+    predictor = Predictor.load(tmp_path / "bundle")
+    answers = list(predict_files(predictor, find_images([str(photos)])))
+    for end in ("parquet", "jsonl"):
+        Table.plan(tmp_path / f"out.{end}", None).write(answers, predictor)
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    for row, line in zip(rows, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
+        value = json.loads(line)
+        for key in ("path", "error", "bundle", "prediction", "confidence"):
+            assert row[key] == value.get(key)
+        assert row.get("labels") == value.get("labels")
+        for name in "abc":
+            wanted = value["probabilities"][name] if "probabilities" in value else None
+            assert row[f"p_{name}"] == (wanted if wanted is None else pytest.approx(wanted, rel=1e-6))
+
+
+def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(20):
+        (photos / f"{seed:02d}.png").write_bytes(make_image(seed))
+    make_bundle(tmp_path / "bundle")
+    predictor, files = Predictor.load(tmp_path / "bundle"), find_images([str(photos)])
+    table, work = Table.plan(tmp_path / "out.csv", None), tmp_path / "work"
+    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 5)
+    monkeypatch.setattr("visionloop.predict.REPORT_EVERY", 1)
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), predict_in_chunks(predictor, files, table, work, on_progress=stop):
+        pass
+    assert seen == list(range(1, 14))
+    lines: list[str] = []
+    seen.clear()
+    with predict_in_chunks(
+        predictor, files, table, work, on_progress=lambda done, total: seen.append(done), tell=lines.append
+    ) as chunks:
+        table.write(chunks.read(), predictor)
+    assert (lines, seen) == (["10 of 23 were answered by a run that stopped"], list(range(11, 24)))
+    assert list(work.iterdir()) == []
+    whole = tmp_path / "whole.csv"
+    Table.plan(whole, None).write(predict_files(predictor, files), predictor)
+    assert read_csv(whole) == read_csv(table.out)
+
+
+def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 1)
+    make_bundle(tmp_path / "one")
+    make_bundle(tmp_path / "two", seed=5)
+    table, work, lines = Table.plan(tmp_path / "out.csv", None), tmp_path / "work", list[str]()
+
+    def answer(bundle: str) -> list[FilePrediction]:
+        predictor = Predictor.load(tmp_path / bundle)
+        answers: list[FilePrediction] = []
+        files = find_images([str(photos)])
+        with (
+            pytest.raises(ZeroDivisionError),
+            predict_in_chunks(predictor, files, table, work, tell=lines.append) as chunks,
+        ):
+            answers += chunks.read()
+            raise ZeroDivisionError
+        return answers
+
+    first = answer("one")
+    assert (answer("one"), len(lines)) == (first, 1)
+    assert answer("two") != first
+    (photos / "a.png").write_bytes(make_image(9))
+    os.utime(photos / "a.png", (1, 1))
+    assert answer("two")[0] != first[0]
+    assert lines == ["3 of 3 were answered by a run that stopped"]

@@ -1,5 +1,7 @@
 """Commands that answer: predict, serve."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,15 +16,22 @@ if TYPE_CHECKING:
     from visionloop.predict import FilePrediction
 
 BAR_CHARS = 20
+SHOWN_OF_TABLE = 20
+FEW = 8
 ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 
 
 @app.command()
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
-    out: Annotated[Path | None, typer.Option(help="Write every answer to a .jsonl or .csv file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every answer to a .jsonl, .csv or .parquet file; resumable.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")
+    ] = None,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+    top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
 
@@ -32,32 +41,62 @@ def predict(
 
       visionloop predict "photos/**/*.jpg" --out answers.jsonl
 
+      visionloop predict test/ --out submission.csv --format kaggle
+
       visionloop predict photo.jpg --bundle models/candidate
 
       visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.errors import SourceError, shorten
-    from visionloop.predict import find_images, predict_files, write_answers
+    from visionloop.errors import ParamsError, SourceError, shorten
+    from visionloop.predict import Table, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
+    if format and not out:
+        raise ParamsError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
     workspace = open_workspace()
-    files = find_images(paths, out=out)
+    table = Table.plan(out, format) if out else None
+    files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
-    answers = predict_files(predictor, files, on_progress=progress)
-    shown = answers[:20] if out else answers
-    width = max(len(_shorten_path(a.path)) for a in shown)
-    for answer in shown:
-        for line in describe_answer(answer, width, top):
-            print(line)
-    if out:
-        write_answers(answers, out, predictor)
-        print(f"{len(answers):,} answers of bundle {predictor.digest[:12]} in {out}")
-    if failed := sum(a.prediction is None for a in answers):
-        print(f"{failed:,} of {len(answers):,} files could not be used")
-    if failed == len(answers):
-        found = f"none of {failed:,} could be used: {answers[0].error}"
+    top = top or (3 if len(files) <= FEW else 1)
+    width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    if table is None:
+        counts, problem = _show(predict_files(predictor, files, on_progress=progress), width, top, most=len(files))
+    else:
+        folder = workspace.settings.hidden_dir / "predict"
+        with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
+            counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
+            table.write(chunks.read(), predictor)
+        if len(files) > SHOWN_OF_TABLE:
+            print(f"... {len(files) - SHOWN_OF_TABLE:,} more")
+        print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
+    if len(files) > 1:
+        print(describe_counts(counts, len(files)))
+    if not counts:
+        found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
+
+
+def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: int) -> tuple[Counter[str], str | None]:
+    """Print the first answers; return how often each class was answered, and why the first bad file has no answer."""
+    counts: Counter[str] = Counter()
+    problem = None
+    for number, answer in enumerate(answers):
+        if number < most:
+            print("\n".join(describe_answer(answer, width, top)))
+        if answer.prediction is None:
+            problem = problem or answer.error
+        else:
+            counts[answer.prediction.prediction or "no label"] += 1
+    return counts, problem
+
+
+def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
+    """Return the answers of many files as one line: the commonest classes, and how many files could not be used."""
+    parts = [f"{name} {count:,}" for name, count in counts.most_common(most)]
+    parts += [f"{len(counts) - most:,} more classes"] if len(counts) > most else []
+    bad = total - counts.total()
+    return f"{total:,} files: {', '.join(parts) or 'no answer'}" + (f"; {bad:,} could not be used" if bad else "")
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:

@@ -24,7 +24,8 @@ from visionloop.ingest.sources.reading import (
     read_split_tables,
     tell_unread,
 )
-from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, read_shelf_table
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
+from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
 from visionloop.ingest.tables.rows import Row
 from visionloop.ingest.zips import TODO, ZipReader
 from visionloop.params import ArchiveSource, Columns
@@ -80,12 +81,13 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
 def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
 ) -> Iterator[Item | Rejected | PassedOver]:
-    name = source.table
-    if name is None:
+    name, names = source.table, []
+    if name is None or name == ALL_TABLES:
         if top := shelf.find_wrapper():
             context.tell(f"{where}: everything lies in {top}")
             shelf.enter(top)
-        name = choose_table(shelf.list_files(), where, context.tell)
+        names = choose_tables(shelf.list_files(), where, context.tell, shelf.read_rows, source.columns)
+        name = names[0]
     elif name not in shelf.files:
         raise SourceError(where, f"has no entry {name!r}", "the path of the table inside", "Edit `table`.")
     elif source.images is None and shelf.has_images(top := name[: name.rfind("/") + 1]):
@@ -101,6 +103,7 @@ def _read_by_table(
             columns=source.columns,
             tell=context.tell,
             images=images,
+            parts=names if len(names) > 1 else (),
         )
     )
 
@@ -127,12 +130,12 @@ class ZipShelf:
         paths = [path[len(prefix) :] for path in self.files]
         images = [path for path in paths if is_image_name(path.rsplit("/", 1)[-1])]
         inner = self.make_inner(prefix)
-
-        def read(name: str) -> Iterator[Row]:
-            return LabelTable("", where, inner, name, Columns(), lambda line: None).rows()
-
         place = where.rpartition(" ")[2]
-        return is_read_by_table(images, [path for path in paths if "/" not in path], read, where, place)
+        return is_read_by_table(images, [path for path in paths if "/" not in path], inner.read_rows, where, place)
+
+    def read_rows(self, name: str) -> Iterator[Row]:
+        """Read a table of the shelf, to see what it holds. Raises SourceError."""
+        return LabelTable("", f"zip {name}", self, name, Columns(), lambda line: None).rows()
 
     def list_files_in(self, folder: str) -> list[str]:
         """Return the names of the files in a folder, whose path has a `/` at its end."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.paths.listing import VIDEO_SUFFIXES
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, list_paths
 from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_folder
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
@@ -15,8 +15,9 @@ from visionloop.ingest.sources.reading import (
     find_split_tables,
     is_read_by_table,
 )
+from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, list_tables
+from visionloop.ingest.tables.join import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
 
@@ -28,10 +29,10 @@ DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "
 KINDS = "a folder, a table, a .zip, a video, a URL (s3, http, https, rtsp) or module:function"
 
 
-def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False) -> Source:
+def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False, table: str | None = None) -> Source:
     """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
 
-    `by_pattern`: a folder is read by its paths, whatever tables lie in it.
+    `by_pattern`: a folder is read by its paths, whatever tables lie in it. `table`: it is read by this table in it.
 
     Raises:
         SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
@@ -42,6 +43,8 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
     if FUNCTION.match(text) and not path.exists():
         return _make("python", "function", text, name, text.partition(":")[0].rpartition(".")[2])
     path = path.resolve()
+    if path.is_dir() and table:
+        return _make("table", "path", str(path if table == ALL_TABLES else path / table), name, path.name)
     if path.is_dir():
         kind, place = _guess_folder(path, by_pattern=by_pattern)
         return _make(kind, "path", str(place), name, path.name)
@@ -107,15 +110,9 @@ def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
 
 def _list_paths(path: Path) -> tuple[list[str], int]:
     """Return the paths of images below a folder, and how many videos there are."""
-    paths: list[str] = []
-    num_videos = 0
-    start = len(str(path)) + 1
-    for root, folders, names in os.walk(path, followlinks=False):
-        folders[:] = sorted(folder for folder in folders if not is_system_folder(folder))
-        prefix = f"{root[start:]}/" if len(root) >= start else ""
-        paths += [prefix + name for name in names if is_image_name(name)]
-        num_videos += sum(os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES for name in names)
-    return paths, num_videos
+    paths = list_paths(path, f"source {path}")
+    num_videos = sum(os.path.splitext(one)[1].lower() in VIDEO_SUFFIXES for one in paths)
+    return [one for one in paths if is_image_name(one.rpartition("/")[2])], num_videos
 
 
 def _list_names(path: Path) -> list[str]:

@@ -4,11 +4,13 @@ Rows and images that have no counterpart are listed, not fatal. Folders beside t
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_tables, read_shelf_table
-from visionloop.ingest.tables.rows import make_url_finder
+from visionloop.ingest.tables.choose import choose_tables
+from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, read_shelf_table
+from visionloop.ingest.tables.rows import Row, make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 
@@ -26,7 +28,7 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     where = f"source {source.name} {path}"
     is_folder, names = path.is_dir(), [path.name]
     if is_folder:
-        names = choose_tables([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
+        names = _choose(source, path, where, context)
         path = path / names[0]
         where = f"source {source.name} {path}"
     elif not path.is_file():
@@ -34,8 +36,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     shelf = FolderShelf(path.parent)
     images: tuple[Shelf, str] | None = None
     if source.images is not None:
-        beside = path.parent / source.images
-        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(context.resolve(source.images)), "")
+        is_beside = (path.parent / source.images).is_dir() and not Path(source.images).is_absolute()
+        images = (shelf, source.images) if is_beside else (FolderShelf(context.resolve(source.images)), "")
     table = LabelTable(
         source=source.name,
         where=where,
@@ -51,3 +53,15 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)
+
+
+def _choose(source: TableSource, folder: Path, where: str, context: SourceContext) -> list[str]:
+    """Return the table in a folder, or those that are one for each side. Raises SourceError."""
+    shelf = FolderShelf(folder)
+
+    def read(name: str) -> Iterator[Row]:
+        columns, encoding = source.columns, source.encoding
+        return LabelTable(source.name, where, shelf, name, columns, lambda line: None, encoding=encoding).rows()
+
+    names = [child.name for child in folder.iterdir() if child.is_file()]
+    return choose_tables(names, where, context.tell, read, source.columns)
