@@ -24,14 +24,13 @@ MOST_SMALL = 0.1  # of the classes may have fewer
 class Counts:
     """How often each class is right (`hits`), true (`support`) and given in the images of each key, (g, k).
 
-    `times_g` says how many keys have the same row. `num_images` is the number of all images.
+    `times_g` says how many keys have the same row.
     """
 
     hits_gk: AnyArray
     support_gk: AnyArray
     given_gk: AnyArray
     times_g: IntArray
-    num_images: int
 
     @property
     def parts(self) -> tuple[AnyArray, AnyArray, AnyArray]:
@@ -54,7 +53,7 @@ def make_counts(labels_n: IntArray, chosen_n: IntArray, num_classes: int, key_n:
         return make_label_counts(eye_kk[labels_n], eye_kk[chosen_n], key_n)
     cells, times_g = np.unique(labels_n * num_classes + chosen_n, return_counts=True)
     support_gk, given_gk = eye_kk[cells // num_classes], eye_kk[cells % num_classes]
-    return Counts(support_gk & given_gk, support_gk, given_gk, times_g.astype(np.int64), len(key_n))
+    return Counts(support_gk & given_gk, support_gk, given_gk, times_g.astype(np.int64))
 
 
 def make_label_counts(targets_nk: NDArray[np.bool_], chosen_nk: NDArray[np.bool_], key_n: IntArray) -> Counts:
@@ -64,7 +63,7 @@ def make_label_counts(targets_nk: NDArray[np.bool_], chosen_nk: NDArray[np.bool_
     num_keys = int(code_n.max()) + 1
     if num_keys < len(key_n):
         parts = [_sum_rows(part, code_n, num_keys) for part in parts]
-    return Counts(parts[0], parts[1], parts[2], np.ones(num_keys, np.int64), len(key_n))
+    return Counts(parts[0], parts[1], parts[2], np.ones(num_keys, np.int64))
 
 
 def _sum_rows(part_nk: AnyArray, code_n: IntArray, num_keys: int) -> IntArray:
@@ -120,17 +119,12 @@ def compute_count_interval(figure: CountFigure, counts: Counts) -> Interval:
     mean = float(counts.times_g @ without_g) / number
     variance = (number - 1) / number * float(counts.times_g @ (without_g - mean) ** 2)
     half_bias = (number - 1) * (mean - value) / 2
-    mixed = None
-    if number < counts.num_images:
-        wrong_gk = (counts.hits_gk < counts.support_gk) | (counts.hits_gk < counts.given_gk)
-        mixed = min(int(wrong_gk.any(axis=1).sum()), int(counts.hits_gk.any(axis=1).sum()))
     return compute_score_interval(
         value,
         variance + half_bias**2,
         number - 1,
         center=value - half_bias,
         flawless=compute_flawless_bound(keys_k, number),
-        num_mixed=mixed,
     )
 
 

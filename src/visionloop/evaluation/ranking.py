@@ -141,7 +141,6 @@ def compute_mean_average_precision(
         float(np.var(drawn_r, ddof=1)),
         number - 1,
         flawless=compute_flawless_bound(keys_k, number),
-        num_mixed=number if number < len(key_n) else None,
     )
 
 

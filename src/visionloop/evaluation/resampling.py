@@ -82,27 +82,20 @@ def compute_score_interval(
     *,
     flawless: float,
     center: float | None = None,
-    num_mixed: int | None = None,
 ) -> Interval:
     """Return the interval of a figure from 0 to 1: Wilson's, with the effective number of images.
 
     That is the number of independent images with this variance (Kish 1965; for score intervals of grouped data: Korn &
     Graubard 1998, with their factor for few `degrees` of freedom). `flawless` is the lower bound of a figure of 1,
-    where the variance says nothing. `center` is the figure without its bias, where that is known. `num_mixed`, for keys
-    of several images, is the number of keys with an error (or with a hit, if these are fewer): few bad films tell
-    little about how films differ, so one more key counts as if it were all right or all wrong.
+    where the variance says nothing. `center` is the figure without its bias, where that is known.
     """
     middle = value if center is None or not 0 < center < 1 else center
-    least = Z_95**2 * flawless / (1 - flawless)  # Wilson's bound of so many images, all right, is `flawless`
-    number = least
+    number = Z_95**2 * flawless / (1 - flawless)  # Wilson's bound of so many images, all right, is `flawless`
     if variance > 0 and 0 < middle < 1:
-        spread = middle * (1 - middle)
-        if num_mixed is not None:
-            variance = max(variance, (num_mixed * variance + spread / least) / (num_mixed + 1))
-        number = spread / variance * (Z_95 / find_t_quantile(degrees)) ** 2
+        number = middle * (1 - middle) / variance * (Z_95 / find_t_quantile(degrees)) ** 2
     found = compute_wilson(middle * number, number)
     assert found.low is not None and found.high is not None
-    # More errors than none cannot give a higher bound than none: the rarest class may have shown no error by luck.
+    # More errors than none cannot give a higher bound than none: a rare class, or a bad film, may be missing by luck.
     return Interval(value, min(found.low, value, flawless), max(found.high, value, 1 - flawless))
 
 
@@ -118,8 +111,7 @@ def compute_share_interval(hits_g: ArrayLike, count_g: ArrayLike) -> Interval:
         return Interval(value, None, None)
     bound = compute_wilson(number, number).low
     assert bound is not None
-    mixed = min(int((hits < counts).sum()), int((hits > 0).sum()))
-    return compute_score_interval(value, _compute_variance(hits, counts), number - 1, flawless=bound, num_mixed=mixed)
+    return compute_score_interval(value, _compute_variance(hits, counts), number - 1, flawless=bound)
 
 
 def draw_keys(key_n: IntArray, resamples: int, seed: int) -> Iterator[FloatArray]:
