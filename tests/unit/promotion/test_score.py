@@ -83,7 +83,7 @@ def test_cached_scores_that_are_no_numbers_are_not_believed(world, predictor, sc
     bad_nk = first.probs_nk.copy()
     bad_nk[0] = np.nan
     sink = io.BytesIO()
-    np.savez(sink, probs=bad_nk, chosen=first.chosen)
+    np.savez(sink, probs=bad_nk, chosen=first.chosen, abstained=np.zeros(80, bool))
     world.store.put(score_key, sink.getvalue())
     np.testing.assert_array_equal(score_bundle(world.store, predictor, tests).probs_nk, first.probs_nk)
 
