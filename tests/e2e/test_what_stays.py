@@ -56,7 +56,7 @@ def read_last_run(api: str) -> tuple[str, str]:
 
 
 def read_artifact(api: str) -> str:
-    query = {"artifacts": {"key": {"any_": ["retrain-shapes"]}}, "sort": "CREATED_DESC", "limit": 1}
+    query = {"artifacts": {"key": {"like_": "retrain-shapes-%"}}, "sort": "CREATED_DESC", "limit": 1}
     (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
     return str(artifact["data"])
 
