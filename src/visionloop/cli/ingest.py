@@ -94,7 +94,6 @@ def ingest(
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
-    from visionloop.data.known_store import check_store_for_pull
     from visionloop.ingest.pull import check_sources
 
     given: dict[str, Any] = {"name": name, "pattern": pattern, "image_column": image_column}
@@ -102,8 +101,7 @@ def ingest(
     if dry_run:
         _print_dry_run(what, {**given, "save": save or None})
         return
-    workspace = open_workspace()
-    check_store_for_pull(workspace)  # before anything is said of the sources
+    workspace = _open_known()
     if what is None:
         _check_alone({**given, "save": save or None})
         sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
@@ -120,6 +118,15 @@ def ingest(
         print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
     elif what is not None:
         print("to pull it on every run, say --save")
+
+
+def _open_known() -> "Workspace":
+    """Open the workspace, and see that its store is the one it knows, before anything is said of the sources."""
+    from visionloop.data.known_store import check_store_for_pull
+
+    workspace = open_workspace()
+    check_store_for_pull(workspace)
+    return workspace
 
 
 def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:

@@ -129,8 +129,7 @@ def pull(
     """
     lost = check_store_for_pull(workspace)
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
-    journal = Journal(make_journal_path(settings), store.url, params.ingest)
-    with _rare_collections(), closing(journal):
+    with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
         context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
         corrections = load_corrections(context.resolve(path)) if (path := params.ingest.corrections) else []
         before, last = latest_version(store, name), journal.load_pull(name)
