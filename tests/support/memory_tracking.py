@@ -100,8 +100,8 @@ class MemoryTracking(Tracking):
             return version
         assert model_path.is_file()
         if run_id not in self.runs and self.find_tagged_run(DIGEST_TAG, bundle_digest) is None:
-            name, tags, params = describe_restored(load_card(model_path))
-            self.close_run(self.open_run(name, run_id=None, tags={RESTORED_TAG: "true", **tags}, params=params))
+            name, facts, params = describe_restored(load_card(model_path))
+            self.close_run(self.open_run(name, run_id=None, tags={RESTORED_TAG: "true", **facts}, params=params))
         version = self.versions[bundle_digest] = str(len(self.versions) + 1)
         self.version_tags[version] = dict(tags)
         return version
