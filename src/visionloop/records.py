@@ -12,9 +12,10 @@ from typing import Any, Self
 
 SIDES = ("train", "val", "test", "excluded")
 MAX_PIXELS = 50_000_000  # of an image, where `ingest.max_pixels` says nothing else
-CARD_SCHEMA = 1  # of `Card`: a bundle with a higher one is refused, as this code would pass over what it adds
 LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
-CARD_SCHEMA = 2  # of the cards that this version writes: 2 brought biases, abstain and tuning
+CARD_SCHEMA = (
+    2  # of `Card`; a higher one is refused: this code would pass over what it adds. 2: biases, abstain, tuning
+)
 
 
 def canonical_json(value: object) -> bytes:

@@ -60,7 +60,19 @@ def answer(session: ort.InferenceSession, card: dict[str, Any], image: np.ndarra
         labels = [classes[int(probs_k[1] >= card["threshold"])]]
     else:
         labels = [classes[int(probs_k.argmax())]]
-    return {"labels": labels, "probabilities": {c: round(float(p), 6) for c, p in zip(classes, probs_k)}}  # noqa: B905
+    found: dict[str, Any] = {"labels": labels}
+    least = (card.get("abstain") or {}).get("confidence")
+    if least is not None:  # the card's other rule, how unlike an image is, needs visionloop
+        found["is_sure"] = compute_confidence(probs_k, labels, card) >= least
+    return {**found, "probabilities": {c: round(float(p), 6) for c, p in zip(classes, probs_k)}}  # noqa: B905
+
+
+def compute_confidence(probs_k: np.ndarray, labels: list[str], card: dict[str, Any]) -> float:
+    """Return the probability of the answer; of several labels: the product over all classes, given or not."""
+    said_k = np.array([name in labels for name in card["classes"]])
+    if card["task"] == "multilabel":
+        return float(np.where(said_k, probs_k, 1 - probs_k).prod())
+    return float(probs_k[said_k][0])
 
 
 def main(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"temperature": 2.5},
+        {"temperature": 2.5, "biases": {"a": 0.5, "b": 0.0, "c": -1.0}},
         {"resize": "letterbox"},
         {"resize": "fit_crop"},
         {"task": "multilabel", "thresholds": {"a": 0.9, "b": 0.1, "c": 0.5}},
@@ -57,6 +57,14 @@ def test_it_answers_as_the_predictor_does(tmp_path: Path, changes: dict[str, obj
     assert answers[0]["labels"] == list(wanted.labels if wanted.labels is not None else (wanted.prediction,))
     assert answers[0]["probabilities"] == pytest.approx(wanted.probabilities, abs=2e-2)
     assert "error" in answers[1]
+
+
+@pytest.mark.parametrize(("least", "is_sure"), [(0.0, True), (1.0, False)])
+def test_it_says_whether_it_is_sure(tmp_path: Path, least: float, is_sure: bool) -> None:
+    write_handout(make_predictor(tmp_path / "bundle", abstain={"confidence": least}), tmp_path / "out")
+    (tmp_path / "photo.png").write_bytes(make_image(4))
+    answer = json.loads(run(tmp_path / "out", str(tmp_path / "photo.png"))[1][0])
+    assert answer["is_sure"] is is_sure
 
 
 def test_the_examples_show_whether_it_works_there(tmp_path: Path) -> None:
