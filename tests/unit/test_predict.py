@@ -76,7 +76,7 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
     assert jpg.prediction == predictor.predict([make_image(2, kind="JPEG")])[0]
     assert (broken.prediction, broken.error) == (
         None,
-        "is not an image we read; expected JPEG, PNG, WebP, AVIF or HEIC",
+        "is text, not an image; expected JPEG or PNG",
     )
 
 
@@ -94,7 +94,7 @@ def test_written_answers(photos: Path, tmp_path: Path) -> None:
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["path", "prediction", "confidence", "abstained", "error", "p_a", "p_b", "p_c"]
     assert float(table[0]["p_a"]) == pytest.approx(rows[0]["probabilities"]["a"], abs=1e-6)
-    assert table[1]["error"].startswith("is not an image")
+    assert table[1]["error"].startswith("is text, not an image")
 
 
 def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None:

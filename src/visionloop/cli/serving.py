@@ -74,8 +74,6 @@ def predict(
         with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
             counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
             table.write(chunks.read(), predictor)
-        if len(files) > SHOWN_OF_TABLE:
-            print(f"... {len(files) - SHOWN_OF_TABLE:,} more")
         print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
     if len(files) > 1:
         print(describe_counts(counts, len(files)))
@@ -92,7 +90,9 @@ def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: in
     counts: Counter[str] = Counter()
     problem = None
     for number, answer in enumerate(answers):
-        if number < most:
+        if number == most:
+            print("...")
+        elif number < most:
             print("\n".join(describe_answer(answer, width, top)))
         if answer.prediction is None:
             problem = problem or answer.error
