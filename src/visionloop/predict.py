@@ -49,8 +49,12 @@ class Table:
     form: str
 
     @classmethod
-    def plan(cls, out: Path, form: str | None) -> "Table":
-        """Choose the form by the name, or check the one that is asked for. Raises SourceError."""
+    def plan(cls, out: Path | None, form: str | None) -> "Table | None":
+        """Choose the form by the name, or check the one that is asked for; None without a name. Raises SourceError."""
+        if out is None:
+            if form:
+                raise SourceError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
+            return None
         by_suffix = SUFFIXES.get(out.suffix.lower())
         if by_suffix is None:
             raise SourceError("--out", f"got {out.name!r}", f"a file that ends in {', '.join(SUFFIXES)}")

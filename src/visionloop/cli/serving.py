@@ -54,14 +54,12 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import write_picture
-    from visionloop.errors import ParamsError, SourceError, shorten
+    from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
-    if format and not out:
-        raise ParamsError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
     workspace = open_workspace()
-    table = Table.plan(out, format) if out else None
+    table = Table.plan(out, format)
     files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
