@@ -40,11 +40,13 @@ class Run:
         return [(one.origin.partition(":")[2], one.code) for one in self.rejected]
 
 
-def run_source(home: Path, cursor: str | None = None, env: dict[str, str] | None = None, **section: Any) -> Run:
+def run_source(
+    home: Path, cursor: str | None = None, env: dict[str, str] | None = None, several: bool = False, **section: Any
+) -> Run:
     """Read a source to its end. `section` is what stands under `ingest.sources`; paths are relative to `home`."""
     source = make_params({"name": "pets", "ingest": {"sources": [section]}}).ingest.sources[0]
     run = Run()
-    context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append)
+    context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append, several=several)
     run.take(source, context)
     if run.error:
         raise run.error

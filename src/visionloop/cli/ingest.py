@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
+TABLE_OPTIONS = {
+    "image": "image-column",
+    "label": "label-column",
+    "separator": "separator",
+    "no_label": "no-label",
+}
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
     str | None,
@@ -35,6 +41,12 @@ Pattern = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of a table that names the image.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of a table that holds the label.")]
+Separator = Annotated[
+    str | None, typer.Option(help="What divides several labels in one cell of a table; `none`: a cell is one class.")
+]
+NoLabel = Annotated[
+    list[str] | None, typer.Option(help="A text that stands for no label, as NA; '': only an empty cell does.")
+]
 Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
 ]
@@ -60,6 +72,8 @@ def ingest(
     pattern: Pattern = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    separator: Separator = None,
+    no_label: NoLabel = None,
     unlabelled: Unlabelled = None,
     table: Table = None,
     encoding: Encoding = None,
@@ -91,6 +105,7 @@ def ingest(
 
     given: dict[str, Any] = {"name": name, "pattern": pattern}
     given |= {"image_column": image_column, "label_column": label_column}
+    given |= {"separator": separator, "no_label": no_label or None}
     given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
     if dry_run:
         _print_dry_run(what, {**given, "save": save or None})
@@ -178,7 +193,8 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
     if what is None:
         _check_alone(given)
     sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
-    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print)
+    several = params.task == "multilabel"
+    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print, several=several)
     for source in sources:
         for line in _describe_outline(outline_source(source, context)):
             print(line)
@@ -198,6 +214,7 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     by_pattern = bool(given.get("pattern"))
     source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
+    columns |= {key: given.get(key) for key in ("separator", "no_label")}
     keys = ("pattern", "unlabelled", "table", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
@@ -205,8 +222,9 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     fields = type(source).model_fields
     for key in wanted:
         if key not in fields:
-            option = "--image-column and --label-column" if key == "columns" else f"--{key}"
-            raise SourceError(f"{option}", f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
+            named = ["--" + TABLE_OPTIONS[column] for column in wanted["columns"]] if key == "columns" else [f"--{key}"]
+            option = " and ".join(named)
+            raise SourceError(option, f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
     value = {
         **source.model_dump(mode="json", exclude_defaults=True),
         "kind": source.kind,

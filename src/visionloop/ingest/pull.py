@@ -122,7 +122,8 @@ def pull(
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     journal = Journal(make_journal_path(settings), store.url, params.ingest)
     with _rare_collections(), closing(journal):
-        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
+        several = params.task == "multilabel"
+        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several)
         path = params.ingest.corrections
         corrections = load_corrections(context.resolve(path)) if path else []
         before, last = latest_version(store, name), journal.load_pull(name)

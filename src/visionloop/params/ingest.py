@@ -35,7 +35,8 @@ class Columns(Section):
     """Which column of a table means what; what is not named is guessed, and the guess is shown.
 
     `label` is one column, or several one-hot columns. `separator` splits one cell into several labels
-    (`task: multilabel`). A key of nested JSON is written with dots: `image.url`.
+    (`task: multilabel`); `none`: each cell is one class as written. `no_label` are texts of cells without a label
+    (`NA`, in any case); `[""]`: only empty ones are. A key of nested JSON is written with dots: `image.url`.
     """
 
     image: Text | None = None
@@ -44,6 +45,7 @@ class Columns(Section):
     group: Text | None = None
     time: Text | None = None
     separator: Text | None = None
+    no_label: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] | None = None
 
 
 class FolderSource(Section):
@@ -51,13 +53,14 @@ class FolderSource(Section):
 
     In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
     `{label}.*.jpg`, `{label}_{number}`; one that ends with `/` names the folders: `{side}/{label}/`. The images of
-    `unlabelled` folders come in for prediction only.
+    `unlabelled` folders come in for prediction only. `columns` are those of tables in split folders.
     """
 
     kind: Literal["folder"]
     path: Text
     name: Name = "folder"
     pattern: Text | None = None
+    columns: Columns = Columns()
     unlabelled: Words = ()
 
 

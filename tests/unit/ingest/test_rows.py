@@ -34,7 +34,7 @@ def plan(*rows: dict[str, Any], **columns: Any) -> tuple[RowPlan, list[str]]:
         ({"id": "ab12", "breed": "pug"}, {"image": "id", "labels": ("breed",)}),
         ({"": "", "file": "a.jpg", "label": 3}, {"image": "file", "labels": ("label",)}),
         ({"column 1": "0", "image_id": "a", "rust": "1", "scab": "0"}, {"labels": ("rust", "scab"), "one_hot": True}),
-        ({"path": "a.jpg", "tags": "x|y"}, {"labels": ("tags",), "separator": "|"}),
+        ({"path": "a.jpg", "tags": "x|y"}, {"labels": ("tags",), "separator": None}),
         ({"a": "photos/1.png", "b": "cat"}, {"image": "a", "labels": ("b",)}),
         ({"id": 7, "url": "https://x.org/1", "category": "c"}, {"image": "url", "labels": ("category",)}),
         ({"image": {"bytes": b"x", "path": "a.jpg"}, "label": 1}, {"image": "image.bytes", "labels": ("label",)}),

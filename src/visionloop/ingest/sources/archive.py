@@ -5,6 +5,7 @@ The archive is checked in `ingest/zips.py`; labels and sides come from paths as 
 
 import copy
 import io
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -63,7 +64,8 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
         raise explain_no_image(where, list(shelf.files), passed)
     paths = [found.relative for found in images]
     if source.table is None and source.pattern is None and (tables := find_split_tables(paths, shelf.list_files_in)):
-        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in)
+        command = f"visionloop ingest {shlex.quote(str(path))}"
+        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in, source.columns, command)
         yield from read_split_tables(tables, place, context)
         yield passed
     elif source.table is not None or (source.pattern is None and shelf.is_read_by_table(where, context)):
@@ -80,7 +82,7 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
 def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
 ) -> Iterator[Item | Rejected | PassedOver]:
-    name = source.table
+    name, command = source.table, f"visionloop ingest {shlex.quote(str(context.resolve(source.path)))}"
     if name is None:
         if top := shelf.find_wrapper():
             context.tell(f"{where}: everything lies in {top}")
@@ -101,6 +103,8 @@ def _read_by_table(
             columns=source.columns,
             tell=context.tell,
             images=images,
+            several=context.several,
+            command=f"{command} --table {shlex.quote(source.table)}" if source.table else command,
         )
     )
 

@@ -4,6 +4,7 @@ Exactly the listed version of an image is read (version id, else ETag); with the
 """
 
 import io
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,8 @@ def _read_by_table(
             name=name,
             columns=source.columns,
             tell=context.tell,
+            several=context.several,
+            command=f"visionloop ingest {source.path} --table {shlex.quote(name)}",
             images=(shelf, folder) if folder and has_images else None,
         )
     )

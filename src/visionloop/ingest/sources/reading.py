@@ -16,6 +16,7 @@ from visionloop.ingest.paths.layout import count_classes, settle_sides
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
 from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, list_tables, read_shelf_table
+from visionloop.ingest.tables.label_cells import AS_WRITTEN
 from visionloop.ingest.tables.rows import Row
 from visionloop.params import Columns
 from visionloop.records import Rejected
@@ -25,7 +26,15 @@ SAMPLE = 100
 OTHER_ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 EXPORT_LIST, EXPORT_TABLE = "images.csv", "metadata.jsonl"
-EXPORT_COLUMNS = Columns(image="file_name", label="labels", side="side", group="group", time="captured_at")
+EXPORT_COLUMNS = Columns(
+    image="file_name",
+    label="labels",
+    side="side",
+    group="group",
+    time="captured_at",
+    separator=AS_WRITTEN,
+    no_label=("",),
+)
 
 
 class SplitTable(NamedTuple):
@@ -34,17 +43,22 @@ class SplitTable(NamedTuple):
     folder: str
     side: str | None
     table: str
-    columns: Columns = Columns()
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it."""
+    """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it.
+
+    `columns` are those of its tables, `command` names it on the command line.
+    """
 
     source: str
     where: str
     enter: Callable[[str], Shelf]
     list_names: Callable[[str], Sequence[str]]
+    columns: Columns
+    command: str
 
 
 def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence[str]]) -> list[SplitTable]:
@@ -85,7 +99,16 @@ def read_split_tables(tables: Sequence[SplitTable], place: Place, context: Sourc
         is_export = one.columns is EXPORT_COLUMNS
         name = one.table if is_export else choose_table(place.list_names(one.folder), f"{where} {one.folder}", tell)
         tell(f"{where}: the labels of {one.folder} are those of {one.folder}{name}")
-        table = LabelTable(place.source, f"{where} {one.folder}{name}", shelf, name, one.columns, tell)
+        table = LabelTable(
+            place.source,
+            f"{where} {one.folder}{name}",
+            shelf,
+            name,
+            one.columns or place.columns,
+            tell,
+            several=context.several,
+            command=place.command,
+        )
         for found in read_shelf_table(table):
             if isinstance(found, PassedOver):
                 continue  # counted for the whole place

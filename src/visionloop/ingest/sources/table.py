@@ -3,6 +3,7 @@
 Rows and images that have no counterpart are listed, not fatal. Folders beside the table without labels come last.
 """
 
+import shlex
 from collections.abc import Iterator
 
 from visionloop.errors import SourceError
@@ -48,6 +49,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         encoding=source.encoding,
         parts=names if len(names) > 1 else (),
         is_all=is_folder,
+        several=context.several,
+        command=f"visionloop ingest {shlex.quote(str(path))}",
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)

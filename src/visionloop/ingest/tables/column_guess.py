@@ -31,7 +31,6 @@ GROUP_NAMES = (
     *("session_id", "sequence", "sequence_id", "seq_id", "camera", "camera_id", "lesion_id"),
 )
 TIME_NAMES = ("captured_at", "taken_at", "time", "timestamp", "datetime", "date", "created_at", "date_taken")
-SEPARATORS = ("|", ";")
 NO_CLASSES = ("unlabeled", "unlabelled")  # Roboflow's one-hot column of images without a label
 SECONDS_FROM = 1e8
 
@@ -150,22 +149,17 @@ class ColumnGuess:
             raise self.refuse("label", "the label")
         return tuple(flat)
 
-    def find_separator(self, name: str) -> str | None:
-        """Return what divides several labels in one cell; a space, if nearly all words between are labels alone too."""
-        texts = [value for value in self._values(name) if isinstance(value, str)]
-        if mark := next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None):
-            return mark
-        alone = {text.strip() for text in texts}
-        words = [word for text in texts if len(text.split()) > 1 for word in text.split()]
-        divided = _plain_name(name) in SEVERAL_NAMES and sum(word in alone for word in words) > 0.8 * len(words)
-        return " " if words and divided else None
-
     def _by_name(self, names: Sequence[str]) -> list[str]:
         """The free columns that have one of these names (of a dotted one, its last part), in this order."""
         free = self._free()
         places = {name: index for index, name in enumerate(names)}
         found = [(places[plain], name) for name in free if (plain := _plain_name(name)) in places]
         return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+
+
+def is_list_name(name: str) -> bool:
+    """Say whether a column is called like one that holds several labels in a cell."""
+    return _plain_name(name) in SEVERAL_NAMES
 
 
 def _plain_name(name: str) -> str:

@@ -4,6 +4,7 @@ Rows and images that have no counterpart are listed, not fatal. Folders without 
 """
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from visionloop.ingest.paths.names import get_suffix
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
+    Reading,
     Row,
     RowImage,
     RowPlan,
@@ -162,6 +164,7 @@ class LabelTable:
 
     `is_all`: the whole shelf is the source, so that all of its files are accounted for, not only those where the images
     are. `encoding`: that of the table, None: guessed. `parts` are all files of a table in parts, each of one split.
+    `several`: an image may have several labels. `command` names the table on the command line.
     `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
     """
 
@@ -177,6 +180,8 @@ class LabelTable:
     parts: Sequence[str] = ()
     is_all: bool = True
     find_url: Callable[[str], RowImage] | None = None
+    several: bool = False
+    command: str = "visionloop ingest TABLE"
     told: set[str] = field(default_factory=set)
 
     def rows(self) -> Iterator[Row]:
@@ -217,7 +222,7 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver
         SourceError: the table cannot be read or understood, or none of its images is found.
     """
     sample = list(islice(table.rows(), SAMPLE_ROWS))
-    plan = plan_columns(table.columns, sample, table.where, table.tell_once)
+    plan = plan_columns(table.columns, sample, table.where, table.tell_once, make_reading(table))
     join = _Join(table, plan, *_find_images(table, plan, sample))
     yield from _join_rows(join)
     unlabelled = _choose_unlabelled(join)
@@ -228,6 +233,14 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver
             origin = f"{table.source}:{escape_name(f'{folder}/{file.relative}')}"
             yield Item(origin, table.source, (), table.shelf.make_reader(file), file.stamp)
     yield from _list_rest(join, unlabelled)
+
+
+def make_reading(table: LabelTable) -> Reading:
+    """Return how the columns of a table are read: after all of its rows, and with the commands that answer."""
+    columns = table.columns
+    named = {"--image-column": columns.image, "--label-column": columns.label}
+    options = [f"{key} {shlex.quote(name)}" for key, name in named.items() if isinstance(name, str)]
+    return Reading(table.several, " ".join([table.command, *options]), table.rows)
 
 
 def _list_rest(join: "_Join", unlabelled: Sequence[str]) -> Iterator[Rejected | PassedOver]:

@@ -5,15 +5,32 @@ item needs: labels as text, sides as train, val or test, times as ISO 8601 in UT
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import escape_name, is_label
-from visionloop.ingest.tables.cells import Row, clean_label, get_cell, is_on, parse_time, split_label_cell, to_text
-from visionloop.ingest.tables.column_guess import ColumnGuess
+from visionloop.ingest.tables.cells import (
+    NOTHING,
+    Row,
+    clean_label,
+    get_cell,
+    is_on,
+    parse_time,
+    split_label_cell,
+    to_text,
+)
+from visionloop.ingest.tables.column_guess import ColumnGuess, is_list_name
 from visionloop.ingest.tables.files import BAD_ROW, TableKind, guess_table_kind, read_rows
+from visionloop.ingest.tables.label_cells import (
+    AS_WRITTEN,
+    LabelSurvey,
+    describe_no_label,
+    divide,
+    find_no_label,
+    find_separator,
+)
 from visionloop.ingest.tables.split_columns import read_flags, read_word
 from visionloop.params import Columns
 from visionloop.records import Rejected
@@ -37,6 +54,7 @@ class RowPlan:
     """Which column means what. `labels` is one column, or several one-hot columns; empty: the table has no labels.
 
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
+    `no_label` are texts, in lower case, that stand for no label.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -49,6 +67,7 @@ class RowPlan:
     separator: str | None = None
     flags: tuple[str, ...] = ()
     flag_sides: tuple[str, ...] = ()
+    no_label: tuple[str, ...] = ()
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -72,8 +91,10 @@ class RowPlan:
         value = get_cell(row, self.labels[0]) if self.labels else None
         texts = [to_text(one) for one in split_label_cell(value)]
         if self.separator:
-            texts = [part for text in texts for part in text.split(self.separator)]
+            texts = [part for text in texts for part in divide(text, self.separator)]
         labels = tuple(dict.fromkeys(label for text in texts if (label := clean_label(text))))
+        if self.no_label:
+            labels = tuple(label for label in labels if label.casefold() not in self.no_label)
         for label in labels:
             if not is_label(label):
                 shown = escape_name(label[:60])
@@ -91,12 +112,28 @@ class RowPlan:
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
-        value = get_cell(row, self.group) if self.group else None
-        return escape_name(to_text(value)) or None
+        text = to_text(get_cell(row, self.group)) if self.group else ""
+        return None if text.lower() in NOTHING else escape_name(text)
 
     def read_time(self, row: Row) -> str | None:
         """Return the time as ISO 8601 in UTC; a time without a zone is taken as UTC. None when it is no time."""
         return parse_time(get_cell(row, self.time)) if self.time else None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What decides beside params and a sample how columns are read.
+
+    `several`: an image may have several labels. `command` names the table on the command line. `rows` reads all rows,
+    None: only the sample can be looked at. `needs_image`: there must be a column of images. `own` are columns that the
+    source itself uses.
+    """
+
+    several: bool = False
+    command: str = "visionloop ingest TABLE"
+    rows: Callable[[], Iterable[Row]] | None = None
+    needs_image: bool = True
+    own: Sequence[str | None] = ()
 
 
 def plan_columns(
@@ -104,16 +141,15 @@ def plan_columns(
     sample: Sequence[Row],
     where: str,
     tell: Callable[[str], None],
-    *,
-    needs_image: bool = True,
-    own: Sequence[str | None] = (),
+    reading: Reading = Reading(),
 ) -> RowPlan:
     """Say which column means what: as params name them, the rest by names and values of the sample, each guess told.
 
-    `own` are columns that the source itself uses. What nobody uses is told too.
+    What nobody uses is told too.
 
     Raises:
-        SourceError: a named column is missing, or it is unclear which holds the image or the label.
+        SourceError: a named column is missing, it is unclear which holds the image or the label, or cells of the label
+            can be read in two ways.
     """
     rows = [row for row in sample if BAD_ROW not in row]
     if not rows:
@@ -121,23 +157,33 @@ def plan_columns(
         raise SourceError(where, "has no row" if not sample else str(sample[0][BAD_ROW]), "a row for each image", todo)
     guess = ColumnGuess(rows, where, _list_named(columns))
     image = columns.image or guess.find_image()
-    if image is None and needs_image:
+    if image is None and reading.needs_image:
         raise guess.refuse("image", "the image's path, URL or bytes")
     split = guess.check_split(columns.side) if columns.side else guess.find_split()
     flag_sides = guess.flag_sides(split)
     group, time = (getattr(columns, key) or guess.find(key) for key in ("group", "time"))
     labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
     one_hot = len(labels) > 1
-    separator = columns.separator
-    if separator is None and labels and not one_hot and columns.label is None:
-        separator = guess.find_separator(labels[0])
+    separator, no_label = columns.separator, tuple(text.strip().casefold() for text in columns.no_label or ())
+    if labels and not one_hot and (separator is None or columns.no_label is None):
+        survey = LabelSurvey(labels[0], where, reading.several, reading.command, is_list_name(labels[0]))
+        whole = (row for row in reading.rows() if BAD_ROW not in row) if reading.rows else rows
+        survey.add(get_cell(row, labels[0]) for row in whole)
+        separator = separator or find_separator(survey)
+        if columns.no_label is None:
+            no_label = find_no_label(survey, _get_mark(separator))
+            guess.notes.append(describe_no_label(survey, no_label))
     words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
-    plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides)
-    unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *own) if name])
+    plan = RowPlan(image, labels, one_hot, words, group, time, _get_mark(separator), flags, flag_sides, no_label)
+    unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *reading.own) if name])
     for line in (_describe_guesses(columns, plan), *guess.notes, _describe_unused(unused)):
         if line:
             tell(f"{where}: {line}")
     return plan
+
+
+def _get_mark(separator: str | None) -> str | None:
+    return None if separator == AS_WRITTEN else separator
 
 
 def _list_named(columns: Columns) -> dict[str, str]:

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 from visionloop.errors import ImageError, shorten
 from visionloop.ingest.paths.listing import find_side
-from visionloop.ingest.tables.cells import Row, get_cell, to_text
+from visionloop.ingest.tables.cells import NOTHING, Row, get_cell, to_text
 
 SPLIT_NAMES = (
     *("split", "side", "subset", "partition", "set", "dataset", "data_set", "usage", "phase", "image_set", "fold"),
     *("mode", "stage", "purpose", "ds"),
 )
 SPLIT_PARTS = frozenset({"split", "splits", "partition", "subset"})  # data_split, official_split, split_1
-NOTHING = frozenset({"", "nan", "none", "null", "na", "n/a", "-"})
 MORE_WORDS = {"trainval": "train", "trn": "train", "tr": "train", "tst": "test", "te": "test", "vld": "val"}
 NOT_WORDS = frozenset({"not", "no", "non", "un", "without"})
 FLAG = re.compile(
