@@ -51,7 +51,7 @@ Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
 ]
 Table = Annotated[str | None, typer.Option(help="The table inside a zip or a bucket that holds the labels.")]
-Encoding = Annotated[str | None, typer.Option(help="Encoding of the names in a zip that are not UTF-8: gbk, cp866.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of a table, or of names in a zip, that is not UTF-8.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
 ]

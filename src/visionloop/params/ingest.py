@@ -53,7 +53,8 @@ class FolderSource(Section):
 
     In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
     `{label}.*.jpg`, `{label}_{number}`; one that ends with `/` names the folders: `{side}/{label}/`. The images of
-    `unlabelled` folders come in for prediction only. `columns` are those of tables in split folders.
+    `unlabelled` folders come in for prediction only. `columns` and `encoding` are those of tables in split
+    folders.
     """
 
     kind: Literal["folder"]
@@ -61,6 +62,7 @@ class FolderSource(Section):
     name: Name = "folder"
     pattern: Text | None = None
     columns: Columns = Columns()
+    encoding: Encoding | None = None
     unlabelled: Words = ()
 
 
@@ -68,7 +70,7 @@ class TableSource(Section):
     """CSV, Parquet, JSON or JSON lines: one row an image, by path or URL. Images lie in `images`, or are guessed.
 
     `unlabelled` folders come in without labels, for prediction only. URLs are fetched from `hosts` alone. `encoding`
-    is that of a CSV or of JSON lines; without it UTF-8, UTF-16 and Windows-1252 are told apart.
+    is that of its text; without it what is not UTF-8 is guessed by how it reads, and told or asked about.
     """
 
     kind: Literal["table"]
@@ -84,7 +86,7 @@ class TableSource(Section):
 class ArchiveSource(Section):
     """A zip of class folders, of flat files (`pattern`), or of a table (`table`, inside it) and its images.
 
-    `encoding` is that of the names in the zip, where they are not UTF-8: gbk, cp866, shift_jis.
+    `encoding` is that of names in the zip, and of a table, that are not UTF-8: gbk, cp866, shift_jis.
     """
 
     kind: Literal["archive"]
@@ -160,6 +162,7 @@ class BucketSource(Section):
     unlabelled: Words = ()
     table: Text | None = None
     columns: Columns = Columns()
+    encoding: Encoding | None = None
     endpoint_url: Text | None = None
 
 

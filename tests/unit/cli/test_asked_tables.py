@@ -79,4 +79,18 @@ def test_options_of_tables_are_refused_for_class_folders(
         (home / "photos" / name).write_bytes(make_image(1))
     for options in (["--separator", ","], ["--no-label", "NA"], ["--label-column", "x"]):
         assert run_here(monkeypatch, "ingest", str(home / "photos"), *options) == 2
-        assert "columns are named, but labels are those of the paths" in capsys.readouterr().err
+        assert "columns or an encoding are named, but labels are those of the paths" in capsys.readouterr().err
+
+
+def test_the_encoding_of_a_table_and_of_the_names_in_a_zip(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = "file,label\n0.png,kočka\n1.png,pes\n".encode("cp1250")
+    write_table(home / "pets", table)
+    write_table(home / "split" / "train", table.replace(b"file", b"file_name"), "metadata.csv")
+    write_table(home / "split" / "test", b"file_name,label\n0.png,pes\n1.png,pes\n", "metadata.csv")
+    for folder in ("pets", "split"):
+        assert run_here(monkeypatch, "ingest", str(home / folder), "--dry-run") == 2
+        command = next(one for one in find_commands(capsys.readouterr().err) if "cp1250" in one)
+        assert run_here(monkeypatch, *command, "--dry-run") == 0
+        assert "kočka" in capsys.readouterr().out

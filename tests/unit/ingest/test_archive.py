@@ -205,18 +205,47 @@ def test_names_that_lead_out_stay_refused(tmp_path: Path, name: str) -> None:
     assert (refused.code, refused.reason) == ("unsafe_path", "its name leaves the archive")
 
 
+def write_names(home: Path, encoding: str, *words: str) -> None:
+    """Write a zip with a folder for each word, whose names do not say that they are in this encoding."""
+    raws = {f"{'Z' * len(word.encode(encoding))}{i}": word.encode(encoding) for i, word in enumerate(words)}
+    holes = {hole: raw + hole[-1:].encode() for hole, raw in raws.items()}
+    write_raw(home, {**{f"{hole}/1.jpg": b"1" for hole in holes}, "dog/1.jpg": b"2"}, **holes)
+
+
 @pytest.mark.parametrize(
-    ("word", "encoding"),
+    ("words", "encoding"),
     [
-        ("猫", "gbk"),
-        ("狗狗", "gbk"),
-        ("猫", "shift_jis"),
-        ("ねこ", "shift_jis"),
-        ("собака", "cp866"),
-        ("кот", "cp866"),
-        ("고양이", "euc_kr"),
-        ("été", "cp1252"),
+        (("山",), "gbk"),
+        (("été",), "cp1252"),
+        (("山", "水", "汽车"), "gbk"),
+        (("猫", "狗", "鸟"), "gbk"),
+        (("犬", "猫", "自動車"), "shift_jis"),
+        (("ねこ", "うさぎ"), "shift_jis"),
+        (("собака", "кот", "лошадь"), "cp866"),
+        (("Собака", "Кот", "Птица"), "cp1251"),
+        (("고양이", "강아지", "새"), "euc_kr"),
+        (("貓", "狗", "汽車"), "big5"),
+        (("Müll", "Glas", "Körbe", "Bär"), "cp437"),
+        (("éléphant", "forêt", "château", "hôtel"), "mac_roman"),
+        (("żaba", "koń", "gęś", "jabłko"), "cp852"),
+        (("猫", "Кошка", "café"), "utf-8"),
     ],
+)
+def test_encoding_of_names_is_guessed_and_told(tmp_path: Path, words: tuple[str, ...], encoding: str) -> None:
+    write_names(tmp_path, encoding, *words)
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    names = {f"{word}{i}" for i, word in enumerate(words)}
+    assert {item.labels[0] for item in found.items} == {*names, "dog"}
+    told = [line for line in found.told if "names that are not UTF-8" in line]
+    assert len(told) == (encoding != "utf-8")
+    if told:
+        assert f"are read as {encoding}, such as " in told[0]
+        assert " in " in told[0].partition(" (")[2], "how others read it"
+        assert told[0].endswith("; else `encoding` (--encoding)")
+
+
+@pytest.mark.parametrize(
+    ("word", "encoding"), [("猫", "gbk"), ("牛", "gbk"), ("狗狗", "gbk"), ("猫", "shift_jis"), ("řeka", "cp1250")]
 )
 def test_encoding_of_names_is_asked_for_and_the_answer_is_taken(tmp_path: Path, word: str, encoding: str) -> None:
     raw = word.encode(encoding)
@@ -224,8 +253,7 @@ def test_encoding_of_names_is_asked_for_and_the_answer_is_taken(tmp_path: Path, 
     write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
     with pytest.raises(SourceError, match=rf"does not say the encoding of 1 .*{word}/1\.jpg in {encoding}") as caught:
         run_source(tmp_path, kind="archive", path="a.zip")
-    first = "gbk" if encoding == "euc_kr" else encoding  # bytes of Korean words are Chinese ones too
-    assert f"Say --encoding {first} (in params.yaml: `encoding`)" in str(caught.value)
+    assert f"`visionloop ingest {tmp_path}/a.zip --encoding {encoding}`" in str(caught.value)
     found = run_source(tmp_path, kind="archive", path="a.zip", encoding=encoding)
     assert {item.labels for item in found.items} == {(word,), ("dog",)}
     assert [item.read(1) for item in found.items if item.labels == (word,)] == [b"1"]
@@ -238,7 +266,7 @@ def test_names_of_dos_are_read_and_told(tmp_path: Path, word: str, encoding: str
     write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
     found = run_source(tmp_path, kind="archive", path="a.zip")
     assert {item.labels for item in found.items} == {(word,), ("dog",)}
-    assert found.told[0].endswith(f"names that are not UTF-8 are read as cp437, such as {word}/1.jpg; else `encoding`")
+    assert f"names that are not UTF-8 are read as cp437, such as {word}/1.jpg (" in found.told[0]
 
 
 @pytest.mark.parametrize("word", ["café", "cafe\u0301", "Кошка", "猫", "คน"])

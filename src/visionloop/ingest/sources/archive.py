@@ -25,7 +25,8 @@ from visionloop.ingest.sources.reading import (
     read_split_tables,
     tell_unread,
 )
-from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, read_shelf_table
+from visionloop.ingest.tables.join import choose_table, read_shelf_table
+from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
 from visionloop.ingest.zips import TODO, ZipReader
 from visionloop.params import ArchiveSource, Columns
@@ -48,10 +49,11 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
     if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
         raise SourceError(where, found, "a zip archive", "Check the path.")
-    reader = ZipReader(path, where, source.encoding)
+    command = f"visionloop ingest {shlex.quote(str(path))}"
+    reader = ZipReader(path, where, source.encoding, command)
     shelf = ZipShelf(reader)
     if reader.guessed:
-        context.tell(f"{where}: names that are not UTF-8 are read as cp437, such as {reader.guessed}; else `encoding`")
+        context.tell(f"{where}: {reader.guessed}")
     inner = sum(name.lower().endswith(ARCHIVE_SUFFIXES) for name in shelf.files)
     if inner:
         context.tell(f"{where}: archives inside, which are not opened: {inner:,}")
@@ -64,8 +66,8 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
         raise explain_no_image(where, list(shelf.files), passed)
     paths = [found.relative for found in images]
     if source.table is None and source.pattern is None and (tables := find_split_tables(paths, shelf.list_files_in)):
-        command = f"visionloop ingest {shlex.quote(str(path))}"
-        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in, source.columns, command)
+        columns, encoding = source.columns, source.encoding
+        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in, columns, command, encoding)
         yield from read_split_tables(tables, place, context)
         yield passed
     elif source.table is not None or (source.pattern is None and shelf.is_read_by_table(where, context)):
@@ -104,6 +106,7 @@ def _read_by_table(
             tell=context.tell,
             images=images,
             several=context.several,
+            fallback=source.encoding,
             command=f"{command} --table {shlex.quote(source.table)}" if source.table else command,
         )
     )

@@ -14,7 +14,8 @@ from visionloop.errors import ImageError, SettingsError, SourceError, StoreError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images, is_image_name
 from visionloop.ingest.sources.folder import Files, read_by_place
-from visionloop.ingest.tables.join import LabelTable, read_shelf_table
+from visionloop.ingest.tables.join import read_shelf_table
+from visionloop.ingest.tables.label_table import LabelTable
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
 from visionloop.records import Rejected
@@ -60,6 +61,7 @@ def _read_by_table(
             columns=source.columns,
             tell=context.tell,
             several=context.several,
+            encoding=source.encoding,
             command=f"visionloop ingest {source.path} --table {shlex.quote(name)}",
             images=(shelf, folder) if folder and has_images else None,
         )

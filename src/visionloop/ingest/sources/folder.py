@@ -19,7 +19,7 @@ from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, list_images
 from visionloop.ingest.paths.names import escape_name, is_passed
 from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables, tell_unread
-from visionloop.ingest.tables.join import FolderShelf
+from visionloop.ingest.tables.label_table import FolderShelf
 from visionloop.params import Columns, DigitsSource, FolderSource
 from visionloop.records import Rejected
 
@@ -84,18 +84,21 @@ def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item |
     if not images:
         raise explain_no_image(where, list_names(""), passed)
     if not source.pattern and (tables := find_split_tables(paths, list_names)):
-        command = f"visionloop ingest {shlex.quote(str(folder))}"
         place = Place(
-            source.name, where, lambda inside: FolderShelf(folder / inside), list_names, source.columns, command
+            source=source.name,
+            where=where,
+            enter=lambda inside: FolderShelf(folder / inside),
+            list_names=list_names,
+            columns=source.columns,
+            command=f"visionloop ingest {shlex.quote(str(folder))}",
+            encoding=source.encoding,
         )
         yield from read_split_tables(tables, place, context)
         yield passed
         return
-    if source.columns != Columns():
-        found, todo = (
-            "columns are named, but labels are those of the paths",
-            "Give the path of the table, or no columns.",
-        )
+    if source.columns != Columns() or source.encoding:
+        found = "columns or an encoding are named, but labels are those of the paths"
+        todo = "Give the path of the table, or leave them out."
         raise SourceError(where, found, "a table in each split folder", todo)
     tell_unread(list_names(""), where, context.tell)
     files = Files(source.name, where, images, passed, lambda found: make_file_reader(found.path))

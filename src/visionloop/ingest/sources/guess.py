@@ -16,7 +16,8 @@ from visionloop.ingest.sources.reading import (
     is_read_by_table,
 )
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, list_tables
+from visionloop.ingest.tables.join import list_tables
+from visionloop.ingest.tables.label_table import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
 

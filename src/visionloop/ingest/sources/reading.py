@@ -15,8 +15,9 @@ from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.layout import count_classes, settle_sides
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
-from visionloop.ingest.tables.join import LabelTable, Shelf, choose_table, list_tables, read_shelf_table
+from visionloop.ingest.tables.join import choose_table, list_tables, read_shelf_table
 from visionloop.ingest.tables.label_cells import AS_WRITTEN
+from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
 from visionloop.params import Columns
 from visionloop.records import Rejected
@@ -50,7 +51,8 @@ class SplitTable(NamedTuple):
 class Place:
     """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it.
 
-    `columns` are those of its tables, `command` names it on the command line.
+    `columns` are those of its tables, `encoding` that of tables that are not UTF-8, `command` names it on the command
+    line.
     """
 
     source: str
@@ -59,6 +61,7 @@ class Place:
     list_names: Callable[[str], Sequence[str]]
     columns: Columns
     command: str
+    encoding: str | None
 
 
 def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence[str]]) -> list[SplitTable]:
@@ -108,6 +111,7 @@ def read_split_tables(tables: Sequence[SplitTable], place: Place, context: Sourc
             tell,
             several=context.several,
             command=place.command,
+            fallback=place.encoding,
         )
         for found in read_shelf_table(table):
             if isinstance(found, PassedOver):

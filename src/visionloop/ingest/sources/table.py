@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, choose_tables, read_shelf_table
+from visionloop.ingest.tables.join import choose_tables, read_shelf_table
+from visionloop.ingest.tables.label_table import FolderShelf, LabelTable, Shelf
 from visionloop.ingest.tables.rows import make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected

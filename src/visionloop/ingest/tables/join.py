@@ -4,17 +4,14 @@ Rows and images that have no counterpart are listed, not fatal. Folders without 
 """
 
 import re
-import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, PassedOver, make_file_reader
+from visionloop.ingest.item import Item, PassedOver
 from visionloop.ingest.paths.layout import settle_sides
 from visionloop.ingest.paths.listing import (
     IMAGE_FOLDERS,
@@ -25,30 +22,25 @@ from visionloop.ingest.paths.listing import (
     find_side,
     is_image_name,
     is_spelled_so,
-    list_images,
 )
 from visionloop.ingest.paths.names import get_suffix
+from visionloop.ingest.tables.label_table import PART, LabelTable, Shelf, find_part_side, make_reading
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
-    Reading,
     Row,
     RowImage,
     RowPlan,
-    TableKind,
     give_bytes,
     guess_table_kind,
     is_url,
     make_item,
     plan_columns,
-    read_rows,
 )
-from visionloop.params import Columns
 from visionloop.records import Rejected
 
 # Which of several tables in a folder is taken, by its name without suffix.
 TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
-PART = re.compile(r"(.+?)-\d+-of-\d+(?:-\w+)?\.parquet")  # as Hugging Face's `datasets` names them
 IGNORED = ("sample_submission", "samplesubmission", "submission")
 # What programs write beside images, and what visionloop itself writes: no tables of labels.
 SIDE_FILES = frozenset(
@@ -100,119 +92,10 @@ def choose_tables(names: Sequence[str], where: str, tell: Callable[[str], None])
         SourceError: none or several could be the table.
     """
     tables = list_tables(names)
-    if len(tables) > 1 and all(PART.fullmatch(name) and _find_part_side(name) for name in tables):
+    if len(tables) > 1 and all(PART.fullmatch(name) and find_part_side(name) for name in tables):
         tell(f"{where}: {len(tables)} parts of one table, their names say the split: {shorten(tables)}")
-        return sorted(tables, key=lambda name: (_find_part_side(name) != "train", name))
+        return sorted(tables, key=lambda name: (find_part_side(name) != "train", name))
     return [choose_table(names, where, tell)]
-
-
-def _find_part_side(name: str) -> str | None:
-    return find_side(PART.sub(r"\1", name))
-
-
-class Shelf(Protocol):
-    """Files below one place. A `folder` is "" for the place itself, or the path of a folder in it."""
-
-    def list_folders(self) -> list[str]:
-        """Return the names of the folders at the top, sorted."""
-
-    def open_table(self, name: str) -> BinaryIO | Path:
-        """Return the table of this name, to be read once."""
-
-    def index(self, folder: str) -> ImageFolder:
-        """Return the files below a folder. Raises SourceError."""
-
-    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        """Return the images below a folder, and how many other files there are. Raises SourceError."""
-
-    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        """Return the `read` of an item."""
-
-
-class FolderShelf:
-    """A folder of this machine. What lies in it is listed when it is asked for, once."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._indexes: dict[str, ImageFolder] = {}
-
-    def list_folders(self) -> list[str]:
-        return self._folders
-
-    @cached_property
-    def _folders(self) -> list[str]:
-        return sorted(child.name for child in self._root.iterdir() if child.is_dir() and child.name[0] != ".")
-
-    def open_table(self, name: str) -> BinaryIO | Path:
-        return self._root / name
-
-    def index(self, folder: str) -> ImageFolder:
-        if folder not in self._indexes:
-            self._indexes[folder] = ImageFolder(self._root / folder)
-        return self._indexes[folder]
-
-    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        return list_images(self._root / folder, f"folder {self._root / folder}")
-
-    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        return make_file_reader(found.path)
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
-
-    `is_all`: the whole shelf is the source, so that all of its files are accounted for, not only those where the images
-    are. `encoding`: that of the table, None: guessed. `parts` are all files of a table in parts, each of one split.
-    `several`: an image may have several labels. `command` names the table on the command line.
-    `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
-    """
-
-    source: str
-    where: str
-    shelf: Shelf
-    name: str
-    columns: Columns
-    tell: Callable[[str], None]
-    images: tuple[Shelf, str] | None = None
-    unlabelled: tuple[str, ...] | None = None
-    encoding: str | None = None
-    parts: Sequence[str] = ()
-    is_all: bool = True
-    find_url: Callable[[str], RowImage] | None = None
-    several: bool = False
-    command: str = "visionloop ingest TABLE"
-    told: set[str] = field(default_factory=set)
-
-    def rows(self) -> Iterator[Row]:
-        """Read the table from its start. Raises SourceError."""
-        return (row for _, row in self.placed_rows())
-
-    def placed_rows(self) -> Iterator[tuple[str, Row]]:
-        """Read the table from its start, each row with its place. Raises SourceError."""
-        for name in self.parts or (self.name,):
-            try:
-                data = self.shelf.open_table(name)
-                rows = read_rows(data, self.kind, self.where, self.tell_once, self.encoding)
-                for number, row in enumerate(rows, start=1):
-                    split = {"split": _find_part_side(name)} if self.parts and BAD_ROW not in row else {}
-                    yield f"{name} row {number}", {**split, **row} if split else row
-            except ImageError as exc:  # a member of an archive that is damaged
-                raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
-
-    @property
-    def kind(self) -> TableKind:
-        kind = guess_table_kind(self.name)
-        if kind is None:
-            expected = ".csv, .tsv, .parquet, .json, .jsonl or .ndjson"
-            raise SourceError(self.where, "has the suffix of no table", expected, "Rename or convert it.")
-        return kind
-
-    def tell_once(self, line: str) -> None:
-        """Tell a guess once, although the table is read more than once."""
-        if line not in self.told:
-            self.told.add(line)
-            self.tell(line)
 
 
 def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver]:
@@ -233,14 +116,6 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver
             origin = f"{table.source}:{escape_name(f'{folder}/{file.relative}')}"
             yield Item(origin, table.source, (), table.shelf.make_reader(file), file.stamp)
     yield from _list_rest(join, unlabelled)
-
-
-def make_reading(table: LabelTable) -> Reading:
-    """Return how the columns of a table are read: after all of its rows, and with the commands that answer."""
-    columns = table.columns
-    named = {"--image-column": columns.image, "--label-column": columns.label}
-    options = [f"{key} {shlex.quote(name)}" for key, name in named.items() if isinstance(name, str)]
-    return Reading(table.several, " ".join([table.command, *options]), table.rows)
 
 
 def _list_rest(join: "_Join", unlabelled: Sequence[str]) -> Iterator[Rejected | PassedOver]:
