@@ -27,6 +27,7 @@ TABLE_OPTIONS = {
     "label": "label-column",
     "separator": "separator",
     "no_label": "no-label",
+    "sides": "sides",
 }
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
@@ -46,6 +47,9 @@ Separator = Annotated[
 ]
 NoLabel = Annotated[
     list[str] | None, typer.Option(help="A text that stands for no label, as NA; '': only an empty cell does.")
+]
+Sides = Annotated[
+    str | None, typer.Option(help="What 0, 1, 2 mean in the split column of a table: train,val,test; `none`: no sides.")
 ]
 Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
@@ -74,6 +78,7 @@ def ingest(
     label_column: LabelColumn = None,
     separator: Separator = None,
     no_label: NoLabel = None,
+    sides: Sides = None,
     unlabelled: Unlabelled = None,
     table: Table = None,
     encoding: Encoding = None,
@@ -105,7 +110,7 @@ def ingest(
 
     given: dict[str, Any] = {"name": name, "pattern": pattern}
     given |= {"image_column": image_column, "label_column": label_column}
-    given |= {"separator": separator, "no_label": no_label or None}
+    given |= {"separator": separator, "no_label": no_label or None, "sides": sides}
     given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
     if dry_run:
         _print_dry_run(what, {**given, "save": save or None})
@@ -214,7 +219,7 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     by_pattern = bool(given.get("pattern"))
     source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
-    columns |= {key: given.get(key) for key in ("separator", "no_label")}
+    columns |= {key: given.get(key) for key in ("separator", "no_label", "sides")}
     keys = ("pattern", "unlabelled", "table", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):

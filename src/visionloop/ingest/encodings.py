@@ -261,8 +261,9 @@ def _rank_characters(language: str) -> Mapping[str, float]:
 def _rate_all(texts: Sequence[str], tables: Sequence[Mapping[str, float]], unknown: "_Unknown") -> float:
     """Return the rate of all pieces in one language, or in several, which is rarer."""
     rates = [[_rate(text, table, unknown) for text in texts] for table in tables]
-    several = sum(max(of_piece) for of_piece in zip(*rates, strict=True)) - SEVERAL * (len(texts) + 1)
-    return max([several, *(sum(of_language) for of_language in rates)])
+    best: list[float] = [max(of_piece) for of_piece in zip(*rates, strict=True)]
+    languages: list[float] = [sum(of_language) for of_language in rates]
+    return max(sum(best) - SEVERAL * (len(texts) + 1), *languages)
 
 
 def _rate(text: str, table: Mapping[str, float], unknown: "_Unknown") -> float:

@@ -31,12 +31,20 @@ def _check_encoding(value: object) -> object:
 Encoding = Annotated[str, BeforeValidator(_check_encoding)]
 
 
+def to_sides(value: object) -> object:
+    """Return a list of sides; `train,test` is one, `none` an empty one."""
+    if isinstance(value, str):
+        return () if value.strip() == "none" else tuple(part.strip() for part in value.split(","))
+    return to_tuple(value)
+
+
 class Columns(Section):
     """Which column of a table means what; what is not named is guessed, and the guess is shown.
 
     `label` is one column, or several one-hot columns. `separator` splits one cell into several labels
     (`task: multilabel`); `none`: each cell is one class as written. `no_label` are texts of cells without a label
-    (`NA`, in any case); `[""]`: only empty ones are. A key of nested JSON is written with dots: `image.url`.
+    (`NA`, in any case); `[""]`: only empty ones are. `sides` are those that 0, 1, 2 mean in the column of sides; `[]`:
+    numbers are no sides. A key of nested JSON is written with dots: `image.url`.
     """
 
     image: Text | None = None
@@ -45,6 +53,7 @@ class Columns(Section):
     group: Text | None = None
     time: Text | None = None
     separator: Text | None = None
+    sides: Annotated[tuple[Literal["train", "val", "test"], ...], BeforeValidator(to_sides)] | None = None
     no_label: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] | None = None
 
 

@@ -71,6 +71,15 @@ def test_a_class_or_no_label(home: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "of 3 classes would be offered" in capsys.readouterr().out
 
 
+def test_sides_or_no_sides(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_table(home / "pets", b"file,label,subset\n0.png,cat,0\n1.png,dog,0\n2.png,cat,1\n")
+    assert run_here(monkeypatch, "ingest", str(folder), "--dry-run") == 2
+    first, turned, none = find_commands(capsys.readouterr().err)
+    for command, side in ((first, "test"), (turned, "test"), (none, "decided at ingest")):
+        assert run_here(monkeypatch, *command, "--dry-run") == 0
+        assert side in capsys.readouterr().out
+
+
 def test_options_of_tables_are_refused_for_class_folders(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,7 +99,7 @@ def test_a_column_of_sides_by_its_values_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "cells", "line"),
     [
-        ("split", "012", "column split is not used as the split: '0', '1', '2' are not train, val or test"),
+        ("split", "123", "column split is not used as the split: '1', '2', '3' are not train, val or test"),
         ("partition", "abc", "column partition is not used as the split: 'a', 'b', 'c' are not train, val or test"),
         ("fold", "12\u0663", "column fold is not used as the split: '1', '2', '\\u0663' are not train, val or test"),
     ],
@@ -219,7 +219,10 @@ def test_references_are_found_however_they_are_spelled(tmp_path: Path, file: str
     found = run(tmp_path, f"file,label\n{reference},cat\nother.jpg,dog\n", file, "other.jpg")
     assert len(found.items) == 2
     assert not found.rejected
-    assert any("rows that spell their image in another case: 1, as " in line for line in found.told) is told
+    assert (
+        any("rows that spell their image otherwise (case, spaces, suffix): 1, as " in line for line in found.told)
+        is told
+    )
 
 
 def test_the_exact_name_wins_and_two_other_spellings_are_ambiguous(tmp_path: Path) -> None:

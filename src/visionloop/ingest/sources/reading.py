@@ -4,6 +4,7 @@ A table in each split folder: Roboflow's `train/_classes.csv`, Hugging Face's `t
 `visionloop datasets export` wrote. Each is read by itself; its folder gives the side.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.layout import count_classes, settle_sides
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
+from visionloop.ingest.tables.files import FOREIGN_TABLES
 from visionloop.ingest.tables.join import choose_table, list_tables, read_shelf_table
 from visionloop.ingest.tables.label_cells import AS_WRITTEN
 from visionloop.ingest.tables.label_table import LabelTable, Shelf
@@ -203,9 +205,20 @@ def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> So
     sheets = [name for name in lone if name.lower().endswith(SHEETS)]
     if zips:
         todo = f"Take the zip itself: give the path of {shorten(zips)}; a zip inside a zip has to be unpacked first."
+    elif shards := [name for name in packed if re.search(r"\d\.tar$", name)]:
+        todo = (
+            f"{shorten(shards)} look like WebDataset shards. If visionloop wrote them, export as folders (`visionloop"
+            " datasets export FOLDER`) and take that; else unpack them (`tar -xf SHARD.tar -C FOLDER`), and write a CSV"
+            " of file and label beside the images."
+        )
     elif packed:
         todo = f"Unpack {shorten(packed)}, or make a zip of it."
     elif sheets:
         todo = f"Save {shorten(sheets)} as CSV, beside the images."
+    elif foreign := [
+        (name, FOREIGN_TABLES[suffix]) for name in lone if (suffix := name[name.rfind(".") :].lower()) in FOREIGN_TABLES
+    ]:
+        name, (what, answer) = foreign[0]
+        todo = f"{escape_name(name)} is {what}. {answer}"
     kinds = passed.describe()
     return SourceError(where, f"no image in any class folder; it holds {kinds or 'no file'}", "CLASS/IMAGE.jpg", todo)

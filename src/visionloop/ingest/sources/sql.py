@@ -66,8 +66,9 @@ class CursorState:
 def compute_query_digest(source: SqlSource) -> str:
     """Return the digest of the settings that decide which rows a source asks for and what they mean."""
     asked = source.model_dump(mode="json", include={"query", "columns", "cursor", "images"})
-    if source.columns.no_label is None:
-        del asked["columns"]["no_label"]  # so that cursors of versions without this key go on
+    for key in ("no_label", "sides"):  # so that cursors of versions without these keys go on
+        if asked["columns"][key] is None:
+            del asked["columns"][key]
     return compute_digest(asked)
 
 

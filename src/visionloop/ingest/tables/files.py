@@ -39,16 +39,32 @@ SUFFIXES: dict[str, TableKind] = {
 }
 # What people keep labels in that is read by nothing here, and what to do.
 FOREIGN_TABLES = {
+    ".pdf": ("a PDF", "Take the images out (`pdfimages -all FILE.pdf images/`), and sort them into class folders."),
     **dict.fromkeys(
         (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
         ("a spreadsheet", "In Excel: File > Save As > CSV UTF-8; then give that file."),
     ),
     **dict.fromkeys(
-        (".pkl", ".pickle", ".npy", ".npz", ".pt", ".mat", ".h5", ".hdf5", ".feather", ".arrow", ".tfrecord", ".rds"),
+        (
+            ".pkl",
+            ".pickle",
+            ".npy",
+            ".npz",
+            ".pt",
+            ".mat",
+            ".h5",
+            ".hdf5",
+            ".feather",
+            ".arrow",
+            ".tfrecord",
+            ".rds",
+            ".lmdb",
+            ".pth",
+        ),
         ("data of a program, which may run code or holds no names", "Save it as CSV: a column file, a column label."),
     ),
     **dict.fromkeys(
-        (".xml", ".yaml", ".yml", ".sqlite", ".db"),
+        (".xml", ".yaml", ".yml", ".sqlite", ".sqlite3", ".db", ".mdb"),
         ("not a table we read", "Save it as CSV: a column file, a column label. For a database use a source `sql`."),
     ),
 }
@@ -137,6 +153,9 @@ def _check_header(cells: list[str], where: str) -> list[str]:
     """Return the names of the columns; one without a name is called by its place. Raises SourceError."""
     if len(cells) > MAX_COLUMNS:
         raise SourceError(where, f"has {len(cells):,} columns", f"at most {MAX_COLUMNS:,}", "Check the delimiter.")
+    if {"region_attributes", "file_attributes"} <= {*cells}:
+        found = "is a CSV of VIA (VGG Image Annotator), which has a row for each region"
+        raise SourceError(where, found, "one row for each image", "In VIA: Annotation > Export Annotations (as json).")
     header = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, start=1)]
     if twice := sorted(
         {name[:80] for name in header if header.count(name) > 1} if len(set(header)) < len(header) else ()

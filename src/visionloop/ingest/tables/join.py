@@ -161,7 +161,9 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
             one = one._replace(side=side, test_is_given=test_is_given)
         yield one
     if join.num_respelled:
-        found = f"rows that spell their image in another case: {join.num_respelled:,}, as {join.respelled}"
+        found = (
+            f"rows that spell their image otherwise (case, spaces, suffix): {join.num_respelled:,}, as {join.respelled}"
+        )
         table.tell_once(f"{table.where}: {found}")
     if repeated:
         table.tell_once(f"{table.where}: rows that repeat another one: {repeated:,}")

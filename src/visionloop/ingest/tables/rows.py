@@ -54,7 +54,7 @@ class RowPlan:
     """Which column means what. `labels` is one column, or several one-hot columns; empty: the table has no labels.
 
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
-    `no_label` are texts, in lower case, that stand for no label.
+    `no_label` are texts, in lower case, that stand for no label. `numbers` are the sides that 0, 1, 2 mean.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -68,6 +68,7 @@ class RowPlan:
     flags: tuple[str, ...] = ()
     flag_sides: tuple[str, ...] = ()
     no_label: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -108,7 +109,7 @@ class RowPlan:
         """Return train, val or test; None when the cell is empty. Raises ImageError (`unknown_side`)."""
         if self.flags:
             return read_flags(row, self.flags, self.flag_sides)
-        return read_word(row, self.side) if self.side else None
+        return read_word(row, self.side, self.numbers) if self.side else None
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
@@ -155,7 +156,8 @@ def plan_columns(
     if not rows:
         todo = "Check the table." if sample else "Remove the source until it has rows."
         raise SourceError(where, "has no row" if not sample else str(sample[0][BAD_ROW]), "a row for each image", todo)
-    guess = ColumnGuess(rows, where, _list_named(columns))
+    guess = ColumnGuess(rows, where, _list_named(columns), reading.rows, reading.command)
+    guess.numbers, guess.asks_numbers = columns.sides or (), columns.sides is None
     image = columns.image or guess.find_image()
     if image is None and reading.needs_image:
         raise guess.refuse("image", "the image's path, URL or bytes")
@@ -164,26 +166,39 @@ def plan_columns(
     group, time = (getattr(columns, key) or guess.find(key) for key in ("group", "time"))
     labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
     one_hot = len(labels) > 1
-    separator, no_label = columns.separator, tuple(text.strip().casefold() for text in columns.no_label or ())
-    if labels and not one_hot and (separator is None or columns.no_label is None):
-        survey = LabelSurvey(labels[0], where, reading.several, reading.command, is_list_name(labels[0]))
-        whole = (row for row in reading.rows() if BAD_ROW not in row) if reading.rows else rows
-        survey.add(get_cell(row, labels[0]) for row in whole)
-        separator = separator or find_separator(survey)
-        if columns.no_label is None:
-            no_label = find_no_label(survey, _get_mark(separator))
-            guess.notes.append(describe_no_label(survey, no_label))
+    separator: str | None = None
+    no_label: tuple[str, ...] = ()
+    note = ""
+    if labels and not one_hot:
+        separator, no_label, note = _read_label_cells(columns, labels[0], rows, where, reading)
     words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
-    plan = RowPlan(image, labels, one_hot, words, group, time, _get_mark(separator), flags, flag_sides, no_label)
+    plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides, no_label, guess.numbers)
     unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *reading.own) if name])
-    for line in (_describe_guesses(columns, plan), *guess.notes, _describe_unused(unused)):
+    for line in (_describe_guesses(columns, plan), *guess.notes, note, _describe_unused(unused)):
         if line:
             tell(f"{where}: {line}")
     return plan
 
 
-def _get_mark(separator: str | None) -> str | None:
-    return None if separator == AS_WRITTEN else separator
+def _read_label_cells(
+    columns: Columns, label: str, sample: Sequence[Row], where: str, reading: Reading
+) -> tuple[str | None, tuple[str, ...], str]:
+    """Return what divides label cells, the texts that stand for no label, and what to tell of these.
+
+    Raises:
+        SourceError: cells can be read in two ways.
+    """
+    separator, no_label, note = columns.separator, tuple(text.strip().casefold() for text in columns.no_label or ()), ""
+    if separator is None or columns.no_label is None:
+        survey = LabelSurvey(label, where, reading.several, reading.command, is_list_name(label))
+        whole = (row for row in reading.rows() if BAD_ROW not in row) if reading.rows else sample
+        survey.add(get_cell(row, label) for row in whole)
+        separator = find_separator(survey) if separator is None else separator
+        mark = None if separator == AS_WRITTEN else separator
+        if columns.no_label is None:
+            no_label = find_no_label(survey, mark)
+            note = describe_no_label(survey, no_label)
+    return None if separator == AS_WRITTEN else separator, no_label, note
 
 
 def _list_named(columns: Columns) -> dict[str, str]:
