@@ -129,8 +129,7 @@ def test_every_column_is_named_also_when_params_name_some(tmp_path: Path) -> Non
 
 def test_labels_with_spaces_are_several_where_the_words_are_labels_too(tmp_path: Path) -> None:
     table = "fname,labels,is_valid\n1.jpg,horse person,False\n2.jpg,horse,False\n3.jpg,person,True\n"
-    found = labels(run(tmp_path, table, several=True))
-    assert found == {"1.jpg": ("horse", "person"), "2.jpg": ("horse",), "3.jpg": ("person",)}
+    assert [*labels(run(tmp_path, table, several=True)).values()] == [("horse", "person"), ("horse",), ("person",)]
     breeds = "fname,labels\n1.jpg,golden retriever\n2.jpg,pug\n3.jpg,labrador retriever\n"
     assert labels(run(tmp_path / "b", breeds))["1.jpg"] == ("golden retriever",)
 
