@@ -100,18 +100,15 @@ def ingest(
 
       visionloop ingest ~/cats-and-dogs --pattern '{label}.*.jpg' --save
 
-      visionloop ingest labels.csv --label-column breed
-
-      visionloop ingest ~/photos --dry-run
+      visionloop ingest labels.csv --label-column breed --dry-run
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
     from visionloop.ingest.pull import check_sources
 
-    given: dict[str, Any] = {"name": name, "pattern": pattern}
-    given |= {"image_column": image_column, "label_column": label_column}
-    given |= {"separator": separator, "no_label": no_label or None, "sides": sides}
-    given |= {"unlabelled": unlabelled or None, "table": table, "encoding": encoding}
+    given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
+    given |= {"image_column": image_column, "label_column": label_column, "separator": separator}
+    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None}
     if dry_run:
         _print_dry_run(what, {**given, "save": save or None})
         return
