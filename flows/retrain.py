@@ -8,6 +8,7 @@ one line, 3 not promoted. Where nothing has changed, the last verdict stands, wi
 
 import contextlib
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def retrain(workspace: str) -> State[Any]:
         except BusyError as exc:
             return end_as_busy(opened.name, exc)
         summary = bring_up_to_date(opened, tell=steps.say, run_step=steps.run_step, ask=steps.ask, tell_more=steps.note)
-        return finish(summary)
+        return finish(summary, opened.settings.home)
 
 
 def end_as_busy(name: str, error: BusyError) -> State[Any]:
@@ -50,9 +51,13 @@ def end_as_busy(name: str, error: BusyError) -> State[Any]:
     return Completed(name="Busy", message=str(error), data=Summary(name, "busy", str(error)))
 
 
-def finish(summary: Summary) -> State[Any]:
-    """Keep the summary as an artifact, and end the run: completed, by what came of it."""
-    create_markdown_artifact(summary.to_markdown(), key=f"retrain-{summary.name}", description=summary.headline)
+def finish(summary: Summary, home: Path) -> State[Any]:
+    """Keep the summary as an artifact, and end the run: completed, by what came of it.
+
+    Each workspace has an artifact of its own, also of two that bear one name.
+    """
+    key = f"retrain-{summary.name}-{sha256(str(home).encode()).hexdigest()[:6]}"
+    create_markdown_artifact(summary.to_markdown(), key=key, description=f"{home}: {summary.headline}")
     return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 
 

@@ -380,20 +380,20 @@ def describe_pull(report: "PullReport") -> list[str]:
 
     version = report.version
     if report.changed:
-        what = f"{report.num_added:,} new images" if report.num_added else "no new image, other labels"
+        out = f", {report.num_taken_out:,} taken out" if report.num_taken_out else ""
+        what = f"{report.num_added:,} new images{out}" if report.num_added or out else "no new image, other labels"
     else:
         what = "no new image, new places of known ones" if report.recorded else "nothing new"
     lines = [f"dataset {version.name} version {version.version}: {what}, {version.num_images:,} in all"]
     if report.pin.version != version.version:
         lines.append(f"the pin stays at version {report.pin.version}, which holds the same images: no stage runs again")
-    if report.changed:
-        lines += describe_counts(version)
+    lines += describe_counts(version) if report.changed else []
     lines += [f"note: {note}" for note in report.notes]
     if version.left_out:
         names = shorten(version.left_out)
         lines.append(f"left out: {names}, with fewer images than ingest.expect.min_per_class; with more they come back")
     lines += describe_rejected(report.rejected, NOT_UNUSABLE)
-    lines += [report.account.describe(), *describe_twins(version.classes)]
+    lines += [*report.remarks, report.account.describe(), *describe_twins(version.classes)]
     if version.num_leaks:
         what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"
         lines.append(f"LEAK: {version.num_leaks:,} {what} between sides; see `visionloop datasets show`")

@@ -56,13 +56,18 @@ def make_workspace(folder: Path, example: str | None = None, *, name: str | None
     try:
         _fill(folder, example, name)
     except BaseException as exc:
-        for path in (folder.iterdir() if folder.is_dir() else ()) if existed else (folder,):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        clear_folder(folder, keep=existed)
         if isinstance(exc, OSError):
             todo = "Choose another place, or make it writable."
             raise SettingsError(f"workspace {folder}", f"cannot be made ({exc.strerror})", "a folder", todo) from exc
         raise
     return folder
+
+
+def clear_folder(folder: Path, *, keep: bool = False) -> None:
+    """Remove a workspace that was made for nothing; with `keep` the folder itself stays."""
+    for path in (folder.iterdir() if folder.is_dir() else ()) if keep else (folder,):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_name(text: str) -> str:

@@ -27,6 +27,24 @@ from visionloop.params import load_params, make_params
         ),
         ({"train": {"devices": 2}}, "params.yaml train.devices: stands in another section; expected compute.devices"),
         ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
+        ({"gate": "on"}, "params.yaml gate: got 'on'; expected keys below it: alpha, floors, margin, metric, rule."),
+        (
+            {"ingest": {"expect": [1]}},
+            "params.yaml ingest.expect: got [1]; expected keys below it: classes, max_imbalance, min_per_class",
+        ),
+        (
+            {"train": {"preprocessing": "clip"}},
+            "params.yaml train.preprocessing: got 'clip'; expected 'imagenet' or 'none', or keys below it: mean, "
+            "rescale_factor, std. Edit the file.",
+        ),
+        (
+            {"train": {"preprocessing": {"mean": 3, "std": [1, 1, 1]}}},
+            "params.yaml train.preprocessing.mean: got 3; expected a list: [a, b]",
+        ),
+        (
+            {"ingest": {"sources": {"kind": "folder"}}},
+            "params.yaml ingest.sources: got {'kind': 'folder'}; expected a list",
+        ),
         ({"colour": {}}, "params.yaml colour: unknown key; expected one of compute, embed, evaluate, gate, ingest"),
         ({"train": {"on": "all"}}, "params.yaml train: got {'on': 'all'}; expected `monitor: train/accuracy` with"),
         (
@@ -39,7 +57,7 @@ from visionloop.params import load_params, make_params
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),
         ({"train": {"way": "finetune"}}, "params.yaml train: got {'way': 'finetune'}; expected `weights: default`"),
-        ({"train": []}, "params.yaml train: got []; expected dictionary"),
+        ({"train": []}, "params.yaml train: got []; expected keys below it: C, accumulate, augment"),
         ({"name": "My Pets"}, "params.yaml name: got 'My Pets'; expected lower-case letters, digits and '-'"),
         (
             {"ingest": {"sources": [{"kind": "ftp"}]}},

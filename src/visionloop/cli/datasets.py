@@ -62,7 +62,7 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
         print(json.dumps([{**version.to_json(), "pinned": version.version == pinned} for version in versions]))
         return
     if not versions:
-        print(f"no version of {workspace.name} yet; `visionloop ingest` makes one")
+        print(f"no version of {workspace.name} yet; `visionloop ingest PATH` makes one")
     num_before, digest_before = 0, ""
     for version in versions:
         star = "*" if version.version == pinned else " "

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from visionloop.workspace import get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.ingest.dry_run import Outline
     from visionloop.params import Source
-    from visionloop.records import Rejected
+    from visionloop.records import ImageRecord
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
@@ -54,7 +53,7 @@ Sides = Annotated[
 Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
 ]
-Table = Annotated[str | None, typer.Option(help="The table inside a zip or a bucket that holds the labels.")]
+Table = Annotated[str | None, typer.Option(help="The table that holds the labels, inside a folder, a zip or a bucket.")]
 Encoding = Annotated[str | None, typer.Option(help="Encoding of a table, or of names in a zip, that is not UTF-8.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
@@ -65,6 +64,12 @@ Verify = Annotated[
 ]
 NewClasses = Annotated[
     bool, typer.Option("--allow-new-classes", help="Take in new classes, though they look like a mistake.")
+]
+Relabel = Annotated[
+    bool, typer.Option("--relabel", help="Known images get the labels that their sources give them now.")
+]
+Prune = Annotated[
+    bool, typer.Option("--prune", help="Take images out that are no longer in their source (a drop brings them back).")
 ]
 
 
@@ -86,6 +91,8 @@ def ingest(
     save: Save = False,
     verify: Verify = False,
     allow_new_classes: NewClasses = False,
+    relabel: Relabel = False,
+    prune: Prune = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -102,35 +109,44 @@ def ingest(
 
       visionloop ingest labels.csv --label-column breed --dry-run
 
+      visionloop ingest --relabel --prune
+
       visionloop ingest s3://bucket/photos --name warehouse
     """
     from visionloop.ingest.pull import check_sources
 
     given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
     given |= {"image_column": image_column, "label_column": label_column, "separator": separator}
-    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None}
+    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None, "save": save or None}
     if dry_run:
-        _print_dry_run(what, {**given, "save": save or None})
+        _print_dry_run(what, given)
         return
     workspace = open_workspace()
     if what is None:
-        _check_alone({**given, "save": save or None})
+        _check_alone(given)
         sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
-    _pull(workspace, sources, verify=verify, allow_new_classes=allow_new_classes)
-    if text:
-        from visionloop.params.edit import write_params
+    wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
+    _pull(workspace, sources, wanted)
+    if what is not None:
+        _save(workspace, sources[0], text)
 
-        write_params(workspace.settings.params_path, text)
-        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
-    elif what is not None:
+
+def _save(workspace: "Workspace", source: "Source", text: str) -> None:
+    """Write the params that declare a source, if they are wanted; else tell how."""
+    from visionloop.params.edit import write_params
+
+    if not text:
         print("to pull it on every run, say --save")
+        return
+    write_params(workspace.settings.params_path, text)
+    print(f"source {source.name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool, allow_new_classes: bool) -> None:
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -142,23 +158,10 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", *, verify: bool, 
         env=os.environ,
         tell=print,
         on_progress=make_progress("checked", "images"),
-        verify=verify,
-        allow_new_classes=allow_new_classes,
+        **wanted,
     )
-    for line in (*describe_pull(report), *_advise(report.rejected)):
+    for line in describe_pull(report):
         print(line)
-
-
-def _advise(rejected: "Sequence[Rejected]") -> list[str]:
-    """Say how to move images that were sorted again, or a class whose folder has another name now."""
-    reasons = Counter(one.reason for one in rejected if one.code == "label_conflict")
-    if not reasons:
-        return []
-    (reason, number), *_ = reasons.most_common(1)
-    return [
-        f"{number:,} times {reason}: the label that an image has stands. To rename a class: `label_map: {{OLD: NEW}}`",
-        "under `ingest` in params.yaml; to move some images: lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`",
-    ]
 
 
 def _describe_outline(outline: "Outline") -> list[str]:
@@ -185,8 +188,9 @@ def _describe_outline(outline: "Outline") -> list[str]:
 
 def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
     """Print what a pull would bring. The workspace is not opened: that would write into it."""
-    from visionloop.ingest.dry_run import outline_source
+    from visionloop.ingest.dry_run import describe_differences, outline_source
     from visionloop.ingest.item import SourceContext
+    from visionloop.ingest.labels import load_corrections, make_label_rules
     from visionloop.ingest.pull import check_sources
     from visionloop.params import load_params
 
@@ -197,10 +201,28 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
     sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
     several = params.task == "multilabel"
     context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print, several=several)
+    records, path = _load_newest(settings.store_url, params.name), params.ingest.corrections
+    rules = make_label_rules(params, load_corrections(context.resolve(path)) if path else [])
     for source in sources:
-        for line in _describe_outline(outline_source(source, context)):
+        outline = outline_source(source, context)
+        lines = describe_differences(outline, source, records, rules)
+        for line in (*_describe_outline(outline), *lines):
             print(line)
     print("a dry run: nothing was read or written")
+
+
+def _load_newest(store_url: str, name: str) -> "Sequence[ImageRecord]":
+    """Return the rows of the newest version; none where there is none, or its store is away."""
+    from visionloop.data.manifest import latest_version, load_version_records
+    from visionloop.errors import StoreError
+    from visionloop.store import open_store
+
+    store = open_store(store_url)
+    try:
+        newest = latest_version(store, name)
+        return load_version_records(store, newest) if newest else []
+    except StoreError:
+        return []
 
 
 def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
@@ -213,11 +235,15 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     from visionloop.ingest.sources.guess import guess_source
 
     local = (here / Path(what).expanduser()).resolve()
-    by_pattern = bool(given.get("pattern"))
-    source = guess_source(str(local) if local.exists() else what, given.get("name"), by_pattern=by_pattern)
+    by_pattern, table = bool(given.get("pattern")), given.get("table") if local.is_dir() else None
+    text = str(local) if local.exists() else what
+    encoding = given.get("encoding")
+    source = guess_source(text, given.get("name"), by_pattern=by_pattern, table=table, encoding=encoding)
+    if table:
+        given = {**given, "table": None, "images": str(local) if "/" in table else None}
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
     columns |= {key: given.get(key) for key in ("separator", "no_label", "sides")}
-    keys = ("pattern", "unlabelled", "table", "encoding")
+    keys = ("pattern", "unlabelled", "table", "images", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
         wanted["columns"] = {key: column for key, column in columns.items() if column}

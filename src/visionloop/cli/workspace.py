@@ -45,12 +45,15 @@ def start(
 
       cd ~/models/pets && visionloop start
     """
+    from visionloop.data.manifest import latest_version
+    from visionloop.errors import SourceError
     from visionloop.retrain import bring_up_to_date
     from visionloop.words import make_refusal, render_summary
-    from visionloop.workspace import lock_for_retrain, open_workspace
+    from visionloop.workspace import clear_folder, lock_for_retrain, open_workspace
 
+    was_there, existed = True, folder is not None and folder.exists()
     if photos is not None:
-        folder = _open_for(photos, folder, name)
+        folder, was_there = _open_for(photos, folder, name)
     workspace = open_workspace(folder)
     try:
         with lock_for_retrain(workspace.settings.home):
@@ -58,25 +61,31 @@ def start(
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
+    except SourceError:
+        if not was_there and latest_version(workspace.store, workspace.name) is None:
+            clear_folder(workspace.settings.home, keep=existed)
+            print("nothing was ingested: the workspace is removed again", file=sys.stderr)
+        raise
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
     if summary.verdict != "passed":
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
 
 
-def _open_for(photos: str, folder: Path | None, name: str | None) -> Path:
-    """Return the workspace for photos, made if it is not there, with the photos as a source."""
+def _open_for(photos: str, folder: Path | None, name: str | None) -> tuple[Path, bool]:
+    """Return the workspace for photos, made if it is not there, with the photos as a source; and if it was there."""
     from visionloop.cli.ingest import make_source, save_source
     from visionloop.settings import PARAMS_FILE
     from visionloop.workspace import make_name, make_workspace
 
     source = make_source(photos, {}, Path.cwd())
     home = folder or Path(f"{make_name(Path(photos).stem)}-model")
-    if not (home / PARAMS_FILE).is_file():
+    was_there = (home / PARAMS_FILE).is_file()
+    if not was_there:
         home = make_workspace(home, name=name or make_name(source.name))
         print(f"made the workspace {home}", flush=True)
     if save_source(home, source):
         print(f"{photos} is its source {source.name} (kind {source.kind}), in params.yaml", flush=True)
-    return home
+    return home, was_there
 
 
 @app.command()

@@ -8,7 +8,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from visionloop.data.encoded import EXPORT, READ, is_small_copy, name_other
+from visionloop.data.encoded import READ, is_small_copy
+from visionloop.data.foreign import EXPORT, name_other
 from visionloop.data.images import check_pixels, make_damaged, open_image
 from visionloop.errors import ImageError
 

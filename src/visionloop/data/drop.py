@@ -144,7 +144,7 @@ def _commit(
         newest = latest_version(store, name)
         if newest is None:
             raise DatasetError(
-                f"dataset {name}", "has no version in this store", "one or more", "Run `visionloop ingest`."
+                f"dataset {name}", "has no version in this store", "one or more", "Run `visionloop ingest PATH`."
             )
         rows = {r.sha256: r for r in load_version_records(store, newest)}
         kept, facts = choose(newest, rows)

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from visionloop.data.foreign import name_other
 from visionloop.errors import ImageError
 
 READ = "JPEG, PNG, WebP, AVIF or HEIC"
@@ -41,37 +42,6 @@ _HEX_EXIF = "Raw profile type exif"  # ImageMagick's, in PNG
 _AVIF = frozenset({b"avif", b"avis"})
 _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 
-_CONVERT = "Convert it to PNG."
-EXPORT = "Export it as JPEG or PNG."
-# First bytes of what people have beside images that we read: place, bytes, name, what to do.
-_OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
-    (8, b"CR\x02\0", "a camera's RAW file (CR2)", EXPORT),
-    (4, b"ftypcrx ", "a camera's RAW file (CR3)", EXPORT),
-    (0, b"FUJIFILMCCD-RAW", "a camera's RAW file (RAF)", EXPORT),
-    (0, b"IIRO", "a camera's RAW file (ORF)", EXPORT),
-    (0, b"IIRS", "a camera's RAW file (ORF)", EXPORT),
-    (0, b"MMOR", "a camera's RAW file (ORF)", EXPORT),
-    (0, b"IIU\0", "a camera's RAW file (RW2)", EXPORT),
-    (0, b"FOVb", "a camera's RAW file (X3F)", EXPORT),
-    (0, b"II*\0", "TIFF", _CONVERT),
-    (0, b"MM\0*", "TIFF", _CONVERT),
-    (0, b"II+\0", "TIFF", _CONVERT),
-    (0, b"MM\0+", "TIFF", _CONVERT),
-    (0, b"GIF8", "GIF", _CONVERT),
-    (0, b"\0\0\0\x0cjP  \r\n", "JPEG 2000", EXPORT),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000", EXPORT),
-    (0, b"\0\0\0\x0cJXL \r\n", "JPEG XL", EXPORT),
-    (0, b"\xff\x0a", "JPEG XL", EXPORT),
-    (0, b"8BPS", "a Photoshop file", EXPORT),
-    (0, b"%PDF", "a PDF", EXPORT),
-    (0, b"\0\0\x01\0", "an icon (ICO)", EXPORT),
-    (0, b"DDS ", "DDS", EXPORT),
-    (0, b"v/1\x01", "OpenEXR", EXPORT),
-    (0, b"<svg", "a drawing (SVG)", EXPORT),
-    (0, b"PK\x03\x04", "a zip", "Its path is a source of images."),
-    (0, b"version https://git-lfs", "a pointer of Git LFS, not the image", "Run `git lfs pull`."),
-    (4, b"ftyp", "a film", "Its frames come from a source of kind `video`."),
-)
 _SUBFILE, _DNG, _SMALL_COPY = 254, 50706, 1  # TIFF tags, and the value that says: a small copy of another image
 
 
@@ -81,7 +51,7 @@ class Encoded:
 
     `size` is the size before the orientation; None where only the decoder knows it. For a JPEG `is_usual` says that its
     kind of pixels is one that libjpeg-turbo decodes to grey and to RGB alike, and `num_colours` how many there are.
-    `bits` are the bits that each sample of a PNG holds, by its own word; 0: all.
+    `bits` are the bits that each sample of a PNG holds, by its own word; 0: all. `is_wide`: a sample has 16 bits.
     """
 
     kind: str
@@ -92,6 +62,7 @@ class Encoded:
     is_usual: bool = False
     num_colours: int = 0
     bits: int = 0
+    is_wide: bool = False
 
     @property
     def picture(self) -> bytes:
@@ -123,21 +94,6 @@ def parse_encoded(data: bytes, where: str) -> Encoded:
     if name:
         raise ImageError(where, f"is {name}", "JPEG or PNG", todo)
     raise ImageError(where, "is not an image we read", READ)
-
-
-def name_other(data: bytes) -> tuple[str, str]:
-    """Return the name of a format that we do not read, and how to convert it; two empty texts when it is not known."""
-    head = data[:32]
-    for place, magic, name, todo in _OTHERS:
-        if head.startswith(magic, place):
-            return name, todo
-    if head[:2] == b"BM" and len(data) > 26 and struct.unpack_from("<I", data, 6)[0] == 0:
-        return "BMP", _CONVERT
-    if re.match(rb"P[1-6f]\s", head):
-        return "PPM", _CONVERT
-    if re.match(rb"\s*<(!doctype html|html|\?xml|head)", data[:64], re.IGNORECASE):
-        return "a web page or XML, not an image", "Check where it was downloaded from."
-    return "", ""
 
 
 def is_small_copy(tags: Any) -> bool:
@@ -261,15 +217,17 @@ def _is_usual(frame: bytes) -> bool:
 def _parse_png(data: bytes, where: str) -> Encoded:
     kept: list[bytes | slice] = [_PNG]
     info: dict[Any, Any] = {}
-    bits, size, is_whole, view = 0, None, False, memoryview(data)
+    header, bits, size, is_whole, view = b"", 0, None, False, memoryview(data)
     for kind, start, stop in _walk_png(data, where):
         is_good = zlib.crc32(view[start + 4 : stop - 4]) == int.from_bytes(view[stop - 4 : stop])
         content = view[start + 8 : stop - 4]
+        if kind == b"tRNS" and not (is_good and _fits_transparency(header, len(content))):
+            continue  # as libpng does: what is transparent is not known, the pixels are whole
         if kind in _PICTURE_PNG:
             if not is_good:
                 raise _damaged(where, f"wrong checksum of {kind!r}", "PNG")
             if kind == b"IHDR" and len(content) >= 8:
-                size = int.from_bytes(content[:4]), int.from_bytes(content[4:8])
+                size, header = (int.from_bytes(content[:4]), int.from_bytes(content[4:8])), bytes(content)
             kept.append(slice(start, stop))
             is_whole = kind == b"IEND"
         elif not is_good:
@@ -282,7 +240,13 @@ def _parse_png(data: bytes, where: str) -> Encoded:
             info.update(_read_text(kind, bytes(content)))
     if not is_whole:
         raise _damaged(where, "cut off", "PNG")
-    return Encoded("PNG", data, size, info, kept, bits=bits)
+    return Encoded("PNG", data, size, info, kept, bits=bits, is_wide=header[8:9] == b"\x10")
+
+
+def _fits_transparency(header: bytes, length: int) -> bool:
+    """Say whether a chunk tRNS has a length that fits the kind of pixels: grey, RGB, a palette."""
+    lengths = {b"\0": range(2, 3), b"\2": range(6, 7), b"\3": range(1, 257)}
+    return length in lengths.get(header[9:10], ())
 
 
 def _walk_png(data: bytes, where: str) -> Iterator[tuple[bytes, int, int]]:

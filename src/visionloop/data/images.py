@@ -66,11 +66,15 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the header and a full decode say about an image. Width and height are those after the EXIF rotation."""
+    """What the header and a full decode say about an image. Width and height are those after the EXIF rotation.
+
+    `bits` are those that its brightest sample needs, where a sample has 16 bits; else 0.
+    """
 
     width: int
     height: int
     format: str
+    bits: int = 0
 
 
 class _Opened:
@@ -144,9 +148,12 @@ def decode_grey(
     `decode_image`. Raises ImageError.
     """
     opened = _Opened(data, where, max_pixels)
-    grey_hw = opened.decode_turbo((at_least_px, at_least_px), grey=True)
+    grey_hw, bits = opened.decode_turbo((at_least_px, at_least_px), grey=True), 0
     if grey_hw is None:
-        grey = opened.decode(opened.size)[0].convert("L")
+        pixels = opened.decode(opened.size)[0]
+        if opened.encoded.is_wide:  # 4095 of 65535 is 16 of 255
+            bits = 8 + max(0, int(np.asarray(pixels).max()) - 1).bit_length()
+        grey = pixels.convert("L")
         if (factor := min(grey.size) // at_least_px) > 1:
             grey = grey.resize((grey.width // factor, grey.height // factor), Image.Resampling.BOX)
         grey_hw = np.asarray(grey)
@@ -154,7 +161,7 @@ def decode_grey(
     if orientation > 1:
         grey_hw = np.asarray(_turn(Image.fromarray(grey_hw), orientation))
     width, height = _swap(opened.size, orientation)
-    return ImageFacts(width, height, opened.encoded.kind), grey_hw
+    return ImageFacts(width, height, opened.encoded.kind, bits), grey_hw
 
 
 def load_array(

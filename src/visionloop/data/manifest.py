@@ -104,11 +104,12 @@ def load_version(store: ObjectStore, name: str, number: int) -> DatasetVersion:
     try:
         return _read_version(store, _version_key(name, number))
     except ObjectMissing as exc:
+        newest = latest_version(store, name)
         raise DatasetError(
             f"dataset {name} version {number}",
-            f"is not in the store {store.url}",
-            "the store it was ingested into",
-            "Set VISIONLOOP_STORE, or run `visionloop ingest` again.",
+            f"is not in the store {store.url}" + (f", whose newest one is {newest.version}" if newest else ""),
+            "the store it was ingested into, or another version",
+            "Set VISIONLOOP_STORE, or run `visionloop ingest` again; `visionloop datasets` lists what is there.",
         ) from exc
 
 
@@ -172,8 +173,9 @@ def make_lost_error(sha256: str, origin: str) -> DatasetError:
         f"image {sha256[:12]} ({origin})",
         "is missing from the store or damaged there",
         "its bytes as they were ingested",
-        f"Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest PATH --name {source} --verify`:"
-        f" it mends what its source still has. Without its source: `visionloop forget {sha256[:12]} --why lost`.",
+        f"Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest PATH --name {source} --verify`"
+        f" (with the options of then): it mends what its source still has. Without its source: "
+        f"`visionloop forget {sha256[:12]} --why lost`.",
     )
 
 

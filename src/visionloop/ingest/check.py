@@ -223,7 +223,7 @@ class Checked:
     `more_rows` the rejected rows, by code, that are too many to be listed.
     `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
     no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
-    left out here.
+    left out here. `rejected_labels` counts, by label, the files that were read and cannot be used.
     """
 
     inspected: list[Inspected] = field(default_factory=list)
@@ -237,6 +237,7 @@ class Checked:
     more_rows: Mapping[str, int] = field(default_factory=dict)
     offers: str | None = None
     is_as_before: bool = False
+    rejected_labels: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -351,8 +352,8 @@ class _Tally:
         held = self._list_held()
         results = [_unpack(ordinal, slot) for ordinal, slot in enumerate(self._slots) if slot is not None]
         return Checked(
-            inspected=[one for one in results if isinstance(one, Inspected)],
-            rejected=self.rejected + [one for one in results if isinstance(one, Rejected)],
+            inspected=[one for _, one in results if isinstance(one, Inspected)],
+            rejected=self.rejected + [one for _, one in results if isinstance(one, Rejected)],
             cursors={source: value for source, value in self.cursors.items() if source not in held},
             num_seen=num_seen,
             num_read=self._num_read,
@@ -361,6 +362,7 @@ class _Tally:
             num_passed_over=self.num_passed_over,
             more_rows=more,
             offers=offers,
+            rejected_labels=Counter(a for item, one in results if isinstance(one, Rejected) for a in item.labels),
         )
 
     def _count_places(self) -> int:
@@ -389,10 +391,10 @@ class _Tally:
         return row
 
 
-def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> Inspected | Rejected:
+def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> tuple[Item, Inspected | Rejected]:
     if isinstance(slot, ItemResult):
         item, found = slot.item, slot.found
     else:
         item, row = slot
         found = unpack_row(row)
-    return found if isinstance(found, Rejected) else make_inspected(item, ordinal, found)
+    return item, found if isinstance(found, Rejected) else make_inspected(item, ordinal, found)

@@ -53,7 +53,7 @@ def check_expectations(name: str, expect: Expect, records: Sequence[ImageRecord]
             f"dataset {name}",
             "; ".join(broken),
             "what ingest.expect in params.yaml asks for; no version was made",
-            "Mend the source, or change ingest.expect.",
+            "Mend the source and say `--prune`, which takes out what it no longer has; or change ingest.expect.",
         )
 
 
@@ -92,12 +92,16 @@ def _compare_sizes(expect: Expect, used: Sequence[ImageRecord]) -> list[str]:
     return [f"{len(bad)} images with a side outside {shortest} to {longest} px ({named})"]
 
 
-def check_new_classes(params: Params, rows: Iterable[ImageRecord], new: Sequence[Labels]) -> None:
+def check_new_classes(
+    params: Params, rows: Iterable[ImageRecord], new: Sequence[Labels], relabelled: Iterable[Labels] = ()
+) -> None:
     """Raise SourceError if new images bring classes that look like a mistake: most of them, or with a folder's name.
 
-    Classes that `ingest.expect.classes` names are as they should be.
+    Of images that are `relabelled` on request only a folder's name is one. Classes that `ingest.expect.classes` names
+    are as they should be.
     """
     known = {label for row in rows for label in row.labels} | {*(params.ingest.expect.classes or ())}
+    new = [*new, *(labels for labels in relabelled if any(map(is_generic_name, labels)))]
     counts = Counter(label for labels in new for label in labels if label not in known)
     num_new = sum(bool(set(labels) & counts.keys()) for labels in new)
     generic = [label for label in counts if is_generic_name(label)]

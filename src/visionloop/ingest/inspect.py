@@ -6,11 +6,12 @@ unpacked, so that damage is found, in half the time.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from visionloop.data.convert import CONVERTIBLE, convert_to_png
 from visionloop.data.duplicates import compute_phash_of_grey
-from visionloop.data.encoded import name_other
+from visionloop.data.foreign import name_other
 from visionloop.data.images import decode_grey
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Item
@@ -22,13 +23,16 @@ INSPECTION = 2
 
 # Below 64 px on the shorter side the hash of the reduced image differs from that of the whole one.
 _REDUCED_PX = 64
+# Of 16 bits a sample: where no image of a source uses more, its camera has probably no more; so many are always dark.
+MOST_BITS, DARK_BITS = 14, 12
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the bytes of a usable file say; depends on the bytes alone. Width and height after EXIF orientation.
 
-    `converted` is the format that it had before `ingest.convert` made a PNG of it; "" otherwise.
+    `converted` is the format that it had before `ingest.convert` made a PNG of it; "" otherwise. `bits` are those that
+    the brightest sample needs, of an image with 16 bits a sample; 0: it has 8.
     """
 
     sha256: str
@@ -38,6 +42,7 @@ class Facts:
     num_bytes: int
     phash: str
     converted: str = ""
+    bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,31 @@ class Inspected:
 def make_inspected(item: Item, ordinal: int, facts: Facts) -> Inspected:
     """Return a usable file. What is stored of a converted one is not what lies at its place: its origin says so."""
     return Inspected(item._replace(origin=f"{item.origin}#png") if facts.converted else item, ordinal, facts)
+
+
+def describe_bits(inspected: Iterable[Inspected]) -> list[str]:
+    """Tell of images with 16 bits a sample that use the lower ones alone, as of a camera of 12 bits: they are dark.
+
+    They are scaled as all others, by the bits of the file: by the brightest sample each picture would get a scale of
+    its own, and a night would be as bright as a day.
+    """
+    wide: dict[str, list[Inspected]] = {}
+    for one in inspected:
+        if one.facts.bits:
+            wide.setdefault(one.item.source, []).append(one)
+    lines = []
+    for source, some in wide.items():
+        most = max(one.facts.bits for one in some)
+        dark = [one for one in some if one.facts.bits <= (most if most <= MOST_BITS else DARK_BITS)]
+        if dark:
+            bits = max(one.facts.bits for one in dark)
+            number = f"{len(dark):,} of the {len(some):,} images of {source} with 16 bits a sample"
+            lines += [
+                f"dark: {number} use the lowest {bits} alone, such as {dark[0].item.origin}:",
+                f"  of 256 levels {2 ** (bits - 8) + 1} are left. If the camera has no more, write its bits into the "
+                f"PNG (chunk sBIT), or multiply by {2 ** (16 - bits)}",
+            ]
+    return lines
 
 
 def make_rejected(item: Item, exc: ImageError) -> Rejected:
@@ -81,4 +111,4 @@ def inspect_bytes(data: bytes, where: str, *, max_pixels: int) -> Facts:
     """Check encoded bytes by a full decode and return what they say. Raises ImageError."""
     facts, grey = decode_grey(data, where, at_least_px=_REDUCED_PX, max_pixels=max_pixels)
     sha256, phash = hashlib.sha256(data).hexdigest(), compute_phash_of_grey(grey)
-    return Facts(sha256, facts.width, facts.height, facts.format, len(data), phash)
+    return Facts(sha256, facts.width, facts.height, facts.format, len(data), phash, bits=facts.bits)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
 
-SHOWN_SUFFIXES = 10
+SHOWN_SUFFIXES, SHOWN_LINKS = 10, 5
 
 
 class Item(NamedTuple):
@@ -53,11 +53,14 @@ class PassedOver:
 
     `files` are counted by the folder they lie in (its path with a `/` at the end, or "") and their suffix (`hidden`,
     `no suffix`). `folders` are hidden ones and those that systems make (`@eaDir`), by where they lie and their name:
-    the files in them.
+    the files in them. `links` are links to folders, each with what was done with it. `empty` are folders without
+    anything in them.
     """
 
     files: Counter[tuple[str, str]] = field(default_factory=Counter)
     folders: Counter[tuple[str, str]] = field(default_factory=Counter)
+    links: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
 
     def add_file(self, folder: str, suffix: str) -> None:
         """Count a file that is passed over."""
@@ -71,6 +74,12 @@ class PassedOver:
     def num_files(self) -> int:
         """How many files they are in all."""
         return self.files.total() + self.folders.total()
+
+    def describe_links(self) -> str:
+        """Return which links to folders were followed, and which not and why; or ""."""
+        shown = [f"{link} {what}" for link, what in sorted(self.links.items())]
+        more = f" and {len(shown) - SHOWN_LINKS:,} more" if len(shown) > SHOWN_LINKS else ""
+        return f"links to folders: {'; '.join(shown[:SHOWN_LINKS])}{more}" if shown else ""
 
     def describe(self) -> str:
         """Return the counts by suffix and by folder, the largest first: `.txt 12, hidden 1; in @eaDir 40`; or ""."""

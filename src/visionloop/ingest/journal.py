@@ -28,19 +28,25 @@ from visionloop.settings import Settings
 
 Result = TypeVar("Result")
 
-_SCHEMA = 2
+_SCHEMA = 3
 _FLUSH_ROWS = 250
 FLUSH_LINES = 1000
 _FLUSH_S = 0.5
 _WAIT_S = 5.0
 _TABLES = f"""
 CREATE TABLE files (store TEXT, origin TEXT, stamp TEXT, rules TEXT, session INTEGER, sha256 TEXT, width INTEGER,
-    height INTEGER, format TEXT, num_bytes INTEGER, phash TEXT, converted TEXT, code TEXT, reason TEXT,
+    height INTEGER, format TEXT, num_bytes INTEGER, phash TEXT, converted TEXT, bits INTEGER, code TEXT, reason TEXT,
     PRIMARY KEY (store, origin)) WITHOUT ROWID;
 CREATE TABLE sessions (id INTEGER PRIMARY KEY AUTOINCREMENT, boot TEXT, synced INTEGER);
 CREATE TABLE pulls (store TEXT, name TEXT, asked TEXT, offers TEXT, version TEXT, rejected TEXT, cursors TEXT,
-    PRIMARY KEY (store, name)) WITHOUT ROWID;
+    remarks TEXT, PRIMARY KEY (store, name)) WITHOUT ROWID;
 PRAGMA user_version = {_SCHEMA};
+"""
+# What the tables of the version before lack.
+_FROM_2 = """
+ALTER TABLE files ADD COLUMN bits INTEGER;
+ALTER TABLE pulls ADD COLUMN remarks TEXT;
+PRAGMA user_version = 3;
 """
 
 
@@ -64,6 +70,7 @@ class LastPull:
     version: str
     rejected: tuple[Rejected, ...]
     cursors: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 def make_journal_path(settings: Settings) -> Path:
@@ -104,9 +111,9 @@ class Journal:
             head = (self._store, origin, stamp, self._rules)
             if isinstance(one, Facts):
                 facts = (one.sha256, one.width, one.height, one.format, one.num_bytes, one.phash, one.converted)
-                self._waiting.append((*head, *facts, None, None))
+                self._waiting.append((*head, *facts, one.bits, None, None))
             else:
-                self._waiting.append((*head, None, None, None, None, None, None, None, one.code, one.reason))
+                self._waiting.append((*head, *(None,) * 8, one.code, one.reason))
         if len(self._waiting) >= _FLUSH_ROWS or time.monotonic() - self._flushed_at > _FLUSH_S:
             self.flush()
 
@@ -138,7 +145,8 @@ class Journal:
     def keep_pull(self, name: str, pull: LastPull) -> None:
         """Replace the last pull of a dataset."""
         rejected = json.dumps([one.to_json() for one in pull.rejected])
-        row = (self._store, name, pull.asked, pull.offers, pull.version, rejected, json.dumps(pull.cursors))
+        others = json.dumps(pull.cursors), json.dumps(pull.remarks)
+        row = (self._store, name, pull.asked, pull.offers, pull.version, rejected, *others)
         self._do(lambda database: _replace_pull(database, row), None)
 
     def close(self) -> None:
@@ -163,7 +171,8 @@ class Journal:
 
     def _select(self, database: sqlite3.Connection, source: str) -> list[Any]:
         return database.execute(
-            "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash, converted FROM files"
+            "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash, converted,"
+            " coalesce(bits, 0) FROM files"
             " WHERE store = ? AND origin >= ? AND origin < ? AND rules = ?"
             " AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
             (self._store, f"{source}:", f"{source};", self._rules, self._boot),
@@ -175,7 +184,7 @@ class Journal:
             self._session = added.lastrowid
         database.executemany(
             "INSERT OR REPLACE INTO files (store, origin, stamp, rules, sha256, width, height, format, num_bytes,"
-            f" phash, converted, code, reason, session) VALUES ({'?, ' * 13} {self._session})",
+            f" phash, converted, bits, code, reason, session) VALUES ({'?, ' * 14} {self._session})",
             rows,
         )
 
@@ -194,6 +203,8 @@ def _open_file(path: Path) -> sqlite3.Connection | None:
             ((schema,),) = database.execute("PRAGMA user_version").fetchall()
             if schema == 0:
                 _make_tables(database)
+            elif schema == 2:
+                _execute_together(database, _FROM_2)
             elif schema != _SCHEMA:
                 raise sqlite3.DatabaseError("another version")
             return database
@@ -208,8 +219,12 @@ def _open_file(path: Path) -> sqlite3.Connection | None:
 
 def _make_tables(database: sqlite3.Connection) -> None:
     """Make the tables, unless another process has made them."""
+    _execute_together(database, _TABLES)
+
+
+def _execute_together(database: sqlite3.Connection, script: str) -> None:
     with contextlib.suppress(sqlite3.OperationalError):
-        database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+        database.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
     if database.in_transaction:
         database.rollback()
 
@@ -238,16 +253,16 @@ def _delete(database: sqlite3.Connection, store: str, sha256s: Sequence[str]) ->
 
 
 def _select_pull(database: sqlite3.Connection, store: str, name: str) -> LastPull | None:
-    query = "SELECT asked, offers, version, rejected, cursors FROM pulls WHERE store = ? AND name = ?"
+    query = "SELECT asked, offers, version, rejected, cursors, remarks FROM pulls WHERE store = ? AND name = ?"
     row = database.execute(query, (store, name)).fetchone()
     if row is None:
         return None
     rejected = tuple(Rejected.from_json(one) for one in json.loads(row[3]))
-    return LastPull(row[0], row[1], row[2], rejected, json.loads(row[4]))
+    return LastPull(row[0], row[1], row[2], rejected, json.loads(row[4]), tuple(json.loads(row[5] or "[]")))
 
 
 def _replace_pull(database: sqlite3.Connection, row: tuple[object, ...]) -> None:
-    database.execute("INSERT OR REPLACE INTO pulls VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    database.execute("INSERT OR REPLACE INTO pulls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _read_boot_id() -> str:

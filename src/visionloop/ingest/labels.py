@@ -14,18 +14,20 @@ import io
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import normalize
 
 from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.inspect import Inspected
+from visionloop.ingest.paths.names import find_twins
 from visionloop.params import Params
 from visionloop.records import ImageRecord, Rejected
 
 COLUMNS = ("sha256", "old", "new")
 MIN_DIGITS = 8
+SHOWN_DIGITS = 12
 MAX_BYTES = 100_000_000
 SHOWN_TWINS = 8
 Labels = tuple[str, ...]
@@ -86,18 +88,19 @@ def load_corrections(path: Path) -> list[Correction]:
 def match_corrections(
     corrections: Sequence[Correction],
     labels_of: Mapping[str, Iterable[Labels]],
-    forgotten: frozenset[str],
+    passed: frozenset[str],
     *,
     several: bool,
 ) -> dict[str, list[Correction]]:
     """Return the corrections by full sha256. `labels_of` gives all labels under which an image is known or offered.
 
-    `several`: an image may have several labels, and several corrections. Images that were forgotten are passed over.
+    `several`: an image may have several labels, and several corrections. Lines of `passed` images change nothing:
+    these were forgotten, or taken out of the dataset.
 
     Raises:
         SourceError: a line fits no image, several images, or an image with another label, or an image is named twice.
     """
-    known = sorted({*labels_of, *forgotten})
+    known = sorted({*labels_of, *passed})
     matched: dict[str, list[Correction]] = {}
     wrong: list[str] = []
     for one in corrections:
@@ -106,7 +109,7 @@ def match_corrections(
         if len(same) != 1:
             found = f"{len(same)} images begin with" if same else "no image has"
             wrong.append(f"line {one.line}: {found} {one.sha256[:16]}")
-        elif same[0] not in forgotten:
+        elif same[0] not in passed:
             earlier = matched.setdefault(same[0], [])
             if problem := _find_problem(one, earlier, labels_of[same[0]], several):
                 wrong.append(f"line {one.line}: {problem}")
@@ -138,6 +141,13 @@ def _read_line(where: str, line: int, row: Sequence[str], places: Sequence[int],
     if old == new:
         raise SourceError(where, f"changes {old or 'no label'!r} to itself", "two labels that differ")
     return Correction(line, sha256.lower(), old, new)
+
+
+def format_correction(sha256: str, old: Labels, new: Labels) -> str:
+    """Return the line that gives an image another label: `3f786850e387,cat,dog`."""
+    sink = io.StringIO()
+    csv.writer(sink, lineterminator="").writerow([sha256[:SHOWN_DIGITS], "".join(old[:1]), "".join(new[:1])])
+    return sink.getvalue()
 
 
 def _to_labels(label: str) -> Labels:
@@ -182,9 +192,15 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
 
 
 def relabel(
-    rules: LabelRules, before: Mapping[str, ImageRecord], offered: Sequence[Inspected], forgotten: frozenset[str]
+    rules: LabelRules,
+    before: Mapping[str, ImageRecord],
+    offered: Sequence[Inspected],
+    forgotten: frozenset[str],
+    aside: Collection[str] = (),
 ) -> tuple[dict[str, ImageRecord], dict[str, list[tuple[Inspected, Labels]]], list[Rejected]]:
     """Return the earlier rows and what is offered, by content, with their labels; and what has too many labels.
+
+    Images that are `aside` were taken out of the dataset; their corrections wait until they come again.
 
     Raises:
         SourceError: a correction fits no image.
@@ -204,7 +220,7 @@ def relabel(
             by_content.setdefault(one.facts.sha256, []).append((one, labels))
     rows = {s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in before.items()}
     if rules.corrections:
-        _correct(rules, rows, by_content, forgotten)
+        _correct(rules, rows, by_content, forgotten | ({*aside} - rows.keys() - by_content.keys()))
     return rows, by_content, refused
 
 
@@ -221,12 +237,12 @@ def _correct(
     rules: LabelRules,
     rows: dict[str, ImageRecord],
     by_content: dict[str, list[tuple[Inspected, Labels]]],
-    forgotten: frozenset[str],
+    passed: frozenset[str],
 ) -> None:
     labels_of: dict[str, list[Labels]] = {sha256: [row.labels] for sha256, row in rows.items()}
     for sha256, same in by_content.items():
         labels_of.setdefault(sha256, []).extend(labels for _, labels in same)
-    matched = match_corrections(rules.corrections, labels_of, forgotten, several=rules.several)
+    matched = match_corrections(rules.corrections, labels_of, passed, several=rules.several)
 
     def apply(sha256: str, labels: Labels) -> Labels:
         for one in matched[sha256]:
@@ -240,25 +256,12 @@ def _correct(
             by_content[sha256] = [(one, apply(sha256, labels)) for one, labels in by_content[sha256]]
 
 
-def find_twins(classes: Iterable[str]) -> list[list[str]]:
-    """Return classes that may be one: their names differ only by case, spaces, marks between words or `.0`.
-
-    Example: ["Cat", "cat"], ["1", "01", "1.0"], ["hot dog", "hot-dog", "hot_dog"].
-    """
-    alike: dict[str, list[str]] = {}
-    for name in sorted(classes):
-        text = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", normalize("NFKC", name).casefold().strip())
-        text = re.sub(r"^0+(?=[0-9]+$)", "", text)
-        alike.setdefault(re.sub(r"[\s_\u200b-\u200f\u2060\ufeff-]+", "", text) or name, []).append(name)
-    return [names for names in alike.values() if len(names) > 1]
-
-
 def describe_twins(classes: Iterable[str]) -> list[str]:
     """Return a line for each group of twins, with what unites them in params.yaml."""
     lines = []
     for names in find_twins(classes)[:SHOWN_TWINS]:
-        kept, *others = names[::-1]
+        kept, *others = names
         pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(kept)}" for name in others)  # JSON is YAML
-        shown = " and ".join(map(repr, names))
+        shown = " and ".join(map(repr, sorted(names)))
         lines.append(f"TWINS: {shown} may be one class; if so: ingest.label_map: {{{pairs}}}")
     return lines

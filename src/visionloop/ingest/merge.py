@@ -3,38 +3,54 @@
 Only the lists of quarantine and leaks are written, under their digests. A side that an image has never changes.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
 from visionloop.data.manifest import load_version_records, make_version, write_quarantine
-from visionloop.data.split import find_lone_films
 from visionloop.data.tombstones import load_tombstones
-from visionloop.errors import SHOWN, ParamsError, shorten
+from visionloop.errors import ParamsError
 from visionloop.ingest.check import Checked
 from visionloop.ingest.expect import check_classes, check_expectations, check_new_classes, find_small_classes
-from visionloop.ingest.inspect import Inspected
+from visionloop.ingest.inspect import Inspected, describe_bits
 from visionloop.ingest.labels import Correction, Labels, make_label_rules, relabel, unite_labels
-from visionloop.ingest.sides import Newcomer, Sides, decide_sides, make_leak_error
+from visionloop.ingest.moves import (
+    Moves,
+    Offers,
+    Wishes,
+    advise_relabel,
+    describe_copies,
+    describe_done,
+    describe_moves,
+    describe_unusable_classes,
+    explain_conflict,
+    explain_relabelled,
+    find_moves,
+    find_saved_again,
+    relabel_rows,
+)
+from visionloop.ingest.sides import Newcomer, Sides, decide_sides, describe_sides, make_leak_error
 from visionloop.params import Params, Split
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
 from visionloop.store import ObjectStore
-
-FEW_TESTS = 5  # of a class: one wrong answer is 20 points
 
 
 @dataclass(frozen=True)
 class Merged:
     """A version that is not committed yet (the parent itself, when nothing is new or differs), and what was refused.
 
-    `changed` are the rows of its newest part. `notes` are to be told.
+    `changed` are the rows of its newest part. `notes` are to be told once, `remarks` at each pull that finds the same.
+    `advice` is the way out where too much was refused; "" where nothing special helps.
     """
 
     version: DatasetVersion
     changed: list[ImageRecord]
     refused: list[Rejected]
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ def merge(
     *,
     now: str,
     corrections: Sequence[Correction] = (),
-    allow_new_classes: bool = False,
+    wishes: Wishes = Wishes(),  # noqa: B008
 ) -> Merged:
     """Add what was checked to the parent's rows.
 
@@ -68,26 +84,22 @@ def merge(
     """
     split = _fixed_split(parent, params.ingest.split)
     known = _load_known(store, params.name, parent)
-    rules = make_label_rules(params, corrections)
-    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten)
-    found, conflicts = _unite(by_content, rows, several=rules.several)
+    offered = _read_offers(params, known, checked, corrections, wishes)
+    rows, found, moves = offered.rows, offered.found, offered.moves
     sides = _find_side_conflicts(found, rows, split)
-    if split.on_leak == "fail" and sides:
-        raise make_leak_error(sides)
-    if parent and not allow_new_classes:
-        check_new_classes(params, rows.values(), [one.labels for s, one in found.items() if s not in rows])
     added = _add(store, params, rows, found, known.aside, is_first=parent is None)
-    small = find_small_classes(params, rows.values())
-    out = {s: row for s, row in rows.items() if set(row.labels) & small.keys()}
-    refused = [*refused, *conflicts, *_list_left_out(found, out, small, params.ingest.expect.min_per_class)]
+    left = _leave_out(params, rows, known, moves if wishes.prune else Moves())
+    small, out = left.small, left.out
+    refused = [*offered.refused, *_list_left_out(found, out, small, params.ingest.expect.min_per_class)]
     records = [rows[sha256] for sha256 in sorted(rows.keys() - out.keys())]
     check_classes(params.name, records, [*checked.rejected, *refused])
     check_expectations(params.name, params.ingest.expect, records)
     changed = [row for row in records if (old := known.before.get(row.sha256)) is not row and old != row]
-    aside = {s: r for s, r in {**known.aside, **out}.items() if s in out or s not in rows}
     taken = out.keys() & known.before.keys()
-    if parent and not (changed or taken) and aside == known.aside and parent.left_out == tuple(sorted(small)):
-        return Merged(parent, [], [*refused, *_list_in_vain(sides)])
+    remarks = _remark(checked, offered, wishes)
+    advice = f"{wishes.say('--relabel')} takes the labels that their source gives now." if moves.relabelled else ""
+    if parent and not (changed or taken) and left.aside == known.aside and parent.left_out == tuple(sorted(small)):
+        return Merged(parent, [], [*refused, *_list_in_vain(sides)], (), remarks, advice)
     everything = [*checked.rejected, *refused]
     leaks = _inherit_leaks(store, parent, {r.sha256: r for r in records}, make_leaks([*sides, *added.leaks]))
     newest = records if taken else changed  # the rows of earlier parts would bring back what was taken out
@@ -104,11 +116,80 @@ def merge(
         cursors={**(parent.cursors if parent else {}), **checked.cursors},
         leaks=write_leaks(store, params.name, leaks),
         num_leaks=len(leaks.rows),
-        aside=write_aside(store, [*aside.values()]),
+        aside=write_aside(store, [*left.aside.values()]),
         left_out=tuple(sorted(small)),
     )
     version = replace(version, parts=version.parts[-1:]) if taken else version
-    return Merged(version, newest, refused, tuple(_tell(version, records, added, split)))
+    notes = (*describe_done(moves, version.version, wishes), *describe_sides(version, records, added, split))
+    return Merged(version, newest, refused, notes, remarks, advice)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What the new version does not hold: the rows `out`, by small class or gone; those that are kept `aside`."""
+
+    small: dict[str, int]
+    out: dict[str, ImageRecord]
+    aside: dict[str, ImageRecord]
+
+
+def _leave_out(params: Params, rows: Mapping[str, ImageRecord], known: "_Known", pruned: Moves) -> _Left:
+    """Choose what is left out. A row that is gone would come back with its class: it is not kept aside then."""
+    small = find_small_classes(params, [row for sha256, row in rows.items() if sha256 not in pruned.gone])
+    too_few = {s: row for s, row in rows.items() if s not in pruned.gone and {*row.labels} & small.keys()}
+    gone = {s: rows[s] for s in pruned.gone}
+    waits = {s: row for s, row in gone.items() if not {*row.labels} & small.keys()}
+    out = {**too_few, **gone}
+    aside = {**known.aside, **too_few, **waits}
+    return _Left(small, out, {s: row for s, row in aside.items() if s in out or s not in rows})
+
+
+def _remark(checked: Checked, offered: "_Offered", wishes: Wishes) -> tuple[str, ...]:
+    """Return what is to be told of the sources at each pull, as long as it is so."""
+    moves, found = offered.moves, offered.found
+    files = Counter(label for same in offered.by_content.values() for _, labels in same for label in labels)
+    files.update(checked.rejected_labels)
+    usable = {label for one in found.values() for label in one.labels}
+    usable.update(label for one in moves.relabelled for label in one.after)
+    lines = describe_unusable_classes(files, usable) + describe_copies([one.same for one in found.values()])
+    lines += describe_bits(checked.inspected)
+    if not wishes.relabel:
+        lines += advise_relabel(moves, offered.by_content, wishes.say)
+    if not wishes.prune:
+        lines += describe_moves(moves, find_saved_again(moves, offered.rows, found), wishes.say)
+    return tuple(lines)
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """What a pull offers, by sha256: the files with their labels, the images that can be used, and what is not so.
+
+    `rows` are those of the dataset, with the labels that they have from now on.
+    """
+
+    rows: dict[str, ImageRecord]
+    by_content: Offers
+    found: dict[str, _Found]
+    moves: Moves
+    refused: list[Rejected]
+
+
+def _read_offers(
+    params: Params, known: "_Known", checked: Checked, corrections: Sequence[Correction], wishes: Wishes
+) -> _Offered:
+    """Apply label map and corrections, and compare with what is known. Raises SourceError, ParamsError as `merge`."""
+    rules = make_label_rules(params, corrections)
+    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten, known.aside)
+    held = {sha256: rows[sha256] for sha256 in known.before if sha256 not in known.forgotten}
+    moves = find_moves(held, by_content, checked, refused, wishes.whole)
+    before = [*rows.values()]
+    if wishes.relabel:
+        relabel_rows(rows, moves)
+    found, conflicts = _unite(by_content, rows, explain_relabelled(moves), several=rules.several)
+    if known.before and not wishes.allow_new_classes:
+        new = [one.labels for sha256, one in found.items() if sha256 not in rows]
+        check_new_classes(params, before, new, [one.after for one in moves.relabelled] if wishes.relabel else [])
+    return _Offered(rows, by_content, found, moves, [*refused, *conflicts])
 
 
 @dataclass(frozen=True)
@@ -155,46 +236,31 @@ def _list_left_out(
     ]
 
 
-def _tell(version: DatasetVersion, records: Sequence[ImageRecord], added: Sides, split: Split) -> list[str]:
-    """Return what people should know of the sides."""
-    lines = []
-    if added.brought:
-        total = sum(added.brought.values())
-        named = shorten([f"{label}: {number}" for label, number in added.brought.items()])
-        keys = "image" if total == 1 else "images or groups"
-        lines.append(
-            f"{total:,} {keys} of classes without {split.min_train} on train went there, whatever their hash says "
-            f"({named}; ingest.split.min_train)"
-        )
-    tests = version.counts.get("test", {})
-    if few := [f"{name} {tests.get(name, 0)}" for name in version.classes if tests.get(name, 0) < FEW_TESTS]:
-        lines.append(f"fewer than {FEW_TESTS} test images, whose figures say little: {shorten(few)}")
-    lone = find_lone_films((r.group, r.side, r.labels) for r in records)
-    return lines + [
-        f"all images of {label} are of one group ({group}), so they are all on {side}: add another one to judge it"
-        for label, (group, side) in [*lone.items()][:SHOWN]
-    ]
-
-
 def _unite(
-    by_content: Mapping[str, Sequence[tuple[Inspected, Labels]]], rows: Mapping[str, ImageRecord], *, several: bool
+    by_content: Offers, rows: Mapping[str, ImageRecord], reasons: Mapping[str, str], *, several: bool
 ) -> tuple[dict[str, _Found], list[Rejected]]:
-    """Find the labels of each content. The same bytes under two labels are a conflict: all of them go to quarantine."""
+    """Find the labels of each content. The same bytes under two labels are a conflict: all of them go to quarantine.
+
+    `reasons` says why, by sha256, where more is known.
+    """
     found: dict[str, _Found] = {}
     conflicts: list[Rejected] = []
     for sha256, offers in by_content.items():
         known = rows[sha256].labels if sha256 in rows else ()
         labels = unite_labels(known, (labels for _, labels in offers), several=several)
         if labels is None:
-            names = shorten([*{label for some in (known, *(labels for _, labels in offers)) for label in some}])
-            conflicts += [Rejected(o.item.origin, "label_conflict", f"same bytes labelled {names}") for o, _ in offers]
+            reason = reasons.get(sha256) or explain_conflict(sha256, known, [labels for _, labels in offers])
+            conflicts += [Rejected(one.item.origin, "label_conflict", reason) for one, _ in offers]
         else:
             found[sha256] = _Found(sorted((one for one, _ in offers), key=lambda one: one.ordinal), labels)
     return found, conflicts
 
 
 def _find_side_conflicts(found: Mapping[str, _Found], rows: Mapping[str, ImageRecord], split: Split) -> list[Leak]:
-    """Return the images that a source gives another side than the one they have: the first given side stands."""
+    """Return the images that a source gives another side than the one they have: the first given side stands.
+
+    Raises SourceError if there are any, and `on_leak` is `fail`.
+    """
     if split.method == "random":
         return []
     conflicts = []
@@ -209,6 +275,8 @@ def _find_side_conflicts(found: Mapping[str, _Found], rows: Mapping[str, ImageRe
                 places = tuple(sorted(o.item.origin for o in one.same if o.item.side != other))
                 conflicts.append(_make_conflict(sha256, str(side), places, offer.item.origin, str(other)))
                 break
+    if split.on_leak == "fail" and conflicts:
+        raise make_leak_error(conflicts)
     return conflicts
 
 

@@ -19,6 +19,7 @@ from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
 from visionloop.ingest.labels import Correction, load_corrections
 from visionloop.ingest.merge import merge
+from visionloop.ingest.moves import Wishes, list_whole, say_option
 from visionloop.ingest.sources import Cursor, Item, PassedOver, SourceContext, read_source
 from visionloop.params import Params, Source
 from visionloop.records import DatasetVersion, Pin, Rejected, compute_digest
@@ -86,6 +87,8 @@ class PullReport:
     rejected: tuple[Rejected, ...]
     account: Account
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    num_taken_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class _Ended:
     parent: DatasetVersion | None
     version: DatasetVersion
     rejected: tuple[Rejected, ...]
+    remarks: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -108,9 +112,12 @@ def pull(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     verify: bool = False,
     allow_new_classes: bool = False,
+    relabel: bool = False,
+    prune: bool = False,
 ) -> PullReport:
     """Read sources, quarantine what is unusable, commit a version if anything is new, and pin it in the workspace.
 
+    `relabel` gives known images the labels that their sources give now; `prune` takes out what is no longer there.
     With `verify` the journal and the cursors are not used: everything is read, and what is missing or damaged in the
     store is stored again. `on_progress(done, 0)` while the total is not known.
 
@@ -122,10 +129,8 @@ def pull(
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     journal = Journal(make_journal_path(settings), store.url, params.ingest)
     with _rare_collections(), closing(journal):
-        several = params.task == "multilabel"
-        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several)
-        path = params.ingest.corrections
-        corrections = load_corrections(context.resolve(path)) if path else []
+        context = _make_context(workspace, env, tell)
+        corrections = load_corrections(context.resolve(path)) if (path := params.ingest.corrections) else []
         before, last = latest_version(store, name), journal.load_pull(name)
         if not sources:
             tell("params.yaml names no source: no image is read; label_map, corrections and limits are applied")
@@ -138,7 +143,7 @@ def pull(
         known = Known(
             journal,
             stored=None if verify else _find_stored(store, journal, forgotten),
-            offers=last.offers if last and last.asked == asked else None,
+            offers=last.offers if last and last.asked == asked and not (relabel or prune) else None,
             verify=verify,
             forgotten=forgotten,
         )
@@ -147,17 +152,28 @@ def pull(
         if number := checked.num_missing:
             tell(f"{number:,} images were missing from the store: stored again")
         if before and last and checked.is_as_before:
-            ended = _Ended(before, before, last.rejected)
+            ended = _Ended(before, before, last.rejected, last.remarks)
         else:
-            ended = _commit(workspace, checked, corrections, now, allow_new_classes=allow_new_classes)
+            say = _say_declared if [*sources] == [*params.ingest.sources] else say_option
+            wishes = Wishes(allow_new_classes, relabel, prune, list_whole(sources), say)
+            ended = _commit(workspace, checked, corrections, now, wishes)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
-        journal.keep_pull(name, LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors))
+        last = LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors, ended.remarks)
+        journal.keep_pull(name, last)
         return _make_report(checked, ended, move_pin(settings, ended.version))
+
+
+def _make_context(workspace: Workspace, env: Mapping[str, str], tell: Callable[[str], None]) -> SourceContext:
+    settings, params = workspace.settings, workspace.params
+    several = params.task == "multilabel"
+    return SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several)
 
 
 def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
     version, parent = ended.version, ended.parent
+    num_added = version.num_added if version is not parent else 0
+    num_before = parent.num_images if parent else 0
     return PullReport(
         pin=pin,
         version=version,
@@ -165,10 +181,12 @@ def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
         recorded=version is not parent,
         num_seen=checked.num_seen,
         num_read=checked.num_read,
-        num_added=version.num_images - (parent.num_images if parent else 0),
+        num_added=num_added,
         rejected=ended.rejected,
         account=make_account(checked, ended.rejected),
         notes=ended.notes,
+        remarks=ended.remarks,
+        num_taken_out=num_before + num_added - version.num_images,
     )
 
 
@@ -212,7 +230,7 @@ def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]
     return forgotten | {key.rpartition("/")[2] for key in store.list("images/")}
 
 
-def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float) -> None:
+def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float, advice: str = "") -> None:
     """Raise SourceError when more files and rows than allowed are what the summary calls unusable."""
     unusable = [*{one.origin: one for one in rejected if one.code not in NOT_UNUSABLE}.values()]
     num_more = sum(checked.more_rows.values())
@@ -229,7 +247,7 @@ def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: f
         f"{num_unusable} of {total} files {'and rows ' if rows else ''}cannot be used: {worst};"
         f" the first one {first.reason.rstrip('.')}",
         f"at most {max_ratio:.0%}",
-        f"{todo} Or raise ingest.max_rejected_ratio.",
+        f"{advice or todo} Or raise ingest.max_rejected_ratio.",
     )
 
 
@@ -243,8 +261,12 @@ def _digest_asked(
     return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten)])
 
 
+def _say_declared(option: str) -> str:
+    return f"`visionloop ingest {option}`"
+
+
 def _commit(
-    workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str, *, allow_new_classes: bool
+    workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str, wishes: Wishes
 ) -> _Ended:
     """Merge into the newest version and commit, unless nothing changes."""
     store = workspace.store
@@ -252,21 +274,13 @@ def _commit(
     _check_rejected(checked, checked.rejected, max_ratio)
     for _ in range(COMMIT_TRIES):
         parent = latest_version(store, workspace.name)
-        merged = merge(
-            store,
-            workspace.params,
-            parent,
-            checked,
-            now=now,
-            corrections=corrections,
-            allow_new_classes=allow_new_classes,
-        )
+        merged = merge(store, workspace.params, parent, checked, now=now, corrections=corrections, wishes=wishes)
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
-        _check_rejected(checked, rejected, max_ratio)
+        _check_rejected(checked, rejected, max_ratio, merged.advice)
         if merged.version is parent:
-            return _Ended(parent, parent, rejected)
+            return _Ended(parent, parent, rejected, merged.remarks)
         if commit_version(store, merged.version, merged.changed):
-            return _Ended(parent, merged.version, rejected, merged.notes)
+            return _Ended(parent, merged.version, rejected, merged.remarks, merged.notes)
         # Another pull took this number: merge into its version.
     raise DatasetError(
         f"dataset {workspace.name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment"

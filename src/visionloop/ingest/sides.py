@@ -16,16 +16,17 @@ from visionloop.data.families import Families, FamilyLeak, Member, Pair, place_m
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import make_image_key
-from visionloop.data.split import Undecided, choose_random_sides, divide
-from visionloop.errors import ImageError, ObjectMissing, SourceError
+from visionloop.data.split import Undecided, choose_random_sides, divide, find_lone_films
+from visionloop.errors import SHOWN, ImageError, ObjectMissing, SourceError, shorten
 from visionloop.parallel import map_parallel
 from visionloop.params import Ingest, Split
-from visionloop.records import ImageRecord
+from visionloop.records import DatasetVersion, ImageRecord
 from visionloop.store import ObjectStore
 
 _CHUNK = 4096  # pairs; their thumbnails are 25 MB at most
 # Decoded larger and averaged: a JPEG decoded at an eighth of its size differs a little from a resized PNG.
 _DECODED_PX = 4 * THUMB_PX
+FEW_TESTS = 5  # of a class: one wrong answer is 20 points
 UNDECIDED, TO_LEARN = "?", "?learn"  # a family without a side, until `divide` gives it one
 _KINDS = {"train": 0, "val": 1, "test": 2, "learn": 3, None: 4}
 
@@ -111,6 +112,27 @@ class Sides:
     of: dict[str, tuple[str, str]]
     leaks: list[Leak]
     brought: dict[str, int]
+
+
+def describe_sides(version: DatasetVersion, records: Sequence[ImageRecord], added: Sides, split: Split) -> list[str]:
+    """Return what people should know of the sides."""
+    lines = []
+    if added.brought:
+        total = sum(added.brought.values())
+        named = shorten([f"{label}: {number}" for label, number in added.brought.items()])
+        keys = "image" if total == 1 else "images or groups"
+        lines.append(
+            f"{total:,} {keys} of classes without {split.min_train} on train went there, whatever their hash says "
+            f"({named}; ingest.split.min_train)"
+        )
+    tests = version.counts.get("test", {})
+    if few := [f"{name} {tests.get(name, 0)}" for name in version.classes if tests.get(name, 0) < FEW_TESTS]:
+        lines.append(f"fewer than {FEW_TESTS} test images, whose figures say little: {shorten(few)}")
+    lone = find_lone_films((r.group, r.side, r.labels) for r in records)
+    return lines + [
+        f"all images of {label} are of one group ({group}), so they are all on {side}: add another one to judge it"
+        for label, (group, side) in [*lone.items()][:SHOWN]
+    ]
 
 
 def decide_sides(

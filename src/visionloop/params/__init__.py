@@ -6,12 +6,13 @@ An unknown key, a wrong type or a value out of range is a `ParamsError` that nam
 import difflib
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from visionloop.errors import ParamsError
+from visionloop.errors import ParamsError, shorten
 from visionloop.params.ingest import (
     ArchiveSource,
     BucketSource,
@@ -235,9 +236,30 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         expected = "64 digits and letters a to f" if is_digest else "lower-case letters, digits and '-' (at most 63)"
     else:
         found = f"got {first['input']!r}"[:120]
-        expected = re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)
-    more = f" ({len(errors) - 1} more in the file)" if len(errors) > 1 else ""
+        expected = _explain(first) or re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)
+    same = [e for e in errors if e["loc"][: len(keys)] == first["loc"][: len(keys)]]  # the other forms of this value
+    words = [e["ctx"]["expected"] for e in same if e["type"] == "literal_error"]
+    if words and kind == "model_type":
+        expected = f"{words[0]}, or {expected}"
+    others = len(errors) - len(same)
+    more = f" ({others} more in the file)" if others else ""
     return ParamsError(f"{where} {'.'.join(keys)}".strip(), found, expected, f"Edit the file{more}.")
+
+
+def _explain(error: Any) -> str:
+    """Say in the words of YAML what a section or a list looks like; "" for any other value."""
+    if error["type"] == "tuple_type":
+        return "a list: [a, b]"
+    if error["type"] != "model_type":
+        return ""
+    section = next((one for one in _list_sections(Section) if one.__name__ == error["ctx"]["class_name"]), None)
+    return f"keys below it: {shorten([*section.model_fields], 8)}" if section else "keys below it"
+
+
+def _list_sections(section: type[Section]) -> Iterator[type[Section]]:
+    for one in section.__subclasses__():
+        yield one
+        yield from _list_sections(one)
 
 
 def _tag_of(error: Any) -> str:

@@ -193,21 +193,3 @@ def test_the_answers_to_a_question_are_options(
     assert "(unlabelled): test/1.png" in shown
     assert run_here(monkeypatch, "ingest", "../photos", "--encoding", "gbk") == 2
     assert "columns or an encoding are named, but labels are those of the paths" in capsys.readouterr().err
-
-
-def test_a_class_folder_that_was_renamed_is_told_with_the_way_out_and_it_works(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (home / "params.yaml").write_text("name: pets\ningest: {max_rejected_ratio: 1.0}\n")
-    assert run_here(monkeypatch, "ingest", "../photos") == 0
-    (home.parent / "photos" / "cat").rename(home.parent / "photos" / "kitty")
-    capsys.readouterr()
-    assert run_here(monkeypatch, "ingest", "../photos") == 0
-    shown = capsys.readouterr().out
-    assert "12 times same bytes labelled cat, kitty: the label that an image has stands." in shown
-    assert "To rename a class: `label_map: {OLD: NEW}`" in shown
-    assert "lines `SHA256,OLD,NEW` in the CSV of `ingest.corrections`" in shown
-    (home / "params.yaml").write_text("name: pets\ningest: {label_map: {cat: kitty}}\n")
-    assert run_here(monkeypatch, "ingest", "../photos") == 0
-    assert json.loads((home / "data" / "dataset.json").read_text())["classes"] == ["dog", "kitty"]
-    assert "label_conflict" not in capsys.readouterr().out

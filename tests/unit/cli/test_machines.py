@@ -59,7 +59,7 @@ def test_no_file_that_could_be_used_is_exit_code_2(
 ) -> None:
     monkeypatch.chdir(home)
     assert run_here(monkeypatch, "predict", "bad.jpg", "--bundle", "b", "--out", "out.csv") == 2
-    assert "error: bad.jpg: none of 1 could be used: is not an image we read" in capsys.readouterr().err
+    assert "error: bad.jpg: none of 1 could be used: is text, not an image" in capsys.readouterr().err
     assert (home / "out.csv").read_text().count("\n") == 2
     assert run_here(monkeypatch, "predict", "bad.jpg", "katze-ü-猫.png", "--bundle", "b") == 0
 

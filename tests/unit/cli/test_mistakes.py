@@ -312,3 +312,20 @@ def test_a_journal_of_the_dropped_version_is_not_believed(desk: Desk) -> None:
         assert journal.execute("SELECT count(*) FROM pulls").fetchone() == (1,)
     told = desk.run("ingest", folder, "--name", "more")
     assert "20 new images" in told
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_that_fails_leaves_no_workspace_that_it_made(desk: Desk, there: bool) -> None:
+    shutil.rmtree(desk.photos / "cat")
+    new = desk.home / "new"
+    if there:
+        new.mkdir()
+    told = desk.run("start", desk.photos, "new", code=2)
+    assert "nothing was ingested: the workspace is removed again" in told
+    assert "has 1 class (dog)" in told
+    assert (new.exists(), list(new.iterdir()) if there else []) == (there, [])
+    write_photos(desk.photos)
+    before = sorted(desk.home.rglob("*"))
+    desk.write("  resize: wrong\n")
+    desk.run("ingest", code=2)
+    assert sorted(desk.home.rglob("*")) == before, "what was there before stays"

@@ -84,5 +84,5 @@ def test_a_version_that_brought_nothing_is_refused(pets: Pets) -> None:
 
 
 def test_a_dataset_without_a_version_says_so(pets: Pets) -> None:
-    with pytest.raises(DatasetError, match=r"has no version in this store.*Run `visionloop ingest`"):
+    with pytest.raises(DatasetError, match=r"has no version in this store.*Run `visionloop ingest PATH`"):
         drop_source(pets.store, "others", "photos", now=NOW)

@@ -1,6 +1,7 @@
 """What lies around a picture costs no picture; what is no picture is named; and one limit on pixels holds."""
 
 import base64
+import gzip
 import io
 import os
 import struct
@@ -178,8 +179,26 @@ def test_damage_to_the_picture_of_a_png_is_found_by_all() -> None:
     palette = encode("PNG", make_picture().quantize(8))
     place = palette.index(b"PLTE") + 5
     assert judge(palette[:place] + b"\x99" + palette[place + 1 :])[0] == "damaged"
-    assert judge(put_in_png(chunk(b"tRNS", b"\0\1\0\2\0\3", crc=1)))[0] == "damaged"
+    assert judge(put_in_png(chunk(b"IDAT", b"\0", crc=1)))[0] == "damaged"
     assert judge(encode("PNG")[:-12]) == ("damaged", "x: is damaged (cut off); expected a whole PNG.")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", bytes(5), bytes(7), bytes(300)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
+def test_a_malformed_transparency_costs_no_png(mode: str, content: bytes) -> None:
+    image = make_picture().quantize(8) if mode == "P" else make_picture().convert(mode)
+    if mode == "P" and 1 <= len(content) <= 256:
+        pytest.skip("a palette may have so many")
+    data = encode("PNG", image)
+    place = data.index(b"IDAT") - 4
+    odd = data[:place] + chunk(b"tRNS", content) + data[place:]
+    assert np.array_equal(read_all(odd), read_all(data))
+
+
+def test_a_transparency_with_a_wrong_checksum_is_left_out_and_a_right_one_counts() -> None:
+    grey = Image.new("L", (64, 48), 7)
+    assert read_all(put_in_png(chunk(b"tRNS", b"\0\7", crc=1), image=grey)).max() == 7
+    assert read_all(put_in_png(chunk(b"tRNS", b"\0\7"), image=grey)).min() == 255
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -316,8 +335,26 @@ def test_16_bits_cost_at_most_six_bytes_a_pixel(mode: str) -> None:
         (b"%PDF-1.7", "is a PDF", "Export"),
         (b"  <!DOCTYPE html><html>", "is a web page", "downloaded"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS", "git lfs pull"),
-        (b"BM and other words of a letter, no picture", "is not an image we read", ""),
-        (b"P65 is a name", "is not an image we read", ""),
+        (b"BM and other words of a letter, no picture", "is text, not an image", "downloaded"),
+        (b"P65 is a name", "is text, not an image", "downloaded"),
+        (b"404: Not Found\n", "is text, not an image", "downloaded"),
+        (bytes(128) + b"DICM" + bytes(60), "is a DICOM file", "PNG"),
+        (gzip.compress(b"x" * 99), "is gzip data", "Unpack"),
+        (b'\n{"error": "no such image"}', "is JSON text", "downloaded"),
+        (b'\xef\xbb\xbf[ {"a": 1}]', "is JSON text", "downloaded"),
+        (b"[1, 2]", "is JSON text", "downloaded"),
+        (b"\xef\xbb\xbf<html>", "is a web page", "downloaded"),
+        (b"<!-- saved --><html>", "is a web page", "downloaded"),
+        (b"<Error><Code>AccessDenied</Code>", "is a web page or XML", "downloaded"),
+        (b"data:image/jpeg;base64,/9j/4AAQSkZJRg", "is an image as base64", "Decode"),
+        (b"/9j/4AAQSkZJRgABAQAAAQ", "is an image as base64", "Decode"),
+        (bytes(257) + b"ustar\0" + bytes(60), "is a tar archive", "Unpack"),
+        (b"\x93NUMPY\1\0", "is an array of NumPy", "PNG"),
+        (b"RIFF\0\0\0\0AVI LIST", "is a film", "kind `video`"),
+        (b"\x1aE\xdf\xa3" + bytes(40), "is a film", "kind `video`"),
+        (bytes(5000), "is zero bytes, at least where it begins", "Copy it again"),
+        (b"\0\1\2\3no idea", "is not an image we read", ""),
+        (b"{no json", "is text", ""),
     ],
 )
 def test_what_people_have_beside_images_is_named_by_its_first_bytes(data: bytes, found: str, todo: str) -> None:

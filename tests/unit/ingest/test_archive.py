@@ -360,7 +360,7 @@ def test_a_table_in_each_split_folder_gives_labels_and_the_folder_the_side(tmp_p
 
 
 def test_class_folders_and_a_table_that_names_the_images(tmp_path: Path) -> None:
-    images = {f"part{i}/{i}{j}.jpg": b"1" for i in (1, 2) for j in (1, 2, 3)}
+    images = {f"kind{i}/{i}{j}.jpg": b"1" for i in (1, 2) for j in (1, 2, 3)}
     rows = "".join(f"{i}{j}.jpg,{'nv' if j == 1 else 'mel'}\n" for i in (1, 2) for j in (1, 2, 3))
     files = {**images, "meta.csv": f"file,dx\n{rows}".encode()}
     with pytest.raises(
@@ -370,4 +370,4 @@ def test_class_folders_and_a_table_that_names_the_images(tmp_path: Path) -> None
     assert f"`visionloop ingest {tmp_path}/a.zip --table meta.csv`" in str(e.value)
     assert f"`visionloop ingest {tmp_path}/a.zip --pattern '{{label}}/'`" in str(e.value)
     assert {i.labels for i in run(tmp_path, files, table="meta.csv").items} == {("nv",), ("mel",)}
-    assert {i.labels for i in run(tmp_path, files, pattern="{label}/").items} == {("part1",), ("part2",)}
+    assert {i.labels for i in run(tmp_path, files, pattern="{label}/").items} == {("kind1",), ("kind2",)}

@@ -241,3 +241,47 @@ def test_many_kinds_of_passed_over_files_are_cut(tmp_path: Path) -> None:
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         run(tmp_path, *names)
+
+
+def link_all(photos: Path, links: dict[str, str]) -> None:
+    for link, target in links.items():
+        (photos / link).parent.mkdir(parents=True, exist_ok=True)
+        (photos / link).symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("links", "origins", "said"),
+    [
+        ({"dog": "../more"}, ["cat/1.jpg", "dog/3.jpg"], "dog/ followed to {home}/more"),
+        ({"best": "cat"}, ["cat/1.jpg"], "best/ not followed: its files are those of cat/"),
+        ({"cat/up": "../.."}, ["cat/1.jpg"], "cat/up/ not followed: it leads to a folder around it"),
+        ({"cat/self": "."}, ["cat/1.jpg"], "cat/self/ not followed: its files are those of cat/"),
+        ({"dog": ".store/dog"}, ["cat/1.jpg", "dog/2.jpg"], "dog/ followed to {home}/photos/.store/dog"),
+        (
+            {"dog": "../more", "hound": "../more"},
+            ["cat/1.jpg", "dog/3.jpg"],
+            "dog/ followed to {home}/more; hound/ not followed: another link leads there too",
+        ),
+        ({"dog": "../loop"}, ["cat/1.jpg", "dog/4.jpg"], "dog/ followed to {home}/loop; dog/round/ not followed: it"),
+    ],
+)
+def test_a_link_to_a_folder_is_followed_if_it_is_not_read_anyway_and_named(
+    tmp_path: Path, links: dict[str, str], origins: list[str], said: str
+) -> None:
+    touch(tmp_path, ["more/3.jpg", "loop/4.jpg", "photos/.store/dog/2.jpg"])
+    (tmp_path / "loop" / "round").symlink_to(tmp_path / "loop")
+    link_all(touch(tmp_path / "photos", ["cat/1.jpg"]), links)
+    found = run(tmp_path)
+    assert [i.origin.partition(":")[2] for i in found.items] == origins
+    (line,) = [line for line in found.told if "links to folders: " in line]
+    assert line.partition("links to folders: ")[2].startswith(said.format(home=tmp_path))
+
+
+def test_folders_of_small_copies_are_passed_over_named_and_counted(tmp_path: Path) -> None:
+    found = run(tmp_path, "cat/1.jpg", "dog/2.jpg", "Thumbs/1.jpg", "Thumbs/x/2.jpg", "cat/thumbnails/1.jpg")
+    assert found.facts() == [("cat/1.jpg", ("cat",), None), ("dog/2.jpg", ("dog",), None)]
+    assert found.codes() == []
+    (passed,) = found.passed
+    assert passed.folders == {("", "Thumbs"): 2, ("cat/", "thumbnails"): 1}
+    assert "folders of small copies are passed over: Thumbs/, cat/thumbnails/" in found.told[0]
+    assert found.told[1].endswith("files passed over: in Thumbs 2, in thumbnails 1")

@@ -1,6 +1,7 @@
 """What earlier ingests have read: believed only while it can be true, and never fatal."""
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,17 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
     journal.flush()
     assert read(journal) == {"photos:a.jpg": ("s1", FACTS)}
     journal.close()
+
+
+def test_a_file_of_the_version_before_is_kept_and_gets_its_new_columns(path: Path) -> None:
+    write(path)
+    with sqlite3.connect(path) as database:
+        database.executescript(
+            "ALTER TABLE files DROP COLUMN bits; ALTER TABLE pulls DROP COLUMN remarks; PRAGMA user_version = 2;"
+        )
+    journal = open_journal(path)
+    assert read(journal) == {"photos:a.jpg": ("s1", FACTS), "photos:b.jpg": ("s2", BAD)}
+    assert journal.load_pull("pets") == LAST
+    journal.keep_pull("pets", replace(LAST, remarks=("gone: 1",)))
+    journal.close()
+    assert open_journal(path).load_pull("pets") == replace(LAST, remarks=("gone: 1",))

@@ -103,3 +103,29 @@ def test_a_hostile_name_takes_no_time(text: str, path: str) -> None:
     started = time.process_time()
     assert pattern.match(path) is None
     assert time.process_time() - started < 0.5  # plain lazy fields would take longer than the universe is old
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "label", "side"),
+    [
+        ("**/{label}/", "a/b/cat/1.jpg", "cat", None),
+        ("**/{label}/", "cat/1.jpg", "cat", None),
+        ("{side}/**/{label}/", "test/a/b/cat/1.jpg", "cat", "test"),
+        ("{side}/**/{label}/", "test/cat/1.jpg", "cat", "test"),
+        ("{label}/**/{side}/", "cat/images/x/te/1.jpg", "cat", "test"),
+        ("**/{label}/*.jpg", "a/cat/1.JPG", "cat", None),
+        ("**/{side}_{label}/*/", "x/y/val_cat/z/1.png", "cat", "val"),
+    ],
+)
+def test_two_stars_and_a_slash_are_any_number_of_folders(text: str, path: str, label: str, side: str | None) -> None:
+    match = make_pattern(text, "source x").match(path)
+    assert match is not None
+    assert (match.label, match.side) == (label, side)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("**/{label}/", "1.jpg"), ("{side}/**/{label}/", "cat/1.jpg"), ("**/{label}/*.jpg", "cat/1.png")],
+)
+def test_two_stars_need_the_folders_that_are_named(text: str, path: str) -> None:
+    assert make_pattern(text, "source x").match(path) is None

@@ -14,7 +14,7 @@ import pytest
 
 from source_runs import COCO, TASKS, Run, run_source, touch
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.tables.join import list_tables
+from visionloop.ingest.tables.choose import list_tables
 
 
 def run(home: Path, table: str | bytes, *paths: str, name: str = "labels.csv", **section: Any) -> Run:

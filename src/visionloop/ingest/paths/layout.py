@@ -4,16 +4,19 @@ One function for every source whose images have paths: folders, archives, bucket
 what can be read in two ways is refused, with the two answers.
 """
 
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.item import PassedOver
-from visionloop.ingest.paths.names import is_known_hidden, is_label, make_label
+from visionloop.ingest.paths.names import find_twins, is_known_hidden, is_label, make_label
 from visionloop.ingest.paths.pattern import Pattern, make_pattern
 from visionloop.ingest.paths.rules import NO_FOLDER, Reading, Rule
-from visionloop.ingest.paths.tree import find_flat_splits
+from visionloop.ingest.paths.tree import find_flat_splits, find_place
+
+MAX_FLAGS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,10 @@ def place_all(
     pattern: str | None = None,
     unlabelled: Sequence[str] = (),
     passed: PassedOver | None = None,
-) -> list[Placement | str]:
-    """Return for each path what it says, or a sentence why it has no label. What is guessed is told.
+) -> list[Placement | str | None]:
+    """Return for each path what it says, or a sentence why it has no label; None for a small copy, to be passed over.
+
+    What is guessed is told.
 
     Paths have `/` between their parts. Folders of `unlabelled` hold images for prediction only. `passed` are the files
     beside them: a class folder that holds nothing else is told.
@@ -47,8 +52,9 @@ def place_all(
     reading = Reading(paths, where, tell, given, [folder.strip("/") for folder in unlabelled])
     reading.read()
     found = _place_each(paths, reading)
-    if not any(isinstance(one, Placement) and one.labels for one in found):
-        raise _refuse(paths, where, given, passed or PassedOver())
+    is_asked = bool(unlabelled) and bool(found) and all(isinstance(one, Placement) for one in found if one)
+    if not is_asked and not any(isinstance(one, Placement) and one.labels for one in found):
+        raise _refuse(paths, where, given, passed or PassedOver(), reading)
     _tell_names(found, paths, reading, passed or PassedOver())
     sides = {one.side for one in found if isinstance(one, Placement) and one.side and one.labels}
     settled = settle_sides(sides, reading.tell)
@@ -63,6 +69,14 @@ _AS_CSV = "If the {} holds the labels, save it as CSV (two columns: file, label)
 LABELS_BESIDE = {suffix: _AS_CSV.format(suffix) for suffix in (".xlsx", ".xls", ".ods", ".numbers", ".xml", ".mat")} | {
     ".txt": "If a .txt lists FILE LABEL on each line, give its path: `visionloop ingest FOLDER/NAME.txt`."
 }
+
+
+def find_unlabelled(paths: Sequence[str]) -> set[str]:
+    """Return the paths that would come in without a label. Raises SourceError when they can be read in two ways."""
+    reading = Reading(paths, "", lambda line: None, None, [])
+    reading.read()
+    found = _place_each(paths, reading)
+    return {path for path, one in zip(paths, found, strict=True) if isinstance(one, Placement) and not one.labels}
 
 
 def count_classes(paths: Sequence[str]) -> int:
@@ -94,11 +108,11 @@ def settle_sides(sides: Collection[str], tell: Callable[[str], None]) -> dict[st
     return {side: (None if side == "train" and not has_val else side, has_test) for side in sides}
 
 
-def _place_each(paths: Sequence[str], reading: Reading) -> list[Placement | str]:
+def _place_each(paths: Sequence[str], reading: Reading) -> list[Placement | str | None]:
     """Place each path. Without a pattern, what lies in one folder has one place."""
     rules: dict[str, tuple[str, Rule]] = {}
-    places: dict[str, Placement | str] = {}
-    found = []
+    places: dict[str, Placement | str | None] = {}
+    found: list[Placement | str | None] = []
     for path in paths:
         folder = path[: path.rfind("/") + 1]
         if folder not in rules:
@@ -115,12 +129,13 @@ def _place_each(paths: Sequence[str], reading: Reading) -> list[Placement | str]
 
 def _find_rule(folder: str, rules: Mapping[str, Rule]) -> tuple[str, Rule]:
     """Return the rule of the nearest folder above."""
-    while folder not in rules:
-        folder = folder[: folder[:-1].rfind("/") + 1]
-    return folder, rules[folder]
+    place = find_place(folder, rules) or ""
+    return place, rules[place]
 
 
-def _place_folder(below: str, rule: Rule) -> Placement | str:
+def _place_folder(below: str, rule: Rule) -> Placement | str | None:
+    if rule.kind == "passed":
+        return None
     if rule.kind == "none":
         return Placement(())
     if rule.kind == "outside":
@@ -139,21 +154,19 @@ def _place_by_name(path: str, rule: Rule, pattern: Pattern | None) -> Placement 
     return Placement((label,), match.side or rule.side, False, match.group)
 
 
-def _tell_names(found: Sequence[Placement | str], paths: Sequence[str], reading: Reading, passed: PassedOver) -> None:
+def _tell_names(
+    found: Sequence[Placement | str | None], paths: Sequence[str], reading: Reading, passed: PassedOver
+) -> None:
     """Tell of class folders without an image, of classes that look alike, and of names with invisible characters."""
     for folder, name in passed.folders:
         if name.startswith(".") and not is_known_hidden(name):
             number = passed.folders[folder, name]
             reading.tell(f"the folder {folder}{name}/ is hidden, and its {number:,} files are passed over: rename it")
     for place, empty in _find_empty(paths, reading, passed):
-        reading.tell(f"the folder {place} gives no image: it holds {empty.describe()}")
+        reading.tell(f"the folder {place} gives no image: it holds {empty.describe() or 'nothing'}")
     labels = {label for one in found if isinstance(one, Placement) for label in one.labels}
-    alike: dict[str, list[str]] = defaultdict(list)
-    for label in sorted(labels):
-        alike["".join(label.casefold().split()).replace("_", "").replace("-", "")].append(label)
-    for names in alike.values():
-        if len(names) > 1:
-            reading.tell(f"classes that differ only in case, spaces or marks: {shorten(names)}; `label_map` joins them")
+    for names in find_twins(labels):
+        reading.tell(f"classes that may be one: {shorten(names)}; `label_map` joins them, best to {names[0]!r}")
     changed = sorted({name for name in _list_class_folders(paths, reading) if make_label(name) != name})
     if changed:
         shown = shorten([ascii(name) for name in changed])
@@ -161,42 +174,53 @@ def _tell_names(found: Sequence[Placement | str], paths: Sequence[str], reading:
 
 
 def _list_class_folders(paths: Sequence[str], reading: Reading) -> Iterator[str]:
+    around = {*reading.around}
     for folder in {path[: path.rfind("/") + 1] for path in paths}:
-        for place in reading.around:
-            if folder.startswith(place) and len(folder) > len(place):
-                yield folder[len(place) :].partition("/")[0]
+        place = find_place(folder, around)
+        if place is not None and folder != place:
+            yield folder[len(place) :].partition("/")[0]
 
 
 def _find_empty(paths: Sequence[str], reading: Reading, passed: PassedOver) -> Iterator[tuple[str, PassedOver]]:
-    """Yield the folders beside class folders that hold files, none of which is an image."""
+    """Yield the folders beside class folders that hold nothing, or files none of which is an image."""
     empty: dict[str, PassedOver] = defaultdict(PassedOver)
+    around = {*reading.around}
     for (folder, suffix), number in passed.files.items():
-        for place in reading.around:
-            if folder.startswith(place) and folder != place and suffix != "hidden":
-                name = folder[len(place) :].partition("/")[0]
-                empty[f"{place}{name}/"].files[folder, suffix] += number
-    if empty:
-        for folder in {path[: path.rfind("/") + 1] for path in paths}:
-            for place in reading.around:
-                if folder.startswith(place):
-                    empty.pop(f"{place}{folder[len(place) :].partition('/')[0]}/", None)
+        place = find_place(folder, around)
+        if place is not None and folder != place and suffix != "hidden":
+            name = folder[len(place) :].partition("/")[0]
+            empty[f"{place}{name}/"].files[folder, suffix] += number
+    for folder in passed.empty:
+        if (place := find_place(folder, around)) is not None and folder != place:
+            empty.setdefault(f"{place}{folder[len(place) :].partition('/')[0]}/", PassedOver())
+    for folder in {path[: path.rfind("/") + 1] for path in paths} if empty else ():
+        if (place := find_place(folder, around)) is not None:
+            empty.pop(f"{place}{folder[len(place) :].partition('/')[0]}/", None)
     yield from sorted(empty.items())
 
 
-def _refuse(paths: Sequence[str], where: str, given: Pattern | None, passed: PassedOver) -> SourceError:
+def _refuse(
+    paths: Sequence[str], where: str, given: Pattern | None, passed: PassedOver, reading: Reading
+) -> SourceError:
     if given:
         found = f"no file fits the pattern {given.text}" + (f", as {paths[0]!r} does not" if paths else "")
         return SourceError(where, found, "names like the pattern", "Edit the pattern in params.yaml.")
-    splits = sorted(find_flat_splits(paths))
+    bare = sorted(find_flat_splits(paths) or reading.bare)
     nothing = "no image in any class folder"
-    found = f"{nothing}: there are no labels in {shorten(splits)}" if splits else nothing
+    found = f"{nothing}: there are no labels in {shorten(bare)}" if bare else nothing
     beside = {suffix for folder, suffix in passed.files if folder.count("/") < 2}
     if hints := [hint for suffix, hint in LABELS_BESIDE.items() if suffix in beside]:
         return SourceError(where, found, "CLASS/IMAGE.jpg, or labels that can be read", " ".join(hints))
-    return SourceError(
-        where,
-        found,
-        "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg",
-        "Put the images of each class into a folder of its name, name the table that holds the labels, or give the"
-        " source a `pattern` for their names.",
+    todo = "Put the images of each class into a folder of its name, name the table that holds the labels"
+    if not bare:
+        todo += ", or give the source a `pattern` for their names."
+        return SourceError(where, found, "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg", todo)
+    stars = "*/" * (bare[0].count("/") - 1)
+    flags = " ".join(f"--unlabelled {shlex.quote(folder[:-1])}" for folder in bare[:MAX_FLAGS])
+    more = " ..." if len(bare) > MAX_FLAGS else ""
+    todo += (
+        f" (`--table FILE`), or say `--pattern '{stars}{{label}}/'` if these folders are the classes,"
+        f" `--pattern '{{label}}_*'` or the like if names hold them, `{flags}{more}` if there"
+        " are none: then they come into a data set that has classes, for prediction only."
     )
+    return SourceError(where, found, "CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg", todo)

@@ -67,8 +67,8 @@ class ListedFile(NamedTuple):
 def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[ListedFile]:
     """Return the files below a folder in the order of their paths; what is hidden or a system's own is passed over.
 
-    A link is followed unless it leads to a folder above itself, to one that another link led to, or (`stay_inside`)
-    out of the root.
+    A link to a folder is followed unless that folder is read anyway: it lies in the root, lies around it, or another
+    link led to it. With `stay_inside` no link is followed out of the root, and those within are.
 
     Raises:
         SourceError: there is no such folder, a folder in it may not be read, or lies too deep.
@@ -80,6 +80,11 @@ def list_images(root: Path, where: str) -> tuple[list[ListedFile], PassedOver]:
     """Return the images below a folder, and how many other files there are. Raises SourceError as `list_files`."""
     walk = _Walk(root, where, stay_inside=False, is_wanted=is_image_name)
     return _walk(walk), walk.passed
+
+
+def list_paths(root: Path, where: str) -> list[str]:
+    """Return the paths of all files that `list_files` would. No file is looked at. Raises SourceError."""
+    return [found.relative for found in _walk(_Walk(root, where, stay_inside=False, is_quick=True))]
 
 
 def choose_images(files: Iterable[ListedFile]) -> tuple[list[ListedFile], PassedOver]:
@@ -113,15 +118,22 @@ class _Walk:
     """One walk: its root, and the folders that links have led to. None is entered by a link twice.
 
     `passed` counts what it passes over. Only files whose names are wanted are looked at more closely: that takes longer
-    than to list them.
+    than to list them. `is_quick`: none is, and nothing is counted.
     """
 
     def __init__(
-        self, root: Path, where: str, stay_inside: bool, is_wanted: Callable[[str], bool] = lambda name: True
+        self,
+        root: Path,
+        where: str,
+        stay_inside: bool,
+        is_wanted: Callable[[str], bool] = lambda name: True,
+        *,
+        is_quick: bool = False,
     ) -> None:
         self.root, self.where, self.passed = root, where, PassedOver()
-        self._is_wanted = is_wanted
-        self._inside = os.path.join(os.path.realpath(root), "") if stay_inside else ""
+        self._is_wanted, self._is_quick = is_wanted, is_quick
+        self._top = os.path.join(os.path.realpath(root), "")
+        self._inside = self._top if stay_inside else ""
         self._linked: set[str] = set()
 
     def run(self, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[ListedFile]:
@@ -130,6 +142,7 @@ class _Walk:
             raise SourceError(self.where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
         with os.scandir(folder) as entries:
             listed = sorted((entry.name, entry) for entry in entries)
+        self.passed.empty += [] if listed else [prefix]
         for name, entry in listed:
             if name[0] == "." or is_system_file(name) or (is_system_folder(name) and entry.is_dir()):
                 self._pass(entry, prefix)
@@ -138,6 +151,9 @@ class _Walk:
                 self.passed.add_file(prefix, get_suffix(name))
                 continue
             relative, real = prefix + name, ""
+            if self._is_quick and entry.is_file():
+                yield ListedFile(relative, entry.path, None)
+                continue
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if not real.startswith(self._inside):
@@ -151,18 +167,35 @@ class _Walk:
             if facts:
                 yield ListedFile(relative, entry.path, f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}")
             elif not entry.is_dir():
-                if self._is_wanted(name):
-                    yield ListedFile(
-                        relative, entry.path, None, "is a link to nothing" if real else "is no regular file"
-                    )
-                else:
-                    self.passed.add_file(prefix, get_suffix(name))
-            elif not real or not (real in above or real in self._linked):
-                self._linked.update([real] if real else [])
+                yield from self._name_other(entry, prefix, bool(real))
+            elif not real or self._may_follow(f"{relative}/", real, above):
                 yield from self.run(entry.path, f"{relative}/", (*above, real or os.path.join(above[-1], name)))
+
+    def _name_other(self, entry: "os.DirEntry[str]", prefix: str, is_link: bool) -> Iterator[ListedFile]:
+        """Yield what is neither a file nor a folder, or count it if its name is not wanted."""
+        if self._is_wanted(entry.name):
+            problem = "is a link to nothing" if is_link else "is no regular file"
+            yield ListedFile(prefix + entry.name, entry.path, None, problem)
+        else:
+            self.passed.add_file(prefix, get_suffix(entry.name))
+
+    def _may_follow(self, link: str, real: str, above: tuple[str, ...]) -> bool:
+        """Say whether a link to the folder `real` is followed, and keep what is done with it."""
+        below = real[len(self._top) :] if real.startswith(self._top) else ""
+        if not self._inside and below and not any(map(is_system_folder, below.split("/"))):
+            refusal = f"not followed: its files are those of {below}/"
+        elif real in above or self._top.startswith(os.path.join(real, "")):
+            refusal = "not followed: it leads to a folder around it"
+        else:
+            refusal = "not followed: another link leads there too" if real in self._linked else ""
+        self._linked.add(real)
+        self.passed.links[escape_name(link)] = refusal or f"followed to {escape_name(real)}"
+        return not refusal
 
     def _pass(self, entry: "os.DirEntry[str]", prefix: str) -> None:
         """Count what is hidden, or a system's own."""
+        if self._is_quick:
+            return
         if not entry.is_dir(follow_symlinks=False):
             self.passed.add_file(prefix, "hidden")
             return
@@ -219,25 +252,52 @@ class ImageFolder:
         found = self.look_up(reference)
         return Path(found.path) if found else None
 
-    def look_up(self, reference: str) -> ListedFile | None:
-        """Return what `find` does, with the file's place and stamp. Raises ImageError."""
-        found = self._look_up(reference)
+    def look_up(self, reference: str, read_side: Callable[[], str | None] | None = None) -> ListedFile | None:
+        """Return what `find` does, with the file's place and stamp. Raises ImageError.
+
+        `read_side` returns the side of the row. Of several files of one name it is the one in a folder of that side;
+        where split folders use the same names, a file in a folder of another side is not meant.
+        """
+        found = self._look_up(reference, read_side)
         if found and found.problem:
             raise ImageError(f"reference {found.relative}", found.problem, "a file", reason_code="unsafe_path")
         return found
 
-    def _look_up(self, reference: str) -> ListedFile | None:
+    def count_repeated(self, folder: str) -> int:
+        """Return how many names of images in a folder (its path with a `/` at the end) are used outside of it too."""
+        return sum(
+            0 < sum(path.startswith(folder) for path in paths) < len(paths)
+            for name, paths in self._names.items()
+            if len(paths) > 1 and "/" not in name and is_image_name(name)
+        )
+
+    @cached_property
+    def _has_same_names(self) -> bool:
+        """Whether images in folders of different sides have the same name."""
+        several = (paths for paths in self._names.values() if len(paths) > 1)
+        return any(len({find_path_side(path) for path in paths} - {None}) > 1 for paths in several)
+
+    def _look_up(self, reference: str, read_side: Callable[[], str | None] | None) -> ListedFile | None:
         path = clean_reference(reference)
         if path in self.files:
             return self.files[path]
         matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]
         if len(matches) > 1:
             nearest = [match for match in matches if path in (match, match.rsplit(".", 1)[0])] or matches
+            if len(nearest) > 1 and (side := read_side() if read_side else None):
+                nearest = [match for match in nearest if find_path_side(match) == side] or nearest
             if len(nearest) > 1:
                 found = f"fits {len(nearest)} files: {nearest[0]}, {nearest[1]}"
                 raise ImageError(f"reference {path}", found, "one file", reason_code="ambiguous")
             matches = nearest
+        elif matches and read_side and (there := find_path_side(matches[0])) and self._has_same_names:
+            matches = [] if read_side() not in (None, there) else matches
         return self.files[matches[0]] if matches else None
+
+
+def find_path_side(path: str) -> str | None:
+    """Return the side that a folder of a path names, the uppermost one first."""
+    return next((side for folder in path.split("/")[:-1] if (side := find_side(folder))), None)
 
 
 def clean_reference(reference: str) -> str:

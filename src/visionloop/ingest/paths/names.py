@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -18,6 +18,8 @@ SPLIT_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("trains", "trainval", "xtrain", "trainingsdaten", "apprentissage"), "train"),
         **dict.fromkeys(("vali", "vals", "xval"), "val"),
         **dict.fromkeys(("tests", "xtest", "testdaten", "valtest", "essai", "essais"), "test"),
+        **dict.fromkeys(("testdev", "devtest", "testval", "testchallenge", "teststandard"), "test"),
+        "minival": "val",
         **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "valset", "validset"), "val"),
         **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "testset", "testdata"), "test"),
         **dict.fromkeys(("entrenamiento", "entrainement", "entraînement", "treino", "treinamento"), "train"),
@@ -64,6 +66,41 @@ _FILLERS = frozenset(
         *("subset", "labeled", "zip"),
     )
 )
+# Words that mean a side only where every folder beside them means one too: re-identification, short forms.
+_WEAK_SPLITS: Mapping[str, str] = MappingProxyType(
+    {"tr": "train", "va": "val", "vl": "val", "te": "test", "ts": "test"}
+    | dict.fromkeys(("query", "queries", "gallery", "probe", "probes", "distractor", "distractors"), "test")
+)
+# Words for a part of a data set: folders that are called so with a number are no classes.
+_PARTS = frozenset(
+    (
+        *("fold", "folds", "kfold", "split", "splits", "part", "parts", "batch", "chunk", "shard", "subset", "volume"),
+        *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "folder", "dir", "archive"),
+        *("data", "dataset", "cv", "partition", "portion", "section", "block", "tr", "te", "va", "query", "gallery"),
+    )
+)
+_SURE_PARTS = frozenset(("fold", "split", "part", "batch", "chunk", "shard", "subset", "partition"))
+# Words for where images are from, with a number or a letter beside them: `site_a`, `camera2`.
+_PLACES = frozenset(
+    (
+        *("site", "hospital", "clinic", "center", "centre", "lab", "camera", "cam", "device", "scanner", "sensor"),
+        *("user", "subject", "patient", "person", "participant", "annotator", "rater", "team", "client", "worker"),
+        *("session", "day", "week", "month", "year", "visit", "run", "trip", "round", "location", "plot", "field"),
+        *("farm", "station", "source", "collection", "series", "version", "group", "set", "room", "scene", "domain"),
+    )
+)
+# Words for what was done to images.
+_DONE = frozenset(
+    (
+        *("original", "originals", "augmented", "augmentation", "aug", "raw", "processed", "preprocessed", "cropped"),
+        *("resized", "flipped", "rotated", "color", "colour", "rgb", "gray", "grey", "grayscale", "segmented"),
+    )
+)
+# Small copies that programs write beside the images.
+_SMALL_COPIES = frozenset(
+    ("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "_thumbnails", "thumbs_small", "previews", "preview")
+)
+_FINGERS = frozenset(("finger", "index", "pinky", "pinkie", "ring", "middle", "palm", "wrist", "fist"))
 # Folders without labels, by their whole name.
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
 _NO_LABELS = frozenset((*UNLABELLED_FOLDERS, "pred", "predict", "prediction", "predictions", "inference", "submission"))
@@ -139,6 +176,8 @@ MAX_LABEL = 256
 # Control characters, halves of characters, ends of lines.
 _NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _JOINERS = "\u200c\u200d"  # they carry meaning inside words of some scripts, and in emoji
+_AROUND = " \t\u00a0'\"`\u00b4\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+_MARKS = re.compile(r"[\s_\u200b-\u200f\u2060\ufeff-]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _WORDS = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
 
@@ -159,13 +198,63 @@ def split_name(name: str) -> tuple[str | None, tuple[str, ...]]:
 
     The side is None without such a word, and with words of two sides.
     """
-    text = unicodedata.normalize("NFC", name).strip()
-    words = [word.lower() for word in _WORDS.findall(_CAMEL.sub(" ", text))]
+    words = _split_words(name)
     if whole := SPLIT_NAMES.get("".join(words)):  # hold-out, TEST set
         return whole, ()
     sides = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     rest = tuple(word for word in words if word not in SPLIT_NAMES)
     return (sides.pop(), rest) if len(sides) == 1 else (None, rest)
+
+
+def repeats_name(words: Iterable[str], name: str) -> bool:
+    """Say whether words are those of a class's name, in the singular or the plural."""
+    own = {word.rstrip("s") for word in _split_words(name)} | _FILLERS
+    return all(word in own or word.rstrip("s") in own for word in words)
+
+
+def find_weak_side(name: str) -> str | None:
+    """Return the side of a name that means one only beside other splits: `gallery`, `te`; None for any other name."""
+    words = _split_words(name)
+    sides = {_WEAK_SPLITS[word] for word in words if word in _WEAK_SPLITS}
+    rest = {word for word in words if word not in _WEAK_SPLITS} - _FILLERS - {"multi"}
+    return sides.pop() if len(sides) == 1 and not rest else None
+
+
+def is_part_name(name: str) -> bool:
+    """Say whether a name is one of a part of a data set, so that it can be no class: `fold_1`, `images_002`, `tr`."""
+    words = [word for word in _split_words(name) if len(word) > 1]
+    return bool(_PARTS & {*words}) and all(word in _PARTS or word in _FILLERS for word in words)
+
+
+def are_parts(names: Collection[str]) -> bool:
+    """Say whether all names are those of parts: `fold_1, fold_2`; also `mole_images_part_1, mole_images_part_2`."""
+    words = {tuple(word for word in _split_words(name) if len(word) > 1) for name in names}
+    are_numbered = len(names) > 1 and len(words) == 1 and bool(_SURE_PARTS & {*next(iter(words))})
+    return are_numbered or all(map(is_part_name, names))
+
+
+def are_groups(names: Collection[str]) -> bool:
+    """Say whether all names are those of sites or parts: `siteA, siteB`, `2023, 2024`."""
+    return are_parts(names) or all(map(is_group_name, names))
+
+
+def is_group_name(name: str) -> bool:
+    """Say whether a name says where images are from or what was done to them: `siteA`, `2023`, `Augmented Images`."""
+    words = _split_words(name)
+    long = {word for word in words if len(word) > 1}
+    is_numbered = len(long) < len(words) or any(map(str.isdigit, name))
+    named = _DONE & long or (is_numbered and _PLACES & long)
+    return is_date(name) or is_part_name(name) or (bool(named) and long <= _DONE | _PLACES | _PARTS | _FILLERS)
+
+
+def is_small_copies(name: str, beside: Iterable[str] = ()) -> bool:
+    """Say whether a folder holds small copies by its name: `Thumbs`. A `thumb` beside other fingers is none."""
+    return name.strip().lower() in _SMALL_COPIES and not _FINGERS & {w for one in beside for w in _split_words(one)}
+
+
+def _split_words(name: str) -> list[str]:
+    text = unicodedata.normalize("NFC", name).strip()
+    return [word.lower() for word in _WORDS.findall(_CAMEL.sub(" ", text))]
 
 
 def cut_side(name: str) -> str:
@@ -257,3 +346,25 @@ def escape_name(name: str) -> str:
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def find_twins(classes: Iterable[str]) -> list[list[str]]:
+    """Return classes that may be one, the cleanest name first.
+
+    Their names differ only by case, kinds of space, marks between words, `.0`, or by quotes, a full stop or what cannot
+    be seen around them. Example: ["cat", "Cat", "cat.", '"cat"'], ["1", "01"], ["hot_dog", "hot dog", "hot-dog"].
+    """
+    alike: dict[str, list[str]] = {}
+    for name in sorted(classes, reverse=True):
+        text = unicodedata.normalize("NFKC", name).casefold().strip(_AROUND).rstrip(_AROUND + ".,;:")
+        text = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", text)
+        text = re.sub(r"^0+(?=[0-9]+$)", "", text)
+        alike.setdefault(_MARKS.sub("", text) or name, []).append(name)
+    return [sorted(names, key=_count_dirt) for names in alike.values() if len(names) > 1]
+
+
+def _count_dirt(name: str) -> int:
+    """Count what nobody writes on purpose: invisible marks, quotes and full stops around it, odd forms of letters."""
+    text = make_label(unicodedata.normalize("NFKC", name))
+    clean = text.strip(_AROUND).rstrip(_AROUND + ".,;:")
+    return abs(len(name) - len(clean)) + (name != text) + name.endswith(".0")

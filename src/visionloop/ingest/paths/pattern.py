@@ -3,7 +3,8 @@
 `{label}`, `{side}` and `{group}` take the shortest text that fits, at least one character; `{number}` takes digits; `*`
 takes anything, also nothing. None of them crosses a `/`. A template without a `/` is compared with the file's name, one
 with a `/` with the whole path below the source; one without a dot in its last part, with the name without its suffix.
-One that ends with a `/` is compared with the first folders only; what lies below them does not matter.
+One that ends with a `/` is compared with the first folders only; what lies below them does not matter. `**/`, once,
+stands for any number of folders: what is behind it is compared with the last ones. `**/{label}/` is the last folder.
 """
 
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from visionloop.errors import SourceError
-from visionloop.ingest.paths.names import find_side, is_label, split_name
+from visionloop.ingest.paths.names import find_side, find_weak_side, is_label, split_name
 
 NUMBER = "{number}"
 # What each field of a template takes.
@@ -43,16 +44,28 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A checked template, as an expression for the name (or for the whole path) of a file."""
+    """A checked template, as an expression for the name (or for the whole path) of a file.
+
+    `num_folders`: how many folders it names, if it names folders only. `num_last`: how many of its parts are behind a
+    `**/`, and so the last ones of a path; `num_first`: how many are before it.
+    """
 
     text: str
     expression: re.Pattern[str]
     whole_path: bool
     keeps_suffix: bool
     num_folders: int = 0
+    num_first: int = 0
+    num_last: int = 0
 
     def match(self, relative_path: str) -> Match | None:
         """Return what a path (`/` between its parts) says, or None."""
+        if self.num_last:
+            parts = relative_path.split("/")[: -1 if self.num_folders else None]
+            if len(parts) < self.num_first + self.num_last:
+                return None
+            relative_path = "/".join((*parts[: self.num_first], *parts[len(parts) - self.num_last :], ""))
+            relative_path = relative_path if self.num_folders else relative_path[:-1]
         if self.num_folders:
             *folders, _ = relative_path.split("/", self.num_folders)
             return self._read("/".join(folders)) if len(folders) == self.num_folders else None
@@ -66,13 +79,17 @@ class Pattern:
         if found is None:
             return None
         fields = found.groupdict()
-        side = find_side(fields["side"]) or split_name(fields["side"])[0] if "side" in fields else None
+        word = fields.get("side", "")
+        side = find_side(word) or split_name(word)[0] or find_weak_side(word)
         return Match(fields["label"], side, fields.get("group"))
 
 
 def make_pattern(text: str, where: str) -> Pattern:
     """Check a template and compile it. Raises SourceError."""
-    pieces = _split(text, where)
+    first, gap, last = text.partition("**/")
+    has_gap = bool(gap and last) and not first.rpartition("/")[2]
+    shape = first + last if has_gap else text
+    pieces = _split(shape, where)
     fields = [piece[1:-1] for piece in pieces if piece.startswith("{")]
     if "label" not in fields:
         raise _refuse_pattern(text, where, "names no label", "{label} in it, as in {label}.*.jpg")
@@ -83,9 +100,11 @@ def make_pattern(text: str, where: str) -> Pattern:
             raise _refuse_pattern(
                 text, where, "has two fields side by side", "a character between them, as in {label}_{group}"
             )
-    num_folders = text.count("/") if text.endswith("/") else 0
-    keeps_suffix = "." in text[text.rfind("/") + 1 :]
-    return Pattern(text, re.compile(_make_expression(pieces)), "/" in text, keeps_suffix, num_folders)
+    num_folders = shape.count("/") if shape.endswith("/") else 0
+    keeps_suffix = "." in shape[shape.rfind("/") + 1 :]
+    num_last = last.removesuffix("/").count("/") + 1 if has_gap else 0
+    expression = re.compile(_make_expression(pieces))
+    return Pattern(text, expression, "/" in text, keeps_suffix, num_folders, first.count("/"), num_last)
 
 
 def _split(text: str, where: str) -> list[str]:

@@ -19,7 +19,19 @@ from visionloop.ingest.paths.names import (
     split_name,
 )
 from visionloop.ingest.paths.pattern import Pattern, guess_pattern
-from visionloop.ingest.paths.tree import Folder, find_sides, make_tree, pass_wrappers, skip_lone
+from visionloop.ingest.paths.tree import (
+    Folder,
+    are_bare,
+    find_groups,
+    find_place,
+    find_sides,
+    find_sides_below,
+    find_small_copies,
+    leave_out,
+    make_tree,
+    pass_wrappers,
+    skip_lone,
+)
 
 SAMPLE = 100
 NO_FOLDER = "it lies in no class folder"
@@ -30,7 +42,7 @@ class Rule:
     """How what lies below one folder is read.
 
     `classes`: the folders in it are classes. `label`: it is one class itself. `names`: by the pattern. `none`: without
-    labels. `outside`: it cannot be used, and `label` says why.
+    labels. `outside`: it cannot be used, and `label` says why. `passed`: it is passed over.
     """
 
     kind: str
@@ -52,13 +64,15 @@ class Reading:
         self.pattern, self.prefix = pattern, ""
         self.rules: dict[str, Rule] = {"": Rule("outside", label=NO_FOLDER)}
         self.around: list[str] = []  # the folders that hold class folders
+        self.bare: Sequence[str] = ()  # folders of parts of the data set, without class folders in them
         self._where, self._tell = where, tell
-        self._paths = paths
         for folder in unlabelled:
             self.rules[f"{folder}/"] = Rule("none")
-        if unlabelled:
-            inside = tuple(f"{folder}/" for folder in unlabelled)
-            self._paths = [path for path in paths if not path.startswith(inside)]
+        self._paths = leave_out(paths, {f"{folder}/" for folder in unlabelled})
+        if small := find_small_copies(self._paths, pattern.text if pattern else ""):
+            self._paths = leave_out(self._paths, {*small})
+            self.rules |= dict.fromkeys(small, Rule("passed"))
+            self.tell(f"folders of small copies are passed over: {shorten(small)} (to take one, give it another name)")
 
     def tell(self, line: str) -> None:
         self._tell(f"{self._where}: {line}")
@@ -123,7 +137,9 @@ class Reading:
         labelled = {
             split
             for split, (_, inside) in places.items()
-            if inside.folders and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
+            if inside.folders
+            and not are_bare(inside.folders)
+            and (len(known) < 2 or len(inside.folders) > 1 or set(inside.folders) <= known)
         }
         for split in labelled:
             self._take_split(places[split], splits[split])
@@ -144,8 +160,7 @@ class Reading:
                 f"--pattern '{stars}{{side}}/*/{{label}}/' if the upper ones are the sides",
                 f"--pattern '{stars}*/{{side}}/{{label}}/' if the lower ones are",
             )
-        self._check_depth(inside, f"{stars}{{side}}/{'*/' * depth}")
-        self._take_classes(prefix, side)
+        self._take_below(prefix, inside, f"{stars}{{side}}/{'*/' * depth}", side)
         if len(inside.folders) > 1 and all(split_name(name)[0] == side for name in inside.folders):
             for name in inside.folders:
                 self.rules[f"{prefix}{name}/"] = Rule("label", side, cut_side(name))
@@ -171,8 +186,9 @@ class Reading:
         return labelled
 
     def _guess_pattern(self, places: Sequence[str], num_here: int) -> Pattern | None:
-        inside = tuple(places)
-        names = [path for path in self._paths if path.startswith(inside)] if num_here else []
+        inside = {*places}
+        below = (path for path in self._paths if find_place(path[: path.rfind("/") + 1], inside) is not None)
+        names = [*below] if num_here else []
         self.pattern = guess_pattern(names)
         if self.pattern:
             self.tell(f"no class folders, labels guessed from names by the pattern {self.pattern.text}")
@@ -182,6 +198,9 @@ class Reading:
     def _read_mixed(self, folder: Folder, splits: Mapping[str, str], others: Sequence[str]) -> None:
         """Read split folders beside folders of other names."""
         flat = [name for name in splits if not skip_lone(folder.folders[name], name)[1].folders]
+        if len(flat) == len(splits) and are_bare({name: folder.folders[name] for name in others}):
+            self._read_bare([f"{self.prefix}{name}/" for name in (*splits, *others)])
+            return
         if len(flat) < len(splits):
             self._read_splits_among(folder, splits, others)
             return
@@ -218,33 +237,51 @@ class Reading:
             self._read_splits(f"{self.prefix}{name}/", inside, sides)
 
     def _read_classes(self, folder: Folder, names: Sequence[str]) -> None:
-        """Read folders none of which is a split: classes; or classes with a split's word; or splits below classes."""
+        """Read folders none of which is a split: classes, classes with a split's word, sites, parts of a data set."""
         parts = {name: split_name(name) for name in names}
         if len(names) > 1 and all(side for side, _ in parts.values()):
             self._read_named_splits(folder, parts)
             return
-        inner = {name: set(folder.folders[name].folders) for name in names}
-        below = [name for name in names if inner[name] and all(map(find_side, inner[name]))]
-        if below:
-            self._read_sides_below(folder, below)
+        if are_bare({name: folder.folders[name] for name in names}):
+            self._read_bare([f"{self.prefix}{name}/" for name in names])
         else:
-            self._check_depth(folder, "*/" * self.prefix.count("/"))
-        self._take_classes(self.prefix)
+            self._take_below(self.prefix, folder, "*/" * self.prefix.count("/"))
 
-    def _check_depth(self, folder: Folder, stars: str) -> None:
-        """Raise SourceError when all folders in a folder hold the same ones: which of them are the classes?"""
-        names = list(folder.folders)
-        inner = [set(folder.folders[name].folders) for name in names]
-        shared = inner[0]
-        if len(names) < 2 or len(shared) < 2 or any(one != shared for one in inner):
+    def _read_bare(self, places: Sequence[str]) -> None:
+        """Read flat parts of a data set: by their files' names, or not at all."""
+        self.bare = places
+        self._guess_pattern(places, 1)
+
+    def _take_below(self, prefix: str, folder: Folder, above: str, side: str | None = None) -> None:
+        """Take the folders in a folder for classes; or those inside them, if these are sites or parts.
+
+        `above` is the pattern of the folders around. Raises SourceError when both are plausible.
+        """
+        folders = {name: one for name, one in folder.folders.items() if f"{prefix}{name}/" not in self.rules}
+        below = {name: found for name, one in folders.items() if (found := find_sides_below(one, name))[1]}
+        if below and side is None:
+            self._read_sides_below(prefix, folder, below, above)
             return
-        is_plain = all(map(is_date, shared)) or all(map(is_holder, shared))
-        if not is_plain and not any(folder.folders[name].num_here for name in names):
+        groups = find_groups(folders)
+        if groups is None:
+            self._take_classes(prefix, side)
+            return
+        tops = shorten([*groups.ways])
+        if not groups.are_sure:
             raise self._ask(
-                f"{shorten(names)} all hold the folders {shorten(list(shared))}",
-                f"--pattern '{stars}{{label}}/' if the classes are {shorten(names)}",
-                f"--pattern '{stars}*/{{label}}/' if they are {shorten(list(shared))}",
+                f"{tops} hold the folders {shorten(groups.inside)}",
+                f"--pattern '{above}{{label}}/' if the classes are {tops}",
+                f"--pattern '{groups.make_pattern(above)}' if they are {shorten(groups.inside)}",
             )
+        self.tell(
+            f"{tops} are taken for groups, and the folders in them for the classes: {shorten(groups.inside)}"
+            f" (if {tops} are the classes: --pattern '{above}{{label}}/')"
+        )
+        for name, way in groups.ways.items():
+            place = folder.folders[name]
+            for lone in way.split("/")[:-1]:
+                place = place.folders[lone]
+            self._take_below(f"{prefix}{name}/{way}", place, f"{above}*/{'*/' * way.count('/')}", side)
 
     def _read_named_splits(self, folder: Folder, parts: Mapping[str, tuple[str | None, tuple[str, ...]]]) -> None:
         """Read `train_cats, train_dogs, test_cats, test_dogs`: each folder is a class and a side."""
@@ -262,20 +299,27 @@ class Reading:
         labels = sorted({rule.label for rule in self.rules.values() if rule.kind == "label"})
         self.tell(f"each folder names a side and a class: {shorten(labels)}")
 
-    def _read_sides_below(self, folder: Folder, below: Sequence[str]) -> None:
-        deeper = {one for name in below for split in folder.folders[name].folders.values() for one in split.folders}
+    def _read_sides_below(
+        self, prefix: str, folder: Folder, below: Mapping[str, tuple[str, Mapping[str, str]]], above: str
+    ) -> None:
+        """Take the split folders inside class folders, each with the way to them, for sides."""
+        deeper, ways = set(), {way for way, _ in below.values()}
+        for name, (way, sides) in below.items():
+            place = folder.folders[name]
+            for lone in way.split("/")[:-1]:
+                place = place.folders[lone]
+            deeper |= {one for split in sides for one in place.folders[split].folders}
+            for split, side in sides.items():
+                self.rules[f"{prefix}{name}/{way}{split}/"] = Rule("label", side, name)
         if len(deeper) > 1 and not all(map(is_date, deeper)):
-            stars = "*/" * self.prefix.count("/")
+            skipped = "*/" * ways.pop().count("/") if len(ways) == 1 else "**/"
             raise self._ask(
                 f"the split folders in {shorten(list(below))} hold the folders {shorten(list(deeper))}",
-                f"--pattern '{stars}*/{{side}}/{{label}}/' if these are the classes",
-                f"--pattern '{stars}{{label}}/{{side}}/' if the classes are {shorten(list(below))}",
+                f"--pattern '{above}*/{skipped}{{side}}/{{label}}/' if these are the classes",
+                f"--pattern '{above}{{label}}/{skipped}{{side}}/' if the classes are {shorten(list(below))}",
             )
-        for name in below:
-            for split in folder.folders[name].folders:
-                rule = Rule("label", find_side(split), name)
-                self.rules[f"{self.prefix}{name}/{split}/"] = rule
         self.tell(f"split folders below the class folders {shorten(list(below))}: taken as sides")
+        self._take_classes(prefix)
 
     def _ask(self, found: str, first: str, second: str) -> SourceError:
         return SourceError(

@@ -8,6 +8,7 @@ import io
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +26,8 @@ from visionloop.ingest.sources.reading import (
     read_split_tables,
     tell_unread,
 )
-from visionloop.ingest.tables.join import choose_table, read_shelf_table
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
+from visionloop.ingest.tables.join import read_shelf_table
 from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
 from visionloop.ingest.zips import TODO, ZipReader
@@ -51,7 +53,7 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
         raise SourceError(where, found, "a zip archive", "Check the path.")
     command = f"visionloop ingest {shlex.quote(str(path))}"
     reader = ZipReader(path, where, source.encoding, command)
-    shelf = ZipShelf(reader)
+    shelf = ZipShelf(reader, source.encoding)
     if reader.guessed:
         context.tell(f"{where}: {reader.guessed}")
     inner = sum(name.lower().endswith(ARCHIVE_SUFFIXES) for name in shelf.files)
@@ -84,12 +86,14 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
 def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
 ) -> Iterator[Item | Rejected | PassedOver]:
-    name, command = source.table, f"visionloop ingest {shlex.quote(str(context.resolve(source.path)))}"
-    if name is None:
+    name, names = source.table, []
+    command = f"visionloop ingest {shlex.quote(str(context.resolve(source.path)))}"
+    if name is None or name == ALL_TABLES:
         if top := shelf.find_wrapper():
             context.tell(f"{where}: everything lies in {top}")
             shelf.enter(top)
-        name = choose_table(shelf.list_files(), where, context.tell)
+        names = choose_tables(shelf.list_files(), where, context.tell, shelf.read_rows, source.columns)
+        name = names[0]
     elif name not in shelf.files:
         raise SourceError(where, f"has no entry {name!r}", "the path of the table inside", "Edit `table`.")
     elif source.images is None and shelf.has_images(top := name[: name.rfind("/") + 1]):
@@ -108,6 +112,7 @@ def _read_by_table(
             several=context.several,
             fallback=source.encoding,
             command=f"{command} --table {shlex.quote(source.table)}" if source.table else command,
+            parts=names if len(names) > 1 else (),
         )
     )
 
@@ -118,8 +123,8 @@ class ZipShelf:
     `refused` are the members that cannot be used: images, and whatever has a name that is an attack.
     """
 
-    def __init__(self, reader: ZipReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: ZipReader, encoding: str | None = None) -> None:
+        self._reader, self._encoding = reader, encoding
         self._members = {member.name: member for member in reader.members if not member.problem}
         names = sorted(self._members, key=lambda name: name.split("/"))
         offsets = {name: self._members[name].info.header_offset for name in names}
@@ -134,12 +139,13 @@ class ZipShelf:
         paths = [path[len(prefix) :] for path in self.files]
         images = [path for path in paths if is_image_name(path.rsplit("/", 1)[-1])]
         inner = self.make_inner(prefix)
-
-        def read(name: str) -> Iterator[Row]:
-            return LabelTable("", where, inner, name, Columns(), lambda line: None).rows()
-
         place = where.rpartition(" ")[2]
-        return is_read_by_table(images, [path for path in paths if "/" not in path], read, where, place)
+        return is_read_by_table(images, [path for path in paths if "/" not in path], inner.read_rows, where, place)
+
+    def read_rows(self, name: str) -> Iterator[Row]:
+        """Read a table of the shelf, to see what it holds. Raises SourceError."""
+        look = LabelTable("", f"zip {name}", self, name, Columns(), lambda line: None, command="")
+        return replace(look, fallback=self._encoding).rows()
 
     def list_files_in(self, folder: str) -> list[str]:
         """Return the names of the files in a folder, whose path has a `/` at its end."""

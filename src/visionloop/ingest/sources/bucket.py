@@ -110,8 +110,8 @@ class _BucketFolder(ImageFolder):
 
     url = ""
 
-    def look_up(self, reference: str) -> ListedFile | None:
-        return super().look_up(reference.strip().removeprefix(self.url))
+    def look_up(self, reference: str, read_side: Callable[[], str | None] | None = None) -> ListedFile | None:
+        return super().look_up(reference.strip().removeprefix(self.url), read_side)
 
 
 def _is_hidden(key: str) -> bool:

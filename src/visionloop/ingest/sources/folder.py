@@ -17,7 +17,7 @@ from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext, make_file_reader
 from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, list_images
-from visionloop.ingest.paths.names import escape_name, is_passed
+from visionloop.ingest.paths.names import escape_name, is_passed, is_small_copies
 from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables, tell_unread
 from visionloop.ingest.tables.label_table import FolderShelf
 from visionloop.params import Columns, DigitsSource, FolderSource
@@ -50,10 +50,17 @@ def read_by_place(
         unlabelled=unlabelled,
         passed=files.passed,
     )
+    for found, place in zip(files.images, places, strict=True):
+        if place is None:
+            parts = found.relative.split("/")
+            depth = next(i for i, part in enumerate(parts) if is_small_copies(part))
+            files.passed.add_folder("".join(f"{part}/" for part in parts[:depth]), parts[depth], 1)
     if text := files.passed.describe():
         context.tell(f"{where}: files passed over: {text}")
     for found, place in zip(files.images, places, strict=True):
         origin = f"{source}:{escape_name(found.relative)}"
+        if place is None:
+            continue
         if found.problem:
             yield Rejected(origin, "unreadable", found.problem)
         elif isinstance(place, str):
@@ -81,6 +88,8 @@ def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item |
     def list_names(inside: str) -> list[str]:
         return [entry.name for entry in os.scandir(folder / inside) if entry.is_file() and not is_passed(entry.name)]
 
+    if line := passed.describe_links():
+        context.tell(f"{where}: {line}")
     if not images:
         raise explain_no_image(where, list_names(""), passed)
     if not source.pattern and (tables := find_split_tables(paths, list_names)):

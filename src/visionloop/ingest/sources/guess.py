@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionloop.errors import ParamsError, SourceError
-from visionloop.ingest.paths.listing import VIDEO_SUFFIXES
+from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, list_paths
 from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_folder
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
@@ -15,8 +16,8 @@ from visionloop.ingest.sources.reading import (
     find_split_tables,
     is_read_by_table,
 )
+from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import list_tables
 from visionloop.ingest.tables.label_table import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
@@ -29,10 +30,18 @@ DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "
 KINDS = "a folder, a table, a .zip, a video, a URL (s3, http, https, rtsp) or module:function"
 
 
-def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False) -> Source:
+def guess_source(
+    text: str,
+    name: str | None = None,
+    *,
+    by_pattern: bool = False,
+    table: str | None = None,
+    encoding: str | None = None,
+) -> Source:
     """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
 
-    `by_pattern`: a folder is read by its paths, whatever tables lie in it.
+    `by_pattern`: a folder is read by its paths, whatever tables lie in it. `table`: it is read by this table in it.
+    `encoding`: that of tables in it.
 
     Raises:
         SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
@@ -43,8 +52,10 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
     if FUNCTION.match(text) and not path.exists():
         return _make("python", "function", text, name, text.partition(":")[0].rpartition(".")[2])
     path = path.resolve()
+    if path.is_dir() and table:
+        return _make("table", "path", str(path if table == ALL_TABLES else path / table), name, path.name)
     if path.is_dir():
-        kind, place = _guess_folder(path, by_pattern=by_pattern)
+        kind, place = _guess_folder(path, encoding, by_pattern=by_pattern)
         return _make(kind, "path", str(place), name, path.name)
     if path.is_char_device():
         return _make("video", "path", str(path), name, path.name)
@@ -82,7 +93,7 @@ def _guess_url(text: str, name: str | None) -> Source:
     raise SourceError(f"source {scheme[:30]}://{host[:80]}", "has an unknown scheme", KINDS, "Check it.")
 
 
-def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
+def _guess_folder(path: Path, encoding: str | None, *, by_pattern: bool) -> tuple[str, Path]:
     """Return the kind of source that fits what a folder holds, and the folder or the table that is meant.
 
     Raises:
@@ -97,7 +108,8 @@ def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
     below = len(top.relative_to(path).as_posix()) + 1 if top != path else 0
 
     def read(name: str) -> Iterator[Row]:
-        return LabelTable("", f"source {top}", FolderShelf(top), name, Columns(), lambda line: None).rows()
+        look = LabelTable("", f"source {top}", FolderShelf(top), name, Columns(), lambda line: None, command="")
+        return replace(look, encoding=encoding).rows()
 
     if EXPORT_LIST in files or find_split_tables(paths, lambda inside: _list_names(path / inside)):
         return "folder", path
@@ -108,15 +120,9 @@ def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
 
 def _list_paths(path: Path) -> tuple[list[str], int]:
     """Return the paths of images below a folder, and how many videos there are."""
-    paths: list[str] = []
-    num_videos = 0
-    start = len(str(path)) + 1
-    for root, folders, names in os.walk(path, followlinks=False):
-        folders[:] = sorted(folder for folder in folders if not is_system_folder(folder))
-        prefix = f"{root[start:]}/" if len(root) >= start else ""
-        paths += [prefix + name for name in names if is_image_name(name)]
-        num_videos += sum(os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES for name in names)
-    return paths, num_videos
+    paths = list_paths(path, f"source {path}")
+    num_videos = sum(os.path.splitext(one)[1].lower() in VIDEO_SUFFIXES for one in paths)
+    return [one for one in paths if is_image_name(one.rpartition("/")[2])], num_videos
 
 
 def _list_names(path: Path) -> list[str]:

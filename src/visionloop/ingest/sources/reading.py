@@ -5,6 +5,7 @@ A table in each split folder: Roboflow's `train/_classes.csv`, Hugging Face's `t
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from typing import NamedTuple
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.paths.layout import count_classes, settle_sides
+from visionloop.ingest.paths.layout import count_classes, find_unlabelled, settle_sides
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_table, choose_tables, find_side_tables, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import choose_table, list_tables, read_shelf_table
+from visionloop.ingest.tables.join import read_shelf_table
 from visionloop.ingest.tables.label_cells import AS_WRITTEN
 from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
@@ -149,16 +151,23 @@ def is_read_by_table(
     tables = list_tables(names)
     if not tables or not paths or count_classes(paths) < 2:
         return bool(tables)
-    for name in tables:
-        num_named, num_alike, num_rows = _compare(paths, name, read)
-        if 2 * num_named < min(len(paths), MAX_ROWS) or 10 * num_alike >= 9 * num_named:
+    are_sided = len(tables) > 1 and _are_sided(tables, where, read)
+    several = choose_tables(names, where, lambda line: None, read, Columns()) if are_sided else []
+    for offer in [several] if len(several) > 1 else [[name] for name in tables]:
+        found = _compare(paths, offer, read)
+        are_alike = 10 * found.num_alike >= 9 * (found.num_named - found.num_without)
+        if are_alike and found.num_without and len(offer) > 1:
+            return True  # they say what the folders say, and label images that lie in none
+        if 2 * found.num_named < min(len(paths), MAX_ROWS) or are_alike:
             continue
         pattern = "{side}/{label}/" if find_flat_splits(paths) else "{label}/"
-        table = f"{place} --table {name}" if place.endswith(".zip") else f"{place}/{name}"
+        option = shlex.quote(ALL_TABLES if len(offer) > 1 else offer[0])
+        is_file = len(offer) == 1 and not place.endswith(".zip")
+        table = f"{place}/{offer[0]}" if is_file else f"{place} --table {option}"
         raise SourceError(
             where,
-            f"can be read in two ways: it holds class folders, and {name} names {num_named:,} of {len(paths):,} images"
-            f" in {num_rows:,} rows",
+            f"can be read in two ways: it holds class folders, and {shorten(offer)} names {found.num_named:,} of"
+            f" {len(paths):,} images in {found.num_rows:,} rows",
             "one way to read it",
             f"Say `visionloop ingest {table}` for the labels of the table, or"
             f" `visionloop ingest {place} --pattern '{pattern}'` for those of the folders.",
@@ -166,28 +175,50 @@ def is_read_by_table(
     return False
 
 
-def _compare(paths: Sequence[str], table: str, read: Callable[[str], Iterator[Row]]) -> tuple[int, int, int]:
-    """Return how many rows name an image, how many of these have its folder's name in a cell, and how many rows."""
-    folders: dict[str, str] = {}
+def _are_sided(tables: Sequence[str], where: str, read: Callable[[str], Iterator[Row]]) -> bool:
+    try:
+        return bool(find_side_tables(tables, where, read))
+    except SourceError:
+        return False  # several for one side: a folder of other tables beside class folders
+
+
+class Comparison(NamedTuple):
+    """How many rows of tables name an image, how many of these have its folder's name in a cell, or lie in no class."""
+
+    num_named: int = 0
+    num_alike: int = 0
+    num_without: int = 0
+    num_rows: int = 0
+
+
+def _compare(paths: Sequence[str], tables: Sequence[str], read: Callable[[str], Iterator[Row]]) -> Comparison:
+    folders: dict[str, str] = {}  # of several images of one name: all of their folders' names
+    without = find_unlabelled(paths) if len(tables) > 1 else set()
     for path in paths:
         folder, _, file = path.rpartition("/")
-        for key in (path, file, path.rpartition(".")[0], file.rpartition(".")[0]):
-            folders[key] = folder.rpartition("/")[2]
+        name = "" if path in without else folder.rpartition("/")[2].lower()
+        for key in {path, file, path.rpartition(".")[0], file.rpartition(".")[0]}:
+            known = folders.setdefault(key, name)
+            if name != known and name not in known.split("\0"):
+                folders[key] = f"{known}\0{name}"
     try:
-        rows = list(islice(read(table), MAX_ROWS))
+        rows = [row for table in tables for row in islice(read(table), MAX_ROWS // len(tables))]
     except SourceError:
-        return 0, 0, 0
+        return Comparison()
     hits = Counter(key for row in rows[:SAMPLE] for key, cell in row.items() if str(cell).strip() in folders)
     if not hits:
-        return 0, 0, len(rows)
+        return Comparison(num_rows=len(rows))
     column = hits.most_common(1)[0][0]
-    named = alike = 0
+    named = alike = num_without = 0
     for row in rows:
-        name = folders.get(str(row.get(column, "")).strip())
-        if name is not None:
-            named += 1
-            alike += any(str(cell).strip().lower() == name.lower() for key, cell in row.items() if key != column)
-    return named, alike, len(rows)
+        own = folders.get(str(row.get(column, "")).strip())
+        if own is None:
+            continue
+        named += 1
+        num_without += not own
+        cells = {str(cell).strip().lower() for key, cell in row.items() if key != column}
+        alike += bool(own) and not cells.isdisjoint(own.split("\0"))
+    return Comparison(named, alike, num_without, len(rows))
 
 
 def tell_unread(names: Sequence[str], where: str, tell: Callable[[str], None]) -> None:

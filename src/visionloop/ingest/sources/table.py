@@ -5,12 +5,14 @@ Rows and images that have no counterpart are listed, not fatal. Folders beside t
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.tables.join import choose_tables, read_shelf_table
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
+from visionloop.ingest.tables.join import read_shelf_table
 from visionloop.ingest.tables.label_table import FolderShelf, LabelTable, Shelf
-from visionloop.ingest.tables.rows import make_url_finder
+from visionloop.ingest.tables.rows import Row, make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
 
@@ -28,16 +30,19 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
     where = f"source {source.name} {path}"
     is_folder, names = path.is_dir(), [path.name]
     if is_folder:
-        names = choose_tables([child.name for child in path.iterdir() if child.is_file()], where, context.tell)
+        names = _choose(source, path, where, context)
         path = path / names[0]
         where = f"source {source.name} {path}"
     elif not path.is_file():
         raise SourceError(where, "is no regular file" if path.exists() else "does not exist", "a table", "Check it.")
+    command = f"visionloop ingest {shlex.quote(str(path))}"
+    if len(names) > 1:
+        command = f"visionloop ingest {shlex.quote(str(path.parent))} --table {shlex.quote(ALL_TABLES)}"
     shelf = FolderShelf(path.parent)
     images: tuple[Shelf, str] | None = None
     if source.images is not None:
-        beside = path.parent / source.images
-        images = (shelf, source.images) if beside.is_dir() else (FolderShelf(context.resolve(source.images)), "")
+        is_beside = (path.parent / source.images).is_dir() and not Path(source.images).is_absolute()
+        images = (shelf, source.images) if is_beside else (FolderShelf(context.resolve(source.images)), "")
     table = LabelTable(
         source=source.name,
         where=where,
@@ -51,7 +56,20 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         parts=names if len(names) > 1 else (),
         is_all=is_folder,
         several=context.several,
-        command=f"visionloop ingest {shlex.quote(str(path))}",
+        command=command,
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)
+
+
+def _choose(source: TableSource, folder: Path, where: str, context: SourceContext) -> list[str]:
+    """Return the table in a folder, or those that are one for each side. Raises SourceError."""
+    shelf = FolderShelf(folder)
+
+    def read(name: str) -> Iterator[Row]:
+        columns, encoding = source.columns, source.encoding
+        look = LabelTable(source.name, where, shelf, name, columns, lambda line: None, encoding=encoding, command="")
+        return look.rows()
+
+    names = [child.name for child in folder.iterdir() if child.is_file()]
+    return choose_tables(names, where, context.tell, read, source.columns)

@@ -159,14 +159,14 @@ def _find_films(source: VideoSource, context: SourceContext, where: str) -> Iter
     for one, place in zip(files, _place(source, context, f"{where} {root}", files), strict=True):
         if isinstance(place, str):
             yield Rejected(f"{source.name}:{escape_name(one.relative)}", "no_label", place)
-        else:
+        elif place is not None:
             part = Segment(0.0, None, place.labels, place.side, place.test_is_given, place.group)
             yield Film(one.relative, Path(one.path), [part])
 
 
 def _place(
     source: VideoSource, context: SourceContext, where: str, files: Sequence[ListedFile]
-) -> Sequence[Placement | str]:
+) -> Sequence[Placement | str | None]:
     """Return labels and sides of videos: those of their folders, or `label` for all."""
     paths = [one.relative for one in files]
     sides = [find_side(path.partition("/")[0]) if "/" in path else None for path in paths]

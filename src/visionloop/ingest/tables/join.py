@@ -4,7 +4,7 @@ Rows and images that have no counterpart are listed, not fatal. Folders without 
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,8 @@ from visionloop.ingest.paths.listing import (
     is_image_name,
     is_spelled_so,
 )
-from visionloop.ingest.paths.names import get_suffix
-from visionloop.ingest.tables.label_table import PART, LabelTable, Shelf, find_part_side, make_reading
+from visionloop.ingest.paths.names import get_suffix, is_system_folder
+from visionloop.ingest.tables.label_table import LabelTable, Shelf, make_reading
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
@@ -32,70 +32,11 @@ from visionloop.ingest.tables.rows import (
     RowImage,
     RowPlan,
     give_bytes,
-    guess_table_kind,
     is_url,
     make_item,
     plan_columns,
 )
 from visionloop.records import Rejected
-
-# Which of several tables in a folder is taken, by its name without suffix.
-TABLE_NAMES = ("labels", "train_labels", "metadata", "annotations", "train")
-IGNORED = ("sample_submission", "samplesubmission", "submission")
-# What programs write beside images, and what visionloop itself writes: no tables of labels.
-SIDE_FILES = frozenset(
-    (
-        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "features.json", "state.json"),
-        *("class_indices.json", "class_names.json", "id2label.json", "label_map.json", "classes.json"),
-        *("dataset.json", "code.json", "corrections.csv", "cat_to_name.json", "config.json", "package.json"),
-        *("card.json", "metrics.json", "report.json", "leaks.json", "predictions.csv", "per_class.csv", "answers.json"),
-    )
-)
-
-
-def list_tables(names: Sequence[str]) -> list[str]:
-    """Return the names of tables among the files of a folder, sorted.
-
-    Left out are text lists, hidden files, submissions, our own, and what lies beside an image: `x.jpg.json`, `x.json`.
-    """
-    tables = [name for name in names if guess_table_kind(name) not in (None, "list")]
-    tables = [name for name in tables if not name.lower().startswith((".", *IGNORED)) and name not in SIDE_FILES]
-    images = {name for name in names if is_image_name(name)} if tables else set()
-    images |= {name.rsplit(".", 1)[0] for name in images}
-    return sorted(name for name in tables if not _is_sidecar(name, images))
-
-
-def _is_sidecar(name: str, images: Collection[str]) -> bool:
-    """Say whether a file's name is that of an image, with or without suffix, and more: Google Takeout, Lightroom."""
-    parts = name.split(".")
-    return is_image_name(".".join(parts[:-1])) or any(".".join(parts[:i]) in images for i in range(1, len(parts)))
-
-
-def choose_table(names: Sequence[str], where: str, tell: Callable[[str], None]) -> str:
-    """Return which of these files is the table. Raises SourceError when none or several could be."""
-    tables = list_tables(names)
-    for wanted in TABLE_NAMES if len(tables) > 1 else ():
-        chosen = [name for name in tables if name.rsplit(".", 1)[0].lower() == wanted]
-        if len(chosen) == 1:
-            tell(f"{where}: of {len(tables)} tables {chosen[0]} is taken")
-            return chosen[0]
-    if len(tables) != 1:
-        found = f"holds {len(tables)} tables: {shorten(tables)}" if tables else "holds no table"
-        raise SourceError(where, found, "one, or one named labels.csv", "Give the path of the table itself.")
-    return tables[0]
-
-
-def choose_tables(names: Sequence[str], where: str, tell: Callable[[str], None]) -> list[str]:
-    """Return which of these files is the table, or all that are one table in parts: `train-00000-of-00002.parquet`.
-
-    Raises:
-        SourceError: none or several could be the table.
-    """
-    tables = list_tables(names)
-    if len(tables) > 1 and all(PART.fullmatch(name) and find_part_side(name) for name in tables):
-        tell(f"{where}: {len(tables)} parts of one table, their names say the split: {shorten(tables)}")
-        return sorted(tables, key=lambda name: (find_part_side(name) != "train", name))
-    return [choose_table(names, where, tell)]
 
 
 def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver]:
@@ -150,7 +91,7 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     seen: set[int] = set()  # hashes of place and labels: a table of URLs has as many as rows
     repeated = without = 0
     for place, row in table.placed_rows():
-        one = make_item(row, plan, table.source, place, partial(join.find, place))
+        one = make_item(row, plan, table.source, place, partial(join.find, place, row))
         if isinstance(one, Item):
             if (offer := hash((one.origin, one.labels))) in seen:
                 repeated += 1
@@ -195,15 +136,22 @@ class _Join:
     num_respelled: int = 0
     respelled: str = ""
 
-    def find(self, place: str, reference: str | bytes) -> RowImage:
-        """Look up what the row at `place` names. Raises ImageError (`row_without_image`, `unsafe_path`, ...)."""
+    def find(self, place: str, row: Row, reference: str | bytes) -> RowImage:
+        """Look up what the row at `place` names, first in the folders of its side.
+
+        Raises:
+            ImageError: `row_without_image`, `unsafe_path`, `ambiguous`, ...
+        """
         if isinstance(reference, bytes):
             return RowImage(place, partial(give_bytes, reference))
         if is_url(reference):
             if self.table.find_url is None:
                 raise ImageError("row", "names a URL", "a file", reason_code="refused_url")
             return self.table.find_url(reference)
-        file = self.index.look_up(reference) if self.index else None
+        has_side = bool(self.plan.side or self.plan.flags)
+        file = (
+            self.index.look_up(reference, partial(self._read_side, row) if has_side else None) if self.index else None
+        )
         if file is None:
             shown = escape_name(reference[:120])
             raise ImageError("row", f"no image {shown}", "one in the folder", reason_code="row_without_image")
@@ -212,6 +160,11 @@ class _Join:
             self.num_respelled += 1
             self.respelled = self.respelled or f"{escape_name(reference[:80])} is {escape_name(file.relative[-80:])}"
         return RowImage(escape_name(self.place_of(file.relative)), self.shelf.make_reader(file), file.stamp)
+
+    def _read_side(self, row: Row) -> str | None:
+        with suppress(ImageError):
+            return self.plan.read_side(row)
+        return None
 
     def place_of(self, relative: str) -> str:
         return f"{self.folder}/{relative}" if self.folder else relative
@@ -230,8 +183,15 @@ def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tup
         raise SourceError(table.where, found, "`hosts`: where they may be fetched from", "Name them in a table source.")
     if not files:
         return table.shelf, "", None
+    if table.is_all and not table.images:
+        table.shelf.index("")  # the folders in it are not listed again
     best: tuple[int, Shelf, str, ImageFolder] | None = None
-    for shelf, folder in [table.images] if table.images else _list_candidates(table):
+    candidates = (
+        [(table.shelf, "")]
+        if table.parts and any(map(find_side, table.shelf.list_folders()))
+        else _list_candidates(table)
+    )
+    for shelf, folder in [table.images] if table.images else candidates:
         index = shelf.index(folder)
         hits = sum(_is_there(index, name) for name in files)
         if hits and (best is None or hits > best[0]):
@@ -244,9 +204,36 @@ def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tup
             f"files in {table.images[1] or 'its `images`'}" if table.images else "files beside it or in train/, images/"
         )
         raise SourceError(table.where, found, expected, "Name their folder as `images`, or their column in `columns`.")
-    if best[2] and not table.images:
-        table.tell_once(f"{table.where}: images found in {best[2]}/")
-    return best[1:]
+    if not best[2] or table.images:
+        return best[1:]
+    table.tell_once(f"{table.where}: images found in {best[2]}/")
+    return (table.shelf, "", whole) if (whole := _find_more(table, plan, best[2], best[3])) else best[1:]
+
+
+def _find_more(table: LabelTable, plan: RowPlan, folder: str, inside: ImageFolder) -> ImageFolder | None:
+    """Return the files of the whole shelf if rows name images outside of the folder in which the first ones lie.
+
+    Where names in the folder are used outside too, rows have to name one that is outside only: else the table is that
+    of the folder, as Kaggle's labels.csv for train/ beside test/ with the same names.
+    """
+    others = [name for name in table.shelf.list_folders() if name != folder and not is_system_folder(name)]
+    if not any(table.is_all or find_side(name) or name.lower() in IMAGE_FOLDERS for name in others):
+        return None
+    whole, place = table.shelf.index(""), f"{folder}/"
+    if sum(path.startswith(place) for path in whole.files) < len(inside.files):
+        return None  # a link that leads out of the shelf
+    if not any(_is_image(one) for path, one in whole.files.items() if "/" in path and not path.startswith(place)):
+        return None
+    if not (repeated := whole.count_repeated(place)):
+        return whole
+    for row in table.rows():
+        with suppress(ImageError):
+            name = plan.read_image(row)
+            if isinstance(name, str) and not is_url(name) and not _is_there(inside, name) and _is_named(whole, name):
+                return whole
+    found = f"names that are in {folder}/ and elsewhere too: {repeated:,}"
+    table.tell_once(f"{table.where}: {found}; those in {folder}/ are meant, because no row names an image elsewhere")
+    return None
 
 
 def _list_candidates(table: LabelTable) -> Iterator[tuple[Shelf, str]]:
@@ -273,6 +260,14 @@ def _choose_unlabelled(join: _Join) -> list[str]:
 
 def _is_image(file: ListedFile) -> bool:
     return is_image_name(file.relative.rsplit("/", 1)[-1])
+
+
+def _is_named(index: ImageFolder, name: str) -> bool:
+    """Say whether one file or several have this name."""
+    try:
+        return index.look_up(name) is not None
+    except ImageError as exc:
+        return exc.reason_code == "ambiguous"
 
 
 def _is_there(index: ImageFolder, name: str) -> bool:

@@ -1,6 +1,5 @@
 """A table on a shelf (a folder, a zip, a bucket): its settings, its encoding, and its rows, read as often as wanted."""
 
-import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +9,12 @@ from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import PassedOver, make_file_reader
-from visionloop.ingest.paths.listing import ImageFolder, ListedFile, find_side, list_images
+from visionloop.ingest.paths.listing import ImageFolder, ListedFile, list_images
+from visionloop.ingest.tables.choose import find_table_side
 from visionloop.ingest.tables.files import TEXT_KINDS, TableKind, guess_table_kind, read_rows
 from visionloop.ingest.tables.rows import BAD_ROW, Reading, Row, RowImage
 from visionloop.ingest.tables.text_lines import settle_encoding
 from visionloop.params import Columns
-
-PART = re.compile(r"(.+?)-\d+-of-\d+(?:-\w+)?\.parquet")  # as Hugging Face's `datasets` names them
-
-
-def find_part_side(name: str) -> str | None:
-    return find_side(PART.sub(r"\1", name))
 
 
 class Shelf(Protocol):
@@ -61,8 +55,15 @@ class FolderShelf:
 
     def index(self, folder: str) -> ImageFolder:
         if folder not in self._indexes:
-            self._indexes[folder] = ImageFolder(self._root / folder)
+            self._indexes[folder] = self._cut_index(folder) or ImageFolder(self._root / folder)
         return self._indexes[folder]
+
+    def _cut_index(self, folder: str) -> ImageFolder | None:
+        """Return what lies in a folder, out of what is listed already."""
+        if "" not in self._indexes or folder not in self._folders or (self._root / folder).is_symlink():
+            return None
+        inside = (one for path, one in self._indexes[""].files.items() if path.startswith(f"{folder}/"))
+        return ImageFolder.of_files(one._replace(relative=one.relative[len(folder) + 1 :]) for one in inside)
 
     def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
         return list_images(self._root / folder, f"folder {self._root / folder}")
@@ -109,9 +110,9 @@ class LabelTable:
         for name in self.parts or (self.name,):
             try:
                 data = self.shelf.open_table(name)
-                rows = read_rows(data, self.kind, self.where, self.tell_once, self.settle_encoding(name))
+                rows = read_rows(data, self.kind_of(name), self.where, self.tell_once, self.settle_encoding(name))
                 for number, row in enumerate(rows, start=1):
-                    split = {"split": find_part_side(name)} if self.parts and BAD_ROW not in row else {}
+                    split = {"split": find_table_side(name)} if self.parts and BAD_ROW not in row else {}
                     yield f"{name} row {number}", {**split, **row} if split else row
             except ImageError as exc:  # a member of an archive that is damaged
                 raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
@@ -122,7 +123,7 @@ class LabelTable:
         Raises:
             SourceError: it is not clear which it is.
         """
-        if self.encoding or self.kind not in TEXT_KINDS:
+        if self.encoding or self.kind_of(name) not in TEXT_KINDS:
             return self.encoding
         if name not in self.encodings:
             data = self.shelf.open_table(name)
@@ -134,9 +135,8 @@ class LabelTable:
             self.encodings[name] = found
         return self.encodings[name]
 
-    @property
-    def kind(self) -> TableKind:
-        kind = guess_table_kind(self.name)
+    def kind_of(self, name: str) -> TableKind:
+        kind = guess_table_kind(name)
         if kind is None:
             expected = ".csv, .tsv, .parquet, .json, .jsonl or .ndjson"
             raise SourceError(self.where, "has the suffix of no table", expected, "Rename or convert it.")
