@@ -99,7 +99,8 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
             seen.add(offer)
             without += bool(plan.labels and not one.labels)
             side, test_is_given = settled.get(one.side or "", (None, given)) if one.labels else (None, False)
-            one = one._replace(side=side, test_is_given=test_is_given)
+            if (side, test_is_given) != (one.side, False):
+                one = one._replace(side=side, test_is_given=test_is_given)
         yield one
     if join.num_respelled:
         found = (

@@ -30,7 +30,7 @@ class Shelf(Protocol):
         """Return the files below a folder. Raises SourceError."""
 
     def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        """Return the images below a folder, and how many other files there are. Raises SourceError."""
+        """Return the images below a folder, not their stamps, and how many other files there are. Raises SourceError."""
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         """Return the `read` of an item."""
@@ -66,7 +66,7 @@ class FolderShelf:
         return ImageFolder.of_files(one._replace(relative=one.relative[len(folder) + 1 :]) for one in inside)
 
     def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        return list_images(self._root / folder, f"folder {self._root / folder}")
+        return list_images(self._root / folder, f"folder {self._root / folder}", has_stamps=False)
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         return make_file_reader(found.path)
@@ -103,19 +103,26 @@ class LabelTable:
 
     def rows(self) -> Iterator[Row]:
         """Read the table from its start. Raises SourceError."""
-        return (row for _, row in self.placed_rows())
+        for name in self.parts or (self.name,):
+            yield from self._read_rows(name)
 
     def placed_rows(self) -> Iterator[tuple[str, Row]]:
         """Read the table from its start, each row with its place. Raises SourceError."""
         for name in self.parts or (self.name,):
-            try:
-                data = self.shelf.open_table(name)
-                rows = read_rows(data, self.kind_of(name), self.where, self.tell_once, self.settle_encoding(name))
-                for number, row in enumerate(rows, start=1):
-                    split = {"split": find_table_side(name)} if self.parts and BAD_ROW not in row else {}
-                    yield f"{name} row {number}", {**split, **row} if split else row
-            except ImageError as exc:  # a member of an archive that is damaged
-                raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
+            for number, row in enumerate(self._read_rows(name), start=1):
+                yield f"{name} row {number}", row
+
+    def _read_rows(self, name: str) -> Iterator[Row]:
+        split = {"split": find_table_side(name)} if self.parts else {}
+        try:
+            data = self.shelf.open_table(name)
+            rows = read_rows(data, self.kind_of(name), self.where, self.tell_once, self.settle_encoding(name))
+            if split:
+                yield from (row if BAD_ROW in row else {**split, **row} for row in rows)
+            else:
+                yield from rows
+        except ImageError as exc:  # a member of an archive that is damaged
+            raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
 
     def settle_encoding(self, name: str) -> str | None:
         """Return the encoding of the text after a look at all of it, which is taken once; None for Parquet.

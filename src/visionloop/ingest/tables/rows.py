@@ -6,7 +6,7 @@ item needs: labels as text, sides as train, val or test, times as ISO 8601 in UT
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.item import Item, SourceContext
@@ -39,6 +39,7 @@ __all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table
 SAMPLE_ROWS = 200
 MAX_LABELS = 1000
 MAX_NAMED = 20
+MAX_KNOWN = 10_000
 # Paths as Label Studio exports them: of uploaded files, and of files below its local folder.
 UPLOADED = re.compile(r"/data/(?:upload/|local-files/\?d=)")
 # Names of columns that change when the image does, the most reliable first.
@@ -55,6 +56,7 @@ class RowPlan:
 
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
     `no_label` are texts, in lower case, that stand for no label. `numbers` are the sides that 0, 1, 2 mean.
+    `known_labels` and `known_sides` are what cells were read as: a million rows hold few of them.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -69,6 +71,8 @@ class RowPlan:
     flag_sides: tuple[str, ...] = ()
     no_label: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    known_labels: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    known_sides: dict[str, str | None] = field(default_factory=dict, compare=False)
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -83,13 +87,23 @@ class RowPlan:
             value = value.get("bytes") or value.get("path") or value.get("url")
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value) or None
-        return UPLOADED.sub("", to_text(value), count=1) or None
+        text = to_text(value)
+        return (UPLOADED.sub("", text, count=1) if "/data/" in text else text) or None
 
     def read_labels(self, row: Row) -> tuple[str, ...]:
         """Return the labels, each once; () when there is none. Raises ImageError (`bad_label`)."""
         if self.one_hot:
             return tuple(clean_label(name) for name in self.labels if is_on(get_cell(row, name), name))
         value = get_cell(row, self.labels[0]) if self.labels else None
+        if isinstance(value, str):
+            if (known := self.known_labels.get(value)) is None:
+                known = self._read_label_cell(value)
+                if len(self.known_labels) < MAX_KNOWN:
+                    self.known_labels[value] = known
+            return known
+        return self._read_label_cell(value)
+
+    def _read_label_cell(self, value: object) -> tuple[str, ...]:
         texts = [to_text(one) for one in split_label_cell(value)]
         if self.separator:
             texts = [part for text in texts for part in divide(text, self.separator)]
@@ -109,7 +123,15 @@ class RowPlan:
         """Return train, val or test; None when the cell is empty. Raises ImageError (`unknown_side`)."""
         if self.flags:
             return read_flags(row, self.flags, self.flag_sides)
-        return read_word(row, self.side, self.numbers) if self.side else None
+        if self.side is None:
+            return None
+        cell = get_cell(row, self.side)
+        if not isinstance(cell, str) or cell not in self.known_sides:
+            side = read_word(cell, self.side, self.numbers)
+            if isinstance(cell, str) and len(self.known_sides) < MAX_KNOWN:
+                self.known_sides[cell] = side
+            return side
+        return self.known_sides[cell]
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
@@ -304,8 +326,8 @@ def make_url_finder(hosts: Sequence[str], context: SourceContext) -> Callable[[s
     fetcher = make_fetcher(context.env, hosts)
 
     def find(url: str) -> RowImage:
-        fetcher.check(url)
-        return RowImage(fetcher.describe(url), fetcher.make_reader(url))
+        address = fetcher.check(url)
+        return RowImage(fetcher.describe_address(address), fetcher.make_reader(url))
 
     return find
 

@@ -90,13 +90,13 @@ def find_unknown(values: Sequence[object]) -> tuple[list[str], int]:
     return sorted({text[:40] for text in texts if find_word_side(text) is None}), known
 
 
-def read_word(row: Row, column: str, numbers: Sequence[str] = ()) -> str | None:
-    """Return the side that a cell names; None when it is empty. `numbers` are the sides that 0, 1, 2 mean.
+def read_word(cell: object, column: str, numbers: Sequence[str] = ()) -> str | None:
+    """Return the side that a cell of a column names; None when it is empty. `numbers` are the sides of 0, 1, 2.
 
     Raises:
         ImageError: `unknown_side`.
     """
-    text = to_text(get_cell(row, column))
+    text = to_text(cell)
     side = None if text.lower() in NOTHING else find_word_side(text)
     if numbers and text.isdecimal() and int(text) < len(numbers):
         side = numbers[int(text)]

@@ -5,6 +5,7 @@ All of it is looked at once before it is decoded: one line alone may be UTF-8 by
 
 import codecs
 from collections.abc import Callable, Iterator
+from io import BytesIO, StringIO
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
@@ -12,6 +13,7 @@ from visionloop.errors import SourceError
 from visionloop.ingest.encodings import MAX_PIECES, choose_example, cut_pieces, guess_encoding, make_encoding_question
 
 MAX_LINE = 16 << 20
+BLOCK = 1 << 18
 FEW_PIECES = 8  # so few may be UTF-8 by chance
 NAMES = {"cp1252": "Windows-1252"}
 
@@ -34,18 +36,24 @@ def settle_encoding(
         return "utf-8"
     good: list[bytes] = []
     bad: list[bytes] = []
-    first, is_behind = 0, False
-    for number, line in enumerate(_split_lines(start, stream, where), start=1):
-        if line.isascii() or (len(good) > MAX_PIECES and is_utf8(line)):
+    number = first = 0
+    is_behind = False
+    for block in _read_blocks(start, stream, where):
+        if block.isascii() or (len(good) > MAX_PIECES and is_utf8(block)):
+            number += block.count(b"\n")
             continue
-        if b"\0" in line:
-            raise _make_nul_error(where, number)
-        if is_utf8(line):
-            good.append(line)
-        elif len(bad) <= MAX_PIECES:
-            bad.append(line)
-            if not first:
-                first, is_behind = number, bool(good)
+        for line in BytesIO(block):
+            number += 1
+            if line.isascii() or (len(good) > MAX_PIECES and is_utf8(line)):
+                continue
+            if b"\0" in line:
+                raise _make_nul_error(where, number)
+            if is_utf8(line):
+                good.append(line)
+            elif len(bad) <= MAX_PIECES:
+                bad.append(line)
+                if not first:
+                    first, is_behind = number, bool(good)
     pieces = cut_pieces(good)
     if not bad and (fallback is None or not pieces) and len(pieces) > FEW_PIECES:
         return "utf-8"
@@ -121,33 +129,41 @@ def decode_lines(stream: BinaryIO, where: str, tell: Callable[[str], None], enco
         yield from _decode_blocks(start, stream, where, encoding)
         return
     start = start.removeprefix(codecs.BOM_UTF8)
-    taken = "utf-8"
-    for number, line in enumerate(_split_lines(start, stream, where), start=1):
-        try:
-            text = line.decode(taken)
-        except UnicodeDecodeError as exc:
-            if encoding is not None or taken != "utf-8":
-                found = f"is not {taken}, its `encoding`"
-                raise SourceError(f"{where} line {number}", found, "UTF-8", "Save it as UTF-8.") from exc
-            taken = _choose_encoding(TextScan(where, [], cut_pieces([line]), number, [line]), tell, "", None)
-            text = line.decode(taken)
-        if "\0" in text:
-            raise _make_nul_error(where, number)
-        yield text
+    taken, number = "utf-8", 0
+    for block in _read_blocks(start, stream, where):
+        if taken == "utf-8" and b"\0" not in block and is_utf8(block):
+            number += block.count(b"\n")
+            yield from StringIO(block.decode(), newline="\n")
+            continue
+        for line in BytesIO(block):
+            number += 1
+            try:
+                text = line.decode(taken)
+            except UnicodeDecodeError as exc:
+                if encoding is not None or taken != "utf-8":
+                    found = f"is not {taken}, its `encoding`"
+                    raise SourceError(f"{where} line {number}", found, "UTF-8", "Save it as UTF-8.") from exc
+                taken = _choose_encoding(TextScan(where, [], cut_pieces([line]), number, [line]), tell, "", None)
+                text = line.decode(taken)
+            if "\0" in text:
+                raise _make_nul_error(where, number)
+            yield text
 
 
-def _split_lines(start: bytes, stream: BinaryIO, where: str) -> Iterator[bytes]:
-    """Yield lines of at most MAX_LINE bytes; `start` was read from the stream before. Raises SourceError."""
-    *whole, rest = start.splitlines(keepends=True) or [b""]
-    yield from whole
-    if rest.endswith(b"\n"):
-        yield rest
-        rest = b""
-    while line := rest + stream.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
+def _read_blocks(start: bytes, stream: BinaryIO, where: str) -> Iterator[bytes]:
+    """Yield blocks of whole lines, each of at most MAX_LINE bytes; `start` was read before. Raises SourceError."""
+    rest = start
+    while block := stream.read(BLOCK):
+        first, end = block.find(b"\n") + 1, block.rfind(b"\n") + 1
+        if len(rest) + (first or len(block)) > MAX_LINE:
             raise SourceError(where, f"has a line of more than {MAX_LINE >> 20} MiB", "one row a line", "Divide it.")
-        yield line
-        rest = b""
+        if end:
+            yield rest + block[:end]
+            rest = block[end:]
+        else:
+            rest += block
+    if rest:
+        yield rest
 
 
 def _decode_blocks(start: bytes, stream: BinaryIO, where: str, encoding: str | None) -> Iterator[str]:
