@@ -30,7 +30,7 @@ class Shelf(Protocol):
         """Return the files below a folder. Raises SourceError."""
 
     def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        """Return the images below a folder, not their stamps, and how many other files there are. Raises SourceError."""
+        """Return the images below a folder, without stamps, and how many other files there are. Raises SourceError."""
 
     def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
         """Return the `read` of an item."""
