@@ -33,6 +33,7 @@ from visionloop.ingest.tables.rows import (
     RowPlan,
     give_bytes,
     is_url,
+    list_sides,
     make_item,
     plan_columns,
 )
@@ -85,7 +86,9 @@ def _list_rest(join: "_Join", unlabelled: Sequence[str]) -> Iterator[Rejected | 
 
 def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     table, plan = join.table, join.plan
-    sides = _list_sides(table, plan) if plan.side or plan.flags else set()
+    sides = plan.sides or frozenset()
+    if plan.sides is None and (plan.side or plan.flags):
+        sides = list_sides(table.rows(), plan)
     settled = settle_sides(sides, lambda line: table.tell_once(f"{table.where}: {line}"))
     given = any(side == "test" for side, _ in settled.values())
     seen: set[int] = set()  # hashes of place and labels: a table of URLs has as many as rows
@@ -111,17 +114,6 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
         table.tell_once(f"{table.where}: rows that repeat another one: {repeated:,}")
     if without:
         table.tell_once(f"{table.where}: rows without a label, for prediction only: {without:,}")
-
-
-def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
-    """Return the sides of the rows that have a label."""
-    sides = set()
-    for row in table.rows():
-        with suppress(ImageError):
-            side = plan.read_side(row)
-            if side and side not in sides and plan.read_labels(row):
-                sides.add(side)
-    return sides
 
 
 @dataclass

@@ -13,12 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.paths.names import escape_name
-from visionloop.ingest.tables.cells import NOTHING, clean_label, split_label_cell, to_text
+from visionloop.ingest.tables.cells import NOTHING, Row, clean_label, get_cell, split_label_cell, to_text
 
 AS_WRITTEN = "none"  # the separator that divides nothing
 # What people write between labels, and what names hold as often: there nearly all parts must be labels of other rows.
@@ -57,6 +57,8 @@ LARGE_SHARE, SMALL_SHARE, FEW = 0.3, 0.05, 2
 class LabelSurvey:
     """The label cells of a table: texts with their numbers, and where questions about them come from.
 
+    `split` is the column of the split's words, "" when there is none.
+
     `is_list_name`: the column is called like one of several labels (tags). `several`: the workspace has `task:
     multilabel`. `command` is how the command line names the table.
     """
@@ -66,23 +68,32 @@ class LabelSurvey:
     several: bool
     command: str
     is_list_name: bool
+    split: str = ""
     texts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, cells: Iterable[object]) -> None:
-        """Count cells; of very many texts only the first ones."""
-        counts: Counter[Any] = Counter()
-        for cell in cells:
-            if isinstance(cell, str) and cell[:1] not in "[{":
-                counts[cell] += 1
+    def add(self, rows: Iterable[Row]) -> frozenset[tuple[str, str]] | None:
+        """Count the cells of rows; of very many texts only the first ones.
+
+        Return which cells of label and split stand in one row; None if they are very many, or not all plain texts.
+        """
+        counts: Counter[tuple[str, str]] = Counter()
+        is_whole = True
+        for row in rows:
+            cell, side = get_cell(row, self.column), get_cell(row, self.split) if self.split else ""
+            if isinstance(cell, str) and isinstance(side, str) and cell[:1] not in ("[", "{"):
+                counts[cell, side] += 1
                 if len(counts) > MAX_TEXTS:
                     self._take(counts)
                     counts.clear()
+                    is_whole = False
             else:
-                self._take(_count_parts(cell))
+                self._take({(text, ""): number for text, number in _count_parts(cell).items()})
+                is_whole = False
         self._take(counts)
+        return frozenset(counts) if is_whole else None
 
-    def _take(self, counts: Mapping[str, int]) -> None:
-        for text, number in counts.items():
+    def _take(self, counts: Mapping[tuple[str, str], int]) -> None:
+        for (text, _), number in counts.items():
             label = clean_label(text)
             if label and (len(self.texts) < MAX_TEXTS or label in self.texts):
                 self.texts[label] += number

@@ -5,8 +5,10 @@ item needs: labels as text, sides as train, val or test, times as ISO 8601 in UT
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.item import Item, SourceContext
@@ -56,6 +58,7 @@ class RowPlan:
 
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
     `no_label` are texts, in lower case, that stand for no label. `numbers` are the sides that 0, 1, 2 mean.
+    `sides` are those of rows with a label, None: not looked for.
     `known_labels` and `known_sides` are what cells were read as: a million rows hold few of them.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
@@ -71,6 +74,7 @@ class RowPlan:
     flag_sides: tuple[str, ...] = ()
     no_label: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    sides: frozenset[str] | None = None
     known_labels: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
     known_sides: dict[str, str | None] = field(default_factory=dict, compare=False)
 
@@ -188,39 +192,66 @@ def plan_columns(
     group, time = (getattr(columns, key) or guess.find(key) for key in ("group", "time"))
     labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
     one_hot = len(labels) > 1
-    separator: str | None = None
-    no_label: tuple[str, ...] = ()
-    note = ""
-    if labels and not one_hot:
-        separator, no_label, note = _read_label_cells(columns, labels[0], rows, where, reading)
     words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
-    plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides, no_label, guess.numbers)
+    cells = _LabelCells()
+    if labels and not one_hot:
+        cells = _read_label_cells(columns, (labels[0], words or ""), rows, where, reading)
+    known = (cells.separator, flags, flag_sides, cells.no_label, guess.numbers)
+    plan = RowPlan(image, labels, one_hot, words, group, time, *known)
     unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *reading.own) if name])
-    for line in (_describe_guesses(columns, plan), *guess.notes, note, _describe_unused(unused)):
+    for line in (_describe_guesses(columns, plan), *guess.notes, cells.note, _describe_unused(unused)):
         if line:
             tell(f"{where}: {line}")
+    if words and cells.beside is not None:
+        plan = replace(plan, sides=list_sides(({labels[0]: cell, words: side} for cell, side in cells.beside), plan))
     return plan
 
 
+class _LabelCells(NamedTuple):
+    """What divides label cells, the texts that stand for no label, what to tell of these, and the split cells beside.
+
+    `beside`: label and split cell of each row, each pair once; None when not all rows were looked at.
+    """
+
+    separator: str | None = None
+    no_label: tuple[str, ...] = ()
+    note: str = ""
+    beside: Collection[tuple[str, str]] | None = None
+
+
 def _read_label_cells(
-    columns: Columns, label: str, sample: Sequence[Row], where: str, reading: Reading
-) -> tuple[str | None, tuple[str, ...], str]:
-    """Return what divides label cells, the texts that stand for no label, and what to tell of these.
+    columns: Columns, label_and_split: tuple[str, str], sample: Sequence[Row], where: str, reading: Reading
+) -> _LabelCells:
+    """Read the cells of a label column as a whole.
 
     Raises:
         SourceError: cells can be read in two ways.
     """
+    label, split = label_and_split
     separator, no_label, note = columns.separator, tuple(text.strip().casefold() for text in columns.no_label or ()), ""
+    beside: Collection[tuple[str, str]] | None = None
     if separator is None or columns.no_label is None:
-        survey = LabelSurvey(label, where, reading.several, reading.command, is_list_name(label))
+        survey = LabelSurvey(label, where, reading.several, reading.command, is_list_name(label), split)
         whole = (row for row in reading.rows() if BAD_ROW not in row) if reading.rows else sample
-        survey.add(get_cell(row, label) for row in whole)
+        found = survey.add(whole)
+        beside = found if reading.rows else None
         separator = find_separator(survey) if separator is None else separator
         mark = None if separator == AS_WRITTEN else separator
         if columns.no_label is None:
             no_label = find_no_label(survey, mark)
             note = describe_no_label(survey, no_label)
-    return None if separator == AS_WRITTEN else separator, no_label, note
+    return _LabelCells(None if separator == AS_WRITTEN else separator, no_label, note, beside)
+
+
+def list_sides(rows: Iterable[Row], plan: RowPlan) -> frozenset[str]:
+    """Return the sides of the rows that have a label."""
+    sides: set[str] = set()
+    for row in rows:
+        with suppress(ImageError):
+            side = plan.read_side(row)
+            if side and side not in sides and plan.read_labels(row):
+                sides.add(side)
+    return frozenset(sides)
 
 
 def _list_named(columns: Columns) -> dict[str, str]:
