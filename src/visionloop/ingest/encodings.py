@@ -29,6 +29,8 @@ SHOWN = 3
 _APOSTROPHE = re.compile(r"\b(?:[dlnjcstm]|qu)’(?=[a-zà-ÿ])|[a-z]’(?:s|t|d|m|ll|re|ve)\b", re.IGNORECASE)
 _NEVER = re.compile(r"ń[aeiouy]|[ďť][ei]")  # these letters make `ni`, `dě`, `tě` there
 # Bytes that no encoding here uses as a part of another character.
+_NO_CHARACTERS = ("Cc", "Cs")
+_NO_TEXT = (*_NO_CHARACTERS, "Cn", "Co")  # unassigned, and for private use
 _CUT = re.compile(rb"[\x00-\x2c\x2e-\x3f]+")
 
 _LATIN_WEST = (
@@ -184,9 +186,11 @@ def guess_encoding(pieces: Sequence[bytes], *, in_zip: bool = False, but: Sequen
             texts = tuple(normalize("NFC", _decode(piece, candidate.encoding)) for piece in pieces)
         except UnicodeDecodeError:
             continue
-        unknown = UTF8_UNKNOWN if candidate.encoding == "utf-8" else UNKNOWN
+        is_utf8 = candidate.encoding == "utf-8"
+        unknown = UTF8_UNKNOWN if is_utf8 else UNKNOWN
         rate = _rate_all(texts, _list_tables(candidate), unknown)
-        if not any(_has_no_text(text) for text in texts):
+        # Newer emoji, and icons of fonts, hardly come by chance in UTF-8.
+        if not any(_has_no_text(text, _NO_CHARACTERS if is_utf8 else _NO_TEXT) for text in texts):
             rate += candidate.in_zips if in_zip else candidate.in_tables
             if texts not in found or found[texts].rate < rate:
                 found[texts] = Reading(candidate.encoding, rate, texts)
@@ -212,8 +216,8 @@ def _decode(piece: bytes, encoding: str) -> str:
         return piece[: exc.start].decode(encoding)
 
 
-def _has_no_text(text: str) -> bool:
-    return any(category(c) in ("Cc", "Cn", "Co", "Cs") for c in text if c > "\x7f")
+def _has_no_text(text: str, categories: Sequence[str]) -> bool:
+    return any(category(c) in categories for c in text if c > "\x7f")
 
 
 def _list_tables(candidate: _Candidate) -> list[Mapping[str, float]]:

@@ -40,8 +40,10 @@ class ZipNames:
         name = data.decode(self._encoding) if data else _find_unicode_path(info) or info.orig_filename
         if "\\" in name and (info.create_system != UNIX or self._is_windows):  # as .NET writes them on Windows
             name = name.replace("\\", "/")
-        if name != "./" and (name.startswith("./") or "/./" in name):
-            name = "/".join(part for part in name.split("/") if part != ".")
+        if name != "./" and (name.startswith("./") or "/./" in name or "//" in name):
+            first, *parts = name.split("/")  # nothing before the first `/`: an absolute path, which stays one
+            inner = [part for part in (first, *parts[:-1]) if part not in ("", ".")]
+            name = "/".join([*([""] if name.startswith("/") else []), *inner, *parts[-1:]])
         return name
 
     def _check(self, names: Sequence[bytes], where: str) -> None:

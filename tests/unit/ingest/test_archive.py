@@ -188,6 +188,8 @@ def write_raw(home: Path, files: Mapping[str, bytes], system: int = 3, **bytes_f
         (("cat\\1.jpg", "dog\\1.jpg", "cat\\"), 0),
         (("pets\\cat\\1.jpg", "pets\\dog\\1.jpg"), 3),
         (("cat\\1.jpg", "dog/1.jpg"), 0),
+        (("cat//1.jpg", "dog/.//1.jpg", "dog//"), 3),
+        ((".//cat/1.jpg", "dog///1.jpg"), 3),
     ],
 )
 def test_names_as_other_tools_write_them(tmp_path: Path, names: tuple[str, ...], system: int) -> None:
@@ -198,7 +200,9 @@ def test_names_as_other_tools_write_them(tmp_path: Path, names: tuple[str, ...],
     assert found.rejected == []
 
 
-@pytest.mark.parametrize("name", ["..\\evil.jpg", "C:\\evil.jpg", "./../evil.jpg", "a/./../../evil.jpg"])
+@pytest.mark.parametrize(
+    "name", ["..\\evil.jpg", "C:\\evil.jpg", "./../evil.jpg", "a/./../../evil.jpg", "//a/x.jpg", "a//../../x.jpg"]
+)
 def test_names_that_lead_out_stay_refused(tmp_path: Path, name: str) -> None:
     write_raw(tmp_path, {"cat/1.jpg": b"x", "dog/1.jpg": b"x", name: b"x"}, system=0)
     (refused,) = run_source(tmp_path, kind="archive", path="a.zip").rejected
@@ -315,6 +319,23 @@ def test_any_name_without_control_characters_is_a_name(tmp_path: Path) -> None:
     assert [code for _, code in found.codes()] == ["unsafe_path"]
 
 
+def test_names_that_are_one_without_empty_parts_are_one_name(tmp_path: Path) -> None:
+    found = run(tmp_path, {"cat//1.jpg": b"1", "cat/1.jpg": b"2", "dog/1.jpg": b"3"})
+    assert found.facts() == [("dog/1.jpg", ("dog",), None)]
+    assert found.codes() == [("cat/1.jpg", "duplicate_name")]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_what_ends_a_line_elsewhere_ends_no_row_of_a_table(tmp_path: Path, end: str) -> None:
+    table = f"file,label,note\n1.jpg,cat,a{end}b\n2{end}.jpg,dog,\n3.jpg,d{end}og,\n4.jpg,dog,\n"
+    found = run(
+        tmp_path, {"labels.csv": table.encode(), **dict.fromkeys(["1.jpg", f"2{end}.jpg", "3.jpg", "4.jpg"], b"x")}
+    )
+    assert found.facts() == [("1.jpg", ("cat",), None), ("4.jpg", ("dog",), None)]
+    shown = f"2{ascii(end)[1:-1]}.jpg"
+    assert found.codes() == [("labels.csv row 2", "unsafe_path"), ("3.jpg", "bad_label"), (shown, "unsafe_path")]
+
+
 def test_a_zip_of_the_finder_with_more_entries_than_its_end_can_count(tmp_path: Path) -> None:
     number = 65_600
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -337,6 +358,9 @@ def test_a_zip_of_the_finder_with_more_entries_than_its_end_can_count(tmp_path: 
         ),
         (["data.zip"], r"it holds \.zip 1; .* a zip inside a zip has to be unpacked first"),
         (["a/1.jp2", "b/2.jp2"], r"it holds \.jp2 2"),
+        (["__MACOSX/cat/._1.jpg", "__MACOSX/._cat"], r"it holds in __MACOSX 2; .* make the zip again, of the folder"),
+        (["shards/train-000001.tar"], r"it holds \.tar 1"),
+        (["train-000001.tar"], r"Unpack the zip first, into FOLDER\. train-000001\.tar looks like a WebDataset shard"),
     ],
 )
 def test_a_zip_of_which_nothing_is_left_says_why(tmp_path: Path, files: list[str], message: str) -> None:

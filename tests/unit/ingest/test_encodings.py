@@ -85,7 +85,11 @@ def test_tables_are_read_in_the_encoding_that_reads_best(tmp_path: Path, encodin
     assert len([line for line in found.told if "not UTF-8" in line]) == 1
 
 
-@pytest.mark.parametrize("text", ["猫", "кошка", "café", "cafe\u0301", "mèo", "😀", "é", "٣", "a\u00a0b", "कुत्ता"])
+UTF8_WORDS = ["猫", "кошка", "café", "cafe\u0301", "mèo", "😀", "é", "٣", "a\u00a0b", "कुत्ता"]
+UNKNOWN_CHARACTERS = ["\U0001fae9", "x\ue000", "\U000e0001"]  # newer than Python's tables, of private use, unassigned
+
+
+@pytest.mark.parametrize("text", [*UTF8_WORDS, *UNKNOWN_CHARACTERS])
 def test_utf8_stays_utf8(tmp_path: Path, text: str) -> None:
     write(tmp_path, f"file,label\n1.jpg,{text}\n2.jpg,dog\n".encode())
     found = run_source(tmp_path, kind="table", path="labels.csv")

@@ -91,7 +91,7 @@ def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item |
     if line := passed.describe_links():
         context.tell(f"{where}: {line}")
     if not images:
-        raise explain_no_image(where, list_names(""), passed)
+        raise explain_no_image(where, list_names(""), passed, str(folder))
     if not source.pattern and (tables := find_split_tables(paths, list_names)):
         place = Place(
             source=source.name,

@@ -13,8 +13,10 @@ from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_fo
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
     OTHER_ARCHIVES,
+    explain_shards,
     find_split_tables,
     is_read_by_table,
+    is_shard,
 )
 from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
@@ -68,6 +70,9 @@ def guess_source(
     kind = "table" if guess_table_kind(path.name) else "archive" if suffix == ".zip" else "video"
     if kind == "video" and suffix not in VIDEO_SUFFIXES:
         todo = "Unpack it, or make a zip of it." if suffix in OTHER_ARCHIVES else "Give another path."
+        if is_shard(path.name):
+            is_export = (path.parent / EXPORT_LIST).is_file()
+            todo = explain_shards([path.name], str(path.parent), is_export=is_export)
         raise SourceError(f"source {path}", f"is a file that ends in {suffix or path.name[-20:]!r}", KINDS, todo)
     return _make(kind, "path", str(path), name, path.stem)
 
@@ -103,7 +108,8 @@ def _guess_folder(path: Path, encoding: str | None, *, by_pattern: bool) -> tupl
     if by_pattern:
         return ("video" if num_videos and not paths else "folder"), path
     top, files = path, _list_names(path)
-    if not files and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
+    is_bare = not files or not (paths or list_tables(files))  # a clone from Hugging Face has a README.md above `data/`
+    if is_bare and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
         top, files = path / folders[0], _list_names(path / folders[0])
     below = len(top.relative_to(path).as_posix()) + 1 if top != path else 0
 

@@ -227,21 +227,49 @@ def tell_unread(names: Sequence[str], where: str, tell: Callable[[str], None]) -
         tell(f"{where}: labels are those of the paths; not read: {shorten(tables)} (to read it, name it as a table)")
 
 
-def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> SourceError:
-    """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files."""
+def is_shard(name: str) -> bool:
+    """Say whether a file's name is one of a WebDataset shard: `train-000000.tar`."""
+    return re.search(r"\d\.tar$", name.lower()) is not None
+
+
+def explain_shards(shards: Sequence[str], place: str, *, is_export: bool) -> str:
+    """Return the commands that unpack WebDataset shards in the folder `place`, and take the images in.
+
+    Each is unpacked into a folder of its own: shards may use the same keys. `is_export`: visionloop wrote them.
+    """
+    inside, several = shlex.quote(place), len(shards) > 1
+    table, name = "images.csv", "*.tar" if several else shlex.quote(shards[0])
+    make = "cp ../images.csv ."
+    if not is_export:
+        table = "labels.csv"
+        read = 'echo "${f%.cls},$(cat "$f")"'
+        make = f"(echo id,label; find . -name '*.cls' | while read -r f; do {read}; done) > labels.csv"
+    unpack = 'mkdir -p "unpacked/$f" && tar -xf "$f" -C "unpacked/$f"'
+    more = "" if is_export else " Where labels are in .json files, write that CSV of id and label from them."
+    return (
+        f"{shorten(shards)} {'look like WebDataset shards' if several else 'looks like a WebDataset shard'}."
+        f" Say `(cd {inside} && for f in {name}; do {unpack}; done && cd unpacked && {make})`, then `visionloop ingest"
+        f" {shlex.quote(f'{place}/unpacked/{table}')}{' --no-label ' + repr('') if is_export else ''}`.{more}"
+    )
+
+
+def explain_no_image(where: str, names: Sequence[str], passed: PassedOver, place: str = "") -> SourceError:
+    """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files.
+
+    `place` is the path of the folder; "": it is no folder.
+    """
     todo = "Check the path."
     lone = sorted(name for name in names if "/" not in name)
     zips = [name for name in lone if name.lower().endswith(".zip")]
     packed = [name for name in lone if name.lower().endswith(OTHER_ARCHIVES)]
     sheets = [name for name in lone if name.lower().endswith(SHEETS)]
-    if zips:
+    if not names and not passed.files and {name for _, name in passed.folders} == {"__MACOSX"}:
+        todo = "__MACOSX holds only what macOS writes beside files: make the zip again, of the folder with the images."
+    elif zips:
         todo = f"Take the zip itself: give the path of {shorten(zips)}; a zip inside a zip has to be unpacked first."
-    elif shards := [name for name in packed if re.search(r"\d\.tar$", name)]:
-        todo = (
-            f"{shorten(shards)} look like WebDataset shards. If visionloop wrote them, export as folders (`visionloop"
-            " datasets export FOLDER`) and take that; else unpack them (`tar -xf SHARD.tar -C FOLDER`), and write a CSV"
-            " of file and label beside the images."
-        )
+    elif shards := [name for name in packed if is_shard(name)]:
+        todo = explain_shards(shards, place or "FOLDER", is_export=EXPORT_LIST in lone)
+        todo = todo if place else f"Unpack the zip first, into FOLDER. {todo}"
     elif packed:
         todo = f"Unpack {shorten(packed)}, or make a zip of it."
     elif sheets:

@@ -100,6 +100,8 @@ def _choose_encoding(scan: TextScan, tell: Callable[[str], None], command: str, 
     example = choose_example(scan.lines)
     place = f"{scan.where} line {scan.first}" if scan.first else scan.where
     if guess.best is None or guess.best.is_poor:
+        if not scan.bad:
+            return "utf-8"
         todo = f"Save it as UTF-8, or name the encoding{f': `{command} --encoding NAME`' if command else ''}."
         raise SourceError(place, "is not UTF-8, and reads well in no encoding", "its `encoding`", todo)
     if command and not guess.is_sure:
