@@ -100,7 +100,10 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class SourceContext:
-    """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something."""
+    """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something.
+
+    `several`: an image may have several labels (`task: multilabel`).
+    """
 
     home: Path
     hidden_dir: Path
@@ -108,6 +111,7 @@ class SourceContext:
     limits: Ingest = field(default_factory=Ingest)
     cursor: str | None = None
     tell: Callable[[str], None] = lambda line: None
+    several: bool = False
 
     def resolve(self, path: str) -> Path:
         """Return a path of params.yaml as an absolute one; relative to the workspace."""
