@@ -41,6 +41,27 @@ def test_files_folders_and_globs(photos: Path) -> None:
     ]
 
 
+def test_a_glob_goes_through_folders_as_ingest_does(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "else" / "deep").mkdir(parents=True)
+    (tmp_path / "else" / "deep" / "c.png").write_bytes(make_image(3))
+    (photos / "linked").symlink_to(tmp_path / "else")
+    for link in ("up", "again"):  # by two such links a file has 2 ** 40 paths
+        (photos / "sub" / link).symlink_to(photos)
+    for hidden in ("@eaDir", ".cache", "sub/@eaDir"):
+        (photos / hidden).mkdir()
+        (photos / hidden / "d.png").write_bytes(make_image(4))
+    assert find_images([str(photos / "**" / "*.png")]) == [photos / "a.png", photos / "linked" / "deep" / "c.png"]
+    assert names(find_images([f"{photos}/**/deep/**"])) == ["c.png"]
+    assert names(find_images([f"{photos}/s?b/**/*"])) == ["b.JPG"]
+    with pytest.raises(SourceError, match="does not exist"):
+        find_images([f"{photos}/*/d.png"])
+    assert names(find_images([f"{photos}/@eaDir/*.png", f"{photos}/.c*/*.png"])) == ["d.png", "d.png"]
+    monkeypatch.chdir(photos)
+    assert find_images(["**/*.png", "*/b.*"]) == [Path("a.png"), Path("linked/deep/c.png"), Path("sub/b.JPG")]
+
+
 def test_paths_without_images(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist; expected an image, a folder or a glob"):
         find_images([str(tmp_path / "no.jpg")])
