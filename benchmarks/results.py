@@ -74,7 +74,7 @@ def make_row(job: Job, path: Path | None, place: Path) -> str:
     env = make_stage_environment(home, os.environ)
     subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=home, env=env, check=True, stdout=sys.stderr)
     seconds = time.perf_counter() - started
-    accuracy = json.loads((home / "reports" / "metrics.json").read_text())["accuracy"]
+    accuracy = json.loads((home / "reports" / "intervals.json").read_text())["metrics"]["accuracy"]
     with (home / "reports" / "predictions.csv").open(encoding="utf-8") as file:
         num_test = sum(1 for _ in file) - 1
     span = f"{accuracy['low']:.4f} to {accuracy['high']:.4f}"

@@ -3,7 +3,7 @@
     prefect server start                       # once, somewhere; PREFECT_API_URL names it
     python flows/deploy.py [--workspace DIR]   # stays, and runs what is due
 
-One retrain of a workspace at a time: a run that comes due while one is under way ends as `Busy`. A lock file in the
+One retrain of a workspace at a time: a run that comes due while one is under way ends as `Skipped`. A lock file in the
 workspace decides, not a limit of Prefect: that is a lease in the memory of its server, which a restart loses.
 """
 

@@ -19,21 +19,23 @@ if __name__ == "__main__":
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.states import Completed, State
+from prefect.states import Cancelled, Completed, State
 
 import shell
 import steps
-from visionloop.errors import BusyError
+from visionloop.errors import BusyError, VisionLoopError
 from visionloop.retrain import bring_up_to_date
-from visionloop.words import Summary
-from visionloop.workspace import lock_for_retrain, open_workspace
+from visionloop.words import Summary, describe_error
+from visionloop.workspace import Workspace, lock_for_retrain, open_workspace
 
 
 @flow(name="retrain")
 def retrain(workspace: str) -> State[Any]:
     """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect.
 
-    While another retrain of the workspace is under way, whoever started it, this one ends as `Busy` and moves nothing.
+    A run ends in one of three ways, each with its artifact: completed, named by what came of it (Promoted, Unchanged,
+    Same, Refused, Inconclusive); Failed, with the error; or Skipped (cancelled), while another retrain of the workspace
+    is under way, whoever started it. A run that is skipped moves nothing.
     """
     shell.guard_own_server()
     opened = open_workspace(Path(workspace))
@@ -41,22 +43,41 @@ def retrain(workspace: str) -> State[Any]:
         try:
             stack.enter_context(lock_for_retrain(opened.settings.home))
         except BusyError as exc:
-            return end_as_busy(opened.name, exc)
-        summary = bring_up_to_date(opened, tell=steps.say, run_step=steps.run_step, ask=steps.ask, tell_more=steps.note)
+            return end_as_skipped(opened, exc)
+        try:
+            summary = bring_up_to_date(
+                opened, tell=steps.say, run_step=steps.run_step, ask=steps.ask, tell_more=steps.note
+            )
+        except Exception as exc:
+            keep_failure(opened, exc)
+            raise
         return finish(summary, opened.settings.home)
 
 
-def end_as_busy(name: str, error: BusyError) -> State[Any]:
-    """End a run that found another one at work: completed, so that nobody is alarmed, and without an artifact."""
-    return Completed(name="Busy", message=str(error), data=Summary(name, "busy", str(error)))
+def make_key(name: str, home: Path) -> str:
+    """Return the key of a workspace's artifact: each has its own, also of two that bear one name."""
+    return f"retrain-{name}-{sha256(str(home).encode()).hexdigest()[:6]}"
+
+
+def end_as_skipped(workspace: Workspace, error: BusyError) -> State[Any]:
+    """End a run that found another one at work. The verdict of the last retrain keeps its own artifact."""
+    text = f"# {workspace.name}: skipped\n\nAnother retrain is under way: {error}\n"
+    key = f"{make_key(workspace.name, workspace.settings.home)}-skipped"
+    create_markdown_artifact(text, key=key, description=error.found)
+    return Cancelled(name="Skipped", message=str(error))
+
+
+def keep_failure(workspace: Workspace, error: Exception) -> None:
+    """Keep what went wrong as an artifact: an error of ours in its own words, any other by its kind."""
+    line = describe_error(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
+    text, key = f"# {workspace.name}: failed\n\n{line}\n", make_key(workspace.name, workspace.settings.home)
+    with contextlib.suppress(Exception):  # where Prefect is away too, the error that is told stays the first one
+        create_markdown_artifact(text, key=key, description=line[:300])
 
 
 def finish(summary: Summary, home: Path) -> State[Any]:
-    """Keep the summary as an artifact, and end the run: completed, by what came of it.
-
-    Each workspace has an artifact of its own, also of two that bear one name.
-    """
-    key = f"retrain-{summary.name}-{sha256(str(home).encode()).hexdigest()[:6]}"
+    """Keep the summary as an artifact, and end the run: completed, by what came of it."""
+    key = make_key(summary.name, home)
     create_markdown_artifact(summary.to_markdown(), key=key, description=f"{home}: {summary.headline}")
     return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 

@@ -35,13 +35,14 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             with lock_for_retrain(home):  # the flow decides; but two servers of our own would share one database
                 pass
         print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
-        summary = flow(str(home)).result()
-        assert isinstance(summary, Summary)
-        if summary.outcome == "busy":
-            print(f"error: {summary.headline}", file=sys.stderr)
+        state = flow(str(home))
+        if state.is_cancelled():
+            print(f"error: {state.message}", file=sys.stderr)
             return BusyError.exit_code
+        summary = state.result()
+        assert isinstance(summary, Summary)
         print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
-        if summary.verdict != "passed":
+        if summary.is_not_promoted:
             raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)

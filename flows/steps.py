@@ -3,11 +3,6 @@
 Results are small JSON values: paths, digests, counts.
 """
 
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +12,14 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from visionloop import pipeline
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
-from visionloop.lifetime import stop_process
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
+from visionloop.serving.check import run_own_server
 from visionloop.workspace import Workspace, open_workspace
 
 RETRIES = 2
 RETRY_DELAY_S = 4
-SERVER_START_S = 60
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:
@@ -59,29 +52,21 @@ def ask(home: str, tell: Callable[[str], None], number: int = 3) -> list[dict[st
     """Start the server on a free port, ask it about held-out images over HTTP, stop it; return the answers."""
     workspace = open_workspace(Path(home))
     chosen = _choose_held_out(workspace, number)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "serve", "--port", "0"],
-        cwd=home,
-        env=pipeline.make_stage_environment(workspace.settings.home, os.environ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        url = _wait_for_url(process)
+    answers = []
+    with (
+        run_own_server(workspace.settings.home) as url,
+        httpx.Client(base_url=url, timeout=30, trust_env=False) as client,
+    ):
         tell(f"  server at {url}")
-        answers = []
-        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-            for record in chosen:
-                data = workspace.store.get(make_image_key(record.sha256))
+        for record in chosen:
+            data = workspace.store.get(make_image_key(record.sha256))
+            try:
                 body = client.post("/predict", content=data).raise_for_status().json()
-                answer = {k: body[k] for k in ("prediction", "confidence", "labels") if k in body}
-                answers.append({**answer, "actual": LABEL_SEPARATOR.join(record.labels), "origin": record.origins[0]})
-                tell(f"  asked about {describe_asked(record.labels, body)} ({body['confidence']:.1%})")
-    except httpx.HTTPError as exc:
-        raise ServingError("server", f"did not answer ({exc})", "an answer") from exc
-    finally:
-        stop_process(process)
+            except httpx.HTTPError as exc:
+                raise ServingError("server", f"did not answer ({exc})", "an answer") from exc
+            answer = {k: body[k] for k in ("prediction", "confidence", "labels") if k in body}
+            answers.append({**answer, "actual": LABEL_SEPARATOR.join(record.labels), "origin": record.origins[0]})
+            tell(f"  asked about {describe_asked(record.labels, body)} ({body['confidence']:.1%})")
     return answers
 
 
@@ -98,19 +83,3 @@ def _choose_held_out(workspace: Workspace, number: int) -> list[ImageRecord]:
     tests = sorted((r for r in records if r.side == "test" and r.labels), key=lambda r: (r.labels, r.sha256))
     spread = [len(tests) * (2 * i + 1) // (2 * number) for i in range(number)]
     return [tests[i] for i in dict.fromkeys(spread) if i < len(tests)]
-
-
-def _wait_for_url(process: subprocess.Popen[str]) -> str:
-    """Return the address from the line that the server prints when it is ready. Raises ServingError."""
-    alarm = threading.Timer(SERVER_START_S, process.kill)
-    alarm.start()
-    lines: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.strip())
-            if " on http://" in line:
-                return line.split(" on ", 1)[1].split()[0]
-    finally:
-        alarm.cancel()
-    raise ServingError("server", f"did not start ({json.dumps(lines[-1:])[:300]})", "a line with its address")

@@ -232,7 +232,7 @@ class WorkspaceTables(Workspace):
             {
                 **{key: getattr(one, key) for key in keys},
                 "passed": one.verdict == PASSED,
-                "held_back_by": tuple(rule.rule for rule in one.rules if not rule.passed),
+                "held_back_by": tuple(rule.rule for rule in one.rules if rule.holds_back),
                 "dataset_version": one.dataset.get("version"),
                 **{name: figure["value"] for name, figure in one.metrics.items()},
                 **{f"champion_{name}": figure["value"] for name, figure in one.champion_metrics.items()},

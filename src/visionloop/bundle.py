@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop import __version__
 from visionloop.errors import BundleError, ObjectMissing, shorten
-from visionloop.records import Card, RunNote, canonical_json, compute_digest
+from visionloop.records import CARD_SCHEMA, Card, RunNote, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
 DIGESTS = "digests.json"
 REQUIRED = ("model.onnx", "card.json", "reference.npz", "golden/answers.json")
 TRAINING_ONLY = frozenset({"weights.safetensors"})
+RESTORE = "If it is the champion, `visionloop doctor --fix` puts it back from a copy on this machine."
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+WITH_DOMAIN = frozenset({"NodeProto", "OperatorSetIdProto", "FunctionProto"})
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,32 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
     if wrong:
         raise BundleError(where, f"{shorten(list(wrong))} differs from its digest", "the files as they were made", todo)
     try:
-        card = Card.from_json(json.loads((folder / "card.json").read_bytes()))
+        value = json.loads((folder / "card.json").read_bytes())
+        check_schema(value, where)
+        card = Card.from_json(value)
+    except BundleError:
+        raise
     except (ValueError, TypeError, AttributeError) as exc:
         raise BundleError(where, "card.json is damaged", "a model's card", todo) from exc
     return Bundle(folder=folder, digest=digest, card=card, files=files)
+
+
+def check_schema(card: Mapping[str, Any], where: str) -> None:
+    """Refuse a card of a later visionloop: what it adds may change answers, and would be passed over here.
+
+    Raises:
+        BundleError: it is newer. ValueError: it says no schema that there could be.
+    """
+    schema = card.get("schema", 1)
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise ValueError(f"schema {schema!r}")
+    if schema > CARD_SCHEMA:
+        raise BundleError(
+            where,
+            f"card.json is of schema {schema}",
+            f"at most {CARD_SCHEMA}, which is what visionloop {__version__} knows",
+            "It was made by a later visionloop: install that, or train again with this one.",
+        )
 
 
 def check_onnx(model_bytes: bytes, where: str) -> Any:
@@ -97,12 +122,15 @@ def check_onnx(model_bytes: bytes, where: str) -> Any:
         model = onnx.load_model_from_string(model_bytes)
     except Exception as exc:  # protobuf's DecodeError has no public home
         raise BundleError(where, "is not ONNX", "an ONNX model") from exc
-    nodes = list(_all_nodes(model.graph.node))
-    domains = {node.domain for node in nodes} | {o.domain for o in model.opset_import}
+    domains = set()
+    for part in _walk(model):
+        kind = part.DESCRIPTOR.name
+        if kind in WITH_DOMAIN:
+            domains.add(part.domain)
+        elif kind == "TensorProto" and (part.data_location == onnx.TensorProto.EXTERNAL or part.external_data):
+            raise BundleError(where, "keeps weights in other files", "one self-contained file")
     if custom := domains - ALLOWED_DOMAINS:
         raise BundleError(where, f"uses the operator domains {shorten(list(custom))}", "standard ONNX operators")
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in _all_tensors(model.graph, nodes)):
-        raise BundleError(where, "keeps weights in other files", "one self-contained file")
     return model
 
 
@@ -131,7 +159,10 @@ def download_bundle(store: ObjectStore, digest: str, cache_dir: Path, *, with_we
     shutil.rmtree(staged, ignore_errors=True)
     try:
         _fetch(store, digest, staged, skip=frozenset() if with_weights else TRAINING_ONLY)
-        load_bundle(staged, expected_digest=digest)
+        try:
+            load_bundle(staged, expected_digest=digest)
+        except BundleError as exc:
+            raise BundleError(f"bundle {digest[:12]} in {store.url}", exc.found, exc.expected, RESTORE) from exc
         shutil.rmtree(target, ignore_errors=True)
         staged.rename(target)
     finally:
@@ -152,9 +183,7 @@ def _fetch(store: ObjectStore, digest: str, folder: Path, *, skip: frozenset[str
             path.write_bytes(store.get(f"bundles/{digest}/{name}"))
         (folder / DIGESTS).write_bytes(table)
     except ObjectMissing as exc:
-        raise BundleError(
-            f"bundle {digest[:12]}", f"is not whole in {store.url}", "every file of it", "Register it again."
-        ) from exc
+        raise BundleError(f"bundle {digest[:12]}", f"is not whole in {store.url}", "every file of it", RESTORE) from exc
 
 
 def hash_file(path: Path) -> str:
@@ -168,23 +197,18 @@ def _list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != DIGESTS)
 
 
-def _all_nodes(nodes: Iterable[Any]) -> Iterable[Any]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(graph.node)
+def _walk(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and all in it, at any depth: inner graphs (of `If`, `Loop`, `Scan`), functions, tensors.
 
-
-def _all_tensors(graph: Any, nodes: Iterable[Any]) -> Iterable[Any]:
-    """Yield the weights of a graph, also those of inner graphs (of `If`, `Loop`) and those that nodes hold."""
-    attributes = [attribute for node in nodes for attribute in node.attribute]
-    for each in (graph, *(inner for attribute in attributes for inner in (attribute.g, *attribute.graphs))):
-        yield from each.initializer
-        for sparse in each.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-    for attribute in attributes:
-        yield from (attribute.t, *attribute.tensors, attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+    Whatever field it stands in, so that none is forgotten. What is inside of a tensor is left out.
+    """
+    yield message
+    if message.DESCRIPTOR.name == "TensorProto":
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in (value,) if hasattr(value, "DESCRIPTOR") else value:
+                yield from _walk(inner)
 
 
 def load_run_note(runs_dir: Path, bundle_digest: str) -> RunNote | None:

@@ -39,12 +39,16 @@ NOT_IN_CODE = (
     "visionloop.settings",
     "visionloop.store",  # bytes under the digest that they have
     "visionloop.tracking",
+    "visionloop.tracking_pages",
     "visionloop.web",
     "visionloop.words",
     "visionloop.workfolder",
     "visionloop.workspace",
     "visionloop.data.contact_sheet",
+    "visionloop.data.known_store",
+    "visionloop.promotion.evidence",  # the page about a decision
     "visionloop.promotion.ledger",  # who is champion is data, not code
+    "visionloop.promotion.report",
     "visionloop.training.mirror",
     "visionloop.training.plots",
     "visionloop.training.run",  # the run in MLflow
@@ -60,6 +64,11 @@ WORDING = {"join", "shorten", "mask"}  # calls that do nothing but put words tog
 def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     """Return one digest a stage, over the source of the package `visionloop` in a folder."""
     return {stage: _digest_stage(root, package) for stage, root in STAGE_MODULES.items()}
+
+
+def compute_module_digest(module: str, package: Path = PACKAGE) -> str:
+    """Return the digest of one module with all that it imports, as a stage has it."""
+    return _digest_stage(module, package)
 
 
 def _digest_stage(root: str, package: Path) -> str:

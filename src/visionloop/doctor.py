@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_version
 from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
-from visionloop.promotion.ledger import read_champion
-from visionloop.promotion.promote import compare_alias
+from visionloop.promotion.ledger import read_champion, read_ledger, require_sound
+from visionloop.promotion.promote import compare_alias, verify_in_store
+from visionloop.promotion.restore import require_whole
 from visionloop.secrets import mask
 from visionloop.settings import Settings
-from visionloop.store import ObjectStore
 from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
@@ -43,10 +44,12 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("processor", lambda: _check_processor(workspace.params)),
         ("measured", lambda: _check_measured(workspace.settings)),
         ("disk", lambda: _check_disk(workspace.settings)),
-        ("store", lambda: _check_store(workspace.store)),
+        ("store", lambda: _check_store(workspace)),
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
         ("dataset", lambda: _check_dataset(workspace)),
+        ("ledger", lambda: _check_ledger(workspace)),
         ("champion", lambda: _check_champion(workspace)),
+        ("alias", lambda: _check_alias(workspace)),
     ]
     findings = []
     for subject, check in checks:
@@ -108,7 +111,10 @@ def _check_disk(settings: Settings) -> Finding:
     return Finding("disk", free_gb >= LEAST_FREE_GB, found, f"Free some: {LEAST_FREE_GB} GB is little for a training.")
 
 
-def _check_store(store: ObjectStore) -> Finding:
+def _check_store(workspace: Workspace) -> Finding:
+    """Write and read. First see whether it is the store of this workspace: a mistyped folder is not made."""
+    check_store(workspace)
+    store = workspace.store
     key, data = f"doctor/{secrets.token_hex(4)}", secrets.token_bytes(32)
     store.put(key, data)
     same = store.get(key) == data and not store.create(key, b"other")
@@ -129,10 +135,27 @@ def _check_dataset(workspace: Workspace) -> Finding:
     return Finding("dataset", ok, found, f"The pin is not of {workspace.name} in this store: run `visionloop ingest`.")
 
 
+def _check_ledger(workspace: Workspace) -> Finding:
+    ledger = read_ledger(workspace.store, workspace.name)
+    require_sound(ledger, workspace.name)
+    return Finding("ledger", True, f"{len(ledger.entries)} entries of {workspace.name}, each after the one before")
+
+
 def _check_champion(workspace: Workspace) -> Finding:
+    """Fetch the champion's bundle as a server would: all its files, and its answers on this machine."""
+    check_store(workspace)
     entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         return Finding("champion", True, "none yet")
+    require_whole(workspace.store, entry.bundle)
+    verify_in_store(workspace, entry.bundle)
+    return Finding("champion", True, f"bundle {entry.bundle[:12]} is whole in the store and answers as it did")
+
+
+def _check_alias(workspace: Workspace) -> Finding:
+    entry = read_champion(workspace.store, workspace.name)
+    if entry is None:
+        return Finding("alias", True, "no champion to name yet")
     in_ledger, in_alias = compare_alias(workspace)
     found = f"ledger entry {entry.number}: model version {in_ledger}; MLflow's alias: {in_alias}"
-    return Finding("champion", in_ledger == in_alias, found, "Run `visionloop promote`: it sets the alias again.")
+    return Finding("alias", in_ledger == in_alias, found, "Run `visionloop doctor --fix`: it sets the alias again.")

@@ -170,6 +170,12 @@ def find_missing_extra(error: ImportError) -> SettingsError | None:
     )
 
 
+def require_installed(library: str) -> None:
+    """Raise SettingsError, which names the extra, if a library of an extra is not installed: before work is begun."""
+    if missing := find_missing_extra(ModuleNotFoundError(name=library)):
+        raise missing
+
+
 def describe_first_line(exc: BaseException, length: int = 160) -> str:
     """Return the first line of what an exception says, cut; the name of its class if it says nothing."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:length]

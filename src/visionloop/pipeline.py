@@ -10,18 +10,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from visionloop import errors
 from visionloop.code_digests import compute_code_digests
-from visionloop.errors import BusyError, PipelineError, VisionLoopError
+from visionloop.errors import BusyError, PipelineError, VisionLoopError, require_installed, shorten
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
 from visionloop.params import Params, load_params
 from visionloop.params.text import has_conflict_marks, parse_yaml
 from visionloop.records import compute_digest
-from visionloop.settings import Settings, choose_tool_environment
+from visionloop.settings import PARAMS_FILE, PARENT_VARIABLE, Settings, choose_tool_environment
 
 CODE_FILE = "code.json"
 
@@ -67,28 +69,86 @@ def hash_weights_file(home: Path, params: Params) -> str:
     return digests[0] if len(digests) == 1 else compute_digest(digests) if digests else ""
 
 
-def compute_state(home: Path, params: Params, dataset_digest: str) -> dict[str, str]:
-    """Return what a decision depends on besides the champion: digests of dataset, params, code and weights."""
-    code, weights = compute_digest(compute_code_digests()), hash_weights_file(home, params)
-    return {"dataset": dataset_digest, "params": params.digest(), "code": code, "weights": weights}
+def compute_state(
+    home: Path, params: Params, dataset_digest: str, *, candidate_dir: Path | None = None
+) -> dict[str, str]:
+    """Return what a decision depends on besides the champion: digests of dataset, params, code and weights.
+
+    With `candidate_dir` the params are those that this candidate was made with, as its card says: params.yaml may have
+    been edited since.
+    """
+    code, weights, digest = compute_digest(compute_code_digests()), hash_weights_file(home, params), params.digest()
+    if candidate_dir:
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError, AttributeError
+        ):  # the gate says what is wrong with it
+            digest = params.digest(json.loads((candidate_dir / "card.json").read_bytes())["params"])
+    return {"dataset": dataset_digest, "params": digest, "code": code, "weights": weights}
 
 
-def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) -> StageResult:
+def read_inputs(home: Path, stage: str) -> dict[str, str]:
+    """Return digests of what a stage reads of a workspace, by what dvc.yaml names; folders of data are left out.
+
+    The names are `params.yaml train`, `code.json train`, `data/dataset.json`, and `train.weights` for its file. What is
+    missing or cannot be read has a digest too.
+    """
+    named = _load_yaml(home / "dvc.yaml").get("stages", {}).get(stage, {})
+    inputs: dict[str, str] = {}
+    for entry in named.get("params", []):
+        for name, keys in entry.items() if isinstance(entry, dict) else [(PARAMS_FILE, [entry])]:
+            values = _load_yaml(home / name)
+            inputs |= {f"{name} {key}": compute_digest(_find_value(values, str(key))) for key in keys or ["."]}
+    for path in (home / str(name) for name in named.get("deps", []) if not (home / str(name)).is_dir()):
+        with contextlib.suppress(OSError):
+            inputs[path.relative_to(home).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if f"{CODE_FILE} weights" in inputs:
+        with contextlib.suppress(VisionLoopError, OSError):
+            inputs["train.weights"] = hash_weights_file(home, load_params(home / PARAMS_FILE))
+    return inputs
+
+
+def check_inputs(home: Path, stage: str, before: Mapping[str, str]) -> None:
+    """Refuse the end of a stage that has read something else than what is there now: dvc would record that instead.
+
+    Raises:
+        PipelineError: what `read_inputs` returned before the stage has changed.
+    """
+    now = read_inputs(home, stage)
+    if changed := [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]:
+        files = sorted({name.partition(" ")[0] for name in changed})
+        what = [name.partition(" ")[2] for name in changed if " " in name]
+        raise PipelineError(
+            f"stage {stage}",
+            f"{shorten(files)} changed while it ran{f' ({shorten(what)})' if what else ''}",
+            "what it has read, at its end too",
+            f"Run the same command again: it takes what is there now. Put back what was there, and {stage} is kept.",
+        )
+
+
+def run_stage(
+    settings: Settings, stage: str, on_line: Callable[[str], None], *, parent_run: str | None = None
+) -> StageResult:
     """Run one stage by `dvc repro --single-item`, passing its output on line by line.
+
+    `parent_run` is the MLflow run of the retrain, which those of the stage are nested under.
 
     Raises:
         VisionLoopError: the stage's own error, as it was raised there.
         BusyError: dvc is held by another process.
-        PipelineError: dvc failed otherwise.
+        SettingsError: dvc is not installed.
+        PipelineError: dvc failed otherwise, or what the stage read has changed meanwhile; dvc.lock is then as before.
     """
+    require_installed("dvc")
     heal(settings)
+    before, started = read_inputs(settings.home, stage), time.time()
+    recorded = _read_lock(settings)
     error_path = settings.hidden_dir / "error.json"
     error_path.unlink(missing_ok=True)
     lines: list[str] = []
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--single-item", stage],
         cwd=settings.home,
-        env=make_stage_environment(settings.home, os.environ),
+        env={**make_stage_environment(settings.home, os.environ), PARENT_VARIABLE: parent_run or ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -104,8 +164,15 @@ def run_stage(settings: Settings, stage: str, on_line: Callable[[str], None]) ->
             raise _read_error(error_path, stage, lines)
     finally:
         stop_process(process)
+    status = _read_status("\n".join(lines))
+    if status == "ran":
+        try:
+            check_inputs(settings.home, stage, before)
+        except PipelineError:
+            _unrecord(settings, recorded, started)
+            raise
     _snapshot(settings)
-    return StageResult(stage, _read_status("\n".join(lines)))
+    return StageResult(stage, status)
 
 
 def is_up_to_date(home: Path, stage: str) -> bool | None:
@@ -155,9 +222,10 @@ def heal(settings: Settings) -> None:
 
 
 def init_dvc(home: Path) -> None:
-    """Make the folder a dvc repository, if it is none. Raises PipelineError."""
+    """Make the folder a dvc repository, if it is none. Raises PipelineError, SettingsError."""
     if (home / ".dvc" / "config").is_file():
         return
+    require_installed("dvc")
     # Without git, or where git refuses the folder ("dubious ownership"), dvc works alone; it knows no subdir then.
     option = "--no-scm" if not _in_git(home) else "" if (home / ".git").exists() else "--subdir"
     command = [sys.executable, "-m", "dvc", "init", "-q", *([option] if option else [])]
@@ -190,6 +258,25 @@ def _read_status(text: str) -> str:
     return "restored" if "is cached" in text else "skipped"
 
 
+def _read_lock(settings: Settings) -> bytes | None:
+    with contextlib.suppress(OSError):
+        return (settings.home / "dvc.lock").read_bytes()
+    return None
+
+
+def _unrecord(settings: Settings, recorded: bytes | None, since: float) -> None:
+    """Take back what dvc has recorded of a stage since a time: in dvc.lock, and in its cache of runs."""
+    lock = settings.home / "dvc.lock"
+    lock.unlink(missing_ok=True)
+    if recorded is not None:
+        lock.write_bytes(recorded)
+    for path in (settings.home / ".dvc" / "cache" / "runs").glob("*/*/*"):
+        if path.stat().st_mtime >= since - 1:  # file systems keep coarser times than clocks
+            path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # dvc fails on a key without a value
+
+
 def _snapshot(settings: Settings) -> None:
     lock = settings.home / "dvc.lock"
     if lock.is_file() and _is_lock(lock):
@@ -197,6 +284,21 @@ def _snapshot(settings: Settings) -> None:
         staged = settings.hidden_dir / "dvc.lock.staged"
         shutil.copyfile(lock, staged)
         staged.replace(settings.hidden_dir / "dvc.lock")
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    """Return a mapping, of YAML or JSON; a file that is missing or cannot be read is an empty one."""
+    with contextlib.suppress(OSError, ValueError):
+        value = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _find_value(value: Any, key: str) -> Any:
+    """Return what stands under a key as dvc.yaml writes it, `train` or `train.seed`; None if nothing does."""
+    for part in key.split(".") if key != "." else ():
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _is_json(path: Path) -> bool:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from visionloop.data.contact_sheet import Panel, draw_prediction_sheet
+from visionloop.data.inputs import load_input
 from visionloop.errors import DiskError, ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import list_images
 from visionloop.ingest.paths.names import escape_name
@@ -27,6 +29,7 @@ CHUNK_IMAGES = 512
 # How a table is written, by the suffix of its name; `kaggle` is asked for by name.
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 KAGGLE = "kaggle"
+SHEET_IMAGES, SHEET_BARS = 24, 10
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,12 @@ class Table:
     form: str
 
     @classmethod
-    def plan(cls, out: Path, form: str | None) -> "Table":
-        """Choose the form by the name, or check the one that is asked for. Raises SourceError."""
+    def plan(cls, out: Path | None, form: str | None) -> "Table | None":
+        """Choose the form by the name, or check the one that is asked for; None without a name. Raises SourceError."""
+        if out is None:
+            if form:
+                raise SourceError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
+            return None
         by_suffix = SUFFIXES.get(out.suffix.lower())
         if by_suffix is None:
             raise SourceError("--out", f"got {out.name!r}", f"a file that ends in {', '.join(SUFFIXES)}")
@@ -195,6 +202,34 @@ def _compute_key(predictor: Predictor, files: Sequence[Path]) -> str:
     return compute_digest([predictor.digest, facts])
 
 
+def draw_sheet(predictor: Predictor, files: Sequence[Path], *, most: int = SHEET_IMAGES) -> bytes:
+    """Draw some of the images, evenly spaced, with their answers and the likeliest classes as bars, as PNG.
+
+    Where an image's folder is named as a class, that is taken for the truth: the title is then green or red.
+    """
+    places = dict.fromkeys(round(i * (len(files) - 1) / max(1, most - 1)) for i in range(min(most, len(files))))
+    chosen = [files[place] for place in places]
+    panels = []
+    for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
+        if not isinstance(answer, ImageError):
+            panels.append(_make_panel(predictor, path, answer))
+    return draw_prediction_sheet(panels, f"{len(panels)} of {len(files):,} images, bundle {predictor.digest[:12]}")
+
+
+def _make_panel(predictor: Predictor, path: Path, answer: Prediction) -> Panel:
+    card, truth = predictor.card, path.parent.name
+    ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:SHEET_BARS]
+    known = truth if truth in card.classes else ""
+    said = answer.labels if answer.labels is not None else (answer.prediction,)
+    return Panel(
+        image=load_input(path, str(path), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels),
+        title=f"{' '.join(said) or 'no label'} {answer.confidence:.0%}" + (f" ({known})" if known else ""),
+        bars=ranked,
+        is_right=said == (known,) if known else None,
+        truth=frozenset({known}),
+    )
+
+
 def make_id(path: str) -> str:
     """Return the id of an image in a competition: its name without folder and suffix."""
     return Path(path).stem
@@ -222,15 +257,15 @@ def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: P
 
 def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     classes = predictor.card.classes
-    header = ["path", "prediction", "confidence", "error", *(f"p_{c}" for c in classes)]
+    header = ["path", "prediction", "confidence", "abstained", "error", *(f"p_{c}" for c in classes)]
     _write_rows(file, header, (_make_row(a, classes) for a in answers))
 
 
 def _make_row(a: FilePrediction, classes: Sequence[str]) -> list[Any]:
     p = a.prediction
     if p is None:
-        return [a.path, "", "", a.error, *[""] * len(classes)]
-    return [a.path, p.prediction, p.confidence, "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
+        return [a.path, "", "", "", a.error, *[""] * len(classes)]
+    return [a.path, p.prediction, p.confidence, p.abstained or "", "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
 
 
 def _write_kaggle(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
@@ -258,7 +293,8 @@ def _write_parquet(answers: Iterable[FilePrediction], file: BinaryIO, predictor:
 
     classes = predictor.card.classes
     several = predictor.card.task == "multilabel"
-    fields = [("path", pa.string()), ("prediction", pa.string()), ("confidence", pa.float64()), ("error", pa.string())]
+    fields = [("path", pa.string()), ("prediction", pa.string()), ("confidence", pa.float64())]
+    fields += [("abstained", pa.string()), ("error", pa.string())]
     fields += [("labels", pa.list_(pa.string()))] if several else []
     fields += [("bundle", pa.string()), *((f"p_{c}", pa.float32()) for c in classes)]
     schema = pa.schema(fields)
@@ -266,7 +302,12 @@ def _write_parquet(answers: Iterable[FilePrediction], file: BinaryIO, predictor:
     def make_row(a: FilePrediction) -> dict[str, Any]:
         row: dict[str, Any] = {"path": a.path, "error": a.error, "bundle": predictor.digest}
         if p := a.prediction:
-            row |= {"prediction": p.prediction, "confidence": p.confidence, "labels": p.labels}
+            row |= {
+                "prediction": p.prediction,
+                "confidence": p.confidence,
+                "labels": p.labels,
+                "abstained": p.abstained,
+            }
             row |= {f"p_{c}": p.probabilities[c] for c in classes}
         return row
 

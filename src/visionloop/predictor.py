@@ -5,17 +5,29 @@ Dimensions: n images, h height, w width, k classes, d embedding size.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle, check_onnx, download_bundle, load_bundle
+from visionloop.confidence import (
+    check_abstain,
+    compute_distances,
+    compute_probs,
+    describe_doubt,
+    find_abstained,
+    get_limit,
+    is_number,
+    pick_reference,
+)
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.inputs import ImageInput, load_input
 from visionloop.errors import BundleError, ImageError, ParamsError, shorten
@@ -23,7 +35,8 @@ from visionloop.parallel import map_parallel
 from visionloop.records import LABEL_SEPARATOR, Card, Prediction
 from visionloop.store import ObjectStore
 
-GOLDEN_TOLERANCE = 2e-2
+GOLDEN_TOLERANCE = 2e-2  # of a logit, relative to the largest one
+CLOSE_PROBABILITY = 0.01
 BATCH_IMAGES, BATCH_BYTES = 64, 32 * 1024 * 1024
 # Images and pixels that an `Embedder` runs at a time: enough for all cores, and little memory.
 MAX_SLICE, SLICE_PIXELS = 128, 16 * 224 * 224
@@ -36,22 +49,45 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The output of the network for n images: logits and probabilities (n, k), embeddings (n, d)."""
+    """The output of the network for n images: logits and probabilities (n, k), embeddings (n, d).
+
+    `distance_n` is how far each is from the validation images, where the card has a rule for it. `abstained_n` says for
+    which the model does not know.
+    """
 
     logits_nk: FloatArray
     probs_nk: FloatArray
     embedding_nd: FloatArray
+    abstained_n: NDArray[np.bool_]
+    distance_n: FloatArray | None = None
+
+
+def join_outputs(parts: Sequence[Outputs]) -> Outputs:
+    """Put the outputs of several batches, one or more, one after the other."""
+    distances = [p.distance_n for p in parts if p.distance_n is not None]
+    return Outputs(
+        np.concatenate([p.logits_nk for p in parts]),
+        np.concatenate([p.probs_nk for p in parts]),
+        np.concatenate([p.embedding_nd for p in parts]),
+        np.concatenate([p.abstained_n for p in parts]),
+        np.concatenate(distances) if distances else None,
+    )
 
 
 class Predictor:
     """One loaded model. Thread-safe. Create it after a fork, not before."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, runtime: str = "onnxruntime") -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
         where = f"bundle {bundle.digest[:12]}"
         check_card(bundle.card, where)
-        self._session = _open_session((bundle.folder / "model.onnx").read_bytes(), where, threads)
+        model_bytes = (bundle.folder / "model.onnx").read_bytes()
+        if runtime == "openvino":
+            self._session: Any = _open_openvino(model_bytes, where, "fp32", threads)
+        else:
+            self._session = _open_session(model_bytes, where, threads)
         self.bundle = bundle
+        self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 0, expected_digest: str | None = None) -> "Predictor":
@@ -92,8 +128,12 @@ class Predictor:
     def run(self, images_nhwc: UInt8Array) -> Outputs:
         """Run the network on n decoded images."""
         logits_nk, embedding_nd = self._session.run(["logits", "embedding"], {"images": images_nhwc})
-        squash = sigmoid if self.card.task == "multilabel" else softmax
-        return Outputs(logits_nk, squash(logits_nk / self.card.temperature), embedding_nd)
+        probs_nk, distance_n = compute_probs(logits_nk, self.card), None
+        if self._reference_rd is not None:
+            neighbours = int((self.card.abstain or {})["neighbours"])
+            distance_n = compute_distances(embedding_nd, self._reference_rd, neighbours)
+        abstained_n = find_abstained(compute_confidence(probs_nk, self.choose(probs_nk)), distance_n, self.card)
+        return Outputs(logits_nk, probs_nk, embedding_nd, abstained_n, distance_n)
 
     def run_batches(self, images_nhwc: UInt8Array, *, batch_size: int | None = None) -> Outputs:
         """Run the network on any number of images, in batches. The larger the images, the smaller the batch."""
@@ -101,12 +141,8 @@ class Predictor:
         parts = [self.run(images_nhwc[i : i + batch_size]) for i in range(0, len(images_nhwc), batch_size)]
         if not parts:
             empty = np.zeros((0, len(self.card.classes)), np.float32)
-            return Outputs(empty, empty, np.zeros((0, 0), np.float32))
-        return Outputs(
-            np.concatenate([p.logits_nk for p in parts]),
-            np.concatenate([p.probs_nk for p in parts]),
-            np.concatenate([p.embedding_nd for p in parts]),
-        )
+            return Outputs(empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, bool))
+        return join_outputs(parts)
 
     def choose(self, probs_nk: NDArray[np.floating]) -> Choices:
         """Return the answers for n images: a class each (n,), or for multilabel which of the classes (n, k)."""
@@ -118,14 +154,18 @@ class Predictor:
         confidence_n = compute_confidence(outputs.probs_nk, chosen)
         names = name_choices(chosen, classes)
         several = chosen.ndim == 2
+        distance_n = outputs.distance_n if outputs.distance_n is not None else [None] * len(names)
         return [
             Prediction(
                 prediction=LABEL_SEPARATOR.join(labels),
                 probabilities={c: float(p) for c, p in zip(classes, probs_k, strict=True)},
                 confidence=float(confidence),
                 labels=labels if several else None,
+                abstained=describe_doubt(float(confidence), distance, self.card) if abstained else None,
             )
-            for labels, probs_k, confidence in zip(names, outputs.probs_nk, confidence_n, strict=True)
+            for labels, probs_k, confidence, abstained, distance in zip(
+                names, outputs.probs_nk, confidence_n, outputs.abstained_n, distance_n, strict=True
+            )
         ]
 
     def predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
@@ -163,16 +203,27 @@ class Predictor:
     def check_golden(self) -> float:
         """Answer the golden images again and compare. Return the largest difference of a logit.
 
+        It is relative to the largest golden logit, if that is above 1. An answer may change only where two are as good
+        as equal: where its probabilities stay within CLOSE_PROBABILITY.
+
         Raises:
             BundleError: it is above the tolerance, so this machine would give other answers than those judged.
         """
+        golden_nk = self.bundle.golden_logits()
         logits_nk = self.run_batches(self.decode_golden(self.bundle.golden_images())).logits_nk
-        difference = float(np.abs(logits_nk - self.bundle.golden_logits()).max())
-        if not difference <= GOLDEN_TOLERANCE:
+        scale = max(1.0, float(np.abs(golden_nk).max()))
+        difference = float(np.abs(logits_nk - golden_nk).max()) / scale
+        found = f"golden answers differ by {difference:.3g}"
+        probs = [compute_probs(each_nk, self.card) for each_nk in (logits_nk, golden_nk)]
+        same = np.equal(*(self.choose(probs_nk) for probs_nk in probs)).reshape(len(golden_nk), -1).all(axis=1)
+        changed = int((~same & (np.abs(probs[0] - probs[1]).max(axis=1) > CLOSE_PROBABILITY)).sum())
+        if changed:
+            found = f"{found}, and {changed} of {len(golden_nk)} are other ones"
+        if changed or not difference <= GOLDEN_TOLERANCE:
             raise BundleError(
                 f"bundle {self.digest[:12]}",
-                f"golden answers differ by {difference:.3g}",
-                f"at most {GOLDEN_TOLERANCE}",
+                found,
+                f"at most {GOLDEN_TOLERANCE} of the largest logit, and the same answers",
                 "Do not serve it here: check the versions of onnxruntime and Pillow.",
             )
         return difference
@@ -196,24 +247,20 @@ def check_card(card: Card, where: str) -> None:
     if card.thresholds is not None and set(card.thresholds) != set(card.classes):
         found = f"has thresholds for {shorten([*map(str, card.thresholds)]) or 'nothing'}"
         raise BundleError(where, found, f"one for each of {shorten(card.classes)}", todo)
+    if not is_number(card.temperature) or card.temperature <= 0:
+        raise BundleError(where, f"has the temperature {card.temperature!r}", "a number above 0", todo)
+    if card.biases is not None and (
+        set(card.biases) != set(card.classes) or not all(map(is_number, card.biases.values()))
+    ):
+        found = f"has biases for {shorten([*map(str, card.biases)]) or 'nothing'}"
+        raise BundleError(where, found, f"a number for each of {shorten(card.classes)}", todo)
+    if card.abstain is not None:
+        check_abstain(card.abstain, where, todo)
 
 
 def choose_batch_size(size_hw: Sequence[int]) -> int:
     """Return how many images go through a network at once: fewer of large images, for the same memory."""
     return max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, size_hw[0] * size_hw[1] * 3)))
-
-
-def softmax(logits_nk: FloatArray) -> FloatArray:
-    """Softmax over the last axis, in float64 inside."""
-    shifted = logits_nk.astype(np.float64) - logits_nk.max(axis=-1, keepdims=True)
-    exp = np.exp(shifted)
-    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), dtype=np.float32)
-
-
-def sigmoid(logits_nk: FloatArray) -> FloatArray:
-    """Return 1 / (1 + exp(-z)) of each logit, in float64 inside. The exponent is never positive: no overflow."""
-    small = np.exp(-np.abs(logits_nk.astype(np.float64)))
-    return np.where(logits_nk >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
 
 
 def choose_classes(probs_nk: NDArray[np.floating], card: Card) -> Choices:
@@ -233,6 +280,20 @@ def compute_confidence(probs_nk: NDArray[np.floating], chosen: Choices) -> NDArr
     return probs_nk[np.arange(len(chosen)), chosen]
 
 
+def _load_reference(bundle: Bundle, where: str) -> FloatArray:
+    """Read the embeddings that distances are taken to. Raises BundleError."""
+    wanted = int((bundle.card.abstain or {})["neighbours"])
+    try:
+        with np.load(bundle.folder / "reference.npz", allow_pickle=False) as arrays:
+            embedding_nd = arrays["embedding_nd"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise BundleError(where, "reference.npz is damaged", "embeddings", "Train again.") from exc
+    if embedding_nd.ndim != 2 or len(embedding_nd) < wanted or not np.isfinite(embedding_nd).all():
+        found = f"reference.npz has embeddings of shape {embedding_nd.shape}"
+        raise BundleError(where, found, f"{wanted} or more finite ones", "Train again.")
+    return pick_reference(embedding_nd)
+
+
 def name_choices(chosen: Choices, classes: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the names of what was chosen for each image: one, or for multilabel any number."""
     if chosen.ndim == 1:
@@ -247,16 +308,16 @@ class Embedder:
         """Load a model with the output `embedding`; `threads` 0 means all cores. Raises BundleError, ParamsError."""
         model_bytes = model.read_bytes()
         if runtime == "openvino":
-            self._run = _open_openvino(model_bytes, model.name, precision, threads)
-            return
-        session = _open_session(model_bytes, model.name, threads)
-        self._run = lambda images: session.run(["embedding"], {"images": images})[0]
+            self._session: Any = _open_openvino(model_bytes, model.name, precision, threads)
+        else:
+            self._session = _open_session(model_bytes, model.name, threads)
 
     def embed(self, images_nhwc: UInt8Array) -> FloatArray:
         """Map any number of images (n, h, w, 3) to embeddings (n, d), in slices of limited memory."""
         height, width = images_nhwc.shape[1:3]
         step = max(1, min(MAX_SLICE, SLICE_PIXELS // (height * width)))
-        parts = [self._run(images_nhwc[i : i + step]) for i in range(0, len(images_nhwc), step)]
+        slices = [images_nhwc[i : i + step] for i in range(0, len(images_nhwc), step)]
+        parts = [self._session.run(["embedding"], {"images": images})[0] for images in slices]
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
@@ -281,8 +342,21 @@ def has_openvino() -> bool:
     return find_spec("openvino") is not None
 
 
-def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int) -> Callable[[UInt8Array], FloatArray]:
-    """Open a checked model in OpenVINO, and return what runs it. Raises BundleError, ParamsError."""
+class _OpenVinoSession:
+    """A model in OpenVINO, with the one method of ONNX Runtime's session that is used here. Thread-safe by a lock."""
+
+    def __init__(self, request: Any) -> None:
+        self._request, self._lock = request, Lock()
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, UInt8Array]) -> list[FloatArray]:
+        """Return the outputs of these names."""
+        with self._lock:
+            self._request.infer(inputs)
+            return [np.array(self._request.get_tensor(name).data, np.float32) for name in names]
+
+
+def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int) -> _OpenVinoSession:
+    """Open a checked model in OpenVINO. Raises BundleError, ParamsError."""
     check_onnx(model_bytes, where)
     try:
         # The import of openvino reports to Google Analytics through this package. Without it, it uses its own stub.
@@ -308,9 +382,4 @@ def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int)
         request = core.compile_model(core.read_model(model_bytes), "CPU", options).create_infer_request()
     except Exception as exc:  # openvino raises RuntimeError and classes of its own, from C++
         raise BundleError(where, f"does not load in OpenVINO ({exc})"[:300]) from exc
-
-    def run(images_nhwc: UInt8Array) -> FloatArray:
-        request.infer({"images": images_nhwc})
-        return np.array(request.get_tensor("embedding").data, np.float32)
-
-    return run
+    return _OpenVinoSession(request)

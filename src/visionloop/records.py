@@ -5,6 +5,7 @@ Dimensions in names: n images, k classes, d embedding size.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -12,6 +13,9 @@ from typing import Any, Self
 SIDES = ("train", "val", "test", "excluded")
 MAX_PIXELS = 50_000_000  # of an image, where `ingest.max_pixels` says nothing else
 LABEL_SEPARATOR = "|"  # between several labels of an image, where they are one text
+CARD_SCHEMA = (
+    2  # of `Card`; a higher one is refused: this code would pass over what it adds. 2: biases, abstain, tuning
+)
 
 
 def canonical_json(value: object) -> bytes:
@@ -22,6 +26,12 @@ def canonical_json(value: object) -> bytes:
 def compute_digest(value: object) -> str:
     """Return the sha256 (hex) of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def make_natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return what names are sorted by, as people count: `2` before `10`, and `class 2` before `class 10`."""
+    parts = [(part.isdecimal(), part.lstrip("0") if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]
+    return [(int(not number), len(text) if number else 0, text) for number, text in parts if text or number]
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,10 @@ class Card(Record):
     `thresholds` are, by class, the probabilities from which a multilabel model gives that label; None otherwise.
     `dataset` holds name, version, digest. `parity` is the largest |torch - ONNX| logit difference at export.
     `max_pixels` is the limit on an image: that of the ingest.
+
+    Logits become probabilities as logits / `temperature` + `biases` (by class; None: none). `abstain` says when the
+    model does not know: below which `confidence`, beyond which `distance` to the `neighbours`-th nearest validation
+    image; either may be None. `tuning` says what all this was fitted on and what it brought; None: nothing was tried.
     """
 
     name: str
@@ -139,18 +153,21 @@ class Card(Record):
     params: dict[str, Any]
     network: dict[str, Any]
     parity: float
-    schema: int = 1
+    schema: int = CARD_SCHEMA
     thresholds: dict[str, float] | None = None
     max_pixels: int = MAX_PIXELS
+    biases: dict[str, float] | None = None
+    abstain: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Interval(Record):
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval. The bounds are None where there are too few images to tell, and for ece."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -161,12 +178,15 @@ class Prediction(Record):
     these names joined by `|`. `confidence` is the probability of the whole answer if labels are independent: the
     product over all classes of p for a given label and 1 - p for one not given. For other tasks `labels` is None, and
     not in the JSON.
+
+    `abstained` says in words why the model does not know; `prediction` is then its best guess. None: it answers.
     """
 
     prediction: str
     probabilities: dict[str, float]
     confidence: float
     labels: tuple[str, ...] | None = None
+    abstained: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
@@ -177,20 +197,37 @@ class Prediction(Record):
 
 @dataclass(frozen=True)
 class RuleResult(Record):
-    """The result of one rule of the gate. `passed` is None if the data are not enough to decide (inconclusive)."""
+    """The result of one rule of the gate. `passed` is None if it cannot be told, or if a person has to say.
+
+    `value` with its bounds `low` and `high` is held against `line`; None where the rule has no such number. With the
+    mode `dry_run` a rule is shown, but decides nothing.
+    """
 
     rule: str
     passed: bool | None
     found: str
     expected: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    line: float | None = None
+    mode: str = "on"
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the candidate does not pass because of this rule."""
+        return self.mode == "on" and not self.passed
 
 
 @dataclass(frozen=True)
 class Decision(Record):
     """What the gate decided, for which models, by which rules. Every decision is stored, also a refusal.
 
-    `verdict` is passed, refused or inconclusive. `state` holds the digests that "nothing changed" compares:
-    dataset, params, code, weights. `champion` is None when there was none.
+    `verdict` is passed, refused, inconclusive or waiting (for a person to approve). `state` holds the digests that
+    "nothing changed" compares: dataset, params, code, weights. `champion` is None when there was none. `entry` is the
+    number of the ledger entry that it was compared with: 0 when there was none, None in decisions from before it was
+    noted. `num_keys` counts the groups of test images (one image is a group too). `looks`: it was the so-many-th
+    candidate against this entry.
     """
 
     name: str
@@ -201,12 +238,20 @@ class Decision(Record):
     test_digest: str
     num_test: int
     rules: tuple[RuleResult, ...]
-    metrics: dict[str, dict[str, float]]
-    champion_metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
+    champion_metrics: dict[str, dict[str, float | None]]
     state: dict[str, str]
     dataset: dict[str, Any]
     run_id: str | None
     decided_at: str
+    entry: int | None = None
+    num_keys: int | None = None
+    looks: int = 0
+
+    @property
+    def is_same_model(self) -> bool:
+        """Say whether the candidate was the champion itself, so that there was nothing to compare."""
+        return self.candidate == self.champion and self.verdict == "inconclusive"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

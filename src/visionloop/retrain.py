@@ -4,28 +4,42 @@
 Each step takes the workspace's folder and returns a JSON value.
 """
 
+import contextlib
+import importlib.util
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
+from visionloop.bundle import load_run_note
+from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.promotion.ledger import latest_decision, read_champion
-from visionloop.records import Decision
+from visionloop.errors import VisionLoopError
+from visionloop.promotion.ledger import (
+    describe_rollback,
+    find_rolled_back,
+    is_bound,
+    latest_decision,
+    read_champion,
+    read_history,
+)
+from visionloop.promotion.restore import require_whole
+from visionloop.records import Decision, LedgerEntry, Pin, compute_digest
+from visionloop.runs import read_marks
+from visionloop.tracking import KIND_TAG, PARENT_TAG, RETRAIN_TAG
+from visionloop.tracking_pages import make_used_dataset
 from visionloop.words import (
     Summary,
     describe_champion,
     describe_decision,
     describe_mlflow,
-    describe_outcome,
     describe_pull,
     describe_registered,
-    describe_unchanged,
     make_log_progress,
     shorten_path,
 )
@@ -69,11 +83,19 @@ def bring_up_to_date(
     dataset = step("ingest", "new images into the store", lambda: ingest(home, tell))
     unchanged = find_unchanged(workspace, dataset)
     if unchanged:
+        rollback = _find_rollback(workspace, unchanged)
         tell(describe_unchanged(unchanged))
+        if rollback:
+            tell(f"bundle {unchanged.candidate[:12]} was {describe_rollback(rollback)}; it stays down")
         return _summarise(workspace, unchanged, "unchanged", seconds)
-    for stage in stages:
-        step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more))
+    with _as_one_run(workspace, dataset) as parent:
+        for stage in stages:
+            step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more, parent))
     decision = Decision.from_json(step("gate", "candidate against champion", lambda: gate(home, tell)))
+    _note_verdict(workspace, parent, decision)
+    if decision.is_same_model:
+        require_whole(workspace.store, decision.candidate)
+        return _summarise(workspace, decision, "same", seconds)
     if decision.verdict != "passed":
         return _summarise(workspace, decision, decision.verdict, seconds)
     step("register", "bundle to the store and to MLflow", lambda: register(home, tell))
@@ -92,6 +114,7 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
     sources = workspace.params.ingest.sources
     if not sources:
         pin = load_pin(workspace.settings.pin_path, workspace.name)
+        check_store(workspace)
         load_records(workspace.store, pin)
         tell(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
@@ -108,8 +131,10 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
     return report.pin.to_json()
 
 
-def run_stage(home: str, stage: str, tell: Tell, tell_more: Tell = lambda line: None) -> str:
-    """Run one dvc stage; return ran, skipped or restored."""
+def run_stage(
+    home: str, stage: str, tell: Tell, tell_more: Tell = lambda line: None, parent_run: str | None = None
+) -> str:
+    """Run one dvc stage, its runs in MLflow nested under `parent_run`; return ran, skipped or restored."""
     workspace = open_workspace(Path(home))
 
     def on_line(line: str) -> None:
@@ -118,7 +143,7 @@ def run_stage(home: str, stage: str, tell: Tell, tell_more: Tell = lambda line: 
         else:
             tell_more(line)
 
-    result = pipeline.run_stage(workspace.settings, stage, on_line)
+    result = pipeline.run_stage(workspace.settings, stage, on_line, parent_run=parent_run)
     if result.status != "ran":
         words = {"skipped": "nothing it depends on changed", "restored": "made before, restored from dvc's cache"}
         tell(f"  {words[result.status]}")
@@ -131,7 +156,8 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
     workspace = open_workspace(Path(home))
     settings = workspace.settings
-    state = pipeline.compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
+    pin = load_pin(settings.pin_path, workspace.name)
+    state = pipeline.compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     decision = run_gate(workspace, state=state, now=get_now())
     for line in describe_decision(decision):
         tell(f"  {line}")
@@ -139,10 +165,16 @@ def gate(home: str, tell: Tell) -> dict[str, Any]:
 
 
 def register(home: str, tell: Tell) -> str:
-    """Copy the bundle to the store and mirror it in MLflow; return the model version."""
+    """Try the candidate in the real server, copy it to the store and mirror it in MLflow; return the model version."""
     from visionloop.promotion.promote import register as run_register
+    from visionloop.serving.check import check_serving
 
     workspace = open_workspace(Path(home))
+    if importlib.util.find_spec("fastapi"):
+        number = check_serving(workspace, str(workspace.settings.candidate_dir))
+        tell(f"  the server, tried on a port of its own, answers {number} golden images as the bundle does")
+    else:
+        tell("  the server was not tried: it is not installed here (`pip install 'visionloop[serve]'`)")
     version = run_register(workspace)
     tell(f"  {describe_registered(workspace.name, version)}")
     return version
@@ -159,14 +191,94 @@ def promote(home: str, why: str, tell: Tell) -> dict[str, Any]:
 
 
 def find_unchanged(workspace: Workspace, dataset: dict[str, Any]) -> Decision | None:
-    """Return the last decision if dataset, params, code and champion are still those that it left behind."""
+    """Return the last decision if dataset, params, code and champion are still those that it left behind.
+
+    A model that passed and was rolled back from since is still what this state leads to: it stays down.
+
+    Raises:
+        BundleError: nothing changed, but the champion's bundle is damaged in the store.
+    """
     decision = latest_decision(workspace.store, workspace.name)
-    champion = read_champion(workspace.store, workspace.name)
     state = pipeline.compute_state(workspace.settings.home, workspace.params, dataset["digest"])
     if decision is None or decision.state != state:
         return None
-    left = decision.candidate if decision.verdict == "passed" else decision.champion
-    return decision if left == (champion.bundle if champion else None) else None
+    champion = read_champion(workspace.store, workspace.name)
+    if decision.verdict == "passed":
+        is_champion = champion is not None and decision.candidate == champion.bundle
+        stands = is_champion or _find_rollback(workspace, decision) is not None
+    else:
+        stands = is_bound(decision, champion)
+    if stands and champion:
+        require_whole(workspace.store, champion.bundle)
+    return decision if stands else None
+
+
+def _find_rollback(workspace: Workspace, decision: Decision) -> LedgerEntry | None:
+    """Return the rollback from a decision's candidate, if it still holds."""
+    return find_rolled_back(read_history(workspace.store, workspace.name), decision.candidate)
+
+
+def describe_outcome(outcome: str, decision: Decision) -> str:
+    """Tell in one line what came of a retrain."""
+    return {
+        "promoted": f"{decision.name} has a new champion",
+        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
+        "same": f"the candidate is the champion of {decision.name} itself; nothing moved",
+        "refused": "the candidate was refused at the gate; nothing moved",
+        "inconclusive": "the gate cannot tell whether the candidate is good enough; nothing moved",
+        "waiting": f"decision {decision.number} waits for `visionloop approve`; nothing moved",
+    }[outcome]
+
+
+def describe_unchanged(decision: Decision) -> str:
+    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
+    is_good = decision.verdict == "passed" or decision.is_same_model
+    stands = "" if is_good else f"; decision {decision.number} stands: {decision.verdict}"
+    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
+
+
+@contextlib.contextmanager
+def _as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | None]:
+    """Hold the MLflow run that those of this retrain are nested under; yield its id, None while MLflow is away.
+
+    A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
+    """
+    tracking, pin = workspace.tracking, Pin.from_json(dataset)
+    key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
+    tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
+    run_id, status = None, "FAILED"
+    with contextlib.suppress(VisionLoopError):
+        known = tracking.find_tagged_run(RETRAIN_TAG, key)
+        run_id = tracking.open_run(f"retrain-dataset{pin.version}", run_id=known, tags=tags, params={})
+        tracking.log_dataset(run_id, make_used_dataset(pin, workspace.store.url), "training")
+    try:
+        yield run_id
+        status = "FINISHED"
+    finally:
+        if run_id:
+            with contextlib.suppress(VisionLoopError):
+                _show_training(workspace, run_id)
+                tracking.close_run(run_id, status)
+
+
+def _show_training(workspace: Workspace, parent: str) -> None:
+    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
+    tracking, candidate = workspace.tracking, read_marks(workspace).candidate
+    note = load_run_note(workspace.settings.runs_dir, candidate) if candidate else None
+    if note is None:
+        return
+    run = tracking.load_run(note.run_id)
+    tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
+    if PARENT_TAG not in run.tags:  # it was finished before
+        tracking.set_tags(run.run_id, {PARENT_TAG: parent})
+
+
+def _note_verdict(workspace: Workspace, parent: str | None, decision: Decision) -> None:
+    """Tag the run of the retrain with what the gate said, as that of the training is."""
+    if parent:
+        with contextlib.suppress(VisionLoopError):
+            tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
+            workspace.tracking.set_tags(parent, tags)
 
 
 def _summarise(
@@ -178,14 +290,14 @@ def _summarise(
 ) -> Summary:
     """Put together what is told at the end."""
     champion = read_champion(workspace.store, workspace.name)
-    is_old_news = outcome == "unchanged" and decision.verdict == "passed"
+    is_old_news = outcome == "unchanged" and (decision.verdict == "passed" or decision.is_same_model)
     return Summary(
         name=workspace.name,
         outcome=outcome,
         headline=describe_outcome(outcome, decision),
         dataset=decision.dataset,
         metrics=decision.metrics,
-        verdict=decision.verdict,
+        verdict="same" if decision.is_same_model else decision.verdict,
         rules=[] if is_old_news else [rule.to_json() for rule in decision.rules],
         model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},
         answers=answers or [],
@@ -197,7 +309,7 @@ def _summarise(
 def _list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str, str]:
     """Return the commands to look further, as they can be pasted into this shell."""
     settings, here = workspace.settings, Path.cwd()
-    report = settings.reports_dir / "report.html"
+    report = settings.decisions_dir / "latest.html"
     look = describe_mlflow(settings.tracking_uri, settings.home, here, find_command("mlflow"))
     commands = {"compare runs": look}
     if report.is_file():

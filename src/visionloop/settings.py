@@ -12,6 +12,7 @@ from pathlib import Path
 from visionloop.errors import SettingsError
 
 PARAMS_FILE = "params.yaml"
+PARENT_VARIABLE = "VISIONLOOP_PARENT_RUN"  # a retrain tells its stages
 TOOLS_VARIABLE = "VISIONLOOP_TOOLS"  # the workspace in which the variables of `tool_environment` keep the tools
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -24,6 +25,7 @@ QUIET_TOOLS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -44,6 +46,7 @@ class Settings:
     tracking_uri: str
     artifact_root: str
     checkpoints: str = "auto"  # of a training in the store too: store, local, or auto (where the store is remote)
+    parent_run: str | None = None  # the MLflow run of the retrain that a stage works for
     loader_workers: int | None = None  # processes that read training batches, for each rank; 0: a thread, None: chosen
 
     @property
@@ -132,6 +135,7 @@ def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings
         tracking_uri=_place_database(base, env.get("MLFLOW_TRACKING_URI") or "sqlite:///.visionloop/mlflow/mlflow.db"),
         artifact_root=(hidden / "mlflow" / "artifacts").as_uri(),
         checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
+        parent_run=env.get(PARENT_VARIABLE) or None,
         loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
     )
 

@@ -4,9 +4,7 @@ The only home of mlflow, which is imported when it is first used (3 s).
 """
 
 import contextlib
-import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,16 @@ from typing import Any, Protocol
 from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
 from visionloop.secrets import mask
 from visionloop.tracking_file import find_broken_file, follow_workspace
+from visionloop.tracking_pages import (
+    UsedDataset,
+    describe_for,
+    describe_restored,
+    load_card,
+    log_model,
+    make_dataset_input,
+    make_source_tags,
+    own_process,
+)
 
 CALL_ERRORS = (TrackingError, DiskError)  # what any call to MLflow may raise
 CHAMPION_ALIAS = "champion"
@@ -24,9 +32,10 @@ DIGEST_TAG = "visionloop.bundle"
 MAX_PARAM_CHARS = 500
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG = "visionloop.kind"  # none: a training; else what else was run: tune, trial, lr-find
+RETRAIN_TAG = "visionloop.retrain"  # of a run that holds those of a retrain: the digest of what it started from
 PAGE = 200
 SQLITE = "sqlite:///"
-PROCESS_WIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's own functions leave in the environment
+RESTORED_TAG = "visionloop.restored"
 Curve = list[tuple[int, float]]
 
 
@@ -46,7 +55,7 @@ class Run:
     @property
     def kind(self) -> str:
         """What was run: train, tune, trial or another word."""
-        restored = "restored" if self.tags.get("visionloop.restored") else "train"
+        restored = "restored" if self.tags.get(RESTORED_TAG) else "train"
         return self.tags.get(KIND_TAG, restored)
 
 
@@ -79,6 +88,14 @@ class Tracking(Protocol):
         """Copy a file, or a folder's content, into the run's artifacts."""
         ...
 
+    def log_images(self, run_id: str, paths: Iterable[Path]) -> None:
+        """Show pictures in the run, each under the name of its file; a newer one stands beside the older."""
+        ...
+
+    def log_dataset(self, run_id: str, used: UsedDataset, context: str) -> None:
+        """Say which dataset version a run has used, and for what; said again it changes nothing."""
+        ...
+
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         ...
@@ -106,7 +123,8 @@ class Tracking(Protocol):
     def register_onnx(self, run_id: str | None, model_path: Path, bundle_digest: str, tags: Mapping[str, str]) -> str:
         """Mirror a bundle's ONNX as a new version of the registered model; return the version.
 
-        A version that already mirrors this bundle is returned as it is. Without a run, one is made and marked.
+        Its signature, description and test figures come from the bundle and the run. A version that already mirrors
+        this bundle is returned as it is. Without a run, one is made and marked.
         """
         ...
 
@@ -122,9 +140,9 @@ class Tracking(Protocol):
 class MlflowTracking(Tracking):
     """One experiment of one MLflow server, or of an SQLite file."""
 
-    def __init__(self, uri: str, artifact_root: str, name: str) -> None:
-        """Describe the place; nothing is opened until first use."""
-        self.uri, self.artifact_root, self.name = uri, artifact_root, name
+    def __init__(self, uri: str, artifact_root: str, name: str, user: str = "") -> None:
+        """Describe the place, and who works there; nothing is opened until first use."""
+        self.uri, self.artifact_root, self.name, self.user = uri, artifact_root, name, user
         self._client: Any = None
         self._experiment_id: str | None = None
 
@@ -134,7 +152,8 @@ class MlflowTracking(Tracking):
             if run_id and (found := self._find_run(run_id)):
                 client.update_run(found, status="RUNNING")
                 return found
-            run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+            source = make_source_tags(tags.get(KIND_TAG, "train"), tags, self.user)
+            run = client.create_run(experiment_id, run_name=run_name, tags={**source, **tags})
             self._log_params(str(run.info.run_id), params)
             return str(run.info.run_id)
 
@@ -163,6 +182,18 @@ class MlflowTracking(Tracking):
                 client.log_artifacts(run_id, str(path), folder)
             else:
                 client.log_artifact(run_id, str(path), folder)
+
+    def log_images(self, run_id: str, paths: Iterable[Path]) -> None:
+        from PIL import Image
+
+        with self._translated():
+            for path in paths:
+                with Image.open(path) as image:
+                    self._connect()[0].log_image(run_id, image.convert("RGB"), key=path.stem, step=0)
+
+    def log_dataset(self, run_id: str, used: UsedDataset, context: str) -> None:
+        with self._translated():
+            self._connect()[0].log_inputs(run_id, [make_dataset_input(used, context)])
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         with self._translated():
@@ -217,29 +248,27 @@ class MlflowTracking(Tracking):
 
         if version := self.find_version(bundle_digest):
             return version
-        with self._translated(), _own_process(model_path.parent.parent):
+        with self._translated(), own_process(model_path.parent.parent):
             client, experiment_id = self._connect()
             found = self._find_run(run_id) if run_id else None
             run_id = found or self.find_tagged_run(DIGEST_TAG, bundle_digest)  # trained in a queue, or in another clone
-            if run_id is None:
-                restored = client.create_run(experiment_id, run_name="restored", tags={"visionloop.restored": "true"})
-                run_id = str(restored.info.run_id)
-                client.set_terminated(run_id)
+            run_id = run_id or self._make_restored(model_path)
             mlflow.set_tracking_uri(self.uri)
             mlflow.set_experiment(experiment_id=experiment_id)  # else the model lands in ./mlruns of experiment 0
-            info = mlflow.onnx.log_model(
-                onnx.load(str(model_path)),
-                name="model",
-                run_id=run_id,
-                save_as_external_data=False,
-                pip_requirements=["onnxruntime"],
-                onnx_execution_providers=["CPUExecutionProvider"],
-            )
+            info = log_model(run_id, onnx.load(str(model_path)))
             self._ensure_model()
-            version = client.create_model_version(
-                self.name, info.model_uri, run_id=run_id, tags={**tags, DIGEST_TAG: bundle_digest}
-            )
+            words = describe_for(client, run_id, info.model_id, load_card(model_path), bundle_digest)
+            tags = {**words.tags, **tags, DIGEST_TAG: bundle_digest}
+            facts = {"run_id": run_id, "model_id": info.model_id, "tags": tags, "description": words.text}
+            version = client.create_model_version(self.name, info.model_uri, **facts)  # a server wants the id, too
             return str(version.version)
+
+    def _make_restored(self, model_path: Path) -> str:
+        """Make the run of a bundle whose training is not known here, and mark it."""
+        name, tags, params = describe_restored(load_card(model_path))
+        run_id = self.open_run(name, run_id=None, tags={RESTORED_TAG: "true", **tags}, params=params)
+        self.close_run(run_id)
+        return run_id
 
     def set_champion(self, version: str) -> None:
         with self._translated():
@@ -325,15 +354,15 @@ class MlflowTracking(Tracking):
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Turn the errors of MLflow, of the network and of the disk into ours, once."""
-        import requests
-        from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException  # the first: where it is missing, its extra is named
+        from requests import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
         except VisionLoopError:
             raise
-        except (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
+        except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as exc:
             where = f"MLflow {mask(self.uri)}"
             if broken := find_broken_file(exc, str(self._database or where)):
                 path, reason = broken
@@ -354,23 +383,3 @@ def _make_run(run: Any) -> Run:
     started_at = datetime.fromtimestamp(info.start_time / 1000, UTC)
     name = info.run_name or ""
     return Run(info.run_id, name, info.status, started_at, seconds, data.params, data.metrics, data.tags)
-
-
-@contextlib.contextmanager
-def _own_process(folder: Path) -> Iterator[None]:
-    """Let MLflow's own functions change this process only in here: its environment, and where they stage copies.
-
-    Staged in the workspace, a kill leaves nothing in the system's temporary folder. A tracking URI that stayed in the
-    environment would be that of the next workspace which this process opens.
-    """
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    variables = {name: os.environ.get(name) for name in PROCESS_WIDE}
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-        for name, value in variables.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

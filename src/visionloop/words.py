@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
+DRY = {"dry_run": " (dry run)"}  # a rule that only shows what it would say
 MANY, SHOWN_OF_MANY = 12, 8
 NAME_WIDTH = 32
 LINE = 110
@@ -27,16 +28,17 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told at the end. `outcome` is promoted, unchanged, refused, inconclusive or busy.
+    """All that is told at the end. `outcome` is promoted, unchanged, same, refused, inconclusive, waiting.
 
-    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands.
+    `verdict` is that of the gate's decision: a new one, or with `unchanged` the last one, which still stands. It is
+    `same` where the candidate is the champion itself.
     """
 
     name: str
     outcome: str
     headline: str
     dataset: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     verdict: str = ""
     rules: Sequence[Mapping[str, Any]] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -44,17 +46,20 @@ class Summary:
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_not_promoted(self) -> bool:
+        """Say whether a candidate does not go on: refused, inconclusive or waiting, also if nothing changed since."""
+        return self.verdict in ("refused", "inconclusive", "waiting")
+
     def rows(self) -> list[tuple[str, str]]:
         """Return the table: (what, found), top to bottom."""
         rows = [("result", self.headline)]
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
-        rows += [
-            (name, format_interval(self.metrics[name])) for name in ("accuracy", "macro_f1") if name in self.metrics
-        ]
-        rows += [
-            (f"gate: {r['rule']}", f"{MARKS[r['passed']]}: {r['found']}; expected {r['expected']}") for r in self.rules
-        ]
+        rows += [(n, format_interval(self.metrics[n])) for n in ("accuracy", "macro_f1") if n in self.metrics]
+        for r in self.rules:
+            mark = MARKS[r["passed"]] + DRY.get(r.get("mode", ""), "")
+            rows.append((f"gate: {r['rule']}", f"{mark}: {r['found']}; expected {r['expected']}"))
         if self.model:
             rows.append(("model", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
         elif self.verdict:
@@ -94,9 +99,10 @@ def render_summary(summary: Summary, width: int) -> str:
     return "\n".join([*lines, *(f"to {what}:\n    {command}" for what, command in summary.commands.items())])
 
 
-def format_interval(interval: Mapping[str, float]) -> str:
-    """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)`."""
-    return f"{interval['value']:.4f} (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
+def format_interval(interval: Mapping[str, float | None]) -> str:
+    """Return a figure with its interval: `0.9790 (95 %: 0.9552 to 0.9903)` or `(too few images)`."""
+    bounds = "too few images" if interval["low"] is None else f"95 %: {interval['low']:.4f} to {interval['high']:.4f}"
+    return f"{interval['value']:.4f} ({bounds})"
 
 
 def describe_counts(version: "DatasetVersion") -> list[str]:
@@ -314,24 +320,10 @@ def describe_decision(decision: "Decision") -> list[str]:
     champion = decision.champion[:12] if decision.champion else "none"
     lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
     width = max(map(len, (r.rule for r in decision.rules)), default=0)
-    lines += [f"  {MARKS[r.passed]}  {r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules]
+    marks = [MARKS[r.passed] + DRY.get(r.mode, "") for r in decision.rules]
+    told = (f"{r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules)
+    lines += [f"  {mark}  {text}" for mark, text in zip(marks, told, strict=True)]
     return [*lines, f"verdict: {decision.verdict} (decision {decision.number})"]
-
-
-def describe_outcome(outcome: str, decision: "Decision") -> str:
-    """Tell in one line what came of a retrain."""
-    return {
-        "promoted": f"{decision.name} has a new champion",
-        "unchanged": f"{describe_unchanged(decision)}; nothing moved",
-        "refused": "the candidate was refused at the gate; nothing moved",
-        "inconclusive": "the gate cannot tell candidate and champion apart; nothing moved",
-    }[outcome]
-
-
-def describe_unchanged(decision: "Decision") -> str:
-    """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
-    stands = "" if decision.verdict == "passed" else f"; decision {decision.number} stands: {decision.verdict}"
-    return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
 def describe_registered(name: str, version: str) -> str:
@@ -347,13 +339,14 @@ def describe_champion(entry: "LedgerEntry") -> str:
 
 
 def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: bool = False) -> NotPromoted:
-    """Return the error of a candidate that is not promoted: refused or inconclusive, by the first such rule.
+    """Return the error of a candidate that is not promoted: refused, inconclusive or waiting, by the first such rule.
 
     `again`: it is the verdict of an earlier run, and nothing has changed since.
     """
     wanted = False if verdict == "refused" else None
-    named = next((f" by the rule {r['rule']} ({r['found']})" for r in rules if r["passed"] is wanted), "")
-    todo = "See decisions/latest.json and reports/report.html."
+    held = [r for r in rules if r["passed"] is wanted and r.get("mode") != "dry_run"]
+    named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
+    todo = "See decisions/latest.json and decisions/latest.html."
     if verdict == "inconclusive":
         todo = f"More test images would tell; with `gate.rule: no_worse` an equal one passes. {todo}"
     if again:

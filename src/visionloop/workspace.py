@@ -138,7 +138,7 @@ def connect(
         settings,
         params,
         store or open_store(settings.store_url),
-        tracking or MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name),
+        tracking or MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name, get_user()),
     )
 
 

@@ -1,17 +1,22 @@
 """One suite over MLflow (SQLite) and the MLflow in memory that other tests use; then what only MLflow can get wrong."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from fakes import make_bundle
+from fakes import make_bundle, make_image
 from memory_tracking import MemoryTracking
 from visionloop.errors import DiskError, SettingsError, TrackingError
+from visionloop.params.text import parse_yaml
 from visionloop.tracking import DIGEST_TAG, MlflowTracking, Tracking
+from visionloop.tracking_pages import UsedDataset
 
 NOWHERE = "0" * 32
 
@@ -132,12 +137,118 @@ def test_a_bundle_is_one_version_and_the_alias_points_at_it(tracking: Tracking, 
     assert [run.run_id for run in tracking.iterate_runs()] == [run_id]
     assert tracking.register_onnx(NOWHERE, model, "e" * 64, {}) == "2"
     (restored,) = [run for run in tracking.iterate_runs() if run.run_id != run_id]
-    assert (restored.name, restored.kind, restored.status) == ("restored", "restored", "FINISHED")
+    assert (restored.name, restored.kind, restored.status) == ("linear-dataset1", "restored", "FINISHED")
     assert (tracking.find_version("d" * 64), tracking.find_version("e" * 64)) == ("1", "2")
     tracking.set_champion("2")
     assert tracking.get_champion() == "2"
     with pytest.raises(TrackingError):
         tracking.set_champion("3")
+
+
+def test_datasets_and_pictures_are_logged_for_a_run_that_exists(tracking: Tracking, tmp_path: Path) -> None:
+    (tmp_path / "confusion.png").write_bytes(make_image(1))
+    used, run_id = UsedDataset("pets", 3, "d" * 64, "s3://store/datasets/pets/000003.json", 12, 2), open_run(tracking)
+    for _ in range(2):
+        tracking.log_dataset(run_id, used, "training")
+    tracking.log_images(run_id, [tmp_path / "confusion.png"])
+    with pytest.raises(TrackingError):
+        tracking.log_dataset(NOWHERE, used, "training")
+    with pytest.raises(TrackingError):
+        tracking.log_images(NOWHERE, [tmp_path / "confusion.png"])
+
+
+def test_mlflow_has_columns_for_source_and_dataset_and_shows_pictures(mlflow: MlflowTracking, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    commit = {"visionloop.git_commit": "c" * 40 + "-dirty"}
+    named = MlflowTracking(mlflow.uri, mlflow.artifact_root, "pets", user="ada")
+    run_id = named.open_run("a", run_id=None, tags=commit, params={})
+    (tmp_path / "confusion.png").write_bytes(make_image(1))
+    for address in ("s3://store/datasets/pets/000003.json", "file:///s/datasets/pets/000003.json"):
+        named.log_dataset(run_id, UsedDataset("pets", 3, "d" * 64, address, 12, 2), "training")
+    named.log_images(run_id, [tmp_path / "confusion.png"])
+    client = MlflowClient(mlflow.uri)
+    run = client.get_run(run_id)
+    assert {key: value for key, value in run.data.tags.items() if key.startswith("mlflow.")} == {
+        "mlflow.runName": "a",
+        "mlflow.user": "ada",
+        "mlflow.source.name": "visionloop train",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": "c" * 40,
+        "mlflow.loggedImages": "True",
+    }
+    (one,) = run.inputs.dataset_inputs
+    assert (one.dataset.name, one.dataset.digest, one.dataset.source_type) == ("pets version 3", "d" * 36, "s3")
+    assert json.loads(one.dataset.profile) == {"num_images": 12, "num_classes": 2, "digest": "d" * 64}
+    assert [(tag.key, tag.value) for tag in one.tags] == [("mlflow.data.context", "training")]
+    pictures = sorted(Path(file.path).suffix for file in client.list_artifacts(run_id, "images"))
+    assert pictures == [".png", ".webp"], "the picture, and a small one for the page"
+    assert all("/confusion+step+0+" in file.path for file in client.list_artifacts(run_id, "images"))
+
+
+def test_a_registered_version_says_what_goes_in_and_comes_out(mlflow: MlflowTracking, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    make_bundle(tmp_path / "bundle", classes=("a", "[b](http://evil) `<img src=x>`\n# c"))
+    run_id = open_run(mlflow, "cnn-frozen-dataset1")
+    mlflow.log_metrics(run_id, {"test/accuracy": 0.75, "test/accuracy_low": 0.7, "val/loss": 1.0})
+    used = UsedDataset("fake", 1, "0" * 64, "s3://store/datasets/fake/000001.json")
+    mlflow.log_dataset(run_id, used, "training")
+    model = tmp_path / "bundle" / "model.onnx"
+    assert mlflow.register_onnx(run_id, model, "d" * 64, {"visionloop.decision": "1"}) == "1"
+    client = MlflowClient(mlflow.uri)
+    version = client.get_model_version("pets", "1")
+    assert version.tags == {
+        "visionloop.bundle": "d" * 64,
+        "visionloop.decision": "1",
+        "visionloop.task": "binary",
+        "visionloop.backbone": "linear",
+    }
+    page = f"#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    assert version.description.split("\n\n") == [
+        "**fake**: binary, 2 classes (`[b](http://evil) <img src=x> # c, a`), by `linear`",
+        "**Goes in**: `images`, uint8, (n, 32, 32, 3): RGB by `squash`. It scales them itself.",
+        "**Comes out**: `logits`, float32, (n, 2), in the order of the classes: softmax(logits) are the probabilities, "
+        "`[b](http://evil) <img src=x> # c` from 0.5 on. `embedding`, float32: a vector for each image.",
+        "**On its test side**: accuracy 0.7500",
+        "**From**: dataset fake version 1 (`000000000000`) at `s3://store/datasets/fake/000001.json`, "
+        f"[run cnn-frozen-dataset1]({page}), [report]({page}/artifacts/evaluation/report.html)",
+        f"**Bundle** `{'d' * 64}`: all that serves it is in the store under this digest.",
+    ]
+    logged = client.get_logged_model(version.model_id or version.source.removeprefix("models:/"))
+    signature = read_signature(logged.artifact_location)
+    assert [(spec["name"], spec["tensor-spec"]) for spec in signature["inputs"]] == [
+        ("images", {"dtype": "uint8", "shape": [-1, 32, 32, 3]})
+    ]
+    assert [(spec["name"], spec["tensor-spec"]["shape"]) for spec in signature["outputs"]] == [
+        ("logits", [-1, 2]),
+        ("embedding", [-1, 48]),
+    ]
+    figures = [(m.key, m.value, m.dataset_name, m.dataset_digest) for m in logged.metrics if m.dataset_name]
+    of_test = ("fake version 1", "0" * 36)
+    assert sorted(figures) == [("test/accuracy", 0.75, *of_test), ("test/accuracy_low", 0.7, *of_test)]
+
+
+def read_signature(location: str) -> dict[str, Any]:
+    text = Path(unquote(urlsplit(location).path), "MLmodel").read_text()
+    signature = parse_yaml(text)["signature"]
+    return {side: json.loads(signature[side]) for side in ("inputs", "outputs")}
+
+
+def test_a_bundle_of_an_unknown_training_gets_a_run_with_its_name_and_params(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    make_bundle(tmp_path / "bundle", classes=("a", "b"))
+    card = json.loads((tmp_path / "bundle" / "card.json").read_text())
+    card["params"] = {"train": {"way": "frozen", "seed": 3}}
+    (tmp_path / "bundle" / "card.json").write_text(json.dumps(card))
+    assert tracking.register_onnx(None, tmp_path / "bundle" / "model.onnx", "d" * 64, {}) == "1"
+    (run,) = tracking.iterate_runs()
+    assert (run.name, run.kind, run.params) == ("linear-frozen-dataset1", "restored", run.params)
+    assert run.params == {"train.way": "frozen", "train.seed": "3"}
+    (tmp_path / "bundle" / "card.json").write_text("{")
+    assert tracking.register_onnx(None, tmp_path / "bundle" / "model.onnx", "e" * 64, {}) == "2"
+    assert {run.name for run in tracking.iterate_runs()} == {"linear-frozen-dataset1", "restored"}
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "memory"])

@@ -85,7 +85,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (with_one_class, "dataset fresh: has 1 class (disc); expected two classes or more."),
     (with_unknown_key, "params.yaml train.epochs: unknown key; expected one of max_epochs,"),
     (with_wrong_type, "params.yaml train.batch_size: got 'many'; expected integer."),
-    (with_lost_version, "dataset shapes version 2: is not in the store"),
+    (with_lost_version, "/store: does not hold dataset shapes version 2 ("),
     (with_unknown_backbone, "params.yaml train.backbone: got 'small_cn'; expected a known backbone; near: small_cnn"),
 ]
 
@@ -172,10 +172,16 @@ def test_a_stage_by_hand_tells_how_it_is_kept_and_a_verdict_that_stands_is_told_
     edit(home, "resamples: 200", "resamples: 300")
     told = "\nrun by hand: `dvc commit -f evaluate` keeps this result, `dvc repro` would make it again\n"
     assert visionloop(home, "evaluate").stdout.endswith(told)
-    for still, stands in (("", ""), ("still ", "\nnothing changed: dataset 2, params, code; decision 2 stands: ")):
+    edit(home, "resamples: 300}", "resamples: 300}\ngate: {floors: {accuracy: 0.99}}")
+    edit(home, "learning_rate: 3.0e-3", "learning_rate: 1.0e-7")
+    for still, stands in (
+        ("", ""),
+        ("still ", "\nnothing changed: dataset 2, params, code; decision 2 stands: refused"),
+    ):
         done = retrain(home, PREFECT_API_URL=prefect_api)
-        assert (done.returncode, stands in done.stdout) == (3, True), "the champion is not better than itself"
-        assert done.stderr.startswith(f"not promoted: gate: the candidate is {still}inconclusive by the rule better (")
+        assert (done.returncode, stands in done.stdout) == (3, True), done.stdout + done.stderr
+        told = f"not promoted: gate: the candidate is {still}refused by the rule floor accuracy ("
+        assert done.stderr.startswith(told)
     runs = httpx.post(f"{prefect_api}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()
     assert [(run["state_name"], run["state_type"]) for run in runs] == [("Unchanged", "COMPLETED")]
 

@@ -60,7 +60,7 @@ def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str | None = 
         runs = post(api, "flow_runs/filter", query)
         ended = [r for r in runs if r["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}]
         for run_ in ended:
-            if run_["id"] == run_id or (run_id is None and run_["state_name"] != "Busy"):
+            if run_["id"] == run_id or (run_id is None and run_["state_name"] != "Skipped"):
                 return dict(run_)
         time.sleep(1)
     raise AssertionError(f"no run ended within {LIMIT_S} s: {[r['state_name'] for r in runs]}")
@@ -115,7 +115,7 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
             assert read_files(home) == before
         ended = wait_for_run(prefect_api, process)
     said = (home.parent / "deploy.log").read_text()
-    assert (busy["state_name"], busy["state_type"]) == ("Busy", "COMPLETED")
+    assert (busy["state_name"], busy["state_type"]) == ("Skipped", "CANCELLED")
     message = f"workspace {home}: process {os.getpid()} is retraining it; expected one retrain at a time."
     assert read_state(prefect_api, busy)["message"].startswith(message)
     assert (ended["state_name"], ended["auto_scheduled"]) == ("Promoted", True), said
@@ -127,6 +127,10 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     assert f"serving retrain/{NAME}" in said
     assert get_deployment(prefect_api)["global_concurrency_limit"] is None
     assert_artifact(prefect_api)
+    query = {"artifacts": {"key": {"like_": f"retrain-{NAME}-%-skipped"}}}
+    kept = [artifact["data"] for artifact in post(prefect_api, "artifacts/filter", query)]
+    told = f"# {NAME}: skipped\n\nAnother retrain is under way: {message}"
+    assert any(text.startswith(told) for text in kept), kept
 
 
 def test_rollback_makes_the_first_champion_the_champion_again(home: Path) -> None:

@@ -36,8 +36,10 @@ def test_writes_what_the_served_predictor_says(world):
     assert found["accuracy"].value == pytest.approx(expected)
     assert 0.7 < expected < 0.95
     summary = json.loads((world.settings.reports_dir / "metrics.json").read_text())
-    assert summary["accuracy"] == found["accuracy"].to_json()
-    assert (summary["num_test"], summary["bundle"], summary["dataset"]) == (len(tests), digest, world.pin.digest)
+    assert summary == {**{name: i.value for name, i in found.items()}, "num_test": len(tests), "num_groups": len(tests)}
+    intervals = json.loads((world.settings.reports_dir / "intervals.json").read_text())
+    assert intervals["metrics"]["accuracy"] == found["accuracy"].to_json()
+    assert (intervals["num_test"], intervals["bundle"], intervals["dataset"]) == (len(tests), digest, world.pin.digest)
     with (world.settings.reports_dir / "predictions.csv").open(newline="") as file:
         rows = {row["sha256"]: row for row in csv.DictReader(file)}
     for record, answer in zip(tests, served, strict=True):

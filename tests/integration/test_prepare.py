@@ -95,6 +95,7 @@ def test_every_image_is_where_the_index_says(world: World) -> None:
         "classes.json",
         *(f"images-0000{i}.npy" for i in range(3)),
         "index.parquet",
+        "manifest.parquet",
         "report.json",
     ]
     assert seen[0] == (0, 160)

@@ -1,49 +1,17 @@
 """Register, promote and roll back: what changes, what does not, and what a second run repairs."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from desks import NOW, Desk
 from memory_tracking import MemoryTracking
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
-from visionloop.promotion.decide import gate
-from visionloop.promotion.ledger import append_entry, read_champion, read_history
-from visionloop.promotion.promote import compare_alias, mirror_alias, promote, register, rollback
-from visionloop.workspace import connect
-from worlds import GOOD, POOR, make_world, write_note
-
-NOW = "2026-02-03T04:05:06Z"
-
-
-class Desk:
-    """A world with an MLflow in memory, and the steps as a person takes them."""
-
-    def __init__(self, home):
-        self.world = make_world(home)
-        self.store, self.tracking = self.world.store, MemoryTracking()
-        self.place = replace(self.world, tracking=self.tracking)
-
-    def judge(self, seed, *, floors=None, note=None, **card):
-        digest = self.world.write_candidate(seed, **card)
-        params = self.world.with_gate(rule="no_worse", margin=0.99, floors=floors or {})
-        gate(connect(self.world.settings, params, store=self.store), state={}, now=NOW)
-        if note:  # after the gate: it would tag a run of a real MLflow
-            write_note(self.world.settings.runs_dir, digest, note)
-        return digest
-
-    def promote(self, by="ann"):
-        return promote(self.place, by=by, why="because", now=NOW)
-
-    def rollback(self, to=None):
-        return rollback(self.place, to=to, by="bob", why="it was wrong", now=NOW)
-
-    def crown(self, seed, **card):
-        """Take a candidate all the way."""
-        digest = self.judge(seed, **card)
-        register(self.place)
-        assert self.promote().bundle == digest
-        return digest
+from visionloop.promotion.ledger import append_entry, latest_decision, read_champion, read_history
+from visionloop.promotion.promote import compare_alias, mirror_alias, register
+from worlds import GOOD, POOR
 
 
 @pytest.fixture
@@ -188,12 +156,84 @@ def test_rollback_goes_back_one_champion_at_a_time(desk):
     assert compare_alias(desk.place) == ("2", "2")
 
 
-def test_a_model_that_was_rolled_back_can_be_judged_and_promoted_again(desk):
+def test_a_model_that_was_rolled_back_from_stays_down_until_a_person_says_again(desk):
+    first, second = desk.crown(POOR), desk.crown(GOOD)
+    desk.rollback()
+    down = r"rolled back from by bob on 2026-02-03 \(entry 3\): it was wrong"
+    with pytest.raises(NotPromoted, match=rf"was {down}; expected another model.* promote --again --why"):
+        desk.promote()
+    with pytest.raises(PromotionError, match=r"champion moved since decision 2: .*\(entry 3\); expected .*\(entry 1\)"):
+        desk.promote(again=True)
+    assert desk.judge(GOOD) == second
+    decision = latest_decision(desk.store, "fake")
+    assert (decision.number, decision.verdict, decision.entry, decision.champion) == (3, "refused", 3, first)
+    assert [(r.rule, r.passed) for r in decision.rules if r.mode == "on"] == [
+        ("rolled_back", False),
+        ("no_worse", True),
+    ]
+    assert re.match(down, decision.rules[0].found)
+    with pytest.raises(NotPromoted, match=f"was {down}"):
+        desk.promote()
+    assert read_champion(desk.store, "fake").number == 3
+    assert register(desk.place) == "2"
+    entry = desk.promote(again=True)
+    assert (entry.number, entry.bundle, entry.action, entry.decision) == (4, second, "promote", 3)
+    assert desk.tracking.champion == "2"
+    assert desk.judge(POOR) == first, "it was replaced, not rolled back from"
+    assert latest_decision(desk.store, "fake").rules[0].rule == "no_worse"
+
+
+def test_again_lifts_the_rollback_and_no_other_rule(desk):
+    desk.crown(POOR)
+    desk.crown(GOOD)
+    desk.rollback()
+    desk.judge(GOOD, floors={"accuracy": 0.99})
+    with pytest.raises(NotPromoted, match=r"decision 3 is refused \(rolled_back: .*; floor accuracy: "):
+        desk.promote(again=True)
+    assert read_champion(desk.store, "fake").number == 3
+
+
+def test_the_same_network_under_another_card_is_down_too(desk):
+    """As when only test images were added: the card names another dataset, the network is the same."""
     desk.crown(POOR)
     second = desk.crown(GOOD)
     desk.rollback()
-    entry = desk.promote()
-    assert (entry.number, entry.bundle, entry.action) == (4, second, "promote")
+    third = desk.judge(GOOD, params={"seed": "another"})
+    decision = latest_decision(desk.store, "fake")
+    assert third != second
+    assert (decision.verdict, decision.rules[0].rule) == ("refused", "rolled_back")
+    assert decision.rules[0].found.endswith(f": it was wrong (as bundle {second[:12]}, the same network)")
+    register(desk.place)
+    assert desk.promote(again=True).bundle == third
+    assert desk.judge(GOOD, params={"seed": "a third"}) != third
+    assert latest_decision(desk.store, "fake").verdict == "passed", "a person has put this network back"
+
+
+def test_a_decision_holds_for_one_entry_also_if_its_champion_came_back(desk):
+    first = desk.crown(POOR)
+    desk.judge(GOOD)
+    register(desk.place)
+    entry = read_champion(desk.store, "fake")
+    facts = {"model_version": "1", "decision": 1, "dataset": {}, "run_id": None, "by": "eve", "why": "x", "at": NOW}
+    entry = append_entry(desk.store, "fake", entry, action="promote", bundle="e" * 64, **facts)
+    append_entry(desk.store, "fake", entry, action="rollback", bundle=first, **facts)
+    with pytest.raises(PromotionError, match=r"champion moved since decision 2: .*\(entry 3\); expected .*\(entry 1\)"):
+        desk.promote()
+    assert len(read_history(desk.store, "fake")) == 3
+
+
+def test_a_decision_without_an_entry_holds_for_its_champion(desk):
+    """As those were stored that older code has made."""
+    desk.crown(POOR)
+    digest = desk.judge(GOOD)
+    register(desk.place)
+    key = "decisions/fake/000002.json"
+    old = {k: v for k, v in json.loads(desk.store.get(key)).items() if k != "entry"}
+    desk.store.put(key, json.dumps(old).encode())
+    assert desk.promote().bundle == digest
+    desk.rollback()
+    with pytest.raises(NotPromoted, match="was rolled back from by bob"):
+        desk.promote()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,24 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fakes import write_photos
 from fault_proxy import FaultProxy, serve_faults
+from memory_tracking import MemoryTracking
 from s3_server import make_bucket, make_client, point_to
+from visionloop.data.known_store import check_store
 from visionloop.errors import StoreError
+from visionloop.ingest.pull import pull
+from visionloop.params import FolderSource, make_params
 from visionloop.store import S3Store
+from visionloop.workspace import connect
+from workspaces import NOW, make_settings
 
 DATA = b"some bytes of an image" * 20
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -287,3 +296,21 @@ def test_permission_is_not_a_matter_of_trying_again(proxy: FaultProxy, store: S3
     proxy.plan(501)
     with pytest.raises(StoreError, match="the store cannot put_object a/1; expected an S3 store with conditional wri"):
         store.create("a/1", b"x")
+
+
+def test_an_emptied_bucket_is_not_taken_for_a_new_store(store: S3Store, client: Any, tmp_path: Path) -> None:
+    """Another prefix, or the same one without its objects; while the bucket is away, that alone is said."""
+    params = make_params({"name": "pets"})
+    workspace = connect(make_settings(tmp_path), params, store=store, tracking=MemoryTracking())
+    source = FolderSource(kind="folder", path=str(write_photos(tmp_path / "photos", 4)), name="photos")
+    assert pull(workspace, sources=[source], now=NOW).pin.version == 1
+    check_store(workspace)
+    elsewhere = replace(workspace, store=S3Store("s3://pets/taem"))
+    for entry in client.list_objects_v2(Bucket="pets")["Contents"]:
+        client.delete_object(Bucket="pets", Key=entry["Key"])
+    for emptied in (workspace, elsewhere):
+        with pytest.raises(StoreError, match=r"^store s3://pets/t.{3}: does not hold dataset pets version 1 \("):
+            pull(emptied, sources=[source], now=NOW)
+    assert "Contents" not in client.list_objects_v2(Bucket="pets"), "nothing was written"
+    with pytest.raises(StoreError, match=r"NoSuchBucket|no bucket|does not exist"):
+        check_store(replace(workspace, store=S3Store("s3://no-such-bucket/team")))

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import DiskError, TrackingError
-from visionloop.tracking import DIGEST_TAG, Curve, Run, Tracking
+from visionloop.tracking import DIGEST_TAG, RESTORED_TAG, Curve, Run, Tracking
+from visionloop.tracking_pages import UsedDataset, describe_restored, load_card
 
 FIRST_START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -62,6 +63,12 @@ class MemoryTracking(Tracking):
         names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
         run["artifacts"] += [f"{folder}/{name}" for name in names]
 
+    def log_images(self, run_id: str, paths: Iterable[Path]) -> None:
+        self._find(run_id).setdefault("images", []).extend(path.stem for path in paths)
+
+    def log_dataset(self, run_id: str, used: UsedDataset, context: str) -> None:
+        self._find(run_id).setdefault("datasets", {})[used.title] = (used.short_digest, context)
+
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         self._find(run_id)["tags"] |= tags
 
@@ -93,7 +100,8 @@ class MemoryTracking(Tracking):
             return version
         assert model_path.is_file()
         if run_id not in self.runs and self.find_tagged_run(DIGEST_TAG, bundle_digest) is None:
-            self.close_run(self.open_run("restored", run_id=None, tags={"visionloop.restored": "true"}, params={}))
+            name, facts, params = describe_restored(load_card(model_path))
+            self.close_run(self.open_run(name, run_id=None, tags={RESTORED_TAG: "true", **facts}, params=params))
         version = self.versions[bundle_digest] = str(len(self.versions) + 1)
         self.version_tags[version] = dict(tags)
         return version

@@ -21,6 +21,8 @@ from workspaces import build, make_settings, store_image
 CLASSES = ("a", "b", "c")
 NUM_IMAGES = 160
 GOOD, POOR = 0, 5
+# 80 test images are enough here, and a poor model may be the first one.
+SMALL = {"min_images": {"all": 50, "per_class": 5}, "baseline": {"mode": "off"}}
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class World(Workspace):
     records: tuple[ImageRecord, ...]
 
     def with_gate(self, **section: Any) -> Params:
-        """Return the params with another gate section."""
-        return make_params({**self.params.model_dump(mode="json", exclude={"gate", "ingest"}), "gate": section})
+        """Return the params with another gate section, for as few images as here."""
+        rest = self.params.model_dump(mode="json", exclude={"gate", "ingest"})
+        return make_params({**rest, "gate": {**SMALL, **section}})
 
     def write_candidate(self, seed: int = GOOD, *, note: str | None = None, **card: Any) -> str:
         """Put a bundle into models/candidate, of the world's task, with other facts on its card; return its digest."""
@@ -61,7 +64,8 @@ def make_world(
     """
     settings, store = make_settings(home), LocalStore(home / "store")
     section = {"image_size": 32, "unlabelled": "negative" if task == "multilabel" else "exclude"}
-    params = make_params({"name": "fake", "task": task, "prepare": section, "evaluate": {"resamples": 400}})
+    values = {"name": "fake", "task": task, "prepare": section, "evaluate": {"resamples": 400}, "gate": SMALL}
+    params = make_params(values)
     oracle_task = task if task == "multilabel" else None
     make_bundle(home / "oracle", classes=classes, seed=GOOD, task=oracle_task)
     records = _make_records(store, Predictor(load_bundle(home / "oracle"), threads=1), test_sides, turned)

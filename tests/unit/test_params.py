@@ -1,12 +1,14 @@
 """params.yaml: each mistake is one line that names the key."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visionloop.errors import ParamsError
-from visionloop.params import load_params, make_params
+from visionloop.params import Gate, load_params, make_params
+from visionloop.params.text import parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,10 @@ from visionloop.params import load_params, make_params
         ),
         ({"train": {"devices": 2}}, "params.yaml train.devices: stands in another section; expected compute.devices"),
         ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
-        ({"gate": "on"}, "params.yaml gate: got 'on'; expected keys below it: alpha, floors, margin, metric, rule."),
+        (
+            {"gate": "on"},
+            "params.yaml gate: got 'on'; expected keys below it: alpha, approval, baseline, class_drop, floors",
+        ),
         (
             {"ingest": {"expect": [1]}},
             "params.yaml ingest.expect: got [1]; expected keys below it: classes, max_imbalance, min_per_class",
@@ -57,7 +62,7 @@ from visionloop.params import load_params, make_params
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),
         ({"train": {"way": "finetune"}}, "params.yaml train: got {'way': 'finetune'}; expected `weights: default`"),
-        ({"train": []}, "params.yaml train: got []; expected keys below it: C, accumulate, augment"),
+        ({"train": []}, "params.yaml train: got []; expected keys below it: C, abstain, accumulate, augment"),
         ({"name": "My Pets"}, "params.yaml name: got 'My Pets'; expected lower-case letters, digits and '-'"),
         (
             {"ingest": {"sources": [{"kind": "ftp"}]}},
@@ -70,6 +75,25 @@ from visionloop.params import load_params, make_params
             "params.yaml schedule.retrain: got 'daily'; expected a cron expression",
         ),
         ({"gate": {"floors": {"acc": 0.5}}}, "params.yaml gate.floors.acc"),
+        (
+            {"gate": {"floors": {"accuracy": 95}}},
+            "params.yaml gate: got {'floors': {'accuracy': 95}}; expected a floor of",
+        ),
+        ({"gate": {"floors": {"auc": {"line": 0.9, "low": 1}}}}, "params.yaml gate.floors.auc.low: unknown key"),
+        (
+            {"gate": {"class_drop": {"mode": True}}},
+            "params.yaml gate.class_drop.mode: got True; expected 'on', 'dry_run'",
+        ),
+        (
+            {"gate": {"min_images": {"all": 0}}},
+            "params.yaml gate.min_images.all: got 0; expected greater than or equal",
+        ),
+        ({"gate": {"latency": {}}}, "params.yaml gate.latency: got {}; expected `ms`, `ratio`, or both"),
+        (
+            {"gate": {"metric": "macro_f1", "alpha": 0.01}, "evaluate": {"resamples": 1999}},
+            "params.yaml evaluate.resamples: got 1999 with gate.metric: macro_f1 and gate.alpha: 0.01; expected an "
+            "integer >= 2000 (20 / alpha",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(value: dict[str, Any], line: str) -> None:
@@ -92,6 +116,13 @@ def test_digest_follows_what_changes_a_model_and_nothing_else() -> None:
         assert plain == make_params({"name": "pets", **other}).digest()
     assert plain != make_params({"name": "pets", "train": {"seed": 1}}).digest()
     assert plain != make_params({"name": "pets", "gate": {"rule": "no_worse"}}).digest()
+    several = {"floors": {"accuracy": 0.9, "log_loss": 2, "auc": {"line": 0.8, "bound": "interval", "mode": "dry_run"}}}
+    floors = make_params({"name": "pets", "gate": several}).gate.floors
+    assert [(name, one.line, one.bound, one.mode) for name, one in floors.items()] == [
+        ("accuracy", 0.9, "value", "on"),
+        ("log_loss", 2.0, "value", "on"),
+        ("auc", 0.8, "interval", "dry_run"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -114,3 +145,14 @@ def test_a_file_that_is_no_params(tmp_path: Path, text: str, line: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"not found; expected a params\.yaml. Make a workspace"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_the_params_of_the_page_about_judging_are_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S)
+    gates = [make_params({"name": "pets", **parse_yaml(block, "judging.md")}).gate for block in blocks]
+    assert [(gate.looks, gate.approval, len(gate.floors)) for gate in gates] == [
+        ("tell", "none", 0),
+        ("spend", "required", 4),
+    ]
+    assert gates[0] == Gate(), "the first block shows the defaults"

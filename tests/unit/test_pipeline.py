@@ -150,3 +150,86 @@ def test_conflict_marks_in_the_pin_are_told(settings: Settings) -> None:
     settings.pin_path.write_text('{\n<<<<<<< HEAD\n "version": 1\n=======\n "version": 2\n>>>>>>> b\n}\n')
     with pytest.raises(DatasetError, match=r"conflict marks of a merge.*`visionloop ingest` pins the newest"):
         load_pin(settings.pin_path)
+
+
+DVC = """\
+stages:
+  train:
+    cmd: make
+    deps: [data/dataset.json, data/prepared]
+    params: [name, train.seed, {code.json: [train, weights]}]
+    outs: [made.txt]
+"""
+
+
+@pytest.fixture
+def graph(settings: Settings) -> Settings:
+    """A workspace with one stage, which reads a key of params.yaml, two of code.json, the pin and a folder."""
+    home = settings.home
+    (home / "data" / "prepared").mkdir(parents=True)
+    (home / "data" / "prepared" / "index").write_text("x")
+    (home / "data" / "dataset.json").write_text("{}")
+    (home / "params.yaml").write_text("name: pets\ntrain: {seed: 1, max_epochs: 2}\n")
+    (home / "code.json").write_text('{"train": "a", "weights": "b", "gate": "c"}')
+    (home / "dvc.yaml").write_text(DVC)
+    return settings
+
+
+def test_the_inputs_of_a_stage_are_what_dvc_yaml_names(graph: Settings) -> None:
+    home = graph.home
+    before = pipeline.read_inputs(home, "train")
+    names = {"params.yaml name", "params.yaml train.seed", "code.json train", "code.json weights"}
+    assert set(before) == {*names, "data/dataset.json", "train.weights"}
+    (home / "params.yaml").write_text("name: pets\n\ntrain: {max_epochs: 3, seed: 0x1}  # other text, other epochs\n")
+    (home / "code.json").write_text('{"train": "a", "weights": "b", "gate": "d"}')
+    pipeline.check_inputs(home, "train", before)
+    assert pipeline.read_inputs(home, "gate") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        (
+            "params.yaml",
+            "name: pets\ntrain: {seed: 2}\n",
+            r"params\.yaml changed while it ran \(train\.seed\); expected",
+        ),
+        (
+            "params.yaml",
+            "name: pets\ntrain: {seed: 1",
+            r"params\.yaml, train\.weights changed .* \(name, train\.seed\)",
+        ),
+        ("params.yaml", None, r"params\.yaml, train\.weights changed while it ran \(name, train\.seed\); expected"),
+        ("code.json", '{"train": "z", "weights": "b"}', r"code\.json changed while it ran \(train\); expected what it"),
+        ("data/dataset.json", '{"version": 2}', r"data/dataset\.json changed while it ran; expected what it has read"),
+        ("data/dataset.json", None, r"data/dataset\.json changed while it ran; expected what it has read"),
+    ],
+)
+def test_what_changes_while_a_stage_runs_is_named(graph: Settings, name: str, text: str | None, found: str) -> None:
+    before = pipeline.read_inputs(graph.home, "train")
+    (graph.home / name).unlink()
+    if text is not None:
+        (graph.home / name).write_text(text)
+    with pytest.raises(PipelineError, match=rf"^stage train: {found}"):
+        pipeline.check_inputs(graph.home, "train", before)
+
+
+def test_other_bytes_in_the_file_of_the_weights_are_a_change(graph: Settings) -> None:
+    (graph.home / "params.yaml").write_text("name: pets\ntrain: {weights: net.pth}\n")
+    (graph.home / "net.pth").write_bytes(b"one")
+    before = pipeline.read_inputs(graph.home, "train")
+    (graph.home / "net.pth").write_bytes(b"two")
+    with pytest.raises(PipelineError, match=r"^stage train: train\.weights changed while it ran; expected"):
+        pipeline.check_inputs(graph.home, "train", before)
+
+
+def test_a_decision_is_about_the_params_that_its_candidate_was_made_with(tmp_path: Path) -> None:
+    made, now = ({"name": "pets", "train": {"seed": seed}} for seed in (1, 2))
+    card = {"params": {"train": make_params(made).train.model_dump(mode="json"), "unknown": 1}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    state = pipeline.compute_state(tmp_path, make_params(now), "d1", candidate_dir=tmp_path)
+    assert state == pipeline.compute_state(tmp_path, make_params(made), "d1")
+    for damaged in ("", "[]", '{"params": [1]}', '{"params": {"train": NaN}}'):
+        (tmp_path / "card.json").write_text(damaged)
+        state = pipeline.compute_state(tmp_path, make_params(now), "d1", candidate_dir=tmp_path)
+        assert state == pipeline.compute_state(tmp_path, make_params(now), "d1"), damaged

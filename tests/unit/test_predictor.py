@@ -1,15 +1,20 @@
 """What a model says: probabilities, answers and confidence, for each task."""
 
 import io
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
+import visionloop.predictor
 from fakes import make_bundle, make_card, make_image
 from visionloop.bundle import load_bundle, seal_bundle
+from visionloop.confidence import sigmoid, softmax
 from visionloop.errors import BundleError, ImageError
 from visionloop.predictor import (
     Outputs,
@@ -18,8 +23,6 @@ from visionloop.predictor import (
     choose_classes,
     compute_confidence,
     name_choices,
-    sigmoid,
-    softmax,
 )
 from visionloop.records import Card, Prediction, canonical_json
 
@@ -75,8 +78,8 @@ def test_answers_of_a_multilabel_bundle(tmp_path: Path) -> None:
         assert answer.prediction == "|".join(answer.labels)
         assert answer.confidence == pytest.approx(np.maximum(probs_k, 1 - probs_k).prod(), abs=1e-6)
     assert {len(answer.labels or ()) for answer in answers} == {0, 1, 2, 3}
-    assert list(answers[0].to_json()) == ["prediction", "probabilities", "confidence", "labels"]
-    assert list(single.predict(images[:1])[0].to_json()) == ["prediction", "probabilities", "confidence"]
+    assert list(answers[0].to_json()) == ["prediction", "probabilities", "confidence", "labels", "abstained"]
+    assert list(single.predict(images[:1])[0].to_json()) == ["prediction", "probabilities", "confidence", "abstained"]
 
 
 def test_temperature_softens_each_label(tmp_path: Path) -> None:
@@ -120,7 +123,44 @@ def test_no_image_has_no_answer(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", task="multilabel")
     predictor = Predictor.load(tmp_path / "b", threads=1)
     empty = np.zeros((0, 3), np.float32)
-    assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32))) == []
+    assert predictor.answer(Outputs(empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, bool))) == []
+
+
+def spoil_golden(folder: Path, change: Callable[[np.ndarray], np.ndarray], scale: float = 1.0) -> Predictor:
+    """Make a bundle whose network says `scale` times as much, and whose golden logits are then changed."""
+    make_bundle(folder)
+    path, model = folder / "golden" / "answers.json", onnx.load(folder / "model.onnx")
+    (weights,) = [tensor for tensor in model.graph.initializer if tensor.name == "weights"]
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * np.float32(scale), "weights"))
+    onnx.save(model, folder / "model.onnx")
+    answers = json.loads(path.read_text())
+    answers["logits"] = change(np.array(answers["logits"]) * scale).tolist()
+    path.write_text(json.dumps(answers))
+    seal_bundle(folder)
+    return Predictor(load_bundle(folder), threads=1)
+
+
+def test_golden_answers_are_compared_relative_to_the_largest_logit(tmp_path: Path) -> None:
+    def move(logits_nk: np.ndarray) -> np.ndarray:
+        return logits_nk + 0.5
+
+    assert spoil_golden(tmp_path / "a", move, scale=100).check_golden() == pytest.approx(0.5 / 192, abs=1e-3)
+    with pytest.raises(
+        BundleError, match=r"golden answers differ by 0\.\d+; expected at most 0\.02 of the largest logit"
+    ):
+        spoil_golden(tmp_path / "b", move).check_golden()
+
+
+def test_a_golden_answer_that_is_another_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = spoil_golden(tmp_path / "a", lambda logits_nk: np.concatenate([logits_nk[:1, ::-1], logits_nk[1:]]))
+    monkeypatch.setattr(visionloop.predictor, "GOLDEN_TOLERANCE", 1.0)
+    assert predictor.bundle.golden_logits()[0].argmax() == 0
+    with pytest.raises(
+        BundleError, match=r"golden answers differ by 0\.5\d+, and 1 of 4 are other ones; .*the same answers"
+    ):
+        predictor.check_golden()
+    monkeypatch.setattr(visionloop.predictor, "CLOSE_PROBABILITY", 1.0)
+    assert predictor.check_golden() > 0.5, "where two are as good as equal, either will do"
 
 
 def seal_with_limit(folder: Path, max_pixels: int) -> Predictor:

@@ -60,15 +60,22 @@ def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str
     assert (error.exit_code, str(error)) == (
         3,
         f"gate: the candidate is still {verdict} by the rule {by}; expected a passed gate. Add images or change "
-        f"params.yaml, then retrain. {more}See decisions/latest.json and reports/report.html.",
+        f"params.yaml, then retrain. {more}See decisions/latest.json and decisions/latest.html.",
     )
     assert str(words.make_refusal(verdict, RULES)).startswith(f"gate: the candidate is {verdict} by the rule {by}; ")
+    shown = [{**rule, "mode": "dry_run"} for rule in RULES]
+    assert " by the rule " not in str(words.make_refusal(verdict, shown)), "a dry run holds nothing back"
+
+
+def test_a_dry_run_is_marked_as_one() -> None:
+    shown = replace(SUMMARY, rules=[{**RULES[1], "mode": "dry_run"}])
+    assert ("gate: floor macro_f1", "FAIL (dry run): macro_f1 80.0 %; expected at least 90.0 %") in shown.rows()
 
 
 def test_without_a_champion_the_end_says_so() -> None:
     refused = replace(SUMMARY, outcome="unchanged", verdict="refused", model={})
     assert ("model", "no champion yet") in refused.rows()
-    assert "no champion" not in str(replace(refused, outcome="busy", verdict="").rows())
+    assert "no champion" not in str(replace(refused, verdict="").rows())
 
 
 def test_the_rate_leaves_out_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,11 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
     """
     if typer_context.invoked_subcommand:
         return
+    from visionloop.data.known_store import check_store
     from visionloop.data.manifest import list_versions
 
     workspace = open_workspace()
+    check_store(workspace)
     versions = list_versions(workspace.store, workspace.name)
     pinned = _find_pinned(workspace)
     if as_json:
@@ -166,6 +168,7 @@ def drop(
     """
     from visionloop.data.compare import compare_records
     from visionloop.data.drop import drop_source, drop_version
+    from visionloop.data.known_store import check_store
     from visionloop.errors import DatasetError
     from visionloop.ingest.pull import move_pin
     from visionloop.promotion.ledger import read_champion
@@ -176,6 +179,7 @@ def drop(
     if (number is None) == (source is None):
         found = "neither a version nor a source is named" if number is None else "a version and a source are named"
         raise DatasetError("datasets drop", found, "one of them", "Say `drop N` or `drop --source NAME`.")
+    check_store(workspace)
     done = drop_source(store, name, source, now=now) if source else drop_version(store, name, int(number or 0), now=now)
     pin = move_pin(workspace.settings, done.after)
     for line in describe_diff(compare_records(done.rows_before, done.rows_after), []):

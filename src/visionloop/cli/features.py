@@ -69,17 +69,17 @@ def embed(
     from visionloop.features.embed import embed as run_embed
 
     started = time.perf_counter()
-    workspace, _ = open_stage("embed")
-    done = run_embed(workspace, tell=_tell, on_progress=_make_progress())
+    stage = open_stage("embed")
+    done = run_embed(stage.workspace, tell=_tell, on_progress=_make_progress())
     if done.facts is None:
-        print(f"nothing to embed: `train.way: {workspace.params.train.way}` learns from pixels")
+        print(f"nothing to embed: `train.way: {stage.workspace.params.train.way}` learns from pixels")
     else:
         known, seconds = done.num_images - done.num_computed, time.perf_counter() - started
         print(
             f"features holds {done.num_images:,} embeddings: "
             f"{known:,} from the table, {done.num_computed:,} computed, {seconds:.1f} s"
         )
-    close_stage(workspace, "embed")
+    close_stage(stage)
 
 
 @app.command()

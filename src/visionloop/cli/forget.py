@@ -37,11 +37,13 @@ def forget(
 
       visionloop forget
     """
+    from visionloop.data.known_store import check_store
     from visionloop.forget import find_everything, resolve_images
     from visionloop.forget import forget as run_forget
     from visionloop.words import fit
 
     workspace = open_workspace()
+    check_store(workspace)
     store, name = workspace.store, workspace.name
     wanted = resolve_images(store, name, images or [], origin or [])
     if not wanted.sha256s:

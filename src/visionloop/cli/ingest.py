@@ -121,7 +121,7 @@ def ingest(
     if dry_run:
         _print_dry_run(what, given)
         return
-    workspace = open_workspace()
+    workspace = _open_known()
     if what is None:
         _check_alone(given)
         sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
@@ -144,6 +144,15 @@ def _save(workspace: "Workspace", source: "Source", text: str) -> None:
         return
     write_params(workspace.settings.params_path, text)
     print(f"source {source.name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
+
+
+def _open_known() -> "Workspace":
+    """Open the workspace, and see that its store is the one it knows, before anything is said of the sources."""
+    from visionloop.data.known_store import check_store_for_pull
+
+    workspace = open_workspace()
+    check_store_for_pull(workspace)
+    return workspace
 
 
 def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:

@@ -1,17 +1,36 @@
-"""Commands about models: gate, register, promote, rollback, history."""
+"""Commands about models: gate, approve, register, promote, rollback, history, lineage, compare."""
 
-from typing import Annotated
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from visionloop.cli.app import app
-from visionloop.words import describe_champion, describe_decision, describe_registered, make_refusal
-from visionloop.workspace import get_now, get_user, open_workspace
+from visionloop.records import Interval
+from visionloop.words import (
+    align,
+    describe_champion,
+    describe_decision,
+    describe_registered,
+    make_refusal,
+    shorten_path,
+)
+from visionloop.workspace import Workspace, get_now, get_user, open_workspace
+
+if TYPE_CHECKING:
+    from visionloop.predictor import Predictor
+    from visionloop.promotion.report import RetrainFacts
+
+MODELS = "champion, a bundle's folder, NAME@champion, NAME@3, s3://..., or the id of an MLflow run."
 
 
 @app.command()
 def gate() -> None:
-    """Judge the candidate against the champion on the same test images. Exit code 3: refused or inconclusive.
+    """Judge the candidate against the champion on the same test images.
+
+    Exit code 3: refused, inconclusive, or waiting for `visionloop approve`.
 
     Examples:
 
@@ -25,12 +44,41 @@ def gate() -> None:
 
     workspace = open_workspace()
     settings = workspace.settings
-    state = compute_state(settings.home, workspace.params, load_pin(settings.pin_path, workspace.name).digest)
+    pin = load_pin(settings.pin_path, workspace.name)
+    state = compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     decision = run_gate(workspace, state=state, now=get_now())
+    for line in describe_decision(decision):
+        print(line)
+    print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
+    if decision.verdict != "passed":
+        raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+
+
+@app.command()
+def approve(
+    why: Annotated[str, typer.Option(help="The reason, kept with the decision.", show_default=False)],
+    number: Annotated[int | None, typer.Argument(help="The decision; default: the last one.")] = None,
+) -> None:
+    """Let a candidate pass that waits for a person: `gate.approval: required`, or what only a person may allow.
+
+    Examples:
+
+      visionloop approve --why "looked at all changed answers"
+
+      visionloop approve 12 --why "mules are sorted by hand from now on"
+    """
+    from visionloop.errors import SettingsError
+    from visionloop.promotion.decide import approve as run_approve
+
+    why = " ".join(why.split())
+    if not why:
+        raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
+    decision = run_approve(open_workspace(), number=number, by=get_user(), why=why, now=get_now())
     for line in describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+    print("next: `visionloop register`, then `visionloop promote`; a retrain does both")
 
 
 @app.command()
@@ -50,18 +98,30 @@ def register() -> None:
 
 @app.command()
 def promote(
-    why: Annotated[str, typer.Option(help="The reason, kept in the ledger.")] = "passed the gate",
+    why: Annotated[str | None, typer.Option(help="The reason, kept in the ledger; default: passed the gate.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also a model that was rolled back from; wants --why.")
+    ] = False,
 ) -> None:
     """Make the registered candidate the champion: a ledger entry, and MLflow's alias `champion`.
+
+    A model that was rolled back from stays down until `--again` takes it back, after `visionloop gate` has found
+    nothing else against it.
 
     Examples:
 
       visionloop promote --why "500 new images of mules"
+
+      visionloop promote --again --why "the camera was dirty, not the model bad"
     """
+    from visionloop.errors import SettingsError
     from visionloop.promotion.promote import promote as run_promote
 
+    if again and not (why and why.strip()):
+        todo = 'Say why it should serve after all: `visionloop promote --again --why "..."`.'
+        raise SettingsError("visionloop promote --again", "has no --why", "a reason, kept in the ledger", todo)
     workspace = open_workspace()
-    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
+    entry = run_promote(workspace, by=get_user(), why=why or "passed the gate", now=get_now(), again=again)
     print(describe_champion(entry))
 
 
@@ -93,22 +153,113 @@ def rollback(
 
 @app.command()
 def history() -> None:
-    """Show every promotion and rollback: who, when, why, from what.
+    """Show every promotion and rollback: when, from which bundle to which, by what verdict, who and why.
+
+    What does not belong into the ledger is named, with exit code 2.
 
     Examples:
 
       visionloop history
     """
-    from visionloop.promotion.ledger import read_history
+    from visionloop.data.known_store import check_store
+    from visionloop.promotion.ledger import find_verdict, read_ledger, require_sound
 
     workspace = open_workspace()
-    entries = read_history(workspace.store, workspace.name)
-    if not entries:
+    check_store(workspace)
+    ledger = read_ledger(workspace.store, workspace.name)
+    if not ledger.entries:
         print(f"{workspace.name} has no champion yet; `python flows/retrain.py` makes one")
-    for entry in reversed(entries):
-        star = "*" if entry is entries[-1] else " "
+    for entry in reversed(ledger.entries):
+        star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
+        verdict = find_verdict(workspace.store, workspace.name, entry)
         print(
-            f"{star} {entry.number:>4}  {at}  {entry.action:<8}  bundle {entry.bundle[:12]}"
-            f"  model {entry.model_version:<4}  dataset {trained_on}  {entry.by}: {entry.why}"
+            f"{star} {entry.number:>4}  {at}  {entry.action:<8}  {(entry.previous or 'none')[:12]:>12} ->"
+            f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
+            f"  {entry.by}: {entry.why}"
         )
+    require_sound(ledger, workspace.name)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(help="A model (champion, candidate, NAME@3, digest) or an image.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every image.")] = False,
+) -> None:
+    """Follow a model back to its images, or an image forward to the models that used it.
+
+    An image is a file, the first letters of its sha256, or the place that it came from.
+
+    Examples:
+
+      visionloop lineage champion
+
+      visionloop lineage photo.jpg
+    """
+    from visionloop.lineage import ModelOrigin, describe_origin, describe_path, trace
+
+    found = trace(open_workspace(), what)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    for line in describe_origin(found) if isinstance(found, ModelOrigin) else describe_path(found):
+        print(line)
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(help=MODELS)],
+    other: Annotated[str, typer.Argument(help=MODELS)],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("compared.html"),
+) -> None:
+    """Let two models answer the test side of the pinned version, side by side. Nothing is stored or promoted.
+
+    Examples:
+
+      visionloop compare models/candidate champion
+
+      visionloop compare pets@3 pets@2 --out 3-against-2.html
+    """
+    from visionloop.cli.progress import make_progress
+    from visionloop.promotion.compare import compare_models
+    from visionloop.promotion.evidence import make_page, write_page
+
+    workspace = open_workspace()
+    names = (one, other)
+    models = (_load_any(workspace, one), _load_any(workspace, other))
+    progress = make_progress("answered", "images")
+    facts = compare_models(workspace, models, names, now=get_now(), on_progress=progress)
+    for line in describe_comparison(facts):
+        print(line)
+    write_page(out, make_page(workspace.store, facts))
+    print(f"the images that only one of them has right, classes and more: {out}")
+
+
+def describe_comparison(facts: "RetrainFacts") -> list[str]:
+    """Return two models' figures as a table, then what the rules of the gate say of the first."""
+    from visionloop.promotion.report import format_interval
+
+    decision = facts.decision
+    rows = [["", *facts.names]]
+    for name in decision.metrics:
+        sides = (decision.metrics, decision.champion_metrics)
+        both = [Interval.from_json(figures[name]) for figures in sides if name in figures]
+        rows.append([name, *(format_interval(name, interval) for interval in both)])
+    lines = [f"{decision.num_test:,} test images of dataset version {decision.dataset['version']}", *align(rows)]
+    return [*lines, "the rules of the gate, as if the first were a candidate:", *describe_decision(decision)[1:-1]]
+
+
+def _load_any(workspace: Workspace, address: str) -> "Predictor":
+    """Open a model: `champion`, an address, or the id of an MLflow run."""
+    from visionloop.predictor import Predictor
+    from visionloop.promotion.compare import find_bundle_of_run
+    from visionloop.promotion.models import load_champion, load_model
+
+    if address == "champion":
+        return load_champion(workspace)
+    if not re.fullmatch("[0-9a-f]{32}", address) or Path(address).is_dir():
+        return load_model(address, lambda: workspace)
+    found = find_bundle_of_run(workspace, address)
+    if isinstance(found, Path):
+        return Predictor.load(found)
+    return Predictor.fetch(workspace.store, found, workspace.settings.hidden_dir / "bundles")

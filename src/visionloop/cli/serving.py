@@ -1,4 +1,4 @@
-"""Commands that answer: predict, serve."""
+"""Commands that answer, or let others answer: predict, explain, export, serve."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -24,11 +24,15 @@ ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 @app.command()
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Images, folders, or globs in quotes.")],
+    *,
     out: Annotated[
         Path | None, typer.Option(help="Write every answer to a .jsonl, .csv or .parquet file; resumable.")
     ] = None,
     format: Annotated[
         str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw some images with their answers and the likeliest classes, as .png.")
     ] = None,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
@@ -43,18 +47,19 @@ def predict(
 
       visionloop predict test/ --out submission.csv --format kaggle
 
+      visionloop predict photos/ --sheet answers.png
+
       visionloop predict photo.jpg --bundle models/candidate
 
       visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.errors import ParamsError, SourceError, shorten
-    from visionloop.predict import Table, find_images, predict_files, predict_in_chunks
+    from visionloop.cli.pictures import write_picture
+    from visionloop.errors import SourceError, shorten
+    from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
-    if format and not out:
-        raise ParamsError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
     workspace = open_workspace()
-    table = Table.plan(out, format) if out else None
+    table = Table.plan(out, format)
     files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
@@ -67,11 +72,12 @@ def predict(
         with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
             counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
             table.write(chunks.read(), predictor)
-        if len(files) > SHOWN_OF_TABLE:
-            print(f"... {len(files) - SHOWN_OF_TABLE:,} more")
         print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
     if len(files) > 1:
         print(describe_counts(counts, len(files)))
+    if sheet and counts:
+        write_picture(sheet, draw_sheet(predictor, files))
+        print(f"some of them in {sheet}")
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
@@ -82,12 +88,15 @@ def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: in
     counts: Counter[str] = Counter()
     problem = None
     for number, answer in enumerate(answers):
-        if number < most:
+        if number == most:
+            print("...")
+        elif number < most:
             print("\n".join(describe_answer(answer, width, top)))
         if answer.prediction is None:
             problem = problem or answer.error
         else:
-            counts[answer.prediction.prediction or "no label"] += 1
+            said = answer.prediction.prediction or "no label"
+            counts["don't know" if answer.prediction.abstained else said] += 1
     return counts, problem
 
 
@@ -100,7 +109,10 @@ def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
-    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not."""
+    """Return one answer as lines: the likeliest classes with bars, all that were chosen, or the reason why not.
+
+    Where the model does not know, that is the first line; below it is what it would have said.
+    """
     name = f"{_shorten_path(answer.path):<{width}}"
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
@@ -111,6 +123,8 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
     ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
     label_width = max(len(label) for label, _ in ranked)
     lines = [] if chosen else [f"{name}  -- no label"]
+    if answer.prediction.abstained:
+        lines = [f"{name}  ? don't know ({answer.prediction.abstained})"]
     for label, p in ranked:
         mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
@@ -119,10 +133,68 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
 
 
 @app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    name: Annotated[
+        str | None, typer.Option("--class", help="The class that is asked about; default: the answer.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("explained.png"),
+    bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
+) -> None:
+    """Draw which parts of an image hold up the answer: each is covered in turn, and the network is asked again.
+
+    Examples:
+
+      visionloop explain photo.jpg
+
+      visionloop explain photo.jpg --class wolf --out why-no-wolf.png
+    """
+    from visionloop.cli.pictures import write_picture
+    from visionloop.data.inputs import load_input
+    from visionloop.explain import describe_falls, draw_explanation
+    from visionloop.explain import explain as run_explain
+    from visionloop.promotion.models import load_champion, load_model
+
+    workspace = open_workspace()
+    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    card = predictor.card
+    array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
+    found = run_explain(predictor, array, name)
+    write_picture(out, draw_explanation(array, found, f"{image.name}, bundle {predictor.digest[:12]}"))
+    print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="champion, a bundle's folder, NAME@champion, NAME@3 or s3://...")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+) -> None:
+    """Write a model for people without visionloop: ONNX, classes, example images, and a program of one page.
+
+    Examples:
+
+      visionloop export champion to-the-app-team
+
+      visionloop export models/candidate candidate-1
+    """
+    from visionloop.promotion.handout import write_handout
+    from visionloop.promotion.models import load_champion, load_model
+
+    workspace = open_workspace()
+    predictor = load_champion(workspace) if model == "champion" else load_model(model, lambda: workspace)
+    names = write_handout(predictor, folder)
+    print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
+    print(f"try it:  python {folder}/predict.py --check")
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: follow the champion.")] = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="BUNDLE", help="Only try it: a folder, or a digest of the store.")
+    ] = None,
 ) -> None:
     """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
 
@@ -133,11 +205,19 @@ def serve(
       curl -F file=@photo.jpg http://127.0.0.1:8000/predict
 
       visionloop serve --port 0 --bundle models/candidate
+
+      visionloop serve --check models/candidate
     """
     from visionloop.serving.main import run_server
 
     die_with_guardian()
     workspace = open_workspace()
+    if check is not None:
+        from visionloop.serving.check import check_serving
+
+        number = check_serving(workspace, check)
+        print(f"the server answers {number} golden images of {check} as the bundle does")
+        return
     run_server(
         workspace,
         host=host,

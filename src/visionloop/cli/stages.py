@@ -3,13 +3,15 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
-from visionloop.words import describe_mlflow, shorten_path
+from visionloop.settings import find_home
+from visionloop.words import describe_mlflow, format_interval, shorten_path
 from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
@@ -17,12 +19,24 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 
-def open_stage(stage: str) -> tuple[Workspace, str]:
-    """Open the workspace for a stage: also die with whoever started it; return the workspace and the code's digest."""
+@dataclass(frozen=True)
+class Stage:
+    """A stage that runs: its workspace, the digest of its code, and what it has read, by `pipeline.read_inputs`."""
+
+    name: str
+    workspace: Workspace
+    code_digest: str
+    inputs: Mapping[str, str]
+
+
+def open_stage(name: str) -> Stage:
+    """Open the workspace for a stage, which also dies with whoever started it."""
     from visionloop.code_digests import compute_code_digests
+    from visionloop.pipeline import read_inputs
 
     die_with_guardian()
-    return open_workspace(), compute_code_digests().get(stage, "")
+    inputs = read_inputs(find_home(os.environ), name)
+    return Stage(name, open_workspace(), compute_code_digests().get(name, ""), inputs)
 
 
 def die_with_guardian() -> None:
@@ -31,14 +45,18 @@ def die_with_guardian() -> None:
         die_with_parents()
 
 
-def close_stage(workspace: Workspace, stage: str) -> None:
-    """Say how the result of a stage run by hand is kept, unless dvc holds it already (or is not in use here)."""
-    if os.environ.get("DVC_STAGE"):
-        return
-    from visionloop.pipeline import is_up_to_date
+def close_stage(stage: Stage) -> None:
+    """Say how the result of a stage run by hand is kept, unless dvc holds it already (or is not in use here).
 
-    if is_up_to_date(workspace.settings.home, stage) is False:
-        print(f"run by hand: `dvc commit -f {stage}` keeps this result, `dvc repro` would make it again")
+    Raises:
+        PipelineError: what the stage has read was changed while it ran, so dvc must not record it.
+    """
+    from visionloop.pipeline import check_inputs, is_up_to_date
+
+    home = stage.workspace.settings.home
+    check_inputs(home, stage.name, stage.inputs)
+    if not os.environ.get("DVC_STAGE") and is_up_to_date(home, stage.name) is False:
+        print(f"run by hand: `dvc commit -f {stage.name}` keeps this result, `dvc repro` would make it again")
 
 
 @app.command()
@@ -53,11 +71,11 @@ def prepare() -> None:
     """
     from visionloop.data.prepare import prepare as run_prepare
 
-    workspace, code_digest = open_stage("prepare")
+    stage = open_stage("prepare")
     progress = make_progress("prepared", "images")
-    pin = run_prepare(workspace, code_digest=code_digest, on_progress=progress)
+    pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress)
     print(f"data/prepared holds dataset {pin.name} version {pin.version}")
-    close_stage(workspace, "prepare")
+    close_stage(stage)
 
 
 @app.command()
@@ -75,7 +93,8 @@ def train() -> None:
     started = time.perf_counter()
     from visionloop.training.checks import check_training
 
-    workspace, code_digest = open_stage("train")
+    stage = open_stage("train")
+    workspace = stage.workspace
     data = check_training(workspace)
     if is_first_rank(os.environ):
         print(f"loading torch to train {workspace.params.train.network_name} ...", flush=True)
@@ -83,12 +102,12 @@ def train() -> None:
     from visionloop.training.ranks.launch import launch_train
 
     with open_watcher(os.environ) as watcher:
-        note = launch_train(workspace, data, Call(get_now(), code_digest, watcher), os.environ)
+        note = launch_train(workspace, data, Call(get_now(), stage.code_digest, watcher), os.environ)
     if note is None:  # a rank that another process speaks for
         return
     for line in describe_training(workspace, note, time.perf_counter() - started):
         print(line)
-    close_stage(workspace, "train")
+    close_stage(stage)
 
 
 def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -> list[str]:
@@ -137,9 +156,9 @@ def evaluate() -> None:
     """
     from visionloop.evaluation.evaluate import evaluate as run_evaluate
 
-    workspace, _ = open_stage("evaluate")
-    metrics = run_evaluate(workspace, tell=print)
+    stage = open_stage("evaluate")
+    metrics = run_evaluate(stage.workspace, tell=print)
     for name, interval in metrics.items():
-        print(f"{name:<12} {interval.value:.4f}  (95 %: {interval.low:.4f} to {interval.high:.4f})")
+        print(f"{name:<17} {f'{interval.value:.4f}' if name == 'ece' else format_interval(interval.to_json())}")
     print("look at reports/report.html")
-    close_stage(workspace, "evaluate")
+    close_stage(stage)

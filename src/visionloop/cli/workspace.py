@@ -67,7 +67,7 @@ def start(
             print("nothing was ingested: the workspace is removed again", file=sys.stderr)
         raise
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
-    if summary.verdict != "passed":
+    if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
 
 
@@ -124,17 +124,34 @@ def new(
 
 
 @app.command()
-def doctor() -> None:
-    """Check versions, store, MLflow, disk, processor, GPU, and the ledger against MLflow's alias; say what to do.
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="First mend the champion's bundle and MLflow's alias; no champion moves.")
+    ] = False,
+) -> None:
+    """Check versions, store, MLflow, disk, processor, GPU, ledger, the champion's bundle and its alias; say what to do.
+
+    --fix puts damaged files of the champion's bundle back into the store, from a copy on this machine, and points
+    MLflow's alias `champion` where the ledger says. It moves nothing else.
 
     Examples:
 
       visionloop doctor
+
+      visionloop doctor --fix
     """
     from visionloop.doctor import examine
+    from visionloop.errors import VisionLoopError
+    from visionloop.promotion.restore import mend
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
+    if fix:
+        try:
+            for line in mend(workspace) or ["nothing to mend"]:
+                print(f"fix   {line}")
+        except VisionLoopError as exc:
+            print(f"fix   not mended: {exc}")
     findings = examine(workspace)
     width = max(len(f.subject) for f in findings)
     for finding in findings:
@@ -187,6 +204,30 @@ def init() -> None:
     print("to keep DVC's cache there too:")
     for line in list_dvc_commands(opened):
         print(f"  {line}")
+
+
+@store_app.command()
+def accept() -> None:
+    """Go on with a store that lacks what this workspace has used: a new one on purpose, or an older copy.
+
+    A pin that the store does not hold is taken away (git still has it), and what was seen of its ledger is forgotten.
+    The store that was used before is not touched. Not needed after all of a store was copied to another address.
+
+    Examples:
+
+      VISIONLOOP_STORE=s3://another/store visionloop store accept
+    """
+    from visionloop.data.known_store import accept_store
+    from visionloop.workspace import open_workspace
+
+    workspace = open_workspace()
+    given_up = accept_store(workspace)
+    for what in given_up:
+        print(f"given up: {what}")
+    if not given_up:
+        print(f"nothing to do: {workspace.store.url} holds all that this workspace knows")
+    elif not workspace.settings.pin_path.is_file():
+        print(f"`visionloop ingest` makes or finds the dataset in {workspace.store.url}")
 
 
 def _open_store() -> "ObjectStore":

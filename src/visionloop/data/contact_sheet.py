@@ -1,4 +1,4 @@
-"""Pictures for people, as PNG bytes: a grid of labelled images, and pairs side by side. Draws only what it is handed.
+"""Pictures for people, as PNG bytes: a grid of labelled images, pairs, answers with bars. Draws only what it is handed.
 
 Pixels are (height, width, 3) uint8, RGB. Equal input gives equal bytes on one machine. Nothing depends on these bytes:
 a picture can be drawn again at any time.
@@ -21,6 +21,8 @@ MARGIN, GAP, PAD = 16, 12, 6
 TITLE, LABEL, NOTE, EMPTY = (20, INK), (14, INK), (12, FAINT), (14, FAINT)  # size in px, ink
 TITLE_H, LINE_H = 38, 19
 PAIRS_ACROSS = 2
+RIGHT, WRONG, BAR = "#1c7a43", "#c02b2b", "#dbe6fb"
+BAR_H, BARS_W, SHARE_W = 15, 190, 40
 ELLIPSIS = "…"
 LONGEST = 300  # characters; a longer line is cut before it is measured
 NOWHERE = "\U0010ffff"  # a character that no font draws
@@ -63,6 +65,42 @@ def draw_pairs(pairs: Sequence[tuple[Cell, Cell, str]], title: str, *, cell_px: 
     return _draw_grid(title, len(pairs), max(1, min(PAIRS_ACROSS, len(pairs))), (pair_h, pair_w), draw_pair)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One answered image: its pixels, the answer as title, and bars (name, share) beside it, the largest first.
+
+    `is_right`: green or red; None where the truth is not known. `truth` names the bars that are true.
+    """
+
+    image: UInt8Array
+    title: str
+    bars: Sequence[tuple[str, float]]
+    is_right: bool | None = None
+    truth: frozenset[str] = frozenset()
+
+
+def draw_prediction_sheet(panels: Sequence[Panel], title: str, *, columns: int = 3, cell_px: int = 150) -> bytes:
+    """Draw images, each with its answer above and the probabilities of the likeliest classes as bars beside it."""
+    across = max(1, min(columns, len(panels)))
+    most = max((len(panel.bars) for panel in panels), default=0)
+    size_hw = LINE_H + PAD + max(cell_px, most * BAR_H), cell_px + PAD + BARS_W
+
+    def draw_panel(page: Image.Image, number: int, x: int, y: int) -> None:
+        panel, draw = panels[number], ImageDraw.Draw(page)
+        ink = INK if panel.is_right is None else RIGHT if panel.is_right else WRONG
+        _write(draw, (x, y), panel.title, (LABEL[0], ink), size_hw[1])
+        top, left = y + LINE_H + PAD, x + cell_px + PAD
+        _paste(page, panel.image, x, top, cell_px)
+        for place, (name, share) in enumerate(panel.bars):
+            at = top + place * BAR_H
+            draw.rectangle((left, at, left + round(share * (BARS_W - SHARE_W)), at + BAR_H - 3), fill=BAR)
+            ink = INK if name in panel.truth else FAINT
+            _write(draw, (left + 3, at), name, (NOTE[0], ink), BARS_W - SHARE_W - PAD)
+            _write(draw, (left + BARS_W - SHARE_W + PAD, at), f"{share:.0%}", (NOTE[0], ink), SHARE_W)
+
+    return _draw_grid(title, len(panels), across, size_hw, draw_panel)
+
+
 def _draw_grid(
     title: str,
     number: int,
@@ -90,16 +128,20 @@ def _draw_grid(
 
 def _draw_cell(page: Image.Image, cell: Cell, x: int, y: int, cell_px: int) -> None:
     draw = ImageDraw.Draw(page)
-    draw.rectangle((x, y, x + cell_px - 1, y + cell_px - 1), fill=GROUND)
-    picture = Image.fromarray(cell.image)
+    _paste(page, cell.image, x, y, cell_px)
+    _write(draw, (x, y + cell_px + PAD), cell.label, LABEL, cell_px)
+    if cell.note:
+        _write(draw, (x, y + cell_px + PAD + LINE_H), cell.note, NOTE, cell_px)
+
+
+def _paste(page: Image.Image, image: UInt8Array, x: int, y: int, cell_px: int) -> None:
+    ImageDraw.Draw(page).rectangle((x, y, x + cell_px - 1, y + cell_px - 1), fill=GROUND)
+    picture = Image.fromarray(image)
     ratio = cell_px / max(picture.size)
     width, height = (max(1, round(side * ratio)) for side in picture.size)
     # Small images keep visible pixels: a digit of 8 x 8 that is scaled up smoothly looks out of focus.
     picture = picture.resize((width, height), Image.Resampling.NEAREST if ratio >= 2 else Image.Resampling.LANCZOS)
     page.paste(picture, (x + (cell_px - width) // 2, y + (cell_px - height) // 2))
-    _write(draw, (x, y + cell_px + PAD), cell.label, LABEL, cell_px)
-    if cell.note:
-        _write(draw, (x, y + cell_px + PAD + LINE_H), cell.note, NOTE, cell_px)
 
 
 def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: tuple[int, str], width: int) -> None:

@@ -1,10 +1,10 @@
 """Prepared images on disk: memory-mapped uint8 shards (n, h, w, 3) and the index that says what each row is.
 
-    index.parquet  images-00000.npy ...  classes.json  report.json
+    index.parquet  manifest.parquet  images-00000.npy ...  classes.json  report.json
                    train-00000.npy ...   with `prepare.train_size`: the training side, larger
 
-The rows of the index are sorted by sha256. Each set of shards keeps that order: its k-th image is in shard
-k // rows_per_shard. Dimensions in names: n images, k classes.
+The rows of the index are sorted by sha256, and so are those of the manifest: the images' own rows of it. Each set of
+shards keeps that order: its k-th image is in shard k // rows_per_shard. Dimensions in names: n images, k classes.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
+from visionloop.data.manifest import decode_records
 from visionloop.errors import DatasetError
-from visionloop.records import Pin
+from visionloop.records import ImageRecord, Pin
 
 SHARD_BYTES = 64 * 1024 * 1024
 IMAGES, TRAIN = "images", "train"
@@ -88,6 +89,17 @@ class Prepared:
         if self.targets_nk is None:
             return np.bincount(self.label_n[rows], minlength=len(self.classes)).astype(np.int64)
         return np.asarray(self.targets_nk[rows].sum(axis=0, dtype=np.int64))
+
+    def load_records(self, rows: IntArray) -> list[ImageRecord]:
+        """Read what the manifest says of some rows, in the order asked for. Raises DatasetError."""
+        where = f"prepared data {self.folder}"
+        try:
+            records = decode_records((self.folder / "manifest.parquet").read_bytes(), where)
+        except FileNotFoundError as exc:
+            raise DatasetError(where, "has no manifest.parquet", "one", "Run `visionloop prepare`.") from exc
+        if [r.sha256 for r in records] != list(self.sha256_n):
+            raise DatasetError(where, "has a manifest of other images", "its own", "Run `visionloop prepare`.")
+        return [records[row] for row in rows]
 
     def read(self, rows: IntArray) -> UInt8Array:
         """Return the images of some rows, (n, h, w, 3), in the order asked for; the middle of those stored larger."""

@@ -20,12 +20,11 @@ from visionloop.evaluation.label_metrics import (
 )
 from visionloop.evaluation.metrics import (
     ClassFigures,
-    FloatArray,
-    IntArray,
     compute_class_figures,
     compute_confusion,
     compute_metrics,
 )
+from visionloop.evaluation.resampling import FloatArray, IntArray, compute_share_interval, sum_keys
 from visionloop.params import Evaluate
 from visionloop.predictor import Choices, compute_confidence, name_choices
 from visionloop.records import Interval
@@ -33,12 +32,18 @@ from visionloop.records import Interval
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k)."""
+    """The answers for some images (`chosen`) and the truth (`labels`): both (n,), or both (n, k).
+
+    `key_n` says which images belong together: equal numbers for equal keys (`resampling.code_keys`). `abstained_n` says
+    for which the model does not know; None: it has no such rule.
+    """
 
     labels: Choices
     probs_nk: NDArray[np.floating]
     chosen: Choices
     classes: tuple[str, ...]
+    key_n: IntArray
+    abstained_n: BoolArray | None = None
 
     @property
     def is_several(self) -> bool:
@@ -70,26 +75,37 @@ class Answers:
         return name_choices(self.chosen, self.classes)
 
 
+def compute_answered(answers: Answers) -> dict[str, Interval]:
+    """Return the share of images that is answered, and the share of these that is right; nothing without a rule."""
+    if answers.abstained_n is None:
+        return {}
+    answered_g = sum_keys(~answers.abstained_n, answers.key_n)
+    figures = {"answered": compute_share_interval(answered_g, sum_keys(np.ones(len(answers.labels)), answers.key_n))}
+    if answered_g.any():
+        hits_g = sum_keys(answers.hits_n & ~answers.abstained_n, answers.key_n)
+        figures["answered_accuracy"] = compute_share_interval(hits_g, answered_g)
+    return figures
+
+
 def compute_answer_metrics(answers: Answers, section: Evaluate) -> dict[str, Interval]:
-    """Compute the figures of the answers' task, each with its interval."""
+    """Compute the figures of the answers' task, each with its interval over keys."""
     draw = {"resamples": section.resamples, "seed": section.seed}
     if answers.is_several:
         labels, chosen = answers.labels.astype(bool), answers.chosen.astype(bool)
-        return compute_label_metrics(labels, answers.probs_nk, chosen, **draw)
+        return compute_label_metrics(labels, answers.probs_nk, chosen, answers.key_n, **draw)
     labels_n, chosen_n = answers.labels.astype(np.int64), answers.chosen.astype(np.int64)
-    return compute_metrics(labels_n, answers.probs_nk, chosen_n, answers.classes, **draw)
+    return compute_metrics(labels_n, answers.probs_nk, chosen_n, answers.classes, answers.key_n, **draw)
 
 
 def compute_tables(answers: Answers) -> tuple[IntArray, list[ClassFigures]]:
     """Return the confusion matrix (k, k) and the figures of each class. For several labels see `compute_swaps`."""
     if answers.is_several:
         labels, chosen = answers.labels.astype(bool), answers.chosen.astype(bool)
-        figures = compute_label_figures(labels, answers.probs_nk, chosen, answers.classes)
+        figures = compute_label_figures(labels, answers.probs_nk, chosen, answers.classes, answers.key_n)
         return compute_swaps(labels, chosen), figures
-    confusion_kk = compute_confusion(
-        answers.labels.astype(np.int64), answers.chosen.astype(np.int64), len(answers.classes)
-    )
-    return confusion_kk, compute_class_figures(confusion_kk, answers.classes)
+    labels_n, chosen_n = answers.labels.astype(np.int64), answers.chosen.astype(np.int64)
+    confusion_kk = compute_confusion(labels_n, chosen_n, len(answers.classes))
+    return confusion_kk, compute_class_figures(labels_n, chosen_n, answers.classes, answers.key_n)
 
 
 def get_truth(prepared: Prepared, rows_n: IntArray) -> Choices:

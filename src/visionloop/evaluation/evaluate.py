@@ -1,19 +1,18 @@
 """The stage `evaluate`: runs the candidate on the test side, as the server would, and writes reports/.
 
-    metrics.json  predictions.csv  per_class.csv  figures/*.png  report.html
+    metrics.json  intervals.json  predictions.csv  per_class.csv  slices.csv  figures/*.png  report.html
 
 Same input, same bytes. Writes nothing else into reports/, and decides nothing: the gate does that.
 """
 
-import csv
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionloop.bundle import load_run_note
 from visionloop.data.shards import Prepared, load_prepared
@@ -21,14 +20,17 @@ from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
     Answers,
     compute_answer_metrics,
+    compute_answered,
     compute_tables,
     find_worst,
     get_truth,
     join_names,
 )
+from visionloop.evaluation.baselines import compute_baselines, describe_baseline
+from visionloop.evaluation.confidence_plots import describe_answered, draw_certainty
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
-from visionloop.evaluation.metrics import ClassFigures, IntArray
+from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.plots import (
     Mistake,
     draw_classes,
@@ -38,8 +40,20 @@ from visionloop.evaluation.plots import (
     draw_outcomes,
 )
 from visionloop.evaluation.report import ReportFacts, make_report
-from visionloop.predictor import Predictor
-from visionloop.records import LABEL_SEPARATOR, Card, Interval
+from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
+from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
+from visionloop.evaluation.slices import compute_slice_figures, make_slices, measure_images
+from visionloop.evaluation.tables import (
+    Judged,
+    make_class_table,
+    make_intervals_json,
+    make_metrics_json,
+    make_prediction_table,
+    make_slice_table,
+)
+from visionloop.params import Evaluate
+from visionloop.predictor import FloatArray, Predictor
+from visionloop.records import Card, ImageRecord, Interval, make_natural_key
 from visionloop.workfolder import lock_work
 from visionloop.workspace import Workspace
 
@@ -48,7 +62,7 @@ BATCH_IMAGES = 64
 NUM_MISTAKES = 25
 MOST_GAP = 0.10  # between accuracy on val and on test
 # metrics.json is moved last: if it is there, the others are too.
-OUTS = ("predictions.csv", "per_class.csv", "figures", "report.html", "metrics.json")
+OUTS = ("predictions.csv", "per_class.csv", "slices.csv", "figures", "report.html", "intervals.json", "metrics.json")
 
 Progress = Callable[[int, int], None]
 
@@ -71,15 +85,20 @@ def evaluate(
     predictor = Predictor.load(settings.candidate_dir)
     _check_fit(predictor.card, prepared)
     rows_n = _find_tests(prepared)
-    answers = _answer(predictor, prepared, rows_n, on_progress)
-    metrics = compute_answer_metrics(answers, workspace.params.evaluate)
+    seen = _look(predictor, prepared, rows_n, on_progress)
+    answers, judged = seen.answers, _judge(predictor, prepared, seen, workspace.params.evaluate)
+    metrics = dict(judged.metrics)
     with lock_work(settings.work_dir("evaluate"), predictor.digest) as work:
         shutil.rmtree(work)
         (work / "figures").mkdir(parents=True)
-        _write_outs(work, predictor, prepared, rows_n, answers, metrics=metrics)
+        _write_outs(work, predictor, prepared, seen, judged)
         _move_outs(work, settings.reports_dir)
         shutil.rmtree(work)
-    tell(f"on {len(rows_n):,} test images{_describe_limit(workspace)}")
+    tell(f"on {describe_images(len(rows_n), count_keys(answers.key_n), 'test images')}{_describe_limit(workspace)}")
+    lines = [describe_baseline(baseline, metrics["accuracy"].value) for baseline in judged.baselines]
+    for line in [describe_answered(predictor.card, metrics), *lines, *describe_runtimes(judged.runtimes)]:
+        if line:
+            tell(line)
     best = _log_to_run(workspace, predictor.digest, metrics)
     if "accuracy" in metrics and (line := describe_gap(best.get("best/val_accuracy"), metrics["accuracy"].value)):
         tell(line)
@@ -132,45 +151,83 @@ def _find_tests(prepared: Prepared) -> IntArray:
     return rows_n
 
 
-def _answer(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> Answers:
-    """Run the model on some rows, in batches of limited memory."""
+@dataclass(frozen=True)
+class _Seen:
+    """What one pass over the test images gives: answers, embeddings (n, d), measures (n,), and other runtimes."""
+
+    rows_n: IntArray
+    answers: Answers
+    records: list[ImageRecord]
+    embedding_nd: FloatArray
+    measures: dict[str, NDArray[np.float64]]
+    runtimes: list[RuntimeCheck]
+
+
+def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> _Seen:
+    """Run the model on some rows, in batches of limited memory, here and in the other runtimes."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
-    parts = []
+    records = prepared.load_records(rows_n)
+    runtimes = open_runtimes(predictor)
+    outputs, measures = [], []
     for start in range(0, len(rows_n), size):
         images_nhwc = prepared.read(rows_n[start : start + size])
-        parts.append(predictor.run(images_nhwc).probs_nk)
+        outputs.append(predictor.run(images_nhwc))
+        measures.append(measure_images(images_nhwc))
+        for runtime in runtimes:
+            runtime.compare(images_nhwc, outputs[-1], predictor)
         on_progress(min(start + size, len(rows_n)), len(rows_n))
-    probs_nk = np.concatenate(parts)
-    chosen = predictor.choose(probs_nk)
-    return Answers(get_truth(prepared, rows_n), probs_nk.astype(np.float64), chosen, prepared.classes)
+    probs_nk = np.concatenate([part.probs_nk for part in outputs])
+    answers = Answers(
+        get_truth(prepared, rows_n),
+        probs_nk.astype(np.float64),
+        predictor.choose(probs_nk),
+        prepared.classes,
+        code_keys([record.key for record in records]),
+        None if predictor.card.abstain is None else np.concatenate([part.abstained_n for part in outputs]),
+    )
+    joined = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
+    return _Seen(rows_n, answers, records, np.concatenate([part.embedding_nd for part in outputs]), joined, runtimes)
 
 
-def _write_outs(
-    folder: Path,
-    predictor: Predictor,
-    prepared: Prepared,
-    rows_n: IntArray,
-    answers: Answers,
-    *,
-    metrics: dict[str, Interval],
-) -> None:
+def _judge(predictor: Predictor, prepared: Prepared, seen: _Seen, section: Evaluate) -> Judged:
+    """Compute all that the reports say."""
+    answers, limit = seen.answers, section.baseline_images
     confusion_kk, class_figures = compute_tables(answers)
-    figures = _draw_figures(prepared, rows_n, answers, confusion_kk, class_figures)
+    return Judged(
+        metrics={**compute_answer_metrics(answers, section), **compute_answered(answers)},
+        class_figures=class_figures,
+        confusion_kk=confusion_kk,
+        slices=compute_slice_figures(make_slices(seen.records, seen.measures), answers.hits_n, answers.key_n),
+        baselines=compute_baselines(predictor, prepared, answers, seen.embedding_nd, limit=limit),
+        runtimes=seen.runtimes,
+    )
+
+
+def _write_outs(folder: Path, predictor: Predictor, prepared: Prepared, seen: _Seen, judged: Judged) -> None:
+    rows_n, answers = seen.rows_n, seen.answers
+    figures = _draw_figures(prepared, rows_n, answers, judged.confusion_kk, judged.class_figures)
+    figures |= draw_certainty(predictor.bundle, answers)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
-    facts = ReportFacts(
-        predictor.card, predictor.digest, prepared.pin, len(rows_n), metrics, class_figures, confusion_kk, figures
-    )
-    (folder / "report.html").write_text(make_report(facts), encoding="utf-8")
-    summary = {
-        **{name: interval.to_json() for name, interval in metrics.items()},
-        "num_test": len(rows_n),
+    num_keys = count_keys(answers.key_n)
+    images = describe_images(len(rows_n), num_keys, "test images")
+    report = ReportFacts(predictor.card, predictor.digest, prepared.pin, images, judged, figures)
+    facts = {
         "bundle": predictor.digest,
         "dataset": prepared.pin.digest,
+        "num_test": len(rows_n),
+        "num_groups": num_keys,
     }
-    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _write_predictions(folder / "predictions.csv", [prepared.sha256_n[row] for row in rows_n], answers)
-    _write_class_figures(folder / "per_class.csv", class_figures)
+    texts = {
+        "metrics.json": make_metrics_json(judged.metrics, len(rows_n), num_keys),
+        "intervals.json": make_intervals_json(facts, judged),
+        "predictions.csv": make_prediction_table([prepared.sha256_n[row] for row in rows_n], answers),
+        "per_class.csv": make_class_table(judged.class_figures),
+        "slices.csv": make_slice_table(judged.slices),
+        "report.html": make_report(report),
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
 
 
 def _draw_figures(
@@ -188,7 +245,8 @@ def _draw_figures(
         targets_nk, chosen_nk = answers.labels.astype(bool), answers.chosen.astype(bool)
         first = {"outcomes": draw_outcomes(count_labels(targets_nk, chosen_nk, names))}
     else:
-        first = {"confusion": draw_confusion(confusion_kk, names)}
+        order_k = sorted(range(len(names)), key=lambda k: make_natural_key(prepared.classes[k]))
+        first = {"confusion": draw_confusion(confusion_kk[np.ix_(order_k, order_k)], [names[k] for k in order_k])}
     num_wrong = int((~answers.hits_n).sum())
     return {
         **first,
@@ -216,27 +274,6 @@ def _find_mistakes(prepared: Prepared, rows_n: IntArray, answers: Answers) -> li
     ]
 
 
-def _write_predictions(path: Path, sha256_n: Sequence[str], answers: Answers) -> None:
-    """Write one row for each image. Several labels are joined by `|`."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["sha256", "actual", "predicted", "confidence"])
-        rows = zip(sha256_n, answers.name_labels(), answers.name_chosen(), answers.confidence_n, strict=True)
-        for sha256, *names, confidence in rows:
-            writer.writerow([sha256, *map(LABEL_SEPARATOR.join, names), f"{confidence:.6f}"])
-
-
-def _write_class_figures(path: Path, class_figures: Sequence[ClassFigures]) -> None:
-    is_several = any(row.average_precision is not None for row in class_figures)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "precision", "recall", "f1", "support", *["average_precision"][:is_several]])
-        for row in class_figures:
-            ratios = [f"{ratio:.6f}" for ratio in (row.precision, row.recall, row.f1)]
-            more = [f"{row.average_precision:.6f}"] if row.average_precision is not None else []
-            writer.writerow([row.name, *ratios, row.support, *more])
-
-
 def _move_outs(work: Path, reports_dir: Path) -> None:
     """Replace each output in reports/. Other files there stay."""
     reports_dir.mkdir(parents=True, exist_ok=True)
@@ -257,10 +294,12 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
         return {}
     tracking = workspace.tracking
     values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
-    for bound in ("low", "high"):
-        values |= {f"test/{metric}_{bound}": getattr(interval, bound) for metric, interval in metrics.items()}
+    for name, interval in metrics.items():
+        if interval.low is not None and interval.high is not None:
+            values |= {f"test/{name}_low": interval.low, f"test/{name}_high": interval.high}
     tracking.log_metrics(note.run_id, values)
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
-    for file in ("report.html", "metrics.json", "per_class.csv"):
+    tracking.log_images(note.run_id, sorted((settings.reports_dir / "figures").glob("*.png")))
+    for file in ("report.html", "metrics.json", "intervals.json", "per_class.csv", "slices.csv"):
         tracking.log_artifact(note.run_id, settings.reports_dir / file, "evaluation")
     return tracking.load_run(note.run_id).metrics

@@ -10,16 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.evaluation.counts import make_label_counts
 from visionloop.evaluation.metrics import (
     ClassFigures,
-    FloatArray,
-    IntArray,
-    Statistic,
-    compute_intervals,
-    compute_wilson,
+    compute_calibration_error,
+    compute_confidence_bins,
+    compute_count_figures,
+    compute_mean,
+    compute_share,
+    make_class_figures,
 )
+from visionloop.evaluation.ranking import compute_mean_average_precision, make_average_precision
+from visionloop.evaluation.resampling import FloatArray, IntArray
 from visionloop.records import Interval
 
+Statistic = Callable[[IntArray], FloatArray]
 BoolArray = NDArray[np.bool_]
 CLIP = np.finfo(np.float64).eps
 
@@ -38,30 +43,27 @@ def compute_label_metrics(
     targets_nk: BoolArray,
     probs_nk: NDArray[np.floating],
     chosen_nk: BoolArray,
+    key_n: IntArray,
     *,
     resamples: int,
     seed: int,
 ) -> dict[str, Interval]:
-    """Compute accuracy, macro_f1, micro_f1, map and log_loss.
+    """Compute accuracy, balanced_accuracy, macro_f1, micro_f1, weighted_f1, map, log_loss, brier and ece.
 
-    accuracy is the share of images with exactly the right labels (exact match), with a Wilson interval. The others have
-    percentile bootstrap intervals over images (Efron & Tibshirani 1993, chapter 13). map is the mean of the average
-    precisions of the classes that occur, and is left out if none occurs. log_loss is the mean binary cross-entropy over
-    images and classes.
+    accuracy is the share of images with exactly the right labels (exact match). map is the mean of the average
+    precisions of the classes that occur, and is left out if none occurs. log_loss and brier are means over images and
+    classes; ece is that of all pairs of image and class.
     """
     assert targets_nk.shape == probs_nk.shape == chosen_nk.shape and len(targets_nk) > 0, "a row for each image"
-    losses_n = compute_label_losses(targets_nk, probs_nk).mean(axis=1)
-    statistics: dict[str, Statistic] = {
-        "macro_f1": make_macro_f1(targets_nk, chosen_nk),
-        "micro_f1": make_micro_f1(targets_nk, chosen_nk),
-        "map": make_map(targets_nk, probs_nk),
-        "log_loss": lambda rows_rn: losses_n[rows_rn].mean(axis=1),
-    }
-    if not targets_nk.any():
-        del statistics["map"]
-    hits_n = (targets_nk == chosen_nk).all(axis=1)
-    figures = {"accuracy": compute_wilson(int(hits_n.sum()), len(hits_n))}
-    return figures | compute_intervals(statistics, len(targets_nk), resamples=resamples, seed=seed)
+    figures = {"accuracy": compute_share((targets_nk == chosen_nk).all(axis=1), key_n)}
+    figures |= compute_count_figures(make_label_counts(targets_nk, chosen_nk, key_n))
+    found = compute_mean_average_precision(targets_nk, probs_nk, key_n, resamples=resamples, seed=seed)
+    figures |= {"map": found} if found else {}
+    figures["log_loss"] = compute_mean(compute_label_losses(targets_nk, probs_nk).mean(axis=1), key_n)
+    figures["brier"] = compute_mean(((probs_nk - targets_nk) ** 2).mean(axis=1), key_n)
+    bins = compute_confidence_bins(probs_nk.ravel(), targets_nk.ravel())
+    figures["ece"] = Interval(compute_calibration_error(bins), None, None)
+    return figures
 
 
 def compute_label_losses(targets_nk: BoolArray, probs_nk: NDArray[np.floating]) -> FloatArray:
@@ -86,20 +88,6 @@ def make_macro_f1(targets_nk: BoolArray, chosen_nk: BoolArray) -> Statistic:
     return compute
 
 
-def make_micro_f1(targets_nk: BoolArray, chosen_nk: BoolArray) -> Statistic:
-    """Return the F1 over all pairs of image and class in some rows, as a function of these rows.
-
-    0 if there is no label at all. scikit-learn: f1_score(average="micro").
-    """
-    hits_n, given_n, wanted_n = (counts_nk.sum(axis=1) for counts_nk in _to_counts(targets_nk, chosen_nk))
-
-    def compute(rows_rn: IntArray) -> FloatArray:
-        hits_r, sum_r = hits_n[rows_rn].sum(axis=1), (given_n + wanted_n)[rows_rn].sum(axis=1)
-        return np.asarray(2 * hits_r / np.maximum(sum_r, 1))
-
-    return compute
-
-
 def make_map(targets_nk: BoolArray, probs_nk: NDArray[np.floating]) -> Statistic:
     """Return the mean average precision of the classes that occur in some rows, as a function of these rows.
 
@@ -120,51 +108,20 @@ def make_map(targets_nk: BoolArray, probs_nk: NDArray[np.floating]) -> Statistic
     return compute
 
 
-def make_average_precision(targets_n: BoolArray, scores_n: NDArray[np.floating]) -> Callable[[FloatArray], FloatArray]:
-    """Return the average precision of one class as a function of how often each image counts (n, r).
-
-    From the highest score g = 1 downwards it is the sum of (R_g - R_g-1) P_g, where R is recall and P precision. There
-    is no interpolation, and equal scores are one step (scikit-learn: average_precision_score). NaN if no image has the
-    class.
-    """
-    order_n = np.argsort(-scores_n, kind="stable")
-    has_n = targets_n[order_n]
-    if not has_n.any():
-        return lambda times_nr: np.full(times_nr.shape[1], np.nan)
-    step_n = np.cumsum(np.append(True, np.diff(scores_n[order_n]) != 0)) - 1
-    # Recall grows only at scores that an image of the class has, so only these steps add to the sum.
-    rising_g, first_hit_g = np.unique(step_n[has_n], return_index=True)
-    end_g = np.searchsorted(step_n, rising_g, side="right")
-    start_g = np.append(0, end_g[:-1])
-
-    def compute(times_nr: FloatArray) -> FloatArray:
-        given_gr = np.cumsum(np.add.reduceat(times_nr[order_n[: end_g[-1]]], start_g, axis=0), axis=0)
-        gained_gr = np.add.reduceat(times_nr[order_n[has_n]], first_hit_g, axis=0)
-        hits_gr = np.cumsum(gained_gr, axis=0)
-        sum_r = (gained_gr * hits_gr / np.maximum(given_gr, 1)).sum(axis=0)
-        return np.asarray(np.divide(sum_r, hits_gr[-1], out=np.full(len(sum_r), np.nan), where=hits_gr[-1] > 0))
-
-    return compute
-
-
 def compute_label_figures(
-    targets_nk: BoolArray, probs_nk: NDArray[np.floating], chosen_nk: BoolArray, classes: Sequence[str]
+    targets_nk: BoolArray,
+    probs_nk: NDArray[np.floating],
+    chosen_nk: BoolArray,
+    classes: Sequence[str],
+    key_n: IntArray,
 ) -> list[ClassFigures]:
     """Return precision, recall, F1, support and average precision of every class, in the order of `classes`."""
-    hits_k, given_k, wanted_k = (counts_nk.sum(axis=0) for counts_nk in _to_counts(targets_nk, chosen_nk))
     once_nr = np.ones((len(targets_nk), 1))
     figures = []
     for k, name in enumerate(classes):
         average = float(make_average_precision(targets_nk[:, k], probs_nk[:, k])(once_nr)[0])
-        one = ClassFigures(
-            name=name,
-            precision=float(hits_k[k] / max(given_k[k], 1)),
-            recall=float(hits_k[k] / max(wanted_k[k], 1)),
-            f1=float(2 * hits_k[k] / max(wanted_k[k] + given_k[k], 1)),
-            support=int(wanted_k[k]),
-            average_precision=0.0 if np.isnan(average) else average,
-        )
-        figures.append(one)
+        shown = None if np.isnan(average) else average
+        figures.append(make_class_figures(name, targets_nk[:, k], chosen_nk[:, k], key_n, shown))
     return figures
 
 

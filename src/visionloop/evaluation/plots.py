@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from visionloop.data.images import UInt8Array
 from visionloop.evaluation.fonts import find_families
 from visionloop.evaluation.label_metrics import LabelCounts
-from visionloop.evaluation.metrics import ClassFigures, IntArray, compute_calibration_error, compute_confidence_bins
+from visionloop.evaluation.metrics import (
+    ClassFigures,
+    compute_calibration_error,
+    compute_confidence_bins,
+    compute_equal_bins,
+)
+from visionloop.evaluation.resampling import IntArray, compute_wilson
+from visionloop.records import make_natural_key
 
 DPI = 110
 INK, MUTED, GRID = "#1f2733", "#6b7686", "#e3e7ed"
@@ -103,18 +110,18 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str], *, title: str
 
 def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1") -> bytes:
     """Draw recall and F1 of each class with its support, worst F1 first; of many classes the 40 worst."""
-    occurring = [f for f in figures if f.support > 0]
-    ordered = sorted(occurring, key=lambda f: (f.f1, f.recall, f.name))[:SHOWN_BARS]
+    occurring = [(f, f.f1.value, f.recall.value) for f in figures if f.f1 and f.recall]
+    ordered = sorted(occurring, key=lambda row: (*row[1:], make_natural_key(row[0].name)))[:SHOWN_BARS]
     shown = ordered[::-1]
     place_n = np.arange(len(shown))
-    with open_figure(8.4, 1.5 + 0.3 * len(shown), [f.name for f in shown]) as (figure, sink):
+    with open_figure(8.4, 1.5 + 0.3 * len(shown), [f.name for f, _, _ in shown]) as (figure, sink):
         axes = figure.add_subplot()
-        axes.barh(place_n, [f.recall for f in shown], height=0.66, color=PALE_BLUE, label="recall")
-        axes.barh(place_n, [f.f1 for f in shown], height=0.28, color=BLUE, label="F1")
-        for place, row in zip(place_n, shown, strict=True):
-            text = f"{row.f1:.3f}   n={row.support:,}"
+        axes.barh(place_n, [recall for _, _, recall in shown], height=0.66, color=PALE_BLUE, label="recall")
+        axes.barh(place_n, [f1 for _, f1, _ in shown], height=0.28, color=BLUE, label="F1")
+        for place, (row, f1, _) in zip(place_n, shown, strict=True):
+            text = f"{f1:.3f}   n={row.support:,}"
             axes.text(1.015, place, text, va="center", fontsize=8, color=MUTED, clip_on=False)
-        axes.set_yticks(place_n, [_cut(f.name) for f in shown])
+        axes.set_yticks(place_n, [_cut(f.name) for f, _, _ in shown])
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_xlim(0, 1)
         axes.grid(axis="x")
@@ -163,16 +170,25 @@ def draw_outcomes(outcomes: Sequence[LabelCounts], *, title: str = "Found, misse
 
 
 def draw_confidence(confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_]) -> bytes:
-    """Draw how often an answer of some confidence is right, and how many answers have which confidence."""
-    bins = compute_confidence_bins(confidence_n, hits_n)
+    """Draw how often an answer of some confidence is right, and how many answers have which confidence.
+
+    Each dot holds (nearly) equally many images, with its 95 % interval (Wilson); no line leads to a dot of one image.
+    """
+    bins = compute_equal_bins(confidence_n, hits_n)
+    error = compute_calibration_error(compute_confidence_bins(confidence_n, hits_n))
     with open_figure(9.6, 4.2) as (figure, sink):
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
-        sizes = [20 + 180 * b.count / len(hits_n) for b in bins]
-        left.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=PALE_BLUE, linewidth=1.5, zorder=2)
-        left.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, color=BLUE, zorder=3)
+        joined = [b for b in bins if b.count > 1]
+        left.plot(
+            [b.confidence for b in joined], [b.accuracy for b in joined], color=PALE_BLUE, linewidth=1.5, zorder=2
+        )
+        for b in bins:
+            bar = compute_wilson(round(b.accuracy * b.count), b.count)
+            left.vlines(b.confidence, bar.low, bar.high, color=PALE_BLUE, linewidth=3, zorder=2)
+        left.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=36, color=BLUE, zorder=3)
         left.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence", ylabel="share that is right")
-        left.set_title(f"Reliability (calibration error {compute_calibration_error(bins):.3f})")
+        left.set_title(f"Reliability (calibration error {error:.3f})")
         left.legend(loc="upper left", frameon=False)
         left.grid()
         edges = np.linspace(0, 1, 11)

@@ -11,28 +11,42 @@ from typing import Any
 
 import numpy as np
 
+from visionloop.evaluation.confidence_plots import describe_confidence
 from visionloop.evaluation.fonts import number_names
-from visionloop.evaluation.metrics import ClassFigures, IntArray
-from visionloop.records import Card, Interval, Pin
+from visionloop.evaluation.metrics import ClassFigures
+from visionloop.evaluation.tables import Judged
+from visionloop.records import Card, Interval, Pin, make_natural_key
 
 SHOWN_CONFUSIONS = 15
 TITLES = {
     "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
     "macro_f1": "Macro F1",
     "micro_f1": "Micro F1",
+    "weighted_f1": "Weighted F1",
+    "top_3": "Top 3",
+    "top_5": "Top 5",
     "map": "Mean average precision",
     "log_loss": "Log loss",
+    "brier": "Brier score",
+    "ece": "Calibration error",
     "auc": "Area under ROC",
+    "pr_auc": "Area under precision-recall",
     "precision": "Precision",
     "recall": "Recall",
+    "answered": "Answered",
+    "answered_accuracy": "Accuracy of the answered",
 }
 CAPTIONS = {
     "confusion": "Confusion matrix: actual and predicted classes",
     "outcomes": "How often each class is found, missed, and wrongly given",
     "per_class": "Recall and F1 of each class",
     "confidence": "How reliable the confidence is",
+    "risk": "What not answering brings: the share of wrong answers when only the surest are answered",
+    "threshold": "What a threshold gives on the validation side",
     "mistakes": "Wrong answers: the truth above, the answer and its confidence below",
 }
+VERDICTS = {"beaten": "beaten", "unclear": "no clear difference", "better": "better than the network"}
 STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1f2733; --muted: #6b7686; --line: #e3e7ed;
   --accent: #2f6fde; --bar: #dbe6fb; }
@@ -48,7 +62,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 12
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 8px; }
 .card, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 14px 16px; } .card b { display: block; font-size: 26px; font-weight: 650; line-height: 1.25; }
-.card span { color: var(--muted); font-size: 13px; }
+.card span, small { color: var(--muted); font-size: 13px; }
 figure { margin: 0 0 16px; padding: 16px; overflow: hidden; }
 figure img { display: block; max-width: 100%; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: 13px; margin-bottom: 12px; }
@@ -68,18 +82,13 @@ td.value { text-align: left; white-space: normal; }
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report shows. `figures` is a name of CAPTIONS -> PNG bytes. `confusion_kk` has actual classes as rows.
-
-    For multilabel `confusion_kk` counts the images in which a class (row) is missed and another (column) wrongly given.
-    """
+    """What a report shows. `images` says how many test images there are; `figures` is a name of CAPTIONS -> PNG."""
 
     card: Card
     bundle_digest: str
     pin: Pin
-    num_test: int
-    metrics: Mapping[str, Interval]
-    class_figures: Sequence[ClassFigures]
-    confusion_kk: IntArray
+    images: str
+    judged: Judged
     figures: Mapping[str, bytes]
 
 
@@ -87,17 +96,18 @@ def make_report(facts: ReportFacts) -> str:
     """Return the page as HTML. All names are escaped."""
     title = f"{escape(facts.pin.name)}: evaluation of {facts.bundle_digest[:12]}"
     backbone = facts.card.network.get("backbone")
-    lead = f"{len(facts.card.classes)} classes, {facts.num_test:,} test images of dataset version {facts.pin.version}"
+    lead = f"{len(facts.card.classes)} classes, {facts.images} of dataset version {facts.pin.version}"
     if backbone:
         lead += f", {escape(str(backbone))}"
     parts = [
         f'<h1>{title}</h1><p class="lead">{lead}</p>',
-        f'<div class="cards">{"".join(_make_card(n, i, facts.card) for n, i in facts.metrics.items())}</div>',
+        f'<div class="cards">{"".join(_make_card(n, i, facts.card) for n, i in facts.judged.metrics.items())}</div>',
         '<p class="note">Below each figure is its 95 % interval: how far it could differ on other test images.</p>',
         _make_legend(facts.card.classes),
         *(_make_figure(name, facts.figures[name]) for name in CAPTIONS if name in facts.figures),
         f"<h2>Most frequent confusions</h2>{_make_confusions(facts)}",
-        f"<h2>Classes</h2>{_make_classes(facts.class_figures)}",
+        f"<h2>Classes</h2>{_make_classes(facts.judged.class_figures)}",
+        *_make_comparisons(facts.judged),
         f"<h2>Where it comes from</h2>{_make_origin(facts)}",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
@@ -107,12 +117,16 @@ def make_report(facts: ReportFacts) -> str:
 
 
 def _make_card(name: str, interval: Interval, card: Card) -> str:
-    shown = [_format(name, v) for v in (interval.value, interval.low, interval.high)]
+    low, high = interval.low, interval.high
+    bounds = (
+        f"{_format(name, low)} … {_format(name, high)}" if low is not None and high is not None else "too few images"
+    )
+    bounds = "no interval" if name == "ece" else bounds
     of_class = f" of {card.classes[1]}" if name in {"precision", "recall"} else ""
     if name == "accuracy" and card.task == "multilabel":
         of_class = " (exact match)"
     title = escape(TITLES.get(name, name) + of_class)
-    return f'<div class="card"><span>{title}</span><b>{shown[0]}</b><span>{shown[1]} … {shown[2]}</span></div>'
+    return f'<div class="card"><span>{title}</span><b>{_format(name, interval.value)}</b><span>{bounds}</span></div>'
 
 
 def _make_figure(name: str, png: bytes) -> str:
@@ -124,12 +138,12 @@ def _make_figure(name: str, png: bytes) -> str:
 
 
 def _make_confusions(facts: ReportFacts) -> str:
-    off_kk = facts.confusion_kk * ~np.eye(len(facts.confusion_kk), dtype=bool)
+    off_kk = facts.judged.confusion_kk * ~np.eye(len(facts.judged.confusion_kk), dtype=bool)
     order = np.argsort(-off_kk, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
     rows = []
     for actual, predicted in zip(*np.unravel_index(order, off_kk.shape), strict=True):
         if count := int(off_kk[actual, predicted]):
-            share = count / facts.class_figures[actual].support
+            share = count / facts.judged.class_figures[actual].support
             names = [escape(facts.card.classes[k]) for k in (actual, predicted)]
             rows.append(f'<td>{names[0]}</td><td class="text">{names[1]}</td><td>{count:,}</td>{_make_share(share)}')
     if not rows:
@@ -147,14 +161,50 @@ def _make_legend(classes: Sequence[str]) -> str:
 
 
 def _make_classes(class_figures: Sequence[ClassFigures]) -> str:
-    ordered = sorted(class_figures, key=lambda f: (f.support == 0, f.f1, f.recall, f.name))
-    rows = [
-        f"<td>{escape(f.name)}</td>{_make_share(f.precision)}{_make_share(f.recall)}{_make_share(f.f1)}"
-        f"{_make_share(f.average_precision) if f.average_precision is not None else ''}<td>{f.support:,}</td>"
-        for f in ordered
-    ]
-    more = "<th>average precision</th>" if any(f.average_precision is not None for f in class_figures) else ""
+    ordered = sorted(class_figures, key=lambda f: (f.f1 is None, f.f1.value if f.f1 else 0, make_natural_key(f.name)))
+    several = any(f.average_precision is not None for f in class_figures)
+    rows = []
+    for f in ordered:
+        shares = "".join(_make_bounded(share) for share in (f.precision, f.recall, f.f1))
+        average = f.average_precision
+        shares += _make_bounded(None if average is None else Interval(average, None, None)) * several
+        rows.append(f"<td>{escape(f.name)}</td>{shares}<td>{f.support:,}</td>")
+    more = "<th>average precision</th>" if several else ""
     return _make_table(f"<th>class</th><th>precision</th><th>recall</th><th>F1</th>{more}<th>test images</th>", rows)
+
+
+def _make_comparisons(judged: Judged) -> Iterator[str]:
+    """Yield the tables of slices, baselines and runtimes, those that have rows."""
+    if judged.slices:
+        chance = f"Of {len(judged.slices)} slices a few look bad by chance."
+        yield f'<h2>Slices</h2><p class="note">Parts of 30 or more test images, lowest accuracy first. {chance}</p>'
+        rows = [
+            f"<td>{escape(s.name)}</td>{_make_bounded(s.accuracy)}<td>{s.num_images:,}</td><td>{s.num_keys:,}</td>"
+            for s in judged.slices
+        ]
+        yield _make_table("<th>slice</th><th>accuracy</th><th>images</th><th>groups</th>", rows)
+    if judged.baselines:
+        yield "<h2>Baselines</h2>"
+        rows = [
+            f"<td>{escape(b.name)}</td>{_make_bounded(b.accuracy)}<td>{_describe_gain(b.gain)}</td>"
+            f"<td>{VERDICTS[b.verdict]}</td>"
+            for b in judged.baselines
+        ]
+        yield _make_table("<th>baseline</th><th>accuracy</th><th>gain of the network</th><th></th>", rows)
+    if judged.runtimes:
+        yield "<h2>Runtimes</h2>"
+        rows = [
+            f"<td>{escape(r.name)}</td><td>{r.difference:.0e}</td><td>{r.num_changed:,}</td>"
+            f"<td>{'approved' if r.is_approved else 'not approved' if r.predictor else 'does not load'}</td>"
+            for r in judged.runtimes
+        ]
+        head = "<th>runtime</th><th>largest difference of a probability</th><th>other answers</th><th></th>"
+        yield _make_table(head, rows)
+
+
+def _describe_gain(gain: Interval) -> str:
+    bounds = "" if gain.low is None or gain.high is None else f" ({100 * gain.low:+.1f} … {100 * gain.high:+.1f})"
+    return f"{100 * gain.value:+.1f} points{bounds}"
 
 
 def _make_origin(facts: ReportFacts) -> str:
@@ -170,6 +220,7 @@ def _make_origin(facts: ReportFacts) -> str:
         values["Threshold"] = f"{facts.card.threshold:.3f} for {escape(facts.card.classes[1])}"
     if facts.card.task == "multilabel":
         values["Thresholds"] = escape(_describe_thresholds(facts.card.thresholds or {}))
+    values |= {escape(key): escape(value) for key, value in describe_confidence(facts.card).items()}
     values |= {escape(key): escape(str(value)) for key, value in _flatten(facts.card.params)}
     return _make_table("", [f'<td>{key}</td><td class="value">{value}</td>' for key, value in values.items()])
 
@@ -200,5 +251,15 @@ def _make_share(share: float) -> str:
     return f'<td class="share" style="--w:{100 * share:.1f}%">{_format("", share)}</td>'
 
 
+def _make_bounded(share: Interval | None) -> str:
+    """Return a cell with a share and its interval; a dash where there is nothing to divide by."""
+    if share is None:
+        return "<td>&ndash;</td>"
+    bounds = ""
+    if share.low is not None and share.high is not None:
+        bounds = f" <small>{100 * share.low:.0f} … {100 * share.high:.0f}</small>"
+    return f'<td class="share" style="--w:{100 * share.value:.1f}%">{_format("", share.value)}{bounds}</td>'
+
+
 def _format(name: str, value: float) -> str:
-    return f"{value:.3f}" if name in {"log_loss", "auc"} else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if name in {"log_loss", "auc", "pr_auc", "brier", "ece"} else f"{100 * value:.1f} %"

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,17 @@ def find_reports(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
             partial(remove_all, [settings.reports_dir / name for name in REPORTS]),
         )
     ]
+
+
+def find_pages(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
+    """Return the pages about decisions that show an image; each names the images that it shows."""
+    pages = [path for path in sorted(settings.decisions_dir.glob("*.html")) if read_pictured(path) & sha256s]
+    return [Copy(f"decisions/: {count(len(pages), 'page')} with pictures", partial(remove_all, pages))] if pages else []
+
+
+def read_pictured(path: Path) -> frozenset[str]:
+    """Return the sha256 of every image that a page about a decision shows."""
+    return frozenset(re.findall(r'data-image="([0-9a-f]{64})"', path.read_text(encoding="utf-8")))
 
 
 def find_checkpoints(store: ObjectStore, name: str) -> list[Copy]:

@@ -19,7 +19,7 @@ TEMPORARY = ("tmp", "ray")  # what a killed process has left
 SEARCHED = (*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "store")
 TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `left.py`
 WITHOUT_IMAGES = (
-    *("cache", "dvc", "encoders", "matplotlib", "runs", "torch", "tune", "weights"),
+    *("cache", "dvc", "encoders", "matplotlib", "runs", "seen", "torch", "tune", "weights"),
     *("curve.png", "dvc.lock", "dvc.lock.staged", "error.json", "lr-find.png", "machine.json", "retrain.lock"),
     "runs.png",
 )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from visionloop import __version__
+from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
@@ -124,11 +125,11 @@ def pull(
     Raises:
         SourceError: a source is missing or empty, too many files are unusable, or `merge` refuses the result.
         ParamsError: the split differs from the one that version 1 fixed.
-        StoreError: the store cannot be read or written.
+        StoreError: the store cannot be read or written, or is not the one that the workspace knows.
     """
+    lost = check_store_for_pull(workspace)
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
-    journal = Journal(make_journal_path(settings), store.url, params.ingest)
-    with _rare_collections(), closing(journal):
+    with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
         context = _make_context(workspace, env, tell)
         corrections = load_corrections(context.resolve(path)) if (path := params.ingest.corrections) else []
         before, last = latest_version(store, name), journal.load_pull(name)
@@ -156,7 +157,7 @@ def pull(
         else:
             say = _say_declared if [*sources] == [*params.ingest.sources] else say_option
             wishes = Wishes(allow_new_classes, relabel, prune, list_whole(sources), say)
-            ended = _commit(workspace, checked, corrections, now, wishes)
+            ended = _commit(workspace, checked, corrections, now, wishes, lost=lost)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
         last = LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors, ended.remarks)
@@ -266,9 +267,15 @@ def _say_declared(option: str) -> str:
 
 
 def _commit(
-    workspace: Workspace, checked: Checked, corrections: Sequence[Correction], now: str, wishes: Wishes
+    workspace: Workspace,
+    checked: Checked,
+    corrections: Sequence[Correction],
+    now: str,
+    wishes: Wishes,
+    *,
+    lost: Pin | None,
 ) -> _Ended:
-    """Merge into the newest version and commit, unless nothing changes."""
+    """Merge into the newest version and commit, unless nothing changes; a `lost` pin must come of it again."""
     store = workspace.store
     max_ratio = workspace.params.ingest.max_rejected_ratio
     _check_rejected(checked, checked.rejected, max_ratio)
@@ -277,6 +284,7 @@ def _commit(
         merged = merge(store, workspace.params, parent, checked, now=now, corrections=corrections, wishes=wishes)
         rejected = tuple(sorted([*checked.rejected, *merged.refused], key=lambda r: r.origin))
         _check_rejected(checked, rejected, max_ratio, merged.advice)
+        require_restored(workspace, lost, merged.version.digest)
         if merged.version is parent:
             return _Ended(parent, parent, rejected, merged.remarks)
         if commit_version(store, merged.version, merged.changed):

@@ -6,13 +6,14 @@ An unknown key, a wrong type or a value out of range is a `ParamsError` that nam
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from visionloop.errors import ParamsError, shorten
+from visionloop.params.gate import Floor, Gate
 from visionloop.params.ingest import (
     ArchiveSource,
     BucketSource,
@@ -57,6 +58,7 @@ __all__ = [
     "Embed",
     "Evaluate",
     "Expect",
+    "Floor",
     "FolderSource",
     "Gate",
     "HttpSource",
@@ -108,20 +110,11 @@ class Prepare(Section):
 
 
 class Evaluate(Section):
-    """How figures get their intervals."""
+    """How figures get their intervals, and how many training images the baselines of the report learn from."""
 
     resamples: int = Field(default=2000, ge=100, le=100_000)
     seed: int = 0
-
-
-class Gate(Section):
-    """When a candidate may replace the champion."""
-
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
-    rule: Literal["better", "no_worse"] = "better"
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    margin: float = Field(default=0.02, ge=0, lt=1)
-    floors: dict[Literal["accuracy", "macro_f1"], Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    baseline_images: int = Field(default=512, ge=0)
 
 
 class Serve(Section):
@@ -178,10 +171,12 @@ class Params(Section):
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 
-    def digest(self) -> str:
-        """Digest of the sections that change a model or a verdict."""
+    def digest(self, made_with: Mapping[str, Any] | None = None) -> str:
+        """Digest of the sections that change a model or a verdict; `made_with`: sections that stand for those here."""
         sections = ("prepare", "embed", "train", "evaluate", "gate")
-        return compute_digest([self.task, {s: getattr(self, s).model_dump(mode="json") for s in sections}])
+        values = {name: getattr(self, name).model_dump(mode="json") for name in sections}
+        values |= {name: value for name, value in (made_with or {}).items() if name in values}
+        return compute_digest([self.task, values])
 
 
 def load_params(path: Path) -> Params:
@@ -208,9 +203,14 @@ def load_params(path: Path) -> Params:
 def make_params(value: dict[str, Any], where: str = "params.yaml") -> Params:
     """Check a decoded params.yaml. Raises ParamsError."""
     try:
-        return Params.model_validate(value)
+        params = Params.model_validate(value)
     except ValidationError as exc:
         raise _translate(exc, where) from exc
+    if params.evaluate.resamples < (least := params.gate.count_resamples()):
+        found = f"got {params.evaluate.resamples} with gate.metric: macro_f1 and gate.alpha: {params.gate.alpha:g}"
+        expected = f"an integer >= {least} (20 / alpha: fewer tell too little of the tail)"
+        raise ParamsError(f"{where} evaluate.resamples", found, expected, "Edit the file.")
+    return params
 
 
 def _translate(exc: ValidationError, where: str) -> ParamsError:

@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from visionloop.errors import shorten
 from visionloop.params.section import Section, to_tuple
 
 # They change what a result is compared by, or check it only.
-NOT_TUNED = frozenset({"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing"})
+NOT_TUNED = frozenset(
+    {"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing", "threshold", "abstain"}
+)
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
 # What only epochs can do, where it is not as by default; and what they go by, but has no meaning without them.
@@ -23,6 +33,10 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Colour = Annotated[tuple[float, float, float], BeforeValidator(to_tuple)]
 REMOTE = ("s3://", "https://", "http://")
+THRESHOLD_FORMS = (
+    "a number between 0 and 1, max_f1, {precision: 0.95}, {recall: 0.9} or "
+    "{cost: {false_positive: 1, false_negative: 5}}"
+)
 PREPROCESSOR = "preprocessor_config.json"  # what Hugging Face's tools write beside a model
 
 
@@ -31,9 +45,11 @@ def list_keys(section: type[BaseModel]) -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         nested = field.annotation
+        if name in NOT_TUNED:
+            continue
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             keys += [f"{name}.{inner}" for inner in nested.model_fields]
-        elif name not in NOT_TUNED:
+        else:
             keys.append(name)
     return keys
 
@@ -100,6 +116,70 @@ class Normalisation(Section):
         return self
 
 
+class Cost(Section):
+    """What a mistake costs, in any unit: a class wrongly given, and one that was missed."""
+
+    false_positive: float = Field(gt=0, le=1e9)
+    false_negative: float = Field(gt=0, le=1e9)
+
+
+class Threshold(Section):
+    """From which probability on a class is the answer; exactly one of these. A number alone is `at`."""
+
+    at: float | None = Field(default=None, gt=0, lt=1)
+    max_f1: bool = False
+    precision: float | None = Field(default=None, gt=0, lt=1)
+    recall: float | None = Field(default=None, gt=0, lt=1)
+    cost: Cost | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"at": float(value)}
+        if value == "max_f1":
+            return {"max_f1": True}
+        if not isinstance(value, dict | Threshold):
+            raise ValueError(THRESHOLD_FORMS)
+        return value
+
+    @model_validator(mode="after")
+    def _only_one(self) -> "Threshold":
+        if (
+            sum((self.max_f1, *(getattr(self, name) is not None for name in ("at", "precision", "recall", "cost"))))
+            != 1
+        ):
+            raise ValueError(THRESHOLD_FORMS)
+        return self
+
+    @model_serializer
+    def _to_short(self) -> Any:
+        """Return it as it is written: 0.5, max_f1, or a mapping."""
+        if self.at is not None or self.max_f1:
+            return self.at or "max_f1"
+        if self.cost is not None:
+            return {"cost": self.cost.model_dump()}
+        return {"precision": self.precision} if self.recall is None else {"recall": self.recall}
+
+
+class Abstain(Section):
+    """When a model says that it does not know. None switches a rule off.
+
+    `error`: at most this share of what is answered is wrong, with probability 1 - `delta`, or there is no rule.
+    `coverage`: an image is too unlike those of the validation side, so that this share of images like them is answered.
+    """
+
+    error: float | None = Field(default=None, gt=0, lt=1)
+    delta: float = Field(default=0.05, gt=0, lt=0.5)
+    coverage: float | None = Field(default=0.95, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _any(self) -> "Abstain":
+        if self.error is None and self.coverage is None:
+            raise ValueError("`error`, `coverage` or both; or no `abstain` at all")
+        return self
+
+
 class Train(Section):
     """The network and how it learns.
 
@@ -111,6 +191,7 @@ class Train(Section):
     the learning rate of the first layers as a share of the head's, and the epochs in which only the head learns.
     `monitor` is a figure of the epoch; losses are to fall, all others to rise. `solver` is of the way `frozen`: the
     head is solved to convergence (`lbfgs`), with the penalty `C` (as in scikit-learn; None: chosen), or by epochs.
+    `threshold` (of binary and multilabel models) and `abstain` are tuned on the validation side when the training ends.
     """
 
     backbone: str = "resnet18"
@@ -143,6 +224,8 @@ class Train(Section):
     monitor: str = Field(default="val/loss", pattern=r"^(train|val)/[a-z][a-z0-9_]*$")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     neighbours: Neighbours = Neighbours()
+    threshold: Threshold = Threshold(at=0.5)
+    abstain: Abstain | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

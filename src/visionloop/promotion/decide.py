@@ -1,35 +1,68 @@
 """The stage `gate`: candidate against champion on the same test side. Stores its decision, changes no champion.
 
-The rules are in `gate.py`, the answers of both models in `score.py`.
+The answers of both models are in `score.py`, what is made of them in `judge.py`, the rules in `gate.py`. `approve` adds
+a person's word to a decision that waits for it: as a decision of its own, so that every step after it reads the same.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from visionloop.bundle import download_bundle, load_run_note
-from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import DatasetError, PromotionError
-from visionloop.evaluation.answers import Answers, compute_answer_metrics
-from visionloop.params import Params
-from visionloop.predictor import Choices, Predictor
+from visionloop.data.known_store import check_store
+from visionloop.data.leaks import load_leaks
+from visionloop.data.manifest import load_pin, load_records, load_version
+from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.evaluation.resampling import code_keys, count_keys
+from visionloop.predictor import Predictor
+from visionloop.promotion.evidence import Asked, write_report
 from visionloop.promotion.gate import (
-    check_difference,
-    check_floors,
-    compute_difference,
+    APPROVABLE,
+    WAITING,
+    approve_rules,
     compute_verdict,
-    make_first_rule,
-    make_same_rule,
+    make_approval_rule,
+    make_broken_rule,
     make_task_rule,
 )
-from visionloop.promotion.ledger import read_champion, store_decision, write_decision
-from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
-from visionloop.records import Card, Decision, ImageRecord, Interval, Pin, RuleResult
+from visionloop.promotion.judge import Case, Metrics, align, judge
+from visionloop.promotion.ledger import (
+    check_rolled_back,
+    latest_decision,
+    read_champion,
+    read_decisions,
+    read_ledger,
+    store_decision,
+    write_decision,
+)
+from visionloop.promotion.limits import check_latency, check_limit
+from visionloop.promotion.score import (
+    Scores,
+    compute_engine_digest,
+    compute_test_digest,
+    measure_latency,
+    score_bundle,
+    select_test,
+)
+from visionloop.records import Card, Decision, ImageRecord, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
-Metrics = dict[str, Interval]
+Score = Callable[[Predictor], Scores]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The champion, as far as it can be asked here: its model and answers, or why there are none."""
+
+    entry: LedgerEntry
+    is_candidate: bool = False
+    model: Predictor | None = None
+    scores: Scores | None = None
+    broken: str = ""
 
 
 def gate(
@@ -45,48 +78,193 @@ def gate(
 
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
-        BundleError: a bundle is damaged, or answers differently here.
+        BundleError: the candidate is damaged, or answers differently here.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
+    check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
     candidate = Predictor.load(settings.candidate_dir)
     _check_candidate(candidate.card, name, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
-    champion = read_champion(store, name)
-    models = [candidate]
-    if champion and champion.bundle != candidate.digest:
-        rival = Predictor(download_bundle(store, champion.bundle, settings.hidden_dir / "bundles"))
-        rival.check_golden()
-        models.append(rival)
-    scores = [score_bundle(store, model, tests, on_progress=on_progress) for model in models]
-    rules, metrics = _judge(workspace.params, tests, scores, is_champion=bool(champion) and len(scores) == 1)
-    tasks = [model.card.task for model in models]
-    if len(set(tasks)) > 1 and "multilabel" in tasks:
-        rules.insert(0, make_task_rule(*tasks))
+    score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
+    scores, ledger = score(candidate), read_ledger(store, name)
+    champion = ledger.champion
+    rival = _ask_champion(workspace, champion, candidate, score) if champion else None
+    earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
+    looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
+    is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
+    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these)
+    rules, metrics = judge(case)
+    if rolled_back := check_rolled_back(store, ledger.entries, candidate.bundle):
+        rules.insert(0, rolled_back)
+    rules = [*_note_champion(candidate, rival), *rules, *_check_limits(workspace, pin, tests, candidate, rival)]
     note = load_run_note(settings.runs_dir, candidate.digest)
     decision = Decision(
         name=name,
         number=0,
-        verdict=compute_verdict(rules),
+        verdict="",
         candidate=candidate.digest,
         champion=champion.bundle if champion else None,
-        test_digest=compute_test_digest(tests),
+        test_digest=test_digest,
         num_test=len(tests),
         rules=tuple(rules),
         metrics=_to_json(metrics[0]),
-        champion_metrics=_to_json(metrics[-1]) if champion else {},
+        champion_metrics=_to_json(metrics[-1]) if rival and not rival.broken else {},
         state=dict(state),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         run_id=note.run_id if note else None,
         decided_at=now,
+        entry=champion.number if champion else 0,
+        num_keys=count_keys(code_keys([r.key for r in tests])),
+        looks=looks,
     )
-    decision = store_decision(store, decision)
-    write_decision(settings.decisions_dir, decision)
+    kept = _keep_approval(earlier, decision)
+    models = [(model.digest, model.card) for model in (candidate, rival.model if rival else None) if model]
+    write_page = partial(write_report, workspace, asked=Asked(tests, align(case), models), champion=champion)
+    return _conclude(workspace, replace(decision, rules=kept, verdict=compute_verdict(kept)), write_page)
+
+
+def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now: str) -> Decision:
+    """Let a candidate pass that waits for a person: store and return a new decision that says who and why.
+
+    Raises:
+        PromotionError: there is no such decision, it does not wait, or is out of date: about this candidate there is a
+            newer one, or the champion moved.
+        TrackingError: MLflow cannot be tagged; the decision is stored by then.
+    """
+    store, name = workspace.store, workspace.name
+    decisions = [one for one in read_decisions(store, name) if number in (None, one.number)]
+    if not decisions:
+        found = "has no decision" if number is None else f"has no decision {number}"
+        raise PromotionError(f"decisions {name}", found, "one that waits", "Run `visionloop gate`.")
+    decision = decisions[-1]
+    where = f"decision {decision.number} of {name}"
+    if decision.verdict != WAITING:
+        raise PromotionError(
+            where,
+            f"is {decision.verdict}",
+            f"one that is {WAITING}: only what a person may say can be approved",
+            "See decisions/latest.json and `docs/judging.md`.",
+        )
+    newest, champion = latest_decision(store, name, candidate=decision.candidate), read_champion(store, name)
+    if newest and newest.number != decision.number:
+        found = f"is not the newest about its candidate: decision {newest.number} is ({newest.verdict})"
+        raise PromotionError(where, found, "the newest", "See `visionloop gate`.")
+    if decision.entry != (champion.number if champion else 0):
+        found = f"compared with ledger entry {decision.entry}, and the champion moved"
+        raise PromotionError(where, found, "the champion that the gate saw", "Run `visionloop gate` again.")
+    rules = approve_rules(decision.rules, by, why)
+    return _conclude(workspace, replace(decision, rules=rules, verdict=compute_verdict(rules), decided_at=now))
+
+
+def _conclude(
+    workspace: Workspace, decision: Decision, write_page: Callable[[Decision], Path] | None = None
+) -> Decision:
+    """Store a decision, copy it into the workspace with its page, and tag the candidate's run."""
+    decision = store_decision(workspace.store, decision)
+    write_decision(workspace.settings.decisions_dir, decision)
+    page = write_page(decision) if write_page else None
     if decision.run_id:
+        if page:
+            workspace.tracking.log_artifact(decision.run_id, page, "decision")
         tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
         workspace.tracking.set_tags(decision.run_id, tags)
     return decision
+
+
+def _ask_champion(workspace: Workspace, entry: LedgerEntry, candidate: Predictor, score: Score) -> Rival:
+    """Let the champion answer. What is wrong with its bundle or on this machine is a reason, not an error."""
+    if entry.bundle == candidate.digest:
+        return Rival(entry, is_candidate=True)
+    try:
+        bundle = download_bundle(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+        model = Predictor(bundle)
+        model.check_golden()
+        return Rival(entry, model=model, scores=score(model))
+    except BundleError as exc:
+        return Rival(entry, broken=f"{exc.where} {exc.found}")
+
+
+def _note_champion(candidate: Predictor, rival: Rival | None) -> list[RuleResult]:
+    """Return the rules about the champion itself."""
+    if rival and rival.broken:
+        return [make_broken_rule(rival.broken)]
+    tasks = [candidate.card.task, rival.model.card.task if rival and rival.model else candidate.card.task]
+    return [make_task_rule(*tasks)] if len(set(tasks)) > 1 and "multilabel" in tasks else []
+
+
+def _check_limits(
+    workspace: Workspace, pin: Pin, tests: Sequence[ImageRecord], candidate: Predictor, rival: Rival | None
+) -> list[RuleResult]:
+    """Apply the rules about data, size, time and approval, which need more than answers."""
+    section, rules = workspace.params.gate, []
+    if section.leaks.mode != "off":
+        leaks = load_leaks(workspace.store, load_version(workspace.store, pin.name, pin.version)).rows
+        across = {sha256 for leak in leaks if leak.kind == "across" for sha256 in (leak.sha256, leak.other)}
+        leaked = sum(record.sha256 in across for record in tests)
+        if leaked or section.leaks.mode == "on":
+            unit = "test images with a near duplicate on another side"
+            rules.append(check_limit("leaks", leaked, section.leaks.most, unit, section.leaks.mode))
+    if section.model_size and section.model_size.mode != "off":
+        size_mb = (candidate.bundle.folder / "model.onnx").stat().st_size / 1e6
+        rules.append(check_limit("model_size", size_mb, section.model_size.mb, "MB", section.model_size.mode))
+    if section.latency and section.latency.mode != "off":
+        champion = rival.model if rival else None
+        rules.append(check_latency(*_recall_latency(workspace, candidate, champion), section.latency))
+    if section.approval == "required":
+        rules.append(make_approval_rule())
+    return rules
+
+
+def _recall_latency(
+    workspace: Workspace, candidate: Predictor, champion: Predictor | None
+) -> tuple[float, float | None]:
+    """Measure candidate and champion in turns; once in a workspace, so that a second gate finds the same numbers."""
+    models = [candidate, *([champion] if champion else [])]
+    name = "-".join([*(model.digest[:16] for model in models), compute_engine_digest()[:12]])
+    path = workspace.settings.hidden_dir / "latency" / f"{name}.json"
+    try:
+        times = [float(each) for each in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        times = []
+    if len(times) != len(models):
+        times = measure_latency(models)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(times), encoding="utf-8")
+    return times[0], times[1] if champion else None
+
+
+def _count_looks(
+    earlier: Sequence[Decision], champion: LedgerEntry | None, candidate: str, test_digest: str
+) -> tuple[int, int]:
+    """Return how many candidates were compared with the champion's entry, this one included; and on these images.
+
+    A candidate that was judged before keeps its place. Decisions of before entries were noted count by the bundle.
+    """
+    if champion is None or champion.bundle == candidate:
+        return 0, 0
+    digests: dict[str, bool] = {}
+    for one in earlier:
+        is_here = one.entry == champion.number if one.entry is not None else one.champion == champion.bundle
+        if is_here and one.candidate != champion.bundle:
+            digests[one.candidate] = digests.get(one.candidate, False) or one.test_digest == test_digest
+    digests[candidate] = True
+    order = list(digests)[: list(digests).index(candidate) + 1]
+    return len(order), sum(digests[digest] for digest in order)
+
+
+def _keep_approval(earlier: Sequence[Decision], decision: Decision) -> tuple[RuleResult, ...]:
+    """Return the decision's rules with what a person has allowed for this candidate, champion and test side."""
+    for one in reversed(earlier):
+        is_same = (one.candidate, one.entry, one.test_digest) == (
+            decision.candidate, decision.entry, decision.test_digest,
+        )  # fmt: skip
+        allowed = {r.rule: r for r in one.rules if r.rule in APPROVABLE and r.passed} if is_same else {}
+        if allowed:
+            return tuple(allowed.get(r.rule, r) if r.passed is None else r for r in decision.rules)
+    return decision.rules
 
 
 def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[ImageRecord]:
@@ -95,42 +273,6 @@ def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[I
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
     return tests
-
-
-def _judge(
-    params: Params, tests: Sequence[ImageRecord], scores: Sequence[Scores], *, is_champion: bool
-) -> tuple[list[RuleResult], list[Metrics]]:
-    """Return the result of each rule, and the figures of the candidate, then of the champion if it was scored."""
-    # The candidate's classes come first. An answer with a class that only the champion knows is wrong, but no error.
-    names = [name for record in tests for name in record.labels]
-    classes = list(dict.fromkeys([c for s in scores for c in s.classes] + names))
-    aligned = [map_scores(s, classes) for s in scores]
-    labels: Choices
-    if any(s.chosen.ndim == 2 for s in scores) or any(len(r.labels) != 1 for r in tests):
-        aligned = [to_sets(s) for s in aligned]
-        labels = np.array([[name in r.labels for name in classes] for r in tests])
-    else:
-        labels = np.array([classes.index(name) for name in names])
-    metrics = [
-        compute_answer_metrics(Answers(labels, s.probs_nk, s.chosen, s.classes), params.evaluate) for s in aligned
-    ]
-    rules = check_floors({str(k): v for k, v in params.gate.floors.items()}, metrics[0])
-    if is_champion:
-        rules.append(make_same_rule(params.gate))
-    elif len(aligned) == 1:
-        rules.append(make_first_rule())
-    else:
-        difference = compute_difference(
-            labels,
-            aligned[0].chosen,
-            aligned[1].chosen,
-            len(classes),
-            params.gate,
-            resamples=params.evaluate.resamples,
-            seed=params.evaluate.seed,
-        )
-        rules.append(check_difference(difference, params.gate))
-    return rules, metrics
 
 
 def _check_candidate(card: Card, name: str, pin: Pin) -> None:

@@ -1,114 +1,201 @@
-"""The rules of the gate: floors, and a paired comparison with the champion. Pure: no disk, clock or global random.
+"""The rules of the gate: each returns a `RuleResult` with its numbers. Pure: no disk, clock or global random.
 
-Dimensions in names: n images (the same ones, in the same order, for both models), k classes, r resamples.
+`docs/judging.md` explains them with examples. The tests and intervals are in `paired.py`, the rules that hold plain
+figures against a line in `limits.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from visionloop.evaluation.label_metrics import make_macro_f1
-from visionloop.evaluation.metrics import Statistic, compute_macro_f1, draw_rows
+from visionloop.errors import shorten
+from visionloop.evaluation.resampling import count_keys, describe_images, find_t_quantile
 from visionloop.params import Gate
-from visionloop.predictor import Choices
-from visionloop.records import Interval, RuleResult
+from visionloop.params.gate import Drop
+from visionloop.promotion.paired import (
+    MIN_KEYS,
+    FloatArray,
+    Hits,
+    Pair,
+    draw_f1_differences,
+    estimate_images,
+    find_dropped,
+    widen_tail,
+)
+from visionloop.records import RuleResult
 
-PASSED, REFUSED, INCONCLUSIVE = "passed", "refused", "inconclusive"
+PASSED, REFUSED, INCONCLUSIVE, WAITING = "passed", "refused", "inconclusive", "waiting"
+APPROVAL = "approval"
+MIN_GUESS = 30  # images from which the number that would tell can be guessed
+APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
+APPROVE = "`visionloop approve --why ...` by a person"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of candidate and champion. `low` and `high` bound the difference (quantiles alpha and 1 - alpha)."""
+    """One metric of candidate and champion, and their difference against a line.
+
+    `low` and `high` are its 1 - 2 alpha interval. `p_above` is the p-value of "it is above the line", `p_below` of the
+    opposite: at most alpha says so. `error` is its standard error.
+    """
 
     metric: str
     candidate: float
     champion: float
     low: float
     high: float
+    line: float
+    p_above: float
+    p_below: float
+    error: float
+    num_images: int
+    num_keys: int
 
     @property
     def value(self) -> float:
         return self.candidate - self.champion
 
 
-def compute_difference(
-    labels: Choices,
-    candidate: Choices,
-    champion: Choices,
-    num_classes: int,
-    section: Gate,
-    *,
-    resamples: int,
-    seed: int,
-) -> Difference:
-    """Compare two models' answers by a paired percentile bootstrap: each resample holds the same images for both.
+def get_line(section: Gate) -> float:
+    """Return what the difference to the champion has to be above."""
+    return 0.0 if section.rule == "better" else -section.margin
 
-    Answers are one class for each image (n,), or several labels (n, k). Then accuracy is the share of exact matches.
 
-    Efron & Tibshirani 1993, chapters 13 and 16; paired on test images, as Koehn 2004 does on sentences. The bounds are
-    values that were drawn, never interpolated, so a bound above 0 means at least one image.
+def compute_difference(pair: Pair, metric: str, line: float, alpha: float, *, resamples: int, seed: int) -> Difference:
+    """Compare two models on the same images: accuracy by exact tests, macro F1 by a paired bootstrap over keys.
+
+    Of several labels an image, accuracy is the share of exact matches.
     """
-    scores = [make_score(labels, chosen, num_classes, section) for chosen in (candidate, champion)]
-    drawn_r = np.concatenate(
-        [scores[0](rows_rn) - scores[1](rows_rn) for rows_rn in draw_rows(len(labels), resamples, seed)]
-    )
-    drawn_r = drawn_r.round(12)  # so that rounding errors do not make equal values differ
-    everything = np.arange(len(labels))[None]
-    return Difference(
-        metric=section.metric,
-        candidate=float(scores[0](everything)[0]),
-        champion=float(scores[1](everything)[0]),
-        low=float(np.quantile(drawn_r, section.alpha, method="lower")),
-        high=float(np.quantile(drawn_r, 1 - section.alpha, method="higher")),
-    )
+    if metric == "accuracy":
+        return _compare_hits(pair.count_hits(), metric, line, alpha)
+    candidate, champion, drawn_r = draw_f1_differences(pair, resamples=resamples, seed=seed)
+    num_keys, error = count_keys(pair.key_n), float(drawn_r.std())
+    low, high = _bound_draws(candidate - champion, drawn_r, num_keys, alpha)
+    p_above, p_below = (0.0 if low > line else 1.0), (0.0 if high < line else 1.0)
+    bounds = (low, high, line, p_above, p_below, error)
+    return Difference(metric, candidate, champion, *bounds, len(pair.labels), num_keys)
 
 
-def make_score(labels: Choices, chosen: Choices, num_classes: int, section: Gate) -> Statistic:
-    """Return the metric of the gate as a function of resamples (r, n), as row numbers."""
-    if section.metric == "accuracy":
-        hits_n = labels == chosen if labels.ndim == 1 else (labels == chosen).all(axis=1)
-        return lambda rows_rn: np.asarray(hits_n[rows_rn].mean(axis=1))
-    if labels.ndim == 2:
-        return make_macro_f1(labels.astype(bool), chosen.astype(bool))
-    return lambda rows_rn: compute_macro_f1(labels[rows_rn], chosen[rows_rn], num_classes)
+def check_difference(difference: Difference, rule: str, alpha: float) -> RuleResult:
+    """Say whether the difference is above its line (passed), below it (refused), or cannot be told.
 
-
-def check_floors(floors: Mapping[str, float], metrics: Mapping[str, Interval]) -> list[RuleResult]:
-    """Compare each figure of the candidate with its floor: passed if it is at least the floor, else refused."""
-    return [
-        RuleResult(
-            rule=f"floor {name}",
-            passed=metrics[name].value >= floor,
-            found=f"{name} {_percent(metrics[name].value)}",
-            expected=f"at least {_percent(floor)}",
-        )
-        for name, floor in sorted(floors.items())
-    ]
-
-
-def check_difference(difference: Difference, section: Gate) -> RuleResult:
-    """Apply `better` (the whole interval above 0) or `no_worse` (above -margin).
-
-    Refused if the whole interval is below that line. None (inconclusive) if the line is inside the interval.
+    Then the number of images that would tell is said.
     """
-    line = 0.0 if section.rule == "better" else -section.margin
-    passed = True if difference.low > line else False if difference.high < line else None
+    passed = True if difference.p_above <= alpha else False if difference.p_below <= alpha else None
+    line = difference.line
     return RuleResult(
-        rule=section.rule,
+        rule=rule,
         passed=passed,
         found=(
-            f"{difference.metric} {_percent(difference.candidate)} against {_percent(difference.champion)}: "
-            f"difference {_points(difference.value)} points, {100 * (1 - 2 * section.alpha):g} % interval "
-            f"{_points(difference.low)} ... {_points(difference.high)}"
+            f"{difference.metric} {percent(difference.candidate)} against {percent(difference.champion)} on "
+            f"{describe_images(difference.num_images, difference.num_keys)}: difference {_points(difference.value)} "
+            f"points, {100 * (1 - 2 * alpha):.4g} % interval {_points(difference.low)} ... {_points(difference.high)}"
+            f"{_describe_p(difference) if passed is not False else ''}"
+            f"{_describe_more(difference, alpha) if passed is None else ''}"
         ),
-        expected="an interval above 0" if section.rule == "better" else f"an interval above {_points(line)} points",
+        expected="a difference above 0" if line == 0 else f"a difference above {_points(line)} points",
+        value=difference.value,
+        low=difference.low,
+        high=difference.high,
+        line=line,
     )
+
+
+def check_min_images(pair: Pair, classes: Sequence[str], known: Sequence[int], section: Gate) -> RuleResult | None:
+    """Say what is missing for a comparison: images in all, or of a class, or groups. None if nothing is.
+
+    `known` are the places of the classes that both models know.
+    """
+    labels, least = pair.labels, section.min_images
+    counts = {classes[k]: int((labels == k).sum() if labels.ndim == 1 else labels[:, k].sum()) for k in known}
+    few = sorted((number, name) for name, number in counts.items() if number < least.per_class)
+    num_keys = count_keys(pair.key_n)
+    groups = f", at least {MIN_KEYS} groups" if num_keys < min(MIN_KEYS, len(labels)) else ""
+    if len(labels) >= least.all and not few and not groups:
+        return None
+    missing = max(least.all - len(labels), sum(least.per_class - number for number, _ in few))
+    of = f", of them {shorten([f'{number} {name}' for number, name in few])}" if few else ""
+    return RuleResult(
+        rule="min_images",
+        passed=None,
+        found=f"{describe_images(len(labels), num_keys, 'test images')} to compare on{of}",
+        expected=(
+            f"at least {least.all} and {least.per_class} of each class{groups}"
+            f"{f': about {missing} more test images, or a lower gate.min_images' if missing > 0 else ''}"
+        ),
+        value=float(len(labels)),
+        line=float(least.all),
+    )
+
+
+def check_drops(rule: str, parts: Mapping[str, Hits], section: Drop, alpha: float) -> RuleResult | None:
+    """Refuse if a class (or a slice) is answered worse than by the champion. None if there is no part at all.
+
+    Each part has its exact test; together they are wrong in at most `alpha` (Holm). What they cannot show passes.
+    """
+    if not parts or section.mode == "off":
+        return None
+    names, hits = list(parts), list(parts.values())
+    dropped = find_dropped([each.compute_p_below(-section.most) for each in hits], alpha)
+    worst = min(dropped or range(len(names)), key=lambda i: hits[i].value)
+    one, each = hits[worst], 1 - 2 * alpha / len(names)
+    low, high = one.compute_interval(each)
+    shares = [float(right_g.sum() / one.num_images) for right_g in (one.candidate_g, one.champion_g)]
+    more = f"; also {shorten([names[i] for i in dropped if i != worst])}" if len(dropped) > 1 else ""
+    what, plural = ("class", "es") if rule == "class_drop" else ("slice", "s")
+    number = f"{len(names)} {what}{plural * (len(names) > 1)}"
+    allowed = f" by more than {100 * section.most:g} points" if section.most else ""
+    return RuleResult(
+        rule=rule,
+        passed=not dropped,
+        found=(
+            f"{'worse' if dropped else 'lowest'}: {names[worst]} {percent(shares[0])} against {percent(shares[1])} on "
+            f"{describe_images(one.num_images, len(one.count_g))}, difference {_points(one.value)} points, "
+            f"{100 * each:.4g} % interval {_points(low)} ... {_points(high)}{more}"
+        ),
+        expected=f"no {what} worse{allowed} ({number}, {100 * alpha:g} % in all)",
+        value=one.value,
+        low=low,
+        high=high,
+        line=-section.most,
+        mode=section.mode,
+    )
+
+
+def make_looks_rule(looks: int, on_these: int, section: Gate) -> RuleResult | None:
+    """Tell how many candidates this champion has been compared with, and what luck does among them.
+
+    `on_these`: how many of them on these very test images. None for the first one. With `spend` each look has its own
+    alpha (`spend_alpha`), so the risk stays.
+    """
+    if looks <= 1 and section.looks == "tell":
+        return None
+    where = " on these images" if on_these == looks else f" ({on_these} of them on these images)"
+    luck = "an equal one" if section.rule == "better" else f"one that is {100 * section.margin:g} points worse"
+    found = f"{_ordinal(looks)} candidate against this champion{where}"
+    if section.looks == "spend":
+        share = 100 * spend_alpha(section.alpha, looks)
+        expected = f"a risk of at most {100 * section.alpha:g} % over all of them: this one is judged at {share:.2g} %"
+    else:
+        risk = 100 * (1 - (1 - section.alpha) ** looks)
+        found += f": {luck} passes by luck with {risk:.0f} %"
+        expected = "known before it is believed; `gate.looks: spend` keeps the risk"
+    return RuleResult("looks", True, found, expected, value=float(looks))
+
+
+def spend_alpha(alpha: float, looks: int) -> float:
+    """Return the level of the i-th look: alpha / (i (i + 1)). Over any number of looks they sum to at most alpha.
+
+    By Bonferroni's inequality no more than alpha passes by luck, whatever the candidates have in common (Foster &
+    Stine 2008 spend alpha over a stream of tests). Example at 5 %: 2.5 %, 0.83 %, 0.42 %, ...
+    """
+    return alpha / (looks * (looks + 1))
 
 
 def make_first_rule() -> RuleResult:
-    """Return the rule that replaces the comparison while there is no champion: only the floors decide."""
-    return RuleResult("first", True, "no champion yet", "the floors to hold")
+    """Return the rule that replaces the comparison while there is no champion: floors and baseline decide."""
+    return RuleResult("first", True, "no champion yet", "the floors and the baseline to hold")
 
 
 def make_task_rule(candidate_task: str, champion_task: str) -> RuleResult:
@@ -126,15 +213,104 @@ def make_same_rule(section: Gate) -> RuleResult:
     return RuleResult(section.rule, None, "the candidate is the champion itself", "another model")
 
 
+def make_apart_rule(candidate: Sequence[str], champion: Sequence[str]) -> RuleResult:
+    """Refuse a candidate that has no class in common with the champion: it is for something else."""
+    found = f"the candidate knows {shorten(candidate)}, the champion {shorten(champion)}: nothing in common"
+    return RuleResult("shared_classes", False, found, "a class that both know; for another task choose another `name`")
+
+
+def make_removed_rule(names: Sequence[str]) -> RuleResult:
+    """Return the rule that a person has to allow a candidate which no longer knows some classes."""
+    return RuleResult(
+        "removed_class",
+        None,
+        f"the candidate no longer knows {shorten(names)}: waits for {APPROVE}",
+        "every class of the champion",
+    )
+
+
+def make_broken_rule(reason: str) -> RuleResult:
+    """Return the rule of a champion that cannot answer here: a person may let it be replaced without a comparison."""
+    found = f"the champion cannot be asked ({reason}): waits for {APPROVE}, or `visionloop doctor`"
+    return RuleResult("champion_runs", None, found, "a champion to compare with")
+
+
+def make_approval_rule() -> RuleResult:
+    """Return the rule of `gate.approval: required`."""
+    return RuleResult(APPROVAL, None, f"waits for {APPROVE}", "gate.approval: required")
+
+
+def approve_rules(rules: Sequence[RuleResult], by: str, why: str) -> tuple[RuleResult, ...]:
+    """Return the rules after a person has allowed what a person may allow."""
+    return tuple(
+        replace(rule, passed=True, found=f"{rule.found}; approved by {by}: {why}")
+        if rule.rule in APPROVABLE and rule.passed is None
+        else rule
+        for rule in rules
+    )
+
+
 def compute_verdict(rules: Sequence[RuleResult]) -> str:
-    """Return refused if any rule refuses, else inconclusive if any rule is, else passed."""
-    answers = [rule.passed for rule in rules]
-    if False in answers:
+    """Return the strictest of the rules' answers: refused, inconclusive, waiting (for a person), passed."""
+    held = [rule for rule in rules if rule.holds_back]
+    if any(rule.passed is False for rule in held):
         return REFUSED
-    return INCONCLUSIVE if None in answers else PASSED
+    if any(rule.rule not in APPROVABLE for rule in held):
+        return INCONCLUSIVE
+    return WAITING if held else PASSED
 
 
-def _percent(share: float) -> str:
+def _compare_hits(hits: Hits, metric: str, line: float, alpha: float) -> Difference:
+    number = hits.num_images
+    candidate, champion = (float(right_g.sum() / number) for right_g in (hits.candidate_g, hits.champion_g))
+    low, high = hits.compute_interval(1 - 2 * alpha)
+    p_above, p_below, num_keys = hits.compute_p_above(line), hits.compute_p_below(line), len(hits.count_g)
+    bounds = (low, high, line, p_above, p_below, hits.compute_error())
+    return Difference(metric, candidate, champion, *bounds, number, num_keys)
+
+
+def _bound_draws(value: float, drawn_r: FloatArray, num_keys: int, alpha: float) -> tuple[float, float]:
+    """Return the 1 - 2 alpha interval of a difference from its resamples: the wider of two counts.
+
+    One is the expanded percentile interval (`widen_tail`), where 10 draws or more lie beyond each end. The other is the
+    value with Student's t of its standard error (Efron & Tibshirani 1993, section 12.4), the safer one for few groups.
+    """
+    if num_keys < MIN_KEYS:
+        return -1.0, 1.0
+    half, tail = find_t_quantile(num_keys - 1, 1 - 2 * alpha) * float(drawn_r.std()), widen_tail(alpha, num_keys)
+    low, high = value - half, value + half
+    if tail * len(drawn_r) >= 10:
+        # Values that were drawn, never between two: a bound above 0 means at least one image.
+        low = min(low, float(np.quantile(drawn_r, tail, method="lower")))
+        high = max(high, float(np.quantile(drawn_r, 1 - tail, method="higher")))
+    return low, high
+
+
+def _describe_p(difference: Difference) -> str:
+    return f", p {difference.p_above:.2g}" if difference.metric == "accuracy" else ""
+
+
+def _describe_more(difference: Difference, alpha: float) -> str:
+    """Tell how many more images would show the difference, if it is as large as it looks."""
+    number, line = difference.num_images, difference.line
+    if number < MIN_GUESS:
+        return "; too few images to say how many would tell"
+    needed = estimate_images(difference.value, difference.error, number, line, alpha)
+    if needed is None:
+        behind = "is not ahead" if line == 0 else f"is behind by {100 * abs(line):g} points or more"
+        return f"; the candidate {behind}: more test images would hardly help it"
+    missing = max(needed - number, 10)
+    rounded = int(float(f"{missing:.2g}"))
+    return f"; about {rounded:,} more test images would tell"
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def percent(share: float) -> str:
+    """Write a share from 0 to 1."""
     return f"{100 * share:.2f} %"
 
 

@@ -1,30 +1,108 @@
 """What was decided and promoted: `decisions/NAME/` and `ledger/NAME/000001.json`. The ledger defines the champion.
 
 An entry is created only if its number is free, so of two promoters only one wins. Entries are never changed or removed.
+What else lies in the folder of a ledger (a backup copy, an entry of another name, a torn file) is named, and not
+believed: the champion is that of the highest entry which can be.
 """
 
 import json
 import os
-from dataclasses import replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from visionloop.errors import NotPromoted, PromotionError
-from visionloop.promotion.gate import PASSED
-from visionloop.records import Decision, LedgerEntry, canonical_json, compute_digest
+from visionloop.bundle import DIGESTS, Bundle
+from visionloop.errors import NotPromoted, ObjectMissing, PromotionError, StoreError
+from visionloop.promotion.gate import PASSED, REFUSED
+from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 
 AnyRecord = TypeVar("AnyRecord", LedgerEntry, Decision)
+ROLLED_BACK = "rolled_back"
+_NUMBERED = re.compile(r"(?!0+\.)([0-9]{6}|[1-9][0-9]{6,})\.json")  # 000001.json ... 999999.json 1000000.json
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger as it was read: the entries that can be believed, oldest first, and what is wrong, one text for each."""
+
+    entries: tuple[LedgerEntry, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def champion(self) -> LedgerEntry | None:
+        return self.entries[-1] if self.entries else None
 
 
 def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
-    """Return the highest entry, whose bundle is the champion; None before the first promotion.
+    """Return the highest entry that can be believed, whose bundle is the champion; None before the first promotion.
+
+    Reads one or two objects, also of a long ledger.
 
     Raises:
-        PromotionError: the entry is damaged.
+        PromotionError: there are entries, but none can be believed.
     """
-    keys = _list_keys(store, f"ledger/{name}")
-    return _read(store, keys[-1], LedgerEntry, "a ledger entry") if keys else None
+    numbers, strays = _list_numbers(store, f"ledger/{name}")
+    problem: PromotionError | None = None
+    for number in reversed(numbers):
+        try:
+            return _read_believable(store, name, number)
+        except PromotionError as exc:
+            problem = problem or exc
+    if problem or strays:
+        raise problem or _make_problem(strays[0], "is no ledger entry", "000001.json and so on")
+    return None
+
+
+def read_ledger(store: ObjectStore, name: str) -> Ledger:
+    """Read all of a ledger, and check names, numbers and that each entry follows the one before.
+
+    Raises:
+        PromotionError: there are entries, but none can be believed.
+    """
+    numbers, strays = _list_numbers(store, f"ledger/{name}")
+    problems = [_make_problem(key, "is no ledger entry", "000001.json and so on") for key in strays]
+    entries: list[LedgerEntry] = []
+    before: LedgerEntry | None = None
+    for number in numbers:
+        try:
+            entry = _read_entry(store, name, number)
+            last, before = before, entry
+            if number == 1 or (last and last.number == number - 1):
+                _check_follows(entry, last)
+            entries.append(entry)
+        except PromotionError as exc:
+            problems.append(exc)
+    if problems and not entries:
+        raise problems[-1]
+    told = [f"{problem.where.removeprefix('store object ')} {problem.found}" for problem in problems]
+    known_numbers = [0, *(number for number in numbers if entries and number <= entries[-1].number)]
+    for low, high in pairwise(known_numbers):
+        if high > low + 1:
+            lost = f"{low + 1:06d}" + (f" to {high - 1:06d}" if high > low + 2 else "")
+            told.append(f"entries are missing: {lost}")
+    return Ledger(tuple(entries), tuple(told))
+
+
+def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
+    """Return all entries that can be believed, oldest first. Raises PromotionError as `read_ledger`."""
+    return list(read_ledger(store, name).entries)
+
+
+def require_sound(ledger: Ledger, name: str) -> None:
+    """Raise PromotionError if something is wrong with a ledger; it names all of it."""
+    if ledger.problems:
+        champion = f"entry {ledger.champion.number} stays the champion" if ledger.champion else "there is no champion"
+        raise PromotionError(
+            f"ledger {name}",
+            f"{'; '.join(ledger.problems)}; {champion}",
+            "entries 000001.json and so on, each after the one before",
+            "Move what does not belong there out of the store; restore what is missing from its backup.",
+        )
 
 
 def require_entry(store: ObjectStore, name: str, number: int | None = None) -> LedgerEntry:
@@ -45,20 +123,70 @@ def require_entry(store: ObjectStore, name: str, number: int | None = None) -> L
     )
 
 
-def read_history(store: ObjectStore, name: str) -> list[LedgerEntry]:
-    """Return all entries, oldest first. Raises PromotionError."""
-    return [_read(store, key, LedgerEntry, "a ledger entry") for key in _list_keys(store, f"ledger/{name}")]
+def find_rolled_back(
+    history: Sequence[LedgerEntry], digest: str, identify: Callable[[str], str] = lambda digest: digest
+) -> LedgerEntry | None:
+    """Return the rollback that took a bundle down, or None: it was not, or a person has put it back since.
+
+    `identify` says what makes two bundles one model; default: their digest.
+
+        1 promote A, 2 promote B, 3 rollback to A: B is down, by entry 3
+        4 rollback to B (`--to 2`), or promote B (`--again`): B is up again
+    """
+    if all(entry.action != "rollback" for entry in history):
+        return None
+    sought, found = identify(digest), None
+    for entry in history:
+        if identify(entry.bundle) == sought:
+            found = None
+        elif entry.action == "rollback" and entry.previous and identify(entry.previous) == sought:
+            found = entry
+    return found
+
+
+def check_rolled_back(store: ObjectStore, history: Sequence[LedgerEntry], candidate: Bundle) -> RuleResult | None:
+    """Refuse a candidate that was rolled back from, also under another card: its network is the same. None: it was not.
+
+    The same network comes back under another digest when only test images were added: the card names the dataset.
+    """
+
+    @cache
+    def identify(digest: str) -> str:
+        if digest == candidate.digest:
+            return candidate.files["model.onnx"]
+        try:
+            return str(json.loads(store.get(f"bundles/{digest}/{DIGESTS}"))["model.onnx"])
+        except (StoreError, ValueError, KeyError, TypeError):
+            return digest
+
+    entry = find_rolled_back(history, candidate.digest, identify)
+    if entry is None:
+        return None
+    which = "" if entry.previous == candidate.digest else f" (as bundle {str(entry.previous)[:12]}, the same network)"
+    return RuleResult(
+        ROLLED_BACK,
+        False,
+        f"{describe_rollback(entry)}{which}",
+        "another model, or a person's word: `visionloop promote --again --why ...`",
+    )
+
+
+def describe_rollback(entry: LedgerEntry) -> str:
+    """Tell who rolled back, when and why."""
+    return f"rolled back from by {entry.by} on {entry.at[:10]} (entry {entry.number}): {entry.why}"
 
 
 def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **facts: Any) -> LedgerEntry:
     """Write the entry that follows `after`, the champion that the caller has read; `facts` are its other fields.
 
     Raises:
-        PromotionError: another promoter has written this number: the champion is no longer `after`.
+        PromotionError: another promoter has written this number: the champion is no longer `after`. Or the number is
+            taken by an object that is no entry of this ledger.
     """
     number = after.number + 1 if after else 1
     entry = LedgerEntry(name=name, number=number, previous=after.bundle if after else None, **facts)
-    if not store.create(f"ledger/{name}/{number:06d}.json", canonical_json(entry.to_json())):
+    if not store.create(_make_key(name, number), canonical_json(entry.to_json())):
+        _read_believable(store, name, number)
         raise PromotionError(
             f"ledger {name}",
             f"champion moved: entry {number} was written by someone else",
@@ -86,8 +214,21 @@ def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
     return [_read(store, key, Decision, "a decision") for key in _list_keys(store, f"decisions/{name}")]
 
 
-def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:
+def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
+    """Tell by which verdict an entry was made; its decision may be none, or no longer be there."""
+    if entry.decision is None:
+        return "no decision"
+    try:
+        decision = _read(store, f"decisions/{name}/{entry.decision:06d}.json", Decision, "a decision")
+    except (ObjectMissing, PromotionError):
+        return f"decision {entry.decision}: not there"
+    return f"decision {entry.decision}: {decision.verdict}"
+
+
+def require_passed(store: ObjectStore, name: str, candidate: str, *, again: bool = False) -> Decision:
     """Return the newest decision about a candidate if it passed.
+
+    `again`: a person wants the model all the same, which was rolled back from; so no other rule may hold it back.
 
     Raises:
         NotPromoted: there is none, or it did not pass; the rules that held it back are named.
@@ -96,15 +237,43 @@ def require_passed(store: ObjectStore, name: str, candidate: str) -> Decision:
     where = f"candidate {candidate[:12]}"
     if decision is None:
         raise NotPromoted(where, "has no decision", "one that passed", "Run `visionloop gate`.")
-    if decision.verdict != PASSED:
-        held = "; ".join(f"{r.rule}: {r.found}, expected {r.expected}" for r in decision.rules if not r.passed)
-        raise NotPromoted(
-            where,
-            f"decision {decision.number} is {decision.verdict} ({held})",
-            "one that passed",
-            "The champion stays. Train on more images or with other params, then run `visionloop gate`.",
-        )
-    return decision
+    held = [r for r in decision.rules if r.holds_back]
+    if decision.verdict == PASSED or (again and held and all(r.rule == ROLLED_BACK for r in held)):
+        return decision
+    told = "; ".join(f"{r.rule}: {r.found}, expected {r.expected}" for r in held)
+    todo = "The champion stays. Train on more images or with other params, then run `visionloop gate`."
+    if decision.verdict == REFUSED and all(r.rule == ROLLED_BACK for r in held):
+        todo = "The champion stays."
+    raise NotPromoted(where, f"decision {decision.number} is {decision.verdict} ({told})", "one that passed", todo)
+
+
+def is_bound(decision: Decision, champion: LedgerEntry | None) -> bool:
+    """Say whether the ledger is where it was when the gate decided.
+
+    A decision holds for one ledger entry: after a rollback and back, the same champion is another entry. One from
+    before entries were noted holds for a bundle.
+    """
+    if decision.entry is None:
+        return decision.champion == (champion.bundle if champion else None)
+    return decision.entry == (champion.number if champion else 0)
+
+
+def require_bound(decision: Decision, champion: LedgerEntry | None) -> None:
+    """Raise PromotionError unless the ledger is where it was when the gate decided."""
+    if is_bound(decision, champion):
+        return
+    seen = decision.champion[:12] if decision.champion else "no champion"
+    raise PromotionError(
+        f"candidate {decision.candidate[:12]}",
+        f"champion moved since decision {decision.number}: it is now {describe_entry(champion)}",
+        f"{seen}{f' (entry {decision.entry})' if decision.entry else ''}, as the gate saw it",
+        "Run `visionloop gate` again.",
+    )
+
+
+def describe_entry(champion: LedgerEntry | None) -> str:
+    """Name a champion by its bundle and its ledger entry."""
+    return f"{champion.bundle[:12]} (entry {champion.number})" if champion else "none"
 
 
 def store_decision(store: ObjectStore, decision: Decision) -> Decision:
@@ -134,9 +303,62 @@ def _compute_question(decision: Decision) -> str:
 
 
 def _list_keys(store: ObjectStore, folder: str) -> list[str]:
-    """Return the keys of entries or decisions by their number."""
-    keys = (key for key in store.list(f"{folder}/") if key.endswith(".json"))
-    return sorted(keys, key=lambda key: (len(key), key))
+    """Return the keys of decisions by their number; other objects are none."""
+    return [f"{folder}/{number:06d}.json" for number in _list_numbers(store, folder)[0]]
+
+
+def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]]:
+    """Return the numbers in a folder, in order, and the keys there that are no number."""
+    numbers, strays = [], []
+    for key in store.list(f"{folder}/"):
+        found = _NUMBERED.fullmatch(key.removeprefix(f"{folder}/"))
+        if found:
+            numbers.append(int(found[1]))
+        else:
+            strays.append(key)
+    return sorted(numbers), strays
+
+
+def _make_key(name: str, number: int) -> str:
+    return f"ledger/{name}/{number:06d}.json"
+
+
+def _read_believable(store: ObjectStore, name: str, number: int) -> LedgerEntry:
+    """Read an entry: of this name and number, and after the entry before, if that one can be read.
+
+    A missing entry before tells nothing: this one was written by who had read it.
+    """
+    entry, before = _read_entry(store, name, number), None
+    if number > 1:
+        try:
+            before = _read_entry(store, name, number - 1)
+        except (ObjectMissing, PromotionError):
+            return entry
+    _check_follows(entry, before)
+    return entry
+
+
+def _check_follows(entry: LedgerEntry, before: LedgerEntry | None) -> None:
+    if entry.previous != (before.bundle if before else None):
+        known = f"{before.bundle[:12]}, the bundle of entry {before.number}" if before else "none"
+        found = f"does not follow the entry before: its previous is {str(entry.previous)[:12]}"
+        raise _make_problem(_make_key(entry.name, entry.number), found, known)
+
+
+def _read_entry(store: ObjectStore, name: str, number: int) -> LedgerEntry:
+    key = _make_key(name, number)
+    entry = _read(store, key, LedgerEntry, "a ledger entry")
+    if entry.name != name:
+        raise _make_problem(key, f"is an entry of {entry.name!r}", f"one of {name!r}")
+    if entry.number != number:
+        raise _make_problem(key, f"says it is entry {entry.number}", f"entry {number}")
+    if not isinstance(entry.bundle, str) or entry.action not in ("promote", "rollback"):
+        raise _make_problem(key, "is damaged", "a ledger entry")
+    return entry
+
+
+def _make_problem(key: str, found: str, expected: str) -> PromotionError:
+    return PromotionError(f"store object {key}", found, expected, "Move it out of the store, or restore its backup.")
 
 
 def _read(store: ObjectStore, key: str, kind: type[AnyRecord], what: str) -> AnyRecord:

@@ -1,4 +1,4 @@
-"""From the address of a model to the model: a folder, NAME@champion, NAME@3, or a bundle's folder in a store."""
+"""From the address of a model to the model: a folder, NAME@champion, NAME@3, a digest, or a bundle in another store."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
@@ -14,6 +15,7 @@ from visionloop.store import ObjectStore, open_store
 from visionloop.workspace import Workspace
 
 ADDRESSES = "a bundle's folder, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _PROMOTED = re.compile(r"([A-Za-z0-9._-]+)@(champion|[0-9]{1,6})")
 _STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
 
@@ -21,7 +23,7 @@ _STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
 def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspace]) -> Predictor:
     """Open the model of an address: digests first, then the golden answers.
 
-    `open_home` opens the workspace whose store a name is looked up in; it is called for a name only.
+    `open_home` opens the workspace whose store a name or digest is looked up in; it is called for these only.
 
     Raises:
         SettingsError: it is no address.
@@ -37,6 +39,10 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
     folder = Path(text).expanduser()
     if isinstance(address, str) and "@" in text and not folder.is_dir():
         return _load_promoted(text, open_home)
+    if _DIGEST.fullmatch(text) and not folder.exists():
+        workspace = open_home()
+        digest = find_digest(workspace.store, text)
+        return Predictor.fetch(workspace.store, digest, workspace.settings.hidden_dir / "bundles")
     if not text or not folder.is_dir():
         found = "is a file" if folder.is_file() and text else "does not exist"
         raise BundleError(f"model {text!r}", found, ADDRESSES, "Check it; a path is relative to the current folder.")
@@ -49,9 +55,22 @@ def load_champion(workspace: Workspace, name: str | None = None, number: int | N
     Raises:
         PromotionError: there is no such entry yet.
         BundleError: its bundle is damaged.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
     """
+    check_store(workspace)
     entry = require_entry(workspace.store, name or workspace.name, number)
     return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+
+
+def find_digest(store: ObjectStore, start: str) -> str:
+    """Return the digest of the one registered bundle that begins so. Raises BundleError."""
+    found = sorted({key.split("/")[1] for key in store.list(f"bundles/{start}")})
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} registered bundles begin so" if found else f"no such bundle is registered in {store.url}"
+    raise BundleError(
+        f"model {start!r}", what, "the first 12 letters of a digest, or more", "See `visionloop history`."
+    )
 
 
 def _load_stored(url: str) -> Predictor:
@@ -68,6 +87,7 @@ def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
     if not found:
         raise SettingsError(f"model {text!r}", "is neither a folder nor a name", ADDRESSES)
     workspace, name = open_home(), found[1]
+    check_store(workspace)
     if name not in (known := _list_names(workspace.store)):
         what = f"one of {shorten(known)}" if known else "a name with a dataset"
         todo = "Name another workspace, or set VISIONLOOP_STORE."

@@ -7,10 +7,20 @@ import tempfile
 from pathlib import Path
 
 from visionloop.bundle import DIGESTS, download_bundle, load_bundle, load_run_note, upload_bundle
+from visionloop.data.known_store import check_store, remember_entry
 from visionloop.data.manifest import is_experiment, load_version
-from visionloop.errors import PromotionError, TrackingError, shorten
+from visionloop.errors import NotPromoted, PromotionError, TrackingError, shorten
 from visionloop.predictor import Predictor
-from visionloop.promotion.ledger import append_entry, read_champion, read_history, require_passed
+from visionloop.promotion.ledger import (
+    append_entry,
+    describe_entry,
+    describe_rollback,
+    find_rolled_back,
+    read_champion,
+    read_history,
+    require_bound,
+    require_passed,
+)
 from visionloop.records import Decision, LedgerEntry
 from visionloop.store import ObjectStore
 from visionloop.tracking import DIGEST_TAG
@@ -29,8 +39,9 @@ def register(workspace: Workspace) -> str:
         BundleError: the candidate is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached; the store's copy stays, and a second run goes on from there.
     """
+    check_store(workspace)
     bundle = Predictor.load(workspace.settings.candidate_dir).bundle
-    decision = require_passed(workspace.store, workspace.name, bundle.digest)
+    decision = require_passed(workspace.store, workspace.name, bundle.digest, again=True)
     upload_bundle(workspace.store, bundle)
     note = load_run_note(workspace.settings.runs_dir, bundle.digest)
     tags = {
@@ -43,40 +54,44 @@ def register(workspace: Workspace) -> str:
     )
 
 
-def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry:
+def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = False) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
-    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry.
+    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again`
+    lets a model pass that was rolled back from, if nothing else holds it back.
 
     Raises:
-        NotPromoted: the gate has not passed this candidate.
+        NotPromoted: the gate has not passed this candidate, or it was rolled back from.
         PromotionError: it is not registered, the champion moved since the decision, or the candidate comes from an
             experiment (a random split).
         DatasetError: the store does not have the dataset version of the decision.
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
     """
+    check_store(workspace)
     store = workspace.store
     name, digest = workspace.name, load_bundle(workspace.settings.candidate_dir).digest
     champion = read_champion(store, name)
     if champion and champion.bundle == digest:
         mirror_alias(workspace)
         return champion
-    decision = require_passed(store, name, digest)
-    if decision.champion != (champion.bundle if champion else None):
-        raise PromotionError(
+    taken_down = find_rolled_back(read_history(store, name), digest)
+    if taken_down and not again:
+        raise NotPromoted(
             f"candidate {digest[:12]}",
-            f"champion moved since decision {decision.number}: it is now {_describe(champion)}",
-            f"{decision.champion[:12] if decision.champion else 'no champion'}, as the gate saw it",
-            "Run `visionloop gate` again.",
+            f"was {describe_rollback(taken_down)}",
+            "another model",
+            "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`.",
         )
+    decision = require_passed(store, name, digest, again=again)
+    require_bound(decision, champion)
     _refuse_experiment(store, name, decision, digest)
     version = workspace.tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
     if version is None:
         raise PromotionError(
             f"candidate {digest[:12]}", "is not registered", "a model version", "Run `visionloop register`."
         )
-    _verify_in_store(workspace, digest)
+    verify_in_store(workspace, digest)
     note = load_run_note(workspace.settings.runs_dir, digest)
     entry = append_entry(
         store,
@@ -92,6 +107,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str) -> LedgerEntry
         why=why,
         at=now,
     )
+    remember_entry(workspace)
     mirror_alias(workspace)
     return entry
 
@@ -107,10 +123,11 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
         BundleError: the earlier bundle is damaged, or answers differently here; nothing has changed then.
         TrackingError: the ledger entry is written, the alias is not; do not roll back again.
     """
+    check_store(workspace)
     name = workspace.name
     history = read_history(workspace.store, name)
     target = _find_target(name, history, to)
-    _verify_in_store(workspace, target.bundle)
+    verify_in_store(workspace, target.bundle)
     entry = append_entry(
         workspace.store,
         name,
@@ -125,6 +142,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
         why=why,
         at=now,
     )
+    remember_entry(workspace)
     try:
         mirror_alias(workspace)
     except TrackingError as exc:
@@ -132,7 +150,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
             exc.where,
             f"{exc.found}; rolled back all the same: ledger entry {entry.number} stands, but the alias did not follow",
             exc.expected,
-            "Do not roll back again: run `visionloop doctor` when MLflow is back.",
+            "Do not roll back again: run `visionloop doctor --fix` when MLflow is back.",
         ) from exc
     return entry
 
@@ -160,7 +178,7 @@ def mirror_alias(workspace: Workspace) -> str | None:
         f"MLflow model {name}",
         "its alias `champion` keeps moving",
         f"version {version}, as the ledger says",
-        "See who else sets it, then run `visionloop doctor`.",
+        "See who else sets it, then run `visionloop doctor --fix`.",
     )
 
 
@@ -208,14 +226,14 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
     if not earlier:
         raise PromotionError(
             where,
-            f"has no champion before {_describe(current)}",
+            f"has no champion before {describe_entry(current)}",
             "an earlier one",
             "Pass --to N, see `visionloop history`.",
         )
     return earlier[-1]
 
 
-def _verify_in_store(workspace: Workspace, digest: str) -> None:
+def verify_in_store(workspace: Workspace, digest: str) -> None:
     """Download a bundle without this machine's cache, as a server would; check its digests and golden answers."""
     workspace.settings.hidden_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.settings.hidden_dir) as folder:
@@ -226,7 +244,3 @@ def _register_again(workspace: Workspace, champion: LedgerEntry) -> str:
     bundle = download_bundle(workspace.store, champion.bundle, workspace.settings.hidden_dir / "bundles")
     tags = {"visionloop.decision": str(champion.decision), "visionloop.dataset": str(champion.dataset.get("digest"))}
     return workspace.tracking.register_onnx(champion.run_id, bundle.folder / "model.onnx", champion.bundle, tags)
-
-
-def _describe(champion: LedgerEntry | None) -> str:
-    return f"{champion.bundle[:12]} (entry {champion.number})" if champion else "none"

@@ -102,7 +102,8 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
     async def predict(request: Request) -> Response:
         """Send the image as the body, or one or more files in a form. JPEG, PNG, WebP or AVIF; the bytes decide.
 
-        A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty.
+        A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
+        the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
         async with inbox.receive(request) as uploads:
             model = _require_model(slot)
@@ -131,7 +132,7 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters) -> None:
     @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")
     async def describe_model() -> dict[str, Any]:
         model = _require_model(slot)
-        known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "dataset"}
+        known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
 
@@ -184,6 +185,7 @@ def _describe(answer: Prediction | ImageError) -> dict[str, Any]:
         "prediction": answer.prediction,
         **labels,
         "confidence": answer.confidence,
+        "abstained": answer.abstained,
         "probabilities": answer.probabilities,
     }
 

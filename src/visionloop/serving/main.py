@@ -15,6 +15,7 @@ from typing import Never
 import uvicorn
 from fastapi import FastAPI
 
+from visionloop.data.known_store import check_store
 from visionloop.errors import ServingError
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
@@ -47,7 +48,7 @@ def run_server(
 
     Raises:
         ServingError: the port cannot be had, or there is no champion.
-        VisionLoopError: the store cannot be read, or the bundle is refused.
+        VisionLoopError: the store cannot be read or is not the one known here, or the bundle is refused.
     """
     _configure_logging()
     with _exit_on_signals(), _bind(host, port) as sock:
@@ -56,6 +57,7 @@ def run_server(
         if bundle is not None:
             slot.current = ServedModel(load_model(bundle, lambda: workspace))
         else:
+            check_store(workspace)
             follower = _make_follower(workspace, slot)
             follower.load_first()
             follower.start()

@@ -34,6 +34,9 @@ class Meters:
             ["prediction"],
             registry=self._registry,
         )
+        self._abstained = Counter(
+            "visionloop_abstained_images", "Images of which the model did not know", registry=self._registry
+        )
         self._registry.register(self)
 
     def count_request(self, outcome: str, seconds: float) -> None:
@@ -47,6 +50,8 @@ class Meters:
 
     def count_prediction(self, prediction: Prediction) -> None:
         """Count one answered image under its class, or under each of its labels: there are too many sets of labels."""
+        if prediction.abstained:
+            self._abstained.inc()
         names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
         for name in names:
             self._images.labels(name).inc()

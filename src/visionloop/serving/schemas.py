@@ -28,10 +28,14 @@ class ErrorAnswer(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """The answer for one image. `confidence` is the probability of `prediction`; all probabilities sum to 1."""
+    """The answer for one image. `confidence` is the probability of `prediction`; all probabilities sum to 1.
+
+    `abstained` says in words why the model does not know: treat `prediction` as its best guess. null: it answers.
+    """
 
     prediction: str
     confidence: float = Field(ge=0, le=1)
+    abstained: str | None
     probabilities: dict[str, float]
 
 
@@ -99,7 +103,8 @@ class ModelAnswer(ModelName):
 
     `task` is binary, multiclass or multilabel. `threshold` is of binary (null otherwise): the probability of the second
     class from which it is the answer. `thresholds` are of multilabel (null otherwise): by class, the probability from
-    which a label is given.
+    which a label is given. `abstain` is the rule of when it does not know (null: it always answers): below which
+    `confidence`, beyond which `distance` to the `neighbours`-th nearest validation image.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -111,5 +116,6 @@ class ModelAnswer(ModelName):
     resize: str
     threshold: float | None
     thresholds: dict[str, float] | None
+    abstain: dict[str, Any] | None
     dataset: dict[str, Any]
     problem: str | None

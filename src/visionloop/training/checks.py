@@ -7,7 +7,7 @@ import numpy as np
 
 from visionloop.data.manifest import check_name, is_experiment, load_version
 from visionloop.data.shards import IntArray, Prepared, load_prepared
-from visionloop.errors import DatasetError, ParamsError, shorten
+from visionloop.errors import DatasetError, ParamsError, require_installed, shorten
 from visionloop.networks.names import check_network
 from visionloop.params import Train
 from visionloop.workspace import Workspace
@@ -25,11 +25,13 @@ def check_training(workspace: Workspace) -> TrainingData:
     """Open the prepared data of a workspace, and check it and params.yaml; the first step of every training.
 
     Raises:
+        SettingsError: torch is not installed.
         ParamsError: `train.monitor` is no figure of the epoch, or there are fewer images than neighbours.
         TrainingError: there is no such backbone, or no such file of an encoder or of weights.
         DatasetError: there is no prepared data, a class has no training image, or a side is empty.
     """
     section = workspace.params.train
+    require_installed("torch")
     check_network(section, workspace.settings.home)
     prepared = load_prepared(workspace.settings.prepared_dir)
     check_name(prepared.pin, workspace.name)
@@ -38,6 +40,7 @@ def check_training(workspace: Workspace) -> TrainingData:
         version = load_version(workspace.store, prepared.pin.name, prepared.pin.version)
         validated_on = "test" if is_experiment(version) else "val"
     check_monitor(section, prepared.task)
+    check_threshold(section, prepared.task)
     check_neighbours(section, len(find_train_rows(section, prepared, validated_on)))
     check_sides(prepared, validated_on)
     return TrainingData(prepared, validated_on)
@@ -83,6 +86,17 @@ def check_monitor(section: Train, task: str) -> None:
             f"got {section.monitor!r}, which no epoch of a {task} training (on: {section.on}) has",
             f"one of {', '.join(names)}{hint}",
             "Edit the file.",
+        )
+
+
+def check_threshold(section: Train, task: str) -> None:
+    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
+    if task == "multiclass" and section.threshold != Train().threshold:
+        raise ParamsError(
+            "params.yaml train.threshold",
+            f"got {section.model_dump()['threshold']!r} with a multiclass task",
+            "no threshold: the likeliest of more than two classes is the answer",
+            "Remove the key.",
         )
 
 

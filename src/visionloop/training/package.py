@@ -1,4 +1,4 @@
-"""From the best weights to a bundle: export, parity with torch, golden answers, reference embeddings."""
+"""From the best weights to a bundle: export, parity with torch, confidence, golden answers, reference embeddings."""
 
 import io
 import json
@@ -16,6 +16,8 @@ from visionloop.data.images import UInt8Array, decode_image
 from visionloop.data.manifest import make_image_key
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import TrainingError
+from visionloop.evaluation.thresholds import PLAIN
+from visionloop.evaluation.tuning import Validation, tune_card
 from visionloop.features.encoder import load_graph
 from visionloop.features.view import load_facts
 from visionloop.networks.classifier import Classifier
@@ -23,8 +25,9 @@ from visionloop.networks.export import EmbeddingNetwork, compute_torch_logits, e
 from visionloop.networks.heads import NeighbourHead, find_steady
 from visionloop.networks.weights import describe_network
 from visionloop.params import WAYS_ON_EMBEDDINGS, Params
-from visionloop.predictor import FloatArray, Predictor, choose_batch_size
+from visionloop.predictor import FloatArray, Outputs, Predictor, choose_batch_size, join_outputs
 from visionloop.records import Card, canonical_json
+from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
 
 NUM_GOLDEN = 8
@@ -52,11 +55,12 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     network = describe_network(params.train, classifier) | way
     card = _make_card(params, prepared, network if job.start is None else {**network, "started_from": job.start})
     predictor = Predictor(Bundle(folder=folder, digest="unsealed", card=card, files={}))
-    embedding_nd = _write_reference(folder / "reference.npz", predictor, prepared, rows)
-    rows = _find_steady(classifier, embedding_nd, rows)
-    card = replace(card, parity=_check_parity(classifier, predictor, prepared.read(rows[:NUM_PARITY])))
+    outputs = _write_reference(folder / "reference.npz", predictor, prepared, rows)
+    steady = _find_steady(classifier, outputs.embedding_nd, rows)
+    card = replace(card, parity=_check_parity(classifier, predictor, prepared.read(steady[:NUM_PARITY])))
+    card = _tune(card, job, outputs, rows)
     (folder / "card.json").write_bytes(json.dumps(card.to_json(), indent=2, sort_keys=True).encode() + b"\n")
-    _write_golden(folder / "golden", predictor, job, rows)
+    _write_golden(folder / "golden", predictor, job, steady)
     digest = seal_bundle(folder)
     Predictor.load(folder)
     return digest
@@ -98,19 +102,53 @@ def _find_steady(classifier: nn.Module, embedding_nd: FloatArray, rows: IntArray
     return rows[steady] if steady.any() else rows
 
 
-def _write_reference(path: Path, predictor: Predictor, prepared: Prepared, rows: IntArray) -> FloatArray:
-    """Write the embeddings of the validation side: what this model's inputs look like when all is well; return them."""
+def _write_reference(path: Path, predictor: Predictor, prepared: Prepared, rows: IntArray) -> Outputs:
+    """Write what this model gives for the validation side: embeddings and logits, and the truth; return the outputs.
+
+    The embeddings say what its inputs look like when all is well; the curves of a report are drawn from the logits.
+    """
     parts = np.array_split(rows, max(1, -(-len(rows) // choose_batch_size(prepared.size_hw))))
-    embedding_nd = np.concatenate([predictor.run(prepared.read(part)).embedding_nd for part in parts])
+    found = [predictor.run(prepared.read(part)) for part in parts]
+    outputs = join_outputs(found)
     several: dict[str, Any] = {} if prepared.targets_nk is None else {"targets_nk": prepared.targets_nk[rows]}
     np.savez(
         path,
-        embedding_nd=embedding_nd,
+        embedding_nd=outputs.embedding_nd,
+        logits_nk=outputs.logits_nk,
         label_n=prepared.label_n[rows],
         sha256_n=np.asarray([prepared.sha256_n[row] for row in rows], dtype="S64"),
         **several,
     )
-    return embedding_nd
+    return outputs
+
+
+def _tune(card: Card, job: Job, outputs: Outputs, rows: IntArray) -> Card:
+    """Return the card with what can be tuned on the validation side: confidence, thresholds, when to abstain."""
+    section, prepared = job.params.train, job.prepared
+    if why := describe_untuned(section.on, job.validated_on):
+        asked = ["train.threshold"] * (section.threshold.at is None) + ["train.abstain"] * (section.abstain is not None)
+        without = f"; LOOK: {' and '.join(asked)} cannot be followed" if asked else ""
+        job.watcher.tell(f"confidence: nothing is tuned: {why}{without}")
+        return replace(card, tuning={"on": None, "why": why})
+    keys = [record.key for record in prepared.load_records(rows)]
+    key_n = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    truth: Any = prepared.label_n[rows] if prepared.targets_nk is None else prepared.targets_nk[rows].astype(bool)
+    validation = Validation(outputs.logits_nk, outputs.embedding_nd, truth, key_n)
+    # Neighbours vote without weights, whatever is said about imbalance.
+    with_biases = section.way != "knn" and plan_imbalance(job).kind != "none"
+    card, lines = tune_card(card, validation, section.threshold, section.abstain, with_biases=with_biases)
+    for line in lines:
+        job.watcher.tell(line)
+    return card
+
+
+def describe_untuned(on: str, validated_on: str) -> str:
+    """Say why a training has no images to tune confidence on; nothing where it has."""
+    if on == "all":
+        return "with `train.on: all` the model has learned from the validation images too"
+    if validated_on != "val":
+        return f"a random split has no validation side, and the {validated_on} side must stay unseen"
+    return ""
 
 
 def _write_golden(folder: Path, predictor: Predictor, job: Job, rows: IntArray) -> None:
@@ -140,7 +178,7 @@ def _make_golden(data: bytes) -> bytes:
 
 
 def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> Card:
-    pin = prepared.pin
+    pin, threshold = prepared.pin, params.train.threshold.at or PLAIN
     return Card(
         name=params.name,
         task=prepared.task,
@@ -148,12 +186,12 @@ def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> C
         image_size=prepared.size_hw,
         resize=prepared.resize,
         temperature=1.0,
-        threshold=0.5 if prepared.task == "binary" else None,
+        threshold=threshold if prepared.task == "binary" else None,
         runtimes=("onnxruntime",),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         params={"train": params.train.model_dump(mode="json"), "prepare": params.prepare.model_dump(mode="json")},
         network={"backbone": params.train.network_name, **network},
         parity=0.0,
-        thresholds=dict.fromkeys(prepared.classes, 0.5) if prepared.task == "multilabel" else None,
+        thresholds=dict.fromkeys(prepared.classes, threshold) if prepared.task == "multilabel" else None,
         max_pixels=params.ingest.max_pixels,
     )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from visionloop.errors import TrainingError
 from visionloop.evaluation.plots import BLUE, GREEN, MUTED, PALE_BLUE, open_figure
 from visionloop.tracking import KIND_TAG
+from visionloop.tracking_pages import make_used_dataset
 from visionloop.training.batches import Batch
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.fit import translated
@@ -151,10 +152,12 @@ def search_rate(
     if job.params.train.solves_head:
         job.watcher.tell("head: is solved without a learning rate; `train.solver: epochs` uses the one that is found")
     run_id = job.tracking.open_run(name, run_id=None, tags=tags, params=flatten_params(job))
+    job.tracking.log_dataset(run_id, make_used_dataset(pin, job.store.url), "training")
     with marking_failure(job, run_id), translated():
         sweep = find_rate(job, run_id, rates_s, on_step=on_step)
         path.write_bytes(draw_sweep(sweep, job.params.train.learning_rate))
         job.tracking.log_artifact(run_id, path, "figures")
+        job.tracking.log_images(run_id, [path])
         if sweep.suggestion is not None:
             job.tracking.log_metrics(run_id, {"lr_find/suggestion": sweep.suggestion})
         job.tracking.close_run(run_id)

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.tracking import KIND_TAG, PARENT_TAG
+from visionloop.tracking_pages import make_used_dataset
 from visionloop.training.checks import TrainingData
 from visionloop.training.fit import learn, make_job, translate_error
 from visionloop.training.job import Call, Job
@@ -82,6 +83,9 @@ def _open_parent(tuning: Tuning) -> str:
     known = tuning.study.user_attrs.get("run_id")
     params = {f"tune.{key}": value for key, value in {**flat, **space}.items()}
     run_id = tuning.base.tracking.open_run("tune", run_id=known, tags=tags, params=params)
+    tuning.base.tracking.log_dataset(
+        run_id, make_used_dataset(tuning.base.prepared.pin, tuning.base.store.url), "training"
+    )
     tuning.study.set_user_attr("run_id", run_id)
     return run_id
 
@@ -124,6 +128,7 @@ def _train_trial(
     version = tuning.base.prepared.pin.version
     tags = {KIND_TAG: "trial", PARENT_TAG: parent, "visionloop.dataset_version": str(version)}
     run_id = tracking.open_run(f"trial-{trial.number + 1:03d}", run_id=None, tags=tags, params=flat)
+    tracking.log_dataset(run_id, make_used_dataset(tuning.base.prepared.pin, tuning.base.store.url), "training")
     trial.set_user_attr("run_id", run_id)
     ended = (TrialState.FAIL, "")
     with marking_failure(tuning.base, run_id):

@@ -7,7 +7,7 @@ from visionloop.evaluation.answers import Answers, find_worst, join_names
 
 PROBS_NK = np.array([[0.9, 0.2, 0.1], [0.6, 0.7, 0.1], [0.4, 0.3, 0.2], [0.99, 0.9, 0.9]])
 TARGETS_NK = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
-SEVERAL = Answers(TARGETS_NK, PROBS_NK, PROBS_NK >= 0.5, ("a", "b", "c"))
+SEVERAL = Answers(TARGETS_NK, PROBS_NK, PROBS_NK >= 0.5, ("a", "b", "c"), np.arange(4))
 
 
 def test_a_set_is_right_as_a_whole() -> None:
@@ -20,7 +20,7 @@ def test_a_set_is_right_as_a_whole() -> None:
 def test_the_worst_come_first() -> None:
     assert find_worst(SEVERAL, 9).tolist() == [3, 2, 1]
     assert find_worst(SEVERAL, 1).tolist() == [3]
-    single = Answers(np.array([0, 0, 1, 2]), PROBS_NK, np.array([0, 1, 0, 0]), ("a", "b", "c"))
+    single = Answers(np.array([0, 0, 1, 2]), PROBS_NK, np.array([0, 1, 0, 0]), ("a", "b", "c"), np.arange(4))
     assert find_worst(single, 9).tolist() == [2, 1, 3]
 
 

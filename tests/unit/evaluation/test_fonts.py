@@ -11,8 +11,11 @@ from visionloop.evaluation.fonts import find_families, number_names
 from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.plots import draw_classes
 from visionloop.evaluation.report import _make_legend
+from visionloop.records import Interval
 
 OURS = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+HALF = Interval(0.5, 0.2, 0.8)
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_a_name_that_no_font_has_is_a_number_with_a_legend(only_ours: None, name
 
 
 def test_a_system_font_that_has_the_characters_is_used(only_ours: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = draw_classes([ClassFigures("猫", 0.5, 0.5, 0.5, 4)])
+    plain = draw_classes([ClassFigures("猫", HALF, HALF, HALF, 4)])
     entry = font_manager.FontEntry(fname=str(OURS), name="Noto Sans CJK", style="normal")
     listed = [("DejaVu Sans", frozenset(range(32, 127))), ("Noto Sans CJK", frozenset({ord("猫")}))]
     monkeypatch.setattr(fonts, "_list_charmaps", lambda: listed)
@@ -41,5 +44,5 @@ def test_a_system_font_that_has_the_characters_is_used(only_ours: None, monkeypa
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist, entry])
     assert number_names(["猫", "cat"]) == {"猫": "猫", "cat": "cat"}
     assert find_families(["猫", "cat"]) == ["DejaVu Sans", "Noto Sans CJK"]
-    assert draw_classes([ClassFigures("猫", 0.5, 0.5, 0.5, 4)])[:8] == plain[:8] == b"\x89PNG\r\n\x1a\n"
+    assert draw_classes([ClassFigures("猫", HALF, HALF, HALF, 4)])[:8] == plain[:8] == b"\x89PNG\r\n\x1a\n"
     fonts._find_family.cache_clear()

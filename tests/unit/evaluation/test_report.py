@@ -3,17 +3,23 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
 
+from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.label_metrics import compute_label_figures, compute_swaps
-from visionloop.evaluation.metrics import compute_class_figures
+from visionloop.evaluation.metrics import ClassFigures, compute_class_figures
 from visionloop.evaluation.report import ReportFacts, make_report
+from visionloop.evaluation.runtimes import RuntimeCheck
+from visionloop.evaluation.slices import SliceFigures
+from visionloop.evaluation.tables import Judged
 from visionloop.records import Card, Interval, Pin
 
 CLASSES = ("<script>alert(1)</script>", 'b" onload="x', "c")
 CONFUSION = np.array([[8, 2, 0], [0, 10, 0], [1, 0, 4]])
+LABELS, CHOSEN = np.repeat(np.argwhere(CONFUSION >= 0), CONFUSION.ravel(), axis=0).T
 
 
 class Tags(HTMLParser):
@@ -51,12 +57,18 @@ def facts() -> ReportFacts:
         card=card,
         bundle_digest="ab" * 32,
         pin=Pin("digits", 4, "cd" * 32, 1797, CLASSES),
-        num_test=25,
-        metrics={"accuracy": Interval(0.88, 0.70, 0.9584), "log_loss": Interval(0.5, 0.25, 0.75)},
-        class_figures=compute_class_figures(CONFUSION, CLASSES),
-        confusion_kk=CONFUSION,
+        images="25 test images in 5 groups",
+        judged=Judged(
+            metrics={"accuracy": Interval(0.88, 0.70, 0.9584), "log_loss": Interval(0.5, 0.25, 0.75)},
+            class_figures=compute_class_figures(LABELS, CHOSEN, CLASSES, np.arange(25)),
+            confusion_kk=CONFUSION,
+        ),
         figures={"confusion": b"png one", "mistakes": b"png two"},
     )
+
+
+def change(facts: ReportFacts, **judged: Any) -> str:
+    return make_report(replace(facts, judged=replace(facts.judged, **judged)))
 
 
 def test_page_is_whole_and_names_cannot_break_out(facts):
@@ -95,10 +107,43 @@ def test_confusions_come_most_frequent_first(facts):
 def test_classes_come_worst_first(facts):
     page = make_report(facts)
     table = page[page.index("<h2>Classes") :]
-    f1 = [figures.f1 for figures in facts.class_figures]
+    f1 = [figures.f1.value for figures in facts.judged.class_figures]
     assert sorted(range(3), key=f1.__getitem__) == [0, 2, 1]
     places = [table.index(f"<td>{start}") for start in ("&lt;script", "c</td>", "b&quot;")]
     assert places == sorted(places)
+
+
+def test_what_cannot_be_told_is_no_number(facts):
+    none = ClassFigures("nobody", None, None, None, 0)
+    metrics = {"macro_f1": Interval(0.5, None, None), "ece": Interval(0.1, None, None)}
+    page = change(facts, class_figures=[*facts.judged.class_figures, none], metrics=metrics)
+    assert "<td>nobody</td><td>&ndash;</td><td>&ndash;</td><td>&ndash;</td><td>0</td>" in page
+    assert "<b>50.0 %</b><span>too few images</span>" in page
+    assert "<b>0.100</b><span>no interval</span>" in page
+    assert "3 classes, 25 test images in 5 groups of dataset version 4" in page
+
+
+def test_classes_have_intervals_and_numbers_are_in_their_order(facts):
+    same = [replace(facts.judged.class_figures[2], name=name) for name in ("10", "2", "9")]
+    page = change(facts, class_figures=same)
+    table = page[page.index("<h2>Classes") :]
+    assert re.findall(r"<td>(\d+)</td><td class", table) == ["2", "9", "10"]
+    assert "80.0 % <small>38 … 96</small>" in table  # recall: 4 of 5
+
+
+def test_slices_baselines_and_runtimes_are_told(facts):
+    page = change(
+        facts,
+        slices=[SliceFigures("source=<b>", 40, 5, Interval(0.5, 0.25, 0.75))],
+        baselines=[Baseline("majority class", Interval(0.4, 0.2, 0.6), Interval(0.48, -0.1, 0.9))],
+        runtimes=[RuntimeCheck("openvino fp32", None)],
+    )
+    assert "<td>source=&lt;b&gt;</td>" in page
+    assert "50.0 % <small>25 … 75</small></td><td>40</td><td>5</td>" in page
+    assert "<td>+48.0 points (-10.0 … +90.0)</td><td>no clear difference</td>" in page
+    assert "<td>does not load</td>" in page
+    assert "Slices" not in make_report(facts)
+    Tags().feed(page)
 
 
 def test_same_facts_give_same_bytes(facts):
@@ -109,16 +154,12 @@ def test_several_labels_are_told_as_such(facts):
     targets_nk = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)
     chosen_nk = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1]], bool)
     card = replace(facts.card, task="multilabel", thresholds={**dict.fromkeys(CLASSES, 0.5), "c": 0.25})
-    page = make_report(
-        replace(
-            facts,
-            card=card,
-            metrics={"accuracy": Interval(0.5, 0.4, 0.6), "map": Interval(0.7, 0.6, 0.8)},
-            class_figures=compute_label_figures(targets_nk, targets_nk / 2, chosen_nk, CLASSES),
-            confusion_kk=compute_swaps(targets_nk, chosen_nk),
-            figures={"outcomes": b"png"},
-        )
+    judged = Judged(
+        metrics={"accuracy": Interval(0.5, 0.4, 0.6), "map": Interval(0.7, 0.6, 0.8)},
+        class_figures=compute_label_figures(targets_nk, targets_nk / 2, chosen_nk, CLASSES, np.arange(3)),
+        confusion_kk=compute_swaps(targets_nk, chosen_nk),
     )
+    page = make_report(replace(facts, card=card, judged=judged, figures={"outcomes": b"png"}))
     assert "Accuracy (exact match)" in page
     assert "Mean average precision</span><b>70.0 %" in page
     assert '<td>b&quot; onload=&quot;x</td><td class="text">c</td><td>1</td>' in page  # missed, said instead

@@ -104,6 +104,18 @@ def test_prepared_data_reports_and_pictures_of_it_go(pets: Pets) -> None:
     assert {"data/prepared", "unfinished work of train", "2 contact sheets"} <= set(done.removed)
 
 
+def test_pages_about_decisions_that_show_it_go(pets: Pets) -> None:
+    folder = pets.settings.decisions_dir
+    folder.mkdir()
+    for name, sha256 in (("000001", pets.anna.sha256), ("000002", pets.rows[4].sha256), ("latest", pets.anna.sha256)):
+        (folder / f"{name}.html").write_text(f'<div class="photo" data-image="{sha256}">')
+        (folder / f"{name}.json").write_text("{}")
+    done = pets.forget(pets.anna.sha256)
+    assert sorted(path.name for path in folder.glob("*.html")) == ["000002.html"]
+    assert len(list(folder.glob("*.json"))) == 3
+    assert "decisions/: 2 pages with pictures" in done.removed
+
+
 def test_what_does_not_hold_it_stays(pets: Pets) -> None:
     prepare(connect(pets.settings, make_params({"name": NAME, "prepare": {"image_size": 32}}), store=pets.store))
     stranger = make_image(99)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from visionloop.errors import PromotionError
-from visionloop.promotion.ledger import append_entry, read_champion, read_history
+from visionloop.promotion.ledger import (
+    append_entry,
+    find_rolled_back,
+    read_champion,
+    read_history,
+    read_ledger,
+    require_sound,
+)
 from visionloop.store import LocalStore
 
 ROUNDS = 5
@@ -71,12 +78,18 @@ def test_of_racing_promoters_exactly_one_wins_each_number(tmp_path, pool):
     assert [e.previous for e in history] == [None, *(e.bundle for e in history[:-1])]
 
 
+def write_entry(store, number, bundle, previous, **facts):
+    entry = {"name": "m", "number": number, "action": "promote", "bundle": bundle, "previous": previous, "at": "2026"}
+    rest = {"model_version": "1", "decision": 1, "dataset": {}, "run_id": None, "by": "ann", "why": "test"}
+    store.put(f"ledger/m/{number:06d}.json", json.dumps({**entry, **rest, **facts}).encode())
+
+
 def test_a_million_entries_stay_in_order(tmp_path):
     store = LocalStore(tmp_path)
-    entry = append(store, None, "one")
-    for number in (999_999, 1_000_000):
-        store.put(f"ledger/m/{number:06d}.json", json.dumps({**entry.to_json(), "number": number}).encode())
-    assert [e.number for e in read_history(store, "m")] == [1, 999_999, 1_000_000]
+    for number, previous in ((999_999, "zero"), (1_000_000, "one")):
+        write_entry(store, number, "one", previous)
+    assert [e.number for e in read_history(store, "m")] == [999_999, 1_000_000]
+    assert read_ledger(store, "m").problems == ("entries are missing: 000001 to 999998",)
     assert read_champion(store, "m").number == 1_000_000
 
 
@@ -84,5 +97,106 @@ def test_a_million_entries_stay_in_order(tmp_path):
 def test_a_damaged_entry_is_named(tmp_path, data):
     store = LocalStore(tmp_path)
     store.put("ledger/m/000001.json", data)
-    with pytest.raises(PromotionError, match=r"ledger/m/000001\.json: is damaged"):
-        read_champion(store, "m")
+    for read in (read_champion, read_history):
+        with pytest.raises(PromotionError, match=r"ledger/m/000001\.json: is damaged"):
+            read(store, "m")
+
+
+def spoil(store, key, **facts):
+    store.put(key, json.dumps({**json.loads(store.get("ledger/m/000003.json")), **facts}).encode())
+
+
+FOREIGN: dict[str, tuple[object, str, int]] = {
+    "a backup": (
+        lambda s: spoil(s, "ledger/m/000003-backup.json"),
+        "ledger/m/000003-backup.json is no ledger entry",
+        3,
+    ),
+    "a copy with another number": (lambda s: spoil(s, "ledger/m/000009.json"), "000009.json says it is entry 3", 3),
+    "a long number": (lambda s: spoil(s, "ledger/m/0000004.json"), "0000004.json is no ledger entry", 3),
+    "entry 0": (lambda s: spoil(s, "ledger/m/000000.json", number=0), "000000.json is no ledger entry", 3),
+    "a folder": (lambda s: spoil(s, "ledger/m/old/000004.json", number=4), "old/000004.json is no ledger entry", 3),
+    "no json": (lambda s: s.put("ledger/m/README", b"hello"), "ledger/m/README is no ledger entry", 3),
+    "another name": (lambda s: spoil(s, "ledger/m/000004.json", number=4, name="x"), "is an entry of 'x'", 3),
+    "a torn last entry": (lambda s: s.put("ledger/m/000004.json", b'{"name": "m", "numb'), "000004.json is damaged", 3),
+    "an unknown action": (lambda s: spoil(s, "ledger/m/000003.json", action="demote"), "000003.json is damaged", 2),
+    "a broken chain": (
+        lambda s: spoil(s, "ledger/m/000004.json", number=4, previous="else"),
+        "000004.json does not follow the entry before: its previous is else",
+        3,
+    ),
+    "a first entry with a past": (
+        lambda s: spoil(s, "ledger/m/000001.json", number=1, bundle="one"),
+        "does not follow",
+        3,
+    ),
+    "a gap": (lambda s: s.delete("ledger/m/000002.json"), "entries are missing: 000002", 3),
+    "a lost start": (lambda s: s.delete("ledger/m/000001.json"), "entries are missing: 000001", 3),
+}
+
+
+@pytest.mark.parametrize(("change", "told", "champion"), FOREIGN.values(), ids=FOREIGN)
+def test_what_does_not_belong_is_named_and_the_last_good_champion_goes_on(tmp_path, change, told, champion):
+    store, entry = LocalStore(tmp_path), None
+    for bundle in ("one", "two", "three"):
+        entry = append(store, entry, bundle)
+    require_sound(read_ledger(store, "m"), "m")
+    change(store)
+    ledger = read_ledger(store, "m")
+    assert (read_champion(store, "m").number, ledger.champion.number) == (champion, champion)
+    with pytest.raises(PromotionError, match="ledger m: ") as caught:
+        require_sound(ledger, "m")
+    assert told in caught.value.found
+    assert f"entry {champion} stays the champion" in caught.value.found
+    assert len(ledger.problems) == 1
+
+
+def test_a_stray_file_alone_is_no_empty_ledger(tmp_path):
+    store = LocalStore(tmp_path)
+    append(store, None, "one")
+    store.put("ledger/m/000001-backup.json", store.get("ledger/m/000001.json"))
+    store.delete("ledger/m/000001.json")
+    for read in (read_champion, read_ledger):
+        with pytest.raises(PromotionError, match=r"000001-backup\.json: is no ledger entry"):
+            read(store, "m")
+
+
+def test_a_number_that_is_taken_by_a_torn_entry_is_told_as_that(tmp_path):
+    store = LocalStore(tmp_path)
+    first = append(store, None, "one")
+    store.put("ledger/m/000002.json", b"")
+    with pytest.raises(PromotionError, match=r"ledger/m/000002\.json: is damaged; expected a ledger entry\. Restore"):
+        append(store, first, "two")
+    store.delete("ledger/m/000002.json")
+    assert append(store, first, "two").number == 2
+
+
+def roll_back(store, after, bundle):
+    facts = {"decision": 1, "dataset": {}, "run_id": None, "why": "it barks", "at": "2026-01-02T00:00:00Z", "by": "bob"}
+    return append_entry(store, "m", after, action="rollback", bundle=bundle, model_version="1", **facts)
+
+
+def test_a_bundle_is_down_from_a_rollback_until_it_is_put_back(tmp_path):
+    store = LocalStore(tmp_path)
+    entry = append(store, append(store, None, "good"), "bad")
+    assert find_rolled_back(read_history(store, "m"), "bad") is None
+    entry = roll_back(store, entry, "good")
+    assert find_rolled_back(read_history(store, "m"), "bad") == entry
+    assert find_rolled_back(read_history(store, "m"), "good") is None
+    later = append(store, entry, "third")
+    assert find_rolled_back(read_history(store, "m"), "bad") == entry, "a later promotion does not raise it"
+    later = roll_back(store, later, "bad")
+    history = read_history(store, "m")
+    assert find_rolled_back(history, "bad") is None, "a person has put it back"
+    assert find_rolled_back(history, "third") == later
+    append(store, later, "third")
+    assert find_rolled_back(read_history(store, "m"), "third") is None
+
+
+def test_of_several_rollbacks_the_last_one_counts(tmp_path):
+    store = LocalStore(tmp_path)
+    entry = roll_back(store, append(store, append(store, None, "good"), "bad"), "good")
+    entry = roll_back(store, append(store, entry, "bad"), "good")
+    assert find_rolled_back(read_history(store, "m"), "bad") == entry
+    named = find_rolled_back(read_history(store, "m"), "bad under another card", lambda digest: digest[:3])
+    assert named == entry

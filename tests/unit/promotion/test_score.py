@@ -1,12 +1,24 @@
 """Scores: from the original bytes, computed once, and aligned by class name."""
 
+import io
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError
 from visionloop.predictor import Predictor
-from visionloop.promotion.score import Scores, compute_test_digest, map_scores, score_bundle, select_test, to_sets
+from visionloop.promotion import score
+from visionloop.promotion.score import (
+    Scores,
+    compute_engine_digest,
+    compute_test_digest,
+    map_scores,
+    score_bundle,
+    select_test,
+    to_sets,
+)
 from visionloop.records import ImageRecord
 from worlds import GOOD, POOR, make_label_facts, make_world, write_bundle
 
@@ -24,7 +36,8 @@ def predictor(world, tmp_path):
 
 @pytest.fixture
 def score_key(world, predictor):
-    key = f"scores/{predictor.digest}/{compute_test_digest(select_test(world.records))}.npz"
+    test_digest = compute_test_digest(select_test(world.records))
+    key = f"scores/{predictor.digest}/{test_digest}-{compute_engine_digest()[:12]}.npz"
     world.store.delete(key)
     return key
 
@@ -47,6 +60,32 @@ def test_scores_are_computed_once(world, predictor, score_key):
     assert progress == [(64, 80), (80, 80)]
     np.testing.assert_array_equal(again.probs_nk, first.probs_nk)
     np.testing.assert_array_equal(again.chosen, first.chosen)
+
+
+def test_scores_of_another_runtime_are_computed_again(world, predictor, score_key, monkeypatch):
+    tests, progress = select_test(world.records), []
+    score_bundle(world.store, predictor, tests)
+    before = compute_engine_digest()
+    monkeypatch.setattr(score, "version", lambda name: "9.9" if name == "onnxruntime" else version(name))
+    monkeypatch.setattr(score, "compute_engine_digest", compute_engine_digest.__wrapped__)
+    assert score.compute_engine_digest() != before
+    score_bundle(world.store, predictor, tests, on_progress=lambda done, total: progress.append(done))
+    assert progress == [64, 80]
+    monkeypatch.setattr(score, "version", version)
+    assert score.compute_engine_digest() == before
+    monkeypatch.setattr(score, "compute_module_digest", lambda module: "other code")
+    assert score.compute_engine_digest() != before
+
+
+def test_cached_scores_that_are_no_numbers_are_not_believed(world, predictor, score_key):
+    tests = select_test(world.records)
+    first = score_bundle(world.store, predictor, tests)
+    bad_nk = first.probs_nk.copy()
+    bad_nk[0] = np.nan
+    sink = io.BytesIO()
+    np.savez(sink, probs=bad_nk, chosen=first.chosen, abstained=np.zeros(80, bool))
+    world.store.put(score_key, sink.getvalue())
+    np.testing.assert_array_equal(score_bundle(world.store, predictor, tests).probs_nk, first.probs_nk)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK not a zip", b"PK\x03\x04" + bytes(50)])

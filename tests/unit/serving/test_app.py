@@ -53,6 +53,7 @@ def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, sl
     assert answer.json() == {
         "prediction": expected.prediction,
         "confidence": pytest.approx(expected.confidence),
+        "abstained": None,
         "probabilities": pytest.approx(expected.probabilities),
         "model": {"name": "fake", "version": "7", "digest": slot.current.digest},
         "request_id": "mine-1",
@@ -136,6 +137,7 @@ def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient,
         "resize": "squash",
         "threshold": None,
         "thresholds": None,
+        "abstain": None,
         "dataset": {"name": "fake", "version": 1, "digest": "0" * 64},
         "problem": slot.problem,
     }
@@ -211,7 +213,7 @@ def test_predict_of_several_labels_lists_them(client: TestClient, slot: ModelSlo
     images = [make_image(seed) for seed in range(4)]
     expected = several.predictor.predict(images)
     single = client.post("/predict", content=images[0]).json()
-    assert list(single) == ["prediction", "labels", "confidence", "probabilities", "model", "request_id"]
+    assert list(single) == ["prediction", "labels", "confidence", "abstained", "probabilities", "model", "request_id"]
     assert single["labels"] == list(expected[0].labels or ())
     files = [("file", (f"{i}.png", data)) for i, data in enumerate(images)]
     results = client.post("/predict", files=files).json()["results"]

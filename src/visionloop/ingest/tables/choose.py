@@ -33,7 +33,8 @@ SIDE_FILES = frozenset(
         *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "features.json", "state.json"),
         *("class_indices.json", "class_names.json", "id2label.json", "label_map.json", "classes.json"),
         *("dataset.json", "code.json", "corrections.csv", "cat_to_name.json", "config.json", "package.json"),
-        *("card.json", "metrics.json", "report.json", "leaks.json", "predictions.csv", "per_class.csv", "answers.json"),
+        *("card.json", "metrics.json", "intervals.json", "report.json", "leaks.json", "answers.json"),
+        *("predictions.csv", "per_class.csv", "slices.csv"),
     )
 )
 

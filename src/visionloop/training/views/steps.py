@@ -18,8 +18,9 @@ from torch import Tensor
 
 from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
-from visionloop.evaluation.metrics import IntArray, compute_confusion
+from visionloop.evaluation.metrics import compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
+from visionloop.evaluation.resampling import IntArray
 from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
@@ -209,6 +210,7 @@ class CurveView(View):
             path = self.job.settings.hidden_dir / "curve.png"
             write_curve(self.reports, path)
             self.job.tracking.log_artifact(self.run_id, path, "figures")
+            self.job.tracking.log_images(self.run_id, [path])
             log_best(self.job.tracking, self.run_id, self.reports)
 
 

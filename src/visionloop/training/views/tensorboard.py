@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from visionloop.tracking_pages import name_run
 from visionloop.training.job import Job
 from visionloop.training.views.steps import read_loss
 from visionloop.training.views.view import View
@@ -26,7 +27,8 @@ class TensorBoardView(View):
 
     def __init__(self, job: Job, run_id: str, work: Path) -> None:
         self.job, self.work = job, work
-        name = f"{job.params.train.network_name}-dataset{job.prepared.pin.version}-{run_id[:8]}"
+        train = job.params.train
+        name = f"{name_run(train.network_name, train.way, job.prepared.pin.version)}-{run_id[:8]}"
         self.folder = job.settings.hidden_dir / "tensorboard" / name
         self._writer: Any = None
         self._last: dict[str, float] = {}

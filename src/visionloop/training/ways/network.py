@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from visionloop.bundle import Bundle, download_bundle
+from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, ParamsError, shorten
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.classifier import Classifier
@@ -32,9 +33,11 @@ def choose_start(job: Job, has_work: Callable[[Job], bool] | None = None) -> Job
 
     Raises:
         PromotionError: the ledger is damaged.
+        StoreError: the store cannot be read, or is not the one that the workspace knows.
     """
     if job.params.train.way != "warm":
         return job
+    check_store(job)  # in another one there would be no champion to begin with
     has_work = has_work or has_work_here
     entries = read_history(job.store, job.params.name)[-LOOK_BACK:]
     digests = list(dict.fromkeys(entry.bundle for entry in reversed(entries)))

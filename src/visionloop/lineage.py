@@ -1,0 +1,254 @@
+"""Walks back from a model to its images, and forward from an image to the models that used it. Reads, never writes.
+
+back      bundle -> ledger entries, decisions -> run, git commit, params -> dataset version -> images
+forward   image -> dataset versions that hold it -> bundles made on one of them
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visionloop.bundle import DIGESTS, load_bundle, load_run_note
+from visionloop.data.known_store import check_store
+from visionloop.data.manifest import decode_records, list_versions, load_version, load_version_records
+from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
+from visionloop.promotion.ledger import read_decisions, read_history, require_entry
+from visionloop.records import Card, DatasetVersion, Decision, ImageRecord, LedgerEntry
+from visionloop.store import ObjectStore
+from visionloop.tracking import DIGEST_TAG
+from visionloop.workspace import Workspace
+
+USES = {"train": "trained on it", "val": "chosen and tuned on it", "test": "judged on it", "excluded": "did not use it"}
+_PROMOTED = re.compile(r"([A-Za-z0-9._-]+@)?(champion|[0-9]{1,6})")
+_HEX = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class ModelOrigin:
+    """Where a model came from. `version` is None, with the reason in `lost`, if the store has it no longer."""
+
+    digest: str
+    card: Card
+    entries: tuple[LedgerEntry, ...]
+    is_champion: bool
+    decisions: tuple[Decision, ...]
+    run_id: str | None
+    git_commit: str | None
+    version: DatasetVersion | None
+    images: tuple[ImageRecord, ...]
+    lost: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it for machines, every image included."""
+        return {
+            "bundle": self.digest,
+            "champion": self.is_champion,
+            "card": self.card.to_json(),
+            "entries": [entry.to_json() for entry in self.entries],
+            "decisions": [decision.to_json() for decision in self.decisions],
+            "run_id": self.run_id,
+            "git_commit": self.git_commit,
+            "dataset": self.version.to_json() if self.version else None,
+            "lost": self.lost,
+            "images": [image.to_json() for image in self.images],
+        }
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """A bundle made on a dataset version that holds the image, and the side that the image had there."""
+
+    bundle: str
+    version: int
+    side: str
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImagePath:
+    """Where an image went: each version that holds it, with its row there, and the bundles made on one of them."""
+
+    sha256: str
+    rows: tuple[tuple[int, ImageRecord], ...]
+    uses: tuple[ImageUse, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for machines."""
+        return {
+            "image": self.sha256,
+            "versions": [{"version": number, **record.to_json()} for number, record in self.rows],
+            "bundles": [{**vars(use), "use": USES[use.side]} for use in self.uses],
+        }
+
+
+def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
+    """Follow a model back or an image forward.
+
+    A model is `champion`, `candidate`, an entry's number, NAME@champion, NAME@3, a bundle's folder or the first letters
+    of its digest. An image is a file, the first letters of its sha256, or its origin in the newest version.
+
+    Raises:
+        DatasetError: it names neither, or several. PromotionError: there is no such ledger entry.
+        BundleError: the bundle is not in the store, or damaged.
+        StoreError: the store is not the one that the workspace knows.
+    """
+    check_store(workspace)
+    path = Path(what).expanduser()
+    if what == "candidate" or (path / DIGESTS).is_file():
+        bundle = load_bundle(workspace.settings.candidate_dir if what == "candidate" else path)
+        return trace_model(workspace, bundle.digest, bundle.card)
+    if path.is_file():
+        return trace_image(workspace, hashlib.sha256(path.read_bytes()).hexdigest())
+    if found := _PROMOTED.fullmatch(what):
+        name = (found[1] or f"{workspace.name}@")[:-1]
+        entry = require_entry(workspace.store, name, None if found[2] == "champion" else int(found[2]))
+        return trace_model(workspace, entry.bundle, _load_card(workspace.store, entry.bundle))
+    if _HEX.fullmatch(what):
+        bundles = [digest for digest in _list_bundles(workspace.store) if digest.startswith(what)]
+        if len(bundles) == 1:
+            return trace_model(workspace, bundles[0], _load_card(workspace.store, bundles[0]))
+    return trace_image(workspace, _find_image(workspace, what))
+
+
+def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:
+    """Follow a model back to the images of its dataset version. MLflow is asked only for what nothing else knows."""
+    store, note = workspace.store, load_run_note(workspace.settings.runs_dir, digest)
+    history = read_history(store, card.name)
+    entries = tuple(entry for entry in history if entry.bundle == digest)
+    decisions = tuple(one for one in read_decisions(store, card.name) if one.candidate == digest)
+    known = [*(one.run_id for one in entries), *(one.run_id for one in decisions)]
+    run_id = note.run_id if note else next(filter(None, known), None)
+    commit = note.git_commit if note else None
+    with contextlib.suppress(VisionLoopError):  # MLflow may be away, or may have lost the run
+        run_id = run_id or workspace.tracking.find_tagged_run(DIGEST_TAG, digest)
+        if run_id and commit is None:
+            commit = workspace.tracking.load_run(run_id).tags.get("visionloop.git_commit")
+    version, images, lost = _load_dataset(store, card)
+    is_champion = bool(history) and history[-1].bundle == digest
+    return ModelOrigin(digest, card, entries, is_champion, decisions, run_id, commit, version, images, lost)
+
+
+def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, tuple[ImageRecord, ...], str]:
+    """Return the dataset version that a card names, with its rows; or none, and why not."""
+    try:
+        version = load_version(store, str(card.dataset["name"]), int(card.dataset["version"]))
+        if version.digest != card.dataset["digest"]:
+            return None, (), f"version {version.version} of the store is another one, {version.digest[:12]}"
+        return version, tuple(load_version_records(store, version)), ""
+    except DatasetError as exc:
+        return None, (), f"{exc.where} {exc.found}"
+
+
+def trace_image(workspace: Workspace, sha256: str) -> ImagePath:
+    """Follow an image to the versions that hold it and to the bundles made on them.
+
+    Raises:
+        DatasetError: no version of this dataset holds it.
+    """
+    store, name = workspace.store, workspace.name
+    rows = tuple(_iterate_rows(store, name, sha256))
+    if not rows:
+        where = f"image {sha256[:12]}"
+        raise DatasetError(where, f"is in no version of dataset {name}", "one of it", "See `visionloop datasets`.")
+    sides = {number: record.side for number, record in rows}
+    history = read_history(store, name)
+    cards = {digest: _load_card(store, digest) for digest in _list_bundles(store)}
+    marks: dict[str, list[str]] = {}
+    with contextlib.suppress(VisionLoopError):
+        candidate = load_bundle(workspace.settings.candidate_dir)
+        cards[candidate.digest] = candidate.card
+        marks.setdefault(candidate.digest, []).append("candidate")
+    if history:
+        marks.setdefault(history[-1].bundle, []).append("champion")
+    made = [(int(c.dataset["version"]), digest) for digest, c in cards.items() if c.dataset.get("name") == name]
+    uses = [ImageUse(digest, n, sides[n], tuple(marks.get(digest, ()))) for n, digest in sorted(made) if n in sides]
+    return ImagePath(sha256, rows, tuple(uses))
+
+
+def _iterate_rows(store: ObjectStore, name: str, sha256: str) -> Iterator[tuple[int, ImageRecord]]:
+    """Yield the row of an image in each version that holds it. A part is read once, however many versions share it."""
+    known: dict[str, ImageRecord | None] = {}
+    for version in list_versions(store, name):
+        row = None
+        for part in version.parts:
+            if part not in known:
+                records = decode_records(store.get(f"manifests/{part}.parquet"), f"manifest {part[:12]}")
+                known[part] = next((record for record in records if record.sha256 == sha256), None)
+            row = known[part] or row
+        if row:
+            yield version.version, row
+
+
+def _find_image(workspace: Workspace, what: str) -> str:
+    """Return the sha256 of the one image that begins so, or came from there."""
+    store, name = workspace.store, workspace.name
+    records = {r.sha256: r for version in list_versions(store, name)[-1:] for r in load_version_records(store, version)}
+    found = sorted(s for s, r in records.items() if what in r.origins or (_HEX.fullmatch(what) and s.startswith(what)))
+    if len(found) == 1:
+        return found[0]
+    if not found and len(what) == 64 and _HEX.fullmatch(what):
+        return what  # of an older version
+    what_is_there = f"{len(found)} images are meant: {shorten(found, 3)}" if found else "names no model and no image"
+    raise DatasetError(
+        f"lineage {what!r}",
+        what_is_there,
+        "champion, candidate, NAME@3, a bundle's folder or digest; or an image's file, sha256 or origin",
+        "See `visionloop history` and `visionloop datasets show`.",
+    )
+
+
+def _list_bundles(store: ObjectStore) -> list[str]:
+    return sorted({key.split("/")[1] for key in store.list("bundles/") if key.endswith(f"/{DIGESTS}")})
+
+
+def _load_card(store: ObjectStore, digest: str) -> Card:
+    try:
+        return Card.from_json(json.loads(store.get(f"bundles/{digest}/card.json")))
+    except (ObjectMissing, ValueError, TypeError, AttributeError) as exc:
+        todo = "If it is the champion, `visionloop doctor --fix` puts it back."
+        raise BundleError(f"bundle {digest[:12]}", "has no readable card in the store", "card.json", todo) from exc
+
+
+def describe_origin(origin: ModelOrigin, *, shown: int = 5) -> list[str]:
+    """Tell where a model came from, a step on each line."""
+    card, marks = origin.card, " (champion)" if origin.is_champion else ""
+    classes = f"{len(card.classes)} classes: {shorten(card.classes)}"
+    lines = [f"bundle    {origin.digest[:12]}{marks}: {card.task}, {classes}"]
+    for entry in origin.entries:
+        what = "put back" if entry.action == "rollback" else "promoted"
+        lines.append(f"ledger    entry {entry.number}, {what} by {entry.by} on {entry.at[:10]}: {entry.why}")
+    for decision in origin.decisions:
+        against = f"entry {decision.entry}" if decision.entry else (decision.champion or "no champion")[:12]
+        lines.append(
+            f"decision  {decision.number}: {decision.verdict} against {against}, {decision.num_test:,} test images"
+        )
+    lines.append(f"run       {origin.run_id or 'not known here'}, git commit {(origin.git_commit or 'not known')[:12]}")
+    params = card.params.get("train", card.params)
+    told = [f"{key} {value}" for key, value in sorted(params.items()) if isinstance(value, str | int | float)]
+    lines.append(f"params    {', '.join(told)}")
+    about = f"{card.dataset.get('name')} version {card.dataset.get('version')}, {str(card.dataset.get('digest'))[:12]}"
+    lines.append(f"dataset   {about}" + (f" ({origin.lost})" if origin.lost else f": {len(origin.images):,} images"))
+    for image in origin.images[:shown]:
+        labels, place = ", ".join(image.labels) or "no label", (*image.origins, "")[0]
+        lines.append(f"image     {image.sha256[:12]}  {image.side:<8}  {labels}  {place}")
+    if len(origin.images) > shown:
+        lines.append(f"          and {len(origin.images) - shown:,} more; --json lists all")
+    return lines
+
+
+def describe_path(path: ImagePath) -> list[str]:
+    """Tell where an image went, a step on each line."""
+    _, last = path.rows[-1]
+    labels = ", ".join(last.labels) or "no label"
+    lines = [f"image     {path.sha256[:12]}: {last.width} x {last.height} {last.format}, {labels}"]
+    lines += [f"origin    {origin}" for origin in last.origins]
+    lines += [f"version   {number}: {record.side}" for number, record in path.rows]
+    for use in path.uses:
+        marks = f" ({', '.join(use.marks)})" if use.marks else ""
+        lines.append(f"bundle    {use.bundle[:12]}{marks}: {USES[use.side]} (dataset version {use.version})")
+    return lines if path.uses else [*lines, "bundle    none was made on a version that holds it"]

@@ -1,0 +1,147 @@
+"""Collects what the page about a decision shows, and writes it: decisions/000007.html, and latest.html for the newest.
+
+The page is for people. What cannot be had for it (a picture that is gone, curves while MLflow is away) is left out.
+"""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionloop.bundle import load_run_note
+from visionloop.data.compare import Diff, compare_records
+from visionloop.data.images import decode_image
+from visionloop.data.leaks import load_leaks
+from visionloop.data.manifest import load_version, load_version_records, make_image_key
+from visionloop.errors import VisionLoopError
+from visionloop.evaluation.answers import Answers
+from visionloop.evaluation.slices import make_slices
+from visionloop.promotion.judge import Aligned
+from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
+from visionloop.records import Card, Decision, ImageRecord, LedgerEntry
+from visionloop.store import ObjectStore
+from visionloop.workspace import Workspace, get_user
+
+PICTURE_PX, PICTURE_QUALITY = 200, 80
+CURVES = ("train/loss", "val/loss")
+LEAK_WORDS = {
+    "across": "test images with a near duplicate on another side",
+    "excluded": "images left out because they would link two sides",
+    "conflict": "images that a later source puts on another side",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The test images, the answers to them, and who gave these: digest and card of each, in the order of `aligned`."""
+
+    tests: Sequence[ImageRecord]
+    aligned: Aligned
+    models: Sequence[tuple[str, Card]]
+
+
+def write_report(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> Path:
+    """Write the page about a decision, and return its path. `champion` is its ledger entry, if there is one."""
+    facts = collect_facts(workspace, decision, asked, champion)
+    page = make_page(workspace.store, facts)
+    folder = workspace.settings.decisions_dir
+    for name in (f"{decision.number:06d}.html", "latest.html"):
+        write_page(folder / name, page)
+    return folder / f"{decision.number:06d}.html"
+
+
+def make_page(store: ObjectStore, facts: RetrainFacts) -> str:
+    """Return the page as HTML, with pictures of the images that it shows."""
+    return make_retrain_report(facts, _load_pictures(store, choose_pictures(facts)))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(page, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def collect_facts(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> RetrainFacts:
+    """Return what the page shows. The champion is left out where it was not asked."""
+    tests, aligned = asked.tests, asked.aligned
+    judged = [
+        Judged(digest, card, Answers(aligned.labels, scores.probs_nk, scores.chosen, aligned.classes, aligned.key_n))
+        for (digest, card), scores in zip(asked.models, aligned.models, strict=True)
+    ]
+    return RetrainFacts(
+        decision=decision,
+        candidate=judged[0],
+        champion=judged[1] if len(judged) > 1 else None,
+        sha256_n=[record.sha256 for record in tests],
+        origins=[(*record.origins, "")[0] for record in tests],
+        slices=make_slices(tests),
+        diff=_compare_data(workspace, decision, champion),
+        leaks=_count_leaks(workspace, decision),
+        curves=_load_curves(workspace, decision),
+        origin=_tell_origin(workspace, decision),
+    )
+
+
+def _load_pictures(store: ObjectStore, names: Sequence[str]) -> dict[str, bytes]:
+    """Return small JPEGs of images, those that are missing or damaged left out."""
+    pictures = {}
+    for sha256 in names:
+        try:
+            image = decode_image(store.get(make_image_key(sha256)), sha256, max_pixels=None).convert("RGB")
+        except VisionLoopError:
+            continue
+        image.thumbnail((PICTURE_PX, PICTURE_PX))
+        sink = io.BytesIO()
+        image.save(sink, "JPEG", quality=PICTURE_QUALITY)
+        pictures[sha256] = sink.getvalue()
+    return pictures
+
+
+def _compare_data(workspace: Workspace, decision: Decision, champion: LedgerEntry | None) -> Diff | None:
+    """Return what the data changed since the champion's version; None where one of the versions cannot be read."""
+    if champion is None:
+        return None
+    try:
+        versions = [
+            load_version(workspace.store, str(dataset["name"]), int(dataset["version"]))
+            for dataset in (champion.dataset, decision.dataset)
+        ]
+        return compare_records(*(load_version_records(workspace.store, version) for version in versions))
+    except (VisionLoopError, KeyError):
+        return None
+
+
+def _count_leaks(workspace: Workspace, decision: Decision) -> Mapping[str, int]:
+    try:
+        version = load_version(workspace.store, decision.dataset["name"], decision.dataset["version"])
+        kinds = Counter(leak.kind for leak in load_leaks(workspace.store, version).rows)
+    except VisionLoopError:
+        return {}
+    return {LEAK_WORDS.get(kind, kind): count for kind, count in kinds.items()}
+
+
+def _load_curves(workspace: Workspace, decision: Decision) -> Mapping[str, Sequence[tuple[float, float]]]:
+    if decision.run_id is None:
+        return {}
+    try:
+        return dict(workspace.tracking.load_curves(decision.run_id, CURVES))
+    except VisionLoopError:
+        return {}
+
+
+def _tell_origin(workspace: Workspace, decision: Decision) -> dict[str, str]:
+    note = load_run_note(workspace.settings.runs_dir, decision.candidate)
+    dataset = decision.dataset
+    facts = {
+        "decided by": get_user(),
+        "decided at": decision.decided_at,
+        "dataset": f"{dataset['name']} version {dataset['version']}, {dataset['digest']}",
+        "MLflow run": decision.run_id or "",
+        "git commit": (note.git_commit if note else None) or "",
+        "trained": f"until {note.finished_at}, {note.seconds:,.0f} s" if note else "",
+    }
+    return {what: found for what, found in facts.items() if found}

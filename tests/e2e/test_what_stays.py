@@ -1,0 +1,160 @@
+"""What a person has put stays: a rollback, through nightly runs; and a champion, through damage and a broken server.
+
+The tests are one story: each goes on where the one before ended.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shapes import ROOT, make_workspace, retrain, set_train, visionloop
+
+DAMAGE = (
+    "golden/answers.json is missing or differs from its digest in file://{home}/.visionloop/store; expected the files "
+    "as they were made. `visionloop doctor --fix` puts it back from a copy, if there is one."
+)
+BROKEN = "import sys\nif 'serve' in sys.argv:\n    import os; print('no such symbol', flush=True); os._exit(1)\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two champions; the second, bad one was rolled back from."""
+    home = make_workspace(tmp_path_factory.mktemp("stays") / "ws", epochs=1, number=40)
+    with (home / "params.yaml").open("a") as file:
+        file.write("gate: {rule: no_worse, margin: 0.99}\n")
+    set_train(home, seed=1)
+    for new in ("seed: 1", "seed: 2"):
+        edit(home, "seed: 1", new)
+        done = visionloop(home, "start")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "golden images as the bundle does\n  registered as shapes version" in done.stdout
+        assert "has a new champion" in done.stdout
+    done = visionloop(home, "rollback", "--why", "it barks")
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def list_ledger(home: Path) -> list[dict[str, Any]]:
+    folder = home / ".visionloop" / "store" / "ledger" / "shapes"
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def edit(home: Path, old: str, new: str) -> None:
+    path = home / "params.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def read_last_run(api: str) -> tuple[str, str]:
+    query = {"sort": "START_TIME_DESC", "limit": 1}
+    (run,) = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False).json()
+    return run["state_name"], run["state_type"]
+
+
+def read_artifact(api: str) -> str:
+    query = {"artifacts": {"key": {"like_": "retrain-shapes-%"}}, "sort": "CREATED_DESC", "limit": 1}
+    (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
+    return str(artifact["data"])
+
+
+def test_after_a_rollback_a_run_with_nothing_changed_promotes_nothing(home: Path, prefect_api: str) -> None:
+    before = list_ledger(home)
+    assert [entry["action"] for entry in before] == ["promote", "promote", "rollback"]
+    done = retrain(home, PREFECT_API_URL=prefect_api)
+    assert done.returncode == 0, done.stderr
+    assert "\nnothing changed: dataset 1, params, code\n" in done.stdout
+    bad = before[1]["bundle"][:12]
+    assert f"\nbundle {bad} was rolled back from by {before[2]['by']} on " in done.stdout
+    assert "(entry 3): it barks; it stays down\n" in done.stdout
+    assert list_ledger(home) == before
+    assert read_last_run(prefect_api) == ("Unchanged", "COMPLETED")
+    copy = shutil.copytree(home.parent / "photos", home.parent / "copied")
+    assert "new places of known ones" in visionloop(home, "ingest", str(copy)).stdout
+    done = visionloop(home, "start")
+    assert (done.returncode, "it barks; it stays down\n" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert list_ledger(home) == before
+
+
+def test_a_change_that_yields_the_same_bundle_is_refused_by_the_rule(home: Path, prefect_api: str) -> None:
+    before = list_ledger(home)
+    edit(home, "resamples: 200", "resamples: 300")
+    for still in ("", "still "):
+        done = retrain(home, PREFECT_API_URL=prefect_api)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert done.stderr.startswith(
+            f"not promoted: gate: the candidate is {still}refused by the rule rolled_back (rolled back from by "
+        )
+        assert read_last_run(prefect_api) == (("Unchanged" if still else "Refused"), "COMPLETED")
+        assert "| gate: rolled_back | FAIL: rolled back from by " in read_artifact(prefect_api)
+    assert list_ledger(home) == before
+
+
+def test_a_person_may_take_it_back_with_a_reason(home: Path) -> None:
+    done = visionloop(home, "promote", "--again")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: visionloop promote --again: has no --why; expected a reason, kept in the ledger. "
+        'Say why it should serve after all: `visionloop promote --again --why "..."`.\n',
+    )
+
+
+def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has_a_way_out(
+    home: Path, tmp_path: Path
+) -> None:
+    """The code of a stage has changed, and its model is the same. Then a golden image of it is lost in the store."""
+    shutil.copytree(ROOT / "src" / "visionloop", tmp_path / "src" / "visionloop")
+    path = tmp_path / "src" / "visionloop" / "evaluation" / "evaluate.py"
+    path.write_text(path.read_text() + "\nUPGRADED = True\n")
+    edit(home, "seed: 2", "seed: 1")
+    before = list_ledger(home)
+
+    def start() -> tuple[int, str]:
+        done = visionloop(home, "start", PYTHONPATH=str(tmp_path / "src"))
+        return done.returncode, done.stdout + done.stderr
+
+    for outcome in ("the candidate is the champion of shapes itself; nothing moved", "nothing changed: dataset "):
+        code, said = start()
+        assert (code, outcome in said) == (0, True), said
+    champion = before[-1]["bundle"]
+    shutil.rmtree(home / ".visionloop" / "bundles", ignore_errors=True)
+    (home / ".visionloop" / "store" / "bundles" / champion / "golden" / "answers.json").unlink()
+    code, said = start()
+    assert (code, said.splitlines()[-1]) == (2, f"error: champion {champion[:12]}: {DAMAGE.format(home=home)}")
+    done = visionloop(home, "predict", str(home.parent / "photos" / "disc"))
+    assert (done.returncode, "`visionloop doctor --fix` puts it back" in done.stderr) == (2, True), done.stderr
+    done = visionloop(home, "doctor", "--fix")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith(f"fix   restored golden/answers.json of bundle {champion[:12]} in file://")
+    assert start()[0] == 0
+    assert visionloop(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
+    assert list_ledger(home) == before
+    told = visionloop(home, "history").stdout.splitlines()
+    assert [line.split("  decision")[0][24:] for line in told] == [
+        f"{entry['action']:<8}  {(entry['previous'] or 'none')[:12]:>12} -> {entry['bundle'][:12]}  "
+        f"model {entry['model_version']:<4}  dataset 1"
+        for entry in reversed(before)
+    ]
+    said = visionloop(home, "lineage", "champion").stdout
+    assert said.startswith(f"bundle    {champion[:12]} (champion): binary, 2 classes: disc, ring\nledger    entry 1, ")
+    photo = next((home.parent / "photos" / "disc").iterdir())
+    assert f"\nbundle    {champion[:12]} (candidate, champion): " in visionloop(home, "lineage", str(photo)).stdout
+
+
+def test_a_server_that_cannot_start_stops_before_the_ledger(home: Path, prefect_api: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    before = list_ledger(home)
+    set_train(home, seed=5)
+    edit(home, ", seed: 1", "")
+    done = retrain(home, PREFECT_API_URL=prefect_api, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2, done.stdout
+    assert done.stderr == (
+        "error: server, tried before it is needed: did not start (no such symbol); expected a server that listens.\n"
+    )
+    assert list_ledger(home) == before
+    assert read_last_run(prefect_api) == ("Failed", "FAILED")
+    assert read_artifact(prefect_api).startswith("# shapes: failed\n\nerror: server, tried before it is needed: did no")
+    assert len(list((home / ".visionloop" / "store" / "bundles").iterdir())) == len({e["bundle"] for e in before})

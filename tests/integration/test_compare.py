@@ -1,0 +1,87 @@
+"""The page about a decision on a real test side, and two models side by side."""
+
+import re
+
+import pytest
+from test_decide import NOW, crown, judge
+
+from memory_tracking import MemoryTracking
+from visionloop.data.manifest import make_image_key
+from visionloop.errors import PromotionError
+from visionloop.predictor import Predictor
+from visionloop.promotion.compare import compare_models, find_bundle_of_run
+from visionloop.promotion.evidence import make_page
+from visionloop.promotion.ledger import latest_decision
+from visionloop.workspace import connect
+from worlds import GOOD, POOR, make_world, write_bundle
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path / "home")
+
+
+def open_world(world):
+    return connect(world.settings, world.params, store=world.store)
+
+
+def test_the_page_shows_the_images_whose_verdict_changed(world, tmp_path):
+    crown(world, tmp_path, POOR)
+    world.write_candidate(GOOD)
+    decision = judge(world)
+    page = (world.settings.decisions_dir / f"{decision.number:06d}.html").read_text(encoding="utf-8")
+    assert page == (world.settings.decisions_dir / "latest.html").read_text(encoding="utf-8")
+    facts = compare_models(
+        open_world(world),
+        (Predictor.load(world.settings.candidate_dir), Predictor.load(tmp_path / f"champion-{POOR}")),
+        ("a", "b"),
+        now=NOW,
+    )
+    assert facts.champion is not None
+    ours, theirs = facts.candidate.answers.hits_n, facts.champion.answers.hits_n
+    assert f"Right now, wrong before: {(ours & ~theirs).sum()}" in page
+    assert f"Wrong now, right before: {(theirs & ~ours).sum()}" in page or not (theirs & ~ours).any()
+    shown = set(re.findall(r'data-image="([0-9a-f]{64})"', page))
+    changed = {facts.sha256_n[row] for row in (ours != theirs).nonzero()[0][:5]}
+    assert changed <= shown
+    assert page.count("data:image/jpeg;base64,") == page.count("data-image=")
+
+
+def test_a_picture_that_is_gone_is_left_out_of_the_page(world, tmp_path):
+    crown(world, tmp_path, POOR)
+    world.write_candidate(GOOD)
+    judge(world)
+    page = (world.settings.decisions_dir / "latest.html").read_text(encoding="utf-8")
+    gone = re.findall(r'data-image="([0-9a-f]{64})"', page)[0]
+    world.store.purge(make_image_key(gone))
+    judge(world, now="2026-02-05T00:00:00Z")
+    page = (world.settings.decisions_dir / "latest.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") < page.count("data-image=")
+
+
+def test_two_models_are_compared_and_nothing_is_stored(world, tmp_path):
+    for seed in (GOOD, POOR):
+        write_bundle(tmp_path / str(seed), world.pin, seed)
+    models = (Predictor.load(tmp_path / str(GOOD)), Predictor.load(tmp_path / str(POOR)))
+    facts = compare_models(open_world(world), models, ("good", "poor"), now=NOW)
+    good, poor = (figures["accuracy"]["value"] for figures in (facts.decision.metrics, facts.decision.champion_metrics))
+    assert good > poor
+    page = make_page(world.store, facts)
+    assert "good against poor" in page
+    assert "The rules</h2>" not in page and "What the rules of the gate would say" in page
+    assert latest_decision(world.store, "fake") is None
+    assert not world.settings.decisions_dir.exists()
+    with pytest.raises(PromotionError, match="good and good: are one model"):
+        compare_models(open_world(world), (models[0], models[0]), ("good", "good"), now=NOW)
+
+
+def test_a_run_is_found_by_its_bundle(world):
+    digest = world.write_candidate(GOOD)
+    workspace = connect(world.settings, world.params, store=world.store, tracking=MemoryTracking())
+    run_id = workspace.tracking.open_run("a", run_id=None, tags={"visionloop.bundle": digest}, params={})
+    assert find_bundle_of_run(workspace, run_id) == world.settings.candidate_dir
+    world.write_candidate(POOR)
+    with pytest.raises(PromotionError, match="is in neither the workspace nor the store"):
+        find_bundle_of_run(workspace, run_id)
+    with pytest.raises(PromotionError, match="run 0: is not in MLflow"):
+        find_bundle_of_run(workspace, "0")

@@ -1,0 +1,91 @@
+"""A model for people without visionloop: it answers as the predictor does, and needs nothing of us."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fakes import make_bundle, make_image
+from visionloop.bundle import seal_bundle
+from visionloop.errors import DiskError
+from visionloop.predictor import Predictor
+from visionloop.promotion.handout import write_handout
+from visionloop.records import canonical_json
+
+
+def make_predictor(folder: Path, **changes: object) -> Predictor:
+    task = "multilabel" if changes.get("task") == "multilabel" else None
+    make_bundle(folder, task=task, seed=1)
+    card = replace(Predictor.load(folder).card, **changes)  # type: ignore[arg-type]
+    (folder / "card.json").write_bytes(canonical_json(card.to_json()))
+    seal_bundle(folder)
+    return Predictor.load(folder)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, list[str]]:
+    code = "import runpy, sys; sys.modules['visionloop'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-I", "-c", code, str(folder / "predict.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 2.5, "biases": {"a": 0.5, "b": 0.0, "c": -1.0}},
+        {"resize": "letterbox"},
+        {"resize": "fit_crop"},
+        {"task": "multilabel", "thresholds": {"a": 0.9, "b": 0.1, "c": 0.5}},
+    ],
+    ids=["squash", "letterbox", "fit_crop", "multilabel"],
+)
+def test_it_answers_as_the_predictor_does(tmp_path: Path, changes: dict[str, object]) -> None:
+    predictor = make_predictor(tmp_path / "bundle", **changes)
+    names = write_handout(predictor, tmp_path / "out")
+    assert names == ["README.md", "card.json", "examples/", "labels.txt", "model.onnx", "predict.py"]
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(make_image(4, size_hw=(48, 40)))
+    (tmp_path / "broken.jpg").write_bytes(b"x")
+    code, lines = run(tmp_path / "out", str(photo), str(tmp_path / "broken.jpg"))
+    answers, wanted = [json.loads(line) for line in lines], predictor.predict([photo])[0]
+    assert code == 0
+    assert answers[0]["labels"] == list(wanted.labels if wanted.labels is not None else (wanted.prediction,))
+    assert answers[0]["probabilities"] == pytest.approx(wanted.probabilities, abs=2e-2)
+    assert "error" in answers[1]
+
+
+@pytest.mark.parametrize(("least", "is_sure"), [(0.0, True), (1.0, False)])
+def test_it_says_whether_it_is_sure(tmp_path: Path, least: float, is_sure: bool) -> None:
+    write_handout(make_predictor(tmp_path / "bundle", abstain={"confidence": least}), tmp_path / "out")
+    (tmp_path / "photo.png").write_bytes(make_image(4))
+    answer = json.loads(run(tmp_path / "out", str(tmp_path / "photo.png"))[1][0])
+    assert answer["is_sure"] is is_sure
+
+
+def test_the_examples_show_whether_it_works_there(tmp_path: Path) -> None:
+    write_handout(make_predictor(tmp_path / "bundle"), tmp_path / "out")
+    code, lines = run(tmp_path / "out", "--check")
+    assert (code, lines[0][:42]) == (0, "4 examples: the largest difference of a pr")
+    answers = tmp_path / "out" / "examples" / "answers.json"
+    changed = {name: {c: 1 - p for c, p in one.items()} for name, one in json.loads(answers.read_text()).items()}
+    answers.write_text(json.dumps(changed))
+    assert run(tmp_path / "out", "--check")[0] == 1
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    predictor = make_predictor(tmp_path / "bundle")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(DiskError, match="out: is not empty; expected a new or empty folder"):
+        write_handout(predictor, tmp_path / "out")
+    with pytest.raises(DiskError, match="is a file"):
+        write_handout(predictor, tmp_path / "out" / "mine.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
+    (tmp_path / "empty").mkdir()
+    write_handout(predictor, tmp_path / "empty")
+    assert (tmp_path / "empty" / "labels.txt").read_text() == "a\nb\nc\n"

@@ -1,0 +1,116 @@
+"""Rules that hold a figure against a line: floors, new classes, log loss, size and time."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from visionloop.params import Floor, Gate
+from visionloop.params.gate import Latency
+from visionloop.promotion.limits import (
+    check_baseline,
+    check_floors,
+    check_latency,
+    check_limit,
+    check_log_loss,
+    check_new_classes,
+)
+from visionloop.records import Interval, RuleResult
+
+RUNS = 1000
+
+
+def compute_wilson(hits, number):
+    bounds = binomtest(hits, number).proportion_ci(method="wilson")
+    return Interval(hits / number, bounds.low, bounds.high)
+
+
+ALLOWED = 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / RUNS)  # a level of 5 % is above this in one of 100 simulations
+
+
+def test_floors_hold_from_the_floor_upwards():
+    metrics = {"accuracy": Interval(0.9, 0.8, 0.95), "macro_f1": Interval(0.85, 0.8, 0.9)}
+    rules = check_floors({"macro_f1": Floor(line=0.86), "accuracy": Floor(line=0.9)}, metrics)
+    assert rules == [
+        RuleResult("floor accuracy", True, "accuracy 90.00 %", "at least 90.00 %", 0.9, 0.8, 0.95, 0.9),
+        RuleResult("floor macro_f1", False, "macro_f1 85.00 %", "at least 86.00 %", 0.85, 0.8, 0.9, 0.86),
+    ]
+
+
+def test_a_floor_of_the_interval_takes_its_worse_end():
+    metrics = {"accuracy": Interval(0.9, 0.84, 0.95), "log_loss": Interval(0.3, 0.2, 0.4)}
+    metrics["macro_f1"] = Interval(0.9, None, None)
+    floors = {name: Floor(line=0.85, bound="interval") for name in ("accuracy", "macro_f1")}
+    floors |= {"log_loss": Floor(line=0.41, bound="interval", mode="dry_run"), "auc": Floor(line=0.5)}
+    accuracy, auc, log_loss, macro_f1 = check_floors(floors, metrics)
+    assert (accuracy.passed, accuracy.found) == (False, "accuracy 90.00 %, its 95 % interval from 84.00 %")
+    assert (log_loss.passed, log_loss.mode, log_loss.expected) == (True, "dry_run", "at most 0.4100")
+    assert log_loss.found == "log_loss 0.3000, its 95 % interval up to 0.4000"
+    assert (macro_f1.passed, macro_f1.found) == (None, "macro_f1 90.00 %, its 95 % interval from unknown")
+    assert (auc.passed, auc.found) == (None, "these answers have no auc")
+    assert check_floors({"log_loss": Floor(line=0.25)}, metrics)[0].passed is False
+    assert check_floors({"accuracy": Floor(line=0.25, mode="off")}, metrics) == []
+
+
+def test_the_baseline_lies_below_above_or_inside_the_interval():
+    rule = check_baseline(compute_wilson(36, 36), 0.5, "always 'cat'", Gate())
+    assert (rule.passed, rule.value, rule.line) == (True, 1.0, 0.5)
+    assert rule.found == "accuracy 100.00 %, its 95 % interval 90.36 % ... 100.00 %"
+    assert rule.expected.startswith("an interval above 50.00 %, the answer always 'cat'; ")
+    for hits, number, share, passed in (
+        (6, 6, 0.5, True),
+        (5, 5, 0.6, None),
+        (40, 40, 1.0, None),
+        (10, 40, 0.5, False),
+    ):
+        assert check_baseline(compute_wilson(hits, number), share, "x", Gate()).passed is passed, (hits, number)
+    few = check_baseline(Interval(1.0, None, None), 0.5, "x", Gate(baseline={"mode": "dry_run"}))
+    assert (few.passed, few.mode, few.found.endswith("interval unknown")) == (None, "dry_run", True)
+
+
+def test_guessing_beats_the_baseline_in_at_most_one_of_forty():
+    hits = np.random.default_rng(0).binomial(60, 0.6, size=RUNS)
+    passed = [check_baseline(compute_wilson(int(each), 60), 0.6, "x", Gate()).passed is True for each in hits]
+    assert np.mean(passed) <= 0.025 + 2.33 * np.sqrt(0.025 * 0.975 / RUNS)
+
+
+def test_new_classes_are_held_against_their_own_line():
+    rule = check_new_classes({"mule": (9, 20), "pony": (20, 20)}, Gate())
+    assert (rule.passed, rule.value, rule.line) == (False, 0.45, 0.5)
+    assert rule.found == "mule is found in 9 of 20 test images"
+    assert check_new_classes({"mule": (10, 20)}, Gate()).passed is True
+    few = check_new_classes({"mule": (5, 5)}, Gate())
+    assert (few.passed, few.expected.endswith(" on at least 10 images")) == (None, True)
+    assert check_new_classes({"mule": (0, 0)}, Gate(min_images={"per_class": 0})).passed is None
+    assert check_new_classes({}, Gate()) is None
+    assert check_new_classes({"mule": (0, 9)}, Gate(new_class={"mode": "off"})) is None
+
+
+def test_log_loss_is_refused_only_where_it_is_shown_to_be_worse():
+    generator = np.random.default_rng(0)
+    on = Gate(log_loss={"mode": "on"})
+    worse_n = generator.normal(0.2, 0.5, 200)
+    rule = check_log_loss(worse_n, np.arange(200), on)
+    assert (rule.passed, rule.value) == (False, pytest.approx(worse_n.mean()))
+    assert check_log_loss(worse_n, np.arange(200), Gate(log_loss={"margin": 0.3})).passed is True
+    assert check_log_loss(worse_n, np.arange(200) % 5, on) is None, "five groups tell nothing"
+    assert check_log_loss(worse_n, np.arange(200), Gate()).mode == "dry_run"
+    level = [check_log_loss(generator.normal(0, 0.5, 60), np.arange(60), on).passed is False for _ in range(RUNS)]
+    assert 0.02 <= np.mean(level) <= ALLOWED
+
+
+def test_a_limit_holds_up_to_itself():
+    assert check_limit("model_size", 4.0, 4.0, "MB", "on").passed is True
+    rule = check_limit("model_size", 4.1, 4.0, "MB", "dry_run")
+    assert (rule.passed, rule.found, rule.expected, rule.mode) == (False, "4.1 MB", "at most 4", "dry_run")
+
+
+def test_time_is_held_against_both_limits():
+    both = Latency(ms=20, ratio=1.5)
+    assert check_latency(14.0, 10.0, both).passed is True
+    slow = check_latency(16.0, 10.0, both)
+    assert (slow.passed, slow.line, slow.mode) == (False, 15.0, "dry_run")
+    assert slow.found == "16 ms for one image here, the champion 10 ms"
+    assert slow.expected == "at most 20 ms and 1.5 times the champion's"
+    assert check_latency(21.0, 20.0, both).line == 20
+    first = check_latency(21.0, None, Latency(ratio=1.5))
+    assert (first.passed, first.expected) == (True, "at most that of the champion, once there is one")
