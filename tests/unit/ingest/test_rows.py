@@ -1,6 +1,7 @@
 """What columns mean: named, guessed and told, and what their cells become."""
 
 import io
+from dataclasses import asdict
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -281,3 +282,11 @@ def test_references_are_found_by_path_stem_and_name(tmp_path: Path) -> None:
         folder.find("c")
     with pytest.raises(ImageError, match="is a link that leaves its folder"):
         folder.find("out")
+
+
+def test_a_plan_that_has_read_rows_is_stored_in_a_cursor_as_before() -> None:
+    found = RowPlan("file", ("label",), side="split")
+    before = asdict(found)
+    assert (found.read_labels({"label": "cat"}), found.read_side({"split": "dev"})) == (("cat",), "val")
+    assert asdict(found) == before
+    assert (found.read_labels({"label": "cat"}), found.read_side({"split": "dev"})) == (("cat",), "val")

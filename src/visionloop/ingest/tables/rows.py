@@ -7,7 +7,8 @@ item needs: labels as text, sides as train, val or test, times as ISO 8601 in UT
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from visionloop.errors import ImageError, SourceError, shorten
@@ -59,7 +60,6 @@ class RowPlan:
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
     `no_label` are texts, in lower case, that stand for no label. `numbers` are the sides that 0, 1, 2 mean.
     `sides` are those of rows with a label, None: not looked for.
-    `known_labels` and `known_sides` are what cells were read as: a million rows hold few of them.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -75,8 +75,15 @@ class RowPlan:
     no_label: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     sides: frozenset[str] | None = None
-    known_labels: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
-    known_sides: dict[str, str | None] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def _known_labels(self) -> dict[str, tuple[str, ...]]:
+        """What cells were read as: a million rows hold few of them. No field: a plan is stored in a cursor."""
+        return {}
+
+    @cached_property
+    def _known_sides(self) -> dict[str, str | None]:
+        return {}
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -100,10 +107,10 @@ class RowPlan:
             return tuple(clean_label(name) for name in self.labels if is_on(get_cell(row, name), name))
         value = get_cell(row, self.labels[0]) if self.labels else None
         if isinstance(value, str):
-            if (known := self.known_labels.get(value)) is None:
+            if (known := self._known_labels.get(value)) is None:
                 known = self._read_label_cell(value)
-                if len(self.known_labels) < MAX_KNOWN:
-                    self.known_labels[value] = known
+                if len(self._known_labels) < MAX_KNOWN:
+                    self._known_labels[value] = known
             return known
         return self._read_label_cell(value)
 
@@ -130,12 +137,12 @@ class RowPlan:
         if self.side is None:
             return None
         cell = get_cell(row, self.side)
-        if not isinstance(cell, str) or cell not in self.known_sides:
+        if not isinstance(cell, str) or cell not in self._known_sides:
             side = read_word(cell, self.side, self.numbers)
-            if isinstance(cell, str) and len(self.known_sides) < MAX_KNOWN:
-                self.known_sides[cell] = side
+            if isinstance(cell, str) and len(self._known_sides) < MAX_KNOWN:
+                self._known_sides[cell] = side
             return side
-        return self.known_sides[cell]
+        return self._known_sides[cell]
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
