@@ -23,10 +23,10 @@ TOLERANCE = 0.05  # of a probability: this program resizes with a little less ca
 def load_image(path: Path, card: dict[str, Any]) -> np.ndarray:
     """Return an image as the model takes it: uint8, (height, width, 3), RGB. Raises OSError."""
     size_hw, resize, max_pixels = card["image_size"], card["resize"], card["max_pixels"]
-    image = Image.open(path)
-    if image.width * image.height > max_pixels:
-        raise OSError(f"has {image.width} x {image.height} pixels; at most {max_pixels:,} are read")
-    image = ImageOps.exif_transpose(image)
+    opened = Image.open(path)
+    if opened.width * opened.height > max_pixels:
+        raise OSError(f"has {opened.width} x {opened.height} pixels; at most {max_pixels:,} are read")
+    image = ImageOps.exif_transpose(opened)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         flat = Image.new("RGB", image.size, "white")
