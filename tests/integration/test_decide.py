@@ -205,6 +205,7 @@ def test_a_champion_that_is_not_whole_in_the_store_is_replaced_only_by_a_persons
     assert waiting.champion_metrics == {}
     assert waiting.rules[0].rule == "champion_runs"
     assert "is not whole in" in waiting.rules[0].found
+    assert [r.rule for r in waiting.rules] == ["champion_runs"], "`first: no champion yet` would be wrong"
     with pytest.raises(NotPromoted, match="decision 1 is waiting"):
         require_passed(world.store, "fake", candidate)
     passed = give_word(world, why="the disk is gone")

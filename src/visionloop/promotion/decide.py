@@ -95,7 +95,8 @@ def gate(
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
     is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
-    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these)
+    is_broken = bool(rival and rival.broken)
+    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these, is_broken)
     rules, metrics = judge(case)
     if rolled_back := check_rolled_back(store, ledger.entries, candidate.bundle):
         rules.insert(0, rolled_back)

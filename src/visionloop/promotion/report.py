@@ -38,6 +38,7 @@ VERDICTS = {
     "inconclusive": ("Inconclusive: the data cannot tell, so the champion stays", "Inconclusive: the data cannot tell"),
     "waiting": ("Waiting: a person has to approve", "Waiting: a person has to approve"),
 }
+SAME = "The candidate is the champion itself: nothing moves"
 NOTHING = "\N{EN DASH}"
 MARKS = {True: "pass", False: "fail", None: "unsure"}
 WORDS = {True: "passed", False: "failed", None: "cannot tell"}
@@ -93,7 +94,8 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
     shown = {sha256: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for sha256, data in pictures.items()}
     return _load_template().render(
         decision=decision,
-        headline=VERDICTS[decision.verdict][facts.champion is None] if facts.decides else " against ".join(facts.names),
+        headline=_make_headline(facts),
+        alone=_tell_alone(decision),
         decides=facts.decides,
         names=dict(zip(ROLES, facts.names, strict=True)),
         images=describe_images(decision.num_test, getattr(decision, "num_keys", 0) or decision.num_test, "test images"),
@@ -117,6 +119,22 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
         models=models,
         has_champion=facts.champion is not None,
     )
+
+
+def _make_headline(facts: RetrainFacts) -> str:
+    decision = facts.decision
+    if not facts.decides:
+        return " against ".join(facts.names)
+    return SAME if decision.is_same_model else VERDICTS[decision.verdict][decision.champion is None]
+
+
+def _tell_alone(decision: Decision) -> str:
+    """Say why there are no answers of a champion, where there are none."""
+    if decision.champion is None:
+        return "There was no champion to compare with."
+    if decision.champion == decision.candidate:
+        return "It is the champion itself, so there is nothing to compare with."
+    return "The champion could not be asked here, so nothing was compared: the rules say why."
 
 
 @cache
