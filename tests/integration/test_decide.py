@@ -246,9 +246,12 @@ def test_a_candidate_waits_for_approval_where_it_is_required(world, tmp_path):
     waiting = judge(world, params)
     assert (waiting.verdict, waiting.number) == ("waiting", 1)
     assert judge(world, params) == waiting
-    passed = give_word(world)
+    passed = give_word(world, why="looked at <b>it")
     assert (passed.number, passed.verdict, passed.decided_at) == (2, "passed", LATER)
     assert [(a.rule, a.passed) for a in passed.rules] == [(b.rule, b.passed or True) for b in waiting.rules]
+    page = (world.settings.decisions_dir / "latest.html").read_text()
+    assert "<h1>Passed: the candidate may replace the champion</h1>" in page and "Waiting: a person" not in page
+    assert f'<p class="lead">Decision 2, {LATER}: approved by ann: looked at &lt;b&gt;it</p>' in page
     # The word stays with this candidate, against this champion, on these images.
     assert judge(world, params) == passed
     assert judge(world, params, state={**STATE, "code": "c2"}).verdict == "passed"
@@ -273,6 +276,17 @@ def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monke
     assert "verdict: passed (decision 2)\nnext: `visionloop register`, then `visionloop promote`" in told
     assert run_here(monkeypatch, "approve", "--why", "again") == 2
     assert "decision 2 of fake: is passed; expected one that is waiting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of_candidate", [True, False])
+def test_a_model_that_may_not_know_is_compared_with_one_that_always_answers(world, tmp_path, of_candidate):
+    rule = {"abstain": {"confidence": 0.6, "distance": None, "neighbours": None}}
+    crown(world, tmp_path, POOR, **({} if of_candidate else rule))
+    world.write_candidate(GOOD, **(rule if of_candidate else {}))
+    decision = judge(world)
+    assert decision.verdict == "passed"
+    assert ("answered" in decision.metrics, "answered" in decision.champion_metrics) == (of_candidate, not of_candidate)
+    assert "<td>Answered</td>" in (world.settings.decisions_dir / "latest.html").read_text()
 
 
 def test_a_word_is_for_what_waits_now(world, tmp_path):

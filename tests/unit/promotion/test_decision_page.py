@@ -152,6 +152,15 @@ def test_a_champion_that_has_no_answers_is_not_called_none() -> None:
     assert "cannot tell, so" not in text and "There was none." not in text
 
 
+def test_a_figure_that_one_model_has_not_is_a_dash() -> None:
+    facts = make_facts(("cat", "dog"), 70)
+    figure, told = {"answered": {"value": 0.5, "low": 0.4, "high": 0.6}}, "50.0 % (40.0 … 60.0)"
+    ours = replace(facts.decision, metrics=figure, champion_metrics={})
+    assert f"Answered {told} \N{EN DASH}" in read_text(render(replace(facts, decision=ours)))
+    theirs = replace(facts.decision, metrics={}, champion_metrics=figure)
+    assert f"Answered \N{EN DASH} {told}" in read_text(render(replace(facts, decision=theirs)))
+
+
 def test_names_are_escaped_and_nothing_is_loaded() -> None:
     hostile = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
     facts = make_facts((hostile, "猫", "كلب"), 60, origin={"who": hostile}, leaks={"across": 2})
