@@ -317,8 +317,11 @@ def make_log_progress(
 
 def describe_decision(decision: "Decision") -> list[str]:
     """Tell a decision rule by rule."""
+    from visionloop.evaluation.resampling import describe_images
+
     champion = decision.champion[:12] if decision.champion else "none"
-    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
+    tests = describe_images(decision.num_test, decision.num_keys or decision.num_test, "test images")
+    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {tests}"]
     width = max(map(len, (r.rule for r in decision.rules)), default=0)
     marks = [MARKS[r.passed] + DRY.get(r.mode, "") for r in decision.rules]
     told = (f"{r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules)

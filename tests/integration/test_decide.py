@@ -1,6 +1,7 @@
 """The stage `gate`: verdicts on small real models, and the decisions it stores."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from visionloop.predictor import Predictor
 from visionloop.promotion.decide import approve, gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
 from visionloop.records import Decision
+from visionloop.words import describe_decision
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
@@ -76,6 +78,8 @@ def test_a_better_candidate_passes_and_a_worse_one_is_refused(world, tmp_path):
     world.write_candidate(GOOD)
     decision = judge(world)
     assert (decision.verdict, decision.champion) == ("passed", poor)
+    assert describe_decision(decision)[0].endswith(", 80 test images")
+    assert describe_decision(replace(decision, num_keys=5))[0].endswith(", 80 test images in 5 groups")
     assert decision.metrics["accuracy"]["value"] > decision.champion_metrics["accuracy"]["value"] + 0.2
     points = 100 * (decision.metrics["accuracy"]["value"] - decision.champion_metrics["accuracy"]["value"])
     rule = get_rule(decision, "better")
