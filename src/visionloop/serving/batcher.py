@@ -15,6 +15,7 @@ import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
+from visionloop.predictor import FloatArray
 from visionloop.records import Prediction
 from visionloop.serving.swap import ServedModel
 
@@ -25,13 +26,21 @@ class QueueFull(VisionLoopError, RuntimeError):
     """Too many images are waiting. The same request can succeed a moment later."""
 
     transient = True
+    status, reason_code = 503, "busy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Prediction):
+    """The answer for one image, with the embedding (d,) that it was made from."""
+
+    embedding_d: FloatArray
 
 
 @dataclass(frozen=True)
 class _Waiting:
     model: ServedModel
     image_hwc: UInt8Array
-    answer: "asyncio.Future[Prediction]"
+    answer: "asyncio.Future[Answer]"
 
 
 class Batcher:
@@ -51,7 +60,7 @@ class Batcher:
         self._on_batch = on_batch
         self._ready: deque[_Waiting] = deque()
         self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[Prediction | ImageError]] = set()
+        self._tasks: set[asyncio.Task[Answer | ImageError]] = set()
         self._decoding = 0
         self._closed = True
 
@@ -80,7 +89,7 @@ class Batcher:
         self._decoders.shutdown()
         self._runner.shutdown()
 
-    async def predict(self, model: ServedModel, images: Sequence[bytes]) -> list[Prediction | ImageError]:
+    async def predict(self, model: ServedModel, images: Sequence[bytes]) -> list[Answer | ImageError]:
         """Answer for encoded images, all with one model: a prediction, or what is wrong with that image.
 
         If the caller is cancelled, its images are still finished, and free their places in the queue then.
@@ -98,7 +107,7 @@ class Batcher:
         await asyncio.wait(tasks)
         return [task.result() for task in tasks]
 
-    async def _answer(self, model: ServedModel, data: bytes) -> Prediction | ImageError:
+    async def _answer(self, model: ServedModel, data: bytes) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
         self._decoding += 1
         try:
@@ -108,7 +117,7 @@ class Batcher:
         finally:
             self._decoding -= 1
             self._changed.set()
-        answer: asyncio.Future[Prediction] = loop.create_future()
+        answer: asyncio.Future[Answer] = loop.create_future()
         self._ready.append(_Waiting(model, image_hwc, answer))
         return await answer
 
@@ -148,6 +157,8 @@ class Batcher:
         await self._changed.wait()
 
 
-def _run(batch: Sequence[_Waiting]) -> list[Prediction]:
+def _run(batch: Sequence[_Waiting]) -> list[Answer]:
     predictor = batch[0].model.predictor
-    return predictor.answer(predictor.run(np.stack([waiting.image_hwc for waiting in batch])))
+    outputs = predictor.run(np.stack([waiting.image_hwc for waiting in batch]))
+    predictions = predictor.answer(outputs)
+    return [Answer(**vars(p), embedding_d=e) for p, e in zip(predictions, outputs.embedding_nd, strict=True)]
