@@ -1,5 +1,6 @@
 """`visionloop serve`: connects settings, params, ledger, model and application, and runs them. Nothing else."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -8,9 +9,10 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Never
+from typing import Never, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +25,7 @@ from visionloop.promotion.models import load_model
 from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
+from visionloop.serving.connections import ACCEPT_AT_ONCE, Connection, Door
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -62,9 +65,10 @@ def run_server(
             follower.load_first()
             follower.start()
         try:
-            app = make_app(slot, make_limits(workspace.params.serve))
+            serve = workspace.params.serve
+            app = make_app(slot, make_limits(serve))
             url = _make_url(host, sock)
-            _Server(app, lambda: on_ready(url)).run([sock])
+            _Server(app, serve, lambda: on_ready(url)).run([sock])
         finally:
             if follower:
                 follower.stop()
@@ -85,15 +89,16 @@ def make_limits(serve: Serve) -> Limits:
 class _Server(uvicorn.Server):
     """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again."""
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, serve: Serve, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=cast(type[asyncio.Protocol], partial(Connection, Door(serve.max_connections))),
+            timeout_keep_alive=serve.keep_alive_s,
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=BACKLOG,
+            backlog=ACCEPT_AT_ONCE,
             timeout_graceful_shutdown=GRACE_S,
         )
         super().__init__(config)
@@ -101,6 +106,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # uvicorn has just made it as short as what asyncio accepts at once
         self._on_ready()
 
     @contextlib.contextmanager
