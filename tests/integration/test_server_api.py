@@ -183,7 +183,7 @@ def test_the_document_is_valid_and_says_what_is_answered(server: Server) -> None
     for schema in (*schemas.values(), *(one["schema"] for one in content.values())):
         jsonschema.Draft202012Validator.check_schema(schema)
     names = {p["name"] for p in document["paths"]["/predict"]["post"]["parameters"]}
-    assert names == {"top_k", "embedding"}
+    assert names == {"top_k", "embedding", "x-deadline-ms"}
 
     def check(value: Any, name: str) -> None:
         root = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}

@@ -3,16 +3,19 @@
 A wrong request gets a 4xx. A full server, or one without a model, answers 503. Only our own bugs give a 500.
 """
 
+import asyncio
 import contextlib
 import heapq
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from visionloop import __version__
 from visionloop.errors import ImageError
@@ -32,6 +35,7 @@ from visionloop.serving.schemas import (
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 PREDICT = "/predict"
+MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
 PAGE = Path(__file__).parent / "page" / "docs.html"
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:"
@@ -76,9 +80,14 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
     async def predict(
         request: Request,
         top_k: Annotated[
-            int | None, Query(ge=1, description="`probabilities` has only the so many highest, the highest first")
+            int | None,
+            Query(ge=1, le=MAX_TOP_K, description="`probabilities` has only the so many highest, the highest first"),
         ] = None,
         embedding: Annotated[bool, Query(description="Answer with the embedding too: one vector an image")] = False,
+        x_deadline_ms: Annotated[
+            int | None,
+            Header(ge=1, le=MAX_DEADLINE_MS, description="How long you wait; if that is too short you get 503"),
+        ] = None,
     ) -> Response:
         """Send the image as the body, one or more files in a form, or JSON with base64.
 
@@ -89,7 +98,9 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         """
         async with inbox.receive(request) as uploads:
             model = _require_model(slot)
-            answers = await batcher.predict(model, [upload.data for upload in uploads])
+            limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
+            images = [upload.data for upload in uploads]
+            answers = await _answer_in_time(request, batcher, model, images, min(limit_s, inbox.limits.deadline_s))
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
@@ -139,6 +150,29 @@ def _require_model(slot: ModelSlot) -> ServedModel:
 
 def _name_model(model: ServedModel) -> dict[str, Any]:
     return {"name": model.name, "version": model.version, "digest": model.digest}
+
+
+async def _answer_in_time(
+    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float
+) -> list[Answer | ImageError]:
+    """Answer while the client is there, and for so long at most after its request began.
+
+    Raises:
+        QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
+    """
+    left_s = limit_s - (time.perf_counter() - request.state.started)
+    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s))
+    gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
+    try:
+        done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        work.cancel()
+        gone.cancel()
+    if gone in done:
+        raise ClientDisconnect
+    if work in done:
+        return work.result()
+    raise batcher.refuse("has no answer in time", f"one within {limit_s:g} s", "deadline")
 
 
 def _make_answer(

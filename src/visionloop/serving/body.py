@@ -41,6 +41,7 @@ class Limits:
     max_files: int = 64
     max_held_bytes: int = 320_000_000
     body_timeout_s: float = 30.0
+    deadline_s: float = 30.0
 
 
 @dataclass(frozen=True)

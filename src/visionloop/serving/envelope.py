@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 async def answer_error(request: Request, exc: Exception) -> Response:
     status, code, message = _translate(exc)
     request.state.outcome = code
-    headers = dict(getattr(exc, "headers", None) or {})
+    headers = {str(k): str(v) for k, v in (getattr(exc, "headers", None) or {}).items()}
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = RETRY_AFTER_S
+        headers.setdefault("Retry-After", RETRY_AFTER_S)
     if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
         headers["Connection"] = "close"  # the rest of the body is still on its way
     body = {"error": {"code": code, "message": message}, **name_request(request)}
@@ -85,10 +85,10 @@ class Envelope:
         client_id = sent_id if REQUEST_ID.match(sent_id) else None
         request_id = secrets.token_hex(8)
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, client_request_id=client_id, outcome="ok")
+        state.update(request_id=request_id, client_request_id=client_id, outcome="ok", started=time.perf_counter())
         is_head = scope["method"] == "HEAD"
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "method": "GET" if is_head else scope["method"]}
-        started, begun = time.perf_counter(), False
+        begun = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal begun
@@ -108,4 +108,4 @@ class Envelope:
             await (await answer_error(Request(scope), exc))(scope, receive, send_with_id)
         finally:
             if scope["path"] == self._counted and scope["method"] == "POST":
-                self._meters.count_request(state["outcome"], time.perf_counter() - started)
+                self._meters.count_request(state["outcome"], time.perf_counter() - state["started"])

@@ -81,6 +81,7 @@ def make_limits(serve: Serve) -> Limits:
         max_pixels=serve.max_pixels,
         max_batch=serve.max_batch,
         max_queue=serve.max_queue,
+        deadline_s=serve.deadline_s,
         max_files=min(Limits.max_files, serve.max_queue),
         max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
     )
