@@ -13,7 +13,7 @@ import pytest
 
 from fakes import make_image
 from model_server import TIMEOUT_S, promote, read_all, read_metric, serving, wait_for
-from visionloop.errors import BundleError, ServingError
+from visionloop.errors import BundleError, ServingError, StoreError
 from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry
 from visionloop.serving.main import run_server
@@ -184,3 +184,54 @@ def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(tmp
             seconds.append(time.perf_counter() - started)
         connection.close()
     assert sorted(seconds)[5] < 0.035  # Nagle's algorithm and a delayed acknowledgement make it 0.04
+
+
+def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    away, store = tmp_path / "away", tmp_path / "store"
+    with serving(tmp_path) as server:
+        expected = server.ask(make_image(0)).body["probabilities"]
+        server.stop()
+    store.rename(away)
+    with serving(tmp_path, poll_s=0.1) as server:
+        ready = server.ask(path="/health/ready").body
+        assert ready["model"] == {"name": "fake", "version": "1", "digest": first.bundle}
+        assert ready["problem"].startswith("the ledger cannot be read: store_error: ")
+        assert server.ask(make_image(0)).body["probabilities"] == expected
+        away.rename(store)
+        wait_for(lambda: server.ask(path="/health/ready").body["problem"] is None)
+        assert "started with the model that was served last: ledger entry 1" in server.stop()[1]
+
+
+def test_a_store_that_is_away_is_an_error_where_nothing_whole_was_served(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    with serving(tmp_path) as server:
+        server.stop()
+    (tmp_path / "store").rename(tmp_path / "away")
+    model = tmp_path / ".visionloop" / "serving" / first.bundle / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="ledger entry"):
+        run_here(tmp_path)
+
+
+def test_another_store_does_not_replace_what_was_served_last(tmp_path: Path) -> None:
+    promote(tmp_path, 1, promote(tmp_path, 3, None))
+    with serving(tmp_path) as server:
+        digest = server.ask(path="/model").body["digest"]
+        server.stop()
+    (tmp_path / "store").rename(tmp_path / "away")
+    promote(tmp_path, 2, None)
+    with serving(tmp_path, poll_s=0.05) as server:
+        time.sleep(0.5)
+        assert server.ask(path="/model").body["digest"] == digest
+
+
+def test_the_current_bundle_and_the_one_before_stay_on_disk_and_no_more(tmp_path: Path) -> None:
+    entries = [promote(tmp_path, 1, None)]
+    with serving(tmp_path, poll_s=0.05) as server:
+        for seed in (2, 3, 4):
+            entries.append(promote(tmp_path, seed, entries[-1]))
+            wait_for(lambda: server.ask(path="/model").body["digest"] == entries[-1].bundle)
+        server.stop()
+    folder = tmp_path / ".visionloop" / "serving"
+    assert {path.name for path in folder.iterdir()} == {entries[-1].bundle, entries[-2].bundle, "last.json"}

@@ -60,7 +60,6 @@ def run_server(
         if bundle is not None:
             slot.current = ServedModel(load_model(bundle, lambda: workspace))
         else:
-            check_store(workspace)
             follower = _make_follower(workspace, slot)
             follower.load_first()
             follower.start()
@@ -125,10 +124,12 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
 
     return ChampionFollower(
         slot,
+        name=workspace.name,
         find_champion=find_champion,
         store=store,
         cache_dir=workspace.settings.hidden_dir / "serving",
         poll_s=workspace.params.serve.poll_s,
+        check=lambda: check_store(workspace),
     )
 
 
