@@ -235,3 +235,25 @@ def test_the_current_bundle_and_the_one_before_stay_on_disk_and_no_more(tmp_path
         server.stop()
     folder = tmp_path / ".visionloop" / "serving"
     assert {path.name for path in folder.iterdir()} == {entries[-1].bundle, entries[-2].bundle, "last.json"}
+
+
+def test_after_sigterm_it_is_not_ready_and_still_answers_for_a_while(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, lame_duck_s=2) as server:
+        assert server.ask(path="/health/ready").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        wait_for(lambda: server.ask(path="/health/ready").status == 503)
+        assert server.ask(path="/health/ready").body["error"]["code"] == "stopping"
+        assert (server.ask(make_image(0)).status, server.ask(path="/health/live").status) == (200, 200)
+        assert time.monotonic() - started < 1.5
+        output, errors = server.process.communicate(timeout=TIMEOUT_S)
+        assert (output, errors, server.process.returncode) == ("returned\n", "", 0)
+        assert 1.9 < time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(tmp_path: Path, bundle_dir: Path, second: signal.Signals) -> None:
+    with serving(tmp_path, bundle_dir, lame_duck_s=60) as server:
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.ask(path="/health/ready").status == 503)
+        assert server.stop(second) == (0, "")

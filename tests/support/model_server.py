@@ -73,7 +73,15 @@ class Server:
 @contextmanager
 def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve: float) -> Iterator[Server]:
     """Serve a bundle, or the champion of the store in `home`; `first` is code that runs in the server's process."""
-    command = [sys.executable, "-c", SCRIPT, str(home), json.dumps(serve), str(bundle or ""), first]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(home),
+        json.dumps({"lame_duck_s": 0, **serve}),
+        str(bundle or ""),
+        first,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout

@@ -115,6 +115,8 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters) -> None:
 
     @app.get("/health/ready", response_model=ReadyAnswer, responses={503: ERRORS[503]}, summary="Can it answer")
     async def ready() -> dict[str, Any]:
+        if slot.is_leaving:
+            raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
         return {"status": "ready", "model": _name_model(_require_model(slot)), "problem": slot.problem}
 
     @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -67,7 +69,7 @@ def run_server(
             serve = workspace.params.serve
             app = make_app(slot, make_limits(serve))
             url = _make_url(host, sock)
-            _Server(app, serve, lambda: on_ready(url)).run([sock])
+            _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
         finally:
             if follower:
                 follower.stop()
@@ -87,9 +89,13 @@ def make_limits(serve: Serve) -> Limits:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again."""
+    """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again.
 
-    def __init__(self, app: FastAPI, serve: Serve, on_ready: Callable[[], None]) -> None:
+    SIGTERM is how a balancer's machine is taken away: the server is not ready at once, and still answers for
+    `serve.lame_duck_s`, until the balancer has seen it. A second signal, or SIGINT, ends that time.
+    """
+
+    def __init__(self, app: FastAPI, serve: Serve, slot: ModelSlot, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             http=cast(type[asyncio.Protocol], partial(Connection, Door(serve.max_connections))),
@@ -103,6 +109,17 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self._on_ready = on_ready
+        self._slot, self._lame_duck_s, self._leave_at = slot, serve.lame_duck_s, math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and self._lame_duck_s and not self._slot.is_leaving:
+            self._slot.is_leaving = True
+            self._leave_at = time.monotonic() + self._lame_duck_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or time.monotonic() >= self._leave_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

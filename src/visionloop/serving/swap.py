@@ -44,11 +44,15 @@ class ServedModel:
 
 
 class ModelSlot:
-    """Holds the current model. `problem` says why a newer one is not served; it holds no path."""
+    """Holds the current model. `problem` says why a newer one is not served; it holds no path.
+
+    `is_leaving`: the server stops soon, and wants no new clients.
+    """
 
     def __init__(self, current: ServedModel | None = None) -> None:
         self.current = current
         self.problem: str | None = None
+        self.is_leaving = False
         self.num_swaps = 0
         self.num_failures = 0
 
