@@ -194,3 +194,22 @@ def test_the_document_is_valid_and_says_what_is_answered(server: Server) -> None
     check(server.ask(make_image(0), "/predict?embedding=1&top_k=1").body, "PredictAnswer")
     check(ask_json(server, {"images": [encode(0), ""]}).body, "BatchAnswer")
     check(server.ask(b"text").body, "ErrorAnswer")
+    refused = document["paths"]["/predict"]["post"]["responses"]["415"]["content"]
+    assert refused.keys() == {"application/problem+json"}
+
+
+def test_an_error_is_a_problem_by_the_standard(server: Server) -> None:
+    answer = server.ask(b"text", **{"X-Request-ID": "mine"})
+    message = answer.body["error"]["message"]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.body == {
+        "type": "about:blank",
+        "title": "Unsupported Media Type",
+        "status": 415,
+        "detail": message,
+        "code": "not_an_image",
+        "error": {"code": "not_an_image", "message": message},
+        "request_id": answer.body["request_id"],
+        "client_request_id": "mine",
+    }
+    assert server.ask(path="/nope").body["code"] == "not_found"

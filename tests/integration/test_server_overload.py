@@ -84,3 +84,14 @@ def test_a_deadline_that_is_no_number_is_refused(tmp_path: Path, bundle_dir: Pat
     with serving(tmp_path, bundle_dir) as server:
         for text in ("0", "-5", "soon", "9" * 400, "9" * 5000):
             assert server.ask(make_image(0), **{"X-Deadline-Ms": text}).status == 422
+
+
+def test_a_network_that_does_not_finish_is_not_alive(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, first=SLOW.format(seconds=3.0), stuck_s=0.5, deadline_s=0.2) as server:
+        assert server.ask(path="/health/live").status == 200
+        time.sleep(0.7)
+        assert server.ask(path="/health/live").status == 200, "it has nothing to do"
+        assert server.ask(make_image(0)).body["code"] == "deadline"
+        wait_for(lambda: server.ask(path="/health/live").status == 503)
+        assert server.ask(path="/health/live").body["code"] == "stuck"
+        wait_for(lambda: server.ask(path="/health/live").status == 200)

@@ -26,6 +26,7 @@ from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
     ERRORS,
     PREDICT_BODY,
+    PROBLEM,
     BatchAnswer,
     ModelAnswer,
     PredictAnswer,
@@ -64,9 +65,26 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
     _add_predict(app, slot, Inbox(limits), batcher, meters)
-    _add_state(app, slot, meters)
+    _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
     _add_page(app)
+    _name_problems(app)
     return app
+
+
+def _name_problems(app: FastAPI) -> None:
+    """Let the document name the content type of errors, which FastAPI takes for that of the answer."""
+    make = app.openapi
+
+    def make_openapi() -> dict[str, Any]:
+        document = make()
+        for route in (route for path in document["paths"].values() for route in path.values()):
+            for status, response in route["responses"].items():
+                content = response.get("content", {})
+                if status >= "400" and "application/json" in content:
+                    content[PROBLEM] = content.pop("application/json")
+        return document
+
+    app.openapi = make_openapi  # type: ignore[method-assign]
 
 
 def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters) -> None:
@@ -108,9 +126,11 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
 
 
-def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters) -> None:
-    @app.get("/health/live", summary="Is the process alive")
+def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable[[], bool]) -> None:
+    @app.get("/health/live", responses={503: ERRORS[503]}, summary="Does it work, or must it be started again")
     async def live() -> dict[str, str]:
+        if is_stuck():
+            raise RequestError("the network does not finish", todo="Start it again.", status=503, reason_code="stuck")
         return {"status": "live"}
 
     @app.get("/health/ready", response_model=ReadyAnswer, responses={503: ERRORS[503]}, summary="Can it answer")

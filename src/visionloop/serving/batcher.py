@@ -87,6 +87,7 @@ class Batcher:
         self._ready: deque[_Waiting] = deque()
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
         self._finished_at = 0.0
+        self._busy_since: float | None = None
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Answer | ImageError]] = set()
         self._decoding = 0
@@ -101,6 +102,13 @@ class Batcher:
     def drain_s(self) -> float:
         """How long the images take that wait now, by the measured rate."""
         return self.depth * self._image_s
+
+    def is_stuck(self, limit_s: float) -> bool:
+        """Say whether the network has been busy with one batch for so long, or nobody hands it batches any more."""
+        if self._closed:
+            return False
+        since = self._busy_since
+        return self._worker.done() or (since is not None and asyncio.get_running_loop().time() - since > limit_s)
 
     def start(self) -> None:
         """Make the threads and begin to work."""
@@ -213,7 +221,7 @@ class Batcher:
         while True:
             batch = await self._collect()
             self._on_batch(len(batch))
-            started_at = loop.time()
+            self._busy_since = started_at = loop.time()
             try:
                 predictions = await loop.run_in_executor(self._runner, _run, batch)
             except Exception as exc:  # passed on to the callers; the worker goes on
@@ -221,6 +229,8 @@ class Batcher:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(exc)
                 continue
+            finally:
+                self._busy_since = None
             self._measure(batch, started_at, loop.time())
             for waiting, prediction in zip(batch, predictions, strict=True):
                 if not waiting.answer.done():

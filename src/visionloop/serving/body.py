@@ -42,6 +42,7 @@ class Limits:
     max_held_bytes: int = 320_000_000
     body_timeout_s: float = 30.0
     deadline_s: float = 30.0
+    stuck_s: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import RequestError
 from visionloop.serving.metrics import Meters
+from visionloop.serving.schemas import PROBLEM
 
 IMAGE_STATUS = {"empty": 400, "not_an_image": 415, "too_large": 422, "damaged": 422}
 RETRY_AFTER_S = "1"
@@ -38,8 +39,16 @@ async def answer_error(request: Request, exc: Exception) -> Response:
         headers.setdefault("Retry-After", RETRY_AFTER_S)
     if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
         headers["Connection"] = "close"  # the rest of the body is still on its way
-    body = {"error": {"code": code, "message": message}, **name_request(request)}
-    return JSONResponse(body, status, headers)
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": message,
+        "code": code,
+        "error": {"code": code, "message": message},  # as it was before, for one release
+        **name_request(request),
+    }
+    return JSONResponse(body, status, headers, media_type=PROBLEM)
 
 
 def name_request(request: Request) -> dict[str, str | None]:

@@ -83,6 +83,7 @@ def make_limits(serve: Serve) -> Limits:
         max_batch=serve.max_batch,
         max_queue=serve.max_queue,
         deadline_s=serve.deadline_s,
+        stuck_s=serve.stuck_s,
         max_files=min(Limits.max_files, serve.max_queue),
         max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
     )

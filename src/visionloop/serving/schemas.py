@@ -21,8 +21,17 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is not 2xx."""
+    """The body of every answer that is not 2xx: a problem by RFC 9457.
 
+    `code` is stable, for programs; `detail` is for people. `error` holds the same two as before, and goes away with the
+    next release.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
     error: ErrorDetail
     request_id: str
     client_request_id: str | None
@@ -151,11 +160,15 @@ PREDICT_BODY = {
         "application/octet-stream": {"schema": _FILE},
     },
 }
+_REFUSALS = {
+    400: "No image in the request, or a malformed form or JSON",
+    408: "The body came too slowly",
+    413: "The body is too large, or has too many images",
+    415: "Not an image, or a format that is not read",
+    422: "A damaged image, too many pixels, or an option of no such value",
+    503: "The queue is full, there is no answer in time, or no model is ready; see Retry-After",
+}
+PROBLEM = "application/problem+json"
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "No image in the request, or a malformed form or JSON"},
-    408: {"model": ErrorAnswer, "description": "The body came too slowly"},
-    413: {"model": ErrorAnswer, "description": "The body is too large, or has too many images"},
-    415: {"model": ErrorAnswer, "description": "Not an image, or a format that is not read"},
-    422: {"model": ErrorAnswer, "description": "A damaged image, too many pixels, or an option of no such value"},
-    503: {"model": ErrorAnswer, "description": "The queue is full, or no model is ready; see Retry-After"},
+    status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSALS.items()
 }

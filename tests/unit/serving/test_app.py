@@ -13,6 +13,7 @@ from fakes import make_bundle, make_image
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
+from visionloop.serving.schemas import ErrorAnswer
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=10_000, max_files=4, max_queue=4)
@@ -94,7 +95,7 @@ def test_a_broken_file_among_several_spoils_no_other(client: TestClient) -> None
 def test_bad_bodies_get_their_own_4xx_in_one_shape(client: TestClient, body: bytes, status: int, code: str) -> None:
     answer = client.post("/predict", content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert answer.json().keys() == {"error", "request_id", "client_request_id"}
+    assert answer.json().keys() == set(ErrorAnswer.model_fields)
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
     assert "/" not in answer.json()["error"]["message"]
     assert read_figures(client)[f"visionloop_requests_total{{{code}}}"] == 1
@@ -163,6 +164,11 @@ def test_our_own_bug_is_a_500_without_its_text(
     answer = client.post("/predict", content=make_image(0), headers={"X-Request-ID": "r-1"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r-1")
     assert answer.json() == {
+        "type": "about:blank",
+        "title": "Internal Server Error",
+        "status": 500,
+        "code": "internal",
+        "detail": answer.json()["error"]["message"],
         "error": {"code": "internal", "message": "server: an unexpected error; see its log under the request id."},
         "request_id": answer.json()["request_id"],
         "client_request_id": "r-1",
