@@ -46,7 +46,9 @@ NOT_IN_CODE = (
     "visionloop.workspace",
     "visionloop.data.contact_sheet",
     "visionloop.data.known_store",
+    "visionloop.promotion.evidence",  # the page about a decision
     "visionloop.promotion.ledger",  # who is champion is data, not code
+    "visionloop.promotion.report",
     "visionloop.training.mirror",
     "visionloop.training.plots",
     "visionloop.training.run",  # the run in MLflow

@@ -14,6 +14,7 @@ from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
+from visionloop.pipeline import require_merged
 from visionloop.promotion.ledger import read_champion, read_ledger, require_sound
 from visionloop.promotion.promote import compare_alias, verify_in_store
 from visionloop.promotion.restore import require_whole
@@ -47,6 +48,7 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("store", lambda: _check_store(workspace)),
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
         ("dataset", lambda: _check_dataset(workspace)),
+        ("dvc", lambda: _check_dvc(workspace.settings)),
         ("ledger", lambda: _check_ledger(workspace)),
         ("champion", lambda: _check_champion(workspace)),
         ("alias", lambda: _check_alias(workspace)),
@@ -133,6 +135,12 @@ def _check_dataset(workspace: Workspace) -> Finding:
     found = f"{pin.name} version {pin.version}, {pin.num_images:,} images"
     ok = pin.name == workspace.name and version.digest == pin.digest
     return Finding("dataset", ok, found, f"The pin is not of {workspace.name} in this store: run `visionloop ingest`.")
+
+
+def _check_dvc(settings: Settings) -> Finding:
+    require_merged(settings)
+    done = (settings.home / "dvc.lock").is_file()
+    return Finding("dvc", True, "dvc.lock says which stages are done" if done else "no stage has run by dvc yet")
 
 
 def _check_ledger(workspace: Workspace) -> Finding:

@@ -204,12 +204,20 @@ def heal(settings: Settings) -> None:
     """Mend what a kill can leave: a torn lock table blocks dvc, an emptied dvc.lock means "nothing done" to it.
 
     Raises:
-        PipelineError: dvc.lock holds the conflict marks of a merge, which a person must settle.
+        PipelineError: as `require_merged`.
     """
     table = settings.home / ".dvc" / "tmp" / "rwlock"
     if table.is_file() and not _is_json(table):
         table.unlink()
+    require_merged(settings)
     lock, snapshot = settings.home / "dvc.lock", settings.hidden_dir / "dvc.lock"
+    if lock.is_file() and snapshot.is_file() and not _is_lock(lock):
+        shutil.copyfile(snapshot, lock)
+
+
+def require_merged(settings: Settings) -> None:
+    """Raise PipelineError if dvc.lock holds the conflict marks of a merge, which a person must settle."""
+    lock = settings.home / "dvc.lock"
     if lock.is_file() and has_conflict_marks(lock.read_text(errors="replace")):
         raise PipelineError(
             "dvc.lock",
@@ -217,8 +225,6 @@ def heal(settings: Settings) -> None:
             "one of its two sides",
             "Keep one (`git checkout --ours dvc.lock`, or --theirs), then go on: the stages that differ run again.",
         )
-    if lock.is_file() and snapshot.is_file() and not _is_lock(lock):
-        shutil.copyfile(snapshot, lock)
 
 
 def init_dvc(home: Path) -> None:

@@ -5,6 +5,7 @@ The answers for a table are kept in chunks until it is written, so that a run th
 
 import contextlib
 import csv
+import fnmatch
 import glob
 import io
 import json
@@ -18,8 +19,8 @@ from typing import Any, BinaryIO
 from visionloop.data.contact_sheet import Panel, draw_prediction_sheet
 from visionloop.data.inputs import load_input
 from visionloop.errors import DiskError, ImageError, SourceError, shorten
-from visionloop.ingest.paths.listing import list_images
-from visionloop.ingest.paths.names import escape_name
+from visionloop.ingest.paths.listing import list_files, list_images
+from visionloop.ingest.paths.names import escape_name, is_passed
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction, canonical_json, compute_digest
 from visionloop.workfolder import lock_work, write_file, write_through
@@ -49,8 +50,12 @@ class Table:
     form: str
 
     @classmethod
-    def plan(cls, out: Path, form: str | None) -> "Table":
-        """Choose the form by the name, or check the one that is asked for. Raises SourceError."""
+    def plan(cls, out: Path | None, form: str | None) -> "Table | None":
+        """Choose the form by the name, or check the one that is asked for; None without a name. Raises SourceError."""
+        if out is None:
+            if form:
+                raise SourceError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
+            return None
         by_suffix = SUFFIXES.get(out.suffix.lower())
         if by_suffix is None:
             raise SourceError("--out", f"got {out.name!r}", f"a file that ends in {', '.join(SUFFIXES)}")
@@ -82,7 +87,8 @@ class Table:
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Return the files that are named, the images in folders that are named, and the matches of globs, in that order.
 
-    In folders hidden files are passed over and links are followed, as `ingest` does.
+    In folders, and below the wildcards of a glob, hidden files and systems' own are passed over and links are followed,
+    as `ingest` does.
 
     Raises:
         SourceError: a path does not exist, or nothing matches.
@@ -94,13 +100,38 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             files += [Path(one.path) for one in list_images(path, text)[0]]
         elif path.is_file():
             files.append(path)
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            files += [Path(m) for m in matches if Path(m).is_file()]
+        elif matches := _expand(path, text):
+            files += matches
         else:
             raise SourceError(text, "does not exist", "an image, a folder or a glob", "Check the path.")
     if not files:
         raise SourceError(shorten(list(paths)), "no image there", "image files")
     return list(dict.fromkeys(files))
+
+
+def _expand(pattern: Path, text: str) -> list[Path]:
+    """Return the files that a glob stands for, sorted. Raises SourceError: a folder may not be read.
+
+    `**` goes through folders as `ingest` does: `glob` would go round in a link that leads up, 40 times.
+    """
+    start = next((i for i, part in enumerate(pattern.parts) if glob.has_magic(part)), len(pattern.parts))
+    root, wild = Path(*pattern.parts[:start]), pattern.parts[start:]
+    if "**" in wild and root.is_dir():
+        below = (found.relative for found in list_files(root, text) if _fits(found.relative.split("/"), wild))
+    else:
+        is_hidden_wanted = any(part.startswith(".") for part in wild)
+        matches = glob.iglob(str(Path(*wild)), root_dir=root)
+        below = (relative for relative in matches if is_hidden_wanted or not is_passed(Path(relative).as_posix()))
+    return [file for file in sorted(root / relative for relative in below) if file.is_file()]
+
+
+def _fits(parts: Sequence[str], wild: Sequence[str]) -> bool:
+    """Say whether a path fits a glob, part by part; `**` is any number of folders, and at the end a file too."""
+    if not wild or not parts:
+        return not parts and all(part == "**" for part in wild)
+    if wild[0] == "**":
+        return _fits(parts, wild[1:]) or _fits(parts[1:], wild)
+    return fnmatch.fnmatch(parts[0], wild[0]) and _fits(parts[1:], wild[1:])
 
 
 def predict_files(

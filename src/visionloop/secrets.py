@@ -22,7 +22,7 @@ def mask(text: str, secrets: Sequence[str] = ()) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
             text = text.replace(form, "***") if form else text
-    return _QUERY.sub(r"\1?...", _LOGIN.sub("***@", text))
+    return _QUERY.sub(r"\1?...", _LOGIN.sub("***@", text)) if "//" in text else text
 
 
 @dataclass

@@ -1,12 +1,16 @@
 """Run one source of a params.yaml by itself, without an engine behind it, and keep what it yields."""
 
+import re
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visionloop.cli.ingest import make_source
 from visionloop.errors import SourceError
 from visionloop.ingest.sources import Cursor, Item, PassedOver, SourceContext, read_source
+from visionloop.ingest.sources.guess import guess_source
 from visionloop.params import Source, make_params
 from visionloop.records import Rejected
 
@@ -40,14 +44,33 @@ class Run:
         return [(one.origin.partition(":")[2], one.code) for one in self.rejected]
 
 
-def run_source(home: Path, cursor: str | None = None, env: dict[str, str] | None = None, **section: Any) -> Run:
+def run_source(
+    home: Path, cursor: str | None = None, env: dict[str, str] | None = None, several: bool = False, **section: Any
+) -> Run:
     """Read a source to its end. `section` is what stands under `ingest.sources`; paths are relative to `home`."""
     source = make_params({"name": "pets", "ingest": {"sources": [section]}}).ingest.sources[0]
     run = Run()
-    context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append)
+    context = SourceContext(home, home / ".visionloop", env or {}, cursor=cursor, tell=run.told.append, several=several)
     run.take(source, context)
     if run.error:
         raise run.error
+    return run
+
+
+def type_advice(home: Path, place: Path) -> Run:
+    """Ask for a place, type the commands of the refusal, and read what the last one names."""
+    run = Run()
+    try:
+        run.take(guess_source(str(place)), SourceContext(home, home, {}))
+    except SourceError as exc:
+        run.error = exc
+    unpack, ingest = re.findall(r"`([^`]+)`", str(run.error))
+    subprocess.run(["bash", "-euc", unpack], check=True, cwd=home)
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {ingest}"], check=True, capture_output=True, text=True)
+    _, _, path, *option = words.stdout.splitlines()
+    run = Run()
+    given = {"no_label": option[1:]} if option else {}
+    run.take(make_source(path, given, home), SourceContext(home, home, {}, tell=run.told.append))
     return run
 
 

@@ -87,14 +87,14 @@ def test_embeddings_are_those_of_the_network(model: visionloop.Model, bundle_dir
 
 def test_a_broken_image_raises_or_has_its_error_in_its_place(model: visionloop.Model) -> None:
     images = [IMAGES[0], b"text", IMAGES[1], None, IMAGES[2]]
-    with pytest.raises(ImageError, match="image 1: is not an image we read"):
+    with pytest.raises(ImageError, match="image 1: is text, not an image"):
         model.predict(images)  # type: ignore[call-overload]
-    with pytest.raises(ImageError, match="image 1: is not an image we read"):
+    with pytest.raises(ImageError, match="image 1: is text, not an image"):
         model.embed(images)
     answers = model.predict(images, on_error="return")  # type: ignore[call-overload]
     assert [answers[i] for i in (0, 2, 4)] == model.predict(IMAGES[:3])
     assert [str(answers[i]).partition(";")[0] for i in (1, 3)] == [
-        "image 1: is not an image we read",
+        "image 1: is text, not an image",
         "image 3: is None",
     ]
     vectors = model.embed(images, on_error="nan")

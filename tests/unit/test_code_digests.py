@@ -94,7 +94,7 @@ def test_what_only_people_read_moves_nothing(copied: Path, before: dict[str, str
         (("training/module.py", "0.", "0.5 + 0."), {"train"}),
         (("networks/weight_sources.py", '"model_state_dict"', '"model_states"'), {"embed", "train"}),
         (("evaluation/report.py", "Most frequent confusions", "Confusions"), {"evaluate"}),
-        (("promotion/gate.py", "an interval above 0", "an interval over 0"), {"gate"}),
+        (("promotion/gate.py", "difference above 0", "difference over 0"), {"gate"}),
         (("params/train.py", "default=1e-3", "default=2e-3"), ALL),
         (("records.py", "sort_keys=True", "sort_keys=False"), ALL),
         (("serving/app.py", "import", "import os\nimport"), set()),

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from fakes import make_card
+from visionloop.confidence import sigmoid, softmax
 from visionloop.errors import ParamsError
 from visionloop.explain import describe_falls, draw_explanation, explain, list_squares, spread_falls
-from visionloop.predictor import Outputs, sigmoid, softmax
+from visionloop.predictor import Outputs
 from visionloop.records import Card
 
 
@@ -25,7 +26,7 @@ class CornerModel:
         spread_n = images_nhwc[:, :16, :16].std(axis=(1, 2, 3))
         logits = np.stack([np.zeros_like(spread_n), spread_n / 10, np.ones_like(spread_n)], axis=1).astype(np.float32)
         squash = sigmoid if self.card.task == "multilabel" else softmax
-        return Outputs(logits, squash(logits), np.zeros((len(logits), 2), np.float32))
+        return Outputs(logits, squash(logits), np.zeros((len(logits), 2), np.float32), np.zeros(len(logits), bool))
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

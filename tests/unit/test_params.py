@@ -29,7 +29,10 @@ from visionloop.params.text import parse_yaml
         ),
         ({"train": {"devices": 2}}, "params.yaml train.devices: stands in another section; expected compute.devices"),
         ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
-        ({"gate": "on"}, "params.yaml gate: got 'on'; expected keys below it: alpha, floors, margin, metric, rule."),
+        (
+            {"gate": "on"},
+            "params.yaml gate: got 'on'; expected keys below it: alpha, approval, baseline, class_drop, floors",
+        ),
         (
             {"ingest": {"expect": [1]}},
             "params.yaml ingest.expect: got [1]; expected keys below it: classes, max_imbalance, min_per_class",
@@ -59,7 +62,7 @@ from visionloop.params.text import parse_yaml
         ({"prepare": {"image_size": "big"}}, "params.yaml prepare.image_size: got 'big'; expected integer"),
         ({"train": {"max_epochs": "3"}}, "params.yaml train.max_epochs: got '3'; expected integer"),
         ({"train": {"way": "finetune"}}, "params.yaml train: got {'way': 'finetune'}; expected `weights: default`"),
-        ({"train": []}, "params.yaml train: got []; expected keys below it: C, accumulate, augment"),
+        ({"train": []}, "params.yaml train: got []; expected keys below it: C, abstain, accumulate, augment"),
         ({"name": "My Pets"}, "params.yaml name: got 'My Pets'; expected lower-case letters, digits and '-'"),
         (
             {"ingest": {"sources": [{"kind": "ftp"}]}},

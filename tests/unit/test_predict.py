@@ -41,6 +41,27 @@ def test_files_folders_and_globs(photos: Path) -> None:
     ]
 
 
+def test_a_glob_goes_through_folders_as_ingest_does(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "else" / "deep").mkdir(parents=True)
+    (tmp_path / "else" / "deep" / "c.png").write_bytes(make_image(3))
+    (photos / "linked").symlink_to(tmp_path / "else")
+    for link in ("up", "again"):  # by two such links a file has 2 ** 40 paths
+        (photos / "sub" / link).symlink_to(photos)
+    for hidden in ("@eaDir", ".cache", "sub/@eaDir"):
+        (photos / hidden).mkdir()
+        (photos / hidden / "d.png").write_bytes(make_image(4))
+    assert find_images([str(photos / "**" / "*.png")]) == [photos / "a.png", photos / "linked" / "deep" / "c.png"]
+    assert names(find_images([f"{photos}/**/deep/**"])) == ["c.png"]
+    assert names(find_images([f"{photos}/s?b/**/*"])) == ["b.JPG"]
+    with pytest.raises(SourceError, match="does not exist"):
+        find_images([f"{photos}/*/d.png"])
+    assert names(find_images([f"{photos}/@eaDir/*.png", f"{photos}/.c*/*.png"])) == ["d.png", "d.png"]
+    monkeypatch.chdir(photos)
+    assert find_images(["**/*.png", "*/b.*"]) == [Path("a.png"), Path("linked/deep/c.png"), Path("sub/b.JPG")]
+
+
 def test_paths_without_images(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist; expected an image, a folder or a glob"):
         find_images([str(tmp_path / "no.jpg")])
@@ -49,13 +70,22 @@ def test_paths_without_images(photos: Path, tmp_path: Path) -> None:
         find_images([str(tmp_path / "empty")])
 
 
+def plan(out: Path, form: str | None = None) -> Table:
+    table = Table.plan(out, form)
+    assert table is not None
+    return table
+
+
 def test_the_form_of_a_table_goes_by_its_name() -> None:
-    assert [Table.plan(Path(f"a{end}"), None).form for end in (".CSV", ".jsonl", ".parquet")] == [
+    assert [plan(Path(f"a{end}")).form for end in (".CSV", ".jsonl", ".parquet")] == [
         "csv",
         "jsonl",
         "parquet",
     ]
-    assert Table.plan(Path("a.csv"), "kaggle").form == "kaggle"
+    assert plan(Path("a.csv"), "kaggle").form == "kaggle"
+    assert Table.plan(None, None) is None
+    with pytest.raises(SourceError, match=r"--format: needs a file to write; expected --out FILE\.csv"):
+        Table.plan(None, "kaggle")
     for name, form, message in (
         ("x.txt", None, r"got 'x\.txt'; expected a file that ends in \.jsonl, \.csv, \.parquet"),
         ("x.csv", "coco", "got 'coco'; expected kaggle"),
@@ -76,7 +106,7 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
     assert jpg.prediction == predictor.predict([make_image(2, kind="JPEG")])[0]
     assert (broken.prediction, broken.error) == (
         None,
-        "is not an image we read; expected JPEG, PNG, WebP, AVIF or HEIC",
+        "is text, not an image; expected JPEG or PNG",
     )
 
 
@@ -84,17 +114,17 @@ def test_written_answers(photos: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")
     answers = list(predict_files(predictor, find_images([str(photos)])))
-    Table.plan(tmp_path / "out.jsonl", None).write(answers, predictor)
+    plan(tmp_path / "out.jsonl").write(answers, predictor)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [r.get("prediction") for r in rows] == [a.prediction and a.prediction.prediction for a in answers]
     assert rows[0]["bundle"] == predictor.digest
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
-    Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
+    plan(tmp_path / "out.csv").write(answers, predictor)
     with (tmp_path / "out.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["path", "prediction", "confidence", "abstained", "error", "p_a", "p_b", "p_c"]
     assert float(table[0]["p_a"]) == pytest.approx(rows[0]["probabilities"]["a"], abs=1e-6)
-    assert table[1]["error"].startswith("is not an image")
+    assert table[1]["error"].startswith("is text, not an image")
 
 
 def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None:
@@ -103,8 +133,8 @@ def test_written_answers_of_several_labels(photos: Path, tmp_path: Path) -> None
     for seed in range(20):
         (photos / f"{seed}.png").write_bytes(make_image(seed))
     answers = list(predict_files(predictor, find_images([str(photos)])))
-    Table.plan(tmp_path / "out.jsonl", None).write(answers, predictor)
-    Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
+    plan(tmp_path / "out.jsonl").write(answers, predictor)
+    plan(tmp_path / "out.csv").write(answers, predictor)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -146,7 +176,7 @@ def test_a_name_that_is_not_utf_8_is_escaped_as_ingest_does(
     predictor = Predictor.load(tmp_path / "bundle")
     answers = list(predict_files(predictor, find_images([str(photos)])))
     assert [a.path for a in answers] == [f"{photos}/{escape_name(os.fsdecode(name))}"]
-    Table.plan(tmp_path / f"out.{suffix}", None).write(answers, predictor)
+    plan(tmp_path / f"out.{suffix}").write(answers, predictor)
     text = (tmp_path / f"out.{suffix}").read_text(encoding="utf-8")
     assert answers[0].path.replace("\\", "\\\\" if suffix == "jsonl" else "\\") in text
 
@@ -157,9 +187,9 @@ def test_answers_that_cannot_be_written_leave_no_half_file(photos: Path, tmp_pat
     answers = list(predict_files(predictor, find_images([str(photos)])))
     (tmp_path / "out.csv").mkdir()
     with pytest.raises(DiskError, match=r"--out .*out\.csv: cannot be written \(Is a directory\)"):
-        Table.plan(tmp_path / "out.csv", None).write(answers, predictor)
+        plan(tmp_path / "out.csv").write(answers, predictor)
     with pytest.raises(AttributeError):
-        Table.plan(tmp_path / "out.jsonl", None).write([*answers, None], predictor)  # type: ignore[list-item]
+        plan(tmp_path / "out.jsonl").write([*answers, None], predictor)  # type: ignore[list-item]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.csv", "photos"]
 
 
@@ -172,7 +202,7 @@ def test_a_competition_gets_a_row_for_every_id(photos: Path, tmp_path: Path) -> 
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")
     answers = list(predict_files(predictor, find_images([str(photos)])))
-    Table.plan(tmp_path / "out.csv", "kaggle").write(answers, predictor)
+    plan(tmp_path / "out.csv", "kaggle").write(answers, predictor)
     rows = read_csv(tmp_path / "out.csv")
     assert [list(row) for row in rows] == [["id", "a", "b", "c"]] * 3
     assert [row["id"] for row in rows] == ["a", "broken", "b"]
@@ -184,7 +214,7 @@ def test_a_competition_gets_a_row_for_every_id(photos: Path, tmp_path: Path) -> 
 def test_two_files_with_one_id_are_named(photos: Path, tmp_path: Path) -> None:
     (photos / "sub" / "a.jpg").write_bytes(make_image(5, kind="JPEG"))
     make_bundle(tmp_path / "bundle")
-    predictor, table = Predictor.load(tmp_path / "bundle"), Table.plan(tmp_path / "o.csv", "kaggle")
+    predictor, table = Predictor.load(tmp_path / "bundle"), plan(tmp_path / "o.csv", "kaggle")
     with (
         pytest.raises(SourceError, match=r"photos/a\.png and .*photos/sub/a\.jpg have the same id 'a'"),
         predict_in_chunks(predictor, find_images([str(photos)]), table, tmp_path / "work"),
@@ -198,7 +228,7 @@ def test_a_parquet_table_equals_the_json_lines(photos: Path, tmp_path: Path, tas
     predictor = Predictor.load(tmp_path / "bundle")
     answers = list(predict_files(predictor, find_images([str(photos)])))
     for end in ("parquet", "jsonl"):
-        Table.plan(tmp_path / f"out.{end}", None).write(answers, predictor)
+        plan(tmp_path / f"out.{end}").write(answers, predictor)
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     for row, line in zip(rows, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
         value = json.loads(line)
@@ -215,7 +245,7 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
         (photos / f"{seed:02d}.png").write_bytes(make_image(seed))
     make_bundle(tmp_path / "bundle")
     predictor, files = Predictor.load(tmp_path / "bundle"), find_images([str(photos)])
-    table, work = Table.plan(tmp_path / "out.csv", None), tmp_path / "work"
+    table, work = plan(tmp_path / "out.csv"), tmp_path / "work"
     monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 5)
     monkeypatch.setattr("visionloop.predict.REPORT_EVERY", 1)
     seen: list[int] = []
@@ -237,7 +267,7 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
     assert (lines, seen) == (["10 of 23 were answered by a run that stopped"], list(range(11, 24)))
     assert list(work.iterdir()) == []
     whole = tmp_path / "whole.csv"
-    Table.plan(whole, None).write(predict_files(predictor, files), predictor)
+    plan(whole).write(predict_files(predictor, files), predictor)
     assert read_csv(whole) == read_csv(table.out)
 
 
@@ -245,7 +275,7 @@ def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, m
     monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 1)
     make_bundle(tmp_path / "one")
     make_bundle(tmp_path / "two", seed=5)
-    table, work, lines = Table.plan(tmp_path / "out.csv", None), tmp_path / "work", list[str]()
+    table, work, lines = plan(tmp_path / "out.csv"), tmp_path / "work", list[str]()
 
     def answer(bundle: str) -> list[FilePrediction]:
         predictor = Predictor.load(tmp_path / bundle)

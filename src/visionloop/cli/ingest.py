@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
+TABLE_OPTIONS = {
+    "image": "image-column",
+    "label": "label-column",
+    "separator": "separator",
+    "no_label": "no-label",
+    "sides": "sides",
+}
 SECRET = re.compile(r"://[^/@\s]*:[^/@\s$]+@")
 What = Annotated[
     str | None,
@@ -34,11 +41,20 @@ Pattern = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of a table that names the image.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of a table that holds the label.")]
+Separator = Annotated[
+    str | None, typer.Option(help="What divides several labels in one cell of a table; `none`: a cell is one class.")
+]
+NoLabel = Annotated[
+    list[str] | None, typer.Option(help="A text that stands for no label, as NA; '': only an empty cell does.")
+]
+Sides = Annotated[
+    str | None, typer.Option(help="What 0, 1, 2 mean in the split column of a table: train,val,test; `none`: no sides.")
+]
 Unlabelled = Annotated[
     list[str] | None, typer.Option(help="A folder whose images come in for prediction only; may be given again.")
 ]
 Table = Annotated[str | None, typer.Option(help="The table that holds the labels, inside a folder, a zip or a bucket.")]
-Encoding = Annotated[str | None, typer.Option(help="Encoding of the names in a zip that are not UTF-8: gbk, cp866.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of a table, or of names in a zip, that is not UTF-8.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be taken, and write nothing. No image is opened.")
 ]
@@ -65,6 +81,9 @@ def ingest(
     pattern: Pattern = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    separator: Separator = None,
+    no_label: NoLabel = None,
+    sides: Sides = None,
     unlabelled: Unlabelled = None,
     table: Table = None,
     encoding: Encoding = None,
@@ -96,14 +115,15 @@ def ingest(
     """
     from visionloop.ingest.pull import check_sources
 
-    given: dict[str, Any] = {"name": name, "pattern": pattern, "image_column": image_column}
-    given |= {"label_column": label_column, "unlabelled": unlabelled or None, "table": table, "encoding": encoding}
+    given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
+    given |= {"image_column": image_column, "label_column": label_column, "separator": separator}
+    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None, "save": save or None}
     if dry_run:
-        _print_dry_run(what, {**given, "save": save or None})
+        _print_dry_run(what, given)
         return
     workspace = _open_known()
     if what is None:
-        _check_alone({**given, "save": save or None})
+        _check_alone(given)
         sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
@@ -111,13 +131,19 @@ def ingest(
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
     _pull(workspace, sources, wanted)
-    if text:
-        from visionloop.params.edit import write_params
+    if what is not None:
+        _save(workspace, sources[0], text)
 
-        write_params(workspace.settings.params_path, text)
-        print(f"source {sources[0].name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
-    elif what is not None:
+
+def _save(workspace: "Workspace", source: "Source", text: str) -> None:
+    """Write the params that declare a source, if they are wanted; else tell how."""
+    from visionloop.params.edit import write_params
+
+    if not text:
         print("to pull it on every run, say --save")
+        return
+    write_params(workspace.settings.params_path, text)
+    print(f"source {source.name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
 
 
 def _open_known() -> "Workspace":
@@ -182,7 +208,8 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
     if what is None:
         _check_alone(given)
     sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
-    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print)
+    several = params.task == "multilabel"
+    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print, several=several)
     records, path = _load_newest(settings.store_url, params.name), params.ingest.corrections
     rules = make_label_rules(params, load_corrections(context.resolve(path)) if path else [])
     for source in sources:
@@ -219,10 +246,12 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     local = (here / Path(what).expanduser()).resolve()
     by_pattern, table = bool(given.get("pattern")), given.get("table") if local.is_dir() else None
     text = str(local) if local.exists() else what
-    source = guess_source(text, given.get("name"), by_pattern=by_pattern, table=table)
+    encoding = given.get("encoding")
+    source = guess_source(text, given.get("name"), by_pattern=by_pattern, table=table, encoding=encoding)
     if table:
         given = {**given, "table": None, "images": str(local) if "/" in table else None}
     columns = {"image": given.get("image_column"), "label": given.get("label_column")}
+    columns |= {key: given.get(key) for key in ("separator", "no_label", "sides")}
     keys = ("pattern", "unlabelled", "table", "images", "encoding")
     wanted: dict[str, Any] = {key: given[key] for key in keys if given.get(key)}
     if any(columns.values()):
@@ -230,8 +259,9 @@ def make_source(what: str, given: Mapping[str, Any], here: Path) -> "Source":
     fields = type(source).model_fields
     for key in wanted:
         if key not in fields:
-            option = "--image-column and --label-column" if key == "columns" else f"--{key}"
-            raise SourceError(f"{option}", f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
+            named = ["--" + TABLE_OPTIONS[column] for column in wanted["columns"]] if key == "columns" else [f"--{key}"]
+            option = " and ".join(named)
+            raise SourceError(option, f"{what} is of kind {source.kind}", "a kind that has it", "Leave it out.")
     value = {
         **source.model_dump(mode="json", exclude_defaults=True),
         "kind": source.kind,

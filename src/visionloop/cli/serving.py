@@ -54,14 +54,12 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import write_picture
-    from visionloop.errors import ParamsError, SourceError, shorten
+    from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
-    if format and not out:
-        raise ParamsError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
     workspace = open_workspace()
-    table = Table.plan(out, format) if out else None
+    table = Table.plan(out, format)
     files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
@@ -74,8 +72,6 @@ def predict(
         with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
             counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
             table.write(chunks.read(), predictor)
-        if len(files) > SHOWN_OF_TABLE:
-            print(f"... {len(files) - SHOWN_OF_TABLE:,} more")
         print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
     if len(files) > 1:
         print(describe_counts(counts, len(files)))
@@ -92,7 +88,9 @@ def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: in
     counts: Counter[str] = Counter()
     problem = None
     for number, answer in enumerate(answers):
-        if number < most:
+        if number == most:
+            print("...")
+        elif number < most:
             print("\n".join(describe_answer(answer, width, top)))
         if answer.prediction is None:
             problem = problem or answer.error

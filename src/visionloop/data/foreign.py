@@ -4,6 +4,13 @@ import re
 import struct
 
 EXPORT = "Export it as JPEG or PNG."
+# Of cameras' RAW files; many of them are TIFFs by their first bytes.
+RAW_SUFFIXES = frozenset(
+    (
+        *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef", ".nrw"),
+        *(".orf", ".pef", ".raf", ".rw2", ".sr2", ".srf", ".srw", ".x3f"),
+    )
+)
 _CONVERT, _UNPACK = "Convert it to PNG.", "Unpack it."
 _FRAMES = "Its frames come from a source of kind `video`."
 _CHECK = "Check where it was downloaded from."

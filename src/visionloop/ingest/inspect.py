@@ -86,7 +86,11 @@ def describe_bits(inspected: Iterable[Inspected]) -> list[str]:
 
 def make_rejected(item: Item, exc: ImageError) -> Rejected:
     """Return the row of the quarantine: what was found, what was expected, and what to do."""
-    reason = f"{exc.found}; expected {exc.expected}" + (f". {exc.todo}" if exc.todo else "")
+    todo = exc.todo
+    if exc.reason_code == "too_large" and not todo:  # the limit has a name that only the ingest knows
+        key = "max_pixels" if exc.found.endswith(" pixels") else "max_file_bytes" if " bytes" in exc.expected else ""
+        todo = key and f"Or raise ingest.{key}."
+    reason = f"{exc.found}; expected {exc.expected}" + (f". {todo}" if todo else "")
     return Rejected(item.origin, exc.reason_code, reason)
 
 

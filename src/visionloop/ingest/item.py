@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from visionloop.data.foreign import RAW_SUFFIXES
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
 
@@ -91,7 +92,10 @@ class PassedOver:
         texts = []
         for counts, before in ((suffixes, ""), (names, "in ")):
             ranked = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
-            shown = [f"{before}{name} {number:,}" for name, number in ranked[:SHOWN_SUFFIXES]]
+            shown = [
+                f"{before}{name} {number:,}{' (RAW: export as JPEG or PNG)' if name in RAW_SUFFIXES else ''}"
+                for name, number in ranked[:SHOWN_SUFFIXES]
+            ]
             if more := ranked[SHOWN_SUFFIXES:]:
                 shown.append(f"{before}{len(more):,} others {sum(number for _, number in more):,}")
             texts += [", ".join(shown)] if shown else []
@@ -100,7 +104,10 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class SourceContext:
-    """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something."""
+    """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something.
+
+    `several`: an image may have several labels (`task: multilabel`).
+    """
 
     home: Path
     hidden_dir: Path
@@ -108,6 +115,7 @@ class SourceContext:
     limits: Ingest = field(default_factory=Ingest)
     cursor: str | None = None
     tell: Callable[[str], None] = lambda line: None
+    several: bool = False
 
     def resolve(self, path: str) -> Path:
         """Return a path of params.yaml as an absolute one; relative to the workspace."""

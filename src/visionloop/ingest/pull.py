@@ -130,7 +130,7 @@ def pull(
     lost = check_store_for_pull(workspace)
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
-        context = SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell)
+        context = _make_context(workspace, env, tell)
         corrections = load_corrections(context.resolve(path)) if (path := params.ingest.corrections) else []
         before, last = latest_version(store, name), journal.load_pull(name)
         if not sources:
@@ -163,6 +163,12 @@ def pull(
         last = LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors, ended.remarks)
         journal.keep_pull(name, last)
         return _make_report(checked, ended, move_pin(settings, ended.version))
+
+
+def _make_context(workspace: Workspace, env: Mapping[str, str], tell: Callable[[str], None]) -> SourceContext:
+    settings, params = workspace.settings, workspace.params
+    several = params.task == "multilabel"
+    return SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several)
 
 
 def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:

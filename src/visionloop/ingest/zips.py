@@ -70,10 +70,12 @@ class _Directory(NamedTuple):
     offset: int
 
 
-def read_members(file: BinaryIO, size: int, where: str, encoding: str | None = None) -> tuple[list[ZipMember], str]:
-    """Return the files of an archive in the order of its directory, and a name whose encoding was guessed, or "".
+def read_members(
+    file: BinaryIO, size: int, where: str, encoding: str | None = None, command: str = "visionloop ingest ZIP"
+) -> tuple[list[ZipMember], str]:
+    """Return the files of an archive in the order of its directory, and what to tell of a guessed encoding, or "".
 
-    `encoding` is that of names that are not UTF-8; None: they are taken for DOS names, if they look like them.
+    `encoding` is that of names that are not UTF-8; None: guessed. `command` names the archive on the command line.
 
     Raises:
         SourceError: the archive is not to be trusted, or the encoding of its names is not clear.
@@ -87,7 +89,7 @@ def read_members(file: BinaryIO, size: int, where: str, encoding: str | None = N
     # The end has 16 bits for the number, and macOS makes no zip64 end: it writes 70,000 as 4,464.
     if end.num_members not in (len(infos), len(infos) & FULL_16):
         raise SourceError(where, f"has {len(infos):,} entries", f"{end.num_members:,}, as its end says", TODO)
-    names = ZipNames(infos, encoding, where)
+    names = ZipNames(infos, encoding, where, command)
     members = _make_members(infos, end.offset, where, names)
     total = sum(info.file_size for info in infos)
     if total > max(TOTAL_RATIO_FROM_BYTES, MAX_RATIO * size):
@@ -200,13 +202,15 @@ def _mark_problems(members: list[ZipMember]) -> list[ZipMember]:
 class ZipReader:
     """A zip archive whose directory was read and checked. Members may be read by several threads at once."""
 
-    def __init__(self, path: Path, where: str, encoding: str | None = None) -> None:
+    def __init__(
+        self, path: Path, where: str, encoding: str | None = None, command: str = "visionloop ingest ZIP"
+    ) -> None:
         """Read the directory. Raises SourceError."""
         self._path = path
         try:
             with path.open("rb") as file:
                 self._state = _read_state(file)
-                self.members, self.guessed = read_members(file, self._state[0], where, encoding)
+                self.members, self.guessed = read_members(file, self._state[0], where, encoding, command)
         except OSError as exc:
             raise SourceError(where, f"cannot be read ({exc.strerror})", "a zip archive", "Check the file.") from exc
 

@@ -31,11 +31,20 @@ def _check_encoding(value: object) -> object:
 Encoding = Annotated[str, BeforeValidator(_check_encoding)]
 
 
+def to_sides(value: object) -> object:
+    """Return a list of sides; `train,test` is one, `none` an empty one."""
+    if isinstance(value, str):
+        return () if value.strip() == "none" else tuple(part.strip() for part in value.split(","))
+    return to_tuple(value)
+
+
 class Columns(Section):
     """Which column of a table means what; what is not named is guessed, and the guess is shown.
 
     `label` is one column, or several one-hot columns. `separator` splits one cell into several labels
-    (`task: multilabel`). A key of nested JSON is written with dots: `image.url`.
+    (`task: multilabel`); `none`: each cell is one class as written. `no_label` are texts of cells without a label
+    (`NA`, in any case); `[""]`: only empty ones are. `sides` are those that 0, 1, 2 mean in the column of sides; `[]`:
+    numbers are no sides. A key of nested JSON is written with dots: `image.url`.
     """
 
     image: Text | None = None
@@ -44,6 +53,8 @@ class Columns(Section):
     group: Text | None = None
     time: Text | None = None
     separator: Text | None = None
+    sides: Annotated[tuple[Literal["train", "val", "test"], ...], BeforeValidator(to_sides)] | None = None
+    no_label: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] | None = None
 
 
 class FolderSource(Section):
@@ -51,13 +62,16 @@ class FolderSource(Section):
 
     In a pattern `{label}`, `{side}` and `{group}` stand for what they name, `{number}` for digits and `*` for anything:
     `{label}.*.jpg`, `{label}_{number}`; one that ends with `/` names the folders: `{side}/{label}/`. The images of
-    `unlabelled` folders come in for prediction only.
+    `unlabelled` folders come in for prediction only. `columns` and `encoding` are those of tables in split
+    folders.
     """
 
     kind: Literal["folder"]
     path: Text
     name: Name = "folder"
     pattern: Text | None = None
+    columns: Columns = Columns()
+    encoding: Encoding | None = None
     unlabelled: Words = ()
 
 
@@ -65,7 +79,7 @@ class TableSource(Section):
     """CSV, Parquet, JSON or JSON lines: one row an image, by path or URL. Images lie in `images`, or are guessed.
 
     `unlabelled` folders come in without labels, for prediction only. URLs are fetched from `hosts` alone. `encoding`
-    is that of a CSV or of JSON lines; without it UTF-8, UTF-16 and Windows-1252 are told apart.
+    is that of its text; without it what is not UTF-8 is guessed by how it reads, and told or asked about.
     """
 
     kind: Literal["table"]
@@ -81,7 +95,7 @@ class TableSource(Section):
 class ArchiveSource(Section):
     """A zip of class folders, of flat files (`pattern`), or of a table (`table`, inside it) and its images.
 
-    `encoding` is that of the names in the zip, where they are not UTF-8: gbk, cp866, shift_jis.
+    `encoding` is that of names in the zip, and of a table, that are not UTF-8: gbk, cp866, shift_jis.
     """
 
     kind: Literal["archive"]
@@ -157,6 +171,7 @@ class BucketSource(Section):
     unlabelled: Words = ()
     table: Text | None = None
     columns: Columns = Columns()
+    encoding: Encoding | None = None
     endpoint_url: Text | None = None
 
 

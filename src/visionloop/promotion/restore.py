@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visionloop.bundle import DIGESTS, TRAINING_ONLY, hash_file
+from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, ObjectMissing, shorten
 from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.promote import compare_alias, mirror_alias, verify_in_store
@@ -52,8 +53,10 @@ def mend(workspace: Workspace) -> list[str]:
     Raises:
         BundleError: no copy has a file, or the whole answers differently here.
         PromotionError: the ledger is damaged, or something else keeps changing the alias.
+        StoreError: the store is not the one that the workspace knows.
         TrackingError: MLflow cannot be reached; the bundle is mended by then.
     """
+    check_store(workspace)
     champion = read_champion(workspace.store, workspace.name)
     if champion is None:
         return []

@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import parse_qsl, quote
 
 from visionloop.errors import ImageError, SourceError
@@ -19,6 +20,8 @@ MAX_HOST_CHARS = 253
 DEFAULT_PORTS = {"http": 80, "https": 443}
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _URL = re.compile(r"(?i)(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?")
+_TARGET = re.compile(r"/[A-Za-z0-9/%:@!$&'()*+,;=~\-._]*(?:\?[A-Za-z0-9/%:@!$&'()*+,;=~\-._?]*)?")  # needs no quoting
+_BAD = re.compile(r"[\x00-\x1f\x7f-\xa0\\\u2028\u2029]")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 # If the last part of a host looks like this, other programs take the host for a number: 127.1, 0x7f000001, 2130706433.
@@ -93,9 +96,13 @@ class Address:
     def place(self) -> str:
         """Host and path, for origins and messages; of the query only a digest, without what looks like a secret."""
         path, _, query = self.target.partition("?")
-        kept = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if not _SECRET_KEY.search(k)]
-        mark = f"?{hashlib.sha256(repr(kept).encode()).hexdigest()[:12]}" if kept else ""
-        return f"{self.netloc}{path}{mark}"
+        return f"{self.netloc}{path}{_digest_query(query) if query else ''}"
+
+
+@lru_cache(maxsize=1024)  # a table names thousands of images with one
+def _digest_query(query: str) -> str:
+    kept = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if not _SECRET_KEY.search(k)]
+    return f"?{hashlib.sha256(repr(kept).encode()).hexdigest()[:12]}" if kept else ""
 
 
 @dataclass(frozen=True)
@@ -186,22 +193,31 @@ def parse_url(url: str) -> Address:
     Raises:
         ImageError: `refused_url`.
     """
-    where = describe_url(url)
+    try:
+        return _parse_url(url)
+    except ImageError as exc:
+        raise _refuse(describe_url(url), exc.found, exc.expected, exc.todo) from None
+
+
+def _parse_url(url: str) -> Address:
+    """Do what `parse_url` does. Its errors do not say where."""
     if len(url) > MAX_URL_CHARS:
-        raise _refuse(where, f"a URL of {len(url):,} characters", f"at most {MAX_URL_CHARS:,}")
-    if bad := re.search(r"[\x00-\x1f\x7f-\xa0\\\u2028\u2029]", url):
-        raise _refuse(where, f"a URL with the character {bad.group()!r}", "no control character or backslash")
+        raise _refuse("", f"a URL of {len(url):,} characters", f"at most {MAX_URL_CHARS:,}")
+    if bad := _BAD.search(url):
+        raise _refuse("", f"a URL with the character {bad.group()!r}", "no control character or backslash")
     match = _URL.fullmatch(url)
     if not match:
-        raise _refuse(where, "no http or https URL", "http://HOST/PATH or https://HOST/PATH")
+        raise _refuse("", "no http or https URL", "http://HOST/PATH or https://HOST/PATH")
     scheme, authority, path, query, _ = match.groups()
     scheme = scheme.lower()
     if "@" in authority:
-        raise _refuse(where, "a user name or password in the URL", "none", "Send credentials in `headers`.")
-    host, port = _split_port(authority, where)
-    target = quote(path or "/", safe="/%:@!$&'()*+,;=~-._") + quote(query or "", safe="/%:@!$&'()*+,;=~-._?")
+        raise _refuse("", "a user name or password in the URL", "none", "Send credentials in `headers`.")
+    host, port = _split_port(authority)
+    target = f"{path or '/'}{query or ''}"
+    if not _TARGET.fullmatch(target):
+        target = quote(path or "/", safe="/%:@!$&'()*+,;=~-._") + quote(query or "", safe="/%:@!$&'()*+,;=~-._?")
     if not target.startswith("/"):
-        raise _refuse(where, "a path that does not begin with /", "http://HOST/PATH")
+        raise _refuse("", "a path that does not begin with /", "http://HOST/PATH")
     return Address(scheme, host, port or DEFAULT_PORTS[scheme], target)
 
 
@@ -212,7 +228,7 @@ def parse_hosts(entries: Iterable[str], where: str) -> tuple[HostRule, ...]:
         text = entry.strip().lower()
         with_subdomains = text.startswith("*.")
         try:
-            host, port = _split_port(text.removeprefix("*."), where)
+            host, port = _split_port(text.removeprefix("*."))
         except ImageError as exc:
             raise SourceError(where, f"got {entry!r}", "HOST, HOST:PORT or *.DOMAIN in `hosts`") from exc
         if with_subdomains and (parse_ip(host) or "." not in host):
@@ -227,25 +243,26 @@ def describe_url(url: str) -> str:
     return "URL " + shown[:120].encode("unicode_escape").decode("ascii") + ("..." if len(shown) > 120 else "")
 
 
-def _split_port(authority: str, where: str) -> tuple[str, int | None]:
+@lru_cache(maxsize=1024)
+def _split_port(authority: str) -> tuple[str, int | None]:
     """Return host and port. Raises ImageError for anything that another parser may read as another host."""
     bracketed = re.fullmatch(r"\[([0-9a-fA-F:.]+)\](?::(.*))?", authority)
     if authority.startswith("[") and not bracketed:
-        raise _refuse(where, "a host in brackets that is no address", "[IPv6 address] without a zone")
+        raise _refuse("", "a host in brackets that is no address", "[IPv6 address] without a zone")
     host, port_text = bracketed.groups() if bracketed else _cut(authority)
     if port_text is not None and (not _PORT.fullmatch(port_text) or int(port_text) > 65_535):
-        raise _refuse(where, f"port {port_text!r}", "1 to 65535")
+        raise _refuse("", f"port {port_text!r}", "1 to 65535")
     port = int(port_text) if port_text is not None else None
     if bracketed:
         if parse_ip(host) is None:
-            raise _refuse(where, f"host [{host}]", "an IPv6 address")
+            raise _refuse("", f"host [{host}]", "an IPv6 address")
         return str(ipaddress.IPv6Address(host)), port
     host = host.lower()
     labels = host.split(".")
     if not host.isascii() or len(host) > MAX_HOST_CHARS or not all(_LABEL.fullmatch(label) for label in labels):
-        raise _refuse(where, f"host {host!r}", "a host name in plain letters (xn--... for others)")
+        raise _refuse("", f"host {host!r}", "a host name in plain letters (xn--... for others)")
     if _NUMBER.fullmatch(labels[-1]) and parse_ip(host) is None:
-        raise _refuse(where, f"host {host!r}", "an IPv4 address as four plain numbers")
+        raise _refuse("", f"host {host!r}", "an IPv4 address as four plain numbers")
     return host, port
 
 

@@ -10,7 +10,7 @@ import io
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 from urllib.parse import urljoin
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from visionloop.web.connect import Deadline
 
 MAX_REDIRECTS = 5
+MAX_PASSED = 10_000
 TRIES = 4
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 60.0
@@ -93,7 +94,10 @@ def parse_private_hosts(env: Mapping[str, str]) -> tuple[HostRule, ...]:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches from allowed hosts, at most `requests_per_s`. Made by `make_fetcher`."""
+    """Fetches from allowed hosts, at most `requests_per_s`. Made by `make_fetcher`.
+
+    `passed` are schemes, hosts and ports that the rules allow: a table names one host a million times.
+    """
 
     rules: HostRules
     pool: "httpcore.ConnectionPool"
@@ -103,12 +107,16 @@ class Fetcher:
     headers_origin: tuple[str, str, int] | None
     timeout_s: float
     secrets: tuple[str, ...]
+    passed: set[tuple[str, str, int]] = field(default_factory=set)
 
     def check(self, url: str) -> Address:
         """Parse and check a URL without connecting. Raises ImageError (`refused_url`)."""
         try:
             address = parse_url(url)
-            self.rules.check(address)
+            if address.origin not in self.passed:
+                self.rules.check(address)
+                if len(self.passed) < MAX_PASSED:
+                    self.passed.add(address.origin)
         except ImageError as exc:
             raise self._masked(exc) from None
         return address
@@ -116,9 +124,13 @@ class Fetcher:
     def describe(self, url: str) -> str:
         """Return host and path of a URL that may be shown and kept: without query and secrets."""
         try:
-            return mask(parse_url(url).place, self.secrets)
+            return self.describe_address(parse_url(url))
         except ImageError:
             return mask(describe_url(url), self.secrets)
+
+    def describe_address(self, address: Address) -> str:
+        """Return what `describe` does for a URL that was parsed."""
+        return mask(address.place, self.secrets)
 
     def make_reader(self, url: str) -> Callable[[int], bytes]:
         """Return the `read` of an item. It raises ImageError: `refused_url`, `unreadable` or `too_large`."""

@@ -192,4 +192,4 @@ def test_the_answers_to_a_question_are_options(
     assert "of 2 classes" in shown
     assert "(unlabelled): test/1.png" in shown
     assert run_here(monkeypatch, "ingest", "../photos", "--encoding", "gbk") == 2
-    assert "--encoding: ../photos is of kind folder" in capsys.readouterr().err
+    assert "columns or an encoding are named, but labels are those of the paths" in capsys.readouterr().err

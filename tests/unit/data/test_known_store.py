@@ -239,3 +239,12 @@ def test_every_command_that_needs_the_store_says_so(
     assert run_here(monkeypatch, "store", "accept") == 0
     assert "nothing to do: " in capsys.readouterr().out
     assert run_here(monkeypatch, "ingest", "photos") == 0
+
+
+def test_doctor_tells_of_a_merge_that_blocks_dvc(used: Workspace) -> None:
+    lock = used.settings.home / "dvc.lock"
+    for text, ok in (("", True), ("stages:\n<<<<<<< HEAD\n  a: {}\n=======\n>>>>>>> other\n", False)):
+        lock.write_text(text)
+        (found,) = (finding for finding in examine(used) if finding.subject == "dvc")
+        assert (found.ok, "git checkout --ours dvc.lock" in found.todo) == (ok, not ok)
+    assert found.found == "dvc.lock: has the conflict marks of a merge in it"

@@ -188,6 +188,8 @@ def write_raw(home: Path, files: Mapping[str, bytes], system: int = 3, **bytes_f
         (("cat\\1.jpg", "dog\\1.jpg", "cat\\"), 0),
         (("pets\\cat\\1.jpg", "pets\\dog\\1.jpg"), 3),
         (("cat\\1.jpg", "dog/1.jpg"), 0),
+        (("cat//1.jpg", "dog/.//1.jpg", "dog//"), 3),
+        ((".//cat/1.jpg", "dog///1.jpg"), 3),
     ],
 )
 def test_names_as_other_tools_write_them(tmp_path: Path, names: tuple[str, ...], system: int) -> None:
@@ -198,25 +200,56 @@ def test_names_as_other_tools_write_them(tmp_path: Path, names: tuple[str, ...],
     assert found.rejected == []
 
 
-@pytest.mark.parametrize("name", ["..\\evil.jpg", "C:\\evil.jpg", "./../evil.jpg", "a/./../../evil.jpg"])
+@pytest.mark.parametrize(
+    "name", ["..\\evil.jpg", "C:\\evil.jpg", "./../evil.jpg", "a/./../../evil.jpg", "//a/x.jpg", "a//../../x.jpg"]
+)
 def test_names_that_lead_out_stay_refused(tmp_path: Path, name: str) -> None:
     write_raw(tmp_path, {"cat/1.jpg": b"x", "dog/1.jpg": b"x", name: b"x"}, system=0)
     (refused,) = run_source(tmp_path, kind="archive", path="a.zip").rejected
     assert (refused.code, refused.reason) == ("unsafe_path", "its name leaves the archive")
 
 
+def write_names(home: Path, encoding: str, *words: str) -> None:
+    """Write a zip with a folder for each word, whose names do not say that they are in this encoding."""
+    raws = {f"{'Z' * len(word.encode(encoding))}{i}": word.encode(encoding) for i, word in enumerate(words)}
+    holes = {hole: raw + hole[-1:].encode() for hole, raw in raws.items()}
+    write_raw(home, {**{f"{hole}/1.jpg": b"1" for hole in holes}, "dog/1.jpg": b"2"}, **holes)
+
+
 @pytest.mark.parametrize(
-    ("word", "encoding"),
+    ("words", "encoding"),
     [
-        ("猫", "gbk"),
-        ("狗狗", "gbk"),
-        ("猫", "shift_jis"),
-        ("ねこ", "shift_jis"),
-        ("собака", "cp866"),
-        ("кот", "cp866"),
-        ("고양이", "euc_kr"),
-        ("été", "cp1252"),
+        (("山",), "gbk"),
+        (("été",), "cp1252"),
+        (("山", "水", "汽车"), "gbk"),
+        (("猫", "狗", "鸟"), "gbk"),
+        (("犬", "猫", "自動車"), "shift_jis"),
+        (("ねこ", "うさぎ"), "shift_jis"),
+        (("собака", "кот", "лошадь"), "cp866"),
+        (("Собака", "Кот", "Птица"), "cp1251"),
+        (("고양이", "강아지", "새"), "euc_kr"),
+        (("貓", "狗", "汽車"), "big5"),
+        (("Müll", "Glas", "Körbe", "Bär"), "cp437"),
+        (("éléphant", "forêt", "château", "hôtel"), "mac_roman"),
+        (("żaba", "koń", "gęś", "jabłko"), "cp852"),
+        (("猫", "Кошка", "café"), "utf-8"),
     ],
+)
+def test_encoding_of_names_is_guessed_and_told(tmp_path: Path, words: tuple[str, ...], encoding: str) -> None:
+    write_names(tmp_path, encoding, *words)
+    found = run_source(tmp_path, kind="archive", path="a.zip")
+    names = {f"{word}{i}" for i, word in enumerate(words)}
+    assert {item.labels[0] for item in found.items} == {*names, "dog"}
+    told = [line for line in found.told if "names that are not UTF-8" in line]
+    assert len(told) == (encoding != "utf-8")
+    if told:
+        assert f"are read as {encoding}, such as " in told[0]
+        assert " in " in told[0].partition(" (")[2], "how others read it"
+        assert told[0].endswith("; else `encoding` (--encoding)")
+
+
+@pytest.mark.parametrize(
+    ("word", "encoding"), [("猫", "gbk"), ("牛", "gbk"), ("狗狗", "gbk"), ("猫", "shift_jis"), ("řeka", "cp1250")]
 )
 def test_encoding_of_names_is_asked_for_and_the_answer_is_taken(tmp_path: Path, word: str, encoding: str) -> None:
     raw = word.encode(encoding)
@@ -224,8 +257,7 @@ def test_encoding_of_names_is_asked_for_and_the_answer_is_taken(tmp_path: Path, 
     write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
     with pytest.raises(SourceError, match=rf"does not say the encoding of 1 .*{word}/1\.jpg in {encoding}") as caught:
         run_source(tmp_path, kind="archive", path="a.zip")
-    first = "gbk" if encoding == "euc_kr" else encoding  # bytes of Korean words are Chinese ones too
-    assert f"Say --encoding {first} (in params.yaml: `encoding`)" in str(caught.value)
+    assert f"`visionloop ingest {tmp_path}/a.zip --encoding {encoding}`" in str(caught.value)
     found = run_source(tmp_path, kind="archive", path="a.zip", encoding=encoding)
     assert {item.labels for item in found.items} == {(word,), ("dog",)}
     assert [item.read(1) for item in found.items if item.labels == (word,)] == [b"1"]
@@ -238,7 +270,7 @@ def test_names_of_dos_are_read_and_told(tmp_path: Path, word: str, encoding: str
     write_raw(tmp_path, {f"{hole}/1.jpg": b"1", "dog/1.jpg": b"2"}, **{hole: raw})
     found = run_source(tmp_path, kind="archive", path="a.zip")
     assert {item.labels for item in found.items} == {(word,), ("dog",)}
-    assert found.told[0].endswith(f"names that are not UTF-8 are read as cp437, such as {word}/1.jpg; else `encoding`")
+    assert f"names that are not UTF-8 are read as cp437, such as {word}/1.jpg (" in found.told[0]
 
 
 @pytest.mark.parametrize("word", ["café", "cafe\u0301", "Кошка", "猫", "คน"])
@@ -287,6 +319,23 @@ def test_any_name_without_control_characters_is_a_name(tmp_path: Path) -> None:
     assert [code for _, code in found.codes()] == ["unsafe_path"]
 
 
+def test_names_that_are_one_without_empty_parts_are_one_name(tmp_path: Path) -> None:
+    found = run(tmp_path, {"cat//1.jpg": b"1", "cat/1.jpg": b"2", "dog/1.jpg": b"3"})
+    assert found.facts() == [("dog/1.jpg", ("dog",), None)]
+    assert found.codes() == [("cat/1.jpg", "duplicate_name")]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_what_ends_a_line_elsewhere_ends_no_row_of_a_table(tmp_path: Path, end: str) -> None:
+    table = f"file,label,note\n1.jpg,cat,a{end}b\n2{end}.jpg,dog,\n3.jpg,d{end}og,\n4.jpg,dog,\n"
+    found = run(
+        tmp_path, {"labels.csv": table.encode(), **dict.fromkeys(["1.jpg", f"2{end}.jpg", "3.jpg", "4.jpg"], b"x")}
+    )
+    assert found.facts() == [("1.jpg", ("cat",), None), ("4.jpg", ("dog",), None)]
+    shown = f"2{ascii(end)[1:-1]}.jpg"
+    assert found.codes() == [("labels.csv row 2", "unsafe_path"), ("3.jpg", "bad_label"), (shown, "unsafe_path")]
+
+
 def test_a_zip_of_the_finder_with_more_entries_than_its_end_can_count(tmp_path: Path) -> None:
     number = 65_600
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -309,6 +358,9 @@ def test_a_zip_of_the_finder_with_more_entries_than_its_end_can_count(tmp_path: 
         ),
         (["data.zip"], r"it holds \.zip 1; .* a zip inside a zip has to be unpacked first"),
         (["a/1.jp2", "b/2.jp2"], r"it holds \.jp2 2"),
+        (["__MACOSX/cat/._1.jpg", "__MACOSX/._cat"], r"it holds in __MACOSX 2; .* make the zip again, of the folder"),
+        (["shards/train-000001.tar"], r"it holds \.tar 1"),
+        (["train-000001.tar"], r"Unpack the zip first, into FOLDER\. train-000001\.tar looks like a WebDataset shard"),
     ],
 )
 def test_a_zip_of_which_nothing_is_left_says_why(tmp_path: Path, files: list[str], message: str) -> None:

@@ -208,7 +208,10 @@ def test_what_is_passed_over_is_counted_by_suffix_and_by_folder(tmp_path: Path) 
     [
         (("b/1", "b/2"), "no suffix 2"),
         (("b/1.jpg_large", "b/2.jp2"), ".jp2 1, .jpg_large 1"),
-        (("b/x/1.cr2", "b/2.dng", "b/y/3.cr2"), ".cr2 2, .dng 1"),
+        (
+            ("b/x/1.cr2", "b/2.dng", "b/y/3.cr2"),
+            ".cr2 2 (RAW: export as JPEG or PNG), .dng 1 (RAW: export as JPEG or PNG)",
+        ),
         (("b/1.jpg.crdownload", "b/.hidden.jpg"), ".crdownload 1"),
     ],
 )
@@ -235,7 +238,7 @@ def test_many_kinds_of_passed_over_files_are_cut(tmp_path: Path) -> None:
         (("data.zip",), r"it holds \.zip 1; .* Take the zip itself: give the path of data\.zip"),
         (("a.tar.gz", "notes.txt"), r"it holds \.gz 1, \.txt 1; .* Unpack a\.tar\.gz, or make a zip of it"),
         (("labels.xlsx",), r"Save labels\.xlsx as CSV"),
-        (("sub/1.cr2",), r"it holds \.cr2 1; expected"),
+        (("sub/1.NEF", "2.xyz"), r"it holds \.nef 1 \(RAW: export as JPEG or PNG\), \.xyz 1; expected"),
     ],
 )
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, names: tuple[str, ...], message: str) -> None:

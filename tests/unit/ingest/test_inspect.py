@@ -12,7 +12,8 @@ from fakes import make_image
 from visionloop.data.duplicates import compute_phash_of_grey
 from visionloop.data.images import decode_grey, decode_image, load_array
 from visionloop.errors import ImageError
-from visionloop.ingest.inspect import Facts, inspect_bytes
+from visionloop.ingest.inspect import Facts, inspect_bytes, make_rejected
+from visionloop.ingest.item import Item
 
 LIMIT = 1_000_000
 
@@ -150,6 +151,24 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
     with pytest.raises(ImageError, match=r"has 2000 x 3000 pixels; expected at most 1000000") as caught:
         inspect(huge)
     assert caught.value.reason_code == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("error", "todo"),
+    [
+        (ImageError("x", "has 9 x 9 pixels", "at most 80", reason_code="too_large"), ". Or raise ingest.max_pixels."),
+        (
+            ImageError("x", "is too large", "at most 9 bytes", reason_code="too_large"),
+            ". Or raise ingest.max_file_bytes.",
+        ),
+        (ImageError("x", "has 5000 scans", "at most 100", reason_code="too_large"), ""),
+        (ImageError("x", "is too large", "at most 9 bytes", "Cut it.", reason_code="too_large"), ". Cut it."),
+        (ImageError("x", "has 0 x 9 pixels", "an image", reason_code="empty"), ""),
+    ],
+)
+def test_what_is_too_large_names_the_limit(error: ImageError, todo: str) -> None:
+    item = Item(origin="s:x.png", source="s", labels=("a",), read=lambda most: b"")
+    assert make_rejected(item, error).reason == f"{error.found}; expected {error.expected}{todo}"
 
 
 def test_thousands_of_scans_are_too_many() -> None:

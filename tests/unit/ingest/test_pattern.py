@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from visionloop.errors import SourceError
@@ -67,23 +67,37 @@ def test_a_template_becomes_an_expression_without_second_tries() -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example(["{label}", "/"], "1/1", "/.{}")
+@example(["{label}", "/"], "1/", "/.{}")
+@example(["{label}", "/"], "1", "/.{}")
+@example(["{label}", "/", "a"], "1/a.1", "/.{}")
 @given(
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=7),
     st.text("a1_/.", max_size=12),
     st.sampled_from(["{}/.x", "/.{}"]),
 )
 def test_match_is_that_of_a_lazy_expression(pieces: list[str], path: str, frame: str) -> None:
-    # A slash and a dot: held against the whole path, as it stands. At the end, or before, so that a field may end it.
+    # A slash: held against the whole path. The frame's end is at the end, or before, so that a field may end it.
+    text, path = "p" + frame.format("".join(pieces)), "p" + frame.format(path)
     try:
-        pattern = make_pattern("p" + frame.format("".join(pieces)), "source x")
+        pattern = make_pattern(text, "source x")
     except SourceError:
         return
+    assume("**/" not in text)  # any number of folders: tested below
     fields = [p for p in pieces if p.startswith("{") and p != "{number}"]
     parts = [AS_EXPRESSION.get(p) or (f"(?P<{p[1:-1]}>[^/]+?)" if p in fields else re.escape(p)) for p in pieces]
-    before, after = frame.split("{}")
-    found = re.fullmatch(re.escape("p" + before) + "".join(parts) + re.escape(after), "p" + frame.format(path))
+    before, after = map(re.escape, f"p{frame}".split("{}"))
+    found = re.fullmatch(f"{before}{''.join(parts)}{after}".removesuffix("/"), cut_path(text, path))
     expected = Match(found["label"], None, found.groupdict().get("group")) if found else None
-    assert pattern.match("p" + frame.format(path)) == expected
+    assert pattern.match(path) == expected
+
+
+def cut_path(text: str, path: str) -> str:
+    """Return what of a path a template is held against: its first folders, the path without suffix, or all of it."""
+    if text.endswith("/"):
+        *folders, _ = path.split("/", text.count("/"))
+        return "/".join(folders) if len(folders) == text.count("/") else ""
+    return path if "." in text.rpartition("/")[2] else re.sub(r"(?<=[^/])\.[^./]*$", "", path)
 
 
 @pytest.mark.parametrize(

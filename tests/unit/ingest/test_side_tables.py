@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from source_runs import Run, run_source, touch
 from visionloop.cli.ingest import make_source
 from visionloop.errors import SourceError
+from visionloop.ingest.sources import SourceContext
 from visionloop.ingest.sources.guess import guess_source
 
 
@@ -273,3 +275,35 @@ def test_class_folders_against_tables_of_all_sides_are_asked_about_and_both_answ
         source = make_source(folder, options, tmp_path)
         section = {**source.model_dump(exclude_defaults=True), "kind": source.kind}
         assert sides_of(run_source(tmp_path, **section))["test/x/0.jpg"] == (label, "test")
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_a_question_about_the_encoding_of_tables_for_all_sides_is_answered_as_it_says(
+    tmp_path: Path, form: str
+) -> None:
+    tables = {"train.csv": "file,label\n1.jpg,for\u00eat\n2.jpg,dog\n", "test.csv": "file,label\n3.jpg,for\u00eat\n"}
+    place = tmp_path / "data"
+    touch(place, ["1.jpg", "2.jpg", "3.jpg"])
+    for name, text in tables.items():
+        (place / name).write_bytes(text.encode("cp1252"))
+    if form == "zip":
+        place = Path(shutil.make_archive(str(tmp_path / "a"), "zip", place))
+    with pytest.raises(SourceError, match="does not say its encoding") as asked:
+        take(place, {}, tmp_path)
+    command = re.findall(r"`(visionloop ingest [^`]+ cp1252)`", str(asked.value))[0]
+    _, _, path, *options = shlex.split(command)
+    given = dict(zip((one.removeprefix("--") for one in options[::2]), options[1::2], strict=True))
+    found = take(Path(path), given, tmp_path)
+    assert sides_of(found) == {
+        "1.jpg": ("for\u00eat", "learn"),
+        "2.jpg": ("dog", "learn"),
+        "3.jpg": ("for\u00eat", "test"),
+    }
+
+
+def take(place: Path, given: dict[str, str], home: Path) -> Run:
+    found = Run()
+    found.take(make_source(str(place), given, home), SourceContext(home, home, {}, tell=found.told.append))
+    if found.error:
+        raise found.error
+    return found

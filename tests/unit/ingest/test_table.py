@@ -1,5 +1,6 @@
 """Tables and their images: Kaggle's labels.csv as it is, what has no counterpart, sides, repeated rows, blobs."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 
 from source_runs import Run, run_source, touch
 from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.tables.label_table import FolderShelf
 
 
 def run(home: Path, table: str, *paths: str, name: str = "labels.csv", **section: object) -> Run:
@@ -151,3 +153,37 @@ def test_which_of_several_tables(tmp_path: Path) -> None:
         run_source(tmp_path, kind="table", path="data")
     found = run(tmp_path, "file,label\n1.jpg,cat\n")
     assert "of 3 tables labels.csv is taken" in found.told[0]
+
+
+TEXT = "file,label,split\n" + "".join(
+    f"{i}.jpg,{'cat' if i % 2 else 'dog'},{'val' if i > 6 else 'train'}\n" for i in range(8)
+)
+
+
+def test_a_table_is_opened_for_a_sample_its_encoding_one_look_at_all_rows_and_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    before = FolderShelf.open_table
+    monkeypatch.setattr(FolderShelf, "open_table", lambda shelf, name: (opened.append(name), before(shelf, name))[1])
+    found = run(tmp_path, TEXT, *(f"{i}.jpg" for i in range(8)), path="data/labels.csv")
+    assert opened == ["labels.csv"] * 4
+    assert [item.side or item.test_is_given for item in found.items] == [True] * 7 + ["test"]
+
+
+@pytest.mark.parametrize("no_label", ["", "NA", "n/a ", " nan"])
+def test_a_side_without_a_label_is_none_whichever_way_it_is_found(tmp_path: Path, no_label: str) -> None:
+    rows = [{"file": f"{i}.jpg", "label": "cat" if i % 2 else "dog", "split": "train"} for i in range(8)]
+    rows += [{"file": "8.jpg", "label": no_label, "split": "test"}]
+    paths = [f"{i}.jpg" for i in range(9)]
+    text = "file,label,split\n" + "".join(f"{','.join(row.values())}\n" for row in rows)
+    by_look = run(tmp_path / "a", text, *paths)
+    by_pass = run(
+        tmp_path / "b",
+        "".join(f"{json.dumps({**row, 'label': [row['label']]})}\n" for row in rows),
+        *paths,
+        name="t.jsonl",
+    )
+    for found in by_look, by_pass:
+        assert {(item.side, item.test_is_given) for item in found.items} == {(None, False)}
+        assert found.items[8].labels == ()

@@ -6,6 +6,7 @@ import ipaddress
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -49,6 +50,30 @@ def test_any_text_is_understood_or_refused(text: str, start: str) -> None:
         assert address.url.isascii()
         assert address.url.isprintable()
         assert parse_url(address.url) == address
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("aZ0/%:@!$&'()*+,;=~-._ \"<>[]^`{|}ü猫", max_size=20), st.text("a/?=& %ü|", max_size=10))
+def test_what_needs_no_quoting_is_as_if_it_was_quoted(path: str, query: str) -> None:
+    expected = quote(f"/{path}", safe="/%:@!$&'()*+,;=~-._") + quote(f"?{query}", safe="/%:@!$&'()*+,;=~-._?")
+    assert parse_url(f"http://ok.example/{path}?{query}").target == expected
+
+
+def test_a_host_that_has_passed_vouches_for_no_other_port_scheme_or_host() -> None:
+    fetcher = make_fetcher({}, ["a.example:81", "*.b.example"])
+    for url in ("http://a.example:81/1", "http://a.example:81/2", "https://x.b.example/1"):
+        assert fetcher.check(url).url == url
+        assert fetcher.describe_address(fetcher.check(url)) == fetcher.describe(url)
+    for url in (
+        "http://a.example/1",
+        "http://b.example/1",
+        "http://a.example:81@evil.example/",
+        "http://c.example:81/",
+    ):
+        for _ in range(2):
+            with pytest.raises(ImageError, match=r"not in the list of hosts|user name") as refused:
+                fetcher.check(url)
+            assert refused.value.reason_code == "refused_url"
 
 
 @pytest.mark.parametrize(

@@ -76,15 +76,15 @@ def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[Lis
     return _walk(_Walk(root, where, stay_inside))
 
 
-def list_images(root: Path, where: str) -> tuple[list[ListedFile], PassedOver]:
+def list_images(root: Path, where: str, *, has_stamps: bool = True) -> tuple[list[ListedFile], PassedOver]:
     """Return the images below a folder, and how many other files there are. Raises SourceError as `list_files`."""
-    walk = _Walk(root, where, stay_inside=False, is_wanted=is_image_name)
+    walk = _Walk(root, where, stay_inside=False, is_wanted=is_image_name, has_stamps=has_stamps)
     return _walk(walk), walk.passed
 
 
 def list_paths(root: Path, where: str) -> list[str]:
     """Return the paths of all files that `list_files` would. No file is looked at. Raises SourceError."""
-    return [found.relative for found in _walk(_Walk(root, where, stay_inside=False, is_quick=True))]
+    return [found.relative for found in _walk(_Walk(root, where, stay_inside=False, has_stamps=False, counts=False))]
 
 
 def choose_images(files: Iterable[ListedFile]) -> tuple[list[ListedFile], PassedOver]:
@@ -118,7 +118,7 @@ class _Walk:
     """One walk: its root, and the folders that links have led to. None is entered by a link twice.
 
     `passed` counts what it passes over. Only files whose names are wanted are looked at more closely: that takes longer
-    than to list them. `is_quick`: none is, and nothing is counted.
+    than to list them. Without stamps none is; `counts` False: nothing is counted.
     """
 
     def __init__(
@@ -128,10 +128,11 @@ class _Walk:
         stay_inside: bool,
         is_wanted: Callable[[str], bool] = lambda name: True,
         *,
-        is_quick: bool = False,
+        has_stamps: bool = True,
+        counts: bool = True,
     ) -> None:
         self.root, self.where, self.passed = root, where, PassedOver()
-        self._is_wanted, self._is_quick = is_wanted, is_quick
+        self._is_wanted, self._has_stamps, self._counts = is_wanted, has_stamps, counts
         self._top = os.path.join(os.path.realpath(root), "")
         self._inside = self._top if stay_inside else ""
         self._linked: set[str] = set()
@@ -151,7 +152,7 @@ class _Walk:
                 self.passed.add_file(prefix, get_suffix(name))
                 continue
             relative, real = prefix + name, ""
-            if self._is_quick and entry.is_file():
+            if not self._has_stamps and entry.is_file():
                 yield ListedFile(relative, entry.path, None)
                 continue
             if entry.is_symlink():
@@ -194,7 +195,7 @@ class _Walk:
 
     def _pass(self, entry: "os.DirEntry[str]", prefix: str) -> None:
         """Count what is hidden, or a system's own."""
-        if self._is_quick:
+        if not self._counts:
             return
         if not entry.is_dir(follow_symlinks=False):
             self.passed.add_file(prefix, "hidden")

@@ -5,8 +5,10 @@ The archive is checked in `ingest/zips.py`; labels and sides come from paths as 
 
 import copy
 import io
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +27,8 @@ from visionloop.ingest.sources.reading import (
     tell_unread,
 )
 from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
-from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
+from visionloop.ingest.tables.join import read_shelf_table
+from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
 from visionloop.ingest.zips import TODO, ZipReader
 from visionloop.params import ArchiveSource, Columns
@@ -48,10 +51,11 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
     if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
         raise SourceError(where, found, "a zip archive", "Check the path.")
-    reader = ZipReader(path, where, source.encoding)
-    shelf = ZipShelf(reader)
+    command = f"visionloop ingest {shlex.quote(str(path))}"
+    reader = ZipReader(path, where, source.encoding, command)
+    shelf = ZipShelf(reader, source.encoding)
     if reader.guessed:
-        context.tell(f"{where}: names that are not UTF-8 are read as cp437, such as {reader.guessed}; else `encoding`")
+        context.tell(f"{where}: {reader.guessed}")
     inner = sum(name.lower().endswith(ARCHIVE_SUFFIXES) for name in shelf.files)
     if inner:
         context.tell(f"{where}: archives inside, which are not opened: {inner:,}")
@@ -64,7 +68,8 @@ def read_archive(source: ArchiveSource, context: SourceContext) -> Iterator[Item
         raise explain_no_image(where, list(shelf.files), passed)
     paths = [found.relative for found in images]
     if source.table is None and source.pattern is None and (tables := find_split_tables(paths, shelf.list_files_in)):
-        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in)
+        columns, encoding = source.columns, source.encoding
+        place = Place(source.name, where, shelf.make_inner, shelf.list_files_in, columns, command, encoding)
         yield from read_split_tables(tables, place, context)
         yield passed
     elif source.table is not None or (source.pattern is None and shelf.is_read_by_table(where, context)):
@@ -82,6 +87,7 @@ def _read_by_table(
     source: ArchiveSource, context: SourceContext, shelf: "ZipShelf", where: str
 ) -> Iterator[Item | Rejected | PassedOver]:
     name, names = source.table, []
+    command = f"visionloop ingest {shlex.quote(str(context.resolve(source.path)))}"
     if name is None or name == ALL_TABLES:
         if top := shelf.find_wrapper():
             context.tell(f"{where}: everything lies in {top}")
@@ -103,6 +109,9 @@ def _read_by_table(
             columns=source.columns,
             tell=context.tell,
             images=images,
+            several=context.several,
+            fallback=source.encoding,
+            command=f"{command} --table {shlex.quote(source.table)}" if source.table else command,
             parts=names if len(names) > 1 else (),
         )
     )
@@ -114,8 +123,8 @@ class ZipShelf:
     `refused` are the members that cannot be used: images, and whatever has a name that is an attack.
     """
 
-    def __init__(self, reader: ZipReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: ZipReader, encoding: str | None = None) -> None:
+        self._reader, self._encoding = reader, encoding
         self._members = {member.name: member for member in reader.members if not member.problem}
         names = sorted(self._members, key=lambda name: name.split("/"))
         offsets = {name: self._members[name].info.header_offset for name in names}
@@ -135,7 +144,8 @@ class ZipShelf:
 
     def read_rows(self, name: str) -> Iterator[Row]:
         """Read a table of the shelf, to see what it holds. Raises SourceError."""
-        return LabelTable("", f"zip {name}", self, name, Columns(), lambda line: None).rows()
+        look = LabelTable("", f"zip {name}", self, name, Columns(), lambda line: None, command="")
+        return replace(look, fallback=self._encoding).rows()
 
     def list_files_in(self, folder: str) -> list[str]:
         """Return the names of the files in a folder, whose path has a `/` at its end."""

@@ -4,6 +4,7 @@ Exactly the listed version of an image is read (version id, else ETag); with the
 """
 
 import io
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from visionloop.errors import ImageError, SettingsError, SourceError, StoreError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
 from visionloop.ingest.paths.listing import ImageFolder, ListedFile, choose_images, is_image_name
 from visionloop.ingest.sources.folder import Files, read_by_place
-from visionloop.ingest.tables.join import LabelTable, read_shelf_table
+from visionloop.ingest.tables.join import read_shelf_table
+from visionloop.ingest.tables.label_table import LabelTable
 from visionloop.ingest.tables.rows import guess_table_kind
 from visionloop.params import BucketSource
 from visionloop.records import Rejected
@@ -58,6 +60,9 @@ def _read_by_table(
             name=name,
             columns=source.columns,
             tell=context.tell,
+            several=context.several,
+            encoding=source.encoding,
+            command=f"visionloop ingest {source.path} --table {shlex.quote(name)}",
             images=(shelf, folder) if folder and has_images else None,
         )
     )

@@ -5,6 +5,7 @@ too: 1,797 grey images of 8 x 8 pixels, 10 classes (E. Alpaydin and C. Kaynak, U
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext, make_file_reader
 from visionloop.ingest.paths.layout import place_all
 from visionloop.ingest.paths.listing import ListedFile, list_images
 from visionloop.ingest.paths.names import escape_name, is_passed, is_small_copies
 from visionloop.ingest.sources.reading import Place, explain_no_image, find_split_tables, read_split_tables, tell_unread
-from visionloop.ingest.tables.join import FolderShelf
-from visionloop.params import DigitsSource, FolderSource
+from visionloop.ingest.tables.label_table import FolderShelf
+from visionloop.params import Columns, DigitsSource, FolderSource
 from visionloop.records import Rejected
 
 Read = Callable[[int], bytes]
@@ -89,12 +91,24 @@ def read_folder(source: FolderSource, context: SourceContext) -> Iterator[Item |
     if line := passed.describe_links():
         context.tell(f"{where}: {line}")
     if not images:
-        raise explain_no_image(where, list_names(""), passed)
+        raise explain_no_image(where, list_names(""), passed, str(folder))
     if not source.pattern and (tables := find_split_tables(paths, list_names)):
-        place = Place(source.name, where, lambda inside: FolderShelf(folder / inside), list_names)
+        place = Place(
+            source=source.name,
+            where=where,
+            enter=lambda inside: FolderShelf(folder / inside),
+            list_names=list_names,
+            columns=source.columns,
+            command=f"visionloop ingest {shlex.quote(str(folder))}",
+            encoding=source.encoding,
+        )
         yield from read_split_tables(tables, place, context)
         yield passed
         return
+    if source.columns != Columns() or source.encoding:
+        found = "columns or an encoding are named, but labels are those of the paths"
+        todo = "Give the path of the table, or leave them out."
+        raise SourceError(where, found, "a table in each split folder", todo)
     tell_unread(list_names(""), where, context.tell)
     files = Files(source.name, where, images, passed, lambda found: make_file_reader(found.path))
     yield from read_by_place(files, context, pattern=source.pattern, unlabelled=source.unlabelled)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,12 +13,14 @@ from visionloop.ingest.paths.names import is_image_name, is_passed, is_system_fo
 from visionloop.ingest.sources.reading import (
     EXPORT_LIST,
     OTHER_ARCHIVES,
+    explain_shards,
     find_split_tables,
     is_read_by_table,
+    is_shard,
 )
 from visionloop.ingest.tables.choose import ALL_TABLES, list_tables
 from visionloop.ingest.tables.files import FOREIGN_TABLES
-from visionloop.ingest.tables.join import FolderShelf, LabelTable
+from visionloop.ingest.tables.label_table import FolderShelf, LabelTable
 from visionloop.ingest.tables.rows import Row, guess_table_kind
 from visionloop.params import Columns, Source, make_params
 
@@ -29,10 +32,18 @@ DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "
 KINDS = "a folder, a table, a .zip, a video, a URL (s3, http, https, rtsp) or module:function"
 
 
-def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False, table: str | None = None) -> Source:
+def guess_source(
+    text: str,
+    name: str | None = None,
+    *,
+    by_pattern: bool = False,
+    table: str | None = None,
+    encoding: str | None = None,
+) -> Source:
     """Return the source that a path, a URL or `module:function` means. `name`: of the source; default: its last word.
 
     `by_pattern`: a folder is read by its paths, whatever tables lie in it. `table`: it is read by this table in it.
+    `encoding`: that of tables in it.
 
     Raises:
         SourceError: nothing is there, no kind fits, or the source needs more settings than a path.
@@ -46,7 +57,7 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
     if path.is_dir() and table:
         return _make("table", "path", str(path if table == ALL_TABLES else path / table), name, path.name)
     if path.is_dir():
-        kind, place = _guess_folder(path, by_pattern=by_pattern)
+        kind, place = _guess_folder(path, encoding, by_pattern=by_pattern)
         return _make(kind, "path", str(place), name, path.name)
     if path.is_char_device():
         return _make("video", "path", str(path), name, path.name)
@@ -59,6 +70,9 @@ def guess_source(text: str, name: str | None = None, *, by_pattern: bool = False
     kind = "table" if guess_table_kind(path.name) else "archive" if suffix == ".zip" else "video"
     if kind == "video" and suffix not in VIDEO_SUFFIXES:
         todo = "Unpack it, or make a zip of it." if suffix in OTHER_ARCHIVES else "Give another path."
+        if is_shard(path.name):
+            is_export = (path.parent / EXPORT_LIST).is_file()
+            todo = explain_shards([path.name], str(path.parent), is_export=is_export)
         raise SourceError(f"source {path}", f"is a file that ends in {suffix or path.name[-20:]!r}", KINDS, todo)
     return _make(kind, "path", str(path), name, path.stem)
 
@@ -84,7 +98,7 @@ def _guess_url(text: str, name: str | None) -> Source:
     raise SourceError(f"source {scheme[:30]}://{host[:80]}", "has an unknown scheme", KINDS, "Check it.")
 
 
-def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
+def _guess_folder(path: Path, encoding: str | None, *, by_pattern: bool) -> tuple[str, Path]:
     """Return the kind of source that fits what a folder holds, and the folder or the table that is meant.
 
     Raises:
@@ -94,12 +108,14 @@ def _guess_folder(path: Path, *, by_pattern: bool) -> tuple[str, Path]:
     if by_pattern:
         return ("video" if num_videos and not paths else "folder"), path
     top, files = path, _list_names(path)
-    if not files and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
+    is_bare = not files or not (paths or list_tables(files))  # a clone from Hugging Face has a README.md above `data/`
+    if is_bare and len(folders := _list_folders(path)) == 1 and list_tables(_list_names(path / folders[0])):
         top, files = path / folders[0], _list_names(path / folders[0])
     below = len(top.relative_to(path).as_posix()) + 1 if top != path else 0
 
     def read(name: str) -> Iterator[Row]:
-        return LabelTable("", f"source {top}", FolderShelf(top), name, Columns(), lambda line: None).rows()
+        look = LabelTable("", f"source {top}", FolderShelf(top), name, Columns(), lambda line: None, command="")
+        return replace(look, encoding=encoding).rows()
 
     if EXPORT_LIST in files or find_split_tables(paths, lambda inside: _list_names(path / inside)):
         return "folder", path

@@ -21,6 +21,7 @@ from visionloop.ingest.tables.cells import get_cell
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
+    Reading,
     Row,
     RowImage,
     RowPlan,
@@ -269,7 +270,9 @@ def read_http(source: HttpSource, context: SourceContext) -> Iterator[Item | Rej
             secrets=secrets,
         )
         pages = Listing(source, address.url, fetcher, where, tell).walk()
-        yield from _read_pages(source, pages, fetcher, where, tell, asks_for_stamps=context.cursor is not None)
+        yield from _read_pages(
+            source, pages, fetcher, where, tell, several=context.several, asks_for_stamps=context.cursor is not None
+        )
     except SourceError as exc:
         raise SourceError(*(mask(part, secrets) for part in (exc.where, exc.found, exc.expected, exc.todo))) from None
     yield Cursor(source.name, PULLED_BEFORE)
@@ -282,11 +285,12 @@ def _read_pages(
     where: str,
     tell: Callable[[str], None],
     *,
+    several: bool,
     asks_for_stamps: bool,
 ) -> Iterator[Item | Rejected]:
     first = next((page for page in pages if page.rows), None)
     sample = first.rows[:SAMPLE_ROWS] if first else []
-    plan = plan_columns(source.columns, sample, where, tell, own=[find_stamp_column(sample)])
+    plan = plan_columns(source.columns, sample, where, tell, Reading(several, own=[find_stamp_column(sample)]))
     stamp_column = find_stamp_column(sample)
     if stamp_column:
         tell(f"{where}: an image counts as unchanged while its {stamp_column} does")

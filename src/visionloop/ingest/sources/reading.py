@@ -4,6 +4,7 @@ A table in each split folder: Roboflow's `train/_classes.csv`, Hugging Face's `t
 `visionloop datasets export` wrote. Each is read by itself; its folder gives the side.
 """
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,10 @@ from visionloop.ingest.paths.layout import count_classes, find_unlabelled, settl
 from visionloop.ingest.paths.names import escape_name, find_side, is_image_name
 from visionloop.ingest.paths.tree import find_flat_splits
 from visionloop.ingest.tables.choose import ALL_TABLES, choose_table, choose_tables, find_side_tables, list_tables
-from visionloop.ingest.tables.join import LabelTable, Shelf, read_shelf_table
+from visionloop.ingest.tables.files import FOREIGN_TABLES
+from visionloop.ingest.tables.join import read_shelf_table
+from visionloop.ingest.tables.label_cells import AS_WRITTEN
+from visionloop.ingest.tables.label_table import LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row
 from visionloop.params import Columns
 from visionloop.records import Rejected
@@ -27,7 +31,15 @@ SAMPLE = 100
 OTHER_ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 EXPORT_LIST, EXPORT_TABLE = "images.csv", "metadata.jsonl"
-EXPORT_COLUMNS = Columns(image="file_name", label="labels", side="side", group="group", time="captured_at")
+EXPORT_COLUMNS = Columns(
+    image="file_name",
+    label="labels",
+    side="side",
+    group="group",
+    time="captured_at",
+    separator=AS_WRITTEN,
+    no_label=("",),
+)
 
 
 class SplitTable(NamedTuple):
@@ -36,17 +48,24 @@ class SplitTable(NamedTuple):
     folder: str
     side: str | None
     table: str
-    columns: Columns = Columns()
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it."""
+    """A source's place: `enter` returns what lies below a folder, `list_names` the names of the files in it.
+
+    `columns` are those of its tables, `encoding` that of tables that are not UTF-8, `command` names it on the command
+    line.
+    """
 
     source: str
     where: str
     enter: Callable[[str], Shelf]
     list_names: Callable[[str], Sequence[str]]
+    columns: Columns
+    command: str
+    encoding: str | None
 
 
 def find_split_tables(paths: Sequence[str], list_names: Callable[[str], Sequence[str]]) -> list[SplitTable]:
@@ -87,7 +106,17 @@ def read_split_tables(tables: Sequence[SplitTable], place: Place, context: Sourc
         is_export = one.columns is EXPORT_COLUMNS
         name = one.table if is_export else choose_table(place.list_names(one.folder), f"{where} {one.folder}", tell)
         tell(f"{where}: the labels of {one.folder} are those of {one.folder}{name}")
-        table = LabelTable(place.source, f"{where} {one.folder}{name}", shelf, name, one.columns, tell)
+        table = LabelTable(
+            place.source,
+            f"{where} {one.folder}{name}",
+            shelf,
+            name,
+            one.columns or place.columns,
+            tell,
+            several=context.several,
+            command=place.command,
+            fallback=place.encoding,
+        )
         for found in read_shelf_table(table):
             if isinstance(found, PassedOver):
                 continue  # counted for the whole place
@@ -198,18 +227,57 @@ def tell_unread(names: Sequence[str], where: str, tell: Callable[[str], None]) -
         tell(f"{where}: labels are those of the paths; not read: {shorten(tables)} (to read it, name it as a table)")
 
 
-def explain_no_image(where: str, names: Sequence[str], passed: PassedOver) -> SourceError:
-    """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files."""
+def is_shard(name: str) -> bool:
+    """Say whether a file's name is one of a WebDataset shard: `train-000000.tar`."""
+    return re.search(r"\d\.tar$", name.lower()) is not None
+
+
+def explain_shards(shards: Sequence[str], place: str, *, is_export: bool) -> str:
+    """Return the commands that unpack WebDataset shards in the folder `place`, and take the images in.
+
+    Each is unpacked into a folder of its own: shards may use the same keys. `is_export`: visionloop wrote them.
+    """
+    inside, several = shlex.quote(place), len(shards) > 1
+    table, name = "images.csv", "*.tar" if several else shlex.quote(shards[0])
+    make = "cp ../images.csv ."
+    if not is_export:
+        table = "labels.csv"
+        read = 'echo "${f%.cls},$(cat "$f")"'
+        make = f"(echo id,label; find . -name '*.cls' | while read -r f; do {read}; done) > labels.csv"
+    unpack = 'mkdir -p "unpacked/$f" && tar -xf "$f" -C "unpacked/$f"'
+    more = "" if is_export else " Where labels are in .json files, write that CSV of id and label from them."
+    return (
+        f"{shorten(shards)} {'look like WebDataset shards' if several else 'looks like a WebDataset shard'}."
+        f" Say `(cd {inside} && for f in {name}; do {unpack}; done && cd unpacked && {make})`, then `visionloop ingest"
+        f" {shlex.quote(f'{place}/unpacked/{table}')}{' --no-label ' + repr('') if is_export else ''}`.{more}"
+    )
+
+
+def explain_no_image(where: str, names: Sequence[str], passed: PassedOver, place: str = "") -> SourceError:
+    """Return the error for a place without an image: what lies there, and what to do with it. `names`: of its files.
+
+    `place` is the path of the folder; "": it is no folder.
+    """
     todo = "Check the path."
     lone = sorted(name for name in names if "/" not in name)
     zips = [name for name in lone if name.lower().endswith(".zip")]
     packed = [name for name in lone if name.lower().endswith(OTHER_ARCHIVES)]
     sheets = [name for name in lone if name.lower().endswith(SHEETS)]
-    if zips:
+    if not names and not passed.files and {name for _, name in passed.folders} == {"__MACOSX"}:
+        todo = "__MACOSX holds only what macOS writes beside files: make the zip again, of the folder with the images."
+    elif zips:
         todo = f"Take the zip itself: give the path of {shorten(zips)}; a zip inside a zip has to be unpacked first."
+    elif shards := [name for name in packed if is_shard(name)]:
+        todo = explain_shards(shards, place or "FOLDER", is_export=EXPORT_LIST in lone)
+        todo = todo if place else f"Unpack the zip first, into FOLDER. {todo}"
     elif packed:
         todo = f"Unpack {shorten(packed)}, or make a zip of it."
     elif sheets:
         todo = f"Save {shorten(sheets)} as CSV, beside the images."
+    elif foreign := [
+        (name, FOREIGN_TABLES[suffix]) for name in lone if (suffix := name[name.rfind(".") :].lower()) in FOREIGN_TABLES
+    ]:
+        name, (what, answer) = foreign[0]
+        todo = f"{escape_name(name)} is {what}. {answer}"
     kinds = passed.describe()
     return SourceError(where, f"no image in any class folder; it holds {kinds or 'no file'}", "CLASS/IMAGE.jpg", todo)

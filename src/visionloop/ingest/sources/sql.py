@@ -27,6 +27,7 @@ from visionloop.ingest.paths.listing import ImageFolder, escape_name
 from visionloop.ingest.tables.cells import Row, to_text
 from visionloop.ingest.tables.rows import (
     SAMPLE_ROWS,
+    Reading,
     RowImage,
     RowPlan,
     find_stamp_column,
@@ -64,7 +65,11 @@ class CursorState:
 
 def compute_query_digest(source: SqlSource) -> str:
     """Return the digest of the settings that decide which rows a source asks for and what they mean."""
-    return compute_digest(source.model_dump(mode="json", include={"query", "columns", "cursor", "images"}))
+    asked = source.model_dump(mode="json", include={"query", "columns", "cursor", "images"})
+    for key in ("no_label", "sides"):  # so that cursors of versions without these keys go on
+        if asked["columns"][key] is None:
+            del asked["columns"][key]
+    return compute_digest(asked)
 
 
 def write_progress(progress: CursorState, digest: str, where: str) -> str:
@@ -172,10 +177,11 @@ class _Pull:
         found = [name for name in (plain[0] if plain else {}) if name.lower() in KEY_NAMES]
         keys = sorted(found, key=lambda name: KEY_NAMES.index(name.lower()))[:1]
         own = [*keys, self.stamp, self.source.cursor]
+        reading = Reading(self.context.several, own=own)
         plan = (
             progress.plan
             if progress
-            else plan_columns(self.source.columns, plain, self.where, self.context.tell, own=own)
+            else plan_columns(self.source.columns, plain, self.where, self.context.tell, reading)
         )
         names = {name.lower(): name for name in (plain[0] if plain else {}) if name not in {plan.image, *plan.labels}}
         self.key = next((names[name] for name in KEY_NAMES if name in names), None)

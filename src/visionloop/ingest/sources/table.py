@@ -3,13 +3,15 @@
 Rows and images that have no counterpart are listed, not fatal. Folders beside the table without labels come last.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, PassedOver, SourceContext
-from visionloop.ingest.tables.choose import choose_tables
-from visionloop.ingest.tables.join import FolderShelf, LabelTable, Shelf, read_shelf_table
+from visionloop.ingest.tables.choose import ALL_TABLES, choose_tables
+from visionloop.ingest.tables.join import read_shelf_table
+from visionloop.ingest.tables.label_table import FolderShelf, LabelTable, Shelf
 from visionloop.ingest.tables.rows import Row, make_url_finder
 from visionloop.params import TableSource
 from visionloop.records import Rejected
@@ -33,6 +35,9 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         where = f"source {source.name} {path}"
     elif not path.is_file():
         raise SourceError(where, "is no regular file" if path.exists() else "does not exist", "a table", "Check it.")
+    command = f"visionloop ingest {shlex.quote(str(path))}"
+    if len(names) > 1:
+        command = f"visionloop ingest {shlex.quote(str(path.parent))} --table {shlex.quote(ALL_TABLES)}"
     shelf = FolderShelf(path.parent)
     images: tuple[Shelf, str] | None = None
     if source.images is not None:
@@ -50,6 +55,8 @@ def read_table(source: TableSource, context: SourceContext) -> Iterator[Item | R
         encoding=source.encoding,
         parts=names if len(names) > 1 else (),
         is_all=is_folder,
+        several=context.several,
+        command=command,
         find_url=make_url_finder(source.hosts, context) if source.hosts else None,
     )
     yield from read_shelf_table(table)
@@ -61,7 +68,8 @@ def _choose(source: TableSource, folder: Path, where: str, context: SourceContex
 
     def read(name: str) -> Iterator[Row]:
         columns, encoding = source.columns, source.encoding
-        return LabelTable(source.name, where, shelf, name, columns, lambda line: None, encoding=encoding).rows()
+        look = LabelTable(source.name, where, shelf, name, columns, lambda line: None, encoding=encoding, command="")
+        return look.rows()
 
     names = [child.name for child in folder.iterdir() if child.is_file()]
     return choose_tables(names, where, context.tell, read, source.columns)

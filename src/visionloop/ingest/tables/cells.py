@@ -13,6 +13,13 @@ from visionloop.errors import ImageError
 Row = Mapping[str, Any]
 
 ON_OFF = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
+# What programs and people write into a cell that says nothing, in lower case (the words are those of pandas, too).
+NOTHING = frozenset(
+    (
+        *("", "nan", "none", "null", "na", "n/a", "-", "--", "\u2013", "\u2014", "n.a.", "<na>", "nil", "(null)"),
+        *("#n/a", "#na", "#n/a n/a", "-nan", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "<null>", "(none)", "<none>"),
+    )
+)
 CHOICES = "choices"  # the key of several answers, as Label Studio writes them into one cell
 WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 PYTHON_LIST = re.compile(r"\[\s*'[^']*'(?:\s*,\s*'[^']*')*\s*\]")

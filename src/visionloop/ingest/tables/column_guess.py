@@ -1,14 +1,17 @@
 """Guess what the columns of a table mean, from their names and from a sample of their values. Pure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.paths.listing import find_side, is_image_name
 from visionloop.ingest.tables.cells import CHOICES, ON_OFF, Row, get_cell, is_on, parse_time, to_text
 from visionloop.ingest.tables.split_columns import (
+    NUMBERED,
+    SIDES,
     are_flags,
     find_flag_side,
+    find_numbers,
     find_unknown,
     is_split_name,
 )
@@ -31,7 +34,6 @@ GROUP_NAMES = (
     *("session_id", "sequence", "sequence_id", "seq_id", "camera", "camera_id", "lesion_id"),
 )
 TIME_NAMES = ("captured_at", "taken_at", "time", "timestamp", "datetime", "date", "created_at", "date_taken")
-SEPARATORS = ("|", ";")
 NO_CLASSES = ("unlabeled", "unlabelled")  # Roboflow's one-hot column of images without a label
 SECONDS_FROM = 1e8
 
@@ -39,9 +41,23 @@ SECONDS_FROM = 1e8
 class ColumnGuess:
     """The columns of a sample of rows: which have a meaning already, and what the others may mean."""
 
-    def __init__(self, rows: Sequence[Row], where: str, named: Mapping[str, str]) -> None:
-        """Take the columns that params name (column -> key of `columns`). Raises SourceError when one is missing."""
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        where: str,
+        named: Mapping[str, str],
+        read_all: Callable[[], Iterable[Row]] | None = None,
+        command: str = "visionloop ingest TABLE",
+    ) -> None:
+        """Take the columns that params name (column -> key of `columns`). `read_all` gives more rows than the sample.
+
+        Raises:
+            SourceError: a named column is missing.
+        """
         self._rows, self._where, self._taken = rows, where, set(named)
+        self._read_all, self._command = read_all or (lambda: rows), command
+        self.numbers: tuple[str, ...] = ()  # the sides that 0, 1, 2 mean in the split column
+        self.asks_numbers = True
         self.notes: list[str] = []  # why a column was not used for what its name says
         self._columns = list(dict.fromkeys(name for row in rows for name in _list_columns(row)))
         if any(map(_is_image, self._columns)):
@@ -79,10 +95,12 @@ class ColumnGuess:
 
         A column is one by its name and the words of most rows, or by its values alone: train and another side.
         """
-        named = [name for name in self._free() if is_split_name(_plain_name(name))]
+        named = [name for name in self._free() if is_split_name(_plain_name(name)) or _plain_name(name) in NUMBERED]
         for name in named:
             unknown, known = find_unknown(values := self._values(name))
             if known and known * 2 >= len(values):
+                return self._take_split(name)
+            if values and self._find_numbers(name):
                 return self._take_split(name)
             if values:
                 shown = shorten([ascii(word) for word in unknown])
@@ -97,9 +115,36 @@ class ColumnGuess:
                 return self._take_split(name)
         return ()
 
+    def _find_numbers(self, name: str) -> bool:
+        """Say whether the numbers of a split column mean sides. Raises SourceError when it is not clear."""
+        if not all(isinstance(v, str | int | float) and to_text(v) in ("0", "1", "2") for v in self._values(name)):
+            return False
+        if not self.asks_numbers:
+            return bool(self.numbers)
+        cells = (get_cell(row, name) for row in self._read_all())
+        values = {cell for cell in cells if isinstance(cell, str | int | float) and to_text(cell)}
+        try:
+            self.numbers = find_numbers(_plain_name(name), values)
+        except LookupError as exc:
+            shown = sorted(map(to_text, values))
+            answers = (
+                ("train,test", "test,train") if len(shown) == len(SIDES) - 1 else ("train,val,test", "train,test,val")
+            )
+            raise SourceError(
+                self._where,
+                f"column {name} holds {', '.join(shown)}, which may be sides or no split",
+                "what they mean",
+                f"Say `{self._command} --sides {answers[0]}` or `{self._command} --sides {answers[1]}` for the sides of"
+                f" {', '.join(shown)}, or `{self._command} --sides none` not to use it (in params.yaml: `columns:"
+                " {sides: [...]}`).",
+            ) from exc
+        return bool(self.numbers)
+
     def check_split(self, name: str) -> tuple[str, ...]:
         """Return the split column that params name. Raises SourceError when no value of it names a side."""
         values = self._values(name)
+        if self._find_numbers(name):
+            return (name,)
         if values and not (find_flag_side(_plain_name(name)) and are_flags(values)) and not find_unknown(values)[1]:
             found = f"column {name!r} holds {shorten([*{ascii(value)[:40] for value in values}])}"
             todo = "Write these words into the table, or leave columns.side out."
@@ -150,22 +195,17 @@ class ColumnGuess:
             raise self.refuse("label", "the label")
         return tuple(flat)
 
-    def find_separator(self, name: str) -> str | None:
-        """Return what divides several labels in one cell; a space, if nearly all words between are labels alone too."""
-        texts = [value for value in self._values(name) if isinstance(value, str)]
-        if mark := next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None):
-            return mark
-        alone = {text.strip() for text in texts}
-        words = [word for text in texts if len(text.split()) > 1 for word in text.split()]
-        divided = _plain_name(name) in SEVERAL_NAMES and sum(word in alone for word in words) > 0.8 * len(words)
-        return " " if words and divided else None
-
     def _by_name(self, names: Sequence[str]) -> list[str]:
         """The free columns that have one of these names (of a dotted one, its last part), in this order."""
         free = self._free()
         places = {name: index for index, name in enumerate(names)}
         found = [(places[plain], name) for name in free if (plain := _plain_name(name)) in places]
         return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+
+
+def is_list_name(name: str) -> bool:
+    """Say whether a column is called like one that holds several labels in a cell."""
+    return _plain_name(name) in SEVERAL_NAMES
 
 
 def _plain_name(name: str) -> str:

@@ -4,30 +4,30 @@ A row is a dict. A line that cannot be a row (too few cells, half a JSON object)
 `{BAD_ROW: reason}`. An error of the whole file is a SourceError.
 """
 
-import codecs
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from visionloop.errors import SourceError, describe_first_line, shorten
 from visionloop.ingest.paths.names import IMAGE_SUFFIXES
 from visionloop.ingest.tables.json_shapes import find_rows, name_kind
+from visionloop.ingest.tables.text_lines import decode_lines, settle_encoding
 
 TableKind = Literal["csv", "parquet", "json", "jsonl", "list"]
 
 BAD_ROW = "\0bad row"
-MAX_LINE = 16 << 20
 MAX_LIST_LINE = 10_000
 MAX_JSON_BYTES = 256 << 20
 MAX_COLUMNS = 10_000
 MAX_ROWS = 50_000_000
 BATCH_BYTES = 32 << 20
 DELIMITERS = ",;\t|"
+TEXT_KINDS = ("csv", "json", "jsonl", "list")
 SUFFIXES: dict[str, TableKind] = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -39,24 +39,35 @@ SUFFIXES: dict[str, TableKind] = {
 }
 # What people keep labels in that is read by nothing here, and what to do.
 FOREIGN_TABLES = {
+    ".pdf": ("a PDF", "Take the images out (`pdfimages -all FILE.pdf images/`), and sort them into class folders."),
     **dict.fromkeys(
         (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
         ("a spreadsheet", "In Excel: File > Save As > CSV UTF-8; then give that file."),
     ),
     **dict.fromkeys(
-        (".pkl", ".pickle", ".npy", ".npz", ".pt", ".mat", ".h5", ".hdf5", ".feather", ".arrow", ".tfrecord", ".rds"),
+        (
+            ".pkl",
+            ".pickle",
+            ".npy",
+            ".npz",
+            ".pt",
+            ".mat",
+            ".h5",
+            ".hdf5",
+            ".feather",
+            ".arrow",
+            ".tfrecord",
+            ".rds",
+            ".lmdb",
+            ".pth",
+        ),
         ("data of a program, which may run code or holds no names", "Save it as CSV: a column file, a column label."),
     ),
     **dict.fromkeys(
-        (".xml", ".yaml", ".yml", ".sqlite", ".db"),
+        (".xml", ".yaml", ".yml", ".sqlite", ".sqlite3", ".db", ".mdb"),
         ("not a table we read", "Save it as CSV: a column file, a column label. For a database use a source `sql`."),
     ),
 }
-# Western text has up to three accented letters or signs like these side by side; anything else is another writing.
-FEW_WESTERN = re.compile(
-    r"(?:[^\W\d_]|[\u2018-\u201e\u2013\u2014\u2026\u20ac\u00ab\u00bb\u00a0\u00ba\u00aa\u00b0]){1,3}"
-)
-HIGH_BYTES = re.compile(r"[^\x00-\x7f]{2,}")
 SEP_LINE = re.compile(r'^"?sep=(.)"?\s*$', re.IGNORECASE)
 _SUFFIX = rf"\.(?:{'|'.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))})"
 LIST_LINE = re.compile(rf"^(?P<file>.*?{_SUFFIX})(?:(?:\s*[,;]\s*|\s+)(?P<label>.*\S))?\s*$", re.IGNORECASE)
@@ -88,96 +99,20 @@ def read_rows(
         except OSError as exc:
             raise SourceError(where, f"cannot be read ({exc.strerror})", "a table", "Check the path.") from exc
         return
-    text = partial(_decode_lines, data, where, tell, encoding)
+    if encoding is None and kind in TEXT_KINDS and data.seekable():
+        encoding = settle_encoding(data, where, tell)
+        data.seek(0)
+    text = partial(decode_lines, data, where, tell, encoding)
     rows: Iterator[dict[str, Any]]
     if kind == "parquet":
         rows = _read_parquet(data, where)
     elif kind == "json":
-        rows = _read_json(data, where, tell)
+        rows = _read_json(data, where, tell, encoding)
     else:
         rows = {"csv": _read_csv, "jsonl": _read_jsonl, "list": _read_list}[kind](text(), where)
-    for number, row in enumerate(rows):
-        if number >= MAX_ROWS:
-            raise SourceError(where, f"has more than {MAX_ROWS:,} rows", "fewer", "Divide it into several sources.")
-        yield row
-
-
-def _decode_lines(stream: BinaryIO, where: str, tell: Callable[[str], None], encoding: str | None) -> Iterator[str]:
-    """Yield lines of text with their ends: in `encoding`; else UTF-8, UTF-16 if a mark says so, else Windows-1252,
-    which is told. Raises SourceError.
-    """
-    start = stream.read(4)
-    if encoding or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        yield from _decode_blocks(start, stream, where, encoding)
-        return
-    start = start.removeprefix(codecs.BOM_UTF8)
-    encoding, plain = "utf-8", True
-    for number, line in enumerate(_split_lines(start, stream, where), start=1):
-        try:
-            text = line.decode(encoding)
-        except UnicodeDecodeError as exc:
-            if encoding == "utf-8" and not plain:
-                raise SourceError(
-                    f"{where} line {number}", "is not UTF-8, the lines before are", "UTF-8", "Save it as UTF-8."
-                ) from exc
-            text, encoding = _decode_western(line, f"{where} line {number}", exc), "cp1252"
-            shown = " ".join(text.split())[:60]
-            tell(
-                f"{where}: not UTF-8 from line {number} on, so taken as Windows-1252, as in {shown!r};"
-                " save it as UTF-8 or name its `encoding` to be sure"
-            )
-        plain = plain and line.isascii()
-        if "\0" in text:
-            todo = "Save it as UTF-8, or name the source's `encoding`, as utf-16-le."
-            raise SourceError(f"{where} line {number}", "holds a NUL byte", "text in UTF-8", todo)
-        yield text
-
-
-def _decode_western(line: bytes, where: str, cause: UnicodeDecodeError) -> str:
-    """Return a line that is not UTF-8 as Windows-1252. Raises SourceError when it is in another writing."""
-    try:
-        text = line.decode("cp1252")
-        if all(FEW_WESTERN.fullmatch(run) for run in HIGH_BYTES.findall(text)):
-            return text
-    except UnicodeDecodeError:
-        pass
-    expected = "its `encoding`, such as shift_jis, gbk or cp1251"
-    todo = "Save it as UTF-8, or name the encoding in a source of kind table."
-    raise SourceError(where, "is neither UTF-8 nor Windows-1252", expected, todo) from cause
-
-
-def _split_lines(start: bytes, stream: BinaryIO, where: str) -> Iterator[bytes]:
-    """Yield lines of at most MAX_LINE bytes; `start` was read from the stream before. Raises SourceError."""
-    *whole, rest = start.splitlines(keepends=True) or [b""]
-    yield from whole
-    if rest.endswith(b"\n"):
-        yield rest
-        rest = b""
-    while line := rest + stream.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise SourceError(where, f"has a line of more than {MAX_LINE >> 20} MiB", "one row a line", "Divide it.")
-        yield line
-        rest = b""
-
-
-def _decode_blocks(start: bytes, stream: BinaryIO, where: str, encoding: str | None) -> Iterator[str]:
-    """Yield lines in a named encoding, or in the UTF-16 that `start` marks. Raises SourceError."""
-    decoder = codecs.getincrementaldecoder(encoding or "utf-16")()
-    rest = ""
-    try:
-        for block in chain([start], iter(lambda: stream.read(1 << 16), b"")):
-            *lines, rest = (rest + decoder.decode(block)).removeprefix("\ufeff").split("\n")
-            yield from (f"{line}\n" for line in lines)
-            if len(rest) > MAX_LINE:
-                raise SourceError(
-                    where, f"has a line of more than {MAX_LINE >> 20} MiB", "one row a line", "Divide it."
-                )
-        rest += decoder.decode(b"", final=True)
-    except UnicodeDecodeError as exc:
-        found = f"is not {encoding}, its `encoding`" if encoding else "is not the UTF-16 that its mark says"
-        raise SourceError(where, found, "UTF-8", "Save it as UTF-8.") from exc
-    if rest:
-        yield rest
+    yield from islice(rows, MAX_ROWS)
+    if next(rows, None) is not None:
+        raise SourceError(where, f"has more than {MAX_ROWS:,} rows", "fewer", "Divide it into several sources.")
 
 
 def _read_csv(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
@@ -191,13 +126,14 @@ def _read_csv(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = _check_header(next(rows), where)
+        width = len(header)
         for cells in rows:
             if not any(cells):
                 continue
-            if len(cells) != len(header):
-                yield {BAD_ROW: f"line {rows.line_num} has {len(cells)} cells; expected {len(header)}"}
+            if len(cells) == width:
+                yield dict(zip(header, cells))  # noqa: B905  (this is done a million times)
             else:
-                yield dict(zip(header, cells, strict=True))
+                yield {BAD_ROW: f"line {rows.line_num} has {len(cells)} cells; expected {width}"}
     except csv.Error as exc:
         raise SourceError(
             f"{where} line {rows.line_num}",
@@ -217,6 +153,9 @@ def _check_header(cells: list[str], where: str) -> list[str]:
     """Return the names of the columns; one without a name is called by its place. Raises SourceError."""
     if len(cells) > MAX_COLUMNS:
         raise SourceError(where, f"has {len(cells):,} columns", f"at most {MAX_COLUMNS:,}", "Check the delimiter.")
+    if {"region_attributes", "file_attributes"} <= {*cells}:
+        found = "is a CSV of VIA (VGG Image Annotator), which has a row for each region"
+        raise SourceError(where, found, "one row for each image", "In VIA: Annotation > Export Annotations (as json).")
     header = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, start=1)]
     if twice := sorted(
         {name[:80] for name in header if header.count(name) > 1} if len(set(header)) < len(header) else ()
@@ -269,14 +208,17 @@ def _read_jsonl(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _read_json(stream: BinaryIO, where: str, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _read_json(
+    stream: BinaryIO, where: str, tell: Callable[[str], None], encoding: str | None
+) -> Iterator[dict[str, Any]]:
     data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise SourceError(
             where, f"is larger than {MAX_JSON_BYTES >> 20} MiB", "a smaller file", "Save it as JSON lines or Parquet."
         )
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        text = data if encoding in (None, "utf-8", "utf-16") else data.decode(encoding or "utf-8")
+        value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as exc:
         raise SourceError(where, f"is not JSON ({_describe(exc)})", "a list of objects", "Check the file.") from exc
     for number, row in enumerate(find_rows(value, where, tell), start=1):

@@ -4,16 +4,14 @@ Rows and images that have no counterpart are listed, not fatal. Folders without 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO, Protocol
 
 from visionloop.errors import ImageError, SourceError, shorten
-from visionloop.ingest.item import Item, PassedOver, make_file_reader
+from visionloop.ingest.item import Item, PassedOver
 from visionloop.ingest.paths.layout import settle_sides
 from visionloop.ingest.paths.listing import (
     IMAGE_FOLDERS,
@@ -24,134 +22,22 @@ from visionloop.ingest.paths.listing import (
     find_side,
     is_image_name,
     is_spelled_so,
-    list_images,
 )
 from visionloop.ingest.paths.names import get_suffix, is_system_folder
-from visionloop.ingest.tables.choose import find_table_side
+from visionloop.ingest.tables.label_table import LabelTable, Shelf, make_reading
 from visionloop.ingest.tables.rows import (
     BAD_ROW,
     SAMPLE_ROWS,
     Row,
     RowImage,
     RowPlan,
-    TableKind,
     give_bytes,
-    guess_table_kind,
     is_url,
+    list_sides,
     make_item,
     plan_columns,
-    read_rows,
 )
-from visionloop.params import Columns
 from visionloop.records import Rejected
-
-
-class Shelf(Protocol):
-    """Files below one place. A `folder` is "" for the place itself, or the path of a folder in it."""
-
-    def list_folders(self) -> list[str]:
-        """Return the names of the folders at the top, sorted."""
-
-    def open_table(self, name: str) -> BinaryIO | Path:
-        """Return the table of this name, to be read once."""
-
-    def index(self, folder: str) -> ImageFolder:
-        """Return the files below a folder. Raises SourceError."""
-
-    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        """Return the images below a folder, and how many other files there are. Raises SourceError."""
-
-    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        """Return the `read` of an item."""
-
-
-class FolderShelf:
-    """A folder of this machine. What lies in it is listed when it is asked for, once."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._indexes: dict[str, ImageFolder] = {}
-
-    def list_folders(self) -> list[str]:
-        return self._folders
-
-    @cached_property
-    def _folders(self) -> list[str]:
-        return sorted(child.name for child in self._root.iterdir() if child.is_dir() and child.name[0] != ".")
-
-    def open_table(self, name: str) -> BinaryIO | Path:
-        return self._root / name
-
-    def index(self, folder: str) -> ImageFolder:
-        if folder not in self._indexes:
-            self._indexes[folder] = self._cut_index(folder) or ImageFolder(self._root / folder)
-        return self._indexes[folder]
-
-    def _cut_index(self, folder: str) -> ImageFolder | None:
-        """Return what lies in a folder, out of what is listed already."""
-        if "" not in self._indexes or folder not in self._folders or (self._root / folder).is_symlink():
-            return None
-        inside = (one for path, one in self._indexes[""].files.items() if path.startswith(f"{folder}/"))
-        return ImageFolder.of_files(one._replace(relative=one.relative[len(folder) + 1 :]) for one in inside)
-
-    def list_images(self, folder: str) -> tuple[list[ListedFile], PassedOver]:
-        return list_images(self._root / folder, f"folder {self._root / folder}")
-
-    def make_reader(self, found: ListedFile) -> Callable[[int], bytes]:
-        return make_file_reader(found.path)
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """A table on a shelf: its name there and its settings. `images`: where the images lie, if params say so.
-
-    `is_all`: the whole shelf is the source, so that all of its files are accounted for, not only those where the images
-    are. `encoding`: that of the table, None: guessed. `parts` are all files of a table in parts, each of one split.
-    `find_url` returns the reader of a URL and its name for people; None: URLs are not allowed.
-    """
-
-    source: str
-    where: str
-    shelf: Shelf
-    name: str
-    columns: Columns
-    tell: Callable[[str], None]
-    images: tuple[Shelf, str] | None = None
-    unlabelled: tuple[str, ...] | None = None
-    encoding: str | None = None
-    parts: Sequence[str] = ()
-    is_all: bool = True
-    find_url: Callable[[str], RowImage] | None = None
-    told: set[str] = field(default_factory=set)
-
-    def rows(self) -> Iterator[Row]:
-        """Read the table from its start. Raises SourceError."""
-        return (row for _, row in self.placed_rows())
-
-    def placed_rows(self) -> Iterator[tuple[str, Row]]:
-        """Read the table from its start, each row with its place. Raises SourceError."""
-        for name in self.parts or (self.name,):
-            try:
-                data = self.shelf.open_table(name)
-                rows = read_rows(data, self.kind_of(name), self.where, self.tell_once, self.encoding)
-                for number, row in enumerate(rows, start=1):
-                    split = {"split": find_table_side(name)} if self.parts and BAD_ROW not in row else {}
-                    yield f"{name} row {number}", {**split, **row} if split else row
-            except ImageError as exc:  # a member of an archive that is damaged
-                raise SourceError(self.where, exc.found, exc.expected, exc.todo) from exc
-
-    def kind_of(self, name: str) -> TableKind:
-        kind = guess_table_kind(name)
-        if kind is None:
-            expected = ".csv, .tsv, .parquet, .json, .jsonl or .ndjson"
-            raise SourceError(self.where, "has the suffix of no table", expected, "Rename or convert it.")
-        return kind
-
-    def tell_once(self, line: str) -> None:
-        """Tell a guess once, although the table is read more than once."""
-        if line not in self.told:
-            self.told.add(line)
-            self.tell(line)
 
 
 def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver]:
@@ -161,7 +47,7 @@ def read_shelf_table(table: LabelTable) -> Iterator[Item | Rejected | PassedOver
         SourceError: the table cannot be read or understood, or none of its images is found.
     """
     sample = list(islice(table.rows(), SAMPLE_ROWS))
-    plan = plan_columns(table.columns, sample, table.where, table.tell_once)
+    plan = plan_columns(table.columns, sample, table.where, table.tell_once, make_reading(table))
     join = _Join(table, plan, *_find_images(table, plan, sample))
     yield from _join_rows(join)
     unlabelled = _choose_unlabelled(join)
@@ -200,7 +86,9 @@ def _list_rest(join: "_Join", unlabelled: Sequence[str]) -> Iterator[Rejected | 
 
 def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
     table, plan = join.table, join.plan
-    sides = _list_sides(table, plan) if plan.side or plan.flags else set()
+    sides = plan.sides or frozenset()
+    if plan.sides is None and (plan.side or plan.flags):
+        sides = list_sides(table.rows(), plan)
     settled = settle_sides(sides, lambda line: table.tell_once(f"{table.where}: {line}"))
     given = any(side == "test" for side, _ in settled.values())
     seen: set[int] = set()  # hashes of place and labels: a table of URLs has as many as rows
@@ -214,26 +102,18 @@ def _join_rows(join: "_Join") -> Iterator[Item | Rejected]:
             seen.add(offer)
             without += bool(plan.labels and not one.labels)
             side, test_is_given = settled.get(one.side or "", (None, given)) if one.labels else (None, False)
-            one = one._replace(side=side, test_is_given=test_is_given)
+            if (side, test_is_given) != (one.side, False):
+                one = one._replace(side=side, test_is_given=test_is_given)
         yield one
     if join.num_respelled:
-        found = f"rows that spell their image in another case: {join.num_respelled:,}, as {join.respelled}"
+        found = (
+            f"rows that spell their image otherwise (case, spaces, suffix): {join.num_respelled:,}, as {join.respelled}"
+        )
         table.tell_once(f"{table.where}: {found}")
     if repeated:
         table.tell_once(f"{table.where}: rows that repeat another one: {repeated:,}")
     if without:
         table.tell_once(f"{table.where}: rows without a label, for prediction only: {without:,}")
-
-
-def _list_sides(table: LabelTable, plan: RowPlan) -> set[str]:
-    """Return the sides of the rows that have a label."""
-    sides = set()
-    for row in table.rows():
-        with suppress(ImageError):
-            side = plan.read_side(row)
-            if side and side not in sides and plan.read_labels(row):
-                sides.add(side)
-    return sides
 
 
 @dataclass

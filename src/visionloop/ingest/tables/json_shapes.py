@@ -6,6 +6,7 @@
 {"train": ROWS, "test": ROWS}                         any of these for each side
 {"images": [], "annotations": [], "categories": []}   COCO: the classes of an image are those of its annotations
 [{"data": {"image": ...}, "annotations": [...]}]      Label Studio: the choices of all annotators
+{"1.jpg123": {"filename": "1.jpg", "regions": []}}    VIA: the attributes of the file, or else those of its regions
 """
 
 from collections import defaultdict
@@ -30,6 +31,14 @@ def find_rows(value: object, where: str, tell: Callable[[str], None]) -> Sequenc
         raise SourceError(where, f"holds a {name_kind(value)}", "a list of objects", "Check the file.")
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         return _read_coco(value, where, tell)
+    if via := _find_via(value):
+        tell(f"{where}: VIA (VGG Image Annotator): the labels are attributes of the files, or else of their regions")
+        return _read_via(via)
+    return _find_plain_rows(value, where, tell)
+
+
+def _find_plain_rows(value: Object, where: str, tell: Callable[[str], None]) -> Sequence[object]:
+    """Return the rows of an object that no tool of its own wrote. Raises SourceError."""
     if value and all(_is_image_key(key) for key in value):
         return [_make_row(key, one) for key, one in value.items()]
     sides = {key: part for key, part in value.items() if find_side(key) and isinstance(part, list | dict) and part}
@@ -127,3 +136,36 @@ def _add_choices(chosen: dict[str, list[object]], results: object) -> None:
         values = result["value"].get(str(result.get("type")))
         mine = chosen.setdefault(str(result.get("from_name", "label")), [])
         mine += [one for one in (values if isinstance(values, list) else ()) if one not in mine]
+
+
+def _find_via(value: Object) -> Sequence[Object]:
+    """Return the files of an export or a project of VIA (VGG Image Annotator); () when it is none."""
+    project = value.get("_via_img_metadata")
+    files = [*(project if isinstance(project, dict) else value).values()]
+    is_via = all(isinstance(one, dict) and "filename" in one and "regions" in one for one in files)
+    return [one for one in files if isinstance(one, dict)] if is_via else ()
+
+
+def _read_via(files: Sequence[Object]) -> Sequence[object]:
+    """Return a row for each file. Of one attribute the values are the label; several are columns of their own."""
+    rows: list[tuple[Object, dict[str, list[object]]]] = []
+    for one in files:
+        regions = one["regions"].values() if isinstance(one["regions"], dict) else one["regions"] or ()
+        own = _list_attributes([one.get("file_attributes")])
+        of_regions = [region.get("region_attributes") for region in regions if isinstance(region, dict)]
+        rows.append((one, own or _list_attributes(of_regions)))
+    names = {name for _, chosen in rows for name in chosen}
+    if len(names) <= 1:
+        return [{"file": one["filename"], "label": next(iter(chosen.values()), None)} for one, chosen in rows]
+    return [{"file": one["filename"], **chosen} for one, chosen in rows]
+
+
+def _list_attributes(attributes: Sequence[object]) -> dict[str, list[object]]:
+    """Return the values of attributes by name, each once: a text, or what was ticked."""
+    chosen: dict[str, list[object]] = {}
+    for one in attributes:
+        for name, value in one.items() if isinstance(one, dict) else ():
+            ticked = [key for key, is_on in value.items() if is_on] if isinstance(value, dict) else [value]
+            mine = chosen.setdefault(str(name), [])
+            mine += [each for each in ticked if each not in ("", None) and each not in mine]
+    return {name: values for name, values in chosen.items() if values}

@@ -5,15 +5,35 @@ item needs: labels as text, sides as train, val or test, times as ISO 8601 in UT
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.listing import escape_name, is_label
-from visionloop.ingest.tables.cells import Row, clean_label, get_cell, is_on, parse_time, split_label_cell, to_text
-from visionloop.ingest.tables.column_guess import ColumnGuess
+from visionloop.ingest.tables.cells import (
+    NOTHING,
+    Row,
+    clean_label,
+    get_cell,
+    is_on,
+    parse_time,
+    split_label_cell,
+    to_text,
+)
+from visionloop.ingest.tables.column_guess import ColumnGuess, is_list_name
 from visionloop.ingest.tables.files import BAD_ROW, TableKind, guess_table_kind, read_rows
+from visionloop.ingest.tables.label_cells import (
+    AS_WRITTEN,
+    LabelSurvey,
+    describe_no_label,
+    divide,
+    find_no_label,
+    find_separator,
+)
 from visionloop.ingest.tables.split_columns import read_flags, read_word
 from visionloop.params import Columns
 from visionloop.records import Rejected
@@ -22,6 +42,7 @@ __all__ = ["BAD_ROW", "SAMPLE_ROWS", "Row", "RowPlan", "TableKind", "guess_table
 SAMPLE_ROWS = 200
 MAX_LABELS = 1000
 MAX_NAMED = 20
+MAX_KNOWN = 10_000
 # Paths as Label Studio exports them: of uploaded files, and of files below its local folder.
 UPLOADED = re.compile(r"/data/(?:upload/|local-files/\?d=)")
 # Names of columns that change when the image does, the most reliable first.
@@ -37,6 +58,8 @@ class RowPlan:
     """Which column means what. `labels` is one column, or several one-hot columns; empty: the table has no labels.
 
     `side` holds the split's words; `flags` are columns of yes and no instead, `flag_sides` what they mean.
+    `no_label` are texts, in lower case, that stand for no label. `numbers` are the sides that 0, 1, 2 mean.
+    `sides` are those of rows with a label, None: not looked for.
     Each `read_x` takes a row as the table has it; a column that a row lacks is an empty cell.
     """
 
@@ -49,6 +72,18 @@ class RowPlan:
     separator: str | None = None
     flags: tuple[str, ...] = ()
     flag_sides: tuple[str, ...] = ()
+    no_label: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    sides: frozenset[str] | None = None
+
+    @cached_property
+    def _known_labels(self) -> dict[str, tuple[str, ...]]:
+        """What cells were read as: a million rows hold few of them. No field: a plan is stored in a cursor."""
+        return {}
+
+    @cached_property
+    def _known_sides(self) -> dict[str, str | None]:
+        return {}
 
     def read_image(self, row: Row) -> str | bytes | None:
         """Return a path, a URL, or the bytes of the image; None when the cell is empty.
@@ -63,17 +98,29 @@ class RowPlan:
             value = value.get("bytes") or value.get("path") or value.get("url")
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value) or None
-        return UPLOADED.sub("", to_text(value), count=1) or None
+        text = to_text(value)
+        return (UPLOADED.sub("", text, count=1) if "/data/" in text else text) or None
 
     def read_labels(self, row: Row) -> tuple[str, ...]:
         """Return the labels, each once; () when there is none. Raises ImageError (`bad_label`)."""
         if self.one_hot:
             return tuple(clean_label(name) for name in self.labels if is_on(get_cell(row, name), name))
         value = get_cell(row, self.labels[0]) if self.labels else None
+        if isinstance(value, str):
+            if (known := self._known_labels.get(value)) is None:
+                known = self._read_label_cell(value)
+                if len(self._known_labels) < MAX_KNOWN:
+                    self._known_labels[value] = known
+            return known
+        return self._read_label_cell(value)
+
+    def _read_label_cell(self, value: object) -> tuple[str, ...]:
         texts = [to_text(one) for one in split_label_cell(value)]
         if self.separator:
-            texts = [part for text in texts for part in text.split(self.separator)]
+            texts = [part for text in texts for part in divide(text, self.separator)]
         labels = tuple(dict.fromkeys(label for text in texts if (label := clean_label(text))))
+        if self.no_label:
+            labels = tuple(label for label in labels if label.casefold() not in self.no_label)
         for label in labels:
             if not is_label(label):
                 shown = escape_name(label[:60])
@@ -87,16 +134,40 @@ class RowPlan:
         """Return train, val or test; None when the cell is empty. Raises ImageError (`unknown_side`)."""
         if self.flags:
             return read_flags(row, self.flags, self.flag_sides)
-        return read_word(row, self.side) if self.side else None
+        if self.side is None:
+            return None
+        cell = get_cell(row, self.side)
+        if not isinstance(cell, str) or cell not in self._known_sides:
+            side = read_word(cell, self.side, self.numbers)
+            if isinstance(cell, str) and len(self._known_sides) < MAX_KNOWN:
+                self._known_sides[cell] = side
+            return side
+        return self._known_sides[cell]
 
     def read_group(self, row: Row) -> str | None:
         """Return the group, whose images must stay on one side, or None."""
-        value = get_cell(row, self.group) if self.group else None
-        return escape_name(to_text(value)) or None
+        text = to_text(get_cell(row, self.group)) if self.group else ""
+        return None if text.lower() in NOTHING else escape_name(text)
 
     def read_time(self, row: Row) -> str | None:
         """Return the time as ISO 8601 in UTC; a time without a zone is taken as UTC. None when it is no time."""
         return parse_time(get_cell(row, self.time)) if self.time else None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What decides beside params and a sample how columns are read.
+
+    `several`: an image may have several labels. `command` names the table on the command line. `rows` reads all rows,
+    None: only the sample can be looked at. `needs_image`: there must be a column of images. `own` are columns that the
+    source itself uses.
+    """
+
+    several: bool = False
+    command: str = "visionloop ingest TABLE"
+    rows: Callable[[], Iterable[Row]] | None = None
+    needs_image: bool = True
+    own: Sequence[str | None] = ()
 
 
 def plan_columns(
@@ -104,40 +175,90 @@ def plan_columns(
     sample: Sequence[Row],
     where: str,
     tell: Callable[[str], None],
-    *,
-    needs_image: bool = True,
-    own: Sequence[str | None] = (),
+    reading: Reading = Reading(),
 ) -> RowPlan:
     """Say which column means what: as params name them, the rest by names and values of the sample, each guess told.
 
-    `own` are columns that the source itself uses. What nobody uses is told too.
+    What nobody uses is told too.
 
     Raises:
-        SourceError: a named column is missing, or it is unclear which holds the image or the label.
+        SourceError: a named column is missing, it is unclear which holds the image or the label, or cells of the label
+            can be read in two ways.
     """
     rows = [row for row in sample if BAD_ROW not in row]
     if not rows:
         todo = "Check the table." if sample else "Remove the source until it has rows."
         raise SourceError(where, "has no row" if not sample else str(sample[0][BAD_ROW]), "a row for each image", todo)
-    guess = ColumnGuess(rows, where, _list_named(columns))
+    guess = ColumnGuess(rows, where, _list_named(columns), reading.rows, reading.command)
+    guess.numbers, guess.asks_numbers = columns.sides or (), columns.sides is None
     image = columns.image or guess.find_image()
-    if image is None and needs_image:
+    if image is None and reading.needs_image:
         raise guess.refuse("image", "the image's path, URL or bytes")
     split = guess.check_split(columns.side) if columns.side else guess.find_split()
     flag_sides = guess.flag_sides(split)
     group, time = (getattr(columns, key) or guess.find(key) for key in ("group", "time"))
     labels = (columns.label,) if isinstance(columns.label, str) else columns.label or guess.find_labels()
     one_hot = len(labels) > 1
-    separator = columns.separator
-    if separator is None and labels and not one_hot and columns.label is None:
-        separator = guess.find_separator(labels[0])
     words, flags = (None, split) if flag_sides else (next(iter(split), None), ())
-    plan = RowPlan(image, labels, one_hot, words, group, time, separator, flags, flag_sides)
-    unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *own) if name])
-    for line in (_describe_guesses(columns, plan), *guess.notes, _describe_unused(unused)):
+    cells = _LabelCells()
+    if labels and not one_hot:
+        cells = _read_label_cells(columns, (labels[0], words or ""), rows, where, reading)
+    known = (cells.separator, flags, flag_sides, cells.no_label, guess.numbers)
+    plan = RowPlan(image, labels, one_hot, words, group, time, *known)
+    unused = guess.list_unused([name for name in (image, *labels, *split, group, time, *reading.own) if name])
+    for line in (_describe_guesses(columns, plan), *guess.notes, cells.note, _describe_unused(unused)):
         if line:
             tell(f"{where}: {line}")
+    if words and cells.beside is not None:
+        plan = replace(plan, sides=list_sides(({labels[0]: cell, words: side} for cell, side in cells.beside), plan))
     return plan
+
+
+class _LabelCells(NamedTuple):
+    """What divides label cells, the texts that stand for no label, what to tell of these, and the split cells beside.
+
+    `beside`: label and split cell of each row, each pair once; None when not all rows were looked at.
+    """
+
+    separator: str | None = None
+    no_label: tuple[str, ...] = ()
+    note: str = ""
+    beside: Collection[tuple[str, str]] | None = None
+
+
+def _read_label_cells(
+    columns: Columns, label_and_split: tuple[str, str], sample: Sequence[Row], where: str, reading: Reading
+) -> _LabelCells:
+    """Read the cells of a label column as a whole.
+
+    Raises:
+        SourceError: cells can be read in two ways.
+    """
+    label, split = label_and_split
+    separator, no_label, note = columns.separator, tuple(text.strip().casefold() for text in columns.no_label or ()), ""
+    beside: Collection[tuple[str, str]] | None = None
+    if separator is None or columns.no_label is None:
+        survey = LabelSurvey(label, where, reading.several, reading.command, is_list_name(label), split)
+        whole = (row for row in reading.rows() if BAD_ROW not in row) if reading.rows else sample
+        found = survey.add(whole)
+        beside = found if reading.rows else None
+        separator = find_separator(survey) if separator is None else separator
+        mark = None if separator == AS_WRITTEN else separator
+        if columns.no_label is None:
+            no_label = find_no_label(survey, mark)
+            note = describe_no_label(survey, no_label)
+    return _LabelCells(None if separator == AS_WRITTEN else separator, no_label, note, beside)
+
+
+def list_sides(rows: Iterable[Row], plan: RowPlan) -> frozenset[str]:
+    """Return the sides of the rows that have a label."""
+    sides: set[str] = set()
+    for row in rows:
+        with suppress(ImageError):
+            side = plan.read_side(row)
+            if side and side not in sides and plan.read_labels(row):
+                sides.add(side)
+    return frozenset(sides)
 
 
 def _list_named(columns: Columns) -> dict[str, str]:
@@ -243,8 +364,8 @@ def make_url_finder(hosts: Sequence[str], context: SourceContext) -> Callable[[s
     fetcher = make_fetcher(context.env, hosts)
 
     def find(url: str) -> RowImage:
-        fetcher.check(url)
-        return RowImage(fetcher.describe(url), fetcher.make_reader(url))
+        address = fetcher.check(url)
+        return RowImage(fetcher.describe_address(address), fetcher.make_reader(url))
 
     return find
 

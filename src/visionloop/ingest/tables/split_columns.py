@@ -4,18 +4,17 @@ A row whose word is unknown is refused by itself: it may be a test image, which 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from visionloop.errors import ImageError, shorten
 from visionloop.ingest.paths.listing import find_side
-from visionloop.ingest.tables.cells import Row, get_cell, to_text
+from visionloop.ingest.tables.cells import NOTHING, Row, get_cell, to_text
 
 SPLIT_NAMES = (
     *("split", "side", "subset", "partition", "set", "dataset", "data_set", "usage", "phase", "image_set", "fold"),
     *("mode", "stage", "purpose", "ds"),
 )
 SPLIT_PARTS = frozenset({"split", "splits", "partition", "subset"})  # data_split, official_split, split_1
-NOTHING = frozenset({"", "nan", "none", "null", "na", "n/a", "-"})
 MORE_WORDS = {"trainval": "train", "trn": "train", "tr": "train", "tst": "test", "te": "test", "vld": "val"}
 NOT_WORDS = frozenset({"not", "no", "non", "un", "without"})
 FLAG = re.compile(
@@ -26,6 +25,35 @@ YES_NO = {
     **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y"), True),
     **dict.fromkeys(("0", "0.0", "false", "f", "no", "n", *NOTHING), False),
 }
+
+
+# What the numbers 0, 1, 2 mean in the split columns of well-known data sets, by the column's name: CelebA's `partition`
+# and the `split` of WILDS (Waterbirds, CelebA): train, val, test; Caltech-UCSD Birds' train_test_split: 1 is train.
+NUMBERED = {
+    **dict.fromkeys(("partition", "eval_partition", "list_eval_partition", "split"), ("train", "val", "test")),
+    "train_test_split": ("test", "train"),
+}
+NOT_NUMBERED = frozenset({"fold", "set", "dataset", "data_set", "mode", "stage", "purpose", "ds", "phase"})
+SIDES = ("train", "val", "test")
+
+
+def find_numbers(plain: str, values: Iterable[object]) -> tuple[str, ...]:
+    """Return what 0, 1 and 2 mean in a split column, if its name and values are those of a well-known data set.
+
+    Raises:
+        LookupError: all values are 0 and 1, or 0, 1 and 2, and the name does not say what these mean.
+    """
+    found: set[str] = set()
+    for value in values:
+        if not isinstance(value, str | int | float) or (text := to_text(value)) not in ("0", "1", "2"):
+            return ()
+        found.add(text)
+    meaning = NUMBERED.get(plain, ())
+    if meaning and found == {str(number) for number in range(len(meaning))}:
+        return meaning
+    if found in ({"0", "1"}, {"0", "1", "2"}) and plain not in NOT_NUMBERED:
+        raise LookupError(plain)
+    return ()
 
 
 def find_word_side(text: str) -> str | None:
@@ -62,10 +90,16 @@ def find_unknown(values: Sequence[object]) -> tuple[list[str], int]:
     return sorted({text[:40] for text in texts if find_word_side(text) is None}), known
 
 
-def read_word(row: Row, column: str) -> str | None:
-    """Return the side that a cell names; None when it is empty. Raises ImageError (`unknown_side`)."""
-    text = to_text(get_cell(row, column))
+def read_word(cell: object, column: str, numbers: Sequence[str] = ()) -> str | None:
+    """Return the side that a cell of a column names; None when it is empty. `numbers` are the sides of 0, 1, 2.
+
+    Raises:
+        ImageError: `unknown_side`.
+    """
+    text = to_text(cell)
     side = None if text.lower() in NOTHING else find_word_side(text)
+    if numbers and text.isdecimal() and int(text) < len(numbers):
+        side = numbers[int(text)]
     if side is None and text.lower() not in NOTHING:
         found, expected = f"column {column} says {text[:40]!r}", "train, val or test"
         raise ImageError("row", found, expected, reason_code="unknown_side")

@@ -12,7 +12,7 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import SourceContext
 from visionloop.ingest.paths.listing import clean_reference
 from visionloop.ingest.tables.cells import Row, to_text
-from visionloop.ingest.tables.rows import SAMPLE_ROWS, RowPlan, guess_table_kind, plan_columns, read_rows
+from visionloop.ingest.tables.rows import SAMPLE_ROWS, Reading, RowPlan, guess_table_kind, plan_columns, read_rows
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 
@@ -64,7 +64,7 @@ def read_segments(
     if columns.image is None and (column := _find_column(sample, VIDEO_NAMES)):
         columns = columns.model_copy(update={"image": column})
     bare = [{key: value for key, value in row.items() if key not in (start, end)} for row in sample]
-    plan = plan_columns(columns, bare, place, context.tell)
+    plan = plan_columns(columns, bare, place, context.tell, Reading(context.several))
     table, names = Segments(), _Videos(videos)
     for number, row in enumerate(chain(sample, rows), start=1):
         try:
