@@ -65,6 +65,14 @@ class Table:
             raise SourceError("--out", f"got {out.name!r}", f"a .csv file, as --format {KAGGLE} is one")
         return cls(out, form or by_suffix)
 
+    def describe(self, total: int, unusable: int) -> str:
+        """Say how many rows there are, and what stands in those of files that could not be used."""
+        rows = f"{total:,} row{'s' * (total != 1)}"
+        if not unusable:
+            return rows
+        instead = "the same probability for every class" if self.form == KAGGLE else "the reason"
+        return f"{rows}, {unusable:,} of them with {instead}"
+
     def write(self, answers: Iterable[FilePrediction], predictor: Predictor) -> None:
         """Write the answers, whole or not at all. One chunk of them is in memory.
 
@@ -254,6 +262,7 @@ def _make_panel(predictor: Predictor, path: Path, answer: Prediction) -> Panel:
         bars=ranked,
         is_right=said == (known,) if known else None,
         truth=frozenset({known}),
+        note=escape_name(path.name),
     )
 
 
@@ -284,15 +293,16 @@ def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: P
 
 def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     classes = predictor.card.classes
-    header = ["path", "prediction", "confidence", "abstained", "error", *(f"p_{c}" for c in classes)]
-    _write_rows(file, header, (_make_row(a, classes) for a in answers))
+    header = ["path", "prediction", "confidence", "abstained", "error", "bundle", *(f"p_{c}" for c in classes)]
+    _write_rows(file, header, (_make_row(a, classes, predictor.digest) for a in answers))
 
 
-def _make_row(a: FilePrediction, classes: Sequence[str]) -> list[Any]:
+def _make_row(a: FilePrediction, classes: Sequence[str], bundle: str) -> list[Any]:
     p = a.prediction
     if p is None:
-        return [a.path, "", "", "", a.error, *[""] * len(classes)]
-    return [a.path, p.prediction, p.confidence, p.abstained or "", "", *(f"{p.probabilities[c]:.6f}" for c in classes)]
+        return [a.path, "", "", "", a.error, bundle, *[""] * len(classes)]
+    shares = [f"{p.probabilities[c]:.6f}" for c in classes]
+    return [a.path, p.prediction, f"{p.confidence:.6f}", p.abstained or "", "", bundle, *shares]
 
 
 def _write_kaggle(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:

@@ -127,6 +127,9 @@ def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings
     base = find_base(home)
     hidden = base / ".visionloop"
     store_url = env.get("VISIONLOOP_STORE") or (hidden / "store").as_uri()
+    if re.match(r"^[A-Za-z0-9]{2,}:", store_url) and "://" not in store_url:  # s3:/bucket is no folder `s3:`
+        expected = "file:///folder, a path, or s3://bucket/prefix"
+        raise SettingsError("VISIONLOOP_STORE", f"got {store_url!r}", expected, "Write two slashes after the colon.")
     if not re.match(r"^[a-z0-9]+://", store_url):
         store_url = (base / Path(store_url).expanduser()).resolve().as_uri()
     return Settings(

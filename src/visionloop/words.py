@@ -317,8 +317,11 @@ def make_log_progress(
 
 def describe_decision(decision: "Decision") -> list[str]:
     """Tell a decision rule by rule."""
+    from visionloop.evaluation.resampling import describe_images
+
     champion = decision.champion[:12] if decision.champion else "none"
-    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {decision.num_test:,} test images"]
+    tests = describe_images(decision.num_test, decision.num_keys or decision.num_test, "test images")
+    lines = [f"candidate {decision.candidate[:12]}, champion {champion}, {tests}"]
     width = max(map(len, (r.rule for r in decision.rules)), default=0)
     marks = [MARKS[r.passed] + DRY.get(r.mode, "") for r in decision.rules]
     told = (f"{r.rule:<{width}}  {r.found}; expected {r.expected}" for r in decision.rules)
@@ -347,9 +350,9 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     held = [r for r in rules if r["passed"] is wanted and r.get("mode") != "dry_run"]
     named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
     todo = "See decisions/latest.json and decisions/latest.html."
-    if verdict == "inconclusive":
-        todo = f"More test images would tell; with `gate.rule: no_worse` an equal one passes. {todo}"
-    if again:
+    if verdict == "inconclusive" and any(r["rule"] == "better" and r.get("value") is not None for r in held):
+        todo = f"With `gate.rule: no_worse` an equal one passes. {todo}"
+    if again and verdict != "waiting":  # what it waits for is in the rule
         todo = f"Add images or change params.yaml, then retrain. {todo}"
     return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)
 

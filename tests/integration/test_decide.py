@@ -1,6 +1,7 @@
 """The stage `gate`: verdicts on small real models, and the decisions it stores."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from visionloop.predictor import Predictor
 from visionloop.promotion.decide import approve, gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
 from visionloop.records import Decision
+from visionloop.words import describe_decision
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
@@ -76,6 +78,8 @@ def test_a_better_candidate_passes_and_a_worse_one_is_refused(world, tmp_path):
     world.write_candidate(GOOD)
     decision = judge(world)
     assert (decision.verdict, decision.champion) == ("passed", poor)
+    assert describe_decision(decision)[0].endswith(", 80 test images")
+    assert describe_decision(replace(decision, num_keys=5))[0].endswith(", 80 test images in 5 groups")
     assert decision.metrics["accuracy"]["value"] > decision.champion_metrics["accuracy"]["value"] + 0.2
     points = 100 * (decision.metrics["accuracy"]["value"] - decision.champion_metrics["accuracy"]["value"])
     rule = get_rule(decision, "better")
@@ -205,6 +209,7 @@ def test_a_champion_that_is_not_whole_in_the_store_is_replaced_only_by_a_persons
     assert waiting.champion_metrics == {}
     assert waiting.rules[0].rule == "champion_runs"
     assert "is not whole in" in waiting.rules[0].found
+    assert [r.rule for r in waiting.rules] == ["champion_runs"], "`first: no champion yet` would be wrong"
     with pytest.raises(NotPromoted, match="decision 1 is waiting"):
         require_passed(world.store, "fake", candidate)
     passed = give_word(world, why="the disk is gone")
@@ -245,9 +250,12 @@ def test_a_candidate_waits_for_approval_where_it_is_required(world, tmp_path):
     waiting = judge(world, params)
     assert (waiting.verdict, waiting.number) == ("waiting", 1)
     assert judge(world, params) == waiting
-    passed = give_word(world)
+    passed = give_word(world, why="looked at <b>it")
     assert (passed.number, passed.verdict, passed.decided_at) == (2, "passed", LATER)
     assert [(a.rule, a.passed) for a in passed.rules] == [(b.rule, b.passed or True) for b in waiting.rules]
+    page = (world.settings.decisions_dir / "latest.html").read_text()
+    assert "<h1>Passed: the candidate may replace the champion</h1>" in page and "Waiting: a person" not in page
+    assert f'<p class="lead">Decision 2, {LATER}: approved by ann: looked at &lt;b&gt;it</p>' in page
     # The word stays with this candidate, against this champion, on these images.
     assert judge(world, params) == passed
     assert judge(world, params, state={**STATE, "code": "c2"}).verdict == "passed"
@@ -272,6 +280,17 @@ def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monke
     assert "verdict: passed (decision 2)\nnext: `visionloop register`, then `visionloop promote`" in told
     assert run_here(monkeypatch, "approve", "--why", "again") == 2
     assert "decision 2 of fake: is passed; expected one that is waiting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of_candidate", [True, False])
+def test_a_model_that_may_not_know_is_compared_with_one_that_always_answers(world, tmp_path, of_candidate):
+    rule = {"abstain": {"confidence": 0.6, "distance": None, "neighbours": None}}
+    crown(world, tmp_path, POOR, **({} if of_candidate else rule))
+    world.write_candidate(GOOD, **(rule if of_candidate else {}))
+    decision = judge(world)
+    assert decision.verdict == "passed"
+    assert ("answered" in decision.metrics, "answered" in decision.champion_metrics) == (of_candidate, not of_candidate)
+    assert "<td>Answered</td>" in (world.settings.decisions_dir / "latest.html").read_text()
 
 
 def test_a_word_is_for_what_waits_now(world, tmp_path):

@@ -150,10 +150,9 @@ def test_a_pull_that_breaks_off_goes_on_and_ends_with_the_same_version(
     proxy.plan()
     assert latest_version(store, "pets") is None, "no half of a version"
     report = pull(connect(settings, params, store=store), sources=[source], now="2026-01-01T00:00:00+00:00")
-    elsewhere = load_settings({}, tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "params.yaml").write_text("name: pets\n")
-    whole = connect(elsewhere, params, store=LocalStore(tmp_path / "store"))
+    whole = connect(load_settings({}, tmp_path / "elsewhere"), params, store=LocalStore(tmp_path / "store"))
     expected = pull(whole, sources=[source], now="2026-01-01T00:00:00+00:00")
     assert report.version.digest == expected.version.digest
     assert len(load_version_records(store, report.version)) == 30

@@ -122,7 +122,7 @@ def test_written_answers(photos: Path, tmp_path: Path) -> None:
     plan(tmp_path / "out.csv").write(answers, predictor)
     with (tmp_path / "out.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == ["path", "prediction", "confidence", "abstained", "error", "p_a", "p_b", "p_c"]
+    assert list(table[0]) == ["path", "prediction", "confidence", "abstained", "error", "bundle", "p_a", "p_b", "p_c"]
     assert float(table[0]["p_a"]) == pytest.approx(rows[0]["probabilities"]["a"], abs=1e-6)
     assert table[1]["error"].startswith("is text, not an image")
 
@@ -209,6 +209,12 @@ def test_a_competition_gets_a_row_for_every_id(photos: Path, tmp_path: Path) -> 
     assert answers[0].prediction is not None
     assert float(rows[0]["c"]) == pytest.approx(answers[0].prediction.probabilities["c"], rel=1e-6)
     assert [float(rows[1][c]) for c in "abc"] == pytest.approx([1 / 3] * 3, rel=1e-6)
+
+
+def test_what_stands_in_rows_of_unusable_files_is_told() -> None:
+    assert plan(Path("a.csv"), "kaggle").describe(9, 3) == "9 rows, 3 of them with the same probability for every class"
+    assert plan(Path("a.csv")).describe(9, 1) == "9 rows, 1 of them with the reason"
+    assert plan(Path("a.csv")).describe(1, 0) == "1 row"
 
 
 def test_two_files_with_one_id_are_named(photos: Path, tmp_path: Path) -> None:

@@ -46,7 +46,13 @@ def test_markdown_holds_the_same_and_the_commands() -> None:
 RULES = [
     {"rule": "floor accuracy", "passed": True, "found": "accuracy 95.0 %", "expected": "at least 90.0 %"},
     {"rule": "floor macro_f1", "passed": False, "found": "macro_f1 80.0 %", "expected": "at least 90.0 %"},
-    {"rule": "better", "passed": None, "found": "difference +1.0 points", "expected": "an interval above 0"},
+    {
+        "rule": "better",
+        "passed": None,
+        "found": "difference +1.0 points",
+        "expected": "an interval above 0",
+        "value": 0.01,
+    },
 ]
 
 
@@ -56,7 +62,7 @@ RULES = [
 )
 def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str) -> None:
     error = words.make_refusal(verdict, RULES, again=True)
-    more = "More test images would tell; with `gate.rule: no_worse` an equal one passes. " * (verdict == "inconclusive")
+    more = "With `gate.rule: no_worse` an equal one passes. " * (verdict == "inconclusive")
     assert (error.exit_code, str(error)) == (
         3,
         f"gate: the candidate is still {verdict} by the rule {by}; expected a passed gate. Add images or change "
@@ -65,6 +71,15 @@ def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str
     assert str(words.make_refusal(verdict, RULES)).startswith(f"gate: the candidate is {verdict} by the rule {by}; ")
     shown = [{**rule, "mode": "dry_run"} for rule in RULES]
     assert " by the rule " not in str(words.make_refusal(verdict, shown)), "a dry run holds nothing back"
+
+
+def test_a_verdict_gives_no_advice_that_does_not_fit_its_rule() -> None:
+    first = [{"rule": "baseline", "passed": None, "found": "accuracy 100 %", "expected": "above 60 %", "value": 1.0}]
+    assert "no_worse" not in str(words.make_refusal("inconclusive", first))
+    same = [{"rule": "better", "passed": None, "found": "the candidate is the champion itself", "expected": "another"}]
+    assert "no_worse" not in str(words.make_refusal("inconclusive", same))
+    waits = [{"rule": "approval", "passed": None, "found": "waits for `visionloop approve`", "expected": "required"}]
+    assert "Add images" not in str(words.make_refusal("waiting", waits, again=True))
 
 
 def test_a_dry_run_is_marked_as_one() -> None:

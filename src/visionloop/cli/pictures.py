@@ -54,6 +54,14 @@ def draw_leaks(store: "ObjectStore", leaks: "Leaks") -> bytes | None:
     return make_leak_picture(leaks, lambda sha256: store.get(make_image_key(sha256)), shown=NUM_PAIRS)
 
 
+def require_png(path: Path, option: str) -> None:
+    """Raise SettingsError unless a picture's name ends in .png."""
+    from visionloop.errors import SettingsError
+
+    if path.suffix.lower() != ".png":
+        raise SettingsError(option, f"got {path.name!r}", "a file that ends in .png")
+
+
 def write_picture(path: Path, png: bytes) -> None:
     """Write a picture, making its folder. Raises SettingsError."""
     from visionloop.errors import SettingsError

@@ -53,13 +53,15 @@ def predict(
 
       visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.cli.pictures import write_picture
+    from visionloop.cli.pictures import require_png, write_picture
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
 
     workspace = open_workspace()
     table = Table.plan(out, format)
+    if sheet:
+        require_png(sheet, "--sheet")
     files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
@@ -72,7 +74,7 @@ def predict(
         with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
             counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
             table.write(chunks.read(), predictor)
-        print(f"{len(files):,} answers of bundle {predictor.digest[:12]} in {out}")
+        print(f"{table.describe(len(files), len(files) - counts.total())}, of bundle {predictor.digest[:12]}, in {out}")
     if len(files) > 1:
         print(describe_counts(counts, len(files)))
     if sheet and counts:
@@ -149,12 +151,13 @@ def explain(
 
       visionloop explain photo.jpg --class wolf --out why-no-wolf.png
     """
-    from visionloop.cli.pictures import write_picture
+    from visionloop.cli.pictures import require_png, write_picture
     from visionloop.data.inputs import load_input
     from visionloop.explain import describe_falls, draw_explanation
     from visionloop.explain import explain as run_explain
     from visionloop.promotion.models import load_champion, load_model
 
+    require_png(out, "--out")
     workspace = open_workspace()
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     card = predictor.card

@@ -67,7 +67,7 @@ def draw_pairs(pairs: Sequence[tuple[Cell, Cell, str]], title: str, *, cell_px: 
 
 @dataclass(frozen=True)
 class Panel:
-    """One answered image: its pixels, the answer as title, and bars (name, share) beside it, the largest first.
+    """One answered image: its pixels, the answer as title, a note below that, and bars (name, share), largest first.
 
     `is_right`: green or red; None where the truth is not known. `truth` names the bars that are true.
     """
@@ -77,19 +77,21 @@ class Panel:
     bars: Sequence[tuple[str, float]]
     is_right: bool | None = None
     truth: frozenset[str] = frozenset()
+    note: str = ""
 
 
 def draw_prediction_sheet(panels: Sequence[Panel], title: str, *, columns: int = 3, cell_px: int = 150) -> bytes:
     """Draw images, each with its answer above and the probabilities of the likeliest classes as bars beside it."""
     across = max(1, min(columns, len(panels)))
     most = max((len(panel.bars) for panel in panels), default=0)
-    size_hw = LINE_H + PAD + max(cell_px, most * BAR_H), cell_px + PAD + BARS_W
+    size_hw = 2 * LINE_H + PAD + max(cell_px, most * BAR_H), cell_px + PAD + BARS_W
 
     def draw_panel(page: Image.Image, number: int, x: int, y: int) -> None:
         panel, draw = panels[number], ImageDraw.Draw(page)
         ink = INK if panel.is_right is None else RIGHT if panel.is_right else WRONG
         _write(draw, (x, y), panel.title, (LABEL[0], ink), size_hw[1])
-        top, left = y + LINE_H + PAD, x + cell_px + PAD
+        _write(draw, (x, y + LINE_H), panel.note, NOTE, size_hw[1])
+        top, left = y + 2 * LINE_H + PAD, x + cell_px + PAD
         _paste(page, panel.image, x, top, cell_px)
         for place, (name, share) in enumerate(panel.bars):
             at = top + place * BAR_H

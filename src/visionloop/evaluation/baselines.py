@@ -124,7 +124,8 @@ def describe_baseline(baseline: Baseline, accuracy: float) -> str:
     """Return a line if the network is not clearly better than a baseline; else nothing."""
     against = f"{100 * accuracy:.1f} % against {100 * baseline.accuracy.value:.1f} %"
     if baseline.name == "majority class" and baseline.verdict != "beaten":
-        return f"LOOK: not clearly better than the most frequent class for every image: {against}; nothing was learned"
+        so = "too few test images to say that it has learned" if baseline.gain.value > 0 else "nothing was learned"
+        return f"LOOK: not clearly better than the most frequent class for every image: {against}; {so}"
     if baseline.verdict == "better":
         return f"LOOK: a simple head ({baseline.name}) on the network's own embeddings is better: {against}"
     if baseline.gain.value < 0:

@@ -168,8 +168,8 @@ def describe_refusal(promise: Promise, wanted: Abstain) -> str:
     flawless = bound_errors(0, promise.num_images, wanted.delta)
     least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.2%} at best"
     return (
-        f"LOOK: abstain: at most {wanted.error:.2%} wrong cannot be promised with {promise.num_images} validation "
-        f"images{least if promise.num_images < promise.least else ''}. The lowest bound that was reached is "
+        f"LOOK: abstain: at most {wanted.error:.2%} wrong cannot be promised with {promise.num_images} independent "
+        f"validation images{least if promise.num_images < promise.least else ''}. The lowest bound that was reached is "
         f"{promise.bound:.2%} ({promise.num_wrong} wrong among the surest {promise.num_answered}). The model answers "
         "everything. Add images, or raise train.abstain.error"
     )

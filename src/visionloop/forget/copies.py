@@ -82,7 +82,7 @@ def find_pages(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
 
 def read_pictured(path: Path) -> frozenset[str]:
     """Return the sha256 of every image that a page about a decision shows."""
-    return frozenset(re.findall(r'data-image="([0-9a-f]{64})"', path.read_text(encoding="utf-8")))
+    return frozenset(re.findall(r'data-image="([0-9a-f]{64})"', path.read_text(encoding="utf-8", errors="replace")))
 
 
 def find_checkpoints(store: ObjectStore, name: str) -> list[Copy]:

@@ -16,10 +16,10 @@ from visionloop.workfolder import DONE, list_work, lock_work
 
 BUNDLES = ("bundles", "bundles-rank*", "serving", "verify-*")  # a folder for each bundle, by its digest
 TEMPORARY = ("tmp", "ray")  # what a killed process has left
-SEARCHED = (*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "store")
+SEARCHED = (*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "predict", "store")
 TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `left.py`
 WITHOUT_IMAGES = (
-    *("cache", "dvc", "encoders", "matplotlib", "runs", "seen", "torch", "tune", "weights"),
+    *("cache", "dvc", "encoders", "latency", "matplotlib", "runs", "seen", "torch", "tune", "weights"),
     *("curve.png", "dvc.lock", "dvc.lock.staged", "error.json", "lr-find.png", "machine.json", "retrain.lock"),
     "runs.png",
 )
@@ -43,6 +43,7 @@ def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions
     """Return the work of stages, pictures and leftovers that hold an image, or may: all of it can be made again."""
     return [
         *_find_work(settings),
+        *_find_answers(settings),
         *_find_failed(settings, sha256s),
         *_find_tensorboard(settings, versions),
         *_find_sheets(settings, name),
@@ -56,6 +57,13 @@ def _find_work(settings: Settings) -> Iterator[Copy]:
         if names := list_work(folder):
             kind = "finished" if all((folder / name / DONE).is_file() for name in names) else "unfinished"
             yield Copy(f"{kind} work of {folder.name}", partial(_drop_work, folder))
+
+
+def _find_answers(settings: Settings) -> Iterator[Copy]:
+    """Find what runs of `predict` that were stopped have answered so far: paths of files and their classes."""
+    for folder in sorted((settings.hidden_dir / "predict").glob("*")):
+        if list_work(folder):
+            yield Copy("answers of a predict that was stopped", partial(_drop_work, folder))
 
 
 def _drop_work(folder: Path) -> None:

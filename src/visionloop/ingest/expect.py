@@ -93,12 +93,17 @@ def _compare_sizes(expect: Expect, used: Sequence[ImageRecord]) -> list[str]:
 
 
 def check_new_classes(
-    params: Params, rows: Iterable[ImageRecord], new: Sequence[Labels], relabelled: Iterable[Labels] = ()
+    params: Params,
+    rows: Iterable[ImageRecord],
+    new: Sequence[Labels],
+    relabelled: Iterable[Labels] = (),
+    *,
+    option: str = "`visionloop ingest --allow-new-classes`",
 ) -> None:
     """Raise SourceError if new images bring classes that look like a mistake: most of them, or with a folder's name.
 
     Of images that are `relabelled` on request only a folder's name is one. Classes that `ingest.expect.classes` names
-    are as they should be.
+    are as they should be. `option` is how the reader may allow them.
     """
     known = {label for row in rows for label in row.labels} | {*(params.ingest.expect.classes or ())}
     new = [*new, *(labels for labels in relabelled if any(map(is_generic_name, labels)))]
@@ -117,8 +122,8 @@ def check_new_classes(
         f"dataset {params.name}",
         f"would get new classes ({shown}), and {why}; no version was made",
         f"classes that it has ({shorten([*known])})",
-        "If they are right, say `--allow-new-classes` once, or list all classes in ingest.expect.classes; if not, name "
-        "the folder that holds the class folders.",
+        f"If they are right: {option}, once, or list all classes in ingest.expect.classes; if not, name the folder "
+        "that holds the class folders.",
     )
 
 

@@ -188,7 +188,8 @@ def _read_offers(
     found, conflicts = _unite(by_content, rows, explain_relabelled(moves), several=rules.several)
     if known.before and not wishes.allow_new_classes:
         new = [one.labels for sha256, one in found.items() if sha256 not in rows]
-        check_new_classes(params, before, new, [one.after for one in moves.relabelled] if wishes.relabel else [])
+        relabelled = [one.after for one in moves.relabelled] if wishes.relabel else []
+        check_new_classes(params, before, new, relabelled, option=wishes.say("--allow-new-classes"))
     return _Offered(rows, by_content, found, moves, [*refused, *conflicts])
 
 

@@ -18,7 +18,7 @@ from visionloop.data.manifest import load_pin, load_records, load_version
 from visionloop.errors import BundleError, DatasetError, PromotionError
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
-from visionloop.promotion.evidence import Asked, write_report
+from visionloop.promotion.evidence import Asked, write_approval, write_report
 from visionloop.promotion.gate import (
     APPROVABLE,
     WAITING,
@@ -95,7 +95,8 @@ def gate(
     earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
     is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
-    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these)
+    is_broken = bool(rival and rival.broken)
+    case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these, is_broken)
     rules, metrics = judge(case)
     if rolled_back := check_rolled_back(store, ledger.entries, candidate.bundle):
         rules.insert(0, rolled_back)
@@ -156,16 +157,15 @@ def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now:
         found = f"compared with ledger entry {decision.entry}, and the champion moved"
         raise PromotionError(where, found, "the champion that the gate saw", "Run `visionloop gate` again.")
     rules = approve_rules(decision.rules, by, why)
-    return _conclude(workspace, replace(decision, rules=rules, verdict=compute_verdict(rules), decided_at=now))
+    passed = replace(decision, rules=rules, verdict=compute_verdict(rules), decided_at=now)
+    return _conclude(workspace, passed, partial(write_approval, workspace, waited=decision))
 
 
-def _conclude(
-    workspace: Workspace, decision: Decision, write_page: Callable[[Decision], Path] | None = None
-) -> Decision:
+def _conclude(workspace: Workspace, decision: Decision, write_page: Callable[[Decision], Path | None]) -> Decision:
     """Store a decision, copy it into the workspace with its page, and tag the candidate's run."""
     decision = store_decision(workspace.store, decision)
     write_decision(workspace.settings.decisions_dir, decision)
-    page = write_page(decision) if write_page else None
+    page = write_page(decision)
     if decision.run_id:
         if page:
             workspace.tracking.log_artifact(decision.run_id, page, "decision")

@@ -19,7 +19,7 @@ from visionloop.errors import VisionLoopError
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.slices import make_slices
 from visionloop.promotion.judge import Aligned
-from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
+from visionloop.promotion.report import Judged, RetrainFacts, approve_page, choose_pictures, make_retrain_report
 from visionloop.records import Card, Decision, ImageRecord, LedgerEntry
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace, get_user
@@ -45,7 +45,18 @@ class Asked:
 def write_report(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> Path:
     """Write the page about a decision, and return its path. `champion` is its ledger entry, if there is one."""
     facts = collect_facts(workspace, decision, asked, champion)
-    page = make_page(workspace.store, facts)
+    return _keep_page(workspace, decision, make_page(workspace.store, facts))
+
+
+def write_approval(workspace: Workspace, decision: Decision, waited: Decision) -> Path | None:
+    """Write the page about a decision that a person let pass, from that of the one that waited if it is here."""
+    path = workspace.settings.decisions_dir / f"{waited.number:06d}.html"
+    if not path.is_file():
+        return None
+    return _keep_page(workspace, decision, approve_page(path.read_text(encoding="utf-8"), decision))
+
+
+def _keep_page(workspace: Workspace, decision: Decision, page: str) -> Path:
     folder = workspace.settings.decisions_dir
     for name in (f"{decision.number:06d}.html", "latest.html"):
         write_page(folder / name, page)

@@ -29,6 +29,7 @@ PASSED, REFUSED, INCONCLUSIVE, WAITING = "passed", "refused", "inconclusive", "w
 APPROVAL = "approval"
 MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
+APPROVED = "; approved by "
 APPROVE = "`visionloop approve --why ...` by a person"
 
 
@@ -243,7 +244,7 @@ def make_approval_rule() -> RuleResult:
 def approve_rules(rules: Sequence[RuleResult], by: str, why: str) -> tuple[RuleResult, ...]:
     """Return the rules after a person has allowed what a person may allow."""
     return tuple(
-        replace(rule, passed=True, found=f"{rule.found}; approved by {by}: {why}")
+        replace(rule, passed=True, found=f"{rule.found}{APPROVED}{by}: {why}")
         if rule.rule in APPROVABLE and rule.passed is None
         else rule
         for rule in rules

@@ -42,8 +42,8 @@ IntArray = NDArray[np.int64]
 class Case:
     """What is judged: answers of the candidate, and of the champion if there is one that was asked.
 
-    `is_champion`: the candidate is the champion. `looks` candidates were compared with this champion, this one
-    included, `on_these` of them on these images.
+    `is_champion`: the candidate is the champion. `is_broken`: there is a champion that could not be asked. `looks`
+    candidates were compared with this champion, this one included, `on_these` of them on these images.
     """
 
     params: Params
@@ -53,6 +53,7 @@ class Case:
     is_champion: bool = False
     looks: int = 1
     on_these: int = 1
+    is_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     rules = [*check_floors(floors, metrics[0] | answered), _check_baseline(aligned, metrics[0], case.params)]
     if case.is_champion:
         rules.append(make_same_rule(case.params.gate))
-    elif case.champion is None:
-        rules.append(make_first_rule())
-    else:
+    elif case.champion is not None:
         rules += _compare(case, case.champion, aligned)
+    elif not case.is_broken:
+        rules.append(make_first_rule())
     return [rule for rule in rules if rule is not None], metrics
 
 

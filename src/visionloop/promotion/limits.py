@@ -34,7 +34,8 @@ def _check_floor(name: str, floor: Floor, figure: Interval | None) -> RuleResult
     held = figure.value if floor.bound == "value" else worse
     shown = f"{name} {show(figure.value)}"
     if floor.bound == "interval":
-        shown += f", its 95 % interval {'up to' if is_low else 'from'} {'unknown' if worse is None else show(worse)}"
+        known = f"{'up to' if is_low else 'from'} {show(worse)}" if worse is not None else ""
+        shown += f", its 95 % interval {known or 'cannot be told: too few images'}"
     return RuleResult(
         rule=f"floor {name}",
         passed=None if held is None else held <= floor.line if is_low else held >= floor.line,
@@ -54,12 +55,14 @@ def check_baseline(accuracy: Interval, share: float, told: str, section: Gate) -
     The labels of the test side are taken as given, so the share is a plain number.
     """
     low, high = accuracy.low, accuracy.high
-    interval = f"{percent(low)} ... {percent(high)}" if low is not None and high is not None else "unknown"
+    interval = f"{percent(low)} ... {percent(high)}" if low is not None and high is not None else "cannot be told"
+    passed = True if low is not None and low > share else False if high is not None and high < share else None
+    more = "; more test images make it narrower" if passed is None else ""
     return RuleResult(
         rule="baseline",
-        passed=True if low is not None and low > share else False if high is not None and high < share else None,
+        passed=passed,
         found=f"accuracy {percent(accuracy.value)}, its 95 % interval {interval}",
-        expected=f"an interval above {percent(share)}, the answer {told}; more test images make it narrower",
+        expected=f"an interval above {percent(share)}, the answer {told}{more}",
         value=accuracy.value,
         low=low,
         high=high,

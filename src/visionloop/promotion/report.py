@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import escape
 
 from visionloop.data.compare import Diff
 from visionloop.evaluation.answers import Answers, join_names
@@ -25,6 +26,7 @@ from visionloop.evaluation.report import TITLES
 from visionloop.evaluation.resampling import IntArray, compute_share_interval, describe_images, sum_keys
 from visionloop.evaluation.slices import Slice
 from visionloop.promotion.drawings import ROLES, Span, choose_span, draw_curves, draw_reliability, draw_strip
+from visionloop.promotion.gate import APPROVED
 from visionloop.records import Card, Decision, Interval, RuleResult
 
 SHOWN_CHANGED = 24  # images of each way
@@ -38,6 +40,7 @@ VERDICTS = {
     "inconclusive": ("Inconclusive: the data cannot tell, so the champion stays", "Inconclusive: the data cannot tell"),
     "waiting": ("Waiting: a person has to approve", "Waiting: a person has to approve"),
 }
+SAME = "The candidate is the champion itself: nothing moves"
 NOTHING = "\N{EN DASH}"
 MARKS = {True: "pass", False: "fail", None: "unsure"}
 WORDS = {True: "passed", False: "failed", None: "cannot tell"}
@@ -93,7 +96,8 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
     shown = {sha256: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for sha256, data in pictures.items()}
     return _load_template().render(
         decision=decision,
-        headline=VERDICTS[decision.verdict][facts.champion is None] if facts.decides else " against ".join(facts.names),
+        headline=_make_headline(facts),
+        alone=_tell_alone(decision),
         decides=facts.decides,
         names=dict(zip(ROLES, facts.names, strict=True)),
         images=describe_images(decision.num_test, getattr(decision, "num_keys", 0) or decision.num_test, "test images"),
@@ -117,6 +121,31 @@ def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> s
         models=models,
         has_champion=facts.champion is not None,
     )
+
+
+def approve_page(page: str, decision: Decision) -> str:
+    """Return the page about a decision that waited, with who let it pass and why before all else. The rest stays."""
+    words = [rule.found.partition(APPROVED)[2] for rule in decision.rules if APPROVED in rule.found]
+    told = escape(f"Decision {decision.number}, {decision.decided_at}: approved by {'; '.join(dict.fromkeys(words))}")
+    passed = VERDICTS[decision.verdict][decision.champion is None]
+    page = page.replace(f"<h1>{VERDICTS['waiting'][0]}</h1>", f'<h1>{passed}</h1>\n<p class="lead">{told}</p>', 1)
+    return page.replace('class="verdict waiting"', f'class="verdict {decision.verdict}"', 1)
+
+
+def _make_headline(facts: RetrainFacts) -> str:
+    decision = facts.decision
+    if not facts.decides:
+        return " against ".join(facts.names)
+    return SAME if decision.is_same_model else VERDICTS[decision.verdict][decision.champion is None]
+
+
+def _tell_alone(decision: Decision) -> str:
+    """Say why there are no answers of a champion, where there are none."""
+    if decision.champion is None:
+        return "There was no champion to compare with."
+    if decision.champion == decision.candidate:
+        return "It is the champion itself, so there is nothing to compare with."
+    return "The champion could not be asked here, so nothing was compared: the rules say why."
 
 
 @cache
@@ -145,17 +174,16 @@ def _make_rule(rule: RuleResult) -> dict[str, Any]:
 
 
 def _make_metrics(decision: Decision) -> list[dict[str, Any]]:
-    rows = []
-    for name, value in decision.metrics.items():
-        marks = {"candidate": Interval.from_json(value)}
-        if name in decision.champion_metrics:
-            marks["champion"] = Interval.from_json(decision.champion_metrics[name])
+    """A figure that only one of them has (how often it answers, say) is a dash for the other."""
+    rows, models = [], {"candidate": decision.metrics, "champion": decision.champion_metrics}
+    for name in decision.metrics | decision.champion_metrics:
+        marks = {role: Interval.from_json(found[name]) for role, found in models.items() if name in found}
         is_loss = name in LOWER_IS_BETTER
         span = choose_span(list(marks.values()))
         rows.append(
             {
                 "title": TITLES.get(name, name.replace("_", " ")) + (" (lower is better)" if is_loss else ""),
-                "texts": {role: format_interval(name, one) for role, one in marks.items()},
+                "texts": {r: format_interval(name, marks[r]) if r in marks else NOTHING for r in models},
                 "drawing": draw_strip(marks, span),
             }
         )

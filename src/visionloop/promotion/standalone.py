@@ -20,9 +20,13 @@ BAR_COLOUR = (128, 128, 128)  # beside an image that `letterbox` does not fill o
 TOLERANCE = 0.05  # of a probability: this program resizes with a little less care than the one that trained
 
 
-def load_image(path: Path, size_hw: tuple[int, int], resize: str) -> np.ndarray:
-    """Return an image as the model takes it: uint8, (height, width, 3), RGB."""
-    image = ImageOps.exif_transpose(Image.open(path))
+def load_image(path: Path, card: dict[str, Any]) -> np.ndarray:
+    """Return an image as the model takes it: uint8, (height, width, 3), RGB. Raises OSError."""
+    size_hw, resize, max_pixels = card["image_size"], card["resize"], card["max_pixels"]
+    opened = Image.open(path)
+    if opened.width * opened.height > max_pixels:
+        raise OSError(f"has {opened.width} x {opened.height} pixels; at most {max_pixels:,} are read")
+    image = ImageOps.exif_transpose(opened)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         flat = Image.new("RGB", image.size, "white")
@@ -84,14 +88,16 @@ def main(arguments: list[str]) -> int:
     session = ort.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
     if arguments == ["--check"]:
         return check(session, card)
+    failed = 0
     for name in arguments:
         try:
-            image = load_image(Path(name), tuple(card["image_size"]), card["resize"])
+            image = load_image(Path(name), card)
         except OSError as exc:
             print(json.dumps({"path": name, "error": str(exc)}))
+            failed += 1
             continue
         print(json.dumps({"path": name, **answer(session, card, image)}, ensure_ascii=False))
-    return 0
+    return 2 if failed == len(arguments) else 0
 
 
 def check(session: ort.InferenceSession, card: dict[str, Any]) -> int:
@@ -99,7 +105,7 @@ def check(session: ort.InferenceSession, card: dict[str, Any]) -> int:
     wanted = json.loads((HERE / "examples" / "answers.json").read_text(encoding="utf-8"))
     worst = 0.0
     for name, probabilities in wanted.items():
-        image = load_image(HERE / "examples" / name, tuple(card["image_size"]), card["resize"])
+        image = load_image(HERE / "examples" / name, card)
         found = answer(session, card, image)["probabilities"]
         worst = max(worst, *(abs(found[label] - p) for label, p in probabilities.items()))
     print(f"{len(wanted)} examples: the largest difference of a probability is {worst:.4f}")

@@ -64,6 +64,8 @@ def test_a_baseline_is_beaten_only_by_the_whole_interval(network, baseline, verd
     assert bool(line) == (verdict != "beaten")
     if line:
         assert f"{network:.1f} % against {baseline:.1f} %" in line
+        assert line.endswith("too few test images to say that it has learned" if network > baseline else "learned")
+        assert ("nothing was learned" in line) == (network <= baseline)
 
 
 def test_equal_answers_may_still_hide_a_difference():

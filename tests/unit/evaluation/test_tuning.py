@@ -115,6 +115,7 @@ def test_what_cannot_be_promised_is_no_rule_and_is_told() -> None:
     assert tuned.tuning is not None and tuned.tuning["abstain"]["promised"] is None
     assert tuned.tuning["abstain"]["best_bound"] > 0.02
     assert lines[-1].startswith("LOOK: abstain: at most 2.00% wrong cannot be promised with")
+    assert " independent validation images" in lines[-1]
     assert "it takes 149 without a mistake" in lines[-1]
     assert lines[-1].endswith("The model answers everything. Add images, or raise train.abstain.error")
 

@@ -107,11 +107,12 @@ def test_prepared_data_reports_and_pictures_of_it_go(pets: Pets) -> None:
 def test_pages_about_decisions_that_show_it_go(pets: Pets) -> None:
     folder = pets.settings.decisions_dir
     folder.mkdir()
+    (folder / "note.html").write_bytes(b"\xff written by another program")
     for name, sha256 in (("000001", pets.anna.sha256), ("000002", pets.rows[4].sha256), ("latest", pets.anna.sha256)):
         (folder / f"{name}.html").write_text(f'<div class="photo" data-image="{sha256}">')
         (folder / f"{name}.json").write_text("{}")
     done = pets.forget(pets.anna.sha256)
-    assert sorted(path.name for path in folder.glob("*.html")) == ["000002.html"]
+    assert sorted(path.name for path in folder.glob("*.html")) == ["000002.html", "note.html"]
     assert len(list(folder.glob("*.json"))) == 3
     assert "decisions/: 2 pages with pictures" in done.removed
 

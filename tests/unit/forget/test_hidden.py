@@ -54,6 +54,7 @@ def test_what_shows_images_or_was_left_by_a_kill_goes(tmp_path: Path) -> None:
         "work/some_new_stage/0123/x.npy",
         "work/train/0123/bundle/model.onnx",
         "work/train/0123/done.json",
+        "predict/9f9f/0123/000000000000.jsonl",
         f"ingest/video/spool/{dead.pid}/1.jpg",
         f"ingest/video/spool/{os.getpid()}/1.jpg",
         "tmp/ranks-1/x",
@@ -67,6 +68,7 @@ def test_what_shows_images_or_was_left_by_a_kill_goes(tmp_path: Path) -> None:
         "unfinished work of some_new_stage",
         "finished work of train",
         "unfinished work of tune",
+        "answers of a predict that was stopped",
         "2 runs in TensorBoard, which shows training images",
         "decoded frames of an ingest that was killed",
         "temporary files of processes that were killed",
@@ -81,6 +83,6 @@ def test_a_folder_that_is_in_no_row_is_told(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\n")
     settings = load_settings({}, tmp_path)
     assert list_unknown(settings) == []
-    for name in ("bundles-rank3", "verify-x1", "tmp", "thumbnails"):
+    for name in ("bundles-rank3", "verify-x1", "tmp", "predict", "latency", "thumbnails"):
         (settings.hidden_dir / name).mkdir(parents=True)
     assert list_unknown(settings) == [".visionloop/thumbnails, which is not known to hold no images: look there"]

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -134,6 +135,30 @@ def test_without_a_champion_nothing_is_compared() -> None:
     assert "There was no champion to compare with." in text
     assert "before:" not in text
     assert "Inconclusive: the data cannot tell pets" in text
+
+
+def test_a_champion_that_has_no_answers_is_not_called_none() -> None:
+    facts = make_facts(("cat", "dog"), 70, with_champion=False, verdict="refused")
+    broken = replace(facts, decision=replace(facts.decision, champion="d" * 64))
+    text = read_text(render(broken))
+    assert "Refused: the champion stays" in text
+    assert "The champion could not be asked here, so nothing was compared: the rules say why." in text
+    assert "There was none." not in text and "no champion to compare with" not in text
+    is_it = RuleResult("better", None, "the candidate is the champion itself", "another model")
+    same = replace(facts.decision, champion=facts.decision.candidate, verdict="inconclusive", rules=(is_it,))
+    text = read_text(render(replace(facts, decision=same)))
+    assert "The candidate is the champion itself: nothing moves" in text
+    assert "It is the champion itself, so there is nothing to compare with." in text
+    assert "cannot tell, so" not in text and "There was none." not in text
+
+
+def test_a_figure_that_one_model_has_not_is_a_dash() -> None:
+    facts = make_facts(("cat", "dog"), 70)
+    figure, told = {"answered": {"value": 0.5, "low": 0.4, "high": 0.6}}, "50.0 % (40.0 … 60.0)"
+    ours = replace(facts.decision, metrics=figure, champion_metrics={})
+    assert f"Answered {told} \N{EN DASH}" in read_text(render(replace(facts, decision=ours)))
+    theirs = replace(facts.decision, metrics={}, champion_metrics=figure)
+    assert f"Answered \N{EN DASH} {told}" in read_text(render(replace(facts, decision=theirs)))
 
 
 def test_names_are_escaped_and_nothing_is_loaded() -> None:

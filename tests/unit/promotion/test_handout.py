@@ -57,6 +57,14 @@ def test_it_answers_as_the_predictor_does(tmp_path: Path, changes: dict[str, obj
     assert answers[0]["labels"] == list(wanted.labels if wanted.labels is not None else (wanted.prediction,))
     assert answers[0]["probabilities"] == pytest.approx(wanted.probabilities, abs=2e-2)
     assert "error" in answers[1]
+    assert run(tmp_path / "out", str(tmp_path / "broken.jpg"), str(tmp_path))[0] == 2
+
+
+def test_an_image_beyond_the_limit_of_the_model_is_refused(tmp_path: Path) -> None:
+    write_handout(make_predictor(tmp_path / "bundle", max_pixels=1000), tmp_path / "out")
+    (tmp_path / "photo.png").write_bytes(make_image(4, size_hw=(40, 40)))
+    code, lines = run(tmp_path / "out", str(tmp_path / "photo.png"))
+    assert (code, json.loads(lines[0])["error"]) == (2, "has 40 x 40 pixels; at most 1,000 are read")
 
 
 @pytest.mark.parametrize(("least", "is_sure"), [(0.0, True), (1.0, False)])

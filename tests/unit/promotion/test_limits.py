@@ -45,7 +45,10 @@ def test_a_floor_of_the_interval_takes_its_worse_end():
     assert (accuracy.passed, accuracy.found) == (False, "accuracy 90.00 %, its 95 % interval from 84.00 %")
     assert (log_loss.passed, log_loss.mode, log_loss.expected) == (True, "dry_run", "at most 0.4100")
     assert log_loss.found == "log_loss 0.3000, its 95 % interval up to 0.4000"
-    assert (macro_f1.passed, macro_f1.found) == (None, "macro_f1 90.00 %, its 95 % interval from unknown")
+    assert (macro_f1.passed, macro_f1.found) == (
+        None,
+        "macro_f1 90.00 %, its 95 % interval cannot be told: too few images",
+    )
     assert (auc.passed, auc.found) == (None, "these answers have no auc")
     assert check_floors({"log_loss": Floor(line=0.25)}, metrics)[0].passed is False
     assert check_floors({"accuracy": Floor(line=0.25, mode="off")}, metrics) == []
@@ -55,7 +58,7 @@ def test_the_baseline_lies_below_above_or_inside_the_interval():
     rule = check_baseline(compute_wilson(36, 36), 0.5, "always 'cat'", Gate())
     assert (rule.passed, rule.value, rule.line) == (True, 1.0, 0.5)
     assert rule.found == "accuracy 100.00 %, its 95 % interval 90.36 % ... 100.00 %"
-    assert rule.expected.startswith("an interval above 50.00 %, the answer always 'cat'; ")
+    assert rule.expected == "an interval above 50.00 %, the answer always 'cat'"
     for hits, number, share, passed in (
         (6, 6, 0.5, True),
         (5, 5, 0.6, None),
@@ -63,8 +66,9 @@ def test_the_baseline_lies_below_above_or_inside_the_interval():
         (10, 40, 0.5, False),
     ):
         assert check_baseline(compute_wilson(hits, number), share, "x", Gate()).passed is passed, (hits, number)
+    assert "more test images" in check_baseline(compute_wilson(5, 5), 0.6, "x", Gate()).expected
     few = check_baseline(Interval(1.0, None, None), 0.5, "x", Gate(baseline={"mode": "dry_run"}))
-    assert (few.passed, few.mode, few.found.endswith("interval unknown")) == (None, "dry_run", True)
+    assert (few.passed, few.mode, few.found.endswith("interval cannot be told")) == (None, "dry_run", True)
 
 
 def test_guessing_beats_the_baseline_in_at_most_one_of_forty():
