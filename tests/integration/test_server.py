@@ -1,113 +1,25 @@
 """The server as a process of its own on loopback: hostile clients, swaps under load, and a clean end."""
 
 import http.client
-import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from fakes import make_bundle, make_image
-from visionloop.bundle import load_bundle, upload_bundle
-from visionloop.errors import BundleError, ServingError
+from fakes import make_image
+from model_server import TIMEOUT_S, promote, read_all, read_metric, serving, wait_for
+from visionloop.errors import BundleError, ServingError, StoreError
 from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry
-from visionloop.records import LedgerEntry
 from visionloop.serving.main import run_server
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
 from visionloop.workspace import connect
-
-TIMEOUT_S = 30
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from visionloop.params import make_params
-from visionloop.serving.main import run_server
-from visionloop.settings import Settings
-from visionloop.workspace import connect
-home, serve, bundle = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-settings = Settings(home=home, store_url=(home / "store").as_uri(), tracking_uri="", artifact_root="")
-run_server(
-    connect(settings, make_params({"name": "fake", "serve": serve})),
-    host="127.0.0.1",
-    port=0,
-    bundle=bundle or None,
-    on_ready=lambda url: print(url, flush=True),
-)
-print("returned")
-"""
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: dict[str, Any]
-
-
-class Server:
-    def __init__(self, process: "subprocess.Popen[str]", port: int) -> None:
-        self.process, self.port = process, port
-
-    def ask(self, data: bytes | None = None, path: str = "/predict", **headers: str) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
-        try:
-            connection.request("GET" if data is None else "POST", path, data, headers)
-            response = connection.getresponse()
-            return Answer(response.status, dict(response.getheaders()), json.loads(response.read()))
-        finally:
-            connection.close()
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; return the exit code and what was written to stderr. `run_server` must have returned."""
-        self.process.send_signal(number)
-        output, errors = self.process.communicate(timeout=TIMEOUT_S)
-        assert output == "returned\n"
-        return self.process.returncode, errors
-
-
-@contextmanager
-def serving(home: Path, bundle: Path | None = None, **serve: float) -> Iterator[Server]:
-    command = [sys.executable, "-c", SCRIPT, str(home), json.dumps(serve), str(bundle or "")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), process.communicate()[1]
-        yield Server(process, int(url.rpartition(":")[2]))
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def promote(home: Path, seed: int, after: LedgerEntry | None) -> LedgerEntry:
-    store = LocalStore(home / "store")
-    folder = home / f"bundle-{seed}"
-    digest = make_bundle(folder, seed=seed)
-    upload_bundle(store, load_bundle(folder))
-    facts = {"model_version": str(seed), "decision": None, "dataset": {}, "run_id": None, "by": "t", "why": "t"}
-    return append_entry(store, "fake", after, action="promote", bundle=digest, at="2026-01-01T00:00:00Z", **facts)
-
-
-def wait_for(claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not claim():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def run_here(home: Path, port: int = 0, bundle_dir: Path | None = None) -> None:
@@ -162,9 +74,9 @@ def test_a_signal_in_the_middle_of_work_loses_no_request_that_was_taken(tmp_path
             head = f"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
             sock.sendall(head.encode() + data)
         depth = "visionloop_queue_images"
-        wait_for(lambda: _read_metric(server, depth) > 0)
+        wait_for(lambda: read_metric(server, depth) > 0)
         code, _ = server.stop()
-        answers = [_read_all(sock) for sock in sockets]
+        answers = [read_all(sock) for sock in sockets]
     assert code == 0
     assert Counter(answer.split(b"\r\n")[0] for answer in answers) == {b"HTTP/1.1 200 OK": 12}
     assert all(b'"prediction"' in answer for answer in answers)
@@ -210,7 +122,7 @@ def test_a_spoilt_champion_leaves_the_old_one_serving_and_shows(tmp_path: Path) 
         assert ready.status == 200
         assert ready.body["problem"] == "ledger entry 2 is not served: bundle_error: is not whole in the store"
         assert server.ask(make_image(0)).body["model"]["version"] == "1"
-        assert _read_metric(server, "visionloop_swap_failures_total") == 1
+        assert read_metric(server, "visionloop_swap_failures_total") == 1
         assert server.stop()[1].count("ERROR") == 1
 
 
@@ -238,7 +150,7 @@ def test_a_flood_is_answered_with_200_or_503_and_then_it_is_well_again(tmp_path:
         assert {answer.headers["retry-after"] for answer in refused} == {"1"}
         assert {answer.body["error"]["code"] for answer in refused} == {"busy"}
         assert server.ask(make_image(0)).status == 200
-        assert _read_metric(server, "visionloop_queue_images") == 0
+        assert read_metric(server, "visionloop_queue_images") == 0
 
 
 def test_too_large_a_body_is_refused_however_it_is_declared(tmp_path: Path, bundle_dir: Path) -> None:
@@ -249,10 +161,10 @@ def test_too_large_a_body_is_refused_however_it_is_declared(tmp_path: Path, bund
             for _ in range(30):
                 sock.sendall(b"%x\r\n" % 10_000 + b"a" * 10_000 + b"\r\n")
             sock.sendall(b"0\r\n\r\n")
-            assert _read_all(sock).startswith(b"HTTP/1.1 413 ")
+            assert read_all(sock).startswith(b"HTTP/1.1 413 ")
         with server.connect() as sock:  # more bytes than it declares: the rest is no request
             sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n" + b"a" * 5_000 + b"\r\n\r\n")
-            answer = _read_all(sock)
+            answer = read_all(sock)
             assert answer.startswith(b"HTTP/1.1 415 ")
             assert answer.count(b"HTTP/1.1 400 ") == 1
         with server.connect() as sock:  # fewer bytes than it declares: it goes away in the middle
@@ -274,16 +186,74 @@ def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(tmp
     assert sorted(seconds)[5] < 0.035  # Nagle's algorithm and a delayed acknowledgement make it 0.04
 
 
-def _read_all(sock: socket.socket) -> bytes:
-    parts = []
-    while part := sock.recv(65536):
-        parts.append(part)
-    return b"".join(parts)
+def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    away, store = tmp_path / "away", tmp_path / "store"
+    with serving(tmp_path) as server:
+        expected = server.ask(make_image(0)).body["probabilities"]
+        server.stop()
+    store.rename(away)
+    with serving(tmp_path, poll_s=0.1) as server:
+        ready = server.ask(path="/health/ready").body
+        assert ready["model"] == {"name": "fake", "version": "1", "digest": first.bundle}
+        assert ready["problem"].startswith("the ledger cannot be read: store_error: ")
+        assert server.ask(make_image(0)).body["probabilities"] == expected
+        away.rename(store)
+        wait_for(lambda: server.ask(path="/health/ready").body["problem"] is None)
+        assert "started with the model that was served last: ledger entry 1" in server.stop()[1]
 
 
-def _read_metric(server: Server, name: str) -> float:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+def test_a_store_that_is_away_is_an_error_where_nothing_whole_was_served(tmp_path: Path) -> None:
+    first = promote(tmp_path, 1, None)
+    with serving(tmp_path) as server:
+        server.stop()
+    (tmp_path / "store").rename(tmp_path / "away")
+    model = tmp_path / ".visionloop" / "serving" / first.bundle / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="ledger entry"):
+        run_here(tmp_path)
+
+
+def test_another_store_does_not_replace_what_was_served_last(tmp_path: Path) -> None:
+    promote(tmp_path, 1, promote(tmp_path, 3, None))
+    with serving(tmp_path) as server:
+        digest = server.ask(path="/model").body["digest"]
+        server.stop()
+    (tmp_path / "store").rename(tmp_path / "away")
+    promote(tmp_path, 2, None)
+    with serving(tmp_path, poll_s=0.05) as server:
+        time.sleep(0.5)
+        assert server.ask(path="/model").body["digest"] == digest
+
+
+def test_the_current_bundle_and_the_one_before_stay_on_disk_and_no_more(tmp_path: Path) -> None:
+    entries = [promote(tmp_path, 1, None)]
+    with serving(tmp_path, poll_s=0.05) as server:
+        for seed in (2, 3, 4):
+            entries.append(promote(tmp_path, seed, entries[-1]))
+            wait_for(lambda: server.ask(path="/model").body["digest"] == entries[-1].bundle)
+        server.stop()
+    folder = tmp_path / ".visionloop" / "serving"
+    assert {path.name for path in folder.iterdir()} == {entries[-1].bundle, entries[-2].bundle, "last.json"}
+
+
+def test_after_sigterm_it_is_not_ready_and_still_answers_for_a_while(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir, lame_duck_s=2) as server:
+        assert server.ask(path="/health/ready").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        wait_for(lambda: server.ask(path="/health/ready").status == 503)
+        assert server.ask(path="/health/ready").body["error"]["code"] == "stopping"
+        assert (server.ask(make_image(0)).status, server.ask(path="/health/live").status) == (200, 200)
+        assert time.monotonic() - started < 1.5
+        output, errors = server.process.communicate(timeout=TIMEOUT_S)
+        assert (output, errors, server.process.returncode) == ("returned\n", "", 0)
+        assert 1.9 < time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(tmp_path: Path, bundle_dir: Path, second: signal.Signals) -> None:
+    with serving(tmp_path, bundle_dir, lame_duck_s=60) as server:
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.ask(path="/health/ready").status == 503)
+        assert server.stop(second) == (0, "")

@@ -118,13 +118,24 @@ class Evaluate(Section):
 
 
 class Serve(Section):
-    """Limits of the server. `max_pixels` None: the model's own, under which its images were ingested."""
+    """Limits of the server. `max_pixels` None: the model's own, under which its images were ingested.
+
+    `deadline_s`: a request that takes longer is answered 503; a client may ask for less by the header X-Deadline-Ms.
+    `stuck_s`: a batch that takes longer is taken for stuck: /health/live is 503, and the process is to be replaced.
+    `lame_duck_s`: how long it still answers after SIGTERM, when it is not ready any more.
+    `keep_alive_s`: how long a connection may wait for its next request; longer than a balancer before it waits.
+    """
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
     max_pixels: int | None = Field(default=None, ge=1024)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=1)
+    deadline_s: float = Field(default=30.0, gt=0, le=3600)
     poll_s: float = Field(default=5.0, gt=0)
+    stuck_s: float = Field(default=60.0, gt=0, le=3600)
+    lame_duck_s: float = Field(default=5.0, ge=0, le=3600)
+    keep_alive_s: int = Field(default=75, ge=1, le=86_400)
+    max_connections: int = Field(default=1000, ge=1, le=100_000)
 
 
 class Schedule(Section):

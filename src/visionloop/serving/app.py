@@ -3,34 +3,31 @@
 A wrong request gets a 4xx. A full server, or one without a model, answers 503. Only our own bugs give a 500.
 """
 
+import asyncio
 import contextlib
-import logging
-import re
-import secrets
+import heapq
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visionloop import __version__
-from visionloop.errors import ImageError, VisionLoopError
-from visionloop.records import Prediction
-from visionloop.serving.batcher import Batcher, QueueFull
+from visionloop.errors import ImageError
+from visionloop.serving.batcher import Answer, Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
+from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
+    ERRORS,
+    PREDICT_BODY,
+    PROBLEM,
     BatchAnswer,
-    ErrorAnswer,
     ModelAnswer,
     PredictAnswer,
     PredictLabelsAnswer,
@@ -38,30 +35,12 @@ from visionloop.serving.schemas import (
 )
 from visionloop.serving.swap import ModelSlot, ServedModel
 
-IMAGE_STATUS = {"empty": 400, "not_an_image": 415, "too_large": 422, "damaged": 422}
 PREDICT = "/predict"
-RETRY_AFTER_S = "1"
+MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
 PAGE = Path(__file__).parent / "page" / "docs.html"
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:"
 )
-REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,64}$")
-_FILE = {"type": "string", "format": "binary"}
-_FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _FILE}}}
-PREDICT_BODY = {
-    "required": True,
-    "content": {"multipart/form-data": {"schema": _FORM}, "image/*": {"schema": _FILE}},
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "No image in the request, or a malformed form"},
-    408: {"model": ErrorAnswer, "description": "The body came too slowly"},
-    413: {"model": ErrorAnswer, "description": "The body is too large, or the form has too many parts"},
-    415: {"model": ErrorAnswer, "description": "Not an image, or a format that is not read"},
-    422: {"model": ErrorAnswer, "description": "A damaged image, or too many pixels"},
-    503: {"model": ErrorAnswer, "description": "The queue is full, or no model is ready; see Retry-After"},
-}
-
-log = logging.getLogger(__name__)
 
 
 def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
@@ -82,13 +61,30 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
         await batcher.stop()
 
     app = FastAPI(title="visionloop", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(_Envelope, meters=meters)
-    for kind in (VisionLoopError, HTTPException, ClientDisconnect):
-        app.add_exception_handler(kind, _answer_error)
+    app.add_middleware(Envelope, meters=meters, counted=PREDICT)
+    for kind in ERROR_KINDS:
+        app.add_exception_handler(kind, answer_error)
     _add_predict(app, slot, Inbox(limits), batcher, meters)
-    _add_state(app, slot, meters)
+    _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
     _add_page(app)
+    _name_problems(app)
     return app
+
+
+def _name_problems(app: FastAPI) -> None:
+    """Let the document name the content type of errors, which FastAPI takes for that of the answer."""
+    make = app.openapi
+
+    def make_openapi() -> dict[str, Any]:
+        document = make()
+        for route in (route for path in document["paths"].values() for route in path.values()):
+            for status, response in route["responses"].items():
+                content = response.get("content", {})
+                if status >= "400" and "application/json" in content:
+                    content[PROBLEM] = content.pop("application/json")
+        return document
+
+    app.openapi = make_openapi  # type: ignore[method-assign]
 
 
 def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters) -> None:
@@ -99,34 +95,48 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         openapi_extra={"requestBody": PREDICT_BODY},
         summary="Classify one image, or several",
     )
-    async def predict(request: Request) -> Response:
-        """Send the image as the body, or one or more files in a form. JPEG, PNG, WebP or AVIF; the bytes decide.
+    async def predict(
+        request: Request,
+        top_k: Annotated[
+            int | None,
+            Query(ge=1, le=MAX_TOP_K, description="`probabilities` has only the so many highest, the highest first"),
+        ] = None,
+        embedding: Annotated[bool, Query(description="Answer with the embedding too: one vector an image")] = False,
+        x_deadline_ms: Annotated[
+            int | None,
+            Header(ge=1, le=MAX_DEADLINE_MS, description="How long you wait; if that is too short you get 503"),
+        ] = None,
+    ) -> Response:
+        """Send the image as the body, one or more files in a form, or JSON with base64.
+
+        JPEG, PNG, WebP or AVIF; the bytes decide. HEIC, where the extra `heic` is installed.
 
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
         async with inbox.receive(request) as uploads:
             model = _require_model(slot)
-            answers = await batcher.predict(model, [upload.data for upload in uploads])
+            limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
+            images = [upload.data for upload in uploads]
+            answers = await _answer_in_time(request, batcher, model, images, min(limit_s, inbox.limits.deadline_s))
         for answer in answers:
-            if isinstance(answer, Prediction):
+            if isinstance(answer, Answer):
                 meters.count_prediction(answer)
-        return JSONResponse(
-            {
-                **_make_answer(uploads, answers),
-                "model": _name_model(model),
-                "request_id": request.state.request_id,
-            }
-        )
+        described = _make_answer(uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding))
+        return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
 
 
-def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters) -> None:
-    @app.get("/health/live", summary="Is the process alive")
+def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable[[], bool]) -> None:
+    @app.get("/health/live", responses={503: ERRORS[503]}, summary="Does it work, or must it be started again")
     async def live() -> dict[str, str]:
+        if is_stuck():
+            raise RequestError("the network does not finish", todo="Start it again.", status=503, reason_code="stuck")
         return {"status": "live"}
 
     @app.get("/health/ready", response_model=ReadyAnswer, responses={503: ERRORS[503]}, summary="Can it answer")
     async def ready() -> dict[str, Any]:
+        if slot.is_leaving:
+            raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
         return {"status": "ready", "model": _name_model(_require_model(slot)), "problem": slot.problem}
 
     @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")
@@ -164,94 +174,60 @@ def _name_model(model: ServedModel) -> dict[str, Any]:
     return {"name": model.name, "version": model.version, "digest": model.digest}
 
 
-def _make_answer(uploads: Sequence[Upload], answers: Sequence[Prediction | ImageError]) -> dict[str, Any]:
+async def _answer_in_time(
+    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float
+) -> list[Answer | ImageError]:
+    """Answer while the client is there, and for so long at most after its request began.
+
+    Raises:
+        QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
+    """
+    left_s = limit_s - (time.perf_counter() - request.state.started)
+    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s))
+    gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
+    try:
+        done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        work.cancel()
+        gone.cancel()
+    if gone in done:
+        raise ClientDisconnect
+    if work in done:
+        return work.result()
+    raise batcher.refuse("has no answer in time", f"one within {limit_s:g} s", "deadline")
+
+
+def _make_answer(
+    uploads: Sequence[Upload], answers: Sequence[Answer | ImageError], describe: Callable[[Answer], dict[str, Any]]
+) -> dict[str, Any]:
     """Return the answer for one upload, or a list of answers and errors for several.
 
     Raises:
         ImageError: the only upload cannot be used.
     """
-    if len(answers) > 1:
-        return {"results": [{"file": u.name, **_describe(a)} for u, a in zip(uploads, answers, strict=True)]}
-    if isinstance(answers[0], ImageError):
-        raise answers[0]
-    return _describe(answers[0])
+    if len(answers) == 1 and not uploads[0].in_list:
+        if isinstance(answers[0], ImageError):
+            raise answers[0]
+        return describe(answers[0])
+    results = []
+    for upload, answer in zip(uploads, answers, strict=True):
+        if isinstance(answer, ImageError):
+            results.append({"file": upload.name, "error": {"code": answer.reason_code, "message": str(answer)}})
+        else:
+            results.append({"file": upload.name, **describe(answer)})
+    return {"results": results}
 
 
-def _describe(answer: Prediction | ImageError) -> dict[str, Any]:
-    if isinstance(answer, ImageError):
-        return {"error": {"code": answer.reason_code, "message": str(answer)}}
+def _describe(answer: Answer, top_k: int | None, *, embedding: bool) -> dict[str, Any]:
     labels = {} if answer.labels is None else {"labels": list(answer.labels)}
+    probabilities = answer.probabilities
+    if top_k is not None:
+        probabilities = dict(heapq.nlargest(top_k, probabilities.items(), key=lambda item: item[1]))
     return {
         "prediction": answer.prediction,
         **labels,
         "confidence": answer.confidence,
         "abstained": answer.abstained,
-        "probabilities": answer.probabilities,
+        "probabilities": probabilities,
+        **({"embedding": answer.embedding_d.tolist()} if embedding else {}),
     }
-
-
-async def _answer_error(request: Request, exc: Exception) -> Response:
-    status, code, message = _translate(exc)
-    request.state.outcome = code
-    headers = dict(getattr(exc, "headers", None) or {})
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = RETRY_AFTER_S
-    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-        headers["Connection"] = "close"  # the rest of the body is still on its way
-    body = {"error": {"code": code, "message": message}, "request_id": request.state.request_id}
-    return JSONResponse(body, status, headers)
-
-
-def _translate(exc: Exception) -> tuple[int, str, str]:
-    """Return the HTTP status, the stable code and the message of an error."""
-    if isinstance(exc, RequestError):
-        return exc.status, exc.reason_code, str(exc)
-    if isinstance(exc, ImageError):
-        return IMAGE_STATUS.get(exc.reason_code, 422), exc.reason_code, str(exc)
-    if isinstance(exc, QueueFull):
-        return 503, "busy", str(exc)
-    if isinstance(exc, ClientDisconnect):
-        return 400, "disconnected", "request: the client went away."
-    if isinstance(exc, HTTPException):
-        code = HTTPStatus(exc.status_code).phrase.lower().replace(" ", "_")
-        return exc.status_code, code, f"request: {exc.detail}."
-    log.error("unexpected error", exc_info=exc)
-    return 500, "internal", "server: an unexpected error; see its log under the request id."
-
-
-class _Envelope:
-    """Wraps every request: sets its id, counts it, and turns any other exception into a 500.
-
-    It is plain ASGI, so it never buffers a body.
-    """
-
-    def __init__(self, app: ASGIApp, meters: Meters) -> None:
-        self._app, self._meters = app, meters
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent_id = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent_id if REQUEST_ID.match(sent_id) else secrets.token_hex(8)
-        state = scope.setdefault("state", {})
-        state.update(request_id=request_id, outcome="ok")
-        started, begun = time.perf_counter(), False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as exc:
-            log.error("request %s failed", request_id)
-            if begun:
-                raise
-            await (await _answer_error(Request(scope), exc))(scope, receive, send_with_id)
-        finally:
-            if scope["path"] == PREDICT and scope["method"] == "POST":
-                self._meters.count_request(state["outcome"], time.perf_counter() - started)

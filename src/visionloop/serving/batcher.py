@@ -1,23 +1,30 @@
 """Collects the images of many requests into batches for the network. Images are decoded in parallel.
 
-An image that arrives alone does not wait for others. All methods belong to one event loop.
+An image that arrives alone does not wait for others. While the queue stands, the newest goes first: its client is the
+likeliest to be there still. What nobody waits for any more is dropped before it is decoded, and before the network.
+All methods belong to one event loop.
 """
 
 import asyncio
 import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
+from visionloop.predictor import FloatArray
 from visionloop.records import Prediction
 from visionloop.serving.swap import ServedModel
 
+STANDING_S = 0.1  # the queue stands when its oldest image has waited so long
+MAX_RETRY_S = 60
 MAX_DECODERS = 8  # each may hold a whole image in memory, about nine bytes for each of its pixels
 
 
@@ -25,13 +32,34 @@ class QueueFull(VisionLoopError, RuntimeError):
     """Too many images are waiting. The same request can succeed a moment later."""
 
     transient = True
+    status = 503
+
+    def __init__(self, found: str, expected: str, *, reason_code: str = "busy", retry_after_s: int = 1) -> None:
+        super().__init__("server", found, expected, f"Try again in {retry_after_s} s.")
+        self.reason_code, self.headers = reason_code, {"Retry-After": str(retry_after_s)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Prediction):
+    """The answer for one image, with the embedding (d,) that it was made from."""
+
+    embedding_d: FloatArray
 
 
 @dataclass(frozen=True)
 class _Waiting:
     model: ServedModel
     image_hwc: UInt8Array
-    answer: "asyncio.Future[Prediction]"
+    taken_at: float
+    answer: "asyncio.Future[Answer]"
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The place of an image in front of the decoders."""
+
+    taken_at: float
+    given: "asyncio.Future[None]"
 
 
 class Batcher:
@@ -44,14 +72,24 @@ class Batcher:
         max_queue: int = 256,
         max_pixels: int | None = None,
         max_wait_s: float = 0.004,
+        max_batch_s: float = 0.1,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size."""
+        """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size.
+
+        A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
+        clients late, and are hardly faster for an image.
+        """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch = on_batch
+        self._max_batch_s = max_batch_s
+        self._turns: deque[_Turn] = deque()
         self._ready: deque[_Waiting] = deque()
+        self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
+        self._finished_at = 0.0
+        self._busy_since: float | None = None
         self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[Prediction | ImageError]] = set()
+        self._tasks: set[asyncio.Task[Answer | ImageError]] = set()
         self._decoding = 0
         self._closed = True
 
@@ -60,11 +98,23 @@ class Batcher:
         """The number of images that were accepted and have no answer yet."""
         return len(self._tasks)
 
+    @property
+    def drain_s(self) -> float:
+        """How long the images take that wait now, by the measured rate."""
+        return self.depth * self._image_s
+
+    def is_stuck(self, limit_s: float) -> bool:
+        """Say whether the network has been busy with one batch for so long, or nobody hands it batches any more."""
+        if self._closed:
+            return False
+        since = self._busy_since
+        return self._worker.done() or (since is not None and asyncio.get_running_loop().time() - since > limit_s)
+
     def start(self) -> None:
         """Make the threads and begin to work."""
         # One core is left for the network and the event loop: with decoding on all cores the server is slower.
-        decoders = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
-        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._free = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
+        self._decoders = ThreadPoolExecutor(self._free, thread_name_prefix="decode")
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())
         self._closed = False
@@ -80,37 +130,88 @@ class Batcher:
         self._decoders.shutdown()
         self._runner.shutdown()
 
-    async def predict(self, model: ServedModel, images: Sequence[bytes]) -> list[Prediction | ImageError]:
+    async def predict(
+        self, model: ServedModel, images: Sequence[bytes], *, limit_s: float = math.inf
+    ) -> list[Answer | ImageError]:
         """Answer for encoded images, all with one model: a prediction, or what is wrong with that image.
 
-        If the caller is cancelled, its images are still finished, and free their places in the queue then.
+        If the caller is cancelled, its images leave the queue at once.
 
         Raises:
-            QueueFull: not all of them fit in the queue now; none was taken.
+            QueueFull: not all of them fit in the queue now, or would be answered within `limit_s`; none was taken.
         """
         if self._closed or self.depth + len(images) > self.max_queue:
             found = "stops" if self._closed else f"has {self.depth} images waiting"
-            raise QueueFull("server", found, f"at most {self.max_queue} with yours", "Try again in a moment.")
+            raise self.refuse(found, f"at most {self.max_queue} with yours")
+        if self.depth and self.drain_s + len(images) * self._image_s > limit_s:
+            raise self.refuse(f"has images waiting for {self.drain_s:.1f} s", f"at most {limit_s:.1f} s with yours")
         tasks = [asyncio.create_task(self._answer(model, data)) for data in images]
         for task in tasks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        await asyncio.wait(tasks)
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            raise
         return [task.result() for task in tasks]
 
-    async def _answer(self, model: ServedModel, data: bytes) -> Prediction | ImageError:
+    def refuse(self, found: str, expected: str, reason_code: str = "busy") -> QueueFull:
+        """Return the error that says when the images that wait now will be answered."""
+        retry_after_s = max(1, min(MAX_RETRY_S, math.ceil(self.drain_s)))
+        return QueueFull(found, expected, reason_code=reason_code, retry_after_s=retry_after_s)
+
+    async def _answer(self, model: ServedModel, data: bytes) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
-        self._decoding += 1
+        taken_at = loop.time()
+        turn = _Turn(taken_at, loop.create_future())
+        self._turns.append(turn)
+        self._give_turns()
+        try:
+            await turn.given
+        except asyncio.CancelledError:
+            if turn.given.done() and not turn.given.cancelled():
+                self._end_decoding()
+            raise
         try:
             image_hwc = await loop.run_in_executor(self._decoders, self._decode, model, data)
         except ImageError as exc:
             return exc
         finally:
-            self._decoding -= 1
-            self._changed.set()
-        answer: asyncio.Future[Prediction] = loop.create_future()
-        self._ready.append(_Waiting(model, image_hwc, answer))
-        return await answer
+            self._end_decoding()
+        answer: asyncio.Future[Answer] = loop.create_future()
+        self._ready.append(_Waiting(model, image_hwc, taken_at, answer))
+        try:
+            return await answer
+        finally:
+            self._give_turns()
+
+    def _give_turns(self) -> None:
+        """Let images be decoded: no more at a time than there are decoders, and not far ahead of the network."""
+        waiting = sum(not one.answer.done() for one in self._ready)
+        while self._free and waiting + self._decoding < 2 * self._choose_size() + 1:
+            while self._turns and self._turns[0].given.done():
+                self._turns.popleft()
+            if not self._turns:
+                return
+            turn = _pick(self._turns)
+            if not turn.given.done():
+                turn.given.set_result(None)
+                self._free -= 1
+                self._decoding += 1
+
+    def _end_decoding(self) -> None:
+        self._free += 1
+        self._decoding -= 1
+        self._changed.set()
+        self._give_turns()
+
+    def _choose_size(self) -> int:
+        """Return how many images the next batch may have."""
+        return (
+            max(1, min(self.max_batch, int(self._max_batch_s / self._network_s))) if self._network_s else self.max_batch
+        )
 
     def _decode(self, model: ServedModel, data: bytes) -> UInt8Array:
         return model.predictor.decode(data, "image", max_pixels=self.max_pixels)
@@ -120,27 +221,50 @@ class Batcher:
         while True:
             batch = await self._collect()
             self._on_batch(len(batch))
+            self._busy_since = started_at = loop.time()
             try:
                 predictions = await loop.run_in_executor(self._runner, _run, batch)
             except Exception as exc:  # passed on to the callers; the worker goes on
                 for waiting in batch:
-                    waiting.answer.set_exception(exc)
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(exc)
                 continue
+            finally:
+                self._busy_since = None
+            self._measure(batch, started_at, loop.time())
             for waiting, prediction in zip(batch, predictions, strict=True):
-                waiting.answer.set_result(prediction)
+                if not waiting.answer.done():
+                    waiting.answer.set_result(prediction)
+
+    def _measure(self, batch: Sequence[_Waiting], started_at: float, now: float) -> None:
+        begun_at = max(self._finished_at, min(waiting.taken_at for waiting in batch))
+        self._image_s = _smooth(self._image_s, (now - begun_at) / len(batch))
+        self._network_s = _smooth(self._network_s, (now - started_at) / len(batch))
+        self._finished_at = now
 
     async def _collect(self) -> list[_Waiting]:
         """Wait for an image, then up to `max_wait_s` for those being decoded. Return a batch for one model."""
+        while not (batch := await self._take_batch()):
+            pass
+        return batch
+
+    async def _take_batch(self) -> list[_Waiting]:
         while not self._ready:
             await self._wait_for_change()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.max_wait_s):
-                while self._decoding and len(self._ready) < self.max_batch:
+                while self._decoding and len(self._ready) < self._choose_size():
                     await self._wait_for_change()
-        model = self._ready[0].model
+        size, others = self._choose_size(), deque[_Waiting]()
         batch: list[_Waiting] = []
-        while self._ready and len(batch) < self.max_batch and self._ready[0].model is model:
-            batch.append(self._ready.popleft())
+        while self._ready and len(batch) < size:
+            one = _pick(self._ready)
+            if not batch or one.model is batch[0].model:
+                batch += [] if one.answer.done() else [one]
+            else:
+                others.append(one)
+        self._ready.extendleft(reversed(others))
+        self._give_turns()
         return batch
 
     async def _wait_for_change(self) -> None:
@@ -148,6 +272,21 @@ class Batcher:
         await self._changed.wait()
 
 
-def _run(batch: Sequence[_Waiting]) -> list[Prediction]:
+_Queued = TypeVar("_Queued", _Turn, _Waiting)
+
+
+def _pick(queue: deque[_Queued]) -> _Queued:
+    """Take the oldest, or the newest while the queue stands."""
+    standing = asyncio.get_running_loop().time() - queue[0].taken_at > STANDING_S
+    return queue.pop() if standing else queue.popleft()
+
+
+def _smooth(before: float, value: float) -> float:
+    return 0.8 * before + 0.2 * value if before else value
+
+
+def _run(batch: Sequence[_Waiting]) -> list[Answer]:
     predictor = batch[0].model.predictor
-    return predictor.answer(predictor.run(np.stack([waiting.image_hwc for waiting in batch])))
+    outputs = predictor.run(np.stack([waiting.image_hwc for waiting in batch]))
+    predictions = predictor.answer(outputs)
+    return [Answer(**vars(p), embedding_d=e) for p, e in zip(predictions, outputs.embedding_nd, strict=True)]

@@ -1,10 +1,13 @@
-"""Reads the uploads of a request: raw bytes or a multipart form, in pieces and within limits. Decodes no image.
+"""Reads the uploads of a request: raw bytes, a multipart form or JSON, in pieces and within limits. Decodes no image.
 
 The format of an image follows from its bytes, not from the content type that the client declares.
 """
 
 import asyncio
+import base64
+import binascii
 import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +16,12 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from visionloop.errors import VisionLoopError
+from visionloop.errors import VisionLoopError, shorten
 
 FILE_FIELDS = (b"file", b"files")
 MAX_NAME_CHARS = 120
+NO_BOUNDARY = "Do not set the Content-Type yourself: the HTTP library writes it, with the boundary that it chose."
+URL_LETTERS = str.maketrans("-_", "+/")
 # A refused client goes on sending for a moment. Closing at once would reset its connection before it reads the answer.
 DISCARD_S = 2.0
 DISCARD_BYTES = 64_000_000
@@ -36,14 +41,20 @@ class Limits:
     max_files: int = 64
     max_held_bytes: int = 320_000_000
     body_timeout_s: float = 30.0
+    deadline_s: float = 30.0
+    stuck_s: float = 60.0
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file of a request. `name` is what the client called it, printable and without folders; None when raw."""
+    """One file of a request. `name` is what the client called it, printable and without folders; None when raw.
+
+    `in_list`: the client sent a list, and wants one back, even if it has one image.
+    """
 
     name: str | None
     data: bytes
+    in_list: bool = False
 
 
 class RequestError(VisionLoopError, ValueError):
@@ -138,14 +149,19 @@ async def _discard(chunks: AsyncIterator[bytes]) -> None:
 def _make_reader(headers: Mapping[str, str], limits: Limits) -> _BodyReader:
     kind, options = parse_options_header(headers.get("content-type"))
     if not kind.startswith(b"multipart/"):
-        return _RawReader()
-    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        return _RawReader(limits.max_files)
+    if kind != b"multipart/form-data":
         raise _bad_form("has no form in it that can be read")
+    if not options.get(b"boundary"):
+        raise _bad_form("is a form whose Content-Type names no boundary", NO_BOUNDARY)
     return _FormReader(options[b"boundary"], limits.max_files)
 
 
 class _RawReader:
-    def __init__(self) -> None:
+    """Takes the whole body as one image, unless it is JSON: no image begins with a brace or a bracket."""
+
+    def __init__(self, max_files: int) -> None:
+        self._max_files = max_files
         self._data = bytearray()
 
     def feed(self, chunk: bytes) -> None:
@@ -154,7 +170,44 @@ class _RawReader:
     def finish(self) -> list[Upload]:
         if not self._data:
             raise RequestError("its body is empty", "an image", "Send a file or a form.", reason_code="empty")
+        if self._data[:64].lstrip().startswith((b"{", b"[")):
+            return _read_json(bytes(self._data), self._max_files)
+        if self._data.startswith(b"--") and b"form-data" in self._data[:500].lower():
+            raise _bad_form("is a form, but its Content-Type does not say so", NO_BOUNDARY)
         return [Upload(None, bytes(self._data))]
+
+
+def _read_json(data: bytes, max_files: int) -> list[Upload]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise _bad_json("its body is no JSON") from exc
+    if not isinstance(value, dict) or set(value) not in ({"image"}, {"images"}):
+        keys = f"the keys {shorten(sorted(value)) or '(none)'}" if isinstance(value, dict) else "no object"
+        raise _bad_json(f"its JSON has {keys}"[:200])
+    if "image" in value:
+        return [Upload(None, _read_base64(value["image"], "image"))]
+    texts = value["images"]
+    if not isinstance(texts, list):
+        raise _bad_json("its `images` are no list")
+    if not texts:
+        raise RequestError("its list of images is empty", "one image at least", reason_code="empty")
+    if len(texts) > max_files:
+        raise _too_many(f"its JSON has {len(texts)} images", max_files)
+    return [Upload(None, _read_base64(text, f"images[{i}]"), in_list=True) for i, text in enumerate(texts)]
+
+
+def _read_base64(text: object, name: str) -> bytes:
+    """Decode base64, also with the letters of URLs, in lines, without its padding, or as a data URL."""
+    if not isinstance(text, str):
+        raise _bad_json(f"its `{name}` is no text")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    letters = "".join(text.split()).translate(URL_LETTERS).rstrip("=")
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (ValueError, binascii.Error) as exc:
+        raise _bad_json(f"its `{name}` is no base64") from exc
 
 
 class _FormReader:
@@ -199,13 +252,7 @@ class _FormReader:
     def _on_part_begin(self) -> None:
         self._num_parts += 1
         if self._num_parts > self._max_parts:
-            raise RequestError(
-                f"its form has more than {self._max_parts} parts",
-                f"at most {self._max_parts}",
-                "Send several requests.",
-                status=413,
-                reason_code="too_many_files",
-            )
+            raise _too_many(f"its form has more than {self._max_parts} parts", self._max_parts)
         self._disposition, self._data = b"", bytearray()
 
     def _on_header_end(self) -> None:
@@ -231,5 +278,14 @@ def _clean_name(name: bytes) -> str | None:
     return "".join(c for c in text if c.isprintable())[:MAX_NAME_CHARS] or None
 
 
-def _bad_form(found: str) -> RequestError:
-    return RequestError(f"its body {found}", "multipart/form-data, whole", reason_code="bad_form")
+def _bad_form(found: str, todo: str = "") -> RequestError:
+    return RequestError(f"its body {found}", "multipart/form-data, whole", todo, reason_code="bad_form")
+
+
+def _bad_json(found: str) -> RequestError:
+    expected = '{"image": "<base64>"} or {"images": ["<base64>", ...]}'
+    return RequestError(found, expected, "Options such as top_k go into the query.", reason_code="bad_json")
+
+
+def _too_many(found: str, limit: int) -> RequestError:
+    return RequestError(found, f"at most {limit}", "Send several requests.", status=413, reason_code="too_many_files")

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -81,6 +82,7 @@ def run_own_server(home: Path, options: Sequence[str] = (), *, limit_s: float = 
         yield _wait_for_url(process, limit_s)
     finally:
         alarm.cancel()
+        process.send_signal(signal.SIGINT)  # no balancer looks at this one: it need not answer on after SIGTERM
         stop_process(process)
 
 

@@ -1,16 +1,20 @@
 """`visionloop serve`: connects settings, params, ledger, model and application, and runs them. Nothing else."""
 
+import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Never
+from typing import Never, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +27,7 @@ from visionloop.promotion.models import load_model
 from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
+from visionloop.serving.connections import ACCEPT_AT_ONCE, Connection, Door
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -57,14 +62,14 @@ def run_server(
         if bundle is not None:
             slot.current = ServedModel(load_model(bundle, lambda: workspace))
         else:
-            check_store(workspace)
             follower = _make_follower(workspace, slot)
             follower.load_first()
             follower.start()
         try:
-            app = make_app(slot, make_limits(workspace.params.serve))
+            serve = workspace.params.serve
+            app = make_app(slot, make_limits(serve))
             url = _make_url(host, sock)
-            _Server(app, lambda: on_ready(url)).run([sock])
+            _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
         finally:
             if follower:
                 follower.stop()
@@ -77,30 +82,50 @@ def make_limits(serve: Serve) -> Limits:
         max_pixels=serve.max_pixels,
         max_batch=serve.max_batch,
         max_queue=serve.max_queue,
+        deadline_s=serve.deadline_s,
+        stuck_s=serve.stuck_s,
         max_files=min(Limits.max_files, serve.max_queue),
         max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
     )
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again."""
+    """uvicorn's server, with a call when it listens. On a signal it ends with code 0, and does not raise it again.
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    SIGTERM is how a balancer's machine is taken away: the server is not ready at once, and still answers for
+    `serve.lame_duck_s`, until the balancer has seen it. A second signal, or SIGINT, ends that time.
+    """
+
+    def __init__(self, app: FastAPI, serve: Serve, slot: ModelSlot, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=cast(type[asyncio.Protocol], partial(Connection, Door(serve.max_connections))),
+            timeout_keep_alive=serve.keep_alive_s,
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=BACKLOG,
+            backlog=ACCEPT_AT_ONCE,
             timeout_graceful_shutdown=GRACE_S,
         )
         super().__init__(config)
         self._on_ready = on_ready
+        self._slot, self._lame_duck_s, self._leave_at = slot, serve.lame_duck_s, math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and self._lame_duck_s and not self._slot.is_leaving:
+            self._slot.is_leaving = True
+            self._leave_at = time.monotonic() + self._lame_duck_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or time.monotonic() >= self._leave_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # uvicorn has just made it as short as what asyncio accepts at once
         self._on_ready()
 
     @contextlib.contextmanager
@@ -117,10 +142,12 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
 
     return ChampionFollower(
         slot,
+        name=workspace.name,
         find_champion=find_champion,
         store=store,
         cache_dir=workspace.settings.hidden_dir / "serving",
         poll_s=workspace.params.serve.poll_s,
+        check=lambda: check_store(workspace),
     )
 
 

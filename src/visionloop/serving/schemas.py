@@ -1,6 +1,6 @@
 """The server's answers as pydantic models. /docs and `openapi.json` are made from them."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,15 +21,26 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is not 2xx."""
+    """The body of every answer that is not 2xx: a problem by RFC 9457.
 
+    `code` is stable, for programs; `detail` is for people. `error` holds the same two as before, and goes away with the
+    next release.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
     error: ErrorDetail
     request_id: str
+    client_request_id: str | None
 
 
 class ImageAnswer(BaseModel):
     """The answer for one image. `confidence` is the probability of `prediction`; all probabilities sum to 1.
 
+    With `top_k` there are only the highest, the highest first. `embedding` is there where it was asked for.
     `abstained` says in words why the model does not know: treat `prediction` as its best guess. null: it answers.
     """
 
@@ -37,6 +48,7 @@ class ImageAnswer(BaseModel):
     confidence: float = Field(ge=0, le=1)
     abstained: str | None
     probabilities: dict[str, float]
+    embedding: list[float] = Field(default=[], description="Only if the request has embedding=true")
 
 
 class LabelsAnswer(ImageAnswer):
@@ -51,10 +63,14 @@ class LabelsAnswer(ImageAnswer):
 
 
 class ToRequest(BaseModel):
-    """The part of an answer that concerns the whole request."""
+    """The part of an answer that concerns the whole request.
+
+    `request_id` is the server's own, which no other request has; `client_request_id` is the X-Request-ID that came.
+    """
 
     model: ModelName
     request_id: str
+    client_request_id: str | None
 
 
 class PredictAnswer(ToRequest, ImageAnswer):
@@ -112,10 +128,47 @@ class ModelAnswer(ModelName):
     entry: int | None
     task: str
     classes: list[str]
-    image_size: tuple[int, int]
+    image_size: Annotated[list[int], Field(min_length=2, max_length=2)]
     resize: str
     threshold: float | None
     thresholds: dict[str, float] | None
     abstain: dict[str, Any] | None
     dataset: dict[str, Any]
     problem: str | None
+
+
+_FILE = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
+_FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "array", "minItems": 1, "items": _FILE}},
+}
+_JSON = {
+    "oneOf": [
+        {"type": "object", "required": [name], "properties": {name: value}, "additionalProperties": False}
+        for name, value in (("image", _BASE64), ("images", {"type": "array", "minItems": 1, "items": _BASE64}))
+    ]
+}
+# The name of a content type does not matter, but a range like image/* would promise formats that are refused.
+PREDICT_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {"schema": _FORM},
+        "application/json": {"schema": _JSON},
+        **{f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp", "avif")},
+        "application/octet-stream": {"schema": _FILE},
+    },
+}
+_REFUSALS = {
+    400: "No image in the request, or a malformed form or JSON",
+    408: "The body came too slowly",
+    413: "The body is too large, or has too many images",
+    415: "Not an image, or a format that is not read",
+    422: "A damaged image, too many pixels, or an option of no such value",
+    503: "The queue is full, there is no answer in time, or no model is ready; see Retry-After",
+}
+PROBLEM = "application/problem+json"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSALS.items()
+}

@@ -1,10 +1,14 @@
 """The model that answers now, and the thread that follows the ledger to the next one.
 
 A new bundle is downloaded, checked and loaded while the current model serves. One assignment then replaces it. If
-anything fails, the current model stays. Knows nothing of HTTP.
+anything fails, the current model stays. The last two bundles stay on disk: a server that starts while the store is away
+serves the one that was served last. Knows nothing of HTTP.
 """
 
+import json
 import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +21,7 @@ from visionloop.records import LedgerEntry
 from visionloop.store import ObjectStore
 
 STOP_S = 5.0
+LAST = "last.json"  # beside the bundles: which were served last, and for which ledger entry
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +44,15 @@ class ServedModel:
 
 
 class ModelSlot:
-    """Holds the current model. `problem` says why a newer one is not served; it holds no path."""
+    """Holds the current model. `problem` says why a newer one is not served; it holds no path.
+
+    `is_leaving`: the server stops soon, and wants no new clients.
+    """
 
     def __init__(self, current: ServedModel | None = None) -> None:
         self.current = current
         self.problem: str | None = None
+        self.is_leaving = False
         self.num_swaps = 0
         self.num_failures = 0
 
@@ -55,13 +64,17 @@ class ChampionFollower:
         self,
         slot: ModelSlot,
         *,
+        name: str,
         find_champion: Callable[[], LedgerEntry | None],
         store: ObjectStore,
         cache_dir: Path,
         poll_s: float,
         retry_s: float = 60.0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.slot = slot
+        """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once."""
+        self.slot, self._name = slot, name
+        self._check, self._is_checked = check, False
         self._find_champion = find_champion
         self._store = store
         self._cache_dir = cache_dir
@@ -71,13 +84,21 @@ class ChampionFollower:
         self._thread: threading.Thread | None = None
 
     def load_first(self) -> None:
-        """Load the champion, or fail: a server that cannot start must say why.
+        """Load the champion; if the store is away, the model that was served last. Else fail, and say why.
 
         Raises:
             ServingError: the ledger has no champion.
-            VisionLoopError: the store cannot be read, or the bundle is refused.
+            VisionLoopError: the store cannot be read and no model was served before, or the bundle is refused.
         """
-        self.slot.current = self._load(self._require_champion())
+        try:
+            self._check_once()
+            entry = self._require_champion()
+            self.slot.current = self._load(entry)
+            self._remember(entry)
+        except StoreError as exc:
+            self.slot.current = self._load_last(exc)
+            self._note_problem(None, exc, time.monotonic())
+            log.warning("started with the model that was served last: ledger entry %s", self.slot.current.entry)
 
     def start(self) -> None:
         """Poll the ledger in a background thread until `stop`."""
@@ -94,6 +115,7 @@ class ChampionFollower:
         """Look at the ledger once and swap if it names another model. Never raises: problems go to the slot."""
         number: int | None = None
         try:
+            self._check_once()
             entry = self._require_champion()
             if self._is_current(entry):
                 self._clear_problem()
@@ -108,6 +130,11 @@ class ChampionFollower:
     def _follow(self) -> None:
         while not self._stopping.wait(self._poll_s):
             self.poll_once(time.monotonic())
+
+    def _check_once(self) -> None:
+        if not self._is_checked:
+            self._check()
+            self._is_checked = True
 
     def _require_champion(self) -> LedgerEntry:
         entry = self._find_champion()
@@ -130,6 +157,7 @@ class ChampionFollower:
             self.slot.current = replace(current, version=entry.model_version, entry=entry.number)
         else:
             self.slot.current = self._load(entry)
+        self._remember(entry)
         self.slot.num_swaps += 1
         self._clear_problem()
         log.info("serving entry %d, version %s, bundle %s", entry.number, entry.model_version, entry.bundle[:12])
@@ -137,6 +165,38 @@ class ChampionFollower:
     def _load(self, entry: LedgerEntry) -> ServedModel:
         predictor = Predictor.fetch(self._store, entry.bundle, self._cache_dir)
         return ServedModel(predictor, entry.model_version, entry.number)
+
+    def _load_last(self, why: StoreError) -> ServedModel:
+        """Load what was served last, its bytes checked again. Raises `why` if there is nothing whole."""
+        try:
+            last = json.loads((self._cache_dir / LAST).read_bytes())
+            if last["name"] != self._name:
+                raise ValueError(f"the last one was of {last['name']}")
+            folder = self._cache_dir / str(last["bundles"][0])
+            predictor = Predictor.load(folder, expected_digest=folder.name)
+            return ServedModel(predictor, last["version"], int(last["entry"]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError, VisionLoopError) as exc:
+            log.info("no model was served before: %s", exc)
+            raise why from exc
+
+    def _remember(self, entry: LedgerEntry) -> None:
+        """Write down what is served now, and keep its bundle and the one before. A full disk is no reason to stop."""
+        path = self._cache_dir / LAST
+        try:
+            before = json.loads(path.read_bytes())["bundles"] if path.exists() else []
+            bundles = [entry.bundle, *(one for one in before if one != entry.bundle)][:2]
+        except (OSError, ValueError, KeyError, TypeError):
+            bundles = [entry.bundle]
+        try:
+            staged = path.with_name(f".{LAST}-{os.getpid()}")
+            last = {"name": self._name, "entry": entry.number, "version": entry.model_version, "bundles": bundles}
+            staged.write_text(json.dumps(last), "utf-8")
+            staged.replace(path)
+            for folder in self._cache_dir.iterdir():
+                if folder.is_dir() and not folder.name.startswith(".") and folder.name not in bundles:
+                    shutil.rmtree(folder)
+        except OSError as exc:
+            log.warning("what is served now could not be written down: %s", exc)
 
     def _clear_problem(self) -> None:
         if self.slot.problem:

@@ -13,6 +13,7 @@ from fakes import make_bundle, make_image
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
+from visionloop.serving.schemas import ErrorAnswer
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=10_000, max_files=4, max_queue=4)
@@ -56,8 +57,10 @@ def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, sl
         "abstained": None,
         "probabilities": pytest.approx(expected.probabilities),
         "model": {"name": "fake", "version": "7", "digest": slot.current.digest},
-        "request_id": "mine-1",
+        "request_id": answer.json()["request_id"],
+        "client_request_id": "mine-1",
     }
+    assert re.fullmatch(r"[0-9a-f]{16}", answer.json()["request_id"])
 
 
 def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
@@ -92,7 +95,7 @@ def test_a_broken_file_among_several_spoils_no_other(client: TestClient) -> None
 def test_bad_bodies_get_their_own_4xx_in_one_shape(client: TestClient, body: bytes, status: int, code: str) -> None:
     answer = client.post("/predict", content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert answer.json().keys() == {"error", "request_id"}
+    assert answer.json().keys() == set(ErrorAnswer.model_fields)
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
     assert "/" not in answer.json()["error"]["message"]
     assert read_figures(client)[f"visionloop_requests_total{{{code}}}"] == 1
@@ -161,10 +164,16 @@ def test_our_own_bug_is_a_500_without_its_text(
     answer = client.post("/predict", content=make_image(0), headers={"X-Request-ID": "r-1"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r-1")
     assert answer.json() == {
+        "type": "about:blank",
+        "title": "Internal Server Error",
+        "status": 500,
+        "code": "internal",
+        "detail": answer.json()["error"]["message"],
         "error": {"code": "internal", "message": "server: an unexpected error; see its log under the request id."},
-        "request_id": "r-1",
+        "request_id": answer.json()["request_id"],
+        "client_request_id": "r-1",
     }
-    assert "request r-1 failed" in caplog.text
+    assert f"request {answer.json()['request_id']} failed (the client's id: r-1)" in caplog.text
     assert "RuntimeError: /secret/path" in caplog.text
     assert read_figures(client)["visionloop_requests_total{internal}"] == 1
 
@@ -198,7 +207,9 @@ def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) 
 
 def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> None:
     post = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
-    assert post["requestBody"]["content"].keys() == {"multipart/form-data", "image/*"}
+    kinds = {f"image/{kind}" for kind in ("jpeg", "png", "webp", "avif")}
+    others = {"multipart/form-data", "application/json", "application/octet-stream"}
+    assert post["requestBody"]["content"].keys() == kinds | others
     assert post["responses"].keys() == {"200", "400", "408", "413", "415", "422", "503"}
 
 
@@ -213,7 +224,18 @@ def test_predict_of_several_labels_lists_them(client: TestClient, slot: ModelSlo
     images = [make_image(seed) for seed in range(4)]
     expected = several.predictor.predict(images)
     single = client.post("/predict", content=images[0]).json()
-    assert list(single) == ["prediction", "labels", "confidence", "abstained", "probabilities", "model", "request_id"]
+    assert list(single) == [
+        *[
+            "prediction",
+            "labels",
+            "confidence",
+            "abstained",
+            "probabilities",
+            "model",
+            "request_id",
+            "client_request_id",
+        ]
+    ]
     assert single["labels"] == list(expected[0].labels or ())
     files = [("file", (f"{i}.png", data)) for i, data in enumerate(images)]
     results = client.post("/predict", files=files).json()["results"]

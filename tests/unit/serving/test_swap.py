@@ -40,6 +40,7 @@ class World:
         self.slot = ModelSlot()
         self.follower = ChampionFollower(
             self.slot,
+            name="fake",
             find_champion=self.find_champion,
             store=self.store,
             cache_dir=folder / "cache",
@@ -176,3 +177,25 @@ def test_the_thread_follows_until_stopped(world: World) -> None:
     assert world.served() == (2, "20", world.digests[1])
     world.follower.stop()
     assert not thread.is_alive()
+
+
+def test_what_was_served_last_is_not_served_under_another_name(world: World) -> None:
+    world.follower.load_first()
+    world.error = StoreError("store", "cannot reach it")
+    world.follower.load_first()
+    assert world.served() == (1, "10", world.digests[0])
+    world.follower._name = "other"
+    with pytest.raises(StoreError, match="cannot reach it"):
+        world.follower.load_first()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundles": 3}', '{"name": "fake", "bundles": []}', "\x00"])
+def test_a_damaged_note_of_what_was_served_last_is_written_anew(world: World, tmp_path: Path, text: str) -> None:
+    world.follower.load_first()
+    (tmp_path / "cache" / "last.json").write_text(text)
+    world.error = StoreError("store", "cannot reach it")
+    with pytest.raises(StoreError, match="cannot reach it"):
+        world.follower.load_first()
+    world.error = None
+    world.follower.load_first()
+    assert f'"bundles": ["{world.digests[0]}"]' in (tmp_path / "cache" / "last.json").read_text()
