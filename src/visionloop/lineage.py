@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
-from visionloop.data.known_store import check_store
 from visionloop.data.manifest import decode_records, list_versions, load_version, load_version_records
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
@@ -95,9 +94,7 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
     Raises:
         DatasetError: it names neither, or several. PromotionError: there is no such ledger entry.
         BundleError: the bundle is not in the store, or damaged.
-        StoreError: the store is not the one that the workspace knows.
     """
-    check_store(workspace)
     path = Path(what).expanduser()
     if what == "candidate" or (path / DIGESTS).is_file():
         bundle = load_bundle(workspace.settings.candidate_dir if what == "candidate" else path)

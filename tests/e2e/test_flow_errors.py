@@ -172,7 +172,7 @@ def test_a_stage_by_hand_tells_how_it_is_kept_and_a_verdict_that_stands_is_told_
     edit(home, "resamples: 200", "resamples: 300")
     told = "\nrun by hand: `dvc commit -f evaluate` keeps this result, `dvc repro` would make it again\n"
     assert visionloop(home, "evaluate").stdout.endswith(told)
-    edit(home, "resamples: 300}", "resamples: 300}\ngate: {floors: {accuracy: 0.99}}")
+    edit(home, "gate: {", "gate: {floors: {accuracy: 0.99}, ")
     edit(home, "learning_rate: 3.0e-3", "learning_rate: 1.0e-7")
     for still, stands in (
         ("", ""),

@@ -103,7 +103,8 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
     assert "full: is not empty; expected a new or empty folder." in refuse("pets", "full")
     (tmp_path / "nothing").mkdir()
-    assert "error: " in refuse("nothing")
+    done = visionloop(tmp_path, "start", "nothing")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "nothing was ingested: the workspace is removed again")
     one = tmp_path / "one" / "cat"
     one.mkdir(parents=True)
     for number in range(12):

@@ -24,8 +24,7 @@ BROKEN = "import sys\nif 'serve' in sys.argv:\n    import os; print('no such sym
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with two champions; the second, bad one was rolled back from."""
     home = make_workspace(tmp_path_factory.mktemp("stays") / "ws", epochs=1, number=40)
-    with (home / "params.yaml").open("a") as file:
-        file.write("gate: {rule: no_worse, margin: 0.99}\n")
+    edit(home, "gate: {", "gate: {rule: no_worse, margin: 0.99, ")
     set_train(home, seed=1)
     for new in ("seed: 1", "seed: 2"):
         edit(home, "seed: 1", new)

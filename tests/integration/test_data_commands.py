@@ -175,7 +175,7 @@ def test_what_is_unusable_is_counted_by_code(home: Path, shell: Shell) -> None:
     (home.parent / "photos" / "dog" / "empty.png").write_bytes(b"")
     shown = shell("ingest", "../photos")
     assert "quarantined 6 files that cannot be used:\n      1  empty\n" in shown
-    assert "      5  not_an_image\n         photos:cat/bad0.jpg: is not an image we read" in shown
+    assert "      5  not_an_image\n         photos:cat/bad0.jpg: is text, not an image" in shown
     assert "         and 2 more\n" in shown
     assert "bad4.jpg" in shell("datasets", "show", "--all")
 

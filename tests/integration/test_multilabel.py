@@ -39,8 +39,8 @@ ingest:
   - {kind: table, path: SOURCE, name: table, columns: {image: image, label: shapes, separator: "|"}}
 prepare: {image_size: 40, unlabelled: negative}
 train: {backbone: small_cnn, max_epochs: 8, batch_size: 16, learning_rate: 4.0e-3, patience: 50, precision: fp32}
-evaluate: {resamples: 200}
-gate: {metric: macro_f1, floors: {accuracy: 0.4}}
+evaluate: {resamples: 400}
+gate: {metric: macro_f1, floors: {accuracy: 0.4}, min_images: {all: 20, per_class: 5}}
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from visionloop.evaluation.label_metrics import LabelCounts
-from visionloop.evaluation.metrics import compute_class_figures, compute_confusion
+from visionloop.evaluation.metrics import ClassFigures, compute_class_figures, compute_confusion
 from visionloop.evaluation.plots import (
     Mistake,
     draw_classes,
@@ -42,12 +42,18 @@ def make_mistakes(count: int) -> list[Mistake]:
     return [Mistake(image, ODD_NAMES[i % 7], "b", 0.75) for i, image in enumerate(images_nhwc)]
 
 
+def make_figures(confusion_kk: np.ndarray, names: list[str]) -> list[ClassFigures]:
+    """The figures of images that have this confusion matrix, each a key of its own."""
+    labels_n, chosen_n = (np.repeat(axis.ravel(), confusion_kk.ravel()) for axis in np.indices(confusion_kk.shape))
+    return compute_class_figures(labels_n, chosen_n, names, np.arange(len(labels_n)))
+
+
 def draw_all() -> dict[str, bytes]:
     confusion_kk = make_confusion(len(ODD_NAMES))
     confidence_n = np.random.default_rng(1).random(200)
     return {
         "confusion": draw_confusion(confusion_kk, ODD_NAMES),
-        "classes": draw_classes(compute_class_figures(confusion_kk, ODD_NAMES)),
+        "classes": draw_classes(make_figures(confusion_kk, ODD_NAMES)),
         "confidence": draw_confidence(confidence_n, confidence_n > 0.4),
         "mistakes": draw_mistakes(make_mistakes(7), 9, 200),
         "outcomes": draw_outcomes([LabelCounts(name, 9 - i, i, 3 * i) for i, name in enumerate(ODD_NAMES)]),
@@ -89,10 +95,8 @@ def test_confusion_grows_with_the_classes(num_classes, least_px):
 
 
 def test_classes_shows_the_worst_forty_of_many():
-    tall = Image.open(io.BytesIO(draw_classes(compute_class_figures(make_confusion(40), [str(i) for i in range(40)]))))
-    taller = Image.open(
-        io.BytesIO(draw_classes(compute_class_figures(make_confusion(90), [str(i) for i in range(90)])))
-    )
+    tall = Image.open(io.BytesIO(draw_classes(make_figures(make_confusion(40), [str(i) for i in range(40)]))))
+    taller = Image.open(io.BytesIO(draw_classes(make_figures(make_confusion(90), [str(i) for i in range(90)]))))
     assert tall.height == taller.height
 
 

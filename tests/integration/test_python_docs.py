@@ -102,7 +102,7 @@ def test_every_block_of_the_document_runs(
     assert re.match(r"(disc|ring) 0\.\d+ {'disc': 0\.\d+, 'ring': 0\.\d+}\n$", said[0])
     assert f"bundle {loop.digest[:12]} from {NAME}@champion>\n('disc', 'ring') (32, 32) 1\n" in said[1]
     assert names["same"].digest == names["champion"].digest == loop.digest
-    assert "broken.jpg not_an_image broken.jpg: is not an image we read" in said[3]
+    assert "broken.jpg not_an_image broken.jpg: is text, not an image" in said[3]
     assert np.isnan(names["vectors"]).all(axis=1).tolist() == [False, True]
     assert "test   disc      4" in said[4]
     assert re.match(r"(disc|ring) (disc|ring)\n$", said[5])

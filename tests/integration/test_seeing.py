@@ -166,7 +166,7 @@ def test_similar_says_what_it_cannot_use(
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     for argument, words in [
-        (str(tmp_path / "text.jpg"), "is not an image we read"),
+        (str(tmp_path / "text.jpg"), "is text, not an image"),
         (str(tmp_path / "empty.png"), "empty.png"),
         ("nowhere.png", "nowhere.png: does not exist; expected an image file, or 8 digits or more of a sha256"),
         ("0123456789", "is no image of the prepared dataset, and no file"),

@@ -74,7 +74,7 @@ def test_wrong_golden_answers_refuse_before_anything_listens(home: Path) -> None
     change_answers(home / "candidate", 0.5)
     done = visionloop(home, "serve", "--check", "candidate")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "golden answers differ by 0.5" in done.stderr
+    assert "golden answers differ by 0.3" in done.stderr
 
 
 SABOTAGE = """
@@ -88,7 +88,7 @@ SABOTAGES = {
         r"did not start \(no such symbol in libfoo\)",
     ),
     "it answers otherwise": (
-        "softmax = p.softmax; p.softmax = lambda logits: softmax(-logits)",
+        "probs = p.compute_probs; p.compute_probs = lambda logits, card: probs(-logits, card)",
         r"answers golden image 0 with '.', a probability 0\.\d+ off; expected '.', as the bundle does\. See",
     ),
     "it fails inside": ("p.Predictor.answer = None", r"golden image 0 is refused: server: an unexpected error"),

@@ -27,6 +27,7 @@ embed: {batch_size: 500, runtime: onnxruntime}
 prepare: {image_size: 32}
 train: {backbone: small_cnn, max_epochs: EPOCHS, batch_size: 16, learning_rate: 3.0e-3, patience: 50, precision: fp32}
 evaluate: {resamples: 200}
+gate: {min_images: {all: 5, per_class: 0}, baseline: {mode: off}, class_drop: {mode: off}, slice_drop: {mode: off}}
 """
 
 

@@ -27,6 +27,7 @@ from visionloop.workspace import Workspace
 from workspaces import NOW, build, store_image
 
 PARAMS: dict[str, Any] = {
+    "gate": {"min_images": {"all": 4, "per_class": 0}, "baseline": {"mode": "off"}},
     "name": "shapes",
     "embed": {"batch_size": 500, "runtime": "onnxruntime"},
     "prepare": {"image_size": 32},
