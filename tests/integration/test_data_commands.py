@@ -151,7 +151,7 @@ def test_a_failed_pull_saves_nothing(home: Path, shell: Shell) -> None:
         (("ingest", "--label-column", "x"), "--label-column: no WHAT is given"),
         (
             ("ingest", "../photos", "--label-column", "x"),
-            "--image-column and --label-column: ../photos is of kind folder",
+            "photos: columns or an encoding are named, but labels are those of the paths",
         ),
         (("ingest", "nowhere"), "does not exist"),
         (("ingest", "http://me:secret@x.test/list.json", "--save"), "would hold a password"),

@@ -284,8 +284,8 @@ def test_an_object_that_is_not_what_was_ingested_is_named(world: World, damage: 
     assert str(caught.value) == (
         f"image {record.sha256[:12]} ({record.origins[0]}): is missing from the store or damaged there; expected its "
         "bytes as they were ingested. Run `visionloop ingest --verify`, or after a one-time pull `visionloop ingest "
-        "PATH --name NAME --verify` (with the options of then): it mends what its source still has. Without its source: `visionloop forget "
-        f"{record.sha256[:12]} --why lost`."
+        "PATH --name NAME --verify` (with the options of then): it mends what its source still has. Without its "
+        f"source: `visionloop forget {record.sha256[:12]} --why lost`."
     )
 
 
