@@ -15,6 +15,7 @@ from shapes import write_shapes
 from trainings import Ear, Place, make_place
 from visionloop.bundle import load_bundle
 from visionloop.cli.serving import describe_answer
+from visionloop.data.prepare import check_threshold
 from visionloop.errors import ParamsError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.features.embed import embed
@@ -22,7 +23,6 @@ from visionloop.predict import FilePrediction
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
-from visionloop.training.checks import check_threshold
 from visionloop.training.package import describe_untuned
 
 COUNTS = {"disc": (30, 60, 30), "ring": (30, 60, 30)}

@@ -249,6 +249,15 @@ def test_an_unlabelled_image_is_a_negative_if_params_say_so(world: World) -> Non
     assert len(load_prepared(world.settings.prepared_dir).sha256_n) == 40
 
 
+def test_a_threshold_of_three_classes_is_refused_before_an_image_is_read(world: World) -> None:
+    pin_records(world, [replace(world.records[0], labels=("z",)), *world.records[1:]])
+    params = make_params({"name": "fake", "prepare": {"image_size": 32}, "train": {"threshold": "max_f1"}})
+    match = r"train\.threshold: got 'max_f1' with a multiclass task; expected no threshold"
+    with pytest.raises(ParamsError, match=match):
+        prepare(connect(world.settings, params, store=world.store))
+    assert not world.settings.work_dir("prepare").exists()
+
+
 def test_one_class_alone_is_no_task_of_several_labels(world: World) -> None:
     pin_records(world, [replace(r, labels=("a",) if "a" in r.labels else ()) for r in world.records])
     section = {"image_size": 32, "unlabelled": "negative"}

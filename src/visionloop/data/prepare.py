@@ -32,7 +32,7 @@ from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.parallel import Engine, count_cores, map_chunks
-from visionloop.params import Compute, Params, Prepare
+from visionloop.params import Compute, Params, Prepare, Train
 from visionloop.records import SIDES, ImageRecord, Pin, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
@@ -127,6 +127,7 @@ def prepare(
     records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params, pin)
     layouts = make_layouts(records, params.prepare)
     task = resolve_task(params.task, {label for r in records for label in r.labels}, pin)
+    check_threshold(params.train, task)
     key = compute_digest([pin.digest, task, params.prepare.model_dump(mode="json"), code_digest])
     with lock_work(settings.work_dir("prepare"), key) as work:
         for layout in layouts:
@@ -203,6 +204,17 @@ def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
         todo = "Give its absence a label of its own and set `task: auto`, or ingest images of other classes."
         raise DatasetError(where, found, "two or more", todo)
     return ("binary" if len(classes) == 2 else "multiclass") if task == "auto" else task
+
+
+def check_threshold(section: Train, task: str) -> None:
+    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
+    if task == "multiclass" and section.threshold != Train().threshold:
+        raise ParamsError(
+            "params.yaml train.threshold",
+            f"got {section.model_dump()['threshold']!r} with a multiclass task",
+            "no threshold: the likeliest of more than two classes is the answer",
+            "Remove the key.",
+        )
 
 
 def choose_engine(compute: Compute, num_pixels: int) -> Engine:

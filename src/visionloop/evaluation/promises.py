@@ -17,7 +17,7 @@ Dimensions: n images, t looks.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+
+FEWEST = 4  # of the further looks: fewer images promise next to nothing
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,44 @@ def find_promise(score_n: NDArray[np.floating], hits_n: BoolArray, error: float,
 
     Images with the score -inf are not answered whatever comes out.
     """
+    promises = list_promises(score_n, hits_n, error, delta)
+    kept = [promise for promise in promises if promise.kept]
+    return max(kept, key=lambda p: p.num_answered) if kept else min(promises, key=lambda p: (p.bound, -p.num_answered))
+
+
+def list_promises(score_n: NDArray[np.floating], hits_n: BoolArray, error: float, delta: float) -> list[Promise]:
+    """Return what each look can promise; where none keeps `error`, there are further looks, at fewer images.
+
+    Those cannot keep it either: they are to tell how near one can come, and have half of delta. All bounds of the list
+    hold at once with probability 1 - delta.
+    """
     answered_n = np.isfinite(score_n)
     score_n, hits_n = score_n[answered_n], hits_n[answered_n]
     least = count_flawless(error, delta)
     if not len(score_n):
-        return Promise(False, math.inf, 0, 0, 1.0, 0, least)
+        return [Promise(False, math.inf, 0, 0, 1.0, 0, least)]
     order_n = np.argsort(-score_n, kind="stable")
-    sorted_n, wrong_n = score_n[order_n], np.cumsum(~hits_n[order_n])
+    sorted_n, hits_n = score_n[order_n], hits_n[order_n]
     looks_t = choose_looks(len(score_n), error, delta)
-    found = []
-    for look in looks_t:
-        # Of equal scores all are taken. They are the lowest of these, so if anything the bound is too careful.
-        number = int((sorted_n >= sorted_n[look - 1]).sum())
-        below = float(sorted_n[number]) if number < len(sorted_n) else -math.inf
-        wrong = int(wrong_n[number - 1])
-        bound = bound_errors(wrong, number, delta / len(looks_t))
-        limit = 0.0 if below == -math.inf else float(np.nextafter(below, np.float32(np.inf), dtype=np.float32))
-        found.append(Promise(bound <= error, limit, number, wrong, bound, len(score_n), least))
-    kept = [promise for promise in found if promise.kept]
-    return max(kept, key=lambda p: p.num_answered) if kept else min(found, key=lambda p: (p.bound, -p.num_answered))
+    each = delta / len(looks_t)
+    promises = [_look(sorted_n, hits_n, look, error, each) for look in looks_t]
+    lower_t = choose_lower_looks(int(looks_t[0]))
+    if len(lower_t) and not any(promise.kept for promise in promises):
+        lower = min(each, delta / 2 / len(lower_t))
+        promises = [_look(sorted_n, hits_n, look, error, lower) for look in lower_t]
+        promises += [_look(sorted_n, hits_n, look, error, each / 2) for look in looks_t]
+    return [replace(promise, least=least) for promise in promises]
+
+
+def _look(sorted_n: NDArray[np.floating], hits_n: BoolArray, look: int, error: float, delta: float) -> Promise:
+    """Bound the errors among the highest `look` images. Scores descend."""
+    # Of equal scores all are taken. They are the lowest of these, so if anything the bound is too careful.
+    number = int((sorted_n >= sorted_n[look - 1]).sum())
+    below = float(sorted_n[number]) if number < len(sorted_n) else -math.inf
+    wrong = int((~hits_n[:number]).sum())
+    bound = bound_errors(wrong, number, delta)
+    limit = 0.0 if below == -math.inf else float(np.nextafter(below, np.float32(np.inf), dtype=np.float32))
+    return Promise(bound <= error, limit, number, wrong, bound, len(sorted_n), count_flawless(error, delta))
 
 
 def choose_looks(num_images: int, error: float, delta: float) -> IntArray:
@@ -81,6 +102,12 @@ def choose_looks(num_images: int, error: float, delta: float) -> IntArray:
         if 2 * least <= num_images:
             return np.linspace(least, num_images, number).round().astype(np.int64)
     return np.array([min(count_flawless(error, delta), num_images)], np.int64)
+
+
+def choose_lower_looks(first: int) -> IntArray:
+    """Return a half of the first look, a quarter, ..., down to `FEWEST` images; ascending."""
+    halvings = range(1, max(first, 1).bit_length())
+    return np.array([first >> k for k in halvings if first >> k >= FEWEST][::-1], np.int64)
 
 
 def count_flawless(error: float, delta: float) -> int:

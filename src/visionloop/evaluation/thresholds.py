@@ -17,10 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.evaluation.promises import BoolArray, FloatArray, IntArray, bound_share_above, find_promise
+from visionloop.evaluation.promises import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Promise,
+    bound_errors,
+    bound_share_above,
+    count_flawless,
+    list_promises,
+)
 from visionloop.params.train import Threshold
 
 DELTA = 0.05
+DELTA_OF_PLAIN = DELTA / 10  # the rest is of the looks at the highest m images
 PLAIN = 0.5
 
 
@@ -52,7 +62,7 @@ class Sweep:
 class Chosen:
     """A threshold, and how it came to be, in words. `promised` is the bound that holds; None: none was asked for.
 
-    `is_kept` False: the wanted precision or recall cannot be promised, and this is the best there is.
+    `is_kept` False: the wanted precision or recall cannot be promised, and this comes nearest.
     """
 
     threshold: float
@@ -107,13 +117,40 @@ def _choose_nearest(cut_c: FloatArray, merit_c: NDArray[np.floating] | IntArray,
 
 
 def _promise_precision(score_n: NDArray[np.floating], truth_n: BoolArray, precision: float) -> Chosen:
-    promise = find_promise(score_n, truth_n, 1 - precision, DELTA)
-    promised = 1 - promise.bound
-    seen = f"{promise.num_answered - promise.num_wrong} of {promise.num_answered} right, {promised:.1%} promised"
-    if promise.kept:
-        return Chosen(promise.limit, seen, promised)
+    """Take the lowest look that keeps it. Else the best bound that is not worse than the plain threshold."""
+    error = 1 - precision
+    promises = list_promises(score_n, truth_n, error, DELTA - DELTA_OF_PLAIN)
+    plain = _promise_plain(score_n, truth_n, error)
+    kept = [promise for promise in (plain, *promises) if promise.kept]
+    if kept:
+        best = max(kept, key=lambda p: p.num_answered)
+    else:
+        fine = [promise for promise in promises if not _is_worse(promise, plain)]
+        best = min((plain, *fine), key=lambda p: p.bound)
+        best = plain if best.num_answered == plain.num_answered else best
+    promised = 1 - best.bound
+    seen = f"{best.num_answered - best.num_wrong} of {best.num_answered} right, {promised:.1%} promised"
+    if best.kept:
+        return Chosen(best.limit, seen, promised)
     words = f"a precision of {precision:g} cannot be promised; the best there is: {seen}"
-    return Chosen(min(promise.limit, 1.0), words, promised, is_kept=False)
+    return Chosen(best.limit, words, promised, is_kept=False)
+
+
+def _promise_plain(score_n: NDArray[np.floating], truth_n: BoolArray, error: float) -> Promise:
+    """Bound the errors from 0.5 on: known before any score was seen, it is one more look with a delta of its own."""
+    given_n = score_n >= PLAIN
+    number, wrong = int(given_n.sum()), int((given_n & ~truth_n).sum())
+    bound = bound_errors(wrong, number, DELTA_OF_PLAIN)
+    least = count_flawless(error, DELTA_OF_PLAIN)
+    return Promise(bound <= error, PLAIN, number, wrong, bound, len(score_n), least)
+
+
+def _is_worse(promise: Promise, plain: Promise) -> bool:
+    """Whether what is given is right less often than from 0.5 on, or a lower threshold makes more mistakes."""
+    right, more = promise.num_answered - promise.num_wrong, promise.num_answered - plain.num_answered
+    if more > 0 and 2 * (promise.num_wrong - plain.num_wrong) > more:
+        return True
+    return right * plain.num_answered < (plain.num_answered - plain.num_wrong) * promise.num_answered
 
 
 def _promise_recall(score_n: NDArray[np.floating], truth_n: BoolArray, recall: float) -> Chosen:
@@ -123,7 +160,14 @@ def _promise_recall(score_n: NDArray[np.floating], truth_n: BoolArray, recall: f
         threshold = float(positive_n[place - 1])
         found = int((positive_n >= threshold).sum())
         return Chosen(threshold, f"{found} of {len(positive_n)} found, {recall:.1%} promised", recall)
-    # The lowest of n scores has above it at least a share delta^(1/n) of all.
-    promised = DELTA ** (1 / len(positive_n)) if len(positive_n) else 0.0
+    if not len(positive_n):
+        words = f"a recall of {recall:g} cannot be promised: no independent image of it; not tuned"
+        return Chosen(PLAIN, words, 0.0, is_kept=False)
+    # The lowest of n scores has above it at least a share delta^(1/n) of all; so has every lower threshold. Down to the
+    # next image without the class they give the same answers: of these the nearest to 0.5.
+    promised, lowest = DELTA ** (1 / len(positive_n)), float(positive_n[0])
+    lower_n = score_n[~truth_n & (score_n < lowest)].astype(np.float64)
+    below = float(lower_n.max()) if len(lower_n) else 0.0
+    threshold = min(PLAIN, lowest) if below < PLAIN else (below + lowest) / 2
     words = f"a recall of {recall:g} cannot be promised by {len(positive_n)} images of it; {promised:.1%} can"
-    return Chosen(float(positive_n[0]) if len(positive_n) else PLAIN, words, promised, is_kept=False)
+    return Chosen(threshold, words, promised, is_kept=False)

@@ -22,7 +22,7 @@ from visionloop.confidence import (
     scale_to_one,
 )
 from visionloop.evaluation.calibration import FIGURES, IntArray, fit_scale, number_keys
-from visionloop.evaluation.promises import Promise, bound_errors, find_promise, keep_one_of_a_key
+from visionloop.evaluation.promises import Promise, find_promise, keep_one_of_a_key
 from visionloop.evaluation.thresholds import Chosen, choose_threshold
 from visionloop.params.train import Abstain, Threshold
 from visionloop.predictor import Choices, choose_classes, compute_confidence
@@ -165,7 +165,10 @@ def _to_facts(promise: Promise) -> dict[str, Any]:
 def describe_refusal(promise: Promise, wanted: Abstain) -> str:
     """Say why no share of wrong answers can be promised, and what it would take."""
     assert wanted.error is not None
-    flawless = bound_errors(0, promise.num_images, wanted.delta)
+    number = promise.num_images
+    flawless = find_promise(
+        np.arange(number, dtype=np.float64), np.ones(number, bool), wanted.error, wanted.delta
+    ).bound
     least = f"; it takes {promise.least} without a mistake, and these could promise {flawless:.2%} at best"
     return (
         f"LOOK: abstain: at most {wanted.error:.2%} wrong cannot be promised with {promise.num_images} independent "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionloop.data.manifest import check_name, is_experiment, load_version
+from visionloop.data.prepare import check_threshold
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ParamsError, require_installed, shorten
 from visionloop.networks.names import check_network
@@ -86,17 +87,6 @@ def check_monitor(section: Train, task: str) -> None:
             f"got {section.monitor!r}, which no epoch of a {task} training (on: {section.on}) has",
             f"one of {', '.join(names)}{hint}",
             "Edit the file.",
-        )
-
-
-def check_threshold(section: Train, task: str) -> None:
-    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
-    if task == "multiclass" and section.threshold != Train().threshold:
-        raise ParamsError(
-            "params.yaml train.threshold",
-            f"got {section.model_dump()['threshold']!r} with a multiclass task",
-            "no threshold: the likeliest of more than two classes is the answer",
-            "Remove the key.",
         )
 
 

@@ -10,10 +10,12 @@ from visionloop.evaluation.promises import (
     bound_errors,
     bound_share_above,
     choose_looks,
+    choose_lower_looks,
     compute_risk_curve,
     count_flawless,
     find_promise,
     keep_one_of_a_key,
+    list_promises,
 )
 
 
@@ -97,10 +99,30 @@ def test_what_can_be_promised_is_told_where_the_wish_cannot() -> None:
     score_n, hits_n = np.linspace(0, 1, 60, dtype=np.float32), np.arange(60) != 3
     promise = find_promise(score_n, hits_n, 0.02, 0.05)
     assert (promise.kept, promise.num_images, promise.least) == (False, 60, 149)
-    assert promise.bound == pytest.approx(binomtest(1, 60).proportion_ci(0.90, "exact").high)
+    assert promise.bound == pytest.approx(binomtest(1, 60).proportion_ci(0.95, "exact").high), "half of delta"
     nothing = find_promise(np.full(5, -np.inf, np.float32), np.ones(5, bool), 0.02, 0.05)
     assert (nothing.kept, nothing.limit, nothing.bound) == (False, math.inf, 1.0)
     assert not find_promise(np.zeros(0, np.float32), np.zeros(0, bool), 0.02, 0.05).kept
+
+
+def test_fewer_images_are_looked_at_where_the_wish_cannot_be_promised() -> None:
+    # 68 images, 23 of them wrong, all below the surest 45: the 59 that the wish takes have 14.
+    assert choose_lower_looks(59).tolist() == [7, 14, 29]
+    assert [choose_lower_looks(first).tolist() for first in (0, 1, 7, 8)] == [[], [], [], [4]]
+    score_n, hits_n = np.linspace(1, 0, 68, dtype=np.float32), np.arange(68) < 45
+    promise = find_promise(score_n, hits_n, 0.05, 0.05)
+    assert (promise.kept, promise.num_answered, promise.num_wrong) == (False, 29, 0)
+    assert promise.bound == pytest.approx(1 - (0.025 / 3) ** (1 / 29))
+
+
+def test_further_looks_never_keep_what_the_first_ones_did_not() -> None:
+    for delta in (0.001, 0.05, 0.49):
+        for error in (0.02, 0.3, 0.8):
+            for number in (1, 3, 40, 700):
+                hits_n = np.arange(number) < number // 2
+                least = choose_looks(number, error, delta)[0]
+                for one in list_promises(np.linspace(1, 0, number), hits_n, error, delta):
+                    assert not one.kept or one.num_answered >= least
 
 
 def test_images_that_are_never_answered_do_not_count() -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from visionloop.evaluation.promises import bound_errors
 from visionloop.evaluation.thresholds import Chosen, choose_threshold, sweep_thresholds
 from visionloop.params.train import Threshold
 
@@ -81,13 +80,79 @@ def test_a_wish_that_cannot_be_promised_gets_the_best_there_is() -> None:
     score_n = np.linspace(0.02, 0.98, 40)
     truth_n = score_n > 0.5
     chosen = choose(score_n, truth_n, {"precision": 0.99})
-    assert not chosen.is_kept
-    assert chosen.promised == pytest.approx(1 - bound_errors(20, 40, 0.05))
-    assert chosen.words.startswith("a precision of 0.99 cannot be promised; the best there is: 20 of 40 right")
+    assert (chosen.is_kept, chosen.threshold) == (False, 0.5)
+    assert chosen.promised == pytest.approx(0.005 ** (1 / 20))
+    words = "a precision of 0.99 cannot be promised; the best there is: 20 of 20 right, 76.7% promised"
+    assert chosen.words == words
     chosen = choose(score_n, truth_n, {"recall": 0.95})
-    assert (chosen.is_kept, chosen.threshold) == (False, pytest.approx(score_n[truth_n].min()))
+    assert (chosen.is_kept, chosen.threshold) == (False, 0.5), "of a valley from 0.488 to 0.512"
     assert chosen.promised == pytest.approx(0.05 ** (1 / 20))
     assert chosen.words == "a recall of 0.95 cannot be promised by 20 images of it; 86.1% can"
+
+
+def test_a_perfect_model_stays_perfect_where_its_few_images_cannot_promise() -> None:
+    # Seen on horses-or-humans: 68 independent images, 36 of the class; 59 were looked at, so 0.0000044 was taken.
+    rng = np.random.default_rng(0)
+    score_n = np.concatenate([rng.uniform(0.97, 1, 36), rng.uniform(0, 1e-5, 32)])
+    truth_n = np.arange(68) < 36
+    chosen = choose(score_n, truth_n, {"precision": 0.95})
+    assert (chosen.threshold, chosen.is_kept) == (0.5, False)
+    assert chosen.promised == pytest.approx(0.005 ** (1 / 36)), "a tenth of 0.05 is for the plain threshold"
+    assert chosen.words.endswith("the best there is: 36 of 36 right, 86.3% promised")
+    assert choose(score_n, truth_n, {"recall": 0.95}).threshold == 0.5
+
+
+def test_a_class_of_few_images_keeps_the_plain_threshold() -> None:
+    score_n, truth_n = np.linspace(0, 0.4, 500), np.zeros(500, bool)
+    score_n[:5], truth_n[:5] = [0.7, 0.8, 0.9, 0.95, 0.99], True
+    chosen = choose(score_n, truth_n, {"precision": 0.9})
+    assert (chosen.threshold, chosen.is_kept, chosen.promised) == (0.5, False, pytest.approx(0.005 ** (1 / 5)))
+    assert choose(score_n, truth_n, {"recall": 0.9}).threshold == 0.5
+
+
+def test_fewer_and_surer_answers_come_nearer_than_the_plain_threshold() -> None:
+    # From 0.5 on 60 of 100 are right, of the surest 40 all. A look at 74, a further one at half of that.
+    score_n = np.concatenate([np.linspace(0.99, 0.9, 40), np.linspace(0.8, 0.51, 60), np.linspace(0.4, 0.1, 50)])
+    truth_n = np.concatenate([np.ones(40, bool), np.arange(60) % 3 == 0, np.zeros(50, bool)])
+    chosen = choose(score_n, truth_n, {"precision": 0.95})
+    assert not chosen.is_kept
+    words = "a precision of 0.95 cannot be promised; the best there is: 37 of 37 right, 86.9% promised"
+    assert chosen.words == words
+    assert score_n[37] < chosen.threshold < score_n[36]
+    recall = choose(score_n, truth_n, {"recall": 0.999})
+    assert recall.words == "a recall of 0.999 cannot be promised by 60 images of it; 95.1% can"
+    assert recall.threshold == pytest.approx((score_n[98] + score_n[97]) / 2), "0.5 would give two more, both wrong"
+
+
+def test_a_lower_threshold_is_taken_only_where_it_makes_no_more_mistakes() -> None:
+    # Three right answers from 0.5 on promise 17 %; 40 of 60 promise more, but are right less often.
+    score_n = np.concatenate([[0.9, 0.8, 0.7], np.linspace(0.4, 0.3, 57)])
+    truth_n = np.concatenate([np.ones(3, bool), np.arange(57) < 37])
+    mixed_n = np.concatenate([truth_n[:3], np.random.default_rng(0).permutation(truth_n[3:])])
+    assert choose(score_n, mixed_n, {"precision": 0.95}).threshold == 0.5
+    flawless = np.concatenate([np.ones(30, bool), np.zeros(30, bool)])
+    chosen = choose(score_n, flawless, {"precision": 0.95})
+    assert 0.3 < chosen.threshold < 0.4, "as right as from 0.5 on, and more of it"
+    # From 0.5 on nothing is given: as if the class was not there. 21 of 59 would be worse than that.
+    assert choose(score_n / 2, np.arange(60) % 3 == 0, {"precision": 0.95}).threshold == 0.5
+
+
+def test_no_wish_makes_a_model_less_precise_and_what_is_told_holds() -> None:
+    rng = np.random.default_rng(4)
+    everyone_n = rng.beta(0.2, 0.6, 100_000).astype(np.float32)
+    everything_n = rng.random(100_000) < everyone_n
+    held = tuned = 0
+    for _ in range(400):
+        picked_n = rng.choice(100_000, 80, replace=False)
+        score_n, truth_n = everyone_n[picked_n], everything_n[picked_n]
+        chosen = choose(score_n, truth_n, {"precision": 0.95})
+        assert not chosen.is_kept or chosen.promised >= 0.95
+        assert chosen.is_kept or chosen.promised < 0.95
+        assert truth_n[score_n >= chosen.threshold].mean() >= truth_n[score_n >= 0.5].mean()
+        held += everything_n[everyone_n >= chosen.threshold].mean() >= chosen.promised
+        tuned += chosen.threshold != 0.5
+    assert held >= 0.95 * 400
+    assert tuned >= 0.2 * 400
 
 
 @pytest.mark.parametrize("wanted", ["max_f1", {"precision": 0.9}, {"recall": 0.9}])
