@@ -10,6 +10,8 @@ search (as theirs) chooses the next m by what it saw.
     263 is the least that can promise it: without a mistake the bound is 1 - 0.005 ^ (1 / 263) = 2 %.
     8 wrong among the highest 918: bound 2.01 %, no. 4 wrong among the highest 754: bound 1.66 %, yes.
 
+Where no look keeps the wish, fewer images are looked at as well, to tell how near one comes.
+
 Given the (m + 1)-th score, the m images above it are independent draws from all that score higher, whatever the scores
 are: so the binomial is exact. It needs independent images. The frames of a film are not: one image of a key counts.
 

@@ -8,11 +8,13 @@ import pytest
 
 from fakes import make_card
 from visionloop.confidence import compute_distances, compute_probs, find_abstained, pick_reference
+from visionloop.evaluation.promises import find_promise
 from visionloop.evaluation.tuning import (
     NEIGHBOURS,
     Validation,
     choose_distance,
     compute_left_out_distances,
+    describe_refusal,
     tune_card,
 )
 from visionloop.params.train import Abstain, Threshold
@@ -118,6 +120,16 @@ def test_what_cannot_be_promised_is_no_rule_and_is_told() -> None:
     assert " independent validation images" in lines[-1]
     assert "it takes 149 without a mistake" in lines[-1]
     assert lines[-1].endswith("The model answers everything. Add images, or raise train.abstain.error")
+
+
+@pytest.mark.parametrize(
+    ("right", "told"), [(68, "5.28% (0 wrong among the surest 68)"), (45, "13.87% (0 wrong among")]
+)
+def test_the_lowest_bound_told_is_no_lower_than_the_best_of_so_many_images(right: int, told: str) -> None:
+    promise = find_promise(np.linspace(1, 0, 68), np.arange(68) < right, 0.02, 0.05)
+    words = describe_refusal(promise, Abstain(error=0.02))
+    assert "with 68 validation images; it takes 149 without a mistake, and these could promise 5.28% at best" in words
+    assert f"The lowest bound that was reached is {told}" in words
 
 
 def test_frames_promise_no_more_than_their_films() -> None:
