@@ -128,7 +128,7 @@ def test_what_cannot_be_promised_is_no_rule_and_is_told() -> None:
 def test_the_lowest_bound_told_is_no_lower_than_the_best_of_so_many_images(right: int, told: str) -> None:
     promise = find_promise(np.linspace(1, 0, 68), np.arange(68) < right, 0.02, 0.05)
     words = describe_refusal(promise, Abstain(error=0.02))
-    assert "with 68 validation images; it takes 149 without a mistake, and these could promise 5.28% at best" in words
+    assert "it takes 149 without a mistake, and these could promise 5.28% at best" in words
     assert f"The lowest bound that was reached is {told}" in words
 
 
