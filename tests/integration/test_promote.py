@@ -162,7 +162,10 @@ def test_a_model_that_was_rolled_back_from_stays_down_until_a_person_says_again(
     down = r"rolled back from by bob on 2026-02-03 \(entry 3\): it was wrong"
     with pytest.raises(NotPromoted, match=rf"was {down}; expected another model.* promote --again --why"):
         desk.promote()
-    with pytest.raises(PromotionError, match=r"champion moved since decision 2: .*\(entry 3\); expected .*\(entry 1\)"):
+    moved = r"champion moved since decision 2: .*\(entry 3\); expected .*\(entry 1\)"
+    with pytest.raises(
+        PromotionError, match=rf"{moved}.* Run `visionloop gate`, then `visionloop promote --again --why"
+    ):
         desk.promote(again=True)
     assert desk.judge(GOOD) == second
     decision = latest_decision(desk.store, "fake")

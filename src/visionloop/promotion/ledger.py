@@ -258,16 +258,17 @@ def is_bound(decision: Decision, champion: LedgerEntry | None) -> bool:
     return decision.entry == (champion.number if champion else 0)
 
 
-def require_bound(decision: Decision, champion: LedgerEntry | None) -> None:
+def require_bound(decision: Decision, champion: LedgerEntry | None, *, again: bool = False) -> None:
     """Raise PromotionError unless the ledger is where it was when the gate decided."""
     if is_bound(decision, champion):
         return
     seen = decision.champion[:12] if decision.champion else "no champion"
+    then = ", then `visionloop promote --again --why ...`." if again else " again."
     raise PromotionError(
         f"candidate {decision.candidate[:12]}",
         f"champion moved since decision {decision.number}: it is now {describe_entry(champion)}",
         f"{seen}{f' (entry {decision.entry})' if decision.entry else ''}, as the gate saw it",
-        "Run `visionloop gate` again.",
+        f"Run `visionloop gate`{then}",
     )
 
 

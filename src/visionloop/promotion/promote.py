@@ -84,7 +84,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
             "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`.",
         )
     decision = require_passed(store, name, digest, again=again)
-    require_bound(decision, champion)
+    require_bound(decision, champion, again=again)
     _refuse_experiment(store, name, decision, digest)
     version = workspace.tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
     if version is None:
