@@ -5,10 +5,10 @@ import platform
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from visionloop.data.known_store import check_store
+from visionloop.data.known_store import WAY_OUT, check_store
 from visionloop.data.manifest import load_pin, load_version
 from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.networks.processor import load_measured
@@ -25,6 +25,8 @@ from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
 LEAST_FREE_GB = 5
+OF_THE_STORE = frozenset({"dataset", "ledger", "champion", "alias"})  # what another store would tell wrongly
+NOT_CHECKED = "not checked: the store is not the one that this workspace knows"
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,25 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("champion", lambda: _check_champion(workspace)),
         ("alias", lambda: _check_alias(workspace)),
     ]
-    findings = []
+    findings: list[Finding] = []
     for subject, check in checks:
+        if subject in OF_THE_STORE and _is_other_store(findings):
+            findings.append(Finding(subject, False, NOT_CHECKED, "First see to the store, above."))
+            continue
         try:
             findings.append(check())
         except VisionLoopError as exc:
-            findings.append(
-                Finding(subject, False, f"{exc.where}: {exc.found}", exc.todo or f"expected {exc.expected}")
-            )
+            todo = exc.todo or f"expected {exc.expected}"
+            findings.append(Finding(subject, False, f"{exc.where}: {exc.found}", todo))
         except ImportError as exc:
             if (missing := find_missing_extra(exc)) is None:
                 raise
             findings.append(Finding(subject, False, f"{missing.where} {missing.found}", missing.todo))
     return findings
+
+
+def _is_other_store(findings: Sequence[Finding]) -> bool:
+    return any(finding.subject == "store" and finding.todo == WAY_OUT for finding in findings)
 
 
 def _check_python() -> Finding:

@@ -199,11 +199,13 @@ def test_a_damaged_pin_is_told_and_ingest_writes_it_anew(used: Workspace, tmp_pa
 
 def test_doctor_says_so_and_makes_nothing(used: Workspace, tmp_path: Path) -> None:
     findings = {finding.subject: finding for finding in examine(at(used, tmp_path / "sotre"))}
-    for subject in ("store", "champion"):
-        assert not findings[subject].ok
-        assert "does not hold dataset pets version 1" in findings[subject].found
-        assert "`visionloop store accept`" in findings[subject].todo
-    assert not findings["dataset"].ok
+    assert not findings["store"].ok
+    assert "does not hold dataset pets version 1" in findings["store"].found
+    assert "`visionloop store accept`" in findings["store"].todo
+    for subject in ("dataset", "ledger", "champion", "alias"):
+        told = "not checked: the store is not the one that this workspace knows"
+        assert (findings[subject].ok, findings[subject].found) == (False, told)
+        assert findings[subject].todo == "First see to the store, above.", "an ingest would do harm"
     assert not (tmp_path / "sotre").exists()
     assert {f.subject: f.ok for f in examine(used)}["store"]
 
