@@ -346,12 +346,13 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
 
     `again`: it is the verdict of an earlier run, and nothing has changed since.
     """
-    wanted = False if verdict == "refused" else None
-    held = [r for r in rules if r["passed"] is wanted and r.get("mode") != "dry_run"]
+    from visionloop.promotion.gate import find_held, list_advice
+
+    held = find_held(verdict, rules)
     named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
     todo = "See decisions/latest.json and decisions/latest.html."
-    if verdict == "inconclusive" and any(r["rule"] == "better" and r.get("value") is not None for r in held):
-        todo = f"With `gate.rule: no_worse` an equal one passes. {todo}"
+    if verdict == "inconclusive":
+        todo = " ".join([*list_advice(held), todo])
     if again and verdict != "waiting":  # what it waits for is in the rule
         todo = f"Add images or change params.yaml, then retrain. {todo}"
     return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)

@@ -47,13 +47,10 @@ RULES = [
     {"rule": "floor accuracy", "passed": True, "found": "accuracy 95.0 %", "expected": "at least 90.0 %"},
     {"rule": "floor macro_f1", "passed": False, "found": "macro_f1 80.0 %", "expected": "at least 90.0 %"},
     {
-        "rule": "better",
-        "passed": None,
-        "found": "difference +1.0 points",
-        "expected": "an interval above 0",
-        "value": 0.01,
+        "rule": "better", "passed": None, "found": "difference +1.0 points", "expected": "an interval above 0",
+        "value": 0.01, "line": 0.0,
     },
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -73,13 +70,63 @@ def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str
     assert " by the rule " not in str(words.make_refusal(verdict, shown)), "a dry run holds nothing back"
 
 
-def test_a_verdict_gives_no_advice_that_does_not_fit_its_rule() -> None:
-    first = [{"rule": "baseline", "passed": None, "found": "accuracy 100 %", "expected": "above 60 %", "value": 1.0}]
-    assert "no_worse" not in str(words.make_refusal("inconclusive", first))
-    same = [{"rule": "better", "passed": None, "found": "the candidate is the champion itself", "expected": "another"}]
-    assert "no_worse" not in str(words.make_refusal("inconclusive", same))
-    waits = [{"rule": "approval", "passed": None, "found": "waits for `visionloop approve`", "expected": "required"}]
-    assert "Add images" not in str(words.make_refusal("waiting", waits, again=True))
+def hold(rule: str, value: float | None = None, line: float | None = None, **more: object) -> dict[str, object]:
+    return {"rule": rule, "passed": None, "found": "x", "expected": "y", "value": value, "line": line, **more}
+
+
+EQUAL_PASSES = "with `gate.rule: no_worse` an equal one passes."
+MORE_IMAGES = "Ingest more images, of more groups where they are grouped; or lower `gate.min_images`."
+
+
+@pytest.mark.parametrize(
+    ("rules", "advice"),
+    [
+        ([hold("better", 0.01, 0.0)], f"More test images would tell; {EQUAL_PASSES}"),
+        ([hold("better", 0.0, 0.0)], f"Train on more images or with other params; {EQUAL_PASSES}"),
+        ([hold("better")], "It is the champion already: there is nothing to do."),
+        ([hold("no_worse", -0.01, -0.02)], "More test images would tell, or a larger `gate.margin`."),
+        (
+            [hold("no_worse", -0.03, -0.02)],
+            "Train on more images or with other params, or set a larger `gate.margin`.",
+        ),
+        ([hold("min_images", 36, 100)], MORE_IMAGES),
+        (
+            [hold("new_class", 0.0, 0.5)],
+            "Ingest more images of the class for its test side, lower `gate.min_images.per_class`, or set "
+            "`gate.new_class: {mode: off}`.",
+        ),
+        ([hold("baseline", 0.6, 0.5)], "More test images would tell whether it beats the baseline."),
+        ([hold("baseline", 0.5, 0.5)], "Train on more images or with other params."),
+        ([hold("floor auc")], "Choose another figure in `gate.floors`."),
+        (
+            [hold("floor accuracy", 0.9, 0.8)],
+            "It has no interval yet: more test images give one, or set `bound: value`.",
+        ),
+        (
+            [hold("champion_runs"), hold("log_loss", mode="dry_run"), hold("min_images", 9, 100), hold("better", 1, 0)],
+            f"{MORE_IMAGES} More test images would tell; {EQUAL_PASSES}",
+        ),
+        (
+            [hold("baseline", 0.5, 0.5), hold("min_images", 9, 100), hold("better", 1, 0)],
+            f"Train on more images or with other params. {MORE_IMAGES}",
+        ),
+    ],
+)
+def test_the_advice_is_of_the_rules_that_hold_it_back(rules: list[dict[str, object]], advice: str) -> None:
+    told = str(words.make_refusal("inconclusive", rules))
+    first = next(r["rule"] for r in rules if r["rule"] != "champion_runs" and "mode" not in r)
+    assert told == (
+        f"gate: the candidate is inconclusive by the rule {first} (x); expected a passed gate. {advice} "
+        "See decisions/latest.json and decisions/latest.html."
+    )
+
+
+def test_what_waits_for_a_person_is_named_and_gets_no_other_advice() -> None:
+    assert "Add images" not in str(words.make_refusal("waiting", [hold("approval")], again=True))
+    assert str(words.make_refusal("waiting", [hold("approval")])) == (
+        "gate: the candidate is waiting by the rule approval (x); expected a passed gate. "
+        "See decisions/latest.json and decisions/latest.html."
+    )
 
 
 def test_a_dry_run_is_marked_as_one() -> None:

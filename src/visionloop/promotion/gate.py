@@ -4,8 +4,9 @@
 figures against a line in `limits.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,25 @@ MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
 APPROVED = "; approved by "
 APPROVE = "`visionloop approve --why ...` by a person"
+OTHER_MODEL = "Train on more images or with other params"
+# What to do about a rule that cannot tell: while the value is above its line, and where it is not.
+ADVICE = {
+    "better": (
+        "More test images would tell; with `gate.rule: no_worse` an equal one passes.",
+        f"{OTHER_MODEL}; with `gate.rule: no_worse` an equal one passes.",
+    ),
+    "no_worse": (
+        "More test images would tell, or a larger `gate.margin`.",
+        f"{OTHER_MODEL}, or set a larger `gate.margin`.",
+    ),
+    "baseline": ("More test images would tell whether it beats the baseline.", f"{OTHER_MODEL}."),
+    "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
+    "new_class": (
+        "Ingest more images of the class for its test side, lower `gate.min_images.per_class`, or set "
+        "`gate.new_class: {mode: off}`.",
+    )
+    * 2,
+}
 
 
 @dataclass(frozen=True)
@@ -259,6 +279,28 @@ def compute_verdict(rules: Sequence[RuleResult]) -> str:
     if any(rule.rule not in APPROVABLE for rule in held):
         return INCONCLUSIVE
     return WAITING if held else PASSED
+
+
+def find_held(verdict: str, rules: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rules that made a verdict other than `passed`, in their order."""
+    held = [r for r in rules if r["passed"] is (False if verdict == REFUSED else None) and r.get("mode") != "dry_run"]
+    return [r for r in held if verdict != INCONCLUSIVE or r["rule"] not in APPROVABLE]
+
+
+def list_advice(held: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what to do about rules that cannot tell: of several, the advice of the first two."""
+    return list(dict.fromkeys(filter(None, map(_advise, held))))[:2]
+
+
+def _advise(rule: Mapping[str, Any]) -> str:
+    name, value, line = rule["rule"], rule.get("value"), rule.get("line")
+    if name.startswith("floor "):
+        has_figure = "It has no interval yet: more test images give one, or set `bound: value`."
+        return "Choose another figure in `gate.floors`." if value is None else has_figure
+    if name in ("better", "no_worse") and value is None:
+        return "It is the champion already: there is nothing to do."
+    above, not_above = ADVICE.get(name, ("", ""))
+    return above if value is None or line is None or value > line else not_above
 
 
 def _compare_hits(hits: Hits, metric: str, line: float, alpha: float) -> Difference:
