@@ -92,8 +92,8 @@ MORE_IMAGES = "Ingest more images, of more groups where they are grouped; or low
         ([hold("min_images", 36, 100)], MORE_IMAGES),
         (
             [hold("new_class", 0.0, 0.5)],
-            "Ingest more images of the class for its test side, lower `gate.min_images.per_class`, or set "
-            "`gate.new_class: {mode: off}`.",
+            "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or "
+            "set `gate.new_class: {mode: off}`.",
         ),
         ([hold("baseline", 0.6, 0.5)], "More test images would tell whether it beats the baseline."),
         ([hold("baseline", 0.5, 0.5)], "Train on more images or with other params."),

@@ -46,7 +46,7 @@ ADVICE = {
     "baseline": ("More test images would tell whether it beats the baseline.", f"{OTHER_MODEL}."),
     "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
     "new_class": (
-        "Ingest more images of the class for its test side, lower `gate.min_images.per_class`, or set "
+        "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or set "
         "`gate.new_class: {mode: off}`.",
     )
     * 2,

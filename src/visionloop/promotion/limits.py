@@ -82,7 +82,12 @@ def check_new_classes(recalls: Mapping[str, tuple[int, int]], section: Gate) -> 
     worst = min(low or few or recalls, key=lambda name: shares[name])
     found, number = recalls[worst]
     more = f"; also {shorten([name for name in low if name != worst])}" if len(low) > 1 else ""
-    images = f" on at least {least} images" if few else ""
+    images = ""
+    if few and not low:
+        others = "a lower `gate.min_images.per_class`, " if number else ""
+        images = (
+            f" on at least {max(least, 1)} images: more test images of it, {others}or `gate.new_class: {{mode: off}}`"
+        )
     return RuleResult(
         rule="new_class",
         passed=False if low else None if few else True,

@@ -84,6 +84,18 @@ def test_the_candidate_answers_with_all_its_classes():
     assert get_rule(rules, "new_class").passed is None
 
 
+@pytest.mark.parametrize("champion_knows", [("ant", "bee"), ("ant", "bee", "few")])
+def test_a_class_without_test_images_blocks_until_it_is_taken_as_it_is(champion_knows):
+    """As judging.md says: before the class has its first model, and after."""
+    labels = ["ant"] * 100 + ["bee"] * 100
+    wrong = [*labels[:80], *["bee"] * 20, *labels[100:]]
+    models = ((("ant", "bee", "few"), labels), (champion_knows, wrong))
+    gates = [{}, {"min_images": {"per_class": 0}, "new_class": {"mode": "off"}}]
+    verdicts = [get_verdicts(make_case(labels, *models, params=gate)) for gate in gates]
+    assert [None in found.values() for found in verdicts] == [True, False]
+    assert verdicts[1]["better"] is True
+
+
 def test_nothing_in_common_is_refused():
     labels = ["ant"] * 120
     found = get_verdicts(make_case(labels, (("ant", "bee"), labels), (("x", "y"), ["x"] * 120)))

@@ -83,7 +83,15 @@ def test_new_classes_are_held_against_their_own_line():
     assert rule.found == "mule is found in 9 of 20 test images"
     assert check_new_classes({"mule": (10, 20)}, Gate()).passed is True
     few = check_new_classes({"mule": (5, 5)}, Gate())
-    assert (few.passed, few.expected.endswith(" on at least 10 images")) == (None, True)
+    assert (few.passed, few.found) == (None, "mule is found in 5 of 5 test images")
+    assert few.expected == (
+        "each class that the champion does not know found in at least 50.00 % on at least 10 images: more test images "
+        "of it, a lower `gate.min_images.per_class`, or `gate.new_class: {mode: off}`"
+    )
+    none = check_new_classes({"mule": (0, 0)}, Gate())
+    assert none.expected.endswith(": more test images of it, or `gate.new_class: {mode: off}`"), "0 is never enough"
+    low = check_new_classes({"mule": (0, 20), "pony": (5, 5)}, Gate())
+    assert (low.passed, low.expected[-13:]) == (False, "least 50.00 %")
     assert check_new_classes({"mule": (0, 0)}, Gate(min_images={"per_class": 0})).passed is None
     assert check_new_classes({}, Gate()) is None
     assert check_new_classes({"mule": (0, 9)}, Gate(new_class={"mode": "off"})) is None
