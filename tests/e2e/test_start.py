@@ -109,7 +109,8 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
     one.mkdir(parents=True)
     for number in range(12):
         Image.new("RGB", (40, 40), (number * 20, 0, 0)).save(one / f"{number}.png")
-    assert "class" in refuse("one")
+    done = visionloop(tmp_path, "start", "one")
+    assert (done.returncode, "has 1 class (cat)" in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize(
