@@ -59,7 +59,7 @@ RULES = [
 )
 def test_a_verdict_that_stands_is_told_again_with_its_rule(verdict: str, by: str) -> None:
     error = words.make_refusal(verdict, RULES, again=True)
-    more = "With `gate.rule: no_worse` an equal one passes. " * (verdict == "inconclusive")
+    more = "More test images would tell; with `gate.rule: no_worse` an equal one passes. " * (verdict == "inconclusive")
     assert (error.exit_code, str(error)) == (
         3,
         f"gate: the candidate is still {verdict} by the rule {by}; expected a passed gate. Add images or change "

@@ -54,11 +54,11 @@ def draw_leaks(store: "ObjectStore", leaks: "Leaks") -> bytes | None:
     return make_leak_picture(leaks, lambda sha256: store.get(make_image_key(sha256)), shown=NUM_PAIRS)
 
 
-def require_png(path: Path, option: str) -> None:
-    """Raise SettingsError unless a picture's name ends in .png."""
+def require_png(path: Path | None, option: str) -> None:
+    """Raise SettingsError unless a picture's name, if there is one, ends in .png."""
     from visionloop.errors import SettingsError
 
-    if path.suffix.lower() != ".png":
+    if path and path.suffix.lower() != ".png":
         raise SettingsError(option, f"got {path.name!r}", "a file that ends in .png")
 
 

@@ -60,8 +60,7 @@ def predict(
 
     workspace = open_workspace()
     table = Table.plan(out, format)
-    if sheet:
-        require_png(sheet, "--sheet")
+    require_png(sheet, "--sheet")
     files = find_images(paths)
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)

@@ -32,7 +32,8 @@ from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.parallel import Engine, count_cores, map_chunks
-from visionloop.params import Compute, Params, Prepare, Train
+from visionloop.params import Compute, Params, Prepare
+from visionloop.params.train import check_threshold
 from visionloop.records import SIDES, ImageRecord, Pin, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
@@ -204,17 +205,6 @@ def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
         todo = "Give its absence a label of its own and set `task: auto`, or ingest images of other classes."
         raise DatasetError(where, found, "two or more", todo)
     return ("binary" if len(classes) == 2 else "multiclass") if task == "auto" else task
-
-
-def check_threshold(section: Train, task: str) -> None:
-    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
-    if task == "multiclass" and section.threshold != Train().threshold:
-        raise ParamsError(
-            "params.yaml train.threshold",
-            f"got {section.model_dump()['threshold']!r} with a multiclass task",
-            "no threshold: the likeliest of more than two classes is the answer",
-            "Remove the key.",
-        )
 
 
 def choose_engine(compute: Compute, num_pixels: int) -> Engine:

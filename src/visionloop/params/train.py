@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from visionloop.errors import shorten
+from visionloop.errors import ParamsError, shorten
 from visionloop.params.section import Section, to_tuple
 
 # They change what a result is compared by, or check it only.
@@ -350,3 +350,14 @@ class Tune(Section):
             if key == "backbone" and (encoders := [v for v in values if Train.model_construct(backbone=v).is_onnx]):
                 raise ValueError(f"networks known by name; {encoders[0]!r} is an ONNX encoder, which has no trials")
         return space
+
+
+def check_threshold(section: Train, task: str) -> None:
+    """Raise ParamsError if a threshold is asked for where the likeliest class is the answer."""
+    if task == "multiclass" and section.threshold != Train().threshold:
+        raise ParamsError(
+            "params.yaml train.threshold",
+            f"got {section.model_dump()['threshold']!r} with a multiclass task",
+            "no threshold: the likeliest of more than two classes is the answer",
+            "Remove the key.",
+        )

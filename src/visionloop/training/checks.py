@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionloop.data.manifest import check_name, is_experiment, load_version
-from visionloop.data.prepare import check_threshold
 from visionloop.data.shards import IntArray, Prepared, load_prepared
 from visionloop.errors import DatasetError, ParamsError, require_installed, shorten
 from visionloop.networks.names import check_network
 from visionloop.params import Train
+from visionloop.params.train import check_threshold
 from visionloop.workspace import Workspace
 
 

@@ -135,7 +135,7 @@ ADVICE: list[tuple[Callable[[PullDesk], str], str]] = [
     (pin_an_older_one, r"`visionloop (datasets drop \d)` takes that one back"),
     (drop_an_older_one, r"Drop (2) first"),
     (drop_an_older_one, r"`visionloop (datasets drop --source NAME)`"),
-    (bring_a_folder_of_new_classes, r"say `(--allow-new-classes)` once"),
+    (bring_a_folder_of_new_classes, r"`(--allow-new-classes)` with the same command, once"),
     (sort_anew, r"`(--relabel)` with the same command"),
     (sort_anew_in_a_declared_source, r"`visionloop (ingest --relabel)` takes"),
     (delete_in_a_declared_source, r"`visionloop (ingest --prune)` takes out"),
