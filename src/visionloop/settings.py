@@ -48,10 +48,15 @@ class Settings:
     checkpoints: str = "auto"  # of a training in the store too: store, local, or auto (where the store is remote)
     parent_run: str | None = None  # the MLflow run of the retrain that a stage works for
     loader_workers: int | None = None  # processes that read training batches, for each rank; 0: a thread, None: chosen
+    keys_file: Path | None = None  # of the server; None: keys.json in the hidden folder
 
     @property
     def params_path(self) -> Path:
         return self.home / PARAMS_FILE
+
+    @property
+    def keys_path(self) -> Path:
+        return self.keys_file or self.hidden_dir / "keys.json"
 
     @property
     def pin_path(self) -> Path:
@@ -140,6 +145,7 @@ def load_settings(env: Mapping[str, str], start: Path | None = None) -> Settings
         checkpoints=_read_choice("VISIONLOOP_CHECKPOINTS", env.get("VISIONLOOP_CHECKPOINTS"), CHECKPOINTS),
         parent_run=env.get(PARENT_VARIABLE) or None,
         loader_workers=_read_count("VISIONLOOP_LOADER_WORKERS", env.get("VISIONLOOP_LOADER_WORKERS"), MAX_LOADERS),
+        keys_file=(base / Path(keys).expanduser()) if (keys := env.get("VISIONLOOP_KEYS")) else None,
     )
 
 

@@ -71,14 +71,14 @@ class Server:
 
 
 @contextmanager
-def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve: float) -> Iterator[Server]:
+def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve: Any) -> Iterator[Server]:
     """Serve a bundle, or the champion of the store in `home`; `first` is code that runs in the server's process."""
     command = [
         sys.executable,
         "-c",
         SCRIPT,
         str(home),
-        json.dumps({"lame_duck_s": 0, **serve}),
+        json.dumps({"lame_duck_s": 0, "hosts": ["*"], **serve}),
         str(bundle or ""),
         first,
     ]

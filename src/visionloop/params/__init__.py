@@ -85,6 +85,8 @@ __all__ = [
 
 ALIKE = 0.85  # how near a key must be to be meant rather than others (difflib's ratio)
 
+HOST_PATTERN = r"^(\*|(\*\.)?[a-z0-9_.:-]+)$"
+ORIGIN_PATTERN = r"^(\*|https?://[a-z0-9_.\[\]:-]+)$"
 Side = Annotated[int, Field(ge=32, le=4096)]
 KINDS = "|".join(("folder", "table", "archive", "sql", "http", "bucket", "video", "python", "digits"))
 
@@ -124,6 +126,9 @@ class Serve(Section):
     `stuck_s`: a batch that takes longer is taken for stuck: /health/live is 503, and the process is to be replaced.
     `lame_duck_s`: how long it still answers after SIGTERM, when it is not ready any more.
     `keep_alive_s`: how long a connection may wait for its next request; longer than a balancer before it waits.
+    `hosts`: the names it is asked by, `*` for any; None: this machine's names where no other reaches it, else any.
+    `cors`: origins whose pages may ask it. `rate_per_s`: images a second of each key, or of each address without keys.
+    `admin_port`: where /metrics and /admin are, and nothing else is. `log_format`: json has a line for each request.
     """
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
@@ -136,6 +141,11 @@ class Serve(Section):
     lame_duck_s: float = Field(default=5.0, ge=0, le=3600)
     keep_alive_s: int = Field(default=75, ge=1, le=86_400)
     max_connections: int = Field(default=1000, ge=1, le=100_000)
+    hosts: Annotated[tuple[Annotated[str, Field(pattern=HOST_PATTERN)], ...], BeforeValidator(to_tuple)] | None = None
+    cors: Annotated[tuple[Annotated[str, Field(pattern=ORIGIN_PATTERN)], ...], BeforeValidator(to_tuple)] = ()
+    rate_per_s: float | None = Field(default=None, gt=0, le=1_000_000)
+    admin_port: int | None = Field(default=None, ge=1, le=65_535)
+    log_format: Literal["text", "json"] = "text"
 
 
 class Schedule(Section):

@@ -19,9 +19,11 @@ from starlette.requests import ClientDisconnect
 
 from visionloop import __version__
 from visionloop.errors import ImageError
+from visionloop.serving.access import Access
 from visionloop.serving.batcher import Answer, Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
+from visionloop.serving.keys import require_role
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
     ERRORS,
@@ -39,13 +41,14 @@ PREDICT = "/predict"
 MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
 PAGE = Path(__file__).parent / "page" / "docs.html"
 PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:"
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src blob: data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
 
-def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
+def make_app(slot: ModelSlot, limits: Limits | None = None, access: Access | None = None) -> FastAPI:
     """Build the application. The model in `slot` may change, or be missing, at any time."""
-    limits = limits or Limits()
+    limits, access = limits or Limits(), access or Access()
     meters = Meters(slot, lambda: batcher.depth)
     batcher = Batcher(
         max_batch=limits.max_batch,
@@ -61,7 +64,7 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
         await batcher.stop()
 
     app = FastAPI(title="visionloop", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Envelope, meters=meters, counted=PREDICT)
+    app.add_middleware(Envelope, meters=meters, counted=PREDICT, access=access)
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
     _add_predict(app, slot, Inbox(limits), batcher, meters)
@@ -114,7 +117,9 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
+        require_role(request, "predict")
         async with inbox.receive(request) as uploads:
+            request.state.access.charge(request, len(uploads))
             model = _require_model(slot)
             limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
             images = [upload.data for upload in uploads]
@@ -140,14 +145,18 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
         return {"status": "ready", "model": _name_model(_require_model(slot)), "problem": slot.problem}
 
     @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")
-    async def describe_model() -> dict[str, Any]:
+    async def describe_model(request: Request) -> dict[str, Any]:
+        require_role(request, "predict")
         model = _require_model(slot)
         known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
 
     @app.get("/metrics", response_class=Response, summary="Figures for Prometheus")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        access = request.state.access
+        if access.admin_port is None and not access.is_open:
+            require_role(request, "admin")
         return Response(meters.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -64,11 +64,13 @@ def check_serving(workspace: Workspace, address: str, *, limit_s: float = LIMIT_
 def run_own_server(home: Path, options: Sequence[str] = (), *, limit_s: float = LIMIT_S) -> Iterator[str]:
     """Run `visionloop serve` of a workspace on a free port, for so long at most; yield its address, then stop it.
 
+    It has no keys, no second port, and no rate: it is asked here alone.
+
     Raises:
         ServingError: it did not start; its own last line is told.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "serve", "--port", "0", *options],
+        [sys.executable, "-m", "visionloop", "serve", "--port", "0", "--trial", *options],
         cwd=home,
         env=make_stage_environment(home, os.environ),
         stdout=subprocess.PIPE,

@@ -1,34 +1,48 @@
-"""What every request gets, whatever its route: an id, a count, HEAD, and one shape for all errors.
+"""What every request gets, whatever its route: an id, a count, a line in the log, HEAD, and one shape for all errors.
 
 Plain ASGI, so it never buffers a body.
 """
 
+import json
 import logging
 import re
 import secrets
 import time
+from datetime import UTC, datetime
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visionloop.errors import ImageError, VisionLoopError
+from visionloop.serving.access import ADMIN_PATHS, HEALTH, Access, RateExceeded, hide_keys, is_preflight
 from visionloop.serving.batcher import QueueFull
-from visionloop.serving.body import RequestError
+from visionloop.serving.body import RequestError, discard
+from visionloop.serving.keys import KeyRefused
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import PROBLEM
 
 IMAGE_STATUS = {"empty": 400, "not_an_image": 415, "too_large": 422, "damaged": 422}
 RETRY_AFTER_S = "1"
-REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,64}$")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # of the header `traceparent`
 ERROR_KINDS = (VisionLoopError, HTTPException, ClientDisconnect, RequestValidationError)
+MAX_PATH_CHARS = 200
+# Of answers that are no page. A page sets its own policy.
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 
 log = logging.getLogger(__name__)
+request_log = logging.getLogger("visionloop.requests")
 
 
 async def answer_error(request: Request, exc: Exception) -> Response:
@@ -58,7 +72,7 @@ def name_request(request: Request) -> dict[str, str | None]:
 
 def _translate(exc: Exception) -> tuple[int, str, str]:
     """Return the HTTP status, the stable code and the message of an error."""
-    if isinstance(exc, RequestError | QueueFull):
+    if isinstance(exc, RequestError | QueueFull | KeyRefused | RateExceeded):
         return exc.status, exc.reason_code, str(exc)
     if isinstance(exc, ImageError):
         return IMAGE_STATUS.get(exc.reason_code, 422), exc.reason_code, str(exc)
@@ -76,45 +90,109 @@ def _translate(exc: Exception) -> tuple[int, str, str]:
 
 
 class Envelope:
-    """Wraps every request: sets its id, counts it, and turns any other exception into a 500.
+    """Wraps every request: sets its id, lets it in, counts it, and turns any other exception into a 500.
 
     HEAD is answered as GET without its body. A slash at the end of a path means nothing: a redirect would name the
     scheme that this process sees, which behind a proxy with TLS is the wrong one.
     """
 
-    def __init__(self, app: ASGIApp, meters: Meters, counted: str) -> None:
+    def __init__(self, app: ASGIApp, meters: Meters, counted: str, access: Access) -> None:
         """`counted` is the path whose POST requests are counted."""
-        self._app, self._meters, self._counted = app, meters, counted
+        self._app, self._meters, self._counted, self._access = app, meters, counted, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent_id = Headers(scope=scope).get("x-request-id", "")
-        client_id = sent_id if REQUEST_ID.match(sent_id) else None
-        request_id = secrets.token_hex(8)
-        state = scope.setdefault("state", {})
-        state.update(request_id=request_id, client_request_id=client_id, outcome="ok", started=time.perf_counter())
         is_head = scope["method"] == "HEAD"
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "method": "GET" if is_head else scope["method"]}
-        begun = False
+        request = Request(scope, receive)
+        self._begin(request)
+        headers = {**SAFE_HEADERS, **self._access.make_cors_headers(request)}
+        status = 0
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal begun
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                begun = True
-                MutableHeaders(scope=message)["X-Request-ID"] = client_id or request_id
+                status = message["status"]
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-ID"] = request.state.client_request_id or request.state.request_id
+                for name, value in headers.items():
+                    sent.setdefault(name, value)
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._answer(request, scope, receive, send_with_headers)
         except Exception as exc:
-            log.error("request %s failed%s", request_id, f" (the client's id: {client_id})" if client_id else "")
-            if begun:
+            sent_id = request.state.client_request_id
+            mine = f" (the client's id: {sent_id})" if sent_id else ""
+            log.error("request %s failed%s", request.state.request_id, mine)
+            if status:
                 raise
-            await (await answer_error(Request(scope), exc))(scope, receive, send_with_id)
+            await (await answer_error(request, exc))(scope, receive, send_with_headers)
         finally:
-            if scope["path"] == self._counted and scope["method"] == "POST":
-                self._meters.count_request(state["outcome"], time.perf_counter() - state["started"])
+            self._end(request, status)
+
+    def _begin(self, request: Request) -> None:
+        sent_id = request.headers.get("x-request-id", "")
+        state = request.state
+        state.client_request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else None
+        state.request_id, state.outcome, state.started = secrets.token_hex(8), "ok", time.perf_counter()
+        state.access, state.key, state.who, state.model = self._access, None, None, None
+
+    async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_preflight(request) and "Access-Control-Allow-Methods" in self._access.make_cors_headers(request):
+            await Response(status_code=204)(scope, receive, send)
+            return
+        try:
+            self._access.check(request)
+        except VisionLoopError as exc:
+            if "expect" not in request.headers:
+                await discard(request.stream())
+            await (await answer_error(request, exc))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _end(self, request: Request, status: int) -> None:
+        seconds, path, state = time.perf_counter() - request.state.started, request.scope["path"], request.state
+        if path == self._counted and request.method == "POST":
+            self._meters.count_request(state.outcome, seconds)
+        if status < 400 and (path.startswith(HEALTH) or path == ADMIN_PATHS[0]):
+            return  # what balancers and Prometheus ask all day
+        trace = TRACE_ID.fullmatch(request.headers.get("traceparent", ""))
+        request_log.info(
+            "request",
+            extra={
+                "request": {
+                    "request_id": state.request_id,
+                    "client_request_id": state.client_request_id,
+                    "trace_id": trace[1] if trace else None,
+                    "method": request.method[:16],
+                    "path": hide_keys(path)[:MAX_PATH_CHARS],
+                    "status": status,
+                    "outcome": state.outcome,
+                    "duration_ms": round(1000 * seconds, 3),
+                    "model": state.model,
+                    "who": state.who,
+                    "client": request.client.host if request.client else None,
+                }
+            },
+        )
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record: time, level, message, and what is known of a request. All ASCII, so that nothing
+    that a client sends can begin a line of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": hide_keys(record.getMessage()),
+            **getattr(record, "request", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import math
 import signal
@@ -25,9 +26,12 @@ from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.models import load_model
 from visionloop.records import LedgerEntry
+from visionloop.serving.access import LOOPBACK_HOSTS, Access
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.connections import ACCEPT_AT_ONCE, Connection, Door
+from visionloop.serving.envelope import JsonLines, request_log
+from visionloop.serving.keys import Keys
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -37,6 +41,8 @@ BACKLOG = 2048
 MAX_PORT = 65_535
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+log = logging.getLogger(__name__)
+
 
 def run_server(
     workspace: Workspace,
@@ -44,19 +50,25 @@ def run_server(
     host: str,
     port: int,
     bundle: str | Path | None = None,
+    is_trial: bool = False,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
     Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
-    any free port; `on_ready` is called with the address. Configures logging.
+    any free port; `on_ready` is called with the address. A trial is for one asker on this machine: it has no keys, no
+    rate and no second port. Configures logging.
 
     Raises:
-        ServingError: the port cannot be had, or there is no champion.
+        ServingError: a port cannot be had, or there is no champion. SettingsError: the file of keys is damaged.
         VisionLoopError: the store cannot be read or is not the one known here, or the bundle is refused.
     """
-    _configure_logging()
-    with _exit_on_signals(), _bind(host, port) as sock:
+    serve = workspace.params.serve
+    _configure_logging(serve)
+    with _exit_on_signals(), contextlib.ExitStack() as stack:
+        ports = [port] if serve.admin_port is None or is_trial else [port, serve.admin_port]
+        socks = [stack.enter_context(_bind(host, each)) for each in ports]
+        access = Access() if is_trial else make_access(serve, Keys(workspace.settings.keys_path), socks[0])
         slot = ModelSlot()
         follower = None
         if bundle is not None:
@@ -66,10 +78,9 @@ def run_server(
             follower.load_first()
             follower.start()
         try:
-            serve = workspace.params.serve
-            app = make_app(slot, make_limits(serve))
-            url = _make_url(host, sock)
-            _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
+            app = make_app(slot, make_limits(serve), access)
+            url = _make_url(host, socks[0])
+            _Server(app, serve, slot, lambda: on_ready(url)).run(socks)
         finally:
             if follower:
                 follower.stop()
@@ -87,6 +98,15 @@ def make_limits(serve: Serve) -> Limits:
         max_files=min(Limits.max_files, serve.max_queue),
         max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
     )
+
+
+def make_access(serve: Serve, keys: Keys, sock: socket.socket) -> Access:
+    """Turn the section `serve` of params.yaml into the rules of who may ask the server that listens on `sock`."""
+    is_public = not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+    if is_public and keys.is_open:
+        log.warning("all who reach this machine may ask the server: make keys, see `visionloop keys`")
+    hosts = serve.hosts or (("*",) if is_public else LOOPBACK_HOSTS)
+    return Access(keys, hosts, serve.cors, serve.rate_per_s, serve.admin_port, is_public=is_public)
 
 
 class _Server(uvicorn.Server):
@@ -151,8 +171,12 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
     )
 
 
-def _configure_logging() -> None:
+def _configure_logging(serve: Serve) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if serve.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    request_log.setLevel(logging.INFO if serve.log_format == "json" else logging.WARNING)
     # At lower levels both write a line for every malformed request.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

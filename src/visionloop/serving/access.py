@@ -1,0 +1,212 @@
+"""Who may reach the server: by host, origin, port, key and rate. Knows no routes' answers, and reads no body.
+
+A browser sends what any page on the web asks it to. So a page of another origin may not change anything here, unless
+`serve.cors` names it; and a server that only this machine reaches answers to this machine's names alone (a name of
+somebody else that leads to 127.0.0.1 would make his page one of the same origin).
+"""
+
+import math
+import re
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from fastapi import Request
+
+from visionloop.errors import VisionLoopError, shorten
+from visionloop.serving.body import RequestError
+from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+FREE_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # the same for all, or for balancers
+ADMIN_PATHS = ("/metrics", "/admin")
+HEALTH = "/health/"
+KEY_IN_TEXT = re.compile(r"vlk_([a-z0-9-]{1,63})_[A-Za-z0-9_-]+")
+MAX_BUCKETS = 10_000
+CORS_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key, X-Deadline-Ms, X-Request-ID",
+    "Access-Control-Max-Age": "600",
+}
+
+
+class RateExceeded(VisionLoopError, RuntimeError):
+    """A client asks for more than its share. The same request is answered after `Retry-After`."""
+
+    transient = True
+    status = 429
+    reason_code = "too_many"
+
+    def __init__(self, rate_per_s: float, wait_s: float) -> None:
+        after_s = max(1, math.ceil(wait_s))
+        super().__init__(
+            "request", "it is above your rate", f"at most {rate_per_s:g} images a second", f"Try again in {after_s} s."
+        )
+        self.headers = {"Retry-After": str(after_s)}
+
+
+class Rates:
+    """A token bucket for each client: so many images a second, and those of one second at once.
+
+    Example, at 2 a second: the bucket holds 2. A request takes 1, a second one takes 1, a third one is told to wait
+    until there is 1 again: 0.5 s, so 1 s. A request with 5 images takes the other 4 when they are counted: the bucket
+    is at -3, and there is 1 again in 2 s.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client: level, at that time
+
+    def take(self, client: str, rate_per_s: float, now_s: float) -> None:
+        """Count a request. Raises RateExceeded."""
+        full = max(1.0, rate_per_s)
+        level, at_s = self._buckets.get(client, (full, now_s))
+        level = min(full, level + (now_s - at_s) * rate_per_s)
+        if level < 1:
+            raise RateExceeded(rate_per_s, (1 - level) / rate_per_s)
+        self._buckets[client] = (level - 1, now_s)
+        self._buckets.move_to_end(client)
+        if len(self._buckets) > MAX_BUCKETS:
+            self._buckets.popitem(last=False)
+
+    def charge(self, client: str, number: int) -> None:
+        """Count more images of a request that was taken."""
+        if number and client in self._buckets:
+            level, at_s = self._buckets[client]
+            self._buckets[client] = (level - number, at_s)
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one server. `hosts` are names without a port, or `*.domain`, or `*` for all; `cors` are origins.
+
+    `is_public`: other machines reach it. With `admin_port` figures and /admin are there and nowhere else.
+    """
+
+    keys: Keys | None = None
+    hosts: tuple[str, ...] = ("*",)
+    cors: tuple[str, ...] = ()
+    rate_per_s: float | None = None
+    admin_port: int | None = None
+    is_public: bool = False
+    rates: Rates = field(default_factory=Rates)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key was ever made."""
+        return self.keys is None or self.keys.is_open
+
+    def check(self, request: Request) -> None:
+        """Let a request in, or raise; set `key` and `who` of its state.
+
+        Raises:
+            RequestError: the wrong host, origin or port. KeyRefused: a key that is not valid. RateExceeded.
+        """
+        path = request.scope["path"]
+        self._check_port(request, path)
+        if not path.startswith(HEALTH):
+            self._check_host(request)
+        if request.method not in SAFE_METHODS:
+            self._check_origin(request)
+        if path in FREE_PATHS:
+            return
+        request.state.key = key = self._find_key(request)
+        request.state.who = key.name if key else None
+        rate_per_s = self.rate_per_s if key is None or key.rate_per_s is None else key.rate_per_s
+        if rate_per_s is not None and not path.startswith(ADMIN_PATHS):
+            request.state.client = f"key {key.name}" if key else f"host {request.client.host if request.client else ''}"
+            self.rates.take(request.state.client, rate_per_s, time.monotonic())
+
+    def charge(self, request: Request, images: int) -> None:
+        """Count the images of a request; one was counted when it came."""
+        if client := getattr(request.state, "client", None):
+            self.rates.charge(client, images - 1)
+
+    def make_cors_headers(self, request: Request) -> dict[str, str]:
+        """Return the headers that let a page of an allowed origin read the answer."""
+        if not self.cors:
+            return {}
+        headers = {"Vary": "Origin"}
+        origin = request.headers.get("origin")
+        if origin is not None and self._trusts(origin):
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-ID"
+            if is_preflight(request):
+                headers |= CORS_HEADERS
+        return headers
+
+    def _check_port(self, request: Request, path: str) -> None:
+        if self.admin_port is None or path.startswith(HEALTH):
+            return
+        server = request.scope.get("server")
+        is_admin = server is not None and server[1] == self.admin_port
+        if is_admin != (path == ADMIN_PATHS[0] or path.startswith(f"{ADMIN_PATHS[1]}/")):
+            raise RequestError("there is nothing at this address", status=404, reason_code="not_found")
+
+    def _check_host(self, request: Request) -> None:
+        given = request.headers.getlist("host")
+        if len(given) > 1:
+            raise RequestError("it has several Host headers", "one", reason_code="bad_host")
+        if "*" in self.hosts:
+            return
+        name = _parse_host(given[0]) if given else ""
+        if not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in self.hosts):
+            expected, todo = shorten(self.hosts), "Name the host in `serve.hosts` of params.yaml."
+            raise RequestError(f"it is for the host {name[:80]!r}", expected, todo, reason_code="bad_host")
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what a page of another origin sends, by what its browser says: as Go's http.CrossOriginProtection."""
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+        if site in ("same-origin", "none") or (origin is not None and self._trusts(origin)):
+            return
+        if site is None and (origin is None or _parse_origin(origin) == request.headers.get("host", "").lower()):
+            return
+        todo = "Name the page's origin in `serve.cors` of params.yaml."
+        found = f"it comes from a page of {(origin or 'another origin')[:120]!r}"
+        raise RequestError(found, "a page of this server", todo, status=403, reason_code="bad_origin")
+
+    def _trusts(self, origin: str) -> bool:
+        return origin in self.cors or ("*" in self.cors and origin != "null")
+
+    def _find_key(self, request: Request) -> Key | None:
+        """Return the request's key; None if it has none. Raises KeyRefused for one that is not valid."""
+        if self.keys is None or self.keys.is_open:
+            return None
+        bearer = [value.partition(" ") for value in request.headers.getlist("authorization")]
+        texts = [text.strip() for kind, _, text in bearer if kind.lower() == "bearer"]
+        texts += request.headers.getlist("x-api-key")
+        if not texts and KEY_IN_TEXT.search(request.url.query):
+            todo = "Revoke that key: addresses are written into logs."
+            raise KeyRefused("its address has a key", f"it in a header: {HEADERS}", todo)
+        if not texts and not bearer:
+            return None
+        key = self.keys.find(texts[0]) if len(set(texts)) == 1 else None
+        if key is None:
+            found = "it has several keys" if len(set(texts)) > 1 else "its key is not valid"
+            raise KeyRefused(found, "one that is", f"Send it as {HEADERS}.")
+        return key
+
+
+def is_preflight(request: Request) -> bool:
+    """Whether a browser asks what a page of another origin may do here."""
+    return request.method == "OPTIONS" and "access-control-request-method" in request.headers
+
+
+def hide_keys(text: str) -> str:
+    """Return text without the keys in it; their names stay."""
+    return KEY_IN_TEXT.sub(r"vlk_\1_***", text)
+
+
+def _parse_host(text: str) -> str:
+    """Return the name of a Host header, without its port and the brackets of IPv6."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@\s]+))(?::[0-9]{1,5})?", text)
+    return (match[1] or match[2]).lower().rstrip(".") if match else text
+
+
+def _parse_origin(origin: str) -> str | None:
+    """Return what the Host header would be of a request within an origin."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
