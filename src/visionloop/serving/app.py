@@ -27,18 +27,27 @@ from visionloop.serving.keys import require_role
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
     ERRORS,
+    KEY_SCHEMES,
     PREDICT_BODY,
     PROBLEM,
+    REFUSED,
     BatchAnswer,
+    ErrorAnswer,
     ModelAnswer,
     PredictAnswer,
     PredictLabelsAnswer,
     ReadyAnswer,
+    ReloadAnswer,
+    SimilarAnswer,
+    SimilarBatchAnswer,
 )
+from visionloop.serving.similar import Reference
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 PREDICT = "/predict"
 MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
+MAX_NEIGHBOURS = 100
+LOOK_S = 30.0
 PAGE = Path(__file__).parent / "page" / "docs.html"
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -46,8 +55,16 @@ PAGE_POLICY = (
 )
 
 
-def make_app(slot: ModelSlot, limits: Limits | None = None, access: Access | None = None) -> FastAPI:
-    """Build the application. The model in `slot` may change, or be missing, at any time."""
+def make_app(
+    slot: ModelSlot,
+    limits: Limits | None = None,
+    access: Access | None = None,
+    look_now: Callable[[], None] | None = None,
+) -> FastAPI:
+    """Build the application. The model in `slot` may change, or be missing, at any time.
+
+    `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none.
+    """
     limits, access = limits or Limits(), access or Access()
     meters = Meters(slot, lambda: batcher.depth)
     batcher = Batcher(
@@ -67,19 +84,24 @@ def make_app(slot: ModelSlot, limits: Limits | None = None, access: Access | Non
     app.add_middleware(Envelope, meters=meters, counted=PREDICT, access=access)
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
-    _add_predict(app, slot, Inbox(limits), batcher, meters)
+    inbox = Inbox(limits)
+    _add_predict(app, slot, inbox, batcher, meters)
+    _add_similar(app, slot, inbox, batcher)
+    _add_admin(app, slot, look_now)
     _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
     _add_page(app)
-    _name_problems(app)
+    _complete_document(app)
     return app
 
 
-def _name_problems(app: FastAPI) -> None:
-    """Let the document name the content type of errors, which FastAPI takes for that of the answer."""
+def _complete_document(app: FastAPI) -> None:
+    """Add the keys to the document, and the content type of errors, which FastAPI takes for that of the answer."""
     make = app.openapi
 
     def make_openapi() -> dict[str, Any]:
         document = make()
+        document["components"]["securitySchemes"] = KEY_SCHEMES
+        document["security"] = [{}, *({name: []} for name in KEY_SCHEMES)]
         for route in (route for path in document["paths"].values() for route in path.values()):
             for status, response in route["responses"].items():
                 content = response.get("content", {})
@@ -94,7 +116,7 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
     @app.post(
         PREDICT,
         response_model=PredictLabelsAnswer | PredictAnswer | BatchAnswer,
-        responses=ERRORS,
+        responses={**REFUSED, **ERRORS},
         openapi_extra={"requestBody": PREDICT_BODY},
         summary="Classify one image, or several",
     )
@@ -120,15 +142,85 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         require_role(request, "predict")
         async with inbox.receive(request) as uploads:
             request.state.access.charge(request, len(uploads))
-            model = _require_model(slot)
+            model = _note_model(request, slot)
             limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
             images = [upload.data for upload in uploads]
             answers = await _answer_in_time(request, batcher, model, images, min(limit_s, inbox.limits.deadline_s))
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
+                if timing := getattr(answer, "timing", None):
+                    meters.count_timing(timing)
         described = _make_answer(uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding))
         return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
+
+
+def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) -> None:
+    references: dict[str, Reference] = {}  # of the current model alone: the key is its digest
+
+    def load(model: ServedModel) -> Reference:
+        if model.digest not in references:
+            reference = Reference(model.predictor.bundle)
+            references.clear()
+            references[model.digest] = reference
+        return references[model.digest]
+
+    @app.post(
+        "/similar",
+        response_model=SimilarAnswer | SimilarBatchAnswer,
+        responses={**REFUSED, **ERRORS, 409: {"model": ErrorAnswer, "description": "The model does not hold which"}},
+        openapi_extra={"requestBody": PREDICT_BODY},
+        summary="The validation images nearest to an image, or to several",
+    )
+    async def similar(
+        request: Request, k: Annotated[int, Query(ge=1, le=MAX_NEIGHBOURS, description="So many of them")] = 5
+    ) -> Response:
+        """Send images as for /predict. The answer names images by the sha256 of their files, and says their labels.
+
+        `distance` is the cosine distance of the embeddings, from 0 to 2, as in `visionloop similar`.
+        """
+        require_role(request, "predict")
+        async with inbox.receive(request) as uploads:
+            request.state.access.charge(request, len(uploads))
+            model = _note_model(request, slot)
+            reference = await asyncio.to_thread(load, model)
+            images = [upload.data for upload in uploads]
+            answers = await _answer_in_time(request, batcher, model, images, inbox.limits.deadline_s)
+
+        def describe(answer: Answer) -> dict[str, Any]:
+            return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}
+
+        described = await asyncio.to_thread(_make_answer, uploads, answers, describe)
+        return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
+
+
+def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | None) -> None:
+    under_way: asyncio.Task[None] | None = None
+
+    @app.post(
+        "/admin/reload",
+        response_model=ReloadAnswer,
+        responses={**REFUSED, 409: {"model": ErrorAnswer, "description": "It follows no ledger"}, 503: ERRORS[503]},
+        summary="Look at the ledger now",
+    )
+    async def reload(request: Request) -> dict[str, Any]:
+        """Take up a promotion or a rollback at once, and try a refused model again. Several at a time are one look."""
+        nonlocal under_way
+        require_role(request, "admin")
+        if look_now is None:
+            found, todo = "the server was started with a bundle", "Start it without --bundle to follow the ledger."
+            raise RequestError(found, "one that follows the ledger", todo, status=409, reason_code="not_following")
+        before = slot.current
+        if under_way is None or under_way.done():
+            under_way = asyncio.create_task(asyncio.to_thread(look_now))
+        try:
+            await asyncio.wait_for(asyncio.shield(under_way), LOOK_S)
+        except TimeoutError as exc:
+            found = f"the ledger was not read within {LOOK_S:g} s"
+            raise RequestError(found, todo="It goes on; see /model.", status=503, reason_code="slow_store") from exc
+        model = _note_model(request, slot)
+        swapped = before is None or (before.digest, before.entry) != (model.digest, model.entry)
+        return {"model": _name_model(model), "entry": model.entry, "swapped": swapped, "problem": slot.problem}
 
 
 def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable[[], bool]) -> None:
@@ -144,7 +236,9 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
             raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
         return {"status": "ready", "model": _name_model(_require_model(slot)), "problem": slot.problem}
 
-    @app.get("/model", response_model=ModelAnswer, responses={503: ERRORS[503]}, summary="Which model answers")
+    @app.get(
+        "/model", response_model=ModelAnswer, responses={**REFUSED, 503: ERRORS[503]}, summary="Which model answers"
+    )
     async def describe_model(request: Request) -> dict[str, Any]:
         require_role(request, "predict")
         model = _require_model(slot)
@@ -152,7 +246,7 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
 
-    @app.get("/metrics", response_class=Response, summary="Figures for Prometheus")
+    @app.get("/metrics", response_class=Response, responses=REFUSED, summary="Figures for Prometheus")
     async def metrics(request: Request) -> Response:
         access = request.state.access
         if access.admin_port is None and not access.is_open:
@@ -177,6 +271,13 @@ def _require_model(slot: ModelSlot) -> ServedModel:
         found = f"no model is ready ({slot.problem})" if slot.problem else "no model is ready"
         raise RequestError(found, todo="Try again in a moment.", status=503, reason_code="not_ready")
     return slot.current
+
+
+def _note_model(request: Request, slot: ModelSlot) -> ServedModel:
+    """Return the model that answers a request, and note it for the log."""
+    model = _require_model(slot)
+    request.state.model = {"version": model.version, "digest": model.digest}
+    return model
 
 
 def _name_model(model: ServedModel) -> dict[str, Any]:

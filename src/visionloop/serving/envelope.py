@@ -170,7 +170,7 @@ class Envelope:
                     "client_request_id": state.client_request_id,
                     "trace_id": trace[1] if trace else None,
                     "method": request.method[:16],
-                    "path": hide_keys(path)[:MAX_PATH_CHARS],
+                    "path": path[:MAX_PATH_CHARS],
                     "status": status,
                     "outcome": state.outcome,
                     "duration_ms": round(1000 * seconds, 3),
@@ -183,16 +183,18 @@ class Envelope:
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON for each record: time, level, message, and what is known of a request. All ASCII, so that nothing
-    that a client sends can begin a line of its own."""
+    """A line of JSON for each record: time, level, message, and what is known of a request.
+
+    All ASCII, so that nothing that a client sends can begin a line of its own, and without keys.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "message": hide_keys(record.getMessage()),
+            "message": record.getMessage(),
             **getattr(record, "request", {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return hide_keys(json.dumps(line))

@@ -78,7 +78,7 @@ def run_server(
             follower.load_first()
             follower.start()
         try:
-            app = make_app(slot, make_limits(serve), access)
+            app = make_app(slot, make_limits(serve), access, follower.look_now if follower else None)
             url = _make_url(host, socks[0])
             _Server(app, serve, slot, lambda: on_ready(url)).run(socks)
         finally:

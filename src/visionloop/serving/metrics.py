@@ -1,16 +1,34 @@
 """The server's figures for Prometheus, in a registry of their own."""
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from visionloop.records import Prediction
 from visionloop.serving.swap import ModelSlot
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-NO_LABEL = "(none)"
+NO_LABEL, OTHER_LABELS = "(none)", "(other)"
+MAX_LABELS = 200  # a series each, for as long as the process lives
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Timing(Protocol):
+    """Where the time for an image went. `network_s` is that of its batch."""
+
+    @property
+    def queue_s(self) -> float: ...
+    @property
+    def decode_s(self) -> float: ...
+    @property
+    def network_s(self) -> float: ...
+    @property
+    def is_cached(self) -> bool: ...
 
 
 class Meters:
@@ -37,7 +55,16 @@ class Meters:
         self._abstained = Counter(
             "visionloop_abstained_images", "Images of which the model did not know", registry=self._registry
         )
+        self._steps = Histogram(
+            "visionloop_image_seconds",
+            "Time of an image that was not in the cache, by step: queue, decode, network",
+            ["step"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._labels: set[str] = set()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     def count_request(self, outcome: str, seconds: float) -> None:
         """Count one request; `outcome` is `ok` or the code of its error."""
@@ -54,7 +81,16 @@ class Meters:
             self._abstained.inc()
         names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
         for name in names:
-            self._images.labels(name).inc()
+            if len(self._labels) < MAX_LABELS:
+                self._labels.add(name)
+            self._images.labels(name if name in self._labels else OTHER_LABELS).inc()
+
+    def count_timing(self, timing: Timing) -> None:
+        """Count where the time of one image went."""
+        if not timing.is_cached:
+            self._steps.labels("queue").observe(timing.queue_s)
+            self._steps.labels("decode").observe(timing.decode_s)
+            self._steps.labels("network").observe(timing.network_s)
 
     def scrape(self) -> bytes:
         """Return all figures in Prometheus' text format."""
@@ -66,6 +102,7 @@ class Meters:
         yield GaugeMetricFamily("visionloop_queue_images", "Images without an answer yet", self._queue_depth())
         yield CounterMetricFamily("visionloop_swaps", "Models swapped in", slot.num_swaps)
         yield CounterMetricFamily("visionloop_swap_failures", "Polls that ended in a problem", slot.num_failures)
+        yield CounterMetricFamily("visionloop_refused_bundles", "Bundles of the ledger not served", slot.num_refused)
         yield GaugeMetricFamily("visionloop_swap_problem", "1 while a newer model is not served", bool(slot.problem))
         info = GaugeMetricFamily(
             "visionloop_model_info", "The model that answers", labels=["name", "version", "digest"]
@@ -73,3 +110,19 @@ class Meters:
         if model := slot.current:
             info.add_metric([model.name, model.version or "", model.digest], 1)
         yield info
+        yield from _collect_ages(slot)
+
+
+def _collect_ages(slot: ModelSlot) -> Iterator[Metric]:
+    """Yield how long ago the ledger was read, and the model promoted; nothing where there is no ledger."""
+    now = time.time()
+    if slot.looked_at is not None:
+        yield GaugeMetricFamily(
+            "visionloop_ledger_age_seconds", "Since the ledger was read last", max(0.0, now - slot.looked_at)
+        )
+    with contextlib.suppress(ValueError, TypeError):  # of an entry that somebody wrote by hand
+        if slot.current and slot.current.promoted_at:
+            promoted_at = datetime.fromisoformat(slot.current.promoted_at).timestamp()
+            yield GaugeMetricFamily(
+                "visionloop_model_age_seconds", "Since the model was promoted", max(0.0, now - promoted_at)
+            )

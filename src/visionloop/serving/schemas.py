@@ -137,6 +137,45 @@ class ModelAnswer(ModelName):
     problem: str | None
 
 
+class Neighbour(BaseModel):
+    """A validation image of the model, by the sha256 of its file. `distance` is from 0 to 2."""
+
+    sha256: str
+    labels: list[str]
+    distance: float = Field(ge=0, le=2)
+
+
+class ImageNeighbours(BaseModel):
+    """The nearest validation images of one image, nearest first."""
+
+    neighbours: list[Neighbour]
+
+
+class SimilarAnswer(ToRequest, ImageNeighbours):
+    """The answer to a request with one image."""
+
+
+class FileNeighbours(ImageNeighbours):
+    """The answer for one of several files."""
+
+    file: str | None
+
+
+class SimilarBatchAnswer(ToRequest):
+    """The answer to a request with several files, in their order."""
+
+    results: list[FileNeighbours | FileError]
+
+
+class ReloadAnswer(BaseModel):
+    """What a look at the ledger came to. `swapped`: another model, or another entry of the ledger, answers now."""
+
+    model: ModelName
+    entry: int | None
+    swapped: bool
+    problem: str | None
+
+
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 _FORM = {
@@ -171,4 +210,14 @@ _REFUSALS = {
 PROBLEM = "application/problem+json"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSALS.items()
+}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "A host that the server does not answer to"},
+    401: {"model": ErrorAnswer, "description": "The server has keys, and the request has no valid one"},
+    403: {"model": ErrorAnswer, "description": "The key lacks the role, or a page of another origin asks"},
+    429: {"model": ErrorAnswer, "description": "The client is above its rate; see Retry-After"},
+}
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Where the server has keys"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }

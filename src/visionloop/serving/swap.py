@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model. `version` and `entry` (the ledger's number) are None for a bundle that is served from a path."""
+    """A loaded model. What the ledger says of it is None for a bundle that is served from a path.
+
+    `entry` is the number in the ledger, `promoted_at` the time of that, ISO 8601.
+    """
 
     predictor: Predictor
     version: str | None = None
     entry: int | None = None
+    promoted_at: str | None = None
 
     @property
     def name(self) -> str:
@@ -46,7 +50,8 @@ class ServedModel:
 class ModelSlot:
     """Holds the current model. `problem` says why a newer one is not served; it holds no path.
 
-    `is_leaving`: the server stops soon, and wants no new clients.
+    `is_leaving`: the server stops soon, and wants no new clients. `looked_at`: when the ledger was read last, in
+    seconds since 1970; None: it was not.
     """
 
     def __init__(self, current: ServedModel | None = None) -> None:
@@ -55,6 +60,8 @@ class ModelSlot:
         self.is_leaving = False
         self.num_swaps = 0
         self.num_failures = 0
+        self.num_refused = 0
+        self.looked_at: float | None = None
 
 
 class ChampionFollower:
@@ -81,6 +88,7 @@ class ChampionFollower:
         self._poll_s, self._retry_s = poll_s, retry_s
         self._refused: tuple[int, float] | None = None
         self._stopping = threading.Event()
+        self._looking = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def load_first(self) -> None:
@@ -111,6 +119,12 @@ class ChampionFollower:
         if self._thread:
             self._thread.join(STOP_S)
 
+    def look_now(self) -> None:
+        """Look at the ledger now, also for a bundle that was refused a moment ago. May be called by any thread."""
+        with self._looking:
+            self._refused = None
+            self.poll_once(time.monotonic())
+
     def poll_once(self, now_s: float) -> None:
         """Look at the ledger once and swap if it names another model. Never raises: problems go to the slot."""
         number: int | None = None
@@ -129,7 +143,8 @@ class ChampionFollower:
 
     def _follow(self) -> None:
         while not self._stopping.wait(self._poll_s):
-            self.poll_once(time.monotonic())
+            with self._looking:
+                self.poll_once(time.monotonic())
 
     def _check_once(self) -> None:
         if not self._is_checked:
@@ -138,6 +153,7 @@ class ChampionFollower:
 
     def _require_champion(self) -> LedgerEntry:
         entry = self._find_champion()
+        self.slot.looked_at = time.time()
         if entry is None:
             raise ServingError(
                 "ledger",
@@ -154,7 +170,7 @@ class ChampionFollower:
     def _swap(self, entry: LedgerEntry) -> None:
         current = self.slot.current
         if current and current.digest == entry.bundle:
-            self.slot.current = replace(current, version=entry.model_version, entry=entry.number)
+            self.slot.current = replace(current, version=entry.model_version, entry=entry.number, promoted_at=entry.at)
         else:
             self.slot.current = self._load(entry)
         self._remember(entry)
@@ -164,7 +180,7 @@ class ChampionFollower:
 
     def _load(self, entry: LedgerEntry) -> ServedModel:
         predictor = Predictor.fetch(self._store, entry.bundle, self._cache_dir)
-        return ServedModel(predictor, entry.model_version, entry.number)
+        return ServedModel(predictor, entry.model_version, entry.number, entry.at)
 
     def _load_last(self, why: StoreError) -> ServedModel:
         """Load what was served last, its bytes checked again. Raises `why` if there is nothing whole."""
@@ -174,7 +190,7 @@ class ChampionFollower:
                 raise ValueError(f"the last one was of {last['name']}")
             folder = self._cache_dir / str(last["bundles"][0])
             predictor = Predictor.load(folder, expected_digest=folder.name)
-            return ServedModel(predictor, last["version"], int(last["entry"]))
+            return ServedModel(predictor, last["version"], int(last["entry"]), last.get("at"))
         except (OSError, ValueError, KeyError, TypeError, IndexError, VisionLoopError) as exc:
             log.info("no model was served before: %s", exc)
             raise why from exc
@@ -189,7 +205,8 @@ class ChampionFollower:
             bundles = [entry.bundle]
         try:
             staged = path.with_name(f".{LAST}-{os.getpid()}")
-            last = {"name": self._name, "entry": entry.number, "version": entry.model_version, "bundles": bundles}
+            last = {"name": self._name, "entry": entry.number, "version": entry.model_version, "at": entry.at}
+            last["bundles"] = bundles
             staged.write_text(json.dumps(last), "utf-8")
             staged.replace(path)
             for folder in self._cache_dir.iterdir():
@@ -207,6 +224,7 @@ class ChampionFollower:
         self.slot.num_failures += 1
         if number is not None and not isinstance(exc, StoreError):
             self._refused = (number, now_s + self._retry_s)
+            self.slot.num_refused += 1
         # Only `found`, without the store's address: this text is shown to clients, and `where` may be a path.
         found = exc.found if isinstance(exc, VisionLoopError) else type(exc).__name__
         found = found.replace(self._store.url, "the store")

@@ -210,7 +210,7 @@ def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> N
     kinds = {f"image/{kind}" for kind in ("jpeg", "png", "webp", "avif")}
     others = {"multipart/form-data", "application/json", "application/octet-stream"}
     assert post["requestBody"]["content"].keys() == kinds | others
-    assert post["responses"].keys() == {"200", "400", "408", "413", "415", "422", "503"}
+    assert post["responses"].keys() == {"200", "400", "401", "403", "408", "413", "415", "422", "429", "503"}
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""POST /similar: the validation images of the model that are nearest to an image."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from fakes import make_bundle, make_image
+from visionloop.bundle import seal_bundle
+from visionloop.predictor import Predictor
+from visionloop.serving.app import make_app
+from visionloop.serving.swap import ModelSlot, ServedModel
+
+SEEDS = range(10, 30)
+
+
+def make_model(folder: Path, **arrays: Any) -> ServedModel:
+    """Make a model whose validation images are those of SEEDS; `arrays` stand for some of its reference."""
+    make_bundle(folder, task=arrays.pop("task", None))
+    images = [make_image(seed) for seed in SEEDS]
+    predictor = Predictor.load(folder, threads=1)
+    found = list(predictor.embed_each(images))
+    whole = {
+        "embedding_nd": np.stack([one for one in found if isinstance(one, np.ndarray)]),
+        "label_n": np.arange(len(SEEDS)) % 3,
+        "sha256_n": np.array([f"{seed:064x}" for seed in SEEDS], "S64"),
+    }
+    np.savez(folder / "reference.npz", **{k: v for k, v in (whole | arrays).items() if v is not None})
+    seal_bundle(folder)
+    return ServedModel(Predictor.load(folder, threads=1))
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> ModelSlot:
+    return ModelSlot(make_model(tmp_path / "bundle"))
+
+
+@pytest.fixture
+def client(slot: ModelSlot) -> Iterator[TestClient]:
+    with TestClient(make_app(slot)) as client:
+        yield client
+
+
+def test_an_image_finds_itself_first_and_others_by_distance(client: TestClient, slot: ModelSlot) -> None:
+    answer = client.post("/similar?k=20", content=make_image(14)).json()
+    found = answer["neighbours"]
+    assert found[0] == {"sha256": f"{14:064x}", "labels": ["b"], "distance": pytest.approx(0, abs=1e-6)}
+    assert len(found) == 20
+    distances = [each["distance"] for each in found]
+    assert distances == sorted(distances)
+    assert slot.current
+    unit = np.stack(list(slot.current.predictor.embed_each([make_image(14), make_image(int(found[7]["sha256"], 16))])))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    assert found[7]["distance"] == pytest.approx(1 - float(unit[0] @ unit[1]), abs=1e-5)
+    assert answer["model"]["digest"] == slot.current.digest
+
+
+def test_of_several_files_a_broken_one_spoils_no_other(client: TestClient) -> None:
+    sent = [("file", ("a.png", make_image(11))), ("file", ("b.png", b"text")), ("file", ("c.png", make_image(12)))]
+    results = client.post("/similar?k=1", files=sent).json()["results"]
+    assert [r["neighbours"][0]["sha256"] for r in (results[0], results[2])] == [f"{11:064x}", f"{12:064x}"]
+    assert results[1]["error"]["code"] == "not_an_image"
+
+
+@pytest.mark.parametrize("k", ["0", "101", "x", "-1", "1e9"])
+def test_a_number_that_is_none_is_refused(client: TestClient, k: str) -> None:
+    answer = client.post(f"/similar?k={k}", content=make_image(1))
+    assert (answer.status_code, answer.json()["code"]) == (422, "bad_option")
+
+
+def test_after_a_swap_the_images_are_those_of_the_new_model(
+    client: TestClient, slot: ModelSlot, tmp_path: Path
+) -> None:
+    client.post("/similar", content=make_image(11))
+    slot.current = make_model(tmp_path / "next", sha256_n=np.array([f"{seed + 99:064x}" for seed in SEEDS], "S64"))
+    answer = client.post("/similar?k=1", content=make_image(11)).json()
+    assert answer["neighbours"][0]["sha256"] == f"{11 + 99:064x}"
+
+
+def test_several_labels_are_listed(client: TestClient, slot: ModelSlot, tmp_path: Path) -> None:
+    targets_nk = np.tile(np.array([[1, 0, 1], [0, 0, 0]], np.uint8), (len(SEEDS) // 2, 1))
+    slot.current = make_model(tmp_path / "several", task="multilabel", targets_nk=targets_nk)
+    labels = [
+        client.post("/similar?k=1", content=make_image(seed)).json()["neighbours"][0]["labels"] for seed in (10, 11)
+    ]
+    assert labels == [["a", "c"], []]
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"sha256_n": None},
+        {"label_n": np.full(len(SEEDS), 99)},
+        {"label_n": np.zeros(1, int)},
+        {"embedding_nd": np.zeros((len(SEEDS), 3), np.float32)},
+        {"embedding_nd": np.full((len(SEEDS), 48), np.nan, np.float32)},
+        {"embedding_nd": np.zeros((0, 48), np.float32), "sha256_n": np.zeros(0, "S64"), "label_n": np.zeros(0, int)},
+        {"sha256_n": np.arange(len(SEEDS))},
+    ],
+)
+def test_a_model_that_does_not_hold_them_says_so(
+    client: TestClient, slot: ModelSlot, tmp_path: Path, arrays: dict[str, Any]
+) -> None:
+    slot.current = make_model(tmp_path / "old", **arrays)
+    answer = client.post("/similar", content=make_image(1))
+    assert (answer.status_code, answer.json()["code"]) == (409, "no_reference")
