@@ -70,7 +70,9 @@ def make_bundle(
     card = make_card(tuple(classes), size_hw, seed, task)
     (folder / "card.json").write_bytes(canonical_json(card.to_json()))
     reference = np.random.default_rng(seed).random((8, embedding_size), dtype=np.float32)
-    np.savez(folder / "reference.npz", embedding=reference)
+    hashes = np.array([f"{seed:032x}{i:032x}" for i in range(len(reference))], "S64")
+    label_n = np.arange(len(reference)) % len(classes)
+    np.savez(folder / "reference.npz", embedding_nd=reference, label_n=label_n, sha256_n=hashes)
     names = [f"{i}.png" for i in range(NUM_GOLDEN)]
     for i, name in enumerate(names):
         (folder / "golden" / name).write_bytes(make_image(seed * NUM_GOLDEN + i))
