@@ -9,11 +9,10 @@ import heapq
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
@@ -25,11 +24,10 @@ from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
 from visionloop.serving.keys import require_role
 from visionloop.serving.metrics import Meters
+from visionloop.serving.page import add_page
 from visionloop.serving.schemas import (
     ERRORS,
-    KEY_SCHEMES,
     PREDICT_BODY,
-    PROBLEM,
     REFUSED,
     BatchAnswer,
     ErrorAnswer,
@@ -40,6 +38,7 @@ from visionloop.serving.schemas import (
     ReloadAnswer,
     SimilarAnswer,
     SimilarBatchAnswer,
+    complete_document,
 )
 from visionloop.serving.similar import Reference
 from visionloop.serving.swap import ModelSlot, ServedModel
@@ -48,11 +47,6 @@ PREDICT = "/predict"
 MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
 MAX_NEIGHBOURS = 100
 LOOK_S = 30.0
-PAGE = Path(__file__).parent / "page" / "docs.html"
-PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src blob: data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
 
 
 def make_app(
@@ -89,27 +83,9 @@ def make_app(
     _add_similar(app, slot, inbox, batcher)
     _add_admin(app, slot, look_now)
     _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
-    _add_page(app)
-    _complete_document(app)
+    add_page(app)
+    complete_document(app)
     return app
-
-
-def _complete_document(app: FastAPI) -> None:
-    """Add the keys to the document, and the content type of errors, which FastAPI takes for that of the answer."""
-    make = app.openapi
-
-    def make_openapi() -> dict[str, Any]:
-        document = make()
-        document["components"]["securitySchemes"] = KEY_SCHEMES
-        document["security"] = [{}, *({name: []} for name in KEY_SCHEMES)]
-        for route in (route for path in document["paths"].values() for route in path.values()):
-            for status, response in route["responses"].items():
-                content = response.get("content", {})
-                if status >= "400" and "application/json" in content:
-                    content[PROBLEM] = content.pop("application/json")
-        return document
-
-    app.openapi = make_openapi  # type: ignore[method-assign]
 
 
 def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters) -> None:
@@ -252,18 +228,6 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
         if access.admin_port is None and not access.is_open:
             require_role(request, "admin")
         return Response(meters.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _add_page(app: FastAPI) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
-
-    @app.get("/", include_in_schema=False)
-    async def home() -> RedirectResponse:
-        return RedirectResponse("docs")
 
 
 def _require_model(slot: ModelSlot) -> ServedModel:

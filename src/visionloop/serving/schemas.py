@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -221,3 +222,21 @@ KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "Where the server has keys"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+
+
+def complete_document(app: FastAPI) -> None:
+    """Add the keys to the document, and the content type of errors, which FastAPI takes for that of the answer."""
+    make = app.openapi
+
+    def make_openapi() -> dict[str, Any]:
+        document = make()
+        document["components"]["securitySchemes"] = KEY_SCHEMES
+        document["security"] = [{}, *({name: []} for name in KEY_SCHEMES)]
+        for route in (route for path in document["paths"].values() for route in path.values()):
+            for status, response in route["responses"].items():
+                content = response.get("content", {})
+                if status >= "400" and "application/json" in content:
+                    content[PROBLEM] = content.pop("application/json")
+        return document
+
+    app.openapi = make_openapi  # type: ignore[method-assign]

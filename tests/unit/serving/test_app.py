@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -200,7 +202,14 @@ def test_metrics_count_requests_images_batches_and_the_model(client: TestClient,
 def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) -> None:
     page = client.get("/docs")
     assert page.status_code == 200
-    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    assert "connect-src 'self'" in policy
+    assert "unsafe-inline" not in policy
+    for tag in ("script", "style"):
+        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", page.text, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.findall(r" (?:style|on[a-z]+)=", page.text), "the policy lets none of them work"
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page.text)
     assert client.get("/", follow_redirects=False).headers["location"] == "docs"
 
