@@ -6,6 +6,7 @@ A wrong request gets a 4xx. A full server, or one without a model, answers 503. 
 import asyncio
 import contextlib
 import heapq
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,8 @@ from starlette.requests import ClientDisconnect
 
 from visionloop import __version__
 from visionloop.errors import ImageError
-from visionloop.serving.batcher import Answer, Batcher
+from visionloop.serving.answers import Answer
+from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
 from visionloop.serving.metrics import Meters
@@ -51,6 +53,7 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
+        cache_bytes=limits.cache_bytes,
         on_batch=meters.count_batch,
     )
 
@@ -114,14 +117,16 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
-        async with inbox.receive(request) as uploads:
+        limit_s = min(inbox.limits.deadline_s, math.inf if x_deadline_ms is None else x_deadline_ms / 1000)
+        says_limit = x_deadline_ms is not None
+        async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=says_limit)) as uploads:
             model = _require_model(slot)
-            limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
             images = [upload.data for upload in uploads]
-            answers = await _answer_in_time(request, batcher, model, images, min(limit_s, inbox.limits.deadline_s))
+            answers = await _answer_in_time(request, batcher, model, images, limit_s, says_limit=says_limit)
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
+                meters.count_answer(from_cache=answer.timing.is_cached)
         described = _make_answer(uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding))
         return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
 
@@ -175,7 +180,7 @@ def _name_model(model: ServedModel) -> dict[str, Any]:
 
 
 async def _answer_in_time(
-    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float
+    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float, *, says_limit: bool
 ) -> list[Answer | ImageError]:
     """Answer while the client is there, and for so long at most after its request began.
 
@@ -183,7 +188,7 @@ async def _answer_in_time(
         QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
     """
     left_s = limit_s - (time.perf_counter() - request.state.started)
-    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s))
+    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s, is_patient=says_limit))
     gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
     try:
         done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
@@ -191,6 +196,8 @@ async def _answer_in_time(
         work.cancel()
         gone.cancel()
     if gone in done:
+        if not says_limit:
+            batcher.patience.note_left(time.perf_counter() - request.state.started)
         raise ClientDisconnect
     if work in done:
         return work.result()
@@ -230,4 +237,10 @@ def _describe(answer: Answer, top_k: int | None, *, embedding: bool) -> dict[str
         "abstained": answer.abstained,
         "probabilities": probabilities,
         **({"embedding": answer.embedding_d.tolist()} if embedding else {}),
+        "timing": {
+            "queue_ms": round(answer.timing.queue_s * 1000, 3),
+            "decode_ms": round(answer.timing.decode_s * 1000, 3),
+            "network_ms": round(answer.timing.network_s * 1000, 3),
+            "cached": answer.timing.is_cached,
+        },
     }

@@ -37,6 +37,12 @@ class Meters:
         self._abstained = Counter(
             "visionloop_abstained_images", "Images of which the model did not know", registry=self._registry
         )
+        self._cached = Counter(
+            "visionloop_answered_images",
+            "Images answered, by the network or from the cache",
+            ["by"],
+            registry=self._registry,
+        )
         self._registry.register(self)
 
     def count_request(self, outcome: str, seconds: float) -> None:
@@ -55,6 +61,10 @@ class Meters:
         names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
         for name in names:
             self._images.labels(name).inc()
+
+    def count_answer(self, *, from_cache: bool) -> None:
+        """Count one answered image."""
+        self._cached.labels("cache" if from_cache else "network").inc()
 
     def scrape(self) -> bytes:
         """Return all figures in Prometheus' text format."""
