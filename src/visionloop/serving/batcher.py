@@ -40,29 +40,29 @@ class Patience:
     """How long clients wait that do not say it, learned from those that left: a queue longer than that helps nobody.
 
     Each that left makes it shorter by a tenth, down to most of the time that this one waited. Each answer makes it
-    longer by a hundredth, and so does time. So a few that leave change nothing: with one in ten it stays as it is.
+    longer by a hundredth. So a few that leave change nothing: with one in ten it stays as it is. When nobody has left
+    for a second, it soon grows to the longest.
     """
 
     SHORTEST_S, LONGEST_S = 0.1, 60.0
+    CALM_S, GROWTH_OF_A_SECOND = 1.0, 2.5
 
-    def __init__(self) -> None:
-        self._seconds, self._told_at = self.LONGEST_S, time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seconds, self._left_at = clock, self.LONGEST_S, clock()
 
     @property
     def seconds(self) -> float:
-        return min(self.LONGEST_S, self._seconds * math.pow(1.1, min(100.0, time.monotonic() - self._told_at)))
+        calm_s = min(60.0, max(0.0, self._clock() - self._left_at - self.CALM_S))
+        return min(self.LONGEST_S, self._seconds * math.pow(self.GROWTH_OF_A_SECOND, calm_s))
 
     def note_left(self, waited_s: float) -> None:
         """A client left without an answer."""
         before, lowest = self.seconds, max(self.SHORTEST_S, 0.8 * waited_s)
-        self._set(max(lowest, 0.9 * before) if before > lowest else before)
+        self._seconds, self._left_at = max(lowest, 0.9 * before) if before > lowest else before, self._clock()
 
     def note_answered(self) -> None:
         """A client got its answer."""
-        self._set(min(self.LONGEST_S, 1.01 * self.seconds))
-
-    def _set(self, seconds: float) -> None:
-        self._seconds, self._told_at = seconds, time.monotonic()
+        self._seconds = min(self.LONGEST_S, 1.01 * self._seconds)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Meters:
         self._abstained = Counter(
             "visionloop_abstained_images", "Images of which the model did not know", registry=self._registry
         )
-        self._cached = Counter(
+        self._answered = Counter(
             "visionloop_answered_images",
             "Images answered, by the network or from the cache",
             ["by"],
@@ -64,7 +64,7 @@ class Meters:
 
     def count_answer(self, *, from_cache: bool) -> None:
         """Count one answered image."""
-        self._cached.labels("cache" if from_cache else "network").inc()
+        self._answered.labels("cache" if from_cache else "network").inc()
 
     def scrape(self) -> bytes:
         """Return all figures in Prometheus' text format."""

@@ -258,7 +258,8 @@ def test_a_queue_longer_than_clients_wait_refuses_only_those_who_say_nothing(
 
 
 def test_patience_follows_those_that_leave_and_not_a_few_of_them() -> None:
-    patience = Patience()
+    now_s = 0.0
+    patience = Patience(lambda: now_s)
     for _ in range(200):
         patience.note_left(0.01)
         for _ in range(15):
@@ -270,8 +271,13 @@ def test_patience_follows_those_that_leave_and_not_a_few_of_them() -> None:
     for _ in range(100):
         patience.note_left(0.001)
     assert 0.09 < patience.seconds < 0.11, "never shorter than a batch takes"
-    for _ in range(700):
-        patience.note_answered()
+    now_s = 1.0
+    assert patience.seconds == pytest.approx(0.1)
+    now_s = 3.0
+    assert patience.seconds == pytest.approx(0.1 * 2.5**2)
+    patience.note_left(0.001)
+    assert patience.seconds == pytest.approx(0.9 * 0.625)
+    now_s = 1e9
     assert patience.seconds == 60
 
 
