@@ -3,7 +3,6 @@
 import http.client
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -80,35 +79,6 @@ def test_a_signal_in_the_middle_of_work_loses_no_request_that_was_taken(tmp_path
     assert code == 0
     assert Counter(answer.split(b"\r\n")[0] for answer in answers) == {b"HTTP/1.1 200 OK": 12}
     assert all(b'"prediction"' in answer for answer in answers)
-
-
-def test_a_new_champion_is_swapped_in_under_load_without_losing_a_request(tmp_path: Path) -> None:
-    first = promote(tmp_path, 1, None)
-    with serving(tmp_path, poll_s=0.1) as server:
-        results: list[tuple[int, str]] = []
-        done = threading.Event()
-
-        def hammer() -> None:
-            while not done.is_set():
-                answer = server.ask(make_image(0))
-                results.append((answer.status, answer.body["model"]["version"]))
-
-        with ThreadPoolExecutor(4) as pool:
-            calls = [pool.submit(hammer) for _ in range(4)]
-            try:
-                wait_for(lambda: len(results) > 20)
-                second = promote(tmp_path, 2, first)
-                wait_for(lambda: results[-1][1] == "2")
-            finally:
-                done.set()
-            for call in calls:
-                call.result()
-        assert set(results) == {(200, "1"), (200, "2")}
-        model = server.ask(path="/model").body
-        assert (model["entry"], model["digest"], model["problem"]) == (2, second.bundle, None)
-        code, errors = server.stop()
-    assert code == 0
-    assert f"serving entry 2, version 2, bundle {second.bundle[:12]}" in errors
 
 
 def test_a_spoilt_champion_leaves_the_old_one_serving_and_shows(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve:
         "-c",
         SCRIPT,
         str(home),
-        json.dumps({"lame_duck_s": 0, "hosts": ["*"], **serve}),
+        json.dumps({"lame_duck_s": 0, "hosts": ["*"], "cache_mb": 0, **serve}),
         str(bundle or ""),
         first,
     ]

@@ -20,6 +20,8 @@ from visionloop.errors import ImageError
 READ = "JPEG, PNG, WebP, AVIF or HEIC"
 MAX_SCANS = 100  # no camera or program writes so many, and each costs a pass over all pixels
 MAX_PARTS = 100_000  # segments or chunks
+MAX_PEEKS, MAX_GAP = 500, 4096  # how many segments, and bytes between two, are passed by in search of the size
+UNKNOWN_BYTES = 100_000_000
 MAX_NOTE_BYTES = 4_000_000  # of one note, unpacked
 
 Size = tuple[int, int]  # (width, height), as Pillow has it
@@ -39,6 +41,7 @@ _PICTURE_WEBP = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
 _PICTURE_OF_VP8X = 0x10 | 0x02  # alpha, animation; the others are ICC, EXIF, XMP, and bits that must be zero
 _XMP = "XML:com.adobe.xmp"
 _HEX_EXIF = "Raw profile type exif"  # ImageMagick's, in PNG
+_EXTENTS = re.compile(b"ispe")  # the box of a size, in AVIF and HEIC; a picture may have several, of its tiles too
 _AVIF = frozenset({b"avif", b"avis"})
 _HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 
@@ -94,6 +97,40 @@ def parse_encoded(data: bytes, where: str) -> Encoded:
     if name:
         raise ImageError(where, f"is {name}", "JPEG or PNG", todo)
     raise ImageError(where, "is not an image we read", READ)
+
+
+def estimate_bytes(data: bytes) -> int:
+    """Return about how much memory the pixels take while an image is decoded, by what its header says of its size.
+
+    It reads no more than the first few parts, and believes them. 0: no image; a lot: the size is not found there.
+    """
+    if data.startswith(_PNG):
+        size, each = (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])), 6
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        size, each = _read_webp_size(data[12:16], data[20:30]) or (0, 0), 8
+    elif data.startswith(b"\xff\xd8\xff"):
+        size, each = _peek_jpeg(data)
+    elif _find_modern(data):
+        sizes = [data[found.end() + 4 : found.end() + 12] for found in _EXTENTS.finditer(data, 0, MAX_GAP)]
+        size, each = max((int.from_bytes(one[:4]), int.from_bytes(one[4:])) for one in [b"", *sizes]), 8
+    else:
+        return 0
+    return size[0] * size[1] * each or UNKNOWN_BYTES
+
+
+def _peek_jpeg(data: bytes) -> tuple[Size, int]:
+    """Return the size, and bytes a pixel: one where libjpeg-turbo halves it, six where all coefficients are kept."""
+    place = 2
+    for _ in range(MAX_PEEKS):
+        found = _MARKER.search(data, place, place + MAX_GAP)
+        if found is None or found.end() + 8 > len(data):
+            break
+        marker, start = data[found.end() - 1], found.end()
+        if marker in _FRAMES:
+            size = data[start + 5] << 8 | data[start + 6], data[start + 3] << 8 | data[start + 4]
+            return size, 1 if bytes([marker]) in _BASELINE else 6
+        place = start + max(2, int.from_bytes(data[start : start + 2]))
+    return (0, 0), 0
 
 
 def is_small_copy(tags: Any) -> bool:

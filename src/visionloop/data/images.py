@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
 
 from visionloop.data.encoded import READ, Size, parse_encoded, read_orientation
+from visionloop.data.modes import find_brightest, flatten, resize_channels, to_rgb
 from visionloop.errors import ImageError
 from visionloop.records import MAX_PIXELS
 
@@ -31,8 +32,6 @@ BAR_COLOUR = (128, 128, 128)
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_BAND_PIXELS = 1 << 20  # of a large image so many are converted at a time, to hold it in memory once
 _SCALES = (8, 4, 2)  # libjpeg-turbo has other scales, without SIMD code: slower than the next larger one of these
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,14 +94,14 @@ class _Opened:
         return read_orientation(self.encoded.info if self._image is None else self._image.info)
 
     def decode(self, needed: Size) -> tuple[Image.Image, bool]:
-        """Return L or RGB pixels, no smaller than `needed`, and whether they are scaled. Raises ImageError."""
+        """Return L, RGB or opaque RGBA, no smaller than `needed`, and whether it is scaled. Raises ImageError."""
         pixels = self.decode_turbo(needed)
         if pixels is not None:
             return Image.fromarray(pixels), True
         image = self._image or open_image(self.encoded.kind, self.encoded.picture, self._where)
         if image.size != self.size:  # the limit was checked on another size
             raise make_damaged(self._where, "two sizes in it")
-        return load_pixels(image, self._where, self.encoded.bits), False
+        return load_pixels(image, self._where, self.encoded.bits, in_place=True), False
 
     def decode_turbo(self, needed: Size, *, grey: bool = False) -> UInt8Array | None:
         """Decode a JPEG by libjpeg-turbo, to (h, w) or (h, w, 3). Raises ImageError.
@@ -136,7 +135,7 @@ def decode_image(data: bytes, where: str, *, max_pixels: int | None = MAX_PIXELS
     `max_pixels` None, here and below: an image that ingest has let in. Raises ImageError.
     """
     opened = _Opened(data, where, max_pixels)
-    return _turn(_to_rgb(opened.decode(opened.size)[0]), opened.orientation)
+    return _turn(to_rgb(opened.decode(opened.size)[0]), opened.orientation)
 
 
 def decode_grey(
@@ -152,7 +151,7 @@ def decode_grey(
     if grey_hw is None:
         pixels = opened.decode(opened.size)[0]
         if opened.encoded.is_wide:  # 4095 of 65535 is 16 of 255
-            bits = 8 + max(0, int(np.asarray(pixels).max()) - 1).bit_length()
+            bits = 8 + max(0, find_brightest(pixels) - 1).bit_length()
         grey = pixels.convert("L")
         if (factor := min(grey.size) // at_least_px) > 1:
             grey = grey.resize((grey.width // factor, grey.height // factor), Image.Resampling.BOX)
@@ -247,7 +246,7 @@ def _make_array(
     share, size = _fit(source, _swap(upright, orientation), resize)
     needed = math.ceil(size[0] / (share[2] - share[0])), math.ceil(size[1] / (share[3] - share[1]))
     pixels, may_sample = decode(needed)
-    small = _turn(_to_rgb(_resize(pixels, share, size, may_sample=may_sample)), orientation)
+    small = _turn(to_rgb(_resize(pixels, share, size, may_sample=may_sample)), orientation)
     if small.size != upright:
         canvas = Image.new("RGB", upright, BAR_COLOUR)
         canvas.paste(small, (round((upright[0] - small.width) / 2), round((upright[1] - small.height) / 2)))
@@ -288,68 +287,15 @@ def make_damaged(where: str, why: str) -> ImageError:
     return ImageError(where, f"is damaged ({why})"[:200], "whole pixels", reason_code="damaged")
 
 
-def load_pixels(image: Image.Image, where: str, bits: int = 0) -> Image.Image:
-    """Decode with Pillow to grey or RGB, without the EXIF rotation. `bits` as in `Encoded`. Raises ImageError."""
+def load_pixels(image: Image.Image, where: str, bits: int = 0, *, in_place: bool = False) -> Image.Image:
+    """Decode with Pillow, without the EXIF rotation, to what `modes.flatten` returns. Raises ImageError."""
     try:
         image.load()
-        return _flatten(image, bits)
+        return flatten(image, bits, in_place=in_place)
     except MemoryError:
         raise
     except Exception as exc:  # a malformed file can make the decoder raise anything
         raise make_damaged(where, str(exc)) from exc
-
-
-def _flatten(image: Image.Image, bits: int) -> Image.Image:
-    """Turn any mode into L or RGB."""
-    if image.mode in _WIDE_MODES:
-        return _narrow(image, bits)
-    if image.has_transparency_data:
-        alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
-        flat = Image.new("L" if alpha.mode == "LA" else "RGB", image.size, "white")
-        flat.paste(alpha if alpha.mode == "RGBA" else alpha.getchannel("L"), mask=alpha)
-        return flat
-    return image if image.mode == "L" else _to_rgb(image)
-
-
-# A 16-bit sample of a PNG fills its 16 bits: 65535 is white, whatever the brightest sample of this picture is. A file
-# may say (chunk sBIT) that its camera had fewer bits. By the standard they are then the upper ones, and the lower ones
-# are zero or repeat them. Some programs store them as the lower ones:
-#
-#     12 bits, the value 4095 (white)   0xFFF0 or 0xFFFF: by the standard   0x0FFF: as the lower bits, white too
-
-
-def _narrow(image: Image.Image, bits: int) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, some rows at a time."""
-    rows = max(1, _BAND_PIXELS // image.width)
-    bands = [(0, top, image.width, min(image.height, top + rows)) for top in range(0, image.height, rows)]
-    top_value = (1 << bits) - 1 if 8 <= bits < 16 and _holds_lower_bits(image, bands, bits) else 65535
-    table = (np.arange(65536, dtype=np.int64).clip(0, top_value) * 510 + top_value) // (2 * top_value)
-    table = table.astype(np.uint8)
-    grey = Image.new("L", image.size)
-    for band in bands:
-        grey.paste(Image.fromarray(table[_read_wide(image, band)]), band)
-    return grey
-
-
-def _read_wide(image: Image.Image, band: tuple[int, int, int, int]) -> NDArray[np.uint16]:
-    values = np.asarray(image.crop(band))
-    return values if values.dtype == np.uint16 else values.clip(0, 65535).astype(np.uint16)
-
-
-def _holds_lower_bits(image: Image.Image, bands: list[tuple[int, int, int, int]], bits: int) -> bool:
-    """Say whether samples of `bits` bits lie in the lower bits: no upper one is in use, and the lower ones are."""
-    spare = (1 << (16 - bits)) - 1
-    uses_spare = False
-    for band in bands:
-        values = _read_wide(image, band)
-        if (values >> bits).any():
-            return False
-        uses_spare = uses_spare or bool((values & spare).any())
-    return uses_spare
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies even where there is nothing to do
 
 
 def _choose_scale(size: Size, needed: Size) -> Size:
@@ -394,7 +340,7 @@ def _resize(image: Image.Image, share: Box, size: Size, *, may_sample: bool) -> 
         return image
     ratio_x, ratio_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
     if not may_sample or min(ratio_x, ratio_y) < 1:
-        return image.resize(size, Image.Resampling.BILINEAR, box=box)
+        return resize_channels(image, size, box)
     each_x, each_y = max(2, round(ratio_x)), max(2, round(ratio_y))
     samples = image.resize((each_x * size[0], each_y * size[1]), Image.Resampling.NEAREST, box=box)
     return samples.reduce((each_x, each_y))

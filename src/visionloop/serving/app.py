@@ -6,6 +6,7 @@ A wrong request gets a 4xx. A full server, or one without a model, answers 503. 
 import asyncio
 import contextlib
 import heapq
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,8 @@ from starlette.requests import ClientDisconnect
 from visionloop import __version__
 from visionloop.errors import ImageError
 from visionloop.serving.access import Access
-from visionloop.serving.batcher import Answer, Batcher
+from visionloop.serving.answers import Answer
+from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
 from visionloop.serving.keys import require_role
@@ -65,6 +67,7 @@ def make_app(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
+        cache_bytes=limits.cache_bytes,
         on_batch=meters.count_batch,
     )
 
@@ -116,17 +119,17 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
         require_role(request, "predict")
-        async with inbox.receive(request) as uploads:
+        limit_s = min(inbox.limits.deadline_s, math.inf if x_deadline_ms is None else x_deadline_ms / 1000)
+        says_limit = x_deadline_ms is not None
+        async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=says_limit)) as uploads:
             request.state.access.charge(request, len(uploads))
             model = _note_model(request, slot)
-            limit_s = inbox.limits.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
             images = [upload.data for upload in uploads]
-            answers = await _answer_in_time(request, batcher, model, images, min(limit_s, inbox.limits.deadline_s))
+            answers = await _answer_in_time(request, batcher, model, images, limit_s, says_limit=says_limit)
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
-                if timing := getattr(answer, "timing", None):
-                    meters.count_timing(timing)
+                meters.count_timing(answer.timing)
         described = _make_answer(uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding))
         return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
 
@@ -156,12 +159,13 @@ def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) 
         `distance` is the cosine distance of the embeddings, from 0 to 2, as in `visionloop similar`.
         """
         require_role(request, "predict")
-        async with inbox.receive(request) as uploads:
+        limit_s = inbox.limits.deadline_s
+        async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=False)) as uploads:
             request.state.access.charge(request, len(uploads))
             model = _note_model(request, slot)
             reference = await asyncio.to_thread(load, model)
             images = [upload.data for upload in uploads]
-            answers = await _answer_in_time(request, batcher, model, images, inbox.limits.deadline_s)
+            answers = await _answer_in_time(request, batcher, model, images, limit_s, says_limit=False)
 
         def describe(answer: Answer) -> dict[str, Any]:
             return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}
@@ -249,7 +253,7 @@ def _name_model(model: ServedModel) -> dict[str, Any]:
 
 
 async def _answer_in_time(
-    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float
+    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float, *, says_limit: bool
 ) -> list[Answer | ImageError]:
     """Answer while the client is there, and for so long at most after its request began.
 
@@ -257,7 +261,7 @@ async def _answer_in_time(
         QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
     """
     left_s = limit_s - (time.perf_counter() - request.state.started)
-    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s))
+    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s, is_patient=says_limit))
     gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
     try:
         done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
@@ -265,6 +269,8 @@ async def _answer_in_time(
         work.cancel()
         gone.cancel()
     if gone in done:
+        if not says_limit:
+            batcher.patience.note_left(time.perf_counter() - request.state.started)
         raise ClientDisconnect
     if work in done:
         return work.result()
@@ -304,4 +310,10 @@ def _describe(answer: Answer, top_k: int | None, *, embedding: bool) -> dict[str
         "abstained": answer.abstained,
         "probabilities": probabilities,
         **({"embedding": answer.embedding_d.tolist()} if embedding else {}),
+        "timing": {
+            "queue_ms": round(answer.timing.queue_s * 1000, 3),
+            "decode_ms": round(answer.timing.decode_s * 1000, 3),
+            "network_ms": round(answer.timing.network_s * 1000, 3),
+            "cached": answer.timing.is_cached,
+        },
     }

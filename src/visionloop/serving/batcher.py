@@ -8,24 +8,21 @@ All methods belong to one event loop.
 import asyncio
 import contextlib
 import math
-import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.predictor import FloatArray
-from visionloop.records import Prediction
+from visionloop.serving.answers import Answer, AnswerCache, Timing
+from visionloop.serving.decoding import Decoders, pick
 from visionloop.serving.swap import ServedModel
 
-STANDING_S = 0.1  # the queue stands when its oldest image has waited so long
 MAX_RETRY_S = 60
-MAX_DECODERS = 8  # each may hold a whole image in memory, about nine bytes for each of its pixels
 
 
 class QueueFull(VisionLoopError, RuntimeError):
@@ -39,27 +36,44 @@ class QueueFull(VisionLoopError, RuntimeError):
         self.reason_code, self.headers = reason_code, {"Retry-After": str(retry_after_s)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer(Prediction):
-    """The answer for one image, with the embedding (d,) that it was made from."""
+class Patience:
+    """How long clients wait that do not say it, learned from those that left: a queue longer than that helps nobody.
 
-    embedding_d: FloatArray
+    Each that left makes it shorter by a tenth, down to most of the time that this one waited. Each answer makes it
+    longer by a hundredth. So a few that leave change nothing: with one in ten it stays as it is. When nobody has left
+    for a second, it soon grows to the longest.
+    """
+
+    SHORTEST_S, LONGEST_S = 0.1, 60.0
+    CALM_S, GROWTH_OF_A_SECOND = 1.0, 2.5
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seconds, self._left_at = clock, self.LONGEST_S, clock()
+
+    @property
+    def seconds(self) -> float:
+        calm_s = min(60.0, max(0.0, self._clock() - self._left_at - self.CALM_S))
+        return min(self.LONGEST_S, self._seconds * math.pow(self.GROWTH_OF_A_SECOND, calm_s))
+
+    def note_left(self, waited_s: float) -> None:
+        """A client left without an answer."""
+        before, lowest = self.seconds, max(self.SHORTEST_S, 0.8 * waited_s)
+        self._seconds, self._left_at = max(lowest, 0.9 * before) if before > lowest else before, self._clock()
+
+    def note_answered(self) -> None:
+        """A client got its answer."""
+        self._seconds = min(self.LONGEST_S, 1.01 * self._seconds)
 
 
 @dataclass(frozen=True)
 class _Waiting:
+    """A decoded image. `begun_at`: when it was taken in; of a dear one, whose decoding is no measure, the end of it."""
+
     model: ServedModel
     image_hwc: UInt8Array
     taken_at: float
-    answer: "asyncio.Future[Answer]"
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """The place of an image in front of the decoders."""
-
-    taken_at: float
-    given: "asyncio.Future[None]"
+    begun_at: float
+    answer: "asyncio.Future[tuple[Answer, float]]"
 
 
 class Batcher:
@@ -73,6 +87,7 @@ class Batcher:
         max_pixels: int | None = None,
         max_wait_s: float = 0.004,
         max_batch_s: float = 0.1,
+        cache_bytes: int = 0,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size.
@@ -83,14 +98,14 @@ class Batcher:
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch = on_batch
         self._max_batch_s = max_batch_s
-        self._turns: deque[_Turn] = deque()
+        self.patience = Patience()
+        self.cache = AnswerCache(cache_bytes)
         self._ready: deque[_Waiting] = deque()
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
         self._finished_at = 0.0
         self._busy_since: float | None = None
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Answer | ImageError]] = set()
-        self._decoding = 0
         self._closed = True
 
     @property
@@ -112,9 +127,7 @@ class Batcher:
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        # One core is left for the network and the event loop: with decoding on all cores the server is slower.
-        self._free = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
-        self._decoders = ThreadPoolExecutor(self._free, thread_name_prefix="decode")
+        self._decoders = Decoders(self._may_decode, self._changed.set)
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())
         self._closed = False
@@ -127,25 +140,48 @@ class Batcher:
         self._worker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._worker
-        self._decoders.shutdown()
+        self._decoders.stop()
         self._runner.shutdown()
 
     async def predict(
-        self, model: ServedModel, images: Sequence[bytes], *, limit_s: float = math.inf
+        self, model: ServedModel, images: Sequence[bytes], *, limit_s: float = math.inf, is_patient: bool = True
     ) -> list[Answer | ImageError]:
         """Answer for encoded images, all with one model: a prediction, or what is wrong with that image.
 
-        If the caller is cancelled, its images leave the queue at once.
+        If the caller is cancelled, its images leave the queue at once. `limit_s`, `is_patient`: see `require_room`.
 
         Raises:
-            QueueFull: not all of them fit in the queue now, or would be answered within `limit_s`; none was taken.
+            QueueFull: not all of them fit in the queue now; none was taken.
         """
-        if self._closed or self.depth + len(images) > self.max_queue:
+        keys = [self.cache.name(data) for data in images]
+        found: list[Answer | ImageError | None] = [self.cache.find(model.predictor, key) for key in keys]
+        missing = [i for i, one in enumerate(found) if one is None]
+        if missing:
+            self.require_room(len(missing), limit_s, is_patient=is_patient)
+            await self._answer_all(model, images, found, missing)
+            self.patience.note_answered()
+        for key, one in zip(keys, found, strict=True):
+            if isinstance(one, Answer):
+                self.cache.keep(model.predictor, key, one)
+        return [one for one in found if one is not None]
+
+    def require_room(self, number: int = 1, limit_s: float = math.inf, *, is_patient: bool = True) -> None:
+        """Raise QueueFull if so many more images do not fit, or would not be answered within `limit_s`.
+
+        `is_patient`: `limit_s` is the client's own word. If not, it is also refused what others did not wait for.
+        """
+        if self._closed or self.depth + number > self.max_queue:
             found = "stops" if self._closed else f"has {self.depth} images waiting"
             raise self.refuse(found, f"at most {self.max_queue} with yours")
-        if self.depth and self.drain_s + len(images) * self._image_s > limit_s:
+        if not is_patient and self.depth > self._choose_size():  # fewer keep the network busy
+            limit_s = min(limit_s, self.patience.seconds)
+        if self.depth and self.drain_s + number * self._image_s > limit_s:
             raise self.refuse(f"has images waiting for {self.drain_s:.1f} s", f"at most {limit_s:.1f} s with yours")
-        tasks = [asyncio.create_task(self._answer(model, data)) for data in images]
+
+    async def _answer_all(
+        self, model: ServedModel, images: Sequence[bytes], found: list[Answer | ImageError | None], missing: list[int]
+    ) -> None:
+        tasks = [asyncio.create_task(self._answer(model, images[i])) for i in missing]
         for task in tasks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -155,7 +191,8 @@ class Batcher:
             for task in tasks:
                 task.cancel()
             raise
-        return [task.result() for task in tasks]
+        for i, task in zip(missing, tasks, strict=True):
+            found[i] = task.result()
 
     def refuse(self, found: str, expected: str, reason_code: str = "busy") -> QueueFull:
         """Return the error that says when the images that wait now will be answered."""
@@ -165,47 +202,23 @@ class Batcher:
     async def _answer(self, model: ServedModel, data: bytes) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
         taken_at = loop.time()
-        turn = _Turn(taken_at, loop.create_future())
-        self._turns.append(turn)
-        self._give_turns()
         try:
-            await turn.given
-        except asyncio.CancelledError:
-            if turn.given.done() and not turn.given.cancelled():
-                self._end_decoding()
-            raise
-        try:
-            image_hwc = await loop.run_in_executor(self._decoders, self._decode, model, data)
+            decoded = await self._decoders.run(data, lambda: self._decode(model, data))
         except ImageError as exc:
             return exc
-        finally:
-            self._end_decoding()
-        answer: asyncio.Future[Answer] = loop.create_future()
-        self._ready.append(_Waiting(model, image_hwc, taken_at, answer))
+        answer: asyncio.Future[tuple[Answer, float]] = loop.create_future()
+        begun_at = loop.time() if decoded.was_dear else taken_at
+        self._ready.append(_Waiting(model, decoded.value, taken_at, begun_at, answer))
         try:
-            return await answer
+            made, network_s = await answer
         finally:
-            self._give_turns()
+            self._decoders.give_turns()
+        queue_s = max(0.0, loop.time() - taken_at - decoded.seconds - network_s)
+        return replace(made, timing=Timing(queue_s, decoded.seconds, network_s))
 
-    def _give_turns(self) -> None:
-        """Let images be decoded: no more at a time than there are decoders, and not far ahead of the network."""
-        waiting = sum(not one.answer.done() for one in self._ready)
-        while self._free and waiting + self._decoding < 2 * self._choose_size() + 1:
-            while self._turns and self._turns[0].given.done():
-                self._turns.popleft()
-            if not self._turns:
-                return
-            turn = _pick(self._turns)
-            if not turn.given.done():
-                turn.given.set_result(None)
-                self._free -= 1
-                self._decoding += 1
-
-    def _end_decoding(self) -> None:
-        self._free += 1
-        self._decoding -= 1
-        self._changed.set()
-        self._give_turns()
+    def _may_decode(self, number: int) -> bool:
+        """Say whether another image may be decoded while so many are: not far ahead of the network."""
+        return sum(not one.answer.done() for one in self._ready) + number < 2 * self._choose_size() + 1
 
     def _choose_size(self) -> int:
         """Return how many images the next batch may have."""
@@ -214,7 +227,8 @@ class Batcher:
         )
 
     def _decode(self, model: ServedModel, data: bytes) -> UInt8Array:
-        return model.predictor.decode(data, "image", max_pixels=self.max_pixels)
+        limit = min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
+        return model.predictor.decode(data, "image", max_pixels=limit)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -231,13 +245,14 @@ class Batcher:
                 continue
             finally:
                 self._busy_since = None
-            self._measure(batch, started_at, loop.time())
+            now = loop.time()
+            self._measure(batch, started_at, now)
             for waiting, prediction in zip(batch, predictions, strict=True):
                 if not waiting.answer.done():
-                    waiting.answer.set_result(prediction)
+                    waiting.answer.set_result((prediction, now - started_at))
 
     def _measure(self, batch: Sequence[_Waiting], started_at: float, now: float) -> None:
-        begun_at = max(self._finished_at, min(waiting.taken_at for waiting in batch))
+        begun_at = max(self._finished_at, min(waiting.begun_at for waiting in batch))
         self._image_s = _smooth(self._image_s, (now - begun_at) / len(batch))
         self._network_s = _smooth(self._network_s, (now - started_at) / len(batch))
         self._finished_at = now
@@ -253,32 +268,23 @@ class Batcher:
             await self._wait_for_change()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.max_wait_s):
-                while self._decoding and len(self._ready) < self._choose_size():
+                while self._decoders.num_decoding and len(self._ready) < self._choose_size():
                     await self._wait_for_change()
         size, others = self._choose_size(), deque[_Waiting]()
         batch: list[_Waiting] = []
         while self._ready and len(batch) < size:
-            one = _pick(self._ready)
+            one = pick(self._ready)
             if not batch or one.model is batch[0].model:
                 batch += [] if one.answer.done() else [one]
             else:
                 others.append(one)
         self._ready.extendleft(reversed(others))
-        self._give_turns()
+        self._decoders.give_turns()
         return batch
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
-
-
-_Queued = TypeVar("_Queued", _Turn, _Waiting)
-
-
-def _pick(queue: deque[_Queued]) -> _Queued:
-    """Take the oldest, or the newest while the queue stands."""
-    standing = asyncio.get_running_loop().time() - queue[0].taken_at > STANDING_S
-    return queue.pop() if standing else queue.popleft()
 
 
 def _smooth(before: float, value: float) -> float:

@@ -8,7 +8,7 @@ import base64
 import binascii
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class Limits:
     """
 
     max_body_bytes: int = 20_000_000
-    max_pixels: int | None = None
+    max_pixels: int | None = 16_000_000
     max_batch: int = 32
     max_queue: int = 256
     max_files: int = 64
@@ -43,6 +43,7 @@ class Limits:
     body_timeout_s: float = 30.0
     deadline_s: float = 30.0
     stuck_s: float = 60.0
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ class Inbox:
         self.held_bytes = 0
 
     @contextlib.asynccontextmanager
-    async def receive(self, request: Request) -> AsyncIterator[list[Upload]]:
+    async def receive(self, request: Request, check: Callable[[], None] = lambda: None) -> AsyncIterator[list[Upload]]:
         """Read a request's uploads; their bytes count as held until the context ends.
+
+        `check` may raise before anything is read: a full server refuses cheaply.
 
         Raises:
             RequestError: too large, too slow, malformed, or nothing in it.
@@ -90,6 +93,7 @@ class Inbox:
         size = 0
         chunks = request.stream()
         try:
+            check()
             self._check_headers(request.headers)
             reader = _make_reader(request.headers, self.limits)
             async with asyncio.timeout(self.limits.body_timeout_s):
@@ -105,7 +109,7 @@ class Inbox:
             raise RequestError("its body comes too slowly", expected, status=408, reason_code="too_slow") from exc
         except BaseException as exc:
             self.held_bytes -= size
-            if isinstance(exc, RequestError) and not (size == 0 and "expect" in request.headers):
+            if isinstance(exc, VisionLoopError) and not (size == 0 and "expect" in request.headers):
                 await discard(chunks)
             raise
         try:

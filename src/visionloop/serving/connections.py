@@ -1,8 +1,8 @@
 """Connections of the server: how many there may be, and how long one may be quiet. Knows no routes.
 
-uvicorn has no time limit for the head of a request. At the limit of open files asyncio cannot accept any more, and
-writes a traceback for each try. So the number is limited below that, and the connection that was quiet longest gives
-its place to a new one: one that has not sent a whole head, or waits for its next request.
+uvicorn has no limits for the head of a request, neither in time nor in bytes. At the limit of open files no connection
+can be accepted any more. So the number is limited below that, and the connection that was quiet longest gives its place
+to a new one: one that has not sent a whole head, or waits for its next request.
 """
 
 import asyncio
@@ -11,16 +11,20 @@ import resource
 import time
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_S = 10.0
-ACCEPT_AT_ONCE = 16  # asyncio accepts so many at a time
-UNSEEN = 8 * ACCEPT_AT_ONCE  # it goes round some times until the first of them is looked at, and a closed one is gone
+MAX_HEAD_BYTES = 64 * 1024
+# A body in tiny chunks costs a call for each. So many are free; with more of them, each must hold a few bytes.
+FREE_PIECES, PIECE_BYTES = 1000, 64
+UNSEEN = 128  # connections that are accepted and not yet looked at, or closed and not yet gone
 OTHER_FILES = 128  # of the process: the ledger, the model, log and libraries
 LOG_EVERY_S = 60.0
-FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+CLOSE = b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n" + CLOSE
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\n" + CLOSE
+TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\n" + CLOSE
+TOO_MANY_PIECES = b"HTTP/1.1 400 Bad Request\r\n" + CLOSE
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +58,19 @@ class Door:
             self._closed, self._logged_at = 0, now
 
 
-class Connection(H11Protocol):
-    """uvicorn's connection, with a time limit for the head of each request, and a place at the door."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, with limits for the head of each request and the pieces of a body, and a place at the door.
+
+    A piece is a chunk of a body, or what of it came at once.
+    """
 
     def __init__(self, door: Door, **options: Any) -> None:
         super().__init__(**options)
         self._door = door
         self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # of the head that has begun and is not whole
+        self._is_in_head = False
+        self._pieces = self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -68,8 +78,31 @@ class Connection(H11Protocol):
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        was_in_head = self._is_in_head
         super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data) if was_in_head else 0
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.turn_away(TOO_LONG)
         self._watch_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head, self._pieces, self._body_bytes = False, 0, 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces += 1
+        self._body_bytes += len(body)
+        if self._pieces > FREE_PIECES + self._body_bytes // PIECE_BYTES:
+            self.turn_away(TOO_MANY_PIECES)
+        if not self.transport.is_closing():
+            super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
@@ -78,7 +111,7 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._door.quiet[self] = None
         super().on_response_complete()  # it may begin the next request, whose head is here already
-        if self._is_in_request() or self.conn.trailing_data[0]:
+        if self._is_in_head or self._is_in_request():
             self._watch_head()
 
     def turn_away(self, answer: bytes = b"") -> None:
@@ -88,7 +121,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _is_in_request(self) -> bool:
-        return self.conn.their_state is not h11.IDLE
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _watch_head(self) -> None:
         if self._is_in_request() or self.transport.is_closing():
@@ -103,7 +136,7 @@ class Connection(H11Protocol):
             self._head_timer = None
 
     def _close_slow(self) -> None:
-        self.turn_away(TOO_SLOW if self.conn.trailing_data[0] else b"")
+        self.turn_away(TOO_SLOW if self._is_in_head else b"")
 
 
 def _raise_file_limit(max_connections: int) -> int:

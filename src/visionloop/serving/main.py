@@ -29,7 +29,7 @@ from visionloop.records import LedgerEntry
 from visionloop.serving.access import LOOPBACK_HOSTS, Access
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
-from visionloop.serving.connections import ACCEPT_AT_ONCE, Connection, Door
+from visionloop.serving.connections import Connection, Door
 from visionloop.serving.envelope import JsonLines, request_log
 from visionloop.serving.keys import Keys
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
@@ -95,6 +95,7 @@ def make_limits(serve: Serve) -> Limits:
         max_queue=serve.max_queue,
         deadline_s=serve.deadline_s,
         stuck_s=serve.stuck_s,
+        cache_bytes=serve.cache_mb * 1_000_000,
         max_files=min(Limits.max_files, serve.max_queue),
         max_held_bytes=max(Limits.max_held_bytes, 2 * serve.max_body_bytes),
     )
@@ -119,13 +120,14 @@ class _Server(uvicorn.Server):
     def __init__(self, app: FastAPI, serve: Serve, slot: ModelSlot, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
+            loop="uvloop",
             http=cast(type[asyncio.Protocol], partial(Connection, Door(serve.max_connections))),
             timeout_keep_alive=serve.keep_alive_s,
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=ACCEPT_AT_ONCE,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=GRACE_S,
         )
         super().__init__(config)
@@ -144,8 +146,6 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for sock in sockets or ():
-            sock.listen(BACKLOG)  # uvicorn has just made it as short as what asyncio accepts at once
         self._on_ready()
 
     @contextlib.contextmanager

@@ -4,31 +4,18 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from visionloop.records import Prediction
+from visionloop.serving.answers import Timing
 from visionloop.serving.swap import ModelSlot
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 NO_LABEL, OTHER_LABELS = "(none)", "(other)"
 MAX_LABELS = 200  # a series each, for as long as the process lives
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-class Timing(Protocol):
-    """Where the time for an image went. `network_s` is that of its batch."""
-
-    @property
-    def queue_s(self) -> float: ...
-    @property
-    def decode_s(self) -> float: ...
-    @property
-    def network_s(self) -> float: ...
-    @property
-    def is_cached(self) -> bool: ...
 
 
 class Meters:
@@ -62,6 +49,12 @@ class Meters:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self._answered = Counter(
+            "visionloop_answered_images",
+            "Images answered, by the network or from the cache",
+            ["by"],
+            registry=self._registry,
+        )
         self._labels: set[str] = set()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -86,7 +79,8 @@ class Meters:
             self._images.labels(name if name in self._labels else OTHER_LABELS).inc()
 
     def count_timing(self, timing: Timing) -> None:
-        """Count where the time of one image went."""
+        """Count one answered image, and where its time went."""
+        self._answered.labels("cache" if timing.is_cached else "network").inc()
         if not timing.is_cached:
             self._steps.labels("queue").observe(timing.queue_s)
             self._steps.labels("decode").observe(timing.decode_s)

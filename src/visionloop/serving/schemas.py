@@ -38,6 +38,18 @@ class ErrorAnswer(BaseModel):
     client_request_id: str | None
 
 
+class ImageTiming(BaseModel):
+    """Where the time for an image went. `network_ms` is that of its whole batch.
+
+    `cached`: this server answered the same bytes with the same model before, and remembers it.
+    """
+
+    queue_ms: float
+    decode_ms: float
+    network_ms: float
+    cached: bool
+
+
 class ImageAnswer(BaseModel):
     """The answer for one image. `confidence` is the probability of `prediction`; all probabilities sum to 1.
 
@@ -50,6 +62,7 @@ class ImageAnswer(BaseModel):
     abstained: str | None
     probabilities: dict[str, float]
     embedding: list[float] = Field(default=[], description="Only if the request has embedding=true")
+    timing: ImageTiming
 
 
 class LabelsAnswer(ImageAnswer):

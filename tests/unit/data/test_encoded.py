@@ -275,7 +275,8 @@ import numpy as np
 from PIL import Image
 from visionloop.data.images import load_array
 mode, side = sys.argv[1], 4000
-small = Image.fromarray(np.zeros((8, 8), np.uint16)) if mode == "grey" else Image.new("LA", (8, 8), (9, 99))
+small = Image.new("RGBA" if mode == "colour and alpha" else "LA", (8, 8), 9)
+small = Image.fromarray(np.zeros((8, 8), np.uint16)) if mode == "grey" else small
 def read(data):
     return load_array(data, "x", size_hw=(32, 32), resize="squash")
 def encode(image):
@@ -292,7 +293,7 @@ sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}")
 
 def make_large(mode: str, side: int) -> bytes:
     """A large black PNG of 16 bits, packed here row by row."""
-    colour, each = {"grey": (0, 2), "grey and alpha": (4, 4)}[mode]
+    colour, each = {"grey": (0, 2), "grey and alpha": (4, 4), "colour and alpha": (6, 8)}[mode]
     packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(1 + each * side)) for _ in range(side)) + packer.flush()
     header = struct.pack(">IIBBBBB", side, side, 16, colour, 0, 0, 0)
@@ -300,7 +301,7 @@ def make_large(mode: str, side: int) -> bytes:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
-@pytest.mark.parametrize("mode", ["grey", "grey and alpha"])
+@pytest.mark.parametrize("mode", ["grey", "grey and alpha", "colour and alpha"])
 def test_16_bits_cost_at_most_six_bytes_a_pixel(mode: str) -> None:
     side = 5000
     done = subprocess.run(

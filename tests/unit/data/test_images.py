@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from visionloop.data.encoded import MAX_SCANS
-from visionloop.data.images import ImageFacts, decode_grey, decode_image, load_array
+from visionloop.data.images import ImageFacts, convert_image, decode_grey, decode_image, load_array
 from visionloop.errors import ImageError
 
 
@@ -114,6 +114,36 @@ def test_every_mode_becomes_rgb(image: Image.Image, expected: tuple[int, int, in
     decoded = decode_image(encode(image, "PNG"), "x")
     assert decoded.mode == "RGB"
     assert decoded.getpixel((5, 5)) == expected
+
+
+def make_see_through(mode: str) -> Image.Image:
+    rng = np.random.default_rng(7)
+    image = Image.fromarray(rng.integers(0, 256, (90, 70, 4), np.uint8))
+    if mode == "RGBA":
+        return image
+    image = image.convert("RGB").quantize(16) if mode == "P" else image.convert(mode)
+    image.info["transparency"] = bytes(range(0, 256, 16)) if mode == "P" else (9, 9, 9) if mode == "RGB" else 9
+    image.paste(9 if mode in "PL" else (9, 9, 9), (5, 5, 40, 60))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "P", "L"])
+def test_alpha_laid_on_white_some_rows_at_a_time_is_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionloop.data.modes._BAND_PIXELS", 500)
+    data = encode(make_see_through(mode), "PNG")
+    opened = Image.open(io.BytesIO(data))
+    alpha = opened.convert("RGBA")
+    assert np.asarray(alpha)[:, :, 3].min() < 255
+    flat = Image.new("RGB", alpha.size, "white")
+    flat.paste(alpha, mask=alpha)
+    assert np.array_equal(np.asarray(decode_image(data, "x")), np.asarray(flat))
+    small = np.asarray(flat.resize((33, 21), Image.Resampling.BILINEAR))
+    assert np.array_equal(load_array(data, "x", size_hw=(21, 33), resize="squash"), small)
+    before = np.asarray(opened).copy()
+    assert np.array_equal(convert_image(opened, "x", size_hw=(21, 33), resize="squash"), small)
+    assert np.array_equal(np.asarray(opened), before), "the caller's image is not changed"
+    grey = flat.convert("L")
+    assert np.array_equal(decode_grey(data, "x", at_least_px=70)[1], np.asarray(grey))
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,32 @@ def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, sl
         "confidence": pytest.approx(expected.confidence),
         "abstained": None,
         "probabilities": pytest.approx(expected.probabilities),
+        "timing": answer.json()["timing"],
         "model": {"name": "fake", "version": "7", "digest": slot.current.digest},
         "request_id": answer.json()["request_id"],
         "client_request_id": "mine-1",
     }
     assert re.fullmatch(r"[0-9a-f]{16}", answer.json()["request_id"])
+
+
+def test_a_repeated_image_says_so_and_gives_all_that_is_asked_for(slot: ModelSlot) -> None:
+    with TestClient(make_app(slot, Limits(cache_bytes=1_000_000))) as client:
+        data = make_image(1)
+        first = client.post("/predict?top_k=1", content=data).json()
+        second = client.post("/predict?embedding=true", content=data).json()
+        assert first["timing"].keys() == {"queue_ms", "decode_ms", "network_ms", "cached"}
+        assert first["timing"]["cached"] is False
+        assert first["timing"]["network_ms"] > 0
+        assert second["timing"] == {"queue_ms": 0, "decode_ms": 0, "network_ms": 0, "cached": True}
+        assert (len(first["probabilities"]), len(second["probabilities"])) == (1, 3)
+        assert len(second["embedding"]) == 48
+        assert first["prediction"] == second["prediction"]
+        assert first["request_id"] != second["request_id"]
+        several = client.post("/predict", files=[("f", ("a.png", data)), ("f", ("b.png", make_image(2)))]).json()
+        assert [one["timing"]["cached"] for one in several["results"]] == [True, False]
+        figures = client.get("/metrics").text
+        assert 'visionloop_answered_images_total{by="cache"} 2.0' in figures
+        assert 'visionloop_answered_images_total{by="network"} 2.0' in figures
 
 
 def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
@@ -240,6 +261,7 @@ def test_predict_of_several_labels_lists_them(client: TestClient, slot: ModelSlo
             "confidence",
             "abstained",
             "probabilities",
+            "timing",
             "model",
             "request_id",
             "client_request_id",

@@ -1,5 +1,7 @@
 import asyncio
+import struct
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +16,9 @@ from visionloop.errors import ImageError
 from visionloop.params import Serve
 from visionloop.predictor import Outputs, Predictor
 from visionloop.records import Prediction, canonical_json
-from visionloop.serving.batcher import Batcher, QueueFull
+from visionloop.serving.answers import Answer
+from visionloop.serving.batcher import Batcher, Patience, QueueFull
+from visionloop.serving.decoding import Decoders
 from visionloop.serving.main import make_limits
 from visionloop.serving.swap import ServedModel
 
@@ -206,18 +210,204 @@ def test_stop_answers_what_was_taken_and_takes_no_more(model: ServedModel, monke
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("limit", "refused"), [(None, [False, True]), (2000, [False, False]), (1024, [False, True])])
-def test_without_a_limit_of_its_own_the_server_has_that_of_the_model(
-    tmp_path: Path, limit: int | None, refused: list[bool]
+@pytest.mark.parametrize(
+    ("limit", "of_model", "refused"),
+    [(None, 1024, True), (2000, 1024, True), (1024, 2000, True), (2000, 2000, False)],
+)
+def test_an_image_keeps_to_the_limit_of_the_server_and_that_of_the_model(
+    tmp_path: Path, limit: int | None, of_model: int, refused: bool
 ) -> None:
     make_bundle(tmp_path / "b")
-    card = replace(load_bundle(tmp_path / "b").card, max_pixels=1024)
+    card = replace(load_bundle(tmp_path / "b").card, max_pixels=of_model)
     (tmp_path / "b" / "card.json").write_bytes(canonical_json(card.to_json()))
     seal_bundle(tmp_path / "b")
     model = ServedModel(Predictor.load(tmp_path / "b", threads=1))
 
-    async def run() -> list[Prediction | ImageError]:
+    async def run() -> list[Answer | ImageError]:
         async with running(max_pixels=make_limits(Serve(max_pixels=limit)).max_pixels) as batcher:
             return await batcher.predict(model, [make_image(1), make_image(1, size_hw=(32, 33))])
 
-    assert [isinstance(one, ImageError) for one in asyncio.run(run())] == refused
+    assert [isinstance(one, ImageError) for one in asyncio.run(run())] == [False, refused]
+
+
+def test_a_queue_longer_than_clients_wait_refuses_only_those_who_say_nothing(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(model, monkeypatch)
+
+    async def run() -> None:
+        async with running(max_batch=1) as batcher:
+            gate.opened.set()
+            await batcher.predict(model, [make_image(0)])
+            gate.opened.clear()
+            batcher._image_s = 0.1
+            waiting = [asyncio.create_task(batcher.predict(model, [make_image(i)], is_patient=False)) for i in range(5)]
+            await wait_for(lambda: batcher.depth == 5)
+            batcher.require_room(1, 10, is_patient=False)
+            for _ in range(60):
+                batcher.patience.note_left(0.2)
+            with pytest.raises(QueueFull, match=r"waiting for 0\.5 s; expected at most 0\.2 s") as caught:
+                batcher.require_room(1, 10, is_patient=False)
+            assert caught.value.headers["Retry-After"] == "1"
+            batcher.require_room(1, 10, is_patient=True)
+            gate.opened.set()
+            await asyncio.gather(*waiting)
+            batcher.require_room(1, 10, is_patient=False)
+
+    asyncio.run(run())
+
+
+def test_patience_follows_those_that_leave_and_not_a_few_of_them() -> None:
+    now_s = 0.0
+    patience = Patience(lambda: now_s)
+    for _ in range(200):
+        patience.note_left(0.01)
+        for _ in range(15):
+            patience.note_answered()
+    assert patience.seconds > 50, "one in sixteen leaves"
+    for _ in range(100):
+        patience.note_left(0.2)
+    assert 0.15 < patience.seconds < 0.18
+    for _ in range(100):
+        patience.note_left(0.001)
+    assert 0.09 < patience.seconds < 0.11, "never shorter than a batch takes"
+    now_s = 1.0
+    assert patience.seconds == pytest.approx(0.1)
+    now_s = 3.0
+    assert patience.seconds == pytest.approx(0.1 * 2.5**2)
+    patience.note_left(0.001)
+    assert patience.seconds == pytest.approx(0.9 * 0.625)
+    now_s = 1e9
+    assert patience.seconds == 60
+
+
+# Lanes
+
+
+def make_header(side: int) -> bytes:
+    """The beginning of a PNG: it says how large it is, and no more."""
+    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+
+
+def test_cheap_images_pass_dear_ones_and_dear_ones_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionloop.serving.decoding.os.cpu_count", lambda: 8)
+    released, running_now, most = threading.Event(), Counter[str](), Counter[str]()
+    lock = threading.Lock()
+
+    def work(kind: str) -> str:
+        with lock:
+            running_now[kind] += 1
+            most[kind] = max(most[kind], running_now[kind])
+        assert kind == "cheap" or released.wait(10)
+        with lock:
+            running_now[kind] -= 1
+        return kind
+
+    async def run() -> None:
+        decoders = Decoders(lambda number: True)
+        dear = [asyncio.create_task(decoders.run(make_header(4000), lambda: work("dear"))) for _ in range(5)]
+        await wait_for(lambda: running_now["dear"] == 2)
+        cheap = await asyncio.gather(*(decoders.run(make_header(100), lambda: work("cheap")) for _ in range(20)))
+        assert {one.value for one in cheap} == {"cheap"}
+        assert not any(one.was_dear for one in cheap)
+        released.set()
+        assert all(one.was_dear for one in await asyncio.gather(*dear))
+        assert most["dear"] == 2, "two of 96 MB fit into 256 MB"
+        assert decoders.num_decoding == decoders._used_bytes == 0
+        decoders.stop()
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_leaves_gives_its_memory_back_when_its_decoding_ends() -> None:
+    released, begun = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert released.wait(10)
+        raise ImageError("x", "is damaged", "whole pixels")
+
+    async def run() -> None:
+        decoders = Decoders(lambda number: True)
+        task = asyncio.create_task(decoders.run(make_header(4000), work))
+        assert await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (decoders.num_decoding, decoders._used_bytes) == (1, 96_000_000)
+        released.set()
+        await wait_for(lambda: decoders.num_decoding == 0)
+        assert decoders._used_bytes == 0
+        decoders.stop()
+
+    asyncio.run(run())
+
+
+def test_an_image_beyond_the_whole_budget_is_decoded_alone() -> None:
+    async def run() -> None:
+        decoders = Decoders(lambda number: True)
+        assert (await decoders.run(make_header(50_000), lambda: "done")).value == "done"
+        decoders.stop()
+
+    asyncio.run(run())
+
+
+# Answers that are kept
+
+
+def test_a_repeated_image_is_answered_without_the_network_and_never_by_another_model(
+    model: ServedModel, tmp_path: Path
+) -> None:
+    make_bundle(tmp_path / "other", seed=5)
+    other = ServedModel(Predictor.load(tmp_path / "other", threads=1))
+    data, sizes = make_image(3), list[int]()
+
+    async def ask(batcher: Batcher, one: ServedModel) -> Answer:
+        [answer] = await batcher.predict(one, [data])
+        assert isinstance(answer, Answer)
+        return answer
+
+    async def run() -> None:
+        async with running(cache_bytes=100_000, on_batch=sizes.append) as batcher:
+            first, second = await ask(batcher, model), await ask(batcher, model)
+            assert (first.timing.is_cached, second.timing.is_cached) == (False, True)
+            assert second == replace(first, timing=second.timing)
+            swapped = await ask(batcher, other)
+            assert not swapped.timing.is_cached
+            assert swapped.probabilities == pytest.approx(other.predictor.predict([data])[0].probabilities)
+            assert swapped.probabilities != first.probabilities
+            batcher.cache.keep(model.predictor, batcher.cache.name(data), first)  # late, of the model before
+            assert (await ask(batcher, other)).probabilities == swapped.probabilities
+            renamed = replace(other, version="7", entry=7)
+            assert (await ask(batcher, renamed)).timing.is_cached, "the same network under a new number"
+        assert sizes == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_kept_answers_have_a_limit_and_the_one_not_asked_for_goes_first(model: ServedModel) -> None:
+    async def run() -> list[bool]:
+        async with running(cache_bytes=5_000) as batcher:
+            for seed in (0, 1, 0, 2, 0, 3, 0, 4):
+                await batcher.predict(model, [make_image(seed)])
+            assert len(batcher.cache) == 3
+            answers = await batcher.predict(model, [make_image(seed) for seed in (0, 1, 4)])
+        return [isinstance(one, Answer) and one.timing.is_cached for one in answers]
+
+    assert asyncio.run(run()) == [True, False, True]
+
+
+def test_without_memory_nothing_is_kept_and_a_broken_image_never_is(model: ServedModel) -> None:
+    async def run() -> None:
+        async with running() as batcher:
+            for _ in range(2):
+                [answer] = await batcher.predict(model, [make_image(0)])
+                assert isinstance(answer, Answer)
+                assert not answer.timing.is_cached
+            assert len(batcher.cache) == 0
+        async with running(cache_bytes=100_000) as batcher:
+            for _ in range(2):
+                assert isinstance((await batcher.predict(model, [b"text"]))[0], ImageError)
+            assert len(batcher.cache) == 0
+
+    asyncio.run(run())
