@@ -9,7 +9,7 @@ Rows are joined by `request_id`, which begins with the time of the request. Days
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.data.day_table import DayReader, DayTable, expire
+from visionloop.data.day_table import DayReader, DayTable, drop_images, encode_table, expire
+from visionloop.data.manifest import make_image_key
 from visionloop.data.tombstones import load_tombstones
+from visionloop.errors import ObjectMissing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,6 +99,18 @@ def make_kept_key(name: str, day: date, sha256: str) -> str:
     return f"{KEPT}/{name}/date={day.isoformat()}/{sha256}"
 
 
+def read_kept_image(store: "ObjectStore", name: str, day: date, sha256: str) -> bytes:
+    """Return the bytes of an image whose row says that it was kept: of its day, or those that a dataset has.
+
+    Raises:
+        ObjectMissing: it is not there any more.
+    """
+    try:
+        return store.get(make_kept_key(name, day, sha256))
+    except ObjectMissing:
+        return store.get(make_image_key(sha256))
+
+
 def round_embedding(embedding_d: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return float32 numbers of which only 11 significant bits are left: they take half of the space in a file."""
     bits = np.ascontiguousarray(embedding_d, np.float32).view(np.uint32)
@@ -155,6 +169,33 @@ def join_feedback(predictions: "pa.Table", feedback: "pa.Table") -> "pa.Table":
     for column in ("labels", "time", "who"):
         predictions = predictions.append_column(f"feedback_{column}", feedback[column].take(rows))
     return predictions
+
+
+def is_logged(store: "ObjectStore", name: str, sha256: str) -> bool:
+    """Say whether a row of the log is of this image."""
+    parts = DayReader(PREDICTIONS, store, name).read(columns=["image_sha256"])
+    return any(sha256 in rows["image_sha256"].to_pylist() for rows in parts)
+
+
+def find_log_parts(store: "ObjectStore", name: str, sha256s: frozenset[str]) -> list[str]:
+    """Return the keys of the parts of the log that hold one of the images, or cannot be read. For `forget`."""
+    return DayReader(PREDICTIONS, store, name).find_parts(sha256s)
+
+
+def remove_from_log(store: "ObjectStore", name: str, parts: Iterable[str], sha256s: frozenset[str]) -> None:
+    """Take images out of parts of the log for good. For `forget`. Raises StoreError."""
+    DayReader(PREDICTIONS, store, name).remove_rows(parts, sha256s)
+
+
+def drop_forgotten(data: bytes, sha256s: frozenset[str]) -> tuple[bytes, int]:
+    """Return a part of the log without the rows of forgotten images, and how many rows it has.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    rows = PREDICTIONS.decode(data, "part of the prediction log")
+    kept = drop_images(rows, sha256s)
+    return (data if len(kept) == len(rows) else encode_table(kept)), len(kept)
 
 
 @dataclass(frozen=True)
