@@ -197,7 +197,9 @@ def serve(
     check: Annotated[
         str | None, typer.Option(metavar="BUNDLE", help="Only try it: a folder, or a digest of the store.")
     ] = None,
-    trial: Annotated[bool, typer.Option(hidden=True, help="For one asker on this machine: no keys, no rate.")] = False,
+    trial: Annotated[
+        bool, typer.Option(hidden=True, help="For one asker on this machine: no keys, rate or log.")
+    ] = False,
 ) -> None:
     """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
 

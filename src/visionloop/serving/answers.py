@@ -3,6 +3,7 @@
 import hashlib
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from visionloop.predictor import FloatArray, Predictor
@@ -23,9 +24,14 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Prediction):
-    """The answer for one image, with the embedding (d,) that it was made from."""
+    """The answer for one image, with the embedding (d,) that it was made from, and what the log wants to know.
+
+    `distance` is None where the card has no rule for it, `quality` where nobody measured.
+    """
 
     embedding_d: FloatArray
+    distance: float | None = None
+    quality: Mapping[str, float] | None = None
     timing: Timing = Timing()
 
 

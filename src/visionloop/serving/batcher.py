@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -66,11 +66,17 @@ class Patience:
 
 
 @dataclass(frozen=True)
+class _Decoded:
+    image_hwc: UInt8Array
+    quality: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
 class _Waiting:
     """A decoded image. `begun_at`: when it was taken in; of a dear one, whose decoding is no measure, the end of it."""
 
     model: ServedModel
-    image_hwc: UInt8Array
+    decoded: _Decoded
     taken_at: float
     begun_at: float
     answer: "asyncio.Future[tuple[Answer, float]]"
@@ -89,14 +95,17 @@ class Batcher:
         max_batch_s: float = 0.1,
         cache_bytes: int = 0,
         on_batch: Callable[[int], None] = lambda size: None,
+        measure: Callable[[UInt8Array], Mapping[str, float] | None] = lambda image_hwc: None,
     ) -> None:
         """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size.
+
+        `measure` is called with each decoded image, in a thread; what it returns is the answer's `quality`.
 
         A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
         clients late, and are hardly faster for an image.
         """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
-        self._on_batch = on_batch
+        self._on_batch, self._measure_image = on_batch, measure
         self._max_batch_s = max_batch_s
         self.patience = Patience()
         self.cache = AnswerCache(cache_bytes)
@@ -226,9 +235,10 @@ class Batcher:
             max(1, min(self.max_batch, int(self._max_batch_s / self._network_s))) if self._network_s else self.max_batch
         )
 
-    def _decode(self, model: ServedModel, data: bytes) -> UInt8Array:
+    def _decode(self, model: ServedModel, data: bytes) -> _Decoded:
         limit = min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
-        return model.predictor.decode(data, "image", max_pixels=limit)
+        image_hwc = model.predictor.decode(data, "image", max_pixels=limit)
+        return _Decoded(image_hwc, self._measure_image(image_hwc))
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -293,6 +303,10 @@ def _smooth(before: float, value: float) -> float:
 
 def _run(batch: Sequence[_Waiting]) -> list[Answer]:
     predictor = batch[0].model.predictor
-    outputs = predictor.run(np.stack([waiting.image_hwc for waiting in batch]))
-    predictions = predictor.answer(outputs)
-    return [Answer(**vars(p), embedding_d=e) for p, e in zip(predictions, outputs.embedding_nd, strict=True)]
+    outputs = predictor.run(np.stack([waiting.decoded.image_hwc for waiting in batch]))
+    distances = [None] * len(batch) if outputs.distance_n is None else outputs.distance_n.tolist()
+    made = zip(batch, predictor.answer(outputs), outputs.embedding_nd, distances, strict=True)
+    return [
+        Answer(**vars(prediction), embedding_d=embedding_d, distance=distance, quality=waiting.decoded.quality)
+        for waiting, prediction, embedding_d, distance in made
+    ]

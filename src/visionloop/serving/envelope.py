@@ -6,7 +6,6 @@ Plain ASGI, so it never buffers a body.
 import json
 import logging
 import re
-import secrets
 import time
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -20,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from visionloop.data.prediction_log import make_request_id
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.access import ADMIN_PATHS, HEALTH, Access, RateExceeded, hide_keys, is_preflight
 from visionloop.serving.batcher import QueueFull
@@ -139,7 +139,7 @@ class Envelope:
         sent_id = request.headers.get("x-request-id", "")
         state = request.state
         state.client_request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else None
-        state.request_id, state.outcome, state.started = secrets.token_hex(8), "ok", time.perf_counter()
+        state.request_id, state.outcome, state.started = make_request_id(time.time()), "ok", time.perf_counter()
         state.access, state.key, state.who, state.model = self._access, None, None, None
 
     async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:

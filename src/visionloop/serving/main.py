@@ -31,7 +31,9 @@ from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.connections import Connection, Door
 from visionloop.serving.envelope import JsonLines, request_log
+from visionloop.serving.feedback import FeedbackBook
 from visionloop.serving.keys import Keys
+from visionloop.serving.log import SPOOL, PredictionLog
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -57,7 +59,7 @@ def run_server(
 
     Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
     any free port; `on_ready` is called with the address. A trial is for one asker on this machine: it has no keys, no
-    rate and no second port. Configures logging.
+    rate, no second port and no prediction log. Configures logging.
 
     Raises:
         ServingError: a port cannot be had, or there is no champion. SettingsError: the file of keys is damaged.
@@ -78,12 +80,33 @@ def run_server(
             follower.load_first()
             follower.start()
         try:
-            app = make_app(slot, make_limits(serve), access, follower.look_now if follower else None)
-            url = _make_url(host, socks[0])
-            _Server(app, serve, slot, lambda: on_ready(url)).run(socks)
+            look_now = follower.look_now if follower else None
+            with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
+                app = make_app(slot, make_limits(serve), access, look_now, log=prediction_log, book=book)
+                url = _make_url(host, socks[0])
+                _Server(app, serve, slot, lambda: on_ready(url)).run(socks)
         finally:
             if follower:
                 follower.stop()
+
+
+@contextlib.contextmanager
+def _write_log(
+    workspace: Workspace, *, is_on: bool
+) -> Iterator[tuple[PredictionLog, FeedbackBook] | tuple[None, None]]:
+    """Yield what writes answers and feedback into the store; nothing where the log is off."""
+    if not is_on:
+        yield None, None
+        return
+    # A store of its own: the connections of the one that follows the ledger are not used at the same time.
+    store = open_store(workspace.settings.store_url)
+    serve, spool = workspace.params.serve, workspace.settings.hidden_dir / SPOOL
+    prediction_log = PredictionLog(workspace.name, store, spool, serve)
+    prediction_log.start()
+    try:
+        yield prediction_log, FeedbackBook(workspace.name, store, serve)
+    finally:
+        prediction_log.stop()
 
 
 def make_limits(serve: Serve) -> Limits:
