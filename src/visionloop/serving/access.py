@@ -97,6 +97,11 @@ class Access:
         """Whether no key was ever made."""
         return self.keys is None or self.keys.is_open
 
+    @property
+    def has_problem(self) -> bool:
+        """Whether the file of keys is damaged or gone, and those known before are used."""
+        return self.keys is not None and self.keys.problem is not None
+
     def check(self, request: Request) -> None:
         """Let a request in, or raise; set `key` and `who` of its state.
 

@@ -60,7 +60,7 @@ def make_app(
     `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none.
     """
     limits, access = limits or Limits(), access or Access()
-    meters = Meters(slot, lambda: batcher.depth)
+    meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem)
     batcher = Batcher(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,

@@ -158,6 +158,16 @@ def test_a_damaged_file_stops_a_start_and_changes_nothing_for_a_server_that_runs
     assert path.read_bytes() == data, "nothing overwrites what a person can still mend"
 
 
+def test_a_figure_says_that_the_file_is_damaged(client: TestClient, path: Path) -> None:
+    root, whole = make(path, "root", "admin"), path.read_bytes()
+    problems = []
+    for data in (whole, b"{", whole + b"\n"):
+        path.write_bytes(data)
+        text = client.get("/metrics", headers={"X-API-Key": root}).text
+        problems.append(re.findall("^visionloop_keys_problem (.*)$", text, flags=re.M))
+    assert problems == [["0.0"], ["1.0"], ["0.0"]]
+
+
 def test_a_file_that_is_gone_opens_no_server(path: Path) -> None:
     text = make(path, "a")
     keys = Keys(path)
