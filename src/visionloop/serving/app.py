@@ -6,6 +6,7 @@ A wrong request gets a 4xx. A full server, or one without a model, answers 503. 
 import asyncio
 import contextlib
 import heapq
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -171,7 +172,7 @@ def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) 
 
 
 def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | None) -> None:
-    under_way: asyncio.Task[None] | None = None
+    under_way: asyncio.Future[None] | None = None
 
     @app.post(
         "/admin/reload",
@@ -188,7 +189,7 @@ def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | Non
             raise RequestError(found, "one that follows the ledger", todo, status=409, reason_code="not_following")
         before = slot.current
         if under_way is None or under_way.done():
-            under_way = asyncio.create_task(asyncio.to_thread(look_now))
+            under_way = _run_aside(look_now)
         try:
             await asyncio.wait_for(asyncio.shield(under_way), LOOK_S)
         except TimeoutError as exc:
@@ -197,6 +198,22 @@ def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | Non
         model = _note_model(request, slot)
         swapped = before is None or (before.digest, before.entry) != (model.digest, model.entry)
         return {"model": _name_model(model), "entry": model.entry, "swapped": swapped, "problem": slot.problem}
+
+
+def _run_aside(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """Run what may hang in a thread that ends with the process: no executor waits for it when the server stops."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+                loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=run, name="look-at-ledger", daemon=True).start()
+    return done
 
 
 def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable[[], bool]) -> None:

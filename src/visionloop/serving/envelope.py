@@ -33,7 +33,7 @@ RETRY_AFTER_S = "1"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # of the header `traceparent`
 ERROR_KINDS = (VisionLoopError, HTTPException, ClientDisconnect, RequestValidationError)
-MAX_PATH_CHARS = 200
+MAX_PATH_CHARS, MAX_CLIENT_CHARS = 200, 64
 # Of answers that are no page. A page sets its own policy.
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -159,6 +159,8 @@ class Envelope:
         seconds, path, state = time.perf_counter() - request.state.started, request.scope["path"], request.state
         if path == self._counted and request.method == "POST":
             self._meters.count_request(state.outcome, seconds)
+        if not request_log.isEnabledFor(logging.INFO):
+            return
         if status < 400 and (path.startswith(HEALTH) or path == ADMIN_PATHS[0]):
             return  # what balancers and Prometheus ask all day
         trace = TRACE_ID.fullmatch(request.headers.get("traceparent", ""))
@@ -176,7 +178,7 @@ class Envelope:
                     "duration_ms": round(1000 * seconds, 3),
                     "model": state.model,
                     "who": state.who,
-                    "client": request.client.host if request.client else None,
+                    "client": request.client.host[:MAX_CLIENT_CHARS] if request.client else None,
                 }
             },
         )
