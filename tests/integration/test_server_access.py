@@ -126,7 +126,7 @@ def test_the_log_is_lines_of_json_without_a_key(home: Path, keys: dict[str, str]
         _, log = server.stop()
     lines = [json.loads(line) for line in log.splitlines()]
     requests = [line for line in lines if line["message"] == "request"]
-    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (404, None)]
+    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (401, None)]
     assert not any(text in log for text in keys.values())
 
 

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.serving.access import ADMIN_PATHS, HEALTH, Access, RateExceeded, hide_keys, is_preflight
+from visionloop.serving.access import HEALTH, METRICS, Access, RateExceeded, hide_keys, is_preflight
 from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import RequestError, discard
 from visionloop.serving.keys import KeyRefused
@@ -161,7 +161,7 @@ class Envelope:
             self._meters.count_request(state.outcome, seconds)
         if not request_log.isEnabledFor(logging.INFO):
             return
-        if status < 400 and (path.startswith(HEALTH) or path == ADMIN_PATHS[0]):
+        if status < 400 and (path.startswith(HEALTH) or path == METRICS):
             return  # what balancers and Prometheus ask all day
         trace = TRACE_ID.fullmatch(request.headers.get("traceparent", ""))
         request_log.info(

@@ -114,6 +114,31 @@ def test_a_role_that_a_key_lacks_is_403_and_an_admin_may_do_all(client: TestClie
     assert client.get("/metrics", headers={"X-API-Key": admin}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path_asked", "roles"),
+    [
+        ("/predict", "predict admin"),
+        ("/similar", "predict admin"),
+        ("/feedback", "feedback admin"),
+        ("/feedback/", "feedback admin"),
+        ("/admin/reload", "admin"),
+        ("/admin/what-is-to-come", "admin"),
+        ("/what-is-to-come", "predict admin"),
+        ("/%61dmin/reload", "admin"),
+    ],
+)
+def test_each_address_has_its_role_also_one_without_a_route(
+    client: TestClient, path: Path, path_asked: str, roles: str
+) -> None:
+    texts = {role: make(path, role, role) for role in ("predict", "feedback", "admin")}
+    let_in = []
+    for role, text in texts.items():
+        status = client.post(path_asked, content=make_image(1), headers={"X-API-Key": text}).status_code
+        let_in += [role] if status not in (401, 403) else []
+    assert let_in == roles.split()
+    assert client.post(path_asked).status_code == 401
+
+
 def test_a_revoked_key_is_refused_by_the_server_that_runs(client: TestClient, path: Path) -> None:
     text = make(path, "lost")
     assert ask(client, X_API_Key=text).status_code == 200
