@@ -75,6 +75,11 @@ def test_a_key_opens_until_it_is_revoked(server: Server, home: Path, keys: dict[
     assert server.ask(make_image(1), Authorization=f"Bearer {keys['camera']}").status == 200
 
 
+def test_a_client_that_still_sends_its_image_sees_why_it_is_refused(server: Server) -> None:
+    answer = server.ask(bytes(15_000_000))
+    assert (answer.status, answer.body["code"]) == (401, "no_valid_key")
+
+
 def test_figures_and_admin_have_a_port_of_their_own(server: Server, keys: dict[str, str], admin_port: int) -> None:
     root = {"X-API-Key": keys["root"]}
     assert get(server.port, "/metrics", **root)[0] == get(server.port, "/admin/reload", "POST", **root)[0] == 404
@@ -121,7 +126,7 @@ def test_the_log_is_lines_of_json_without_a_key(home: Path, keys: dict[str, str]
         _, log = server.stop()
     lines = [json.loads(line) for line in log.splitlines()]
     requests = [line for line in lines if line["message"] == "request"]
-    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (404, None)]
+    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (401, None)]
     assert not any(text in log for text in keys.values())
 
 

@@ -16,13 +16,13 @@ from fastapi import Request
 
 from visionloop.errors import VisionLoopError, shorten
 from visionloop.serving.body import RequestError
-from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys
+from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys, require_role
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 FREE_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # the same for all, or for balancers
-ADMIN_PATHS = ("/metrics", "/admin")
-HEALTH = "/health/"
+METRICS, ADMIN, HEALTH = "/metrics", "/admin/", "/health/"
+ROLE_OF = {"/feedback": "feedback", ADMIN: "admin", METRICS: "admin"}  # all others: predict, also those yet to come
 KEY_IN_TEXT = re.compile(r"vlk_([a-z0-9-]{1,63})_[A-Za-z0-9_-]+")
 MAX_BUCKETS = 10_000
 CORS_HEADERS = {
@@ -97,11 +97,16 @@ class Access:
         """Whether no key was ever made."""
         return self.keys is None or self.keys.is_open
 
+    @property
+    def has_problem(self) -> bool:
+        """Whether the file of keys is damaged or gone, and those known before are used."""
+        return self.keys is not None and self.keys.problem is not None
+
     def check(self, request: Request) -> None:
         """Let a request in, or raise; set `key` and `who` of its state.
 
         Raises:
-            RequestError: the wrong host, origin or port. KeyRefused: a key that is not valid. RateExceeded.
+            RequestError: the wrong host, origin or port. KeyRefused: no key with the role for it. RateExceeded.
         """
         path = request.scope["path"]
         self._check_port(request, path)
@@ -113,8 +118,10 @@ class Access:
             return
         request.state.key = key = self._find_key(request)
         request.state.who = key.name if key else None
+        if path != METRICS or (self.admin_port is None and not self.is_open):
+            require_role(request, next((role for start, role in ROLE_OF.items() if path.startswith(start)), "predict"))
         rate_per_s = self.rate_per_s if key is None or key.rate_per_s is None else key.rate_per_s
-        if rate_per_s is not None and not path.startswith(ADMIN_PATHS):
+        if rate_per_s is not None and not path.startswith((METRICS, ADMIN)):
             request.state.client = f"key {key.name}" if key else f"host {request.client.host if request.client else ''}"
             self.rates.take(request.state.client, rate_per_s, time.monotonic())
 
@@ -141,7 +148,7 @@ class Access:
             return
         server = request.scope.get("server")
         is_admin = server is not None and server[1] == self.admin_port
-        if is_admin != (path == ADMIN_PATHS[0] or path.startswith(f"{ADMIN_PATHS[1]}/")):
+        if is_admin != path.startswith((METRICS, ADMIN)):
             raise RequestError("there is nothing at this address", status=404, reason_code="not_found")
 
     def _check_host(self, request: Request) -> None:

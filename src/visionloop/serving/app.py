@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import heapq
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -25,7 +26,6 @@ from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
 from visionloop.serving.feedback import FeedbackBook, add_feedback
-from visionloop.serving.keys import require_role
 from visionloop.serving.log import Noted, PredictionLog
 from visionloop.serving.metrics import Meters
 from visionloop.serving.page import add_page
@@ -68,7 +68,7 @@ def make_app(
     answers are written down; a `book` takes feedback on them.
     """
     limits, access = limits or Limits(), access or Access()
-    meters = Meters(slot, lambda: batcher.depth)
+    meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem)
     batcher = Batcher(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
@@ -128,7 +128,6 @@ def _add_predict(
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
-        require_role(request, "predict")
         limit_s = min(inbox.limits.deadline_s, math.inf if x_deadline_ms is None else x_deadline_ms / 1000)
         says_limit = x_deadline_ms is not None
         async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=says_limit)) as uploads:
@@ -173,7 +172,6 @@ def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) 
 
         `distance` is the cosine distance of the embeddings, from 0 to 2, as in `visionloop similar`.
         """
-        require_role(request, "predict")
         limit_s = inbox.limits.deadline_s
         async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=False)) as uploads:
             request.state.access.charge(request, len(uploads))
@@ -190,7 +188,7 @@ def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) 
 
 
 def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | None) -> None:
-    under_way: asyncio.Task[None] | None = None
+    under_way: asyncio.Future[None] | None = None
 
     @app.post(
         "/admin/reload",
@@ -201,13 +199,12 @@ def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | Non
     async def reload(request: Request) -> dict[str, Any]:
         """Take up a promotion or a rollback at once, and try a refused model again. Several at a time are one look."""
         nonlocal under_way
-        require_role(request, "admin")
         if look_now is None:
             found, todo = "the server was started with a bundle", "Start it without --bundle to follow the ledger."
             raise RequestError(found, "one that follows the ledger", todo, status=409, reason_code="not_following")
         before = slot.current
         if under_way is None or under_way.done():
-            under_way = asyncio.create_task(asyncio.to_thread(look_now))
+            under_way = _run_aside(look_now)
         try:
             await asyncio.wait_for(asyncio.shield(under_way), LOOK_S)
         except TimeoutError as exc:
@@ -216,6 +213,22 @@ def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | Non
         model = _note_model(request, slot)
         swapped = before is None or (before.digest, before.entry) != (model.digest, model.entry)
         return {"model": _name_model(model), "entry": model.entry, "swapped": swapped, "problem": slot.problem}
+
+
+def _run_aside(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """Run what may hang in a thread that ends with the process: no executor waits for it when the server stops."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+                loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=run, name="look-at-ledger", daemon=True).start()
+    return done
 
 
 def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable[[], bool]) -> None:
@@ -234,18 +247,14 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
     @app.get(
         "/model", response_model=ModelAnswer, responses={**REFUSED, 503: ERRORS[503]}, summary="Which model answers"
     )
-    async def describe_model(request: Request) -> dict[str, Any]:
-        require_role(request, "predict")
+    async def describe_model() -> dict[str, Any]:
         model = _require_model(slot)
         known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
 
     @app.get("/metrics", response_class=Response, responses=REFUSED, summary="Figures for Prometheus")
-    async def metrics(request: Request) -> Response:
-        access = request.state.access
-        if access.admin_port is None and not access.is_open:
-            require_role(request, "admin")
+    async def metrics() -> Response:
         return Response(meters.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

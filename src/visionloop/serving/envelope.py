@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visionloop.data.prediction_log import make_request_id
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.serving.access import ADMIN_PATHS, HEALTH, Access, RateExceeded, hide_keys, is_preflight
+from visionloop.serving.access import HEALTH, METRICS, Access, RateExceeded, hide_keys, is_preflight
 from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import RequestError, discard
 from visionloop.serving.keys import KeyRefused
@@ -33,7 +33,7 @@ RETRY_AFTER_S = "1"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # of the header `traceparent`
 ERROR_KINDS = (VisionLoopError, HTTPException, ClientDisconnect, RequestValidationError)
-MAX_PATH_CHARS = 200
+MAX_PATH_CHARS, MAX_CLIENT_CHARS = 200, 64
 # Of answers that are no page. A page sets its own policy.
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -159,7 +159,9 @@ class Envelope:
         seconds, path, state = time.perf_counter() - request.state.started, request.scope["path"], request.state
         if path == self._counted and request.method == "POST":
             self._meters.count_request(state.outcome, seconds)
-        if status < 400 and (path.startswith(HEALTH) or path == ADMIN_PATHS[0]):
+        if not request_log.isEnabledFor(logging.INFO):
+            return
+        if status < 400 and (path.startswith(HEALTH) or path == METRICS):
             return  # what balancers and Prometheus ask all day
         trace = TRACE_ID.fullmatch(request.headers.get("traceparent", ""))
         request_log.info(
@@ -176,7 +178,7 @@ class Envelope:
                     "duration_ms": round(1000 * seconds, 3),
                     "model": state.model,
                     "who": state.who,
-                    "client": request.client.host if request.client else None,
+                    "client": request.client.host[:MAX_CLIENT_CHARS] if request.client else None,
                 }
             },
         )

@@ -24,7 +24,6 @@ from visionloop.errors import StoreError, shorten
 from visionloop.params import Serve
 from visionloop.records import LABEL_SEPARATOR, Card
 from visionloop.serving.body import RequestError
-from visionloop.serving.keys import require_role
 from visionloop.serving.schemas import FEEDBACK_BODY, FEEDBACK_ERRORS, REFUSED, FeedbackAnswer, FeedbackListAnswer
 from visionloop.serving.swap import ModelSlot
 from visionloop.store import ObjectStore
@@ -143,7 +142,6 @@ def add_feedback(app: FastAPI, slot: ModelSlot, book: FeedbackBook | None) -> No
         The same again gives the same answer. Another label for the same id is a correction: the newest counts. A list
         of such objects in `feedback` gets a list `results`, in which one that is wrong spoils no other.
         """
-        require_role(request, "feedback")
         if book is None:
             found = "this server writes no log"
             raise RequestError(found, todo="Set `serve.log: true`.", status=404, reason_code="no_log")

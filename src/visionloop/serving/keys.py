@@ -111,9 +111,10 @@ class Keys:
 
 
 def require_role(request: "Request", role: str) -> None:
-    """Let a route's request go on if its key has a role. `request.state.who` is the key's name, None on an open server.
+    """Let a request go on if its key has a role. `request.state.who` is the key's name, None on an open server.
 
-    On a server without keys all may do all, where only this machine reaches it; others may only predict.
+    `Access` asks for the role of each path, before a route is called. On a server without keys all may do all where
+    only this machine reaches it; others may only predict.
 
     Raises:
         KeyRefused: there is no key (401), or not one with this role (403).

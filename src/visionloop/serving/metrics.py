@@ -21,8 +21,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Meters:
     """Counts what happens; `scrape` gives the text that Prometheus reads."""
 
-    def __init__(self, slot: ModelSlot, queue_depth: Callable[[], int]) -> None:
-        self._slot, self._queue_depth = slot, queue_depth
+    def __init__(
+        self, slot: ModelSlot, queue_depth: Callable[[], int], keys_problem: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._slot, self._queue_depth, self._keys_problem = slot, queue_depth, keys_problem
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "visionloop_requests", "Requests for a prediction by outcome", ["outcome"], registry=self._registry
@@ -93,6 +95,9 @@ class Meters:
     def collect(self) -> Iterator[Metric]:
         """Yield the figures that are read from other objects at each scrape (called by the registry)."""
         slot = self._slot
+        yield GaugeMetricFamily(
+            "visionloop_keys_problem", "1 while the file of keys is not usable", self._keys_problem()
+        )
         yield GaugeMetricFamily("visionloop_queue_images", "Images without an answer yet", self._queue_depth())
         yield CounterMetricFamily("visionloop_swaps", "Models swapped in", slot.num_swaps)
         yield CounterMetricFamily("visionloop_swap_failures", "Polls that ended in a problem", slot.num_failures)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionloop.bundle import Bundle
-from visionloop.confidence import pick_rows
-from visionloop.errors import DatasetError
-from visionloop.features.neighbours import find_neighbours
+from visionloop.confidence import pick_rows, scale_to_one
 from visionloop.predictor import FloatArray
 from visionloop.serving.body import RequestError
 
@@ -30,28 +28,30 @@ class Reference:
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises RequestError for a bundle that does not say which images its embeddings are of."""
-        classes, several = bundle.card.classes, None
+        classes = bundle.card.classes
         try:
             with np.load(bundle.folder / "reference.npz", allow_pickle=False) as arrays:
                 sha256_n, label_n, embedding_nd = (arrays[k] for k in ("sha256_n", "label_n", "embedding_nd"))
-                several = arrays.get("targets_nk")
+                several_nk = arrays.get("targets_nk")
             rows = pick_rows(len(sha256_n))
-            self._embedding_nd: FloatArray = embedding_nd[rows].astype(np.float32)
+            self._unit_nd = scale_to_one(embedding_nd[rows])
             self._sha256_n = [sha256_n[row].decode() for row in rows]
-            chosen = [np.flatnonzero(several[row]) if several is not None else [label_n[row]] for row in rows]
+            chosen = [[label_n[row]] if several_nk is None else np.flatnonzero(several_nk[row]) for row in rows]
             self._labels_n = [tuple(classes[k] for k in each if k >= 0) for each in chosen]
+            if not len(rows) or self._unit_nd.ndim != 2 or not np.isfinite(self._unit_nd).all():
+                raise ValueError(f"embeddings of shape {embedding_nd.shape}")
         except (OSError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as exc:
-            found, todo = (
-                "this model does not say which images it was judged with",
-                "Ask a model that was trained anew.",
-            )
-            raise RequestError(found, todo=todo, status=409, reason_code="no_reference") from exc
+            raise _make_refusal() from exc
 
     def find(self, embedding_d: FloatArray, k: int) -> list[Neighbour]:
         """Return the k nearest, nearest first. Raises RequestError."""
-        try:
-            distance_mk, row_mk = find_neighbours(embedding_d[None], self._embedding_nd, k)
-        except DatasetError as exc:
-            raise RequestError(exc.found, exc.expected, status=409, reason_code="no_reference") from exc
-        pairs = zip(distance_mk[0], row_mk[0], strict=True)
-        return [Neighbour(self._sha256_n[row], self._labels_n[row], float(distance)) for distance, row in pairs]
+        if len(embedding_d) != self._unit_nd.shape[1]:
+            raise _make_refusal()
+        distance_n = np.clip(1 - self._unit_nd @ scale_to_one(embedding_d[None])[0], 0, 2)
+        nearest = np.argsort(distance_n, kind="stable")[:k]
+        return [Neighbour(self._sha256_n[row], self._labels_n[row], float(distance_n[row])) for row in nearest]
+
+
+def _make_refusal() -> RequestError:
+    found, todo = "this model does not say which images it was judged with", "Train it anew."
+    return RequestError(found, todo=todo, status=409, reason_code="no_reference")

@@ -195,7 +195,7 @@ def test_figures_and_admin_are_on_their_port_alone(slot: ModelSlot, tmp_path: Pa
     with asking(slot, access, "http://localhost:9000") as client:
         admin = {path: client.get(path).status_code for path in paths}
     assert public == dict(zip(paths, (404, 404, 200, 200, 405, 200, 404), strict=True))
-    assert admin == dict(zip(paths, (200, 405, 404, 404, 404, 200, 404), strict=True))
+    assert admin == dict(zip(paths, (200, 401, 404, 404, 404, 200, 404), strict=True))
 
 
 @pytest.mark.parametrize("path", ["/predict", "/model", "/docs", "/health/live", "/nothing"])

@@ -114,6 +114,31 @@ def test_a_role_that_a_key_lacks_is_403_and_an_admin_may_do_all(client: TestClie
     assert client.get("/metrics", headers={"X-API-Key": admin}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path_asked", "roles"),
+    [
+        ("/predict", "predict admin"),
+        ("/similar", "predict admin"),
+        ("/feedback", "feedback admin"),
+        ("/feedback/", "feedback admin"),
+        ("/admin/reload", "admin"),
+        ("/admin/what-is-to-come", "admin"),
+        ("/what-is-to-come", "predict admin"),
+        ("/%61dmin/reload", "admin"),
+    ],
+)
+def test_each_address_has_its_role_also_one_without_a_route(
+    client: TestClient, path: Path, path_asked: str, roles: str
+) -> None:
+    texts = {role: make(path, role, role) for role in ("predict", "feedback", "admin")}
+    let_in = []
+    for role, text in texts.items():
+        status = client.post(path_asked, content=make_image(1), headers={"X-API-Key": text}).status_code
+        let_in += [role] if status not in (401, 403) else []
+    assert let_in == roles.split()
+    assert client.post(path_asked).status_code == 401
+
+
 def test_a_revoked_key_is_refused_by_the_server_that_runs(client: TestClient, path: Path) -> None:
     text = make(path, "lost")
     assert ask(client, X_API_Key=text).status_code == 200
@@ -156,6 +181,16 @@ def test_a_damaged_file_stops_a_start_and_changes_nothing_for_a_server_that_runs
     with pytest.raises(SettingsError):
         make(path, "b")
     assert path.read_bytes() == data, "nothing overwrites what a person can still mend"
+
+
+def test_a_figure_says_that_the_file_is_damaged(client: TestClient, path: Path) -> None:
+    root, whole = make(path, "root", "admin"), path.read_bytes()
+    problems = []
+    for data in (whole, b"{", whole + b"\n"):
+        path.write_bytes(data)
+        text = client.get("/metrics", headers={"X-API-Key": root}).text
+        problems.append(re.findall("^visionloop_keys_problem (.*)$", text, flags=re.M))
+    assert problems == [["0.0"], ["1.0"], ["0.0"]]
 
 
 def test_a_file_that_is_gone_opens_no_server(path: Path) -> None:

@@ -29,7 +29,7 @@ from visionloop.errors import StoreError
 from visionloop.params import Serve
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
-from visionloop.serving.batcher import Answer, Timing
+from visionloop.serving.answers import Answer, Timing
 from visionloop.serving.log import Noted, PredictionLog, list_spool
 from visionloop.serving.swap import ServedModel
 from visionloop.store import LocalStore

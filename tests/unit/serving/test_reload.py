@@ -95,7 +95,9 @@ def test_many_reloads_are_one_look_and_a_slow_store_holds_none(
 
     with TestClient(make_app(follower.slot, look_now=look_now)) as client:
         answers = [client.post("/admin/reload") for _ in range(3)]
-        go_on.set()
+        stopped_at = time.monotonic()
+    assert time.monotonic() - stopped_at < 15, "the end of the server does not wait for the store"
+    go_on.set()
     assert [(a.status_code, a.json()["code"]) for a in answers] == [(503, "slow_store")] * 3
     assert len(looks) == 1
 
