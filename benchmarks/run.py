@@ -18,6 +18,7 @@ from neighbours import bench_neighbours
 from prepare import bench_prepare
 from row import HEADER, Row
 from s3 import bench_s3
+from serving import bench_serving
 from visionloop.settings import apply_tool_environment
 
 BENCH_DIR = Path(__file__).resolve().parents[1] / ".visionloop" / "bench"
@@ -32,6 +33,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "loading": lambda chosen: bench_loading(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "frozen": lambda chosen: bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "embed": lambda chosen: bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "serving": lambda chosen: bench_serving(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "neighbours": lambda chosen: [bench_neighbours()],
 }
 NAMES = tuple(BENCHES)

@@ -101,8 +101,13 @@ class Connection(HttpToolsProtocol):
         self._body_bytes += len(body)
         if self._pieces > FREE_PIECES + self._body_bytes // PIECE_BYTES:
             self.turn_away(TOO_MANY_PIECES)
+            raise ValueError("too many pieces")  # the parser stops: no call for each of the rest that is here
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser refused; not after a connection was turned away."""
         if not self.transport.is_closing():
-            super().on_body(body)
+            super().send_400_response(msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
