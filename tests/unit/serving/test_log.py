@@ -97,7 +97,9 @@ def read_rows(store: LocalStore) -> list[dict[str, Any]]:
 
 
 def test_an_answer_becomes_a_row_with_all_that_is_known(store: ShakyStore, tmp_path: Path, model: ServedModel) -> None:
-    noted = make_noted(model, at_s=NOW_S, timing=Timing(1.0, 2.0, 4.0), quality={"brightness": 0.5}, distance=0.25)
+    noted = make_noted(
+        model, at_s=NOW_S, timing=Timing(0.001, 0.002, 0.004), quality={"brightness": 0.5}, distance=0.25
+    )
     with logging_to(store, tmp_path / "spool", log_top_k=2) as log:
         log.note(noted)
     [row] = read_rows(store)
@@ -142,13 +144,15 @@ def test_an_answer_becomes_a_row_with_all_that_is_known(store: ShakyStore, tmp_p
 def test_several_labels_and_a_doubt_are_written_down(store: ShakyStore, tmp_path: Path, model: ServedModel) -> None:
     noted = make_noted(model)
     several = Prediction("a|c", {"a": 0.9, "b": 0.2, "c": 0.8}, 0.6, ("a", "c"), "confidence 0.60 < 0.80")
-    noted = replace(noted, answer=Answer(**vars(several), embedding_d=noted.answer.embedding_d, cached=True))
+    noted = replace(
+        noted, answer=Answer(**vars(several), embedding_d=noted.answer.embedding_d, timing=Timing(is_cached=True))
+    )
     with logging_to(store, tmp_path / "spool", log_embeddings=0.0) as log:
         log.note(noted)
     [row] = read_rows(store)
     assert (row["prediction"], row["labels"], row["classes"]) == ("a|c", ["a", "c"], ["a", "c", "b"])
     assert (row["abstained"], row["abstain_reason"], row["cached"]) == (True, "confidence 0.60 < 0.80", True)
-    assert (row["embedding"], row["queue_ms"]) == (None, None)
+    assert (row["embedding"], row["queue_ms"]) == (None, 0.0)
 
 
 def test_rows_of_two_days_go_into_two_parts(store: ShakyStore, tmp_path: Path, model: ServedModel) -> None:
