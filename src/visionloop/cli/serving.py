@@ -225,7 +225,9 @@ def serve(
         host=host,
         port=port,
         bundle=bundle,
-        on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
+        on_ready=lambda url, engine: print(
+            f"serving {workspace.name} on {url} (docs: {url}/docs) by {engine}; Ctrl-C stops", flush=True
+        ),
     )
 
 

@@ -124,6 +124,8 @@ class Serve(Section):
     `stuck_s`: a batch that takes longer is taken for stuck: /health/live is 503, and the process is to be replaced.
     `lame_duck_s`: how long it still answers after SIGTERM, when it is not ready any more.
     `keep_alive_s`: how long a connection may wait for its next request; longer than a balancer before it waits.
+    `threads` of the network; 0: the cores that the process may use, by affinity and cgroup. `runtime: auto`: the
+    fastest engine that is approved for the model, or `onnxruntime` in fp32.
     """
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
@@ -136,6 +138,8 @@ class Serve(Section):
     lame_duck_s: float = Field(default=5.0, ge=0, le=3600)
     keep_alive_s: int = Field(default=75, ge=1, le=86_400)
     max_connections: int = Field(default=1000, ge=1, le=100_000)
+    threads: int = Field(default=0, ge=0, le=1024)
+    runtime: Literal["auto", "onnxruntime"] = "auto"
 
 
 class Schedule(Section):

@@ -43,14 +43,15 @@ PAGE_POLICY = (
 )
 
 
-def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
-    """Build the application. The model in `slot` may change, or be missing, at any time."""
+def make_app(slot: ModelSlot, limits: Limits | None = None, *, decoders: int = 0) -> FastAPI:
+    """Build the application. The model in `slot` may change, or be missing, at any time. `decoders`: of the batcher."""
     limits = limits or Limits()
     meters = Meters(slot, lambda: batcher.depth)
     batcher = Batcher(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
+        decoders=decoders,
         on_batch=meters.count_batch,
     )
 
@@ -144,7 +145,8 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
         model = _require_model(slot)
         known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
-        return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
+        runtime = {"engine": model.predictor.engine, "why": model.why}
+        return {**_name_model(model), "entry": model.entry, "problem": slot.problem, "runtime": runtime, **card}
 
     @app.get("/metrics", response_class=Response, summary="Figures for Prometheus")
     async def metrics() -> Response:

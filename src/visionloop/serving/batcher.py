@@ -8,7 +8,6 @@ All methods belong to one event loop.
 import asyncio
 import contextlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
+from visionloop.parallel import count_cores
 from visionloop.predictor import FloatArray
 from visionloop.records import Prediction
 from visionloop.serving.swap import ServedModel
@@ -73,16 +73,19 @@ class Batcher:
         max_pixels: int | None = None,
         max_wait_s: float = 0.004,
         max_batch_s: float = 0.1,
+        decoders: int = 0,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size.
 
         A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
-        clients late, and are hardly faster for an image.
+        clients late, and are hardly faster for an image. `decoders`: how many threads decode; 0: all cores but one.
         """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch = on_batch
         self._max_batch_s = max_batch_s
+        # One core is left for the network and the event loop: mostly, with decoding on all cores the server is slower.
+        self._num_decoders = max(1, min(decoders or count_cores() - 1, MAX_DECODERS))
         self._turns: deque[_Turn] = deque()
         self._ready: deque[_Waiting] = deque()
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
@@ -112,8 +115,7 @@ class Batcher:
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        # One core is left for the network and the event loop: with decoding on all cores the server is slower.
-        self._free = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
+        self._free = self._num_decoders
         self._decoders = ThreadPoolExecutor(self._free, thread_name_prefix="decode")
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,11 +19,13 @@ from typing import Never, cast
 import uvicorn
 from fastapi import FastAPI
 
+from visionloop.bundle import Bundle
 from visionloop.data.known_store import check_store
+from visionloop.engines import Opened, open_fastest, open_plainly
 from visionloop.errors import ServingError
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
-from visionloop.promotion.models import load_model
+from visionloop.promotion.models import load_approved_model
 from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
@@ -37,6 +39,8 @@ BACKLOG = 2048
 MAX_PORT = 65_535
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+log = logging.getLogger(__name__)
+
 
 def run_server(
     workspace: Workspace,
@@ -44,12 +48,12 @@ def run_server(
     host: str,
     port: int,
     bundle: str | Path | None = None,
-    on_ready: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[str, str], None] = lambda url, engine: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
     Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
-    any free port; `on_ready` is called with the address. Configures logging.
+    any free port; `on_ready` is called with the address and the engine that answers. Configures logging.
 
     Raises:
         ServingError: the port cannot be had, or there is no champion.
@@ -59,17 +63,20 @@ def run_server(
     with _exit_on_signals(), _bind(host, port) as sock:
         slot = ModelSlot()
         follower = None
+        open_model = _make_opener(workspace)
         if bundle is not None:
-            slot.current = ServedModel(load_model(bundle, lambda: workspace))
+            opened = load_approved_model(bundle, workspace, open_model)
+            slot.current = ServedModel(opened.predictor, why=opened.why, decoders=opened.decoders)
         else:
-            follower = _make_follower(workspace, slot)
+            follower = _make_follower(workspace, slot, open_model)
             follower.load_first()
             follower.start()
         try:
             serve = workspace.params.serve
-            app = make_app(slot, make_limits(serve))
+            model = cast(ServedModel, slot.current)
+            app = make_app(slot, make_limits(serve), decoders=model.decoders)
             url = _make_url(host, sock)
-            _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
+            _Server(app, serve, slot, lambda: on_ready(url, model.why)).run([sock])
         finally:
             if follower:
                 follower.stop()
@@ -134,7 +141,17 @@ class _Server(uvicorn.Server):
             yield
 
 
-def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
+def _make_opener(workspace: Workspace) -> Callable[[Bundle, Sequence[str]], Opened]:
+    """Return what opens a bundle in the fastest engine of this machine that is approved for it."""
+    hidden_dir, threads = workspace.settings.hidden_dir, workspace.params.serve.threads
+    if workspace.params.serve.runtime == "onnxruntime":
+        return partial(open_plainly, threads=threads)
+    return partial(open_fastest, hidden_dir=hidden_dir, threads=threads, tell=log.warning)
+
+
+def _make_follower(
+    workspace: Workspace, slot: ModelSlot, open_model: Callable[[Bundle, Sequence[str]], Opened]
+) -> ChampionFollower:
     store = open_store(workspace.settings.store_url)
 
     def find_champion() -> LedgerEntry | None:
@@ -148,6 +165,7 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
         cache_dir=workspace.settings.hidden_dir / "serving",
         poll_s=workspace.params.serve.poll_s,
         check=lambda: check_store(workspace),
+        open_model=open_model,
     )
 
 
