@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from visionloop.errors import BundleError, VisionLoopError
 from visionloop.networks.processor import Measured, has_bf16, measure_once, read_cpu_name
 from visionloop.parallel import count_cores
 from visionloop.predictor import ENGINES, FP32, Predictor, has_openvino
+from visionloop.workspace import Workspace
 
 # The process stops by itself after so long, and is killed when it does not: then it hangs.
 BUDGET_S, LIMIT_S = 4.0, 8.0
@@ -43,8 +45,11 @@ class Opened:
     """A model in the engine that was chosen, why that one, and how many threads had better decode (0: as ever)."""
 
     predictor: Predictor
-    why: str = ""
+    why: str = FP32
     decoders: int = 0
+
+
+Open = Callable[[Bundle, Sequence[str]], Opened]
 
 
 class MeasuringFailed(Exception):
@@ -59,11 +64,19 @@ class _InHaste(Exception):
         self.measured = measured
 
 
+def make_opener(workspace: Workspace, tell: Callable[[str], None] = lambda line: None) -> Open:
+    """Return what opens a bundle as the section `serve` says: in the fastest engine that is approved, or plainly."""
+    serve = workspace.params.serve
+    if serve.runtime == "onnxruntime":
+        return partial(open_plainly, threads=serve.threads)
+    return partial(open_fastest, hidden_dir=workspace.settings.hidden_dir, threads=serve.threads, tell=tell)
+
+
 def open_plainly(bundle: Bundle, allowed: Collection[str] = (), *, threads: int = 0) -> Opened:
     """Open a bundle in ONNX Runtime fp32, whatever else is approved; its golden answers are checked."""
-    predictor = Predictor(bundle, threads=threads)
+    predictor = Predictor(bundle, threads=threads or count_cores())
     predictor.check_golden()
-    return Opened(predictor)
+    return Opened(predictor, FP32)
 
 
 def open_fastest(

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from PIL import Image
 
+import visionloop.confidence
 import visionloop.predictor
 from fakes import make_bundle, make_card, make_image
 from visionloop.bundle import load_bundle, seal_bundle
@@ -153,7 +154,7 @@ def test_golden_answers_are_compared_relative_to_the_largest_logit(tmp_path: Pat
 
 def test_a_golden_answer_that_is_another_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = spoil_golden(tmp_path / "a", lambda logits_nk: np.concatenate([logits_nk[:1, ::-1], logits_nk[1:]]))
-    monkeypatch.setattr(visionloop.predictor, "GOLDEN_TOLERANCE", 1.0)
+    monkeypatch.setattr(visionloop.confidence, "GOLDEN_TOLERANCE", 1.0)
     assert predictor.bundle.golden_logits()[0].argmax() == 0
     with pytest.raises(
         BundleError, match=r"golden answers differ by 0\.5\d+, and 1 of 4 are other ones; .*the same answers"

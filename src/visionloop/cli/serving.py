@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BAR_CHARS = 20
 SHOWN_OF_TABLE = 20
 FEW = 8
+MANY = 500  # images for which the fastest engine is worth looking for
 ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 
 
@@ -39,6 +40,8 @@ def predict(
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
 
+    From 500 images on by the fastest engine that is approved for the model, as the server; `serve.runtime` says so.
+
     Examples:
 
       visionloop predict photo.jpg
@@ -54,15 +57,21 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import require_png, write_picture
+    from visionloop.engines import make_opener
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
-    from visionloop.promotion.models import load_champion, load_model
+    from visionloop.promotion.models import load_approved_model, load_champion, load_model
 
     workspace = open_workspace()
     table = Table.plan(out, format)
     require_png(sheet, "--sheet")
     files = find_images(paths)
-    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    if len(files) >= MANY:
+        opened = load_approved_model(bundle, workspace, make_opener(workspace, print))
+        predictor = opened.predictor
+        print(f"answers by {opened.why}")
+    else:
+        predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     top = top or (3 if len(files) <= FEW else 1)
     width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])

@@ -6,9 +6,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visionloop.bundle import Bundle
 from visionloop.data.known_store import check_store
-from visionloop.engines import Opened
+from visionloop.engines import Open, Opened
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
@@ -51,9 +50,7 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
     return Predictor.load(folder)
 
 
-def load_approved_model(
-    address: str | os.PathLike[str] | None, workspace: Workspace, open_bundle: Callable[[Bundle, Sequence[str]], Opened]
-) -> Opened:
+def load_approved_model(address: str | os.PathLike[str] | None, workspace: Workspace, open_bundle: Open) -> Opened:
     """Open the model of an address (None: the champion) in an engine that is approved for it, by way of `open_bundle`.
 
     By its card; what stands in a ledger by its entry too. Raises as `load_model`.

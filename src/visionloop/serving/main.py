@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,9 +19,8 @@ from typing import Never, cast
 import uvicorn
 from fastapi import FastAPI
 
-from visionloop.bundle import Bundle
 from visionloop.data.known_store import check_store
-from visionloop.engines import Opened, open_fastest, open_plainly
+from visionloop.engines import Open, make_opener
 from visionloop.errors import ServingError
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
@@ -63,7 +62,7 @@ def run_server(
     with _exit_on_signals(), _bind(host, port) as sock:
         slot = ModelSlot()
         follower = None
-        open_model = _make_opener(workspace)
+        open_model = make_opener(workspace, log.warning)
         if bundle is not None:
             opened = load_approved_model(bundle, workspace, open_model)
             slot.current = ServedModel(opened.predictor, why=opened.why, decoders=opened.decoders)
@@ -141,17 +140,7 @@ class _Server(uvicorn.Server):
             yield
 
 
-def _make_opener(workspace: Workspace) -> Callable[[Bundle, Sequence[str]], Opened]:
-    """Return what opens a bundle in the fastest engine of this machine that is approved for it."""
-    hidden_dir, threads = workspace.settings.hidden_dir, workspace.params.serve.threads
-    if workspace.params.serve.runtime == "onnxruntime":
-        return partial(open_plainly, threads=threads)
-    return partial(open_fastest, hidden_dir=hidden_dir, threads=threads, tell=log.warning)
-
-
-def _make_follower(
-    workspace: Workspace, slot: ModelSlot, open_model: Callable[[Bundle, Sequence[str]], Opened]
-) -> ChampionFollower:
+def _make_follower(workspace: Workspace, slot: ModelSlot, open_model: Open) -> ChampionFollower:
     store = open_store(workspace.settings.store_url)
 
     def find_champion() -> LedgerEntry | None:

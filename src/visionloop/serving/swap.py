@@ -11,12 +11,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visionloop.bundle import Bundle, download_bundle, load_bundle
-from visionloop.engines import Opened, open_plainly
+from visionloop.bundle import download_bundle, load_bundle
+from visionloop.engines import Open, open_plainly
 from visionloop.errors import ServingError, StoreError, VisionLoopError
 from visionloop.predictor import FP32, Predictor
 from visionloop.records import LedgerEntry
@@ -79,7 +79,7 @@ class ChampionFollower:
         poll_s: float,
         retry_s: float = 60.0,
         check: Callable[[], None] = lambda: None,
-        open_model: Callable[[Bundle, Sequence[str]], Opened] = open_plainly,
+        open_model: Open = open_plainly,
     ) -> None:
         """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once.
 

@@ -11,22 +11,14 @@ from typing import Any
 import numpy as np
 
 from visionloop.bundle import INT8_MODEL, MODEL, Bundle
+from visionloop.confidence import GOLDEN_TOLERANCE, MOST_TOLERANCE, compute_difference
 from visionloop.data.images import UInt8Array
 from visionloop.data.shards import IntArray
 from visionloop.errors import TrainingError
 from visionloop.evaluation.promises import keep_one_of_a_key
 from visionloop.evaluation.runtimes import RuntimeCheck, describe_bound, describe_few, list_engines, try_engine
 from visionloop.networks.quantise import quantise
-from visionloop.predictor import (
-    ENGINES,
-    FP32,
-    GOLDEN_TOLERANCE,
-    INT8,
-    MOST_TOLERANCE,
-    Predictor,
-    choose_batch_size,
-    compute_difference,
-)
+from visionloop.predictor import ENGINES, FP32, INT8, Predictor, choose_batch_size
 from visionloop.records import Card
 from visionloop.training.job import Job
 
