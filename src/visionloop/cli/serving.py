@@ -14,6 +14,8 @@ from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.predict import FilePrediction
+    from visionloop.predictor import Predictor
+    from visionloop.workspace import Workspace
 
 BAR_CHARS = 20
 SHOWN_OF_TABLE = 20
@@ -57,21 +59,14 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import require_png, write_picture
-    from visionloop.engines import make_opener
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
-    from visionloop.promotion.models import load_approved_model, load_champion, load_model
 
     workspace = open_workspace()
     table = Table.plan(out, format)
     require_png(sheet, "--sheet")
     files = find_images(paths)
-    if len(files) >= MANY:
-        opened = load_approved_model(bundle, workspace, make_opener(workspace, print))
-        predictor = opened.predictor
-        print(f"answers by {opened.why}")
-    else:
-        predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    predictor = _open_predictor(workspace, bundle, len(files))
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     top = top or (3 if len(files) <= FEW else 1)
     width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
@@ -91,6 +86,18 @@ def predict(
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
+
+
+def _open_predictor(workspace: "Workspace", bundle: str | None, num_files: int) -> "Predictor":
+    """Open the champion, or the model of an address; for many files in the fastest engine, and say which that is."""
+    from visionloop.engines import make_opener
+    from visionloop.promotion.models import load_approved_model, load_champion, load_model
+
+    if num_files < MANY:
+        return load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    opened = load_approved_model(bundle, workspace, make_opener(workspace, print))
+    print(f"answers by {opened.why}")
+    return opened.predictor
 
 
 def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: int) -> tuple[Counter[str], str | None]:
