@@ -182,13 +182,14 @@ def _ask(folder: Path, candidates: Sequence[str], threads: int) -> dict[str, dic
 def time_engines(folder: Path, candidates: Sequence[str], threads: int, stop_at: float) -> dict[str, dict[str, float]]:
     """Return the images per second of each engine, and of each way to share the cores with the fastest.
 
-    0: it does not give the golden answers here. What had no turn before `stop_at` is left out. One is open at a time.
+    0: it does not give the golden answers here. After `stop_at` no other than the first has a turn. One is open at a
+    time.
     """
     bundle = load_bundle(folder)
     images = list(islice(cycle(bundle.golden_images()), BATCH))
     speeds: dict[str, float] = {}
     for name in candidates:
-        if time.monotonic() > stop_at:
+        if speeds and time.monotonic() > stop_at:
             break
         try:
             predictor = Predictor(bundle, threads=threads, engine=name)

@@ -23,7 +23,7 @@ python predict.py --check
 | file | holds |
 |---|---|
 | `model.onnx` | the network, with scaling and normalisation inside |
-{int8}| `card.json` | input size, how an image is resized (`{resize}`), temperature, thresholds, where the model comes from |
+{int8}| `card.json` | input size, how an image is resized (`{resize}`), temperature, thresholds, origin |
 | `labels.txt` | the classes, one a line, in the order of the logits |
 | `predict.py` | a short program that shows how to use them; it needs nothing of visionloop |
 | `examples/` | a few images, and the probabilities that the model gives them |
