@@ -9,6 +9,7 @@ from pathlib import Path
 
 from commands import bench_repro, bench_startup
 from embed import bench_embed
+from engines import bench_engines
 from epoch import bench_epoch
 from frozen import bench_frozen
 from gpu import bench_gpu
@@ -34,6 +35,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "frozen": lambda chosen: bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "embed": lambda chosen: bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "serving": lambda chosen: bench_serving(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "engines": lambda chosen: bench_engines(BENCH_DIR, size_px=chosen.size),
     "neighbours": lambda chosen: [bench_neighbours()],
 }
 NAMES = tuple(BENCHES)

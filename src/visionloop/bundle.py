@@ -1,6 +1,7 @@
 """A model bundle on disk: write, read, check its digests, copy it to and from the store. Runs no model.
 
     model.onnx  weights.safetensors  card.json  reference.npz  golden/*.{png,jpeg,webp}  golden/answers.json
+    model.int8.onnx  where the card approves of it: the same network in int8
     digests.json     path -> sha256 of every other file; the bundle's digest is the sha256 of this table
 
 The bundle is a function of its inputs: no time, no path, no run id in it.
@@ -24,7 +25,8 @@ from visionloop.records import CARD_SCHEMA, Card, RunNote, canonical_json, compu
 from visionloop.store import ObjectStore
 
 DIGESTS = "digests.json"
-REQUIRED = ("model.onnx", "card.json", "reference.npz", "golden/answers.json")
+MODEL, INT8_MODEL = "model.onnx", "model.int8.onnx"
+REQUIRED = (MODEL, "card.json", "reference.npz", "golden/answers.json")
 TRAINING_ONLY = frozenset({"weights.safetensors"})
 RESTORE = "If it is the champion, `visionloop doctor --fix` puts it back from a copy on this machine."
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})

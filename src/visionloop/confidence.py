@@ -4,6 +4,7 @@ Dimensions: n images, k classes, d embedding size, r reference embeddings.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from visionloop.errors import BundleError
 from visionloop.records import Card
 
 MAX_REFERENCE = 5000  # embeddings that distances are taken to: 26 MB at 1,280 numbers each
+GOLDEN_TOLERANCE, MOST_TOLERANCE = 2e-2, 0.5  # of a logit, relative to the largest one; with less than fp32 at most
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
@@ -118,6 +120,18 @@ def check_abstain(rule: Any, where: str, todo: str) -> None:
     if not known or (rule.get("distance") is not None and not is_count):
         expected = "numbers `confidence` and `distance`, and with a distance a count of `neighbours`"
         raise BundleError(where, f"has the abstain rule {rule!r}"[:120], expected, todo)
+
+
+def compute_difference(logits_nk: NDArray[np.floating], golden_nk: NDArray[np.floating]) -> float:
+    """Return the largest difference of a logit, relative to the largest golden one, if that is above 1."""
+    return float(np.abs(logits_nk - golden_nk).max()) / max(1.0, float(np.abs(golden_nk).max()))
+
+
+def get_tolerance(card: Card, engine: str) -> float:
+    """Return how far an engine's golden logits may be off: as far as the card says, which is more for int8."""
+    found = card.engines.get(engine) if isinstance(card.engines, Mapping) else None
+    value: Any = found.get("tolerance") if isinstance(found, Mapping) else None
+    return min(max(GOLDEN_TOLERANCE, float(value)), MOST_TOLERANCE) if is_number(value) else GOLDEN_TOLERANCE
 
 
 def is_number(value: Any) -> bool:

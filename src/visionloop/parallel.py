@@ -40,8 +40,40 @@ class Engine:
 
 
 def count_cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores this process may use, by affinity and by the limit of its container (cgroup v2 or v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(int, _read_quotas(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))]))
+
+
+def _read_quotas(own: Path, root: Path) -> Iterator[float]:
+    """Yield how many cores each of this process's control groups may use; those without a limit say nothing.
+
+    A group's limit holds for all below it. Inside of a container the root may be its own group, whatever `own` says.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        top = root if not controllers else root / controllers
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (quota := _read_quota(folder)):
+                yield quota
+
+
+def _read_quota(folder: Path) -> float | None:
+    """Return the cores of one control group, by `cpu.max` (v2) or `cpu.cfs_quota_us` (v1); None without a limit."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = map(float, (folder / "cpu.max").read_text().split())
+        else:
+            quota, period = (float((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 and period > 0 else None
+    except (OSError, ValueError):
+        return None
 
 
 def map_parallel(

@@ -234,7 +234,7 @@ def _compute_key(predictor: Predictor, files: Sequence[Path]) -> str:
         with contextlib.suppress(OSError):
             found = path.stat()
             facts.append([escape_name(str(path)), found.st_size, found.st_mtime_ns])
-    return compute_digest([predictor.digest, facts])
+    return compute_digest([predictor.digest, predictor.engine, facts])
 
 
 def draw_sheet(predictor: Predictor, files: Sequence[Path], *, most: int = SHEET_IMAGES) -> bytes:

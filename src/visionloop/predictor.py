@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.bundle import Bundle, check_onnx, download_bundle, load_bundle
+from visionloop.bundle import INT8_MODEL, MODEL, Bundle, check_onnx, download_bundle, load_bundle
 from visionloop.confidence import (
     check_abstain,
+    compute_difference,
     compute_distances,
     compute_probs,
     describe_doubt,
     find_abstained,
     get_limit,
+    get_tolerance,
     is_number,
     pick_reference,
 )
@@ -35,7 +37,9 @@ from visionloop.parallel import map_parallel
 from visionloop.records import LABEL_SEPARATOR, Card, Prediction
 from visionloop.store import ObjectStore
 
-GOLDEN_TOLERANCE = 2e-2  # of a logit, relative to the largest one
+# What may run a model: a runtime and the precision of its graph. The first judges; the card says which may serve.
+FP32, INT8 = "onnxruntime fp32", "onnxruntime int8"
+ENGINES = (FP32, INT8, "openvino fp32", "openvino bf16", "openvino int8")
 CLOSE_PROBABILITY = 0.01
 BATCH_IMAGES, BATCH_BYTES = 64, 32 * 1024 * 1024
 # Images and pixels that an `Embedder` runs at a time: enough for all cores, and little memory.
@@ -77,16 +81,23 @@ def join_outputs(parts: Sequence[Outputs]) -> Outputs:
 class Predictor:
     """One loaded model. Thread-safe. Create it after a fork, not before."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, runtime: str = "onnxruntime") -> None:
-        """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError."""
+    def __init__(self, bundle: Bundle, *, threads: int = 0, engine: str = FP32) -> None:
+        """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError.
+
+        `engine` is one of ENGINES: a runtime and a precision. A graph in int8 is a file of its own.
+        """
         where = f"bundle {bundle.digest[:12]}"
         check_card(bundle.card, where)
-        model_bytes = (bundle.folder / "model.onnx").read_bytes()
+        runtime, _, precision = engine.partition(" ")
+        file = INT8_MODEL if precision == "int8" else MODEL
+        if not (bundle.folder / file).is_file():
+            raise BundleError(where, f"has no {file}", "the graph that is asked for")
+        model_bytes = (bundle.folder / file).read_bytes()
         if runtime == "openvino":
-            self._session: Any = _open_openvino(model_bytes, where, "fp32", threads)
+            self._session: Any = _open_openvino(model_bytes, where, "bf16" if precision == "bf16" else "fp32", threads)
         else:
             self._session = _open_session(model_bytes, where, threads)
-        self.bundle = bundle
+        self.bundle, self.engine = bundle, engine
         self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
     @classmethod
@@ -204,26 +215,28 @@ class Predictor:
         """Answer the golden images again and compare. Return the largest difference of a logit.
 
         It is relative to the largest golden logit, if that is above 1. An answer may change only where two are as good
-        as equal: where its probabilities stay within CLOSE_PROBABILITY.
+        as equal: where its probabilities stay within CLOSE_PROBABILITY. A graph in less than fp32 may be as far off as
+        the card says, and its answers may change within that.
 
         Raises:
             BundleError: it is above the tolerance, so this machine would give other answers than those judged.
         """
         golden_nk = self.bundle.golden_logits()
         logits_nk = self.run_batches(self.decode_golden(self.bundle.golden_images())).logits_nk
-        scale = max(1.0, float(np.abs(golden_nk).max()))
-        difference = float(np.abs(logits_nk - golden_nk).max()) / scale
+        difference = compute_difference(logits_nk, golden_nk)
         found = f"golden answers differ by {difference:.3g}"
         probs = [compute_probs(each_nk, self.card) for each_nk in (logits_nk, golden_nk)]
         same = np.equal(*(self.choose(probs_nk) for probs_nk in probs)).reshape(len(golden_nk), -1).all(axis=1)
-        changed = int((~same & (np.abs(probs[0] - probs[1]).max(axis=1) > CLOSE_PROBABILITY)).sum())
+        far_n = np.abs(probs[0] - probs[1]).max(axis=1) > CLOSE_PROBABILITY
+        changed = int((~same & far_n).sum()) if self.engine.endswith("fp32") else 0
+        tolerance = get_tolerance(self.card, self.engine)
         if changed:
             found = f"{found}, and {changed} of {len(golden_nk)} are other ones"
-        if changed or not difference <= GOLDEN_TOLERANCE:
+        if changed or not difference <= tolerance:
             raise BundleError(
                 f"bundle {self.digest[:12]}",
                 found,
-                f"at most {GOLDEN_TOLERANCE} of the largest logit, and the same answers",
+                f"at most {tolerance:.3g} of the largest logit, and the same answers",
                 "Do not serve it here: check the versions of onnxruntime and Pillow.",
             )
         return difference

@@ -139,6 +139,9 @@ class Card(Record):
     Logits become probabilities as logits / `temperature` + `biases` (by class; None: none). `abstain` says when the
     model does not know: below which `confidence`, beyond which `distance` to the `neighbours`-th nearest validation
     image; either may be None. `tuning` says what all this was fitted on and what it brought; None: nothing was tried.
+
+    `runtimes` are the engines that give the same answers often enough (`onnxruntime fp32`; in older cards without the
+    precision). `engines` says of each other one that was tried what was found; None: none was.
     """
 
     name: str
@@ -159,6 +162,7 @@ class Card(Record):
     biases: dict[str, float] | None = None
     abstain: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    engines: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,11 @@ class Decision(Record):
 
 @dataclass(frozen=True)
 class LedgerEntry(Record):
-    """One promotion (or rollback). The highest entry of a name is its champion."""
+    """One promotion (or rollback). The highest entry of a name is its champion.
+
+    `runtimes` are the engines that `evaluate` approved for the bundle, beside ONNX Runtime in fp32; none in entries
+    from before they were noted.
+    """
 
     name: str
     number: int
@@ -275,6 +283,7 @@ class LedgerEntry(Record):
     by: str
     why: str
     at: str
+    runtimes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,9 @@ def describe_champion(entry: "LedgerEntry") -> str:
     """Tell who is the champion after a promotion or a rollback."""
     again = " again" if entry.action == "rollback" else ""
     bundle, version = entry.bundle[:12], entry.model_version
-    return f"champion of {entry.name} is bundle {bundle}{again}, model version {version}, ledger entry {entry.number}"
+    more = f"; also approved: {', '.join(entry.runtimes)}" if entry.runtimes else ""
+    found = f"bundle {bundle}{again}, model version {version}, ledger entry {entry.number}{more}"
+    return f"champion of {entry.name} is {found}"
 
 
 def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: bool = False) -> NotPromoted:

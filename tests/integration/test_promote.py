@@ -88,6 +88,24 @@ def test_promotion_writes_the_ledger_and_the_alias_follows(desk):
     assert compare_alias(desk.place) == ("1", "1")
 
 
+def test_the_ledger_keeps_which_engines_were_approved_also_in_a_rollback(desk):
+    reports = desk.world.settings.reports_dir
+    reports.mkdir(exist_ok=True)
+    rows = [{"runtime": name, "approved": name != "openvino int8"} for name in ("onnxruntime int8", "openvino int8")]
+    digests = []
+    for seed in (GOOD, POOR):
+        digests.append(desk.judge(seed))
+        (reports / "intervals.json").write_text(json.dumps({"bundle": digests[0], "runtimes": rows}))
+        register(desk.place)
+        desk.promote()
+    first, second = read_history(desk.store, "fake")
+    assert first.runtimes == ("onnxruntime int8",)
+    assert second.runtimes == (), "the report is about another bundle"
+    back = desk.rollback()
+    assert (back.bundle, back.runtimes) == (digests[0], ("onnxruntime int8",))
+    assert read_champion(desk.store, "fake") == back
+
+
 def test_promoting_the_champion_again_returns_its_entry_and_mends_the_alias(desk):
     desk.crown(GOOD)
     desk.tracking.champion = "7"

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +62,20 @@ def make_bundle(
     size_hw: tuple[int, int] = (32, 32),
     seed: int = 0,
     task: str | None = None,
+    engines: Sequence[str] = (),
 ) -> str:
     """Write a whole, sealed bundle into `folder` and return its digest.
 
     Its network pools the pixels on a coarse grid (the embedding) and puts one linear layer on top (the logits).
-    Without a task two classes make a binary model with threshold 0.5, more of them a multiclass one.
+    Without a task two classes make a binary model with threshold 0.5, more of them a multiclass one. The card approves
+    of `engines`, and with any there is a second graph, which is not in int8 at all.
     """
     (folder / "golden").mkdir(parents=True)
     embedding_size = _write_model(folder / "model.onnx", len(classes), size_hw, seed)
     card = make_card(tuple(classes), size_hw, seed, task)
+    if engines:
+        card = replace(card, runtimes=tuple(engines))
+        shutil.copyfile(folder / "model.onnx", folder / "model.int8.onnx")
     (folder / "card.json").write_bytes(canonical_json(card.to_json()))
     reference = np.random.default_rng(seed).random((8, embedding_size), dtype=np.float32)
     hashes = np.array([f"{seed:032x}{i:032x}" for i in range(len(reference))], "S64")

@@ -34,7 +34,7 @@ run_server(
     host="127.0.0.1",
     port=0,
     bundle=bundle or None,
-    on_ready=lambda url: print(url, flush=True),
+    on_ready=lambda url, engine: print(url, flush=True),
 )
 print("returned")
 """

@@ -11,12 +11,14 @@ import onnx
 import pytest
 from PIL import Image
 
+import visionloop.confidence
 import visionloop.predictor
 from fakes import make_bundle, make_card, make_image
-from visionloop.bundle import load_bundle, seal_bundle
-from visionloop.confidence import sigmoid, softmax
+from visionloop.bundle import Bundle, load_bundle, seal_bundle
+from visionloop.confidence import get_tolerance, sigmoid, softmax
 from visionloop.errors import BundleError, ImageError
 from visionloop.predictor import (
+    INT8,
     Outputs,
     Predictor,
     check_card,
@@ -153,7 +155,7 @@ def test_golden_answers_are_compared_relative_to_the_largest_logit(tmp_path: Pat
 
 def test_a_golden_answer_that_is_another_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = spoil_golden(tmp_path / "a", lambda logits_nk: np.concatenate([logits_nk[:1, ::-1], logits_nk[1:]]))
-    monkeypatch.setattr(visionloop.predictor, "GOLDEN_TOLERANCE", 1.0)
+    monkeypatch.setattr(visionloop.confidence, "GOLDEN_TOLERANCE", 1.0)
     assert predictor.bundle.golden_logits()[0].argmax() == 0
     with pytest.raises(
         BundleError, match=r"golden answers differ by 0\.5\d+, and 1 of 4 are other ones; .*the same answers"
@@ -196,3 +198,38 @@ def test_what_a_raised_limit_let_in_is_golden_and_answered(tmp_path: Path) -> No
 def test_a_card_of_before_there_was_a_limit_has_the_usual_one() -> None:
     old = {key: value for key, value in make_card().to_json().items() if key != "max_pixels"}
     assert Card.from_json(old).max_pixels == 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [(0.0, False), (0.06, True), (0.04, False), (1e9, True), (float("nan"), False), ("0.06", False), (None, False)],
+)
+def test_a_graph_in_int8_may_be_as_far_off_as_the_card_says(tmp_path: Path, said: object, passes: bool) -> None:
+    """The network is the same here, so the golden logits are moved: by a twentieth of the largest one."""
+    folder = tmp_path / "b"
+    make_bundle(folder, engines=[INT8])
+    path = folder / "golden" / "answers.json"
+    answers = json.loads(path.read_text())
+    logits_nk = np.array(answers["logits"])
+    moved = (logits_nk - 0.05 * max(1.0, np.abs(logits_nk).max())).tolist()
+    path.write_text(json.dumps({**answers, "logits": moved}))
+    card = replace(make_card(), runtimes=(INT8,), engines={INT8: {"tolerance": said}})
+    bundle = Bundle(folder, "d" * 64, card, {})
+    if passes:
+        assert Predictor(bundle, threads=1, engine=INT8).check_golden() == pytest.approx(0.05, abs=5e-3)
+    else:
+        with pytest.raises(BundleError, match=r"golden answers differ by 0\.0"):
+            Predictor(bundle, threads=1, engine=INT8).check_golden()
+    with pytest.raises(BundleError, match=r"expected at most 0\.02 of the largest logit"):
+        Predictor(bundle, threads=1).check_golden()
+
+
+def test_no_card_lets_int8_be_anything(tmp_path: Path) -> None:
+    for engines, tolerance in (({INT8: {"tolerance": 1e9}}, 0.5), ([1], 0.02), ({INT8: 1}, 0.02), (None, 0.02)):
+        assert get_tolerance(replace(make_card(), engines=engines), INT8) == tolerance
+
+
+def test_a_graph_that_is_not_there_is_said(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"has no model\.int8\.onnx; expected the graph that is asked for"):
+        Predictor(load_bundle(tmp_path / "b"), engine=INT8)

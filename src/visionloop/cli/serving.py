@@ -14,10 +14,13 @@ from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.predict import FilePrediction
+    from visionloop.predictor import Predictor
+    from visionloop.workspace import Workspace
 
 BAR_CHARS = 20
 SHOWN_OF_TABLE = 20
 FEW = 8
+MANY = 500  # images for which the fastest engine is worth looking for
 ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
 
 
@@ -39,6 +42,8 @@ def predict(
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
 
+    From 500 images on by the fastest engine that is approved for the model, as the server; `serve.runtime` says so.
+
     Examples:
 
       visionloop predict photo.jpg
@@ -56,13 +61,12 @@ def predict(
     from visionloop.cli.pictures import require_png, write_picture
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
-    from visionloop.promotion.models import load_champion, load_model
 
     workspace = open_workspace()
     table = Table.plan(out, format)
     require_png(sheet, "--sheet")
     files = find_images(paths)
-    predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    predictor = _open_predictor(workspace, bundle, len(files))
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     top = top or (3 if len(files) <= FEW else 1)
     width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
@@ -82,6 +86,18 @@ def predict(
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
+
+
+def _open_predictor(workspace: "Workspace", bundle: str | None, num_files: int) -> "Predictor":
+    """Open the champion, or the model of an address; for many files in the fastest engine, and say which that is."""
+    from visionloop.engines import make_opener
+    from visionloop.promotion.models import load_approved_model, load_champion, load_model
+
+    if num_files < MANY:
+        return load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
+    opened = load_approved_model(bundle, workspace, make_opener(workspace, print))
+    print(f"answers by {opened.why}")
+    return opened.predictor
 
 
 def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: int) -> tuple[Counter[str], str | None]:
@@ -229,7 +245,9 @@ def serve(
         port=port,
         bundle=bundle,
         is_trial=trial,
-        on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
+        on_ready=lambda url, engine: print(
+            f"serving {workspace.name} on {url} (docs: {url}/docs) by {engine}; Ctrl-C stops", flush=True
+        ),
     )
 
 

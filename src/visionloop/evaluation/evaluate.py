@@ -169,13 +169,14 @@ def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progres
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
     records = prepared.load_records(rows_n)
     runtimes = open_runtimes(predictor)
+    theirs: list[list[FloatArray]] = [[] for _ in runtimes]
     outputs, measures = [], []
     for start in range(0, len(rows_n), size):
         images_nhwc = prepared.read(rows_n[start : start + size])
         outputs.append(predictor.run(images_nhwc))
         measures.append(measure_images(images_nhwc))
-        for runtime in runtimes:
-            runtime.compare(images_nhwc, outputs[-1], predictor)
+        for runtime, parts in zip(runtimes, theirs, strict=True):
+            parts.extend(runtime.compare(images_nhwc, outputs[-1], predictor))
         on_progress(min(start + size, len(rows_n)), len(rows_n))
     probs_nk = np.concatenate([part.probs_nk for part in outputs])
     answers = Answers(
@@ -186,6 +187,9 @@ def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progres
         code_keys([record.key for record in records]),
         None if predictor.card.abstain is None else np.concatenate([part.abstained_n for part in outputs]),
     )
+    for runtime, parts in zip(runtimes, theirs, strict=True):
+        if parts:
+            runtime.judge(np.concatenate(parts), probs_nk, answers.labels, prepared.classes)
     joined = {name: np.concatenate([part[name] for part in measures]) for name in ("brightness", "sharpness")}
     return _Seen(rows_n, answers, records, np.concatenate([part.embedding_nd for part in outputs]), joined, runtimes)
 

@@ -195,11 +195,12 @@ def _make_comparisons(judged: Judged) -> Iterator[str]:
         yield "<h2>Runtimes</h2>"
         rows = [
             f"<td>{escape(r.name)}</td><td>{r.difference:.0e}</td><td>{r.num_changed:,}</td>"
+            f"<td>{'&ndash;' if r.rise is None else f'{r.rise:+.3f}'}</td>"
             f"<td>{'approved' if r.is_approved else 'not approved' if r.predictor else 'does not load'}</td>"
             for r in judged.runtimes
         ]
-        head = "<th>runtime</th><th>largest difference of a probability</th><th>other answers</th><th></th>"
-        yield _make_table(head, rows)
+        head = "<th>runtime</th><th>largest difference of a probability</th><th>other answers</th>"
+        yield _make_table(f"{head}<th>log loss</th><th></th>", rows)
 
 
 def _describe_gain(gain: Interval) -> str:

@@ -147,6 +147,8 @@ class Serve(Section):
     `log`: whether answers are written down, every `log_flush_s`, with the `log_top_k` likeliest classes and for the
     share `log_embeddings` of them the embedding; for `log_days` days (null: for ever). `keep_images`: which images are
     kept too. `feedback_per_minute`: of each client.
+    `threads` of the network; 0: the cores that the process may use, by affinity and cgroup. `runtime: auto`: the
+    fastest engine that is approved for the model, or `onnxruntime` in fp32.
     """
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
@@ -172,6 +174,8 @@ class Serve(Section):
     log_days: int | None = Field(default=90, ge=1, le=36_500)
     keep_images: Literal["none"] | KeepImages = "none"
     feedback_per_minute: int = Field(default=600, ge=1, le=1_000_000)
+    threads: int = Field(default=0, ge=0, le=1024)
+    runtime: Literal["auto", "onnxruntime"] = "auto"
 
 
 class Schedule(Section):

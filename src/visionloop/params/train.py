@@ -22,7 +22,7 @@ from visionloop.params.section import Section, to_tuple
 
 # They change what a result is compared by, or check it only.
 NOT_TUNED = frozenset(
-    {"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing", "threshold", "abstain"}
+    {"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing", "threshold", "abstain", "export"}
 )
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
@@ -180,6 +180,21 @@ class Abstain(Section):
         return self
 
 
+class Export(Section):
+    """The second graph, in int8. `auto`: for images of 64 x 64 and more; smaller ones take longer to be read than to
+    be classified. `most_changed`: the largest share of other answers, by its upper 95 % bound; else there is none.
+    """
+
+    int8: Literal["auto", "on", "off"] = "auto"
+    most_changed: float = Field(default=0.01, gt=0, lt=1)
+
+    @field_validator("int8", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `on` or `off` as true or false."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 class Train(Section):
     """The network and how it learns.
 
@@ -226,6 +241,7 @@ class Train(Section):
     neighbours: Neighbours = Neighbours()
     threshold: Threshold = Threshold(at=0.5)
     abstain: Abstain | None = None
+    export: Export = Export()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+from visionloop.bundle import INT8_MODEL, MODEL
 from visionloop.errors import DiskError
 from visionloop.predictor import Predictor
 
@@ -22,7 +23,7 @@ python predict.py --check
 | file | holds |
 |---|---|
 | `model.onnx` | the network, with scaling and normalisation inside |
-| `card.json` | input size, how an image is resized (`{resize}`), temperature, thresholds, where the model comes from |
+{int8}| `card.json` | input size, how an image is resized (`{resize}`), temperature, thresholds, origin |
 | `labels.txt` | the classes, one a line, in the order of the logits |
 | `predict.py` | a short program that shows how to use them; it needs nothing of visionloop |
 | `examples/` | a few images, and the probabilities that the model gives them |
@@ -31,6 +32,10 @@ The graph takes `images`, uint8, n x {height} x {width} x 3, RGB, and gives `log
 
 Bundle {digest}. Trained on dataset {dataset} version {version}. {licence}
 """
+
+INT8_ROW = (
+    "| `model.int8.onnx` | the same network in int8: faster on a CPU; `card.json` says how far its answers go |\n"
+)
 
 
 def write_handout(predictor: Predictor, folder: Path) -> list[str]:
@@ -59,7 +64,7 @@ def write_handout(predictor: Predictor, folder: Path) -> list[str]:
 
 def _fill(predictor: Predictor, folder: Path) -> None:
     bundle, card = predictor.bundle, predictor.card
-    for name in ("model.onnx", "card.json"):
+    for name in [MODEL, *[INT8_MODEL] * (bundle.folder / INT8_MODEL).is_file(), "card.json"]:
         shutil.copyfile(bundle.folder / name, folder / name)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in card.classes), encoding="utf-8")
     program = files("visionloop.promotion").joinpath("standalone.py").read_text(encoding="utf-8")
@@ -92,5 +97,6 @@ def _describe(predictor: Predictor) -> str:
         digest=predictor.digest,
         dataset=card.dataset.get("name", card.name),
         version=card.dataset.get("version", "unknown"),
+        int8=INT8_ROW if (predictor.bundle.folder / INT8_MODEL).is_file() else "",
         licence=f"It started from weights under {licence}." if licence else "",
     )

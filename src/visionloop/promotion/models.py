@@ -3,10 +3,11 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionloop.data.known_store import check_store
+from visionloop.engines import Open, Opened
 from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
@@ -47,6 +48,22 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
         found = "is a file" if folder.is_file() and text else "does not exist"
         raise BundleError(f"model {text!r}", found, ADDRESSES, "Check it; a path is relative to the current folder.")
     return Predictor.load(folder)
+
+
+def load_approved_model(address: str | os.PathLike[str] | None, workspace: Workspace, open_bundle: Open) -> Opened:
+    """Open the model of an address (None: the champion) in an engine that is approved for it, by way of `open_bundle`.
+
+    By its card; what stands in a ledger by its entry too. Raises as `load_model`.
+    """
+    text = f"{workspace.name}@champion" if address is None else os.fspath(address)
+    predictor = load_model(text, lambda: workspace)
+    bundle, found = predictor.bundle, _PROMOTED.fullmatch(text)
+    if not bundle.folder.is_dir():
+        return Opened(predictor, f"{predictor.engine}: it is not on this machine")
+    approved: Sequence[str] = bundle.card.runtimes
+    if found and not Path(text).is_dir():
+        approved = require_entry(workspace.store, found[1], None if found[2] == "champion" else int(found[2])).runtimes
+    return open_bundle(bundle, approved)
 
 
 def load_champion(workspace: Workspace, name: str | None = None, number: int | None = None) -> Predictor:

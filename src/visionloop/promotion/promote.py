@@ -10,6 +10,7 @@ from visionloop.bundle import DIGESTS, download_bundle, load_bundle, load_run_no
 from visionloop.data.known_store import check_store, remember_entry
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.errors import NotPromoted, PromotionError, TrackingError, shorten
+from visionloop.evaluation.runtimes import load_approved
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import (
     append_entry,
@@ -106,6 +107,7 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
         by=by,
         why=why,
         at=now,
+        runtimes=load_approved(workspace.settings.reports_dir, digest) or (),
     )
     remember_entry(workspace)
     mirror_alias(workspace)
@@ -141,6 +143,7 @@ def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: st
         by=by,
         why=why,
         at=now,
+        runtimes=target.runtimes,
     )
     remember_entry(workspace)
     try:

@@ -61,11 +61,12 @@ def make_app(
     *,
     log: PredictionLog | None = None,
     book: FeedbackBook | None = None,
+    decoders: int = 0,
 ) -> FastAPI:
     """Build the application. The model in `slot` may change, or be missing, at any time.
 
     `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none. With a `log`
-    answers are written down; a `book` takes feedback on them.
+    answers are written down; a `book` takes feedback on them. `decoders`: of the batcher.
     """
     limits, access = limits or Limits(), access or Access()
     meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem)
@@ -74,6 +75,7 @@ def make_app(
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
         cache_bytes=limits.cache_bytes,
+        decoders=decoders,
         on_batch=meters.count_batch,
         measure=log.measure if log else lambda image_hwc: None,
     )
@@ -251,7 +253,8 @@ def _add_state(app: FastAPI, slot: ModelSlot, meters: Meters, is_stuck: Callable
         model = _require_model(slot)
         known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
-        return {**_name_model(model), "entry": model.entry, "problem": slot.problem, **card}
+        runtime = {"engine": model.predictor.engine, "why": model.why}
+        return {**_name_model(model), "entry": model.entry, "problem": slot.problem, "runtime": runtime, **card}
 
     @app.get("/metrics", response_class=Response, responses=REFUSED, summary="Figures for Prometheus")
     async def metrics() -> Response:

@@ -94,6 +94,7 @@ class Batcher:
         max_wait_s: float = 0.004,
         max_batch_s: float = 0.1,
         cache_bytes: int = 0,
+        decoders: int = 0,
         on_batch: Callable[[int], None] = lambda size: None,
         measure: Callable[[UInt8Array], Mapping[str, float] | None] = lambda image_hwc: None,
     ) -> None:
@@ -102,13 +103,14 @@ class Batcher:
         `measure` is called with each decoded image, in a thread; what it returns is the answer's `quality`.
 
         A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
-        clients late, and are hardly faster for an image.
+        clients late, and are hardly faster for an image. `decoders`: how many threads decode; 0: all cores but one.
         """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch, self._measure_image = on_batch, measure
         self._max_batch_s = max_batch_s
         self.patience = Patience()
         self.cache = AnswerCache(cache_bytes)
+        self._num_decoders = decoders
         self._ready: deque[_Waiting] = deque()
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
         self._finished_at = 0.0
@@ -136,7 +138,7 @@ class Batcher:
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        self._decoders = Decoders(self._may_decode, self._changed.set)
+        self._decoders = Decoders(self._may_decode, self._changed.set, decoders=self._num_decoders)
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())
         self._closed = False

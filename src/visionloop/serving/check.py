@@ -19,6 +19,7 @@ from typing import Any
 from visionloop.errors import ServingError
 from visionloop.lifetime import stop_process
 from visionloop.pipeline import make_stage_environment
+from visionloop.predictor import Predictor
 from visionloop.promotion.models import load_model
 from visionloop.records import Prediction
 from visionloop.workspace import Workspace
@@ -32,8 +33,8 @@ WHERE = "server, tried before it is needed"
 def check_serving(workspace: Workspace, address: str, *, limit_s: float = LIMIT_S) -> int:
     """Serve a model in a process of its own and ask it about its golden images; return how many it answered.
 
-    The answers must be those that the bundle gives here, which must be its golden ones. An image above the limits of
-    the section `serve` is left out, if there are others.
+    The answers must be those that the bundle gives here in the engine that the server chose, which must be its golden
+    ones. An image above the limits of the section `serve` is left out, if there are others.
 
     Raises:
         ServingError: the server does not start or answer in time, or answers differently.
@@ -42,11 +43,15 @@ def check_serving(workspace: Workspace, address: str, *, limit_s: float = LIMIT_
     address = str(Path(address).resolve()) if Path(address).is_dir() else address
     predictor = load_model(address, lambda: workspace)
     images = predictor.bundle.golden_images()
-    expected = predictor.answer(predictor.run_batches(predictor.decode_golden(images)))
     answered, refused = 0, ""
     with run_own_server(workspace.settings.home, ["--bundle", address], limit_s=limit_s) as url:
+        engine = _ask(url, "GET", "/model").get("runtime", {}).get("engine")
+        if engine != predictor.engine:
+            predictor = Predictor(predictor.bundle, engine=str(engine))
+            predictor.check_golden()
+        expected = predictor.answer(predictor.run_batches(predictor.decode_golden(images)))
         for number, (data, want) in enumerate(zip(images, expected, strict=True)):
-            body = _ask(url, data)
+            body = _ask(url, "POST", "/predict", data)
             if error := body.get("error"):
                 refused = f"golden image {number} is refused: {error.get('message', error)}"
                 if error.get("code") not in OVER_LIMITS:
@@ -100,11 +105,11 @@ def _wait_for_url(process: "subprocess.Popen[str]", limit_s: float) -> str:
     raise ServingError(WHERE, f"did not start{over} ({last[:300]})", "a server that listens")
 
 
-def _ask(url: str, data: bytes) -> Mapping[str, Any]:
+def _ask(url: str, method: str, path: str, data: bytes | None = None) -> Mapping[str, Any]:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=ANSWER_S)
     try:
         with contextlib.closing(connection):
-            connection.request("POST", "/predict", data)
+            connection.request(method, path, data)
             body = json.loads(connection.getresponse().read())
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise ServingError(WHERE, f"did not answer ({str(exc) or type(exc).__name__})", "an answer in time") from exc

@@ -4,7 +4,6 @@ What an image costs follows from the size in its header. All methods belong to o
 """
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from visionloop.data.encoded import estimate_bytes
+from visionloop.parallel import count_cores
 
 STANDING_S = 0.1  # a queue stands when its oldest image has waited so long
 MAX_DECODERS = 8
@@ -66,10 +66,15 @@ class _Lane:
 class Decoders:
     """Threads that decode. Make it inside the event loop that uses it."""
 
-    def __init__(self, has_room: Callable[[int], bool], on_end: Callable[[], None] = lambda: None) -> None:
-        """`has_room` says whether one more may be decoded while so many are; `on_end` is called after each."""
-        # One core is left for the network and the event loop: with decoding on all cores the server is slower.
-        cores = max(1, min((os.cpu_count() or 1) - 1, MAX_DECODERS))
+    def __init__(
+        self, has_room: Callable[[int], bool], on_end: Callable[[], None] = lambda: None, *, decoders: int = 0
+    ) -> None:
+        """`has_room` says whether one more may be decoded while so many are; `on_end` is called after each.
+
+        `decoders`: how many threads decode; 0: all cores but one.
+        """
+        # One core is left for the network and the event loop: mostly, with decoding on all cores the server is slower.
+        cores = max(1, min(decoders or count_cores() - 1, MAX_DECODERS))
         self._has_room, self._on_end = has_room, on_end
         self._cheap, self._dear = _Lane(cores), _Lane(max(1, cores - 1))
         self._num_threads = max(2, cores)

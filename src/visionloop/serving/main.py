@@ -21,10 +21,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from visionloop.data.known_store import check_store
+from visionloop.engines import Open, make_opener
 from visionloop.errors import ServingError
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
-from visionloop.promotion.models import load_model
+from visionloop.promotion.models import load_approved_model
 from visionloop.records import LedgerEntry
 from visionloop.serving.access import LOOPBACK_HOSTS, Access
 from visionloop.serving.app import make_app
@@ -53,13 +54,13 @@ def run_server(
     port: int,
     bundle: str | Path | None = None,
     is_trial: bool = False,
-    on_ready: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[str, str], None] = lambda url, engine: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
     Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
-    any free port; `on_ready` is called with the address. A trial is for one asker on this machine: it has no keys, no
-    rate, no second port and no prediction log. Configures logging.
+    any free port; `on_ready` is called with the address and the engine that answers. A trial is for one asker on this
+    machine: it has no keys, no rate, no second port and no prediction log. Configures logging.
 
     Raises:
         ServingError: a port cannot be had, or there is no champion. SettingsError: the file of keys is damaged.
@@ -73,18 +74,29 @@ def run_server(
         access = Access() if is_trial else make_access(serve, Keys(workspace.settings.keys_path), socks[0])
         slot = ModelSlot()
         follower = None
+        open_model = make_opener(workspace, log.warning)
         if bundle is not None:
-            slot.current = ServedModel(load_model(bundle, lambda: workspace))
+            opened = load_approved_model(bundle, workspace, open_model)
+            slot.current = ServedModel(opened.predictor, why=opened.why, decoders=opened.decoders)
         else:
-            follower = _make_follower(workspace, slot)
+            follower = _make_follower(workspace, slot, open_model)
             follower.load_first()
             follower.start()
         try:
             look_now = follower.look_now if follower else None
+            model = cast(ServedModel, slot.current)
             with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
-                app = make_app(slot, make_limits(serve), access, look_now, log=prediction_log, book=book)
+                app = make_app(
+                    slot,
+                    make_limits(serve),
+                    access,
+                    look_now,
+                    log=prediction_log,
+                    book=book,
+                    decoders=model.decoders,
+                )
                 url = _make_url(host, socks[0])
-                _Server(app, serve, slot, lambda: on_ready(url)).run(socks)
+                _Server(app, serve, slot, lambda: on_ready(url, model.why)).run(socks)
         finally:
             if follower:
                 follower.stop()
@@ -177,7 +189,7 @@ class _Server(uvicorn.Server):
             yield
 
 
-def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
+def _make_follower(workspace: Workspace, slot: ModelSlot, open_model: Open) -> ChampionFollower:
     store = open_store(workspace.settings.store_url)
 
     def find_champion() -> LedgerEntry | None:
@@ -191,6 +203,7 @@ def _make_follower(workspace: Workspace, slot: ModelSlot) -> ChampionFollower:
         cache_dir=workspace.settings.hidden_dir / "serving",
         poll_s=workspace.params.serve.poll_s,
         check=lambda: check_store(workspace),
+        open_model=open_model,
     )
 
 

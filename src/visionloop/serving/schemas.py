@@ -151,13 +151,21 @@ class ReadyAnswer(BaseModel):
     problem: str | None
 
 
+class EngineAnswer(BaseModel):
+    """The engine that answers, a runtime and a precision as `onnxruntime int8`; and the figures it was chosen by."""
+
+    engine: str
+    why: str
+
+
 class ModelAnswer(ModelName):
     """The model that answers now, and where it came from.
 
     `task` is binary, multiclass or multilabel. `threshold` is of binary (null otherwise): the probability of the second
     class from which it is the answer. `thresholds` are of multilabel (null otherwise): by class, the probability from
     which a label is given. `abstain` is the rule of when it does not know (null: it always answers): below which
-    `confidence`, beyond which `distance` to the `neighbours`-th nearest validation image.
+    `confidence`, beyond which `distance` to the `neighbours`-th nearest validation image. `runtime` says which engine
+    answers, and why that one.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -172,6 +180,7 @@ class ModelAnswer(ModelName):
     abstain: dict[str, Any] | None
     dataset: dict[str, Any]
     problem: str | None
+    runtime: EngineAnswer
 
 
 class Neighbour(BaseModel):

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from visionloop.bundle import download_bundle, load_bundle
+from visionloop.engines import Open, open_plainly
 from visionloop.errors import ServingError, StoreError, VisionLoopError
-from visionloop.predictor import Predictor
+from visionloop.predictor import FP32, Predictor
 from visionloop.records import LedgerEntry
 from visionloop.store import ObjectStore
 
@@ -30,13 +32,16 @@ log = logging.getLogger(__name__)
 class ServedModel:
     """A loaded model. What the ledger says of it is None for a bundle that is served from a path.
 
-    `entry` is the number in the ledger, `promoted_at` the time of that, ISO 8601.
+    `entry` is the number in the ledger, `promoted_at` the time of that, ISO 8601. `why` says which engine answers, and
+    how fast it and the others are here; `decoders` how many threads had better decode beside it (0: as ever).
     """
 
     predictor: Predictor
     version: str | None = None
     entry: int | None = None
     promoted_at: str | None = None
+    why: str = FP32
+    decoders: int = 0
 
     @property
     def name(self) -> str:
@@ -78,10 +83,15 @@ class ChampionFollower:
         poll_s: float,
         retry_s: float = 60.0,
         check: Callable[[], None] = lambda: None,
+        open_model: Open = open_plainly,
     ) -> None:
-        """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once."""
+        """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once.
+
+        `open_model` opens a checked bundle, in an engine that its ledger entry approves.
+        """
         self.slot, self._name = slot, name
         self._check, self._is_checked = check, False
+        self._open_model = open_model
         self._find_champion = find_champion
         self._store = store
         self._cache_dir = cache_dir
@@ -169,7 +179,7 @@ class ChampionFollower:
 
     def _swap(self, entry: LedgerEntry) -> None:
         current = self.slot.current
-        if current and current.digest == entry.bundle:
+        if current and current.digest == entry.bundle and current.predictor.engine in (FP32, *entry.runtimes):
             self.slot.current = replace(current, version=entry.model_version, entry=entry.number, promoted_at=entry.at)
         else:
             self.slot.current = self._load(entry)
@@ -179,8 +189,9 @@ class ChampionFollower:
         log.info("serving entry %d, version %s, bundle %s", entry.number, entry.model_version, entry.bundle[:12])
 
     def _load(self, entry: LedgerEntry) -> ServedModel:
-        predictor = Predictor.fetch(self._store, entry.bundle, self._cache_dir)
-        return ServedModel(predictor, entry.model_version, entry.number, entry.at)
+        bundle = download_bundle(self._store, entry.bundle, self._cache_dir)
+        opened = self._open_model(bundle, entry.runtimes)
+        return ServedModel(opened.predictor, entry.model_version, entry.number, entry.at, opened.why, opened.decoders)
 
     def _load_last(self, why: StoreError) -> ServedModel:
         """Load what was served last, its bytes checked again. Raises `why` if there is nothing whole."""
@@ -189,8 +200,11 @@ class ChampionFollower:
             if last["name"] != self._name:
                 raise ValueError(f"the last one was of {last['name']}")
             folder = self._cache_dir / str(last["bundles"][0])
-            predictor = Predictor.load(folder, expected_digest=folder.name)
-            return ServedModel(predictor, last["version"], int(last["entry"]), last.get("at"))
+            bundle = load_bundle(folder, expected_digest=folder.name)
+            opened = self._open_model(bundle, [str(name) for name in last.get("runtimes", [])])
+            return ServedModel(
+                opened.predictor, last["version"], int(last["entry"]), last.get("at"), opened.why, opened.decoders
+            )
         except (OSError, ValueError, KeyError, TypeError, IndexError, VisionLoopError) as exc:
             log.info("no model was served before: %s", exc)
             raise why from exc
@@ -206,7 +220,7 @@ class ChampionFollower:
         try:
             staged = path.with_name(f".{LAST}-{os.getpid()}")
             last = {"name": self._name, "entry": entry.number, "version": entry.model_version, "at": entry.at}
-            last["bundles"] = bundles
+            last |= {"bundles": bundles, "runtimes": list(entry.runtimes)}
             staged.write_text(json.dumps(last), "utf-8")
             staged.replace(path)
             for folder in self._cache_dir.iterdir():

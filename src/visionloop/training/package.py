@@ -25,8 +25,9 @@ from visionloop.networks.export import EmbeddingNetwork, compute_torch_logits, e
 from visionloop.networks.heads import NeighbourHead, find_steady
 from visionloop.networks.weights import describe_network
 from visionloop.params import WAYS_ON_EMBEDDINGS, Params
-from visionloop.predictor import FloatArray, Outputs, Predictor, choose_batch_size, join_outputs
+from visionloop.predictor import FP32, FloatArray, Outputs, Predictor, choose_batch_size, join_outputs
 from visionloop.records import Card, canonical_json
+from visionloop.training.engines import approve_engines
 from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
 
@@ -59,8 +60,9 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     steady = _find_steady(classifier, outputs.embedding_nd, rows)
     card = replace(card, parity=_check_parity(classifier, predictor, prepared.read(steady[:NUM_PARITY])))
     card = _tune(card, job, outputs, rows)
-    (folder / "card.json").write_bytes(json.dumps(card.to_json(), indent=2, sort_keys=True).encode() + b"\n")
     _write_golden(folder / "golden", predictor, job, steady)
+    card = approve_engines(job, Bundle(folder=folder, digest="unsealed", card=card, files={}))
+    (folder / "card.json").write_bytes(json.dumps(card.to_json(), indent=2, sort_keys=True).encode() + b"\n")
     digest = seal_bundle(folder)
     Predictor.load(folder)
     return digest
@@ -187,7 +189,7 @@ def _make_card(params: Params, prepared: Prepared, network: dict[str, Any]) -> C
         resize=prepared.resize,
         temperature=1.0,
         threshold=threshold if prepared.task == "binary" else None,
-        runtimes=("onnxruntime",),
+        runtimes=(FP32,),
         dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         params={"train": params.train.model_dump(mode="json"), "prepare": params.prepare.model_dump(mode="json")},
         network={"backbone": params.train.network_name, **network},

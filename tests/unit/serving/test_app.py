@@ -166,6 +166,7 @@ def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient,
         "abstain": None,
         "dataset": {"name": "fake", "version": 1, "digest": "0" * 64},
         "problem": slot.problem,
+        "runtime": {"engine": "onnxruntime fp32", "why": "onnxruntime fp32"},
     }
 
 

@@ -1,12 +1,15 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fakes import make_bundle, make_image
-from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
+from visionloop.bundle import Bundle, load_bundle, seal_bundle, upload_bundle
+from visionloop.engines import Open, Opened, open_plainly
 from visionloop.errors import BundleError, ServingError, StoreError
+from visionloop.predictor import FP32, INT8, Predictor
 from visionloop.records import LedgerEntry
 from visionloop.serving.swap import ChampionFollower, ModelSlot
 from visionloop.store import LocalStore
@@ -32,9 +35,9 @@ def make_entry(number: int, digest: str) -> LedgerEntry:
 class World:
     """A store with two bundles, a ledger that the test writes by assignment, and a follower of both."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, engines: Sequence[str] = (), open_model: Open = open_plainly) -> None:
         self.store = LocalStore(folder / "store")
-        self.digests = [self._add(folder / f"bundle-{seed}", seed) for seed in (1, 2)]
+        self.digests = [self._add(folder / f"bundle-{seed}", seed, engines) for seed in (1, 2)]
         self.entry: LedgerEntry | None = make_entry(1, self.digests[0])
         self.error: Exception | None = None
         self.slot = ModelSlot()
@@ -46,6 +49,7 @@ class World:
             cache_dir=folder / "cache",
             poll_s=0.01,
             retry_s=60,
+            open_model=open_model,
         )
 
     def find_champion(self) -> LedgerEntry | None:
@@ -57,8 +61,8 @@ class World:
         assert self.slot.current
         return self.slot.current.entry, self.slot.current.version, self.slot.current.digest
 
-    def _add(self, folder: Path, seed: int) -> str:
-        make_bundle(folder, seed=seed)
+    def _add(self, folder: Path, seed: int, engines: Sequence[str]) -> str:
+        make_bundle(folder, seed=seed, engines=engines)
         (folder / "weights.safetensors").write_bytes(b"large")
         digest = seal_bundle(folder)
         upload_bundle(self.store, load_bundle(folder))
@@ -135,6 +139,34 @@ def test_a_spoilt_bundle_keeps_the_old_model_and_is_told_once(world: World, capl
     world.follower.poll_once(121)
     assert world.served() == (2, "20", world.digests[1])
     assert world.slot.problem is None
+
+
+def test_what_a_ledger_entry_approves_is_asked_for_and_known_without_the_store(tmp_path: Path) -> None:
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def open_model(bundle: Bundle, allowed: Sequence[str]) -> Opened:
+        asked.append((bundle.digest, tuple(allowed)))
+        engine = INT8 if INT8 in allowed else FP32
+        return Opened(Predictor(bundle, threads=1, engine=engine), why=f"by {engine}")
+
+    world = World(tmp_path, engines=[FP32, INT8], open_model=open_model)
+    first, second = world.digests
+    world.entry = replace(make_entry(1, first), runtimes=(INT8,))
+    world.follower.load_first()
+    assert world.slot.current and world.slot.current.why == f"by {INT8}"
+    before = world.slot.current.predictor
+    world.entry = replace(make_entry(2, first), runtimes=(INT8, "openvino fp32"))
+    world.follower.poll_once(0)
+    assert world.slot.current.predictor is before, "it may go on as it is"
+    world.entry = make_entry(3, first)
+    world.follower.poll_once(1)
+    assert world.slot.current.predictor.engine == FP32, "this entry approves of nothing else"
+    world.entry = replace(make_entry(4, second), runtimes=(INT8,))
+    world.follower.poll_once(2)
+    assert asked == [(first, (INT8,)), (first, ()), (second, (INT8,))]
+    world.slot.current, world.error = None, StoreError("store", "is away")
+    world.follower.load_first()
+    assert asked[-1] == (second, (INT8,))
 
 
 def test_a_newer_entry_is_tried_at_once_after_a_refusal(world: World) -> None:

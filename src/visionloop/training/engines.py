@@ -1,0 +1,101 @@
+"""Which engines may serve a bundle beside ONNX Runtime in fp32, and its second graph, in int8.
+
+Both are tried before the bundle is sealed. No label is looked at, so images of the test side count.
+`evaluation.runtimes` says how, and what it shows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from visionloop.bundle import INT8_MODEL, MODEL, Bundle
+from visionloop.confidence import GOLDEN_TOLERANCE, MOST_TOLERANCE, compute_difference
+from visionloop.data.images import UInt8Array
+from visionloop.data.shards import IntArray
+from visionloop.errors import TrainingError
+from visionloop.evaluation.promises import keep_one_of_a_key
+from visionloop.evaluation.runtimes import RuntimeCheck, describe_bound, describe_few, list_engines, try_engine
+from visionloop.networks.quantise import quantise
+from visionloop.predictor import ENGINES, FP32, INT8, Predictor, choose_batch_size
+from visionloop.records import Card
+from visionloop.training.job import Job
+
+SMALL_PIXELS = 64 * 64
+NUM_CALIBRATION, CALIBRATION_BATCH = 200, 16
+# More show no more: with 1,000 images four other answers may be among them.
+MOST_COMPARED = 1000
+# Another processor or runtime rounds otherwise: its golden logits may be so much farther off than here.
+MARGIN = 2.0
+
+
+def approve_engines(job: Job, bundle: Bundle) -> Card:
+    """Write the graph in int8 into a bundle that lacks only its card, and return the card with what may serve it.
+
+    A graph that no engine may serve is not kept. Why there is none is told.
+    """
+    section, card, tell = job.params.train.export, bundle.card, job.watcher.tell
+    height, width = card.image_size
+    if section.int8 == "off" or (section.int8 == "auto" and height * width < SMALL_PIXELS):
+        return card
+    rows_n = find_unseen(job)
+    if few := describe_few(len(rows_n), section.most_changed):
+        tell(f"int8: not tried: there are {few}")
+        return card
+    engines: dict[str, Any] = {}
+    try:
+        tell("int8: makes a second graph, and compares its answers with those of the first ...")
+        quantise(bundle.folder / MODEL, bundle.folder / INT8_MODEL, _read_calibration(job))
+    except TrainingError as exc:
+        tell(f"int8: {exc.found}; {'expected ' + exc.expected if exc.expected else 'there is none'}")
+        engines[INT8] = {"approved": False, "why": exc.found}
+    reference = Predictor(bundle)
+    step = choose_batch_size(job.prepared.size_hw)
+    outputs = [reference.run(job.prepared.read(rows_n[i : i + step])) for i in range(0, len(rows_n), step)]
+    for name in list_engines(with_int8=INT8 not in engines):
+        check = try_engine(name, reference, job.prepared, rows_n, outputs)
+        engines[name] = _judge(check, section.most_changed)
+        verdict = "approved" if engines[name]["approved"] else "LOOK: not approved"
+        tell(f"{name}: {verdict}: {describe_bound(check, section.most_changed)}")
+    approved = tuple(n for n in ENGINES if n == FP32 or engines.get(n, {}).get("approved"))
+    if not any(name.endswith("int8") for name in approved):
+        (bundle.folder / INT8_MODEL).unlink(missing_ok=True)
+    return replace(card, runtimes=approved, engines=engines)
+
+
+def find_unseen(job: Job) -> IntArray:
+    """Return the rows of images that the network has not learned from, one of each group, at most MOST_COMPARED."""
+    rows_n = np.setdiff1d(np.arange(len(job.prepared.sha256_n)), job.train_rows)
+    if not len(rows_n):
+        return rows_n
+    keys = [record.key for record in job.prepared.load_records(rows_n)]
+    rows_n = rows_n[keep_one_of_a_key(np.unique(keys, return_inverse=True)[1])]
+    return _pick(rows_n, MOST_COMPARED)
+
+
+def _read_calibration(job: Job) -> Iterator[UInt8Array]:
+    rows_n = _pick(job.train_rows, NUM_CALIBRATION)
+    for start in range(0, len(rows_n), CALIBRATION_BATCH):
+        yield job.prepared.read(rows_n[start : start + CALIBRATION_BATCH])
+
+
+def _pick(rows_n: IntArray, most: int) -> IntArray:
+    """Return so many rows at most, evenly spaced: in the order of sha256 these are random ones."""
+    return rows_n[np.linspace(0, len(rows_n) - 1, min(most, len(rows_n))).round().astype(np.int64)]
+
+
+def _judge(check: RuntimeCheck, most_changed: float) -> dict[str, Any]:
+    """Return what the card says of an engine, in figures that do not hang on the last bits."""
+    if check.predictor is None:
+        return {"approved": False, "why": "does not load"}
+    golden_nk, images = check.predictor.bundle.golden_logits(), check.predictor.bundle.golden_images()
+    off = compute_difference(check.predictor.run_batches(check.predictor.decode_golden(images)).logits_nk, golden_nk)
+    return {
+        "approved": check.is_approved and check.most_changed <= most_changed and MARGIN * off <= MOST_TOLERANCE,
+        "images": check.num_images,
+        "changed": check.num_changed,
+        "most_changed": round(check.most_changed, 4),
+        "cosine": round(check.cosine, 3),
+        "tolerance": float(f"{max(GOLDEN_TOLERANCE, MARGIN * off):.2g}") if np.isfinite(off) else None,
+    }

@@ -1,0 +1,152 @@
+"""When another engine may serve a model: the share of other answers by its bound, and what it costs in log loss."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fakes import make_bundle
+from visionloop.bundle import load_bundle
+from visionloop.evaluation.runtimes import (
+    RuntimeCheck,
+    describe_bound,
+    describe_few,
+    describe_runtimes,
+    load_approved,
+)
+from visionloop.predictor import INT8, Outputs, Predictor
+
+MOST = 0.01
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    folder = tmp_path_factory.mktemp("bundle") / "b"
+    make_bundle(folder, engines=[INT8])
+    return Predictor(load_bundle(folder), threads=1)
+
+
+def make_check(predictor: Predictor, changed: int, images: int) -> RuntimeCheck:
+    return RuntimeCheck(INT8, predictor, num_changed=changed, num_images=images)
+
+
+def approve(changed_n: np.ndarray, images: int, predictor: Predictor) -> np.ndarray:
+    known = {k: make_check(predictor, int(k), images).most_changed <= MOST for k in np.unique(changed_n)}
+    return np.array([known[k] for k in changed_n])
+
+
+def test_the_level_and_the_power_of_the_bound(predictor: Predictor) -> None:
+    """An engine that changes more than 1 % passes in at most 5 % of all cases, however many images there are."""
+    rng = np.random.default_rng(0)
+    for images in (299, 473, 600, 1000):
+        passed = approve(rng.binomial(images, 1.0001 * MOST, 20_000), images, predictor).mean()
+        assert passed <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 20_000), images
+    power = {share: approve(rng.binomial(1000, share, 20_000), 1000, predictor).mean() for share in (0.001, 0.003)}
+    assert power[0.001] > 0.99
+    assert 0.78 < power[0.003] < 0.85
+
+
+def test_one_image_of_a_group_keeps_the_level_and_all_frames_would_not(predictor: Predictor) -> None:
+    """Films of 50 frames that change together: a share of 1.5 % of all films."""
+    rng = np.random.default_rng(1)
+    changed_rk = rng.random((4_000, 400)) < 0.015
+    one_of_each = approve(changed_rk.sum(axis=1), 400, predictor).mean()
+    frames = approve(50 * changed_rk.sum(axis=1), 50 * 400, predictor).mean()
+    assert one_of_each <= 0.01
+    assert frames > 0.1, "as if frames were independent it would pass far too often"
+
+
+@pytest.mark.parametrize(
+    ("changed", "images", "passes"), [(0, 298, 0), (0, 299, 1), (1, 472, 0), (1, 473, 1), (4, 1000, 1)]
+)
+def test_so_many_other_answers_may_be_among_so_many(
+    changed: int, images: int, passes: int, predictor: Predictor
+) -> None:
+    assert (make_check(predictor, changed, images).most_changed <= MOST) is bool(passes)
+
+
+def test_too_few_images_are_told_with_how_many_more() -> None:
+    assert describe_few(299, MOST) == ""
+    assert describe_few(200, MOST) == (
+        "200 images (one of a group) that it has not learned from; 299 must be answered alike to show that at most 1 % "
+        "of the answers differ: 99 more are needed"
+    )
+    assert describe_few(0, 0.1).endswith("29 more are needed")
+
+
+def test_what_is_told_of_a_bound(predictor: Predictor) -> None:
+    passed = describe_bound(make_check(predictor, 1, 600), MOST)
+    assert passed == "1 of 600 answers differ, at most 0.79 % with 95 %"
+    near = describe_bound(make_check(predictor, 2, 500), MOST)
+    assert near.startswith("2 of 500 answers differ, at most 1.3 % with 95 %; expected at most 1 %; with about ")
+    number = int(near.split("about ")[1].split()[0].replace(",", ""))
+    share = make_check(predictor, round(2 / 500 * (500 + number)), 500 + number)
+    assert share.most_changed <= MOST
+    assert describe_bound(make_check(predictor, 50, 500), MOST).endswith("expected at most 1 %"), "no number would do"
+    assert describe_bound(RuntimeCheck(INT8, None), MOST) == "it does not load the model"
+
+
+def test_dont_know_is_an_answer_and_an_answer_that_is_no_number_differs(predictor: Predictor) -> None:
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    same = predictor.run(images)
+    check = make_check(predictor, 0, 0)
+    check.compare(images, same, predictor)
+    assert (check.num_changed, check.num_images, check.difference, check.cosine) == (0, 4, 0.0, pytest.approx(1.0))
+    silent = Outputs(same.logits_nk, same.probs_nk, same.embedding_nd, np.array([True, False, False, True]))
+    check.compare(images, silent, predictor)
+    assert (check.num_changed, check.num_images) == (2, 8)
+    check.compare(
+        images,
+        Outputs(same.logits_nk, np.full_like(same.probs_nk, np.nan), same.embedding_nd, same.abstained_n),
+        predictor,
+    )
+    assert check.difference == 1.0
+
+
+def test_log_loss_may_rise_by_a_hundredth_and_else_the_classes_are_named(predictor: Predictor) -> None:
+    truth = np.repeat([0, 1, 2], 20)
+    ours = np.full((60, 3), 0.05)
+    ours[np.arange(60), truth] = 0.9
+    theirs = ours.copy()
+    theirs[truth == 1] = [0.075, 0.85, 0.075]
+    check = make_check(predictor, 0, 60)
+    check.judge(theirs, ours, truth, ("a", "b", "c"))
+    assert check.rise == pytest.approx(np.log(0.9 / 0.85) / 3)
+    assert not check.is_approved
+    assert check.class_rise["b"] == pytest.approx(np.log(0.9 / 0.85))
+    (line,) = describe_runtimes([check])
+    assert line == (
+        "LOOK: onnxruntime int8 is not approved for this model: log loss is 0.019 higher, at most 0.01 may be; "
+        "by class: b +0.057, a +0.000, c +0.000"
+    )
+    check.judge(ours, ours, truth, ("a", "b", "c"))
+    assert check.is_approved
+    check.judge(np.full_like(ours, np.nan), ours, truth, ("a", "b", "c"))
+    assert not check.is_approved
+    assert check.to_json()["log_loss_rise"] == 99.0
+
+
+def test_log_loss_of_several_labels_is_the_mean_over_classes(predictor: Predictor) -> None:
+    truth = np.array([[True, False], [True, True]])
+    ours, theirs = np.full((2, 2), 0.5), np.array([[0.5, 0.75], [0.5, 0.5]])
+    check = make_check(predictor, 0, 2)
+    check.judge(theirs, ours, truth, ("a", "b"))
+    assert check.rise == pytest.approx(np.log(2) / 4)
+    assert check.class_rise == {"a": pytest.approx(np.log(2) / 4), "b": 0.0}
+
+
+def test_what_a_report_approves(tmp_path: Path) -> None:
+    rows = [
+        {"runtime": INT8, "approved": True},
+        {"runtime": "openvino int8", "approved": False},
+        {"runtime": "my own", "approved": True},
+    ]
+    report = tmp_path / "intervals.json"
+    report.write_text(json.dumps({"bundle": "b" * 64, "runtimes": rows}))
+    assert load_approved(tmp_path, "b" * 64) == (INT8,)
+    assert load_approved(tmp_path, "a" * 64) is None, "it is about another bundle"
+    for text in ("", "[]", "{}", '{"bundle": 1}', json.dumps({"bundle": "b" * 64, "runtimes": [1]})):
+        report.write_text(text)
+        assert load_approved(tmp_path, "b" * 64) is None
+    assert load_approved(tmp_path / "none", "b" * 64) is None
