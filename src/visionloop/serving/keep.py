@@ -71,7 +71,7 @@ class Keeper:
         return [self._choose(*one, now_s) for one in zip(confidence_n, novel_n, strict=True)]
 
     def _choose(self, confidence: float, is_novel: bool, now_s: float) -> Choice:
-        """Decide by the likeliest reason: what is unsure or novel is kept for certain, as far as the throttle lets it."""
+        """Decide by the likeliest reason: unsure and novel images are kept for certain, as far as the throttle lets."""
         rules = self._rules
         chances = {
             "confidence": float(rules.confidence is not None and not confidence >= rules.confidence),
