@@ -73,6 +73,27 @@ def test_a_candidate_below_a_floor_is_refused(world):
     assert [(r.rule, r.passed) for r in decision.rules] == [("floor macro_f1", False), ("first", True)]
 
 
+def test_what_evaluate_found_of_simple_heads_is_a_rule(world):
+    digest, reports = world.write_candidate(GOOD), world.settings.reports_dir
+    on = world.with_gate(floors={}, baseline={"mode": "off", "heads": "on"})
+    assert judge(world, on).verdict == "inconclusive", "there is no report"
+    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
+    row = {"name": "linear head", "accuracy": interval, "gain": {"value": -0.1, "low": -0.15, "high": -0.05}}
+    report = {"bundle": digest, "baselines": [row, {**row, "name": "majority class"}]}
+    reports.mkdir(parents=True, exist_ok=True)
+    for value, verdict in (
+        (report, "refused"),
+        ({**report, "bundle": "another"}, "inconclusive"),
+        ({**report, "baselines": [7]}, "inconclusive"),
+        ([], "inconclusive"),
+    ):
+        (reports / "intervals.json").write_text(json.dumps(value))
+        assert judge(world, on).verdict == verdict, value
+    (reports / "intervals.json").write_text(json.dumps(report))
+    shown = judge(world, world.with_gate(floors={}, baseline={"mode": "off", "heads": "dry_run"}))
+    assert (shown.verdict, get_rule(shown, "simple_head").passed) == ("passed", False)
+
+
 def test_a_better_candidate_passes_and_a_worse_one_is_refused(world, tmp_path):
     poor = crown(world, tmp_path, POOR)
     world.write_candidate(GOOD)
@@ -287,7 +308,7 @@ def test_a_model_that_may_not_know_is_compared_with_one_that_always_answers(worl
     rule = {"abstain": {"confidence": 0.6, "distance": None, "neighbours": None}}
     crown(world, tmp_path, POOR, **({} if of_candidate else rule))
     world.write_candidate(GOOD, **(rule if of_candidate else {}))
-    decision = judge(world)
+    decision = judge(world, world.with_gate(answered={"least": 0.2, "margin": 0.8}))
     assert decision.verdict == "passed"
     assert ("answered" in decision.metrics, "answered" in decision.champion_metrics) == (of_candidate, not of_candidate)
     assert "<td>Answered</td>" in (world.settings.decisions_dir / "latest.html").read_text()

@@ -16,6 +16,7 @@ from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import load_pin, load_records, load_version
 from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
 from visionloop.promotion.evidence import Asked, write_approval, write_report
@@ -38,7 +39,7 @@ from visionloop.promotion.ledger import (
     store_decision,
     write_decision,
 )
-from visionloop.promotion.limits import check_latency, check_limit
+from visionloop.promotion.limits import check_latency, check_limit, check_simple_heads
 from visionloop.promotion.score import (
     Scores,
     compute_engine_digest,
@@ -47,7 +48,7 @@ from visionloop.promotion.score import (
     score_bundle,
     select_test,
 )
-from visionloop.records import Card, Decision, ImageRecord, LedgerEntry, Pin, RuleResult
+from visionloop.records import Card, Decision, ImageRecord, Interval, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
@@ -200,6 +201,8 @@ def _check_limits(
 ) -> list[RuleResult]:
     """Apply the rules about data, size, time and approval, which need more than answers."""
     section, rules = workspace.params.gate, []
+    if heads := check_simple_heads(_load_baselines(workspace, candidate.digest), section):
+        rules.append(heads)
     if section.leaks.mode != "off":
         leaks = load_leaks(workspace.store, load_version(workspace.store, pin.name, pin.version)).rows
         across = {sha256 for leak in leaks if leak.kind == "across" for sha256 in (leak.sha256, leak.other)}
@@ -216,6 +219,18 @@ def _check_limits(
     if section.approval == "required":
         rules.append(make_approval_rule())
     return rules
+
+
+def _load_baselines(workspace: Workspace, digest: str) -> list[Baseline] | None:
+    """Return the baselines that `evaluate` found for this candidate; None if its report is of another one, or gone."""
+    try:
+        report = json.loads((workspace.settings.reports_dir / "intervals.json").read_text(encoding="utf-8"))
+        if report["bundle"] != digest:
+            return None
+        rows = report["baselines"]
+        return [Baseline(r["name"], *(Interval.from_json(r[part]) for part in ("accuracy", "gain"))) for r in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _recall_latency(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from visionloop.params import Floor, Gate
+from visionloop.errors import ParamsError
+from visionloop.evaluation.baselines import Baseline
+from visionloop.params import Floor, Gate, make_params
 from visionloop.params.gate import Latency
 from visionloop.promotion.limits import (
     check_baseline,
@@ -13,6 +15,7 @@ from visionloop.promotion.limits import (
     check_limit,
     check_log_loss,
     check_new_classes,
+    check_simple_heads,
 )
 from visionloop.records import Interval, RuleResult
 
@@ -69,6 +72,49 @@ def test_the_baseline_lies_below_above_or_inside_the_interval():
     assert "more test images" in check_baseline(compute_wilson(5, 5), 0.6, "x", Gate()).expected
     few = check_baseline(Interval(1.0, None, None), 0.5, "x", Gate(baseline={"mode": "dry_run"}))
     assert (few.passed, few.mode, few.found.endswith("interval cannot be told")) == (None, "dry_run", True)
+
+
+def test_the_calibration_error_may_have_a_ceiling():
+    metrics = {"ece": Interval(0.08, None, None)}
+    rules = [check_floors({"ece": Floor(line=line)}, metrics)[0] for line in (0.1, 0.05)]
+    assert [(rule.rule, rule.passed, rule.expected) for rule in rules] == [
+        ("floor ece", True, "at most 0.1000"),
+        ("floor ece", False, "at most 0.0500"),
+    ]
+    with pytest.raises(ParamsError, match="the calibration error has no interval"):
+        make_params({"name": "pets", "gate": {"floors": {"ece": {"line": 0.1, "bound": "interval"}}}})
+
+
+def make_head(name, low, high):
+    return Baseline(name, Interval(0.9, 0.8, 0.95), Interval((low + high) / 2, low, high))
+
+
+@pytest.mark.parametrize(
+    ("gains", "passed", "named"),
+    [
+        ([(0.01, 0.05), (-0.04, 0.02)], True, "linear head"),
+        ([(-0.06, -0.02), (-0.04, 0.02)], False, "neighbours"),
+        ([(-0.06, 0.01), (-0.04, -0.02)], False, "linear head"),
+    ],
+)
+def test_a_network_that_a_simple_head_beats_is_told(gains, passed, named):
+    heads = [make_head(name, *gain) for name, gain in zip(("neighbours", "linear head"), gains, strict=True)]
+    rows = [make_head("majority class", -0.5, -0.4), *heads]
+    rule = check_simple_heads(rows, Gate(baseline={"heads": "on"}))
+    assert (rule.passed, rule.mode, rule.line) == (passed, "on", 0.0)
+    assert f" against 90.00 % of a simple head ({named}) on its own embeddings: " in rule.found
+    assert check_simple_heads(rows, Gate()).mode == "dry_run"
+    assert check_simple_heads(rows, Gate(baseline={"heads": "off"})) is None
+
+
+def test_without_a_report_about_the_candidate_only_a_rule_that_decides_is_shown():
+    on = Gate(baseline={"heads": "on"})
+    majority = make_head("majority class", 0.1, 0.2)
+    few = Baseline("neighbours", Interval(0.9, None, None), Interval(0.1, None, None))
+    for rows, found in ((None, "reports/ is not about this candidate"), ([majority, few], "no head with an interval")):
+        assert check_simple_heads(rows, Gate()) is None
+        rule = check_simple_heads(rows, on)
+        assert (rule.passed, rule.found.endswith(found)) == (None, True)
 
 
 def test_guessing_beats_the_baseline_in_at_most_one_of_forty():
