@@ -8,12 +8,14 @@ import pytest
 
 from fakes import run_here
 from visionloop.bundle import load_bundle, upload_bundle
-from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionError, StoreError
+from visionloop.errors import BundleError, BusyError, DatasetError, NotPromoted, PromotionError, StoreError
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import approve, gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
+from visionloop.promotion.models import load_candidate
 from visionloop.records import Decision
 from visionloop.words import describe_decision
+from visionloop.workfolder import lock_work
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
@@ -235,7 +237,7 @@ def test_a_champion_that_is_not_whole_in_the_store_is_replaced_only_by_a_persons
         require_passed(world.store, "fake", candidate)
     passed = give_word(world, why="the disk is gone")
     assert (passed.number, passed.verdict) == (2, "passed")
-    assert passed.rules[0].found.endswith("; approved by ann: the disk is gone")
+    assert passed.rules[0].found.endswith("): approved by ann: the disk is gone")
     assert require_passed(world.store, "fake", candidate) == passed
 
 
@@ -296,8 +298,8 @@ def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monke
     assert "Missing option '--why'" in capsys.readouterr().err
     assert run_here(monkeypatch, "approve", "1", "--why", "looked\nat it") == 0
     told = capsys.readouterr().out
-    assert ": looked at it; expected gate.approval: required" in told
-    assert "pass  approval  waits for `visionloop approve --why ...` by a person; approved by " in told
+    assert ": looked at it; expected a person's word (`gate.approval: required`)" in told
+    assert "pass  approval  approved by " in told
     assert "verdict: passed (decision 2)\nnext: `visionloop register`, then `visionloop promote`" in told
     assert run_here(monkeypatch, "approve", "--why", "again") == 2
     assert "decision 2 of fake: is passed; expected one that is waiting" in capsys.readouterr().err
@@ -328,6 +330,24 @@ def test_a_word_is_for_what_waits_now(world, tmp_path):
     crown(world, tmp_path, POOR)
     with pytest.raises(PromotionError, match="compared with ledger entry 0, and the champion moved"):
         give_word(world, number=2)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_while_a_training_runs_that_is_told(world, tmp_path, is_there):
+    crown(world, tmp_path, POOR)
+    if is_there:  # an old candidate, of another dataset version
+        world.write_candidate(GOOD, dataset={"name": "fake", "version": 7, "digest": "f" * 64})
+    workspace = connect(world.settings, world.params, store=world.store)
+    with lock_work(world.settings.work_dir("train"), "key"):
+        with pytest.raises(
+            BusyError, match=r"models/candidate: is not there yet: a training is running; .*Wait for it"
+        ):
+            judge(world)
+        if not is_there:
+            with pytest.raises(BusyError, match="a training is running"):
+                load_candidate(workspace)
+    with pytest.raises((BundleError, DatasetError)):
+        judge(world)
 
 
 def test_candidates_against_one_champion_are_counted_and_told(world, tmp_path):

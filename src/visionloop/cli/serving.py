@@ -10,6 +10,7 @@ import typer
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
 from visionloop.cli.stages import die_with_guardian
+from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import require_png, write_picture
+    from visionloop.data.fonts import describe_numbers
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
@@ -65,7 +67,7 @@ def predict(
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     top = top or (3 if len(files) <= FEW else 1)
-    width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
     if table is None:
         counts, problem = _show(predict_files(predictor, files, on_progress=progress), width, top, most=len(files))
     else:
@@ -78,7 +80,8 @@ def predict(
         print(describe_counts(counts, len(files)))
     if sheet and counts:
         write_picture(sheet, draw_sheet(predictor, files))
-        print(f"some of them in {sheet}")
+        numbers = describe_numbers(predictor.card.classes)
+        print(f"some of them in {sheet}" + (f"; there {numbers}: no font here has these names" if numbers else ""))
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
@@ -114,7 +117,7 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
 
     Where the model does not know, that is the first line; below it is what it would have said.
     """
-    name = f"{_shorten_path(answer.path):<{width}}"
+    name = _pad(_shorten_path(answer.path), width)
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
     chosen = answer.prediction.labels
@@ -122,14 +125,14 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
         chosen = (answer.prediction.prediction,)
     ranked = sorted(answer.prediction.probabilities.items(), key=lambda kv: -kv[1])
     ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
-    label_width = max(len(label) for label, _ in ranked)
+    label_width = max(measure_width(label) for label, _ in ranked)
     lines = [] if chosen else [f"{name}  -- no label"]
     if answer.prediction.abstained:
         lines = [f"{name}  ? don't know ({answer.prediction.abstained})"]
     for label, p in ranked:
         mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
-        lines.append(f"{' ' * width if lines else name}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
+        lines.append(f"{' ' * width if lines else name}  {mark} {_pad(label, label_width)}  {bar} {p:6.1%}")
     return lines
 
 
@@ -162,7 +165,7 @@ def explain(
     card = predictor.card
     array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
     found = run_explain(predictor, array, name)
-    write_picture(out, draw_explanation(array, found, f"{image.name}, bundle {predictor.digest[:12]}"))
+    write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
     print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
 
 
@@ -227,6 +230,10 @@ def serve(
         bundle=bundle,
         on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
     )
+
+
+def _pad(text: str, width: int) -> str:
+    return text + " " * (width - measure_width(text))
 
 
 def _shorten_path(path: str, most: int = 48) -> str:

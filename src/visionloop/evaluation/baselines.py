@@ -126,7 +126,7 @@ def describe_baseline(baseline: Baseline, accuracy: float) -> str:
     against = f"{100 * accuracy:.1f} % against {100 * baseline.accuracy.value:.1f} %"
     if baseline.name == MAJORITY and baseline.verdict != "beaten":
         so = "too few test images to say that it has learned" if baseline.gain.value > 0 else "nothing was learned"
-        return f"LOOK: not clearly better than the most frequent class for every image: {against}; {so}"
+        return f"LOOK: not clearly better than the training side's most frequent class for every image: {against}; {so}"
     if baseline.verdict == "better":
         return f"LOOK: a simple head ({baseline.name}) on the network's own embeddings is better: {against}"
     if baseline.gain.value < 0:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import load_run_note
+from visionloop.data.fonts import number_names
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
@@ -28,7 +29,6 @@ from visionloop.evaluation.answers import (
 )
 from visionloop.evaluation.baselines import compute_baselines, describe_baseline
 from visionloop.evaluation.confidence_plots import describe_answered, draw_certainty
-from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.plots import (

@@ -15,7 +15,7 @@ from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import load_pin, load_records, load_version
-from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.errors import BundleError, DatasetError, PromotionError, VisionLoopError
 from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
@@ -40,6 +40,7 @@ from visionloop.promotion.ledger import (
     write_decision,
 )
 from visionloop.promotion.limits import check_latency, check_limit, check_simple_heads
+from visionloop.promotion.models import load_candidate, require_no_training
 from visionloop.promotion.score import (
     Scores,
     compute_engine_digest,
@@ -80,14 +81,19 @@ def gate(
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
         BundleError: the candidate is damaged, or answers differently here.
+        BusyError: there is no such candidate, because a training is running.
         StoreError: the store cannot be read, or is not the one that the workspace knows.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
     check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
-    candidate = Predictor.load(settings.candidate_dir)
-    _check_candidate(candidate.card, name, pin)
+    candidate = load_candidate(workspace)
+    try:
+        _check_candidate(candidate.card, name, pin)
+    except VisionLoopError as exc:
+        require_no_training(settings, exc)
+        raise
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
     scores, ledger = score(candidate), read_ledger(store, name)

@@ -32,8 +32,8 @@ APPROVAL = "approval"
 LARGE_DROP = 0.10  # of a class: from here on it is told, although it may be luck
 MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
-APPROVED = "; approved by "
-APPROVE = "`visionloop approve --why ...` by a person"
+APPROVED = "approved by "
+WAITS = "waits for `visionloop approve --why ...` by a person"
 OTHER_MODEL = "Train on more images or with other params"
 # What to do about a rule that cannot tell: while the value is above its line, and where it is not.
 ADVICE = {
@@ -231,7 +231,7 @@ def make_looks_rule(looks: int, on_these: int, section: Gate) -> RuleResult | No
     else:
         risk = 100 * (1 - (1 - section.alpha) ** looks)
         found += f": {luck} passes by luck with {risk:.0f} %"
-        expected = "known before it is believed; `gate.looks: spend` keeps the risk"
+        expected = f"a verdict read with that in mind; `gate.looks: spend` keeps the risk at {100 * section.alpha:g} %"
     return RuleResult("looks", True, found, expected, value=float(looks))
 
 
@@ -275,26 +275,26 @@ def make_removed_rule(names: Sequence[str]) -> RuleResult:
     return RuleResult(
         "removed_class",
         None,
-        f"the candidate no longer knows {shorten(names)}: waits for {APPROVE}",
+        f"the candidate no longer knows {shorten(names)}: {WAITS}",
         "every class of the champion",
     )
 
 
 def make_broken_rule(reason: str) -> RuleResult:
     """Return the rule of a champion that cannot answer here: a person may let it be replaced without a comparison."""
-    found = f"the champion cannot be asked ({reason}): waits for {APPROVE}, or `visionloop doctor`"
+    found = f"the champion cannot be asked ({reason}): {WAITS}, or `visionloop doctor`"
     return RuleResult("champion_runs", None, found, "a champion to compare with")
 
 
 def make_approval_rule() -> RuleResult:
     """Return the rule of `gate.approval: required`."""
-    return RuleResult(APPROVAL, None, f"waits for {APPROVE}", "gate.approval: required")
+    return RuleResult(APPROVAL, None, WAITS, "a person's word (`gate.approval: required`)")
 
 
 def approve_rules(rules: Sequence[RuleResult], by: str, why: str) -> tuple[RuleResult, ...]:
-    """Return the rules after a person has allowed what a person may allow."""
+    """Return the rules after a person has allowed what a person may allow: who and why stand for the waiting."""
     return tuple(
-        replace(rule, passed=True, found=f"{rule.found}{APPROVED}{by}: {why}")
+        replace(rule, passed=True, found=f"{rule.found.partition(WAITS)[0]}{APPROVED}{by}: {why}")
         if rule.rule in APPROVABLE and rule.passed is None
         else rule
         for rule in rules

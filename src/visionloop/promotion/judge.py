@@ -129,7 +129,8 @@ def _check_baseline(aligned: Aligned, metrics: Metrics, params: Params) -> RuleR
     else:
         counts_k = np.bincount(labels.astype(np.int64), minlength=len(aligned.classes))
         most = int(counts_k.argmax())
-        metric, constant, told = section.metric, np.full_like(labels, most), f"always {aligned.classes[most]!r}"
+        metric, constant = section.metric, np.full_like(labels, most)
+        told = f"always {aligned.classes[most]!r} (the test side's most frequent class)"
     if metric == "accuracy":
         share = float(np.equal(labels, constant).mean())
         return check_baseline(metrics["accuracy"], share, told, section)

@@ -176,10 +176,10 @@ def check_log_loss(excess_n: ArrayLike, key_n: IntArray, section: Gate) -> RuleR
         rule="log_loss",
         passed=excess.low <= rule.margin,
         found=(
-            f"log loss {excess.value:+.4f} against the champion's, {100 * (1 - 2 * section.alpha):.4g} % interval "
-            f"{excess.low:+.4f} ... {excess.high:+.4f}"
+            f"log loss {_sign(excess.value)} against the champion's, {100 * (1 - 2 * section.alpha):.4g} % interval "
+            f"{_sign(excess.low)} ... {_sign(excess.high)}"
         ),
-        expected=f"not shown to be above {rule.margin:+g}",
+        expected=f"not shown to be higher than the champion's{f' by more than {rule.margin:g}' if rule.margin else ''}",
         value=excess.value,
         low=excess.low,
         high=excess.high,
@@ -213,3 +213,7 @@ def check_latency(candidate_ms: float, champion_ms: float | None, section: Laten
 
 def _write(value: float) -> str:
     return f"{value:.4f}"
+
+
+def _sign(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # never -0.0000

@@ -152,6 +152,12 @@ def test_log_loss_is_refused_only_where_it_is_shown_to_be_worse():
     assert check_log_loss(worse_n, np.arange(200), Gate(log_loss={"margin": 0.3})).passed is True
     assert check_log_loss(worse_n, np.arange(200) % 5, on) is None, "five groups tell nothing"
     assert check_log_loss(worse_n, np.arange(200), Gate()).mode == "dry_run"
+    even = check_log_loss(np.full(200, -1e-9), np.arange(200), on)
+    assert even.found == "log loss +0.0000 against the champion's, 90 % interval +0.0000 ... +0.0000"
+    assert even.expected == "not shown to be higher than the champion's"
+    assert check_log_loss(worse_n, np.arange(200), Gate(log_loss={"margin": 0.3})).expected.endswith(
+        " by more than 0.3"
+    )
     level = [check_log_loss(generator.normal(0, 0.5, 60), np.arange(60), on).passed is False for _ in range(RUNS)]
     assert 0.02 <= np.mean(level) <= ALLOWED
 
