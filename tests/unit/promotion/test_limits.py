@@ -5,10 +5,12 @@ import pytest
 from scipy.stats import binomtest
 
 from visionloop.errors import ParamsError
-from visionloop.evaluation.baselines import Baseline
+from visionloop.evaluation.answers import Answers
+from visionloop.evaluation.baselines import Baseline, make_baseline
 from visionloop.params import Floor, Gate, make_params
 from visionloop.params.gate import Latency
 from visionloop.promotion.limits import (
+    check_answered,
     check_baseline,
     check_floors,
     check_latency,
@@ -17,6 +19,7 @@ from visionloop.promotion.limits import (
     check_new_classes,
     check_simple_heads,
 )
+from visionloop.promotion.paired import count_hits
 from visionloop.records import Interval, RuleResult
 
 RUNS = 1000
@@ -105,6 +108,34 @@ def test_a_network_that_a_simple_head_beats_is_told(gains, passed, named):
     assert f" against 90.00 % of a simple head ({named}) on its own embeddings: " in rule.found
     assert check_simple_heads(rows, Gate()).mode == "dry_run"
     assert check_simple_heads(rows, Gate(baseline={"heads": "off"})) is None
+
+
+def test_an_equal_simple_head_is_found_better_in_at_most_one_of_twenty():
+    generator, refused = np.random.default_rng(0), {0.85: [], 0.95: []}
+    labels_n, key_n = np.arange(300) % 2, np.arange(300)
+    for share, mine in refused.items():
+        for _ in range(400):
+            network_n, *heads = (
+                np.where(generator.random(300) < s, labels_n, 1 - labels_n) for s in (0.85, share, share)
+            )
+            answers = Answers(labels_n, np.eye(2)[network_n], network_n, ("a", "b"), key_n)
+            names = zip(("neighbours", "linear head"), heads, strict=True)
+            rows = [make_baseline(name, np.eye(2, dtype=bool)[head_n], answers) for name, head_n in names]
+            mine.append(check_simple_heads(rows, Gate()).passed is False)
+    assert np.mean(refused[0.85]) <= 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / 400)
+    assert np.mean(refused[0.95]) >= 0.95
+
+
+def test_fewer_answers_than_the_margin_allows_are_found_and_others_seldom():
+    generator, refused = np.random.default_rng(0), {0.7: [], 0.5: []}
+    section, any_share = Gate(answered={"least": 0.0}), Interval(0.5, None, None)
+    for share, mine in refused.items():  # the champion answers 90 %: the margin of 20 points ends at 70
+        for _ in range(RUNS):
+            candidate_n, champion_n = generator.random(150) < share, generator.random(150) < 0.9
+            hits = count_hits(candidate_n, champion_n, np.arange(150))
+            mine.append(check_answered(any_share, hits, section).passed is False)
+    assert np.mean(refused[0.7]) <= ALLOWED
+    assert np.mean(refused[0.5]) >= 0.95
 
 
 def test_without_a_report_about_the_candidate_only_a_rule_that_decides_is_shown():
