@@ -8,14 +8,12 @@ import pytest
 
 from fakes import run_here
 from visionloop.bundle import load_bundle, upload_bundle
-from visionloop.errors import BundleError, BusyError, DatasetError, NotPromoted, PromotionError, StoreError
+from visionloop.errors import BundleError, DatasetError, NotPromoted, PromotionError, StoreError
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import approve, gate
 from visionloop.promotion.ledger import append_entry, latest_decision, require_passed
-from visionloop.promotion.models import load_candidate
 from visionloop.records import Decision
 from visionloop.words import describe_decision
-from visionloop.workfolder import lock_work
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
@@ -73,27 +71,6 @@ def test_a_candidate_below_a_floor_is_refused(world):
     decision = judge(world, world.with_gate(floors={"macro_f1": 0.999}))
     assert decision.verdict == "refused"
     assert [(r.rule, r.passed) for r in decision.rules] == [("floor macro_f1", False), ("first", True)]
-
-
-def test_what_evaluate_found_of_simple_heads_is_a_rule(world):
-    digest, reports = world.write_candidate(GOOD), world.settings.reports_dir
-    on = world.with_gate(floors={}, baseline={"mode": "off", "heads": "on"})
-    assert judge(world, on).verdict == "inconclusive", "there is no report"
-    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
-    row = {"name": "linear head", "accuracy": interval, "gain": {"value": -0.1, "low": -0.15, "high": -0.05}}
-    report = {"bundle": digest, "baselines": [row, {**row, "name": "majority class"}]}
-    reports.mkdir(parents=True, exist_ok=True)
-    for value, verdict in (
-        (report, "refused"),
-        ({**report, "bundle": "another"}, "inconclusive"),
-        ({**report, "baselines": [7]}, "inconclusive"),
-        ([], "inconclusive"),
-    ):
-        (reports / "intervals.json").write_text(json.dumps(value))
-        assert judge(world, on).verdict == verdict, value
-    (reports / "intervals.json").write_text(json.dumps(report))
-    shown = judge(world, world.with_gate(floors={}, baseline={"mode": "off", "heads": "dry_run"}))
-    assert (shown.verdict, get_rule(shown, "simple_head").passed) == ("passed", False)
 
 
 def test_a_better_candidate_passes_and_a_worse_one_is_refused(world, tmp_path):
@@ -330,24 +307,6 @@ def test_a_word_is_for_what_waits_now(world, tmp_path):
     crown(world, tmp_path, POOR)
     with pytest.raises(PromotionError, match="compared with ledger entry 0, and the champion moved"):
         give_word(world, number=2)
-
-
-@pytest.mark.parametrize("is_there", [False, True])
-def test_while_a_training_runs_that_is_told(world, tmp_path, is_there):
-    crown(world, tmp_path, POOR)
-    if is_there:  # an old candidate, of another dataset version
-        world.write_candidate(GOOD, dataset={"name": "fake", "version": 7, "digest": "f" * 64})
-    workspace = connect(world.settings, world.params, store=world.store)
-    with lock_work(world.settings.work_dir("train"), "key"):
-        with pytest.raises(
-            BusyError, match=r"models/candidate: is not there yet: a training is running; .*Wait for it"
-        ):
-            judge(world)
-        if not is_there:
-            with pytest.raises(BusyError, match="a training is running"):
-                load_candidate(workspace)
-    with pytest.raises((BundleError, DatasetError)):
-        judge(world)
 
 
 def test_candidates_against_one_champion_are_counted_and_told(world, tmp_path):

@@ -1,7 +1,7 @@
 """Commands that answer, or let others answer: predict, explain, export, serve."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +55,6 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import require_png, write_picture
-    from visionloop.data.fonts import describe_numbers
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
     from visionloop.promotion.models import load_champion, load_model
@@ -80,8 +79,7 @@ def predict(
         print(describe_counts(counts, len(files)))
     if sheet and counts:
         write_picture(sheet, draw_sheet(predictor, files))
-        numbers = describe_numbers(predictor.card.classes)
-        print(f"some of them in {sheet}" + (f"; there {numbers}: no font here has these names" if numbers else ""))
+        print(f"some of them in {sheet}{_describe_numbers(predictor.card.classes)}")
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
@@ -230,6 +228,13 @@ def serve(
         bundle=bundle,
         on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
     )
+
+
+def _describe_numbers(classes: Sequence[str]) -> str:
+    from visionloop.data.fonts import describe_numbers
+
+    numbers = describe_numbers(classes)
+    return f"; there {numbers}: no font here has these names" if numbers else ""
 
 
 def _pad(text: str, width: int) -> str:

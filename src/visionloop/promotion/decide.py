@@ -88,12 +88,7 @@ def gate(
     settings, store, name = workspace.settings, workspace.store, workspace.name
     check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
-    candidate = load_candidate(workspace)
-    try:
-        _check_candidate(candidate.card, name, pin)
-    except VisionLoopError as exc:
-        require_no_training(settings, exc)
-        raise
+    candidate = _load_candidate(workspace, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
     scores, ledger = score(candidate), read_ledger(store, name)
@@ -294,6 +289,17 @@ def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[I
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
     return tests
+
+
+def _load_candidate(workspace: Workspace, pin: Pin) -> Predictor:
+    """Load models/candidate, made for this name on the pinned dataset; while a training runs, say that instead."""
+    candidate = load_candidate(workspace)
+    try:
+        _check_candidate(candidate.card, workspace.name, pin)
+    except VisionLoopError as exc:
+        require_no_training(workspace.settings, exc)
+        raise
+    return candidate
 
 
 def _check_candidate(card: Card, name: str, pin: Pin) -> None:
