@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 from visionloop.data.known_store import WAY_OUT, check_store
 from visionloop.data.manifest import load_pin, load_version
-from visionloop.errors import VisionLoopError, find_missing_extra
+from visionloop.errors import VisionLoopError, find_missing_extra, shorten
+from visionloop.evaluation.resampling import describe_images
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
 from visionloop.params import Params
 from visionloop.pipeline import require_merged
 from visionloop.promotion.ledger import read_champion, read_ledger, require_sound
 from visionloop.promotion.promote import compare_alias, verify_in_store
-from visionloop.promotion.restore import require_whole
+from visionloop.promotion.restore import OTHER_WAYS, find_damage, find_lost
 from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.tracking import Tracking
@@ -140,7 +141,7 @@ def _check_mlflow(tracking: Tracking) -> Finding:
 def _check_dataset(workspace: Workspace) -> Finding:
     pin = load_pin(workspace.settings.pin_path)
     version = load_version(workspace.store, pin.name, pin.version)
-    found = f"{pin.name} version {pin.version}, {pin.num_images:,} images"
+    found = f"{pin.name} version {pin.version}, {describe_images(pin.num_images, pin.num_images)}"
     ok = pin.name == workspace.name and version.digest == pin.digest
     return Finding("dataset", ok, found, f"The pin is not of {workspace.name} in this store: run `visionloop ingest`.")
 
@@ -154,7 +155,9 @@ def _check_dvc(settings: Settings) -> Finding:
 def _check_ledger(workspace: Workspace) -> Finding:
     ledger = read_ledger(workspace.store, workspace.name)
     require_sound(ledger, workspace.name)
-    return Finding("ledger", True, f"{len(ledger.entries)} entries of {workspace.name}, each after the one before")
+    number = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
+    order = ", each after the one before" if len(ledger.entries) > 1 else ""
+    return Finding("ledger", True, f"{number} of {workspace.name}{order}")
 
 
 def _check_champion(workspace: Workspace) -> Finding:
@@ -163,7 +166,11 @@ def _check_champion(workspace: Workspace) -> Finding:
     entry = read_champion(workspace.store, workspace.name)
     if entry is None:
         return Finding("champion", True, "none yet")
-    require_whole(workspace.store, entry.bundle)
+    if damaged := find_damage(workspace.store, entry.bundle):
+        found = f"bundle {entry.bundle[:12]}: {shorten(damaged)} is missing or differs from its digest"
+        if lost := find_lost(workspace, entry.bundle, damaged):
+            return Finding("champion", False, f"{found}; no copy on this machine has {shorten(lost)}", OTHER_WAYS)
+        return Finding("champion", False, found, "Run `visionloop doctor --fix`: it takes them from a copy here.")
     verify_in_store(workspace, entry.bundle)
     return Finding("champion", True, f"bundle {entry.bundle[:12]} is whole in the store and answers as it did")
 

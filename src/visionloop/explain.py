@@ -11,6 +11,7 @@ grey one would add edges that are no part of any photo. A worked example, one ro
 Dimensions: h height, w width, s squares.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from visionloop.data.contact_sheet import Cell, draw_contact_sheet
+from visionloop.data.fonts import number_names
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ParamsError, shorten
 from visionloop.predictor import Predictor, choose_batch_size
@@ -90,14 +92,14 @@ def spread_falls(size_hw: tuple[int, ...], boxes: list[Box], falls_s: NDArray[np
     return np.asarray(total / count)
 
 
-def draw_explanation(image_hwc: UInt8Array, found: Explanation, title: str) -> bytes:
+def draw_explanation(image_hwc: UInt8Array, found: Explanation, classes: Sequence[str], title: str) -> bytes:
     """Draw the image, and the image under its heat: red holds the answer up, blue speaks against it. PNG."""
     strength = np.abs(found.falls_hw) / (np.abs(found.falls_hw).max() or 1.0)
     colour = np.where(found.falls_hw[..., None] >= 0, WARM, COLD)
     grey = np.asarray(Image.fromarray(image_hwc).convert("L"), np.float64)[..., None]
     mixed = grey * (1 - 0.7 * strength[..., None]) + colour * 0.7 * strength[..., None]
     cells = [
-        Cell(image_hwc, f"{found.name} {found.probability:.1%}"),
+        Cell(image_hwc, f"{number_names(classes)[found.name]} {found.probability:.1%}"),
         Cell(mixed.round().astype(np.uint8), "red: holds it up, blue: speaks against it", describe_falls(found)),
     ]
     return draw_contact_sheet(cells, title, columns=2, cell_px=360)

@@ -17,6 +17,7 @@ from visionloop.bundle import DIGESTS, load_bundle, load_run_note
 from visionloop.data.manifest import decode_records, list_versions, load_version, load_version_records
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
+from visionloop.promotion.models import require_name
 from visionloop.records import Card, DatasetVersion, Decision, ImageRecord, LedgerEntry
 from visionloop.store import ObjectStore
 from visionloop.tracking import DIGEST_TAG
@@ -103,6 +104,8 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
         return trace_image(workspace, hashlib.sha256(path.read_bytes()).hexdigest())
     if found := _PROMOTED.fullmatch(what):
         name = (found[1] or f"{workspace.name}@")[:-1]
+        if found[1]:
+            require_name(workspace.store, name, f"lineage {what!r}")
         entry = require_entry(workspace.store, name, None if found[2] == "champion" else int(found[2]))
         return trace_model(workspace, entry.bundle, _load_card(workspace.store, entry.bundle))
     if _HEX.fullmatch(what):
@@ -162,8 +165,13 @@ def trace_image(workspace: Workspace, sha256: str) -> ImagePath:
         marks.setdefault(candidate.digest, []).append("candidate")
     if history:
         marks.setdefault(history[-1].bundle, []).append("champion")
-    made = [(int(c.dataset["version"]), digest) for digest, c in cards.items() if c.dataset.get("name") == name]
-    uses = [ImageUse(digest, n, sides[n], tuple(marks.get(digest, ()))) for n, digest in sorted(made) if n in sides]
+    made = {digest: int(c.dataset["version"]) for digest, c in cards.items() if c.dataset.get("name") == name}
+    for decision in read_decisions(store, name):  # of a candidate that was not promoted only its decision is left
+        if decision.candidate not in cards:
+            made[decision.candidate] = int(decision.dataset["version"])
+            marks[decision.candidate] = [f"not kept; decision {decision.number}: {decision.verdict}"]
+    order = sorted((n, digest) for digest, n in made.items() if n in sides)
+    uses = [ImageUse(digest, n, sides[n], tuple(marks.get(digest, ()))) for n, digest in order]
     return ImagePath(sha256, rows, tuple(uses))
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from visionloop import errors
 from visionloop.code_digests import compute_code_digests
-from visionloop.errors import BusyError, PipelineError, VisionLoopError, require_installed, shorten
+from visionloop.errors import BusyError, ParamsError, PipelineError, VisionLoopError, require_installed, shorten
 from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
-from visionloop.params import Params, load_params
+from visionloop.params import Params, load_params, make_params
 from visionloop.params.text import has_conflict_marks, parse_yaml
 from visionloop.records import compute_digest
 from visionloop.settings import PARAMS_FILE, PARENT_VARIABLE, Settings, choose_tool_environment
@@ -123,6 +123,33 @@ def check_inputs(home: Path, stage: str, before: Mapping[str, str]) -> None:
             "what it has read, at its end too",
             f"Run the same command again: it takes what is there now. Put back what was there, and {stage} is kept.",
         )
+
+
+def check_recorded(home: Path, made_with: Mapping[str, Any]) -> None:
+    """Refuse a candidate of which dvc.lock says that it was made with other params than its card (`made_with`) says.
+
+    An edit may come between a stage's own look at its end and that of dvc, which records what is there then. A flow
+    looks again after dvc; where dvc runs the stages by itself, the next stage does.
+
+    Raises:
+        PipelineError: the two differ.
+    """
+    stages = _load_yaml(home / "dvc.lock").get("stages", {})
+    for stage in ("prepare", "train"):
+        values = stages.get(stage, {}).get("params", {}).get(PARAMS_FILE, {})
+        try:
+            recorded = getattr(make_params({"name": "recorded", stage: values[stage] or {}}), stage)
+        except (KeyError, ParamsError):  # not recorded, or by a code that had other keys: there is nothing to compare
+            continue
+        known, card = recorded.model_dump(mode="json"), made_with.get(stage) or {}
+        if other := [key for key in card if key in known and card[key] != known[key]]:
+            raise PipelineError(
+                f"dvc.lock {stage}",
+                f"says {shorten([f'{key}: {known[key]}' for key in other])}, and models/candidate was made with "
+                f"{shorten([f'{key}: {card[key]}' for key in other])}",
+                "what it was made with",
+                f"params.yaml was edited as {stage} ended: `dvc repro -f {stage}`, then `dvc repro`.",
+            )
 
 
 def run_stage(

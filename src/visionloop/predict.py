@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from visionloop.data.contact_sheet import Panel, draw_prediction_sheet
+from visionloop.data.fonts import number_names
 from visionloop.data.inputs import load_input
 from visionloop.errors import DiskError, ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import list_files, list_images
@@ -63,6 +64,8 @@ class Table:
             raise SourceError("--format", f"got {form!r}", f"{KAGGLE}; other forms go by the end of --out's name")
         if form == KAGGLE and by_suffix != "csv":
             raise SourceError("--out", f"got {out.name!r}", f"a .csv file, as --format {KAGGLE} is one")
+        if not out.parent.is_dir():
+            raise SourceError(f"--out {out}", f"there is no folder {out.parent}", "one", "Make it, or check the path.")
         return cls(out, form or by_suffix)
 
     def describe(self, total: int, unusable: int) -> str:
@@ -79,7 +82,8 @@ class Table:
         csv: path, prediction, confidence, error, one column a class. parquet: the same with the bundle. Several labels
         are one text in `prediction`, divided by `|`; jsonl and parquet have them as a list too. kaggle: the name
         without its suffix as `id`, and one column a class; a file that could not be used gets the same probability for
-        every class, because a competition refuses a table without its row.
+        every class, because a competition refuses a table without its row. An id stays as it is, also one like `=1+1`
+        that a spreadsheet would take for a formula: a competition compares ids letter by letter.
 
         Raises:
             DiskError: it cannot be written.
@@ -253,15 +257,17 @@ def draw_sheet(predictor: Predictor, files: Sequence[Path], *, most: int = SHEET
 
 def _make_panel(predictor: Predictor, path: Path, answer: Prediction) -> Panel:
     card, truth = predictor.card, path.parent.name
+    shown = number_names(card.classes)
     ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:SHEET_BARS]
     known = truth if truth in card.classes else ""
     said = answer.labels if answer.labels is not None else (answer.prediction,)
     return Panel(
         image=load_input(path, str(path), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels),
-        title=f"{' '.join(said) or 'no label'} {answer.confidence:.0%}" + (f" ({known})" if known else ""),
-        bars=ranked,
+        title=f"{' '.join(shown[one] for one in said) or 'no label'} {answer.confidence:.0%}"
+        + (f" ({shown[known]})" if known else ""),
+        bars=[(shown[name], share) for name, share in ranked],
         is_right=said == (known,) if known else None,
-        truth=frozenset({known}),
+        truth=frozenset({shown.get(known, "")}),
         note=escape_name(path.name),
     )
 

@@ -6,6 +6,7 @@ Dimensions in names: n images, k classes, d embedding size.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -26,6 +27,13 @@ def canonical_json(value: object) -> bytes:
 def compute_digest(value: object) -> str:
     """Return the sha256 (hex) of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def measure_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: Chinese, Japanese and Korean characters take two."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
 
 
 def make_natural_key(name: str) -> list[tuple[int, int, str]]:

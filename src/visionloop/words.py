@@ -3,11 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from visionloop.errors import NotPromoted, VisionLoopError, shorten
+from visionloop.records import measure_width
 from visionloop.secrets import mask
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def render_summary(summary: Summary, width: int) -> str:
 
     table = Table("what", "found", box=box.SIMPLE, show_header=False, pad_edge=False)
     table.columns[0].style, table.columns[0].no_wrap, table.columns[1].overflow = "bold", True, "fold"
-    for row in summary.rows():
+    told = replace(summary, rules=()) if "gate" in summary.step_seconds else summary  # the step has told them
+    for row in told.rows():
         table.add_row(*row)
     console = Console(width=width, highlight=False, markup=False)
     with console.capture() as capture:
@@ -238,10 +240,11 @@ def describe_diff(diff: "Diff", rejected: "Sequence[Rejected]", *, shown: int = 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines: the first column to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(measure_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+    for row in rows:
+        gaps = [" " * (width - measure_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + gaps[0], *(gap + cell for gap, cell in zip(gaps[1:], row[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return lines
 

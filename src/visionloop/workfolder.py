@@ -39,6 +39,18 @@ def lock_work(folder: Path, key: str) -> Iterator[Path]:
         yield work
 
 
+def is_locked(folder: Path) -> bool:
+    """Say whether a process holds the stage's lock now."""
+    try:
+        with (folder / "lock").open("rb") as lock:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def list_work(folder: Path) -> set[str]:
     """Return the names of a stage's work folders."""
     return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()

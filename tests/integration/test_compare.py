@@ -1,17 +1,20 @@
 """The page about a decision on a real test side, and two models side by side."""
 
+import json
 import re
 
 import pytest
-from test_decide import NOW, crown, judge
+from test_decide import NOW, crown, get_rule, judge
 
 from memory_tracking import MemoryTracking
 from visionloop.data.manifest import make_image_key
-from visionloop.errors import PromotionError
+from visionloop.errors import BundleError, BusyError, DatasetError, PromotionError
 from visionloop.predictor import Predictor
 from visionloop.promotion.compare import compare_models, find_bundle_of_run
 from visionloop.promotion.evidence import make_page
 from visionloop.promotion.ledger import latest_decision
+from visionloop.promotion.models import load_candidate
+from visionloop.workfolder import lock_work
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle
 
@@ -85,3 +88,42 @@ def test_a_run_is_found_by_its_bundle(world):
         find_bundle_of_run(workspace, run_id)
     with pytest.raises(PromotionError, match="run 0: is not in MLflow"):
         find_bundle_of_run(workspace, "0")
+
+
+def test_what_evaluate_found_of_simple_heads_is_a_rule(world):
+    digest, reports = world.write_candidate(GOOD), world.settings.reports_dir
+    on = world.with_gate(floors={}, baseline={"mode": "off", "heads": "on"})
+    assert judge(world, on).verdict == "inconclusive", "there is no report"
+    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
+    row = {"name": "linear head", "accuracy": interval, "gain": {"value": -0.1, "low": -0.15, "high": -0.05}}
+    report = {"bundle": digest, "baselines": [row, {**row, "name": "majority class"}]}
+    reports.mkdir(parents=True, exist_ok=True)
+    for value, verdict in (
+        (report, "refused"),
+        ({**report, "bundle": "another"}, "inconclusive"),
+        ({**report, "baselines": [7]}, "inconclusive"),
+        ([], "inconclusive"),
+    ):
+        (reports / "intervals.json").write_text(json.dumps(value))
+        assert judge(world, on).verdict == verdict, value
+    (reports / "intervals.json").write_text(json.dumps(report))
+    shown = judge(world, world.with_gate(floors={}, baseline={"mode": "off", "heads": "dry_run"}))
+    assert (shown.verdict, get_rule(shown, "simple_head").passed) == ("passed", False)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_while_a_training_runs_that_is_told(world, tmp_path, is_there):
+    crown(world, tmp_path, POOR)
+    if is_there:  # an old candidate, of another dataset version
+        world.write_candidate(GOOD, dataset={"name": "fake", "version": 7, "digest": "f" * 64})
+    workspace = connect(world.settings, world.params, store=world.store)
+    with lock_work(world.settings.work_dir("train"), "key"):
+        with pytest.raises(
+            BusyError, match=r"models/candidate: is not there yet: a training is running; .*Wait for it"
+        ):
+            judge(world)
+        if not is_there:
+            with pytest.raises(BusyError, match="a training is running"):
+                load_candidate(workspace)
+    with pytest.raises((BundleError, DatasetError)):
+        judge(world)

@@ -214,7 +214,7 @@ def test_a_champion_that_is_not_whole_in_the_store_is_replaced_only_by_a_persons
         require_passed(world.store, "fake", candidate)
     passed = give_word(world, why="the disk is gone")
     assert (passed.number, passed.verdict) == (2, "passed")
-    assert passed.rules[0].found.endswith("; approved by ann: the disk is gone")
+    assert passed.rules[0].found.endswith("): approved by ann: the disk is gone")
     assert require_passed(world.store, "fake", candidate) == passed
 
 
@@ -275,8 +275,8 @@ def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monke
     assert "Missing option '--why'" in capsys.readouterr().err
     assert run_here(monkeypatch, "approve", "1", "--why", "looked\nat it") == 0
     told = capsys.readouterr().out
-    assert ": looked at it; expected gate.approval: required" in told
-    assert "pass  approval  waits for `visionloop approve --why ...` by a person; approved by " in told
+    assert ": looked at it; expected a person's word (`gate.approval: required`)" in told
+    assert "pass  approval  approved by " in told
     assert "verdict: passed (decision 2)\nnext: `visionloop register`, then `visionloop promote`" in told
     assert run_here(monkeypatch, "approve", "--why", "again") == 2
     assert "decision 2 of fake: is passed; expected one that is waiting" in capsys.readouterr().err
@@ -287,7 +287,7 @@ def test_a_model_that_may_not_know_is_compared_with_one_that_always_answers(worl
     rule = {"abstain": {"confidence": 0.6, "distance": None, "neighbours": None}}
     crown(world, tmp_path, POOR, **({} if of_candidate else rule))
     world.write_candidate(GOOD, **(rule if of_candidate else {}))
-    decision = judge(world)
+    decision = judge(world, world.with_gate(answered={"least": 0.2, "margin": 0.8}))
     assert decision.verdict == "passed"
     assert ("answered" in decision.metrics, "answered" in decision.champion_metrics) == (of_candidate, not of_candidate)
     assert "<td>Answered</td>" in (world.settings.decisions_dir / "latest.html").read_text()

@@ -1,6 +1,7 @@
 """From a model back to its images, and from an image forward to the models that used it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,16 @@ def test_a_newer_image_has_been_seen_by_newer_bundles_only(desk: Desk) -> None:
     assert [one.bundle for one in path.uses] == [load_bundle(desk.world.settings.home / "later").digest]
 
 
+def test_a_candidate_that_was_not_promoted_is_remembered_by_its_decision(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.crown(GOOD)
+    digest = desk.judge(POOR, floors={"accuracy": 0.999})
+    record = pick(desk, "train")
+    shutil.rmtree(desk.world.settings.candidate_dir)  # the next training starts
+    marks = {use.bundle: use.marks for use in forward(desk, record.sha256).uses}
+    assert marks[digest] == ("not kept; decision 2: refused",)
+
+
 @pytest.mark.parametrize(
     ("what", "error", "said"),
     [
@@ -116,7 +127,8 @@ def test_a_newer_image_has_been_seen_by_newer_bundles_only(desk: Desk) -> None:
         ),
         ("", DatasetError, "lineage '': names no model and no image"),
         ("9", PromotionError, "ledger fake: has no entry 9"),
-        ("other@champion", PromotionError, "ledger other: has no champion"),
+        ("other@champion", PromotionError, "knows no 'other'; expected one of fake"),
+        ("nosuch@3", PromotionError, "lineage 'nosuch@3': the store "),
         ("f" * 64, DatasetError, "image ffffffffffff: is in no version of dataset fake"),
         ("../../etc", DatasetError, "names no model and no image"),
     ],

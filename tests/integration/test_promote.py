@@ -272,6 +272,13 @@ def test_a_rollback_to_nowhere_is_an_error(desk, to, message):
     assert len(read_history(desk.store, "fake")) == 1
 
 
+def test_entries_are_named_by_their_numbers(desk):
+    desk.crown(POOR)
+    desk.crown(GOOD)
+    with pytest.raises(PromotionError, match=r"has no entry 99; expected one of 1\. See"):
+        desk.rollback(to=99)
+
+
 def test_an_empty_ledger_has_nothing_to_roll_back(desk):
     with pytest.raises(PromotionError, match="ledger fake: is empty"):
         desk.rollback()

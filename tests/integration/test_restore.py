@@ -90,6 +90,11 @@ def test_without_a_copy_the_champion_stays_damaged_and_the_way_out_is_told(desk:
     with pytest.raises(BundleError, match=r"no copy on this machine has golden/1\.png, model\.onnx; .* rollback`\."):
         mend(desk.place)
     assert {key: desk.store.get(key) for key in desk.store.list("")} == before
+    champion = find(desk, "champion")
+    assert champion.found.endswith("; no copy on this machine has golden/1.png, model.onnx")
+    assert champion.todo.startswith("Run `visionloop doctor --fix` where the model was trained or served, restore ")
+    desk.store.delete(f"bundles/{digest}/digests.json")
+    assert find(desk, "champion").found.endswith("; no copy on this machine has digests.json")
 
 
 def test_a_damaged_copy_is_no_copy(desk: Desk) -> None:

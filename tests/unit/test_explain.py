@@ -71,7 +71,11 @@ def test_the_picture_is_red_where_the_answer_stands() -> None:
     model: Any = CornerModel(replace(make_card(size_hw=(64, 64))))
     grey = np.full((64, 64, 3), 128, np.uint8)
     grey[:16, :16] = NOISE[:16, :16]
-    picture = np.asarray(Image.open(io.BytesIO(draw_explanation(grey, explain(model, grey), "a photo"))).convert("RGB"))
+    picture = np.asarray(
+        Image.open(io.BytesIO(draw_explanation(grey, explain(model, grey), model.card.classes, "a photo"))).convert(
+            "RGB"
+        )
+    )
     left, right = picture[:, : picture.shape[1] // 2].astype(int), picture[:, picture.shape[1] // 2 :].astype(int)
     redness = [int(((half[..., 0] - half[..., 2]) > 60).sum()) for half in (left, right)]
     assert redness[1] > redness[0] + 1000

@@ -31,7 +31,7 @@ from visionloop.params.text import parse_yaml
         ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
         (
             {"gate": "on"},
-            "params.yaml gate: got 'on'; expected keys below it: alpha, approval, baseline, class_drop, floors",
+            "params.yaml gate: got 'on'; expected keys below it: alpha, answered, approval, baseline",
         ),
         (
             {"ingest": {"expect": [1]}},
@@ -74,10 +74,17 @@ from visionloop.params.text import parse_yaml
             {"schedule": {"retrain": "daily"}},
             "params.yaml schedule.retrain: got 'daily'; expected a cron expression",
         ),
-        ({"gate": {"floors": {"acc": 0.5}}}, "params.yaml gate.floors.acc"),
+        (
+            {"gate": {"floors": {"accurcy": 0.5}}},
+            "params.yaml gate.floors.accurcy: unknown key; expected accuracy. Edit the file.",
+        ),
+        (
+            {"gate": {"floors": {"speed": 0.5}}},
+            "params.yaml gate.floors.speed: unknown key; expected one of accuracy, answered, answered_accuracy, auc",
+        ),
         (
             {"gate": {"floors": {"accuracy": 95}}},
-            "params.yaml gate: got {'floors': {'accuracy': 95}}; expected a floor of",
+            "params.yaml gate.floors: got {'accuracy': 95}; expected a floor of accuracy from 0 to 1",
         ),
         ({"gate": {"floors": {"auc": {"line": 0.9, "low": 1}}}}, "params.yaml gate.floors.auc.low: unknown key"),
         (

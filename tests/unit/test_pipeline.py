@@ -31,6 +31,23 @@ def test_code_file_is_written_only_when_it_differs(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == stamp
 
 
+def test_a_candidate_of_which_dvc_recorded_other_params_is_not_evaluated(tmp_path: Path) -> None:
+    params = make_params({"name": "pets", "train": {"seed": 1, "max_epochs": 3}})
+    card = {name: getattr(params, name).model_dump(mode="json") for name in ("prepare", "train")}
+    lock = tmp_path / "dvc.lock"
+    pipeline.check_recorded(tmp_path, card)  # no dvc.lock
+    text = "stages:\n  train:\n    params:\n      params.yaml:\n        name: pets\n        train: {}\n"
+    for section in ("{seed: 1, max_epochs: 3}", "{seed: 1, max_epochs: 3, wings: 2}"):  # wings: of another code
+        lock.write_text(text.format(section))
+        pipeline.check_recorded(tmp_path, card)
+    lock.write_text(text.format("{seed: 2, max_epochs: 3}"))
+    told = r"dvc\.lock train: says seed: 2, and models/candidate was made with seed: 1; .* `dvc repro -f train`"
+    with pytest.raises(PipelineError, match=told):
+        pipeline.check_recorded(tmp_path, card)
+    older = {"train": {key: value for key, value in card["train"].items() if key != "seed"}}
+    pipeline.check_recorded(tmp_path, older)  # a card of before there was that key
+
+
 def test_state_follows_dataset_params_and_code(tmp_path: Path) -> None:
     params = make_params({"name": "pets"})
     state = pipeline.compute_state(tmp_path, params, "d1")

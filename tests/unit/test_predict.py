@@ -90,6 +90,7 @@ def test_the_form_of_a_table_goes_by_its_name() -> None:
         ("x.txt", None, r"got 'x\.txt'; expected a file that ends in \.jsonl, \.csv, \.parquet"),
         ("x.csv", "coco", "got 'coco'; expected kaggle"),
         ("x.jsonl", "kaggle", r"got 'x\.jsonl'; expected a \.csv file"),
+        ("nowhere/deep/x.csv", None, r"--out nowhere/deep/x\.csv: there is no folder nowhere/deep; expected one"),
     ):
         with pytest.raises(SourceError, match=message):
             Table.plan(Path(name), form)

@@ -43,6 +43,18 @@ def test_markdown_holds_the_same_and_the_commands() -> None:
     assert lines[-1] == "- to serve the champion: `visionloop serve`"
 
 
+def test_rules_that_a_step_has_told_are_not_told_again() -> None:
+    judged = replace(SUMMARY, step_seconds={"ingest": 1.0, "gate": 0.1})
+    assert "gate: floor" not in words.render_summary(judged, 120)
+    assert "gate: floor" in words.render_summary(SUMMARY, 120), "nothing changed: no step has told them"
+    assert "| gate: floor |" in judged.to_markdown()
+
+
+def test_columns_stand_below_each_other_in_any_script() -> None:
+    lines = words.align([["cat", "1"], ["马车", "10"], ["e\u0301", "2"]])
+    assert lines == ["cat    1", "马车  10", "e\u0301      2"]
+
+
 RULES = [
     {"rule": "floor accuracy", "passed": True, "found": "accuracy 95.0 %", "expected": "at least 90.0 %"},
     {"rule": "floor macro_f1", "passed": False, "found": "macro_f1 80.0 %", "expected": "at least 90.0 %"},

@@ -253,8 +253,10 @@ def _load_any(workspace: Workspace, address: str) -> "Predictor":
     """Open a model: `champion`, an address, or the id of an MLflow run."""
     from visionloop.predictor import Predictor
     from visionloop.promotion.compare import find_bundle_of_run
-    from visionloop.promotion.models import load_champion, load_model
+    from visionloop.promotion.models import load_candidate, load_champion, load_model
 
+    if Path(address).absolute() == workspace.settings.candidate_dir:
+        return load_candidate(workspace)
     if address == "champion":
         return load_champion(workspace)
     if not re.fullmatch("[0-9a-f]{32}", address) or Path(address).is_dir():

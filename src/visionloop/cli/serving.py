@@ -1,7 +1,7 @@
 """Commands that answer, or let others answer: predict, explain, export, serve."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +10,7 @@ import typer
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
 from visionloop.cli.stages import die_with_guardian
+from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def predict(
     predictor = _open_predictor(workspace, bundle, len(files))
     progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
     top = top or (3 if len(files) <= FEW else 1)
-    width = max(len(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
     if table is None:
         counts, problem = _show(predict_files(predictor, files, on_progress=progress), width, top, most=len(files))
     else:
@@ -82,7 +83,7 @@ def predict(
         print(describe_counts(counts, len(files)))
     if sheet and counts:
         write_picture(sheet, draw_sheet(predictor, files))
-        print(f"some of them in {sheet}")
+        print(f"some of them in {sheet}{_describe_numbers(predictor.card.classes)}")
     if not counts:
         found = f"none of {len(files):,} could be used: {problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
@@ -130,7 +131,7 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
 
     Where the model does not know, that is the first line; below it is what it would have said.
     """
-    name = f"{_shorten_path(answer.path):<{width}}"
+    name = _pad(_shorten_path(answer.path), width)
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
     chosen = answer.prediction.labels
@@ -138,14 +139,14 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
         chosen = (answer.prediction.prediction,)
     ranked = sorted(answer.prediction.probabilities.items(), key=lambda kv: -kv[1])
     ranked = [(label, p) for place, (label, p) in enumerate(ranked) if place < top or label in chosen]
-    label_width = max(len(label) for label, _ in ranked)
+    label_width = max(measure_width(label) for label, _ in ranked)
     lines = [] if chosen else [f"{name}  -- no label"]
     if answer.prediction.abstained:
         lines = [f"{name}  ? don't know ({answer.prediction.abstained})"]
     for label, p in ranked:
         mark = "*" if label in chosen else " "
         bar = ("█" * round(p * BAR_CHARS)).ljust(BAR_CHARS, "·")
-        lines.append(f"{' ' * width if lines else name}  {mark} {label:<{label_width}}  {bar} {p:6.1%}")
+        lines.append(f"{' ' * width if lines else name}  {mark} {_pad(label, label_width)}  {bar} {p:6.1%}")
     return lines
 
 
@@ -178,7 +179,7 @@ def explain(
     card = predictor.card
     array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
     found = run_explain(predictor, array, name)
-    write_picture(out, draw_explanation(array, found, f"{image.name}, bundle {predictor.digest[:12]}"))
+    write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
     print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
 
 
@@ -249,6 +250,17 @@ def serve(
             f"serving {workspace.name} on {url} (docs: {url}/docs) by {engine}; Ctrl-C stops", flush=True
         ),
     )
+
+
+def _describe_numbers(classes: Sequence[str]) -> str:
+    from visionloop.data.fonts import describe_numbers
+
+    numbers = describe_numbers(classes)
+    return f"; there {numbers}: no font here has these names" if numbers else ""
+
+
+def _pad(text: str, width: int) -> str:
+    return text + " " * (width - measure_width(text))
 
 
 def _shorten_path(path: str, most: int = 48) -> str:

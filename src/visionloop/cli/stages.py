@@ -154,9 +154,14 @@ def evaluate() -> None:
 
       dvc metrics show
     """
+    from visionloop.bundle import load_bundle
     from visionloop.evaluation.evaluate import evaluate as run_evaluate
+    from visionloop.pipeline import check_recorded
 
     stage = open_stage("evaluate")
+    if os.environ.get("DVC_STAGE"):
+        settings = stage.workspace.settings
+        check_recorded(settings.home, load_bundle(settings.candidate_dir).card.params)
     metrics = run_evaluate(stage.workspace, tell=print)
     for name, interval in metrics.items():
         print(f"{name:<17} {f'{interval.value:.4f}' if name == 'ece' else format_interval(interval.to_json())}")

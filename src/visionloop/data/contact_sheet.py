@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from visionloop.data.fonts import find_file
 from visionloop.data.images import UInt8Array
 
 INK, FAINT, RULE, GROUND, PAGE = "#1a1a1a", "#6b6b6b", "#e3e3e3", "#f4f4f4", "#ffffff"
@@ -168,12 +169,15 @@ def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Return the text as it can be drawn, and the font for it.
 
     Pillow's own font has ASCII only. Other scripts (Latin, Greek, Cyrillic, Arabic, Hebrew) use DejaVu Sans, if
-    matplotlib is installed. A character that no font has is written without its accents, else as its escape code.
+    matplotlib is installed, and what that has not a font of this machine. A character that no font has is written
+    without its accents, else as its escape code.
     """
     fonts = [font for font in (_load_pillow_font(size_px), _load_dejavu(size_px)) if font]
     for font in fonts:
         if all(_has(font, character) for character in text):
             return text, font
+    if len(fonts) > 1 and (path := find_file(text)):
+        return text, _load_font(path, size_px)
     font = fonts[-1]
     return "".join(c if _has(font, c) else _spell(font, c) for c in text), font
 
@@ -198,7 +202,12 @@ def _load_dejavu(size_px: int) -> ImageFont.FreeTypeFont | None:
     if not found or not found.origin:
         return None
     path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size_px) if path.is_file() else None
+    return _load_font(str(path), size_px) if path.is_file() else None
+
+
+@cache
+def _load_font(path: str, size_px: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size_px)
 
 
 @cache

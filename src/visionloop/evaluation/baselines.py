@@ -20,6 +20,7 @@ from visionloop.predictor import FloatArray, Predictor, choose_batch_size
 from visionloop.records import Interval
 
 NEIGHBOURS = 10
+MAJORITY = "majority class"  # of the training side
 BoolArray = NDArray[np.bool_]
 Head = Callable[[FloatArray, NDArray[np.uint8], FloatArray], NDArray[np.floating]]
 
@@ -56,7 +57,7 @@ def compute_baselines(
         said_mk[:, counts_k > len(rows_n) / 2] = True
     else:
         said_mk[:, int(counts_k.argmax())] = True
-    found = [make_baseline("majority class", said_mk, answers)]
+    found = [make_baseline(MAJORITY, said_mk, answers)]
     chosen_n = choose_train_rows(prepared, limit)
     if not len(chosen_n):
         return found
@@ -123,9 +124,9 @@ def fit_linear(table_nd: FloatArray, targets_nk: NDArray[np.uint8], query_md: Fl
 def describe_baseline(baseline: Baseline, accuracy: float) -> str:
     """Return a line if the network is not clearly better than a baseline; else nothing."""
     against = f"{100 * accuracy:.1f} % against {100 * baseline.accuracy.value:.1f} %"
-    if baseline.name == "majority class" and baseline.verdict != "beaten":
+    if baseline.name == MAJORITY and baseline.verdict != "beaten":
         so = "too few test images to say that it has learned" if baseline.gain.value > 0 else "nothing was learned"
-        return f"LOOK: not clearly better than the most frequent class for every image: {against}; {so}"
+        return f"LOOK: not clearly better than the training side's most frequent class for every image: {against}; {so}"
     if baseline.verdict == "better":
         return f"LOOK: a simple head ({baseline.name}) on the network's own embeddings is better: {against}"
     if baseline.gain.value < 0:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle
 from visionloop.confidence import compute_probs
+from visionloop.data.fonts import number_names
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.calibration import FIGURES
-from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.plots import BLUE, GREEN, INK, MUTED, RED, open_figure
 from visionloop.evaluation.promises import BoolArray, FloatArray, compute_risk_curve
 from visionloop.evaluation.thresholds import Sweep, sweep_thresholds

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import load_run_note
+from visionloop.data.fonts import number_names
 from visionloop.data.quality import measure_images
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
@@ -29,7 +30,6 @@ from visionloop.evaluation.answers import (
 )
 from visionloop.evaluation.baselines import compute_baselines, describe_baseline
 from visionloop.evaluation.confidence_plots import describe_answered, draw_certainty
-from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.plots import (
@@ -43,7 +43,7 @@ from visionloop.evaluation.plots import (
 from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
 from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
-from visionloop.evaluation.slices import compute_slice_figures, make_slices
+from visionloop.evaluation.slices import MEASURES, compute_slice_figures, make_slices
 from visionloop.evaluation.tables import (
     Judged,
     make_class_table,
@@ -190,7 +190,7 @@ def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progres
     for runtime, parts in zip(runtimes, theirs, strict=True):
         if parts:
             runtime.judge(np.concatenate(parts), probs_nk, answers.labels, prepared.classes)
-    joined = {name: np.concatenate([part[name] for part in measures]) for name in ("brightness", "sharpness")}
+    joined = {name: np.concatenate([part[name] for part in measures]) for name in MEASURES}
     return _Seen(rows_n, answers, records, np.concatenate([part.embedding_nd for part in outputs]), joined, runtimes)
 
 

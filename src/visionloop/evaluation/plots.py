@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.data.fonts import find_families
 from visionloop.data.images import UInt8Array
-from visionloop.evaluation.fonts import find_families
 from visionloop.evaluation.label_metrics import LabelCounts
 from visionloop.evaluation.metrics import (
     ClassFigures,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from visionloop.data.fonts import describe_numbers
 from visionloop.evaluation.confidence_plots import describe_confidence
-from visionloop.evaluation.fonts import number_names
 from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.tables import Judged
 from visionloop.records import Card, Interval, Pin, make_natural_key
@@ -156,8 +156,8 @@ def _make_confusions(facts: ReportFacts) -> str:
 
 def _make_legend(classes: Sequence[str]) -> str:
     """Return what the numbers in the figures mean, where no font of this machine has the names."""
-    rows = [f"{shown} is {escape(name)}" for name, shown in number_names(classes).items() if shown != name]
-    return f'<p class="note">In the figures {", ".join(rows)}.</p>' if rows else ""
+    numbers = describe_numbers(classes)
+    return f'<p class="note">In the figures {escape(numbers)}.</p>' if numbers else ""
 
 
 def _make_classes(class_figures: Sequence[ClassFigures]) -> str:

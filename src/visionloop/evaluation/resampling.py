@@ -32,7 +32,8 @@ def count_keys(key_n: IntArray) -> int:
 
 
 def describe_images(num_images: int, num_keys: int, word: str = "images") -> str:
-    """Say how many images there are, and in how many groups if some belong together."""
+    """Say how many images there are, and in how many groups if some belong together. `word` is in the plural."""
+    word = word.removesuffix("s") if num_images == 1 else word
     if num_keys >= num_images:
         return f"{num_images:,} {word}"
     return f"{num_images:,} {word} in {num_keys:,} group{'s' * (num_keys != 1)}"

@@ -17,6 +17,7 @@ from visionloop.records import ImageRecord, Interval, make_natural_key
 
 MIN_SUPPORT = 30
 THIRDS = ("low", "middle", "high")
+MEASURES = ("brightness", "sharpness")  # of what `measure_images` returns
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The tables of an evaluation as JSON and CSV texts. Makes texts only; classes are in the order in which people count.
 
-metrics.json    the figures alone, one number each, so that `dvc metrics show` and `diff` can be read
-intervals.json  the same with their intervals, and the figures of each class
+metrics.json    the figures that people compare, one number each: as wide as a terminal in `dvc metrics show`
+intervals.json  all figures, with their intervals, and those of each class
 per_class.csv  predictions.csv
 """
 
@@ -21,6 +21,7 @@ from visionloop.evaluation.slices import SliceFigures
 from visionloop.records import LABEL_SEPARATOR, Interval, make_natural_key
 
 SHARES = ("precision", "recall", "f1")
+COMPARED = ("accuracy", "macro_f1", "map", "auc", "log_loss", "ece", "answered", "answered_accuracy")
 
 
 def sort_classes(class_figures: Sequence[ClassFigures]) -> list[ClassFigures]:
@@ -29,9 +30,10 @@ def sort_classes(class_figures: Sequence[ClassFigures]) -> list[ClassFigures]:
 
 
 def make_metrics_json(metrics: Mapping[str, Interval], num_images: int, num_keys: int) -> str:
-    """Return metrics.json: a flat object of numbers."""
-    values = {name: interval.value for name, interval in metrics.items()}
-    return _encode({**values, "num_test": num_images, "num_groups": num_keys})
+    """Return metrics.json: a flat object of a few numbers. `num_groups` is in it where images belong together."""
+    values = {name: metrics[name].value for name in COMPARED if name in metrics}
+    groups = {"num_groups": num_keys} if num_keys < num_images else {}
+    return _encode({**values, "num_test": num_images, **groups})
 
 
 @dataclass(frozen=True)

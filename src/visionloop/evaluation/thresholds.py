@@ -159,6 +159,9 @@ def _promise_recall(score_n: NDArray[np.floating], truth_n: BoolArray, recall: f
     if place:
         threshold = float(positive_n[place - 1])
         found = int((positive_n >= threshold).sum())
+        if _gives_everything(score_n, truth_n, threshold):
+            words = f"a recall of {recall:g} is kept only by saying yes to all {len(score_n)} images; not tuned"
+            return Chosen(PLAIN, words, 0.0, is_kept=False)
         return Chosen(threshold, f"{found} of {len(positive_n)} found, {recall:.1%} promised", recall)
     if not len(positive_n):
         words = f"a recall of {recall:g} cannot be promised: no independent image of it; not tuned"
@@ -169,5 +172,19 @@ def _promise_recall(score_n: NDArray[np.floating], truth_n: BoolArray, recall: f
     lower_n = score_n[~truth_n & (score_n < lowest)].astype(np.float64)
     below = float(lower_n.max()) if len(lower_n) else 0.0
     threshold = min(PLAIN, lowest) if below < PLAIN else (below + lowest) / 2
+    if _costs_more(score_n, truth_n, threshold):
+        words = f"a recall of {recall:g} cannot be promised by {len(positive_n)} images of it, and coming nearer costs "
+        return Chosen(PLAIN, f"{words}more wrong answers than it finds; not tuned", 0.0, is_kept=False)
     words = f"a recall of {recall:g} cannot be promised by {len(positive_n)} images of it; {promised:.1%} can"
     return Chosen(threshold, words, promised, is_kept=False)
+
+
+def _gives_everything(score_n: NDArray[np.floating], truth_n: BoolArray, threshold: float) -> bool:
+    """Whether a threshold below 0.5 tells nothing apart: every image is given, also all that are not of the class."""
+    return threshold < PLAIN and not truth_n.all() and bool((score_n >= threshold).all())
+
+
+def _costs_more(score_n: NDArray[np.floating], truth_n: BoolArray, threshold: float) -> bool:
+    """Whether of what a threshold gives beyond 0.5 more is wrong than right."""
+    more_n = (score_n >= threshold) & (score_n < PLAIN)
+    return bool((more_n & ~truth_n).sum() > (more_n & truth_n).sum())

@@ -6,7 +6,7 @@ An unknown key, a wrong type or a value out of range is a `ParamsError` that nam
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -274,6 +274,9 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         found, expected = "stands in another section", f"compute.{keys[-1]}"
     elif kind == "extra_forbidden":
         found, expected = "unknown key", _known_keys(first["loc"])
+    elif keys[-1] == "[key]":
+        keys.pop()
+        found, expected = "unknown key", _find_near(keys[-1], re.findall(r"'(\w+)'", first["ctx"]["expected"]))
     elif kind == "missing":
         found, expected = "missing", "a value"
     elif kind == "union_tag_invalid":
@@ -332,6 +335,12 @@ def _known_keys(loc: tuple[int | str, ...]) -> str:
     near = near or [here[key] for key in difflib.get_close_matches(wanted, here, cutoff=0.5)]
     known = near or sorted(here.values())
     return f"{'one of ' * (len(known) > 1)}{', '.join(known)}" if known else "the documented keys"
+
+
+def _find_near(wanted: str, known: Sequence[str]) -> str:
+    """Return the name that is meant, or all of them."""
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=ALIKE)
+    return near[0] if near else f"one of {shorten([*known], len(known))}"
 
 
 def _plain(key: str) -> str:

@@ -3,17 +3,17 @@
 from math import ceil
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from visionloop.params.section import Section
 
 Mode = Literal["on", "dry_run", "off"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal[
-    "accuracy", "answered", "answered_accuracy", "auc", "balanced_accuracy", "brier", "log_loss", "macro_f1", "map",
-    "micro_f1", "pr_auc", "precision", "recall", "top_3", "top_5", "weighted_f1",
+    "accuracy", "answered", "answered_accuracy", "auc", "balanced_accuracy", "brier", "ece", "log_loss", "macro_f1",
+    "map", "micro_f1", "pr_auc", "precision", "recall", "top_3", "top_5", "weighted_f1",
 ]  # fmt: skip
-LOWER_IS_BETTER = frozenset({"brier", "log_loss"})
+LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss"})
 
 
 class MinImages(Section):
@@ -39,8 +39,23 @@ class Drop(Section):
 
 
 class Baseline(Section):
-    """The rule that a candidate beats the best constant answer."""
+    """The rule that a candidate beats the best constant answer.
 
+    `heads`: the mode of another one, that no simple head on its own embeddings is shown to be better.
+    """
+
+    mode: Mode = "on"
+    heads: Mode = "dry_run"
+
+
+class Answered(Section):
+    """The rule of a candidate that may say "don't know": it answers at least so many images.
+
+    `least` is a share of the test images; `margin` how much less than the champion it may answer.
+    """
+
+    least: Share = 0.5
+    margin: Share = 0.2
     mode: Mode = "on"
 
 
@@ -103,6 +118,7 @@ class Gate(Section):
     min_images: MinImages = MinImages()
     floors: dict[Metric, Annotated[Floor, BeforeValidator(to_floor)]] = Field(default_factory=dict)
     baseline: Baseline = Baseline()
+    answered: Answered = Answered()
     class_drop: Drop = Drop()
     slice_drop: Drop = Drop()
     new_class: NewClass = NewClass()
@@ -111,12 +127,15 @@ class Gate(Section):
     model_size: Size | None = None
     latency: Latency | None = None
 
-    @model_validator(mode="after")
-    def _check_floors(self) -> Self:
-        for name, floor in self.floors.items():
+    @field_validator("floors")
+    @classmethod
+    def _check_floors(cls, floors: dict[Metric, Floor]) -> dict[Metric, Floor]:
+        for name, floor in floors.items():
             if name not in LOWER_IS_BETTER and floor.line > 1:
                 raise ValueError(f"a floor of {name} from 0 to 1")
-        return self
+            if name == "ece" and floor.bound == "interval":
+                raise ValueError("`bound: value`: the calibration error has no interval")
+        return floors
 
     def count_resamples(self) -> int:
         """Return how many bootstrap resamples the comparison needs: 20 beyond its tail. 0 if it draws none."""

@@ -15,7 +15,8 @@ from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import load_pin, load_records, load_version
-from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.errors import BundleError, DatasetError, PromotionError, VisionLoopError
+from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
 from visionloop.promotion.evidence import Asked, write_approval, write_report
@@ -38,7 +39,8 @@ from visionloop.promotion.ledger import (
     store_decision,
     write_decision,
 )
-from visionloop.promotion.limits import check_latency, check_limit
+from visionloop.promotion.limits import check_latency, check_limit, check_simple_heads
+from visionloop.promotion.models import load_candidate, require_no_training
 from visionloop.promotion.score import (
     Scores,
     compute_engine_digest,
@@ -47,7 +49,7 @@ from visionloop.promotion.score import (
     score_bundle,
     select_test,
 )
-from visionloop.records import Card, Decision, ImageRecord, LedgerEntry, Pin, RuleResult
+from visionloop.records import Card, Decision, ImageRecord, Interval, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
@@ -79,14 +81,14 @@ def gate(
     Raises:
         DatasetError: no test image, or the candidate was trained on another dataset version.
         BundleError: the candidate is damaged, or answers differently here.
+        BusyError: there is no such candidate, because a training is running.
         StoreError: the store cannot be read, or is not the one that the workspace knows.
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     settings, store, name = workspace.settings, workspace.store, workspace.name
     check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
-    candidate = Predictor.load(settings.candidate_dir)
-    _check_candidate(candidate.card, name, pin)
+    candidate = _load_candidate(workspace, pin)
     tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
     scores, ledger = score(candidate), read_ledger(store, name)
@@ -200,6 +202,8 @@ def _check_limits(
 ) -> list[RuleResult]:
     """Apply the rules about data, size, time and approval, which need more than answers."""
     section, rules = workspace.params.gate, []
+    if heads := check_simple_heads(_load_baselines(workspace, candidate.digest), section):
+        rules.append(heads)
     if section.leaks.mode != "off":
         leaks = load_leaks(workspace.store, load_version(workspace.store, pin.name, pin.version)).rows
         across = {sha256 for leak in leaks if leak.kind == "across" for sha256 in (leak.sha256, leak.other)}
@@ -216,6 +220,18 @@ def _check_limits(
     if section.approval == "required":
         rules.append(make_approval_rule())
     return rules
+
+
+def _load_baselines(workspace: Workspace, digest: str) -> list[Baseline] | None:
+    """Return the baselines that `evaluate` found for this candidate; None if its report is of another one, or gone."""
+    try:
+        report = json.loads((workspace.settings.reports_dir / "intervals.json").read_text(encoding="utf-8"))
+        if report["bundle"] != digest:
+            return None
+        rows = report["baselines"]
+        return [Baseline(r["name"], *(Interval.from_json(r[part]) for part in ("accuracy", "gain"))) for r in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _recall_latency(
@@ -273,6 +289,17 @@ def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[I
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
     return tests
+
+
+def _load_candidate(workspace: Workspace, pin: Pin) -> Predictor:
+    """Load models/candidate, made for this name on the pinned dataset; while a training runs, say that instead."""
+    candidate = load_candidate(workspace)
+    try:
+        _check_candidate(candidate.card, workspace.name, pin)
+    except VisionLoopError as exc:
+        require_no_training(workspace.settings, exc)
+        raise
+    return candidate
 
 
 def _check_candidate(card: Card, name: str, pin: Pin) -> None:

@@ -89,7 +89,7 @@ def collect_facts(workspace: Workspace, decision: Decision, asked: Asked, champi
         champion=judged[1] if len(judged) > 1 else None,
         sha256_n=[record.sha256 for record in tests],
         origins=[(*record.origins, "")[0] for record in tests],
-        slices=make_slices(tests),
+        slices=make_slices(tests, aligned.models[0].measures),
         diff=_compare_data(workspace, decision, champion),
         leaks=_count_leaks(workspace, decision),
         curves=_load_curves(workspace, decision),

@@ -6,6 +6,7 @@ figures against a line in `limits.py`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from visionloop.records import RuleResult
 
 PASSED, REFUSED, INCONCLUSIVE, WAITING = "passed", "refused", "inconclusive", "waiting"
 APPROVAL = "approval"
+LARGE_DROP = 0.10  # of a class: from here on it is told, although it may be luck
 MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
-APPROVED = "; approved by "
-APPROVE = "`visionloop approve --why ...` by a person"
+APPROVED = "approved by "
+WAITS = "waits for `visionloop approve --why ...` by a person"
 OTHER_MODEL = "Train on more images or with other params"
 # What to do about a rule that cannot tell: while the value is above its line, and where it is not.
 ADVICE = {
@@ -44,6 +46,12 @@ ADVICE = {
         f"{OTHER_MODEL}, or set a larger `gate.margin`.",
     ),
     "baseline": ("More test images would tell whether it beats the baseline.", f"{OTHER_MODEL}."),
+    "class_drop": (
+        "Ingest more images of the class, of more groups; or see the changed answers in decisions/latest.html and set "
+        "`gate.class_drop: {mode: dry_run}`.",
+    )
+    * 2,
+    "simple_head": ("Run `visionloop evaluate`, then `visionloop gate`.",) * 2,
     "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
     "new_class": (
         "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or set "
@@ -110,12 +118,12 @@ def check_difference(difference: Difference, rule: str, alpha: float) -> RuleRes
         passed=passed,
         found=(
             f"{difference.metric} {percent(difference.candidate)} against {percent(difference.champion)} on "
-            f"{describe_images(difference.num_images, difference.num_keys)}: difference {_points(difference.value)} "
-            f"points, {100 * (1 - 2 * alpha):.4g} % interval {_points(difference.low)} ... {_points(difference.high)}"
+            f"{describe_images(difference.num_images, difference.num_keys)}: difference {points(difference.value)} "
+            f"points, {100 * (1 - 2 * alpha):.4g} % interval {points(difference.low)} ... {points(difference.high)}"
             f"{_describe_p(difference) if passed is not False else ''}"
             f"{_describe_more(difference, alpha) if passed is None else ''}"
         ),
-        expected="a difference above 0" if line == 0 else f"a difference above {_points(line)} points",
+        expected="a difference above 0" if line == 0 else f"a difference above {points(line)} points",
         value=difference.value,
         low=difference.low,
         high=difference.high,
@@ -153,27 +161,32 @@ def check_min_images(pair: Pair, classes: Sequence[str], known: Sequence[int], s
 def check_drops(rule: str, parts: Mapping[str, Hits], section: Drop, alpha: float) -> RuleResult | None:
     """Refuse if a class (or a slice) is answered worse than by the champion. None if there is no part at all.
 
-    Each part has its exact test; together they are wrong in at most `alpha` (Holm). What they cannot show passes.
+    Each part has its exact test; together they are wrong in at most `alpha` (Holm). What they cannot show passes, and a
+    large drop among it is told. But a class that is in fewer than `MIN_KEYS` groups can never be shown to be worse: if
+    it seems to lose `LARGE_DROP` or more, the rule cannot tell.
     """
     if not parts or section.mode == "off":
         return None
     names, hits = list(parts), list(parts.values())
     dropped = find_dropped([each.compute_p_below(-section.most) for each in hits], alpha)
-    worst = min(dropped or range(len(names)), key=lambda i: hits[i].value)
+    untold = [i for i, one in enumerate(hits) if _is_untold(one, section.most)] if rule == "class_drop" else []
+    worst = min(dropped or untold or range(len(names)), key=lambda i: hits[i].value)
     one, each = hits[worst], 1 - 2 * alpha / len(names)
     low, high = one.compute_interval(each)
     shares = [float(right_g.sum() / one.num_images) for right_g in (one.candidate_g, one.champion_g)]
-    more = f"; also {shorten([names[i] for i in dropped if i != worst])}" if len(dropped) > 1 else ""
+    others = [names[i] for i in dropped or untold if i != worst]
+    more = f"; also {shorten(others)}" if others else "" if dropped else _describe_unshown(one, section.most, alpha)
     what, plural = ("class", "es") if rule == "class_drop" else ("slice", "s")
     number = f"{len(names)} {what}{plural * (len(names) > 1)}"
     allowed = f" by more than {100 * section.most:g} points" if section.most else ""
     return RuleResult(
         rule=rule,
-        passed=not dropped,
+        passed=False if dropped else None if untold else True,
         found=(
-            f"{'worse' if dropped else 'lowest'}: {names[worst]} {percent(shares[0])} against {percent(shares[1])} on "
-            f"{describe_images(one.num_images, len(one.count_g))}, difference {_points(one.value)} points, "
-            f"{100 * each:.4g} % interval {_points(low)} ... {_points(high)}{more}"
+            f"{'worse' if dropped else 'too few groups' if untold else 'lowest'}: {names[worst]} "
+            f"{percent(shares[0])} against {percent(shares[1])} on "
+            f"{describe_images(one.num_images, len(one.count_g))}, difference {points(one.value)} points, "
+            f"{100 * each:.4g} % interval {points(low)} ... {points(high)}{more}"
         ),
         expected=f"no {what} worse{allowed} ({number}, {100 * alpha:g} % in all)",
         value=one.value,
@@ -182,6 +195,23 @@ def check_drops(rule: str, parts: Mapping[str, Hits], section: Drop, alpha: floa
         line=-section.most,
         mode=section.mode,
     )
+
+
+def _is_untold(hits: Hits, most: float) -> bool:
+    """Say whether a class seems to lose much, and is in too few groups for any test to show it."""
+    return not hits.are_images and len(hits.count_g) < MIN_KEYS and hits.value <= -most - LARGE_DROP
+
+
+def _describe_unshown(hits: Hits, most: float, alpha: float) -> str:
+    """Tell of a large drop that may be luck, and how many images would show it if it is as large as it looks."""
+    if hits.value > -most - LARGE_DROP:
+        return ""
+    keys, number = len(hits.count_g), hits.num_images
+    needed = estimate_images(-hits.value, hits.compute_error(), number, most, alpha) or number
+    more = f"{max(needed - number, 10):,} more test images"
+    if not hits.are_images:
+        more = f"{max(ceil(needed * keys / number), MIN_KEYS, keys + 1) - keys:,} more test groups"
+    return f"; LOOK: this may be luck, about {more} of it would tell"
 
 
 def make_looks_rule(looks: int, on_these: int, section: Gate) -> RuleResult | None:
@@ -201,7 +231,7 @@ def make_looks_rule(looks: int, on_these: int, section: Gate) -> RuleResult | No
     else:
         risk = 100 * (1 - (1 - section.alpha) ** looks)
         found += f": {luck} passes by luck with {risk:.0f} %"
-        expected = "known before it is believed; `gate.looks: spend` keeps the risk"
+        expected = f"a verdict read with that in mind; `gate.looks: spend` keeps the risk at {100 * section.alpha:g} %"
     return RuleResult("looks", True, found, expected, value=float(looks))
 
 
@@ -245,26 +275,26 @@ def make_removed_rule(names: Sequence[str]) -> RuleResult:
     return RuleResult(
         "removed_class",
         None,
-        f"the candidate no longer knows {shorten(names)}: waits for {APPROVE}",
+        f"the candidate no longer knows {shorten(names)}: {WAITS}",
         "every class of the champion",
     )
 
 
 def make_broken_rule(reason: str) -> RuleResult:
     """Return the rule of a champion that cannot answer here: a person may let it be replaced without a comparison."""
-    found = f"the champion cannot be asked ({reason}): waits for {APPROVE}, or `visionloop doctor`"
+    found = f"the champion cannot be asked ({reason}): {WAITS}, or `visionloop doctor`"
     return RuleResult("champion_runs", None, found, "a champion to compare with")
 
 
 def make_approval_rule() -> RuleResult:
     """Return the rule of `gate.approval: required`."""
-    return RuleResult(APPROVAL, None, f"waits for {APPROVE}", "gate.approval: required")
+    return RuleResult(APPROVAL, None, WAITS, "a person's word (`gate.approval: required`)")
 
 
 def approve_rules(rules: Sequence[RuleResult], by: str, why: str) -> tuple[RuleResult, ...]:
-    """Return the rules after a person has allowed what a person may allow."""
+    """Return the rules after a person has allowed what a person may allow: who and why stand for the waiting."""
     return tuple(
-        replace(rule, passed=True, found=f"{rule.found}{APPROVED}{by}: {why}")
+        replace(rule, passed=True, found=f"{rule.found.partition(WAITS)[0]}{APPROVED}{by}: {why}")
         if rule.rule in APPROVABLE and rule.passed is None
         else rule
         for rule in rules
@@ -357,5 +387,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _points(share: float) -> str:
+def points(share: float) -> str:
+    """Write a difference of shares with its sign, in points."""
     return f"{100 * share + 0.0:+.2f}"

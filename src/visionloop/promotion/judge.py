@@ -29,8 +29,14 @@ from visionloop.promotion.gate import (
     make_same_rule,
     spend_alpha,
 )
-from visionloop.promotion.limits import check_baseline, check_floors, check_log_loss, check_new_classes
-from visionloop.promotion.paired import Pair
+from visionloop.promotion.limits import (
+    check_answered,
+    check_baseline,
+    check_floors,
+    check_log_loss,
+    check_new_classes,
+)
+from visionloop.promotion.paired import Hits, Pair, count_hits
 from visionloop.promotion.score import Scores, map_scores, to_sets
 from visionloop.records import ImageRecord, Interval, RuleResult
 
@@ -77,6 +83,8 @@ def judge(case: Case) -> tuple[list[RuleResult], list[Metrics]]:
     floors = {str(name): floor for name, floor in case.params.gate.floors.items()}
     answered = {"answered": metrics[0].get("answered", Interval(1.0, 1.0, 1.0))}  # without a rule it always answers
     rules = [*check_floors(floors, metrics[0] | answered), _check_baseline(aligned, metrics[0], case.params)]
+    if case.candidate.abstained_n is not None:
+        rules.append(check_answered(answered["answered"], _count_answered(aligned), case.params.gate))
     if case.is_champion:
         rules.append(make_same_rule(case.params.gate))
     elif case.champion is not None:
@@ -121,7 +129,8 @@ def _check_baseline(aligned: Aligned, metrics: Metrics, params: Params) -> RuleR
     else:
         counts_k = np.bincount(labels.astype(np.int64), minlength=len(aligned.classes))
         most = int(counts_k.argmax())
-        metric, constant, told = section.metric, np.full_like(labels, most), f"always {aligned.classes[most]!r}"
+        metric, constant = section.metric, np.full_like(labels, most)
+        told = f"always {aligned.classes[most]!r} (the test side's most frequent class)"
     if metric == "accuracy":
         share = float(np.equal(labels, constant).mean())
         return check_baseline(metrics["accuracy"], share, told, section)
@@ -129,6 +138,15 @@ def _check_baseline(aligned: Aligned, metrics: Metrics, params: Params) -> RuleR
     draw = {"resamples": params.evaluate.resamples, "seed": params.evaluate.seed}
     rule = check_difference(compute_difference(pair, metric, 0.0, section.alpha, **draw), "baseline", section.alpha)
     return replace(rule, expected=f"more than the answer {told}", mode=section.baseline.mode)
+
+
+def _count_answered(aligned: Aligned) -> Hits | None:
+    """Count the images that each of two models answers. A model without a rule answers all of them."""
+    if len(aligned.models) < 2:
+        return None
+    silent = [scores.abstained_n for scores in aligned.models]
+    candidate_n, champion_n = (np.ones(len(aligned.key_n), bool) if n is None else ~n for n in silent)
+    return count_hits(candidate_n, champion_n, aligned.key_n)
 
 
 def _compare(case: Case, champion: Scores, aligned: Aligned) -> list[RuleResult | None]:
@@ -156,7 +174,8 @@ def _compare(case: Case, champion: Scores, aligned: Aligned) -> list[RuleResult 
     parts = {name: hits for name, hits in by_class.items() if hits is not None}
     rules.append(check_drops("class_drop", parts, section.class_drop, section.alpha))
     tests = [case.tests[row] for row in rows_n]
-    slices = {each.name: pair.take(each.rows_n).count_hits() for each in make_slices(tests)}
+    measures = {name: values_n[rows_n] for name, values_n in case.candidate.measures.items()}
+    slices = {each.name: pair.take(each.rows_n).count_hits() for each in make_slices(tests, measures)}
     rules.append(check_drops("slice_drop", slices, section.slice_drop, section.alpha))
     if case.candidate.chosen.ndim == champion.chosen.ndim:
         losses = [_compute_losses(aligned, scores)[rows_n] for scores in aligned.models]

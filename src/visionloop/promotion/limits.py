@@ -1,16 +1,17 @@
 """The rules of the gate that hold a figure against a line, without a comparison by tests. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from visionloop.errors import shorten
+from visionloop.evaluation.baselines import MAJORITY, Baseline
 from visionloop.evaluation.resampling import IntArray, compute_key_interval, count_keys, sum_keys
 from visionloop.params import Gate
 from visionloop.params.gate import LOWER_IS_BETTER, Floor, Latency
-from visionloop.promotion.gate import percent
-from visionloop.promotion.paired import MIN_KEYS
+from visionloop.promotion.gate import percent, points
+from visionloop.promotion.paired import MIN_KEYS, Hits
 from visionloop.records import Interval, RuleResult
 
 
@@ -71,6 +72,67 @@ def check_baseline(accuracy: Interval, share: float, told: str, section: Gate) -
     )
 
 
+def check_simple_heads(baselines: Sequence[Baseline] | None, section: Gate) -> RuleResult | None:
+    """Refuse a network that a simple head on its own embeddings is shown to beat (`evaluation/baselines.py`).
+
+    `baselines` are those of reports/intervals.json; None if it is about another model. Each head is held against its
+    95 % interval, so one of the two is wrongly found better in at most 5 % of cases.
+    """
+    mode, rule = section.baseline.heads, "simple_head"
+    heads = [(one.gain.high, one) for one in baselines or () if one.name != MAJORITY and one.gain.high is not None]
+    if mode == "off" or (mode == "dry_run" and not heads):
+        return None
+    if not heads:
+        found = "reports/ is not about this candidate" if baselines is None else "reports/ has no head with an interval"
+        expected = "`visionloop evaluate` first, with `evaluate.baseline_images` above 0 and six groups or more"
+        return RuleResult(rule, None, found, expected, mode=mode)
+    high, worst = min(heads, key=lambda pair: pair[0])
+    gain, share = worst.gain, worst.accuracy.value
+    return RuleResult(
+        rule=rule,
+        passed=worst.verdict != "better",
+        found=(
+            f"accuracy {percent(share + gain.value)} against {percent(share)} of a simple head ({worst.name}) on "
+            f"its own embeddings: difference {points(gain.value)} points, 95 % interval {points(gain.low or 0.0)} ... "
+            f"{points(high)}"
+        ),
+        expected="no simple head shown to be better",
+        value=gain.value,
+        low=gain.low,
+        high=gain.high,
+        line=0.0,
+        mode=mode,
+    )
+
+
+def check_answered(answered: Interval, hits: Hits | None, section: Gate) -> RuleResult | None:
+    """Refuse a candidate that answers too few images, or far fewer than the champion.
+
+    `hits` counts the images that each model answers, "right" being "answered"; None without a champion. That fewer
+    are answered than the champion's share less the margin has to be shown, as by `class_drop`.
+    """
+    rule = section.answered
+    if rule.mode == "off":
+        return None
+    found, expected = f"answers {percent(answered.value)} of the images", f"at least {percent(rule.least)}"
+    is_fewer = False
+    if hits is not None:
+        is_fewer = hits.compute_p_below(-rule.margin) <= section.alpha
+        found += f", the champion {percent(float(hits.champion_g.sum()) / hits.num_images)}"
+        expected += f", and not shown to be {100 * rule.margin:g} points or more below the champion"
+    return RuleResult(
+        rule="answered",
+        passed=answered.value >= rule.least and not is_fewer,
+        found=found,
+        expected=expected,
+        value=answered.value,
+        low=answered.low,
+        high=answered.high,
+        line=rule.least,
+        mode=rule.mode,
+    )
+
+
 def check_new_classes(recalls: Mapping[str, tuple[int, int]], section: Gate) -> RuleResult | None:
     """Hold what the candidate finds of the classes new to it (found, images) against a line. None without any."""
     if not recalls or section.new_class.mode == "off":
@@ -114,10 +176,10 @@ def check_log_loss(excess_n: ArrayLike, key_n: IntArray, section: Gate) -> RuleR
         rule="log_loss",
         passed=excess.low <= rule.margin,
         found=(
-            f"log loss {excess.value:+.4f} against the champion's, {100 * (1 - 2 * section.alpha):.4g} % interval "
-            f"{excess.low:+.4f} ... {excess.high:+.4f}"
+            f"log loss {_sign(excess.value)} against the champion's, {100 * (1 - 2 * section.alpha):.4g} % interval "
+            f"{_sign(excess.low)} ... {_sign(excess.high)}"
         ),
-        expected=f"not shown to be above {rule.margin:+g}",
+        expected=f"not shown to be higher than the champion's{f' by more than {rule.margin:g}' if rule.margin else ''}",
         value=excess.value,
         low=excess.low,
         high=excess.high,
@@ -151,3 +213,7 @@ def check_latency(candidate_ms: float, champion_ms: float | None, section: Laten
 
 def _write(value: float) -> str:
     return f"{value:.4f}"
+
+
+def _sign(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # never -0.0000

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from visionloop.data.known_store import check_store
 from visionloop.engines import Open, Opened
-from visionloop.errors import BundleError, PromotionError, SettingsError, shorten
+from visionloop.errors import BundleError, BusyError, PromotionError, SettingsError, shorten
 from visionloop.predictor import Predictor
 from visionloop.promotion.ledger import require_entry
 from visionloop.secrets import mask
+from visionloop.settings import Settings
 from visionloop.store import ObjectStore, open_store
+from visionloop.workfolder import is_locked
 from visionloop.workspace import Workspace
 
 ADDRESSES = "a bundle's folder, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
@@ -105,11 +107,37 @@ def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
         raise SettingsError(f"model {text!r}", "is neither a folder nor a name", ADDRESSES)
     workspace, name = open_home(), found[1]
     check_store(workspace)
-    if name not in (known := _list_names(workspace.store)):
+    require_name(workspace.store, name, f"model {text!r}")
+    return load_champion(workspace, name, None if found[2] == "champion" else int(found[2]))
+
+
+def require_name(store: ObjectStore, name: str, where: str) -> None:
+    """Raise PromotionError unless the store has a dataset or a ledger of that name."""
+    if name not in (known := _list_names(store)):
         what = f"one of {shorten(known)}" if known else "a name with a dataset"
         todo = "Name another workspace, or set VISIONLOOP_STORE."
-        raise PromotionError(f"model {text!r}", f"the store {workspace.store.url} knows no {name!r}", what, todo)
-    return load_champion(workspace, name, None if found[2] == "champion" else int(found[2]))
+        raise PromotionError(where, f"the store {store.url} knows no {name!r}", what, todo)
+
+
+def load_candidate(workspace: Workspace) -> Predictor:
+    """Load models/candidate.
+
+    Raises:
+        BusyError: it is missing or half there, and a training is running that will make it.
+        BundleError: it is missing or damaged, or answers differently on this machine.
+    """
+    try:
+        return Predictor.load(workspace.settings.candidate_dir)
+    except BundleError as exc:
+        require_no_training(workspace.settings, exc)
+        raise
+
+
+def require_no_training(settings: Settings, cause: Exception) -> None:
+    """Raise BusyError while a training is running in the workspace: what is wrong with models/candidate will pass."""
+    if is_locked(settings.work_dir("train")):
+        found, todo = "is not there yet: a training is running", "Wait for it; `visionloop runs` shows how far it is."
+        raise BusyError("models/candidate", found, "a finished training", todo) from cause
 
 
 def _list_names(store: ObjectStore) -> list[str]:

@@ -216,7 +216,7 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
     if to is not None:
         found = next((e for e in history if e.number == to), None)
         if found is None:
-            numbers = [f"{e.number:06d}" for e in history if e.bundle != current.bundle]
+            numbers = [str(e.number) for e in history if e.bundle != current.bundle]
             expected = f"one of {shorten(numbers)}" if numbers else "an earlier champion"
             raise PromotionError(where, f"has no entry {to}", expected, "See `visionloop history`.")
         if found.bundle == current.bundle:

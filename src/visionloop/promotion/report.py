@@ -196,7 +196,7 @@ def format_interval(name: str, interval: Interval) -> str:
     factor, digits = (1, 3) if plain else (100, 1)
     text = f"{factor * interval.value:.{digits}f}" + ("" if plain else " %")
     if interval.low is None or interval.high is None:
-        return f"{text} (too few to say how sure)"
+        return text if name == "ece" else f"{text} (too few to say how sure)"
     return f"{text} ({factor * interval.low:.{digits}f} … {factor * interval.high:.{digits}f})"
 
 

@@ -19,6 +19,10 @@ from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
+OTHER_WAYS = (
+    "Run `visionloop doctor --fix` where the model was trained or served, restore the store from its backup, or "
+    "`visionloop rollback`."
+)
 FIX = "`visionloop doctor --fix` puts it back from a copy, if there is one."
 
 
@@ -69,6 +73,17 @@ def mend(workspace: Workspace) -> list[str]:
         mirrored = mirror_alias(workspace)
         done.append(f"MLflow's alias `champion` is model version {mirrored} (was {alias or 'none'})")
     return done
+
+
+def find_lost(workspace: Workspace, digest: str, damaged: Sequence[str]) -> list[str]:
+    """Return those damaged files of a bundle that no copy on this machine has, as `mend` would find them."""
+    folders = _list_folders(workspace.settings)
+    try:
+        table = _find_table(workspace.store, digest, folders)
+    except BundleError:
+        return [DIGESTS]
+    names = [name for name in damaged if name not in (DIGESTS, *TRAINING_ONLY)]
+    return [name for name in names if _find_file(folders, name, table[name]) is None]
 
 
 def _restore(workspace: Workspace, digest: str, damaged: Sequence[str]) -> list[str]:
@@ -134,5 +149,5 @@ def _make_loss(store: ObjectStore, digest: str, found: str) -> BundleError:
         f"champion {digest[:12]}",
         f"is damaged in {store.url}, and {found}",
         "models/candidate or a server's cache to hold it",
-        "Run this where the model was trained or served, restore the store from its backup, or `visionloop rollback`.",
+        OTHER_WAYS,
     )

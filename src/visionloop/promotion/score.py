@@ -14,8 +14,8 @@ import io
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from statistics import median
 
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from visionloop.code_digests import compute_module_digest
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
+from visionloop.data.quality import measure_images
 from visionloop.errors import BundleError, DatasetError, ObjectMissing
+from visionloop.evaluation.slices import MEASURES
 from visionloop.parallel import map_parallel
 from visionloop.predictor import Choices, FloatArray, Predictor
 from visionloop.records import ImageRecord, compute_digest
@@ -41,13 +43,15 @@ ENGINE = ("onnxruntime", "numpy", "pillow", "simplejpeg")  # the libraries that 
 class Scores:
     """Probabilities (n, k) and answers of one model: indices into its own `classes` (n,), or sets of them (n, k).
 
-    `abstained_n` says for which images it does not know (n,); None if its card has no rule for that.
+    `abstained_n` says for which images it does not know (n,); None if its card has no rule for that. `measures` are
+    figures of the images as this model sees them (`data.quality`), (n,) each.
     """
 
     classes: tuple[str, ...]
     probs_nk: FloatArray
     chosen: Choices
     abstained_n: NDArray[np.bool_] | None = None
+    measures: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def select_test(records: Sequence[ImageRecord], *, with_negatives: bool = False) -> list[ImageRecord]:
@@ -84,16 +88,20 @@ def score_bundle(
     key = f"scores/{predictor.digest}/{compute_test_digest(tests)}-{compute_engine_digest()[:12]}.npz"
     if scores := _load_scores(store, key, predictor, len(tests)):
         return scores
-    parts = []
+    parts, seen = [], []
     for images_nhwc in _read_batches(store, predictor, tests):
         parts.append(predictor.run(images_nhwc))
+        seen.append(measure_images(images_nhwc))
         on_progress(sum(len(p.probs_nk) for p in parts), len(tests))
     probs_nk = np.concatenate([p.probs_nk for p in parts])
     _check_numbers(predictor, tests, probs_nk)
     abstained_n = np.concatenate([p.abstained_n for p in parts])
+    measures = {name: np.concatenate([part[name] for part in seen]) for name in MEASURES}
     sink = io.BytesIO()
-    np.savez(sink, probs=probs_nk, chosen=predictor.choose(probs_nk), abstained=abstained_n)
-    scores = _make_scores(predictor, probs_nk, predictor.choose(probs_nk), abstained_n)
+    np.savez(
+        sink, probs=probs_nk, chosen=predictor.choose(probs_nk), abstained=abstained_n, measures=list(measures.values())
+    )
+    scores = _make_scores(predictor, probs_nk, predictor.choose(probs_nk), abstained_n, measures)
     store.put(key, sink.getvalue())
     return scores
 
@@ -148,19 +156,26 @@ def _load_scores(store: ObjectStore, key: str, predictor: Predictor, num_test: i
     try:
         with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
             probs_nk, chosen, abstained_n = file["probs"], file["chosen"], file["abstained"]
+            measures = dict(zip(MEASURES, file["measures"], strict=True))
     except (ObjectMissing, ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
         return None
     shape, is_several = (num_test, len(predictor.card.classes)), predictor.card.task == "multilabel"
     if probs_nk.shape != shape or chosen.shape != (shape if is_several else shape[:1]):
         return None
-    if abstained_n.shape != shape[:1] or not np.isfinite(probs_nk).all():
+    if any(part.shape != shape[:1] for part in (abstained_n, *measures.values())) or not np.isfinite(probs_nk).all():
         return None
     chosen = chosen.astype(bool) if is_several else chosen.astype(np.int64)
-    return _make_scores(predictor, probs_nk.astype(np.float32), chosen, abstained_n.astype(bool))
+    return _make_scores(predictor, probs_nk.astype(np.float32), chosen, abstained_n.astype(bool), measures)
 
 
-def _make_scores(predictor: Predictor, probs_nk: FloatArray, chosen: Choices, abstained_n: NDArray[np.bool_]) -> Scores:
-    return Scores(predictor.card.classes, probs_nk, chosen, abstained_n if predictor.card.abstain else None)
+def _make_scores(
+    predictor: Predictor,
+    probs_nk: FloatArray,
+    chosen: Choices,
+    abstained_n: NDArray[np.bool_],
+    measures: Mapping[str, NDArray[np.float64]],
+) -> Scores:
+    return Scores(predictor.card.classes, probs_nk, chosen, abstained_n if predictor.card.abstain else None, measures)
 
 
 def _read_batches(store: ObjectStore, predictor: Predictor, tests: Sequence[ImageRecord]) -> Iterator[UInt8Array]:

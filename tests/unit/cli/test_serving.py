@@ -16,6 +16,14 @@ def test_one_label_is_marked() -> None:
     assert len(describe_answer(answer, 6, 1)) == 1
 
 
+def test_names_in_chinese_stand_in_columns() -> None:
+    lines = describe_answer(FilePrediction("马.png", Prediction("马", {"马": 0.75, "mule": 0.25}, 0.75)), 8, 2)
+    assert lines == [
+        "马.png    * 马    ███████████████·····  75.0%",
+        "            mule  █████···············  25.0%",
+    ]
+
+
 def test_all_labels_are_shown_and_marked() -> None:
     labels = ("disc", "ring", "star")
     answer = FilePrediction("a.png", Prediction("disc|ring|star", PROBABILITIES, 0.24, labels))

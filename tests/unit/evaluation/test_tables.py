@@ -23,6 +23,16 @@ METRICS = {"accuracy": Interval(0.9, 0.8, 0.95), "ece": Interval(0.1, None, None
 def test_metrics_are_flat_numbers():
     found = json.loads(make_metrics_json(METRICS, 256, 16))
     assert found == {"accuracy": 0.9, "ece": 0.1, "num_test": 256, "num_groups": 16}
+    assert "num_groups" not in json.loads(make_metrics_json(METRICS, 256, 256))
+
+
+def test_metrics_fit_into_a_line_of_a_terminal():
+    """As `dvc metrics show` lays them out: columns two apart, values with five digits."""
+    binary = ("accuracy", "balanced_accuracy", "macro_f1", "micro_f1", "weighted_f1", "log_loss", "brier", "ece", "auc")
+    metrics = dict.fromkeys((*binary, "pr_auc", "precision", "recall"), Interval(0.98765, 0.9, 1.0))
+    names = list(json.loads(make_metrics_json(metrics, 256, 16)))
+    assert names == ["accuracy", "macro_f1", "auc", "log_loss", "ece", "num_test", "num_groups"]
+    assert len("  ".join(["reports/metrics.json", *(name.ljust(7) for name in names)])) <= 90
 
 
 def test_intervals_hold_what_cannot_be_told_as_null():

@@ -102,6 +102,26 @@ def test_a_perfect_model_stays_perfect_where_its_few_images_cannot_promise() -> 
     assert choose(score_n, truth_n, {"recall": 0.95}).threshold == 0.5
 
 
+def test_a_wish_for_recall_does_not_cost_all_precision() -> None:
+    rng = np.random.default_rng(0)
+    truth_n = np.arange(200) < 100
+    score_n = np.where(truth_n, rng.uniform(0.6, 1, 200), rng.uniform(0, 0.4, 200))
+    score_n[:10] = 0.0001  # a tenth of the class is below everything else
+    score_n[100:] += 0.001
+    chosen = choose(score_n, truth_n, {"recall": 0.9})
+    assert (chosen.threshold, chosen.is_kept) == (0.5, False)
+    assert chosen.words == "a recall of 0.9 is kept only by saying yes to all 200 images; not tuned"
+    score_n[:9] = rng.uniform(0.6, 1, 9)
+    chosen = choose(score_n, truth_n, {"recall": 0.99})
+    assert (chosen.threshold, chosen.is_kept) == (0.5, False)
+    assert chosen.words == (
+        "a recall of 0.99 cannot be promised by 100 images of it, and coming nearer costs more wrong answers than it "
+        "finds; not tuned"
+    )
+    kept = choose(score_n, truth_n, {"recall": 0.9})
+    assert kept.is_kept and kept.threshold > 0.5
+
+
 def test_a_class_of_few_images_keeps_the_plain_threshold() -> None:
     score_n, truth_n = np.linspace(0, 0.4, 500), np.zeros(500, bool)
     score_n[:5], truth_n[:5] = [0.7, 0.8, 0.9, 0.95, 0.99], True

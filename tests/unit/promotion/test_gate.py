@@ -20,6 +20,7 @@ from visionloop.promotion.gate import (
     make_approval_rule,
     make_first_rule,
     make_looks_rule,
+    make_removed_rule,
     make_same_rule,
     spend_alpha,
 )
@@ -296,6 +297,7 @@ def test_alpha_is_spent_over_any_number_of_nights():
 def test_the_risk_of_many_looks_is_told():
     rule = make_looks_rule(7, 7, Gate())
     assert rule.found == "7th candidate against this champion on these images: an equal one passes by luck with 30 %"
+    assert rule.expected == "a verdict read with that in mind; `gate.looks: spend` keeps the risk at 5 %"
     assert make_looks_rule(1, 1, Gate()) is None
     assert make_looks_rule(22, 3, Gate(rule="no_worse")).found == (
         "22nd candidate against this champion (3 of them on these images): one that is 2 points worse passes by luck "
@@ -327,7 +329,9 @@ def test_a_person_may_allow_only_what_waits_for_a_person():
     rules = [make_approval_rule(), RuleResult("better", None, "", ""), RuleResult("removed_class", False, "", "")]
     approved = approve_rules(rules, "ann", "looked at it")
     assert [rule.passed for rule in approved] == [True, None, False]
-    assert approved[0].found.endswith("; approved by ann: looked at it")
+    assert approved[0].found == "approved by ann: looked at it", "who has said yes does not wait"
+    (removed,) = approve_rules([make_removed_rule(["ant"])], "ann", "sold")
+    assert removed.found == "the candidate no longer knows ant: approved by ann: sold"
 
 
 def test_decisions_of_before_are_still_read():

@@ -158,6 +158,56 @@ def test_how_often_it_must_answer_is_a_floor():
     assert "answered" not in metrics[0]
 
 
+@pytest.mark.parametrize(
+    ("candidate", "champion", "section", "passed"),
+    [
+        (0, None, {}, False),  # a first model that never answers
+        (0, 120, {}, False),
+        (70, None, {}, True),
+        (70, 120, {}, False),  # 58 % where the champion has 100 %
+        (70, 80, {}, True),
+        (96, 120, {}, True),  # as far below as the margin
+        (50, 50, {}, False),  # below the least, though as good as the champion
+        (50, 50, {"least": 0.4}, True),
+        (70, 120, {"margin": 0.5}, True),
+    ],
+)
+def test_a_model_that_answers_nothing_does_not_pass(candidate, champion, section, passed):
+    labels = ["ant", "bee"] * 60
+    value = make_params({"name": "pets", "evaluate": {"resamples": 400}, "gate": {"answered": section}})
+    scores = [
+        None if number is None else make_scores(("ant", "bee"), labels, abstained_n=np.arange(120) >= number)
+        for number in (candidate, champion)
+    ]
+    rule = get_rule(judge(Case(value, make_records(labels), *scores))[0], "answered")
+    assert (rule.passed, rule.mode, rule.value) == (passed, "on", candidate / 120)
+
+
+def test_how_much_is_answered_is_asked_only_of_a_model_that_may_say_that_it_does_not_know():
+    labels = ["ant", "bee"] * 60
+    silent = make_scores(("ant", "bee"), labels, abstained_n=np.ones(120, bool))
+    value = make_params({"name": "pets", "evaluate": {"resamples": 400}})
+    always = make_scores(("ant", "bee"), labels)
+    assert "answered" not in get_verdicts(Case(value, make_records(labels), always, silent))
+    rule = get_rule(judge(Case(value, make_records(labels), silent, always))[0], "answered")
+    assert rule.found == "answers 0.00 % of the images, the champion 100.00 %"
+    assert rule.expected == "at least 50.00 %, and not shown to be 20 points or more below the champion"
+    off = make_params({"name": "pets", "evaluate": {"resamples": 400}, "gate": {"answered": {"mode": "off"}}})
+    assert "answered" not in get_verdicts(Case(off, make_records(labels), silent, always))
+
+
+def test_dark_images_that_got_worse_are_refused():
+    labels, brightness_n = ["ant", "bee"] * 150, np.linspace(0, 1, 300)
+    champion = ["bee" if i % 10 == 0 and i >= 100 else label for i, label in enumerate(labels)]
+    candidate = ["bee" if i % 4 == 0 and i < 100 else label for i, label in enumerate(labels)]
+    value = make_params({"name": "pets", "evaluate": {"resamples": 400}, "gate": {"rule": "no_worse"}})
+    measured = make_scores(("ant", "bee"), candidate, measures={"brightness": brightness_n})
+    case = Case(value, make_records(labels), measured, make_scores(("ant", "bee"), champion))
+    rule = get_rule(judge(case)[0], "slice_drop")
+    assert rule.passed is False
+    assert rule.found.startswith("worse: brightness=low 75.00 % against 100.00 % on 100 images")
+
+
 def test_one_class_on_the_test_side_tells_nothing_of_the_first_model():
     labels = ["ant"] * 40
     value = make_params({"name": "pets", "evaluate": {"resamples": 400}})

@@ -4,16 +4,22 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from visionloop.params import Floor, Gate
+from visionloop.errors import ParamsError
+from visionloop.evaluation.answers import Answers
+from visionloop.evaluation.baselines import Baseline, make_baseline
+from visionloop.params import Floor, Gate, make_params
 from visionloop.params.gate import Latency
 from visionloop.promotion.limits import (
+    check_answered,
     check_baseline,
     check_floors,
     check_latency,
     check_limit,
     check_log_loss,
     check_new_classes,
+    check_simple_heads,
 )
+from visionloop.promotion.paired import count_hits
 from visionloop.records import Interval, RuleResult
 
 RUNS = 1000
@@ -71,6 +77,77 @@ def test_the_baseline_lies_below_above_or_inside_the_interval():
     assert (few.passed, few.mode, few.found.endswith("interval cannot be told")) == (None, "dry_run", True)
 
 
+def test_the_calibration_error_may_have_a_ceiling():
+    metrics = {"ece": Interval(0.08, None, None)}
+    rules = [check_floors({"ece": Floor(line=line)}, metrics)[0] for line in (0.1, 0.05)]
+    assert [(rule.rule, rule.passed, rule.expected) for rule in rules] == [
+        ("floor ece", True, "at most 0.1000"),
+        ("floor ece", False, "at most 0.0500"),
+    ]
+    with pytest.raises(ParamsError, match="the calibration error has no interval"):
+        make_params({"name": "pets", "gate": {"floors": {"ece": {"line": 0.1, "bound": "interval"}}}})
+
+
+def make_head(name, low, high):
+    return Baseline(name, Interval(0.9, 0.8, 0.95), Interval((low + high) / 2, low, high))
+
+
+@pytest.mark.parametrize(
+    ("gains", "passed", "named"),
+    [
+        ([(0.01, 0.05), (-0.04, 0.02)], True, "linear head"),
+        ([(-0.06, -0.02), (-0.04, 0.02)], False, "neighbours"),
+        ([(-0.06, 0.01), (-0.04, -0.02)], False, "linear head"),
+    ],
+)
+def test_a_network_that_a_simple_head_beats_is_told(gains, passed, named):
+    heads = [make_head(name, *gain) for name, gain in zip(("neighbours", "linear head"), gains, strict=True)]
+    rows = [make_head("majority class", -0.5, -0.4), *heads]
+    rule = check_simple_heads(rows, Gate(baseline={"heads": "on"}))
+    assert (rule.passed, rule.mode, rule.line) == (passed, "on", 0.0)
+    assert f" against 90.00 % of a simple head ({named}) on its own embeddings: " in rule.found
+    assert check_simple_heads(rows, Gate()).mode == "dry_run"
+    assert check_simple_heads(rows, Gate(baseline={"heads": "off"})) is None
+
+
+def test_an_equal_simple_head_is_found_better_in_at_most_one_of_twenty():
+    generator, refused = np.random.default_rng(0), {0.85: [], 0.95: []}
+    labels_n, key_n = np.arange(300) % 2, np.arange(300)
+    for share, mine in refused.items():
+        for _ in range(400):
+            network_n, *heads = (
+                np.where(generator.random(300) < s, labels_n, 1 - labels_n) for s in (0.85, share, share)
+            )
+            answers = Answers(labels_n, np.eye(2)[network_n], network_n, ("a", "b"), key_n)
+            names = zip(("neighbours", "linear head"), heads, strict=True)
+            rows = [make_baseline(name, np.eye(2, dtype=bool)[head_n], answers) for name, head_n in names]
+            mine.append(check_simple_heads(rows, Gate()).passed is False)
+    assert np.mean(refused[0.85]) <= 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / 400)
+    assert np.mean(refused[0.95]) >= 0.95
+
+
+def test_fewer_answers_than_the_margin_allows_are_found_and_others_seldom():
+    generator, refused = np.random.default_rng(0), {0.7: [], 0.5: []}
+    section, any_share = Gate(answered={"least": 0.0}), Interval(0.5, None, None)
+    for share, mine in refused.items():  # the champion answers 90 %: the margin of 20 points ends at 70
+        for _ in range(RUNS):
+            candidate_n, champion_n = generator.random(150) < share, generator.random(150) < 0.9
+            hits = count_hits(candidate_n, champion_n, np.arange(150))
+            mine.append(check_answered(any_share, hits, section).passed is False)
+    assert np.mean(refused[0.7]) <= ALLOWED
+    assert np.mean(refused[0.5]) >= 0.95
+
+
+def test_without_a_report_about_the_candidate_only_a_rule_that_decides_is_shown():
+    on = Gate(baseline={"heads": "on"})
+    majority = make_head("majority class", 0.1, 0.2)
+    few = Baseline("neighbours", Interval(0.9, None, None), Interval(0.1, None, None))
+    for rows, found in ((None, "reports/ is not about this candidate"), ([majority, few], "no head with an interval")):
+        assert check_simple_heads(rows, Gate()) is None
+        rule = check_simple_heads(rows, on)
+        assert (rule.passed, rule.found.endswith(found)) == (None, True)
+
+
 def test_guessing_beats_the_baseline_in_at_most_one_of_forty():
     hits = np.random.default_rng(0).binomial(60, 0.6, size=RUNS)
     passed = [check_baseline(compute_wilson(int(each), 60), 0.6, "x", Gate()).passed is True for each in hits]
@@ -106,6 +183,12 @@ def test_log_loss_is_refused_only_where_it_is_shown_to_be_worse():
     assert check_log_loss(worse_n, np.arange(200), Gate(log_loss={"margin": 0.3})).passed is True
     assert check_log_loss(worse_n, np.arange(200) % 5, on) is None, "five groups tell nothing"
     assert check_log_loss(worse_n, np.arange(200), Gate()).mode == "dry_run"
+    even = check_log_loss(np.full(200, -1e-9), np.arange(200), on)
+    assert even.found == "log loss +0.0000 against the champion's, 90 % interval +0.0000 ... +0.0000"
+    assert even.expected == "not shown to be higher than the champion's"
+    assert check_log_loss(worse_n, np.arange(200), Gate(log_loss={"margin": 0.3})).expected.endswith(
+        " by more than 0.3"
+    )
     level = [check_log_loss(generator.normal(0, 0.5, 60), np.arange(60), on).passed is False for _ in range(RUNS)]
     assert 0.02 <= np.mean(level) <= ALLOWED
 

@@ -1,6 +1,7 @@
 """Paired tests and intervals: against scipy and by hand, and how often they are wrong in simulated test sets."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binomtest, norm
 from sklearn.metrics import f1_score
 
+from visionloop.params.gate import Drop
+from visionloop.promotion.gate import check_drops
 from visionloop.promotion.paired import (
     Pair,
     compute_flip_p,
@@ -230,3 +233,42 @@ def test_few_groups_widen_the_tail():
     assert widen_tail(0.05, 16) == pytest.approx(0.0351, abs=1e-3)
     assert widen_tail(0.05, 10_000) == pytest.approx(0.05, abs=1e-4)
     assert widen_tail(0.05, 1) == 0.0
+
+
+def make_class_films(generator, *, num_films, share, num_frames=20, spread=0.2):
+    """Hits on a class's films: the champion finds 90 % of the frames, the candidate `share`, more or less by film."""
+    key_n = np.repeat(np.arange(num_films), num_frames)
+    found = []
+    for mean in (share, 0.9):
+        share_g = np.clip(generator.normal(mean, spread / 2, num_films), 0, 1)
+        found.append(generator.random(len(key_n)) < share_g[key_n])
+    return count_hits(*found, key_n)
+
+
+def test_a_class_in_five_films_that_seems_to_fall_cannot_be_told():
+    # No test can show a drop on fewer than six films. That is no proof that the class is as good.
+    generator, answers = np.random.default_rng(0), {0.7: [], 0.9: []}
+    for share, mine in answers.items():
+        for _ in range(300):
+            parts = {"cat": make_class_films(generator, num_films=5, share=share)}
+            mine.append(check_drops("class_drop", parts, Drop(), ALPHA).passed)
+    assert np.mean([passed is None for passed in answers[0.7]]) >= 0.9, "20 points down"
+    assert np.mean([passed is None for passed in answers[0.9]]) <= 0.2, "an equal model is seldom held up"
+    assert False not in answers[0.7]
+
+
+def test_a_large_drop_that_is_not_shown_is_told():
+    generator = np.random.default_rng(1)
+    parts = {"dog": count_hits(np.ones(80, bool), np.ones(80, bool), np.arange(80))}
+    few = {**parts, "cat": make_class_films(generator, num_films=5, share=0.7)}
+    rule = check_drops("class_drop", few, Drop(), ALPHA)
+    assert rule.passed is None
+    assert rule.found.startswith("too few groups: cat ")
+    assert re.search(
+        r" in 5 groups, .*; LOOK: this may be luck, about [\d,]+ more test groups of it would tell$", rule.found
+    )
+    assert check_drops("slice_drop", few, Drop(), ALPHA).passed is True, "a slice of few groups holds nobody up"
+    more = {**parts, "cat": make_class_films(generator, num_films=7, share=0.75)}
+    rule = check_drops("class_drop", more, Drop(), ALPHA)
+    assert (rule.passed, "LOOK: this may be luck" in rule.found) == (True, True)
+    assert "LOOK" not in check_drops("class_drop", parts, Drop(), ALPHA).found

@@ -8,6 +8,7 @@ import pytest
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import DatasetError
+from visionloop.evaluation.slices import measure_images
 from visionloop.predictor import Predictor
 from visionloop.promotion import score
 from visionloop.promotion.score import (
@@ -50,6 +51,16 @@ def test_scores_are_the_served_answers_in_the_order_of_sha256(world, predictor, 
     served = predictor.predict([world.store.get(make_image_key(r.sha256)) for r in tests])
     assert [scores.classes[k] for k in scores.chosen] == [p.prediction for p in served]
     np.testing.assert_allclose(scores.probs_nk.max(axis=1), [p.confidence for p in served], atol=1e-5)
+
+
+def test_brightness_and_sharpness_come_with_the_answers_and_from_the_cache(world, predictor, score_key):
+    tests = select_test(world.records)
+    images = [predictor.decode(world.store.get(make_image_key(r.sha256)), r.sha256) for r in tests]
+    wanted = measure_images(np.stack(images))
+    for scores in (score_bundle(world.store, predictor, tests), score_bundle(world.store, predictor, tests)):
+        assert list(scores.measures) == ["brightness", "sharpness"]
+        for name, values_n in scores.measures.items():
+            np.testing.assert_allclose(values_n, wanted[name], rtol=1e-5)
 
 
 def test_scores_are_computed_once(world, predictor, score_key):

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from visionloop.evaluation.fonts import number_names
+from visionloop.data.fonts import number_names
 from visionloop.evaluation.label_metrics import count_labels
 from visionloop.evaluation.metrics import compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes

@@ -6,8 +6,8 @@ import matplotlib
 import pytest
 from matplotlib import font_manager
 
-from visionloop.evaluation import fonts
-from visionloop.evaluation.fonts import find_families, number_names
+from visionloop.data import contact_sheet, fonts
+from visionloop.data.fonts import describe_numbers, find_families, number_names
 from visionloop.evaluation.metrics import ClassFigures
 from visionloop.evaluation.plots import draw_classes
 from visionloop.evaluation.report import _make_legend
@@ -30,9 +30,47 @@ def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["猫", "हिन्दी", "ภาษา", "犬 dog"])
 def test_a_name_that_no_font_has_is_a_number_with_a_legend(only_ours: None, name: str) -> None:
     assert number_names(["cat", name, "Ünï-ж"]) == {"cat": "cat", name: "#2", "Ünï-ж": "Ünï-ж"}
+    assert describe_numbers(["cat", name]) == f"#2 is {name}"
     assert f"In the figures #2 is {name}." in _make_legend(["cat", name])
     assert _make_legend(["cat", "Кот", "γάτα"]) == ""
     assert find_families([name, "cat"]) == ["DejaVu Sans"]
+
+
+def make_font(path: Path, text: str) -> Path:
+    """Write a font that draws each of these characters as a square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    square, names = pen.glyph(), [f"u{ord(char):04x}" for char in text]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", *names])
+    builder.setupCharacterMap({ord(char): name for char, name in zip(text, names, strict=True)})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), **dict.fromkeys(names, square)})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", *names), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=0)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+def test_a_picture_takes_a_font_of_this_machine(
+    only_ours: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert contact_sheet._choose_font("马 87%", 14)[0] == "\\u9a6c 87%"
+    font = make_font(tmp_path / "squares.ttf", "马 87%")
+    font_manager.fontManager.addfont(font)
+    for cached in (fonts._find_family, fonts._list_charmaps):
+        cached.cache_clear()
+    text, found = contact_sheet._choose_font("马 87%", 14)
+    assert (text, found.path) == ("马 87%", str(font))
+    assert number_names(["cat", "马"]) == {"cat": "cat", "马": "马"}
 
 
 def test_a_system_font_that_has_the_characters_is_used(only_ours: None, monkeypatch: pytest.MonkeyPatch) -> None:

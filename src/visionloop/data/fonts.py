@@ -15,9 +15,23 @@ def find_families(texts: Iterable[str]) -> list[str]:
 def number_names(classes: Sequence[str]) -> dict[str, str]:
     """Return each class as figures show it: its name, or `#3` for the third one where no font has the name."""
     return {
-        name: name if all(_find_family(char) for char in name) else f"#{place}"
+        name: name if name.isascii() or all(_find_family(char) for char in name) else f"#{place}"
         for place, name in enumerate(classes, start=1)
     }
+
+
+def describe_numbers(classes: Sequence[str]) -> str:
+    """Say which class each number of `number_names` is; empty if there is none."""
+    numbered = [f"{shown} is {name}" for name, shown in number_names(classes).items() if shown != name]
+    return ", ".join(numbered)
+
+
+def find_file(text: str) -> str | None:
+    """Return the file of a font that has every character of a text; None if there is none on this machine."""
+    from matplotlib import font_manager
+
+    names = (name for name, chars in _list_charmaps() if all(c.isspace() or ord(c) in chars for c in text))
+    return next((str(font_manager.findfont(name)) for name in names), None)
 
 
 @cache
@@ -28,8 +42,11 @@ def _find_family(char: str) -> str:
 
 @cache
 def _list_charmaps() -> list[tuple[str, frozenset[int]]]:
-    """Return the characters of each family, ours first. Fonts that cannot be read are passed over."""
-    from matplotlib import font_manager, ft2font
+    """Return the characters of each family, ours first; none without matplotlib. Unreadable fonts are passed over."""
+    try:
+        from matplotlib import font_manager, ft2font
+    except ImportError:
+        return []
 
     fonts = sorted(font_manager.fontManager.ttflist, key=lambda f: (f.name != FAMILY, f.name, f.fname))
     charmaps: dict[str, frozenset[int]] = {}
