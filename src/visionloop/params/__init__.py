@@ -30,6 +30,7 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
+from visionloop.params.monitor import Monitor, Webhook
 from visionloop.params.schedule import check_cron, check_timezone
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
@@ -63,6 +64,7 @@ __all__ = [
     "Gate",
     "HttpSource",
     "Ingest",
+    "Monitor",
     "Neighbours",
     "Normalisation",
     "Params",
@@ -79,6 +81,7 @@ __all__ = [
     "Train",
     "Tune",
     "VideoSource",
+    "Webhook",
     "load_params",
     "make_params",
 ]
@@ -179,6 +182,7 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     serve: Serve = Serve()
+    monitor: Monitor = Monitor()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 
