@@ -19,6 +19,7 @@ Dimensions: n images, g blocks, b deals (the first is the real one), d embedding
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil, comb
 from typing import Any
 
@@ -187,9 +188,15 @@ def combine(values_bj: FloatArray, level: float) -> tuple[float, FloatArray, Flo
     """
     number = len(values_bj)
     sorted_bj = np.sort(values_bj, axis=0)
-    p_bj = np.column_stack(
-        [number - np.searchsorted(sorted_bj[:, j], values_bj[:, j] - EPSILON, side="left") for j in range(sorted_bj.shape[1])]
-    ) / number
+    p_bj = (
+        np.column_stack(
+            [
+                number - np.searchsorted(sorted_bj[:, j], values_bj[:, j] - EPSILON, side="left")
+                for j in range(sorted_bj.shape[1])
+            ]
+        )
+        / number
+    )
     least_b = p_bj.min(axis=1)
     extreme_b = least_b * (1 + 1e-6 * np.log(p_bj).mean(axis=1))
     p = float((extreme_b <= extreme_b[0]).mean())
@@ -246,7 +253,7 @@ def _sum_blocks(reference: Sample, window: Sample, basis: Basis | None) -> _Sums
         weigh_f[:NUM_FEATURES] = 1.0
     return _Sums(
         names,
-        tuple(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False)),
+        tuple(slice(int(a), int(b)) for a, b in pairwise(ends)),
         np.bincount(block_n, minlength=number_g).astype(np.float64),
         _add(joined_nf, block_n, number_g),
         weigh_f,
@@ -284,7 +291,9 @@ def _add(value_nf: FloatArray, block_n: IntArray, number_g: int) -> FloatArray:
 
 def _measure(sums: _Sums, dealt_bg: BoolArray, order_g: IntArray) -> FloatArray:
     """Return how far apart the sides of each deal are, by each detector, (b, j). `dealt_bg`: who is in the window."""
-    size = max(1, CHUNK_CELLS // (sums.feature_gf.shape[1] + (0 if sums.first_gc is None else sums.first_gc.shape[1] ** 2)))
+    size = max(
+        1, CHUNK_CELLS // (sums.feature_gf.shape[1] + (0 if sums.first_gc is None else sums.first_gc.shape[1] ** 2))
+    )
     parts = []
     for start in range(0, len(dealt_bg), size):
         dealt = dealt_bg[start : start + size].astype(np.float64)
@@ -338,7 +347,9 @@ def _measure_classifier(sums: _Sums, dealt_bg: FloatArray, order_g: IntArray) ->
         weight_bc = np.linalg.solve(spread, gap_bc[:, :, None])[:, :, 0]
         length_b = np.sqrt(np.maximum((weight_bc * gap_bc).sum(axis=1), EPSILON))
         for number, side in enumerate(sides):
-            held_bc = (side * ~kept) @ sums.first_gc - ((side * ~kept) @ sums.count_g)[:, None] * (means[0] + means[1]) / 2
+            held_bc = (side * ~kept) @ sums.first_gc - ((side * ~kept) @ sums.count_g)[:, None] * (
+                means[0] + means[1]
+            ) / 2
             score_b[number] += (held_bc * weight_bc).sum(axis=1) / length_b
     inside_b, total = dealt_bg @ sums.count_g, float(sums.count_g.sum())
     return np.asarray(

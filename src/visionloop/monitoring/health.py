@@ -49,8 +49,8 @@ def check_traffic(window: Traffic, reference: Traffic | None, volumes: Sequence[
     if not len(window):
         return [Check("empty", "broken", "alert", "no image in the window", "images", 0.0)]
     return [
-        _check_share("one_client", "client", window.client_n, reference and reference.client_n, section.max_client_share),
-        _check_share("same_picture", "picture", window.picture_n, reference and reference.picture_n, section.max_same_share),
+        _check_share("one_client", "client", window.client_n, _get(reference, "client_n"), section.max_client_share),
+        _check_share("same_picture", "picture", window.picture_n, _get(reference, "picture_n"), section.max_same_share),
         _check_blank(window, reference, section.max_same_share),
         _check_size(window, reference),
         _check_volume(len(window), volumes, section.max_volume_ratio),
@@ -58,9 +58,12 @@ def check_traffic(window: Traffic, reference: Traffic | None, volumes: Sequence[
     ]
 
 
-def _check_share(
-    name: str, what: str, value_n: NDArray[np.str_], before_g: NDArray[np.str_] | None, most: float
-) -> Check:
+def _get(reference: Traffic | None, name: str) -> NDArray[np.str_]:
+    """Return a column of the reference; empty without one."""
+    return np.zeros(0, np.str_) if reference is None else getattr(reference, name)
+
+
+def _check_share(name: str, what: str, value_n: NDArray[np.str_], before_g: NDArray[np.str_], most: float) -> Check:
     """Alert if one value has more than its share of the images, and had not in the reference."""
     values, counts = np.unique(value_n[value_n != ""], return_counts=True)
     if not len(values):
@@ -68,7 +71,7 @@ def _check_share(
     top, share = str(values[counts.argmax()]), float(counts.max()) / len(value_n)
     shown = f" ({top[:40]})" if what == "client" else ""
     found = f"one {what}{shown} has {share:.0%} of {len(value_n):,} images"
-    usual = float((before_g == top).mean()) if before_g is not None and len(before_g) else 0.0
+    usual = float((before_g == top).mean()) if len(before_g) else 0.0
     if share > most and usual > most:
         return Check(name, "broken", "fine", f"{found}, and {usual:.0%} of the reference", "", share, most)
     state: State = "alert" if share > most and len(value_n) >= MIN_PICTURES else "fine"
@@ -80,7 +83,9 @@ def _check_blank(window: Traffic, reference: Traffic | None, most: float) -> Che
     if share is None:
         return Check("blank", "broken", "unknown", "no contrast is in the log")
     state: State = "alert" if share > most and (usual or 0.0) <= most else "fine"
-    return Check("blank", "broken", state, f"{share:.0%} of the images are of one colour", f"at most {most:.0%}", share, most)
+    return Check(
+        "blank", "broken", state, f"{share:.0%} of the images are of one colour", f"at most {most:.0%}", share, most
+    )
 
 
 def _share_blank(traffic: Traffic | None) -> float | None:
@@ -111,20 +116,21 @@ def check_colours(window_n3: FloatArray, reference_g3: FloatArray) -> Check:
     Example: the mean colour of the reference is (140, 120, 90), that of the window (91, 119, 141): nearer to the
     reference with red and blue swapped than as it is.
     """
-    name, kind = "colours", "broken"
     if min(len(window_n3), len(reference_g3)) < MIN_PICTURES:
-        return Check(name, "broken", "unknown", "too few kept images to tell", f"{MIN_PICTURES} in window and reference")
+        return Check(
+            "colours", "broken", "unknown", "too few kept images to tell", f"{MIN_PICTURES} in window and reference"
+        )
     grey, usual = (float((np.ptp(rgb, axis=1) < GREY_SPREAD).mean()) for rgb in (window_n3, reference_g3))
     if grey > 0.5 and usual <= 0.1:
         found = f"{grey:.0%} of the kept images are grey, {usual:.0%} of the reference"
-        return Check(name, "broken", "alert", found, "colours", grey, 0.5)
+        return Check("colours", "broken", "alert", found, "colours", grey, 0.5)
     mean_3, before_3 = window_n3.mean(axis=0), reference_g3.mean(axis=0)
     plain, swapped = float(np.abs(mean_3 - before_3).mean()), float(np.abs(mean_3[::-1] - before_3).mean())
     tint = abs(float(before_3[0] - before_3[2]))
     told = f"mean colour {_tell(mean_3)}, of the reference {_tell(before_3)}"
     if tint >= MIN_COLOUR_GAP and swapped < plain / 3 and plain > tint / 2:
-        return Check(name, "broken", "alert", f"{told}: red and blue seem to be swapped", "the colours as before")
-    return Check(name, "broken", "fine", told)
+        return Check("colours", "broken", "alert", f"{told}: red and blue seem to be swapped", "the colours as before")
+    return Check("colours", "broken", "fine", told)
 
 
 def _tell(rgb_3: FloatArray) -> str:
@@ -147,7 +153,17 @@ def _check_latency(window: Traffic, most: float | None) -> list[Check]:
         return []
     value = float(np.quantile(known_n, 0.95))
     state: State = "alert" if value > most else "fine"
-    return [Check("latency", "service", state, f"{value:,.0f} ms for 95 % of the images", f"at most {most:,.0f} ms", value, most)]
+    return [
+        Check(
+            "latency",
+            "service",
+            state,
+            f"{value:,.0f} ms for 95 % of the images",
+            f"at most {most:,.0f} ms",
+            value,
+            most,
+        )
+    ]
 
 
 def check_model(

@@ -134,8 +134,7 @@ def estimate_shares(confusion_kk: FloatArray, answered_rk: FloatArray) -> FloatA
 
     A class without an image in the confusion matrix is taken to be always found.
     """
-    counts_kk = np.asarray(confusion_kk, np.float64)
-    counts_kk = counts_kk + np.diag((counts_kk.sum(axis=1) == 0).astype(np.float64))
+    counts_kk = confusion_kk + np.diag((confusion_kk.sum(axis=1) == 0).astype(np.float64))
     share_kk = counts_kk / counts_kk.sum(axis=1, keepdims=True)
     answered_rk = answered_rk / np.maximum(answered_rk.sum(axis=1, keepdims=True), TINY)
     found_rk = np.full_like(answered_rk, 1 / len(counts_kk))
@@ -162,9 +161,9 @@ def compute_class_shares(
 
     The interval is from redrawn blocks of the window and redrawn validation images (percentiles of 95 %).
     """
-    generator = np.random.default_rng(seed)
-    before_k = estimate_shares(confusion_kk, reference_nk.sum(axis=0, dtype=np.float64)[None])[0]
-    now_k = estimate_shares(confusion_kk, window_nk.sum(axis=0, dtype=np.float64)[None])[0]
+    generator, counts_kk = np.random.default_rng(seed), confusion_kk.astype(np.float64)
+    before_k = estimate_shares(counts_kk, reference_nk.sum(axis=0, dtype=np.float64)[None])[0]
+    now_k = estimate_shares(counts_kk, window_nk.sum(axis=0, dtype=np.float64)[None])[0]
     sums_gk = sum_keys(window_nk, block_n)
     drawn = [draw_rg @ sums_gk for draw_rg in draw_keys(block_n, RESAMPLES, seed)]
     found_rk = np.concatenate(

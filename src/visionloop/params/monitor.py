@@ -1,4 +1,4 @@
-"""The section `monitor` of params.yaml: what a window is, and when it is worth an alert. docs/monitoring.md tells all."""
+"""The section `monitor` of params.yaml: what a window is, and what is worth an alert. See docs/monitoring.md."""
 
 from typing import Annotated, Self
 
@@ -25,9 +25,10 @@ class Monitor(Section):
     """What is watched, window by window. With `false_alarm_days: 100` one false alarm of drift is due in 100 days.
 
     `block_hours`: images of one client in so many hours are taken for alike; 0: each image is by itself.
-    `max_images` of a window, and `reference_images` in all, are looked at for drift: a random share where there are
-    more. `accuracy_drop`: how far below that of the validation side the accuracy by labels may be for sure;
-    `min_accuracy` sets that line itself.
+    `reference_windows`: so many of the first windows of a model that were accepted are what later ones are compared
+    with, and as many of the newest. Of each window `max_images` are looked at for drift.
+    `accuracy_drop`: how far below that of the validation side the accuracy by labels may be for sure; `min_accuracy`
+    sets that line itself.
     """
 
     window_hours: int = Field(default=24, ge=1, le=24 * 31)
@@ -35,7 +36,7 @@ class Monitor(Section):
     block_hours: int = Field(default=1, ge=0, le=24 * 7)
     min_images: int = Field(default=50, ge=10)
     max_images: int = Field(default=1000, ge=50, le=20_000)
-    reference_images: int = Field(default=2000, ge=100, le=50_000)
+    reference_windows: int = Field(default=7, ge=1, le=100)
     quality_days: int = Field(default=30, ge=1, le=366)
     accuracy_drop: float = Field(default=0.05, ge=0, lt=1)
     min_accuracy: Share | None = None
