@@ -17,7 +17,7 @@ so the level is that of one false alarm by any of them.
 Dimensions: n images, g blocks, b deals (the first is the real one), d embedding size, c axes, f features, j detectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, comb
@@ -361,8 +361,3 @@ def keep_one_each(sample: Sample, seed: int = 0) -> Sample:
     """Return one image of each block, by lot: images that are independent, whatever their blocks are like."""
     order_n = np.random.default_rng(seed).permutation(len(sample))
     return sample.take(np.sort(order_n[np.unique(sample.block_n[order_n], return_index=True)[1]]))
-
-
-def describe_alarmed(drift: Drift) -> Sequence[str]:
-    """Return the names of the detectors that speak, the surest first."""
-    return [one.name for one in sorted(drift.detectors, key=lambda one: one.p) if one.alarmed]

@@ -165,8 +165,16 @@ def _tell_drift(facts: Facts, drift: Drift | None, section: Monitor) -> list[Che
         return [Check("drift", "drift", "unknown", told, f"{expected}: more windows, or a smaller monitor.block_hours")]
     state: State = "alert" if drift.found else "fine"
     before = facts.reference if facts.reference is not None else facts.known.validation
+    blind = Check(
+        "embeddings",
+        "drift",
+        "unknown",
+        "the log has none for this window or the reference",
+        "an embedding of each image",
+    )
     return [
         Check("drift", "drift", state, told, expected, drift.p, drift.level),
+        *([blind] if facts.sample.embedding_nd is None or before.embedding_nd is None else []),
         *(_tell_detector(one, before, facts.sample, drift) for one in drift.detectors),
     ]
 

@@ -105,12 +105,12 @@ def read_embeddings(column: Any) -> NDArray[np.float32] | None:
 
 def get_numbers(table: "pa.Table", name: str, missing: float = np.nan) -> FloatArray:
     """Return a column as float64; null is `missing`."""
-    return np.array([missing if one is None else one for one in table[name].to_pylist()], np.float64)
+    return np.asarray(table[name].cast("float64").fill_null(missing).to_numpy(), np.float64)
 
 
 def get_flags(table: "pa.Table", name: str) -> BoolArray:
     """Return a column as bool; null is False."""
-    return np.array([bool(one) for one in table[name].to_pylist()], bool)
+    return np.asarray(table[name].fill_null(False).to_numpy(), bool)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def make_traffic(table: "pa.Table") -> Traffic:
 
 
 def _get_texts(table: "pa.Table", name: str) -> NDArray[np.str_]:
-    return np.array([one or "" for one in table[name].to_pylist()], np.str_)
+    return np.asarray(table[name].fill_null("").to_numpy(zero_copy_only=False), np.str_)
 
 
 def _get_seconds(table: "pa.Table") -> IntArray:
-    return np.array([int(one.timestamp()) for one in table["time"].to_pylist()], np.int64)
+    return np.asarray(table["time"].cast("int64").to_numpy(), np.int64) // 1_000_000
