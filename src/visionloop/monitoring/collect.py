@@ -57,7 +57,7 @@ class Rows:
 
 
 class Log:
-    """The prediction log of a workspace, and what one model answered in it. Parts that are `damaged` are passed over."""
+    """The prediction log of a workspace, and what one model answered in it. `damaged` parts are passed over."""
 
     def __init__(self, workspace: Workspace, digest: str) -> None:
         self.workspace, self.digest = workspace, digest

@@ -27,7 +27,8 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 MIN_LABELS = 30
-RESAMPLES = 400
+RESAMPLES, LEAST_RESAMPLES = 400, 50
+MAX_CELLS = 4_000_000  # of confusion matrices that are drawn at a time
 ROUNDS = 300  # of the search for class shares
 TINY = 1e-12
 
@@ -123,8 +124,8 @@ def compute_expected_accuracy(confidence_n: FloatArray, block_n: IntArray) -> In
     return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
-def estimate_shares(confusion_kk: FloatArray, answered_rk: FloatArray) -> FloatArray:
-    """Return the true shares of classes, (r, k), from how often each was answered.
+def estimate_shares(confusion: FloatArray, answered_rk: FloatArray) -> FloatArray:
+    """Return the true shares of classes, (r, k), from how often each was answered. `confusion`: (k, k) or (r, k, k).
 
     If images of a class look as before, and only their number has changed, then answered = true shares @ confusion, the
     latter as shares of each row: "black box shift estimation" (Lipton, Wang & Smola, "Detecting and correcting for
@@ -134,14 +135,15 @@ def estimate_shares(confusion_kk: FloatArray, answered_rk: FloatArray) -> FloatA
 
     A class without an image in the confusion matrix is taken to be always found.
     """
-    counts_kk = confusion_kk + np.diag((confusion_kk.sum(axis=1) == 0).astype(np.float64))
-    share_kk = counts_kk / counts_kk.sum(axis=1, keepdims=True)
+    empty = confusion.sum(axis=-1) == 0
+    counts = confusion + empty[..., None] * np.eye(confusion.shape[-1])
+    share = counts / counts.sum(axis=-1, keepdims=True)
     answered_rk = answered_rk / np.maximum(answered_rk.sum(axis=1, keepdims=True), TINY)
-    found_rk = np.full_like(answered_rk, 1 / len(counts_kk))
+    found_rk = np.full_like(answered_rk, 1 / confusion.shape[-1])
     for _ in range(ROUNDS):
         before_rk = found_rk
-        expected_rk = np.maximum(found_rk @ share_kk, TINY)
-        found_rk = found_rk * ((answered_rk / expected_rk) @ share_kk.T)
+        expected_rk = np.maximum(np.matmul(found_rk[:, None], share)[:, 0], TINY)
+        found_rk = found_rk * np.matmul((answered_rk / expected_rk)[:, None], np.swapaxes(share, -1, -2))[:, 0]
         found_rk /= np.maximum(found_rk.sum(axis=1, keepdims=True), TINY)
         if np.abs(found_rk - before_rk).max() < 1e-7:
             break
@@ -165,11 +167,14 @@ def compute_class_shares(
     before_k = estimate_shares(counts_kk, reference_nk.sum(axis=0, dtype=np.float64)[None])[0]
     now_k = estimate_shares(counts_kk, window_nk.sum(axis=0, dtype=np.float64)[None])[0]
     sums_gk = sum_keys(window_nk, block_n)
-    drawn = [draw_rg @ sums_gk for draw_rg in draw_keys(block_n, RESAMPLES, seed)]
+    number_k = len(classes)
+    resamples = max(LEAST_RESAMPLES, min(RESAMPLES, MAX_CELLS // number_k**2))
+    drawn_rk = np.concatenate([draw_rg @ sums_gk for draw_rg in draw_keys(block_n, resamples, seed)])
+    size = max(1, MAX_CELLS // number_k**2)
     found_rk = np.concatenate(
         [
-            estimate_shares(generator.poisson(confusion_kk).astype(np.float64), part_rk[None])
-            for part_rk in np.concatenate(drawn)
+            estimate_shares(generator.poisson(counts_kk, (len(part_rk), number_k, number_k)).astype(float), part_rk)
+            for part_rk in (drawn_rk[start : start + size] for start in range(0, resamples, size))
         ]
     )
     low_k, high_k = np.quantile(found_rk, [0.025, 0.975], axis=0)
