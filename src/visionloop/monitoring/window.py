@@ -73,7 +73,7 @@ def make_sample(table: "pa.Table", classes: Sequence[str], block_hours: int, emb
     return Sample(
         block_n=number_blocks(table, block_hours),
         chosen_nk=find_chosen(table, classes),
-        confidence_n=get_numbers(table, "confidence", 0.0),
+        confidence_n=np.nan_to_num(np.clip(get_numbers(table, "confidence"), 0.0, 1.0)),
         abstained_n=get_flags(table, "abstained"),
         embedding_nd=embedding_nd,
         quality={name: get_numbers(table, name) for name in MEASURES},
