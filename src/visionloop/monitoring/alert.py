@@ -62,7 +62,7 @@ def send_alert(
     # A server that sends a byte now and then outlasts every timeout of a socket: nobody waits for it any longer.
     thread = Thread(target=lambda: found.append(_try(webhook, url, headers, body, sleep)), daemon=True)
     thread.start()
-    thread.join(webhook.tries * (2 * webhook.timeout_s + MAX_WAIT_S))
+    thread.join(webhook.tries * 2 * webhook.timeout_s + (webhook.tries - 1) * MAX_WAIT_S)
     problem = found[0] if found else "the webhook does not come to an end"
     return mask(f"the alert was not sent: {problem}", tuple(environment.secrets)) if problem else None
 

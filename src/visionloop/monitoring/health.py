@@ -70,12 +70,12 @@ def _check_share(name: str, what: str, value_n: NDArray[np.str_], before_g: NDAr
         return Check(name, "broken", "unknown", f"no {what} is in the log")
     top, share = str(values[counts.argmax()]), float(counts.max()) / len(value_n)
     shown = f" ({top[:40]})" if what == "client" else ""
-    found = f"one {what}{shown} has {share:.0%} of {len(value_n):,} images"
+    found = f"one {what}{shown} has {100 * share:.0f} % of {len(value_n):,} images"
     usual = float((before_g == top).mean()) if len(before_g) else 0.0
     if share > most and usual > most:
-        return Check(name, "broken", "fine", f"{found}, and {usual:.0%} of the reference", "", share, most)
+        return Check(name, "broken", "fine", f"{found}, and {100 * usual:.0f} % of the reference", "", share, most)
     state: State = "alert" if share > most and len(value_n) >= MIN_PICTURES else "fine"
-    return Check(name, "broken", state, found, f"at most {most:.0%}", share, most)
+    return Check(name, "broken", state, found, f"at most {100 * most:.0f} %", share, most)
 
 
 def _check_blank(window: Traffic, reference: Traffic | None, most: float) -> Check:
@@ -84,7 +84,13 @@ def _check_blank(window: Traffic, reference: Traffic | None, most: float) -> Che
         return Check("blank", "broken", "unknown", "no contrast is in the log")
     state: State = "alert" if share > most and (usual or 0.0) <= most else "fine"
     return Check(
-        "blank", "broken", state, f"{share:.0%} of the images are of one colour", f"at most {most:.0%}", share, most
+        "blank",
+        "broken",
+        state,
+        f"{100 * share:.0f} % of the images are of one colour",
+        f"at most {100 * most:.0f} %",
+        share,
+        most,
     )
 
 
@@ -107,7 +113,7 @@ def _check_size(window: Traffic, reference: Traffic | None) -> Check:
     told = f", most others {others[numbers.argmax()]}" if len(others) else ""
     state: State = "alert" if share < 0.5 else "fine"
     expected = f"half or more: {', '.join(map(str, usual[:3]))}"
-    return Check("size", "broken", state, f"{share:.0%} have a usual size{told}", expected, share, 0.5)
+    return Check("size", "broken", state, f"{100 * share:.0f} % have a usual size{told}", expected, share, 0.5)
 
 
 def check_colours(window_n3: FloatArray, reference_g3: FloatArray) -> Check:
@@ -122,7 +128,7 @@ def check_colours(window_n3: FloatArray, reference_g3: FloatArray) -> Check:
         )
     grey, usual = (float((np.ptp(rgb, axis=1) < GREY_SPREAD).mean()) for rgb in (window_n3, reference_g3))
     if grey > 0.5 and usual <= 0.1:
-        found = f"{grey:.0%} of the kept images are grey, {usual:.0%} of the reference"
+        found = f"{100 * grey:.0f} % of the kept images are grey, {100 * usual:.0f} % of the reference"
         return Check("colours", "broken", "alert", found, "colours", grey, 0.5)
     mean_3, before_3 = window_n3.mean(axis=0), reference_g3.mean(axis=0)
     plain, swapped = float(np.abs(mean_3 - before_3).mean()), float(np.abs(mean_3[::-1] - before_3).mean())
@@ -187,7 +193,7 @@ def check_model(
             "served_model",
             "service",
             "alert" if share > 0.5 else "fine",
-            f"{share:.0%} of the images were answered by another model than the champion",
+            f"{100 * share:.0f} % of the images were answered by another model than the champion",
             "at most 50 %",
             share,
             0.5,

@@ -182,14 +182,14 @@ def _tell_drift(facts: Facts, drift: Drift | None, section: Monitor) -> list[Che
 def _tell_detector(one: Detector, before: Sample, now: Sample, drift: Drift) -> Check:
     if one.name == "classifier":
         share = _tell_apart(one.value, now, before)
-        found = f"a classifier puts {share:.0%} of the pairs in the right order (50 %: no difference)"
+        found = f"a classifier puts {100 * share:.0f} % of the pairs in the right order (50 %: no difference)"
     elif one.name == "mmd":
-        found = "distance of the embeddings"
+        found = "how far the embeddings have moved on the whole"
     elif one.name == "classes":
         gap = np.abs(now.chosen_nk.mean(axis=0) - before.chosen_nk.mean(axis=0)).sum() / 2
-        found = f"{gap:.0%} of the answers are of another class than before"
+        found = f"{100 * gap:.0f} % of the answers are of another class than before"
     elif one.name == "abstained":
-        found = f"no answer to {now.abstained_n.mean():.1%}, before {before.abstained_n.mean():.1%}"
+        found = f"no answer to {100 * now.abstained_n.mean():.1f} %, before {100 * before.abstained_n.mean():.1f} %"
     else:
         values = [s.confidence_n if one.name == "confidence" else s.quality[one.name] for s in (now, before)]
         found = "mean {:.3g}, before {:.3g}".format(*(_mean(value_n) for value_n in values))
@@ -198,8 +198,8 @@ def _tell_detector(one: Detector, before: Sample, now: Sample, drift: Drift) -> 
         one.name,
         "drift",
         state,
-        f"{found}; {one.value:.3g}, p {one.p:.2g}",
-        f"at most {one.limit:.3g}",
+        f"{found}; score {one.value:.3g}, p {one.p:.2g}",
+        f"a score of at most {one.limit:.3g}",
         one.value,
         one.limit,
     )
@@ -221,23 +221,27 @@ def _tell_apart(value: float, now: Sample, before: Sample) -> float:
 def _check_labels(facts: Facts, section: Monitor) -> Check:
     """Alert if the accuracy by labels is below the line for sure: with its whole interval."""
     labelled = facts.labelled
-    line = section.min_accuracy
+    line, usual = section.min_accuracy, facts.known.accuracy.value
     words = "monitor.min_accuracy"
     if line is None:
-        line = max(0.0, facts.known.accuracy.value - section.accuracy_drop)
-        words = f"{facts.known.accuracy.value:.1%} of the validation side less {section.accuracy_drop:.0%}"
+        line = max(0.0, usual - section.accuracy_drop)
+        words = (
+            f"{100 * facts.known.accuracy.value:.1f} % of the validation side less {100 * section.accuracy_drop:.0f} %"
+        )
     if labelled.accuracy is None or labelled.accuracy.high is None:
         found = f"{labelled.num_labels} labels of kept images are too few"
         return Check("accuracy", "quality", "unknown", found, "30 or more", None, line)
-    low, high = labelled.accuracy.low or 0.0, labelled.accuracy.high
-    found = f"{labelled.accuracy.value:.1%} ({low:.1%} ... {high:.1%}) by {labelled.num_labels:,} labels"
+    value, low, high = labelled.accuracy.value, labelled.accuracy.low or 0.0, labelled.accuracy.high
+    found = f"{100 * value:.1f} % ({100 * low:.1f} ... {100 * high:.1f}) by {labelled.num_labels:,} labels"
     if labelled.covered < 0.95:
-        found = f"{found}, which speak for {labelled.covered:.0%} of the traffic only"
+        found = f"{found}, which speak for {100 * labelled.covered:.0f} % of the traffic only"
         return Check(
             "accuracy", "quality", "unknown", found, "labels of the random share", labelled.accuracy.value, line
         )
     state: State = "alert" if high < line else "fine"
-    return Check("accuracy", "quality", state, found, f"{line:.1%} ({words})", labelled.accuracy.value, line)
+    return Check(
+        "accuracy", "quality", state, found, f"at least {100 * line:.1f} % ({words})", labelled.accuracy.value, line
+    )
 
 
 def _choose(checks: Sequence[Check], drift: Drift | None) -> str:
@@ -270,7 +274,7 @@ def describe_verdict(verdict: Verdict) -> list[str]:
         lines.append(f"  {marks[check['state']]:<11}  {check['name']:<12}  {check['found']}{expected}")
     if verdict.expected_accuracy is not None:
         trust = "" if verdict.expected_is_trusted else ", not to be trusted now"
-        lines.append(f"expected accuracy by the confidence: {verdict.expected_accuracy:.1%}{trust}")
+        lines.append(f"expected accuracy by the confidence: {100 * verdict.expected_accuracy:.1f} %{trust}")
     return [*lines, f"verdict: {verdict.verdict}"]
 
 

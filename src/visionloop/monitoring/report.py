@@ -84,7 +84,7 @@ def make_monitor_report(page: Page) -> str:
         shares=[
             {
                 "name": one.name,
-                "before": f"{one.before:.1%}",
+                "before": f"{100 * one.before:.1f} %",
                 "now": format_interval("share", one.now),
                 "grew": one.grew,
                 "drawing": draw_strip({"candidate": one.now}, span, one.before),
