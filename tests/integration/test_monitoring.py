@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import run_here
+from visionloop.cli.monitoring import write_copies
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.errors import BundleError, DatasetError
+from visionloop.forget.copies import find_pages, find_windows
 from visionloop.monitoring.judge import Verdict, describe_verdict
 from visionloop.monitoring.watch import accept_window, load_verdict, watch_window
 from visionloop.promotion.ledger import read_champion
@@ -91,6 +93,24 @@ def test_drifted_day_is_found_told_and_can_be_accepted(settled: Watched) -> None
     assert watch(settled, 4).reference == ("20260302T0000", "20260303T0000", "20260304T0000")
     accept_window(settled.place, verdict.window, by="ann", why="winter", now="2026-03-06T10:00:00Z")
     assert verdict.window in watch(settled, 4, again=True).reference
+
+
+def test_forgotten_image_goes_from_pages_and_lists(watched: Watched) -> None:
+    watched.write_day(0)
+    verdict = watch(watched, 0)
+    store, shown = watched.place.store, str(read_parquet(watched, verdict, "images")[0]["image_sha256"])
+    assert find_windows(store, "fake", frozenset({"0" * 64})) == []
+    assert write_copies(watched.place, verdict) is not None
+    (pages,) = find_pages(watched.place.settings, frozenset({shown}))
+    assert pages.what == "monitoring/: 2 pages with pictures"
+    pages.remove()
+    assert {path.name for path in (watched.place.settings.home / "monitoring").iterdir()} == {"metrics.prom"}
+    (copy,) = find_windows(store, "fake", frozenset({shown}))
+    assert copy.what.startswith("1 page of watched windows in file://")
+    copy.remove()
+    left = {key.rpartition("/")[2] for key in store.list("monitoring/fake/")}
+    assert left == {"checks.parquet", "classes.parquet", "verdict.json"}
+    assert write_copies(watched.place, verdict) is None
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def monitor(
         problem = send_alert(webhook, verdict, os.environ)
     for line in [json.dumps(verdict.to_json())] if as_json else describe_verdict(verdict):
         print(line)
-    if not as_json:
+    if path and not as_json:
         print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
     if problem:
         print(f"note: {problem}", file=sys.stderr)
@@ -80,15 +80,22 @@ def read_time(text: str) -> datetime:
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
-def write_copies(workspace: Workspace, verdict: "Verdict") -> Path:
-    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report."""
+def write_copies(workspace: Workspace, verdict: "Verdict") -> Path | None:
+    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report.
+
+    None: it is gone from the store, because one of its images was forgotten.
+    """
+    from visionloop.errors import ObjectMissing
     from visionloop.monitoring.judge import make_metrics_text
     from visionloop.promotion.evidence import write_page
 
     folder = workspace.settings.home / "monitoring"
-    page = workspace.store.get(f"monitoring/{workspace.name}/{verdict.window}/report.html").decode()
-    for name in (f"{verdict.window}.html", "latest.html"):
-        write_page(folder / name, page)
     end_s = datetime.fromisoformat(verdict.end).timestamp()
     write_page(folder / "metrics.prom", make_metrics_text(verdict, end_s))
+    try:
+        page = workspace.store.get(f"monitoring/{workspace.name}/{verdict.window}/report.html").decode()
+    except ObjectMissing:
+        return None
+    for name in (f"{verdict.window}.html", "latest.html"):
+        write_page(folder / name, page)
     return folder / f"{verdict.window}.html"
