@@ -26,6 +26,7 @@ class Request:
     method: str
     target: str
     headers: Mapping[str, str]
+    body: bytes = b""
 
 
 Route = Answer | Callable[["Handler"], Answer | None]
@@ -62,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.site.requests.append(Request(self.command, self.path, headers))
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        self.site.requests.append(Request(self.command, self.path, headers, body))
         route = self.site.routes.get(self.path) or self.site.routes.get(self.path.partition("?")[0])
         answer = Answer(b"nothing here", 404) if route is None else route if isinstance(route, Answer) else route(self)
         if answer is None:
@@ -77,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body if answer.cut is None else body[: answer.cut])
         self.close_connection = self.close_connection or answer.cut is not None
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""

@@ -25,6 +25,7 @@ def main() -> None:
         ingest,
         keys,
         models,
+        monitoring,
         predictions,
         runs,
         serving,

@@ -89,14 +89,19 @@ def find_reports(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
 
 
 def find_pages(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
-    """Return the pages about decisions that show an image; each names the images that it shows."""
-    pages = [path for path in sorted(settings.decisions_dir.glob("*.html")) if read_pictured(path) & sha256s]
-    return [Copy(f"decisions/: {count(len(pages), 'page')} with pictures", partial(remove_all, pages))] if pages else []
+    """Return the pages about decisions and windows that show an image; each names the images that it shows."""
+    copies = []
+    for folder in (settings.decisions_dir, settings.home / "monitoring"):
+        if pages := [path for path in sorted(folder.glob("*.html")) if find_pictured(path.read_bytes()) & sha256s]:
+            copies.append(
+                Copy(f"{folder.name}/: {count(len(pages), 'page')} with pictures", partial(remove_all, pages))
+            )
+    return copies
 
 
-def read_pictured(path: Path) -> frozenset[str]:
-    """Return the sha256 of every image that a page about a decision shows."""
-    return frozenset(re.findall(r'data-image="([0-9a-f]{64})"', path.read_text(encoding="utf-8", errors="replace")))
+def find_pictured(page: bytes) -> frozenset[str]:
+    """Return the sha256 of every image that a page shows."""
+    return frozenset(re.findall(r'data-image="([0-9a-f]{64})"', page.decode(errors="replace")))
 
 
 def find_checkpoints(store: ObjectStore, name: str) -> list[Copy]:
@@ -104,6 +109,15 @@ def find_checkpoints(store: ObjectStore, name: str) -> list[Copy]:
     keys = list(store.list(f"checkpoints/{name}/"))
     what = f"checkpoints of an unfinished training in {store.url}"
     return [Copy(what, partial(_purge_all, store, keys))] if keys else []
+
+
+def find_windows(store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[Copy]:
+    """Return the pages of watched windows that show an image, with the tables of the images that they show."""
+    pages = [key for key in store.list(f"monitoring/{name}/") if key.endswith("/report.html")]
+    keys = [key for key in pages if find_pictured(store.get(key)) & sha256s]
+    tables = [key.replace("/report.html", "/images.parquet") for key in keys]
+    what = f"{count(len(keys), 'page')} of watched windows in {store.url}, with the list of their images"
+    return [Copy(what, partial(_purge_all, store, keys + tables))] if keys else []
 
 
 def read_index(data: bytes, where: str) -> frozenset[str]:

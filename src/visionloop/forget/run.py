@@ -16,6 +16,7 @@ from visionloop.forget.copies import (
     find_prepared,
     find_reports,
     find_stored,
+    find_windows,
 )
 from visionloop.forget.dataset import Trace, commit_without, find_other_holders, move_pin, redact, trace_images
 from visionloop.forget.dvc_cache import find_dvc_copies
@@ -72,6 +73,7 @@ def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: froz
         *dvc_copies,
         *bundles,
         *find_checkpoints(store, name),
+        *find_windows(store, name, sha256s),
     ]
     return Everything(trace, copies, kept, [*unclear, *list_unknown(settings)], holders)
 

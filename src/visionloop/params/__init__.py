@@ -30,6 +30,7 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
+from visionloop.params.monitor import Monitor, Webhook
 from visionloop.params.schedule import check_cron, check_timezone
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
@@ -64,6 +65,7 @@ __all__ = [
     "HttpSource",
     "Ingest",
     "KeepImages",
+    "Monitor",
     "Neighbours",
     "Normalisation",
     "Params",
@@ -80,6 +82,7 @@ __all__ = [
     "Train",
     "Tune",
     "VideoSource",
+    "Webhook",
     "load_params",
     "make_params",
 ]
@@ -219,6 +222,7 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     serve: Serve = Serve()
+    monitor: Monitor = Monitor()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 

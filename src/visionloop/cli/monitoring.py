@@ -1,0 +1,101 @@
+"""The command that watches what is served: monitor."""
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.words import shorten_path
+from visionloop.workspace import Workspace, get_now, get_user, open_workspace
+
+if TYPE_CHECKING:
+    from visionloop.monitoring.judge import Verdict
+
+EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
+
+
+@app.command()
+def monitor(
+    at: Annotated[str | None, typer.Option(help="A time in the window, ISO 8601; default: the last one over.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Judge it anew: new labels may have come.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Take the window for normal; wants --why.")] = False,
+    why: Annotated[str, typer.Option(help="The reason, kept with the window.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Watch what is served: judge a window of the prediction log.
+
+    Is the data sound, are the images like before, is the accuracy by labels high enough, is the service well? The
+    report goes to the store, with its numbers as Parquet, and to monitoring/latest.html.
+
+    Exit code 3: drift or too low an accuracy, for which a retrain may help. 4: broken data or a bad service, for which
+    it does not.
+
+    Examples:
+
+      visionloop monitor
+
+      visionloop monitor --at 2026-11-28 --again
+
+      visionloop monitor --accept --why "the winter has begun"
+    """
+    from visionloop.errors import SettingsError
+    from visionloop.monitoring.alert import send_alert
+    from visionloop.monitoring.judge import describe_verdict
+    from visionloop.monitoring.watch import accept_window, watch_window
+
+    if accept and not why.strip():
+        raise SettingsError("visionloop monitor --accept", "has no --why", "a reason, kept with the window", "Say why.")
+    workspace, now = open_workspace(), datetime.now(UTC)
+    verdict, is_new = watch_window(workspace, now=now, at=None if at is None else read_time(at), again=again)
+    path = write_copies(workspace, verdict)
+    webhook, problem = workspace.params.monitor.webhook, None
+    if webhook and is_new and verdict.is_alert and not accept:
+        problem = send_alert(webhook, verdict, os.environ)
+    for line in [json.dumps(verdict.to_json())] if as_json else describe_verdict(verdict):
+        print(line)
+    if path and not as_json:
+        print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
+    if problem:
+        print(f"note: {problem}", file=sys.stderr)
+    if accept:
+        accept_window(workspace, verdict.window, by=get_user(), why=" ".join(why.split()), now=get_now())
+        print("accepted: later windows are compared with it too", file=sys.stderr if as_json else sys.stdout)
+    raise typer.Exit(0 if accept else EXIT_CODES.get(verdict.verdict, 0))
+
+
+def read_time(text: str) -> datetime:
+    """Return a time, of UTC where it names no zone. Raises SettingsError."""
+    from visionloop.errors import SettingsError
+
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as exc:
+        todo = "2026-11-28 or 2026-11-28T06:00"
+        raise SettingsError("visionloop monitor --at", f"got {text[:40]!r}", f"a time, like {todo}") from exc
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def write_copies(workspace: Workspace, verdict: "Verdict") -> Path | None:
+    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report.
+
+    None: it is gone from the store, because one of its images was forgotten.
+    """
+    from visionloop.errors import ObjectMissing
+    from visionloop.monitoring.judge import make_metrics_text
+    from visionloop.promotion.evidence import write_page
+
+    folder = workspace.settings.home / "monitoring"
+    end_s = datetime.fromisoformat(verdict.end).timestamp()
+    write_page(folder / "metrics.prom", make_metrics_text(verdict, end_s))
+    try:
+        page = workspace.store.get(f"monitoring/{workspace.name}/{verdict.window}/report.html").decode()
+    except ObjectMissing:
+        return None
+    for name in (f"{verdict.window}.html", "latest.html"):
+        write_page(folder / name, page)
+    return folder / f"{verdict.window}.html"

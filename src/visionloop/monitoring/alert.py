@@ -1,0 +1,107 @@
+"""Sends an alert to a webhook: JSON by POST. It never raises and never waits for long: watching goes on without it."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from http.client import HTTPException
+from threading import Thread
+from typing import Any
+
+from visionloop.errors import SourceError
+from visionloop.monitoring.judge import Verdict
+from visionloop.params.monitor import Webhook
+from visionloop.secrets import Environment, mask
+
+WAIT_S = 1.0  # before the second try; doubled before each further one
+MAX_WAIT_S = 8.0
+MAX_CHECKS = 20
+PASSING = frozenset({408, 425, 429})  # 4xx that may pass
+
+
+def make_alert(verdict: Verdict) -> dict[str, Any]:
+    """Return what is sent: the verdict and the checks that alert, in words and numbers."""
+    alerts = verdict.list_alerts()
+    told = "; ".join(f"{check['name']}: {check['found']}" for check in alerts if check["kind"] == verdict.verdict)
+    return {
+        "event": f"visionloop.monitor.{verdict.verdict}",
+        "name": verdict.name,
+        "text": f"{verdict.name}: {verdict.verdict} from {verdict.start} to {verdict.end}: {told}"[:1000],
+        "window": {"name": verdict.window, "start": verdict.start, "end": verdict.end, "images": verdict.num_images},
+        "bundle": verdict.bundle,
+        "p": verdict.p,
+        "level": verdict.level,
+        "checks": alerts[:MAX_CHECKS],
+        "report": f"monitoring/{verdict.name}/{verdict.window}/report.html",
+    }
+
+
+def send_alert(
+    webhook: Webhook,
+    verdict: Verdict,
+    variables: Mapping[str, str],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str | None:
+    """Send an alert, again after a while if the server is busy or away. Return what went wrong at last; None: sent.
+
+    What is told holds neither the address's query nor a secret.
+    """
+    environment = Environment(variables, "params.yaml monitor.webhook")
+    try:
+        url = environment.expand_url(webhook.url)
+        headers = {name: environment.expand(value) for name, value in webhook.headers.items()}
+    except SourceError as exc:
+        return str(exc)
+    if not url.startswith(("https://", "http://")):
+        return mask(f"the webhook is {url[:60]!r}; expected http:// or https://", tuple(environment.secrets))
+    body = json.dumps(make_alert(verdict), ensure_ascii=False).encode()
+    headers = {"Content-Type": "application/json", "User-Agent": "visionloop", **headers}
+    found: list[str] = []
+    # A server that sends a byte now and then outlasts every timeout of a socket: nobody waits for it any longer.
+    thread = Thread(target=lambda: found.append(_try(webhook, url, headers, body, sleep)), daemon=True)
+    thread.start()
+    thread.join(webhook.tries * 2 * webhook.timeout_s + (webhook.tries - 1) * MAX_WAIT_S)
+    problem = found[0] if found else "the webhook does not come to an end"
+    return mask(f"the alert was not sent: {problem}", tuple(environment.secrets)) if problem else None
+
+
+def _try(webhook: Webhook, url: str, headers: Mapping[str, str], body: bytes, sleep: Callable[[float], None]) -> str:
+    problem = ""
+    for number in range(webhook.tries):
+        if number:
+            sleep(min(WAIT_S * 2 ** (number - 1), MAX_WAIT_S))
+        problem, is_final = _post(url, headers, body, webhook.timeout_s)
+        if is_final:
+            break
+    return problem
+
+
+def _make_opener() -> urllib.request.OpenerDirector:
+    """Return an opener without redirects: a secret header must not follow one to another host."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _post(url: str, headers: Mapping[str, str], body: bytes, timeout_s: float) -> tuple[str, bool]:
+    """Return what went wrong ("": nothing), and whether another try is of no use."""
+    try:
+        request = urllib.request.Request(url, data=body, headers=dict(headers), method="POST")
+        _make_opener().open(request, timeout=timeout_s).close()
+        return "", True
+    except urllib.error.HTTPError as exc:
+        exc.close()
+        return f"the webhook answers {exc.code}", exc.code < 500 and exc.code not in PASSING
+    except (OSError, HTTPException) as exc:
+        return f"the webhook does not answer ({type(exc).__name__})", False
+    except ValueError:
+        return "the address or a header of the webhook is not valid", True

@@ -1,0 +1,242 @@
+"""Watches one window: reads the log, judges, and writes what came out. Says where it is stored, too.
+
+    monitoring/NAME/20261128T0000/verdict.json      the record (judge.Verdict); written last: without it nothing counts
+                                  checks.parquet    a row for each check
+                                  classes.parquet   the shares of the classes, before and now
+                                  images.parquet    the images least like the reference, the farthest first
+                                  report.html
+                                  accepted.json     who took an alarm for normal, and why
+
+The first accepted windows of a model are its reference, and with them the newest. Before there are any it is the
+validation side. A window that gave an alarm of drift or was broken is not accepted, unless a person accepts it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from visionloop.bundle import download_bundle
+from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
+from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
+from visionloop.monitoring.health import Check, check_colours, check_model, check_traffic
+from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
+from visionloop.monitoring.report import Page, make_monitor_report
+from visionloop.monitoring.window import (
+    Span,
+    find_last_span,
+    make_traffic,
+    read_span,
+)
+from visionloop.promotion.ledger import read_history, require_entry
+from visionloop.records import LedgerEntry, canonical_json
+from visionloop.workspace import Workspace
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOOK_BACK = 90  # windows before it whose verdicts are read at most, for the reference and the usual volume
+VOLUMES = 14
+PICTURE_PX = 200
+
+
+def watch_window(
+    workspace: Workspace, *, now: datetime, at: datetime | None = None, again: bool = False
+) -> tuple[Verdict, bool]:
+    """Judge the last window that is over, or the one that `at` lies in; return its stored verdict, and if it is new.
+
+    A window that was judged already is not judged anew, unless `again`.
+
+    Raises:
+        PromotionError: there was no champion then.
+        StoreError, BundleError: the store cannot be read, or the champion's bundle is damaged.
+    """
+    hours = workspace.params.monitor.window_hours
+    span = find_last_span(now if at is None else at + timedelta(hours=hours), hours)
+    if span.end > now:
+        found, todo = f"ends at {span.end.isoformat()}, which is to come", "Wait, or name an earlier time."
+        raise DatasetError(f"window {span.name}", found, "a window that is over", todo)
+    if not again and (known := load_verdict(workspace, span.name)) is not None:
+        return known, False
+    return _Watch(workspace, span, now).run(), True
+
+
+def load_verdict(workspace: Workspace, window: str) -> Verdict | None:
+    """Return the verdict of a window; None: it was not judged. Raises DatasetError."""
+    key = f"{_folder(workspace)}/{window}/verdict.json"
+    try:
+        return Verdict.from_json(json.loads(workspace.store.get(key)))
+    except ObjectMissing:
+        return None
+    except (ValueError, TypeError, AttributeError) as exc:
+        todo = "Remove it, and judge the window again."
+        raise DatasetError(f"store object {key}", "is damaged", "a verdict", todo) from exc
+
+
+def accept_window(workspace: Workspace, window: str, *, by: str, why: str, now: str) -> Verdict:
+    """Take a window for normal: later ones are compared with it too. Raises DatasetError: it was not judged."""
+    verdict = load_verdict(workspace, window)
+    if verdict is None:
+        raise DatasetError(f"window {window}", "was not judged", "a judged one", "Run `visionloop monitor` first.")
+    record = canonical_json({"by": by, "why": why, "at": now})
+    workspace.store.put(f"{_folder(workspace)}/{window}/accepted.json", record)
+    return verdict
+
+
+def _folder(workspace: Workspace) -> str:
+    return f"monitoring/{workspace.name}"
+
+
+class _Watch:
+    """One window of one workspace, from the log to its verdict."""
+
+    def __init__(self, workspace: Workspace, span: Span, now: datetime) -> None:
+        self.workspace, self.span, self.now = workspace, span, now
+        self.section = workspace.params.monitor
+        self.entry = _find_champion(workspace, span)
+        self.log = Log(workspace, self.entry.bundle)
+
+    def run(self) -> Verdict:
+        bundle = download_bundle(
+            self.workspace.store, self.entry.bundle, self.workspace.settings.hidden_dir / "bundles"
+        )
+        known = load_known(bundle)
+        table = self.log.read(self.span)
+        own = filter_model(table, self.entry.bundle)
+        before = self._load_past()
+        windows = self._choose_reference(before)
+        rows = self.log.sample(self.span, own)
+        others = [self.log.sample(one) for one in windows]
+        reference = join_rows(others)
+        facts = Facts(
+            num_images=len(own),
+            sample=self.log.to_sample(rows, known),
+            known=known,
+            reference=self.log.to_sample(reference, known) if reference and len(reference.table) else None,
+            checks=self._check(table, own, reference, before),
+            labelled=self.log.compare_labels(self.span.end, known.classes),
+            seed=int(self.span.start.timestamp()) // 3600,
+        )
+        judged = judge_window(facts, self.section)
+        verdict = self._make_verdict(judged, facts, [one.name for one in windows])
+        self._write(verdict, judged, facts, rows)
+        return verdict
+
+    def _load_past(self) -> list[Verdict]:
+        """Return the verdicts of the windows before this one, the oldest first: those of this model, and the newest."""
+        prefix = f"{_folder(self.workspace)}/"
+        names = sorted({key.removeprefix(prefix).partition("/")[0] for key in self.workspace.store.list(prefix)})
+        since = datetime.fromisoformat(self.entry.at)
+        names = [name for name in names if name < self.span.name]
+        first = [name for name in names if name >= Span(since, since).name][:LOOK_BACK]
+        found = [load_verdict(self.workspace, name) for name in sorted({*first, *names[-LOOK_BACK:]})]
+        return [one for one in found if one is not None]
+
+    def _choose_reference(self, before: Sequence[Verdict]) -> list[Span]:
+        """Return the first accepted windows of this model, and the newest: at most as many again."""
+        accepted = [one for one in before if one.bundle == self.entry.bundle and self._is_accepted(one)]
+        most = self.section.reference_windows
+        chosen = accepted if len(accepted) <= 2 * most else [*accepted[:most], *accepted[-most:]]
+        return [read_span(one.window, self.section.window_hours) for one in chosen]
+
+    def _is_accepted(self, verdict: Verdict) -> bool:
+        if verdict.verdict not in ("broken", "drift"):
+            return verdict.num_looked_at >= self.section.min_images
+        return self.workspace.store.exists(f"{_folder(self.workspace)}/{verdict.window}/accepted.json")
+
+    def _check(
+        self, table: "pa.Table", own: "pa.Table", reference: Rows | None, before: Sequence[Verdict]
+    ) -> list[Check]:
+        usual = make_traffic(reference.table) if reference and len(reference.table) else None
+        checks = check_traffic(make_traffic(table), usual, [one.num_images for one in before][-VOLUMES:], self.section)
+        if self.log.damaged:
+            found = f"{len(self.log.damaged):,} parts of the log are damaged: {sorted(self.log.damaged)[0]}"
+            checks.append(Check("log", "broken", "alert", found, "parts in Parquet"))
+        if len(table):
+            colours = [
+                self.log.measure_colours(one) for one in (own, reference.table if reference else own.slice(0, 0))
+            ]
+            checks.append(check_colours(colours[0], colours[1]))
+        return [*checks, *self._check_model(len(own), len(table) - len(own))]
+
+    def _check_model(self, served: int, others: int) -> list[Check]:
+        alias, problem = None, ""
+        try:
+            alias = self.workspace.tracking.get_champion()
+        except VisionLoopError as exc:
+            problem = f"MLflow does not answer: {exc.found}"
+        newest = require_entry(self.workspace.store, self.workspace.name)
+        return check_model(
+            age_days=(self.span.end - datetime.fromisoformat(self.entry.at)).total_seconds() / 86_400,
+            max_age_days=self.section.max_model_age_days,
+            served=served,
+            others=others if datetime.fromisoformat(self.entry.at) < self.span.start else 0,
+            version=newest.model_version,
+            alias=alias,
+            alias_problem=problem,
+        )
+
+    def _make_verdict(self, judged: Judged, facts: Facts, windows: Sequence[str]) -> Verdict:
+        labelled = facts.labelled.accuracy
+        return Verdict(
+            name=self.workspace.name,
+            window=self.span.name,
+            start=self.span.start.isoformat(),
+            end=self.span.end.isoformat(),
+            verdict=judged.verdict,
+            bundle=self.entry.bundle,
+            entry=self.entry.number,
+            num_images=facts.num_images,
+            num_looked_at=len(facts.sample),
+            reference=tuple(windows),
+            p=judged.drift.p if judged.drift else None,
+            level=self.section.level,
+            expected_accuracy=judged.expected.value if judged.expected else None,
+            expected_is_trusted=judged.trusted,
+            labelled_accuracy=labelled.to_json() if labelled else None,
+            num_labels=facts.labelled.num_labels,
+            checks=tuple(asdict(check) for check in judged.checks),
+            judged_at=self.now.isoformat(timespec="seconds"),
+            damaged=tuple(sorted(self.log.damaged)),
+        )
+
+    def _write(self, verdict: Verdict, judged: Judged, facts: Facts, rows: Rows) -> None:
+        """Write all that came out; the verdict last."""
+        farthest = [_tell_image(rows.table, row, distance) for row, distance in judged.farthest]
+        pictures = {
+            one["image_sha256"]: picture
+            for one, (row, _) in zip(farthest, judged.farthest, strict=True)
+            if (picture := self.log.open_kept(rows.table, row, PICTURE_PX)) is not None
+        }
+        shares = [
+            {"name": one.name, "before": one.before, **{k: getattr(one.now, k) for k in ("value", "low", "high")}}
+            for one in judged.shares
+        ]
+        page = Page(verdict, judged.shares, farthest, pictures, judged.expected, facts.labelled)
+        folder, store = f"{_folder(self.workspace)}/{self.span.name}", self.workspace.store
+        store.put(f"{folder}/checks.parquet", _encode(verdict.checks))
+        store.put(f"{folder}/classes.parquet", _encode(shares))
+        store.put(f"{folder}/images.parquet", _encode(farthest))
+        store.put(f"{folder}/report.html", make_monitor_report(page).encode())
+        store.put(f"{folder}/verdict.json", canonical_json(verdict.to_json()))
+
+
+def _find_champion(workspace: Workspace, span: Span) -> LedgerEntry:
+    """Return the entry that was the champion's when the window ended. Raises PromotionError: there was none."""
+    before = [e for e in read_history(workspace.store, workspace.name) if datetime.fromisoformat(e.at) < span.end]
+    return before[-1] if before else require_entry(workspace.store, workspace.name)
+
+
+def _tell_image(table: "pa.Table", row: int, distance: float) -> dict[str, Any]:
+    names = ("request_id", "time", "client", "image_sha256", "prediction", "confidence", "abstained")
+    return {**{name: table[name][row].as_py() for name in names}, "distance": distance}
+
+
+def _encode(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
