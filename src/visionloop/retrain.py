@@ -19,7 +19,7 @@ from typing import Any
 
 from visionloop import pipeline
 from visionloop.bundle import load_run_note
-from visionloop.data.known_store import check_store
+from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.errors import LeaseHeld, LeaseLost, VisionLoopError, shorten
 from visionloop.promotion.ledger import (
@@ -98,6 +98,7 @@ def bring_up_to_date(
 
 def _try_to_take(workspace: Workspace, claim: Claim, tell: Tell) -> Lease | LeaseHeld:
     """Return the lease of this name, or why it cannot be had: that is an answer, and no failed step."""
+    check_store_for_pull(workspace)  # a store that is not mounted gets no lease either
     try:
         return take_lease(workspace.store, workspace.name, claim, tell=tell)
     except LeaseHeld as exc:
