@@ -44,6 +44,7 @@ from visionloop.params.train import (
     Train,
     Tune,
 )
+from visionloop.params.triggers import Triggers
 from visionloop.records import compute_digest
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "SqlSource",
     "TableSource",
     "Train",
+    "Triggers",
     "Tune",
     "VideoSource",
     "load_params",
@@ -179,6 +181,7 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     serve: Serve = Serve()
+    triggers: Triggers = Triggers()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 

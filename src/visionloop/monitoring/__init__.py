@@ -1,0 +1,1 @@
+"""Watches what is served, and decides when to retrain."""
