@@ -4,24 +4,22 @@
 Each step takes the workspace's folder and returns a JSON value.
 """
 
-import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
-from visionloop.bundle import load_run_note
 from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import LeaseHeld, LeaseLost, VisionLoopError, shorten
+from visionloop.errors import LeaseHeld, VisionLoopError, shorten
 from visionloop.promotion.ledger import (
     describe_rollback,
     find_rolled_back,
@@ -31,11 +29,9 @@ from visionloop.promotion.ledger import (
     read_history,
 )
 from visionloop.promotion.restore import require_whole
-from visionloop.records import Decision, LedgerEntry, Pin, compute_digest
-from visionloop.runs import read_marks
+from visionloop.records import Decision, LedgerEntry
+from visionloop.runs import as_one_run, close_left_runs, note_verdict
 from visionloop.store.lease import Claim, Lease, make_claim, take_lease
-from visionloop.tracking import KIND_TAG, PARENT_TAG, RETRAIN_TAG
-from visionloop.tracking_pages import make_used_dataset
 from visionloop.words import (
     Summary,
     describe_champion,
@@ -134,11 +130,11 @@ def _do_steps(
         if rollback:
             tell(f"bundle {unchanged.candidate[:12]} was {describe_rollback(rollback)}; it stays down")
         return _summarise(workspace, unchanged, "unchanged", seconds)
-    with _as_one_run(workspace, dataset) as parent:
+    with as_one_run(workspace, dataset) as parent:
         for stage in stages:
             step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more, parent, lease=lease))
     decision = Decision.from_json(step("gate", "candidate against champion", lambda: gate(home, tell)))
-    _note_verdict(workspace, parent, decision)
+    note_verdict(workspace, parent, decision)
     if decision.is_same_model:
         require_whole(workspace.store, decision.candidate)
         return _summarise(workspace, decision, "same", seconds)
@@ -314,7 +310,7 @@ def _close_died(workspace: Workspace, lease: Lease, scheduled: Scheduled | None,
     for claim in lease.died:
         tell(f"a retrain was ended before it could close its runs: {claim}")
     try:
-        closed = _close_tracked(workspace) if lease.died else []
+        closed = close_left_runs(workspace) if lease.died else []
         if closed:
             tell(f"  closed in MLflow, as killed: {shorten(closed)}")
         for claim in lease.died:
@@ -324,64 +320,6 @@ def _close_died(workspace: Workspace, lease: Lease, scheduled: Scheduled | None,
                 lease.forget(claim)
     except VisionLoopError as exc:
         tell(f"  not closed, the next retrain tries again: {exc}")
-
-
-def _close_tracked(workspace: Workspace) -> list[str]:
-    """Close what retrains have left running in MLflow; return the names. One that goes on is opened again."""
-    running = list(workspace.tracking.iterate_runs("RUNNING"))
-    parents = {run.run_id for run in running if RETRAIN_TAG in run.tags}
-    died = [run for run in running if run.run_id in parents or run.tags.get(PARENT_TAG) in parents]
-    for run in died:
-        workspace.tracking.close_run(run.run_id, "KILLED")
-    return [run.name for run in died]
-
-
-@contextlib.contextmanager
-def _as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | None]:
-    """Hold the MLflow run that those of this retrain are nested under; yield its id, None while MLflow is away.
-
-    A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
-    """
-    tracking, pin = workspace.tracking, Pin.from_json(dataset)
-    key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
-    tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
-    run_id: str | None = None
-    status: str | None = "FAILED"
-    with contextlib.suppress(VisionLoopError):
-        known = tracking.find_tagged_run(RETRAIN_TAG, key)
-        run_id = tracking.open_run(f"retrain-dataset{pin.version}", run_id=known, tags=tags, params={})
-        tracking.log_dataset(run_id, make_used_dataset(pin, workspace.store.url), "training")
-    try:
-        yield run_id
-        status = "FINISHED"
-    except LeaseLost:
-        status = None  # who has taken over goes on in the same run, or has closed it
-        raise
-    finally:
-        if run_id and status:
-            with contextlib.suppress(VisionLoopError):
-                _show_training(workspace, run_id)
-                tracking.close_run(run_id, status)
-
-
-def _show_training(workspace: Workspace, parent: str) -> None:
-    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
-    tracking, candidate = workspace.tracking, read_marks(workspace).candidate
-    note = load_run_note(workspace.settings.runs_dir, candidate) if candidate else None
-    if note is None:
-        return
-    run = tracking.load_run(note.run_id)
-    tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
-    if PARENT_TAG not in run.tags:  # it was finished before
-        tracking.set_tags(run.run_id, {PARENT_TAG: parent})
-
-
-def _note_verdict(workspace: Workspace, parent: str | None, decision: Decision) -> None:
-    """Tag the run of the retrain with what the gate said, as that of the training is."""
-    if parent:
-        with contextlib.suppress(VisionLoopError):
-            tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
-            workspace.tracking.set_tags(parent, tags)
 
 
 def _summarise(

@@ -20,6 +20,7 @@ from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.promote import register
 from visionloop.records import canonical_json
 from visionloop.retrain import Scheduled, bring_up_to_date
+from visionloop.runs import as_one_run
 from visionloop.store import LocalStore, ObjectStore
 from visionloop.store.lease import Claim, make_claim, take_lease
 from visionloop.tracking import PARENT_TAG, RETRAIN_TAG
@@ -206,10 +207,10 @@ def test_a_store_without_what_is_known_gets_no_lease(desk: Desk, tmp_path: Path)
 
 def test_a_lease_that_is_lost_leaves_the_run_to_who_has_it(desk: Desk) -> None:
     dataset = desk.world.pin.to_json()
-    with pytest.raises(LeaseLost), retrain._as_one_run(desk.place, dataset) as run:
+    with pytest.raises(LeaseLost), as_one_run(desk.place, dataset) as run:
         raise LeaseLost("lease 1", "taken over")
     assert run is not None
     assert desk.tracking.load_run(run).status == "RUNNING"
-    with pytest.raises(TrackingError), retrain._as_one_run(desk.place, dataset) as again:
+    with pytest.raises(TrackingError), as_one_run(desk.place, dataset) as again:
         raise TrackingError("MLflow", "away")
     assert (again, desk.tracking.load_run(run).status) == (run, "FAILED")

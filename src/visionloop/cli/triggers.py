@@ -7,7 +7,13 @@ import typer
 
 from visionloop.cli.app import app
 
-triggers_app = typer.Typer(help="Is a retrain due, and what was decided before.", rich_markup_mode=None)
+HELP = """Is a retrain due, and what was decided before.
+
+Examples:
+
+  visionloop triggers decide && visionloop start
+"""
+triggers_app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(triggers_app, name="triggers")
 NOT_DUE = 3
 

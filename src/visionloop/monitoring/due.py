@@ -8,7 +8,7 @@ A call of a webhook holds until the next retrain: with `needs: all` it may have 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 
 from visionloop import pipeline
 from visionloop.data.manifest import load_pin, load_records, load_version, load_version_records
@@ -81,9 +81,9 @@ def collect_signals(
     return Signals(
         now=now,
         champion=champion.bundle if champion else None,
-        promoted_at=datetime.fromisoformat(champion.at) if champion else None,
-        judged_at=datetime.fromisoformat(judged.decided_at) if judged else None,
-        started=tuple(datetime.fromisoformat(one.at) for one in past if one.outcome == RETRAIN),
+        promoted_at=_read_time(champion.at) if champion else None,
+        judged_at=_read_time(judged.decided_at) if judged else None,
+        started=tuple(_read_time(one.at) for one in past if one.outcome == RETRAIN),
         num_new=num_new,
         num_own=num_own,
         is_other=judged is not None and any(judged.state.get(k) != v for k, v in state.items() if k != "dataset"),
@@ -100,7 +100,7 @@ def read_decisions(store: ObjectStore, name: str, last: int = LOOK_BACK) -> list
     for key in (_make_key(name, number) for number in numbers[-last:]):
         try:
             decision = TriggerDecision.from_json(json.loads(store.get(key)))
-            datetime.fromisoformat(decision.at)
+            _read_time(decision.at)
             [Look.from_json(look) for look in decision.looks]
             found.append(decision)
         except (ValueError, TypeError, AttributeError) as exc:
@@ -139,11 +139,17 @@ def _read_windows(store: ObjectStore, name: str) -> Iterator[Window]:
     for key in keys[-KEPT_WINDOWS:]:
         try:
             value = json.loads(store.get(key))
-            end = datetime.fromisoformat(value["end"])
+            end = _read_time(value["end"])
             windows.append(Window(end, str(value["verdict"]), str(value["bundle"])))
         except (ObjectMissing, ValueError, TypeError, KeyError):
             continue
     yield from sorted(windows, key=lambda window: window.end)
+
+
+def _read_time(text: str) -> datetime:
+    """Return a time of a record; one that names no zone is UTC, as all are. Raises ValueError, TypeError."""
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _make_key(name: str, number: int) -> str:

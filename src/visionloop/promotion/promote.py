@@ -60,14 +60,12 @@ def promote(
 ) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
-    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again`
-    lets a model pass that was rolled back from, if nothing else holds it back. `lease` is that of the retrain which
-    promotes; None: a person does.
+    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again` lets
+    a model pass that was rolled back from, if nothing else holds it back. `lease`: of the retrain that promotes.
 
     Raises:
         NotPromoted: the gate has not passed this candidate, or it was rolled back from.
-        PromotionError: it is not registered, the champion moved since the decision, or the candidate comes from an
-            experiment (a random split).
+        PromotionError: it is not registered, the champion moved since the decision, or it is of an experiment.
         LeaseLost: another retrain has taken over from this one; nothing has changed.
         DatasetError: the store does not have the dataset version of the decision.
         BundleError: the store's copy is damaged, or answers differently here.
