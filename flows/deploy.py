@@ -3,8 +3,8 @@
     prefect server start                       # once, somewhere; PREFECT_API_URL names it
     python flows/deploy.py [--workspace DIR]   # stays, and runs what is due
 
-One retrain of a workspace at a time: a run that comes due while one is under way ends as `Skipped`. A lock file in the
-workspace decides, not a limit of Prefect: that is a lease in the memory of its server, which a restart loses.
+One retrain of a name at a time: a run that comes due while one is under way ends as `Skipped`. A lease in the store
+decides, not a limit of Prefect: that one is in the memory of its server, which a restart loses.
 """
 
 import os

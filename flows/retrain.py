@@ -17,16 +17,16 @@ import environment
 if __name__ == "__main__":
     environment.enter_workspace_or_exit(sys.argv[1:], "Retrain, judge and promote the model of a workspace.")
 
-from prefect import flow
+from prefect import flow, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.states import Cancelled, Completed, State
 
 import shell
 import steps
-from visionloop.errors import BusyError, VisionLoopError
-from visionloop.retrain import bring_up_to_date
+from visionloop.errors import LeaseHeld, VisionLoopError
+from visionloop.retrain import Scheduled, bring_up_to_date
 from visionloop.words import Summary, describe_error
-from visionloop.workspace import Workspace, lock_for_retrain, open_workspace
+from visionloop.workspace import Workspace, open_workspace
 
 
 @flow(name="retrain")
@@ -34,24 +34,27 @@ def retrain(workspace: str) -> State[Any]:
     """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect.
 
     A run ends in one of three ways, each with its artifact: completed, named by what came of it (Promoted, Unchanged,
-    Same, Refused, Inconclusive); Failed, with the error; or Skipped (cancelled), while another retrain of the workspace
-    is under way, whoever started it. A run that is skipped moves nothing.
+    Same, Refused, Inconclusive); Failed, with the error; or Skipped (cancelled), while another retrain of this name is
+    under way, whoever started it and wherever. A run that is skipped moves nothing. One that is killed is closed, as
+    crashed, by the next.
     """
     shell.guard_own_server()
     opened = open_workspace(Path(workspace))
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_for_retrain(opened.settings.home))
-        except BusyError as exc:
-            return end_as_skipped(opened, exc)
-        try:
-            summary = bring_up_to_date(
-                opened, tell=steps.say, run_step=steps.run_step, ask=steps.ask, tell_more=steps.note
-            )
-        except Exception as exc:
-            keep_failure(opened, exc)
-            raise
-        return finish(summary, opened.settings.home)
+    try:
+        summary = bring_up_to_date(
+            opened,
+            tell=steps.say,
+            run_step=steps.run_step,
+            ask=steps.ask,
+            tell_more=steps.note,
+            scheduled=Scheduled(str(runtime.flow_run.id), steps.close_died),
+        )
+    except LeaseHeld as exc:
+        return end_as_skipped(opened, exc)
+    except Exception as exc:
+        keep_failure(opened, exc)
+        raise
+    return finish(summary, opened.settings.home)
 
 
 def make_key(name: str, home: Path) -> str:
@@ -59,7 +62,7 @@ def make_key(name: str, home: Path) -> str:
     return f"retrain-{name}-{sha256(str(home).encode()).hexdigest()[:6]}"
 
 
-def end_as_skipped(workspace: Workspace, error: BusyError) -> State[Any]:
+def end_as_skipped(workspace: Workspace, error: LeaseHeld) -> State[Any]:
     """End a run that found another one at work. The verdict of the last retrain keeps its own artifact."""
     text = f"# {workspace.name}: skipped\n\nAnother retrain is under way: {error}\n"
     key = f"{make_key(workspace.name, workspace.settings.home)}-skipped"

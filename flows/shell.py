@@ -18,8 +18,9 @@ from prefect.states import State
 
 from visionloop.errors import BusyError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
+from visionloop.store.lease import wait_for_lease
 from visionloop.words import Summary, describe_error, make_refusal, render_summary
-from visionloop.workspace import lock_for_retrain
+from visionloop.workspace import open_workspace
 
 KEPT_LOGS = 30
 
@@ -31,9 +32,9 @@ def run(flow: Callable[[str], State[Any]]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        if not os.environ.get("PREFECT_API_URL"):
-            with lock_for_retrain(home):  # the flow decides; but two servers of our own would share one database
-                pass
+        if not os.environ.get("PREFECT_API_URL"):  # the flow decides; but two servers of our own share one database
+            workspace = open_workspace(home)
+            wait_for_lease(workspace.store, workspace.name, only_here=True)
         print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
         state = flow(str(home))
         if state.is_cancelled():

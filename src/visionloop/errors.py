@@ -16,6 +16,8 @@
     ├── NotPromoted        (RuntimeError)     exit code 3: refused or inconclusive at the gate
     ├── PipelineError      (RuntimeError)     dvc and its stages
     ├── BusyError          (RuntimeError)     another process holds the lock
+    │   └── LeaseHeld                         another retrain of this name is under way, somewhere
+    ├── LeaseLost          (RuntimeError)     another retrain has taken over from this one
     └── ServingError       (RuntimeError)     the server cannot start
 
 Errors are raised where files, networks and users' input are read. They say where, what was found, what was expected,
@@ -128,6 +130,16 @@ class BusyError(VisionLoopError, RuntimeError):
     """Another process is doing the same work."""
 
     transient = True
+
+
+class LeaseHeld(BusyError):
+    """Another retrain of the same name is under way, on this machine or on another one."""
+
+    transient = False
+
+
+class LeaseLost(VisionLoopError, RuntimeError):
+    """This retrain is no longer the one that may promote."""
 
 
 class ServingError(VisionLoopError, RuntimeError):

@@ -153,11 +153,17 @@ def check_recorded(home: Path, made_with: Mapping[str, Any]) -> None:
 
 
 def run_stage(
-    settings: Settings, stage: str, on_line: Callable[[str], None], *, parent_run: str | None = None
+    settings: Settings,
+    stage: str,
+    on_line: Callable[[str], None],
+    *,
+    parent_run: str | None = None,
+    on_start: Callable[["subprocess.Popen[str]"], None] = lambda process: None,
 ) -> StageResult:
     """Run one stage by `dvc repro --single-item`, passing its output on line by line.
 
-    `parent_run` is the MLflow run of the retrain, which those of the stage are nested under.
+    `parent_run` is the MLflow run of the retrain, which those of the stage are nested under. `on_start` gets dvc's
+    process, which ends the stage when it is terminated.
 
     Raises:
         VisionLoopError: the stage's own error, as it was raised there.
@@ -183,6 +189,7 @@ def run_stage(
         errors="replace",
     )
     try:
+        on_start(process)
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())

@@ -4,22 +4,22 @@
 Each step takes the workspace's folder and returns a JSON value.
 """
 
-import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
-from visionloop.bundle import load_run_note
-from visionloop.data.known_store import check_store
+from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import VisionLoopError
+from visionloop.errors import LeaseHeld, VisionLoopError, shorten
 from visionloop.promotion.ledger import (
     describe_rollback,
     find_rolled_back,
@@ -29,10 +29,9 @@ from visionloop.promotion.ledger import (
     read_history,
 )
 from visionloop.promotion.restore import require_whole
-from visionloop.records import Decision, LedgerEntry, Pin, compute_digest
-from visionloop.runs import read_marks
-from visionloop.tracking import KIND_TAG, PARENT_TAG, RETRAIN_TAG
-from visionloop.tracking_pages import make_used_dataset
+from visionloop.records import Decision, LedgerEntry
+from visionloop.runs import as_one_run, close_left_runs, note_verdict
+from visionloop.store.lease import Claim, Lease, make_claim, take_lease
 from visionloop.words import (
     Summary,
     describe_champion,
@@ -46,6 +45,16 @@ from visionloop.words import (
 from visionloop.workspace import Workspace, get_now, get_user, open_workspace
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A run as its scheduler knows it. `close` closes another one there, which died; False: it was closed already."""
+
+    run: str
+    close: Callable[[str], bool]
+
+
 RunStep = Callable[[str, Callable[[], Any]], Any]
 # What dvc itself says around a stage's own lines, and the stage's error, which is raised and told.
 DVC_CHATTER = (
@@ -62,12 +71,45 @@ def bring_up_to_date(
     run_step: RunStep = lambda name, work: work(),
     ask: Callable[[str, Tell], list[dict[str, Any]]] | None = None,
     tell_more: Tell = lambda line: None,
+    scheduled: Scheduled | None = None,
 ) -> Summary:
-    """Do the steps one by one, as far as they lead, and return what came of them.
+    """Do the steps one by one, as far as they lead, and return what came of them: one retrain of a name at a time.
 
     `run_step` runs a step by its name; `ask` is a last one, that asks the served champion; `tell_more` gets dvc's own
-    lines. Raises what the steps raise.
+    lines; `scheduled` is the run as its scheduler knows it.
+
+    Raises:
+        LeaseHeld: another retrain of this name is under way; nothing has moved.
+        LeaseLost: another one has taken over from this one, which was thought dead; nothing was promoted.
+        VisionLoopError: what the steps raise.
     """
+    claim = make_claim(get_user(), get_now(), run=scheduled.run if scheduled else "")
+    lease = run_step("lease", lambda: _try_to_take(workspace, claim, tell))
+    if isinstance(lease, LeaseHeld):
+        raise lease
+    with lease:
+        _close_died(workspace, lease, scheduled, tell)
+        return _do_steps(workspace, lease, tell=tell, run_step=run_step, ask=ask, tell_more=tell_more)
+
+
+def _try_to_take(workspace: Workspace, claim: Claim, tell: Tell) -> Lease | LeaseHeld:
+    """Return the lease of this name, or why it cannot be had: that is an answer, and no failed step."""
+    check_store_for_pull(workspace)  # a store that is not mounted gets no lease either
+    try:
+        return take_lease(workspace.store, workspace.name, claim, tell=tell)
+    except LeaseHeld as exc:
+        return exc
+
+
+def _do_steps(
+    workspace: Workspace,
+    lease: Lease,
+    *,
+    tell: Tell,
+    run_step: RunStep,
+    ask: Callable[[str, Tell], list[dict[str, Any]]] | None,
+    tell_more: Tell,
+) -> Summary:
     home = str(workspace.settings.home)
     stages = pipeline.read_stage_names(workspace.settings.home)
     seconds: dict[str, float] = {}
@@ -76,7 +118,7 @@ def bring_up_to_date(
     def step(name: str, what: str, work: Callable[[], Any]) -> Any:
         tell(f"[{len(seconds) + 1}/{total}] {name}: {what}")
         started = time.perf_counter()
-        result = run_step(name, work)
+        result = run_step(name, lambda: _under(lease, work))
         seconds[name] = round(time.perf_counter() - started, 1)
         return result
 
@@ -88,11 +130,11 @@ def bring_up_to_date(
         if rollback:
             tell(f"bundle {unchanged.candidate[:12]} was {describe_rollback(rollback)}; it stays down")
         return _summarise(workspace, unchanged, "unchanged", seconds)
-    with _as_one_run(workspace, dataset) as parent:
+    with as_one_run(workspace, dataset) as parent:
         for stage in stages:
-            step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more, parent))
+            step(stage, "dvc stage", partial(run_stage, home, stage, tell, tell_more, parent, lease=lease))
     decision = Decision.from_json(step("gate", "candidate against champion", lambda: gate(home, tell)))
-    _note_verdict(workspace, parent, decision)
+    note_verdict(workspace, parent, decision)
     if decision.is_same_model:
         require_whole(workspace.store, decision.candidate)
         return _summarise(workspace, decision, "same", seconds)
@@ -100,7 +142,7 @@ def bring_up_to_date(
         return _summarise(workspace, decision, decision.verdict, seconds)
     step("register", "bundle to the store and to MLflow", lambda: register(home, tell))
     why = f"passed the gate on dataset {dataset['version']} (decision {decision.number})"
-    step("promote", "ledger entry and alias", lambda: promote(home, why, tell))
+    step("promote", "ledger entry and alias", lambda: promote(home, why, tell, lease))
     answers = step("ask", "the served champion about held-out images", lambda: ask(home, tell)) if ask else []
     return _summarise(workspace, decision, "promoted", seconds, answers)
 
@@ -132,9 +174,18 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
 
 
 def run_stage(
-    home: str, stage: str, tell: Tell, tell_more: Tell = lambda line: None, parent_run: str | None = None
+    home: str,
+    stage: str,
+    tell: Tell,
+    tell_more: Tell = lambda line: None,
+    parent_run: str | None = None,
+    *,
+    lease: Lease | None = None,
 ) -> str:
-    """Run one dvc stage, its runs in MLflow nested under `parent_run`; return ran, skipped or restored."""
+    """Run one dvc stage, its runs in MLflow nested under `parent_run`; return ran, skipped or restored.
+
+    It is stopped when the lease is lost: whoever has it trains, too.
+    """
     workspace = open_workspace(Path(home))
 
     def on_line(line: str) -> None:
@@ -143,7 +194,11 @@ def run_stage(
         else:
             tell_more(line)
 
-    result = pipeline.run_stage(workspace.settings, stage, on_line, parent_run=parent_run)
+    def on_start(process: "subprocess.Popen[str]") -> None:
+        if lease:
+            lease.stop_when_lost(process.terminate)
+
+    result = pipeline.run_stage(workspace.settings, stage, on_line, parent_run=parent_run, on_start=on_start)
     if result.status != "ran":
         words = {"skipped": "nothing it depends on changed", "restored": "made before, restored from dvc's cache"}
         tell(f"  {words[result.status]}")
@@ -180,12 +235,12 @@ def register(home: str, tell: Tell) -> str:
     return version
 
 
-def promote(home: str, why: str, tell: Tell) -> dict[str, Any]:
-    """Write the ledger entry and set MLflow's alias; return the entry."""
+def promote(home: str, why: str, tell: Tell, lease: Lease) -> dict[str, Any]:
+    """Write the ledger entry and set MLflow's alias; return the entry. Raises LeaseLost."""
     from visionloop.promotion.promote import promote as run_promote
 
     workspace = open_workspace(Path(home))
-    entry = run_promote(workspace, by=get_user(), why=why, now=get_now())
+    entry = run_promote(workspace, by=get_user(), why=why, now=get_now(), lease=lease)
     tell(f"  {describe_champion(entry)}")
     return entry.to_json()
 
@@ -237,48 +292,34 @@ def describe_unchanged(decision: Decision) -> str:
     return f"nothing changed: dataset {decision.dataset['version']}, params, code{stands}"
 
 
-@contextlib.contextmanager
-def _as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | None]:
-    """Hold the MLflow run that those of this retrain are nested under; yield its id, None while MLflow is away.
-
-    A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
-    """
-    tracking, pin = workspace.tracking, Pin.from_json(dataset)
-    key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
-    tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
-    run_id, status = None, "FAILED"
-    with contextlib.suppress(VisionLoopError):
-        known = tracking.find_tagged_run(RETRAIN_TAG, key)
-        run_id = tracking.open_run(f"retrain-dataset{pin.version}", run_id=known, tags=tags, params={})
-        tracking.log_dataset(run_id, make_used_dataset(pin, workspace.store.url), "training")
+def _under(lease: Lease, work: Callable[[], Any]) -> Any:
+    """Do the work of a step. Raises LeaseLost, if the lease is lost, rather than what came of that."""
+    lease.require_held()
     try:
-        yield run_id
-        status = "FINISHED"
-    finally:
-        if run_id:
-            with contextlib.suppress(VisionLoopError):
-                _show_training(workspace, run_id)
-                tracking.close_run(run_id, status)
+        return work()
+    except Exception:
+        lease.require_held()
+        raise
 
 
-def _show_training(workspace: Workspace, parent: str) -> None:
-    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
-    tracking, candidate = workspace.tracking, read_marks(workspace).candidate
-    note = load_run_note(workspace.settings.runs_dir, candidate) if candidate else None
-    if note is None:
-        return
-    run = tracking.load_run(note.run_id)
-    tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
-    if PARENT_TAG not in run.tags:  # it was finished before
-        tracking.set_tags(run.run_id, {PARENT_TAG: parent})
+def _close_died(workspace: Workspace, lease: Lease, scheduled: Scheduled | None, tell: Tell) -> None:
+    """Close the runs of the retrains that died, in MLflow and with their scheduler: they could not do it themselves.
 
-
-def _note_verdict(workspace: Workspace, parent: str | None, decision: Decision) -> None:
-    """Tag the run of the retrain with what the gate said, as that of the training is."""
-    if parent:
-        with contextlib.suppress(VisionLoopError):
-            tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
-            workspace.tracking.set_tags(parent, tags)
+    What cannot be closed now is left for the next retrain.
+    """
+    for claim in lease.died:
+        tell(f"a retrain was ended before it could close its runs: {claim}")
+    try:
+        closed = close_left_runs(workspace) if lease.died else []
+        if closed:
+            tell(f"  closed in MLflow, as killed: {shorten(closed)}")
+        for claim in lease.died:
+            if scheduled and claim.run and scheduled.close(claim.run):
+                tell(f"  closed by the scheduler, as crashed: run {claim.run}")
+            if scheduled or not claim.run:
+                lease.forget(claim)
+    except VisionLoopError as exc:
+        tell(f"  not closed, the next retrain tries again: {exc}")
 
 
 def _summarise(

@@ -1,12 +1,16 @@
-"""What is said of each training, in `visionloop runs` and in the Python interface alike, and which are marked."""
+"""The runs in MLflow: what is said of each, in `visionloop runs` and in Python alike, and the one of a retrain."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from visionloop.errors import VisionLoopError
-from visionloop.tracking import DIGEST_TAG, Run
+from visionloop import pipeline
+from visionloop.bundle import load_run_note
+from visionloop.errors import LeaseLost, VisionLoopError
+from visionloop.records import Decision, Pin, compute_digest
+from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run
+from visionloop.tracking_pages import make_used_dataset
 from visionloop.workspace import Workspace
 
 
@@ -61,3 +65,61 @@ def get_best(run: Run, name: str) -> float | None:
 def to_number(text: str | None) -> int | None:
     """Return a tag as a number; None where it is none."""
     return int(text) if text and text.isdecimal() else None
+
+
+@contextlib.contextmanager
+def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | None]:
+    """Hold the MLflow run that those of this retrain are nested under; yield its id, None while MLflow is away.
+
+    A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
+    """
+    tracking, pin = workspace.tracking, Pin.from_json(dataset)
+    key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
+    tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
+    run_id: str | None = None
+    status: str | None = "FAILED"
+    with contextlib.suppress(VisionLoopError):
+        known = tracking.find_tagged_run(RETRAIN_TAG, key)
+        run_id = tracking.open_run(f"retrain-dataset{pin.version}", run_id=known, tags=tags, params={})
+        tracking.log_dataset(run_id, make_used_dataset(pin, workspace.store.url), "training")
+    try:
+        yield run_id
+        status = "FINISHED"
+    except LeaseLost:
+        status = None  # who has taken over goes on in the same run, or has closed it
+        raise
+    finally:
+        if run_id and status:
+            with contextlib.suppress(VisionLoopError):
+                _show_training(workspace, run_id)
+                tracking.close_run(run_id, status)
+
+
+def _show_training(workspace: Workspace, parent: str) -> None:
+    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
+    tracking, candidate = workspace.tracking, read_marks(workspace).candidate
+    note = load_run_note(workspace.settings.runs_dir, candidate) if candidate else None
+    if note is None:
+        return
+    run = tracking.load_run(note.run_id)
+    tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
+    if PARENT_TAG not in run.tags:  # it was finished before
+        tracking.set_tags(run.run_id, {PARENT_TAG: parent})
+
+
+def note_verdict(workspace: Workspace, parent: str | None, decision: Decision) -> None:
+    """Tag the run of the retrain with what the gate said, as that of the training is."""
+    if parent:
+        with contextlib.suppress(VisionLoopError):
+            tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
+            workspace.tracking.set_tags(parent, tags)
+
+
+def close_left_runs(workspace: Workspace) -> list[str]:
+    """Close what retrains have left running in MLflow; return the names. One that goes on is opened again."""
+    running = list(workspace.tracking.iterate_runs("RUNNING"))
+    parents = {run.run_id for run in running if RETRAIN_TAG in run.tags}
+    died = [run for run in running if run.run_id in parents or run.tags.get(PARENT_TAG) in parents]
+    for run in died:
+        workspace.tracking.close_run(run.run_id, "KILLED")
+    return [run.name for run in died]

@@ -1,7 +1,6 @@
 """The workspace: a folder with params.yaml, opened once and passed on; and `visionloop new`, which makes one."""
 
 import contextlib
-import fcntl
 import getpass
 import os
 import re
@@ -9,14 +8,13 @@ import shutil
 import subprocess
 import unicodedata
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionloop.errors import BusyError, SettingsError
+from visionloop.errors import SettingsError
 from visionloop.settings import Settings, apply_tool_environment, load_settings, make_tool_folders
 
 if TYPE_CHECKING:
@@ -140,32 +138,6 @@ def connect(
         store or open_store(settings.store_url),
         tracking or MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name, get_user()),
     )
-
-
-@contextlib.contextmanager
-def lock_for_retrain(home: Path) -> Iterator[None]:
-    """Hold a workspace for one retrain; when this process dies, the system lets it go at once.
-
-    Raises:
-        BusyError: a retrain is under way: two at once would wait for each other's stages.
-    """
-    path = home / ".visionloop" / "retrain.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            lock.seek(0)
-            raise BusyError(
-                f"workspace {home}",
-                f"process {lock.read().strip() or '?'} is retraining it",
-                "one retrain at a time",
-                "Wait for it, or stop it.",
-            ) from exc
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
 
 
 def get_now() -> str:

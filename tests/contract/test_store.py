@@ -4,13 +4,15 @@ import pickle
 import secrets
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from s3_server import make_bucket, point_to, serve_s3
-from visionloop.errors import ObjectMissing, StoreError
+from visionloop.errors import LeaseHeld, LeaseLost, ObjectMissing, StoreError
 from visionloop.store import LocalStore, ObjectStore, open_store
+from visionloop.store.lease import Lease, make_claim, take_lease
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,34 @@ def test_one_of_many_creators_wins(store: ObjectStore) -> None:
         thread.join()
     assert len(wins) == 1
     assert store.get("ledger/pets/000001.json") == str(wins[0]).encode()
+
+
+def test_the_lease_of_a_dead_holder_is_taken_over_once(store: ObjectStore) -> None:
+    """By one of many who have waited; the dead one is told so when it comes back."""
+    gone = take_lease(store, "pets", replace(make_claim("ann", "then", ttl_s=0.3), machine="another"))
+    taken: list[Lease] = []
+    refused: list[str] = []
+
+    def work(name: str) -> None:
+        try:
+            taken.append(take_lease(store, "pets", replace(make_claim(name, "now"), machine=name)))
+        except LeaseHeld as exc:
+            refused.append(str(exc))
+
+    threads = [threading.Thread(target=work, args=(f"ben{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (lease,) = taken
+    lease.renew()
+    lease.end()
+    assert (lease.claim.number, len(refused)) == (2, 3)
+    assert all(f"{lease.claim.who} on" in text for text in refused), refused
+    with pytest.raises(LeaseLost, match=f"taken over by {lease.claim.who}"):
+        gone.renew()
+    lease.forget(lease.died[0])
+    assert list(store.list("leases/")) == ["leases/pets/000002.json"]
 
 
 def test_list_is_sorted_and_by_prefix(store: ObjectStore) -> None:

@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
-from visionloop.workspace import lock_for_retrain
+from visionloop.store import LocalStore
+from visionloop.store.lease import make_claim, take_lease
 
 if TYPE_CHECKING:
     from conftest import PrefectServer
@@ -112,14 +113,14 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     path.write_text(text.replace('"0 3 * * *"', '"* * * * *"'))
     with serve_schedule(home, prefect_api) as process:
         # Somebody retrains the workspace already: what comes due meanwhile moves nothing.
-        with lock_for_retrain(home):
+        with take_lease(LocalStore(home / ".visionloop" / "store"), NAME, make_claim("ann", "03:00")) as lease:
             before = read_files(home)
             busy = wait_for_run(prefect_api, process, start_run(prefect_api))
             assert read_files(home) == before
         ended = wait_for_run(prefect_api, process)
     said = (home.parent / "deploy.log").read_text()
     assert (busy["state_name"], busy["state_type"]) == ("Skipped", "CANCELLED")
-    message = f"workspace {home}: process {os.getpid()} is retraining it; expected one retrain at a time."
+    message = f"retrain of {NAME}: {lease.claim} is at it; expected one at a time."
     assert read_state(prefect_api, busy)["message"].startswith(message)
     assert (ended["state_name"], ended["auto_scheduled"]) == ("Promoted", True), said
     assert ended["parameters"] == {"workspace": str(home)}
@@ -194,7 +195,7 @@ def read_files(home: Path) -> dict[str, bytes]:
     """What a retrain could move: the store, the pin, dvc.lock, the candidate, reports and decisions."""
     places = ("data", "models", "reports", "decisions", ".visionloop/store", ".visionloop/work", "dvc.lock")
     paths = [path for place in places for path in (home / place, *(home / place).rglob("*")) if path.is_file()]
-    return {str(path): path.read_bytes() for path in paths}
+    return {str(path): path.read_bytes() for path in paths if "leases" not in path.parts}
 
 
 def read_state(api: str, run_: dict[str, Any]) -> dict[str, Any]:

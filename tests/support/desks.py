@@ -30,7 +30,7 @@ class Desk:
             write_note(self.world.settings.runs_dir, digest, note)
         return digest
 
-    def promote(self, by: str = "ann", **options: bool) -> LedgerEntry:
+    def promote(self, by: str = "ann", **options: Any) -> LedgerEntry:
         return promote(self.place, by=by, why="because", now=NOW, **options)
 
     def rollback(self, to: int | None = None) -> LedgerEntry:

@@ -30,6 +30,7 @@ def main() -> None:
         runs,
         serving,
         stages,
+        triggers,
         tune,
         workspace,
     )

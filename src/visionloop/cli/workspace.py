@@ -49,15 +49,14 @@ def start(
     from visionloop.errors import SourceError
     from visionloop.retrain import bring_up_to_date
     from visionloop.words import make_refusal, render_summary
-    from visionloop.workspace import clear_folder, lock_for_retrain, open_workspace
+    from visionloop.workspace import clear_folder, open_workspace
 
     was_there, existed = True, folder is not None and folder.exists()
     if photos is not None:
         folder, was_there = _open_for(photos, folder, name)
     workspace = open_workspace(folder)
     try:
-        with lock_for_retrain(workspace.settings.home):
-            summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
+        summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise

@@ -1,1 +1,1 @@
-"""Watches what is served: drift, quality, and data that is broken, window by window, from the prediction log."""
+"""Watches what is served, window by window, and decides when to retrain."""

@@ -45,6 +45,7 @@ from visionloop.params.train import (
     Train,
     Tune,
 )
+from visionloop.params.triggers import Triggers
 from visionloop.records import compute_digest
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "SqlSource",
     "TableSource",
     "Train",
+    "Triggers",
     "Tune",
     "VideoSource",
     "Webhook",
@@ -223,6 +225,7 @@ class Params(Section):
     gate: Gate = Gate()
     serve: Serve = Serve()
     monitor: Monitor = Monitor()
+    triggers: Triggers = Triggers()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()
 

@@ -7,7 +7,6 @@ believed: the champion is that of the highest entry which can be.
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,10 +19,10 @@ from visionloop.errors import NotPromoted, ObjectMissing, PromotionError, StoreE
 from visionloop.promotion.gate import PASSED, REFUSED
 from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
+from visionloop.store.keys import split_numbers
 
 AnyRecord = TypeVar("AnyRecord", LedgerEntry, Decision)
 ROLLED_BACK = "rolled_back"
-_NUMBERED = re.compile(r"(?!0+\.)([0-9]{6}|[1-9][0-9]{6,})\.json")  # 000001.json ... 999999.json 1000000.json
 
 
 @dataclass(frozen=True)
@@ -310,14 +309,7 @@ def _list_keys(store: ObjectStore, folder: str) -> list[str]:
 
 def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]]:
     """Return the numbers in a folder, in order, and the keys there that are no number."""
-    numbers, strays = [], []
-    for key in store.list(f"{folder}/"):
-        found = _NUMBERED.fullmatch(key.removeprefix(f"{folder}/"))
-        if found:
-            numbers.append(int(found[1]))
-        else:
-            strays.append(key)
-    return sorted(numbers), strays
+    return split_numbers(store.list(f"{folder}/"), folder)
 
 
 def _make_key(name: str, number: int) -> str:

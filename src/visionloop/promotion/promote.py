@@ -24,6 +24,7 @@ from visionloop.promotion.ledger import (
 )
 from visionloop.records import Decision, LedgerEntry
 from visionloop.store import ObjectStore
+from visionloop.store.lease import Lease
 from visionloop.tracking import DIGEST_TAG
 from visionloop.workspace import Workspace
 
@@ -55,16 +56,18 @@ def register(workspace: Workspace) -> str:
     )
 
 
-def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = False) -> LedgerEntry:
+def promote(
+    workspace: Workspace, *, by: str, why: str, now: str, again: bool = False, lease: Lease | None = None
+) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
-    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again`
-    lets a model pass that was rolled back from, if nothing else holds it back.
+    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again` lets
+    a model pass that was rolled back from, if nothing else holds it back. `lease`: of the retrain that promotes.
 
     Raises:
         NotPromoted: the gate has not passed this candidate, or it was rolled back from.
-        PromotionError: it is not registered, the champion moved since the decision, or the candidate comes from an
-            experiment (a random split).
+        PromotionError: it is not registered, the champion moved since the decision, or it is of an experiment.
+        LeaseLost: another retrain has taken over from this one; nothing has changed.
         DatasetError: the store does not have the dataset version of the decision.
         BundleError: the store's copy is damaged, or answers differently here.
         TrackingError: MLflow cannot be reached. If the ledger has moved by then, a second run sets the alias.
@@ -94,6 +97,8 @@ def promote(workspace: Workspace, *, by: str, why: str, now: str, again: bool = 
         )
     verify_in_store(workspace, digest)
     note = load_run_note(workspace.settings.runs_dir, digest)
+    if lease:
+        lease.check()
     entry = append_entry(
         store,
         name,

@@ -1,6 +1,7 @@
 """The keys of a store, and the parts of an `s3://` address."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from visionloop.errors import SettingsError, StoreError
@@ -12,6 +13,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ANY_PREFIX = re.compile(r"[^\x00-\x1f\x7f]*")
 _CREDENTIALS = re.compile(r"//[^/@]*@")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBERED = re.compile(r"(?!0+\.)([0-9]{6}|[1-9][0-9]{6,})\.json")  # 000001.json ... 999999.json 1000000.json
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,15 @@ def parse_s3_url(url: str, where: str, *, own_keys: bool) -> BucketAddress:
             "Correct the address; credentials and endpoint are in AWS_* variables, not in it.",
         )
     return BucketAddress(bucket, prefix)
+
+
+def split_numbers(keys: Iterable[str], folder: str) -> tuple[list[int], list[str]]:
+    """Return the numbers among the keys of a folder of numbered objects, in order, and the keys that are no number."""
+    numbers, strays = [], []
+    for key in keys:
+        found = _NUMBERED.fullmatch(key.removeprefix(f"{folder}/"))
+        if found:
+            numbers.append(int(found[1]))
+        else:
+            strays.append(key)
+    return sorted(numbers), strays

@@ -50,13 +50,13 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         if os.path.exists(path):
-            return self.get(key) == data
+            return self._holds(key, data)
         staged = self._stage(path, data, durable=True)
         try:
             os.link(staged, path)
             _sync_folder(os.path.dirname(path))
         except FileExistsError:
-            return self.get(key) == data
+            return self._holds(key, data)
         except OSError as exc:
             raise self._error(key, exc) from exc
         finally:
@@ -98,6 +98,12 @@ class LocalStore:
 
     def purge(self, key: str) -> None:
         self.delete(key)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.get(key) == data
+        except ObjectMissing:  # another writer created it, and it was removed since
+            return False
 
     def _path(self, key: str) -> str:
         return f"{self._folder}/{check_key(key, self._where)}"

@@ -1,0 +1,81 @@
+"""The commands `triggers decide` and `triggers history`: is a retrain due, and what was decided before."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from visionloop.cli.app import app
+
+HELP = """Is a retrain due, and what was decided before.
+
+Examples:
+
+  visionloop triggers decide && visionloop start
+"""
+triggers_app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(triggers_app, name="triggers")
+NOT_DUE = 3
+
+
+@triggers_app.command("decide")
+def decide_now(
+    hand: Annotated[str, typer.Option(metavar="WHY", help="A person wants a retrain: nothing holds it back.")] = "",
+    webhook: Annotated[str, typer.Option(metavar="WHY", help="Another system has called; kept until a retrain.")] = "",
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Decide by `triggers` in params.yaml whether a retrain is due, and keep the decision; nothing is started.
+
+    Exit code 0: it is due. 3: it is not.
+
+    Examples:
+
+      visionloop triggers decide && visionloop start
+
+      visionloop triggers decide --webhook "the menu of the canteen has changed"
+    """
+    from datetime import UTC, datetime
+
+    from visionloop.monitoring.due import decide_retrain
+    from visionloop.monitoring.triggers import RETRAIN, Look, describe_looks
+    from visionloop.workspace import get_user, open_workspace
+
+    workspace = open_workspace()
+    decision = decide_retrain(workspace, now=datetime.now(UTC), by=get_user(), hand=hand, webhook=webhook)
+    if as_json:
+        print(json.dumps(decision.to_json(), indent=2))
+    else:
+        print(f"{decision.outcome}: {decision.why}")
+        for line in describe_looks(Look.from_json(look) for look in decision.looks):
+            print(line)
+    if decision.outcome != RETRAIN:
+        raise typer.Exit(NOT_DUE)
+
+
+@triggers_app.command("history")
+def history_of_triggers(
+    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = 30,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with all numbers.")] = False,
+) -> None:
+    """List what the triggers decided, newest first, also each "no".
+
+    Examples:
+
+      visionloop triggers history --last 100
+    """
+    from visionloop.monitoring.due import read_decisions
+    from visionloop.words import align
+    from visionloop.workspace import open_workspace
+
+    workspace = open_workspace()
+    found = read_decisions(workspace.store, workspace.name, last)[::-1]
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+    elif not found:
+        print("nothing was decided yet: run `visionloop triggers decide`")
+    else:
+        rows = [[f"{d.number}", d.at[:16].replace("T", " "), f"dataset {d.dataset}", d.outcome, d.why] for d in found]
+        for line in align(rows):
+            print(line)

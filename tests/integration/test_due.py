@@ -1,0 +1,174 @@
+"""What the triggers look at in a real workspace, and what is kept of each decision."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from desks import Desk
+from fakes import run_here
+from visionloop import pipeline
+from visionloop.data.manifest import load_version, make_pin, write_pin
+from visionloop.errors import DatasetError, ParamsError, StoreError
+from visionloop.monitoring.due import decide_retrain, read_decisions
+from visionloop.monitoring.triggers import TriggerDecision
+from visionloop.params import Triggers
+from visionloop.promotion.decide import gate
+from visionloop.workspace import Workspace
+from workspaces import commit, store_image
+
+NOW = datetime(2026, 2, 20, tzinfo=UTC)
+DAY = timedelta(days=1)
+JUDGED = "2026-02-10T00:00:00+00:00"
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A model was judged on version 1. Version 2 has ten labelled images more, six of them labelled by a model."""
+    desk = Desk(tmp_path_factory.mktemp("desk"))
+    digest = desk.world.write_candidate(0)
+    state = pipeline.compute_state(desk.world.settings.home, desk.world.params, desk.world.pin.digest)
+    gate(desk.place, state=state, now=JUDGED)
+    assert digest
+    first = load_version(desk.store, "fake", 1)
+    rows = [store_image(desk.store, 9000 + n, sources=("feedback" if n < 6 else "photos",)) for n in range(10)]
+    rows += [store_image(desk.store, 9100, labels=()), store_image(desk.store, 9101, side="excluded")]
+    rows.append(replace(desk.world.records[0], labels=("relabelled",)))
+    second = commit(desk.store, desk.world.records, rows, first, name="fake")
+    write_pin(desk.world.settings.pin_path, make_pin(second))
+    return desk
+
+
+@pytest.fixture
+def store(desk: Desk) -> Any:
+    """The store without decisions of triggers and windows."""
+    for prefix in ("triggers/", "monitoring/"):
+        for key in list(desk.store.list(prefix)):
+            desk.store.delete(key)
+    return desk.store
+
+
+def with_triggers(desk: Desk, **section: Any) -> Workspace:
+    return replace(desk.place, params=desk.world.params.model_copy(update={"triggers": Triggers(**section)}))
+
+
+def ask(desk: Desk, section: dict[str, Any], *, now: datetime = NOW, **words: str) -> TriggerDecision:
+    return decide_retrain(with_triggers(desk, **section), now=now, by="ann", **words)
+
+
+def find(decision: TriggerDecision, name: str) -> tuple[bool, float | None]:
+    (look,) = [look for look in decision.looks if look["name"] == name]
+    return look["fired"], look["value"]
+
+
+def test_new_labels_are_counted_apart_from_those_of_a_model(desk: Desk, store: Any) -> None:
+    """Four images of people and one label that was corrected; no image without a label, none that is excluded."""
+    decision = ask(desk, {"new_images": 5, "max_age_days": 10.0, "own_sources": ("feedback",)})
+    assert (find(decision, "new_images"), find(decision, "max_age_days")) == ((True, 5), (True, 10.0))
+    assert decision.why.endswith("new_images: 5 new images with labels; 6 more have labels of a model")
+    assert (decision.outcome, decision.dataset, decision.judged, decision.by) == ("retrain", 2, 1, "ann")
+    assert find(ask(desk, {"new_images": 12}), "new_images") == (False, 11)
+
+
+def test_nothing_is_new_on_the_version_that_was_judged(desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = with_triggers(desk, max_age_days=1.0)
+    pin = make_pin(load_version(desk.store, "fake", 1))
+    monkeypatch.setattr("visionloop.monitoring.due.load_pin", lambda *_: pin)
+    held = decide_retrain(workspace, now=NOW, by="ann")
+    assert (held.outcome, find(held, "nothing_new")) == ("held", (True, 0))
+    other = workspace.params.model_copy(update={"prepare": workspace.params.prepare.model_copy(update={"limit": 9})})
+    assert decide_retrain(replace(workspace, params=other), now=NOW, by="ann").outcome == "retrain", "other params"
+
+
+def test_every_decision_is_kept_under_its_number(desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask(desk, {})
+    monkeypatch.setattr(
+        "visionloop.monitoring.due.read_decisions", lambda *_: []
+    )  # as one who decides at the same time
+    second = ask(desk, {"new_images": 1})
+    monkeypatch.undo()
+    assert [one.number for one in (first, second)] == [1, 2]
+    assert read_decisions(store, "fake") == [
+        TriggerDecision.from_json(json.loads(json.dumps(one.to_json()))) for one in (first, second)
+    ]
+    assert [one.number for one in read_decisions(store, "fake", last=1)] == [2]
+    third = ask(desk, {"new_images": 1}, now=NOW + timedelta(hours=3))
+    assert (third.outcome, find(third, "cooldown_hours"), find(third, "max_per_week")) == (
+        "held",
+        (True, 3),
+        (False, 1),
+    )
+
+
+def test_a_call_is_kept_until_the_next_retrain(desk: Desk, store: Any) -> None:
+    section = {"webhook": True, "new_images": 11, "needs": "all", "cooldown_hours": 0.0}
+    waits = {**section, "new_images": 12}
+    assert ask(desk, waits, webhook="a  new\nmenu" + "x" * 1000).outcome == "no"
+    assert find(ask(desk, waits, webhook="again"), "webhook") == (True, 2)
+    due = ask(desk, section)
+    assert due.outcome == "retrain"
+    assert due.why.startswith("new_images: 11 new images with labels; webhook: a new menuxxx")
+    assert len(due.why) < 500
+    assert find(ask(desk, section, now=NOW + DAY), "webhook") == (False, 0)
+
+
+def write_windows(store: Any, *verdicts: str, bundle: str = "b") -> None:
+    for day, verdict in enumerate(verdicts, start=11):
+        value = {"end": f"2026-02-{day}T00:00:00+00:00", "verdict": verdict, "bundle": bundle}
+        store.put(f"monitoring/fake/202602{day}T0000/verdict.json", json.dumps(value).encode())
+
+
+def test_windows_of_the_monitor_are_read_and_damaged_ones_passed_over(desk: Desk, store: Any) -> None:
+    champion = ask(desk, {"drift_windows": 1})
+    assert find(champion, "drift_windows") == (False, 0)
+    write_windows(store, "drift", "drift", "broken")
+    assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data") == (True, None)
+    for damaged in (b"{", b"[]", b'{"end": 3}', b'{"end": "13 Feb", "verdict": "broken", "bundle": "b"}'):
+        store.put("monitoring/fake/20260213T0000/verdict.json", damaged)
+        assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data")[0] is False, damaged
+    naive = b'{"end": "2026-02-13", "verdict": "broken", "bundle": "b"}'
+    store.put("monitoring/fake/20260213T0000/verdict.json", naive)
+    assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data")[0] is True
+
+
+def test_what_is_damaged_or_cannot_be_written_is_told(desk: Desk, store: Any, tmp_path: Path) -> None:
+    for data in (b"{", b"[1]", b'{"name": "fake"}', b'{"at": 3}'):
+        store.put("triggers/fake/000001.json", data)
+        with pytest.raises(DatasetError, match=r"triggers/fake/000001.json: is damaged; expected a decision"):
+            ask(desk, {})
+    store.delete("triggers/fake/000001.json")
+    (desk.store.root / "triggers" / "fake").rmdir()
+    (desk.store.root / "triggers" / "fake").write_text("a file where the folder should be")
+    with pytest.raises(StoreError):
+        ask(desk, {})
+    (desk.store.root / "triggers" / "fake").unlink()
+    with pytest.raises(ParamsError, match=r"triggers.own_sources: no source and no image is of feed; expected "):
+        ask(desk, {"own_sources": ("feed",)})
+    with pytest.raises(DatasetError, match="this workspace has no images yet"):
+        decide_retrain(replace(desk.place, settings=replace(desk.place.settings, home=tmp_path)), now=NOW, by="ann")
+
+
+def test_the_commands_end_with_0_where_one_is_due_and_tell_each_decision(
+    desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = desk.world.settings.home
+    (home / "params.yaml").write_text("name: fake\ntriggers: {new_images: 100}\n")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("VISIONLOOP_STORE", desk.world.settings.store_url)
+    monkeypatch.setenv("VISIONLOOP_USER", "ann")
+    assert run_here(monkeypatch, "triggers", "history") == 0
+    assert capsys.readouterr().out == "nothing was decided yet: run `visionloop triggers decide`\n"
+    assert run_here(monkeypatch, "triggers", "decide") == 3
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["no: 0 of 1 needed triggers", "    new_images: 11 new images with labels (limit: 100)"]
+    assert run_here(monkeypatch, "triggers", "decide", "--hand", "new camera", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["why"] == "by hand: new camera"
+    assert run_here(monkeypatch, "triggers", "history") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["2", "1"]
+    assert listed[0].split()[3:] == ["dataset", "2", "retrain", "by", "hand:", "new", "camera"]
+    assert run_here(monkeypatch, "triggers", "history", "--json", "--last", "1") == 0
+    assert [one["number"] for one in json.loads(capsys.readouterr().out)] == [2]
