@@ -33,15 +33,20 @@ for name in [n for n in os.environ if n in FOREIGN or n.startswith("VISIONLOOP_"
 
 # Those that take longest begin first: the last of them would else run alone.
 SLOW = (
+    "ranks",
     "kills",
-    "ray_train",
-    "own_images",
-    "ddp",
     "readme",
+    "what_stays",
+    "start",
     "flow_errors",
+    "own_images",
+    "dvc_views",
+    "mlflow_pages",
+    "lying_state",
     "training_kills",
     "training",
     "all_backbones",
+    "abstaining",
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shapes import make_workspace, run
+from shapes import run
 from visionloop.params.text import parse_yaml
 
 
@@ -38,14 +38,13 @@ def list_numbers(value: Any, prefix: str = "") -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(copied: Path) -> Path:
     """A workspace whose first model is in git, and a second one, of an experiment, in the workspace."""
-    home = make_workspace(tmp_path_factory.mktemp("views") / "ws", epochs=1, number=40)
-    dvc(home, "repro")
+    home = copied
     git(home, "add", "-A")
-    git(home, "commit", "-qm", "one epoch")
+    git(home, "commit", "-qm", "two epochs")
     assert git(home, "status", "--porcelain") == "", "what a person would not keep is ignored"
-    said = dvc(home, "exp", "run", "--name", "longer", "-S", "train.max_epochs=2", "-S", "train.learning_rate=1e-3")
+    said = dvc(home, "exp", "run", "--name", "longer", "-S", "train.max_epochs=3", "-S", "train.learning_rate=1e-3")
     assert "Running stage 'train'" in said
     assert "Stage 'prepare' didn't change" in said
     return home
@@ -53,8 +52,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_experiment_trains_with_what_was_set(home: Path) -> None:
     card = json.loads((home / "models" / "candidate" / "card.json").read_text())
-    assert (card["params"]["train"]["max_epochs"], card["params"]["train"]["learning_rate"]) == (2, 1e-3)
-    assert parse_yaml((home / "params.yaml").read_text())["train"]["max_epochs"] == 2
+    assert (card["params"]["train"]["max_epochs"], card["params"]["train"]["learning_rate"]) == (3, 1e-3)
+    assert parse_yaml((home / "params.yaml").read_text())["train"]["max_epochs"] == 3
 
 
 def test_exp_show_has_params_and_figures_of_both(home: Path) -> None:
@@ -62,7 +61,7 @@ def test_exp_show_has_params_and_figures_of_both(home: Path) -> None:
     experiment = next(row for row in rows if row["Experiment"] == "longer")
     head = next(row for row in rows if row["rev"] == "main")
     (epochs,) = [key for key in experiment if key.endswith("train.max_epochs")]
-    assert (head[epochs], experiment[epochs]) == ("1", "2")
+    assert (head[epochs], experiment[epochs]) == ("2", "3")
     figures = list_numbers(json.loads((home / "reports" / "metrics.json").read_text()))
     for name, value in figures.items():
         (column,) = [key for key in experiment if key == name or key.endswith(f":{name}")]

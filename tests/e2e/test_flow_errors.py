@@ -15,26 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from shapes import ROOT, make_workspace, retrain, run, set_compute, visionloop, write_shapes
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tuple[Path, str]:
-    """A workspace with a champion, and what the flow said: one of its new files is no image. Tests work on copies."""
-    home = make_workspace(tmp_path_factory.mktemp("flow") / "ws", number=40)
-    photos = write_shapes(home.parent / "new", 20, seed=5)
-    (photos / "disc" / "notes.jpg").write_text("not a photo")
-    text = (home / "params.yaml").read_text()
-    add_source(home, photos)
-    done = retrain(home, PREFECT_API_URL=prefect_api)
-    assert done.returncode == 0, done.stderr
-    (home / "params.yaml").write_text(text)
-    return home, done.stdout
+from fakes import run_here
+from shapes import ROOT, retrain, run, set_compute, visionloop
 
 
 @pytest.fixture
-def home(trained: tuple[Path, str], tmp_path: Path) -> Path:
-    shutil.copytree(trained[0], tmp_path / "ws", symlinks=True)
+def home(retrained: tuple[Path, str], tmp_path: Path) -> Path:
+    shutil.copytree(retrained[0], tmp_path / "ws", symlinks=True)
     return tmp_path / "ws"
 
 
@@ -57,18 +44,8 @@ def with_empty_folder(home: Path) -> None:
     add_source(home, home.parent / "empty")
 
 
-def with_one_class(home: Path) -> None:
-    edit(home, "name: shapes", "name: fresh")
-    edit(home, "name: fresh\n", f"name: fresh\ningest: {{sources: [{{kind: folder, path: {home.parent / 'one'}}}]}}\n")
-    write_shapes(home.parent / "one", 5, classes=("disc",))
-
-
 def with_unknown_key(home: Path) -> None:
     edit(home, "max_epochs", "epochs")
-
-
-def with_wrong_type(home: Path) -> None:
-    edit(home, "batch_size: 16", "batch_size: many")
 
 
 def with_lost_version(home: Path) -> None:
@@ -79,28 +56,49 @@ def with_unknown_backbone(home: Path) -> None:
     edit(home, "small_cnn", "small_cn")
 
 
-CASES: list[tuple[Callable[[Path], None], str]] = [
-    (with_missing_path, "nowhere: does not exist; expected a folder. Check the path."),
-    (with_empty_folder, "no image in any class folder; it holds no file; expected CLASS/IMAGE.jpg. Check the path."),
-    (with_one_class, "dataset fresh: has 1 class (disc); expected two classes or more."),
+# Found before the flow, in a step of its own, and in a stage of dvc.
+IN_THE_FLOW: list[tuple[Callable[[Path], None], str]] = [
     (with_unknown_key, "params.yaml train.epochs: unknown key; expected one of max_epochs,"),
-    (with_wrong_type, "params.yaml train.batch_size: got 'many'; expected integer."),
-    (with_lost_version, "/store: does not hold dataset shapes version 2 ("),
+    (with_missing_path, "nowhere: does not exist; expected a folder. Check the path."),
     (with_unknown_backbone, "params.yaml train.backbone: got 'small_cn'; expected a known backbone; near: small_cnn"),
 ]
 
 
-@pytest.mark.parametrize(("break_it", "line"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(("break_it", "line"), IN_THE_FLOW, ids=[case[0].__name__ for case in IN_THE_FLOW])
 def test_a_mistake_is_one_line_and_exit_code_2(
     home: Path, prefect_api: str, break_it: Callable[[Path], None], line: str
 ) -> None:
     break_it(home)
     done = retrain(home, PREFECT_API_URL=prefect_api)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("error: ")
-    assert line in done.stderr
-    assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout
+    assert_one_line(done.stderr, line)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "line"),
+    [
+        (with_empty_folder, "no image in any class folder; it holds no file; expected CLASS/IMAGE.jpg."),
+        (with_lost_version, "/store: does not hold dataset shapes version 2 ("),
+    ],
+)
+def test_a_mistake_is_the_same_line_without_the_flow(
+    home: Path,
+    break_it: Callable[[Path], None],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    break_it(home)
+    monkeypatch.chdir(home)
+    assert run_here(monkeypatch, "start") == 2
+    assert_one_line(capsys.readouterr().err, line)
+
+
+def assert_one_line(told: str, line: str) -> None:
+    assert told.startswith("error: ")
+    assert line in told
+    assert told.count("\n") == 1
 
 
 def test_unreachable_mlflow_in_register(home: Path) -> None:
@@ -129,8 +127,8 @@ def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path)
     assert len(list((home / ".visionloop" / "store" / "ledger").rglob("*.json"))) == 1
 
 
-def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(trained: tuple[Path, str]) -> None:
-    _, said = trained
+def test_a_text_file_named_jpg_is_quarantined_while_the_run_goes_on(retrained: tuple[Path, str]) -> None:
+    _, said = retrained
     assert "quarantined 1 file" in said
     assert re.search(r"not_an_image\s+folder:disc/notes.jpg", said)
     assert "version 2: 40 new images, 120 in all" in said
@@ -164,7 +162,7 @@ def test_what_changes_no_result_runs_nothing_again(home: Path, prefect_api: str,
 def test_a_stage_by_hand_tells_how_it_is_kept_and_a_verdict_that_stands_is_told_again(
     home: Path, prefect_api: str
 ) -> None:
-    for stage in ("prepare", "embed", "train", "evaluate"):
+    for stage in ("prepare", "embed"):
         done = visionloop(home, stage)
         assert done.returncode == 0, done.stderr
         assert "run by hand" not in done.stdout, f"dvc has what {stage} has made"

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
+from shapes import ROOT, make_environment, run, visionloop, write_shapes
 from visionloop.store import LocalStore
 from visionloop.store.lease import make_claim, take_lease
 
@@ -52,19 +53,30 @@ def start_run(api: str) -> str:
     return str(post(api, f"deployments/{get_deployment(api)['id']}/create_flow_run", {})["id"])
 
 
-def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str | None = None) -> dict[str, Any]:
-    """Return a run of the deployment when it has ended: this one, or the first that found no other at work."""
+def make_due(api: str) -> str:
+    """Let the next run of the schedule be due now, and not only at night; return its id."""
     deadline = time.monotonic() + LIMIT_S
     query = {"deployments": {"name": {"any_": [NAME]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    query["flow_runs"] = {"state": {"type": {"any_": ["SCHEDULED"]}}}
+    while not (runs := post(api, "flow_runs/filter", query)):
+        assert time.monotonic() < deadline, "Prefect schedules nothing"
+        time.sleep(0.5)
+    now = datetime.now(UTC).isoformat()
+    state = {"type": "SCHEDULED", "name": "Scheduled", "state_details": {"scheduled_time": now}}
+    post(api, f"flow_runs/{runs[0]['id']}/set_state", {"state": state, "force": True})
+    return str(runs[0]["id"])
+
+
+def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str) -> dict[str, Any]:
+    """Return a run when it has ended."""
+    deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, "deploy.py ended"
-        runs = post(api, "flow_runs/filter", query)
-        ended = [r for r in runs if r["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}]
-        for run_ in ended:
-            if run_["id"] == run_id or (run_id is None and run_["state_name"] != "Skipped"):
-                return dict(run_)
-        time.sleep(1)
-    raise AssertionError(f"no run ended within {LIMIT_S} s: {[r['state_name'] for r in runs]}")
+        (run_,) = post(api, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
+        if run_["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
+            return dict(run_)
+        time.sleep(0.5)
+    raise AssertionError(f"the run did not end within {LIMIT_S} s: {run_['state_name']}")
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +121,14 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     more = write_shapes(home.parent / "more", 20, seed=1)
     assert "version 2: 40 new images, 160 in all" in visionloop(home, "ingest", str(more)).stdout
     path = home / "params.yaml"
-    text = path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9")
-    path.write_text(text.replace('"0 3 * * *"', '"* * * * *"'))
+    path.write_text(path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9"))
     with serve_schedule(home, prefect_api) as process:
-        # Somebody retrains the workspace already: what comes due meanwhile moves nothing.
+        # Somebody retrains the workspace already: a run moves nothing.
         with take_lease(LocalStore(home / ".visionloop" / "store"), NAME, make_claim("ann", "03:00")) as lease:
             before = read_files(home)
             busy = wait_for_run(prefect_api, process, start_run(prefect_api))
             assert read_files(home) == before
-        ended = wait_for_run(prefect_api, process)
+        ended = wait_for_run(prefect_api, process, make_due(prefect_api))
     said = (home.parent / "deploy.log").read_text()
     assert (busy["state_name"], busy["state_type"]) == ("Skipped", "CANCELLED")
     message = f"retrain of {NAME}: {lease.claim} is at it; expected one at a time."
@@ -149,7 +160,7 @@ def test_a_restarted_prefect_server_neither_ends_a_run_nor_blocks_the_next(
     home: Path, prefect_server: "PrefectServer"
 ) -> None:
     api, path = prefect_server.url, home / "params.yaml"
-    path.write_text(path.read_text().replace('"* * * * *"', '"0 3 1 1 *"').replace("max_epochs: 4", "max_epochs: 30"))
+    path.write_text(path.read_text().replace("max_epochs: 4", "max_epochs: 30"))
     before = list_ledger(home)[-1]["number"]
     with serve_schedule(home, api) as process:
         run_id = start_run(api)
@@ -176,7 +187,7 @@ def serve_schedule(home: Path, prefect_api: str) -> Iterator[subprocess.Popen[st
                 assert process.poll() is None, log_path.read_text()
                 time.sleep(0.2)
             yield process
-            os.killpg(process.pid, signal.SIGINT)  # the run of the next minute may be under way by now
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(timeout=120)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -209,11 +220,11 @@ def assert_artifact(api: str) -> None:
 
 
 def test_what_cannot_be_scheduled_is_one_line(tmp_path: Path) -> None:
-    home = make_workspace(tmp_path / "ws", number=5)
+    home, path = tmp_path, tmp_path / "params.yaml"
+    path.write_text("name: shapes\n")
     done = deploy(home)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert 'schedule.retrain: is not set; expected a cron expression like "0 3 * * *".' in done.stderr
-    path = home / "params.yaml"
     path.write_text(path.read_text() + 'schedule: {retrain: "0 3 * * *"}\n')
     done = deploy(home)
     assert done.returncode == 2

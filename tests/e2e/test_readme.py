@@ -115,19 +115,19 @@ def test_doctor_is_content(demo: Demo) -> None:
     assert "ledger entry 1: model version 1; MLflow's alias: 1" in done.stdout
 
 
-def test_run_again_says_nothing_changed_and_moves_nothing(demo: Demo) -> None:
+def test_run_again_says_nothing_changed_and_moves_nothing(demo: Demo, prefect_api: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in (demo.home / ".visionloop" / "store").rglob("*") if p.is_file()}
-    done = run(demo.home, *DEMO.split())
+    done = run(demo.home, *DEMO.split(), PREFECT_API_URL=prefect_api)
     assert done.returncode == 0
     assert "\nnothing changed: dataset 1, params, code\n" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in (demo.home / ".visionloop" / "store").rglob("*") if p.is_file()}
 
 
-def test_only_what_depends_on_a_changed_parameter_runs(demo: Demo) -> None:
+def test_only_what_depends_on_a_changed_parameter_runs(demo: Demo, prefect_api: str) -> None:
     path = demo.home / "params.yaml"
     before = path.read_text()
     path.write_text(before.replace("resamples: 2000", "resamples: 1000"))
-    done = run(demo.home, *DEMO.split())
+    done = run(demo.home, *DEMO.split(), PREFECT_API_URL=prefect_api)
     path.write_text(before)
     for stage in ("prepare", "train"):
         assert re.search(rf"\] {stage}: dvc stage\n  nothing it depends on changed\n", done.stdout), stage

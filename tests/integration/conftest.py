@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cluster_address() -> Iterator[str]:
     """Two nodes of one core each. Their sockets want a short path, so the folder is not pytest's."""
-    import ray
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")

@@ -14,7 +14,6 @@ from visionloop.errors import VisionLoopError
 from visionloop.params import load_params
 from visionloop.predictor import Predictor
 from visionloop.settings import load_settings
-from visionloop.store import open_store
 from visionloop.tracking import MlflowTracking
 from visionloop.training.checks import check_training
 from visionloop.training.fit import train
@@ -59,14 +58,17 @@ def load_run(home: Path, run_id: str) -> Any:
     return runs[0], client.get_metric_history(run_id, "val/accuracy"), client.list_artifacts(run_id, "figures")
 
 
-def train_here(home: Path) -> str:
-    """Train in this process, which has loaded torch already, and return the line of the error."""
-    settings = load_settings({}, home)
-    params = load_params(settings.params_path)
-    tracking = MlflowTracking(settings.tracking_uri, settings.artifact_root, params.name)
+def train_here(home: Path, **env: str) -> None:
+    """Train in this process, which has loaded torch already."""
+    settings = load_settings(env, home)
+    workspace = connect(settings, load_params(settings.params_path))
+    train(workspace, check_training(workspace), Call(now="2026-01-01T00:00:00+00:00"))
+
+
+def refuse_here(home: Path, **env: str) -> str:
+    """Return the line of the error that a training ends with."""
     with pytest.raises(VisionLoopError) as caught:
-        workspace = connect(settings, params, store=open_store(settings.store_url), tracking=tracking)
-        train(workspace, check_training(workspace), Call(now="2026-01-01T00:00:00+00:00"))
+        train_here(home, **env)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -112,9 +114,9 @@ def test_run_in_mlflow_has_params_metrics_and_tags(trained: tuple[Path, str]) ->
     assert {"prepare.image_size", "embed.batch_size"} <= set(run.data.params)
 
 
-def test_training_twice_gives_the_same_bytes(trained: tuple[Path, str], home: Path) -> None:
-    said = visionloop(home, "train").stdout
-    assert find_bundle(said) == find_bundle(trained[1])
+def test_training_twice_gives_the_same_bytes(one_thread: None, trained: tuple[Path, str], home: Path) -> None:
+    """Here and in the process of the command."""
+    train_here(home)
     ours, theirs = (load_bundle(h / "models" / "candidate") for h in (home, trained[0]))
     assert ours.files == theirs.files
 
@@ -139,13 +141,14 @@ def test_training_twice_gives_the_same_bytes(trained: tuple[Path, str], home: Pa
 def test_what_cannot_be_trained_is_one_line(home: Path, old: str, new: str, line: str) -> None:
     path = home / "params.yaml"
     path.write_text(path.read_text().replace(old, new))
-    refusal = train_here(home)
+    refusal = refuse_here(home)
     assert line in refusal
     assert "\n" not in refusal
     assert not (home / "models" / "candidate").exists()
 
 
-def test_unreachable_mlflow(home: Path) -> None:
-    done = visionloop(home, "train", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
+def test_unreachable_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    refusal = refuse_here(home, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert refusal.startswith("MLflow http://127.0.0.1:9: cannot be used")
+    assert "\n" not in refusal

@@ -31,12 +31,12 @@ class Stage:
 
 def open_stage(name: str) -> Stage:
     """Open the workspace for a stage, which also dies with whoever started it."""
-    from visionloop.code_digests import compute_code_digests
+    from visionloop.code_digests import STAGE_MODULES, compute_module_digest
     from visionloop.pipeline import read_inputs
 
     die_with_guardian()
     inputs = read_inputs(find_home(os.environ), name)
-    return Stage(name, open_workspace(), compute_code_digests().get(name, ""), inputs)
+    return Stage(name, open_workspace(), compute_module_digest(STAGE_MODULES[name]), inputs)
 
 
 def die_with_guardian() -> None:

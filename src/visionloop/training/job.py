@@ -9,7 +9,6 @@ import torch
 
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.features.view import load_facts
-from visionloop.networks.weights import hash_weights
 from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import compute_digest
 from visionloop.training.checks import find_train_rows
@@ -77,6 +76,8 @@ class Job(Workspace):
         Raises:
             DatasetError: the way learns from embeddings, and there are none.
         """
+        from visionloop.networks.weights import hash_weights
+
         report = json.loads((self.prepared.folder / "report.json").read_text())
         section = self.params.train
         weights = hash_weights(section, self.settings.home)

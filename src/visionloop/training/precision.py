@@ -1,6 +1,7 @@
 """The precision that a training computes in: as params.yaml says, or what is faster here, measured once.
 
 What is timed is the real step: this network at this image size, forward, backward and the optimizer, on a few images.
+Lightning and the networks are loaded only to time it: `visionloop doctor` tells the precision without them.
 """
 
 import platform
@@ -13,14 +14,9 @@ from torch import nn
 
 from visionloop.data.shards import Prepared
 from visionloop.networks import processor
-from visionloop.networks.backbones import make_backbone
-from visionloop.networks.classifier import Classifier
 from visionloop.networks.processor import BF16_FLAGS, MACHINE_FILE, Measured
 from visionloop.params import WAYS_ON_EMBEDDINGS, Params, Train
-from visionloop.training.groups import make_optimizer
 from visionloop.training.job import Hardware
-from visionloop.training.loop import keep_memory
-from visionloop.training.losses import Objective, compute_loss
 from visionloop.training.ranks.world import World, choose_accelerator, count_gpus, share
 from visionloop.workspace import Workspace
 
@@ -128,6 +124,12 @@ def time_step(section: Train, prepared: Prepared, accelerator: str) -> dict[str,
 
     The weights are random: a step takes no other time with them. Raises TrainingError.
     """
+    from visionloop.networks.backbones import make_backbone
+    from visionloop.networks.classifier import Classifier
+    from visionloop.training.groups import make_optimizer
+    from visionloop.training.loop import keep_memory
+    from visionloop.training.losses import Objective, compute_loss
+
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     (height, width), num_classes = prepared.size_hw, len(prepared.classes)
     num_images = max(LEAST_IMAGES, min(MOST_IMAGES, section.batch_size, MOST_PIXELS // (height * width)))

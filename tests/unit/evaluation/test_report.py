@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fakes import make_card
 from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.label_metrics import compute_label_figures, compute_swaps
 from visionloop.evaluation.metrics import ClassFigures, compute_class_figures
@@ -15,7 +16,7 @@ from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.evaluation.runtimes import RuntimeCheck
 from visionloop.evaluation.slices import SliceFigures
 from visionloop.evaluation.tables import Judged
-from visionloop.records import Card, Interval, Pin
+from visionloop.records import Interval, Pin
 
 CLASSES = ("<script>alert(1)</script>", 'b" onload="x', "c")
 CONFUSION = np.array([[8, 2, 0], [0, 10, 0], [1, 0, 4]])
@@ -39,22 +40,8 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def facts() -> ReportFacts:
-    card = Card(
-        name="fake",
-        task="multiclass",
-        classes=CLASSES,
-        image_size=(32, 48),
-        resize="squash",
-        temperature=1.0,
-        threshold=None,
-        runtimes=("onnxruntime",),
-        dataset={},
-        params={"backbone": "small_cnn", "seed": 3},
-        network={},
-        parity=0.0,
-    )
     return ReportFacts(
-        card=card,
+        card=replace(make_card(CLASSES, (32, 48)), params={"backbone": "small_cnn", "seed": 3}),
         bundle_digest="ab" * 32,
         pin=Pin("digits", 4, "cd" * 32, 1797, CLASSES),
         images="25 test images in 5 groups",

@@ -12,31 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fakes import make_card
 from visionloop.data.compare import compare_records
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
 from visionloop.evaluation.slices import Slice
 from visionloop.params import Evaluate
 from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
-from visionloop.records import Card, Decision, RuleResult
+from visionloop.records import Decision, RuleResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def make_card(classes: tuple[str, ...], **params: object) -> Card:
-    return Card(
-        name="pets",
-        task="multiclass",
-        classes=classes,
-        image_size=(32, 32),
-        resize="squash",
-        temperature=1.0,
-        threshold=None,
-        runtimes=("onnxruntime",),
-        dataset={},
-        params={"train": params},
-        network={},
-        parity=0.0,
-    )
 
 
 def make_answers(labels: np.ndarray, chosen: np.ndarray, classes: tuple[str, ...], confidence: float = 0.8) -> Answers:
@@ -49,6 +33,7 @@ def make_facts(
     classes: tuple[str, ...], number: int, *, with_champion: bool = True, verdict: str = "passed", **more: object
 ) -> RetrainFacts:
     """The champion is wrong on every fifth image, the candidate on every seventh."""
+    card = make_card(classes, task="multiclass")
     labels = np.arange(number) % len(classes)
     wrong = (labels + 1) % len(classes)
     answers = [
@@ -77,8 +62,10 @@ def make_facts(
     )
     return RetrainFacts(
         decision=decision,
-        candidate=Judged("c" * 64, make_card(classes, seed=1, learning_rate=0.1), answers[0]),
-        champion=Judged("d" * 64, make_card(classes, seed=1, learning_rate=0.3), answers[1]) if with_champion else None,
+        candidate=Judged("c" * 64, replace(card, params={"train": {"seed": 1, "learning_rate": 0.1}}), answers[0]),
+        champion=Judged("d" * 64, replace(card, params={"train": {"seed": 1, "learning_rate": 0.3}}), answers[1])
+        if with_champion
+        else None,
         sha256_n=[f"{row:064d}" for row in range(number)],
         origins=[f"photos/{row}.jpg" for row in range(number)],
         **more,  # type: ignore[arg-type]

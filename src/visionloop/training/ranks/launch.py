@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from visionloop.errors import ParamsError, VisionLoopError
 from visionloop.lifetime import GUARDIAN_VARIABLE, Terminated
@@ -23,11 +23,12 @@ from visionloop.params.train import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote
 from visionloop.settings import Settings
 from visionloop.training.checks import TrainingData
-from visionloop.training.fit import train
-from visionloop.training.job import Call
 from visionloop.training.ranks.failures import explain_failures, make_rank_error, write_error_file
 from visionloop.training.ranks.world import World, choose_accelerator, count_gpus, read_world
 from visionloop.workspace import Workspace
+
+if TYPE_CHECKING:
+    from visionloop.training.job import Call
 
 OURS = "visionloop-"  # what TORCHELASTIC_RUN_ID begins with in the ranks that we start
 STOP_WITHIN_S = 20
@@ -97,7 +98,7 @@ def describe_launch(plan: LaunchPlan) -> str:
     return "in one process" if number == 1 else f"in {number} processes"
 
 
-def launch_train(workspace: Workspace, data: TrainingData, call: Call, env: Mapping[str, str]) -> RunNote | None:
+def launch_train(workspace: Workspace, data: TrainingData, call: "Call", env: Mapping[str, str]) -> RunNote | None:
     """Train as `params.compute` says: alone, as a rank, in ranks of this machine, or on Ray; return the run's note.
 
     The world of the call is what `env` says. None in a process that another one speaks for: a rank other than 0, or
@@ -111,6 +112,8 @@ def launch_train(workspace: Workspace, data: TrainingData, call: Call, env: Mapp
     call = replace(call, world=read_world(env))
     plan = plan_launch(workspace.params, call.world, count_gpus())
     if plan.kind in {"here", "rank"}:
+        from visionloop.training.fit import train
+
         with _report_failure(call.world, env):
             note = train(workspace, data, call)
         return None if is_ours(env) else note

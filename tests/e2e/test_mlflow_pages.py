@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from shapes import make_environment, make_workspace, visionloop
+from shapes import make_environment, visionloop
 
 START_S = 120
 
@@ -51,15 +51,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def home(server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace that was retrained twice: the second time with other params, which are not better."""
-    home = make_workspace(tmp_path_factory.mktemp("pages") / "ws", number=40)
-    params = home / "params.yaml"
-    done = visionloop(home, "start", MLFLOW_TRACKING_URI=server)
+def home(server: str, copied: Path) -> Path:
+    """A workspace that was retrained twice: by other params, then only judged again by another rule."""
+    params = copied / "params.yaml"
+    text = params.read_text().replace("3.0e-3", "2.9e-3").replace("gate: {", "gate: {rule: no_worse, margin: 0.99, ")
+    params.write_text(text)
+    done = visionloop(copied, "start", MLFLOW_TRACKING_URI=server)
     assert done.returncode == 0, done.stdout + done.stderr
-    params.write_text(params.read_text().replace("3.0e-3", "2.9e-3"))
-    assert visionloop(home, "start", MLFLOW_TRACKING_URI=server).returncode in {0, 3}
-    return home
+    params.write_text(text.replace("margin: 0.99", "margin: 0.9"))
+    done = visionloop(copied, "start", MLFLOW_TRACKING_URI=server)
+    assert "is the champion of shapes itself; nothing moved" in done.stdout, done.stdout + done.stderr
+    return copied
 
 
 def list_runs(server: str) -> dict[str, list[Any]]:
@@ -77,28 +79,28 @@ def test_each_retrain_is_a_run_that_holds_its_training(home: Path, server: str) 
     runs = list_runs(server)
     assert set(runs) == {"retrain", "train"}
     parents, trainings = runs["retrain"], runs["train"]
-    assert [run.info.run_name for run in parents] == ["retrain-dataset1", "retrain-dataset1"]
-    assert [run.info.run_name for run in trainings] == ["small_cnn-scratch-dataset1", "small_cnn-scratch-dataset1"]
-    nested = [run.data.tags["mlflow.parentRunId"] for run in trainings]
-    assert nested == [run.info.run_id for run in parents]
+    assert [run.info.run_name for run in parents] == ["retrain-dataset2", "retrain-dataset2"]
+    (training,) = trainings
+    assert training.info.run_name == "small_cnn-scratch-dataset2"
+    assert training.data.tags["mlflow.parentRunId"] == parents[0].info.run_id, "of the retrain that has trained it"
+    tests = {key: value for key, value in training.data.metrics.items() if key.startswith("test/")}
+    assert "test/accuracy" in tests
+    for run in (*parents, training):
+        assert run.info.status == "FINISHED"
+        assert tests.items() <= run.data.metrics.items()
     decision = json.loads((home / "decisions" / "latest.json").read_text())
-    for parent, training in zip(parents, trainings, strict=True):
-        assert (parent.info.status, training.info.status) == ("FINISHED", "FINISHED")
-        tests = {key: value for key, value in training.data.metrics.items() if key.startswith("test/")}
-        assert "test/accuracy" in tests
-        assert tests.items() <= parent.data.metrics.items()
     verdicts = [parent.data.tags["visionloop.verdict"] for parent in parents]
     assert verdicts == ["passed", decision["verdict"]]
-    assert visionloop(home, "runs", MLFLOW_TRACKING_URI=server).stdout.count("scratch") == 2, "trainings alone"
+    assert visionloop(home, "runs", MLFLOW_TRACKING_URI=server).stdout.count("scratch") == 1, "trainings alone"
 
 
 def test_dataset_and_source_are_filled_in_every_run(home: Path, server: str) -> None:
     pin = json.loads((home / "data" / "dataset.json").read_text())
     for run in [run for kind in list_runs(server).values() for run in kind]:
         (used,) = run.inputs.dataset_inputs
-        assert (used.dataset.name, used.dataset.digest) == ("shapes version 1", pin["digest"][:36])
+        assert (used.dataset.name, used.dataset.digest) == ("shapes version 2", pin["digest"][:36])
         uri = json.loads(used.dataset.source)["uri"]
-        assert uri == f"{(home / '.visionloop' / 'store').as_uri()}/datasets/shapes/000001.json"
+        assert uri == f"{(home / '.visionloop' / 'store').as_uri()}/datasets/shapes/000002.json"
         assert run.data.tags["mlflow.source.name"].startswith("visionloop ")
         assert run.data.tags["mlflow.user"]
 
@@ -122,8 +124,8 @@ def test_the_registered_version_is_described_and_has_a_signature(home: Path, ser
         "**shapes**: binary, 2 classes (`disc, ring`), by `small_cnn`, way `scratch`",
         "(n, 32, 32, 3)",
         f"accuracy {accuracy:.4f}",
-        "dataset shapes version 1 (",
-        f"[run small_cnn-scratch-dataset1](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})",
+        "dataset shapes version 2 (",
+        f"[run small_cnn-scratch-dataset2](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})",
         f"runs/{run.info.run_id}/artifacts/evaluation/report.html)",
     ):
         assert words in version.description, words
@@ -131,4 +133,4 @@ def test_the_registered_version_is_described_and_has_a_signature(home: Path, ser
     assert "<html" in Path(report).read_text()
     assert (version.tags["visionloop.backbone"], version.tags["visionloop.way"]) == ("small_cnn", "scratch")
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
-    assert ("test/accuracy", accuracy, "shapes version 1") in {(m.key, m.value, m.dataset_name) for m in logged.metrics}
+    assert ("test/accuracy", accuracy, "shapes version 2") in {(m.key, m.value, m.dataset_name) for m in logged.metrics}
