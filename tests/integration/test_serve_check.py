@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from shapes import visionloop
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.errors import ServingError
 from visionloop.serving.check import check_serving
+from visionloop.serving.keys import add_key
 from visionloop.store import LocalStore
 from visionloop.workspace import open_workspace
 
@@ -54,6 +56,15 @@ def test_a_folder_and_a_digest_are_tried_with_the_serve_extra_alone(home: Path) 
         done = visionloop(home, "serve", "--check", address, PYTHONPATH=str(home / "hidden"))
         assert (done.returncode, done.stderr) == (0, ""), address
         assert done.stdout == f"the server answers 4 golden images of {address} as the bundle does\n"
+
+
+def test_keys_a_rate_and_a_port_that_is_taken_do_not_hinder_a_check(home: Path) -> None:
+    add_key(home / ".visionloop" / "keys.json", name="a", roles=["predict"], now="2026-11-28", by="t")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (home / "params.yaml").write_text(f"name: fake\nserve:\n  rate_per_s: 0.1\n  admin_port: {port}\n")
+        done = visionloop(home, "serve", "--check", "candidate")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_an_admin_port_that_is_taken_is_said(home: Path, tmp_path: Path) -> None
     with closing(socket.create_server(("127.0.0.1", 0))) as sock:
         port = sock.getsockname()[1]
         workspace = connect(make_workspace_args(tmp_path), make_params({"name": "fake", "serve": {"admin_port": port}}))
-        with pytest.raises(ServingError, match=f"127.0.0.1:{port}: is in use"):
+        with pytest.raises(ServingError, match=f"127.0.0.1:{port}: is in use.*serve.admin_port"):
             run_server(workspace, host="127.0.0.1", port=0, bundle=home / "bundle")
 
 

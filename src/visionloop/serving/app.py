@@ -151,14 +151,14 @@ def _add_predict(
 
 
 def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) -> None:
-    references: dict[str, Reference] = {}  # of the current model alone: the key is its digest
+    held: tuple[str, Reference] | None = None  # of the model that was asked last, by its digest
 
     def load(model: ServedModel) -> Reference:
-        if model.digest not in references:
-            reference = Reference(model.predictor.bundle)
-            references.clear()
-            references[model.digest] = reference
-        return references[model.digest]
+        nonlocal held
+        found = held
+        if found is None or found[0] != model.digest:
+            held = found = model.digest, Reference(model.predictor.bundle)
+        return found[1]
 
     @app.post(
         "/similar",

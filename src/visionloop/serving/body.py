@@ -110,7 +110,7 @@ class Inbox:
         except BaseException as exc:
             self.held_bytes -= size
             if isinstance(exc, VisionLoopError) and not (size == 0 and "expect" in request.headers):
-                await discard(chunks)
+                await _discard(chunks)
             raise
         try:
             yield uploads
@@ -140,8 +140,7 @@ class Inbox:
             raise RequestError("the server is busy", "a free place", "Try again.", status=503, reason_code="busy")
 
 
-async def discard(chunks: AsyncIterator[bytes]) -> None:
-    """Read on for a moment: a client that is still sending would not see the answer."""
+async def _discard(chunks: AsyncIterator[bytes]) -> None:
     count = 0
     with contextlib.suppress(Exception):
         async with asyncio.timeout(DISCARD_S):

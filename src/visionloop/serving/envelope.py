@@ -23,7 +23,7 @@ from visionloop.data.prediction_log import make_request_id
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.access import HEALTH, METRICS, Access, RateExceeded, hide_keys, is_preflight
 from visionloop.serving.batcher import QueueFull
-from visionloop.serving.body import RequestError, discard
+from visionloop.serving.body import RequestError
 from visionloop.serving.keys import KeyRefused
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import PROBLEM
@@ -148,9 +148,7 @@ class Envelope:
             return
         try:
             self._access.check(request)
-        except VisionLoopError as exc:
-            if "expect" not in request.headers:
-                await discard(request.stream())
+        except VisionLoopError as exc:  # a body that still comes is read on by uvicorn, and thrown away
             await (await answer_error(request, exc))(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -167,7 +165,7 @@ class Envelope:
         request_log.info(
             "request",
             extra={
-                "request": {
+                "request_fields": {
                     "request_id": state.request_id,
                     "client_request_id": state.client_request_id,
                     "trace_id": trace[1] if trace else None,
@@ -195,7 +193,7 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
-            **getattr(record, "request", {}),
+            **getattr(record, "request_fields", {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

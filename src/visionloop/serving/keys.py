@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -151,9 +152,9 @@ def read_keys(path: Path) -> list[Key]:
         keys = [_parse_key(value) for value in json.loads(data)["keys"]]
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise SettingsError(f"keys {path}", f"are damaged ({type(exc).__name__})", FORM, TODO) from exc
-    names = [key.name for key in keys if key.revoked_at is None]
-    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
-        raise SettingsError(f"keys {path}", f"has two valid keys named {shorten([*twice])}", "one of each name", TODO)
+    names = Counter(key.name for key in keys if key.revoked_at is None)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise SettingsError(f"keys {path}", f"has two valid keys named {shorten(twice)}", "one of each name", TODO)
     return keys
 
 

@@ -69,8 +69,11 @@ def run_server(
     serve = workspace.params.serve
     _configure_logging(serve)
     with _exit_on_signals(), contextlib.ExitStack() as stack:
-        ports = [port] if serve.admin_port is None or is_trial else [port, serve.admin_port]
-        socks = [stack.enter_context(_bind(host, each)) for each in ports]
+        socks = [stack.enter_context(_bind(host, port))]
+        if serve.admin_port is not None and not is_trial:
+            socks.append(
+                stack.enter_context(_bind(host, serve.admin_port, "Change `serve.admin_port` in params.yaml."))
+            )
         access = Access() if is_trial else make_access(serve, Keys(workspace.settings.keys_path), socks[0])
         slot = ModelSlot()
         follower = None
@@ -218,11 +221,11 @@ def _configure_logging(serve: Serve) -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, todo: str = "Pass --port 0 for any free one.") -> socket.socket:
     """Listen on host and port, before a model is loaded: a used port is found at once. Raises ServingError."""
     where = f"port {host}:{port}"
     if not 0 <= port <= MAX_PORT:  # getaddrinfo would take it modulo 65536
-        raise ServingError(where, "is no port", f"0 to {MAX_PORT}", "Pass --port 0 for any free one.")
+        raise ServingError(where, "is no port", f"0 to {MAX_PORT}", todo)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -235,7 +238,7 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from exc
     except OSError as exc:
         found = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot be had ({exc.strerror})"
-        raise ServingError(where, found, "a free port", "Pass --port 0 for any free one.") from exc
+        raise ServingError(where, found, "a free port", todo) from exc
 
 
 def _make_url(host: str, sock: socket.socket) -> str:

@@ -237,7 +237,10 @@ def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) 
 
 
 def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> None:
-    post = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
+    document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"].keys() == {"bearer", "header"}
+    assert document["security"] == [{}, {"bearer": []}, {"header": []}]
+    post = document["paths"]["/predict"]["post"]
     kinds = {f"image/{kind}" for kind in ("jpeg", "png", "webp", "avif")}
     others = {"multipart/form-data", "application/json", "application/octet-stream"}
     assert post["requestBody"]["content"].keys() == kinds | others

@@ -219,6 +219,9 @@ def test_ten_thousand_keys_are_found_each(path: Path) -> None:
     keys = Keys(path)
     assert all(keys.find(text) is not None for _ in range(1000))
     assert keys.find(f"{1:064x}") is None, "a hash is no key"
+    path.write_text(json.dumps({"keys": [{**one, "sha256": f"{i:064x}"} for i in range(10_000)]}))
+    with pytest.raises(SettingsError, match="two valid keys named last"):
+        Keys(path)
 
 
 def test_the_commands_make_list_and_revoke(
