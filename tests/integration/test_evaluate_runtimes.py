@@ -92,7 +92,9 @@ def test_a_network_that_has_learned_nothing_is_told_so(world):
     world.write_candidate(POOR)
     said = []
     evaluate(world, tell=said.append)
-    assert any("not clearly better than the most frequent class for every image" in line for line in said)
+    assert any(
+        "not clearly better than the training side's most frequent class for every image" in line for line in said
+    )
 
 
 def test_without_baseline_images_only_the_majority_is_judged(tmp_path):
