@@ -18,7 +18,19 @@ from visionloop.words import describe_error
 
 def main() -> None:
     """Run the command line; exit 0 done, 2 an error with one line, 3 not promoted, 1 our bug with a traceback."""
-    from visionloop.cli import datasets, features, forget, ingest, models, runs, serving, stages, tune, workspace  # noqa: F401
+    from visionloop.cli import (  # noqa: F401
+        datasets,
+        features,
+        forget,
+        ingest,
+        models,
+        predictions,
+        runs,
+        serving,
+        stages,
+        tune,
+        workspace,
+    )
 
     app.registered_commands.sort(key=_place)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]

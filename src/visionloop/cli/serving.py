@@ -197,6 +197,7 @@ def serve(
     check: Annotated[
         str | None, typer.Option(metavar="BUNDLE", help="Only try it: a folder, or a digest of the store.")
     ] = None,
+    trial: Annotated[bool, typer.Option(hidden=True, help="For one asker on this machine: no log.")] = False,
 ) -> None:
     """Serve the champion over HTTP, and follow the ledger: a promotion or a rollback is taken up without a restart.
 
@@ -225,6 +226,7 @@ def serve(
         host=host,
         port=port,
         bundle=bundle,
+        is_trial=trial,
         on_ready=lambda url: print(f"serving {workspace.name} on {url} (docs: {url}/docs); Ctrl-C stops", flush=True),
     )
 

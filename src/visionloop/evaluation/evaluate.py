@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import load_run_note
+from visionloop.data.quality import measure_images
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
@@ -42,7 +43,7 @@ from visionloop.evaluation.plots import (
 from visionloop.evaluation.report import ReportFacts, make_report
 from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
 from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
-from visionloop.evaluation.slices import compute_slice_figures, make_slices, measure_images
+from visionloop.evaluation.slices import compute_slice_figures, make_slices
 from visionloop.evaluation.tables import (
     Judged,
     make_class_table,
@@ -185,7 +186,7 @@ def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progres
         code_keys([record.key for record in records]),
         None if predictor.card.abstain is None else np.concatenate([part.abstained_n for part in outputs]),
     )
-    joined = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
+    joined = {name: np.concatenate([part[name] for part in measures]) for name in ("brightness", "sharpness")}
     return _Seen(rows_n, answers, records, np.concatenate([part.embedding_nd for part in outputs]), joined, runtimes)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.data.images import UInt8Array
 from visionloop.evaluation.metrics import compute_share
 from visionloop.evaluation.resampling import FloatArray, IntArray, count_keys
 from visionloop.records import ImageRecord, Interval, make_natural_key
@@ -87,21 +86,6 @@ def _cut_thirds(values_n: FloatArray) -> list[IntArray]:
     low, high = np.quantile(values_n, [1 / 3, 2 / 3]) if len(values_n) else (0.0, 0.0)
     third_n = (values_n > low).astype(np.int64) + (values_n > high)
     return [np.flatnonzero(third_n == third) for third in range(3)]
-
-
-def measure_images(images_nhwc: UInt8Array) -> dict[str, FloatArray]:
-    """Return the brightness (mean of the grey values, 0 to 1) and the sharpness of images, (n,) each.
-
-    Sharpness is the variance of the Laplacian of the grey values (Pech-Pacheco 2000), at the size the model sees.
-    """
-    grey_nhw = images_nhwc @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    edges = grey_nhw[:, 1:-1, 1:-1] * -4
-    for rows, columns in ((slice(2, None), slice(1, -1)), (slice(-2), slice(1, -1))):
-        edges = edges + grey_nhw[:, rows, columns] + grey_nhw[:, columns, rows]
-    return {
-        "brightness": grey_nhw.mean(axis=(1, 2)).astype(np.float64),
-        "sharpness": edges.var(axis=(1, 2)).astype(np.float64),
-    }
 
 
 def compute_slice_figures(slices: Sequence[Slice], hits_n: NDArray[np.bool_], key_n: IntArray) -> list[SliceFigures]:

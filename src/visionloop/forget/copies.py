@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from visionloop.data.manifest import make_image_key
+from visionloop.data.prediction_log import KEPT, find_log_parts, remove_from_log
 from visionloop.errors import DatasetError
 from visionloop.features.table import find_parts, remove_rows
 from visionloop.features.view import EMBEDDINGS
@@ -51,6 +52,19 @@ def find_stored(store: ObjectStore, sha256s: Iterable[str]) -> list[Copy]:
     keys = [make_image_key(sha256) for sha256 in sorted(sha256s)]
     what = f"{count(len(keys), 'image')} in {store.url}, with all earlier versions"
     return [Copy(what, partial(_purge_all, store, keys))] if keys else []
+
+
+def find_logged(store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[Copy]:
+    """Return what the servers of this name wrote down of images: rows of the log, and the images that they kept."""
+    copies = []
+    if parts := find_log_parts(store, name, sha256s):
+        what = f"{count(len(parts), 'part')} of the prediction log in {store.url}, written again without them"
+        copies.append(Copy(what, partial(remove_from_log, store, name, parts, sha256s)))
+    kept = [key for key in store.list(f"{KEPT}/{name}/") if key.rpartition("/")[2] in sha256s]
+    if kept:
+        what = f"{count(len(kept), 'image')} that a server kept in {store.url}, with all earlier versions"
+        copies.append(Copy(what, partial(_purge_all, store, kept)))
+    return copies
 
 
 def find_prepared(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:

@@ -3,12 +3,15 @@
 What is in no row is told as unclear, so a new folder cannot be overlooked without a word.
 """
 
+import contextlib
 import fnmatch
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from visionloop.data.prediction_log import drop_forgotten
+from visionloop.errors import DatasetError
 from visionloop.forget.copies import Copy, count, read_json, remove_all
 from visionloop.ingest.video.clip import Spool
 from visionloop.settings import Settings
@@ -16,7 +19,10 @@ from visionloop.workfolder import DONE, list_work, lock_work
 
 BUNDLES = ("bundles", "bundles-rank*", "serving", "verify-*")  # a folder for each bundle, by its digest
 TEMPORARY = ("tmp", "ray")  # what a killed process has left
-SEARCHED = (*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "predict", "store")
+SEARCHED = (
+    *(*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "predict", "store"),
+    *("predictions",),
+)
 TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `left.py`
 WITHOUT_IMAGES = (
     *("cache", "dvc", "encoders", "latency", "matplotlib", "runs", "seen", "torch", "tune", "weights"),
@@ -45,6 +51,7 @@ def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions
         *_find_work(settings),
         *_find_answers(settings),
         *_find_failed(settings, sha256s),
+        *_find_unsent(settings, sha256s),
         *_find_tensorboard(settings, versions),
         *_find_sheets(settings, name),
         *_find_frames(settings),
@@ -78,6 +85,42 @@ def _find_failed(settings: Settings, sha256s: frozenset[str]) -> Iterator[Copy]:
     if doomed := [path.parent for path in paths if _read_batch(path) & sha256s]:
         what = f"{count(len(doomed), 'folder')} with a batch that a training failed on"
         yield Copy(what, partial(remove_all, doomed))
+
+
+def _find_unsent(settings: Settings, sha256s: frozenset[str]) -> Iterator[Copy]:
+    """Find what a server has written down of the images, and the store does not have yet."""
+    folder = settings.hidden_dir / "predictions"
+    parts = [path for path in sorted(folder.rglob("*.parquet")) if _holds_row(path, sha256s)]
+    images = [path for path in sorted(folder.rglob("date=*/*")) if path.name in sha256s]
+    if parts or images:
+        what = f"{count(len(parts) + len(images), 'file')} of the prediction log on the way to the store"
+        yield Copy(what, partial(_drop_unsent, parts, images, sha256s))
+
+
+def _holds_row(path: Path, sha256s: frozenset[str]) -> bool:
+    try:
+        return drop_forgotten(data := path.read_bytes(), sha256s)[0] is not data
+    except FileNotFoundError:
+        return False
+    except DatasetError:
+        return True
+
+
+def _drop_unsent(parts: Iterable[Path], images: Iterable[Path], sha256s: frozenset[str]) -> None:
+    """Write the parts again without the images. A running server may send one meanwhile: it asks for tombstones."""
+    remove_all(images)
+    for path in parts:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                data, num_rows = drop_forgotten(path.read_bytes(), sha256s)
+            except DatasetError:
+                num_rows = 0
+            if num_rows:
+                staged = path.with_name(f".{path.name}.forgotten")
+                staged.write_bytes(data)
+                staged.replace(path)
+            else:
+                path.unlink()
 
 
 def _read_batch(path: Path) -> frozenset[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from visionloop.data.drop import load_aside
 from visionloop.data.manifest import latest_version, load_version_records, make_image_key
+from visionloop.data.prediction_log import is_logged
 from visionloop.data.tombstones import load_tombstones, load_unfinished
 from visionloop.errors import DatasetError, shorten
 from visionloop.records import ImageRecord
@@ -36,7 +37,8 @@ def resolve_images(store: ObjectStore, name: str, digests: Sequence[str], patter
     """Find the images that digests (8 digits or more) and patterns of origins (`photos:cats/*`) name.
 
     Without either: those of every forget that was begun and not finished, and all that were forgotten, to look for
-    copies once more. A whole digest may also be that of an image that is in the store and in no version.
+    copies once more. A whole digest may also be that of an image that is in the store and in no version, or that a
+    server was asked about.
 
     Raises:
         DatasetError: a digest or a pattern names no image, or a digest is the beginning of several.
@@ -78,12 +80,15 @@ def _find(store: ObjectStore, name: str, digest: str, known: Sequence[str]) -> s
         )
     if matches:
         return matches[0]
-    if len(digest) == DIGEST_LENGTH and store.exists(make_image_key(digest)):
-        return digest  # stored by a pull that refused it, or was cut off
+    if len(digest) == DIGEST_LENGTH and (
+        store.exists(make_image_key(digest))  # by a pull that refused it, or was cut off
+        or is_logged(store, name, digest)  # a server was asked about it
+    ):
+        return digest
     raise DatasetError(
         f"forget {digest}",
         f"is no image of dataset {name}",
-        "an image of its newest version, or one in the store by its whole digest",
+        "an image of its newest version, or by its whole digest one in the store or in the log of a server",
     )
 
 

@@ -11,6 +11,7 @@ from visionloop.forget.copies import (
     Sought,
     find_checkpoints,
     find_features,
+    find_logged,
     find_pages,
     find_prepared,
     find_reports,
@@ -62,6 +63,7 @@ def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: froz
     dvc_copies, unclear = find_dvc_copies(settings, sought)
     copies = [
         *find_stored(store, (sha256s - gone | back) - shared),
+        *find_logged(store, name, sha256s),
         *find_prepared(settings, sha256s),
         *find_hidden(settings, name, sha256s, trace.versions),
         *find_features(workspace, sha256s, shared=shared),

@@ -63,6 +63,7 @@ __all__ = [
     "Gate",
     "HttpSource",
     "Ingest",
+    "KeepImages",
     "Neighbours",
     "Normalisation",
     "Params",
@@ -117,6 +118,19 @@ class Evaluate(Section):
     baseline_images: int = Field(default=512, ge=0)
 
 
+class KeepImages(Section):
+    """Which answered images the server keeps, each reason with its own chance: a row says how likely it was kept.
+
+    `confidence`: all below it. `novel`: all farther from the validation images than this share of them is from the
+    others. `random`: this share of all. Above `per_hour` images an hour the probabilities are lowered.
+    """
+
+    confidence: float | None = Field(default=None, gt=0, le=1)
+    novel: float | None = Field(default=None, ge=0.5, lt=1)
+    random: float = Field(default=0.0, ge=0, le=1)
+    per_hour: int = Field(default=360, ge=1, le=1_000_000)
+
+
 class Serve(Section):
     """Limits of the server. `max_pixels` None: the model's own, under which its images were ingested.
 
@@ -124,6 +138,9 @@ class Serve(Section):
     `stuck_s`: a batch that takes longer is taken for stuck: /health/live is 503, and the process is to be replaced.
     `lame_duck_s`: how long it still answers after SIGTERM, when it is not ready any more.
     `keep_alive_s`: how long a connection may wait for its next request; longer than a balancer before it waits.
+    `log`: whether answers are written down, every `log_flush_s`, with the `log_top_k` likeliest classes and for the
+    share `log_embeddings` of them the embedding; for `log_days` days (null: for ever). `keep_images`: which images are
+    kept too. `feedback_per_minute`: of each client.
     """
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
@@ -136,6 +153,13 @@ class Serve(Section):
     lame_duck_s: float = Field(default=5.0, ge=0, le=3600)
     keep_alive_s: int = Field(default=75, ge=1, le=86_400)
     max_connections: int = Field(default=1000, ge=1, le=100_000)
+    log: bool = True
+    log_flush_s: float = Field(default=30.0, gt=0, le=3600)
+    log_top_k: int = Field(default=5, ge=1, le=1000)
+    log_embeddings: float = Field(default=1.0, ge=0, le=1)
+    log_days: int | None = Field(default=90, ge=1, le=36_500)
+    keep_images: Literal["none"] | KeepImages = "none"
+    feedback_per_minute: int = Field(default=600, ge=1, le=1_000_000)
 
 
 class Schedule(Section):

@@ -22,6 +22,8 @@ from visionloop.errors import ImageError
 from visionloop.serving.batcher import Answer, Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
+from visionloop.serving.feedback import FeedbackBook, add_feedback
+from visionloop.serving.log import Noted, PredictionLog
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
     ERRORS,
@@ -43,8 +45,17 @@ PAGE_POLICY = (
 )
 
 
-def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
-    """Build the application. The model in `slot` may change, or be missing, at any time."""
+def make_app(
+    slot: ModelSlot,
+    limits: Limits | None = None,
+    *,
+    log: PredictionLog | None = None,
+    book: FeedbackBook | None = None,
+) -> FastAPI:
+    """Build the application. The model in `slot` may change, or be missing, at any time.
+
+    With a `log` answers are written down; a `book` takes feedback on them.
+    """
     limits = limits or Limits()
     meters = Meters(slot, lambda: batcher.depth)
     batcher = Batcher(
@@ -52,6 +63,7 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
         on_batch=meters.count_batch,
+        measure=log.measure if log else lambda image_hwc: None,
     )
 
     @contextlib.asynccontextmanager
@@ -64,7 +76,8 @@ def make_app(slot: ModelSlot, limits: Limits | None = None) -> FastAPI:
     app.add_middleware(Envelope, meters=meters, counted=PREDICT)
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
-    _add_predict(app, slot, Inbox(limits), batcher, meters)
+    _add_predict(app, slot, Inbox(limits), batcher, meters, log=log)
+    add_feedback(app, slot, book)
     _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
     _add_page(app)
     _name_problems(app)
@@ -87,7 +100,9 @@ def _name_problems(app: FastAPI) -> None:
     app.openapi = make_openapi  # type: ignore[method-assign]
 
 
-def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters) -> None:
+def _add_predict(
+    app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, meters: Meters, *, log: PredictionLog | None
+) -> None:
     @app.post(
         PREDICT,
         response_model=PredictLabelsAnswer | PredictAnswer | BatchAnswer,
@@ -122,7 +137,12 @@ def _add_predict(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher, 
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
-        described = _make_answer(uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding))
+        if log:
+            _note(log, request, model, uploads, answers)
+        request_id = request.state.request_id
+        described = _make_answer(
+            uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding), request_id
+        )
         return JSONResponse({**described, "model": _name_model(model), **name_request(request)})
 
 
@@ -197,24 +217,54 @@ async def _answer_in_time(
     raise batcher.refuse("has no answer in time", f"one within {limit_s:g} s", "deadline")
 
 
+def _note(
+    log: PredictionLog,
+    request: Request,
+    model: ServedModel,
+    uploads: Sequence[Upload],
+    answers: Sequence[Answer | ImageError],
+) -> None:
+    """Note the answers in the prediction log. It waits for nothing."""
+    state, at_s = request.state, time.time()
+    total_ms = 1000 * (time.perf_counter() - state.started)
+    for number, (upload, answer) in enumerate(zip(uploads, answers, strict=True)):
+        if isinstance(answer, Answer):
+            request_id = _name_image(state.request_id, number, is_only=_is_single(uploads))
+            client = getattr(state, "who", None)
+            log.note(Noted(request_id, at_s, model, upload.data, answer, total_ms, state.client_request_id, client))
+
+
+def _is_single(uploads: Sequence[Upload]) -> bool:
+    return len(uploads) == 1 and not uploads[0].in_list
+
+
+def _name_image(request_id: str, number: int, *, is_only: bool) -> str:
+    """Return the id of one image of a request: several images cannot share the id that feedback names."""
+    return request_id if is_only else f"{request_id}.{number}"
+
+
 def _make_answer(
-    uploads: Sequence[Upload], answers: Sequence[Answer | ImageError], describe: Callable[[Answer], dict[str, Any]]
+    uploads: Sequence[Upload],
+    answers: Sequence[Answer | ImageError],
+    describe: Callable[[Answer], dict[str, Any]],
+    request_id: str,
 ) -> dict[str, Any]:
     """Return the answer for one upload, or a list of answers and errors for several.
 
     Raises:
         ImageError: the only upload cannot be used.
     """
-    if len(answers) == 1 and not uploads[0].in_list:
+    if _is_single(uploads):
         if isinstance(answers[0], ImageError):
             raise answers[0]
         return describe(answers[0])
     results = []
-    for upload, answer in zip(uploads, answers, strict=True):
+    for number, (upload, answer) in enumerate(zip(uploads, answers, strict=True)):
         if isinstance(answer, ImageError):
             results.append({"file": upload.name, "error": {"code": answer.reason_code, "message": str(answer)}})
         else:
-            results.append({"file": upload.name, **describe(answer)})
+            own_id = _name_image(request_id, number, is_only=False)
+            results.append({"file": upload.name, **describe(answer), "request_id": own_id})
     return {"results": results}
 
 

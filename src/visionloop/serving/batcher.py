@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import math
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,17 +40,41 @@ class QueueFull(VisionLoopError, RuntimeError):
         self.reason_code, self.headers = reason_code, {"Retry-After": str(retry_after_s)}
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How long an image waited, for decoder and network together, was decoded, and was in the network, with others."""
+
+    queue_ms: float | None = None
+    decode_ms: float | None = None
+    network_ms: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer(Prediction):
-    """The answer for one image, with the embedding (d,) that it was made from."""
+    """The answer for one image, with the embedding (d,) that it was made from, and what the log wants to know.
+
+    `distance` is None where the card has no rule for it, `quality` where nobody measured. `cached`: the answer was
+    known from an equal image.
+    """
 
     embedding_d: FloatArray
+    distance: float | None = None
+    timing: Timing = Timing()
+    quality: Mapping[str, float] | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    image_hwc: UInt8Array
+    seconds: float
+    quality: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
 class _Waiting:
     model: ServedModel
-    image_hwc: UInt8Array
+    decoded: _Decoded
     taken_at: float
     answer: "asyncio.Future[Answer]"
 
@@ -74,14 +99,17 @@ class Batcher:
         max_wait_s: float = 0.004,
         max_batch_s: float = 0.1,
         on_batch: Callable[[int], None] = lambda size: None,
+        measure: Callable[[UInt8Array], Mapping[str, float] | None] = lambda image_hwc: None,
     ) -> None:
         """Wait up to `max_wait_s` only while other images are being decoded. `on_batch` is called with each size.
+
+        `measure` is called with each decoded image, in a thread; what it returns is the answer's `quality`.
 
         A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
         clients late, and are hardly faster for an image.
         """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
-        self._on_batch = on_batch
+        self._on_batch, self._measure_image = on_batch, measure
         self._max_batch_s = max_batch_s
         self._turns: deque[_Turn] = deque()
         self._ready: deque[_Waiting] = deque()
@@ -175,13 +203,13 @@ class Batcher:
                 self._end_decoding()
             raise
         try:
-            image_hwc = await loop.run_in_executor(self._decoders, self._decode, model, data)
+            decoded = await loop.run_in_executor(self._decoders, self._decode, model, data)
         except ImageError as exc:
             return exc
         finally:
             self._end_decoding()
         answer: asyncio.Future[Answer] = loop.create_future()
-        self._ready.append(_Waiting(model, image_hwc, taken_at, answer))
+        self._ready.append(_Waiting(model, decoded, taken_at, answer))
         try:
             return await answer
         finally:
@@ -213,8 +241,11 @@ class Batcher:
             max(1, min(self.max_batch, int(self._max_batch_s / self._network_s))) if self._network_s else self.max_batch
         )
 
-    def _decode(self, model: ServedModel, data: bytes) -> UInt8Array:
-        return model.predictor.decode(data, "image", max_pixels=self.max_pixels)
+    def _decode(self, model: ServedModel, data: bytes) -> _Decoded:
+        started = time.monotonic()
+        image_hwc = model.predictor.decode(data, "image", max_pixels=self.max_pixels)
+        seconds = time.monotonic() - started
+        return _Decoded(image_hwc, seconds, self._measure_image(image_hwc))
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -286,7 +317,24 @@ def _smooth(before: float, value: float) -> float:
 
 
 def _run(batch: Sequence[_Waiting]) -> list[Answer]:
-    predictor = batch[0].model.predictor
-    outputs = predictor.run(np.stack([waiting.image_hwc for waiting in batch]))
-    predictions = predictor.answer(outputs)
-    return [Answer(**vars(p), embedding_d=e) for p, e in zip(predictions, outputs.embedding_nd, strict=True)]
+    predictor, started = batch[0].model.predictor, time.monotonic()
+    outputs = predictor.run(np.stack([waiting.decoded.image_hwc for waiting in batch]))
+    network_ms = 1000 * (time.monotonic() - started)
+    distances = [None] * len(batch) if outputs.distance_n is None else outputs.distance_n.tolist()
+    return [
+        Answer(
+            **vars(prediction),
+            embedding_d=embedding_d,
+            distance=distance,
+            timing=_make_timing(waiting, started, network_ms),
+            quality=waiting.decoded.quality,
+        )
+        for waiting, prediction, embedding_d, distance in zip(
+            batch, predictor.answer(outputs), outputs.embedding_nd, distances, strict=True
+        )
+    ]
+
+
+def _make_timing(waiting: _Waiting, started: float, network_ms: float) -> Timing:
+    decode_ms = 1000 * waiting.decoded.seconds
+    return Timing(max(0.0, 1000 * (started - waiting.taken_at) - decode_ms), decode_ms, network_ms)

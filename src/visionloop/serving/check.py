@@ -68,7 +68,7 @@ def run_own_server(home: Path, options: Sequence[str] = (), *, limit_s: float = 
         ServingError: it did not start; its own last line is told.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "visionloop", "serve", "--port", "0", *options],
+        [sys.executable, "-m", "visionloop", "serve", "--port", "0", "--trial", *options],
         cwd=home,
         env=make_stage_environment(home, os.environ),
         stdout=subprocess.PIPE,

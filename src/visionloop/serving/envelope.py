@@ -5,7 +5,6 @@ Plain ASGI, so it never buffers a body.
 
 import logging
 import re
-import secrets
 import time
 from http import HTTPStatus
 
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from visionloop.data.prediction_log import make_request_id
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import RequestError
@@ -92,7 +92,7 @@ class Envelope:
             return
         sent_id = Headers(scope=scope).get("x-request-id", "")
         client_id = sent_id if REQUEST_ID.match(sent_id) else None
-        request_id = secrets.token_hex(8)
+        request_id = make_request_id(time.time())
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, client_request_id=client_id, outcome="ok", started=time.perf_counter())
         is_head = scope["method"] == "HEAD"

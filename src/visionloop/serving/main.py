@@ -28,6 +28,8 @@ from visionloop.records import LedgerEntry
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.connections import ACCEPT_AT_ONCE, Connection, Door
+from visionloop.serving.feedback import FeedbackBook
+from visionloop.serving.log import SPOOL, PredictionLog
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -44,12 +46,13 @@ def run_server(
     host: str,
     port: int,
     bundle: str | Path | None = None,
+    is_trial: bool = False,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return.
 
     Serves the ledger's champion and follows it, or the model at the address `bundle`, and stays with it. Port 0 means
-    any free port; `on_ready` is called with the address. Configures logging.
+    any free port; `on_ready` is called with the address. A trial writes no prediction log. Configures logging.
 
     Raises:
         ServingError: the port cannot be had, or there is no champion.
@@ -67,12 +70,32 @@ def run_server(
             follower.start()
         try:
             serve = workspace.params.serve
-            app = make_app(slot, make_limits(serve))
-            url = _make_url(host, sock)
-            _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
+            with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
+                app = make_app(slot, make_limits(serve), log=prediction_log, book=book)
+                url = _make_url(host, sock)
+                _Server(app, serve, slot, lambda: on_ready(url)).run([sock])
         finally:
             if follower:
                 follower.stop()
+
+
+@contextlib.contextmanager
+def _write_log(
+    workspace: Workspace, *, is_on: bool
+) -> Iterator[tuple[PredictionLog, FeedbackBook] | tuple[None, None]]:
+    """Yield what writes answers and feedback into the store; nothing where the log is off."""
+    if not is_on:
+        yield None, None
+        return
+    # A store of its own: the connections of the one that follows the ledger are not used at the same time.
+    store = open_store(workspace.settings.store_url)
+    serve, spool = workspace.params.serve, workspace.settings.hidden_dir / SPOOL
+    prediction_log = PredictionLog(workspace.name, store, spool, serve)
+    prediction_log.start()
+    try:
+        yield prediction_log, FeedbackBook(workspace.name, store, serve)
+    finally:
+        prediction_log.stop()
 
 
 def make_limits(serve: Serve) -> Limits:

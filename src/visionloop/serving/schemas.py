@@ -82,15 +82,17 @@ class PredictLabelsAnswer(ToRequest, LabelsAnswer):
 
 
 class FileAnswer(ImageAnswer):
-    """The answer for one of several files."""
+    """The answer for one of several files. `request_id` is that of this file, for feedback."""
 
     file: str | None
+    request_id: str
 
 
 class FileLabelsAnswer(LabelsAnswer):
-    """The answer for one of several files, of a multilabel model."""
+    """The answer for one of several files, of a multilabel model. `request_id` is that of this file, for feedback."""
 
     file: str | None
+    request_id: str
 
 
 class FileError(BaseModel):
@@ -104,6 +106,27 @@ class BatchAnswer(ToRequest):
     """The answer to a request with several files, in their order."""
 
     results: list[FileLabelsAnswer | FileAnswer | FileError]
+
+
+class FeedbackAnswer(BaseModel):
+    """What was taken, and is in the store."""
+
+    request_id: str
+    labels: list[str]
+    status: str
+
+
+class FeedbackError(BaseModel):
+    """What is wrong with one of several items. The others are still taken."""
+
+    request_id: str | None
+    error: ErrorDetail
+
+
+class FeedbackListAnswer(BaseModel):
+    """The answer to a list of feedback, in its order."""
+
+    results: list[FeedbackAnswer | FeedbackError]
 
 
 class ReadyAnswer(BaseModel):
@@ -171,4 +194,41 @@ _REFUSALS = {
 PROBLEM = "application/problem+json"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSALS.items()
+}
+
+_LABEL = {"type": "string", "minLength": 1, "maxLength": 200}
+_FEEDBACK = {
+    "type": "object",
+    "required": ["request_id"],
+    "properties": {
+        "request_id": {"type": "string", "description": "Of the answer; of one of several files: that of its result"},
+        "label": _LABEL,
+        "labels": {"type": "array", "items": _LABEL, "description": "Instead of `label`, for multilabel"},
+        "who": {"type": ["string", "null"], "maxLength": 200, "description": "Who says so"},
+        "allow_new": {"type": "boolean", "default": False, "description": "Take a label that is no class of the model"},
+    },
+    "oneOf": [{"required": ["label"]}, {"required": ["labels"]}],
+    "additionalProperties": False,
+}
+_FEEDBACK_LIST = {
+    "type": "object",
+    "required": ["feedback"],
+    "properties": {"feedback": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _FEEDBACK}},
+    "additionalProperties": False,
+}
+FEEDBACK_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"oneOf": [_FEEDBACK, _FEEDBACK_LIST]}}},
+}
+FEEDBACK_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "Malformed JSON, or not the keys that are known",
+        404: "No request id of this server, an answer that is too old, or a server that writes no log",
+        408: "The body came too slowly",
+        413: "The body is too large, or has too many items",
+        422: "A label that is no class of the model",
+        429: "More feedback than your share; see Retry-After",
+        503: "The store does not take it now, or no model is ready: send it again",
+    }.items()
 }

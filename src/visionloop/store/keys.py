@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from visionloop.errors import SettingsError, StoreError
 
-_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._=-]*"
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 # For keys that others made: all that S3 allows except control characters, so that an address stays on one line.
@@ -38,7 +38,7 @@ def is_key(text: str) -> bool:
 def check_key(key: str, where: str) -> str:
     """Return the key. Raises StoreError if it is not valid."""
     if not is_key(key):
-        raise StoreError(where, f"got the key {key!r}", "parts of letters, digits, '.', '_', '-'")
+        raise StoreError(where, f"got the key {key!r}", "parts of letters, digits, '.', '_', '-', '='")
     return key
 
 

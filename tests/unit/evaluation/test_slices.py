@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from visionloop.evaluation.slices import Slice, compute_slice_figures, make_slices, measure_images
+from visionloop.data.quality import measure_images
+from visionloop.evaluation.slices import Slice, compute_slice_figures, make_slices
 from visionloop.records import ImageRecord
 
 ONE = ImageRecord(
@@ -87,11 +88,12 @@ def test_slices_come_worst_first_with_intervals_over_keys():
     assert found[1].accuracy.low == pytest.approx(0.4385, abs=1e-3)  # Wilson's of 3 of 3
 
 
-def test_brightness_and_sharpness_are_those_of_the_pixels():
+def test_brightness_contrast_and_sharpness_are_those_of_the_pixels():
     flat, checks = np.full((1, 32, 32, 3), 128, np.uint8), np.zeros((1, 32, 32, 3), np.uint8)
     checks[:, ::2, 1::2] = checks[:, 1::2, ::2] = 255
     found = measure_images(np.concatenate([flat, checks, checks // 2]))
     assert found["brightness"] == pytest.approx([128 / 255, 0.5, 0.249], abs=1e-3)
+    assert found["contrast"] == pytest.approx([0, 0.5, 0.249], abs=1e-3)
     assert found["sharpness"] == pytest.approx([0, 16, 16 * (127 / 255) ** 2], abs=1e-3)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from visionloop.data.manifest import (
     make_pin,
     write_pin,
 )
+from visionloop.data.prediction_log import PREDICTIONS, make_kept_key, read_predictions
 from visionloop.data.prepare import prepare
 from visionloop.data.tombstones import Forgetting, load_tombstones, load_unfinished
 from visionloop.errors import BusyError, DatasetError, StoreError
@@ -281,3 +283,47 @@ def test_a_table_of_predictions_that_is_none(pets: Pets) -> None:
     pets.settings.reports_dir.mkdir()
     (pets.settings.reports_dir / "predictions.csv").write_bytes(b"\xff\xfe" + io.BytesIO(b"x").read())
     assert not any("reports" in what for what in pets.forget(pets.anna.sha256).removed)
+
+
+def write_log(pets: Pets, others: str) -> None:
+    """Let a server have written down Anna's image, and another one, in the store and in the spool; both were kept."""
+    now = datetime(2026, 11, 28, 12, tzinfo=UTC)
+    rows = [{"request_id": sha256[:4], "time": now, "image_sha256": sha256} for sha256 in (pets.anna.sha256, others)]
+    both, hers = PREDICTIONS.encode(rows), PREDICTIONS.encode(rows[:1])
+    for part, data in (("1", both), ("2", hers)):
+        key = PREDICTIONS.make_key(NAME, now.date(), part)
+        pets.store.put(key, data)
+        path = pets.settings.hidden_dir / "predictions" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    for sha256 in (pets.anna.sha256, others):
+        key = make_kept_key(NAME, now.date(), sha256)
+        pets.store.put(key, b"image")
+        (pets.settings.hidden_dir / "predictions" / key).parent.mkdir(parents=True, exist_ok=True)
+        (pets.settings.hidden_dir / "predictions" / key).write_bytes(b"image")
+
+
+def test_what_servers_wrote_down_of_it_goes(pets: Pets) -> None:
+    others = "f" * 64
+    write_log(pets, others)
+    done = pets.forget(pets.anna.sha256)
+    assert f"2 parts of the prediction log in {pets.store.url}, written again without them" in done.removed
+    assert f"1 image that a server kept in {pets.store.url}, with all earlier versions" in done.removed
+    assert "3 files of the prediction log on the way to the store" in done.removed
+    assert read_predictions(pets.store, NAME).table["image_sha256"].to_pylist() == [others]
+    assert [key.rpartition("/")[2] for key in pets.store.list("kept/")] == [others]
+    spool = sorted(path for path in (pets.settings.hidden_dir / "predictions").rglob("*") if path.is_file())
+    assert [path.name for path in spool] == [others, "1.parquet"]
+    assert PREDICTIONS.decode(spool[1].read_bytes(), "spool")["image_sha256"].to_pylist() == [others]
+    assert pets.anna.sha256.encode() not in b"".join(path.read_bytes() for path in spool)
+    assert [copy for copy in pets.forget(pets.anna.sha256).removed if "log" in copy] == []
+
+
+def test_an_image_that_only_a_server_saw_can_be_forgotten(pets: Pets) -> None:
+    write_log(pets, "f" * 64)
+    pets.store.put(PREDICTIONS.make_key(NAME, date(2026, 11, 28), "damaged"), b"broken")
+    with pytest.raises(DatasetError, match="is no image of dataset"):
+        resolve_images(pets.store, NAME, ["e" * 64], [])
+    pets.forget("f" * 64)
+    assert read_predictions(pets.store, NAME).table["image_sha256"].to_pylist() == [pets.anna.sha256] * 2
+    assert "f" * 64 in load_tombstones(pets.store, NAME)

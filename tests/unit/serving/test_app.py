@@ -60,14 +60,14 @@ def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, sl
         "request_id": answer.json()["request_id"],
         "client_request_id": "mine-1",
     }
-    assert re.fullmatch(r"[0-9a-f]{16}", answer.json()["request_id"])
+    assert re.fullmatch(r"[0-9a-f]{24}", answer.json()["request_id"])
 
 
 def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
     data = make_image(2, kind="JPEG")
     raw, form = client.post("/predict", content=data), client.post("/predict", files={"photo": ("p.jpg", data)})
     assert raw.json()["probabilities"] == form.json()["probabilities"]
-    assert re.fullmatch(r"[0-9a-f]{16}", form.json()["request_id"])
+    assert re.fullmatch(r"[0-9a-f]{24}", form.json()["request_id"])
 
 
 def test_a_broken_file_among_several_spoils_no_other(client: TestClient) -> None:
@@ -111,7 +111,7 @@ def test_wrong_routes_answer_in_the_same_shape(client: TestClient, method: str, 
 @pytest.mark.parametrize("sent", ["a b", "x" * 65, "<script>", "é".encode().decode("latin-1")])
 def test_an_unsafe_request_id_is_replaced(client: TestClient, sent: str) -> None:
     answer = client.get("/health/live", headers={b"X-Request-ID": sent.encode("latin-1")})
-    assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
+    assert re.fullmatch(r"[0-9a-f]{24}", answer.headers["x-request-id"])
 
 
 def test_without_a_model_it_is_alive_but_not_ready(client: TestClient, slot: ModelSlot) -> None:

@@ -1,0 +1,363 @@
+"""Writes down what the server answers, off the path of a request: it never waits, and drops what it cannot take.
+
+An answer is noted in memory. One thread makes rows of what was noted and writes them as a part into a folder on the
+local disk, the spool; another one sends the parts, and the images that were kept, from there to the store. While the
+store is away the spool grows, up to a limit. A part that a killed server left there is sent by the next one; rows that
+were not in a part yet are lost.
+
+.visionloop/predictions/KEY    what is to be sent, under its key in the store
+"""
+
+import contextlib
+import hashlib
+import logging
+import random
+import secrets
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionloop.data.day_table import find_day
+from visionloop.data.encoded import parse_encoded, read_orientation
+from visionloop.data.images import UInt8Array
+from visionloop.data.manifest import make_image_key
+from visionloop.data.prediction_log import (
+    PREDICTIONS,
+    drop_forgotten,
+    expire_log,
+    make_kept_key,
+    round_embedding,
+)
+from visionloop.data.quality import measure_images
+from visionloop.data.tombstones import load_tombstones
+from visionloop.errors import DatasetError, ImageError, StoreError, VisionLoopError
+from visionloop.params import Serve
+from visionloop.serving.batcher import Answer
+from visionloop.serving.keep import Choice, Keeper
+from visionloop.serving.swap import ServedModel
+from visionloop.store import ObjectStore
+from visionloop.store.keys import is_key
+
+MAX_NOTED, MAX_NOTED_BYTES = 4096, 64_000_000  # answers that wait for a row, and the bytes of their images
+MAX_ROWS = 10_000  # of a part
+MAX_SPOOL_BYTES = 256_000_000
+MEASURED_PER_S = 64  # images of which brightness, contrast and sharpness are taken: the cost is bounded
+DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
+OLD_S = 600.0  # nobody takes so long to write a file
+LOOK_S = 300.0  # how often the tombstones are read
+SPOOL = "predictions"  # in the hidden folder of the workspace
+SUFFIX = ".writing"
+KEPT_NOTHING = Choice(False, 0.0, None)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """One answered image, as it is noted: what costs time is found out later."""
+
+    request_id: str
+    at_s: float
+    model: ServedModel
+    data: bytes
+    answer: Answer
+    total_ms: float
+    client_request_id: str | None = None
+    client: str | None = None
+
+
+class PredictionLog:
+    """The log of one server. `note` and `measure` may be called from any thread, at any time.
+
+    `num_noted` answers, of which `num_dropped` were not written down; `num_sent` rows are in the store, and `num_kept`
+    images. `num_spool_bytes` wait for the store.
+    """
+
+    def __init__(
+        self, name: str, store: ObjectStore, spool: Path, serve: Serve, *, draw: random.Random | None = None
+    ) -> None:
+        self._name, self._store, self._spool, self._serve = name, store, spool, serve
+        self._draw = draw or random.Random(secrets.randbits(128))
+        rules = serve.keep_images
+        self._keeper = None if rules == "none" else Keeper(rules, now_s=time.monotonic(), draw=self._draw)
+        self._server, self._num_parts = secrets.token_hex(4), 0
+        self._noted: deque[Noted] = deque()
+        self._noted_bytes = 0
+        self._rows: list[dict[str, Any]] = []
+        self._first_row_s = self._measured_s = 0.0
+        self._forgotten: frozenset[str] = frozenset()
+        self._looked_s, self._expired_on = -LOOK_S, date.min
+        self._lock = threading.Lock()
+        self._stopping, self._written = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("log-write", self._write_on), ("log-send", self._send_on))
+        ]
+        self.num_noted = self.num_dropped = self.num_sent = self.num_kept = self.num_spool_bytes = 0
+        self._problems: dict[str, str] = {}
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, without paths and addresses: clients may see it."""
+        return "; ".join(self._problems.copy().values()) or None
+
+    def start(self) -> None:
+        """Begin to write and to send. Half-written files of a server that was killed are removed."""
+        for path in self._spool.rglob(f".*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > OLD_S:
+                    path.unlink()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Write down all that was noted, send what can be sent in a few seconds, and end."""
+        self._stopping.set()
+        self._written.set()
+        for thread in self._threads:
+            thread.join(STOP_S)
+
+    def note(self, noted: Noted) -> None:
+        """Note an answer; it is dropped and counted if too many wait for their rows. Takes some microseconds."""
+        with self._lock:
+            self.num_noted += 1
+            if len(self._noted) >= MAX_NOTED or self._noted_bytes > MAX_NOTED_BYTES:
+                self.num_dropped += 1
+            else:
+                self._noted.append(noted)
+                self._noted_bytes += len(noted.data)
+
+    def measure(self, image_hwc: UInt8Array) -> dict[str, float] | None:
+        """Return brightness, contrast and sharpness of a decoded image; None if enough were measured just now."""
+        now_s = time.monotonic()
+        with self._lock:
+            if now_s - self._measured_s < 1 / MEASURED_PER_S:
+                return None
+            self._measured_s = now_s
+        return {name: float(value_n[0]) for name, value_n in measure_images(image_hwc[None]).items()}
+
+    def _write_on(self) -> None:
+        while True:
+            is_last = self._stopping.wait(DRAIN_S)
+            self._drain(is_last)
+            if is_last:
+                return
+
+    def _drain(self, is_last: bool) -> None:
+        """Make rows of what was noted; write a part if it is time."""
+        with self._lock:
+            noted, self._noted, self._noted_bytes = list(self._noted), deque(), 0
+        by_model: dict[int, list[Noted]] = defaultdict(list)
+        for one in noted:
+            by_model[id(one.model)].append(one)
+        for group in by_model.values():
+            try:
+                self._add_rows(group)
+            except Exception as exc:
+                self._drop(exc, len(group))
+        waited_s = time.monotonic() - self._first_row_s
+        if self._rows and (is_last or len(self._rows) >= MAX_ROWS or waited_s >= self._serve.log_flush_s):
+            self._write_parts()
+
+    def _add_rows(self, group: Sequence[Noted]) -> None:
+        choices = [KEPT_NOTHING] * len(group)
+        if self._keeper:
+            confidences = [one.answer.confidence for one in group]
+            embedding_nd = np.stack([one.answer.embedding_d for one in group])
+            choices = self._keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
+        if not self._rows:
+            self._first_row_s = time.monotonic()
+        for one, choice in zip(group, choices, strict=True):
+            sha256 = hashlib.sha256(one.data).hexdigest()
+            with_embedding = self._draw.random() < self._serve.log_embeddings
+            row = make_row(one, sha256, self._serve.log_top_k, with_embedding=with_embedding)
+            is_lost = choice.is_kept and not self._keep(one, sha256)
+            row["image_kept"] = choice.is_kept and not is_lost
+            row["keep_probability"] = None if is_lost else choice.probability
+            row["keep_reason"] = choice.reason
+            self._rows.append(row)
+
+    def _keep(self, one: Noted, sha256: str) -> bool:
+        """Put an image into the spool; say whether it is there."""
+        key = make_kept_key(self._name, datetime.fromtimestamp(one.at_s, UTC).date(), sha256)
+        is_kept = sha256 not in self._forgotten and self._put_aside(key, one.data)
+        self.num_kept += is_kept
+        return is_kept
+
+    def _write_parts(self) -> None:
+        """Write all rows, those of each day as a part."""
+        days: dict[date, list[dict[str, Any]]] = defaultdict(list)
+        for row in self._rows:
+            days[row["time"].date()].append(row)
+        self._rows = []
+        for day, rows in days.items():
+            self._num_parts += 1
+            part = f"{rows[0]['time']:%H%M%S}-{self._server}-{self._num_parts:06d}"
+            try:
+                data = PREDICTIONS.encode(rows)
+                is_written = self._put_aside(PREDICTIONS.make_key(self._name, day, part), data)
+            except Exception as exc:
+                self._drop(exc, len(rows))
+            else:
+                if is_written:
+                    self._solve("write")
+                else:
+                    self.num_dropped += len(rows)
+        self._written.set()
+
+    def _put_aside(self, key: str, data: bytes) -> bool:
+        """Write a file into the spool; say whether there was room."""
+        path = self._spool / key
+        if path.exists():
+            return True
+        if self.num_spool_bytes + len(data) > MAX_SPOOL_BYTES:
+            self._tell("write", "the spool is full: answers are dropped")
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}{SUFFIX}")
+        staged.write_bytes(data)
+        staged.replace(path)
+        with self._lock:
+            self.num_spool_bytes += len(data)
+        return True
+
+    def _drop(self, exc: Exception, number: int) -> None:
+        """Count answers that are lost, and go on: neither a full disk nor a bug of ours may end the thread."""
+        self.num_dropped += number
+        found = exc.strerror if isinstance(exc, OSError) else None
+        self._tell("write", f"answers are not written down: {found or type(exc).__name__}", None if found else exc)
+
+    def _send_on(self) -> None:
+        retry_s = RETRY_S
+        while True:
+            is_last = self._stopping.is_set()
+            if is_last:
+                self._threads[0].join(STOP_S)
+            try:
+                self._look_after()
+                self._send_all()
+                self._solve("send")
+                retry_s = RETRY_S
+            except Exception as exc:
+                found = exc.found if isinstance(exc, VisionLoopError) else type(exc).__name__
+                problem = f"the store cannot be written: {found.replace(self._store.url, 'the store')}"
+                self._tell("send", problem, None if isinstance(exc, StoreError) else exc)
+                if not is_last and not self._stopping.wait(retry_s):
+                    retry_s = min(2 * retry_s, MAX_RETRY_S)
+                    continue
+            if is_last:
+                return
+            self._written.wait()
+            if not self._stopping.is_set():
+                self._written.clear()
+
+    def _send_all(self) -> None:
+        """Send what is in the spool, images first: a row never names an image that is not there."""
+        sizes = {path: path.stat().st_size for path in list_spool(self._spool)}
+        with self._lock:
+            self.num_spool_bytes = sum(sizes.values())
+        for path, size in sizes.items():
+            with contextlib.suppress(FileNotFoundError):  # another server of this workspace was faster
+                self._send(path)
+                path.unlink()
+            with self._lock:
+                self.num_spool_bytes -= size
+
+    def _send(self, path: Path) -> None:
+        key, data = path.relative_to(self._spool).as_posix(), path.read_bytes()
+        if not key.startswith(f"{PREDICTIONS.kind}/"):
+            if path.name not in self._forgotten and not self._is_stored(key):
+                self._store.put(key, data)
+            return
+        try:
+            data, num_rows = drop_forgotten(data, self._forgotten)
+        except DatasetError as exc:  # cut off by a full disk, or somebody else's file: it would come again for ever
+            log.error("prediction log: a part in the spool is removed: it %s", exc.found)
+            return
+        if num_rows:
+            self._store.create(key, data)
+            self.num_sent += num_rows
+
+    def _is_stored(self, key: str) -> bool:
+        """Say whether an image is there already, as kept today or as one of a dataset."""
+        return self._store.exists(key) or self._store.exists(make_image_key(key.rpartition("/")[2]))
+
+    def _look_after(self) -> None:
+        """Read which images were forgotten, and once a day remove what is older than the log is kept."""
+        if time.monotonic() - self._looked_s < LOOK_S:
+            return
+        self._forgotten = load_tombstones(self._store, self._name)
+        now = datetime.now(UTC)
+        if self._serve.log_days is not None and now.date() != self._expired_on:
+            expire_log(self._store, self._name, now=now, keep_days=self._serve.log_days)
+            self._expired_on = now.date()
+        self._looked_s = time.monotonic()
+
+    def _tell(self, work: str, problem: str, exc: Exception | None = None) -> None:
+        if self._problems.get(work) != problem:
+            self._problems[work] = problem
+            log.error("prediction log: %s", problem, exc_info=exc)
+
+    def _solve(self, work: str) -> None:
+        if problem := self._problems.pop(work, None):
+            log.info("prediction log: solved: %s", problem)
+
+
+def make_row(one: Noted, sha256: str, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
+    """Return the row of an answer, without what concerns the kept image."""
+    answer = one.answer
+    names = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)[:top_k]
+    width, height = _read_size(one.data)
+    return {
+        "request_id": one.request_id,
+        "time": datetime.fromtimestamp(one.at_s, UTC),
+        "client_request_id": one.client_request_id,
+        "client": one.client,
+        "image_sha256": sha256,
+        "model_name": one.model.name,
+        "model_version": one.model.version,
+        "model_digest": one.model.digest,
+        "task": one.model.predictor.card.task,
+        "classes": names,
+        "probs": [answer.probabilities[name] for name in names],
+        "prediction": answer.prediction,
+        "labels": None if answer.labels is None else list(answer.labels),
+        "confidence": answer.confidence,
+        "abstained": answer.abstained is not None,
+        "abstain_reason": answer.abstained,
+        "distance": answer.distance,
+        "embedding": round_embedding(answer.embedding_d) if with_embedding else None,
+        **vars(answer.timing),
+        "total_ms": one.total_ms,
+        "cached": answer.cached,
+        **(answer.quality or {}),
+        "width": width,
+        "height": height,
+        "num_bytes": len(one.data),
+    }
+
+
+def list_spool(spool: Path) -> list[Path]:
+    """Return what waits in a spool to be sent, images first. Half-written files and others' are left out."""
+    paths = [path for path in sorted(spool.rglob("*")) if path.is_file() and find_day(path.as_posix())]
+    paths = [path for path in paths if is_key(path.relative_to(spool).as_posix())]
+    return sorted(paths, key=lambda path: path.suffix == ".parquet")
+
+
+def _read_size(data: bytes) -> tuple[int | None, int | None]:
+    """Return width and height as the image is shown; None where only the decoder knows them."""
+    try:
+        encoded = parse_encoded(data, "image")
+    except ImageError:
+        return None, None
+    if encoded.size is None:
+        return None, None
+    width, height = encoded.size
+    return (height, width) if read_orientation(encoded.info) >= 5 else (width, height)
