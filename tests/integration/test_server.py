@@ -58,7 +58,7 @@ def test_a_bundle_with_a_flipped_byte_is_refused(tmp_path: Path, bundle_dir: Pat
 def test_a_signal_ends_it_with_code_0_and_nothing_left_behind(
     tmp_path: Path, bundle_dir: Path, number: signal.Signals
 ) -> None:
-    with serving(tmp_path, bundle_dir) as server:
+    with serving(tmp_path, bundle_dir, log=False) as server:
         assert server.ask(make_image(0)).body["prediction"] in {"a", "b", "c"}
         assert server.stop(number) == (0, "")
         with pytest.raises(ConnectionRefusedError):

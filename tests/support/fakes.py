@@ -17,7 +17,7 @@ from visionloop.records import Card, canonical_json
 COMMANDS = (  # of the command line, as agreed
     *("start", "new", "ingest", "datasets", "forget", "prepare", "embed", "train", "evaluate", "gate"),
     *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store", "runs", "tune"),
-    *("lr-find", "similar", "map", "suspects", "explain", "export", "compare", "approve", "lineage"),
+    *("lr-find", "similar", "map", "suspects", "explain", "export", "compare", "approve", "lineage", "predictions"),
 )
 NUM_GOLDEN = 4
 GRID = 4

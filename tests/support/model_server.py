@@ -71,7 +71,7 @@ class Server:
 
 
 @contextmanager
-def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve: float) -> Iterator[Server]:
+def serving(home: Path, bundle: Path | None = None, *, first: str = "", **serve: Any) -> Iterator[Server]:
     """Serve a bundle, or the champion of the store in `home`; `first` is code that runs in the server's process."""
     command = [
         sys.executable,

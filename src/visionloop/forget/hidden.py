@@ -90,8 +90,8 @@ def _find_failed(settings: Settings, sha256s: frozenset[str]) -> Iterator[Copy]:
 def _find_unsent(settings: Settings, sha256s: frozenset[str]) -> Iterator[Copy]:
     """Find what a server has written down of the images, and the store does not have yet."""
     folder = settings.hidden_dir / "predictions"
-    parts = [path for path in sorted(folder.rglob("*.parquet")) if _holds_row(path, sha256s)]
-    images = [path for path in sorted(folder.rglob("date=*/*")) if path.name in sha256s]
+    parts = [path for path in sorted(folder.glob("*.parquet")) if _holds_row(path, sha256s)]
+    images = [path for path in sorted(folder.glob("*")) if path.name.rpartition("+")[2] in sha256s]
     if parts or images:
         what = f"{count(len(parts) + len(images), 'file')} of the prediction log on the way to the store"
         yield Copy(what, partial(_drop_unsent, parts, images, sha256s))

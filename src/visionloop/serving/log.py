@@ -5,7 +5,7 @@ local disk, the spool; another one sends the parts, and the images that were kep
 store is away the spool grows, up to a limit. A part that a killed server left there is sent by the next one; rows that
 were not in a part yet are lost.
 
-.visionloop/predictions/KEY    what is to be sent, under its key in the store
+.visionloop/predictions/    what is to be sent: a file for each object, named after its key with + for /
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from visionloop.data.day_table import find_day
 from visionloop.data.encoded import parse_encoded, read_orientation
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
@@ -53,6 +52,7 @@ DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
 OLD_S = 600.0  # nobody takes so long to write a file
 LOOK_S = 300.0  # how often the tombstones are read
 SPOOL = "predictions"  # in the hidden folder of the workspace
+SLASH = "+"  # no key has it
 SUFFIX = ".writing"
 KEPT_NOTHING = Choice(False, 0.0, None)
 
@@ -110,7 +110,7 @@ class PredictionLog:
 
     def start(self) -> None:
         """Begin to write and to send. Half-written files of a server that was killed are removed."""
-        for path in self._spool.rglob(f".*{SUFFIX}"):
+        for path in self._spool.glob(f".*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > OLD_S:
                     path.unlink()
@@ -144,6 +144,7 @@ class PredictionLog:
         return {name: float(value_n[0]) for name, value_n in measure_images(image_hwc[None]).items()}
 
     def _write_on(self) -> None:
+        PREDICTIONS.make_schema()  # loads pyarrow, for which the first feedback would wait
         while True:
             is_last = self._stopping.wait(DRAIN_S)
             self._drain(is_last)
@@ -214,13 +215,13 @@ class PredictionLog:
 
     def _put_aside(self, key: str, data: bytes) -> bool:
         """Write a file into the spool; say whether there was room."""
-        path = self._spool / key
+        path = self._spool / key.replace("/", SLASH)
         if path.exists():
             return True
         if self.num_spool_bytes + len(data) > MAX_SPOOL_BYTES:
             self._tell("write", "the spool is full: answers are dropped")
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._spool.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}{SUFFIX}")
         staged.write_bytes(data)
         staged.replace(path)
@@ -271,9 +272,11 @@ class PredictionLog:
                 self.num_spool_bytes -= size
 
     def _send(self, path: Path) -> None:
-        key, data = path.relative_to(self._spool).as_posix(), path.read_bytes()
+        key, data = path.name.replace(SLASH, "/"), path.read_bytes()
         if not key.startswith(f"{PREDICTIONS.kind}/"):
-            if path.name not in self._forgotten and not self._is_stored(key):
+            sha256 = key.rpartition("/")[2]
+            is_stored = self._store.exists(key) or self._store.exists(make_image_key(sha256))
+            if sha256 not in self._forgotten and not is_stored:
                 self._store.put(key, data)
             return
         try:
@@ -284,10 +287,6 @@ class PredictionLog:
         if num_rows:
             self._store.create(key, data)
             self.num_sent += num_rows
-
-    def _is_stored(self, key: str) -> bool:
-        """Say whether an image is there already, as kept today or as one of a dataset."""
-        return self._store.exists(key) or self._store.exists(make_image_key(key.rpartition("/")[2]))
 
     def _look_after(self) -> None:
         """Read which images were forgotten, and once a day remove what is older than the log is kept."""
@@ -346,8 +345,8 @@ def make_row(one: Noted, sha256: str, top_k: int, *, with_embedding: bool) -> di
 
 def list_spool(spool: Path) -> list[Path]:
     """Return what waits in a spool to be sent, images first. Half-written files and others' are left out."""
-    paths = [path for path in sorted(spool.rglob("*")) if path.is_file() and find_day(path.as_posix())]
-    paths = [path for path in paths if is_key(path.relative_to(spool).as_posix())]
+    paths = sorted(spool.glob(f"*{SLASH}date=*")) if spool.is_dir() else []
+    paths = [path for path in paths if is_key(path.name.replace(SLASH, "/"))]
     return sorted(paths, key=lambda path: path.suffix == ".parquet")
 
 

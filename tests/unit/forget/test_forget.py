@@ -293,14 +293,13 @@ def write_log(pets: Pets, others: str) -> None:
     for part, data in (("1", both), ("2", hers)):
         key = PREDICTIONS.make_key(NAME, now.date(), part)
         pets.store.put(key, data)
-        path = pets.settings.hidden_dir / "predictions" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        spool = pets.settings.hidden_dir / "predictions"
+        spool.mkdir(parents=True, exist_ok=True)
+        (spool / key.replace("/", "+")).write_bytes(data)
     for sha256 in (pets.anna.sha256, others):
         key = make_kept_key(NAME, now.date(), sha256)
         pets.store.put(key, b"image")
-        (pets.settings.hidden_dir / "predictions" / key).parent.mkdir(parents=True, exist_ok=True)
-        (pets.settings.hidden_dir / "predictions" / key).write_bytes(b"image")
+        (spool / key.replace("/", "+")).write_bytes(b"image")
 
 
 def test_what_servers_wrote_down_of_it_goes(pets: Pets) -> None:
@@ -312,8 +311,8 @@ def test_what_servers_wrote_down_of_it_goes(pets: Pets) -> None:
     assert "3 files of the prediction log on the way to the store" in done.removed
     assert read_predictions(pets.store, NAME).table["image_sha256"].to_pylist() == [others]
     assert [key.rpartition("/")[2] for key in pets.store.list("kept/")] == [others]
-    spool = sorted(path for path in (pets.settings.hidden_dir / "predictions").rglob("*") if path.is_file())
-    assert [path.name for path in spool] == [others, "1.parquet"]
+    spool = sorted((pets.settings.hidden_dir / "predictions").iterdir())
+    assert [path.name.rpartition("+")[2] for path in spool] == [others, "1.parquet"]
     assert PREDICTIONS.decode(spool[1].read_bytes(), "spool")["image_sha256"].to_pylist() == [others]
     assert pets.anna.sha256.encode() not in b"".join(path.read_bytes() for path in spool)
     assert [copy for copy in pets.forget(pets.anna.sha256).removed if "log" in copy] == []
