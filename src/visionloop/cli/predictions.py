@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +59,7 @@ def predictions(
     days = count_days(_read(workspace, window, Day.COLUMNS), set(feedback["request_id"].to_pylist()))
     if as_json:
         for one in days:
-            print(json.dumps(asdict(one)))
+            print(json.dumps(vars(one)))
     elif days:
         for one in days:
             print(one.describe())
