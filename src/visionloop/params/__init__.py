@@ -119,7 +119,7 @@ class Evaluate(Section):
 
 
 class KeepImages(Section):
-    """Which answered images the server keeps, each reason with its own chance: a row says how likely it was kept.
+    """Which answered images the server keeps; the row of each says how likely it was kept.
 
     `confidence`: all below it. `novel`: all farther from the validation images than this share of them is from the
     others. `random`: this share of all. Above `per_hour` images an hour the probabilities are lowered.

@@ -71,17 +71,14 @@ class Keeper:
         return [self._choose(*one, now_s) for one in zip(confidence_n, novel_n, strict=True)]
 
     def _choose(self, confidence: float, is_novel: bool, now_s: float) -> Choice:
-        """Unite the reasons, each of which keeps the image by its own chance: 1 - (1 - p1)(1 - p2)..."""
+        """Decide by the likeliest reason: unsure and novel images are kept for certain, as far as the throttle lets."""
         rules = self._rules
         chances = {
             "confidence": float(rules.confidence is not None and not confidence >= rules.confidence),
             "novel": float(is_novel),
             "random": rules.random,
         }
-        left = 1.0
-        for chance in chances.values():
-            left *= 1 - chance
-        probability = (1 - left) * self._throttle.get_factor(now_s)
+        probability = max(chances.values()) * self._throttle.get_factor(now_s)
         is_kept = self._draw.random() < probability
         if is_kept:
             self._throttle.count()

@@ -281,6 +281,21 @@ def test_forgotten_images_are_neither_kept_nor_written_down(
     assert [key.rpartition("/")[2] for key in store.list("kept/")] == [_hash(stays.data)]
 
 
+def test_what_was_forgotten_while_it_waited_in_the_spool_is_not_sent(
+    store: ShakyStore, tmp_path: Path, model: ServedModel
+) -> None:
+    gone = make_noted(model, 1)
+    store.is_away = True
+    with logging_to(store, tmp_path / "spool", keep_images={"random": 1.0}) as log:
+        log.note(gone)
+    assert len(list_spool(tmp_path / "spool")) == 2
+    store.is_away = False
+    write_tombstones(store, "pets", Forgetting((_hash(gone.data),), "now", "me", "asked"))
+    with logging_to(store, tmp_path / "spool"):
+        wait_for(lambda: not list_spool(tmp_path / "spool"))
+    assert [*store.list("kept/"), *store.list("predictions/")] == []
+
+
 def test_what_is_too_old_goes_when_a_server_starts(store: ShakyStore, tmp_path: Path) -> None:
     for days in (1, 3):
         time_ = datetime.now(UTC) - timedelta(days=days)
