@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -68,8 +68,12 @@ class Quota:
 class FeedbackBook:
     """Takes feedback into the store. `num_taken` items are there; `num_refused` could not be used."""
 
-    def __init__(self, name: str, store: ObjectStore, serve: Serve) -> None:
+    def __init__(
+        self, name: str, store: ObjectStore, serve: Serve, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once."""
         self._name, self._store = name, store
+        self._check_store, self._is_checked = check, False
         self._keep_days = serve.log_days
         self._server, self._num_parts = secrets.token_hex(4), 0
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="feedback")
@@ -92,14 +96,21 @@ class FeedbackBook:
         if unknown and not allow_new:
             expected, todo = f"one of {shorten(card.classes)}", "Send `allow_new`: true with a label that is new."
             raise RequestError(f"{unknown[0]!r} is no class", expected, todo, status=422, reason_code="unknown_label")
-        return {"request_id": request_id, "time": now, "labels": labels, "is_new": bool(unknown), "who": who}
+        return {"request_id": request_id, "labels": labels, "is_new": bool(unknown), "who": who}
 
     def write(self, rows: Sequence[Mapping[str, Any]], now: datetime) -> None:
         """Put rows into the store: when it returns they survive all but the loss of the store. Raises StoreError."""
+        if not self._is_checked:
+            self._check_store()
+            self._is_checked = True
         self._num_parts += 1
         part = f"{now:%H%M%S}-{self._server}-{self._num_parts:06d}"
         key = FEEDBACK.make_key(self._name, now.date(), part)
-        data = FEEDBACK.encode([{**row, "feedback_id": make_request_id(now.timestamp())} for row in rows])
+        # Of two items of a list on one answer the later one counts: their times differ by a microsecond.
+        times = [now + timedelta(microseconds=number) for number in range(len(rows))]
+        ids = [make_request_id(now.timestamp()) for _ in rows]
+        whole = [{**row, "feedback_id": i, "time": t} for row, i, t in zip(rows, ids, times, strict=True)]
+        data = FEEDBACK.encode(whole)
         if not self._store.create(key, data):
             raise StoreError("store", f"has another {key}", "a free key")
         self.num_taken += len(rows)

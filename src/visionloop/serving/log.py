@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -81,9 +81,18 @@ class PredictionLog:
     """
 
     def __init__(
-        self, name: str, store: ObjectStore, spool: Path, serve: Serve, *, draw: random.Random | None = None
+        self,
+        name: str,
+        store: ObjectStore,
+        spool: Path,
+        serve: Serve,
+        *,
+        check: Callable[[], None] = lambda: None,
+        draw: random.Random | None = None,
     ) -> None:
+        """`check` raises StoreError for a store that is not the known one: nothing is sent before it has passed."""
         self._name, self._store, self._spool, self._serve = name, store, spool, serve
+        self._check, self._is_checked = check, False
         self._draw = draw or random.Random(secrets.randbits(128))
         rules = serve.keep_images
         self._keeper = None if rules == "none" else Keeper(rules, now_s=time.monotonic(), draw=self._draw)
@@ -242,6 +251,9 @@ class PredictionLog:
             if is_last:
                 self._threads[0].join(STOP_S)
             try:
+                if not self._is_checked:
+                    self._check()
+                    self._is_checked = True
                 self._look_after()
                 self._send_all()
                 self._solve("send")

@@ -90,10 +90,11 @@ def _write_log(
     # A store of its own: the connections of the one that follows the ledger are not used at the same time.
     store = open_store(workspace.settings.store_url)
     serve, spool = workspace.params.serve, workspace.settings.hidden_dir / SPOOL
-    prediction_log = PredictionLog(workspace.name, store, spool, serve)
+    check = partial(check_store, workspace)
+    prediction_log = PredictionLog(workspace.name, store, spool, serve, check=check)
     prediction_log.start()
     try:
-        yield prediction_log, FeedbackBook(workspace.name, store, serve)
+        yield prediction_log, FeedbackBook(workspace.name, store, serve, check=check)
     finally:
         prediction_log.stop()
 

@@ -160,6 +160,13 @@ def test_in_a_list_one_that_is_wrong_spoils_no_other(client: TestClient, store: 
     assert len(list(store.list("feedback/"))) == 1
 
 
+def test_of_a_list_the_last_word_on_an_answer_counts(client: TestClient, store: LocalStore) -> None:
+    one = new_id()
+    said = [("a", "b", "c")[number % 3] for number in range(20)]
+    client.post("/feedback", json={"feedback": [{"request_id": one, "label": label} for label in said]})
+    assert [labels for _, labels, _, _ in read(store)] == [[label] for label in said]
+
+
 def test_a_new_label_is_taken_where_it_is_asked_for(client: TestClient, store: LocalStore) -> None:
     one = new_id()
     assert client.post("/feedback", json={"request_id": one, "label": "dog", "allow_new": True}).status_code == 200
@@ -183,6 +190,22 @@ def test_while_the_store_is_away_nothing_is_promised(
     answer = client.post("/feedback", json={"request_id": new_id(), "label": "a"})
     assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "store_away", "1")
     assert "secret" not in answer.text
+
+
+def test_nothing_is_taken_into_a_store_that_is_not_the_known_one(store: LocalStore) -> None:
+    known: list[bool] = []
+
+    def check() -> None:
+        if not known:
+            raise StoreError("store", "does not hold dataset pets version 3")
+
+    book, now = FeedbackBook("pets", store, Serve(), check=check), datetime.now(UTC)
+    with pytest.raises(StoreError, match="does not hold"):
+        book.write([{"request_id": new_id(), "labels": ["a"]}], now)
+    assert not store.root.exists()
+    known.append(True)
+    book.write([{"request_id": new_id(), "labels": ["a"]}], now)
+    assert len(read(store)) == 1
 
 
 def test_a_server_without_a_log_takes_no_feedback(bundle_dir: Path) -> None:

@@ -199,6 +199,20 @@ def test_what_a_server_left_in_the_spool_is_sent_by_the_next(
     assert [path.name for path in (tmp_path / "spool").iterdir()] == ["notes.txt"]
 
 
+def test_nothing_is_sent_to_a_store_that_is_not_the_known_one(
+    store: ShakyStore, tmp_path: Path, model: ServedModel
+) -> None:
+    def refuse() -> None:
+        raise StoreError("store", "does not hold dataset pets version 3")
+
+    log = PredictionLog("pets", store, tmp_path / "spool", Serve(), check=refuse)
+    log.start()
+    log.note(make_noted(model))
+    log.stop()
+    assert log.problem == "the store cannot be written: does not hold dataset pets version 3"
+    assert (len(list_spool(tmp_path / "spool")), store.root.exists()) == (1, False)
+
+
 def test_a_full_spool_drops_and_counts(
     store: ShakyStore, tmp_path: Path, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
