@@ -79,7 +79,7 @@ FEEDBACK = DayTable(
 )
 KEPT = "kept"
 TIME_DIGITS, RANDOM_DIGITS = 11, 13
-_REQUEST_ID = re.compile(rf"([0-9a-f]{{{TIME_DIGITS}}})[0-9a-f]{{{RANDOM_DIGITS}}}(\.\d{{1,5}})?")
+_REQUEST_ID = re.compile(rf"([0-9a-f]{{{TIME_DIGITS}}})[0-9a-f]{{{RANDOM_DIGITS}}}(\.[0-9]{{1,5}})?")
 KEPT_BITS = np.uint32(0xFFFFE000)  # of a float32: 10 bits of the mantissa behind its leading one
 
 

@@ -112,7 +112,8 @@ def test_a_request_id_tells_its_time() -> None:
     assert {read_request_time(one) for one in ids} == {NOON}
     one = min(ids)
     assert read_request_time(f"{one}.12") == NOON
-    for bad in ("", "x", one[:-1], one.upper().replace("0", "A"), f"{one}.", f"{one}.x", f"{one}\n", "../" + one):
+    ends = (".", ".x", "\n", ".123456", ".\u0661")  # the last is a digit, in Arabic
+    for bad in ("", "x", one[:-1], one.upper().replace("0", "A"), "../" + one, *(one + end for end in ends)):
         assert read_request_time(bad) is None, bad
 
 
