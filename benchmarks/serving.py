@@ -55,11 +55,11 @@ def bench_serving(bench_dir: Path, photos: Path | None, *, size_px: int, seconds
     alone = measure_alone(bundle, images, seconds)
     plain = [sys.executable, str(SERVERS / "plain_server.py"), str(port), str(size_px)]
     ours = measure(run_visionloop(folder, bundle, port), port, images, seconds)
-    baselines = {"FastAPI, Pillow, torch": measure(run(plain, folder), port, images, seconds)}
+    baselines = {"FastAPI, Pillow, torch": measure(run("FastAPI", plain, folder), port, images, seconds)}
     for name in OTHERS:
         if (python := make_environment(folder / "others", name)) is not None:
             command, environ = make_command(name, python, port, size_px, model)
-            baselines[f"{name}, same ONNX"] = measure(run(command, folder, environ), port, images, seconds)
+            baselines[f"{name}, same ONNX"] = measure(run(name, command, folder, environ), port, images, seconds)
     repeated = measure(run_visionloop(folder, bundle, port, cache_mb=64), port, images, seconds)
     return [*make_rows(ours, baselines, alone), *make_cache_rows(repeated, ours)]
 
@@ -148,14 +148,14 @@ def measure(running: Any, port: int, images: Path, seconds: float) -> dict[int, 
 
 
 @contextmanager
-def run(command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[str]:
+def run(name: str, command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[str]:
     """Run a server in a process group of its own until the block ends."""
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=SERVERS, env={**os.environ, **(environ or {})}, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            yield Path(command[1]).stem if len(command) > 1 else command[0]
+            yield name
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             stop_process(process)
@@ -165,7 +165,7 @@ def run_visionloop(folder: Path, bundle: Path, port: int, cache_mb: int = 0) -> 
     """Return our server, in a workspace of its own."""
     (folder / "params.yaml").write_text(f"name: bench\nserve: {{cache_mb: {cache_mb}, lame_duck_s: 0}}\n")
     command = [sys.executable, "-m", "visionloop", "serve", "--port", str(port), "--bundle", str(bundle)]
-    return run(command, folder, {"VISIONLOOP_HOME": str(folder)})
+    return run("visionloop", command, folder, {"VISIONLOOP_HOME": str(folder)})
 
 
 def make_environment(folder: Path, name: str) -> Path | None:

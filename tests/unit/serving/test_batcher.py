@@ -281,6 +281,35 @@ def test_patience_follows_those_that_leave_and_not_a_few_of_them() -> None:
     assert patience.seconds == 60
 
 
+@pytest.mark.parametrize(("num_left", "newest_first"), [(0, False), (100, True)])
+def test_the_newest_goes_first_only_where_clients_leave(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch, num_left: int, newest_first: bool
+) -> None:
+    gate, done = Gate(model, monkeypatch), list[int]()
+
+    async def ask(batcher: Batcher, number: int) -> None:
+        await batcher.predict(model, [make_image(number)])
+        done.append(number)
+
+    async def run() -> None:
+        async with running(max_batch=1) as batcher:
+            for _ in range(num_left):
+                batcher.patience.note_left(0.2)
+            first = asyncio.create_task(ask(batcher, 0))
+            await gate.wait_entered()
+            others = []
+            for number in range(1, 8):
+                others.append(asyncio.create_task(ask(batcher, number)))
+                await asyncio.sleep(0.03)
+            gate.opened.set()
+            await asyncio.gather(first, *others)
+
+    asyncio.run(run())
+    assert done[0] == 0
+    assert (done[1:] == sorted(done[1:])) is not newest_first
+    assert not newest_first or done[-1] in {1, 2, 3}, "the oldest came last"
+
+
 # Lanes
 
 
