@@ -1,8 +1,8 @@
 """Collects the images of many requests into batches for the network. Images are decoded in parallel.
 
-An image that arrives alone does not wait for others. Where clients leave, and the oldest image has waited long for them,
-the newest goes first: its client is the likeliest to be there still. What nobody waits for any more is dropped before
-it is decoded, and before the network.
+An image that arrives alone does not wait for others. Where clients leave, and the oldest image has waited for long, the
+newest goes first: its client is the likeliest to be there still. What nobody waits for any more is dropped before it is
+decoded, and before the network.
 All methods belong to one event loop.
 """
 

@@ -307,7 +307,6 @@ def test_the_newest_goes_first_only_where_clients_leave(
     asyncio.run(run())
     assert done[0] == 0
     assert (done[1:] == sorted(done[1:])) is not newest_first
-    assert not newest_first or done[-1] in {1, 2, 3}, "the oldest came last"
 
 
 # Lanes
