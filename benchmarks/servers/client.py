@@ -1,6 +1,6 @@
 """Clients that ask one after the other, on connections that are kept. Prints what they saw as JSON.
 
-Arguments: port, number of clients, seconds, folder of images. It is a process of its own, and says what it used of the
+Arguments: port, number of clients, seconds, folder of images, how many of them. It is a process of its own, and says what it used of the
 processor: on the same machine its work is taken from the server's.
 """
 
@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-PORT, CLIENTS, SECONDS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+PORT, CLIENTS, SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+FOLDER, NUM_IMAGES = Path(sys.argv[4]), int(sys.argv[5])
 BOUNDARY = "----boundary-of-the-benchmark"
 
 
@@ -36,7 +37,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 
 async def main() -> None:
     """Measure from the moment that each client has had one answer."""
-    requests = [make_request(path.read_bytes(), path.name) for path in sorted(FOLDER.rglob("*.jpg"))[:200]]
+    requests = [make_request(path.read_bytes(), path.name) for path in sorted(FOLDER.rglob("*.jpg"))[:NUM_IMAGES]]
     seconds: list[float] = []
     wrong = in_time = 0
     warm = asyncio.Barrier(CLIENTS)
