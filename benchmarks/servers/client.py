@@ -1,7 +1,7 @@
 """Clients that ask one after the other, on connections that are kept. Prints what they saw as JSON.
 
-Arguments: port, number of clients, seconds, folder of images, how many of them. It is a process of its own, and says what it used of the
-processor: on the same machine its work is taken from the server's.
+Arguments: port, number of clients, seconds, folder of images, how many of them. It is a process of its own, and says
+what it used of the processor: on the same machine its work is taken from the server's.
 """
 
 import asyncio
