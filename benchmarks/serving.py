@@ -31,6 +31,7 @@ from visionloop.records import Card, canonical_json
 
 SERVERS = Path(__file__).parent / "servers"
 CLIENTS, SECONDS, START_S = (8, 32), 8.0, 120.0
+NUM_IMAGES, NUM_REPEATED = 200, 8  # the clients' first requests ask for all of the latter
 OTHERS = ("litserve", "bentoml")
 
 
@@ -55,12 +56,12 @@ def bench_serving(bench_dir: Path, photos: Path | None, *, size_px: int, seconds
     alone = measure_alone(bundle, images, seconds)
     plain = [sys.executable, str(SERVERS / "plain_server.py"), str(port), str(size_px)]
     ours = measure(run_visionloop(folder, bundle, port), port, images, seconds)
-    baselines = {"FastAPI, Pillow, torch": measure(run(plain, folder), port, images, seconds)}
+    baselines = {"FastAPI, Pillow, torch": measure(run("FastAPI", plain, folder), port, images, seconds)}
     for name in OTHERS:
         if (python := make_environment(folder / "others", name)) is not None:
             command, environ = make_command(name, python, port, size_px, model)
-            baselines[f"{name}, same ONNX"] = measure(run(command, folder, environ), port, images, seconds)
-    repeated = measure(run_visionloop(folder, bundle, port, cache_mb=64), port, images, seconds)
+            baselines[f"{name}, same ONNX"] = measure(run(name, command, folder, environ), port, images, seconds)
+    repeated = measure(run_visionloop(folder, bundle, port, cache_mb=64), port, images, seconds, NUM_REPEATED)
     return [*make_rows(ours, baselines, alone), *make_cache_rows(repeated, ours)]
 
 
@@ -122,7 +123,7 @@ def write_answers(folder: Path, logits_nk: Sequence[Sequence[float]]) -> None:
 def measure_alone(bundle: Path, images: Path, seconds: float) -> float:
     """Return the images a second of `predict_each`: decoding on all cores, and the network in batches."""
     predictor = Predictor.load(bundle)
-    data = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))[:200]]
+    data = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))[:NUM_IMAGES]]
     list(predictor.predict_each(data[:64]))
     started, number = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
@@ -130,13 +131,14 @@ def measure_alone(bundle: Path, images: Path, seconds: float) -> float:
     return number / (time.perf_counter() - started)
 
 
-def measure(running: Any, port: int, images: Path, seconds: float) -> dict[int, Load]:
-    """Start a server, let clients ask it, and end it; return what they saw, by their number."""
+def measure(running: Any, port: int, images: Path, seconds: float, number: int = NUM_IMAGES) -> dict[int, Load]:
+    """Start a server, let clients ask it about so many images, and end it; return what they saw, by their number."""
     loads = {}
     with running as name:
         wait_until_answered(port, next(images.rglob("*.jpg")).read_bytes(), name)
         for clients in CLIENTS:
-            command = [sys.executable, str(SERVERS / "client.py"), str(port), str(clients), str(seconds), str(images)]
+            asked = [str(each) for each in (port, clients, seconds, images, number)]
+            command = [sys.executable, str(SERVERS / "client.py"), *asked]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             loads[clients] = load = Load(**json.loads(done.stdout))
             print(
@@ -148,14 +150,14 @@ def measure(running: Any, port: int, images: Path, seconds: float) -> dict[int, 
 
 
 @contextmanager
-def run(command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[str]:
+def run(name: str, command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[str]:
     """Run a server in a process group of its own until the block ends."""
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=SERVERS, env={**os.environ, **(environ or {})}, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            yield Path(command[1]).stem if len(command) > 1 else command[0]
+            yield name
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             stop_process(process)
@@ -165,7 +167,7 @@ def run_visionloop(folder: Path, bundle: Path, port: int, cache_mb: int = 0) -> 
     """Return our server, in a workspace of its own."""
     (folder / "params.yaml").write_text(f"name: bench\nserve: {{cache_mb: {cache_mb}, lame_duck_s: 0}}\n")
     command = [sys.executable, "-m", "visionloop", "serve", "--port", str(port), "--bundle", str(bundle)]
-    return run(command, folder, {"VISIONLOOP_HOME": str(folder)})
+    return run("visionloop", command, folder, {"VISIONLOOP_HOME": str(folder)})
 
 
 def make_environment(folder: Path, name: str) -> Path | None:

@@ -1,7 +1,7 @@
 """Clients that ask one after the other, on connections that are kept. Prints what they saw as JSON.
 
-Arguments: port, number of clients, seconds, folder of images. It is a process of its own, and says what it used of the
-processor: on the same machine its work is taken from the server's.
+Arguments: port, number of clients, seconds, folder of images, how many of them. It is a process of its own, and says
+what it used of the processor: on the same machine its work is taken from the server's.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-PORT, CLIENTS, SECONDS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+PORT, CLIENTS, SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+FOLDER, NUM_IMAGES = Path(sys.argv[4]), int(sys.argv[5])
 BOUNDARY = "----boundary-of-the-benchmark"
 
 
@@ -35,33 +36,32 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 
 
 async def main() -> None:
-    """Warm up for a second, then measure."""
-    requests = [make_request(path.read_bytes(), path.name) for path in sorted(FOLDER.rglob("*.jpg"))[:200]]
+    """Measure from the moment that each client has had one answer."""
+    requests = [make_request(path.read_bytes(), path.name) for path in sorted(FOLDER.rglob("*.jpg"))[:NUM_IMAGES]]
     seconds: list[float] = []
-    wrong = 0
-    begin = time.perf_counter() + 1
-    end = begin + SECONDS
+    wrong = in_time = 0
+    warm = asyncio.Barrier(CLIENTS)
 
     async def client(number: int) -> None:
-        nonlocal wrong
+        nonlocal wrong, in_time
         reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
-        place = number * 7
-        while (started := time.perf_counter()) < end:
+        await ask(reader, writer, requests[number % len(requests)])
+        await warm.wait()
+        begin, place = time.perf_counter(), number * 7
+        while (started := time.perf_counter()) < begin + SECONDS:
             status = await ask(reader, writer, requests[place % len(requests)])
             place += 1
-            if started >= begin:
-                seconds.append(time.perf_counter() - started)
-                wrong += status != 200
+            seconds.append(time.perf_counter() - started)
+            wrong += status != 200
+            in_time += status == 200 and time.perf_counter() <= begin + SECONDS
         writer.close()
 
-    before = resource.getrusage(resource.RUSAGE_SELF)
     await asyncio.gather(*(client(number) for number in range(CLIENTS)))
-    after = resource.getrusage(resource.RUSAGE_SELF)
+    used = resource.getrusage(resource.RUSAGE_SELF)
     seconds.sort()
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    rate = (len(seconds) - wrong) / (time.perf_counter() - begin)
     p50_s, p99_s = (seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.99))
-    print(json.dumps({"rate": rate, "p50_ms": 1000 * p50_s, "p99_ms": 1000 * p99_s, "wrong": wrong, "cpu_s": cpu_s}))
+    found = {"rate": in_time / SECONDS, "p50_ms": 1000 * p50_s, "p99_ms": 1000 * p99_s, "wrong": wrong}
+    print(json.dumps({**found, "cpu_s": used.ru_utime + used.ru_stime}))
 
 
 asyncio.run(main())

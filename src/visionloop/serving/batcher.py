@@ -1,7 +1,8 @@
 """Collects the images of many requests into batches for the network. Images are decoded in parallel.
 
-An image that arrives alone does not wait for others. While the queue stands, the newest goes first: its client is the
-likeliest to be there still. What nobody waits for any more is dropped before it is decoded, and before the network.
+An image that arrives alone does not wait for others. Where clients leave, and the oldest image has waited for long, the
+newest goes first: its client is the likeliest to be there still. What nobody waits for any more is dropped before it is
+decoded, and before the network.
 All methods belong to one event loop.
 """
 
@@ -13,16 +14,25 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.answers import Answer, AnswerCache, Timing
-from visionloop.serving.decoding import Decoders, pick
+from visionloop.serving.decoding import Decoders
 from visionloop.serving.swap import ServedModel
 
 MAX_RETRY_S = 60
+
+
+class _Aged(Protocol):
+    @property
+    def taken_at(self) -> float: ...
+
+
+_Queued = TypeVar("_Queued", bound=_Aged)
 
 
 class QueueFull(VisionLoopError, RuntimeError):
@@ -138,7 +148,7 @@ class Batcher:
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        self._decoders = Decoders(self._may_decode, self._changed.set, decoders=self._num_decoders)
+        self._decoders = Decoders(self._may_decode, self._changed.set, self._pick, decoders=self._num_decoders)
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())
         self._closed = False
@@ -285,7 +295,7 @@ class Batcher:
         size, others = self._choose_size(), deque[_Waiting]()
         batch: list[_Waiting] = []
         while self._ready and len(batch) < size:
-            one = pick(self._ready)
+            one = self._pick(self._ready)
             if not batch or one.model is batch[0].model:
                 batch += [] if one.answer.done() else [one]
             else:
@@ -293,6 +303,11 @@ class Batcher:
         self._ready.extendleft(reversed(others))
         self._decoders.give_turns()
         return batch
+
+    def _pick(self, queue: deque[_Queued]) -> _Queued:
+        """Take the oldest, or the newest if the oldest has waited for half of what clients wait."""
+        waited_s = asyncio.get_running_loop().time() - queue[0].taken_at
+        return queue.pop() if waited_s > self.patience.seconds / 2 else queue.popleft()
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()

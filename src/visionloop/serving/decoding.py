@@ -8,28 +8,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from visionloop.data.encoded import estimate_bytes
 from visionloop.parallel import count_cores
 
-STANDING_S = 0.1  # a queue stands when its oldest image has waited so long
 MAX_DECODERS = 8
 DEAR_BYTES = 8_000_000  # a PNG of 1.3 megapixels, a JPEG of 8: some hundredths of a second
 # Of the pixels that are being decoded, all together. One image alone may take more.
 BUDGET_BYTES = 256_000_000
 
 Result = TypeVar("Result")
-
-
-class Aged(Protocol):
-    """Something that waits in a queue, since `taken_at`."""
-
-    @property
-    def taken_at(self) -> float: ...
-
-
-Queued = TypeVar("Queued", bound=Aged)
 
 
 @dataclass(frozen=True)
@@ -67,15 +56,20 @@ class Decoders:
     """Threads that decode. Make it inside the event loop that uses it."""
 
     def __init__(
-        self, has_room: Callable[[int], bool], on_end: Callable[[], None] = lambda: None, *, decoders: int = 0
+        self,
+        has_room: Callable[[int], bool],
+        on_end: Callable[[], None] = lambda: None,
+        pick: Callable[[deque[_Turn]], _Turn] = deque.popleft,
+        *,
+        decoders: int = 0,
     ) -> None:
         """`has_room` says whether one more may be decoded while so many are; `on_end` is called after each.
 
-        `decoders`: how many threads decode; 0: all cores but one.
+        `pick` takes the next one out of a lane. `decoders`: how many threads decode; 0: all cores but one.
         """
         # One core is left for the network and the event loop: mostly, with decoding on all cores the server is slower.
         cores = max(1, min(decoders or count_cores() - 1, MAX_DECODERS))
-        self._has_room, self._on_end = has_room, on_end
+        self._has_room, self._on_end, self._pick = has_room, on_end, pick
         self._cheap, self._dear = _Lane(cores), _Lane(max(1, cores - 1))
         self._num_threads = max(2, cores)
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
@@ -121,7 +115,7 @@ class Decoders:
             if not lanes:
                 return
             lane = min(lanes, key=lambda one: one[0])[1]
-            turn = pick(lane.turns)
+            turn = self._pick(lane.turns)
             if not turn.given.done():
                 turn.given.set_result(None)
                 lane.num_decoding += 1
@@ -145,9 +139,3 @@ class Decoders:
         self._used_bytes -= turn.num_bytes
         self._on_end()
         self.give_turns()
-
-
-def pick(queue: "deque[Queued]") -> Queued:
-    """Take the oldest, or the newest while the queue stands."""
-    standing = asyncio.get_running_loop().time() - queue[0].taken_at > STANDING_S
-    return queue.pop() if standing else queue.popleft()

@@ -5,6 +5,8 @@ anything fails, the current model stays. The last two bundles stay on disk: a se
 serves the one that was served last. Knows nothing of HTTP.
 """
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -50,6 +52,12 @@ class ServedModel:
     @property
     def digest(self) -> str:
         return self.predictor.digest
+
+
+def _give_memory_back() -> None:
+    """Hand the memory of the model before back to the system; glibc keeps it: 300 MB after some swaps of ResNet18."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class ModelSlot:
@@ -183,6 +191,8 @@ class ChampionFollower:
             self.slot.current = replace(current, version=entry.model_version, entry=entry.number, promoted_at=entry.at)
         else:
             self.slot.current = self._load(entry)
+            current = None
+            _give_memory_back()
         self._remember(entry)
         self.slot.num_swaps += 1
         self._clear_problem()

@@ -1,7 +1,5 @@
 import asyncio
-import struct
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +16,6 @@ from visionloop.predictor import Outputs, Predictor
 from visionloop.records import Prediction, canonical_json
 from visionloop.serving.answers import Answer
 from visionloop.serving.batcher import Batcher, Patience, QueueFull
-from visionloop.serving.decoding import Decoders
 from visionloop.serving.main import make_limits
 from visionloop.serving.swap import ServedModel
 
@@ -281,75 +278,32 @@ def test_patience_follows_those_that_leave_and_not_a_few_of_them() -> None:
     assert patience.seconds == 60
 
 
-# Lanes
+@pytest.mark.parametrize(("num_left", "newest_first"), [(0, False), (100, True)])
+def test_the_newest_goes_first_only_where_clients_leave(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch, num_left: int, newest_first: bool
+) -> None:
+    gate, done = Gate(model, monkeypatch), list[int]()
 
-
-def make_header(side: int) -> bytes:
-    """The beginning of a PNG: it says how large it is, and no more."""
-    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-
-
-def test_cheap_images_pass_dear_ones_and_dear_ones_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.serving.decoding.os.cpu_count", lambda: 8)
-    released, running_now, most = threading.Event(), Counter[str](), Counter[str]()
-    lock = threading.Lock()
-
-    def work(kind: str) -> str:
-        with lock:
-            running_now[kind] += 1
-            most[kind] = max(most[kind], running_now[kind])
-        assert kind == "cheap" or released.wait(10)
-        with lock:
-            running_now[kind] -= 1
-        return kind
+    async def ask(batcher: Batcher, number: int) -> None:
+        await batcher.predict(model, [make_image(number)])
+        done.append(number)
 
     async def run() -> None:
-        decoders = Decoders(lambda number: True)
-        dear = [asyncio.create_task(decoders.run(make_header(4000), lambda: work("dear"))) for _ in range(5)]
-        await wait_for(lambda: running_now["dear"] == 2)
-        cheap = await asyncio.gather(*(decoders.run(make_header(100), lambda: work("cheap")) for _ in range(20)))
-        assert {one.value for one in cheap} == {"cheap"}
-        assert not any(one.was_dear for one in cheap)
-        released.set()
-        assert all(one.was_dear for one in await asyncio.gather(*dear))
-        assert most["dear"] == 2, "two of 96 MB fit into 256 MB"
-        assert decoders.num_decoding == decoders._used_bytes == 0
-        decoders.stop()
+        async with running(max_batch=1) as batcher:
+            for _ in range(num_left):
+                batcher.patience.note_left(0.2)
+            first = asyncio.create_task(ask(batcher, 0))
+            await gate.wait_entered()
+            others = []
+            for number in range(1, 8):
+                others.append(asyncio.create_task(ask(batcher, number)))
+                await asyncio.sleep(0.03)
+            gate.opened.set()
+            await asyncio.gather(first, *others)
 
     asyncio.run(run())
-
-
-def test_a_caller_that_leaves_gives_its_memory_back_when_its_decoding_ends() -> None:
-    released, begun = threading.Event(), threading.Event()
-
-    def work() -> None:
-        begun.set()
-        assert released.wait(10)
-        raise ImageError("x", "is damaged", "whole pixels")
-
-    async def run() -> None:
-        decoders = Decoders(lambda number: True)
-        task = asyncio.create_task(decoders.run(make_header(4000), work))
-        assert await asyncio.to_thread(begun.wait, 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert (decoders.num_decoding, decoders._used_bytes) == (1, 96_000_000)
-        released.set()
-        await wait_for(lambda: decoders.num_decoding == 0)
-        assert decoders._used_bytes == 0
-        decoders.stop()
-
-    asyncio.run(run())
-
-
-def test_an_image_beyond_the_whole_budget_is_decoded_alone() -> None:
-    async def run() -> None:
-        decoders = Decoders(lambda number: True)
-        assert (await decoders.run(make_header(50_000), lambda: "done")).value == "done"
-        decoders.stop()
-
-    asyncio.run(run())
+    assert done[0] == 0
+    assert (done[1:] == sorted(done[1:])) is not newest_first
 
 
 # Answers that are kept
