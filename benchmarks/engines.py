@@ -1,4 +1,4 @@
-"""The engine alone: the graph in int8 and in fp32, in each runtime that is installed, against an eager network of torch.
+"""The engine alone: the graph in int8 and in fp32, in each runtime that is installed, against an eager torch network.
 
 No decoding, no HTTP: batches of decoded images, all engines in turn, the best time of each. Weights and images are
 random: the times do not depend on them. How far the answers of int8 may be off is shown by `train`, not here.
