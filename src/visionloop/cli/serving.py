@@ -43,8 +43,6 @@ def predict(
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
 
-    From 500 images on by the fastest engine that is approved for the model, as the server; `serve.runtime` says so.
-
     Examples:
 
       visionloop predict photo.jpg
@@ -90,7 +88,10 @@ def predict(
 
 
 def _open_predictor(workspace: "Workspace", bundle: str | None, num_files: int) -> "Predictor":
-    """Open the champion, or the model of an address; for many files in the fastest engine, and say which that is."""
+    """Open the champion, or the model of an address; for many files as the server does, and say which engine that is.
+
+    `serve.runtime` holds for both.
+    """
     from visionloop.engines import make_opener
     from visionloop.promotion.models import load_approved_model, load_champion, load_model
 
