@@ -153,10 +153,17 @@ def test_empty_window_and_swapped_colours_are_broken(tmp_path: Path) -> None:
 def test_labels_that_come_late_tell_that_the_model_is_bad(watched: Watched) -> None:
     rows = watched.write_day(0)
     watched.keep(0, rows[:150], 0.5)
+    rows[160]["keep_probability"] = 0.5  # it was not kept; somebody labels it all the same
     watched.write_rows(FIRST, rows)
     assert find_check(watch(watched, 0), "accuracy")["state"] == "unknown"
     wrong = {row["request_id"]: CLASSES[0] if row["prediction"] != CLASSES[0] else CLASSES[1] for row in rows[:40]}
-    watched.label(2, wrong | {row["request_id"]: row["prediction"] for row in rows[40:80]} | {"nobody's": "ant"})
+    watched.label(
+        2,
+        wrong
+        | {row["request_id"]: row["prediction"] for row in rows[40:80]}
+        | {"nobody's": "ant"}
+        | {rows[160]["request_id"]: "ant"},
+    )
     verdict = watch(watched, 0, again=True)
     assert verdict.verdict == "quality"
     assert verdict.num_labels == 80

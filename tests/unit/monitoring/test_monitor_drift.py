@@ -124,6 +124,8 @@ def test_classifier_is_scored_on_blocks_that_it_has_not_seen() -> None:
     scores = [one.value for drift in drifts for one in drift.detectors if one.name == "classifier"]
     assert len(scores) == 10
     assert abs(np.mean(scores)) < 2
+    moved = find_drift(make_vectors(rng, 400, 8, d=24), make_vectors(rng, 200, 8, d=24, shift=1.0), basis, 0.01)
+    assert next(one for one in moved.detectors if one.name == "classifier").alarmed
 
 
 def test_few_blocks_cannot_show_drift() -> None:
