@@ -1,6 +1,7 @@
 """Windows of a real prediction log in a real store, from the first day of a champion to drift, and broken data."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import run_here
+from http_server import Answer, serve
 from visionloop.cli.monitoring import write_copies
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.errors import BundleError, DatasetError
 from visionloop.forget.copies import find_pages, find_windows
 from visionloop.monitoring.judge import Verdict, describe_verdict
 from visionloop.monitoring.watch import accept_window, load_verdict, watch_window
+from visionloop.params import make_params
 from visionloop.promotion.ledger import read_champion
 from watched import CLASSES, FIRST, HOURS, PER_HOUR, Watched, at_end_of, make_watched
 
@@ -150,10 +153,17 @@ def test_empty_window_and_swapped_colours_are_broken(tmp_path: Path) -> None:
 def test_labels_that_come_late_tell_that_the_model_is_bad(watched: Watched) -> None:
     rows = watched.write_day(0)
     watched.keep(0, rows[:150], 0.5)
+    rows[160]["keep_probability"] = 0.5  # it was not kept; somebody labels it all the same
     watched.write_rows(FIRST, rows)
     assert find_check(watch(watched, 0), "accuracy")["state"] == "unknown"
     wrong = {row["request_id"]: CLASSES[0] if row["prediction"] != CLASSES[0] else CLASSES[1] for row in rows[:40]}
-    watched.label(2, wrong | {row["request_id"]: row["prediction"] for row in rows[40:80]} | {"nobody's": "ant"})
+    watched.label(
+        2,
+        wrong
+        | {row["request_id"]: row["prediction"] for row in rows[40:80]}
+        | {"nobody's": "ant"}
+        | {rows[160]["request_id"]: "ant"},
+    )
     verdict = watch(watched, 0, again=True)
     assert verdict.verdict == "quality"
     assert verdict.num_labels == 80
@@ -256,4 +266,13 @@ def test_command_writes_copies_and_tells_by_its_exit_code(
     assert run_here(monkeypatch, "monitor", "--at", "yesterday") == 2
     assert "expected a time, like 2026-11-28" in capsys.readouterr().err
     watched.write_day(2, shift=3.0)
-    assert run_here(monkeypatch, "monitor", "--at", "2026-03-04") == 3
+    with serve({"/hook": Answer()}) as site:
+        hook = {"url": f"{site.url}/hook", "headers": {"X-Token": "${HOOK_TOKEN}"}, "tries": 1}
+        watched.place = replace(watched.place, params=make_params({"name": "fake", "monitor": {"webhook": hook}}))
+        monkeypatch.setenv("HOOK_TOKEN", "s3cret")
+        codes = [run_here(monkeypatch, "monitor", "--at", "2026-03-04") for _ in range(2)]
+    assert codes == [3, 3]
+    assert [request.headers["x-token"] for request in site.requests] == ["s3cret"]  # once for a window
+    assert json.loads(site.requests[0].body)["event"] == "visionloop.monitor.drift"
+    assert run_here(monkeypatch, "monitor", "--at", "2026-03-04", "--again") == 3  # the server is gone
+    assert "note: the alert was not sent" in capsys.readouterr().err

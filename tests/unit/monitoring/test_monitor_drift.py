@@ -114,6 +114,20 @@ def test_detectors_name_what_changed(network: Network) -> None:
     assert "abstained" in {d.name for d in find_drift(reference, unsure, network.basis, 0.01).detectors if d.alarmed}
 
 
+def test_classifier_is_scored_on_blocks_that_it_has_not_seen() -> None:
+    """On windows without drift its score is around 0. On what it was fitted on, it would be 6 and more."""
+    rng = np.random.default_rng(2)
+    basis = Basis.fit(make_vectors(rng, 300, 1, d=24).embedding_nd)
+    drifts = [
+        find_drift(make_vectors(rng, 400, 8, d=24), make_vectors(rng, 200, 8, d=24), basis, 0.01) for _ in range(10)
+    ]
+    scores = [one.value for drift in drifts for one in drift.detectors if one.name == "classifier"]
+    assert len(scores) == 10
+    assert abs(np.mean(scores)) < 2
+    moved = find_drift(make_vectors(rng, 400, 8, d=24), make_vectors(rng, 200, 8, d=24, shift=1.0), basis, 0.01)
+    assert next(one for one in moved.detectors if one.name == "classifier").alarmed
+
+
 def test_few_blocks_cannot_show_drift() -> None:
     """The example of the docstring: 9 blocks, and 1 that is further away than each of them."""
     rng = np.random.default_rng(0)

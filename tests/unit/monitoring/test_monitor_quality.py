@@ -30,11 +30,11 @@ def make_month(rng: np.random.Generator, block: int, *, number: int = 2400) -> d
     }
 
 
-@pytest.mark.parametrize("block", [1, 16])
-def test_true_accuracy_is_inside_the_interval_in_200_months(block: int) -> None:
+@pytest.mark.parametrize(("block", "number", "width"), [(1, 2400, 0.19), (16, 2400, 0.22), (1, 800, 0.32)])
+def test_true_accuracy_is_inside_the_interval_in_200_months(block: int, number: int, width: float) -> None:
     rng, inside, promised, widths = np.random.default_rng(block), 0, 0, []
     for _ in range(200):
-        month = make_month(rng, block)
+        month = make_month(rng, block, number=number)
         confidence_n = month.pop("confidence_n")
         found = compute_labelled_accuracy(**month)
         true = month["hit_n"].mean()
@@ -43,8 +43,9 @@ def test_true_accuracy_is_inside_the_interval_in_200_months(block: int) -> None:
         widths.append(found.accuracy.high - found.accuracy.low)
         promised += abs(compute_expected_accuracy(confidence_n, month["block_n"]).value - true) <= 0.02
     assert inside / 200 >= 0.93
-    assert promised / 200 >= 0.98
-    assert np.mean(widths) < 0.22
+    # Of 800 images the true share itself is off by 1.3 points (one standard error).
+    assert promised / 200 >= (0.98 if number == 2400 else 0.8)
+    assert np.mean(widths) < width
 
 
 def test_plain_share_of_the_labels_would_be_far_off() -> None:
@@ -65,6 +66,20 @@ def test_labels_stand_for_what_they_were_drawn_from() -> None:
     assert found.accuracy is not None
     assert found.accuracy.value == pytest.approx(1000 / 1020)
     assert found.covered == pytest.approx(1.0)
+
+
+def test_labels_of_one_reason_stand_for_all_that_were_kept_for_it() -> None:
+    """Of 40 sure images, 2 % of all, and of 60 unsure ones a third is labelled so far: each counts three times."""
+    found = compute_labelled_accuracy(
+        hit_n=np.r_[np.ones(40, bool), np.zeros(60, bool)],
+        labelled_n=np.r_[np.ones(40, bool), np.ones(20, bool), np.zeros(40, bool)],
+        probability_n=np.r_[np.full(40, 0.5), np.ones(60)],
+        reason_n=["random"] * 40 + ["confidence"] * 60,
+        block_n=np.arange(100),
+    )
+    assert found.accuracy is not None
+    assert found.num_labels == 60
+    assert found.accuracy.value == pytest.approx(80 / 140)
 
 
 def test_labels_that_came_for_unsure_images_only_cover_little() -> None:
