@@ -1,4 +1,4 @@
-"""Put the schedule into force: serves `retrain` as a Prefect deployment with the cron of params.yaml.
+"""Put the schedule into force: serves the flows as Prefect deployments, with the crons and triggers of params.yaml.
 
     prefect server start                       # once, somewhere; PREFECT_API_URL names it
     python flows/deploy.py [--workspace DIR]   # stays, and runs what is due
@@ -17,12 +17,16 @@ if __name__ == "__main__":
     environment.enter_workspace_or_exit(sys.argv[1:], "Serve the scheduled retraining of a workspace.")
 
 import httpx
-from prefect.schedules import Cron
+from prefect import serve
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.schedules import Cron, Schedule
 
+from ingest import NEW_DATASET, ingest, make_resource
 from retrain import retrain
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
-from visionloop.params import load_params
+from visionloop.params import Params, load_params
 from visionloop.settings import PARAMS_FILE
 from visionloop.words import describe_error
 
@@ -39,21 +43,52 @@ def check_server(api_url: str | None) -> None:
 
 
 def deploy(home: Path) -> None:
-    """Serve the deployment `retrain/<name>` until stopped. Raises SettingsError, ParamsError."""
+    """Serve the deployments of a workspace until stopped. Raises SettingsError, ParamsError."""
     params = load_params(home / PARAMS_FILE)
-    if params.schedule.retrain is None:
+    schedule = params.schedule
+    if not (schedule.retrain or schedule.ingest or params.triggers.names):
         raise SettingsError("params.yaml schedule.retrain", "is not set", 'a cron expression like "0 3 * * *"')
+    if schedule.triggers and not params.triggers.names:
+        raise SettingsError(
+            "params.yaml triggers", "sets none", "one for schedule.triggers to ask", "See docs/loop.md."
+        )
     check_server(os.environ.get("PREFECT_API_URL"))
-    when = f"{params.schedule.retrain!r} ({params.schedule.timezone})"
-    print(f"serving retrain/{params.name} of {home} at {when}; Ctrl-C stops", flush=True)
-    retrain.serve(
-        name=params.name,
-        schedule=Cron(params.schedule.retrain, timezone=params.schedule.timezone),
-        parameters={"workspace": str(home)},
-        description=f"Retrains {params.name} in {home}",
-        tags=["visionloop", params.name],
-        print_starting_message=False,
-    )
+    deployments = make_deployments(home, params)
+    told = ", ".join(f"{one.flow_name}/{one.name}" for one in deployments)
+    print(f"serving {told} of {home} (clock of {schedule.timezone}); Ctrl-C stops", flush=True)
+    serve(*deployments, print_starting_message=False)
+
+
+def make_deployments(home: Path, params: Params) -> list[RunnerDeployment]:
+    """Return the deployments that params.yaml asks for: `retrain/NAME`, `ingest/NAME`, `retrain/NAME-if-due`.
+
+    The last one asks the triggers first. It also runs when a flow `ingest` has told of a new dataset version.
+    """
+    schedule = params.schedule
+    facts = {"description": f"{params.name} in {home}", "tags": ["visionloop", params.name]}
+
+    def plan(cron: str | None) -> Schedule | None:
+        return Cron(cron, timezone=schedule.timezone) if cron else None
+
+    found = []
+    if schedule.retrain:
+        given = {"workspace": str(home)}
+        found.append(retrain.to_deployment(params.name, schedule=plan(schedule.retrain), parameters=given, **facts))
+    if schedule.ingest:
+        given = {"workspace": str(home)}
+        found.append(ingest.to_deployment(params.name, schedule=plan(schedule.ingest), parameters=given, **facts))
+    if params.triggers.names:
+        match = {"prefect.resource.id": make_resource(params.name)}
+        found.append(
+            retrain.to_deployment(
+                f"{params.name}-if-due",
+                schedule=plan(schedule.triggers),
+                parameters={"workspace": str(home), "only_if_due": True},
+                triggers=[DeploymentEventTrigger(expect={NEW_DATASET}, match=match)],
+                **facts,
+            )
+        )
+    return found
 
 
 if __name__ == "__main__":

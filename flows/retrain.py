@@ -8,6 +8,7 @@ one line, 3 not promoted. Where nothing has changed, the last verdict stands, wi
 
 import contextlib
 import sys
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,36 @@ from prefect.states import Cancelled, Completed, State
 
 import shell
 import steps
+from ingest import tell_event
 from visionloop.errors import LeaseHeld, VisionLoopError
+from visionloop.monitoring.due import decide_retrain
+from visionloop.monitoring.triggers import RETRAIN
 from visionloop.retrain import Scheduled, bring_up_to_date
 from visionloop.words import Summary, describe_error
-from visionloop.workspace import Workspace, open_workspace
+from visionloop.workspace import Workspace, get_user, open_workspace
+
+PROMOTED = "visionloop.promoted"
 
 
 @flow(name="retrain")
-def retrain(workspace: str) -> State[Any]:
+def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> State[Any]:
     """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect.
 
     A run ends in one of three ways, each with its artifact: completed, named by what came of it (Promoted, Unchanged,
     Same, Refused, Inconclusive); Failed, with the error; or Skipped (cancelled), while another retrain of this name is
     under way, whoever started it and wherever. A run that is skipped moves nothing. One that is killed is closed, as
     crashed, by the next.
+
+    `only_if_due`: the triggers of params.yaml decide first; a run that is not due is completed as NotDue. `webhook` is
+    what a caller said, for the trigger of that name.
     """
     shell.guard_own_server()
     opened = open_workspace(Path(workspace))
+    if only_if_due:
+        decision = decide_retrain(opened, now=datetime.now(UTC), by=get_user(), webhook=webhook)
+        steps.say(f"{decision.outcome}: {decision.why}")
+        if decision.outcome != RETRAIN:
+            return Completed(name="NotDue", message=f"{decision.outcome}: {decision.why}")
     try:
         summary = bring_up_to_date(
             opened,
@@ -54,6 +68,8 @@ def retrain(workspace: str) -> State[Any]:
     except Exception as exc:
         keep_failure(opened, exc)
         raise
+    if summary.outcome == "promoted":
+        tell_event(opened, PROMOTED, {"bundle": summary.model["bundle"], "dataset": summary.dataset["version"]})
     return finish(summary, opened.settings.home)
 
 

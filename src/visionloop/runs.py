@@ -5,12 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from visionloop import pipeline
-from visionloop.bundle import load_run_note
 from visionloop.errors import LeaseLost, VisionLoopError
 from visionloop.records import Decision, Pin, compute_digest
 from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run
-from visionloop.tracking_pages import make_used_dataset
 from visionloop.workspace import Workspace
 
 
@@ -73,6 +70,9 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
 
     A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
     """
+    from visionloop import pipeline
+    from visionloop.tracking_pages import make_used_dataset
+
     tracking, pin = workspace.tracking, Pin.from_json(dataset)
     key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
     tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
@@ -97,6 +97,8 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
 
 def _show_training(workspace: Workspace, parent: str) -> None:
     """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
+    from visionloop.bundle import load_run_note
+
     tracking, candidate = workspace.tracking, read_marks(workspace).candidate
     note = load_run_note(workspace.settings.runs_dir, candidate) if candidate else None
     if note is None:

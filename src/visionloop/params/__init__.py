@@ -184,9 +184,14 @@ class Serve(Section):
 
 
 class Schedule(Section):
-    """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin)."""
+    """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin).
+
+    `retrain` always; `triggers`: whether one is due; `ingest`: new images alone.
+    """
 
     retrain: Annotated[str | None, AfterValidator(check_cron)] = None
+    triggers: Annotated[str | None, AfterValidator(check_cron)] = None
+    ingest: Annotated[str | None, AfterValidator(check_cron)] = None
     timezone: Annotated[str, AfterValidator(check_timezone)] = "UTC"
 
 

@@ -1,0 +1,107 @@
+"""New images tell the next flow: against a real Prefect server, from a run of `ingest` to the word of the triggers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
+from visionloop.store import LocalStore
+from visionloop.store.lease import make_claim, take_lease
+
+LIMIT_S = 100
+SECTIONS = """
+ingest: {sources: [{kind: folder, path: PHOTOS}]}
+schedule: {ingest: "0 1 1 1 *", timezone: Europe/Berlin}
+triggers: {new_images: 100000}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A workspace with images, and a folder with more of them as its source."""
+    home = make_workspace(tmp_path / "nightly", number=12)
+    more = write_shapes(tmp_path / "more", 6, seed=1)
+    path = home / "params.yaml"
+    path.write_text(path.read_text().replace("name: shapes", "name: nightly") + SECTIONS.replace("PHOTOS", str(more)))
+    assert visionloop(home, "ingest", str(home.parent / "photos")).returncode == 0
+    return home
+
+
+@pytest.fixture
+def served(home: Path, prefect_api: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "flows/deploy.py", "--workspace", str(home)]
+    env = make_environment(PREFECT_API_URL=prefect_api)
+    with (home.parent / "deploy.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+        yield process
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(find: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := find()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.5)
+    return found
+
+
+def list_ended(api: str, deployment: str) -> list[tuple[str, str]]:
+    """The states that runs of a deployment have ended in, the oldest first."""
+    query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False, timeout=30).json()
+    ended = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    return [(run_["state_name"], run_["state_type"]) for run_ in runs if run_["state_type"] in ended]
+
+
+def find_deployment(api: str, name: str) -> dict[str, Any] | None:
+    found = httpx.get(f"{api}/deployments/name/{name}", trust_env=False, timeout=30)
+    return dict(found.json()) if found.status_code == 200 and found.json()["status"] == "READY" else None
+
+
+def test_new_images_start_the_flow_that_asks_the_triggers(
+    home: Path, prefect_api: str, served: subprocess.Popen[bytes]
+) -> None:
+    deployment = wait_for(lambda: served.poll() or find_deployment(prefect_api, "ingest/nightly"))
+    (schedule,) = deployment["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 1 1 1 *", "Europe/Berlin")
+    wait_for(lambda: find_deployment(prefect_api, "retrain/nightly-if-due"))
+    assert served.poll() is None
+    start = f"{prefect_api}/deployments/{deployment['id']}/create_flow_run"
+
+    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    assert wait_for(lambda: list_ended(prefect_api, "nightly")) == [("NewData", "COMPLETED")]
+    assert wait_for(lambda: list_ended(prefect_api, "nightly-if-due")) == [("NotDue", "COMPLETED")]
+    (decision,) = json.loads(visionloop(home, "triggers", "history", "--json").stdout)
+    assert (decision["outcome"], decision["dataset"]) == ("no", 2)
+    assert decision["looks"][0]["found"] == "36 new images with labels"
+    assert list((home / ".visionloop" / "store").glob("ledger/*")) == []
+
+    with take_lease(LocalStore(home / ".visionloop" / "store"), "nightly", make_claim("ann", "03:00")):
+        httpx.post(start, json={}, trust_env=False).raise_for_status()
+        states = wait_for(lambda: list_ended(prefect_api, "nightly")[1:])
+    assert states == [("Skipped", "CANCELLED")], "while a retrain is under way"
+    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    assert wait_for(lambda: list_ended(prefect_api, "nightly")[2:]) == [("NothingNew", "COMPLETED")]
+    assert len(list_ended(prefect_api, "nightly-if-due")) == 1, "no event without new images"
+
+
+def test_what_cannot_be_planned_names_its_field(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text('name: pets\nschedule: {triggers: "0 * * * *", retrain: "0 3 * * *"}\n')
+    done = run(ROOT, sys.executable, "flows/deploy.py", "--workspace", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    told = "error: params.yaml triggers: sets none; expected one for schedule.triggers to ask. See docs/loop.md.\n"
+    assert done.stderr == told
