@@ -159,14 +159,6 @@ def describe_images(records: "Sequence[ImageRecord]") -> list[str]:
     ]
 
 
-def describe_sources(records: "Sequence[ImageRecord]") -> list[str]:
-    """Return images per source; one that several sources have counts for each."""
-    counts = Counter(source for record in records for source in record.sources)
-    text = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())[:MANY])
-    more = f" and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
-    return [f"  sources   {text}{more}"]
-
-
 def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str] = (), *, shown: int = 3) -> list[str]:
     """Return what was not taken in, by code, the first few of each by name."""
     by_code: dict[str, list[Rejected]] = {}

@@ -88,7 +88,7 @@ def test_what_only_people_read_moves_nothing(copied: Path, before: dict[str, str
 @pytest.mark.parametrize(
     ("edit", "moved"),
     [
-        (("data/images.py", "_BAND_PIXELS = ", "_BAND_PIXELS = 1 + "), ALL),
+        (("data/modes.py", "_BAND_PIXELS = ", "_BAND_PIXELS = 1 + "), ALL),
         (("data/images.py", 'reason_code="empty"', 'reason_code="nothing"'), ALL),
         (("data/prepare.py", "WAVE = 64", "WAVE = 65"), {"prepare"}),
         (("training/module.py", "0.", "0.5 + 0."), {"train"}),

@@ -160,6 +160,6 @@ def test_the_params_of_the_page_about_judging_are_valid() -> None:
     gates = [make_params({"name": "pets", **parse_yaml(block, "judging.md")}).gate for block in blocks]
     assert [(gate.looks, gate.approval, len(gate.floors)) for gate in gates] == [
         ("tell", "none", 0),
-        ("spend", "required", 4),
+        ("spend", "required", 5),
     ]
     assert gates[0] == Gate(), "the first block shows the defaults"

@@ -1,6 +1,8 @@
 """The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +24,7 @@ app.add_typer(datasets_app, name="datasets")
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
 
+MOST_SOURCES = 12
 Format = StrEnum("Format", ("folders", "webdataset"))
 
 
@@ -272,7 +275,7 @@ def _describe_version(
     lines = [
         f"dataset {version.name} version {version.version}, {version.num_images:,} images, made {version.created_at}",
         f"  digest    {version.digest}",
-        *tables.describe_sources(records),
+        *_describe_sources(records),
         *tables.describe_images(records),
         f"  sides     {split.get('method', 'hash')}, seed {split.get('seed')}, {fractions}{aside}",
         "",
@@ -337,3 +340,11 @@ def _find_pinned(workspace: Workspace) -> int | None:
     except DatasetError:
         return None
     return pin.version if pin.name == workspace.name else None
+
+
+def _describe_sources(records: "Sequence[ImageRecord]") -> list[str]:
+    """Return images per source; one that several sources have counts for each."""
+    counts = Counter(source for record in records for source in record.sources)
+    text = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())[:MOST_SOURCES])
+    more = f" and {len(counts) - MOST_SOURCES:,} more" if len(counts) > MOST_SOURCES else ""
+    return [f"  sources   {text}{more}"]

@@ -79,14 +79,8 @@ def promote(
     if champion and champion.bundle == digest:
         mirror_alias(workspace)
         return champion
-    taken_down = find_rolled_back(read_history(store, name), digest)
-    if taken_down and not again:
-        raise NotPromoted(
-            f"candidate {digest[:12]}",
-            f"was {describe_rollback(taken_down)}",
-            "another model",
-            "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`.",
-        )
+    if not again:
+        _refuse_taken_down(store, name, digest)
     decision = require_passed(store, name, digest, again=again)
     require_bound(decision, champion, again=again)
     _refuse_experiment(store, name, decision, digest)
@@ -199,6 +193,16 @@ def compare_alias(workspace: Workspace) -> tuple[str | None, str | None]:
     champion = read_champion(workspace.store, workspace.name)
     version = (workspace.tracking.find_version(champion.bundle) or champion.model_version) if champion else None
     return version, workspace.tracking.get_champion()
+
+
+def _refuse_taken_down(store: ObjectStore, name: str, digest: str) -> None:
+    if taken_down := find_rolled_back(read_history(store, name), digest):
+        raise NotPromoted(
+            f"candidate {digest[:12]}",
+            f"was {describe_rollback(taken_down)}",
+            "another model",
+            "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`.",
+        )
 
 
 def _refuse_experiment(store: ObjectStore, name: str, decision: Decision, digest: str) -> None:

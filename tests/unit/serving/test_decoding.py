@@ -22,7 +22,7 @@ def make_header(side: int) -> bytes:
 
 
 def test_cheap_images_pass_dear_ones_and_dear_ones_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.serving.decoding.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("visionloop.serving.decoding.count_cores", lambda: 8)
     released, running_now, most = threading.Event(), Counter[str](), Counter[str]()
     lock = threading.Lock()
 
