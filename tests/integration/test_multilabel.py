@@ -132,7 +132,7 @@ def test_the_bundle_answers_with_sets(loop: Loop) -> None:
 
 def test_the_gate_judges_as_evaluate_does_and_the_champion_answers(loop: Loop, tmp_path: Path) -> None:
     assert loop.decision.verdict == "passed"
-    assert [r.rule for r in loop.decision.rules] == ["floor accuracy", "baseline", "first"]
+    assert [r.rule for r in loop.decision.rules] == ["floor accuracy", "baseline", "first", "simple_head"]
     assert loop.decision.metrics["macro_f1"]["value"] == pytest.approx(loop.metrics["macro_f1"].value)
     shutil.copytree(loop.home, tmp_path / "ws")
     settings, params, store, tracking = open_parts(tmp_path / "ws")

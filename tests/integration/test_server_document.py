@@ -22,8 +22,8 @@ from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 OPERATIONS = (
-    *("POST /predict", "POST /similar", "POST /admin/reload", "GET /health/live", "GET /health/ready"),
-    *("GET /model", "GET /metrics"),
+    *("POST /predict", "POST /similar", "POST /feedback", "POST /admin/reload", "GET /health/live"),
+    *("GET /health/ready", "GET /model", "GET /metrics"),
 )
 FEW, MANY = 25, 2000
 # 503 is allowed, and looked for below. That bytes are an image is nothing a schema can say.

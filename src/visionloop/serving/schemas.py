@@ -301,10 +301,11 @@ _FEEDBACK = {
     "oneOf": [{"required": ["label"]}, {"required": ["labels"]}],
     "additionalProperties": False,
 }
+_FEEDBACK_ITEM = {"description": "As one alone. What is wrong with it is said in its result, and spoils no other"}
 _FEEDBACK_LIST = {
     "type": "object",
     "required": ["feedback"],
-    "properties": {"feedback": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _FEEDBACK}},
+    "properties": {"feedback": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _FEEDBACK_ITEM}},
     "additionalProperties": False,
 }
 FEEDBACK_BODY = {
