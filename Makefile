@@ -35,8 +35,8 @@ demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a s
 	@$(BIN)/python flows/retrain.py
 
 test: check ## check, then every test but the long ones
-	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" tests/unit
-	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 3 -m "not long" tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 3 -m "not long" --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
 
 test-long: $(STAMP) ## the slow repetitions that `make test` leaves out: other ends, Ray, all backbones
 	@$(TIDY) $(BIN)/python -m pytest -n 2 -m long --dist loadfile --no-loadscope-reorder tests

@@ -23,14 +23,14 @@ from visionloop.store.lease import Claim
 if TYPE_CHECKING:
     from conftest import PrefectServer
 
-EPOCHS = 30
+EPOCHS = 20
 End = Callable[[subprocess.Popen[str]], None]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace whose training is long enough to be killed several times."""
-    return make_workspace(tmp_path_factory.mktemp("kills") / "ws", epochs=EPOCHS, number=150)
+    return make_workspace(tmp_path_factory.mktemp("kills") / "ws", epochs=EPOCHS, number=100)
 
 
 def start_flow(home: Path, **extra: str) -> subprocess.Popen[str]:
@@ -248,6 +248,7 @@ def read_until(process: subprocess.Popen[str], word: str | None) -> str:
     return "".join(lines)
 
 
+@pytest.mark.long
 def test_two_retrains_of_one_workspace(home: Path, prefect_api: str) -> None:
     path = home / "params.yaml"
     path.write_text(path.read_text().replace("name: shapes", "name: others"))

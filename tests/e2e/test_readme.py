@@ -118,7 +118,9 @@ def test_doctor_is_content(demo: Demo) -> None:
 def read_times(home: Path) -> dict[Path, int]:
     """When each object of the store was written, but the lease: each retrain takes a new number."""
     store = home / ".visionloop" / "store"
-    return {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file() and p.relative_to(store).parts[0] != "leases"}
+    return {
+        p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file() and p.relative_to(store).parts[0] != "leases"
+    }
 
 
 def test_run_again_says_nothing_changed_and_moves_nothing(demo: Demo, prefect_api: str) -> None:

@@ -111,6 +111,7 @@ def test_two_ranks_are_near_to_one_process(trained: Path, prepared: Path, tmp_pa
         assert abs(together.metrics[name] - alone.metrics[name]) < most, name
 
 
+@pytest.mark.long
 def test_after_a_killed_rank_the_same_command_goes_on(trained: Path, prepared: Path, tmp_path: Path) -> None:
     check_ends(trained, prepared, tmp_path / "ws", kill_a_rank)
 
@@ -214,6 +215,7 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_two_nodes_give_the_figures_of_two_ranks_also_after_a_worker_was_killed(
     trained: Path, prepared: Path, tmp_path: Path, cluster_address: str
 ) -> None:

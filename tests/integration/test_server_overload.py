@@ -145,7 +145,7 @@ def test_a_deadline_that_is_no_number_is_refused(tmp_path: Path, bundle_dir: Pat
 
 
 def test_a_network_that_does_not_finish_is_not_alive(tmp_path: Path, bundle_dir: Path) -> None:
-    with serving(tmp_path, bundle_dir, first=SLOW.format(seconds=3.0), stuck_s=0.5, deadline_s=0.2) as server:
+    with serving(tmp_path, bundle_dir, first=SLOW.format(seconds=1.2), stuck_s=0.5, deadline_s=0.2) as server:
         assert server.ask(path="/health/live").status == 200
         time.sleep(0.7)
         assert server.ask(path="/health/live").status == 200, "it has nothing to do"
