@@ -1,4 +1,5 @@
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -128,3 +129,14 @@ def test_bytes_of_all_requests_together_are_limited_and_given_back() -> None:
     assert refuse(make_request([b"a" * 1001]), inbox) == (413, "body_too_large")
     assert refuse(make_request([b"a"] * 50, delay_s=0.02), inbox) == (408, "too_slow")
     assert inbox.held_bytes == 0
+
+
+def test_json_of_very_many_values_is_refused_before_it_takes_memory() -> None:
+    body = b'{"images": [' + b"[]," * 300_000 + b"[]]}"
+    request = make_request([body])
+    tracemalloc.start()
+    try:
+        assert refuse(request, Inbox(Limits())) == (413, "too_many_files")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
