@@ -316,9 +316,7 @@ async def _answer_in_time(
         work.cancel()
         gone.cancel()
     if gone in done:
-        if work in done:
-            work.exception()  # else the loop reports it as one that nobody looked at
-        elif not limit.is_said:
+        if not limit.is_said:
             batcher.patience.note_left(time.perf_counter() - request.state.started)
         raise ClientDisconnect
     if work in done:

@@ -44,9 +44,9 @@ from visionloop.store import ObjectStore
 from visionloop.store.keys import is_key
 
 MAX_NOTED, MAX_NOTED_BYTES = 4096, 64_000_000  # answers that wait for a row, and the bytes of their images
-MAX_ROWS = 10_000  # of a part
+MAX_ROWS = 5_000  # of a part: about 30 MB in memory with 1,280 numbers each
 MAX_SPOOL_BYTES = 256_000_000
-MEASURED_PER_S = 64  # images of which brightness, contrast and sharpness are taken: the cost is bounded
+MEASURED_PER_S = 32  # images of which brightness, contrast and sharpness are taken: the cost is bounded
 DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
 OLD_S = 600.0  # nobody takes so long to write a file
 SPOOL = "predictions"  # in the hidden folder of the workspace

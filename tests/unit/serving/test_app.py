@@ -1,6 +1,4 @@
-import asyncio
 import base64
-import gc
 import hashlib
 import json
 import re
@@ -11,21 +9,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import Request
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.requests import ClientDisconnect
-from starlette.types import Message
 
 from fakes import make_bundle, make_image
 from visionloop.predictor import Predictor
-from visionloop.serving import app as app_module
 from visionloop.serving.app import make_app
-from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import Limits
 from visionloop.serving.schemas import ErrorAnswer
 from visionloop.serving.swap import ModelSlot, ServedModel
@@ -212,26 +204,6 @@ def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: 
             client.post("/predict", files=[("f", (f"{seed}.png", make_image(seed))) for seed in range(6)])
             found.append(most)
     assert found == [1, 3, 1]
-
-
-def test_a_refusal_that_nobody_waits_for_is_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    class Full:
-        async def predict(self, *args: object, **options: object) -> None:
-            raise QueueFull("is full", "a place")
-
-    async def receive() -> Message:
-        return {"type": "http.disconnect"}
-
-    async def run() -> None:
-        request = Request({"type": "http", "headers": [], "state": {"started": time.perf_counter()}}, receive)
-        limit: Any = SimpleNamespace(seconds=1.0, is_said=False)
-        fake: Any = Full()
-        with pytest.raises(ClientDisconnect):
-            await app_module._answer_in_time(request, fake, fake, [], limit)
-        gc.collect()
-
-    asyncio.run(run())
-    assert caplog.records == []
 
 
 def test_our_own_bug_is_a_500_without_its_text(

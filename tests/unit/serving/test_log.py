@@ -357,7 +357,7 @@ def test_only_so_many_images_a_second_are_measured(store: ShakyStore, tmp_path: 
     expected = {name: value_n[0] for name, value_n in measure_images(image_hwc[None]).items()}
     assert log.measure(image_hwc) == expected
     assert log.measure(image_hwc) is None
-    time.sleep(0.03)
+    time.sleep(0.05)
     assert log.measure(image_hwc) == expected
 
 
