@@ -91,7 +91,7 @@ class DayTable:
 
 
 def _pack_floats(lists: Sequence[Any]) -> "pa.Array":
-    """Return lists of numbers, or None, as a column. Arrow's own way holds the interpreter for half a second or more."""
+    """Return lists of numbers, or None, as a column. Arrow's own way holds all threads for half a second or more."""
     import pyarrow as pa
 
     parts = [np.zeros(0, np.float32) if one is None else np.asarray(one, np.float32) for one in lists]

@@ -20,6 +20,7 @@ from visionloop.errors import VisionLoopError, shorten
 
 FILE_FIELDS = (b"file", b"files")
 MAX_NAME_CHARS = 120
+LARGE_BYTES = 1_000_000
 MAX_JSON_MARKS = 10_000  # of lists, objects and commas between them: each becomes an object in memory
 IMAGES_FORM = '{"image": "<base64>"} or {"images": ["<base64>", ...]}'
 NO_BOUNDARY = "Do not set the Content-Type yourself: the HTTP library writes it, with the boundary that it chose."
@@ -124,7 +125,8 @@ class Inbox:
                     self.held_bytes += len(chunk)
                     self._check_size(size, max_bytes)
                     reader.feed(chunk)
-            read = reader.finish()
+            # A large body of JSON takes some tenths of a second, in which no other request would be answered.
+            read = await asyncio.to_thread(reader.finish) if size > LARGE_BYTES else reader.finish()
         except TimeoutError as exc:
             self.held_bytes -= size
             expected = f"all of it within {self.limits.body_timeout_s:g} s"
