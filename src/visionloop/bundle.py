@@ -42,6 +42,20 @@ class Bundle:
     card: Card
     files: dict[str, str]
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file, checked again: a training may have put another bundle into this folder since.
+
+        Raises:
+            BundleError: they are not those that were checked.
+        """
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError as exc:
+            raise BundleError(f"bundle {self.digest[:12]}", f"{name} cannot be read any more") from exc
+        if hashlib.sha256(data).hexdigest() != self.files.get(name):
+            raise BundleError(f"bundle {self.digest[:12]}", f"{name} is another one since it was opened")
+        return data
+
     def golden_images(self) -> list[bytes]:
         """The encoded golden images, in the order of the answers."""
         names = json.loads((self.folder / "golden" / "answers.json").read_text())["images"]

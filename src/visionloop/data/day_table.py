@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.store import ObjectStore
 
@@ -59,7 +61,8 @@ class DayTable:
         """Encode rows as a part. A column that a row lacks is null."""
         import pyarrow as pa
 
-        columns = {name: [row.get(name) for row in rows] for name in self.columns}
+        columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.columns}
+        columns |= {name: _pack_floats(columns[name]) for name, kind in self.columns.items() if kind == "floats"}
         return encode_table(pa.table(columns, schema=self.make_schema()))
 
     def decode(self, data: bytes, where: str, columns: Sequence[str] | None = None) -> "pa.Table":
@@ -85,6 +88,17 @@ class DayTable:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError) as exc:
             raise DatasetError(where, "is damaged", f"a part of the {self.kind} in Parquet", "Remove it.") from exc
         return pa.table(found, schema=pa.schema([schema.field(name) for name in wanted]))
+
+
+def _pack_floats(lists: Sequence[Any]) -> "pa.Array":
+    """Return lists of numbers, or None, as a column. Arrow's own way holds all threads for half a second or more."""
+    import pyarrow as pa
+
+    parts = [np.zeros(0, np.float32) if one is None else np.asarray(one, np.float32) for one in lists]
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    is_null = np.array([*(one is None for one in lists), False])
+    flat = np.concatenate([np.zeros(0, np.float32), *parts])
+    return pa.ListArray.from_arrays(pa.array(offsets, mask=is_null), pa.array(flat))
 
 
 def encode_table(table: "pa.Table", replaces: Iterable[str] = ()) -> bytes:

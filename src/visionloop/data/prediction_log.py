@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.data.day_table import DayReader, DayTable, drop_images, encode_table, expire
+from visionloop.data.day_table import IMAGE, DayReader, DayTable, drop_images, encode_table, expire
 from visionloop.data.manifest import make_image_key
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ObjectMissing
@@ -193,9 +193,12 @@ def drop_forgotten(data: bytes, sha256s: frozenset[str]) -> tuple[bytes, int]:
     Raises:
         DatasetError: it is damaged.
     """
-    rows = PREDICTIONS.decode(data, "part of the prediction log")
-    kept = drop_images(rows, sha256s)
-    return (data if len(kept) == len(rows) else encode_table(kept)), len(kept)
+    where = "part of the prediction log"
+    images = PREDICTIONS.decode(data, where, [IMAGE])[IMAGE].to_pylist()  # one column: the others are large
+    if sha256s.isdisjoint(images):
+        return data, len(images)
+    kept = drop_images(PREDICTIONS.decode(data, where), sha256s)
+    return encode_table(kept), len(kept)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Flags alone do not tell: `avx512_bf16` without `amx_bf16` trains ResNet18 more s
 processor, and twice as fast on another.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -104,7 +105,8 @@ def measure_once(
 ) -> Measured:
     """Return what is kept for these facts and candidates; else what `measure` gives, and keep it.
 
-    The facts are JSON values. A file that is damaged, or was made by something else, counts as empty.
+    The facts are JSON values. A file that is damaged, or was made by something else, counts as empty. One that cannot
+    be written is no reason to stop: it is measured again the next time.
     """
     kept = load_measured(hidden_dir)
     for one in kept:
@@ -113,7 +115,8 @@ def measure_once(
     measured = measure()
     if any(measured.images_per_s.values()):
         others = [one for one in load_measured(hidden_dir) if one.facts != facts]
-        _write(hidden_dir / MACHINE_FILE, [*others, measured])
+        with contextlib.suppress(OSError):
+            _write(hidden_dir / MACHINE_FILE, [*others, measured])
     return measured
 
 

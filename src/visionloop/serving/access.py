@@ -39,33 +39,32 @@ class RateExceeded(VisionLoopError, RuntimeError):
     status = 429
     reason_code = "too_many"
 
-    def __init__(self, rate_per_s: float, wait_s: float) -> None:
+    def __init__(self, expected: str, wait_s: float) -> None:
         after_s = max(1, math.ceil(wait_s))
-        super().__init__(
-            "request", "it is above your rate", f"at most {rate_per_s:g} images a second", f"Try again in {after_s} s."
-        )
+        super().__init__("request", "it is above your rate", expected, f"Try again in {after_s} s.")
         self.headers = {"Retry-After": str(after_s)}
 
 
 class Rates:
-    """A token bucket for each client: so many images a second, and those of one second at once.
+    """A token bucket for each client: so many things in each period, and those of one period at once.
 
-    Example, at 2 a second: the bucket holds 2. A request takes 1, a second one takes 1, a third one is told to wait
-    until there is 1 again: 0.5 s, so 1 s. A request with 5 images takes the other 4 when they are counted: the bucket
-    is at -3, and there is 1 again in 2 s.
+    Example, at 2 images a second: the bucket holds 2. A request takes 1, a second one takes 1, a third one is told to
+    wait until there is 1 again: 0.5 s, so 1 s. A request with 5 images takes the other 4 when they are counted: the
+    bucket is at -3, and there is 1 again in 2 s.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "images a second", period_s: float = 1.0) -> None:
+        self._what, self._period_s = what, period_s
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client: level, at that time
 
-    def take(self, client: str, rate_per_s: float, now_s: float) -> None:
-        """Count a request. Raises RateExceeded."""
-        full = max(1.0, rate_per_s)
+    def take(self, client: str, rate: float, now_s: float, number: int = 1) -> None:
+        """Count things, of which there may be more than are left: then the next one waits. Raises RateExceeded."""
+        full, per_s = max(1.0, rate), rate / self._period_s
         level, at_s = self._buckets.get(client, (full, now_s))
-        level = min(full, level + (now_s - at_s) * rate_per_s)
+        level = min(full, level + (now_s - at_s) * per_s)
         if level < 1:
-            raise RateExceeded(rate_per_s, (1 - level) / rate_per_s)
-        self._buckets[client] = (level - 1, now_s)
+            raise RateExceeded(f"at most {rate:g} {self._what}", (1 - level) / per_s)
+        self._buckets[client] = (level - number, now_s)
         self._buckets.move_to_end(client)
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)

@@ -1,6 +1,5 @@
 """The answer for one image, and the answers that are kept for images that come again."""
 
-import hashlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -26,9 +25,11 @@ class Timing:
 class Answer(Prediction):
     """The answer for one image, with the embedding (d,) that it was made from, and what the log wants to know.
 
-    `distance` is None where the card has no rule for it, `quality` where nobody measured.
+    `sha256` is that of the image's bytes. `distance` is None where the card has no rule for it, `quality` where nobody
+    measured.
     """
 
+    sha256: str
     embedding_d: FloatArray
     distance: float | None = None
     quality: Mapping[str, float] | None = None
@@ -36,7 +37,7 @@ class Answer(Prediction):
 
 
 class AnswerCache:
-    """Answers of one model by the digest of the image's bytes, as many as fit; what was not asked for longest goes.
+    """Answers of one model by the sha256 of the image's bytes, as many as fit; what was not asked for longest goes.
 
     The whole answer is kept, whatever of it was asked for. A swap empties the cache. 0 bytes: it keeps nothing.
     """
@@ -44,33 +45,30 @@ class AnswerCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._answers: OrderedDict[bytes, tuple[Answer, int]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[Answer, int]] = OrderedDict()
         self._predictor: weakref.ref[Predictor] | None = None
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def name(self, data: bytes) -> bytes:
-        """Return the key of an image."""
-        return hashlib.sha256(data).digest() if self._max_bytes else b""
-
-    def find(self, predictor: Predictor, key: bytes) -> Answer | None:
+    def find(self, predictor: Predictor, sha256: str) -> Answer | None:
         """Return the answer of this model. Call it with the current model only: it empties what another one kept."""
         if self._predictor is None or self._predictor() is not predictor:
             self._predictor, self._num_bytes = weakref.ref(predictor), 0
             self._answers.clear()
-        found = self._answers.get(key)
+        found = self._answers.get(sha256)
         if found is None:
             return None
-        self._answers.move_to_end(key)
+        self._answers.move_to_end(sha256)
         return replace(found[0], timing=Timing(is_cached=True))
 
-    def keep(self, predictor: Predictor, key: bytes, answer: Answer) -> None:
+    def keep(self, predictor: Predictor, answer: Answer) -> None:
         """Keep an answer; not that of a model that was swapped out meanwhile."""
-        if not self._max_bytes or self._predictor is None or self._predictor() is not predictor or key in self._answers:
+        is_current = self._predictor is not None and self._predictor() is predictor
+        if not self._max_bytes or not is_current or answer.sha256 in self._answers:
             return
         size = ENTRY_BYTES + CLASS_BYTES * len(answer.probabilities) + answer.embedding_d.nbytes
-        self._answers[key] = answer, size
+        self._answers[answer.sha256] = answer, size
         self._num_bytes += size
         while self._num_bytes > self._max_bytes:
             self._num_bytes -= self._answers.popitem(last=False)[1][1]

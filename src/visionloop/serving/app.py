@@ -6,12 +6,13 @@ A wrong request gets a 4xx. A full server, or one without a model, answers 503. 
 import asyncio
 import contextlib
 import heapq
-import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,6 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from visionloop import __version__
 from visionloop.errors import ImageError
+from visionloop.predictor import Predictor
 from visionloop.serving.access import Access
 from visionloop.serving.answers import Answer
 from visionloop.serving.batcher import Batcher
@@ -51,6 +53,9 @@ PREDICT = "/predict"
 MAX_TOP_K, MAX_DEADLINE_MS = 1_000_000, 86_400_000
 MAX_NEIGHBOURS = 100
 LOOK_S = 30.0
+Deadline = Annotated[
+    int | None, Header(ge=1, le=MAX_DEADLINE_MS, description="How long you wait; if that is too short you get 503")
+]
 
 
 def make_app(
@@ -61,21 +66,20 @@ def make_app(
     *,
     log: PredictionLog | None = None,
     book: FeedbackBook | None = None,
-    decoders: int = 0,
 ) -> FastAPI:
     """Build the application. The model in `slot` may change, or be missing, at any time.
 
     `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none. With a `log`
-    answers are written down; a `book` takes feedback on them. `decoders`: of the batcher.
+    answers are written down; a `book` takes feedback on them.
     """
     limits, access = limits or Limits(), access or Access()
-    meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem)
+    meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem, log, book)
     batcher = Batcher(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         max_pixels=limits.max_pixels,
         cache_bytes=limits.cache_bytes,
-        decoders=decoders,
+        decoders=lambda: slot.current.decoders if slot.current else 0,
         on_batch=meters.count_batch,
         measure=log.measure if log else lambda image_hwc: None,
     )
@@ -92,7 +96,7 @@ def make_app(
         app.add_exception_handler(kind, answer_error)
     inbox = Inbox(limits)
     _add_predict(app, slot, inbox, batcher, meters, log=log)
-    add_feedback(app, slot, book)
+    add_feedback(app, partial(_require_model, slot), inbox, book)
     _add_similar(app, slot, inbox, batcher)
     _add_admin(app, slot, look_now)
     _add_state(app, slot, meters, lambda: batcher.is_stuck(limits.stuck_s))
@@ -118,10 +122,7 @@ def _add_predict(
             Query(ge=1, le=MAX_TOP_K, description="`probabilities` has only the so many highest, the highest first"),
         ] = None,
         embedding: Annotated[bool, Query(description="Answer with the embedding too: one vector an image")] = False,
-        x_deadline_ms: Annotated[
-            int | None,
-            Header(ge=1, le=MAX_DEADLINE_MS, description="How long you wait; if that is too short you get 503"),
-        ] = None,
+        x_deadline_ms: Deadline = None,
     ) -> Response:
         """Send the image as the body, one or more files in a form, or JSON with base64.
 
@@ -130,13 +131,10 @@ def _add_predict(
         A model whose task is multilabel (see /model) also answers with the list of labels, which may be empty. Where
         the model does not know, `abstained` says why; `prediction` is then its best guess.
         """
-        limit_s = min(inbox.limits.deadline_s, math.inf if x_deadline_ms is None else x_deadline_ms / 1000)
-        says_limit = x_deadline_ms is not None
-        async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=says_limit)) as uploads:
-            request.state.access.charge(request, len(uploads))
+        limit = _TimeLimit.read(inbox.limits.deadline_s, x_deadline_ms)
+        async with _take_in(request, inbox, batcher, limit) as uploads:
             model = _note_model(request, slot)
-            images = [upload.data for upload in uploads]
-            answers = await _answer_in_time(request, batcher, model, images, limit_s, says_limit=says_limit)
+            answers = await _answer_in_time(request, batcher, model, uploads, limit)
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
@@ -151,14 +149,14 @@ def _add_predict(
 
 
 def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) -> None:
-    held: tuple[str, Reference] | None = None  # of the model that was asked last, by its digest
+    held = WeakKeyDictionary[Predictor, Reference]()  # a model that was swapped out takes its reference with it
+    loading = threading.Lock()
 
     def load(model: ServedModel) -> Reference:
-        nonlocal held
-        found = held
-        if found is None or found[0] != model.digest:
-            held = found = model.digest, Reference(model.predictor.bundle)
-        return found[1]
+        with loading:
+            if model.predictor not in held:
+                held[model.predictor] = Reference(model.predictor.bundle)
+            return held[model.predictor]
 
     @app.post(
         "/similar",
@@ -168,19 +166,19 @@ def _add_similar(app: FastAPI, slot: ModelSlot, inbox: Inbox, batcher: Batcher) 
         summary="The validation images nearest to an image, or to several",
     )
     async def similar(
-        request: Request, k: Annotated[int, Query(ge=1, le=MAX_NEIGHBOURS, description="So many of them")] = 5
+        request: Request,
+        k: Annotated[int, Query(ge=1, le=MAX_NEIGHBOURS, description="So many of them")] = 5,
+        x_deadline_ms: Deadline = None,
     ) -> Response:
         """Send images as for /predict. The answer names images by the sha256 of their files, and says their labels.
 
         `distance` is the cosine distance of the embeddings, from 0 to 2, as in `visionloop similar`.
         """
-        limit_s = inbox.limits.deadline_s
-        async with inbox.receive(request, lambda: batcher.require_room(1, limit_s, is_patient=False)) as uploads:
-            request.state.access.charge(request, len(uploads))
+        limit = _TimeLimit.read(inbox.limits.deadline_s, x_deadline_ms)
+        async with _take_in(request, inbox, batcher, limit) as uploads:
             model = _note_model(request, slot)
             reference = await asyncio.to_thread(load, model)
-            images = [upload.data for upload in uploads]
-            answers = await _answer_in_time(request, batcher, model, images, limit_s, says_limit=False)
+            answers = await _answer_in_time(request, batcher, model, uploads, limit)
 
         def describe(answer: Answer) -> dict[str, Any]:
             return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}
@@ -279,16 +277,38 @@ def _name_model(model: ServedModel) -> dict[str, Any]:
     return {"name": model.name, "version": model.version, "digest": model.digest}
 
 
+@dataclass(frozen=True)
+class _TimeLimit:
+    """How long a request may take. `is_said`: by the client's own word."""
+
+    seconds: float
+    is_said: bool
+
+    @classmethod
+    def read(cls, most_s: float, asked_ms: int | None) -> "_TimeLimit":
+        return cls(most_s, False) if asked_ms is None else cls(min(most_s, asked_ms / 1000), True)
+
+
+@contextlib.asynccontextmanager
+async def _take_in(request: Request, inbox: Inbox, batcher: Batcher, limit: _TimeLimit) -> AsyncIterator[list[Upload]]:
+    """Yield the images of a request, counted for its client; refuse it before its body is read if there is no room."""
+    check = partial(batcher.require_room, 1, limit.seconds, is_patient=limit.is_said)
+    async with inbox.receive(request, check) as uploads:
+        request.state.access.charge(request, len(uploads))
+        yield uploads
+
+
 async def _answer_in_time(
-    request: Request, batcher: Batcher, model: ServedModel, images: Sequence[bytes], limit_s: float, *, says_limit: bool
+    request: Request, batcher: Batcher, model: ServedModel, uploads: Sequence[Upload], limit: _TimeLimit
 ) -> list[Answer | ImageError]:
     """Answer while the client is there, and for so long at most after its request began.
 
     Raises:
         QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
     """
-    left_s = limit_s - (time.perf_counter() - request.state.started)
-    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s, is_patient=says_limit))
+    left_s = limit.seconds - (time.perf_counter() - request.state.started)
+    images = [upload.data for upload in uploads]
+    work = asyncio.create_task(batcher.predict(model, images, limit_s=left_s, is_patient=limit.is_said))
     gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
     try:
         done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
@@ -296,12 +316,12 @@ async def _answer_in_time(
         work.cancel()
         gone.cancel()
     if gone in done:
-        if not says_limit:
+        if not limit.is_said:
             batcher.patience.note_left(time.perf_counter() - request.state.started)
         raise ClientDisconnect
     if work in done:
         return work.result()
-    raise batcher.refuse("has no answer in time", f"one within {limit_s:g} s", "deadline")
+    raise batcher.refuse("has no answer in time", f"one within {limit.seconds:g} s", "deadline")
 
 
 def _note(

@@ -8,13 +8,14 @@ All methods belong to one event loop.
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class _Waiting:
     """A decoded image. `begun_at`: when it was taken in; of a dear one, whose decoding is no measure, the end of it."""
 
     model: ServedModel
+    sha256: str
     decoded: _Decoded
     taken_at: float
     begun_at: float
@@ -104,7 +106,7 @@ class Batcher:
         max_wait_s: float = 0.004,
         max_batch_s: float = 0.1,
         cache_bytes: int = 0,
-        decoders: int = 0,
+        decoders: Callable[[], int] = lambda: 0,
         on_batch: Callable[[int], None] = lambda size: None,
         measure: Callable[[UInt8Array], Mapping[str, float] | None] = lambda image_hwc: None,
     ) -> None:
@@ -113,14 +115,14 @@ class Batcher:
         `measure` is called with each decoded image, in a thread; what it returns is the answer's `quality`.
 
         A batch is so small that it takes about `max_batch_s` at most, by what was measured: longer ones answer many
-        clients late, and are hardly faster for an image. `decoders`: how many threads decode; 0: all cores but one.
+        clients late, and are hardly faster for an image. `decoders`: see `Decoders`.
         """
         self.max_batch, self.max_queue, self.max_pixels, self.max_wait_s = max_batch, max_queue, max_pixels, max_wait_s
         self._on_batch, self._measure_image = on_batch, measure
         self._max_batch_s = max_batch_s
         self.patience = Patience()
         self.cache = AnswerCache(cache_bytes)
-        self._num_decoders = decoders
+        self._wanted_decoders = decoders
         self._ready: deque[_Waiting] = deque()
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
         self._finished_at = 0.0
@@ -148,7 +150,7 @@ class Batcher:
 
     def start(self) -> None:
         """Make the threads and begin to work."""
-        self._decoders = Decoders(self._may_decode, self._changed.set, self._pick, decoders=self._num_decoders)
+        self._decoders = Decoders(self._may_decode, self._changed.set, self._pick, decoders=self._wanted_decoders)
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._worker = asyncio.create_task(self._work())
         self._closed = False
@@ -174,16 +176,17 @@ class Batcher:
         Raises:
             QueueFull: not all of them fit in the queue now; none was taken.
         """
-        keys = [self.cache.name(data) for data in images]
-        found: list[Answer | ImageError | None] = [self.cache.find(model.predictor, key) for key in keys]
+        sha256s = [hashlib.sha256(data).hexdigest() for data in images]
+        found: list[Answer | ImageError | None] = [self.cache.find(model.predictor, sha256) for sha256 in sha256s]
         missing = [i for i, one in enumerate(found) if one is None]
         if missing:
             self.require_room(len(missing), limit_s, is_patient=is_patient)
-            await self._answer_all(model, images, found, missing)
+            waiting = [self._answer(model, images[i], sha256s[i]) for i in missing]
+            for i, one in zip(missing, await self._finish_all(waiting), strict=True):
+                found[i] = one
+                if isinstance(one, Answer):
+                    self.cache.keep(model.predictor, one)
             self.patience.note_answered()
-        for key, one in zip(keys, found, strict=True):
-            if isinstance(one, Answer):
-                self.cache.keep(model.predictor, key, one)
         return [one for one in found if one is not None]
 
     def require_room(self, number: int = 1, limit_s: float = math.inf, *, is_patient: bool = True) -> None:
@@ -199,10 +202,10 @@ class Batcher:
         if self.depth and self.drain_s + number * self._image_s > limit_s:
             raise self.refuse(f"has images waiting for {self.drain_s:.1f} s", f"at most {limit_s:.1f} s with yours")
 
-    async def _answer_all(
-        self, model: ServedModel, images: Sequence[bytes], found: list[Answer | ImageError | None], missing: list[int]
-    ) -> None:
-        tasks = [asyncio.create_task(self._answer(model, images[i])) for i in missing]
+    async def _finish_all(
+        self, waiting: Sequence[Coroutine[Any, Any, Answer | ImageError]]
+    ) -> list[Answer | ImageError]:
+        tasks = [asyncio.create_task(one) for one in waiting]
         for task in tasks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -212,15 +215,14 @@ class Batcher:
             for task in tasks:
                 task.cancel()
             raise
-        for i, task in zip(missing, tasks, strict=True):
-            found[i] = task.result()
+        return [task.result() for task in tasks]
 
     def refuse(self, found: str, expected: str, reason_code: str = "busy") -> QueueFull:
         """Return the error that says when the images that wait now will be answered."""
         retry_after_s = max(1, min(MAX_RETRY_S, math.ceil(self.drain_s)))
         return QueueFull(found, expected, reason_code=reason_code, retry_after_s=retry_after_s)
 
-    async def _answer(self, model: ServedModel, data: bytes) -> Answer | ImageError:
+    async def _answer(self, model: ServedModel, data: bytes, sha256: str) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
         taken_at = loop.time()
         try:
@@ -229,7 +231,7 @@ class Batcher:
             return exc
         answer: asyncio.Future[tuple[Answer, float]] = loop.create_future()
         begun_at = loop.time() if decoded.was_dear else taken_at
-        self._ready.append(_Waiting(model, decoded.value, taken_at, begun_at, answer))
+        self._ready.append(_Waiting(model, sha256, decoded.value, taken_at, begun_at, answer))
         try:
             made, network_s = await answer
         finally:
@@ -253,25 +255,28 @@ class Batcher:
         return _Decoded(image_hwc, self._measure_image(image_hwc))
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            batch = await self._collect()
-            self._on_batch(len(batch))
-            self._busy_since = started_at = loop.time()
-            try:
-                predictions = await loop.run_in_executor(self._runner, _run, batch)
-            except Exception as exc:  # passed on to the callers; the worker goes on
-                for waiting in batch:
-                    if not waiting.answer.done():
-                        waiting.answer.set_exception(exc)
-                continue
-            finally:
-                self._busy_since = None
-            now = loop.time()
-            self._measure(batch, started_at, now)
-            for waiting, prediction in zip(batch, predictions, strict=True):
+            await self._finish(await self._collect())  # no name here: it would keep a model that was swapped out
+
+    async def _finish(self, batch: Sequence[_Waiting]) -> None:
+        """Run the network on a batch, and give each its answer, or the error."""
+        loop = asyncio.get_running_loop()
+        self._on_batch(len(batch))
+        self._busy_since = started_at = loop.time()
+        try:
+            predictions = await loop.run_in_executor(self._runner, _run, batch)
+        except Exception as exc:  # passed on to the callers; the worker goes on
+            for waiting in batch:
                 if not waiting.answer.done():
-                    waiting.answer.set_result((prediction, now - started_at))
+                    waiting.answer.set_exception(exc)
+            return
+        finally:
+            self._busy_since = None
+        now = loop.time()
+        self._measure(batch, started_at, now)
+        for waiting, prediction in zip(batch, predictions, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result((prediction, now - started_at))
 
     def _measure(self, batch: Sequence[_Waiting], started_at: float, now: float) -> None:
         begun_at = max(self._finished_at, min(waiting.begun_at for waiting in batch))
@@ -324,6 +329,12 @@ def _run(batch: Sequence[_Waiting]) -> list[Answer]:
     distances = [None] * len(batch) if outputs.distance_n is None else outputs.distance_n.tolist()
     made = zip(batch, predictor.answer(outputs), outputs.embedding_nd, distances, strict=True)
     return [
-        Answer(**vars(prediction), embedding_d=embedding_d, distance=distance, quality=waiting.decoded.quality)
+        Answer(
+            **vars(prediction),
+            sha256=waiting.sha256,
+            embedding_d=embedding_d.copy(),  # a row of the batch would keep the whole batch in memory
+            distance=distance,
+            quality=waiting.decoded.quality,
+        )
         for waiting, prediction, embedding_d, distance in made
     ]

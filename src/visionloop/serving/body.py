@@ -1,4 +1,4 @@
-"""Reads the uploads of a request: raw bytes, a multipart form or JSON, in pieces and within limits. Decodes no image.
+"""Reads the body of a request: raw bytes, a multipart form or JSON, in pieces and within limits. Decodes no image.
 
 The format of an image follows from its bytes, not from the content type that the client declares.
 """
@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -20,6 +20,9 @@ from visionloop.errors import VisionLoopError, shorten
 
 FILE_FIELDS = (b"file", b"files")
 MAX_NAME_CHARS = 120
+LARGE_BYTES = 1_000_000
+MAX_JSON_MARKS = 10_000  # of lists, objects and commas between them: each becomes an object in memory
+IMAGES_FORM = '{"image": "<base64>"} or {"images": ["<base64>", ...]}'
 NO_BOUNDARY = "Do not set the Content-Type yourself: the HTTP library writes it, with the boundary that it chose."
 URL_LETTERS = str.maketrans("-_", "+/")
 # A refused client goes on sending for a moment. Closing at once would reset its connection before it reads the answer.
@@ -68,9 +71,13 @@ class RequestError(VisionLoopError, ValueError):
         self.status, self.reason_code = status, reason_code
 
 
-class _BodyReader(Protocol):
+_Value_co = TypeVar("_Value_co", covariant=True)
+_Read = TypeVar("_Read")
+
+
+class _BodyReader(Protocol[_Value_co]):
     def feed(self, chunk: bytes) -> None: ...
-    def finish(self) -> list[Upload]: ...
+    def finish(self) -> _Value_co: ...
 
 
 class Inbox:
@@ -80,8 +87,9 @@ class Inbox:
         self.limits = limits
         self.held_bytes = 0
 
-    @contextlib.asynccontextmanager
-    async def receive(self, request: Request, check: Callable[[], None] = lambda: None) -> AsyncIterator[list[Upload]]:
+    def receive(
+        self, request: Request, check: Callable[[], None] = lambda: None
+    ) -> contextlib.AbstractAsyncContextManager[list[Upload]]:
         """Read a request's uploads; their bytes count as held until the context ends.
 
         `check` may raise before anything is read: a full server refuses cheaply.
@@ -90,19 +98,35 @@ class Inbox:
             RequestError: too large, too slow, malformed, or nothing in it.
             ClientDisconnect: the client went away.
         """
+
+        def make_reader() -> _BodyReader[list[Upload]]:
+            check()
+            return _make_reader(request.headers, self.limits)
+
+        return self._receive(request, make_reader, self.limits.max_body_bytes)
+
+    async def receive_json(self, request: Request, expected: str, max_bytes: int) -> object:
+        """Read a small body of JSON. Raises as `receive`; `expected` is for the message."""
+        async with self._receive(request, lambda: _JsonReader(expected), max_bytes) as value:
+            return value
+
+    @contextlib.asynccontextmanager
+    async def _receive(
+        self, request: Request, make_reader: Callable[[], _BodyReader[_Read]], max_bytes: int
+    ) -> AsyncIterator[_Read]:
         size = 0
         chunks = request.stream()
         try:
-            check()
-            self._check_headers(request.headers)
-            reader = _make_reader(request.headers, self.limits)
+            reader = make_reader()
+            self._check_headers(request.headers, max_bytes)
             async with asyncio.timeout(self.limits.body_timeout_s):
                 async for chunk in chunks:
                     size += len(chunk)
                     self.held_bytes += len(chunk)
-                    self._check_size(size)
+                    self._check_size(size, max_bytes)
                     reader.feed(chunk)
-            uploads = reader.finish()
+            # A large body of JSON takes some tenths of a second, in which no other request would be answered.
+            read = await asyncio.to_thread(reader.finish) if size > LARGE_BYTES else reader.finish()
         except TimeoutError as exc:
             self.held_bytes -= size
             expected = f"all of it within {self.limits.body_timeout_s:g} s"
@@ -113,26 +137,25 @@ class Inbox:
                 await _discard(chunks)
             raise
         try:
-            yield uploads
+            yield read
         finally:
             self.held_bytes -= size
 
-    def _check_headers(self, headers: Mapping[str, str]) -> None:
+    def _check_headers(self, headers: Mapping[str, str], max_bytes: int) -> None:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise RequestError(
                 "its body is compressed", "it as it is", status=415, reason_code="encoding_not_supported"
             )
         length = headers.get("content-length", "0")
         if length.isdecimal():
-            self._check_size(int(length), coming=True)
+            self._check_size(int(length), max_bytes, coming=True)
 
-    def _check_size(self, size: int, *, coming: bool = False) -> None:
-        limit = self.limits.max_body_bytes
+    def _check_size(self, size: int, limit: int, *, coming: bool = False) -> None:
         if size > limit:
             raise RequestError(
                 f"its body has more than {limit} bytes",
                 f"at most {limit}",
-                "Send fewer or smaller images.",
+                "Send less at once.",
                 status=413,
                 reason_code="body_too_large",
             )
@@ -150,7 +173,7 @@ async def _discard(chunks: AsyncIterator[bytes]) -> None:
                     return
 
 
-def _make_reader(headers: Mapping[str, str], limits: Limits) -> _BodyReader:
+def _make_reader(headers: Mapping[str, str], limits: Limits) -> _BodyReader[list[Upload]]:
     kind, options = parse_options_header(headers.get("content-type"))
     if not kind.startswith(b"multipart/"):
         return _RawReader(limits.max_files)
@@ -175,17 +198,34 @@ class _RawReader:
         if not self._data:
             raise RequestError("its body is empty", "an image", "Send a file or a form.", reason_code="empty")
         if self._data[:64].lstrip().startswith((b"{", b"[")):
-            return _read_json(bytes(self._data), self._max_files)
+            return _read_images(bytes(self._data), self._max_files)
         if self._data.startswith(b"--") and b"form-data" in self._data[:500].lower():
             raise _bad_form("is a form, but its Content-Type does not say so", NO_BOUNDARY)
         return [Upload(None, bytes(self._data))]
 
 
-def _read_json(data: bytes, max_files: int) -> list[Upload]:
+class _JsonReader:
+    def __init__(self, expected: str) -> None:
+        self._expected, self._data = expected, bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        self._data += chunk
+
+    def finish(self) -> object:
+        return _parse_json(bytes(self._data), self._expected)
+
+
+def _parse_json(data: bytes, expected: str) -> object:
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as exc:
-        raise _bad_json("its body is no JSON") from exc
+        raise RequestError("its body is no JSON", expected, reason_code="bad_json") from exc
+
+
+def _read_images(data: bytes, max_files: int) -> list[Upload]:
+    if sum(map(data.count, b"[{,")) > MAX_JSON_MARKS:  # a megabyte of `[],` would take twenty in memory
+        raise _too_many("its JSON has very many values", max_files)
+    value = _parse_json(data, IMAGES_FORM)
     if not isinstance(value, dict) or set(value) not in ({"image"}, {"images"}):
         keys = f"the keys {shorten(sorted(value)) or '(none)'}" if isinstance(value, dict) else "no object"
         raise _bad_json(f"its JSON has {keys}"[:200])
@@ -287,8 +327,7 @@ def _bad_form(found: str, todo: str = "") -> RequestError:
 
 
 def _bad_json(found: str) -> RequestError:
-    expected = '{"image": "<base64>"} or {"images": ["<base64>", ...]}'
-    return RequestError(found, expected, "Options such as top_k go into the query.", reason_code="bad_json")
+    return RequestError(found, IMAGES_FORM, "Options such as top_k go into the query.", reason_code="bad_json")
 
 
 def _too_many(found: str, limit: int) -> RequestError:

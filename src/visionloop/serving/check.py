@@ -52,9 +52,9 @@ def check_serving(workspace: Workspace, address: str, *, limit_s: float = LIMIT_
         expected = predictor.answer(predictor.run_batches(predictor.decode_golden(images)))
         for number, (data, want) in enumerate(zip(images, expected, strict=True)):
             body = _ask(url, "POST", "/predict", data)
-            if error := body.get("error"):
-                refused = f"golden image {number} is refused: {error.get('message', error)}"
-                if error.get("code") not in OVER_LIMITS:
+            if code := body.get("code"):
+                refused = f"golden image {number} is refused: {body.get('detail', code)}"
+                if code not in OVER_LIMITS:
                     raise ServingError(WHERE, refused, "an answer")
                 continue
             _compare(number, body, want)

@@ -40,10 +40,10 @@ class _Turn:
 
 
 class _Lane:
-    """The images that wait for a decoder, and how many may be decoded at a time."""
+    """The images that wait for a decoder, and how many are decoded now."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.num_decoding = limit, 0
+    def __init__(self) -> None:
+        self.num_decoding = 0
         self.turns: deque[_Turn] = deque()
 
     def find_oldest(self) -> _Turn | None:
@@ -61,18 +61,18 @@ class Decoders:
         on_end: Callable[[], None] = lambda: None,
         pick: Callable[[deque[_Turn]], _Turn] = deque.popleft,
         *,
-        decoders: int = 0,
+        decoders: Callable[[], int] = lambda: 0,
     ) -> None:
         """`has_room` says whether one more may be decoded while so many are; `on_end` is called after each.
 
-        `pick` takes the next one out of a lane. `decoders`: how many threads decode; 0: all cores but one.
+        `pick` takes the next one out of a lane. `decoders` says how many had better decode at a time for the model that
+        is served now; 0: all cores but one.
         """
+        self._has_room, self._on_end, self._pick, self._wanted = has_room, on_end, pick, decoders
         # One core is left for the network and the event loop: mostly, with decoding on all cores the server is slower.
-        cores = max(1, min(decoders or count_cores() - 1, MAX_DECODERS))
-        self._has_room, self._on_end, self._pick = has_room, on_end, pick
-        self._cheap, self._dear = _Lane(cores), _Lane(max(1, cores - 1))
-        self._num_threads = max(2, cores)
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
+        self._most = count_cores() - 1
+        self._cheap, self._dear = _Lane(), _Lane()
+        self._pool = ThreadPoolExecutor(MAX_DECODERS, thread_name_prefix="decode")  # begins those that are needed
         self._used_bytes = 0
 
     @property
@@ -110,8 +110,10 @@ class Decoders:
 
     def give_turns(self) -> None:
         """Let images be decoded: the lane with the oldest first."""
-        while self._has_room(self.num_decoding) and self.num_decoding < self._num_threads:
-            lanes = [(oldest.taken_at, lane) for lane in (self._cheap, self._dear) if (oldest := self._may_give(lane))]
+        cores = max(1, min(self._wanted() or self._most, MAX_DECODERS))
+        limits = ((self._cheap, cores), (self._dear, max(1, cores - 1)))
+        while self._has_room(self.num_decoding) and self.num_decoding < max(2, cores):
+            lanes = [(oldest.taken_at, lane) for lane, limit in limits if (oldest := self._may_give(lane, limit))]
             if not lanes:
                 return
             lane = min(lanes, key=lambda one: one[0])[1]
@@ -125,9 +127,9 @@ class Decoders:
         """End the threads."""
         self._pool.shutdown()
 
-    def _may_give(self, lane: _Lane) -> _Turn | None:
+    def _may_give(self, lane: _Lane, limit: int) -> _Turn | None:
         oldest = lane.find_oldest()
-        if oldest is None or lane.num_decoding >= lane.limit:
+        if oldest is None or lane.num_decoding >= limit:
             return None
         fits = not self._used_bytes or self._used_bytes + max(t.num_bytes for t in lane.turns) <= BUDGET_BYTES
         return oldest if fits or lane is self._cheap else None

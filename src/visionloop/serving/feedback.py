@@ -6,14 +6,12 @@ counts, the earlier ones are kept.
 """
 
 import asyncio
-import json
-import math
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,46 +21,17 @@ from visionloop.data.prediction_log import FEEDBACK, make_request_id, read_reque
 from visionloop.errors import StoreError, shorten
 from visionloop.params import Serve
 from visionloop.records import LABEL_SEPARATOR, Card
-from visionloop.serving.body import RequestError
+from visionloop.serving.access import Rates
+from visionloop.serving.body import Inbox, RequestError
 from visionloop.serving.schemas import FEEDBACK_BODY, FEEDBACK_ERRORS, REFUSED, FeedbackAnswer, FeedbackListAnswer
-from visionloop.serving.swap import ModelSlot
+from visionloop.serving.swap import ServedModel
 from visionloop.store import ObjectStore
 
-MAX_BODY_BYTES, MAX_ITEMS, BODY_S, STORE_S = 500_000, 1000, 10.0, 30.0
+MAX_BODY_BYTES, MAX_ITEMS, STORE_S = 500_000, 1000, 30.0
 MAX_LABELS, MAX_CHARS = 1000, 200
-MAX_CLIENTS = 10_000
 AHEAD = timedelta(minutes=5)  # how far the clocks of two servers may differ
 KEYS = frozenset({"request_id", "label", "labels", "who", "allow_new"})
 FORM = '{"request_id": "...", "label": "..."}'
-
-
-class TooMuchFeedback(RequestError):
-    """A client sends more than its share."""
-
-    def __init__(self, per_minute: int, wait_s: float) -> None:
-        after_s = max(1, math.ceil(wait_s))
-        expected, todo = f"at most {per_minute} a minute", f"Try again in {after_s} s."
-        super().__init__("it is above your share of feedback", expected, todo, status=429, reason_code="too_many")
-        self.headers = {"Retry-After": str(after_s)}
-
-
-class Quota:
-    """How many items each client may send: `per_minute` at once, and as many again in each minute."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._per_minute = per_minute
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client: what was left, at that time
-
-    def take(self, client: str, number: int, now_s: float) -> None:
-        """Count items. A list may be longer than what is left: then the next one waits. Raises TooMuchFeedback."""
-        left, at_s = self._left.get(client, (float(self._per_minute), now_s))
-        left = min(self._per_minute, left + (now_s - at_s) * self._per_minute / 60)
-        if left < 1:
-            raise TooMuchFeedback(self._per_minute, (1 - left) * 60 / self._per_minute)
-        self._left[client] = (left - number, now_s)
-        self._left.move_to_end(client)
-        if len(self._left) > MAX_CLIENTS:
-            self._left.popitem(last=False)
 
 
 class FeedbackBook:
@@ -75,10 +44,14 @@ class FeedbackBook:
         self._name, self._store = name, store
         self._check_store, self._is_checked = check, False
         self._keep_days = serve.log_days
-        self._server, self._num_parts = secrets.token_hex(4), 0
+        self._server, self._numbers = secrets.token_hex(4), count(1)  # several threads take one
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="feedback")
-        self.quota = Quota(serve.feedback_per_minute)
+        self._rates, self._per_minute = Rates("items of feedback a minute", 60.0), serve.feedback_per_minute
         self.num_taken = self.num_refused = 0
+
+    def charge(self, client: str, number: int) -> None:
+        """Count items of a client. Raises RateExceeded."""
+        self._rates.take(client, self._per_minute, time.monotonic(), number)
 
     def check(self, item: object, card: Card, now: datetime) -> dict[str, Any]:
         """Return the row of an item, without the client. Raises RequestError."""
@@ -103,8 +76,7 @@ class FeedbackBook:
         if not self._is_checked:
             self._check_store()
             self._is_checked = True
-        self._num_parts += 1
-        part = f"{now:%H%M%S}-{self._server}-{self._num_parts:06d}"
+        part = f"{now:%H%M%S}-{self._server}-{next(self._numbers):06d}"
         key = FEEDBACK.make_key(self._name, now.date(), part)
         # Of two items of a list on one answer the later one counts: their times differ by a microsecond.
         times = [now + timedelta(microseconds=number) for number in range(len(rows))]
@@ -113,7 +85,6 @@ class FeedbackBook:
         data = FEEDBACK.encode(whole)
         if not self._store.create(key, data):
             raise StoreError("store", f"has another {key}", "a free key")
-        self.num_taken += len(rows)
 
     async def write_in_time(self, rows: Sequence[Mapping[str, Any]], now: datetime) -> None:
         """Do the same in a thread. Raises RequestError: nothing is promised, the client is to send it again."""
@@ -124,6 +95,7 @@ class FeedbackBook:
         except (StoreError, TimeoutError) as exc:
             found = "the store does not take it now"
             raise RequestError(found, todo="Send it again.", status=503, reason_code="store_away") from exc
+        self.num_taken += len(rows)
 
     def _check_time(self, request_id: object, now: datetime) -> None:
         if not isinstance(request_id, str):
@@ -137,7 +109,7 @@ class FeedbackBook:
             raise RequestError(found, expected, status=404, reason_code="too_old")
 
 
-def add_feedback(app: FastAPI, slot: ModelSlot, book: FeedbackBook | None) -> None:
+def add_feedback(app: FastAPI, get_model: Callable[[], ServedModel], inbox: Inbox, book: FeedbackBook | None) -> None:
     """Add the route. Without a book the server keeps no log, and feedback would never meet its answer."""
 
     @app.post(
@@ -156,15 +128,14 @@ def add_feedback(app: FastAPI, slot: ModelSlot, book: FeedbackBook | None) -> No
         if book is None:
             found = "this server writes no log"
             raise RequestError(found, todo="Set `serve.log: true`.", status=404, reason_code="no_log")
-        if slot.current is None:
-            raise RequestError("no model is ready", todo="Try again in a moment.", status=503, reason_code="not_ready")
+        card = get_model().predictor.card
         client = request.state.who
-        items, is_list = _list_items(await read_json(request))
-        book.quota.take(client or (request.client.host if request.client else ""), len(items), time.monotonic())
+        items, is_list = _list_items(await inbox.receive_json(request, FORM, MAX_BODY_BYTES))
+        book.charge(client or (request.client.host if request.client else ""), len(items))
         now, results, rows = datetime.now(UTC), [], []
         for item in items:
             try:
-                row = book.check(item, slot.current.predictor.card, now)
+                row = book.check(item, card, now)
             except RequestError as exc:
                 book.num_refused += 1
                 if not is_list:
@@ -178,25 +149,6 @@ def add_feedback(app: FastAPI, slot: ModelSlot, book: FeedbackBook | None) -> No
         if rows:
             await book.write_in_time(rows, now)
         return JSONResponse({"results": results} if is_list else results[0])
-
-
-async def read_json(request: Request) -> object:
-    """Read a small JSON body. Raises RequestError: too large, too slow, or no JSON."""
-    data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > MAX_BODY_BYTES:
-                    found, expected = f"its body has more than {MAX_BODY_BYTES} bytes", f"at most {MAX_BODY_BYTES}"
-                    raise RequestError(found, expected, "Send less at once.", status=413, reason_code="body_too_large")
-    except TimeoutError as exc:
-        expected = f"all of it within {BODY_S:g} s"
-        raise RequestError("its body comes too slowly", expected, status=408, reason_code="too_slow") from exc
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise _bad("its body is no JSON") from exc
 
 
 def _list_items(value: object) -> tuple[list[object], bool]:

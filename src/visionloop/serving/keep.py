@@ -7,6 +7,7 @@ follows from the image and from what was kept before it.
 Dimensions: n images, d embedding size, r reference embeddings.
 """
 
+import io
 import random
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionloop.confidence import compute_distances, pick_reference
+from visionloop.errors import BundleError
 from visionloop.params import KeepImages
 from visionloop.predictor import FloatArray, Predictor
 
@@ -107,9 +109,9 @@ class Novelty:
     def load(cls, predictor: Predictor, share: float) -> "Novelty | None":
         """Read the reference of a bundle; None where it has too few embeddings, or they cannot be read any more."""
         try:
-            with np.load(predictor.bundle.folder / "reference.npz", allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(predictor.bundle.read("reference.npz")), allow_pickle=False) as arrays:
                 embedding_rd = arrays["embedding_nd"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (BundleError, ValueError, KeyError, zipfile.BadZipFile):
             return None
         if embedding_rd.ndim != 2 or len(embedding_rd) < 2 * NEIGHBOURS or not np.isfinite(embedding_rd).all():
             return None

@@ -73,13 +73,12 @@ class Keys:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises SettingsError for a file that cannot be used."""
+        """Raises SettingsError for a file that cannot be used, DiskError for one that cannot be read."""
         self._path = path
         self.problem: str | None = None
         self._stamp = _get_stamp(path)
-        self._valid: dict[str, Key] | None = None
-        if self._stamp is not None:
-            self._valid = _pick_valid(read_keys(path))
+        keys = read_keys(path)  # a file that cannot even be seen is not one that was never made
+        self._valid = None if self._stamp is None and not keys else _pick_valid(keys)
 
     @property
     def is_open(self) -> bool:
@@ -107,8 +106,11 @@ class Keys:
             self.problem = None
             log.info("keys: %d are valid", len(self._valid))
         except VisionLoopError as exc:
+            if isinstance(exc, DiskError):
+                self._stamp = ()  # what could not be read now is read at the next request: a key in it may be revoked
+            if self.problem != exc.found:
+                log.error("%s The keys known before stay valid.", exc)
             self.problem = exc.found
-            log.error("%s The keys known before stay valid.", exc)
 
 
 def require_role(request: "Request", role: str) -> None:
@@ -238,7 +240,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _get_stamp(path: Path) -> tuple[int, int, int] | None:
+def _get_stamp(path: Path) -> tuple[int, ...] | None:
     """Return what changes when a file is written or replaced; None if it cannot be seen."""
     try:
         status = path.stat()

@@ -9,7 +9,6 @@ were not in a part yet are lost.
 """
 
 import contextlib
-import hashlib
 import logging
 import random
 import secrets
@@ -45,12 +44,11 @@ from visionloop.store import ObjectStore
 from visionloop.store.keys import is_key
 
 MAX_NOTED, MAX_NOTED_BYTES = 4096, 64_000_000  # answers that wait for a row, and the bytes of their images
-MAX_ROWS = 10_000  # of a part
+MAX_ROWS = 5_000  # of a part: about 30 MB in memory with 1,280 numbers each
 MAX_SPOOL_BYTES = 256_000_000
-MEASURED_PER_S = 64  # images of which brightness, contrast and sharpness are taken: the cost is bounded
+MEASURED_PER_S = 32  # images of which brightness, contrast and sharpness are taken: the cost is bounded
 DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
 OLD_S = 600.0  # nobody takes so long to write a file
-LOOK_S = 300.0  # how often the tombstones are read
 SPOOL = "predictions"  # in the hidden folder of the workspace
 SLASH = "+"  # no key has it
 SUFFIX = ".writing"
@@ -102,7 +100,7 @@ class PredictionLog:
         self._rows: list[dict[str, Any]] = []
         self._first_row_s = self._measured_s = 0.0
         self._forgotten: frozenset[str] = frozenset()
-        self._looked_s, self._expired_on = -LOOK_S, date.min
+        self._expired_on = date.min
         self._lock = threading.Lock()
         self._stopping, self._written = threading.Event(), threading.Event()
         self._threads = [
@@ -119,6 +117,7 @@ class PredictionLog:
 
     def start(self) -> None:
         """Begin to write and to send. Half-written files of a server that was killed are removed."""
+        self.num_spool_bytes = sum(_measure_spool(self._spool).values())  # also where nothing can be sent yet
         for path in self._spool.glob(f".*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > OLD_S:
@@ -185,17 +184,17 @@ class PredictionLog:
         if not self._rows:
             self._first_row_s = time.monotonic()
         for one, choice in zip(group, choices, strict=True):
-            sha256 = hashlib.sha256(one.data).hexdigest()
             with_embedding = self._draw.random() < self._serve.log_embeddings
-            row = make_row(one, sha256, self._serve.log_top_k, with_embedding=with_embedding)
-            is_lost = choice.is_kept and not self._keep(one, sha256)
+            row = make_row(one, self._serve.log_top_k, with_embedding=with_embedding)
+            is_lost = choice.is_kept and not self._keep(one)
             row["image_kept"] = choice.is_kept and not is_lost
             row["keep_probability"] = None if is_lost else choice.probability
             row["keep_reason"] = choice.reason
             self._rows.append(row)
 
-    def _keep(self, one: Noted, sha256: str) -> bool:
+    def _keep(self, one: Noted) -> bool:
         """Put an image into the spool; say whether it is there."""
+        sha256 = one.answer.sha256
         key = make_kept_key(self._name, datetime.fromtimestamp(one.at_s, UTC).date(), sha256)
         is_kept = sha256 not in self._forgotten and self._put_aside(key, one.data)
         self.num_kept += is_kept
@@ -273,7 +272,8 @@ class PredictionLog:
 
     def _send_all(self) -> None:
         """Send what is in the spool, images first: a row never names an image that is not there."""
-        sizes = {path: path.stat().st_size for path in list_spool(self._spool)}
+        sizes = _measure_spool(self._spool)
+        self._forgotten = load_tombstones(self._store, self._name)  # each time: what is forgotten is not written after
         with self._lock:
             self.num_spool_bytes = sum(sizes.values())
         for path, size in sizes.items():
@@ -301,15 +301,11 @@ class PredictionLog:
             self.num_sent += num_rows
 
     def _look_after(self) -> None:
-        """Read which images were forgotten, and once a day remove what is older than the log is kept."""
-        if time.monotonic() - self._looked_s < LOOK_S:
-            return
-        self._forgotten = load_tombstones(self._store, self._name)
+        """Once a day remove what is older than the log is kept."""
         now = datetime.now(UTC)
         if self._serve.log_days is not None and now.date() != self._expired_on:
             expire_log(self._store, self._name, now=now, keep_days=self._serve.log_days)
             self._expired_on = now.date()
-        self._looked_s = time.monotonic()
 
     def _tell(self, work: str, problem: str, exc: Exception | None = None) -> None:
         if self._problems.get(work) != problem:
@@ -321,7 +317,7 @@ class PredictionLog:
             log.info("prediction log: solved: %s", problem)
 
 
-def make_row(one: Noted, sha256: str, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
+def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
     """Return the row of an answer, without what concerns the kept image."""
     answer = one.answer
     names = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)[:top_k]
@@ -331,7 +327,7 @@ def make_row(one: Noted, sha256: str, top_k: int, *, with_embedding: bool) -> di
         "time": datetime.fromtimestamp(one.at_s, UTC),
         "client_request_id": one.client_request_id,
         "client": one.client,
-        "image_sha256": sha256,
+        "image_sha256": answer.sha256,
         "model_name": one.model.name,
         "model_version": one.model.version,
         "model_digest": one.model.digest,
@@ -362,6 +358,15 @@ def list_spool(spool: Path) -> list[Path]:
     paths = sorted(spool.glob(f"*{SLASH}date=*")) if spool.is_dir() else []
     paths = [path for path in paths if is_key(path.name.replace(SLASH, "/"))]
     return sorted(paths, key=lambda path: path.suffix == ".parquet")
+
+
+def _measure_spool(spool: Path) -> dict[Path, int]:
+    """Return what waits in a spool, images first, with its bytes."""
+    sizes = {}
+    for path in list_spool(spool):
+        with contextlib.suppress(FileNotFoundError):  # another server of this workspace has sent it
+            sizes[path] = path.stat().st_size
+    return sizes
 
 
 def _read_size(data: bytes) -> tuple[int | None, int | None]:

@@ -87,18 +87,9 @@ def run_server(
             follower.start()
         try:
             look_now = follower.look_now if follower else None
-            model = cast(ServedModel, slot.current)
             with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
-                app = make_app(
-                    slot,
-                    make_limits(serve),
-                    access,
-                    look_now,
-                    log=prediction_log,
-                    book=book,
-                    decoders=model.decoders,
-                )
-                url = _make_url(host, socks[0])
+                app = make_app(slot, make_limits(serve), access, look_now, log=prediction_log, book=book)
+                url, model = _make_url(host, socks[0]), cast(ServedModel, slot.current)
                 _Server(app, serve, slot, lambda: on_ready(url, model.why)).run(socks)
         finally:
             if follower:

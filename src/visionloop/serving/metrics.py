@@ -10,6 +10,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from visionloop.records import Prediction
 from visionloop.serving.answers import Timing
+from visionloop.serving.feedback import FeedbackBook
+from visionloop.serving.log import PredictionLog
 from visionloop.serving.swap import ModelSlot
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -22,9 +24,15 @@ class Meters:
     """Counts what happens; `scrape` gives the text that Prometheus reads."""
 
     def __init__(
-        self, slot: ModelSlot, queue_depth: Callable[[], int], keys_problem: Callable[[], bool] = lambda: False
+        self,
+        slot: ModelSlot,
+        queue_depth: Callable[[], int],
+        keys_problem: Callable[[], bool] = lambda: False,
+        log: PredictionLog | None = None,
+        book: FeedbackBook | None = None,
     ) -> None:
         self._slot, self._queue_depth, self._keys_problem = slot, queue_depth, keys_problem
+        self._log, self._book = log, book
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "visionloop_requests", "Requests for a prediction by outcome", ["outcome"], registry=self._registry
@@ -110,6 +118,24 @@ class Meters:
             info.add_metric([model.name, model.version or "", model.digest], 1)
         yield info
         yield from _collect_ages(slot)
+        if self._log:
+            yield from _collect_log(self._log)
+        if self._book:
+            items = CounterMetricFamily("visionloop_feedback_items", "Items of feedback", labels=["outcome"])
+            items.add_metric(["taken"], self._book.num_taken)
+            items.add_metric(["refused"], self._book.num_refused)
+            yield items
+
+
+def _collect_log(log: PredictionLog) -> Iterator[Metric]:
+    """Yield what became of the answers that were to be written down."""
+    answers = CounterMetricFamily("visionloop_log_answers", "Answers for the prediction log", labels=["state"])
+    for state, number in (("noted", log.num_noted), ("sent", log.num_sent), ("dropped", log.num_dropped)):
+        answers.add_metric([state], number)
+    yield answers
+    yield CounterMetricFamily("visionloop_kept_images", "Images that were kept", log.num_kept)
+    yield GaugeMetricFamily("visionloop_log_spool_bytes", "On the local disk, for the store", log.num_spool_bytes)
+    yield GaugeMetricFamily("visionloop_log_problem", "1 while answers cannot be written down", bool(log.problem))
 
 
 def _collect_ages(slot: ModelSlot) -> Iterator[Metric]:

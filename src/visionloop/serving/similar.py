@@ -3,6 +3,7 @@
 They say on what a model's answer rests: images like this one, and their labels. Dimensions: n images, d embedding size.
 """
 
+import io
 import zipfile
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from visionloop.bundle import Bundle
 from visionloop.confidence import pick_rows, scale_to_one
+from visionloop.errors import BundleError
 from visionloop.predictor import FloatArray
 from visionloop.serving.body import RequestError
 
@@ -30,7 +32,7 @@ class Reference:
         """Raises RequestError for a bundle that does not say which images its embeddings are of."""
         classes = bundle.card.classes
         try:
-            with np.load(bundle.folder / "reference.npz", allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(bundle.read("reference.npz")), allow_pickle=False) as arrays:
                 sha256_n, label_n, embedding_nd = (arrays[k] for k in ("sha256_n", "label_n", "embedding_nd"))
                 several_nk = arrays.get("targets_nk")
             rows = pick_rows(len(sha256_n))
@@ -40,7 +42,7 @@ class Reference:
             self._labels_n = [tuple(classes[k] for k in each if k >= 0) for each in chosen]
             if not len(rows) or self._unit_nd.ndim != 2 or not np.isfinite(self._unit_nd).all():
                 raise ValueError(f"embeddings of shape {embedding_nd.shape}")
-        except (OSError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as exc:
+        except (BundleError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as exc:
             raise _make_refusal() from exc
 
     def find(self, embedding_d: FloatArray, k: int) -> list[Neighbour]:

@@ -50,6 +50,14 @@ def test_rows_come_back_with_their_types(store: LocalStore) -> None:
     assert (row["abstained"], row["num_bytes"], row["labels"], row["width"]) == (False, 7, None, None)
 
 
+def test_lists_of_numbers_may_be_missing_empty_and_of_any_length(store: LocalStore) -> None:
+    lists = [[0.5, 1.5], None, [], np.array([2.5], np.float32), None, (3.5, -1.0, 2.0)]
+    put(store, "1", [make_row(number, embedding=one) for number, one in enumerate(lists)])
+    put(store, "2", [make_row(9)])
+    table = read_predictions(store, "pets", columns=["embedding"]).table
+    assert table["embedding"].to_pylist() == [[0.5, 1.5], None, [], [2.5], None, [3.5, -1.0, 2.0], None]
+
+
 def test_a_window_has_its_start_and_not_its_end(store: LocalStore) -> None:
     times = [NOON - timedelta(days=1), NOON, NOON + timedelta(hours=1), NOON + timedelta(days=1)]
     for number, time in enumerate(times):

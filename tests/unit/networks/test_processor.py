@@ -54,6 +54,12 @@ def never() -> Measured:
     raise AssertionError("measured again")
 
 
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "hidden").write_text("a file where the folder should be")
+    first = Measured(FACTS, {"fp32": 1.0, "bf16": 2.0})
+    assert measure_once(tmp_path / "hidden", FACTS, ["fp32", "bf16"], lambda: first) == first
+
+
 def test_what_was_measured_is_kept_beside_what_else_was(tmp_path: Path) -> None:
     first = Measured(FACTS, {"fp32": 1.0, "bf16": 2.0})
     other = Measured({**FACTS, "backbone": "small_cnn"}, {"fp32": 3.0, "bf16": 1.0}, {"bf16": 0.9})

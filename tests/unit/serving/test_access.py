@@ -143,6 +143,15 @@ def test_a_client_waits_as_long_as_it_is_told_and_no_longer() -> None:
     rates.take("a", 2.0, min(refused))
 
 
+def test_a_list_may_be_longer_than_what_is_left_and_the_next_one_waits() -> None:
+    rates = Rates("items of feedback a minute", 60.0)
+    rates.take("a", 60, 0.0, 100)
+    with pytest.raises(RateExceeded, match="at most 60 items of feedback a minute") as caught:
+        rates.take("a", 60, 30.0)
+    assert caught.value.headers == {"Retry-After": "11"}
+    rates.take("a", 60, 41.0)
+
+
 def test_over_a_minute_a_client_gets_its_rate() -> None:
     rates, taken = Rates(), 0
     for tick in range(6000):

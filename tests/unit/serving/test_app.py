@@ -4,8 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -175,6 +179,31 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(slot: ModelSlot) -> N
         answer = client.post("/predict", files=[("file", ("a", make_image(0))), ("file", ("b", make_image(1)))])
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "busy"
+
+
+def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionloop.serving.decoding.count_cores", lambda: 2)
+    assert slot.current
+    decode, lock, now, most = slot.current.predictor.decode, threading.Lock(), 0, 0
+
+    def slow(*args: Any, **options: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return decode(*args, **options)
+
+    monkeypatch.setattr(slot.current.predictor, "decode", slow)
+    found = []
+    with TestClient(make_app(slot)) as client:
+        for decoders in (0, 3, 1):
+            slot.current, most = replace(slot.current, decoders=decoders), 0
+            client.post("/predict", files=[("f", (f"{seed}.png", make_image(seed))) for seed in range(6)])
+            found.append(most)
+    assert found == [1, 3, 1]
 
 
 def test_our_own_bug_is_a_500_without_its_text(

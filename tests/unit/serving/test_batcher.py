@@ -330,7 +330,7 @@ def test_a_repeated_image_is_answered_without_the_network_and_never_by_another_m
             assert not swapped.timing.is_cached
             assert swapped.probabilities == pytest.approx(other.predictor.predict([data])[0].probabilities)
             assert swapped.probabilities != first.probabilities
-            batcher.cache.keep(model.predictor, batcher.cache.name(data), first)  # late, of the model before
+            batcher.cache.keep(model.predictor, first)  # late, of the model before
             assert (await ask(batcher, other)).probabilities == swapped.probabilities
             renamed = replace(other, version="7", entry=7)
             assert (await ask(batcher, renamed)).timing.is_cached, "the same network under a new number"
@@ -349,6 +349,16 @@ def test_kept_answers_have_a_limit_and_the_one_not_asked_for_goes_first(model: S
         return [isinstance(one, Answer) and one.timing.is_cached for one in answers]
 
     assert asyncio.run(run()) == [True, False, True]
+
+
+def test_a_kept_answer_does_not_keep_its_batch_in_memory(model: ServedModel) -> None:
+    async def run() -> list[Answer | ImageError]:
+        async with running(cache_bytes=100_000) as batcher:
+            return await batcher.predict(model, [make_image(seed) for seed in range(8)])
+
+    answers = [one for one in asyncio.run(run()) if isinstance(one, Answer)]
+    assert [one.embedding_d.base for one in answers] == [None] * 8
+    assert len({one.sha256 for one in answers}) == 8
 
 
 def test_without_memory_nothing_is_kept_and_a_broken_image_never_is(model: ServedModel) -> None:

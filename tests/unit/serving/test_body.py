@@ -1,10 +1,13 @@
 import asyncio
+import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from fastapi import Request
 from starlette.types import Message
 
+from visionloop.serving import body as body_module
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
 
 LIMITS = Limits(max_body_bytes=1000, max_files=3, max_held_bytes=1500, body_timeout_s=0.2)
@@ -128,3 +131,28 @@ def test_bytes_of_all_requests_together_are_limited_and_given_back() -> None:
     assert refuse(make_request([b"a" * 1001]), inbox) == (413, "body_too_large")
     assert refuse(make_request([b"a"] * 50, delay_s=0.02), inbox) == (408, "too_slow")
     assert inbox.held_bytes == 0
+
+
+def test_json_of_very_many_values_is_refused_before_it_takes_memory() -> None:
+    body = b'{"images": [' + b"[]," * 300_000 + b"[]]}"
+    request = make_request([body])
+    tracemalloc.start()
+    try:
+        assert refuse(request, Inbox(Limits())) == (413, "too_many_files")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_body_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def load(data: bytes) -> object:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return {"image": "aGk="}
+
+    monkeypatch.setattr(body_module.json, "loads", load)
+    for spaces in (10, 2_000_000):
+        request = make_request([b"{" + b" " * spaces + b'"image": "aGk="}'])
+        assert receive(request, Inbox(Limits())) == [Upload(None, b"hi")]
+    assert threads == [True, False]

@@ -15,7 +15,8 @@ from visionloop.errors import StoreError
 from visionloop.params import Serve
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
-from visionloop.serving.feedback import MAX_BODY_BYTES, MAX_CLIENTS, FeedbackBook, Quota, TooMuchFeedback
+from visionloop.serving.body import Limits
+from visionloop.serving.feedback import MAX_BODY_BYTES, FeedbackBook
 from visionloop.serving.log import PredictionLog
 from visionloop.serving.swap import ModelSlot, ServedModel
 from visionloop.store import LocalStore
@@ -223,14 +224,31 @@ def test_more_than_the_share_of_a_client_is_told_to_wait(store: LocalStore, bund
     assert len(read(store)) == 2
 
 
-def test_a_quota_fills_up_again_and_forgets_the_client_seen_longest_ago() -> None:
-    quota = Quota(60)
-    quota.take("a", 100, 0.0)
-    with pytest.raises(TooMuchFeedback) as caught:
-        quota.take("a", 1, 30.0)
-    assert caught.value.headers == {"Retry-After": "11"}
-    quota.take("b", 1, 30.0)
-    quota.take("a", 1, 41.0)
-    for number in range(MAX_CLIENTS):
-        quota.take(str(number), 1, 42.0)
-    quota.take("a", 60, 42.0)
+def test_a_body_counts_as_those_of_images_do(store: LocalStore, bundle_dir: Path) -> None:
+    slot = ModelSlot(ServedModel(Predictor.load(bundle_dir, threads=1)))
+    item = {"request_id": new_id(), "label": "a", "who": "x" * 200}
+    with TestClient(make_app(slot, Limits(max_held_bytes=100), book=FeedbackBook("pets", store, Serve()))) as client:
+        busy = client.post("/feedback", json=item)
+        packed = client.post("/feedback", json=item, headers={"Content-Encoding": "gzip"})
+    assert (busy.status_code, busy.json()["code"]) == (503, "busy")
+    assert (packed.status_code, packed.json()["code"]) == (415, "encoding_not_supported")
+    assert read(store) == []
+
+
+def test_figures_say_what_became_of_answers_and_feedback(store: LocalStore, bundle_dir: Path, tmp_path: Path) -> None:
+    slot = ModelSlot(ServedModel(Predictor.load(bundle_dir, threads=1)))
+    log = PredictionLog("pets", store, tmp_path / "spool", Serve())
+    log.start()
+    book = FeedbackBook("pets", store, Serve())
+    with TestClient(make_app(slot, log=log, book=book)) as client:
+        for label, seed in (("a", 1), ("dog", 2)):
+            one = client.post("/predict", content=make_image(seed)).json()
+            client.post("/feedback", json={"request_id": one["request_id"], "label": label})
+        log.stop()
+        figures = client.get("/metrics").text.splitlines()
+    for state, number in (("noted", 2), ("sent", 2), ("dropped", 0)):
+        assert f'visionloop_log_answers_total{{state="{state}"}} {number}.0' in figures
+    assert "visionloop_log_problem 0.0" in figures
+    assert "visionloop_log_spool_bytes 0.0" in figures
+    assert 'visionloop_feedback_items_total{outcome="taken"} 1.0' in figures
+    assert 'visionloop_feedback_items_total{outcome="refused"} 1.0' in figures

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from visionloop.bundle import seal_bundle
 from visionloop.params import KeepImages
 from visionloop.predictor import Predictor
 from visionloop.serving.keep import BURST_S, NEIGHBOURS, Choice, Keeper, Novelty, Throttle
@@ -111,6 +112,8 @@ def test_a_novel_image_is_kept_with_its_reason(bundle_dir: Path) -> None:
     predictor = Predictor.load(bundle_dir, threads=1)
     reference = np.abs(np.random.default_rng(1).normal(1, 0.1, (50, predictor.embedding_size))).astype(np.float32)
     np.savez(bundle_dir / "reference.npz", embedding_nd=reference)
+    seal_bundle(bundle_dir)
+    predictor = Predictor.load(bundle_dir, threads=1)
     embedding_nd = np.stack([reference[0], -reference[0]])
     choices = make_keeper(novel=0.95).choose(predictor, [1.0, 1.0], embedding_nd, 0.0)
     assert choices == [Choice(False, 0.0, None), Choice(True, 1.0, "novel")]

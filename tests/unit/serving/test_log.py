@@ -70,7 +70,8 @@ def make_noted(model: ServedModel, seed: int = 0, *, at_s: float | None = None, 
     at_s = time.time() if at_s is None else at_s
     data = make_image(seed, size_hw=(40, 48))
     [prediction] = model.predictor.predict([data])
-    answer = Answer(**vars(prediction), embedding_d=np.linspace(0, 1, 48, dtype=np.float32), **changes)
+    embedding_d = np.linspace(0, 1, 48, dtype=np.float32)
+    answer = Answer(**vars(prediction), sha256=_hash(data), embedding_d=embedding_d, **changes)
     return Noted(make_request_id(at_s), at_s, model, data, answer, 12.5, "mine", "kiosk")
 
 
@@ -144,9 +145,7 @@ def test_an_answer_becomes_a_row_with_all_that_is_known(store: ShakyStore, tmp_p
 def test_several_labels_and_a_doubt_are_written_down(store: ShakyStore, tmp_path: Path, model: ServedModel) -> None:
     noted = make_noted(model)
     several = Prediction("a|c", {"a": 0.9, "b": 0.2, "c": 0.8}, 0.6, ("a", "c"), "confidence 0.60 < 0.80")
-    noted = replace(
-        noted, answer=Answer(**vars(several), embedding_d=noted.answer.embedding_d, timing=Timing(is_cached=True))
-    )
+    noted = replace(noted, answer=replace(noted.answer, **vars(several), timing=Timing(is_cached=True)))
     with logging_to(store, tmp_path / "spool", log_embeddings=0.0) as log:
         log.note(noted)
     [row] = read_rows(store)
@@ -228,6 +227,20 @@ def test_a_full_spool_drops_and_counts(
             wait_for(lambda seed=seed: log.num_dropped + len(list_spool(tmp_path / "spool")) == seed + 1)
         assert sum(path.stat().st_size for path in list_spool(tmp_path / "spool")) <= 20_000
         assert log.num_dropped > 0
+
+
+def test_what_an_earlier_server_left_counts_while_the_store_is_away(
+    store: ShakyStore, tmp_path: Path, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.is_away = True
+    with logging_to(store, tmp_path / "spool") as log:
+        log.note(make_noted(model))
+    [left] = list_spool(tmp_path / "spool")
+    monkeypatch.setattr(module, "MAX_SPOOL_BYTES", left.stat().st_size + 10)
+    with logging_to(store, tmp_path / "spool") as log:
+        log.note(make_noted(model, 1))
+        wait_for(lambda: log.num_dropped == 1)
+    assert list_spool(tmp_path / "spool") == [left]
 
 
 def test_with_no_disk_answers_are_dropped_and_the_log_goes_on(
@@ -314,6 +327,20 @@ def test_what_was_forgotten_while_it_waited_in_the_spool_is_not_sent(
     assert [*store.list("kept/"), *store.list("predictions/")] == []
 
 
+def test_what_is_forgotten_while_the_server_runs_is_not_sent(
+    store: ShakyStore, tmp_path: Path, model: ServedModel
+) -> None:
+    first, gone, last = (make_noted(model, seed) for seed in range(3))
+    with logging_to(store, tmp_path / "spool") as log:
+        log.note(first)
+        wait_for(lambda: log.num_sent == 1)
+        write_tombstones(store, "pets", Forgetting((_hash(gone.data),), "now", "me", "asked"))
+        log.note(gone)
+        log.note(last)
+        wait_for(lambda: log.num_sent == 2)
+    assert {row["request_id"] for row in read_rows(store)} == {first.request_id, last.request_id}
+
+
 def test_what_is_too_old_goes_when_a_server_starts(store: ShakyStore, tmp_path: Path) -> None:
     for days in (1, 3):
         time_ = datetime.now(UTC) - timedelta(days=days)
@@ -330,7 +357,7 @@ def test_only_so_many_images_a_second_are_measured(store: ShakyStore, tmp_path: 
     expected = {name: value_n[0] for name, value_n in measure_images(image_hwc[None]).items()}
     assert log.measure(image_hwc) == expected
     assert log.measure(image_hwc) is None
-    time.sleep(0.03)
+    time.sleep(0.05)
     assert log.measure(image_hwc) == expected
 
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fakes import make_image, run_here
-from visionloop.errors import SettingsError
+from visionloop.errors import DiskError, SettingsError
 from visionloop.predictor import Predictor
 from visionloop.serving.access import Access
 from visionloop.serving.app import make_app
@@ -201,6 +201,26 @@ def test_a_file_that_is_gone_opens_no_server(path: Path) -> None:
     assert keys.find(text) is not None
     make(path, "b")
     assert keys.find(text) is None, "the new file counts"
+
+
+def test_a_file_that_cannot_be_seen_is_not_one_that_was_never_made(path: Path) -> None:
+    path.symlink_to(path)  # as a folder that this user may not enter
+    with pytest.raises(DiskError, match="cannot be read"):
+        Keys(path)
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_at_the_next_request(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = make(path, "lost")
+    keys = Keys(path)
+    revoke_key(path, "lost", now=NOW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *args, **options: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        assert keys.find(lost) is not None
+        assert keys.problem == "cannot be read (Too many open files)"
+    assert keys.find(lost) is None
+    assert keys.problem is None
 
 
 def test_the_first_key_closes_a_server_that_runs_open(path: Path) -> None:

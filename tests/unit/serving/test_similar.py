@@ -1,6 +1,11 @@
 """POST /similar: the validation images of the model that are nearest to an image."""
 
+import gc
+import shutil
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fakes import make_bundle, make_image
-from visionloop.bundle import seal_bundle
+from visionloop.bundle import Bundle, seal_bundle
 from visionloop.predictor import Predictor
+from visionloop.serving import app as app_module
+from visionloop.serving import similar
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
 
@@ -78,6 +85,46 @@ def test_after_a_swap_the_images_are_those_of_the_new_model(
     slot.current = make_model(tmp_path / "next", sha256_n=np.array([f"{seed + 99:064x}" for seed in SEEDS], "S64"))
     answer = client.post("/similar?k=1", content=make_image(11)).json()
     assert answer["neighbours"][0]["sha256"] == f"{11 + 99:064x}"
+
+
+def test_a_model_that_is_gone_takes_its_images_with_it(client: TestClient, slot: ModelSlot, tmp_path: Path) -> None:
+    client.post("/similar", content=make_image(11))
+    assert slot.current
+    gone = weakref.ref(slot.current.predictor)
+    slot.current = make_model(tmp_path / "next")
+    client.get("/model")
+    gc.collect()
+    assert gone() is None
+
+
+def test_many_at_once_read_the_images_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Bundle] = []
+
+    class Slow(similar.Reference):
+        def __init__(self, bundle: Bundle) -> None:
+            made.append(bundle)
+            time.sleep(0.1)
+            super().__init__(bundle)
+
+    monkeypatch.setattr(app_module, "Reference", Slow)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda seed: client.post("/similar", content=make_image(seed)), range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len(made) == 1
+
+
+def test_images_of_a_bundle_that_was_written_over_are_not_those_of_the_model(
+    client: TestClient, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "bundle")
+    make_model(tmp_path / "bundle", sha256_n=np.array([f"{seed + 99:064x}" for seed in SEEDS], "S64"))
+    answer = client.post("/similar", content=make_image(11))
+    assert (answer.status_code, answer.json()["code"]) == (409, "no_reference")
+
+
+def test_a_client_may_say_how_long_it_waits(client: TestClient) -> None:
+    answer = client.post("/similar", content=make_image(11), headers={"X-Deadline-Ms": "1"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "deadline")
 
 
 def test_several_labels_are_listed(client: TestClient, slot: ModelSlot, tmp_path: Path) -> None:
