@@ -23,6 +23,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron, Schedule
 
 from ingest import NEW_DATASET, ingest, make_resource
+from monitor import DRIFT, QUALITY, monitor
 from retrain import retrain
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
@@ -46,7 +47,7 @@ def deploy(home: Path) -> None:
     """Serve the deployments of a workspace until stopped. Raises SettingsError, ParamsError."""
     params = load_params(home / PARAMS_FILE)
     schedule = params.schedule
-    if not (schedule.retrain or schedule.ingest or params.triggers.names):
+    if not (schedule.retrain or schedule.ingest or schedule.monitor or params.triggers.names):
         raise SettingsError("params.yaml schedule.retrain", "is not set", 'a cron expression like "0 3 * * *"')
     if schedule.triggers and not params.triggers.names:
         raise SettingsError(
@@ -60,9 +61,10 @@ def deploy(home: Path) -> None:
 
 
 def make_deployments(home: Path, params: Params) -> list[RunnerDeployment]:
-    """Return the deployments that params.yaml asks for: `retrain/NAME`, `ingest/NAME`, `retrain/NAME-if-due`.
+    """Return the deployments that params.yaml asks for: `retrain`, `ingest`, `monitor/NAME`, `retrain/NAME-if-due`.
 
-    The last one asks the triggers first. It also runs when a flow `ingest` has told of a new dataset version.
+    The last one asks the triggers first. It also runs when a flow has told of a new dataset version, or of drift or an
+    accuracy that is too low.
     """
     schedule = params.schedule
     facts = {"description": f"{params.name} in {home}", "tags": ["visionloop", params.name]}
@@ -70,21 +72,19 @@ def make_deployments(home: Path, params: Params) -> list[RunnerDeployment]:
     def plan(cron: str | None) -> Schedule | None:
         return Cron(cron, timezone=schedule.timezone) if cron else None
 
-    found = []
-    if schedule.retrain:
-        given = {"workspace": str(home)}
-        found.append(retrain.to_deployment(params.name, schedule=plan(schedule.retrain), parameters=given, **facts))
-    if schedule.ingest:
-        given = {"workspace": str(home)}
-        found.append(ingest.to_deployment(params.name, schedule=plan(schedule.ingest), parameters=given, **facts))
+    given = {"workspace": str(home)}
+    flows = ((retrain, schedule.retrain), (ingest, schedule.ingest), (monitor, schedule.monitor))
+    found = [
+        one.to_deployment(params.name, schedule=plan(cron), parameters=given, **facts) for one, cron in flows if cron
+    ]
     if params.triggers.names:
         match = {"prefect.resource.id": make_resource(params.name)}
         found.append(
             retrain.to_deployment(
                 f"{params.name}-if-due",
                 schedule=plan(schedule.triggers),
-                parameters={"workspace": str(home), "only_if_due": True},
-                triggers=[DeploymentEventTrigger(expect={NEW_DATASET}, match=match)],
+                parameters={**given, "only_if_due": True},
+                triggers=[DeploymentEventTrigger(expect={NEW_DATASET, DRIFT, QUALITY}, match=match)],
                 **facts,
             )
         )

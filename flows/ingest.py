@@ -3,6 +3,7 @@
 A retrain ingests first anyway. This flow is for sources that are to be read more often than models are trained.
 """
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import steps
 from visionloop import retrain
 from visionloop.data.manifest import latest_version
 from visionloop.errors import LeaseHeld
-from visionloop.store.lease import make_claim, take_lease
-from visionloop.workspace import Workspace, get_now, get_user, open_workspace
+from visionloop.workspace import Workspace, open_workspace
 
 NEW_DATASET = "visionloop.dataset.new"
 
@@ -27,13 +27,11 @@ def ingest(workspace: str) -> State[Any]:
     Under the lease of a retrain: a dataset that moves under a training would make its stages void.
     """
     opened = open_workspace(Path(workspace))
-    before = latest_version(opened.store, opened.name)
-    claim = make_claim(get_user(), get_now(), run=str(runtime.flow_run.id))
-    try:
-        lease = take_lease(opened.store, opened.name, claim, tell=steps.say)
-    except LeaseHeld as exc:
-        return Cancelled(name="Skipped", message=str(exc))
+    lease = retrain.try_to_take_lease(opened, steps.say, str(runtime.flow_run.id))
+    if isinstance(lease, LeaseHeld):
+        return Cancelled(name="Skipped", message=str(lease))
     with lease:
+        before = latest_version(opened.store, opened.name)
         pin = steps.run_step("ingest", lambda: retrain.ingest(workspace, steps.say))
     if before and before.digest == pin["digest"]:
         return Completed(name="NothingNew", message=f"dataset {opened.name} stays at version {pin['version']}")
@@ -44,6 +42,11 @@ def ingest(workspace: str) -> State[Any]:
 def tell_event(workspace: Workspace, event: str, payload: dict[str, Any]) -> None:
     """Tell Prefect's server what happened to a name: its automations, and deployments with a trigger, start by it."""
     emit_event(event=event, resource={"prefect.resource.id": make_resource(workspace.name)}, payload=payload)
+
+
+def make_key(flow: str, name: str, home: Path) -> str:
+    """Return the key of a flow's artifact: each workspace has its own, also of two that bear one name."""
+    return f"{flow}-{name}-{sha256(str(home).encode()).hexdigest()[:6]}"
 
 
 def make_resource(name: str) -> str:

@@ -9,7 +9,6 @@ one line, 3 not promoted. Where nothing has changed, the last verdict stands, wi
 import contextlib
 import sys
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from prefect.states import Cancelled, Completed, State
 
 import shell
 import steps
-from ingest import tell_event
+from ingest import make_key, tell_event
 from visionloop.errors import LeaseHeld, VisionLoopError
 from visionloop.monitoring.due import decide_retrain
 from visionloop.monitoring.triggers import RETRAIN
@@ -49,12 +48,12 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
     """
     shell.guard_own_server()
     opened = open_workspace(Path(workspace))
-    if only_if_due:
-        decision = decide_retrain(opened, now=datetime.now(UTC), by=get_user(), webhook=webhook)
-        steps.say(f"{decision.outcome}: {decision.why}")
-        if decision.outcome != RETRAIN:
-            return Completed(name="NotDue", message=f"{decision.outcome}: {decision.why}")
     try:
+        if only_if_due:
+            decision = decide_retrain(opened, now=datetime.now(UTC), by=get_user(), webhook=webhook)
+            steps.say(told := f"{decision.outcome}: {decision.why}")
+            if decision.outcome != RETRAIN:
+                return Completed(name="NotDue", message=told)
         summary = bring_up_to_date(
             opened,
             tell=steps.say,
@@ -73,15 +72,10 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
     return finish(summary, opened.settings.home)
 
 
-def make_key(name: str, home: Path) -> str:
-    """Return the key of a workspace's artifact: each has its own, also of two that bear one name."""
-    return f"retrain-{name}-{sha256(str(home).encode()).hexdigest()[:6]}"
-
-
 def end_as_skipped(workspace: Workspace, error: LeaseHeld) -> State[Any]:
     """End a run that found another one at work. The verdict of the last retrain keeps its own artifact."""
     text = f"# {workspace.name}: skipped\n\nAnother retrain is under way: {error}\n"
-    key = f"{make_key(workspace.name, workspace.settings.home)}-skipped"
+    key = f"{make_key('retrain', workspace.name, workspace.settings.home)}-skipped"
     create_markdown_artifact(text, key=key, description=error.found)
     return Cancelled(name="Skipped", message=str(error))
 
@@ -89,14 +83,15 @@ def end_as_skipped(workspace: Workspace, error: LeaseHeld) -> State[Any]:
 def keep_failure(workspace: Workspace, error: Exception) -> None:
     """Keep what went wrong as an artifact: an error of ours in its own words, any other by its kind."""
     line = describe_error(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
-    text, key = f"# {workspace.name}: failed\n\n{line}\n", make_key(workspace.name, workspace.settings.home)
+    text = f"# {workspace.name}: failed\n\n{line}\n"
+    key = make_key("retrain", workspace.name, workspace.settings.home)
     with contextlib.suppress(Exception):  # where Prefect is away too, the error that is told stays the first one
         create_markdown_artifact(text, key=key, description=line[:300])
 
 
 def finish(summary: Summary, home: Path) -> State[Any]:
     """Keep the summary as an artifact, and end the run: completed, by what came of it."""
-    key = make_key(summary.name, home)
+    key = make_key("retrain", summary.name, home)
     create_markdown_artifact(summary.to_markdown(), key=key, description=f"{home}: {summary.headline}")
     return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 

@@ -31,7 +31,7 @@ from visionloop.promotion.ledger import (
 from visionloop.promotion.restore import require_whole
 from visionloop.records import Decision, LedgerEntry
 from visionloop.runs import as_one_run, close_left_runs, note_verdict
-from visionloop.store.lease import Claim, Lease, make_claim, take_lease
+from visionloop.store.lease import Lease, make_claim, take_lease
 from visionloop.words import (
     Summary,
     describe_champion,
@@ -83,8 +83,8 @@ def bring_up_to_date(
         LeaseLost: another one has taken over from this one, which was thought dead; nothing was promoted.
         VisionLoopError: what the steps raise.
     """
-    claim = make_claim(get_user(), get_now(), run=scheduled.run if scheduled else "")
-    lease = run_step("lease", lambda: _try_to_take(workspace, claim, tell))
+    run = scheduled.run if scheduled else ""
+    lease = run_step("lease", lambda: try_to_take_lease(workspace, tell, run))
     if isinstance(lease, LeaseHeld):
         raise lease
     with lease:
@@ -92,10 +92,17 @@ def bring_up_to_date(
         return _do_steps(workspace, lease, tell=tell, run_step=run_step, ask=ask, tell_more=tell_more)
 
 
-def _try_to_take(workspace: Workspace, claim: Claim, tell: Tell) -> Lease | LeaseHeld:
-    """Return the lease of this name, or why it cannot be had: that is an answer, and no failed step."""
-    check_store_for_pull(workspace)  # a store that is not mounted gets no lease either
+def try_to_take_lease(workspace: Workspace, tell: Tell, run: str = "") -> Lease | LeaseHeld:
+    """Return the lease of this name, or why it cannot be had: that is an answer, and no failed step.
+
+    `run` is what its scheduler calls this run.
+
+    Raises:
+        StoreError: this is not the store that the workspace knows; it gets no lease either.
+    """
+    check_store_for_pull(workspace)
     try:
+        claim = make_claim(get_user(), get_now(), run=run)
         return take_lease(workspace.store, workspace.name, claim, tell=tell)
     except LeaseHeld as exc:
         return exc

@@ -20,7 +20,7 @@ from visionloop.store.lease import make_claim, take_lease
 LIMIT_S = 100
 SECTIONS = """
 ingest: {sources: [{kind: folder, path: PHOTOS}]}
-schedule: {ingest: "0 1 1 1 *", timezone: Europe/Berlin}
+schedule: {ingest: "0 1 1 1 *", monitor: "0 2 1 1 *", timezone: Europe/Berlin}
 triggers: {new_images: 100000}
 """
 
@@ -59,9 +59,10 @@ def wait_for(find: Callable[[], Any]) -> Any:
     return found
 
 
-def list_ended(api: str, deployment: str) -> list[tuple[str, str]]:
+def list_ended(api: str, deployment: str, flow: str = "ingest") -> list[tuple[str, str]]:
     """The states that runs of a deployment have ended in, the oldest first."""
-    query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    names = {"deployments": {"name": {"any_": [deployment]}}, "flows": {"name": {"any_": [flow]}}}
+    query = {**names, "sort": "EXPECTED_START_TIME_ASC"}
     runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False, timeout=30).json()
     ended = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     return [(run_["state_name"], run_["state_type"]) for run_ in runs if run_["state_type"] in ended]
@@ -79,24 +80,34 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     (schedule,) = deployment["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 1 1 1 *", "Europe/Berlin")
     wait_for(lambda: find_deployment(prefect_api, "retrain/nightly-if-due"))
+    watching = wait_for(lambda: find_deployment(prefect_api, "monitor/nightly"))
     assert served.poll() is None
     start = f"{prefect_api}/deployments/{deployment['id']}/create_flow_run"
 
+    watch = f"{prefect_api}/deployments/{watching['id']}/create_flow_run"
+    httpx.post(watch, json={}, trust_env=False).raise_for_status()
     httpx.post(start, json={}, trust_env=False).raise_for_status()
     assert wait_for(lambda: list_ended(prefect_api, "nightly")) == [("NewData", "COMPLETED")]
-    assert wait_for(lambda: list_ended(prefect_api, "nightly-if-due")) == [("NotDue", "COMPLETED")]
+    assert wait_for(lambda: list_ended(prefect_api, "nightly-if-due", "retrain")) == [("NotDue", "COMPLETED")]
     (decision,) = json.loads(visionloop(home, "triggers", "history", "--json").stdout)
     assert (decision["outcome"], decision["dataset"]) == ("no", 2)
     assert decision["looks"][0]["found"] == "36 new images with labels"
     assert list((home / ".visionloop" / "store").glob("ledger/*")) == []
+    assert wait_for(lambda: list_ended(prefect_api, "nightly", "monitor")) == [("Failed", "FAILED")], "no champion"
 
     with take_lease(LocalStore(home / ".visionloop" / "store"), "nightly", make_claim("ann", "03:00")):
         httpx.post(start, json={}, trust_env=False).raise_for_status()
         states = wait_for(lambda: list_ended(prefect_api, "nightly")[1:])
     assert states == [("Skipped", "CANCELLED")], "while a retrain is under way"
+    store = home / ".visionloop" / "store"
+    store.rename(home / "away")
     httpx.post(start, json={}, trust_env=False).raise_for_status()
-    assert wait_for(lambda: list_ended(prefect_api, "nightly")[2:]) == [("NothingNew", "COMPLETED")]
-    assert len(list_ended(prefect_api, "nightly-if-due")) == 1, "no event without new images"
+    assert wait_for(lambda: list_ended(prefect_api, "nightly")[2:]) == [("Failed", "FAILED")]
+    assert not store.exists(), "a store that is not mounted gets no lease"
+    (home / "away").rename(store)
+    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    assert wait_for(lambda: list_ended(prefect_api, "nightly")[3:]) == [("NothingNew", "COMPLETED")]
+    assert len(list_ended(prefect_api, "nightly-if-due", "retrain")) == 1, "no event without new images"
 
 
 def test_what_cannot_be_planned_names_its_field(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the triggers look at in a real workspace, and what is kept of each decision."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,21 @@ from desks import Desk
 from fakes import run_here
 from visionloop import pipeline
 from visionloop.data.manifest import load_version, make_pin, write_pin
-from visionloop.errors import DatasetError, ParamsError, StoreError
+from visionloop.errors import DatasetError, LeaseHeld, ParamsError, StoreError
+from visionloop.monitoring import due
 from visionloop.monitoring.due import decide_retrain, read_decisions
+from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.triggers import TriggerDecision
 from visionloop.params import Triggers
 from visionloop.promotion.decide import gate
+from visionloop.records import LedgerEntry
 from visionloop.workspace import Workspace
 from workspaces import commit, store_image
 
 NOW = datetime(2026, 2, 20, tzinfo=UTC)
 DAY = timedelta(days=1)
 JUDGED = "2026-02-10T00:00:00+00:00"
+ENTRY = LedgerEntry("fake", 1, "promote", "b", None, "1", None, {}, None, "ann", "first", JUDGED).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,15 @@ def test_new_labels_are_counted_apart_from_those_of_a_model(desk: Desk, store: A
     assert find(ask(desk, {"new_images": 12}), "new_images") == (False, 11)
 
 
+def test_a_label_is_of_the_source_that_has_come_since(desk: Desk) -> None:
+    """A photo that had no label has got one by feedback: it is the model's, though the photo is not."""
+    before = replace(desk.world.records[0], sources=("photos",), labels=())
+    labelled = replace(before, sources=("feedback", "photos"), labels=("ant",))
+    assert due._find_new_sources(labelled, before) == {"feedback"}
+    assert due._find_new_sources(replace(labelled, sources=("photos",)), before) == {"photos"}, "corrected by a person"
+    assert due._find_new_sources(labelled, None) == {"feedback", "photos"}
+
+
 def test_nothing_is_new_on_the_version_that_was_judged(desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = with_triggers(desk, max_age_days=1.0)
     pin = make_pin(load_version(desk.store, "fake", 1))
@@ -83,42 +96,73 @@ def test_nothing_is_new_on_the_version_that_was_judged(desk: Desk, store: Any, m
     assert decide_retrain(replace(workspace, params=other), now=NOW, by="ann").outcome == "retrain", "other params"
 
 
-def test_every_decision_is_kept_under_its_number(desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ask(desk, {})
-    monkeypatch.setattr(
-        "visionloop.monitoring.due.read_decisions", lambda *_: []
-    )  # as one who decides at the same time
+def test_of_two_that_decide_at_once_the_second_sees_what_the_first_has_started(
+    desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, read = ask(desk, {}), due.read_decisions
+    stale: list[list[TriggerDecision]] = [[]]
+    monkeypatch.setattr(due, "read_decisions", lambda *told: stale.pop() if stale else read(*told))
     second = ask(desk, {"new_images": 1})
-    monkeypatch.undo()
-    assert [one.number for one in (first, second)] == [1, 2]
-    assert read_decisions(store, "fake") == [
-        TriggerDecision.from_json(json.loads(json.dumps(one.to_json()))) for one in (first, second)
-    ]
-    assert [one.number for one in read_decisions(store, "fake", last=1)] == [2]
+    stale = [[first]]
     third = ask(desk, {"new_images": 1}, now=NOW + timedelta(hours=3))
-    assert (third.outcome, find(third, "cooldown_hours"), find(third, "max_per_week")) == (
-        "held",
-        (True, 3),
-        (False, 1),
-    )
+    monkeypatch.undo()
+    assert [(one.number, one.outcome) for one in (first, second, third)] == [(1, "no"), (2, "retrain"), (3, "held")]
+    assert (find(third, "cooldown_hours"), find(third, "max_per_week")) == ((True, 3), (False, 1))
+    assert read_decisions(store, "fake", 9) == [
+        TriggerDecision.from_json(json.loads(json.dumps(one.to_json()))) for one in (first, second, third)
+    ]
+    assert [one.number for one in read_decisions(store, "fake", 1)] == [3]
+
+
+def test_who_asks_each_minute_forgets_no_start_and_no_call(desk: Desk, store: Any) -> None:
+    """Of the decisions before only the last is read."""
+    section = {"webhook": True, "new_images": 12, "needs": "all", "cooldown_hours": 0.0, "max_per_week": 1}
+    ask(desk, {"new_images": 1})
+    ask(desk, section, webhook="a new menu")
+    for minute in range(1, 4):
+        store.delete(f"triggers/fake/{minute:06d}.json")
+        ask(desk, section, now=NOW + timedelta(minutes=minute))
+    last = ask(desk, {**section, "new_images": 11}, now=NOW + DAY)
+    assert (last.outcome, find(last, "webhook"), find(last, "max_per_week")) == ("held", (True, 1), (True, 1))
+
+
+def test_a_call_while_a_retrain_is_under_way_waits_for_the_next(
+    desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold(store: Any, name: str) -> int:
+        raise LeaseHeld(f"retrain of {name}", "ann on b (process 3) is at it")
+
+    monkeypatch.setattr(due, "wait_for_lease", hold)
+    held = ask(desk, {"webhook": True}, webhook="a new menu")
+    assert (held.outcome, held.started, held.calls) == ("held", (), ("a new menu",))
+    assert "held by under_way: ann on b (process 3) is at it" in held.why
+    assert ask(desk, {"webhook": True}, hand="now").outcome == "retrain"
+    monkeypatch.undo()
+    assert find(ask(desk, {"webhook": True}), "webhook") == (False, 0)
 
 
 def test_a_call_is_kept_until_the_next_retrain(desk: Desk, store: Any) -> None:
     section = {"webhook": True, "new_images": 11, "needs": "all", "cooldown_hours": 0.0}
     waits = {**section, "new_images": 12}
-    assert ask(desk, waits, webhook="a  new\nmenu" + "x" * 1000).outcome == "no"
+    assert ask(desk, waits, webhook="a  new\n\x1bmenu\udcff" + "x" * 1000).outcome == "no"
     assert find(ask(desk, waits, webhook="again"), "webhook") == (True, 2)
     due = ask(desk, section)
     assert due.outcome == "retrain"
-    assert due.why.startswith("new_images: 11 new images with labels; webhook: a new menuxxx")
+    assert due.why.startswith("new_images: 11 new images with labels; webhook: a new menu xxx")
     assert len(due.why) < 500
     assert find(ask(desk, section, now=NOW + DAY), "webhook") == (False, 0)
 
 
-def write_windows(store: Any, *verdicts: str, bundle: str = "b") -> None:
+def make_verdict(day: int, verdict: str, **facts: Any) -> bytes:
+    values: dict[str, Any] = {one.name: None for one in fields(Verdict)}
+    start, end = (f"2026-02-{number}T00:00:00+00:00" for number in (day, day + 1))
+    values |= {"start": start, "end": end, "verdict": verdict, "bundle": "b", "checks": [], **facts}
+    return json.dumps(values).encode()
+
+
+def write_windows(store: Any, *verdicts: str) -> None:
     for day, verdict in enumerate(verdicts, start=11):
-        value = {"end": f"2026-02-{day}T00:00:00+00:00", "verdict": verdict, "bundle": bundle}
-        store.put(f"monitoring/fake/202602{day}T0000/verdict.json", json.dumps(value).encode())
+        store.put(f"monitoring/fake/202602{day}T0000/verdict.json", make_verdict(day, verdict))
 
 
 def test_windows_of_the_monitor_are_read_and_damaged_ones_passed_over(desk: Desk, store: Any) -> None:
@@ -126,16 +170,25 @@ def test_windows_of_the_monitor_are_read_and_damaged_ones_passed_over(desk: Desk
     assert find(champion, "drift_windows") == (False, 0)
     write_windows(store, "drift", "drift", "broken")
     assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data") == (True, None)
-    for damaged in (b"{", b"[]", b'{"end": 3}', b'{"end": "13 Feb", "verdict": "broken", "bundle": "b"}'):
+    bad = (make_verdict(13, "broken", end="13 Feb"), make_verdict(13, "broken", end="2026-02-14"))
+    for damaged in (b"{", b"[]", b'{"end": 3}', *bad, make_verdict(13, "broken", checks=[3])):
         store.put("monitoring/fake/20260213T0000/verdict.json", damaged)
         assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data")[0] is False, damaged
-    naive = b'{"end": "2026-02-13", "verdict": "broken", "bundle": "b"}'
-    store.put("monitoring/fake/20260213T0000/verdict.json", naive)
-    assert find(ask(desk, {"drift_windows": 1}, now=NOW - 6 * DAY), "broken_data")[0] is True
+
+
+def test_all_alerts_of_a_window_count(desk: Desk, store: Any) -> None:
+    store.put("ledger/fake/000001.json", json.dumps(ENTRY).encode())
+    alerts = [{"kind": kind, "state": "alert"} for kind in ("drift", "quality")]
+    store.put("monitoring/fake/20260213T0000/verdict.json", make_verdict(13, "drift", checks=alerts))
+    asked = ask(desk, {"drift_windows": 1, "quality_windows": 1})
+    assert [find(asked, name) for name in ("drift_windows", "quality_windows")] == [(True, 1)] * 2
+    store.delete("ledger/fake/000001.json")
 
 
 def test_what_is_damaged_or_cannot_be_written_is_told(desk: Desk, store: Any, tmp_path: Path) -> None:
-    for data in (b"{", b"[1]", b'{"name": "fake"}', b'{"at": 3}'):
+    whole = ask(desk, {}).to_json()
+    bad = ({**whole, "calls": [3]}, {**whole, "started": ["soon"]}, {**whole, "looks": ["x"]})
+    for data in (b"{", b"[1]", b'{"name": "fake"}', b'{"at": 3}', *(json.dumps(one).encode() for one in bad)):
         store.put("triggers/fake/000001.json", data)
         with pytest.raises(DatasetError, match=r"triggers/fake/000001.json: is damaged; expected a decision"):
             ask(desk, {})

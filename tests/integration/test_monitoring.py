@@ -12,12 +12,11 @@ import pytest
 
 from fakes import run_here
 from http_server import Answer, serve
-from visionloop.cli.monitoring import write_copies
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.errors import BundleError, DatasetError
 from visionloop.forget.copies import find_pages, find_windows
 from visionloop.monitoring.judge import Verdict, describe_verdict
-from visionloop.monitoring.watch import accept_window, load_verdict, watch_window
+from visionloop.monitoring.watch import accept_window, load_verdict, watch_window, write_copies
 from visionloop.params import make_params
 from visionloop.promotion.ledger import read_champion
 from watched import CLASSES, FIRST, HOURS, PER_HOUR, Watched, at_end_of, make_watched
@@ -114,6 +113,37 @@ def test_forgotten_image_goes_from_pages_and_lists(watched: Watched) -> None:
     left = {key.rpartition("/")[2] for key in store.list("monitoring/fake/")}
     assert left == {"checks.parquet", "classes.parquet", "verdict.json"}
     assert write_copies(watched.place, verdict) is None
+
+
+def test_expired_windows_are_no_reference_and_the_next_take_their_place(tmp_path: Path) -> None:
+    """The server keeps rows for some days; what it has removed can be compared with nothing."""
+    watched = make_watched(tmp_path, reference_windows=1)
+    for number in range(4):
+        watched.write_day(number)
+        verdict = watch(watched, number)
+    assert verdict.reference == ("20260302T0000", "20260304T0000")
+    watched.place.store.delete(PREDICTIONS.make_key("fake", FIRST, "part"))
+    assert watch(watched, 3, again=True).reference == ("20260303T0000", "20260304T0000")
+
+
+def test_windows_of_another_length_are_others(tmp_path: Path) -> None:
+    """`window_hours` was changed: a window may have the name of another, and has other volumes."""
+    watched = make_watched(tmp_path, window_hours=12, reference_windows=3)
+    for number in range(3):
+        watched.write_day(number)
+        for hour in (12, 24):
+            watch_window(watched.place, now=at_end_of(number - 1) + timedelta(hours=hour))
+    store = watched.place.store
+    store.put("monitoring/fake/20260302T0000-old/verdict.json", store.get("monitoring/fake/20260302T0000/verdict.json"))
+    longer = {"name": "fake", "monitor": {"reference_windows": 3}}
+    watched.place = replace(watched.place, params=make_params(longer))
+    day, is_new = watch_window(watched.place, now=at_end_of(0))
+    assert (is_new, day.num_images) == (True, 192), "the one that was judged was of half a day"
+    watched.write_day(3)
+    after = watch(watched, 3)
+    assert after.num_images == 192
+    assert find_check(after, "volume")["state"] == "unknown", "one window of a day was before it"
+    assert len(set(after.reference)) == len(after.reference) == 6
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,13 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from visionloop.cli.app import app
 from visionloop.words import shorten_path
-from visionloop.workspace import Workspace, get_now, get_user, open_workspace
-
-if TYPE_CHECKING:
-    from visionloop.monitoring.judge import Verdict
+from visionloop.workspace import get_now, get_user, open_workspace
 
 EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
 
@@ -46,7 +43,7 @@ def monitor(
     from visionloop.errors import SettingsError
     from visionloop.monitoring.alert import send_alert
     from visionloop.monitoring.judge import describe_verdict
-    from visionloop.monitoring.watch import accept_window, watch_window
+    from visionloop.monitoring.watch import accept_window, watch_window, write_copies
 
     if accept and not why.strip():
         raise SettingsError("visionloop monitor --accept", "has no --why", "a reason, kept with the window", "Say why.")
@@ -78,24 +75,3 @@ def read_time(text: str) -> datetime:
         todo = "2026-11-28 or 2026-11-28T06:00"
         raise SettingsError("visionloop monitor --at", f"got {text[:40]!r}", f"a time, like {todo}") from exc
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-
-
-def write_copies(workspace: Workspace, verdict: "Verdict") -> Path | None:
-    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report.
-
-    None: it is gone from the store, because one of its images was forgotten.
-    """
-    from visionloop.errors import ObjectMissing
-    from visionloop.monitoring.judge import make_metrics_text
-    from visionloop.promotion.evidence import write_page
-
-    folder = workspace.settings.home / "monitoring"
-    end_s = datetime.fromisoformat(verdict.end).timestamp()
-    write_page(folder / "metrics.prom", make_metrics_text(verdict, end_s))
-    try:
-        page = workspace.store.get(f"monitoring/{workspace.name}/{verdict.window}/report.html").decode()
-    except ObjectMissing:
-        return None
-    for name in (f"{verdict.window}.html", "latest.html"):
-        write_page(folder / name, page)
-    return folder / f"{verdict.window}.html"

@@ -18,6 +18,7 @@ from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.params.text import has_conflict_marks
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
+from visionloop.store.keys import make_number_key
 
 # One more place where an image was found does not change what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
@@ -263,7 +264,7 @@ def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
 
 
 def _version_key(name: str, number: int) -> str:
-    return f"datasets/{name}/{number:06d}.json"
+    return make_number_key(f"datasets/{name}", number)
 
 
 def _read_version(store: ObjectStore, key: str) -> DatasetVersion:

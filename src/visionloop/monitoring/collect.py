@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from visionloop.monitoring.judge import Known
 from visionloop.monitoring.quality import LabelledAccuracy, compute_labelled_accuracy
 from visionloop.monitoring.window import (
     COLUMNS,
+    START,
     Span,
     find_chosen,
     get_flags,
@@ -63,6 +64,12 @@ class Log:
         self.workspace, self.digest = workspace, digest
         self.section = workspace.params.monitor
         self.damaged: set[str] = set()
+
+    def find_start(self) -> datetime:
+        """Return the start of the first day that there are rows of: those before have expired."""
+        days = DayReader(PREDICTIONS, self.workspace.store, self.workspace.name).list_parts()
+        first = min(days, default=None)
+        return datetime(first.year, first.month, first.day, tzinfo=UTC) if first else START
 
     def read(self, span: Span) -> "pa.Table":
         found = read_predictions(self.workspace.store, self.workspace.name, span.start, span.end, COLUMNS)

@@ -2,27 +2,31 @@
 
     triggers/NAME/000001.json   one decision, also a "no", with the numbers that it was made by
 
-A call of a webhook holds until the next retrain: with `needs: all` it may have to wait for the other triggers.
+A decision knows the one before: so of two that are made at once the second sees what the first has started. A call of a
+webhook holds until the next retrain: with `needs: all` it may have to wait for the other triggers.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from visionloop import pipeline
 from visionloop.data.manifest import load_pin, load_records, load_version, load_version_records
-from visionloop.errors import DatasetError, ObjectMissing, ParamsError, shorten
+from visionloop.errors import DatasetError, LeaseHeld, ParamsError, shorten
 from visionloop.monitoring.triggers import RETRAIN, Look, Signals, TriggerDecision, Window, decide
+from visionloop.monitoring.watch import list_windows, load_verdict
 from visionloop.promotion.ledger import latest_decision, read_champion
 from visionloop.records import Decision, ImageRecord, Pin, canonical_json
 from visionloop.store import ObjectStore
-from visionloop.store.keys import split_numbers
+from visionloop.store.keys import make_number_key, split_numbers
+from visionloop.store.lease import wait_for_lease
 from visionloop.workspace import Workspace
 
 MAX_WHY_CHARS = 300
 KEPT_WINDOWS = 400  # the newest that are looked at
-LOOK_BACK = 200  # decisions that are read for what was asked and started: a week of hours and more
+KEPT_STARTS, KEPT_CALLS = 50, 20  # the newest that a decision tells the next one
 
 
 def decide_retrain(
@@ -30,83 +34,90 @@ def decide_retrain(
 ) -> TriggerDecision:
     """Decide whether a retrain is due, and keep the decision. `hand`, `webhook`: what a person or a caller said.
 
+    Where a retrain is under way this takes ten seconds, and a minute where one has died: its lease is watched.
+
     Raises:
-        DatasetError: nothing was ingested yet, or the dataset is damaged.
+        DatasetError: nothing was ingested yet, or the dataset or the last decision is damaged.
         ParamsError: `triggers.own_sources` names a source that no image has.
         StoreError: the store cannot be read or written.
     """
-    hand, webhook = (" ".join(text.split())[:MAX_WHY_CHARS] for text in (hand, webhook))
-    pin, judged = (
-        load_pin(workspace.settings.pin_path, workspace.name),
-        latest_decision(workspace.store, workspace.name),
-    )
-    past = read_decisions(workspace.store, workspace.name)[-LOOK_BACK:]
-    signals = collect_signals(workspace, pin, judged, past, now=now, hand=hand, webhook=webhook)
-    answer = decide(workspace.params.triggers, signals)
-    number = past[-1].number + 1 if past else 1
+    hand, webhook = (_clean(text) for text in (hand, webhook))
+    store, name, section = workspace.store, workspace.name, workspace.params.triggers
+    pin, judged = load_pin(workspace.settings.pin_path, name), latest_decision(store, name)
+    known = collect_signals(workspace, pin, judged, now=now, hand=hand)
     while True:
+        last = next(iter(read_decisions(store, name, 1)), None)
+        calls = (*(last.calls if last else ()), *([webhook] if webhook else []))[-KEPT_CALLS:]
+        started = last.started if last else ()
+        times = tuple(_read_time(one) for one in started)
+        answer = decide(section, replace(known, webhook=calls, started=times))
+        at = now.isoformat(timespec="seconds")
+        is_due = answer.outcome == RETRAIN
         decision = TriggerDecision(
-            name=workspace.name,
-            number=number,
-            at=now.isoformat(timespec="seconds"),
+            name=name,
+            number=last.number + 1 if last else 1,
+            at=at,
             outcome=answer.outcome,
             why=answer.why,
             looks=tuple(asdict(look) for look in answer.looks),
             dataset=pin.version,
             judged=judged.number if judged else None,
             by=by,
-            webhook=webhook,
+            calls=() if is_due else calls,
+            started=(*started, at)[-max(KEPT_STARTS, section.max_per_week) :] if is_due else started,
         )
-        if workspace.store.create(_make_key(workspace.name, number), canonical_json(decision.to_json())):
+        if store.create(make_number_key(f"triggers/{name}", decision.number), canonical_json(decision.to_json())):
             return decision
-        number += 1
 
 
-def collect_signals(
-    workspace: Workspace,
-    pin: Pin,
-    judged: Decision | None,
-    past: Sequence[TriggerDecision],
-    *,
-    now: datetime,
-    hand: str = "",
-    webhook: str = "",
-) -> Signals:
-    """Return what the triggers look at. Raises as `decide_retrain`."""
+def collect_signals(workspace: Workspace, pin: Pin, judged: Decision | None, *, now: datetime, hand: str) -> Signals:
+    """Return what the triggers look at, besides earlier decisions. Raises as `decide_retrain`."""
     champion = read_champion(workspace.store, workspace.name)
     num_new, num_own = _count_new(workspace, pin, judged)
     state = pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest)
-    since = max((i for i, one in enumerate(past) if one.outcome == RETRAIN), default=-1)
-    calls = [one.webhook for one in past[since + 1 :]]
     return Signals(
         now=now,
         champion=champion.bundle if champion else None,
         promoted_at=_read_time(champion.at) if champion else None,
         judged_at=_read_time(judged.decided_at) if judged else None,
-        started=tuple(_read_time(one.at) for one in past if one.outcome == RETRAIN),
         num_new=num_new,
         num_own=num_own,
         is_other=judged is not None and any(judged.state.get(k) != v for k, v in state.items() if k != "dataset"),
-        windows=tuple(_read_windows(workspace.store, workspace.name)),
-        webhook=tuple(call for call in [*calls, webhook] if call),
+        windows=_read_windows(workspace),
         hand=hand,
+        under_way="" if hand else _find_holder(workspace),
     )
 
 
-def read_decisions(store: ObjectStore, name: str, last: int = LOOK_BACK) -> list[TriggerDecision]:
+def read_decisions(store: ObjectStore, name: str, last: int) -> list[TriggerDecision]:
     """Return the newest decisions of a name, the oldest of them first. Raises DatasetError."""
-    numbers = split_numbers(store.list(f"triggers/{name}/"), f"triggers/{name}")[0]
-    found = []
-    for key in (_make_key(name, number) for number in numbers[-last:]):
+    folder, found = f"triggers/{name}", []
+    for number in split_numbers(store.list(f"{folder}/"), folder)[0][-last:]:
+        key = make_number_key(folder, number)
         try:
-            decision = TriggerDecision.from_json(json.loads(store.get(key)))
-            _read_time(decision.at)
+            decision = TriggerDecision.from_json({**json.loads(store.get(key)), "number": number})
+            [_read_time(one) for one in (decision.at, *decision.started)]
+            "".join(decision.calls)
             [Look.from_json(look) for look in decision.looks]
             found.append(decision)
         except (ValueError, TypeError, AttributeError) as exc:
             todo = "Restore it from the store's backup, or remove it."
             raise DatasetError(f"store object {key}", "is damaged", "a decision of the triggers", todo) from exc
     return found
+
+
+def _clean(text: str) -> str:
+    """Return what somebody has said as it can be stored and printed: one line, no control characters, cut."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_WHY_CHARS]
+
+
+def _find_holder(workspace: Workspace) -> str:
+    """Return who is at a retrain, in words; "" if nobody is."""
+    try:
+        wait_for_lease(workspace.store, workspace.name)
+    except LeaseHeld as exc:
+        return exc.found
+    return ""
 
 
 def _count_new(workspace: Workspace, pin: Pin, judged: Decision | None) -> tuple[int, int]:
@@ -117,40 +128,39 @@ def _count_new(workspace: Workspace, pin: Pin, judged: Decision | None) -> tuple
         found = f"no source and no image is of {shorten(sorted(unknown))}"
         expected = f"some of {shorten(sorted(_list_sources(records)))}"
         raise ParamsError("params.yaml triggers.own_sources", found, expected, "Edit the file.")
-    known: set[tuple[str, tuple[str, ...]]] = set()
+    known: dict[str, ImageRecord] = {}
     if judged and judged.dataset.get("digest") != pin.digest:
         version = load_version(workspace.store, pin.name, int(judged.dataset["version"]))
-        known = {(one.sha256, one.labels) for one in load_version_records(workspace.store, version)}
+        known = {one.sha256: one for one in load_version_records(workspace.store, version)}
     elif judged:
         return 0, 0
-    new = [one for one in records if one.labels and one.side != "excluded" and (one.sha256, one.labels) not in known]
-    num_own = sum(own_sources.issuperset(one.sources) for one in new)
+    labelled = [one for one in records if one.labels and one.side != "excluded"]
+    new = [one for one in labelled if one.sha256 not in known or known[one.sha256].labels != one.labels]
+    num_own = sum(bool(own_sources & _find_new_sources(one, known.get(one.sha256))) for one in new)
     return len(new) - num_own, num_own
+
+
+def _find_new_sources(now: ImageRecord, before: ImageRecord | None) -> set[str]:
+    """Return the sources that an image has got since, which its new label comes from; else all that it has."""
+    return set(now.sources) - set(before.sources if before else ()) or set(now.sources)
 
 
 def _list_sources(records: Sequence[ImageRecord]) -> set[str]:
     return {source for record in records for source in record.sources}
 
 
-def _read_windows(store: ObjectStore, name: str) -> Iterator[Window]:
-    """Yield the newest windows of `visionloop monitor`, the oldest first; one that is damaged tells nothing."""
-    keys = [key for key in store.list(f"monitoring/{name}/") if key.endswith("/verdict.json")]
+def _read_windows(workspace: Workspace) -> tuple[Window, ...]:
+    """Return the newest windows of `visionloop monitor`, the oldest first; one that is damaged tells nothing."""
     windows = []
-    for key in keys[-KEPT_WINDOWS:]:
-        try:
-            value = json.loads(store.get(key))
-            end = _read_time(value["end"])
-            windows.append(Window(end, str(value["verdict"]), str(value["bundle"])))
-        except (ObjectMissing, ValueError, TypeError, KeyError):
-            continue
-    yield from sorted(windows, key=lambda window: window.end)
+    for name in list_windows(workspace)[-KEPT_WINDOWS:]:
+        with contextlib.suppress(DatasetError):
+            if one := load_verdict(workspace, name):
+                alerts = tuple({check["kind"] for check in one.list_alerts()})
+                windows.append(Window(_read_time(one.end), one.verdict, one.bundle, alerts))
+    return tuple(windows)
 
 
 def _read_time(text: str) -> datetime:
     """Return a time of a record; one that names no zone is UTC, as all are. Raises ValueError, TypeError."""
     time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
-
-
-def _make_key(name: str, number: int) -> str:
-    return f"triggers/{name}/{number:06d}.json"

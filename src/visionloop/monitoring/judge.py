@@ -9,6 +9,7 @@ Broken data beats drift: where a check of the data fails, nothing is compared, a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from visionloop.monitoring.quality import (
     compute_class_shares,
     compute_expected_accuracy,
 )
+from visionloop.monitoring.window import Span
 from visionloop.params.monitor import Monitor
 from visionloop.records import Interval, Record
 
@@ -100,6 +102,11 @@ class Verdict(Record):
     checks: tuple[dict[str, Any], ...]
     judged_at: str
     damaged: tuple[str, ...] = field(default=())
+
+    @property
+    def span(self) -> Span:
+        """The time of the window. Raises ValueError, TypeError."""
+        return Span(datetime.fromisoformat(self.start), datetime.fromisoformat(self.end))
 
     @property
     def is_alert(self) -> bool:

@@ -25,11 +25,18 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Window:
-    """One window of `visionloop monitor`: when it ended, its verdict, and the bundle that was served."""
+    """One window of `visionloop monitor`: when it ended, its verdict, the bundle that was served, all that alerted.
+
+    The verdict names the first alert only: while the images drift, the accuracy may be too low as well.
+    """
 
     end: datetime
     verdict: str
     bundle: str
+    alerts: tuple[str, ...] = ()
+
+    def says(self, what: str) -> bool:
+        return what == self.verdict or (self.verdict != "broken" and what in self.alerts)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Signals:
     `judged_at`: the last decision of the gate. `started`: the retrains that triggers started. `num_new`: images with
     labels that the last judged model did not know; `num_own` more have labels that a model gave. `is_other`: params,
     code or weights differ from those of the last judged model. `webhook`: what callers said since the last retrain.
-    `hand`: why a person wants one, "" if none does. `windows`: the oldest first.
+    `hand`: why a person wants one, "" if none does. `windows`: the oldest first. `under_way`: who is at a retrain.
     """
 
     now: datetime
@@ -53,6 +60,7 @@ class Signals:
     windows: tuple[Window, ...] = ()
     webhook: tuple[str, ...] = ()
     hand: str = ""
+    under_way: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def decide(section: Triggers, signals: Signals) -> Answer:
     """Decide whether a retrain is due."""
     past = _Past(section, signals)
     triggers = [look for name in section.names if (look := past.look(name))]
-    holds = [past.cool_down(), past.budget(), past.nothing_new(), past.broken()]
+    holds = [past.under_way(), past.cool_down(), past.budget(), past.nothing_new(), past.broken()]
     looks = (*triggers, *holds)
     if signals.hand:
         return Answer(RETRAIN, f"by hand: {signals.hand}", looks)
@@ -133,10 +141,15 @@ class _Past:
         own = [w for w in self.windows if w.bundle == self.signals.champion and all(w.end > one for one in since)]
         row = 0
         for window in reversed(own):
-            if window.verdict != verdict:
+            if not window.says(verdict):
                 break
             row += 1
         return row
+
+    def under_way(self) -> Look:
+        """Hold one that could not begin: a call would be taken for answered, and a start be counted."""
+        holder = self.signals.under_way
+        return Look("under_way", bool(holder), holder or "no retrain is under way", "none")
 
     def cool_down(self) -> Look:
         hours = None if self.last is None else (self.now - self.last).total_seconds() / 3600
@@ -173,7 +186,11 @@ def describe_looks(looks: Iterable[Look]) -> list[str]:
 
 @dataclass(frozen=True)
 class TriggerDecision(Record):
-    """One decision as it is stored. `dataset`: the version that was looked at; `judged`: the gate's last decision."""
+    """One decision as it is stored. `dataset`: the version that was looked at; `judged`: the gate's last decision.
+
+    `calls`: what callers of the webhook have said, and no retrain has answered. `started`: when retrains were started,
+    this one among them, the newest. So the next decision needs no other than the last.
+    """
 
     name: str
     number: int
@@ -184,4 +201,5 @@ class TriggerDecision(Record):
     dataset: int
     judged: int | None
     by: str
-    webhook: str = ""
+    calls: tuple[str, ...] = ()
+    started: tuple[str, ...] = ()

@@ -14,21 +14,18 @@ validation side. A window that gave an alarm of drift or was broken is not accep
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionloop.bundle import download_bundle
 from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
 from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
 from visionloop.monitoring.health import Check, check_colours, check_model, check_traffic
-from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
+from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, make_metrics_text
 from visionloop.monitoring.report import Page, make_monitor_report
-from visionloop.monitoring.window import (
-    Span,
-    find_last_span,
-    make_traffic,
-    read_span,
-)
+from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
+from visionloop.promotion.evidence import write_page
 from visionloop.promotion.ledger import read_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.workspace import Workspace
@@ -49,7 +46,7 @@ def watch_window(
     A window that was judged already is not judged anew, unless `again`.
 
     Raises:
-        PromotionError: there was no champion then.
+        PromotionError: there is no champion.
         StoreError, BundleError: the store cannot be read, or the champion's bundle is damaged.
     """
     hours = workspace.params.monitor.window_hours
@@ -57,19 +54,31 @@ def watch_window(
     if span.end > now:
         found, todo = f"ends at {span.end.isoformat()}, which is to come", "Wait, or name an earlier time."
         raise DatasetError(f"window {span.name}", found, "a window that is over", todo)
-    if not again and (known := load_verdict(workspace, span.name)) is not None:
+    known = None if again else load_verdict(workspace, span.name)
+    if known is not None and known.span == span:  # after a change of `window_hours` a longer one may have the name
         return known, False
     return _Watch(workspace, span, now).run(), True
+
+
+def list_windows(workspace: Workspace) -> list[str]:
+    """Return the names of the windows that something is stored of, in order of time."""
+    prefix = f"{_folder(workspace)}/"
+    names = {key.removeprefix(prefix).partition("/")[0] for key in workspace.store.list(prefix)}
+    return sorted(name for name in names if is_window(name))
 
 
 def load_verdict(workspace: Workspace, window: str) -> Verdict | None:
     """Return the verdict of a window; None: it was not judged. Raises DatasetError."""
     key = f"{_folder(workspace)}/{window}/verdict.json"
     try:
-        return Verdict.from_json(json.loads(workspace.store.get(key)))
+        verdict = Verdict.from_json(json.loads(workspace.store.get(key)))
+        if None in (verdict.span.start.tzinfo, verdict.span.end.tzinfo):
+            raise ValueError("times without a zone")
+        [check["kind"] for check in verdict.list_alerts()]
+        return verdict
     except ObjectMissing:
         return None
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, KeyError) as exc:
         todo = "Remove it, and judge the window again."
         raise DatasetError(f"store object {key}", "is damaged", "a verdict", todo) from exc
 
@@ -84,6 +93,22 @@ def accept_window(workspace: Workspace, window: str, *, by: str, why: str, now: 
     return verdict
 
 
+def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
+    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report.
+
+    None: it is gone from the store, because one of its images was forgotten.
+    """
+    folder = workspace.settings.home / "monitoring"
+    write_page(folder / "metrics.prom", make_metrics_text(verdict, verdict.span.end.timestamp()))
+    try:
+        page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
+    except ObjectMissing:
+        return None
+    for name in (f"{verdict.window}.html", "latest.html"):
+        write_page(folder / name, page)
+    return folder / f"{verdict.window}.html"
+
+
 def _folder(workspace: Workspace) -> str:
     return f"monitoring/{workspace.name}"
 
@@ -96,6 +121,7 @@ class _Watch:
         self.section = workspace.params.monitor
         self.entry = _find_champion(workspace, span)
         self.log = Log(workspace, self.entry.bundle)
+        self.log_start = self.log.find_start()
 
     def run(self) -> Verdict:
         bundle = download_bundle(
@@ -124,21 +150,23 @@ class _Watch:
         return verdict
 
     def _load_past(self) -> list[Verdict]:
-        """Return the verdicts of the windows before this one, the oldest first: those of this model, and the newest."""
-        prefix = f"{_folder(self.workspace)}/"
-        names = sorted({key.removeprefix(prefix).partition("/")[0] for key in self.workspace.store.list(prefix)})
-        since = datetime.fromisoformat(self.entry.at)
-        names = [name for name in names if name < self.span.name]
+        """Return the verdicts of the windows before this one, the oldest first: those of this model, and the newest.
+
+        The first that count are those whose rows are still in the log.
+        """
+        names = [name for name in list_windows(self.workspace) if name < self.span.name]
+        since = max(datetime.fromisoformat(self.entry.at).astimezone(UTC), self.log_start)
         first = [name for name in names if name >= Span(since, since).name][:LOOK_BACK]
         found = [load_verdict(self.workspace, name) for name in sorted({*first, *names[-LOOK_BACK:]})]
         return [one for one in found if one is not None]
 
     def _choose_reference(self, before: Sequence[Verdict]) -> list[Span]:
         """Return the first accepted windows of this model, and the newest: at most as many again."""
-        accepted = [one for one in before if one.bundle == self.entry.bundle and self._is_accepted(one)]
+        own = [one for one in before if one.bundle == self.entry.bundle and one.span.end > self.log_start]
+        accepted = [one for one in own if self._is_accepted(one)]
         most = self.section.reference_windows
         chosen = accepted if len(accepted) <= 2 * most else [*accepted[:most], *accepted[-most:]]
-        return [read_span(one.window, self.section.window_hours) for one in chosen]
+        return [one.span for one in chosen]
 
     def _is_accepted(self, verdict: Verdict) -> bool:
         if verdict.verdict not in ("broken", "drift"):
@@ -149,7 +177,8 @@ class _Watch:
         self, table: "pa.Table", own: "pa.Table", reference: Rows | None, before: Sequence[Verdict]
     ) -> list[Check]:
         usual = make_traffic(reference.table) if reference and len(reference.table) else None
-        checks = check_traffic(make_traffic(table), usual, [one.num_images for one in before][-VOLUMES:], self.section)
+        volumes = [one.num_images for one in before if one.span.length == self.span.length][-VOLUMES:]
+        checks = check_traffic(make_traffic(table), usual, volumes, self.section)
         if self.log.damaged:
             found = f"{len(self.log.damaged):,} parts of the log are damaged: {sorted(self.log.damaged)[0]}"
             checks.append(Check("log", "broken", "alert", found, "parts in Parquet"))
@@ -223,7 +252,11 @@ class _Watch:
 
 
 def _find_champion(workspace: Workspace, span: Span) -> LedgerEntry:
-    """Return the entry that was the champion's when the window ended. Raises PromotionError: there was none."""
+    """Return the entry that was the champion's when the window ended; before the first one, that of now.
+
+    Raises:
+        PromotionError: there is no champion at all.
+    """
     before = [e for e in read_history(workspace.store, workspace.name) if datetime.fromisoformat(e.at) < span.end]
     return before[-1] if before else require_entry(workspace.store, workspace.name)
 

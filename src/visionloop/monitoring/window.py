@@ -3,6 +3,7 @@
 Dimensions: n images, k classes, d embedding size.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,6 +39,10 @@ class Span:
         """The name of the window, which sorts by time: `20261128T0000`."""
         return f"{self.start:%Y%m%dT%H%M}"
 
+    @property
+    def length(self) -> timedelta:
+        return self.end - self.start
+
 
 def find_last_span(now: datetime, hours: int) -> Span:
     """Return the last window that is over: windows follow each other without a gap, from a Monday at midnight UTC."""
@@ -46,10 +51,9 @@ def find_last_span(now: datetime, hours: int) -> Span:
     return Span(end - length, end)
 
 
-def read_span(name: str, hours: int) -> Span:
-    """Return the window of a name. Raises ValueError."""
-    start = datetime.strptime(name, "%Y%m%dT%H%M").replace(tzinfo=UTC)
-    return Span(start, start + timedelta(hours=hours))
+def is_window(name: str) -> bool:
+    """Say whether a text is the name of a window, and not that of a copy of one."""
+    return re.fullmatch(r"[0-9]{8}T[0-9]{4}", name) is not None
 
 
 def pick_rows(number: int, most: int, seed: int) -> IntArray:

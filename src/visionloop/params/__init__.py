@@ -186,12 +186,13 @@ class Serve(Section):
 class Schedule(Section):
     """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin).
 
-    `retrain` always; `triggers`: whether one is due; `ingest`: new images alone.
+    `retrain` always; `triggers`: whether one is due; `ingest`: new images alone; `monitor`: the last window.
     """
 
     retrain: Annotated[str | None, AfterValidator(check_cron)] = None
     triggers: Annotated[str | None, AfterValidator(check_cron)] = None
     ingest: Annotated[str | None, AfterValidator(check_cron)] = None
+    monitor: Annotated[str | None, AfterValidator(check_cron)] = None
     timezone: Annotated[str, AfterValidator(check_timezone)] = "UTC"
 
 

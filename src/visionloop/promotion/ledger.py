@@ -19,7 +19,7 @@ from visionloop.errors import NotPromoted, ObjectMissing, PromotionError, StoreE
 from visionloop.promotion.gate import PASSED, REFUSED
 from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
-from visionloop.store.keys import split_numbers
+from visionloop.store.keys import make_number_key, split_numbers
 
 AnyRecord = TypeVar("AnyRecord", LedgerEntry, Decision)
 ROLLED_BACK = "rolled_back"
@@ -218,7 +218,7 @@ def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
     if entry.decision is None:
         return "no decision"
     try:
-        decision = _read(store, f"decisions/{name}/{entry.decision:06d}.json", Decision, "a decision")
+        decision = _read(store, make_number_key(f"decisions/{name}", entry.decision), Decision, "a decision")
     except (ObjectMissing, PromotionError):
         return f"decision {entry.decision}: not there"
     return f"decision {entry.decision}: {decision.verdict}"
@@ -284,7 +284,7 @@ def store_decision(store: ObjectStore, decision: Decision) -> Decision:
             return latest
         number = latest.number + 1 if latest else 1
         numbered = replace(decision, number=number)
-        if store.create(f"decisions/{decision.name}/{number:06d}.json", canonical_json(numbered.to_json())):
+        if store.create(make_number_key(f"decisions/{decision.name}", number), canonical_json(numbered.to_json())):
             return numbered
 
 
@@ -304,7 +304,7 @@ def _compute_question(decision: Decision) -> str:
 
 def _list_keys(store: ObjectStore, folder: str) -> list[str]:
     """Return the keys of decisions by their number; other objects are none."""
-    return [f"{folder}/{number:06d}.json" for number in _list_numbers(store, folder)[0]]
+    return [make_number_key(folder, number) for number in _list_numbers(store, folder)[0]]
 
 
 def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]]:
@@ -313,7 +313,7 @@ def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]
 
 
 def _make_key(name: str, number: int) -> str:
-    return f"ledger/{name}/{number:06d}.json"
+    return make_number_key(f"ledger/{name}", number)
 
 
 def _read_believable(store: ObjectStore, name: str, number: int) -> LedgerEntry:

@@ -70,6 +70,11 @@ def parse_s3_url(url: str, where: str, *, own_keys: bool) -> BucketAddress:
     return BucketAddress(bucket, prefix)
 
 
+def make_number_key(folder: str, number: int) -> str:
+    """Return the key of a numbered object: a claim, a decision, a ledger entry."""
+    return f"{folder}/{number:06d}.json"
+
+
 def split_numbers(keys: Iterable[str], folder: str) -> tuple[list[int], list[str]]:
     """Return the numbers among the keys of a folder of numbered objects, in order, and the keys that are no number."""
     numbers, strays = [], []

@@ -4,7 +4,8 @@
 
 A claim is created conditionally, under the next number; only its holder changes it after that: beat 1, 2, 3, at last
 that it ended. The clocks of two machines are never compared. Whoever waits takes a holder for dead when its claim has
-not changed for `ttl_s` by the waiter's own monotonic clock, or when it is a process of this machine that is gone.
+not changed while the waiter has slept for `ttl_s` in all, or when it is a process of this machine that is gone. What
+the store takes to answer does not count: a store that hangs for a minute hangs for the holder, too.
 
     machine a holds 000007: beat 1, 2, 3; then it is paused
     machine b reads 000007 each second, for 60 s the same bytes; it creates 000008, and trains
@@ -29,7 +30,7 @@ from typing import Any, Self
 from visionloop.errors import LeaseHeld, LeaseLost, ObjectMissing, StoreError
 from visionloop.records import Record, canonical_json
 from visionloop.store import ObjectStore
-from visionloop.store.keys import split_numbers
+from visionloop.store.keys import make_number_key, split_numbers
 
 TTL_S = 60.0
 BEATS = 6  # in a time to live: this many fail before a holder is taken for dead
@@ -38,6 +39,7 @@ LONGEST_TTL_S = 600.0  # what a claim may ask for: one written by hand must not 
 SCHEMA = 1
 SHOWN_CHARS = 60
 CLOSE_WAIT_S = 5.0
+EPSILON_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Claim(Record):
     def is_dead(self) -> bool:
         """Whether it can be told at once that its process is gone: it was one of this machine."""
         here = bool(self.machine) and self.machine == find_machine()
-        return here and find_process_start(self.pid) != self.process_start
+        start = find_process_start(self.pid) if here else self.process_start
+        return start != self.process_start and (bool(start) or not _is_hidden(self.pid))
 
 
 def make_claim(who: str, now: str, *, run: str = "", ttl_s: float = TTL_S) -> Claim:
@@ -151,7 +154,7 @@ class Lease:
 
     def forget(self, claim: Claim) -> None:
         """Remove a claim that ended, or whose runs are closed. Raises StoreError."""
-        self.store.delete(_make_key(self.name, claim.number))
+        self.store.delete(make_number_key(_folder(self.name), claim.number))
 
     def __enter__(self) -> Self:
         """Keep it, by a thread that renews it until it is given back."""
@@ -171,7 +174,7 @@ class Lease:
                 if not exc.transient:
                     self._on_lost()
                     return
-            except (StoreError, OSError):
+            except Exception:  # also one that nobody has thought of: a thread that ends would give the lease away
                 continue
 
     @property
@@ -179,7 +182,7 @@ class Lease:
         return f"lease {self.claim.number} of {self.name}"
 
     def _write(self) -> None:
-        self.store.put(_make_key(self.name, self.claim.number), canonical_json(self.claim.to_json()))
+        self.store.put(make_number_key(_folder(self.name), self.claim.number), canonical_json(self.claim.to_json()))
 
 
 def take_lease(
@@ -188,7 +191,6 @@ def take_lease(
     claim: Claim,
     *,
     tell: Callable[[str], None] = lambda line: None,
-    clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
     """Create the next claim, once the one before has ended or is dead. `tell` gets a line while this waits.
@@ -197,12 +199,14 @@ def take_lease(
         LeaseHeld: the holder lives: its claim has changed while this waited, or another one was faster.
         StoreError: the store cannot be read or written.
     """
-    number = wait_for_lease(store, name, tell=tell, clock=clock, sleep=sleep) + 1
+    number = wait_for_lease(store, name, tell=tell, sleep=sleep) + 1
     claim = replace(claim, number=number)
-    if not store.create(_make_key(name, number), canonical_json(claim.to_json())):
+    key = make_number_key(_folder(name), number)
+    if not store.create(key, canonical_json(claim.to_json())):
         raise _make_held(name, _read_claim(store, name, number))
     top = _read_top(store, name)
     if top is None or top[0].token != claim.token:  # the number was free again: it had been used and removed
+        store.delete(key)  # or it would be taken for one that died
         raise _make_held(name, top[0] if top else Claim(number))
     return Lease(store, name, claim, _clear(store, name, number))
 
@@ -212,7 +216,6 @@ def wait_for_lease(
     name: str,
     *,
     tell: Callable[[str], None] = lambda line: None,
-    clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     only_here: bool = False,
 ) -> int:
@@ -221,21 +224,23 @@ def wait_for_lease(
     `only_here`: a holder on another machine is not waited for. Raises LeaseHeld, StoreError.
     """
     seen: bytes | None = None
-    since = clock()
+    slept = 0.0
     while True:
         top = _read_top(store, name)
         if top is None or top[0].ended or top[0].is_dead or (only_here and top[0].machine != find_machine()):
             return top[0].number if top else 0
         holder, data = top
         if seen is None:
-            seen, since = data, clock()
+            seen = data
             tell(f"another retrain of {name} holds the lease: {holder}; looking whether it lives ...")
         elif data != seen:
             raise _make_held(name, holder)
-        elif clock() - since >= holder.ttl_s:
+        elif slept >= holder.ttl_s - EPSILON_S:
             tell(f"it has not moved for {holder.ttl_s:.0f} s: this one takes over")
             return holder.number
-        sleep(min(POLL_S, holder.ttl_s / BEATS))
+        pause_s = min(POLL_S, holder.ttl_s / BEATS)
+        sleep(pause_s)
+        slept += pause_s
 
 
 def find_machine() -> str:
@@ -259,6 +264,15 @@ def find_process_start(pid: int) -> str:
     return "" if words[0] in "ZX" else words[19]
 
 
+def _is_hidden(pid: int) -> bool:
+    """Say whether a process lives that /proc does not show: it hides those of other users if told so (`hidepid`)."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (OSError, OverflowError) as exc:
+        return isinstance(exc, PermissionError)
+    return False
+
+
 def _clear(store: ObjectStore, name: str, number: int) -> tuple[Claim, ...]:
     """Remove the claims below a number that ended; return the others, whose runs are still to be closed."""
     died = []
@@ -266,7 +280,7 @@ def _clear(store: ObjectStore, name: str, number: int) -> tuple[Claim, ...]:
         with contextlib.suppress(StoreError):
             claim = _read_claim(store, name, old)
             if claim.ended or not claim.token:
-                store.delete(_make_key(name, old))
+                store.delete(make_number_key(_folder(name), old))
             else:
                 died.append(claim)
     return tuple(died)
@@ -276,14 +290,14 @@ def _read_top(store: ObjectStore, name: str) -> tuple[Claim, bytes] | None:
     """Return the highest claim and its bytes, or None."""
     for number in reversed(_list_numbers(store, name)):
         with contextlib.suppress(ObjectMissing):  # removed since it was listed
-            data = store.get(_make_key(name, number))
+            data = store.get(make_number_key(_folder(name), number))
             return _parse(number, data), data
     return None
 
 
 def _read_claim(store: ObjectStore, name: str, number: int) -> Claim:
     try:
-        return _parse(number, store.get(_make_key(name, number)))
+        return _parse(number, store.get(make_number_key(_folder(name), number)))
     except ObjectMissing:
         return Claim(number)
 
@@ -313,11 +327,11 @@ def _show(text: str) -> str:
 
 
 def _list_numbers(store: ObjectStore, name: str) -> list[int]:
-    return split_numbers(store.list(f"leases/{name}/"), f"leases/{name}")[0]
+    return split_numbers(store.list(f"{_folder(name)}/"), _folder(name))[0]
 
 
-def _make_key(name: str, number: int) -> str:
-    return f"leases/{name}/{number:06d}.json"
+def _folder(name: str) -> str:
+    return f"leases/{name}"
 
 
 def _make_held(name: str, holder: Claim) -> LeaseHeld:

@@ -204,17 +204,33 @@ def test_windows_of_another_model_say_nothing_of_the_champion() -> None:
         assert choose({"drift_windows": 2}, windows=windows)[0] == outcome
 
 
+def test_drift_does_not_hide_that_the_accuracy_is_too_low() -> None:
+    """The verdict names the first alert; broken data says nothing of the model."""
+    for verdict, outcome in (("drift", "retrain"), ("quality", "retrain"), ("broken", "no"), ("service", "no")):
+        alerts = ("drift", "quality") if verdict != "service" else ("service",)
+        windows = tuple(Window(NOW - days * DAY, verdict, "a", alerts) for days in (3, 2))
+        assert choose({"quality_windows": 2}, windows=windows)[0] == outcome, verdict
+
+
+def test_a_retrain_under_way_holds_the_next_but_for_a_person() -> None:
+    known = {"under_way": "ann on b (process 3) is at it", "webhook": ("a new menu",)}
+    told = "webhook: a new menu -- held by under_way: ann on b (process 3) is at it"
+    assert choose({"webhook": True}, **known) == ("held", told)
+    assert choose({"webhook": True}, **known, hand="now")[0] == "retrain"
+
+
 def test_what_was_looked_at_is_told_with_its_numbers() -> None:
     answer = decide(Triggers(new_images=6, max_age_days=7.0), QUIET)
     assert describe_looks(answer.looks) == [
         "  * max_age_days: 9.0 days since the last retrain (limit: 7 days)",
         "    new_images: 5 new images with labels (limit: 6)",
+        "    under_way: no retrain is under way (limit: none)",
         "    cooldown_hours: 216.0 hours since the last retrain (limit: 24 hours)",
         "    max_per_week: 0 retrains in 7 days (limit: fewer than 3)",
         "    nothing_new: 5 new images with labels, the same params (limit: something to learn)",
         "    broken_data: no window (limit: sound data)",
     ]
-    assert [look.value for look in answer.looks] == [9.0, 5, 216.0, 0, 5, None]
+    assert [look.value for look in answer.looks] == [9.0, 5, None, 216.0, 0, 5, None]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,6 @@ class Clock:
         self.now = 1000.0
         self.due: Callable[[], object] = lambda: None
 
-    def read(self) -> float:
-        return self.now
-
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.due()
@@ -48,7 +45,7 @@ def make_foreign_claim(who: str = "ann") -> Claim:
 
 def take(store: ObjectStore, clock: Clock, who: str = "ben", told: list[str] | None = None) -> Lease:
     tell = (lambda line: None) if told is None else told.append
-    return take_lease(store, NAME, make_foreign_claim(who), tell=tell, clock=clock.read, sleep=clock.sleep)
+    return take_lease(store, NAME, make_foreign_claim(who), tell=tell, sleep=clock.sleep)
 
 
 def list_claims(store: ObjectStore) -> list[str]:
@@ -124,10 +121,45 @@ def test_a_process_of_this_machine_that_lives_is_looked_at_as_any_other(store: L
     assert clock.now >= 1060
 
 
+@pytest.mark.parametrize(("answer", "is_dead"), [(PermissionError, False), (ProcessLookupError, True)])
+def test_a_process_that_proc_does_not_show_may_live(
+    monkeypatch: pytest.MonkeyPatch, answer: type[OSError], is_dead: bool
+) -> None:
+    """With `hidepid` /proc hides the processes of other users, who may share the store."""
+
+    def kill(pid: int, number: int) -> None:
+        raise answer(pid, number)
+
+    monkeypatch.setattr("visionloop.store.lease.find_process_start", lambda pid: "")
+    monkeypatch.setattr("visionloop.store.lease.os.kill", kill)
+    assert replace(make_claim("ann", NOW), pid=4711, process_start="17").is_dead is is_dead
+
+
+def test_a_store_that_hangs_makes_no_holder_dead(store: LocalStore) -> None:
+    """It hangs for the holder too, who could not say that it lives."""
+    clock, get = Clock(), store.get
+    take(store, clock, "ann")
+    clock.due = lambda: store.put(f"leases/{NAME}/000001.json", b"{}") if clock.now > 1160 else None
+    store.get = lambda key: (get(key), clock.sleep(50))[0]  # type: ignore[method-assign]
+    with pytest.raises(LeaseHeld):
+        take(store, clock, "ben")
+    assert clock.now > 1160
+
+
+def test_a_claim_under_a_number_that_was_free_again_is_taken_back(store: LocalStore) -> None:
+    """While this one was paused, others have used the number, ended, and removed it."""
+    create, other = store.create, canonical_json(make_foreign_claim("eve").to_json())
+    key = f"leases/{NAME}/000004.json"
+    store.create = lambda *claim: (store.put(key, other), create(*claim))[1]  # type: ignore[method-assign]
+    with pytest.raises(LeaseHeld, match="eve on host-of-eve"):
+        take(store, Clock())
+    assert list_claims(store) == ["000004.json"], "nobody takes it for one that died"
+
+
 def test_another_machine_is_not_waited_for_where_only_this_one_counts(store: LocalStore) -> None:
     clock = Clock()
     take(store, clock)
-    assert wait_for_lease(store, NAME, clock=clock.read, sleep=clock.sleep, only_here=True) == 1
+    assert wait_for_lease(store, NAME, sleep=clock.sleep, only_here=True) == 1
     assert clock.now == 1000.0
 
 
@@ -226,6 +258,18 @@ def test_what_is_being_done_is_stopped_when_the_lease_is_lost(store: LocalStore)
     assert json.loads(store.get(f"leases/{NAME}/000001.json"))["ended"] is False
 
 
+def test_an_error_that_nobody_has_thought_of_does_not_give_the_lease_away(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with take_lease(store, NAME, make_claim("ann", NOW, ttl_s=0.06)) as lease:
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "_write", lambda: {}["no such key"])
+            threading.Event().wait(0.1)
+        beat = lease.claim.beat
+        assert wait_until(lambda: lease.claim.beat > beat + 1)
+        assert wait_until(lambda: json.loads(store.get(f"leases/{NAME}/000001.json"))["beat"] > beat)
+
+
 def wait_until(holds: Callable[[], bool], limit_s: float = 5) -> bool:
     for _ in range(int(limit_s / 0.01)):
         if holds():
@@ -322,16 +366,16 @@ class World:
 
     def try_once(self, k: int) -> None:
         store = Turns(self.root, lambda: self.give_way(k))
-        claim = make_foreign_claim(f"c{k}")
+        claim = replace(make_foreign_claim(f"c{k}"), ttl_s=6.0)  # who waits looks six times
         try:
-            lease = take_lease(store, NAME, claim, clock=lambda: self.now, sleep=lambda s: self.sleep(k, s))
+            lease = take_lease(store, NAME, claim, sleep=lambda s: self.sleep(k, s))
         except LeaseHeld:
             return
         number = lease.claim.number
         self.holders.append(number)
         try:
             for _ in range(self.rng.randrange(8)):
-                self.sleep(k, 10)
+                self.sleep(k, 1)
                 lease.renew()
             self.sleep(k, self.rng.choice((0, 0, 600)))  # the machine sleeps, and with it the thread that renews
             after = sorted(store.list("ledger/"))
