@@ -319,6 +319,7 @@ FEEDBACK_ERRORS: dict[int | str, dict[str, Any]] = {
         404: "No request id of this server, an answer that is too old, or a server that writes no log",
         408: "The body came too slowly",
         413: "The body is too large, or has too many items",
+        415: "The body is compressed",
         422: "A label that is no class of the model",
         429: "More feedback than your share; see Retry-After",
         503: "The store does not take it now, or no model is ready: send it again",
