@@ -129,9 +129,14 @@ def compute_difference(logits_nk: NDArray[np.floating], golden_nk: NDArray[np.fl
 
 def get_tolerance(card: Card, engine: str) -> float:
     """Return how far an engine's golden logits may be off: as far as the card says, which is more for int8."""
-    found = card.engines.get(engine) if isinstance(card.engines, Mapping) else None
-    value: Any = found.get("tolerance") if isinstance(found, Mapping) else None
+    value: Any = get_engine_facts(card, engine).get("tolerance")
     return min(max(GOLDEN_TOLERANCE, float(value)), MOST_TOLERANCE) if is_number(value) else GOLDEN_TOLERANCE
+
+
+def get_engine_facts(card: Card, engine: str) -> Mapping[str, Any]:
+    """Return what the card says of an engine; empty where it says nothing, or nothing that can be read."""
+    found = card.engines.get(engine) if isinstance(card.engines, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def is_number(value: Any) -> bool:

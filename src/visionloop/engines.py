@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from visionloop.bundle import INT8_MODEL, MODEL, Bundle, load_bundle
+from visionloop.confidence import get_engine_facts
 from visionloop.errors import BundleError, VisionLoopError
-from visionloop.networks.processor import Measured, has_bf16, measure_once, read_cpu_name
+from visionloop.networks.processor import Measured, has_bf16, measure_once, read_cpu_name, sums_int8_exactly
 from visionloop.parallel import count_cores
 from visionloop.predictor import ENGINES, FP32, Predictor, has_openvino
 from visionloop.workspace import Workspace
@@ -97,7 +98,9 @@ def open_fastest(
     threads = threads or count_cores()
     candidates = list_candidates(bundle, allowed)
     if len(candidates) == 1:
-        return Opened(open_plainly(bundle, threads=threads).predictor, f"{FP32}: no other engine is approved")
+        others = [name for name in ENGINES[1:] if name in allowed and name in bundle.card.runtimes]
+        why = f"{' and '.join(others)} cannot be used here" if others else "no other engine is approved"
+        return Opened(open_plainly(bundle, threads=threads).predictor, f"{FP32}: {why}")
     try:
         measured, cores = _recall(bundle, candidates, threads, hidden_dir)
         predictor = Predictor(bundle, threads=threads, engine=measured.choice)
@@ -113,10 +116,16 @@ def open_fastest(
 
 
 def list_candidates(bundle: Bundle, allowed: Collection[str]) -> list[str]:
-    """Return the engines of this machine that the card and `allowed` approve, ONNX Runtime in fp32 first."""
+    """Return the engines of this machine that the card and `allowed` approve, ONNX Runtime in fp32 first.
+
+    In int8 a processor that cuts sums off (`sums_int8_exactly`) gives other answers than one that does not: only on
+    the kind of processor that the bundle was made on its approval holds.
+    """
     here = [name for name in ENGINES if has_openvino() or not name.startswith("openvino")]
     here = [name for name in here if has_bf16() or not name.endswith("bf16")]
-    here = [name for name in here if (bundle.folder / INT8_MODEL).is_file() or not name.endswith("int8")]
+    exact, has_int8 = sums_int8_exactly(), (bundle.folder / INT8_MODEL).is_file()
+    alike = {name: has_int8 and get_engine_facts(bundle.card, name).get("exact", exact) is exact for name in here}
+    here = [name for name in here if alike[name] or not name.endswith("int8")]
     return [name for name in here if name == FP32 or (name in allowed and name in bundle.card.runtimes)]
 
 

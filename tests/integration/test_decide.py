@@ -287,7 +287,7 @@ def test_a_model_that_may_not_know_is_compared_with_one_that_always_answers(worl
     rule = {"abstain": {"confidence": 0.6, "distance": None, "neighbours": None}}
     crown(world, tmp_path, POOR, **({} if of_candidate else rule))
     world.write_candidate(GOOD, **(rule if of_candidate else {}))
-    decision = judge(world, world.with_gate(answered={"least": 0.2, "margin": 0.8}))
+    decision = judge(world, world.with_gate(answered={"least": 0.2}))
     assert decision.verdict == "passed"
     assert ("answered" in decision.metrics, "answered" in decision.champion_metrics) == (of_candidate, not of_candidate)
     assert "<td>Answered</td>" in (world.settings.decisions_dir / "latest.html").read_text()

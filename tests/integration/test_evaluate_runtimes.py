@@ -13,7 +13,7 @@ from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation import runtimes
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.slices import make_slices
-from visionloop.predictor import Predictor
+from visionloop.predictor import FP32, Predictor
 from worlds import GOOD, POOR, make_world
 
 
@@ -28,7 +28,7 @@ def read_intervals(world):
 
 def test_the_other_runtime_gives_the_same_answers(world):
     pytest.importorskip("openvino")
-    world.write_candidate(GOOD)
+    world.write_candidate(GOOD, runtimes=(FP32, "openvino fp32"))
     evaluate(world)
     [found] = read_intervals(world)["runtimes"]
     assert found.pop("largest_difference") < 1e-3
@@ -57,10 +57,13 @@ def test_a_runtime_that_cannot_load_the_model_is_told(world, monkeypatch):
 
     monkeypatch.setattr("visionloop.evaluation.runtimes.has_openvino", lambda: True)
     monkeypatch.setattr("visionloop.predictor._open_openvino", fail)
-    world.write_candidate(GOOD)
+    world.write_candidate(GOOD, runtimes=(FP32, "openvino fp32"))
     said = []
     evaluate(world, tell=said.append)
     assert "LOOK: openvino fp32 is not approved for this model: it does not load it" in said
+    world.write_candidate(GOOD, runtimes=(FP32,))
+    evaluate(world)
+    assert read_intervals(world)["runtimes"] == [], "what the card does not list is never served"
 
 
 def test_slices_and_baselines_are_in_the_reports(world, monkeypatch):

@@ -17,6 +17,7 @@ from visionloop.engines import open_fastest
 from visionloop.errors import BundleError, TrainingError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.runtimes import load_approved
+from visionloop.networks.processor import sums_int8_exactly
 from visionloop.predictor import FP32, INT8, Predictor
 from visionloop.records import Card
 from visionloop.training import engines
@@ -50,6 +51,7 @@ def test_a_training_writes_it_and_all_that_follows_knows_it(champion: Home, tmp_
     unseen = len(find_unseen(home.make_quiet_job()))
     assert (found["approved"], found["images"]) == (True, unseen)
     assert found["most_changed"] <= 0.1 and found["cosine"] > 0.9 and found["tolerance"] >= 0.02
+    assert found["exact"] is sums_int8_exactly(), "for servers on other processors"
     assert any(line.startswith(f"{INT8}: approved: ") for line in home.notes.lines)
     check_onnx((bundle.folder / INT8_MODEL).read_bytes(), "int8")
     fast, slow = (Predictor(bundle, threads=1, engine=name) for name in (INT8, FP32))
@@ -124,6 +126,18 @@ def test_a_graph_that_answers_otherwise_is_told_and_not_kept(
     assert card.engines[INT8]["approved"] is False and card.engines[INT8]["changed"] > 5
     assert notes.lines[-1].startswith(f"{INT8}: LOOK: not approved: {card.engines[INT8]['changed']} of ")
     assert not (folder / INT8_MODEL).exists()
+
+    monkeypatch.setattr(engines, "quantise", quantise)
+    monkeypatch.setattr(engines, "compute_difference", lambda ours, golden: 0.3)
+    card, notes, folder = approve(home, tmp_path / "far", int8="on", most_changed=0.9)
+    assert (card.runtimes, card.engines[INT8]["approved"]) == ((FP32,), False)
+    assert notes.lines[-1] == (
+        f"{INT8}: LOOK: not approved: the logits of the golden images are off by 0.3 of the largest; expected at most "
+        "0.25"
+    )
+    monkeypatch.setattr(engines, "SMALL_PIXELS", 1)
+    _, notes, _ = approve(home, tmp_path / "unasked", int8="auto", most_changed=0.9)
+    assert notes.lines[-1].startswith(f"{INT8}: not approved: "), "nobody asked for it: no alarm"
 
     def refuse(model: Path, target: Path, batches: Any) -> None:
         raise TrainingError("train.export.int8", "the graph cannot be made int8 (ValueError: odd)")

@@ -101,11 +101,28 @@ def test_candidates_are_what_this_machine_has(bundle: Bundle, monkeypatch: pytes
     assert list_candidates(bundle, everything) == [FP32, "openvino fp32", "openvino bf16"]
 
 
+def test_int8_is_served_only_on_the_kind_of_processor_that_approved_it(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made, here, candidates in (
+        (True, True, BOTH),
+        (True, False, [FP32]),
+        (False, True, [FP32]),
+        (False, False, BOTH),
+    ):
+        object.__setattr__(bundle.card, "engines", {INT8: {"approved": True, "exact": made}})
+        monkeypatch.setattr(engines, "sums_int8_exactly", lambda here=here: here)
+        assert list_candidates(bundle, BOTH) == candidates
+    monkeypatch.setattr(engines, "sums_int8_exactly", lambda: True)
+    assert open_fastest(bundle, BOTH, hidden_dir=tmp_path).why == f"{FP32}: {INT8} cannot be used here"
+
+
 def test_a_card_of_before_says_only_the_runtime(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b")
     bundle = load_bundle(tmp_path / "b")
     assert bundle.card.runtimes == ("onnxruntime",)
-    assert open_fastest(bundle, bundle.card.runtimes, hidden_dir=tmp_path).predictor.engine == FP32
+    opened = open_fastest(bundle, bundle.card.runtimes, hidden_dir=tmp_path)
+    assert (opened.predictor.engine, opened.why) == (FP32, f"{FP32}: no other engine is approved")
 
 
 def put_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 # NVIDIA's driver, NVIDIA under WSL, AMD's driver.
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 MACHINE_FILE = "machine.json"
@@ -42,6 +43,11 @@ def read_cpu_name() -> str:
 def has_bf16() -> bool:
     """Say whether the CPU has instructions that multiply bf16 matrices; without them bf16 is slower than fp32."""
     return bool(BF16_FLAGS & read_cpu_flags())
+
+
+def sums_int8_exactly() -> bool:
+    """Say whether products of int8 are summed without loss. x86 before VNNI cuts pairs of them off at 16 bits."""
+    return platform.machine().lower() not in {"x86_64", "amd64", "i686"} or bool(VNNI_FLAGS & read_cpu_flags())
 
 
 def may_have_gpu() -> bool:

@@ -141,12 +141,9 @@ def _check_baseline(aligned: Aligned, metrics: Metrics, params: Params) -> RuleR
 
 
 def _count_answered(aligned: Aligned) -> Hits | None:
-    """Count the images that each of two models answers. A model without a rule answers all of them."""
-    if len(aligned.models) < 2:
-        return None
-    silent = [scores.abstained_n for scores in aligned.models]
-    candidate_n, champion_n = (np.ones(len(aligned.key_n), bool) if n is None else ~n for n in silent)
-    return count_hits(candidate_n, champion_n, aligned.key_n)
+    """Count the images that each of two models answers; None unless both may say that they do not know."""
+    silent = [scores.abstained_n for scores in aligned.models if scores.abstained_n is not None]
+    return count_hits(~silent[0], ~silent[1], aligned.key_n) if len(silent) == 2 else None
 
 
 def _compare(case: Case, champion: Scores, aligned: Aligned) -> list[RuleResult | None]:

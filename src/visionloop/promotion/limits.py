@@ -108,8 +108,9 @@ def check_simple_heads(baselines: Sequence[Baseline] | None, section: Gate) -> R
 def check_answered(answered: Interval, hits: Hits | None, section: Gate) -> RuleResult | None:
     """Refuse a candidate that answers too few images, or far fewer than the champion.
 
-    `hits` counts the images that each model answers, "right" being "answered"; None without a champion. That fewer
-    are answered than the champion's share less the margin has to be shown, as by `class_drop`.
+    `hits` counts the images that each model answers, "right" being "answered"; None without a champion that may say
+    "don't know" too: who asks for that for the first time wants fewer answers. That fewer are answered than the
+    champion's share less the margin has to be shown, as by `class_drop`.
     """
     rule = section.answered
     if rule.mode == "off":

@@ -1,6 +1,7 @@
 """When another engine may serve a model: the share of other answers by its bound, and what it costs in log loss."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from visionloop.evaluation.runtimes import (
     describe_few,
     describe_runtimes,
     load_approved,
+    try_engine,
 )
 from visionloop.predictor import INT8, Outputs, Predictor
+from visionloop.training.engines import count_compared
 
 MOST = 0.01
 
@@ -39,12 +42,36 @@ def approve(changed_n: np.ndarray, images: int, predictor: Predictor) -> np.ndar
 def test_the_level_and_the_power_of_the_bound(predictor: Predictor) -> None:
     """An engine that changes more than 1 % passes in at most 5 % of all cases, however many images there are."""
     rng = np.random.default_rng(0)
-    for images in (299, 473, 600, 1000):
+    for images in (299, 473, 628, 1000):
         passed = approve(rng.binomial(images, 1.0001 * MOST, 20_000), images, predictor).mean()
         assert passed <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 20_000), images
-    power = {share: approve(rng.binomial(1000, share, 20_000), 1000, predictor).mean() for share in (0.001, 0.003)}
-    assert power[0.001] > 0.99
-    assert 0.78 < power[0.003] < 0.85
+    shares = (0.001, 1 / 600, 0.003)
+    power = [approve(rng.binomial(628, share, 20_000), 628, predictor).mean() for share in shares]
+    assert power == pytest.approx([0.97, 0.91, 0.71], abs=0.01)
+
+
+def test_enough_images_are_compared_for_any_wish() -> None:
+    assert [count_compared(most) for most in (0.1, 0.01, 0.001)] == [61, 628, 6290]
+    for most in (0.5, 0.1, 0.01, 0.001):
+        assert describe_few(count_compared(most), most) == ""
+
+
+def test_it_ends_where_no_further_image_could_help(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_n, step = np.arange(600), 50
+    ours = predictor.run(np.zeros((step, 32, 32, 3), np.uint8))
+    silent = replace(ours, abstained_n=np.arange(step) < 1)  # one of each batch is answered otherwise
+
+    class Grey:
+        def read(self, rows_n: np.ndarray) -> np.ndarray:
+            return np.zeros((len(rows_n), 32, 32, 3), np.uint8)
+
+    def look(outputs: Outputs, most: float) -> RuntimeCheck:
+        return try_engine(INT8, predictor, Grey(), rows_n, [outputs] * 12, most=most)  # type: ignore[arg-type]
+
+    stopped = look(silent, MOST)
+    assert (stopped.num_changed, stopped.num_images) == (7, 350), "six of 1,200 might be, seven may not"
+    assert stopped.most_changed > MOST
+    assert (look(silent, 0.1).num_images, look(ours, MOST).num_images) == (600, 600)
 
 
 def test_one_image_of_a_group_keeps_the_level_and_all_frames_would_not(predictor: Predictor) -> None:
@@ -84,7 +111,6 @@ def test_what_is_told_of_a_bound(predictor: Predictor) -> None:
     share = make_check(predictor, round(2 / 500 * (500 + number)), 500 + number)
     assert share.most_changed <= MOST
     assert describe_bound(make_check(predictor, 50, 500), MOST).endswith("expected at most 1 %"), "no number would do"
-    assert describe_bound(RuntimeCheck(INT8, None), MOST) == "it does not load the model"
 
 
 def test_dont_know_is_an_answer_and_an_answer_that_is_no_number_differs(predictor: Predictor) -> None:

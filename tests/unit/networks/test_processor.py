@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from visionloop.networks import processor
 from visionloop.networks.processor import (
     FEW_ROUNDS,
     LIMIT_S,
@@ -14,6 +15,7 @@ from visionloop.networks.processor import (
     Measured,
     load_measured,
     measure_once,
+    sums_int8_exactly,
     time_in_turn,
 )
 
@@ -48,6 +50,25 @@ def test_a_measurement_in_words() -> None:
     assert measured.describe_all() == (
         "train resnet18 at 224 x 224: a: 1,234 images/s against none in b, 2,000 in c (its vectors differ)"
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "exact"),
+    [
+        ("x86_64", "avx2 avx512f", False),
+        ("x86_64", "avx2 avx512f avx512_vnni", True),
+        ("AMD64", "avx2 avx_vnni", True),
+        ("AMD64", "", False),
+        ("aarch64", "", True),
+    ],
+)
+def test_sums_of_int8_are_cut_off_on_x86_without_vnni(
+    machine: str, flags: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name : x\nflags : {flags}\n")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
+    assert sums_int8_exactly() is exact
 
 
 def never() -> Measured:

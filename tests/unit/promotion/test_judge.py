@@ -190,7 +190,11 @@ def test_how_much_is_answered_is_asked_only_of_a_model_that_may_say_that_it_does
     always = make_scores(("ant", "bee"), labels)
     assert "answered" not in get_verdicts(Case(value, make_records(labels), always, silent))
     rule = get_rule(judge(Case(value, make_records(labels), silent, always))[0], "answered")
-    assert rule.found == "answers 0.00 % of the images, the champion 100.00 %"
+    assert (rule.found, rule.expected) == ("answers 0.00 % of the images", "at least 50.00 %")
+    some = make_scores(("ant", "bee"), labels, abstained_n=np.arange(120) >= 70)
+    assert get_verdicts(Case(value, make_records(labels), some, always))["answered"], "who asks for it wants fewer"
+    rule = get_rule(judge(Case(value, make_records(labels), silent, some))[0], "answered")
+    assert rule.found == "answers 0.00 % of the images, the champion 58.33 %"
     assert rule.expected == "at least 50.00 %, and not shown to be 20 points or more below the champion"
     off = make_params({"name": "pets", "evaluate": {"resamples": 400}, "gate": {"answered": {"mode": "off"}}})
     assert "answered" not in get_verdicts(Case(off, make_records(labels), silent, always))
