@@ -364,13 +364,14 @@ def _list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str
         commands["read the report"] = shorten_path(report, settings.home, here)
     if has_champion:
         enter = "" if settings.home == here else f"cd {settings.home} && "
-        commands["serve the champion"] = f"{enter}{find_command('visionloop')} serve"
+        commands["serve the champion"] = f"{enter}{find_command('visionloop', settings.home)} serve"
     return commands
 
 
-def find_command(name: str) -> str:
-    """Return how a command of this environment is called here: by its name, or by its path."""
+def find_command(name: str, folder: Path | None = None) -> str:
+    """Return how a command of this environment is called in a folder (None: here): by its name, or by its path."""
     beside = Path(sys.executable).parent / name
     if shutil.which(name) or not beside.is_file():
         return name
-    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+    folder = folder or Path.cwd()
+    return str(beside.relative_to(folder) if beside.is_relative_to(folder) else beside)

@@ -117,3 +117,11 @@ def test_requests_in_work_are_not_closed_for_new_connections(tmp_path: Path, bun
             sock.sendall(data[-1:])
             assert read_all(sock).startswith(b"HTTP/1.1 200 OK")
         wait_for(lambda: server.ask(data).status == 200)
+
+
+def test_a_long_head_is_refused_also_if_it_comes_whole(tmp_path: Path, bundle_dir: Path) -> None:
+    with serving(tmp_path, bundle_dir) as server:
+        for length, status in ((60_000, b"200 OK"), (70_000, b"431 Request Header Fields Too Large")):
+            with server.connect() as sock:
+                sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: t\r\nX: " + b"x" * length + b"\r\n\r\n")
+                assert sock.recv(100).startswith(b"HTTP/1.1 " + status)

@@ -1,10 +1,12 @@
 """What people are told: the table at the end of a retrain, and the rate and the end of long work."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from visionloop import words
+from visionloop.retrain import find_command
 from visionloop.words import Summary
 
 SUMMARY = Summary(
@@ -171,3 +173,17 @@ def test_no_end_is_told_where_none_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     show(0, 0)
     show(80, 0)
     assert lines == ["checked 80 images (20/s)"]
+
+
+def test_a_command_is_pasted_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment below this folder and not on the PATH: after `cd` into another one its path is right."""
+    beside = tmp_path / "env" / "bin" / "visionloop"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", str(beside.with_name("python")))
+    assert find_command("visionloop") == "env/bin/visionloop"
+    assert find_command("visionloop", tmp_path / "model") == str(beside)
+    assert find_command("visionloop", tmp_path / "env") == "bin/visionloop"
+    assert find_command("dvc") == "dvc"

@@ -146,7 +146,7 @@ class Batcher:
         if self._closed:
             return False
         since = self._busy_since
-        return self._worker.done() or (since is not None and asyncio.get_running_loop().time() - since > limit_s)
+        return self._worker.done() or (since is not None and time.monotonic() - since > limit_s)
 
     def start(self) -> None:
         """Make the threads and begin to work."""
@@ -224,19 +224,19 @@ class Batcher:
 
     async def _answer(self, model: ServedModel, data: bytes, sha256: str) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
-        taken_at = loop.time()
+        taken_at = time.monotonic()
         try:
             decoded = await self._decoders.run(data, lambda: self._decode(model, data))
         except ImageError as exc:
             return exc
         answer: asyncio.Future[tuple[Answer, float]] = loop.create_future()
-        begun_at = loop.time() if decoded.was_dear else taken_at
+        begun_at = time.monotonic() if decoded.was_dear else taken_at
         self._ready.append(_Waiting(model, sha256, decoded.value, taken_at, begun_at, answer))
         try:
             made, network_s = await answer
         finally:
             self._decoders.give_turns()
-        queue_s = max(0.0, loop.time() - taken_at - decoded.seconds - network_s)
+        queue_s = max(0.0, time.monotonic() - taken_at - decoded.seconds - network_s)
         return replace(made, timing=Timing(queue_s, decoded.seconds, network_s))
 
     def _may_decode(self, number: int) -> bool:
@@ -262,7 +262,7 @@ class Batcher:
         """Run the network on a batch, and give each its answer, or the error."""
         loop = asyncio.get_running_loop()
         self._on_batch(len(batch))
-        self._busy_since = started_at = loop.time()
+        self._busy_since = started_at = time.monotonic()
         try:
             predictions = await loop.run_in_executor(self._runner, _run, batch)
         except Exception as exc:  # passed on to the callers; the worker goes on
@@ -272,7 +272,7 @@ class Batcher:
             return
         finally:
             self._busy_since = None
-        now = loop.time()
+        now = time.monotonic()
         self._measure(batch, started_at, now)
         for waiting, prediction in zip(batch, predictions, strict=True):
             if not waiting.answer.done():
@@ -311,7 +311,7 @@ class Batcher:
 
     def _pick(self, queue: deque[_Queued]) -> _Queued:
         """Take the oldest, or the newest if the oldest has waited for half of what clients wait."""
-        waited_s = asyncio.get_running_loop().time() - queue[0].taken_at
+        waited_s = time.monotonic() - queue[0].taken_at
         return queue.pop() if waited_s > self.patience.seconds / 2 else queue.popleft()
 
     async def _wait_for_change(self) -> None:

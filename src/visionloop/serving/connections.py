@@ -94,6 +94,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head, self._pieces, self._body_bytes = False, 0, 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self.turn_away(TOO_LONG)  # it came in one piece, so nothing was counted before
+            raise ValueError("too long a head")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

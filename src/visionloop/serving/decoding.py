@@ -4,6 +4,7 @@ What an image costs follows from the size in its header. All methods belong to o
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ class Decoders:
         loop = asyncio.get_running_loop()
         num_bytes = estimate_bytes(data)
         lane = self._dear if num_bytes > DEAR_BYTES else self._cheap
-        turn = _Turn(loop.time(), num_bytes, loop.create_future())
+        turn = _Turn(time.monotonic(), num_bytes, loop.create_future())
         lane.turns.append(turn)
         self.give_turns()
         try:
@@ -97,7 +98,7 @@ class Decoders:
             if turn.given.done() and not turn.given.cancelled():
                 self._end(lane, turn)
             raise
-        started_at = loop.time()
+        started_at = time.monotonic()
         work = loop.run_in_executor(self._pool, decode)
         try:
             value = await asyncio.shield(work)
@@ -106,7 +107,7 @@ class Decoders:
                 self._end(lane, turn)
             else:  # the caller is gone; the thread goes on, and its memory is in use until it ends
                 work.add_done_callback(lambda done: self._end(lane, turn, done))
-        return Decoded(value, loop.time() - started_at, lane is self._dear)
+        return Decoded(value, time.monotonic() - started_at, lane is self._dear)
 
     def give_turns(self) -> None:
         """Let images be decoded: the lane with the oldest first."""

@@ -171,7 +171,7 @@ def add_key(path: Path, *, name: str, roles: Sequence[str], rate_per_s: float | 
     chosen = tuple(role for role in ROLES if role in roles)
     with _editing(path) as keys:
         if any(key.name == name and key.revoked_at is None for key in keys):
-            raise SettingsError("--name", f"there is a key {name}", "a new name", f"See `visionloop keys list {name}`.")
+            raise SettingsError("--name", f"there is a key {name}", "a new name", "See `visionloop keys list`.")
         keys.append(Key(name, chosen, _hash(text), made_at=now, made_by=by, rate_per_s=rate_per_s))
     return text
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, seal_bundle
@@ -57,6 +58,20 @@ async def wait_for(claim: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not claim():
             await asyncio.sleep(0.002)
+
+
+def test_times_are_finer_than_the_clock_of_the_servers_loop(model: ServedModel) -> None:
+    """The clock of uvloop has whole milliseconds; decoding and a small network take less."""
+    images = [make_image(seed) for seed in range(5)]
+
+    async def run() -> list[Answer | ImageError]:
+        async with running() as batcher:
+            return [(await batcher.predict(model, [data]))[0] for data in images]
+
+    timings = [answer.timing for answer in uvloop.run(run()) if isinstance(answer, Answer)]
+    assert len(timings) == 5
+    for seconds in ([one.decode_s for one in timings], [one.network_s for one in timings]):
+        assert min(seconds) > 0 and any(round(1e3 * s, 6) % 1 for s in seconds), seconds
 
 
 def test_answers_equal_those_of_the_predictor_one_by_one(model: ServedModel) -> None:

@@ -66,7 +66,7 @@ def test_a_key_has_256_random_bits_and_its_file_only_a_hash(path: Path) -> None:
 
 def test_a_name_is_of_one_valid_key_and_free_again_once_that_is_revoked(path: Path) -> None:
     old = make(path, "desk")
-    with pytest.raises(SettingsError, match="there is a key desk"):
+    with pytest.raises(SettingsError, match=r"key desk; expected a new name\. See `visionloop keys list`"):
         make(path, "desk")
     revoke_key(path, "desk", now=NOW)
     new, keys = make(path, "desk"), Keys(path)
