@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from visionloop import words
+from visionloop.records import Rejected
 from visionloop.words import Summary
 
 SUMMARY = Summary(
@@ -171,3 +172,13 @@ def test_no_end_is_told_where_none_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     show(0, 0)
     show(80, 0)
     assert lines == ["checked 80 images (20/s)"]
+
+
+def test_quarantine_lines_keep_the_advice() -> None:
+    """The advice is the end of the reason; a line that was cut lost it."""
+    reason = "is a web page or XML, not an image; expected JPEG, PNG or WebP. Check where it was downloaded from."
+    lines = words.describe_rejected([Rejected(f"photos:{'a' * 60}/page.jpg", "not_an_image", reason)])
+    assert " ".join(line.strip() for line in lines[2:]).endswith("Check where it was downloaded from.")
+    assert max(map(len, lines)) <= words.LINE
+    hostile = words.describe_rejected([Rejected("x" * 5000, "not_an_image", "is empty")])
+    assert len(hostile) <= 7 and max(map(len, hostile)) <= words.LINE

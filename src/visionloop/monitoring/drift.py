@@ -271,7 +271,7 @@ def _sum_blocks(reference: Sample, window: Sample, basis: Basis | None) -> _Sums
 
 
 def _number_blocks(reference_n: IntArray, window_n: IntArray) -> tuple[IntArray, int, int]:
-    """Return a number for the block of each image, the window's first; how many are the window's; how many are put together."""
+    """Return a number for the block of each image, the window first; how many are its; how many are put together."""
     window_n = np.unique(window_n, return_inverse=True)[1]
     reference_n = np.unique(reference_n, return_inverse=True)[1]
     together = ceil((int(window_n.max()) + 1) / MAX_WINDOW_BLOCKS)
