@@ -64,7 +64,7 @@ def find_everything(
     shared = frozenset(sha256 for held in holders.values() for sha256 in held)
     # Of those that are gone the store keeps no earlier version; a pull at that very moment may have put one back.
     back = {sha256 for sha256 in gone if store.exists(make_image_key(sha256))}
-    was_prepared = bool(trace.versions or holders or gone or is_rest)
+    was_prepared = bool(trace.parts or holders or gone or is_rest)
     sought = Sought(name, sha256s, trace.versions, list_champions(store))
     bundles, kept = find_bundles(workspace, sought)
     dvc_copies, unclear = find_dvc_copies(settings, sought)
