@@ -1,5 +1,6 @@
 """What commands and flows tell people, as lines of at most about 110 columns. Pure: given values, it prints nothing."""
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,7 +178,7 @@ def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str
             rows = by_code[code]
             lines += [
                 f"  {len(rows):>5,}  {code}",
-                *(f"         {fit(f'{r.origin}: {r.reason}')}" for r in rows[:shown]),
+                *(f"         {line}" for r in rows[:shown] for line in _wrap(f"{r.origin}: {r.reason}")),
             ]
             if len(rows) > shown:
                 lines.append(f"         and {len(rows) - shown:,} more")
@@ -260,6 +261,11 @@ def fit(text: str, width: int = LINE - 14) -> str:
     """Return one line of text that fits."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _wrap(text: str) -> list[str]:
+    """Return a few lines that fit: the advice comes last, and is worth more than a line saved."""
+    return textwrap.wrap(text, LINE - 14, max_lines=5, placeholder=" ...", subsequent_indent="  ")
 
 
 def _describe_changes(what: str, counts: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -180,6 +180,21 @@ def test_empty_window_and_swapped_colours_are_broken(tmp_path: Path) -> None:
     assert "no image in the window" in read_report(watched, empty)
 
 
+def test_windows_before_the_first_image_are_learning_and_say_nothing_of_the_usual_volume(tmp_path: Path) -> None:
+    """On a new install the last full day lies before the promotion: no fault, and nothing that holds a retrain back."""
+    watched = make_watched(tmp_path)
+    early = [watch(watched, number) for number in range(-2, 2)]  # without a log, before and after the promotion
+    watched.write_day(2)
+    early.append(watch(watched, 0, again=True))  # with a log that begins later
+    assert {one.verdict for one in early} == {"learning"}
+    assert "nothing was served yet" in str(find_check(early[-1], "empty")["found"])
+    first = watch(watched, 2)
+    assert (first.verdict, find_check(first, "volume")["state"]) == ("fine", "unknown")
+    assert watch(watched, 3).verdict == "broken"
+    watched.place.store.delete(PREDICTIONS.make_key("fake", FIRST + timedelta(days=2), "part"))
+    assert watch(watched, 4).verdict == "broken", "the log has expired, but there were images"
+
+
 def test_labels_that_come_late_tell_that_the_model_is_bad(watched: Watched) -> None:
     rows = watched.write_day(0)
     watched.keep(0, rows[:150], 0.5)

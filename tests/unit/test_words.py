@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from visionloop import words
+from visionloop.records import Rejected
 from visionloop.retrain import find_command
 from visionloop.words import Summary
 
@@ -187,3 +188,13 @@ def test_a_command_is_pasted_where_it_says(tmp_path: Path, monkeypatch: pytest.M
     assert find_command("visionloop", tmp_path / "model") == str(beside)
     assert find_command("visionloop", tmp_path / "env") == "bin/visionloop"
     assert find_command("dvc") == "dvc"
+
+
+def test_quarantine_lines_keep_the_advice() -> None:
+    """The advice is the end of the reason; a line that was cut lost it."""
+    reason = "is a web page or XML, not an image; expected JPEG, PNG or WebP. Check where it was downloaded from."
+    lines = words.describe_rejected([Rejected(f"photos:{'a' * 60}/page.jpg", "not_an_image", reason)])
+    assert " ".join(line.strip() for line in lines[2:]).endswith("Check where it was downloaded from.")
+    assert max(map(len, lines)) <= words.LINE
+    hostile = words.describe_rejected([Rejected("x" * 5000, "not_an_image", "is empty")])
+    assert len(hostile) <= 7 and max(map(len, hostile)) <= words.LINE

@@ -40,6 +40,7 @@ def monitor(
 
       visionloop monitor --accept --why "the winter has begun"
     """
+    from visionloop.data.known_store import check_store
     from visionloop.errors import SettingsError
     from visionloop.monitoring.alert import send_alert
     from visionloop.monitoring.judge import describe_verdict
@@ -48,6 +49,7 @@ def monitor(
     if accept and not why.strip():
         raise SettingsError("visionloop monitor --accept", "has no --why", "a reason, kept with the window", "Say why.")
     workspace, now = open_workspace(), datetime.now(UTC)
+    check_store(workspace)
     verdict, is_new = watch_window(workspace, now=now, at=None if at is None else read_time(at), again=again)
     path = write_copies(workspace, verdict)
     webhook, problem = workspace.params.monitor.webhook, None

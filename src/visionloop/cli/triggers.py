@@ -27,6 +27,8 @@ def decide_now(
 ) -> None:
     """Decide by `triggers` in params.yaml whether a retrain is due, and keep the decision; nothing is started.
 
+    Each "retrain" counts in `max_per_week`, also if nobody runs one then: ask where you start it.
+
     Exit code 0: it is due. 3: it is not.
 
     Examples:
@@ -37,11 +39,13 @@ def decide_now(
     """
     from datetime import UTC, datetime
 
+    from visionloop.data.known_store import check_store
     from visionloop.monitoring.due import decide_retrain
     from visionloop.monitoring.triggers import RETRAIN, Look, describe_looks
     from visionloop.workspace import get_user, open_workspace
 
     workspace = open_workspace()
+    check_store(workspace)
     decision = decide_retrain(workspace, now=datetime.now(UTC), by=get_user(), hand=hand, webhook=webhook)
     if as_json:
         print(json.dumps(decision.to_json(), indent=2))
@@ -65,11 +69,13 @@ def history_of_triggers(
 
       visionloop triggers history --last 100
     """
+    from visionloop.data.known_store import check_store
     from visionloop.monitoring.due import read_decisions
     from visionloop.words import align
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
+    check_store(workspace)
     found = read_decisions(workspace.store, workspace.name, last)[::-1]
     if as_json:
         print(json.dumps([one.to_json() for one in found], indent=2))

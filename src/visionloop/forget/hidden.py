@@ -45,10 +45,15 @@ def list_unknown(settings: Settings) -> list[str]:
     return [f".visionloop/{name}, which is not known to hold no images: look there" for name in unknown]
 
 
-def find_hidden(settings: Settings, name: str, sha256s: frozenset[str], versions: Collection[int]) -> list[Copy]:
-    """Return the work of stages, pictures and leftovers that hold an image, or may: all of it can be made again."""
+def find_hidden(
+    settings: Settings, name: str, sha256s: frozenset[str], versions: Collection[int], *, was_prepared: bool = True
+) -> list[Copy]:
+    """Return the work of stages, pictures and leftovers that hold an image, or may: all of it can be made again.
+
+    `was_prepared` False: no version ever held one, so no stage has worked on it.
+    """
     return [
-        *_find_work(settings),
+        *(_find_work(settings) if was_prepared else ()),
         *_find_answers(settings),
         *_find_failed(settings, sha256s),
         *_find_unsent(settings, sha256s),

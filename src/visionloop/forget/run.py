@@ -51,14 +51,20 @@ class Forgotten:
     left: tuple[Left, ...]
 
 
-def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: frozenset[str] = frozenset()) -> Everything:
-    """Look for every copy of some images; change nothing. `gone` are those that an earlier forget has finished."""
+def find_everything(
+    workspace: Workspace, sha256s: frozenset[str], *, gone: frozenset[str] = frozenset(), is_rest: bool = False
+) -> Everything:
+    """Look for every copy of some images; change nothing. `gone` are those that an earlier forget has finished.
+
+    `is_rest`: an earlier forget was stopped, and may have taken images out of versions already.
+    """
     settings, store, name = workspace.settings, workspace.store, workspace.name
     trace = trace_images(store, name, sha256s)
     holders = find_other_holders(store, name, sha256s)
     shared = frozenset(sha256 for held in holders.values() for sha256 in held)
     # Of those that are gone the store keeps no earlier version; a pull at that very moment may have put one back.
     back = {sha256 for sha256 in gone if store.exists(make_image_key(sha256))}
+    was_prepared = bool(trace.parts or holders or gone or is_rest)
     sought = Sought(name, sha256s, trace.versions, list_champions(store))
     bundles, kept = find_bundles(workspace, sought)
     dvc_copies, unclear = find_dvc_copies(settings, sought)
@@ -66,7 +72,7 @@ def find_everything(workspace: Workspace, sha256s: frozenset[str], *, gone: froz
         *find_stored(store, (sha256s - gone | back) - shared),
         *find_logged(store, name, sha256s),
         *find_prepared(settings, sha256s),
-        *find_hidden(settings, name, sha256s, trace.versions),
+        *find_hidden(settings, name, sha256s, trace.versions, was_prepared=was_prepared),
         *find_features(workspace, sha256s, shared=shared),
         *find_reports(settings, sha256s),
         *find_pages(settings, sha256s),
@@ -102,7 +108,8 @@ def forget(
     unfinished = frozenset(sha256 for forgetting in begun for sha256 in forgetting.sha256s)
     sha256s = wanted.sha256s | unfinished
     version = commit_without(store, name, sha256s, now=now)
-    everything = find_everything(workspace, sha256s, gone=frozenset(wanted.again) - unfinished)
+    gone, is_rest = frozenset(wanted.again) - unfinished, bool(unfinished - new)
+    everything = find_everything(workspace, sha256s, gone=gone, is_rest=is_rest)
     pin_moved = version is not None and move_pin(workspace.settings, version, everything.trace.versions)
     for copy in everything.copies:
         tell(copy.what)

@@ -71,6 +71,11 @@ class Log:
         first = min(days, default=None)
         return datetime(first.year, first.month, first.day, tzinfo=UTC) if first else START
 
+    def has_rows_before(self, end: datetime) -> bool:
+        """Say whether the log has a row of a time before `end`."""
+        reader = DayReader(PREDICTIONS, self.workspace.store, self.workspace.name)
+        return any(len(part) for part in reader.read(self.find_start(), end, ["time"]))
+
     def read(self, span: Span) -> "pa.Table":
         found = read_predictions(self.workspace.store, self.workspace.name, span.start, span.end, COLUMNS)
         self.damaged.update(found.damaged)

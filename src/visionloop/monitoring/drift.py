@@ -134,7 +134,7 @@ class Detector:
 class Drift:
     """The result for a window. `p` is that of all detectors together; `can_tell` False: too few blocks for the level.
 
-    `floor` is the smallest p that so few blocks can give.
+    `floor` is the smallest p that so few blocks can give. Each of `num_blocks` is `together` neighbours put together.
     """
 
     p: float
@@ -142,6 +142,7 @@ class Drift:
     floor: float
     detectors: tuple[Detector, ...]
     num_blocks: tuple[int, int]
+    together: int = 1
 
     @property
     def can_tell(self) -> bool:
@@ -171,20 +172,22 @@ def find_drift(reference: Sample, window: Sample, basis: Basis | None, level: fl
             dealt_bg = generator.permuted(np.tile(real_g, (deals, 1)), axis=1)
             values_bj = np.concatenate([values_bj, _measure(sums, dealt_bg, order_g)])
         p, adjusted_j, limit_j = combine(values_bj, level)
+        p, adjusted_j = max(p, floor), np.maximum(adjusted_j, floor)
         if p > CLEAR * level and p > CLEAR / FIRST_DEALS:
             break
     found = [
         Detector(name, float(values_bj[0, j]), float(limit_j[j]), float(adjusted_j[j]), bool(adjusted_j[j] <= level))
         for j, name in enumerate(sums.names)
     ]
-    return Drift(max(p, floor), level, floor, tuple(found), (number_g - num_window, num_window))
+    return Drift(p, level, floor, tuple(found), (number_g - num_window, num_window), sums.together)
 
 
 def combine(values_bj: FloatArray, level: float) -> tuple[float, FloatArray, FloatArray]:
     """Return the p of all detectors together, that of each beside the others, and the limit of each, (j,).
 
     The first row is real, the others are dealt. Each value becomes the share of rows that are at least as large; a row
-    is as extreme as its smallest share (Tippett 1931); what shares are left decides where two are equal.
+    is as extreme as its smallest share (Tippett 1931); what shares are left decides where two are equal. The p of the
+    detector with the smallest share is that of all together: no detector has a smaller one.
     """
     number = len(values_bj)
     sorted_bj = np.sort(values_bj, axis=0)
@@ -199,8 +202,9 @@ def combine(values_bj: FloatArray, level: float) -> tuple[float, FloatArray, Flo
     )
     least_b = p_bj.min(axis=1)
     extreme_b = least_b * (1 + 1e-6 * np.log(p_bj).mean(axis=1))
-    p = float((extreme_b <= extreme_b[0]).mean())
+    p = max(float((extreme_b <= extreme_b[0]).mean()), float(least_b[0]))
     adjusted_j = np.maximum((least_b[:, None] <= p_bj[0]).mean(axis=0), p)
+    adjusted_j[p_bj[0] == least_b[0]] = p
     # The largest share that is still rare enough, and the value that a detector has there.
     rare = float(np.sort(least_b)[max(0, int(level * number) - 1)])
     limit_j = sorted_bj[number - max(1, round(rare * number))]
@@ -219,10 +223,12 @@ class _Sums:
     first_gc: FloatArray | None
     second_gcc: FloatArray | None
     num_window: int
+    together: int
 
 
 def _sum_blocks(reference: Sample, window: Sample, basis: Basis | None) -> _Sums:
-    block_n, num_window, number_g = _number_blocks(reference.block_n, window.block_n)
+    block_n, num_window, together = _number_blocks(reference.block_n, window.block_n)
+    number_g = int(block_n.max()) + 1
     features: dict[str, FloatArray] = {}
     first_gc = second_gcc = None
     if basis is not None and window.embedding_nd is not None and reference.embedding_nd is not None:
@@ -260,18 +266,19 @@ def _sum_blocks(reference: Sample, window: Sample, basis: Basis | None) -> _Sums
         first_gc,
         second_gcc,
         num_window,
+        together,
     )
 
 
 def _number_blocks(reference_n: IntArray, window_n: IntArray) -> tuple[IntArray, int, int]:
-    """Return a number for the block of each image, the window's first; how many are the window's; how many in all."""
+    """Return a number for the block of each image, the window first; how many are its; how many are put together."""
     window_n = np.unique(window_n, return_inverse=True)[1]
     reference_n = np.unique(reference_n, return_inverse=True)[1]
     together = ceil((int(window_n.max()) + 1) / MAX_WINDOW_BLOCKS)
     window_n, reference_n = window_n // together, reference_n // together
     num_window = int(window_n.max()) + 1
     block_n = np.concatenate([window_n, reference_n + num_window]).astype(np.int64)
-    return block_n, num_window, int(block_n.max()) + 1
+    return block_n, num_window, together
 
 
 def _cut(value_n: FloatArray) -> FloatArray:

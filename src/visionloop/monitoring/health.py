@@ -41,11 +41,17 @@ class Check:
     line: float | None = None
 
 
-def check_traffic(window: Traffic, reference: Traffic | None, volumes: Sequence[int], section: Monitor) -> list[Check]:
+def check_traffic(
+    window: Traffic, reference: Traffic | None, volumes: Sequence[int], section: Monitor, *, has_begun: bool = True
+) -> list[Check]:
     """Return the checks for broken data and for the service that the log alone allows.
 
-    `volumes` are the images of the windows before. An empty window has one result only.
+    `volumes` are the images of the windows before. An empty window has one result only: it is a fault only if images
+    came before it (`has_begun`).
     """
+    if not len(window) and not has_begun:
+        found = "nothing was served yet: the log has no image of this window or of a time before it"
+        return [Check("empty", "broken", "unknown", found, "images, once the server answers", 0.0)]
     if not len(window):
         return [Check("empty", "broken", "alert", "no image in the window", "images", 0.0)]
     return [

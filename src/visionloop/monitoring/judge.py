@@ -165,10 +165,12 @@ def _tell_drift(facts: Facts, drift: Drift | None, section: Monitor) -> list[Che
         )
         return [Check("drift", "drift", "unknown", found, f"{section.min_images} images of sound data")]
     inside, outside = drift.num_blocks[1], drift.num_blocks[0]
-    told = f"p {drift.p:.2g} with {inside} blocks in the window and {outside} in the reference"
+    each = f" (each of {drift.together} put together)" if drift.together > 1 else ""
+    blocks = f"{inside} blocks in the window and {outside} in the reference{each}"
+    told = f"p {drift.p:.2g} with {blocks}"
     expected = f"above {drift.level:.2g}, one false alarm in {section.false_alarm_days:g} days"
     if not drift.can_tell:
-        told = f"{inside} blocks in the window and {outside} in the reference cannot give a p below {drift.floor:.2g}"
+        told = f"{blocks} cannot give a p below {drift.floor:.2g}"
         return [Check("drift", "drift", "unknown", told, f"{expected}: more windows, or a smaller monitor.block_hours")]
     state: State = "alert" if drift.found else "fine"
     before = facts.reference if facts.reference is not None else facts.known.validation

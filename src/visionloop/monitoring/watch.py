@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +178,10 @@ class _Watch:
         self, table: "pa.Table", own: "pa.Table", reference: Rows | None, before: Sequence[Verdict]
     ) -> list[Check]:
         usual = make_traffic(reference.table) if reference and len(reference.table) else None
-        volumes = [one.num_images for one in before if one.span.length == self.span.length][-VOLUMES:]
-        checks = check_traffic(make_traffic(table), usual, volumes, self.section)
+        begun = list(dropwhile(lambda one: not one.num_images, before))  # no window before it says what is usual
+        volumes = [one.num_images for one in begun if one.span.length == self.span.length][-VOLUMES:]
+        has_begun = bool(begun) or self.log.has_rows_before(self.span.end)
+        checks = check_traffic(make_traffic(table), usual, volumes, self.section, has_begun=has_begun)
         if self.log.damaged:
             found = f"{len(self.log.damaged):,} parts of the log are damaged: {sorted(self.log.damaged)[0]}"
             checks.append(Check("log", "broken", "alert", found, "parts in Parquet"))

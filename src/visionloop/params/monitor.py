@@ -1,8 +1,9 @@
 """The section `monitor` of params.yaml: what a window is, and what is worth an alert. See docs/monitoring.md."""
 
-from typing import Annotated, Self
+from math import floor
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from visionloop.params.section import Section
 
@@ -15,15 +16,23 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Webhook(Section):
     """Where alerts go, as JSON by POST. `${NAME}` in the address and in a header comes from the environment."""
 
-    url: str = Field(min_length=8, max_length=2000)
+    url: str = Field(max_length=2000)
     headers: dict[str, str] = Field(default_factory=dict)
     timeout_s: float = Field(default=5.0, gt=0, le=60)
     tries: int = Field(default=3, ge=1, le=10)
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if not url.startswith(("https://", "http://", "${")) or url in ("https://", "http://"):
+            raise ValueError("an address that begins with https:// or http://")
+        return url
 
 
 class Monitor(Section):
     """What is watched, window by window. With `false_alarm_days: 100` one false alarm of drift is due in 100 days.
 
+    For windows of 1 hour its default is 83, the most that is possible.
     `block_hours`: images of one client in so many hours are taken for alike; 0: each image is by itself.
     `reference_windows`: so many of the first windows of a model that were accepted are what later ones are compared
     with, and as many of the newest. Of each window `max_images` are looked at for drift.
@@ -47,6 +56,14 @@ class Monitor(Section):
     max_model_age_days: Positive | None = None
     webhook: Webhook | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_default(cls, value: Any) -> Any:
+        hours = value.get("window_hours") if isinstance(value, dict) and "false_alarm_days" not in value else None
+        if type(hours) is not int or hours < 1:
+            return value
+        return {**value, "false_alarm_days": min(100, floor(hours / 24 / LEAST_LEVEL))}
+
     @property
     def level(self) -> float:
         """How often a window that is like the reference may give a false alarm."""
@@ -56,5 +73,6 @@ class Monitor(Section):
     def _check_level(self) -> Self:
         most = self.window_hours / 24 / LEAST_LEVEL
         if self.false_alarm_days > most:
-            raise ValueError(f"`false_alarm_days` of at most {most:g} for windows of {self.window_hours} hours")
+            hours = "1 hour" if self.window_hours == 1 else f"{self.window_hours} hours"
+            raise ValueError(f"`false_alarm_days` of at most {most:g} for windows of {hours} (`window_hours`)")
         return self

@@ -262,11 +262,15 @@ def require_bound(decision: Decision, champion: LedgerEntry | None, *, again: bo
     if is_bound(decision, champion):
         return
     seen = decision.champion[:12] if decision.champion else "no champion"
+    found = f"it is now {describe_entry(champion)}"
+    expected = f"{seen}{f' (entry {decision.entry})' if decision.entry else ''}, as the gate saw it"
+    if champion and decision.entry and champion.bundle == decision.champion:
+        found, expected = f"entry {champion.number}, not entry {decision.entry}", "the entry that the gate saw"
     then = ", then `visionloop promote --again --why ...`." if again else " again."
     raise PromotionError(
         f"candidate {decision.candidate[:12]}",
-        f"champion moved since decision {decision.number}: it is now {describe_entry(champion)}",
-        f"{seen}{f' (entry {decision.entry})' if decision.entry else ''}, as the gate saw it",
+        f"champion moved since decision {decision.number}: {found}",
+        expected,
         f"Run `visionloop gate`{then}",
     )
 

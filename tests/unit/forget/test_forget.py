@@ -125,8 +125,10 @@ def test_what_does_not_hold_it_stays(pets: Pets) -> None:
     sha256 = store_image(pets.store, 99, data=stranger).sha256
     (pets.settings.reports_dir).mkdir()
     (pets.settings.reports_dir / "predictions.csv").write_text(f"sha256,actual\n{pets.anna.sha256},cat\n")
+    (pets.settings.work_dir("train") / "0123").mkdir(parents=True)
     done = pets.forget(sha256)
     assert done.removed == (f"1 image in {pets.store.url}, with all earlier versions",)
+    assert (pets.settings.work_dir("train") / "0123").is_dir(), "no version held it: no stage has worked on it"
     assert (pets.settings.prepared_dir / "index.parquet").is_file()
     assert done.version == pets.versions[1], "it was in no version: none is made"
     assert not done.pin_moved

@@ -73,6 +73,8 @@ def test_what_shows_images_or_was_left_by_a_kill_goes(tmp_path: Path) -> None:
         "decoded frames of an ingest that was killed",
         "temporary files of processes that were killed",
     ]
+    never = find_hidden(load_settings({}, tmp_path), "pets", frozenset({OURS}), (), was_prepared=False)
+    assert not [copy.what for copy in never if "work of" in copy.what]
     for copy in copies:
         copy.remove()
     left = sorted(p.relative_to(hidden).as_posix() for p in hidden.rglob("*") if p.is_file() and p.name != "lock")

@@ -155,10 +155,33 @@ def test_combine_takes_the_smallest_share_against_the_smallest_shares() -> None:
     assert limit_j[0] < 99
 
 
+def test_no_detector_has_a_smaller_p_than_all_together_and_one_has_the_same() -> None:
+    """Also where another deal has the same smallest share: by what is left, or because values are equal."""
+    twice = np.array([[9.0, 8.0], [1.0, 9.0], [2.0, 3.0], [3.0, 2.0]])  # rows 0 and 1 lead one each; 0 is second, too
+    p, adjusted_j, _ = combine(twice, 0.3)
+    assert (p, adjusted_j.tolist()) == (0.25, [0.25, 0.75])
+    equal = np.array([[9.0, 8.0], [9.0, 1.0], [2.0, 3.0], [3.0, 2.0]])  # two of four rows have 9
+    assert combine(equal, 0.3)[0] == 0.25  # by its second detector
+    assert combine(equal[:, :1], 0.3)[0] == 0.5
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        values = rng.integers(0, 2 + number, (int(rng.integers(2, 60)), int(rng.integers(1, 9)))).astype(float)
+        p, adjusted_j, _ = combine(values, 0.05)
+        assert p == adjusted_j.min()
+        assert p >= (values >= values[0]).mean(axis=0).min()
+
+
+def test_p_is_no_smaller_than_so_few_blocks_allow() -> None:
+    rng = np.random.default_rng(0)
+    drifts = [find_drift(make_vectors(rng, 90, 30), make_vectors(rng, 30, 30), None, 0.3, seed=n) for n in range(20)]
+    assert {drift.floor for drift in drifts} == {0.25}
+    assert all(drift.p == min(one.p for one in drift.detectors) >= 0.25 for drift in drifts)
+
+
 def test_more_blocks_than_are_needed_are_put_together() -> None:
     rng = np.random.default_rng(0)
     drift = find_drift(make_vectors(rng, 600, 1), make_vectors(rng, 200, 1), None, 0.01)
-    assert drift.num_blocks == (150, MAX_WINDOW_BLOCKS)
+    assert (drift.num_blocks, drift.together) == ((150, MAX_WINDOW_BLOCKS), 4)
     assert {one.name for one in drift.detectors} == {"classes", "abstained", "confidence", "brightness"}
 
 
