@@ -41,7 +41,7 @@ def test_a_number_that_is_no_port_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_without_a_champion_it_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(ServingError, match=r"no champion.*flows/retrain\.py"):
+    with pytest.raises(ServingError, match=r"no champion.*visionloop start"):
         run_here(tmp_path)
 
 

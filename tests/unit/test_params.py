@@ -30,6 +30,14 @@ from visionloop.params.text import parse_yaml
         ({"train": {"devices": 2}}, "params.yaml train.devices: stands in another section; expected compute.devices"),
         ({"train": {"neighbours": {"devices": 2}}}, "params.yaml train.neighbours.devices: unknown key"),
         (
+            {"serve": {"keep_images": {"confidence": 70}}},
+            "params.yaml serve.keep_images.confidence: got 70; expected less than or equal to 1. Edit the file.",
+        ),
+        (
+            {"serve": {"keep_images": {"confidnce": 0.7}}},
+            "params.yaml serve.keep_images.confidnce: unknown key; expected confidence. Edit the file.",
+        ),
+        (
             {"gate": "on"},
             "params.yaml gate: got 'on'; expected keys below it: alpha, answered, approval, baseline",
         ),

@@ -168,7 +168,7 @@ def history() -> None:
     check_store(workspace)
     ledger = read_ledger(workspace.store, workspace.name)
     if not ledger.entries:
-        print(f"{workspace.name} has no champion yet; `python flows/retrain.py` makes one")
+        print(f"{workspace.name} has no champion yet; `visionloop start` makes one")
     for entry in reversed(ledger.entries):
         star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")

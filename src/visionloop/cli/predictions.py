@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import app
-from visionloop.errors import SettingsError
+from visionloop.errors import DiskError, ImageError, SettingsError, VisionLoopError
 from visionloop.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def predictions(
     workspace = open_workspace()
     window = parse_window(since, None)
     feedback = read_feedback(workspace.store, workspace.name, window[0]).table
-    days = count_days(_read(workspace, window, Day.COLUMNS), set(feedback["request_id"].to_pylist()))
+    asked = find_asked(feedback["request_id"].to_pylist(), window)
+    unmatched = set(asked)
+    tables = leave_out(_read(workspace, window, Day.COLUMNS), unmatched)
+    days = count_days(tables, set(feedback["request_id"].to_pylist()))
     if as_json:
         for one in days:
             print(json.dumps(vars(one)))
@@ -65,6 +69,7 @@ def predictions(
             print(one.describe())
     else:
         print(f"no answer of {workspace.name} since {window[0]:%Y-%m-%d %H:%M}; `visionloop serve` writes them down")
+    tell_unmatched(unmatched, asked)
 
 
 @predictions_app.command()
@@ -122,18 +127,28 @@ def export(
     window = parse_window(since, until)
     feedback = read_feedback(workspace.store, workspace.name, window[0]).table
     columns = [name for name in PREDICTIONS.columns if name != "embedding" or out.suffix == ".parquet"]
-    num_images = 0
+    require_folder(out)
+    asked = find_asked(feedback["request_id"].to_pylist(), window)
+    unmatched, num_kept, files = set(asked), 0, set[str]()
 
     def read() -> "Iterator[pa.Table]":
-        nonlocal num_images
+        nonlocal num_kept
         yield join_feedback(PREDICTIONS.make_schema().empty_table().select(columns), feedback)
-        for rows in _read(workspace, window, columns):
-            num_images += write_images(workspace, rows, images) if images else 0
+        for rows in leave_out(_read(workspace, window, columns), unmatched):
+            num_kept += sum(map(bool, rows["image_kept"].to_pylist()))
+            files.update(write_images(workspace, rows, images) if images else ())
             yield join_feedback(rows, feedback)
 
-    number = write_tables(out, read())
-    kept = f", {num_images:,} images in {images}" if images else ""
+    try:
+        number = write_tables(out, read())
+    except OSError as exc:
+        if isinstance(exc, VisionLoopError):
+            raise
+        found = f"cannot be written ({exc.strerror or exc})"
+        raise DiskError(exc.filename or str(out), found, "a file on a disk with free space", "Name another.") from exc
+    kept = f"; the images of {num_kept:,} of them are {len(files):,} files in {images}" if images else ""
     print(f"{number:,} answers in {out}{kept}")
+    tell_unmatched(unmatched, asked)
 
 
 @predictions_app.command()
@@ -186,7 +201,7 @@ class Day:
         return (
             f"{self.day}  {self.num_answers:>9,} answers  confidence {self.mean_confidence:.2f}"
             f"  don't know {self.num_abstained / max(1, self.num_answers):5.1%}  {self.num_feedback:,} with feedback"
-            f"  {self.num_kept:,} images kept  version {', '.join(sorted(self.versions))}: {commonest}{more}"
+            f"  {self.num_kept:,} with kept image  version {', '.join(sorted(self.versions))}: {commonest}{more}"
         )
 
 
@@ -232,23 +247,63 @@ def describe_row(row: dict[str, Any]) -> str:
     )
 
 
-def write_images(workspace: Workspace, rows: "pa.Table", folder: Path) -> int:
-    """Write the kept images of some answers into a folder, each once; return how many were written now."""
+def find_asked(request_ids: Iterable[str], window: tuple[datetime, datetime]) -> list[str]:
+    """Return the ids of a feedback whose answers are of a window of time, if there are such answers."""
+    from visionloop.data.prediction_log import read_request_time
+
+    times = ((one, read_request_time(one)) for one in request_ids)
+    return [one for one, asked_at in times if asked_at is None or window[0] <= asked_at < window[1]]
+
+
+def leave_out(tables: "Iterable[pa.Table]", unmatched: set[str]) -> "Iterator[pa.Table]":
+    """Pass answers on, and take their ids out of a set."""
+    for rows in tables:
+        unmatched.difference_update(rows["request_id"].to_pylist())
+        yield rows
+
+
+def tell_unmatched(unmatched: set[str], asked: list[str]) -> None:
+    """Say how much feedback is on no answer."""
+    if number := sum(one in unmatched for one in asked):
+        why = "of a list each result has its own id; answers of the last moments may still be on their way"
+        print(f"{number:,} of the feedback match no answer ({why})", file=sys.stderr)
+
+
+def require_folder(out: Path) -> None:
+    """Refuse a file whose folder is not there. Raises SettingsError."""
+    if not out.parent.is_dir():
+        raise SettingsError(f"--out {out}", "its folder does not exist", "a folder that does", "Make it.")
+
+
+def write_images(workspace: Workspace, rows: "pa.Table", folder: Path) -> set[str]:
+    """Write the kept images of some answers into a folder, each once; return the names of their files."""
     from visionloop.data.prediction_log import read_kept_image
     from visionloop.errors import ObjectMissing
 
     folder.mkdir(parents=True, exist_ok=True)
-    number = 0
+    names = {}
     for row in rows.select(["time", "image_sha256", "image_kept"]).to_pylist():
-        path = folder / str(row["image_sha256"])
-        if not row["image_kept"] or path.exists():
+        sha256 = str(row["image_sha256"])
+        if not row["image_kept"] or sha256 in names:
             continue
         try:
-            path.write_bytes(read_kept_image(workspace.store, workspace.name, row["time"].date(), path.name))
+            data = read_kept_image(workspace.store, workspace.name, row["time"].date(), sha256)
         except ObjectMissing:  # forgotten, or on its way
             continue
-        number += 1
-    return number
+        names[sha256] = f"{sha256}.{find_suffix(data)}"
+        (folder / names[sha256]).write_bytes(data)
+    return set(names.values())
+
+
+def find_suffix(data: bytes) -> str:
+    """Return the end of a file's name by the format of an image; `bin` where it is not known."""
+    from visionloop.data.encoded import parse_encoded
+    from visionloop.data.export import SUFFIXES
+
+    try:
+        return SUFFIXES.get(parse_encoded(data, "image").kind, "bin")
+    except ImageError:
+        return "bin"
 
 
 def write_tables(out: Path, tables: "Iterator[pa.Table]") -> int:

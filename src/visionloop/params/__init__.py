@@ -281,7 +281,10 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     errors = sorted(exc.errors(include_url=False), key=lambda e: [str(part) for part in e["loc"]])
     first = errors[0]
     # Tags of unions are not keys of the file: a size that fits neither form is one problem, not two.
-    keys = [str(p) for p in first["loc"] if not re.match(rf"^(constrained-|tuple|function-|({KINDS})$)", str(p))]
+    sections = {one.__name__ for one in _list_sections(Section)}
+    forms = rf"^(constrained-|tuple|function-|({KINDS}|{'|'.join(sections)})$)"
+    keys = [str(p) for p in first["loc"] if not re.match(forms, str(p))]
+    depth = next((place for place, part in enumerate(first["loc"]) if part in sections), len(keys))
     kind, message = first["type"], first["msg"]
     if kind == "extra_forbidden" and first["loc"] in {("train", key) for key in Compute.model_fields}:
         found, expected = "stands in another section", f"compute.{keys[-1]}"
@@ -304,7 +307,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
     else:
         found = f"got {first['input']!r}"[:120]
         expected = _explain(first) or re.sub(r"^(Input should be (a valid )?|Value error, )", "", message)
-    same = [e for e in errors if e["loc"][: len(keys)] == first["loc"][: len(keys)]]  # the other forms of this value
+    same = [e for e in errors if e["loc"][:depth] == first["loc"][:depth]]  # the other forms of this value
     words = [e["ctx"]["expected"] for e in same if e["type"] == "literal_error"]
     if words and kind == "model_type":
         expected = f"{words[0]}, or {expected}"
@@ -364,10 +367,12 @@ def _plain(key: str) -> str:
 def _find_fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
     """Return the keys of a section, such as ("ingest", "sources", 0, "folder"); none if it has no fixed ones."""
     kinds = {get_args(one.model_fields["kind"].annotation)[0]: one for one in get_args(get_args(Source)[0])}
+    sections = {one.__name__: one for one in _list_sections(Section)}
     before: int | str = ""
     for part in path:
         if not isinstance(part, int):
             field = getattr(model, "model_fields", {}).get(part)
-            model = kinds.get(part) if isinstance(before, int) else field.annotation if field else None
+            other = sections.get(part, field.annotation if field else None)  # one form of several has its own name
+            model = kinds.get(part) if isinstance(before, int) else other
         before = part
     return list(getattr(model, "model_fields", {}))

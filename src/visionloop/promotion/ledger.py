@@ -114,7 +114,7 @@ def require_entry(store: ObjectStore, name: str, number: int | None = None) -> L
     for entry in entries:
         if entry and number in (None, entry.number):
             return entry
-    todo = "Run `python flows/retrain.py`; `predict`, `explain` and `serve` also take a --bundle."
+    todo = "Run `visionloop start`; `predict`, `explain` and `serve` also take a --bundle."
     if number is None or not entries:
         raise PromotionError(f"ledger {name}", "has no champion", "a promoted model", todo)
     raise PromotionError(

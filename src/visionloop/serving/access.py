@@ -10,7 +10,7 @@ import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fastapi import Request
 
@@ -182,7 +182,7 @@ class Access:
         bearer = [value.partition(" ") for value in request.headers.getlist("authorization")]
         texts = [text.strip() for kind, _, text in bearer if kind.lower() == "bearer"]
         texts += request.headers.getlist("x-api-key")
-        if not texts and KEY_IN_TEXT.search(request.url.query):
+        if KEY_IN_TEXT.search(unquote(request.url.query)):
             todo = "Revoke that key: addresses are written into logs."
             raise KeyRefused("its address has a key", f"it in a header: {HEADERS}", todo)
         if not texts and not bearer:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
@@ -26,13 +26,14 @@ from visionloop.serving.access import Access
 from visionloop.serving.answers import Answer
 from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import Inbox, Limits, RequestError, Upload
-from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, name_request
+from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, check_options, name_request
 from visionloop.serving.feedback import FeedbackBook, add_feedback
 from visionloop.serving.log import Noted, PredictionLog
 from visionloop.serving.metrics import Meters
 from visionloop.serving.page import add_page
 from visionloop.serving.schemas import (
     ERRORS,
+    NOT_FOLLOWING,
     PREDICT_BODY,
     REFUSED,
     BatchAnswer,
@@ -91,6 +92,7 @@ def make_app(
         await batcher.stop()
 
     app = FastAPI(title="visionloop", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.router.dependencies.append(Depends(check_options))
     app.add_middleware(Envelope, meters=meters, counted=PREDICT, access=access)
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
@@ -193,7 +195,7 @@ def _add_admin(app: FastAPI, slot: ModelSlot, look_now: Callable[[], None] | Non
     @app.post(
         "/admin/reload",
         response_model=ReloadAnswer,
-        responses={**REFUSED, 409: {"model": ErrorAnswer, "description": "It follows no ledger"}, 503: ERRORS[503]},
+        responses={**REFUSED, 409: NOT_FOLLOWING, 422: ERRORS[422], 503: ERRORS[503]},
         summary="Look at the ledger now",
     )
     async def reload(request: Request) -> dict[str, Any]:

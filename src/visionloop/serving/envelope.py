@@ -3,6 +3,7 @@
 Plain ASGI, so it never buffers a body.
 """
 
+import difflib
 import json
 import logging
 import re
@@ -33,7 +34,7 @@ RETRY_AFTER_S = "1"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # of the header `traceparent`
 ERROR_KINDS = (VisionLoopError, HTTPException, ClientDisconnect, RequestValidationError)
-MAX_PATH_CHARS, MAX_CLIENT_CHARS = 200, 64
+MAX_PATH_CHARS, MAX_CLIENT_CHARS, MAX_OPTION_CHARS = 200, 64, 40
 # Of answers that are no page. A page sets its own policy.
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -63,6 +64,26 @@ async def answer_error(request: Request, exc: Exception) -> Response:
         **name_request(request),
     }
     return JSONResponse(body, status, headers, media_type=PROBLEM)
+
+
+def check_options(request: Request) -> None:
+    """Refuse what asks for something by an option that there is not, or by one twice. Only POST: probes may add any.
+
+    Raises:
+        RequestError: the address has such an option.
+    """
+    if request.method != "POST":
+        return
+    known = [each.alias for each in request.scope["route"].dependant.query_params]
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name[:MAX_OPTION_CHARS], known, n=1) or known
+            expected = f"one of {', '.join(near)}" if len(near) > 1 else (near or ["none"])[0]
+            found = f"query {name[:MAX_OPTION_CHARS]!r} is no option"
+            raise RequestError(found, expected, status=422, reason_code="bad_option")
+        if given.count(name) > 1:
+            raise RequestError(f"query {name} is there twice", "it once", status=422, reason_code="bad_option")
 
 
 def name_request(request: Request) -> dict[str, str | None]:

@@ -6,6 +6,7 @@ counts, the earlier ones are kept.
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from visionloop.store import ObjectStore
 
 MAX_BODY_BYTES, MAX_ITEMS, STORE_S = 500_000, 1000, 30.0
 MAX_LABELS, MAX_CHARS = 1000, 200
+CHECK_S = 1.0  # how long it is believed that the store is the known one
 AHEAD = timedelta(minutes=5)  # how far the clocks of two servers may differ
 KEYS = frozenset({"request_id", "label", "labels", "who", "allow_new"})
 FORM = '{"request_id": "...", "label": "..."}'
@@ -40,9 +42,9 @@ class FeedbackBook:
     def __init__(
         self, name: str, store: ObjectStore, serve: Serve, *, check: Callable[[], None] = lambda: None
     ) -> None:
-        """`check` raises StoreError for a store that is not the known one; it is asked until it has passed once."""
+        """`check` raises StoreError for a store that is not the known one; it is asked again after CHECK_S."""
         self._name, self._store = name, store
-        self._check_store, self._is_checked = check, False
+        self._check_store, self._checked_at_s = check, -math.inf
         self._keep_days = serve.log_days
         self._server, self._numbers = secrets.token_hex(4), count(1)  # several threads take one
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="feedback")
@@ -73,9 +75,9 @@ class FeedbackBook:
 
     def write(self, rows: Sequence[Mapping[str, Any]], now: datetime) -> None:
         """Put rows into the store: when it returns they survive all but the loss of the store. Raises StoreError."""
-        if not self._is_checked:
+        if time.monotonic() - self._checked_at_s > CHECK_S:
             self._check_store()
-            self._is_checked = True
+            self._checked_at_s = time.monotonic()
         part = f"{now:%H%M%S}-{self._server}-{next(self._numbers):06d}"
         key = FEEDBACK.make_key(self._name, now.date(), part)
         # Of two items of a list on one answer the later one counts: their times differ by a microsecond.

@@ -88,9 +88,9 @@ class PredictionLog:
         check: Callable[[], None] = lambda: None,
         draw: random.Random | None = None,
     ) -> None:
-        """`check` raises StoreError for a store that is not the known one: nothing is sent before it has passed."""
+        """`check` raises StoreError for a store that is not the known one: it is asked before each sending."""
         self._name, self._store, self._spool, self._serve = name, store, spool, serve
-        self._check, self._is_checked = check, False
+        self._check = check
         self._draw = draw or random.Random(secrets.randbits(128))
         rules = serve.keep_images
         self._keeper = None if rules == "none" else Keeper(rules, now_s=time.monotonic(), draw=self._draw)
@@ -250,9 +250,7 @@ class PredictionLog:
             if is_last:
                 self._threads[0].join(STOP_S)
             try:
-                if not self._is_checked:
-                    self._check()
-                    self._is_checked = True
+                self._check()
                 self._look_after()
                 self._send_all()
                 self._solve("send")

@@ -263,6 +263,7 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorAnswer, "description": "The key lacks the role, or a page of another origin asks"},
     429: {"model": ErrorAnswer, "description": "The client is above its rate; see Retry-After"},
 }
+NOT_FOLLOWING: dict[str, Any] = {"model": ErrorAnswer, "description": "It follows no ledger"}
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "Where the server has keys"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

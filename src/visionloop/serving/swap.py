@@ -177,7 +177,7 @@ class ChampionFollower:
                 "ledger",
                 "has no champion",
                 "a promoted model",
-                "Run `python flows/retrain.py`, or pass --bundle models/candidate.",
+                "Run `visionloop start`, or pass --bundle models/candidate.",
             )
         return entry
 

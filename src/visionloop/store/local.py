@@ -20,6 +20,7 @@ class LocalStore:
         self.root = root
         self._folder = os.path.abspath(root)
         self._where = f"store {self.url}"
+        self._was_there = os.path.isdir(self._folder)
 
     @classmethod
     def from_url(cls, url: str) -> "LocalStore":
@@ -115,13 +116,20 @@ class LocalStore:
             try:
                 _write_file(staged, data, durable)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self._make_folder(os.path.dirname(path))
                 _write_file(staged, data, durable)
         except OSError as exc:
             with contextlib.suppress(OSError):
                 os.unlink(staged)
             raise self._error(os.path.basename(path), exc) from exc
         return staged
+
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder of the store, but never the store anew: one that is gone was moved, or is not mounted."""
+        if self._was_there and not os.path.isdir(self._folder):
+            raise FileNotFoundError(errno.ENOENT, "the folder of the store is gone")
+        os.makedirs(folder, exist_ok=True)
+        self._was_there = True
 
     def _move(self, staged: str, path: str) -> None:
         try:

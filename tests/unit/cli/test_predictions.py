@@ -9,14 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fakes import run_here
+from fakes import make_image, run_here
 from visionloop.cli.predictions import parse_window
-from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key
+from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.errors import SettingsError
 from visionloop.store import LocalStore
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 SHA = "a" * 64
+IMAGE = make_image(1)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
         put(store, PREDICTIONS, row["request_id"], row)
     said = {"feedback_id": "f", "request_id": "r1", "time": NOW, "labels": ["dog"], "who": "eve"}
     put(store, FEEDBACK, "f", said)
-    store.put(make_kept_key("pets", rows[1]["time"].date(), SHA), b"image")
+    store.put(make_kept_key("pets", rows[1]["time"].date(), SHA), IMAGE)
     return store
 
 
@@ -66,7 +67,7 @@ def test_days_are_counted(
         assert newest[0]["mean_confidence"] == 0.75
         text = run(monkeypatch, capsys)
         assert text == (
-            f"{NOW.date()}          2 answers  confidence 0.75  don't know 50.0%  1 with feedback  1 images kept"
+            f"{NOW.date()}          2 answers  confidence 0.75  don't know 50.0%  1 with feedback  1 with kept image"
             "  version 7: cat 1, dog 1\n"
         )
 
@@ -86,17 +87,54 @@ def test_a_window_is_exported_with_its_images(
     store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = run(monkeypatch, capsys, "export", "out.parquet", "--since", "1h", "--images", "kept")
-    assert said == "2 answers in out.parquet, 1 images in kept\n"
+    assert said == "2 answers in out.parquet; the images of 1 of them are 1 files in kept\n"
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [(row["request_id"], row["feedback_labels"]) for row in rows] == [("r1", ["dog"]), ("r2", None)]
-    assert (rows[1]["embedding"], (tmp_path / "kept" / SHA).read_bytes()) == ([0.5], b"image")
+    assert (rows[1]["embedding"], (tmp_path / "kept" / f"{SHA}.png").read_bytes()) == ([0.5], IMAGE)
+    put(store, PREDICTIONS, "r4", make_row("r4", NOW - timedelta(minutes=1), "dog", 1.0, image_kept=True))
+    said = run(monkeypatch, capsys, "export", "out.parquet", "--since", "1h", "--images", "kept")
+    assert said == "3 answers in out.parquet; the images of 2 of them are 1 files in kept\n"
+    assert len(list((tmp_path / "kept").iterdir())) == 1
     run(monkeypatch, capsys, "export", "out.csv", "--since", "60d")
     with (tmp_path / "out.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["request_id"] for line in lines] == ["r3", "r1", "r2"]
+    assert [line["request_id"] for line in lines] == ["r3", "r1", "r2", "r4"]
     assert (lines[1]["classes"], lines[1]["feedback_labels"], "embedding" in lines[1]) == ("cat|dog", "dog", False)
     assert run(monkeypatch, capsys, "export", "none.csv", "--since", "1m", "--until", f"{NOW + timedelta(days=9):%F}")
     assert run_here(monkeypatch, "predictions", "export", "out.xlsx") == 2
+
+
+def test_feedback_on_no_answer_is_told(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recent, old = (make_request_id((NOW - timedelta(days=days)).timestamp()) for days in (0.01, 50))
+    for number, request_id in enumerate((f"{recent}.9", f"{recent}.9", recent, old)):
+        row = {"feedback_id": "f", "request_id": request_id, "time": NOW, "labels": ["dog"]}
+        put(store, FEEDBACK, f"g{number}", row)
+    put(store, PREDICTIONS, "r5", make_row(f"{recent}.1", NOW - timedelta(minutes=1), "dog", 1.0))
+    for argv in ([], ["--json"], ["export", "out.csv"]):
+        assert run_here(monkeypatch, "predictions", *argv) == 0
+        assert capsys.readouterr().err.startswith("3 of the feedback match no answer (of a list each result has its"), (
+            argv
+        )
+    put(store, PREDICTIONS, "r6", make_row(recent, NOW - timedelta(minutes=1), "dog", 1.0))
+    put(store, PREDICTIONS, "r7", make_row(f"{recent}.9", NOW - timedelta(minutes=1), "dog", 1.0))
+    assert run_here(monkeypatch, "predictions") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_written_is_refused(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.csv").mkdir()
+    for argv, found in (
+        (["nodir/z.csv"], "nodir/z.csv: its folder does not exist"),
+        (["folder.csv"], "cannot be written (Is a directory)"),
+        (["z.csv", "--images", "file"], "file: cannot be written (File exists)"),
+    ):
+        assert run_here(monkeypatch, "predictions", "export", *argv) == 2
+        assert found in capsys.readouterr().err
 
 
 def test_tidy_merges_and_expires(

@@ -90,6 +90,28 @@ def test_a_repeated_image_says_so_and_gives_all_that_is_asked_for(slot: ModelSlo
         assert 'visionloop_answered_images_total{by="network"} 2.0' in figures
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("/predict?topk=1", "query 'topk' is no option; expected top_k."),
+        ("/predict?top_k=1&x=1", "query 'x' is no option; expected one of top_k, embedding."),
+        ("/predict?top_k=1&top_k=2", "query top_k is there twice; expected it once."),
+        ("/predict?" + "y" * 5000, f"query {'y' * 40!r} is no option; expected one of top_k, embedding."),
+        ("/similar?top_k=1", "query 'top_k' is no option; expected k."),
+        ("/feedback?label=cat", "query 'label' is no option; expected none."),
+        ("/admin/reload?now", "query 'now' is no option; expected none."),
+    ],
+)
+def test_an_option_that_there_is_not_or_twice_is_refused(client: TestClient, address: str, said: str) -> None:
+    answer = client.post(address, content=make_image(1))
+    assert (answer.status_code, answer.json()["code"], answer.json()["detail"]) == (
+        422,
+        "bad_option",
+        f"request: {said}",
+    )
+    assert client.get("/health/live?t=1").status_code == 200, "probes and pages add what they like"
+
+
 def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
     data = make_image(2, kind="JPEG")
     raw, form = client.post("/predict", content=data), client.post("/predict", files={"photo": ("p.jpg", data)})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+import visionloop.serving.feedback as module
 from fakes import make_bundle, make_image
 from visionloop.data.prediction_log import join_feedback, make_request_id, read_feedback, read_predictions
 from visionloop.errors import StoreError
@@ -207,6 +208,32 @@ def test_nothing_is_taken_into_a_store_that_is_not_the_known_one(store: LocalSto
     known.append(True)
     book.write([{"request_id": new_id(), "labels": ["a"]}], now)
     assert len(read(store)) == 1
+
+
+def test_nothing_is_taken_while_the_store_is_away(store: LocalStore, bundle_dir: Path, tmp_path: Path) -> None:
+    store.put("ledger/pets/000001.json", b"{}")
+    with make_client(store, bundle_dir) as client:
+        store.root.rename(tmp_path / "moved")
+        away = client.post("/feedback", json={"request_id": new_id(), "label": "a"})
+        assert (away.status_code, away.json()["code"], store.root.exists()) == (503, "store_away", False)
+        (tmp_path / "moved").rename(store.root)
+        assert client.post("/feedback", json={"request_id": new_id(), "label": "a"}).status_code == 200
+    assert len(read(store)) == 1
+
+
+def test_the_store_is_checked_again_and_again(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECK_S", -1.0)
+    store.put("ledger/pets/000001.json", b"{}")
+
+    def check() -> None:
+        if not store.exists("ledger/pets/000001.json"):
+            raise StoreError("store", "does not hold ledger entry 1")
+
+    book, now = FeedbackBook("pets", store, Serve(), check=check), datetime.now(UTC)
+    book.write([{"request_id": new_id(), "labels": ["a"]}], now)
+    store.delete("ledger/pets/000001.json")
+    with pytest.raises(StoreError, match="does not hold"):
+        book.write([{"request_id": new_id(), "labels": ["a"]}], now)
 
 
 def test_a_server_without_a_log_takes_no_feedback(bundle_dir: Path) -> None:

@@ -216,6 +216,38 @@ def test_nothing_is_sent_to_a_store_that_is_not_the_known_one(
     assert (len(list_spool(tmp_path / "spool")), store.root.exists()) == (1, False)
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["without-a-ledger", "with-a-ledger"])
+def test_a_store_that_is_moved_away_gets_all_when_it_is_back_and_is_not_made_anew(
+    tmp_path: Path, model: ServedModel, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.05)
+    store = LocalStore(tmp_path / "store")
+    store.put("ledger/pets/000001.json", b"{}")
+
+    def check() -> None:
+        if not is_known and not store.exists("ledger/pets/000001.json"):
+            raise StoreError("store", "does not hold ledger entry 1")
+
+    serve = Serve.model_validate({"log_flush_s": 0.05, "keep_images": {"random": 1.0}})
+    log, spool = PredictionLog("pets", store, tmp_path / "spool", serve, check=check), tmp_path / "spool"
+    log.start()
+    log.note(make_noted(model))
+    wait_for(lambda: log.num_sent == 1)
+    store.root.rename(tmp_path / "moved")
+    log.note(make_noted(model, 1))
+    wait_for(lambda: bool(log.problem and len(list_spool(spool)) == 2))
+    assert not store.root.exists()
+    if not is_known:
+        store.root.mkdir()  # what it was mounted on
+        time.sleep(0.2)
+        assert list(store.root.iterdir()) == []
+        store.root.rmdir()
+    (tmp_path / "moved").rename(store.root)
+    wait_for(lambda: log.num_sent == 2)
+    log.stop()
+    assert (len(read_rows(store)), len(list(store.list("kept/"))), list_spool(spool)) == (2, 2, [])
+
+
 def test_a_full_spool_drops_and_counts(
     store: ShakyStore, tmp_path: Path, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,9 +100,12 @@ def test_a_request_needs_a_key_in_one_of_two_headers(client: TestClient, path: P
 
 
 def test_a_key_in_the_address_is_refused_and_told_to_be_revoked(client: TestClient, path: Path) -> None:
-    answer = client.post(f"/predict?api_key={make(path, 'careless')}", content=make_image(1))
-    assert answer.status_code == 401
-    assert "Revoke that key" in answer.json()["detail"]
+    key = make(path, "careless")
+    for address in (f"/predict?api_key={key}", f"/predict?api_key={key.replace('_', '%5F')}"):
+        for headers in ({}, {"X-API-Key": key}):
+            answer = client.post(address, content=make_image(1), headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (401, "no_valid_key")
+            assert "Revoke that key" in answer.json()["detail"]
 
 
 def test_a_role_that_a_key_lacks_is_403_and_an_admin_may_do_all(client: TestClient, path: Path) -> None:

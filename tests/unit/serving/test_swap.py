@@ -91,7 +91,7 @@ def test_first_load_serves_the_champion_without_its_weights(world: World, tmp_pa
 
 def test_first_load_says_what_to_do_when_the_ledger_is_empty(world: World) -> None:
     world.entry = None
-    with pytest.raises(ServingError, match=r"no champion.*flows/retrain\.py.*--bundle"):
+    with pytest.raises(ServingError, match=r"no champion.*visionloop start.*--bundle"):
         world.follower.load_first()
 
 
