@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from fakes import make_bundle
 from model_server import Server, serving
@@ -22,8 +22,8 @@ from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 OPERATIONS = (
-    *("POST /predict", "POST /similar", "POST /feedback", "POST /admin/reload", "GET /health/live"),
-    *("GET /health/ready", "GET /model", "GET /metrics"),
+    *("POST /predict", "POST /similar", "POST /admin/reload", "GET /health/live", "GET /health/ready"),
+    *("GET /model", "GET /metrics", "POST /feedback"),
 )
 FEW, MANY = 25, 2000
 # 503 is allowed, and looked for below. That bytes are an image is nothing a schema can say.
@@ -47,6 +47,8 @@ def ask_as_described(server: Server, name: str, number: int) -> dict[int, int]:
     """Make requests for one operation, half of them as described and half not; return how often each status came."""
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
     operation = schema[name.partition(" ")[2]][name.partition(" ")[0]]
+    # In a list of feedback an item that is wrong is answered in its place, with 200 for the others.
+    excluded = [*EXCLUDED, *([negative_data_rejection] if name == "POST /feedback" else [])]
     counts: dict[int, int] = {}
     session = requests.Session()
     session.trust_env = False
@@ -55,7 +57,7 @@ def ask_as_described(server: Server, name: str, number: int) -> dict[int, int]:
         response = case.call(session=session)
         counts[response.status_code] = counts.get(response.status_code, 0) + 1
         assert response.status_code < 500 or response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        case.validate_response(response, excluded_checks=EXCLUDED)
+        case.validate_response(response, excluded_checks=excluded)
 
     limits: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
     takes_any = operation.body or operation.query
@@ -78,7 +80,8 @@ def test_it_is_valid_openapi_3_1_and_every_schema_a_json_schema(bundle: Path) ->
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_server_answers_as_described(server: Server, name: str) -> None:
     counts = ask_as_described(server, name, FEW)
-    assert min(counts) == (409 if name == "POST /admin/reload" else 200), counts
+    # This server follows no ledger; and it gave no answer that one could say something of.
+    assert min(counts) in {"POST /admin/reload": (409,), "POST /feedback": (200, 400)}.get(name, (200,)), counts
 
 
 @pytest.mark.long

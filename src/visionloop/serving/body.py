@@ -224,7 +224,7 @@ def _parse_json(data: bytes, expected: str) -> object:
 
 def _read_images(data: bytes, max_files: int) -> list[Upload]:
     if sum(map(data.count, b"[{,")) > MAX_JSON_MARKS:  # a megabyte of `[],` would take twenty in memory
-        raise _too_many("its JSON has very many values", max_files)
+        raise _bad_json("its JSON has very many values")
     value = _parse_json(data, IMAGES_FORM)
     if not isinstance(value, dict) or set(value) not in ({"image"}, {"images"}):
         keys = f"the keys {shorten(sorted(value)) or '(none)'}" if isinstance(value, dict) else "no object"
