@@ -138,7 +138,7 @@ def test_json_of_very_many_values_is_refused_before_it_takes_memory() -> None:
     request = make_request([body])
     tracemalloc.start()
     try:
-        assert refuse(request, Inbox(Limits())) == (413, "too_many_files")
+        assert refuse(request, Inbox(Limits())) == (400, "bad_json")
         assert tracemalloc.get_traced_memory()[1] < 8_000_000
     finally:
         tracemalloc.stop()
