@@ -52,6 +52,7 @@ def read_rate(home: Path) -> float:
     return float(card["params"]["train"]["learning_rate"])
 
 
+@pytest.mark.long
 def test_an_edit_while_it_trains_is_told_and_trained_the_next_time(home: Path) -> None:
     recorded = read_stages(home)
     code, told = start_and_edit(home, "2.5e-3", "2.0e-3")

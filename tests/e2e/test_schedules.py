@@ -73,6 +73,7 @@ def find_deployment(api: str, name: str) -> dict[str, Any] | None:
     return dict(found.json()) if found.status_code == 200 and found.json()["status"] == "READY" else None
 
 
+@pytest.mark.long
 def test_new_images_start_the_flow_that_asks_the_triggers(
     home: Path, prefect_api: str, served: subprocess.Popen[bytes]
 ) -> None:

@@ -121,12 +121,13 @@ def test_a_hostile_head_gets_no_5xx_and_puts_no_header_into_the_answer(
 
 def test_the_log_is_lines_of_json_without_a_key(home: Path, keys: dict[str, str]) -> None:
     with serving(home, home / "bundle", log_format="json") as server:
+        server.ask(make_image(1), **{"X-API-Key": keys["camera"]})
         server.ask(make_image(1), f"/predict?key={keys['camera']}", **{"X-API-Key": keys["camera"]})
         server.ask(None, f"/%0A{keys['camera']}", **{"X-Request-ID": keys["camera"]})
         _, log = server.stop()
     lines = [json.loads(line) for line in log.splitlines()]
     requests = [line for line in lines if line["message"] == "request"]
-    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (401, None)]
+    assert [(line["status"], line["who"]) for line in requests] == [(200, "camera"), (401, None), (401, None)]
     assert not any(text in log for text in keys.values())
 
 
