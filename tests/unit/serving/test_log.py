@@ -376,11 +376,11 @@ def test_what_is_forgotten_while_the_server_runs_is_not_sent(
 def test_what_is_too_old_goes_when_a_server_starts(store: ShakyStore, tmp_path: Path) -> None:
     for days in (1, 3):
         time_ = datetime.now(UTC) - timedelta(days=days)
-        store.put(
-            PREDICTIONS.make_key("pets", time_.date(), "1"), PREDICTIONS.encode([{"request_id": "r", "time": time_}])
-        )
+        rows = PREDICTIONS.encode([{"request_id": f"{days} days old", "time": time_}])
+        store.put(PREDICTIONS.make_key("pets", time_.date(), "1"), rows)
     with logging_to(store, tmp_path / "spool", log_days=2):
         wait_for(lambda: len(read_rows(store)) == 1)
+    assert [row["request_id"] for row in read_rows(store)] == ["1 days old"]
 
 
 def test_only_so_many_images_a_second_are_measured(store: ShakyStore, tmp_path: Path) -> None:
