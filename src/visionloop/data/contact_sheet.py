@@ -170,8 +170,9 @@ def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
     Pillow's own font has ASCII only. Other scripts (Latin, Greek, Cyrillic, Arabic, Hebrew) use DejaVu Sans, if
     matplotlib is installed, and what that has not a font of this machine. A character that no font has is written
-    without its accents, else as its escape code.
+    without its accents, else as its escape code; so is one that is not for the eye (some fonts draw U+202E as a box).
     """
+    text = "".join(c if c.isprintable() else _escape(c) for c in text)
     fonts = [font for font in (_load_pillow_font(size_px), _load_dejavu(size_px)) if font]
     for font in fonts:
         if all(_has(font, character) for character in text):
@@ -186,6 +187,10 @@ def _spell(font: ImageFont.FreeTypeFont, character: str) -> str:
     plain = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
     if plain and all(_has(font, c) for c in plain):
         return plain
+    return _escape(character)
+
+
+def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
@@ -214,7 +219,5 @@ def _load_font(path: str, size_px: int) -> ImageFont.FreeTypeFont:
 def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
     if character == " ":
         return True
-    if not character.isprintable():
-        return False
     drawn, missing = font.getmask(character), font.getmask(NOWHERE)
     return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))

@@ -81,9 +81,18 @@ def test_a_long_label_is_cut_in_its_middle_and_stays_in_its_cell() -> None:
 def test_what_the_font_cannot_draw_is_spelt_out(
     label: str, with_dejavu: str, without: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(contact_sheet, "find_file", lambda text: None)  # a machine without other fonts
     assert contact_sheet._choose_font(label, 14)[0] == with_dejavu
     monkeypatch.setattr(contact_sheet, "_load_dejavu", lambda size_px: None)
     assert contact_sheet._choose_font(label, 14)[0] == without
+
+
+def test_a_font_of_the_machine_draws_what_ours_lack_but_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    dejavu = contact_sheet._load_dejavu(14)
+    assert dejavu is not None
+    monkeypatch.setattr(contact_sheet, "find_file", lambda text: dejavu.path)  # as if that font had every character
+    assert contact_sheet._choose_font("猫", 14)[0] == "猫"
+    assert contact_sheet._choose_font("a\x00\u202eb猫", 14)[0] == r"a\x00\u202eb猫"
 
 
 def test_pairs_stand_side_by_side_under_their_caption() -> None:
