@@ -21,7 +21,8 @@ def make_request(data: bytes, name: str) -> bytes:
     """Return a whole request: a form with one file."""
     part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
     body = part.encode() + b"Content-Type: image/jpeg\r\n\r\n" + data + f"\r\n--{BOUNDARY}--\r\n".encode()
-    head = f"POST /predict HTTP/1.1\r\nHost: bench\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{PORT}\r\n"
+    head += f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

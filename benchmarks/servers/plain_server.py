@@ -1,4 +1,4 @@
-"""What a tutorial teaches: FastAPI, Pillow, torchvision's transforms and eager torch. Arguments: port, px."""
+"""What a tutorial teaches: FastAPI, Pillow, torchvision's transforms and eager torch. Arguments: port, px, network."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ from torchvision import models, transforms
 PORT, SIZE_PX = int(sys.argv[1]), int(sys.argv[2])
 
 app = FastAPI()
-network = models.resnet18(num_classes=2).eval()
+network = models.get_model(sys.argv[3], num_classes=2).eval()
 transform = transforms.Compose(
     [
         transforms.Resize((SIZE_PX, SIZE_PX)),
