@@ -66,8 +66,10 @@ async def answer_error(request: Request, exc: Exception) -> Response:
     return JSONResponse(body, status, headers, media_type=PROBLEM)
 
 
-def check_options(request: Request) -> None:
+async def check_options(request: Request) -> None:
     """Refuse what asks for something by an option that there is not, or by one twice. Only POST: probes may add any.
+
+    A coroutine: FastAPI sends a plain function to a thread, with every request.
 
     Raises:
         RequestError: the address has such an option.
