@@ -37,8 +37,16 @@ def read_examples(fence: str) -> str:
 
 
 def test_commands_are_the_agreed_ones() -> None:
-    listed = read_help().split("Commands:")[1]
+    listed = read_help().split("From photos to a model:")[1]
     assert sorted(re.findall(r"^ {2}([a-z][a-z-]*)", listed, flags=re.M)) == sorted(COMMANDS)
+
+
+def test_without_a_command_the_first_hour_is_told() -> None:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert run_here(patch) == 0
+    named = re.findall(r"^  visionloop ([a-z]+)", shown.getvalue(), flags=re.M)
+    assert named == ["start", "predict", "serve", "suspects", "doctor"]
+    assert "visionloop --help" in shown.getvalue()
 
 
 def test_readme_names_only_commands_that_exist() -> None:

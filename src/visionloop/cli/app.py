@@ -1,19 +1,62 @@
 """The typer application. The files of commands import it and add theirs; `run.py` imports them all."""
 
-import typer
+from typing import Any
 
-# What `visionloop --help` lists first: the way from photos to a served model.
-FIRST = (
-    *("start", "new", "ingest", "prepare", "embed", "train", "evaluate"),
-    *("gate", "register", "promote", "serve", "predict"),
-)
+import typer
+from typer.core import TyperGroup
+
+FIRST_HOUR = """visionloop keeps an image classifier up to date. The first hour:
+
+  visionloop start PHOTOS      from a folder of photos to a judged model
+  visionloop predict PHOTO     ask it
+  visionloop serve             the same over HTTP, with a page to drop photos on
+  visionloop suspects          which labels are probably wrong
+  visionloop doctor            what is wrong here, and what to do
+
+`visionloop --help` lists all commands in the order of their use; each has `--help` with examples.
+`visionloop --install-completion` lets the shell complete them.
+"""
+
+# `visionloop --help` lists the commands in the order in which they are used.
+GROUPS = {
+    "From photos to a model": ("start", "retrain", "new"),
+    "Images": ("ingest", "datasets", "suspects", "similar", "map", "forget", "store"),
+    "Training, step by step": ("prepare", "embed", "train", "evaluate", "lr-find", "tune", "runs", "explain"),
+    "The verdict": ("gate", "approve", "register", "promote", "rollback", "history", "compare", "lineage"),
+    "Answers": ("serve", "predict", "export", "keys"),
+    "The loop": ("predictions", "monitor", "review", "triggers", "schedule"),
+    "What runs here": ("up", "status", "down", "ui", "doctor"),
+}
+
+
+class CommandList(TyperGroup):
+    """The commands in groups, each with its first sentence; without a command the five of the first hour."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as ever; without any argument say how to begin."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(FIRST_HOUR, nl=False)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section a group."""
+        for title, names in GROUPS.items():
+            rows = [(name, _find_first_sentence(self.commands[name])) for name in names if name in self.commands]
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=12)
+
 
 app = typer.Typer(
     name="visionloop",
+    cls=CommandList,
     help="Keeps an image classifier up to date: ingest, train, judge, promote, serve.",
-    no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _find_first_sentence(command: Any) -> str:
+    paragraph = " ".join((command.help or "").split("\n\n")[0].split())
+    return paragraph.split(". ")[0].rstrip(".")

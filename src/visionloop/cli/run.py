@@ -7,9 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from typer.models import CommandInfo
-
-from visionloop.cli.app import FIRST, app
+from visionloop.cli.app import app
 from visionloop.errors import VisionLoopError, find_missing_extra
 from visionloop.lifetime import Terminated
 from visionloop.settings import load_settings
@@ -35,7 +33,6 @@ def main() -> None:
         workspace,
     )
 
-    app.registered_commands.sort(key=_place)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     try:
         app()
@@ -50,12 +47,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-def _place(command: CommandInfo) -> int:
-    """Return where a command is listed: those of the way to a served model first, the rest as they were."""
-    name = command.name or getattr(command.callback, "__name__", "")
-    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def _end_with(error: VisionLoopError) -> NoReturn:
