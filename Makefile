@@ -23,7 +23,7 @@ $(STAMP): always
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check fix lock bench clean always
+.PHONY: help install demo test test-long check fix lock docs bench clean always
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -61,11 +61,15 @@ lock: $(STAMP) ## requirements.lock from pyproject.toml (UPGRADE=--upgrade for t
 		--no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE) -o requirements.lock
 	@echo "requirements.lock is written. Run \`make install\` to install it."
 
+docs: $(STAMP) ## docs/ as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html is written."
+
 bench: $(STAMP) ## the hot paths against plain baselines, as one table
 	@$(TIDY) $(BIN)/python benchmarks/run.py
 
 clean: ## remove all that was made here: prepared data, models, reports, store, champion (not .venv, not the pin)
-	@rm -rf .visionloop data/prepared features suspects models reports decisions $(CACHES)
+	@rm -rf .visionloop data/prepared features suspects models reports decisions site $(CACHES)
 	@find src flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without a stamp .venv is absent or half made, and is made from nothing; a stale one is only brought up to date.

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from visionloop.settings import QUIET_TOOLS, tool_environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = {"keeps", "has"}  # `visionloop keeps` at the start of a line is a sentence
 
 
 @cache
@@ -56,17 +60,37 @@ def test_readme_names_only_commands_that_exist() -> None:
     assert named == set(COMMANDS), "a command that README.md does not tell of"
 
 
-def test_readme_uses_only_options_that_exist() -> None:
-    lines = re.findall(r"(?:^|`)visionloop ([a-z][a-z-]*)([^`\n]*)", README, flags=re.M)
-    used = [(command, option) for command, rest in lines for option in re.findall(r"--[a-z-]+", rest.split("#")[0])]
-    assert used
-    missing = [f"{command} {option}" for command, option in used if option not in read_help(command)]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_use_only_commands_and_options_that_exist(page: Path) -> None:
+    """`visionloop X --option` in code spans and blocks; X may have a second word (`keys new`)."""
+    text, missing = page.read_text(encoding="utf-8"), []
+    for command, rest in re.findall(r"(?:^|`|&& )visionloop ([a-z][a-z-]*)((?: [^`\n]*)?)", text, flags=re.M):
+        if command not in COMMANDS:
+            missing += [] if command in PROSE else [command]
+            continue
+        second = re.match(r" ([a-z]+)\b", rest)
+        has_second = second and re.search(rf"^ {{2}}{second[1]} ", read_help(command), flags=re.M)
+        shown = read_help(command, second[1]) if second and has_second else read_help(command)
+        options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.split("#")[0])
+        missing += [f"{command} {option}" for option in options if option not in shown]
     assert missing == []
+
+
+def test_the_site_of_the_pages_is_built_and_asks_no_other_site(tmp_path: Path) -> None:
+    """Strict: a link, an anchor or a page of the menu that is not there fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in PAGES[1:]}
+    built = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.html")}
+    assert pages == built - {Path("404.html")}
+    loaded = re.compile(r"""<(?:script|img|link|iframe)[^>]+(?:src|href)=["']?(?:https?:)?//""")
+    assert [str(path) for path in built if loaded.search((tmp_path / path).read_text(encoding="utf-8"))] == []
 
 
 def test_readme_names_only_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
-    assert {"install", "demo", "test", "test-long", "check", "fix", "lock", "bench", "clean", "help"} == targets
+    assert {"install", "demo", "test", "test-long", "check", "fix", "lock", "docs", "bench", "clean", "help"} == targets
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.M)) <= targets
 
 
