@@ -27,6 +27,7 @@ def main() -> None:
         models,
         monitoring,
         predictions,
+        review,
         runs,
         serving,
         stages,
