@@ -1,7 +1,9 @@
 """The command `review`: asks people for the labels worth having, and accepts what they say."""
 
+import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who answers; kept with each label. Default: the user.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Of the page; 0: a free one.")]
 
 
 @app.command()
@@ -30,6 +33,7 @@ def review(
     accept: Annotated[bool, typer.Option("--accept", help="Let what was said into the dataset.")] = False,
     *,
     by: By = None,
+    port: Port = 0,
     only: Annotated[str | None, typer.Option("--from", metavar="NAME", help="Accept of one person or client.")] = None,
     count: Annotated[int | None, typer.Option(min=1, max=10_000, help="Images of a new batch.")] = None,
     new: Annotated[
@@ -73,30 +77,58 @@ def review(
     elif take is not None:
         _take(workspace, take, by or "", allow_new=allow_new)
     else:
-        _ask(workspace, serve=serve, csv=csv, by=by or get_user(), count=count, is_new=new, as_json=as_json)
+        asked = Asking(by or get_user(), count, new, serve, port, csv, as_json)
+        _ask(workspace, asked)
 
 
-def _ask(
-    workspace: "Workspace", *, serve: bool, csv: Path | None, by: str, count: int | None, is_new: bool, as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Asking:
+    """How people are asked: of which batch, and where."""
+
+    by: str
+    count: int | None
+    is_new: bool
+    serve: bool
+    port: int
+    csv: Path | None
+    as_json: bool
+
+
+def _ask(workspace: "Workspace", asked: Asking) -> None:
     from visionloop.monitoring.answer_sheet import check_name, write_sheet
     from visionloop.monitoring.ask import ask
 
-    batch = ask(workspace, now=datetime.now(UTC), by=get_user(), count=count, is_new=is_new)
-    if as_json:
+    by, path = check_name(asked.by), asked.csv
+    batch = ask(workspace, now=datetime.now(UTC), by=get_user(), count=asked.count, is_new=asked.is_new)
+    if asked.as_json:
         print(json.dumps(batch.to_json()))
         return
     for line in describe_batch(workspace, batch):
         print(line)
-    if csv is not None:
-        gone = write_sheet(workspace, batch, csv.expanduser())
+    if path is not None:
+        gone = write_sheet(workspace, batch, path.expanduser())
         if gone:
             print(f"{gone} images are gone: they have no picture")
-        print(f"{csv} holds them, and {csv.with_suffix('')} their pictures: fill in the column `label`, then")
-        print(f"`visionloop review --take {csv} --by NAME`")
-        return
-    if serve:
-        check_name(by)
+        print(f"{path} holds them, and {path.with_suffix('')} their pictures: fill in the column `label`, then")
+        print(f"`visionloop review --take {path} --by NAME`")
+    elif asked.serve:
+        serve_page(workspace, batch, by=by, port=asked.port)
+    else:
+        print("`visionloop review --serve` asks on a page, `visionloop review --csv ask.csv` by a table")
+
+
+def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int) -> None:
+    """Show a batch on a page until Ctrl-C."""
+    from visionloop.monitoring.review_page import ReviewPage
+
+    is_at_once = by in workspace.params.review.accept_at_once
+    after = "Run `visionloop ingest`." if is_at_once else "Run `visionloop review --accept`, then `visionloop ingest`."
+    page = ReviewPage(workspace, batch, by=by, port=port, after=after)
+    print(f"\nopen {page.url}", flush=True)
+    print("for you alone: who has this address can answer. Each answer is stored at once; Ctrl-C ends.", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        page.serve()
+    print(f"\n{page.num_stored:,} answers of {by} are stored. {after}")
 
 
 def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:

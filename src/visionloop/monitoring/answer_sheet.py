@@ -156,6 +156,8 @@ def check_labels(labels: Sequence[str], batch: Batch, *, allow_new: bool) -> tup
         return kept, f"has the label {bad[0][:40]!r}", f"text of up to {MAX_LABEL_CHARS} characters"
     if any(LABEL_SEPARATOR in one for one in kept):
         return kept, f"has a label with {LABEL_SEPARATOR!r} in it", "names without it"
+    if not kept:
+        return kept, "has no label", "one"
     if len(kept) != 1 and batch.task != "multilabel":
         return kept, f"has {len(kept)} labels", "one"
     new = [one for one in kept if one not in batch.classes]
