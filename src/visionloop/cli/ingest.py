@@ -15,8 +15,9 @@ from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
 
 if TYPE_CHECKING:
+    from visionloop.data.acceptance import Answered
     from visionloop.ingest.dry_run import Outline
-    from visionloop.params import Source
+    from visionloop.params import Params, Source
     from visionloop.records import ImageRecord
     from visionloop.workspace import Workspace
 
@@ -209,7 +210,15 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
         _check_alone(given)
     sources = check_sources(params) if what is None else [make_source(what, given, Path.cwd())]
     several = params.task == "multilabel"
-    context = SourceContext(settings.home, settings.hidden_dir, os.environ, params.ingest, tell=print, several=several)
+    context = SourceContext(
+        settings.home,
+        settings.hidden_dir,
+        os.environ,
+        params.ingest,
+        tell=print,
+        several=several,
+        answered=_load_answered(settings.store_url, params, sources),
+    )
     records, path = _load_newest(settings.store_url, params.name), params.ingest.corrections
     rules = make_label_rules(params, load_corrections(context.resolve(path)) if path else [])
     for source in sources:
@@ -218,6 +227,15 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
         for line in (*_describe_outline(outline), *lines):
             print(line)
     print("a dry run: nothing was read or written")
+
+
+def _load_answered(store_url: str, params: "Params", sources: "Sequence[Source]") -> "Answered | None":
+    """Return what people said of images, where a source asks for it."""
+    from visionloop.data.acceptance import SOURCE_KINDS, load_answered
+    from visionloop.store import open_store
+
+    is_asked = any(source.kind in SOURCE_KINDS for source in sources)
+    return load_answered(open_store(store_url), params.name, params.review) if is_asked else None
 
 
 def _load_newest(store_url: str, name: str) -> "Sequence[ImageRecord]":

@@ -25,6 +25,7 @@ def main() -> None:
         models,
         monitoring,
         predictions,
+        review,
         runs,
         serving,
         stages,

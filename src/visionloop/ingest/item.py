@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from visionloop.data.acceptance import Answered
 from visionloop.data.foreign import RAW_SUFFIXES
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
@@ -106,7 +107,8 @@ class PassedOver:
 class SourceContext:
     """What a source is given: the workspace, the environment, its last cursor, and a way to tell the user something.
 
-    `several`: an image may have several labels (`task: multilabel`).
+    `several`: an image may have several labels (`task: multilabel`). `answered`: what people said of images; None where
+    no source asks for it.
     """
 
     home: Path
@@ -116,6 +118,7 @@ class SourceContext:
     cursor: str | None = None
     tell: Callable[[str], None] = lambda line: None
     several: bool = False
+    answered: Answered | None = None
 
     def resolve(self, path: str) -> Path:
         """Return a path of params.yaml as an absolute one; relative to the workspace."""

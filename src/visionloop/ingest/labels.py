@@ -156,11 +156,16 @@ def _to_labels(label: str) -> Labels:
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How labels are changed before they enter the dataset. `several`: an image may have more than one."""
+    """How labels are changed before they enter the dataset. `several`: an image may have more than one.
+
+    `answers`: by sha256 what people said of an image, which counts more than what its sources say. Corrections are made
+    after it.
+    """
 
     label_map: Mapping[str, str] = field(default_factory=dict)
     corrections: Sequence[Correction] = ()
     several: bool = False
+    answers: Mapping[str, Labels] = field(default_factory=dict)
 
     def rename(self, labels: Labels) -> Labels:
         """Apply the label map; labels are in NFC, several are sorted, each once."""
@@ -173,7 +178,9 @@ class LabelRules:
         return tuple(sorted({self.label_map.get(label, label) for label in labels}))
 
 
-def make_label_rules(params: Params, corrections: Sequence[Correction]) -> LabelRules:
+def make_label_rules(
+    params: Params, corrections: Sequence[Correction], answers: Mapping[str, Labels] | None = None
+) -> LabelRules:
     """Return the rules of params.yaml.
 
     Raises:
@@ -188,7 +195,7 @@ def make_label_rules(params: Params, corrections: Sequence[Correction]) -> Label
             "names that stay, on the right side",
             "Write the last name at once; to swap two names, use `corrections`.",
         )
-    return LabelRules(label_map, corrections, params.task == "multilabel")
+    return LabelRules(label_map, corrections, params.task == "multilabel", answers or {})
 
 
 def relabel(
@@ -219,6 +226,12 @@ def relabel(
         else:
             by_content.setdefault(one.facts.sha256, []).append((one, labels))
     rows = {s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in before.items()}
+    for sha256, said in rules.answers.items():
+        labels = rules.rename(said)
+        if sha256 in rows:
+            rows[sha256] = replace(rows[sha256], labels=labels)
+        if sha256 in by_content:
+            by_content[sha256] = [(one, labels) for one, _ in by_content[sha256]]
     if rules.corrections:
         _correct(rules, rows, by_content, forgotten | ({*aside} - rows.keys() - by_content.keys()))
     return rows, by_content, refused

@@ -178,7 +178,7 @@ def _read_offers(
     params: Params, known: "_Known", checked: Checked, corrections: Sequence[Correction], wishes: Wishes
 ) -> _Offered:
     """Apply label map and corrections, and compare with what is known. Raises SourceError, ParamsError as `merge`."""
-    rules = make_label_rules(params, corrections)
+    rules = make_label_rules(params, corrections, wishes.answers)
     rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten, known.aside)
     held = {sha256: rows[sha256] for sha256 in known.before if sha256 not in known.forgotten}
     moves = find_moves(held, by_content, checked, refused, wishes.whole)

@@ -43,7 +43,8 @@ class Wishes:
     """What a person has said yes to, and how a message names the command that says yes.
 
     `relabel`: take the labels that sources give now. `prune`: take out what is no longer in its source. `whole` are the
-    sources that offer all they have.
+    sources that offer all they have. `answers`: the labels that people gave images by hand, by sha256, which count more
+    than those of any source.
     """
 
     allow_new_classes: bool = False
@@ -51,6 +52,7 @@ class Wishes:
     prune: bool = False
     whole: Collection[str] = ()
     say: Callable[[str], str] = say_option
+    answers: Mapping[str, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from visionloop import __version__
+from visionloop.data.acceptance import SOURCE_KINDS, load_answered
 from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
 from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.journal import Journal, LastPull, make_journal_path
-from visionloop.ingest.labels import Correction, load_corrections
+from visionloop.ingest.labels import Correction, Labels, load_corrections
 from visionloop.ingest.merge import merge
 from visionloop.ingest.moves import Wishes, list_whole, say_option
 from visionloop.ingest.sources import Cursor, Item, PassedOver, SourceContext, read_source
@@ -130,7 +131,7 @@ def pull(
     lost = check_store_for_pull(workspace)
     settings, params, store, name = workspace.settings, workspace.params, workspace.store, workspace.name
     with _rare_collections(), closing(Journal(make_journal_path(settings), store.url, params.ingest)) as journal:
-        context = _make_context(workspace, env, tell)
+        context, answers = _make_context(workspace, env, tell, sources)
         corrections = load_corrections(context.resolve(path)) if (path := params.ingest.corrections) else []
         before, last = latest_version(store, name), journal.load_pull(name)
         if not sources:
@@ -139,7 +140,7 @@ def pull(
         if last and not (before and last.version == _name_version(before)):
             last = None
         forgotten = load_tombstones(store, name)
-        asked = _digest_asked(params, forgotten, sources, corrections)
+        asked = _digest_asked(params, forgotten, sources, corrections, answers)
         cursors = {} if verify else {**(before.cursors if before else {}), **(last.cursors if last else {})}
         known = Known(
             journal,
@@ -156,7 +157,7 @@ def pull(
             ended = _Ended(before, before, last.rejected, last.remarks)
         else:
             say = _say_declared if [*sources] == [*params.ingest.sources] else say_option
-            wishes = Wishes(allow_new_classes, relabel, prune, list_whole(sources), say)
+            wishes = Wishes(allow_new_classes, relabel, prune, list_whole(sources), say, answers)
             ended = _commit(workspace, checked, corrections, now, wishes, lost=lost)
         _sync(journal, store, ended)
         version = _name_version(ended.version)
@@ -165,10 +166,19 @@ def pull(
         return _make_report(checked, ended, move_pin(settings, ended.version))
 
 
-def _make_context(workspace: Workspace, env: Mapping[str, str], tell: Callable[[str], None]) -> SourceContext:
+def _make_context(
+    workspace: Workspace, env: Mapping[str, str], tell: Callable[[str], None], sources: Sequence[Source]
+) -> tuple[SourceContext, Mapping[str, Labels]]:
+    """Return what sources are given; and the labels that people gave, which hold for a one-time pull too."""
     settings, params = workspace.settings, workspace.params
-    several = params.task == "multilabel"
-    return SourceContext(settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several)
+    several, kinds = params.task == "multilabel", {one.kind for one in (*sources, *params.ingest.sources)}
+    is_asked = bool(kinds & SOURCE_KINDS.keys())
+    answered = load_answered(workspace.store, workspace.name, params.review) if is_asked else None
+    answers = {one.sha256: one.labels for one in answered.choose(kinds)} if answered else {}
+    context = SourceContext(
+        settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several, answered=answered
+    )
+    return context, answers
 
 
 def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
@@ -253,13 +263,17 @@ def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: f
 
 
 def _digest_asked(
-    params: Params, forgotten: frozenset[str], sources: Sequence[Source], corrections: Sequence[Correction]
+    params: Params,
+    forgotten: frozenset[str],
+    sources: Sequence[Source],
+    corrections: Sequence[Correction],
+    answers: Mapping[str, Labels],
 ) -> str:
     """Return a digest of all settings: when it is equal, the same offers give the same result from the same version."""
     declared = [source.model_dump(mode="json") for source in sources]
     lines = [asdict(line) for line in corrections]
     rules = params.ingest.model_dump(mode="json")
-    return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten)])
+    return compute_digest([__version__, params.task, rules, declared, lines, sorted(forgotten), answers])
 
 
 def _say_declared(option: str) -> str:

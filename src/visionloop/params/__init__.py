@@ -20,10 +20,12 @@ from visionloop.params.ingest import (
     Columns,
     DigitsSource,
     Expect,
+    FeedbackSource,
     FolderSource,
     HttpSource,
     Ingest,
     PythonSource,
+    ReviewSource,
     Source,
     Split,
     SqlSource,
@@ -31,6 +33,7 @@ from visionloop.params.ingest import (
     VideoSource,
 )
 from visionloop.params.monitor import Monitor, Webhook
+from visionloop.params.review import Review
 from visionloop.params.schedule import check_cron, check_timezone
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
@@ -60,6 +63,7 @@ __all__ = [
     "Embed",
     "Evaluate",
     "Expect",
+    "FeedbackSource",
     "Floor",
     "FolderSource",
     "Gate",
@@ -72,6 +76,8 @@ __all__ = [
     "Params",
     "Prepare",
     "PythonSource",
+    "Review",
+    "ReviewSource",
     "Schedule",
     "Section",
     "Serve",
@@ -94,7 +100,9 @@ ALIKE = 0.85  # how near a key must be to be meant rather than others (difflib's
 HOST_PATTERN = r"^(\*|(\*\.)?[a-z0-9_.:-]+)$"
 ORIGIN_PATTERN = r"^(\*|https?://[a-z0-9_.\[\]:-]+)$"
 Side = Annotated[int, Field(ge=32, le=4096)]
-KINDS = "|".join(("folder", "table", "archive", "sql", "http", "bucket", "video", "python", "digits"))
+KINDS = "|".join(
+    ("folder", "table", "archive", "sql", "http", "bucket", "video", "python", "digits", "review", "feedback")
+)
 
 
 class Prepare(Section):
@@ -231,6 +239,7 @@ class Params(Section):
     gate: Gate = Gate()
     serve: Serve = Serve()
     monitor: Monitor = Monitor()
+    review: Review = Review()
     triggers: Triggers = Triggers()
     schedule: Schedule = Schedule()
     compute: Compute = Compute()

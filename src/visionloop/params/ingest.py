@@ -221,6 +221,20 @@ class DigitsSource(Section):
     name: Name = "digits"
 
 
+class ReviewSource(Section):
+    """What people answered to `visionloop review` and `visionloop suspects --serve`, as far as it is accepted."""
+
+    kind: Literal["review"]
+    name: Name = "review"
+
+
+class FeedbackSource(Section):
+    """What clients said of answered images (`POST /feedback`), as far as it is accepted: for train and val alone."""
+
+    kind: Literal["feedback"]
+    name: Name = "feedback"
+
+
 Source = Annotated[
     FolderSource
     | TableSource
@@ -230,7 +244,9 @@ Source = Annotated[
     | BucketSource
     | VideoSource
     | PythonSource
-    | DigitsSource,
+    | DigitsSource
+    | ReviewSource
+    | FeedbackSource,
     Field(discriminator="kind"),
 ]
 

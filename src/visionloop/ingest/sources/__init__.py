@@ -26,6 +26,8 @@ READERS = {
     "http": "http:read_http",
     "sql": "sql:read_sql",
     "video": "video:read_video",
+    "review": "review:read_review",
+    "feedback": "review:read_feedback",
 }
 
 

@@ -1,0 +1,206 @@
+"""The command `review`: asks people for the labels worth having, and accepts what they say."""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visionloop.cli.app import app
+from visionloop.workspace import get_user, open_workspace
+
+if TYPE_CHECKING:
+    from visionloop.data.acceptance import Settled
+    from visionloop.data.answers import Batch
+    from visionloop.workspace import Workspace
+
+SHOWN = 10
+By = Annotated[str | None, typer.Option(metavar="NAME", help="Who answers; kept with each label. Default: the user.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Of the page; 0: a free one.")]
+
+
+@app.command()
+def review(
+    serve: Annotated[bool, typer.Option("--serve", help="Ask on a page, on this machine alone.")] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the batch, to be filled in.")] = None,
+    take: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the answers of such a file; wants --by.")
+    ] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Let what was said into the dataset.")] = False,
+    *,
+    by: By = None,
+    port: Port = 0,
+    only: Annotated[str | None, typer.Option("--from", metavar="NAME", help="Accept of one person or client.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, max=10_000, help="Images of a new batch.")] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Make another batch, though the last one is not answered.")
+    ] = False,
+    allow_new: Annotated[bool, typer.Option("--allow-new-classes", help="Take labels that are no class yet.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Ask for the labels worth having: of images that the server kept, those that are unsure, or new, and some by lot.
+
+    Without an option it makes a batch, or shows the one that is not answered yet, and what waits to be accepted. The
+    answers lie in the store: several people may give them, on several machines. Labels enter the dataset by `visionloop
+    ingest`, once they are accepted and `ingest.sources` has `- kind: review` (or `- kind: feedback`).
+
+    Examples:
+
+      visionloop review --serve --by ann
+
+      visionloop review --csv ask.csv
+
+      visionloop review --take ask.csv --by ann
+
+      visionloop review --accept
+    """
+    from visionloop.data.known_store import check_store
+    from visionloop.errors import SettingsError
+
+    named = [
+        name for name, given in (("--serve", serve), ("--csv", csv), ("--take", take), ("--accept", accept)) if given
+    ]
+    if len(named) > 1:
+        raise SettingsError("visionloop review", f"got {' and '.join(named)}", "one of them", "Run it once for each.")
+    if take is not None and by is None:
+        raise SettingsError("visionloop review --take", "has no --by", "who has answered", "Say --by NAME.")
+    if only is not None and not accept:
+        raise SettingsError("--from", "is there without --accept", "both", "Say --accept --from NAME.")
+    workspace = open_workspace()
+    check_store(workspace)
+    if accept:
+        _accept(workspace, only, as_json=as_json)
+    elif take is not None:
+        _take(workspace, take, by or "", allow_new=allow_new)
+    else:
+        asked = Asking(by or get_user(), count, new, serve, port, csv, as_json)
+        _ask(workspace, asked)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How people are asked: of which batch, and where."""
+
+    by: str
+    count: int | None
+    is_new: bool
+    serve: bool
+    port: int
+    csv: Path | None
+    as_json: bool
+
+
+def _ask(workspace: "Workspace", asked: Asking) -> None:
+    from visionloop.monitoring.answer_sheet import check_name, write_sheet
+    from visionloop.monitoring.ask import ask
+
+    by, path = check_name(asked.by), asked.csv
+    batch = ask(workspace, now=datetime.now(UTC), by=get_user(), count=asked.count, is_new=asked.is_new)
+    if asked.as_json:
+        print(json.dumps(batch.to_json()))
+        return
+    for line in describe_batch(workspace, batch):
+        print(line)
+    if path is not None:
+        gone = write_sheet(workspace, batch, path.expanduser())
+        if gone:
+            print(f"{gone} images are gone: they have no picture")
+        print(f"{path} holds them, and {path.with_suffix('')} their pictures: fill in the column `label`, then")
+        print(f"`visionloop review --take {path} --by NAME`")
+    elif asked.serve:
+        serve_page(workspace, batch, by=by, port=asked.port)
+    else:
+        print("`visionloop review --serve` asks on a page, `visionloop review --csv ask.csv` by a table")
+
+
+def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int) -> None:
+    """Show a batch on a page until Ctrl-C."""
+    from visionloop.monitoring.review_page import ReviewPage
+
+    is_at_once = by in workspace.params.review.accept_at_once
+    after = "Run `visionloop ingest`." if is_at_once else "Run `visionloop review --accept`, then `visionloop ingest`."
+    page = ReviewPage(workspace, batch, by=by, port=port, after=after)
+    print(f"\nopen {page.url}", flush=True)
+    print("for you alone: who has this address can answer. Each answer is stored at once; Ctrl-C ends.", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        page.serve()
+    print(f"\n{page.num_stored:,} answers of {by} are stored. {after}")
+
+
+def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:
+    from visionloop.monitoring.answer_sheet import take_sheet
+
+    taken = take_sheet(workspace, path.expanduser(), by=by, allow_new=allow_new)
+    known = f", {taken.num_known:,} were known" if taken.num_known else ""
+    print(f"{taken.num_new:,} answers of {by} are stored{known}; {taken.num_empty:,} rows have none")
+    if by in workspace.params.review.accept_at_once:
+        print("they need no word (review.accept_at_once): `visionloop ingest` takes them")
+    else:
+        print("they wait: `visionloop review --accept` lets them into the dataset")
+
+
+def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
+    from visionloop.data.acceptance import accept
+
+    settled = accept(
+        workspace.store, workspace.name, workspace.params.review, by=get_user(), now=datetime.now(UTC), only=only
+    )
+    if as_json:
+        held = {"conflicts": settled.conflicts, "over_quota": settled.over_quota, "gone": settled.gone}
+        print(json.dumps({"accepted": [one.to_json() for one in settled.labels], **held}))
+        return
+    givers = [who for one in settled.labels for who in one.who]
+    shown = ", ".join(f"{givers.count(who):,} by {who}" for who in sorted(set(givers)))
+    print(f"accepted: {len(settled.labels):,} labels{f' ({shown})' if shown else ''}")
+    for line in describe_held(settled, workspace):
+        print(line)
+    kinds = {source.kind for source in workspace.params.ingest.sources}
+    wanted = {"feedback" if one.client is not None else "review" for one in settled.labels}
+    for kind in sorted(wanted - kinds):
+        print(f"params.yaml has no such source: add `- kind: {kind}` under ingest.sources", file=sys.stderr)
+    if settled.labels:
+        print("`visionloop ingest` takes them")
+
+
+def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
+    """Tell what a batch holds and how far it is, and what waits to be accepted."""
+    from visionloop.data.acceptance import look
+    from visionloop.monitoring.ask import describe_reasons, measure_progress
+    from visionloop.words import align, cut
+
+    progress = measure_progress(workspace, batch)
+    lines = [
+        f"batch {batch.number} of {batch.at[:16].replace('T', ' ')}: {len(batch.images):,} images "
+        f"({describe_reasons(batch.images)}), {progress.num_answered:,} answered"
+    ]
+    rows = [[one.reason, f"{one.confidence:.2f}", cut(", ".join(one.model)), one.sha256[:12]] for one in batch.images]
+    lines += [f"  {line}" for line in align(rows[:SHOWN])]
+    lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
+    settled = look(workspace.store, workspace.name, workspace.params.review)
+    if settled.labels:
+        lines.append(f"{len(settled.labels):,} labels wait: `visionloop review --accept`")
+    return [*lines, *describe_held(settled, workspace)]
+
+
+def describe_held(settled: "Settled", workspace: "Workspace") -> list[str]:
+    """Tell what is not accepted, and why."""
+    lines = []
+    for sha256, said in [*settled.conflicts.items()][:SHOWN]:
+        lines.append(f"held: people disagree on {sha256[:12]} ({said}); `--accept --from NAME` takes one's word")
+    if len(settled.conflicts) > SHOWN:
+        lines.append(f"held: people disagree on {len(settled.conflicts) - SHOWN:,} more")
+    for client, number in sorted(settled.over_quota.items()):
+        most = workspace.params.review.client_quota
+        name = f"client {client}" if client else "clients without a key"
+        lines.append(f"held: {number:,} labels of {name} are over review.client_quota ({most:,} a day)")
+    if settled.echoes:
+        lines.append(f"never a label: {settled.echoes:,} that repeat the model's answer, and nobody stands for them")
+    if settled.num_not_ours:
+        lines.append(f"not images of ours: {settled.num_not_ours:,}")
+    if settled.gone:
+        lines.append(f"held: {len(settled.gone):,} images are gone from the store")
+    return lines

@@ -1,0 +1,217 @@
+"""What of the answers may enter the dataset. A label counts once it is accepted.
+
+review/NAME/accepted/000001.json     labels that somebody has accepted; a later one of an image replaces an earlier one
+
+A label waits until a person accepts it, or its giver is one of `review.accept_at_once`. People who disagree on an image
+hold it. Of feedback, which comes from clients, only so many labels of one client and day are accepted; and none that
+repeats the model's answer without the name of a person.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from visionloop.data.answers import (
+    FEEDBACK_KIND,
+    LABEL,
+    LOG,
+    NOT_OURS,
+    RANDOM,
+    SUSPECTS,
+    Asked,
+    Labels,
+    Opinion,
+    keep_image,
+    load_feedback_opinions,
+    load_numbered,
+    load_opinions,
+)
+from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.errors import ObjectMissing
+from visionloop.params import Review
+from visionloop.records import Record, canonical_json
+from visionloop.store import ObjectStore
+from visionloop.store.keys import make_number_key, split_numbers
+
+SOURCE_KINDS = {"review": (LOG, SUSPECTS), "feedback": (FEEDBACK_KIND,)}  # of a source: what it takes
+
+
+@dataclass(frozen=True)
+class Accepted(Record):
+    """A label that may enter the dataset: `who` gave it, on which day, and all that decides its side.
+
+    `client`: whose quota it counts in; None for answers of people who were asked. `at`: when it was accepted.
+    """
+
+    sha256: str
+    labels: Labels
+    who: Labels
+    kind: str
+    client: str | None
+    on: str
+    day: str
+    request_id: str
+    reason: str
+    probability: float | None
+    before: Labels
+    at: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it says something new: that the label of a suspect is right changes nothing."""
+        return self.kind != SUSPECTS or self.labels != self.before
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What can be accepted, and what is held and why: `conflicts` by sha256, `over_quota` and `echoes` by client."""
+
+    labels: tuple[Accepted, ...] = ()
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+    over_quota: Mapping[str, int] = field(default_factory=dict)
+    echoes: int = 0
+    num_not_ours: int = 0
+    gone: Labels = ()
+
+
+def settle(
+    opinions: Iterable[Opinion], known: Mapping[str, Accepted], *, quota: int, only: str | None = None
+) -> Settled:
+    """Decide what can be accepted, beside the labels that are `known`. `only`: of one person or client alone.
+
+    Where people were asked about an image, feedback of clients on it does not count: no client can hold a label up.
+    Example, with a quota of 2 a day: ann says cat on one image, and bob dog: a conflict. The client `gate` sends three
+    labels on Monday: the first two can be accepted, the third is over the quota.
+    """
+    by_image: dict[str, list[Opinion]] = {}
+    for one in sorted(opinions, key=lambda one: (one.time, one.asked.sha256)):
+        if one.verdict in (LABEL, NOT_OURS) and (only is None or only in (one.who, one.client)):
+            by_image.setdefault(one.asked.sha256, []).append(one)
+    used: Counter[tuple[str, str]] = Counter((one.client, one.on) for one in known.values() if one.client is not None)
+    labels, conflicts, over = list[Accepted](), dict[str, str](), Counter[str]()
+    echoes = num_not_ours = 0
+    for sha256, said in by_image.items():
+        asked = [one for one in said if one.kind != FEEDBACK_KIND]
+        heard = asked or [one for one in said if not one.is_echo]
+        echoes += len(said) - len(heard) if not asked else 0
+        if not heard or (sha256 in known and _is_old(heard, known[sha256])):
+            continue
+        if len({(one.verdict, one.labels) for one in heard}) > 1:
+            conflicts[sha256] = "; ".join(f"{one.giver}: {_name(one)}" for one in heard)
+        elif heard[0].verdict == NOT_OURS:
+            num_not_ours += 1
+        elif sha256 not in known or known[sha256].labels != heard[0].labels:
+            new = _accept(heard)
+            if new.client is not None:
+                if used[new.client, new.on] >= quota:
+                    over[new.client] += 1
+                    continue
+                used[new.client, new.on] += 1
+            labels.append(new)
+    return Settled(tuple(labels), conflicts, dict(over), echoes, num_not_ours)
+
+
+def _is_old(heard: Sequence[Opinion], known: Accepted) -> bool:
+    """Say whether all this was said when a label was accepted: it is settled."""
+    return bool(known.at) and all(one.time <= datetime.fromisoformat(known.at) for one in heard)
+
+
+def _accept(heard: Sequence[Opinion]) -> Accepted:
+    """Return the label that all givers agree on; of the random share if one of them was asked for it there."""
+    first = next((one for one in heard if one.asked.reason == RANDOM), heard[0])
+    is_feedback = first.kind == FEEDBACK_KIND
+    return Accepted(
+        sha256=first.asked.sha256,
+        labels=first.labels,
+        who=tuple(sorted({one.who or one.client or "nobody" for one in heard})),
+        kind=first.kind,
+        client=(first.client or "") if is_feedback else None,
+        on=first.time.astimezone(UTC).date().isoformat(),
+        day=first.asked.day,
+        request_id=first.asked.request_id,
+        reason=first.asked.reason,
+        probability=first.asked.probability,
+        before=first.asked.model,
+    )
+
+
+def accept(store: ObjectStore, name: str, rules: Review, *, by: str, now: datetime, only: str | None = None) -> Settled:
+    """Accept all that can be accepted, of all or `only` of one person or client; return it, and what stays held.
+
+    Raises:
+        StoreError, DatasetError: the store cannot be read or written, or is damaged.
+    """
+    folder = f"review/{name}/accepted"
+    while True:
+        settled = look(store, name, rules, only=only)
+        gone = []
+        for one in settled.labels:
+            try:
+                keep_image(store, name, Asked(one.sha256, one.day, "", (), 0.0, ""))
+            except ObjectMissing:
+                gone.append(one.sha256)
+        at = now.isoformat()
+        taken = tuple(replace(one, at=at) for one in settled.labels if one.sha256 not in gone)
+        settled = replace(settled, labels=taken, gone=tuple(gone))
+        if not taken:
+            return settled
+        numbers = split_numbers(store.list(f"{folder}/"), folder)[0]
+        value = {"at": at, "by": by, "only": only, "images": [one.to_json() for one in taken]}
+        store.sync()
+        if store.create(make_number_key(folder, max(numbers, default=0) + 1), canonical_json(value)):
+            return settled
+
+
+def look(store: ObjectStore, name: str, rules: Review, *, only: str | None = None) -> Settled:
+    """Return what could be accepted now, and what not. Raises as `accept`."""
+    opinions = [*load_opinions(store, name), *load_feedback_opinions(store, name)]
+    return settle(opinions, load_accepted(store, name, rules), quota=rules.client_quota, only=only)
+
+
+def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Accepted]:
+    """Return the labels that may enter the dataset, by sha256: those accepted, and those that need no word.
+
+    Raises:
+        StoreError, DatasetError: the store cannot be read, or is damaged.
+    """
+    known: dict[str, Accepted] = {}
+    for value in load_numbered(store, f"review/{name}/accepted", _read_acceptance):
+        known.update((one.sha256, one) for one in _read_acceptance(value))
+    if at_once := {*rules.accept_at_once}:
+        settled = settle(load_opinions(store, name), known, quota=0)
+        known.update((one.sha256, one) for one in settled.labels if at_once.issuperset(one.who))
+    return known
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The labels of a dataset that people gave, by sha256, and where the bytes are. `known`: images it has already."""
+
+    store: ObjectStore
+    name: str
+    labels: Mapping[str, Accepted]
+    known: frozenset[str] = frozenset()
+
+    def choose(self, kinds: Iterable[str]) -> list[Accepted]:
+        """Return the labels that say something new, of the sources of some kinds, in the order of the images."""
+        wanted = {kind for one in kinds for kind in SOURCE_KINDS.get(one, ())}
+        return [one for _, one in sorted(self.labels.items()) if one.kind in wanted and one.changes]
+
+
+def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
+    """Return all of it. Raises as `load_accepted`."""
+    labels = load_accepted(store, name, rules)
+    has_suspects = any(one.kind == SUSPECTS for one in labels.values())
+    version = latest_version(store, name) if has_suspects else None
+    known = frozenset(one.sha256 for one in load_version_records(store, version)) if version else frozenset[str]()
+    return Answered(store, name, labels, known)
+
+
+def _read_acceptance(value: Mapping[str, Any]) -> list[Accepted]:
+    return [Accepted.from_json(one) for one in value["images"]]
+
+
+def _name(one: Opinion) -> str:
+    return "not an image of ours" if one.verdict == NOT_OURS else ", ".join(one.labels) or "no label"
