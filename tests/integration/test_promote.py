@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 
 from desks import NOW, Desk
+from fakes import make_bundle
 from memory_tracking import MemoryTracking
 from visionloop.errors import BundleError, NotPromoted, PromotionError, TrackingError
+from visionloop.predictor import FP32, INT8
 from visionloop.promotion.ledger import append_entry, latest_decision, read_champion, read_history
-from visionloop.promotion.promote import compare_alias, mirror_alias, register
+from visionloop.promotion.promote import compare_alias, explain_engines, mirror_alias, register
+from visionloop.records import LedgerEntry
 from worlds import GOOD, POOR
 
 
@@ -104,6 +107,44 @@ def test_the_ledger_keeps_which_engines_were_approved_also_in_a_rollback(desk):
     back = desk.rollback()
     assert (back.bundle, back.runtimes) == (digests[0], ("onnxruntime int8",))
     assert read_champion(desk.store, "fake") == back
+
+
+def test_a_later_evaluation_of_the_champion_approves_engines_and_a_rollback_passes_them_by(desk):
+    first = desk.crown(POOR)
+    second = desk.crown(GOOD)
+    reports = desk.world.settings.reports_dir
+    reports.mkdir(exist_ok=True)
+    rows = [{"runtime": "onnxruntime int8", "approved": True}]
+    (reports / "intervals.json").write_text(json.dumps({"bundle": second, "runtimes": rows}))
+    entry = desk.promote(by="eve")
+    assert (entry.number, entry.bundle, entry.previous, entry.by) == (3, second, second, "eve")
+    assert (entry.runtimes, entry.why) == (("onnxruntime int8",), "evaluated again, approved: onnxruntime int8")
+    before = read_history(desk.store, "fake")[1]
+    assert (entry.model_version, entry.decision, entry.run_id) == (
+        before.model_version,
+        before.decision,
+        before.run_id,
+    )
+    assert desk.promote(by="bob") == entry, "nothing new was approved"
+    (reports / "intervals.json").write_text(json.dumps({"bundle": second, "runtimes": []}))
+    entry = desk.promote()
+    assert (entry.number, entry.runtimes) == (4, ())
+    assert entry.why == "evaluated again, approved: no other engine"
+    assert desk.rollback().bundle == first
+
+
+def test_a_promotion_without_an_evaluation_says_that_it_serves_fp32_alone(desk):
+    settings = desk.world.settings
+    digest = make_bundle(settings.candidate_dir, engines=[FP32, INT8])
+    entry = LedgerEntry("fake", 1, "promote", digest, None, "1", None, {}, None, "t", "t", NOW)
+    assert explain_engines(desk.place, entry) == (
+        "it is served in onnxruntime fp32: no evaluation of it is here that approves onnxruntime int8. "
+        "Run `visionloop evaluate`, then `visionloop promote` again."
+    )
+    assert explain_engines(desk.place, replace(entry, runtimes=(INT8,))) is None
+    settings.reports_dir.mkdir(exist_ok=True)
+    (settings.reports_dir / "intervals.json").write_text(json.dumps({"bundle": digest, "runtimes": []}))
+    assert explain_engines(desk.place, entry) is None, "it was judged, and none was approved"
 
 
 def test_promoting_the_champion_again_returns_its_entry_and_mends_the_alias(desk):

@@ -165,7 +165,7 @@ def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_pa
     store.rename(away)
     with serving(tmp_path, poll_s=0.1) as server:
         ready = server.ask(path="/health/ready").body
-        assert ready["model"] == {"name": "fake", "version": "1", "digest": first.bundle}
+        assert ready["model"] == {"name": "fake", "version": "1", "digest": first.bundle, "engine": "onnxruntime fp32"}
         assert ready["problem"].startswith("the ledger cannot be read: store_error: ")
         assert server.ask(make_image(0)).body["probabilities"] == expected
         away.rename(store)

@@ -115,6 +115,7 @@ def promote(
       visionloop promote --again --why "the camera was dirty, not the model bad"
     """
     from visionloop.errors import SettingsError
+    from visionloop.promotion.promote import explain_engines
     from visionloop.promotion.promote import promote as run_promote
 
     if again and not (why and why.strip()):
@@ -123,6 +124,8 @@ def promote(
     workspace = open_workspace()
     entry = run_promote(workspace, by=get_user(), why=why or "passed the gate", now=get_now(), again=again)
     print(describe_champion(entry))
+    if told := explain_engines(workspace, entry):
+        print(told)
 
 
 @app.command()

@@ -39,6 +39,7 @@ PREDICTIONS = DayTable(
         "model_name": "text",
         "model_version": "text",  # null for a bundle that is served by its path
         "model_digest": "text",
+        "model_engine": "text",  # a runtime and a precision; null in parts from before it was noted
         "task": "text",  # binary, multiclass or multilabel
         "classes": "texts",  # the likeliest, the likeliest first: at most `serve.log_top_k`
         "probs": "floats",  # theirs

@@ -11,7 +11,7 @@ from visionloop.data.known_store import check_store, remember_entry
 from visionloop.data.manifest import is_experiment, load_version
 from visionloop.errors import NotPromoted, PromotionError, TrackingError, shorten
 from visionloop.evaluation.runtimes import load_approved
-from visionloop.predictor import Predictor
+from visionloop.predictor import FP32, Predictor
 from visionloop.promotion.ledger import (
     append_entry,
     describe_entry,
@@ -61,8 +61,9 @@ def promote(
 ) -> LedgerEntry:
     """Make the registered, passed models/candidate the champion; return its ledger entry.
 
-    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry. `again` lets
-    a model pass that was rolled back from, if nothing else holds it back. `lease`: of the retrain that promotes.
+    If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry; a new one
+    where a later evaluation approves other engines. `again` lets a model pass that was rolled back from, if nothing
+    else holds it back. `lease`: of the retrain that promotes.
 
     Raises:
         NotPromoted: the gate has not passed this candidate, or it was rolled back from.
@@ -77,6 +78,7 @@ def promote(
     name, digest = workspace.name, load_bundle(workspace.settings.candidate_dir).digest
     champion = read_champion(store, name)
     if champion and champion.bundle == digest:
+        champion = _approve_engines(workspace, champion, by=by, now=now, lease=lease)
         mirror_alias(workspace)
         return champion
     if not again:
@@ -111,6 +113,19 @@ def promote(
     remember_entry(workspace)
     mirror_alias(workspace)
     return entry
+
+
+def explain_engines(workspace: Workspace, entry: LedgerEntry) -> str | None:
+    """Say why a champion is served in fp32 though its card approves of more; None: it is not so, or it was judged."""
+    if entry.runtimes or load_approved(workspace.settings.reports_dir, entry.bundle) is not None:
+        return None
+    runtimes = load_bundle(workspace.settings.candidate_dir, expected_digest=entry.bundle).card.runtimes
+    if not (others := [name for name in runtimes if name != FP32]):
+        return None
+    return (
+        f"it is served in {FP32}: no evaluation of it is here that approves {shorten(others)}. "
+        "Run `visionloop evaluate`, then `visionloop promote` again."
+    )
 
 
 def rollback(workspace: Workspace, *, to: int | None, by: str, why: str, now: str) -> LedgerEntry:
@@ -195,6 +210,24 @@ def compare_alias(workspace: Workspace) -> tuple[str | None, str | None]:
     return version, workspace.tracking.get_champion()
 
 
+def _approve_engines(
+    workspace: Workspace, champion: LedgerEntry, *, by: str, now: str, lease: Lease | None
+) -> LedgerEntry:
+    """Write an entry of the same champion if the evaluation that lies here approves other engines; return the last."""
+    approved = load_approved(workspace.settings.reports_dir, champion.bundle)
+    if approved is None or set(approved) == set(champion.runtimes):
+        return champion
+    why = f"evaluated again, approved: {', '.join(approved) or 'no other engine'}"
+    facts = {**champion.to_json(), "action": "promote", "by": by, "why": why, "at": now, "runtimes": approved}
+    for name in ("name", "number", "previous"):
+        del facts[name]
+    if lease:
+        lease.check()
+    entry = append_entry(workspace.store, workspace.name, champion, **facts)
+    remember_entry(workspace)
+    return entry
+
+
 def _refuse_taken_down(store: ObjectStore, name: str, digest: str) -> None:
     if taken_down := find_rolled_back(read_history(store, name), digest):
         raise NotPromoted(
@@ -233,7 +266,8 @@ def _find_target(name: str, history: list[LedgerEntry], to: int | None) -> Ledge
                 where, f"entry {to} is the champion already", "another one", "See `visionloop history`."
             )
         return found
-    origin = next((e for e in reversed(history) if e.bundle == current.bundle and e.action == "promote"), current)
+    promoted = [e for e in history if e.bundle == current.bundle and e.action == "promote" and e.previous != e.bundle]
+    origin = promoted[-1] if promoted else current
     earlier = [e for e in history if e.bundle == origin.previous and e.number < origin.number]
     if not earlier:
         raise PromotionError(

@@ -10,8 +10,8 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -23,6 +23,7 @@ from visionloop.errors import StoreError, shorten
 from visionloop.params import Serve
 from visionloop.records import LABEL_SEPARATOR, Card
 from visionloop.serving.access import Rates
+from visionloop.serving.aside import Aside
 from visionloop.serving.body import Inbox, RequestError
 from visionloop.serving.schemas import FEEDBACK_BODY, FEEDBACK_ERRORS, REFUSED, FeedbackAnswer, FeedbackListAnswer
 from visionloop.serving.swap import ServedModel
@@ -47,7 +48,7 @@ class FeedbackBook:
         self._check_store, self._checked_at_s = check, -math.inf
         self._keep_days = serve.log_days
         self._server, self._numbers = secrets.token_hex(4), count(1)  # several threads take one
-        self._writers = ThreadPoolExecutor(4, thread_name_prefix="feedback")
+        self._writers = Aside("feedback", 4)
         self._rates, self._per_minute = Rates("items of feedback a minute", 60.0), serve.feedback_per_minute
         self.num_taken = self.num_refused = 0
 
@@ -90,10 +91,9 @@ class FeedbackBook:
 
     async def write_in_time(self, rows: Sequence[Mapping[str, Any]], now: datetime) -> None:
         """Do the same in a thread. Raises RequestError: nothing is promised, the client is to send it again."""
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(STORE_S):
-                await loop.run_in_executor(self._writers, self.write, rows, now)
+                await self._writers.run(partial(self.write, rows, now))
         except (StoreError, TimeoutError) as exc:
             found = "the store does not take it now"
             raise RequestError(found, todo="Send it again.", status=503, reason_code="store_away") from exc

@@ -329,6 +329,7 @@ def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
         "model_name": one.model.name,
         "model_version": one.model.version,
         "model_digest": one.model.digest,
+        "model_engine": one.model.predictor.engine,
         "task": one.model.predictor.card.task,
         "classes": names,
         "probs": [answer.probabilities[name] for name in names],

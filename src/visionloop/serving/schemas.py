@@ -7,11 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ModelName(BaseModel):
-    """Which model answered. `version` is null for a bundle that is served by its path."""
+    """Which model answered, and in which engine: `onnxruntime int8`, a runtime and a precision.
+
+    `version` is null for a bundle that is served by its path.
+    """
 
     name: str
     version: str | None
     digest: str
+    engine: str
 
 
 class ErrorDetail(BaseModel):

@@ -3,17 +3,37 @@
 They say on what a model's answer rests: images like this one, and their labels. Dimensions: n images, d embedding size.
 """
 
+import asyncio
 import io
+import threading
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse, Response
 
 from visionloop.bundle import Bundle
 from visionloop.confidence import pick_rows, scale_to_one
 from visionloop.errors import BundleError
-from visionloop.predictor import FloatArray
+from visionloop.predictor import FloatArray, Predictor
+from visionloop.serving.answers import Answer
 from visionloop.serving.body import RequestError
+from visionloop.serving.envelope import name_request
+from visionloop.serving.schemas import (
+    ERRORS,
+    PREDICT_BODY,
+    REFUSED,
+    ErrorAnswer,
+    SimilarAnswer,
+    SimilarBatchAnswer,
+)
+from visionloop.serving.service import Deadline, Service, make_answer, name_model
+from visionloop.serving.swap import ServedModel
+
+MAX_NEIGHBOURS = 100
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,46 @@ class Reference:
         distance_n = np.clip(1 - self._unit_nd @ scale_to_one(embedding_d[None])[0], 0, 2)
         nearest = np.argsort(distance_n, kind="stable")[:k]
         return [Neighbour(self._sha256_n[row], self._labels_n[row], float(distance_n[row])) for row in nearest]
+
+
+def add_similar(app: FastAPI, service: Service) -> None:
+    """Add the route."""
+    held = WeakKeyDictionary[Predictor, Reference]()  # a model that was swapped out takes its reference with it
+    loading = threading.Lock()
+
+    def load(model: ServedModel) -> Reference:
+        with loading:
+            if model.predictor not in held:
+                held[model.predictor] = Reference(model.predictor.bundle)
+            return held[model.predictor]
+
+    @app.post(
+        "/similar",
+        response_model=SimilarAnswer | SimilarBatchAnswer,
+        responses={**REFUSED, **ERRORS, 409: {"model": ErrorAnswer, "description": "The model does not hold which"}},
+        openapi_extra={"requestBody": PREDICT_BODY},
+        summary="The validation images nearest to an image, or to several",
+    )
+    async def similar(
+        request: Request,
+        k: Annotated[int, Query(ge=1, le=MAX_NEIGHBOURS, description="So many of them")] = 5,
+        x_deadline_ms: Deadline = None,
+    ) -> Response:
+        """Send images as for /predict. The answer names images by the sha256 of their files, and says their labels.
+
+        `distance` is the cosine distance of the embeddings, from 0 to 2, as in `visionloop similar`.
+        """
+        limit = service.read_limit(x_deadline_ms)
+        async with service.take_in(request, limit) as uploads:
+            model = service.note_model(request)
+            reference = await asyncio.to_thread(load, model)
+            answers = await service.answer(request, model, uploads, limit)
+
+        def describe(answer: Answer) -> dict[str, Any]:
+            return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}
+
+        described = await asyncio.to_thread(make_answer, uploads, answers, describe, request.state.request_id)
+        return JSONResponse({**described, "model": name_model(model), **name_request(request)})
 
 
 def _make_refusal() -> RequestError:

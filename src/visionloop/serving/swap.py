@@ -13,12 +13,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visionloop.bundle import download_bundle, load_bundle
-from visionloop.engines import Open, open_plainly
+from visionloop.bundle import Bundle, download_bundle, load_bundle
+from visionloop.engines import Open, list_candidates, open_plainly
 from visionloop.errors import ServingError, StoreError, VisionLoopError
 from visionloop.predictor import FP32, Predictor
 from visionloop.records import LedgerEntry
@@ -34,14 +34,16 @@ log = logging.getLogger(__name__)
 class ServedModel:
     """A loaded model. What the ledger says of it is None for a bundle that is served from a path.
 
-    `entry` is the number in the ledger, `promoted_at` the time of that, ISO 8601. `why` says which engine answers, and
-    how fast it and the others are here; `decoders` how many threads had better decode beside it (0: as ever).
+    `entry` is the number in the ledger, `promoted_at` the time of that, ISO 8601, `approved` the engines that it
+    approves. `why` says which engine answers, and how fast it and the others are here; `decoders` how many threads had
+    better decode beside it (0: as ever).
     """
 
     predictor: Predictor
     version: str | None = None
     entry: int | None = None
     promoted_at: str | None = None
+    approved: tuple[str, ...] = ()
     why: str = FP32
     decoders: int = 0
 
@@ -52,6 +54,12 @@ class ServedModel:
     @property
     def digest(self) -> str:
         return self.predictor.digest
+
+
+def _may_go_on(current: ServedModel, entry: LedgerEntry) -> bool:
+    """Say whether the engines of this machine that an entry approves are those that the model was chosen among."""
+    bundle = current.predictor.bundle
+    return list_candidates(bundle, entry.runtimes) == list_candidates(bundle, current.approved)
 
 
 def _give_memory_back() -> None:
@@ -187,8 +195,14 @@ class ChampionFollower:
 
     def _swap(self, entry: LedgerEntry) -> None:
         current = self.slot.current
-        if current and current.digest == entry.bundle and current.predictor.engine in (FP32, *entry.runtimes):
-            self.slot.current = replace(current, version=entry.model_version, entry=entry.number, promoted_at=entry.at)
+        if current and current.digest == entry.bundle and _may_go_on(current, entry):
+            self.slot.current = replace(
+                current,
+                version=entry.model_version,
+                entry=entry.number,
+                promoted_at=entry.at,
+                approved=tuple(entry.runtimes),
+            )
         else:
             self.slot.current = self._load(entry)
             current = None
@@ -200,8 +214,13 @@ class ChampionFollower:
 
     def _load(self, entry: LedgerEntry) -> ServedModel:
         bundle = download_bundle(self._store, entry.bundle, self._cache_dir)
-        opened = self._open_model(bundle, entry.runtimes)
-        return ServedModel(opened.predictor, entry.model_version, entry.number, entry.at, opened.why, opened.decoders)
+        return self._open(bundle, entry.runtimes, entry.model_version, entry.number, entry.at)
+
+    def _open(
+        self, bundle: Bundle, approved: Sequence[str], version: str, number: int, promoted_at: str | None
+    ) -> ServedModel:
+        opened = self._open_model(bundle, approved)
+        return ServedModel(opened.predictor, version, number, promoted_at, tuple(approved), opened.why, opened.decoders)
 
     def _load_last(self, why: StoreError) -> ServedModel:
         """Load what was served last, its bytes checked again. Raises `why` if there is nothing whole."""
@@ -211,10 +230,8 @@ class ChampionFollower:
                 raise ValueError(f"the last one was of {last['name']}")
             folder = self._cache_dir / str(last["bundles"][0])
             bundle = load_bundle(folder, expected_digest=folder.name)
-            opened = self._open_model(bundle, [str(name) for name in last.get("runtimes", [])])
-            return ServedModel(
-                opened.predictor, last["version"], int(last["entry"]), last.get("at"), opened.why, opened.decoders
-            )
+            approved = [str(name) for name in last.get("runtimes", [])]
+            return self._open(bundle, approved, last["version"], int(last["entry"]), last.get("at"))
         except (OSError, ValueError, KeyError, TypeError, IndexError, VisionLoopError) as exc:
             log.info("no model was served before: %s", exc)
             raise why from exc

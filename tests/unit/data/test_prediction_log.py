@@ -93,7 +93,7 @@ def test_a_part_of_an_older_version_has_nulls_for_new_columns(store: LocalStore)
     pq.write_table(pa.table({"request_id": ["r1"], "time": [NOON], "gone": [1]}), sink)
     store.put(PREDICTIONS.make_key("pets", NOON.date(), "1"), sink.getvalue().to_pybytes())
     row = read_predictions(store, "pets").table.to_pylist()[0]
-    assert (row["request_id"], row["time"], row["confidence"]) == ("r1", NOON, None)
+    assert (row["request_id"], row["time"], row["confidence"], row["model_engine"]) == ("r1", NOON, None, None)
 
 
 def test_the_newest_feedback_on_an_answer_counts(store: LocalStore) -> None:

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import make_bundle, make_image
-from visionloop.predictor import Predictor
+from visionloop.bundle import load_bundle
+from visionloop.predictor import FP32, INT8, Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.schemas import ErrorAnswer
@@ -63,7 +64,7 @@ def test_predict_answers_a_raw_body_as_the_predictor_does(client: TestClient, sl
         "abstained": None,
         "probabilities": pytest.approx(expected.probabilities),
         "timing": answer.json()["timing"],
-        "model": {"name": "fake", "version": "7", "digest": slot.current.digest},
+        "model": {"name": "fake", "version": "7", "digest": slot.current.digest, "engine": "onnxruntime fp32"},
         "request_id": answer.json()["request_id"],
         "client_request_id": "mine-1",
     }
@@ -110,6 +111,19 @@ def test_an_option_that_there_is_not_or_twice_is_refused(client: TestClient, add
         f"request: {said}",
     )
     assert client.get("/health/live?t=1").status_code == 200, "probes and pages add what they like"
+
+
+def test_an_answer_and_ready_name_the_engine(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle", engines=[FP32, INT8])
+    model = ServedModel(Predictor(load_bundle(tmp_path / "bundle"), threads=1, engine=INT8))
+    with TestClient(make_app(ModelSlot(model))) as client:
+        answers = [
+            client.post("/predict", content=make_image(1)),
+            client.post("/predict", files=[("f", ("a.png", make_image(1))), ("f", ("b.png", make_image(2)))]),
+            client.get("/health/ready"),
+        ]
+        assert [answer.json()["model"]["engine"] for answer in answers] == [INT8] * 3
+        assert client.get("/model").json()["engine"] == INT8
 
 
 def test_predict_answers_a_form_with_one_file_as_a_raw_body(client: TestClient) -> None:
@@ -177,7 +191,7 @@ def test_without_a_model_it_is_alive_but_not_ready(client: TestClient, slot: Mod
 def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient, slot: ModelSlot) -> None:
     slot.problem = "ledger entry 4 is not served: bundle_error: it is damaged"
     assert slot.current
-    name = {"name": "fake", "version": "7", "digest": slot.current.digest}
+    name = {"name": "fake", "version": "7", "digest": slot.current.digest, "engine": "onnxruntime fp32"}
     assert client.get("/health/ready").json() == {"status": "ready", "model": name, "problem": slot.problem}
     model = client.get("/model").json()
     assert model == {

@@ -116,6 +116,7 @@ def test_an_answer_becomes_a_row_with_all_that_is_known(store: ShakyStore, tmp_p
         "model_name": "fake",
         "model_version": "7",
         "model_digest": model.digest,
+        "model_engine": "onnxruntime fp32",
         "task": "multiclass",
         "classes": names[:2],
         "prediction": names[0],

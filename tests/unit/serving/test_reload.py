@@ -14,7 +14,7 @@ from model_server import promote
 from visionloop.errors import StoreError
 from visionloop.promotion.ledger import read_champion
 from visionloop.records import Prediction
-from visionloop.serving import app as app_module
+from visionloop.serving import state
 from visionloop.serving.app import make_app
 from visionloop.serving.metrics import MAX_LABELS, Meters
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
@@ -86,7 +86,7 @@ def test_a_server_of_one_bundle_has_nothing_to_look_at(follower: ChampionFollowe
 def test_many_reloads_are_one_look_and_a_slow_store_holds_none(
     follower: ChampionFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(state, "LOOK_S", 0.05)
     go_on, looks = threading.Event(), []
 
     def look_now() -> None:

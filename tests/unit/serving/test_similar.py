@@ -16,7 +16,6 @@ from fastapi.testclient import TestClient
 from fakes import make_bundle, make_image
 from visionloop.bundle import Bundle, seal_bundle
 from visionloop.predictor import Predictor
-from visionloop.serving import app as app_module
 from visionloop.serving import similar
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
@@ -106,7 +105,7 @@ def test_many_at_once_read_the_images_once(client: TestClient, monkeypatch: pyte
             time.sleep(0.1)
             super().__init__(bundle)
 
-    monkeypatch.setattr(app_module, "Reference", Slow)
+    monkeypatch.setattr(similar, "Reference", Slow)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda seed: client.post("/similar", content=make_image(seed)), range(4)))
     assert [answer.status_code for answer in answers] == [200] * 4

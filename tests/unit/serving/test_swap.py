@@ -169,6 +169,23 @@ def test_what_a_ledger_entry_approves_is_asked_for_and_known_without_the_store(t
     assert asked[-1] == (second, (INT8,))
 
 
+def test_engines_that_a_later_entry_of_the_same_bundle_approves_are_taken_up(tmp_path: Path) -> None:
+    def open_model(bundle: Bundle, allowed: Sequence[str]) -> Opened:
+        return Opened(Predictor(bundle, threads=1, engine=INT8 if INT8 in allowed else FP32))
+
+    world = World(tmp_path, engines=[FP32, INT8], open_model=open_model)
+    world.follower.load_first()
+    assert world.slot.current and world.slot.current.predictor.engine == FP32
+    world.entry = replace(make_entry(2, world.digests[0]), runtimes=(INT8,))
+    world.follower.poll_once(0)
+    assert world.slot.current.predictor.engine == INT8
+    assert world.served() == (2, "20", world.digests[0])
+    before = world.slot.current.predictor
+    world.entry = replace(make_entry(3, world.digests[0]), runtimes=(INT8,))
+    world.follower.poll_once(1)
+    assert world.slot.current.predictor is before
+
+
 def test_a_newer_entry_is_tried_at_once_after_a_refusal(world: World) -> None:
     world.follower.load_first()
     spoil(world, world.digests[1])

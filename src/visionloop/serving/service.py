@@ -1,0 +1,139 @@
+"""What the routes that answer images share: they take images in, wait for the answer in time, and name the model.
+
+A route of a new kind needs this module, `schemas.py`, and a line in `app.py`.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import Header, Request
+from starlette.requests import ClientDisconnect
+
+from visionloop.errors import ImageError
+from visionloop.serving.answers import Answer
+from visionloop.serving.batcher import Batcher
+from visionloop.serving.body import Inbox, RequestError, Upload
+from visionloop.serving.swap import ModelSlot, ServedModel
+
+MAX_DEADLINE_MS = 86_400_000
+Deadline = Annotated[
+    int | None, Header(ge=1, le=MAX_DEADLINE_MS, description="How long you wait; if that is too short you get 503")
+]
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a request may take. `is_said`: by the client's own word."""
+
+    seconds: float
+    is_said: bool
+
+
+@dataclass(frozen=True)
+class Service:
+    """The model of a server, what reads its requests, and the queue in front of its network."""
+
+    slot: ModelSlot
+    inbox: Inbox
+    batcher: Batcher
+
+    def require_model(self) -> ServedModel:
+        """Return the model that answers now. Raises RequestError if there is none."""
+        if self.slot.current is None:
+            found = f"no model is ready ({self.slot.problem})" if self.slot.problem else "no model is ready"
+            raise RequestError(found, todo="Try again in a moment.", status=503, reason_code="not_ready")
+        return self.slot.current
+
+    def note_model(self, request: Request) -> ServedModel:
+        """Return the model that answers a request, and note it for the log of requests."""
+        model = self.require_model()
+        request.state.model = {"version": model.version, "digest": model.digest}
+        return model
+
+    def read_limit(self, asked_ms: int | None) -> TimeLimit:
+        """Return how long a request may take whose client waits for so long; None: it does not say."""
+        most_s = self.inbox.limits.deadline_s
+        return TimeLimit(most_s, False) if asked_ms is None else TimeLimit(min(most_s, asked_ms / 1000), True)
+
+    @contextlib.asynccontextmanager
+    async def take_in(self, request: Request, limit: TimeLimit) -> AsyncIterator[list[Upload]]:
+        """Yield the images of a request, counted for its client; refuse it before its body is read if it is full."""
+        check = partial(self.batcher.require_room, 1, limit.seconds, is_patient=limit.is_said)
+        async with self.inbox.receive(request, check) as uploads:
+            request.state.access.charge(request, len(uploads))
+            yield uploads
+
+    async def answer(
+        self, request: Request, model: ServedModel, uploads: Sequence[Upload], limit: TimeLimit
+    ) -> list[Answer | ImageError]:
+        """Answer while the client is there, and for so long at most after its request began.
+
+        Raises:
+            QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
+        """
+        left_s = limit.seconds - (time.perf_counter() - request.state.started)
+        images = [upload.data for upload in uploads]
+        work = asyncio.create_task(self.batcher.predict(model, images, limit_s=left_s, is_patient=limit.is_said))
+        gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
+        try:
+            done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            gone.cancel()
+        if gone in done:
+            if not limit.is_said:
+                self.batcher.patience.note_left(time.perf_counter() - request.state.started)
+            raise ClientDisconnect
+        if work in done:
+            return work.result()
+        raise self.batcher.refuse("has no answer in time", f"one within {limit.seconds:g} s", "deadline")
+
+
+def name_model(model: ServedModel) -> dict[str, Any]:
+    """Return what every answer says of its model."""
+    return {
+        "name": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "engine": model.predictor.engine,
+    }
+
+
+def is_single(uploads: Sequence[Upload]) -> bool:
+    """Say whether a request gets one answer, not a list."""
+    return len(uploads) == 1 and not uploads[0].in_list
+
+
+def name_image(request_id: str, number: int, *, is_only: bool) -> str:
+    """Return the id of one image of a request: several images cannot share the id that feedback names."""
+    return request_id if is_only else f"{request_id}.{number}"
+
+
+def make_answer(
+    uploads: Sequence[Upload],
+    answers: Sequence[Answer | ImageError],
+    describe: Callable[[Answer], dict[str, Any]],
+    request_id: str,
+) -> dict[str, Any]:
+    """Return the answer for one upload, or a list of answers and errors for several.
+
+    Raises:
+        ImageError: the only upload cannot be used.
+    """
+    if is_single(uploads):
+        if isinstance(answers[0], ImageError):
+            raise answers[0]
+        return describe(answers[0])
+    results = []
+    for number, (upload, answer) in enumerate(zip(uploads, answers, strict=True)):
+        if isinstance(answer, ImageError):
+            results.append({"file": upload.name, "error": {"code": answer.reason_code, "message": str(answer)}})
+        else:
+            own_id = name_image(request_id, number, is_only=False)
+            results.append({"file": upload.name, **describe(answer), "request_id": own_id})
+    return {"results": results}
