@@ -11,10 +11,10 @@ from prefect.states import Completed, State
 
 import steps
 from ingest import make_key, tell_event
-from visionloop.monitoring.alert import send_alert
-from visionloop.monitoring.judge import Verdict, describe_verdict
-from visionloop.monitoring.watch import watch_window, write_copies
-from visionloop.workspace import open_workspace
+from visionloop.monitoring.alert import send_unsent
+from visionloop.monitoring.judge import Verdict, describe_late, describe_verdict
+from visionloop.monitoring.watch import find_missed, watch_window, write_copies
+from visionloop.workspace import Workspace, open_workspace
 
 DRIFT, QUALITY = "visionloop.drift", "visionloop.quality"  # also `.broken` and `.service`
 
@@ -23,10 +23,18 @@ DRIFT, QUALITY = "visionloop.drift", "visionloop.quality"  # also `.broken` and 
 def monitor(workspace: str) -> State[Any]:
     """Judge the last window; completed as Fine, Learning, Drift, Quality, Broken or Service.
 
-    An alert of a window is sent once, as an event of Prefect and to the webhook. Failed: the window was not judged.
+    Windows that were missed since the last one that was judged come first. An alert of a window is told once as an
+    event of Prefect, and sent to the webhook until that has it. Failed: the window was not judged.
     """
-    opened = open_workspace(Path(workspace))
-    verdict, is_new = watch_window(opened, now=datetime.now(UTC))
+    opened, now = open_workspace(Path(workspace)), datetime.now(UTC)
+    missed, left_out = find_missed(opened, now=now)
+    for start in missed:
+        late, _ = watch_window(opened, now=now, at=start)
+        steps.say(describe_late(late))
+        _tell_alert(opened, late)
+    if left_out:
+        steps.say(f"LOOK: {left_out} older windows were missed: `visionloop monitor --all` judges them too")
+    verdict, is_new = watch_window(opened, now=now)
     path = write_copies(opened, verdict)
     lines = describe_verdict(verdict)
     for line in lines:
@@ -36,12 +44,16 @@ def monitor(workspace: str) -> State[Any]:
     told = f"# {opened.name}: {verdict.verdict}\n\n```\n{text}\n```\n{page}"
     key = make_key("monitor", opened.name, opened.settings.home)
     create_markdown_artifact(told, key=key, description=lines[0])
-    if is_new and verdict.is_alert:
-        tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
-        webhook = opened.params.monitor.webhook
-        if webhook and (problem := send_alert(webhook, verdict, os.environ)):
-            steps.say(f"note: {problem}")
+    if is_new:
+        _tell_alert(opened, verdict)
+    for note in send_unsent(opened, os.environ, now=now):
+        steps.say(f"note: {note}")
     return Completed(name=verdict.verdict.capitalize(), message=f"window {verdict.window}: {name_alerts(verdict)}")
+
+
+def _tell_alert(opened: Workspace, verdict: Verdict) -> None:
+    if verdict.is_alert:
+        tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
 
 
 def name_alerts(verdict: Verdict) -> str:

@@ -126,6 +126,24 @@ def test_who_asks_each_minute_forgets_no_start_and_no_call(desk: Desk, store: An
     assert (last.outcome, find(last, "webhook"), find(last, "max_per_week")) == ("held", (True, 1), (True, 1))
 
 
+def test_a_person_spends_nothing_of_the_weeks_budget(desk: Desk, store: Any) -> None:
+    """The budget bounds what is started without a person; `visionloop start` is not counted either."""
+    section = {"new_images": 1, "cooldown_hours": 0.0, "max_per_week": 1}
+    by_hand = ask(desk, section, hand="try it")
+    assert (by_hand.outcome, by_hand.started) == ("retrain", ())
+    first, second = (ask(desk, section, now=NOW + timedelta(minutes=n)) for n in (1, 2))
+    assert [one.outcome for one in (first, second)] == ["retrain", "held"]
+    assert ask(desk, section, now=NOW + timedelta(minutes=3), hand="again").outcome == "retrain"
+
+
+def test_a_decision_that_was_copied_under_another_number_blocks_nothing(desk: Desk, store: Any) -> None:
+    ask(desk, {})
+    ask(desk, {"new_images": 1})
+    store.put("triggers/fake/000007.json", store.get("triggers/fake/000001.json"))
+    assert ask(desk, {}).number == 8
+    assert [one.number for one in read_decisions(store, "fake", 9)] == [1, 2, 7, 8]
+
+
 def test_a_call_while_a_retrain_is_under_way_waits_for_the_next(
     desk: Desk, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,16 @@ import pytest
 
 from fakes import make_bundle, make_image
 from model_server import Server, serving, wait_for
-from visionloop.data.prediction_log import join_feedback, make_request_id, read_feedback, read_predictions
+from visionloop.data.prediction_log import (
+    RequestCounts,
+    join_feedback,
+    make_request_id,
+    read_feedback,
+    read_predictions,
+    read_requests,
+)
+from visionloop.monitoring.health import check_requests
+from visionloop.params.monitor import Monitor
 from visionloop.store import LocalStore
 
 KILLS = 4
@@ -62,6 +71,20 @@ def test_answers_and_feedback_meet_and_pandas_reads_them_as_they_lie(bundle: Pat
     assert sorted(table["date"].astype(str).unique()) == sorted({f"{time.date()}" for time in frame["time"]})
     assert [list(one) for one in table["said"].dropna()] == [["b"]]
     assert len(table["embedding"][0]) == 48
+
+
+def test_what_was_refused_is_counted_for_monitor(bundle: Path, tmp_path: Path) -> None:
+    """Refused requests have no row in the log of answers."""
+    with serving(tmp_path, bundle, rate_per_s=1) as server:
+        statuses = [server.ask(make_image(seed)).status for seed in range(8)]
+        statuses.append(server.ask(b"no image").status)
+        assert server.stop() == (0, "")
+    assert statuses.count(429) >= 5
+    now = datetime.now(UTC)
+    counts = read_requests(LocalStore(tmp_path / "store"), "fake", now - timedelta(hours=1), now)
+    assert counts == RequestCounts(total=9, refused=statuses.count(429), errors=0)
+    check = check_requests(counts, Monitor(), has_images=True)[0]
+    assert (check.state, check.found) == ("alert", f"{statuses.count(429)} of 9 requests were refused (429, 503)")
 
 
 def test_a_trial_writes_nothing_down(bundle: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def monitor(
     again: Annotated[bool, typer.Option("--again", help="Judge it anew: new labels may have come.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Take the window for normal; wants --why.")] = False,
     why: Annotated[str, typer.Option(help="The reason, kept with the window.")] = "",
+    *,
+    everything: Annotated[bool, typer.Option("--all", help="Judge all windows that were missed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Watch what is served: judge a window of the prediction log.
@@ -29,8 +31,10 @@ def monitor(
     Is the data sound, are the images like before, is the accuracy by labels high enough, is the service well? The
     report goes to the store, with its numbers as Parquet, and to monitoring/latest.html.
 
+    Windows that were missed since the last one that was judged are judged first, the newest 14 of them.
+
     Exit code 3: drift or too low an accuracy, for which a retrain may help. 4: broken data or a bad service, for which
-    it does not.
+    it does not. Of several windows that are judged now the highest counts.
 
     Examples:
 
@@ -42,29 +46,35 @@ def monitor(
     """
     from visionloop.data.known_store import check_store
     from visionloop.errors import SettingsError
-    from visionloop.monitoring.alert import send_alert
-    from visionloop.monitoring.judge import describe_verdict
-    from visionloop.monitoring.watch import accept_window, watch_window, write_copies
+    from visionloop.monitoring.alert import send_unsent
+    from visionloop.monitoring.judge import describe_late, describe_verdict
+    from visionloop.monitoring.watch import accept_window, find_missed, watch_window, write_copies
 
     if accept and not why.strip():
         raise SettingsError("visionloop monitor --accept", "has no --why", "a reason, kept with the window", "Say why.")
+    if everything and (at or again or accept):
+        raise SettingsError("visionloop monitor --all", "is with --at, --again or --accept", "it alone", "Drop them.")
     workspace, now = open_workspace(), datetime.now(UTC)
     check_store(workspace)
-    verdict, is_new = watch_window(workspace, now=now, at=None if at is None else read_time(at), again=again)
+    missed, left_out = ([], 0) if at or again or accept else find_missed(workspace, now=now, everything=everything)
+    late = []
+    for start in missed:
+        late.append(watch_window(workspace, now=now, at=start)[0])
+        print(describe_late(late[-1]), file=sys.stderr if as_json else sys.stdout)
+    if left_out:
+        print(f"LOOK: {left_out} older windows were missed: --all judges them too", file=sys.stderr)
+    verdict, _ = watch_window(workspace, now=now, at=None if at is None else read_time(at), again=again)
     path = write_copies(workspace, verdict)
-    webhook, problem = workspace.params.monitor.webhook, None
-    if webhook and is_new and verdict.is_alert and not accept:
-        problem = send_alert(webhook, verdict, os.environ)
     for line in [json.dumps(verdict.to_json())] if as_json else describe_verdict(verdict):
         print(line)
     if path and not as_json:
         print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
-    if problem:
-        print(f"note: {problem}", file=sys.stderr)
     if accept:
         accept_window(workspace, verdict.window, by=get_user(), why=" ".join(why.split()), now=get_now())
         print("accepted: later windows are compared with it too", file=sys.stderr if as_json else sys.stdout)
-    raise typer.Exit(0 if accept else EXIT_CODES.get(verdict.verdict, 0))
+    for note in send_unsent(workspace, os.environ, now=now):
+        print(f"note: {note}", file=sys.stderr)
+    raise typer.Exit(0 if accept else max(EXIT_CODES.get(one.verdict, 0) for one in (*late, verdict)))
 
 
 def read_time(text: str) -> datetime:

@@ -2,6 +2,7 @@
 
 predictions/NAME/date=.../*.parquet    one row for each answered image (PREDICTIONS)
 feedback/NAME/date=.../*.parquet       one row for each label that somebody gave an answer (FEEDBACK)
+requests/NAME/date=.../*.parquet       how many requests a server had in some minutes, and refused (REQUESTS)
 kept/NAME/date=.../<sha256>            the bytes of the images that the server kept, under the day of the answer
 
 Rows are joined by `request_id`, which begins with the time of the request. Days are those of UTC.
@@ -76,6 +77,16 @@ FEEDBACK = DayTable(
         "is_new": "bool",  # one of them is no class of the model that served then
         "who": "text",  # who labelled it, as the client says
         "client": "text",  # the name of its key
+    },
+)
+REQUESTS = DayTable(
+    "requests",
+    {
+        "time": "time",  # when it was written: the end of what is counted
+        "server": "text",  # a process
+        "requests": "int",  # for an answer, whatever came of them
+        "refused": "int",  # by 429 or 503
+        "errors": "int",  # by another 5xx
     },
 )
 KEPT = "kept"
@@ -203,6 +214,22 @@ def drop_forgotten(data: bytes, sha256s: frozenset[str]) -> tuple[bytes, int]:
 
 
 @dataclass(frozen=True)
+class RequestCounts:
+    """Requests for an answer that servers had in a window of time."""
+
+    total: int
+    refused: int
+    errors: int
+
+
+def read_requests(store: "ObjectStore", name: str, since: datetime, until: datetime) -> RequestCounts | None:
+    """Return how many requests there were; None: no server has written counts. Raises StoreError."""
+    rows = _read(DayReader(REQUESTS, store, name), since, until, None).table
+    counts = [sum(one or 0 for one in rows[column].to_pylist()) for column in ("requests", "refused", "errors")]
+    return RequestCounts(*counts) if len(rows) else None
+
+
+@dataclass(frozen=True)
 class Tidied:
     """What `tidy` did: objects that were too old and removed, and small parts that were merged."""
 
@@ -221,13 +248,15 @@ def tidy(store: "ObjectStore", name: str, *, now: datetime, keep_days: int | Non
     today = now.astimezone(UTC).date()
     expired = expire_log(store, name, now=now, keep_days=keep_days) if keep_days is not None else 0
     merged = DayReader(PREDICTIONS, store, name).merge(today, partial(load_tombstones, store, name))
-    return Tidied(expired, merged + DayReader(FEEDBACK, store, name).merge(today))
+    merged += sum(DayReader(table, store, name).merge(today) for table in (FEEDBACK, REQUESTS))
+    return Tidied(expired, merged)
 
 
 def expire_log(store: "ObjectStore", name: str, *, now: datetime, keep_days: int) -> int:
-    """Remove answers, feedback and kept images of more than `keep_days` days ago; return how many objects that were."""
+    """Remove what was written down more than `keep_days` days ago; return how many objects that were."""
     before = now.astimezone(UTC).date() - timedelta(days=keep_days)
-    return sum(expire(store, f"{kind}/{name}", before) for kind in (PREDICTIONS.kind, FEEDBACK.kind, KEPT))
+    kinds = (PREDICTIONS.kind, FEEDBACK.kind, REQUESTS.kind, KEPT)
+    return sum(expire(store, f"{kind}/{name}", before) for kind in kinds)
 
 
 def _read(reader: DayReader, since: datetime | None, until: datetime | None, columns: Sequence[str] | None) -> Rows:

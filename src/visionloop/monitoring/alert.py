@@ -1,23 +1,76 @@
-"""Sends an alert to a webhook: JSON by POST. It never raises and never waits for long: watching goes on without it."""
+"""Sends alerts to a webhook: JSON by POST, at least once each, in order. None stops the watching or holds it long.
+
+An alert is to be sent as long as `unsent.json` lies beside its verdict: it is put there before the verdict, and removed
+when the webhook has answered 2xx. So neither a webhook that is away nor a kill loses one.
+"""
 
 import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from http.client import HTTPException
 from threading import Thread
 from typing import Any
 
-from visionloop.errors import SourceError
+from visionloop.errors import DatasetError, SourceError
 from visionloop.monitoring.judge import Verdict
+from visionloop.monitoring.watch import list_unsent, load_verdict, make_unsent_key
 from visionloop.params.monitor import Webhook
 from visionloop.secrets import Environment, mask
+from visionloop.workspace import Workspace
 
 WAIT_S = 1.0  # before the second try; doubled before each further one
 MAX_WAIT_S = 8.0
 MAX_CHECKS = 20
 PASSING = frozenset({408, 425, 429})  # 4xx that may pass
+KEPT_FOR = timedelta(days=7)  # from the verdict on: an alert that is older helps nobody
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an alert was not sent. `is_refusal`: the webhook does not want this one; it may want another."""
+
+    problem: str
+    is_refusal: bool = False
+
+
+def send_unsent(
+    workspace: Workspace,
+    variables: Mapping[str, str],
+    *,
+    now: datetime,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[str]:
+    """Send the alerts that are still to be sent, the oldest window first; return what is to be told.
+
+    The first that finds nobody ends it: those after it wait too, so that all come in order. One that is refused waits
+    alone. Raises StoreError.
+    """
+    webhook, told = workspace.params.monitor.webhook, list[str]()
+    waiting = list_unsent(workspace) if webhook else []
+    for number, window in enumerate(waiting):
+        try:
+            verdict = load_verdict(workspace, window)
+        except DatasetError as exc:
+            told.append(f"the alert of window {window} cannot be sent: {exc}")
+            continue
+        if verdict is None:  # it is being judged, or that was cut short
+            continue
+        assert webhook
+        is_old = now - datetime.fromisoformat(verdict.judged_at) > KEPT_FOR
+        failure = None if is_old or not verdict.is_alert else send_alert(webhook, verdict, variables, sleep=sleep)
+        if failure is None:
+            workspace.store.delete(make_unsent_key(workspace, window))
+            told += [f"the alert of window {window} was not sent for {KEPT_FOR.days} days: given up"] if is_old else []
+            continue
+        others = len(waiting) - number - 1
+        told.append(f"{failure.problem}; the next `visionloop monitor` sends that of window {window} again")
+        if not failure.is_refusal:
+            return [*told, f"{others} later alerts wait too"] if others else told
+    return told
 
 
 def make_alert(verdict: Verdict) -> dict[str, Any]:
@@ -43,7 +96,7 @@ def send_alert(
     variables: Mapping[str, str],
     *,
     sleep: Callable[[float], None] = time.sleep,
-) -> str | None:
+) -> Failure | None:
     """Send an alert, again after a while if the server is busy or away. Return what went wrong at last; None: sent.
 
     What is told holds neither the address's query nor a secret.
@@ -53,29 +106,30 @@ def send_alert(
         url = environment.expand_url(webhook.url)
         headers = {name: environment.expand(value) for name, value in webhook.headers.items()}
     except SourceError as exc:
-        return str(exc)
+        return Failure(str(exc))
     if not url.startswith(("https://", "http://")):
-        return mask(f"the webhook is {url[:60]!r}; expected http:// or https://", tuple(environment.secrets))
+        return Failure(mask(f"the webhook is {url[:60]!r}; expected http:// or https://", tuple(environment.secrets)))
     body = json.dumps(make_alert(verdict), ensure_ascii=False).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "visionloop", **headers}
-    found: list[str] = []
+    found: list[Failure | None] = []
     # A server that sends a byte now and then outlasts every timeout of a socket: nobody waits for it any longer.
     thread = Thread(target=lambda: found.append(_try(webhook, url, headers, body, sleep)), daemon=True)
     thread.start()
     thread.join(webhook.tries * 2 * webhook.timeout_s + (webhook.tries - 1) * MAX_WAIT_S)
-    problem = found[0] if found else "the webhook does not come to an end"
-    return f"the alert was not sent: {problem}" if problem else None
+    return found[0] if found else Failure("the alert was not sent: the webhook does not come to an end")
 
 
-def _try(webhook: Webhook, url: str, headers: Mapping[str, str], body: bytes, sleep: Callable[[float], None]) -> str:
-    problem = ""
+def _try(
+    webhook: Webhook, url: str, headers: Mapping[str, str], body: bytes, sleep: Callable[[float], None]
+) -> Failure | None:
+    problem, is_final = "", False
     for number in range(webhook.tries):
         if number:
             sleep(min(WAIT_S * 2 ** (number - 1), MAX_WAIT_S))
         problem, is_final = _post(url, headers, body, webhook.timeout_s)
         if is_final:
             break
-    return problem
+    return Failure(f"the alert was not sent: {problem}", is_refusal=is_final) if problem else None
 
 
 def _make_opener() -> urllib.request.OpenerDirector:

@@ -64,7 +64,8 @@ def decide_retrain(
             judged=judged.number if judged else None,
             by=by,
             calls=() if is_due else calls,
-            started=(*started, at)[-max(KEPT_STARTS, section.max_per_week) :] if is_due else started,
+            # A person's word is not of the budget: that bounds what is started without one.
+            started=(*started, at)[-max(KEPT_STARTS, section.max_per_week) :] if is_due and not hand else started,
         )
         if store.create(make_number_key(f"triggers/{name}", decision.number), canonical_json(decision.to_json())):
             return decision

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.data.prediction_log import RequestCounts
 from visionloop.monitoring.window import Traffic
 from visionloop.params.monitor import Monitor
 
@@ -24,6 +25,7 @@ BLANK_CONTRAST = 0.01  # standard deviation of the grey values, which are from 0
 USUAL_SHARE = 0.01  # of the reference: a size that is usual there
 MOSTLY = 0.9
 MIN_PICTURES = 10
+MIN_REQUESTS = 5  # that were refused or failed: fewer are chance
 GREY_SPREAD = 2.0  # of 255, between the channels of a grey picture
 MIN_COLOUR_GAP = 6.0  # of 255, between the mean red and blue of a reference that has a tint at all
 
@@ -120,6 +122,25 @@ def _check_size(window: Traffic, reference: Traffic | None) -> Check:
     state: State = "alert" if share < 0.5 else "fine"
     expected = f"half or more: {', '.join(map(str, usual[:3]))}"
     return Check("size", "broken", state, f"{100 * share:.0f} % have a usual size{told}", expected, share, 0.5)
+
+
+def check_requests(counts: RequestCounts | None, section: Monitor, *, has_images: bool) -> list[Check]:
+    """Return the checks of requests that were refused or failed; None: the servers have left no counts."""
+    if counts is None:
+        found = "the servers have left no counts of their requests"
+        return [Check("requests", "service", "unknown", found)] if has_images else []
+    return [
+        _check_requests("refused", counts.refused, counts.total, section.max_refused_share),
+        _check_requests("errors", counts.errors, counts.total, section.max_error_share),
+    ]
+
+
+def _check_requests(name: str, number: int, total: int, most: float) -> Check:
+    share = number / max(total, 1)
+    state: State = "alert" if share > most and number >= MIN_REQUESTS else "fine"
+    what = "were refused (429, 503)" if name == "refused" else "failed (5xx)"
+    found = f"{number:,} of {total:,} requests {what}"
+    return Check(name, "service", state, found, f"at most {100 * most:g} %", share, most)
 
 
 def check_colours(window_n3: FloatArray, reference_g3: FloatArray) -> Check:

@@ -287,6 +287,12 @@ def describe_verdict(verdict: Verdict) -> list[str]:
     return [*lines, f"verdict: {verdict.verdict}"]
 
 
+def describe_late(verdict: Verdict) -> str:
+    """Tell the verdict of a window that was missed, in a line."""
+    alerts = ", ".join(str(check["name"]) for check in verdict.list_alerts())
+    return f"missed before: {describe_verdict(verdict)[0]}: {verdict.verdict}{f' ({alerts})' if alerts else ''}"
+
+
 def make_metrics_text(verdict: Verdict, end_s: float) -> str:
     """Return the figures of a window in Prometheus' text format, for the collector of text files."""
     label = f'name="{verdict.name}"'

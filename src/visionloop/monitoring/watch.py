@@ -6,6 +6,7 @@
                                   images.parquet    the images least like the reference, the farthest first
                                   report.html
                                   accepted.json     who took an alarm for normal, and why
+                                  unsent.json       its alert is still to be sent to the webhook (alert.py)
 
 The first accepted windows of a model are its reference, and with them the newest. Before there are any it is the
 validation side. A window that gave an alarm of drift or was broken is not accepted, unless a person accepts it.
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionloop.bundle import download_bundle
+from visionloop.data.prediction_log import read_requests
 from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
 from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
-from visionloop.monitoring.health import Check, check_colours, check_model, check_traffic
+from visionloop.monitoring.health import Check, check_colours, check_model, check_requests, check_traffic
 from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, make_metrics_text
 from visionloop.monitoring.report import Page, make_monitor_report
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
@@ -34,8 +36,10 @@ from visionloop.workspace import Workspace
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CAUGHT_UP = 14  # missed windows that are judged unasked
 LOOK_BACK = 90  # windows before it whose verdicts are read at most, for the reference and the usual volume
 VOLUMES = 14
+UNSENT = "unsent.json"
 PICTURE_PX = 200
 
 
@@ -59,6 +63,33 @@ def watch_window(
     if known is not None and known.span == span:  # after a change of `window_hours` a longer one may have the name
         return known, False
     return _Watch(workspace, span, now).run(), True
+
+
+def find_missed(workspace: Workspace, *, now: datetime, everything: bool = False) -> tuple[list[datetime], int]:
+    """Return the starts of the windows that nobody has judged between the last one that was and the last one over.
+
+    The oldest first, at most the newest CAUGHT_UP, and how many are left out; `everything`: all of them, and earlier
+    gaps. Windows whose rows have expired are none: they would look empty. Raises as `watch_window`.
+    """
+    span, names = find_last_span(now, workspace.params.monitor.window_hours), list_windows(workspace)
+    log_start = Log(workspace, "").find_start()
+    missed, gap = list[datetime](), list[datetime]()  # the newest first; a gap counts if a judged window is before it
+    while names and names[0] < span.name:
+        span = Span(span.start - span.length, span.start)
+        if _is_judged(workspace, span, names):
+            missed, gap = [*missed, *gap], []
+            if not everything:
+                break
+        elif span.end > log_start:
+            gap.append(span.start)
+    kept = missed if everything else missed[:CAUGHT_UP]
+    return kept[::-1], len(missed) - len(kept)
+
+
+def _is_judged(workspace: Workspace, span: Span, names: Sequence[str]) -> bool:
+    """Say whether a window has a verdict; after a change of `window_hours` another one may have its name."""
+    known = load_verdict(workspace, span.name) if span.name in names else None
+    return known is not None and known.span == span
 
 
 def list_windows(workspace: Workspace) -> list[str]:
@@ -91,16 +122,30 @@ def accept_window(workspace: Workspace, window: str, *, by: str, why: str, now: 
         raise DatasetError(f"window {window}", "was not judged", "a judged one", "Run `visionloop monitor` first.")
     record = canonical_json({"by": by, "why": why, "at": now})
     workspace.store.put(f"{_folder(workspace)}/{window}/accepted.json", record)
+    workspace.store.delete(make_unsent_key(workspace, window))
     return verdict
 
 
+def list_unsent(workspace: Workspace) -> list[str]:
+    """Return the windows whose alert is still to be sent, the oldest first."""
+    prefix = f"{_folder(workspace)}/"
+    parts = (key.removeprefix(prefix).split("/") for key in workspace.store.list(prefix))
+    return sorted(part[0] for part in parts if part[1:] == [UNSENT] and is_window(part[0]))
+
+
+def make_unsent_key(workspace: Workspace, window: str) -> str:
+    """Return the key of the object that stands for an alert that is still to be sent."""
+    return f"{_folder(workspace)}/{window}/{UNSENT}"
+
+
 def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
-    """Copy the report of a window into the workspace, and its figures for Prometheus; return the path of the report.
+    """Copy the report of a window into the workspace; return its path. The figures of the newest go to Prometheus.
 
     None: it is gone from the store, because one of its images was forgotten.
     """
     folder = workspace.settings.home / "monitoring"
-    write_page(folder / "metrics.prom", make_metrics_text(verdict, verdict.span.end.timestamp()))
+    if verdict.window >= list_windows(workspace)[-1]:
+        write_page(folder / "metrics.prom", make_metrics_text(verdict, verdict.span.end.timestamp()))
     try:
         page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
     except ObjectMissing:
@@ -190,14 +235,19 @@ class _Watch:
                 self.log.measure_colours(one) for one in (own, reference.table if reference else own.slice(0, 0))
             ]
             checks.append(check_colours(colours[0], colours[1]))
+        counts = read_requests(self.workspace.store, self.workspace.name, self.span.start, self.span.end)
+        checks += check_requests(counts, self.section, has_images=len(table) > 0)
         return [*checks, *self._check_model(len(own), len(table) - len(own))]
 
     def _check_model(self, served: int, others: int) -> list[Check]:
         alias, problem = None, ""
-        try:
-            alias = self.workspace.tracking.get_champion()
-        except VisionLoopError as exc:
-            problem = f"MLflow does not answer: {exc.found}"
+        if self.span != find_last_span(self.now, self.section.window_hours):
+            problem = "not looked at: it is that of now, and this is not the last window"
+        else:
+            try:
+                alias = self.workspace.tracking.get_champion()
+            except VisionLoopError as exc:
+                problem = f"MLflow does not answer: {exc.found}"
         newest = require_entry(self.workspace.store, self.workspace.name)
         return check_model(
             age_days=(self.span.end - datetime.fromisoformat(self.entry.at)).total_seconds() / 86_400,
@@ -251,6 +301,8 @@ class _Watch:
         store.put(f"{folder}/classes.parquet", _encode(shares))
         store.put(f"{folder}/images.parquet", _encode(farthest))
         store.put(f"{folder}/report.html", make_monitor_report(page).encode())
+        if verdict.is_alert and self.section.webhook:  # before the verdict: whoever finds that one has its alert too
+            store.put(make_unsent_key(self.workspace, self.span.name), b"{}")
         store.put(f"{folder}/verdict.json", canonical_json(verdict.to_json()))
 
 

@@ -79,17 +79,21 @@ class NeighbourHead(nn.Module):
         return (weight_nm.unsqueeze(2) * targets_nmk).sum(dim=1).clamp(max=float(self.num_neighbours))
 
     def find(self, embedding_nd: Tensor, own_n: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the nearest points (n, m), nearest first, and their distances: 1 - cosine, or Euclidean."""
+        """Return the nearest points (n, m), in no order, and their distances: 1 - cosine, or Euclidean."""
         query_nd = functional.normalize(embedding_nd, eps=1e-12) if self.metric == "cosine" else embedding_nd
         query_nd = query_nd - self.center_d
         own_1p = self.points_pd.square().sum(dim=1).unsqueeze(0)
         squared_np = own_1p - 2 * (query_nd @ self.points_pd.T) + query_nd.square().sum(dim=1, keepdim=True)
         far_np = (squared_np / self.scale**2).clamp(0.0, _FAR)
-        # One whole number that no two points share: the distance, then the row. So ties have one order everywhere.
-        row_1p = torch.arange(self.points_pd.shape[0], device=embedding_nd.device).unsqueeze(0)
-        rank_np = torch.round(far_np / TIE).to(torch.int64) * _ROWS + row_1p
+        steps_np = torch.round(far_np / TIE)
         if own_n is not None:
-            rank_np[torch.arange(len(own_n)), own_n] = torch.iinfo(torch.int64).max
+            steps_np[torch.arange(len(own_n)), own_n] = torch.inf
+        # All that are nearer than the last one that votes, and of those as far as it the first rows: then ties have one
+        # order everywhere. In 32 bits: OpenVINO has no whole numbers of 64, and would take any points for the nearest.
+        last_n1 = torch.topk(steps_np, self.num_neighbours, dim=1, largest=False, sorted=True).values[:, -1:]
+        number = self.points_pd.shape[0]
+        row_1p = torch.arange(number, dtype=torch.int32, device=embedding_nd.device).unsqueeze(0)
+        rank_np = row_1p + number * ((steps_np >= last_n1).to(torch.int32) + (steps_np > last_n1).to(torch.int32))
         nearest_nm = torch.topk(rank_np, self.num_neighbours, dim=1, largest=False, sorted=True).indices
         # Anew from the difference: what is left of two large numbers would be mostly rounding.
         squared_nm = (query_nd.unsqueeze(1) - self.points_pd[nearest_nm]).square().sum(dim=2)

@@ -54,6 +54,8 @@ class Monitor(Section):
     max_volume_ratio: float = Field(default=5, gt=1, allow_inf_nan=False)
     max_latency_ms: Positive | None = None
     max_model_age_days: Positive | None = None
+    max_refused_share: Share = 0.05
+    max_error_share: Share = 0.01
     webhook: Webhook | None = None
 
     @model_validator(mode="before")

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from visionloop.bundle import INT8_MODEL, MODEL
 from visionloop.errors import DiskError
-from visionloop.predictor import Predictor
+from visionloop.predictor import FP32, Predictor
 
 README = """# {name}: an image classifier
 
@@ -38,8 +39,10 @@ INT8_ROW = (
 )
 
 
-def write_handout(predictor: Predictor, folder: Path) -> list[str]:
+def write_handout(predictor: Predictor, folder: Path, approved: Sequence[str]) -> list[str]:
     """Write the model into a new or empty folder, whole or not at all; return the names of what is there.
+
+    The graph in int8 only if an engine in int8 is `approved`: the graph in fp32 is what was judged.
 
     Raises:
         DiskError: the folder is not empty, or cannot be written.
@@ -50,7 +53,7 @@ def write_handout(predictor: Predictor, folder: Path) -> list[str]:
     staged = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         staged.mkdir(parents=True)
-        _fill(predictor, staged)
+        _fill(predictor, staged, with_int8=_has_int8(predictor) and _is_in_int8(approved))
         if folder.exists():
             folder.rmdir()
         staged.rename(folder)
@@ -62,9 +65,30 @@ def write_handout(predictor: Predictor, folder: Path) -> list[str]:
     return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
 
 
-def _fill(predictor: Predictor, folder: Path) -> None:
+def describe_engines(predictor: Predictor, approved: Sequence[str]) -> list[str]:
+    """Say which engines the model is approved for, and of each other one that was tried why it is not."""
+    engines = predictor.card.engines or {}
+    lines = [f"approved for {', '.join(dict.fromkeys((FP32, *approved)))}"]
+    for name in [one for one in engines if one not in approved]:
+        found = engines[name]
+        why = "evaluate or the promotion did not approve it"
+        if not found.get("approved"):
+            why = found.get("why") or f"{found.get('changed', '?')} of {found.get('images', '?')} answers differ"
+        lines.append(f"not approved for {name}: {why}")
+    return lines if not _has_int8(predictor) or _is_in_int8(approved) else [*lines, f"{INT8_MODEL} is left out"]
+
+
+def _has_int8(predictor: Predictor) -> bool:
+    return (predictor.bundle.folder / INT8_MODEL).is_file()
+
+
+def _is_in_int8(approved: Sequence[str]) -> bool:
+    return any(name.endswith("int8") for name in approved)
+
+
+def _fill(predictor: Predictor, folder: Path, *, with_int8: bool) -> None:
     bundle, card = predictor.bundle, predictor.card
-    for name in [MODEL, *[INT8_MODEL] * (bundle.folder / INT8_MODEL).is_file(), "card.json"]:
+    for name in [MODEL, *[INT8_MODEL] * with_int8, "card.json"]:
         shutil.copyfile(bundle.folder / name, folder / name)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in card.classes), encoding="utf-8")
     program = files("visionloop.promotion").joinpath("standalone.py").read_text(encoding="utf-8")
@@ -78,10 +102,10 @@ def _fill(predictor: Predictor, folder: Path) -> None:
         answers[name] = {label: round(p, 6) for label, p in answer.probabilities.items()}
     text = json.dumps(answers, indent=1, ensure_ascii=False)
     (folder / "examples" / "answers.json").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(_describe(predictor), encoding="utf-8")
+    (folder / "README.md").write_text(_describe(predictor, with_int8=with_int8), encoding="utf-8")
 
 
-def _describe(predictor: Predictor) -> str:
+def _describe(predictor: Predictor, *, with_int8: bool) -> str:
     card = predictor.card
     height, width = card.image_size
     shown = ", ".join(card.classes[:20]) + (f" and {len(card.classes) - 20} more" if len(card.classes) > 20 else "")
@@ -97,6 +121,6 @@ def _describe(predictor: Predictor) -> str:
         digest=predictor.digest,
         dataset=card.dataset.get("name", card.name),
         version=card.dataset.get("version", "unknown"),
-        int8=INT8_ROW if (predictor.bundle.folder / INT8_MODEL).is_file() else "",
+        int8=INT8_ROW if with_int8 else "",
         licence=f"It started from weights under {licence}." if licence else "",
     )

@@ -201,8 +201,8 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
     Raises:
         PromotionError: a decision is damaged.
     """
-    for key in reversed(_list_keys(store, f"decisions/{name}")):
-        decision = _read(store, key, Decision, "a decision")
+    for number in reversed(_list_numbers(store, f"decisions/{name}")[0]):
+        decision = _read_decision(store, name, number)
         if candidate in (None, decision.candidate):
             return decision
     return None
@@ -210,7 +210,7 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
 
 def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
     """Return all decisions of a name, oldest first. Raises PromotionError."""
-    return [_read(store, key, Decision, "a decision") for key in _list_keys(store, f"decisions/{name}")]
+    return [_read_decision(store, name, number) for number in _list_numbers(store, f"decisions/{name}")[0]]
 
 
 def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
@@ -218,7 +218,7 @@ def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
     if entry.decision is None:
         return "no decision"
     try:
-        decision = _read(store, make_number_key(f"decisions/{name}", entry.decision), Decision, "a decision")
+        decision = _read_decision(store, name, entry.decision)
     except (ObjectMissing, PromotionError):
         return f"decision {entry.decision}: not there"
     return f"decision {entry.decision}: {decision.verdict}"
@@ -306,9 +306,9 @@ def _compute_question(decision: Decision) -> str:
     return compute_digest({**decision.to_json(), "number": 0, "decided_at": ""})
 
 
-def _list_keys(store: ObjectStore, folder: str) -> list[str]:
-    """Return the keys of decisions by their number; other objects are none."""
-    return [make_number_key(folder, number) for number in _list_numbers(store, folder)[0]]
+def _read_decision(store: ObjectStore, name: str, number: int) -> Decision:
+    """Read a decision. Its number is that of its key: a copy under another one would take the next number for ever."""
+    return replace(_read(store, make_number_key(f"decisions/{name}", number), Decision, "a decision"), number=number)
 
 
 def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]]:

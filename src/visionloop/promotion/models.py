@@ -3,13 +3,14 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from visionloop.data.known_store import check_store
 from visionloop.engines import Open, Opened
 from visionloop.errors import BundleError, BusyError, PromotionError, SettingsError, shorten
-from visionloop.predictor import Predictor
+from visionloop.evaluation.runtimes import load_approved
+from visionloop.predictor import FP32, Predictor
 from visionloop.promotion.ledger import require_entry
 from visionloop.secrets import mask
 from visionloop.settings import Settings
@@ -59,13 +60,23 @@ def load_approved_model(address: str | os.PathLike[str] | None, workspace: Works
     """
     text = f"{workspace.name}@champion" if address is None else os.fspath(address)
     predictor = load_model(text, lambda: workspace)
-    bundle, found = predictor.bundle, _PROMOTED.fullmatch(text)
+    bundle = predictor.bundle
     if not bundle.folder.is_dir():
         return Opened(predictor, f"{predictor.engine}: it is not on this machine")
-    approved: Sequence[str] = bundle.card.runtimes
-    if found and not Path(text).is_dir():
-        approved = require_entry(workspace.store, found[1], None if found[2] == "champion" else int(found[2])).runtimes
-    return open_bundle(bundle, approved)
+    return open_bundle(bundle, list_approved(predictor, text, workspace))
+
+
+def list_approved(predictor: Predictor, address: str, workspace: Workspace) -> tuple[str, ...]:
+    """Return the engines that may serve the model of an address: by its card; where `evaluate` judged it, by that too.
+
+    What that said stands in the ledger's entry; of the candidate, in the reports of this workspace.
+    """
+    found = _PROMOTED.fullmatch(address)
+    if found and not Path(address).is_dir():
+        return require_entry(workspace.store, found[1], None if found[2] == "champion" else int(found[2])).runtimes
+    judged = load_approved(workspace.settings.reports_dir, predictor.digest)
+    runtimes = predictor.card.runtimes
+    return runtimes if judged is None else tuple(one for one in runtimes if one == FP32 or one in judged)
 
 
 def load_champion(workspace: Workspace, name: str | None = None, number: int | None = None) -> Predictor:

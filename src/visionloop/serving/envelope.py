@@ -179,7 +179,7 @@ class Envelope:
     def _end(self, request: Request, status: int) -> None:
         seconds, path, state = time.perf_counter() - request.state.started, request.scope["path"], request.state
         if path == self._counted and request.method == "POST":
-            self._meters.count_request(state.outcome, seconds)
+            self._meters.count_request(state.outcome, seconds, status)
         if not request_log.isEnabledFor(logging.INFO):
             return
         if status < 400 and (path.startswith(HEALTH) or path == METRICS):

@@ -14,7 +14,7 @@ import random
 import secrets
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -28,6 +28,7 @@ from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import (
     PREDICTIONS,
+    REQUESTS,
     drop_forgotten,
     expire_log,
     make_kept_key,
@@ -46,6 +47,7 @@ from visionloop.store.keys import is_key
 MAX_NOTED, MAX_NOTED_BYTES = 4096, 64_000_000  # answers that wait for a row, and the bytes of their images
 MAX_ROWS = 5_000  # of a part: about 30 MB in memory with 1,280 numbers each
 MAX_SPOOL_BYTES = 256_000_000
+COUNTED_S = 300.0  # between two rows of counts
 MEASURED_PER_S = 32  # images of which brightness, contrast and sharpness are taken: the cost is bounded
 DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
 OLD_S = 600.0  # nobody takes so long to write a file
@@ -99,6 +101,7 @@ class PredictionLog:
         self._noted_bytes = 0
         self._rows: list[dict[str, Any]] = []
         self._first_row_s = self._measured_s = 0.0
+        self._counts, self._counted_s = Counter[str](), time.monotonic()
         self._forgotten: frozenset[str] = frozenset()
         self._expired_on = date.min
         self._lock = threading.Lock()
@@ -142,6 +145,15 @@ class PredictionLog:
                 self._noted.append(noted)
                 self._noted_bytes += len(noted.data)
 
+    def count(self, status: int) -> None:
+        """Count a request for an answer by its HTTP status; 0: the client went away before there was one."""
+        with self._lock:
+            self._counts["requests"] += 1
+            if status in (429, 503):
+                self._counts["refused"] += 1
+            elif status >= 500:
+                self._counts["errors"] += 1
+
     def measure(self, image_hwc: UInt8Array) -> dict[str, float] | None:
         """Return brightness, contrast and sharpness of a decoded image; None if enough were measured just now."""
         now_s = time.monotonic()
@@ -174,6 +186,22 @@ class PredictionLog:
         waited_s = time.monotonic() - self._first_row_s
         if self._rows and (is_last or len(self._rows) >= MAX_ROWS or waited_s >= self._serve.log_flush_s):
             self._write_parts()
+        if self._counts and (is_last or time.monotonic() - self._counted_s >= COUNTED_S):
+            self._write_counts()
+
+    def _write_counts(self) -> None:
+        """Write down how many requests there were since the last time, also where none was answered."""
+        with self._lock:
+            counts, self._counts, self._counted_s = self._counts, Counter[str](), time.monotonic()
+        now = datetime.now(UTC)
+        self._num_parts += 1
+        part = f"{now:%H%M%S}-{self._server}-{self._num_parts:06d}"
+        row = {"time": now, "server": self._server, "refused": 0, "errors": 0, **counts}
+        try:
+            self._put_aside(REQUESTS.make_key(self._name, now.date(), part), REQUESTS.encode([row]))
+        except Exception as exc:
+            self._drop(exc, 0)
+        self._written.set()
 
     def _add_rows(self, group: Sequence[Noted]) -> None:
         choices = [KEPT_NOTHING] * len(group)
@@ -283,6 +311,9 @@ class PredictionLog:
 
     def _send(self, path: Path) -> None:
         key, data = path.name.replace(SLASH, "/"), path.read_bytes()
+        if key.startswith(f"{REQUESTS.kind}/"):
+            self._store.create(key, data)
+            return
         if not key.startswith(f"{PREDICTIONS.kind}/"):
             sha256 = key.rpartition("/")[2]
             is_stored = self._store.exists(key) or self._store.exists(make_image_key(sha256))

@@ -69,8 +69,10 @@ class Meters:
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def count_request(self, outcome: str, seconds: float) -> None:
+    def count_request(self, outcome: str, seconds: float, status: int) -> None:
         """Count one request; `outcome` is `ok` or the code of its error."""
+        if self._log:
+            self._log.count(status)
         self._requests.labels(outcome).inc()
         self._seconds.observe(seconds)
 

@@ -37,7 +37,8 @@ SECRETS = {"HOOK_TOKEN": "s3cret-token", "HOOK_PATH": "a b", "FILE": "file:///et
 def send(site: WebServer, **section: object) -> tuple[str | None, list[float]]:
     waits: list[float] = []
     values = {"url": f"{site.url}/hook", "headers": {"Authorization": "Bearer ${HOOK_TOKEN}"}, "timeout_s": 2.0}
-    return send_alert(Webhook(**{**values, **section}), VERDICT, SECRETS, sleep=waits.append), waits
+    failure = send_alert(Webhook(**{**values, **section}), VERDICT, SECRETS, sleep=waits.append)
+    return failure.problem if failure else None, waits
 
 
 def test_alert_is_posted_as_json_with_its_secret_header() -> None:

@@ -11,9 +11,11 @@ import pytest
 from fakes import make_bundle, make_image
 from visionloop.bundle import seal_bundle
 from visionloop.errors import DiskError
-from visionloop.predictor import Predictor
-from visionloop.promotion.handout import write_handout
+from visionloop.predictor import FP32, Predictor
+from visionloop.promotion.handout import describe_engines, write_handout
 from visionloop.records import canonical_json
+
+ENGINES = (FP32, "onnxruntime int8", "openvino fp32")
 
 
 def make_predictor(folder: Path, **changes: object) -> Predictor:
@@ -46,7 +48,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[str]]:
 )
 def test_it_answers_as_the_predictor_does(tmp_path: Path, changes: dict[str, object]) -> None:
     predictor = make_predictor(tmp_path / "bundle", **changes)
-    names = write_handout(predictor, tmp_path / "out")
+    names = write_handout(predictor, tmp_path / "out", (FP32,))
     assert names == ["README.md", "card.json", "examples/", "labels.txt", "model.onnx", "predict.py"]
     photo = tmp_path / "photo.png"
     photo.write_bytes(make_image(4, size_hw=(48, 40)))
@@ -60,8 +62,27 @@ def test_it_answers_as_the_predictor_does(tmp_path: Path, changes: dict[str, obj
     assert run(tmp_path / "out", str(tmp_path / "broken.jpg"), str(tmp_path))[0] == 2
 
 
+@pytest.mark.parametrize("approved", [(FP32, "onnxruntime int8"), (FP32, "openvino fp32"), ()])
+def test_the_graph_in_int8_is_handed_out_only_if_it_was_approved(tmp_path: Path, approved: tuple[str, ...]) -> None:
+    make_bundle(tmp_path / "bundle", engines=ENGINES)
+    tried = {"onnxruntime int8": {"approved": True}, "openvino int8": {"approved": False, "changed": 9, "images": 300}}
+    card = replace(Predictor.load(tmp_path / "bundle").card, engines=tried)
+    (tmp_path / "bundle" / "card.json").write_bytes(canonical_json(card.to_json()))
+    seal_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    names = write_handout(predictor, tmp_path / "out", approved)
+    has_int8 = "onnxruntime int8" in approved
+    assert ("model.int8.onnx" in names) is has_int8
+    assert ("model.int8.onnx" in (tmp_path / "out" / "README.md").read_text()) is has_int8
+    said = describe_engines(predictor, approved)
+    assert said[0] == f"approved for {', '.join(approved or (FP32,))}"
+    assert "not approved for openvino int8: 9 of 300 answers differ" in said
+    assert ("not approved for onnxruntime int8: evaluate or the promotion did not approve it" in said) is not has_int8
+    assert (said[-1] == "model.int8.onnx is left out") is not has_int8
+
+
 def test_an_image_beyond_the_limit_of_the_model_is_refused(tmp_path: Path) -> None:
-    write_handout(make_predictor(tmp_path / "bundle", max_pixels=1000), tmp_path / "out")
+    write_handout(make_predictor(tmp_path / "bundle", max_pixels=1000), tmp_path / "out", (FP32,))
     (tmp_path / "photo.png").write_bytes(make_image(4, size_hw=(40, 40)))
     code, lines = run(tmp_path / "out", str(tmp_path / "photo.png"))
     assert (code, json.loads(lines[0])["error"]) == (2, "has 40 x 40 pixels; at most 1,000 are read")
@@ -69,14 +90,14 @@ def test_an_image_beyond_the_limit_of_the_model_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("least", "is_sure"), [(0.0, True), (1.0, False)])
 def test_it_says_whether_it_is_sure(tmp_path: Path, least: float, is_sure: bool) -> None:
-    write_handout(make_predictor(tmp_path / "bundle", abstain={"confidence": least}), tmp_path / "out")
+    write_handout(make_predictor(tmp_path / "bundle", abstain={"confidence": least}), tmp_path / "out", (FP32,))
     (tmp_path / "photo.png").write_bytes(make_image(4))
     answer = json.loads(run(tmp_path / "out", str(tmp_path / "photo.png"))[1][0])
     assert answer["is_sure"] is is_sure
 
 
 def test_the_examples_show_whether_it_works_there(tmp_path: Path) -> None:
-    write_handout(make_predictor(tmp_path / "bundle"), tmp_path / "out")
+    write_handout(make_predictor(tmp_path / "bundle"), tmp_path / "out", (FP32,))
     code, lines = run(tmp_path / "out", "--check")
     assert (code, lines[0][:42]) == (0, "4 examples: the largest difference of a pr")
     answers = tmp_path / "out" / "examples" / "answers.json"
@@ -90,10 +111,10 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(DiskError, match="out: is not empty; expected a new or empty folder"):
-        write_handout(predictor, tmp_path / "out")
+        write_handout(predictor, tmp_path / "out", (FP32,))
     with pytest.raises(DiskError, match="is a file"):
-        write_handout(predictor, tmp_path / "out" / "mine.txt")
+        write_handout(predictor, tmp_path / "out" / "mine.txt", (FP32,))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
     (tmp_path / "empty").mkdir()
-    write_handout(predictor, tmp_path / "empty")
+    write_handout(predictor, tmp_path / "empty", (FP32,))
     assert (tmp_path / "empty" / "labels.txt").read_text() == "a\nb\nc\n"

@@ -12,10 +12,13 @@ from visionloop.promotion.ledger import (
     append_entry,
     find_rolled_back,
     read_champion,
+    read_decisions,
     read_history,
     read_ledger,
     require_sound,
+    store_decision,
 )
+from visionloop.records import Decision
 from visionloop.store import LocalStore
 
 ROUNDS = 5
@@ -82,6 +85,27 @@ def write_entry(store, number, bundle, previous, **facts):
     entry = {"name": "m", "number": number, "action": "promote", "bundle": bundle, "previous": previous, "at": "2026"}
     rest = {"model_version": "1", "decision": 1, "dataset": {}, "run_id": None, "by": "ann", "why": "test"}
     store.put(f"ledger/m/{number:06d}.json", json.dumps({**entry, **rest, **facts}).encode())
+
+
+def test_a_decision_that_was_copied_under_another_number_blocks_nothing(tmp_path):
+    """It says that it is decision 1, so decision 2 was to be the next, for ever."""
+    store = LocalStore(tmp_path)
+    empty = {"rules": (), "metrics": {}, "champion_metrics": {}, "state": {}, "dataset": {}, "run_id": None}
+
+    def decide(candidate):
+        facts = {"name": "m", "number": 0, "verdict": "passed", "champion": None, "decided_at": "now", **empty}
+        return store_decision(store, Decision(candidate=candidate, test_digest="t", num_test=9, **facts))
+
+    decide("one")
+    decide("two")
+    store.put("decisions/m/000003.json", store.get("decisions/m/000001.json"))
+    assert decide("three").number == 4
+    assert [(one.number, one.candidate) for one in read_decisions(store, "m")] == [
+        (1, "one"),
+        (2, "two"),
+        (3, "one"),
+        (4, "three"),
+    ]
 
 
 def test_a_million_entries_stay_in_order(tmp_path):
