@@ -15,6 +15,7 @@ import pytest
 
 from fakes import make_bundle
 from processors import FLAGS, pretending, refuse_to_measure
+from s3_server import run_seaweed
 from visionloop.networks import processor
 from visionloop.settings import QUIET_TOOLS
 
@@ -88,6 +89,13 @@ def same_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     tempfile.tempdir = folder
+
+
+@pytest.fixture(scope="session")
+def seaweed_url() -> Iterator[str]:
+    """The address of a SeaweedFS, with the keys of `s3_server.S3_ENV`."""
+    with run_seaweed() as url:
+        yield url
 
 
 @pytest.fixture

@@ -21,13 +21,24 @@ def endpoint_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["local", "s3", "s3-versioned", "s3-whole-bucket"])
+@pytest.fixture(scope="module")
+def seaweed_bucket(seaweed_url: str) -> str:
+    """A bucket with versions: each bucket is files of its own there, so there is one for all tests."""
+    return make_bucket(seaweed_url, "contract", versioned=True)
+
+
+@pytest.fixture(params=["local", "s3", "s3-versioned", "s3-whole-bucket", "seaweed"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     if request.param == "local":
         yield LocalStore(tmp_path / "store")
         return
-    endpoint = request.getfixturevalue("endpoint_url")
     with pytest.MonkeyPatch.context() as patch:
+        if request.param == "seaweed":
+            bucket = request.getfixturevalue("seaweed_bucket")
+            point_to(patch, request.getfixturevalue("seaweed_url"))
+            yield open_store(f"s3://{bucket}/{secrets.token_hex(8)}")
+            return
+        endpoint = request.getfixturevalue("endpoint_url")
         point_to(patch, endpoint)
         bucket = make_bucket(endpoint, f"b-{secrets.token_hex(8)}", versioned=request.param == "s3-versioned")
         yield open_store(f"s3://{bucket}" + ("" if request.param == "s3-whole-bucket" else "/team/pets"))

@@ -298,6 +298,20 @@ def test_permission_is_not_a_matter_of_trying_again(proxy: FaultProxy, store: S3
         store.create("a/1", b"x")
 
 
+@pytest.mark.parametrize(
+    "body", [b"<html><body>Precondition Failed</body></html>", b"<Error><Code/><Message/></Error>"]
+)
+def test_a_refusal_that_names_no_code_is_no_success(proxy: FaultProxy, store: S3Store, body: bytes) -> None:
+    proxy.refusals = {"PUT ": (412, body)}
+    assert store.create("ledger/1.json", b"mine") is False
+    proxy.refusals = {"PUT ": (403, body)}
+    with pytest.raises(StoreError, match=r"access denied to put_object a/1"):
+        store.put("a/1", b"x")
+    proxy.refusals = {"GET ": (404, body)}
+    with pytest.raises(StoreError, match="there is no bucket"):
+        store.get("a/1")
+
+
 def test_an_emptied_bucket_is_not_taken_for_a_new_store(store: S3Store, client: Any, tmp_path: Path) -> None:
     """Another prefix, or the same one without its objects; while the bucket is away, that alone is said."""
     params = make_params({"name": "pets"})

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fakes import write_photos
-from fault_proxy import FaultProxy, serve_faults
-from s3_server import S3_ENV, make_bucket, point_to
+from fault_proxy import CODES, FaultProxy, serve_faults
+from s3_server import S3_ENV, make_bucket, make_client, point_to
 from shapes import run
 from visionloop.data.manifest import latest_version, list_versions, load_version_records
 from visionloop.data.prepare import prepare
@@ -85,6 +85,130 @@ def test_a_store_without_conditional_writes_is_refused(proxy: FaultProxy) -> Non
     proxy.ignored = {"if-none-match"}
     with pytest.raises(StoreError, match=r"overwrites an object although `If-None-Match: \*` forbids it"):
         list(init_store(open_store("s3://careless")))
+
+
+CANNOT = "cannot be on here: every write is refused then ({}); it was taken back"
+NO_RULES = b'<ServerSideEncryptionConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>'
+NO_MESSAGE = b"<Error><Code>InvalidArgument</Code><Message/></Error>"
+
+
+@pytest.mark.parametrize(
+    ("query", "subject", "status"),
+    [
+        ("?encryption", "encryption", 500),  # SeaweedFS without a key
+        ("?encryption", "encryption", 400),  # Ceph 20.2 without a key service
+        ("?publicAccessBlock", "public access", 403),  # Ceph 16.2
+        ("?lifecycle", "unfinished uploads", 403),
+    ],
+)
+def test_a_setting_that_ends_all_writes_is_taken_back(proxy: FaultProxy, query: str, subject: str, status: int) -> None:
+    proxy.breaks = {query: status}
+    store = open_store(f"s3://{subject.replace(' ', '-')}-{status}")
+    facts = tell(init_store(store))
+    assert facts[subject] == (CANNOT.format(CODES[status]), False)
+    others = {name: fact for name, fact in READY.items() if name != subject}
+    assert {name: facts[name] for name in others} == others
+    store.put("a/1", b"x")
+    assert tell(describe_store(store))[subject][1] is False
+
+
+def test_what_is_taken_back_is_as_it_was_before(proxy: FaultProxy, client: Any, endpoint_url: str) -> None:
+    make_bucket(endpoint_url, "as-before")
+    partly = {"BlockPublicAcls": False, "IgnorePublicAcls": False, "BlockPublicPolicy": True}
+    before = {**partly, "RestrictPublicBuckets": False}
+    client.put_public_access_block(Bucket="as-before", PublicAccessBlockConfiguration=before)
+    theirs = {"ID": "theirs", "Status": "Enabled", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 3}}
+    client.put_bucket_lifecycle_configuration(Bucket="as-before", LifecycleConfiguration={"Rules": [theirs]})
+    proxy.breaks = {"?publicAccessBlock": 403, "?lifecycle": 403}
+    taking_back: list[str] = []
+    note = proxy.note_setting
+
+    def mend_at_the_second(method: str, path: str) -> None:
+        """Let a setting be taken back by another PUT, not by DELETE."""
+        note(method, path)
+        if method == "PUT" and "?" in path:
+            taking_back.append(path)
+            if taking_back.count(path) == 2:
+                proxy.broken.clear()
+
+    proxy.note_setting = mend_at_the_second  # type: ignore[method-assign]
+    facts = tell(init_store(open_store("s3://as-before")))
+    assert facts["public access"] == (CANNOT.format("AccessDenied"), False)
+    assert facts["unfinished uploads"] == (CANNOT.format("AccessDenied"), False)
+    assert client.get_public_access_block(Bucket="as-before")["PublicAccessBlockConfiguration"] == before
+    rules = client.get_bucket_lifecycle_configuration(Bucket="as-before")["Rules"]
+    assert [rule["ID"] for rule in rules] == ["theirs"]
+
+
+def test_a_bucket_that_cannot_be_written_is_an_error_and_stays_as_it_is(proxy: FaultProxy, client: Any) -> None:
+    proxy.refusals = {"PUT /unwritable/doctor/": 403}
+    with pytest.raises(StoreError, match=r"access denied to put_object doctor/\w+; .* infra/s3.md"):
+        list(init_store(open_store("s3://unwritable")))
+    assert not any("PUT" in method and "?" in path for method, path, _ in proxy.seen), "nothing was set"
+
+
+def test_ceph_16_has_no_encryption_rules_and_errors_without_a_message(proxy: FaultProxy) -> None:
+    proxy.refusals = {"GET /ceph?encryption": (200, NO_RULES), "PUT /ceph?encryption": (400, NO_MESSAGE)}
+    store = open_store("s3://ceph")
+    facts = tell(init_store(store))
+    assert facts["encryption"] == ("cannot be read or set here (InvalidArgument)", False)
+    assert facts["public access"] == ("blocked", True), "it goes on"
+    assert tell(describe_store(store))["encryption"] == ("none by default", False)
+
+
+def test_conditional_writes_that_end_with_versions_are_refused(proxy: FaultProxy, client: Any) -> None:
+    proxy.breaks = {"?versioning": "if-none-match"}
+    told = r"overwrites an object although .* forbids it \(its versioning is on\); .* or a newer release of it"
+    with pytest.raises(StoreError, match=told):
+        list(init_store(open_store("s3://ceph-16")))
+    assert client.get_bucket_versioning(Bucket="ceph-16")["Status"] == "Suspended", "it was taken back"
+    client.put_bucket_versioning(Bucket="ceph-16", VersioningConfiguration={"Status": "Enabled"})
+    proxy.broken = {"?versioning"}
+    with pytest.raises(StoreError, match=told):
+        list(init_store(open_store("s3://ceph-16")))
+
+
+def test_a_store_without_conditions_and_versions_is_refused_for_the_conditions(proxy: FaultProxy) -> None:
+    """As `rclone serve s3`: 501 to all that concerns versions; so the probe is removed by a plain delete."""
+    proxy.ignored = {"if-none-match"}
+    proxy.refusals = {"?versions": 501, "?versioning": 501}
+    store = open_store("s3://like-rclone")
+    with pytest.raises(StoreError, match=r"although `If-None-Match: \*` forbids it \(it has no versioning\); expected"):
+        list(init_store(store))
+    assert list(store.list("")) == []
+
+
+def test_a_store_goes_on_without_versions(proxy: FaultProxy) -> None:
+    proxy.refusals = {"?versions": 501, "?versioning": 501}
+    facts = tell(init_store(open_store("s3://no-versions")))
+    assert facts["versioning"] == ("cannot be read or set here (NotImplemented)", False)
+    assert facts["conditional writes"] == ("yes", True)
+
+
+def test_seaweed_without_a_key_is_made_ready_and_stays_writable(
+    seaweed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_to(monkeypatch, seaweed_url)
+    store = open_store("s3://setup/team")
+    facts = tell(init_store(store))
+    assert facts == {
+        "bucket": ("setup made in us-east-1", True),
+        **READY,
+        "encryption": (CANNOT.format("InternalError"), False),
+        "public access": ("cannot be read or set here (NotImplemented)", False),
+        "conditional writes": ("yes", True),
+    }
+    assert tell(init_store(store)) == {**facts, "bucket": ("setup is there", True)}
+    store.put("a/1", b"x")
+    assert tell(describe_store(store))["encryption"] == ("none by default", False)
+    left = make_client(seaweed_url).list_object_versions(Bucket="setup")
+    assert [version["Key"] for version in left["Versions"]] == ["team/a/1"], "the probes are gone without a trace"
+
+
+def test_seaweed_refuses_a_wrong_secret(seaweed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(monkeypatch, seaweed_url, AWS_SECRET_ACCESS_KEY="wrong")
+    with pytest.raises(StoreError, match=r"access denied|the secret key does not fit"):
+        list(init_store(open_store("s3://setup-wrong")))
 
 
 def test_a_store_that_goes_away_half_way_is_an_error(proxy: FaultProxy) -> None:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from http_server import running
 
 CODES = {
+    400: "InvalidArgument",
     403: "AccessDenied",
     409: "ConditionalRequestConflict",
     412: "PreconditionFailed",
@@ -37,8 +38,9 @@ STRETCH = {"transfer-encoding", "connection", "content-length"}
 class FaultProxy(socketserver.ThreadingTCPServer):
     """The proxy. `script` is what it does to the next requests, `seen` the method, path and size of all of them.
 
-    `refusals` answers requests whose path holds a text with a status; `ignored` headers are not passed on. So it plays
-    a store that lacks something.
+    `refusals` answers requests whose "METHOD path" holds a text with a status, or with a status and a body; `ignored`
+    headers are not passed on. So it plays a store that lacks something. `breaks` is what a setting does to writes: from
+    the PUT of `?setting` to its DELETE, objects are not written (a status), or a header of theirs is not passed on.
     """
 
     daemon_threads = True
@@ -49,8 +51,10 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         self.target = urlsplit(target).netloc
         self.script: list[str | int] = []
         self.seen: list[tuple[str, str, int]] = []
-        self.refusals: dict[str, int] = {}
+        self.refusals: dict[str, int | tuple[int, bytes]] = {}
         self.ignored: set[str] = set()
+        self.breaks: dict[str, int | str] = {}
+        self.broken: set[str] = set()
         self.lock = threading.Lock()
 
     @property
@@ -61,6 +65,17 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         """Set what happens to the next requests."""
         with self.lock:
             self.script, self.seen, self.refusals, self.ignored = list(faults), [], {}, set()
+            self.breaks, self.broken = {}, set()
+
+    def note_setting(self, method: str, path: str) -> None:
+        """Remember whether a setting that breaks writes is there."""
+        for setting in self.breaks:
+            if setting in path and method in {"PUT", "DELETE"}:
+                (self.broken.add if method == "PUT" else self.broken.discard)(setting)
+
+    def list_breaks(self, method: str, path: str) -> "list[int | str]":
+        """What the settings that are there do to this request."""
+        return [self.breaks[setting] for setting in self.broken] if method == "PUT" and "?" not in path else []
 
     def next_fault(self) -> str | int:
         with self.lock:
@@ -94,12 +109,18 @@ class Connection(socketserver.StreamRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(size // 2 if fault == "cut_request" else size)
         self.server.seen.append((method, path, size))
-        fault = next((status for text, status in self.server.refusals.items() if text in path), fault)
-        self._commit(fault, method, path, headers, body)
+        self.server.note_setting(method, path)
+        fault = next((status for status in self.server.list_breaks(method, path) if isinstance(status, int)), fault)
+        told = next((told for text, told in self.server.refusals.items() if text in f"{method} {path}"), fault)
+        self._commit(told, method, path, headers, body)
 
-    def _commit(self, fault: str | int, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
+    def _commit(
+        self, fault: str | int | tuple[int, bytes], method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> None:
         if fault in ("reset", "cut_request"):
             self._reset()
+        elif isinstance(fault, tuple):
+            self._answer(*fault, {})
         elif isinstance(fault, int):
             self._answer(fault, make_error(CODES[fault]) if method != "HEAD" else b"", {})
         elif fault == "flip_request":
@@ -119,7 +140,7 @@ class Connection(socketserver.StreamRequestHandler):
     def _pass_on(
         self, method: str, path: str, headers: dict[str, str], body: bytes
     ) -> tuple[int, bytes, dict[str, str]]:
-        dropped = {"expect", *self.server.ignored}
+        dropped = {"expect", *self.server.ignored, *self.server.list_breaks(method, path)}
         upstream = HTTPConnection(self.server.target, timeout=30)
         upstream.request(method, path, body, {k: v for k, v in headers.items() if k.lower() not in dropped})
         answer = upstream.getresponse()

@@ -152,8 +152,11 @@ def read_status(answer: Mapping[str, Any]) -> int:
 
 
 def read_code(answer: Mapping[str, Any]) -> str:
-    """Return the error code of an answer (without a body: its status). Empty for a good answer."""
-    return str(answer.get("Error", {}).get("Code", ""))
+    """Return the error code of an answer (where it names none: its status). Empty for a good answer."""
+    if "Error" not in answer:
+        return ""
+    # A proxy's page, or an empty `<Code/>`: botocore says "" or None.
+    return str(answer["Error"].get("Code") or read_status(answer))
 
 
 def find_code(error: StoreError) -> str:

@@ -3,19 +3,23 @@
 A bucket gets versioning (to restore what was overwritten or deleted), a rule that removes unfinished uploads,
 encryption, and no public access. What an S3-compatible store lacks is reported and skipped. Only conditional writes are
 required: without them two promoters could both win.
+
+What a store says of a setting is not believed: an object is written before the first setting and after each. Some take
+a setting and then refuse every write, or have conditional writes only while the bucket keeps no versions.
 """
 
 import secrets
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from visionloop.errors import StoreError
 from visionloop.store import ObjectStore
 from visionloop.store.local import LocalStore
 from visionloop.store.s3 import Connection, S3Store
-from visionloop.store.s3_errors import find_code, hide_credentials, read_code, read_status
+from visionloop.store.s3_errors import find_code, hide_credentials, read_status
 
 UNFINISHED_DAYS = 7
 RULE = "visionloop-unfinished-uploads"
@@ -44,9 +48,9 @@ def describe_store(store: ObjectStore) -> Iterator[Fact]:
     yield Fact("store", f"{store.url} at {hide_credentials(connection.endpoint)}")
     connection.call("head_bucket")
     yield Fact("reachable", "yes")
-    for subject, read in _READERS.items():
+    for subject, setting in _SETTINGS.items():
         try:
-            yield Fact(subject, *read(connection))
+            yield Fact(subject, *setting.read(connection))
         except StoreError as exc:
             yield _tell_unable(subject, exc)
 
@@ -55,7 +59,7 @@ def init_store(store: ObjectStore) -> Iterator[Fact]:
     """Make the folder or the bucket and its settings. Each step is yielded when it is done.
 
     Raises:
-        StoreError: the store cannot be reached or made, or has no conditional writes.
+        StoreError: the store cannot be reached, made or written, or has no conditional writes.
     """
     if isinstance(store, LocalStore):
         existed = store.root.is_dir()
@@ -71,17 +75,9 @@ def init_store(store: ObjectStore) -> Iterator[Fact]:
     connection = store.connection
     connection.watch("request-created.s3.PutBucketLifecycleConfiguration", _add_md5)
     yield _make_bucket(connection)
-    for subject, write in _WRITERS.items():
-        read = _READERS[subject]
-        try:
-            found, ok = read(connection)
-            if not ok:
-                write(connection)
-                found, ok = read(connection)
-            yield Fact(subject, found, ok)
-        except StoreError as exc:
-            yield _tell_unable(subject, exc)
-    _check_conditional_writes(store)
+    _try_writes(store)
+    for subject, setting in _SETTINGS.items():
+        yield _put_on(store, subject, setting)
     yield Fact("conditional writes", "yes")
 
 
@@ -109,13 +105,49 @@ def _make_bucket(connection: Connection) -> Fact:
     return Fact("bucket", f"{bucket} made in {region}")
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """One setting of a bucket. `read` says how it is and whether that is enough; `write` returns what takes it back."""
+
+    read: Callable[[Connection], tuple[str, bool]]
+    write: Callable[[Connection], Callable[[], object]]
+
+
+def _put_on(store: S3Store, subject: str, setting: _Setting) -> Fact:
+    """Make a setting if it is not there, and take it back if the store then refuses what it is needed for.
+
+    Raises:
+        StoreError: the store cannot be reached, or its conditional writes end with the setting.
+    """
+    connection = store.connection
+    try:
+        found, ok = setting.read(connection)
+        if ok:
+            return Fact(subject, found)
+        take_back = setting.write(connection)
+    except StoreError as exc:
+        return _tell_unable(subject, exc)
+    try:
+        _try_writes(store)
+    except StoreError as exc:
+        take_back()
+        code = find_code(exc)
+        if not code:
+            raise
+        _try_writes(store)
+        return Fact(subject, f"cannot be on here: every write is refused then ({code}); it was taken back", ok=False)
+    return Fact(subject, *setting.read(connection))
+
+
 def _read_versioning(connection: Connection) -> tuple[str, bool]:
     status = connection.call("get_bucket_versioning").get("Status", "off")
     return {"Enabled": "on", "Suspended": "suspended"}.get(status, "off"), status == "Enabled"
 
 
-def _write_versioning(connection: Connection) -> None:
-    connection.call("put_bucket_versioning", VersioningConfiguration={"Status": "Enabled"})
+def _write_versioning(connection: Connection) -> Callable[[], object]:
+    put = partial(connection.call, "put_bucket_versioning")
+    put(VersioningConfiguration={"Status": "Enabled"})
+    return partial(put, VersioningConfiguration={"Status": "Suspended"})
 
 
 def _read_lifecycle(connection: Connection) -> tuple[str, bool]:
@@ -126,7 +158,7 @@ def _read_lifecycle(connection: Connection) -> tuple[str, bool]:
     return "kept for ever", False
 
 
-def _write_lifecycle(connection: Connection) -> None:
+def _write_lifecycle(connection: Connection) -> Callable[[], object]:
     """Write our rule together with the existing ones, because S3 replaces the whole configuration."""
     prefix = f"{connection.address.prefix}/" if connection.address.prefix else ""
     rule = {
@@ -135,8 +167,12 @@ def _write_lifecycle(connection: Connection) -> None:
         "Filter": {"Prefix": prefix},
         "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": UNFINISHED_DAYS},
     }
-    rules = [one for one in _list_rules(connection) if one.get("ID") != RULE]
-    connection.call("put_bucket_lifecycle_configuration", LifecycleConfiguration={"Rules": [*rules, rule]})
+    before = _list_rules(connection)
+    put = partial(connection.call, "put_bucket_lifecycle_configuration")
+    put(LifecycleConfiguration={"Rules": [*(one for one in before if one.get("ID") != RULE), rule]})
+    if before:
+        return partial(put, LifecycleConfiguration={"Rules": before})
+    return partial(connection.call, "delete_bucket_lifecycle")
 
 
 def _list_rules(connection: Connection) -> list[dict[str, Any]]:
@@ -146,40 +182,44 @@ def _list_rules(connection: Connection) -> list[dict[str, Any]]:
 
 def _read_encryption(connection: Connection) -> tuple[str, bool]:
     answer = connection.call("get_bucket_encryption", expected=UNSET)
-    if read_code(answer):
+    # Ceph 16.2 answers a configuration without rules where none is set.
+    rules = answer.get("ServerSideEncryptionConfiguration", {}).get("Rules", ())
+    if not rules:
         return "none by default", False
-    rules = answer["ServerSideEncryptionConfiguration"]["Rules"]
     names = [r.get("ApplyServerSideEncryptionByDefault", {}).get("SSEAlgorithm", "") for r in rules]
     return f"{' '.join(n for n in names if n) or 'on'} by default", True
 
 
-def _write_encryption(connection: Connection) -> None:
+def _write_encryption(connection: Connection) -> Callable[[], object]:
     rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
     connection.call("put_bucket_encryption", ServerSideEncryptionConfiguration={"Rules": [rule]})
+    return partial(connection.call, "delete_bucket_encryption")
 
 
 def _read_public_access(connection: Connection) -> tuple[str, bool]:
+    blocked = _list_blocked(connection)
+    return ("blocked", True) if all(blocked.get(name) for name in BLOCKED) else ("not blocked", False)
+
+
+def _write_public_access(connection: Connection) -> Callable[[], object]:
+    before = _list_blocked(connection)
+    put = partial(connection.call, "put_public_access_block")
+    put(PublicAccessBlockConfiguration=dict.fromkeys(BLOCKED, True))
+    if any(before.values()):
+        return partial(put, PublicAccessBlockConfiguration=before)
+    return partial(connection.call, "delete_public_access_block")
+
+
+def _list_blocked(connection: Connection) -> dict[str, bool]:
     answer = connection.call("get_public_access_block", expected=(NO_BLOCK,))
-    blocked = answer.get("PublicAccessBlockConfiguration", {})
-    missing = [name for name in BLOCKED if not blocked.get(name)]
-    return ("blocked", True) if not missing else ("not blocked", False)
+    return dict(answer.get("PublicAccessBlockConfiguration", {}))
 
 
-def _write_public_access(connection: Connection) -> None:
-    connection.call("put_public_access_block", PublicAccessBlockConfiguration=dict.fromkeys(BLOCKED, True))
-
-
-_READERS: dict[str, Callable[[Connection], tuple[str, bool]]] = {
-    "versioning": _read_versioning,
-    "unfinished uploads": _read_lifecycle,
-    "encryption": _read_encryption,
-    "public access": _read_public_access,
-}
-_WRITERS: dict[str, Callable[[Connection], None]] = {
-    "versioning": _write_versioning,
-    "unfinished uploads": _write_lifecycle,
-    "encryption": _write_encryption,
-    "public access": _write_public_access,
+_SETTINGS: Mapping[str, _Setting] = {
+    "versioning": _Setting(_read_versioning, _write_versioning),
+    "unfinished uploads": _Setting(_read_lifecycle, _write_lifecycle),
+    "encryption": _Setting(_read_encryption, _write_encryption),
+    "public access": _Setting(_read_public_access, _write_public_access),
 }
 
 
@@ -191,20 +231,38 @@ def _tell_unable(subject: str, exc: StoreError) -> Fact:
     return Fact(subject, f"cannot be read or set here ({code})", ok=False)
 
 
-def _check_conditional_writes(store: S3Store) -> None:
+def _try_writes(store: S3Store) -> None:
+    """Write an object, and try to create it again. Raises StoreError if it is not written, or is overwritten."""
     key = f"doctor/{secrets.token_hex(8)}"
+    store.put(key, b"first")
     try:
-        store.put(key, b"first")
-        refused = not store.create(key, b"second") and store.get(key) == b"first"
+        kept = not store.create(key, b"second") and store.get(key) == b"first"
     finally:
-        store.purge(key)
-    if not refused:
+        _remove(store, key)
+    if not kept:
         raise StoreError(
             f"store {store.url}",
-            "overwrites an object although `If-None-Match: *` forbids it",
+            f"overwrites an object although `If-None-Match: *` forbids it ({_describe_versioning(store.connection)})",
             "conditional writes",
-            "Use a store that has them: infra/s3.md names some.",
+            "Use a store, or a newer release of it, that has them: infra/s3.md names some.",
         )
+
+
+def _describe_versioning(connection: Connection) -> str:
+    try:
+        return f"its versioning is {_read_versioning(connection)[0]}"
+    except StoreError:
+        return "it has no versioning"
+
+
+def _remove(store: S3Store, key: str) -> None:
+    """Remove an object with its versions; where versions cannot be listed, the object alone."""
+    try:
+        store.purge(key)
+    except StoreError as exc:
+        if exc.transient or not find_code(exc):
+            raise
+        store.delete(key)
 
 
 def _add_md5(request: Any, **_: Any) -> None:
