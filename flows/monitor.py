@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, State
 
 import steps
-from ingest import make_key, tell_event
+import told
 from visionloop.monitoring.alert import send_alert
 from visionloop.monitoring.judge import Verdict, describe_verdict
 from visionloop.monitoring.watch import watch_window, write_copies
@@ -19,25 +18,22 @@ from visionloop.workspace import open_workspace
 DRIFT, QUALITY = "visionloop.drift", "visionloop.quality"  # also `.broken` and `.service`
 
 
-@flow(name="monitor")
-def monitor(workspace: str) -> State[Any]:
-    """Judge the last window; completed as Fine, Learning, Drift, Quality, Broken or Service.
+@flow(name="monitor", **told.HOOKS)
+def monitor(workspace: str, now: datetime | None = None) -> State[Any]:
+    """Judge the last window; completed as Fine, Learning, Drift, Quality, Broken or Service. `now`: not by the clock.
 
     An alert of a window is sent once, as an event of Prefect and to the webhook. Failed: the window was not judged.
     """
     opened = open_workspace(Path(workspace))
-    verdict, is_new = watch_window(opened, now=datetime.now(UTC))
+    verdict, is_new = watch_window(opened, now=now or datetime.now(UTC))
     path = write_copies(opened, verdict)
     lines = describe_verdict(verdict)
     for line in lines:
         steps.say(line)
-    text = "\n".join(lines).replace("`", "'")  # a name that somebody chose must not end the block
     page = f"\nWith pictures: `{path}`\n" if path else ""
-    told = f"# {opened.name}: {verdict.verdict}\n\n```\n{text}\n```\n{page}"
-    key = make_key("monitor", opened.name, opened.settings.home)
-    create_markdown_artifact(told, key=key, description=lines[0])
+    told.keep_page("monitor", opened, verdict.verdict, lines, page)
     if is_new and verdict.is_alert:
-        tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
+        told.tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
         webhook = opened.params.monitor.webhook
         if webhook and (problem := send_alert(webhook, verdict, os.environ)):
             steps.say(f"note: {problem}")
