@@ -23,7 +23,7 @@ $(STAMP): always
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check fix lock docs bench clean always
+.PHONY: help install demo demo-loop test test-long check fix lock docs bench clean always
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ install: $(STAMP) ## the environment, in .venv
 
 demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a served model
 	@$(BIN)/python flows/retrain.py
+
+demo-loop: $(STAMP) ## drift, alarm, labels, retrain, swap, rollback, told step by step (four minutes)
+	@$(BIN)/python flows/demo_loop.py
 
 test: check ## check, then every test but the long ones
 	@$(TIDY) $(BIN)/python -m pytest -n 3 -m "not long" tests/unit

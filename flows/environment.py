@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionloop.errors import VisionLoopError
@@ -18,16 +18,34 @@ PREFECT_DEFAULTS = {
 }
 
 
-def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
-    """Read `--workspace`, make it the workspace of this process, and keep Prefect and other tools inside it.
+POOL_TYPES = ("process", "docker", "kubernetes")
+IMAGE_FLOWS_DIR = "/app/flows"
+
+
+def add_deploy_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deploy.py`."""
+    parser.add_argument("--pool", help="register for a work pool of this name, and end; it is made if it is not there")
+    parser.add_argument("--type", choices=POOL_TYPES, help="of a pool that is made: process, or docker with --image")
+    parser.add_argument("--image", help="the image that a container of the pool runs")
+    parser.add_argument("--flows", help=f"where flows/ is for a worker; default: here, in an image {IMAGE_FLOWS_DIR}")
+    parser.add_argument("--replace", action="store_true", help="take over from another workspace of the same name")
+
+
+def enter_workspace_or_exit(
+    argv: Sequence[str], description: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """Read the options, make `--workspace` the one of this process, and keep Prefect and other tools inside it.
+
+    `add` adds options to this one; all are returned.
 
     Without a workspace, or with a mistake in its params.yaml: one line on stderr and exit code 2.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workspace", type=Path, help="a folder with a params.yaml; default: the one you are in")
-    folder: Path | None = parser.parse_args(argv).workspace
+    add(parser)
+    options = parser.parse_args(argv)
     try:
-        settings = load_settings(os.environ, folder)
+        settings = load_settings(os.environ, options.workspace)
         load_params(settings.params_path)  # a typo is told at once, not after Prefect has started
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)
@@ -36,3 +54,4 @@ def enter_workspace_or_exit(argv: Sequence[str], description: str) -> None:
     apply_tool_environment(settings.home)
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    return options

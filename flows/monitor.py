@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, State
 
 import steps
-from ingest import make_key, tell_event
+import told
 from visionloop.monitoring.alert import send_unsent
 from visionloop.monitoring.judge import Verdict, describe_late, describe_verdict
 from visionloop.monitoring.watch import find_missed, watch_window, write_copies
@@ -19,14 +18,14 @@ from visionloop.workspace import Workspace, open_workspace
 DRIFT, QUALITY = "visionloop.drift", "visionloop.quality"  # also `.broken` and `.service`
 
 
-@flow(name="monitor")
-def monitor(workspace: str) -> State[Any]:
-    """Judge the last window; completed as Fine, Learning, Drift, Quality, Broken or Service.
+@flow(name="monitor", **told.HOOKS)
+def monitor(workspace: str, now: datetime | None = None) -> State[Any]:
+    """Judge the last window; completed as Fine, Learning, Drift, Quality, Broken or Service. `now`: not by the clock.
 
     Windows that were missed since the last one that was judged come first. An alert of a window is told once as an
     event of Prefect, and sent to the webhook until that has it. Failed: the window was not judged.
     """
-    opened, now = open_workspace(Path(workspace)), datetime.now(UTC)
+    opened, now = open_workspace(Path(workspace)), now or datetime.now(UTC)
     missed, left_out = find_missed(opened, now=now)
     for start in missed:
         late, _ = watch_window(opened, now=now, at=start)
@@ -39,11 +38,8 @@ def monitor(workspace: str) -> State[Any]:
     lines = describe_verdict(verdict)
     for line in lines:
         steps.say(line)
-    text = "\n".join(lines).replace("`", "'")  # a name that somebody chose must not end the block
     page = f"\nWith pictures: `{path}`\n" if path else ""
-    told = f"# {opened.name}: {verdict.verdict}\n\n```\n{text}\n```\n{page}"
-    key = make_key("monitor", opened.name, opened.settings.home)
-    create_markdown_artifact(told, key=key, description=lines[0])
+    told.keep_page("monitor", opened, verdict.verdict, lines, page)
     if is_new:
         _tell_alert(opened, verdict)
     for note in send_unsent(opened, os.environ, now=now):
@@ -53,7 +49,7 @@ def monitor(workspace: str) -> State[Any]:
 
 def _tell_alert(opened: Workspace, verdict: Verdict) -> None:
     if verdict.is_alert:
-        tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
+        told.tell_event(opened, f"visionloop.{verdict.verdict}", {"window": verdict.window, "p": verdict.p})
 
 
 def name_alerts(verdict: Verdict) -> str:

@@ -6,7 +6,6 @@ From the shell no server is needed: Prefect starts one of its own for the run. E
 one line, 3 not promoted. Where nothing has changed, the last verdict stands, with its exit code (0 or 3).
 """
 
-import contextlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,30 +17,32 @@ if __name__ == "__main__":
     environment.enter_workspace_or_exit(sys.argv[1:], "Retrain, judge and promote the model of a workspace.")
 
 from prefect import flow, runtime
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Cancelled, Completed, State
 
 import shell
 import steps
-from ingest import make_key, tell_event
-from visionloop.errors import LeaseHeld, VisionLoopError
+import told
+from visionloop.errors import LeaseHeld
 from visionloop.monitoring.due import decide_retrain
 from visionloop.monitoring.triggers import RETRAIN
+from visionloop.promotion.ledger import latest_decision
+from visionloop.records import Decision
 from visionloop.retrain import Scheduled, bring_up_to_date
-from visionloop.words import Summary, describe_error
+from visionloop.words import Summary, format_interval
 from visionloop.workspace import Workspace, get_user, open_workspace
 
-PROMOTED = "visionloop.promoted"
+PROMOTED, PLOT = "visionloop.promoted", "confusion.png"
 
 
-@flow(name="retrain")
+@flow(name="retrain", **told.HOOKS)
 def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> State[Any]:
     """Bring the champion of a workspace up to date; the summary is the result, and an artifact in Prefect.
 
-    A run ends in one of three ways, each with its artifact: completed, named by what came of it (Promoted, Unchanged,
-    Same, Refused, Inconclusive); Failed, with the error; or Skipped (cancelled), while another retrain of this name is
-    under way, whoever started it and wherever. A run that is skipped moves nothing. One that is killed is closed, as
-    crashed, by the next.
+    A run ends in one of these ways, each with its artifact: completed (Promoted, Unchanged, Same); not promoted, which
+    Prefect shows as cancelled and not as green (Refused, Inconclusive, Waiting, or Unchanged where that still stands);
+    Failed, with the error; or Skipped (cancelled too), while another retrain of this name is under way, whoever started
+    it and wherever: it moves nothing. One that is killed is closed, as crashed, by the next.
 
     `only_if_due`: the triggers of params.yaml decide first; a run that is not due is completed as NotDue. `webhook` is
     what a caller said, for the trigger of that name.
@@ -63,37 +64,38 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
             scheduled=Scheduled(str(runtime.flow_run.id), steps.close_died),
         )
     except LeaseHeld as exc:
-        return end_as_skipped(opened, exc)
-    except Exception as exc:
-        keep_failure(opened, exc)
-        raise
+        told.keep_end("retrain", opened.settings.home, "skipped", f"Another retrain is under way: {exc}")
+        return Cancelled(name="Skipped", message=str(exc))
     if summary.outcome == "promoted":
-        tell_event(opened, PROMOTED, {"bundle": summary.model["bundle"], "dataset": summary.dataset["version"]})
-    return finish(summary, opened.settings.home)
+        bundle, dataset = summary.model["bundle"], summary.dataset["version"]
+        told.tell_event(opened, PROMOTED, {"bundle": bundle, "dataset": dataset})
+    return finish(summary, opened)
 
 
-def end_as_skipped(workspace: Workspace, error: LeaseHeld) -> State[Any]:
-    """End a run that found another one at work. The verdict of the last retrain keeps its own artifact."""
-    text = f"# {workspace.name}: skipped\n\nAnother retrain is under way: {error}\n"
-    key = f"{make_key('retrain', workspace.name, workspace.settings.home)}-skipped"
-    create_markdown_artifact(text, key=key, description=error.found)
-    return Cancelled(name="Skipped", message=str(error))
+def finish(summary: Summary, workspace: Workspace) -> State[Any]:
+    """Keep what came of it as artifacts, and end the run by its name. What was not promoted is no success."""
+    settings = workspace.settings
+    key = told.make_key("retrain", summary.name, settings.home)
+    create_markdown_artifact(summary.to_markdown(), key=key, description=f"{settings.home}: {summary.headline}")
+    decision = latest_decision(workspace.store, workspace.name)
+    if decision is not None:
+        create_table_artifact(make_table(decision), key=f"{key}-models", description=f"decision {decision.number}")
+        told.keep_image("retrain", workspace, settings.reports_dir / "figures" / PLOT)
+    end = Cancelled if summary.is_not_promoted else Completed
+    return end(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
 
 
-def keep_failure(workspace: Workspace, error: Exception) -> None:
-    """Keep what went wrong as an artifact: an error of ours in its own words, any other by its kind."""
-    line = describe_error(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
-    text = f"# {workspace.name}: failed\n\n{line}\n"
-    key = make_key("retrain", workspace.name, workspace.settings.home)
-    with contextlib.suppress(Exception):  # where Prefect is away too, the error that is told stays the first one
-        create_markdown_artifact(text, key=key, description=line[:300])
-
-
-def finish(summary: Summary, home: Path) -> State[Any]:
-    """Keep the summary as an artifact, and end the run: completed, by what came of it."""
-    key = make_key("retrain", summary.name, home)
-    create_markdown_artifact(summary.to_markdown(), key=key, description=f"{home}: {summary.headline}")
-    return Completed(name=summary.outcome.capitalize(), message=summary.headline, data=summary)
+def make_table(decision: Decision) -> list[dict[str, str]]:
+    """Return the figures of the candidate beside those of the champion, which a first model has not."""
+    candidate, champion = decision.metrics, decision.champion_metrics
+    return [
+        {
+            "figure": name,
+            "candidate": format_interval(candidate[name]) if name in candidate else "",
+            "champion": format_interval(champion[name]) if name in champion else "",
+        }
+        for name in candidate | champion
+    ]
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             wait_for_lease(workspace.store, workspace.name, only_here=True)
         print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
         state = flow(str(home))
-        if state.is_cancelled():
+        if state.name == "Skipped":
             print(f"error: {state.message}", file=sys.stderr)
             return BusyError.exit_code
-        summary = state.result()
+        summary = state.result(raise_on_failure=not state.is_cancelled())  # that of a model which is not promoted
         assert isinstance(summary, Summary)
         print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
         if summary.is_not_promoted:

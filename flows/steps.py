@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Crashed
 
+import told
 from visionloop.data.manifest import load_pin, load_records, make_image_key
 from visionloop.errors import PipelineError, ServingError, VisionLoopError
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
@@ -68,6 +69,7 @@ def close_died(run_id: str) -> bool:
                 if one.state is None or not one.state.is_final():
                     client.set_task_run_state(one.id, crashed, force=True)
             client.set_flow_run_state(found.id, crashed, force=True)
+        told.keep_crashed(client.read_flow(found.flow_id), found, crashed)
     except (ObjectNotFound, ValueError):
         return False
     except (httpx.HTTPError, PrefectException) as exc:

@@ -96,7 +96,42 @@ class Table:
             raise DiskError(f"--out {self.out}", f"cannot be written ({exc.strerror})", "a file", todo) from exc
 
 
-def find_images(paths: Sequence[str]) -> list[Path]:
+def find_new(paths: Sequence[str], folder: Path) -> tuple[list[Path], Path]:
+    """Return the images of `paths` that no table in a folder answers yet, and the next table: 000001.parquet, ...
+
+    A table bears the time at which its run began (`mtime`): a file that has changed since is answered again.
+
+    Raises:
+        SourceError: a path does not exist, or a table is damaged.
+    """
+    answered: dict[str, int] = {}
+    tables = sorted(one for one in folder.glob("*.parquet") if one.stem.isdigit())
+    for table in tables:
+        answered |= dict.fromkeys(_read_paths(table), table.stat().st_mtime_ns)
+    files = [one for path in paths for one in find_images([path], may_be_none=True)]
+    new = [one for one in files if answered.get(escape_name(str(one)), 0) < _read_change_ns(one)]
+    return list(dict.fromkeys(new)), folder / f"{int(tables[-1].stem) + 1 if tables else 1:06d}.parquet"
+
+
+def _read_change_ns(path: Path) -> int:
+    """Return when a file was changed, or put where it is; 0 where it is gone again."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_ctime_ns
+    return 0
+
+
+def _read_paths(table: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return [str(one) for one in pq.read_table(table, columns=["path"])["path"].to_pylist()]
+    except (pa.ArrowException, OSError, KeyError) as exc:
+        todo = "Remove it: then its images are answered again."
+        raise SourceError(str(table), "is damaged", "a table of answers", todo) from exc
+
+
+def find_images(paths: Sequence[str], *, may_be_none: bool = False) -> list[Path]:
     """Return the files that are named, the images in folders that are named, and the matches of globs, in that order.
 
     In folders, and below the wildcards of a glob, hidden files and systems' own are passed over and links are followed,
@@ -114,9 +149,9 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             files.append(path)
         elif matches := _expand(path, text):
             files += matches
-        else:
+        elif not (may_be_none and glob.has_magic(text)):
             raise SourceError(text, "does not exist", "an image, a folder or a glob", "Check the path.")
-    if not files:
+    if not files and not may_be_none:
         raise SourceError(shorten(list(paths)), "no image there", "image files")
     return list(dict.fromkeys(files))
 

@@ -1,7 +1,6 @@
 """The flow `monitor` on a real log: its states, its artifact, its events, each alert once. Prefect is stood in for."""
 
 import importlib
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ class Told:
         self.events: list[tuple[str, str, str]] = []
         monkeypatch.setattr(self.module, "open_workspace", lambda home: watched.place)
         monkeypatch.setattr(self.module, "datetime", self)
-        monkeypatch.setattr(self.module, "create_markdown_artifact", self.keep)
+        monkeypatch.setattr(self.module.told, "create_markdown_artifact", self.keep)
         monkeypatch.setattr(self.module.steps, "say", self.lines.append)
-        monkeypatch.setattr(sys.modules["ingest"], "emit_event", self.emit)
+        monkeypatch.setattr(self.module.told, "emit_event", self.emit)
 
     def keep(self, text: str, *, key: str, description: str) -> None:
         self.artifacts.append((text, key, description))

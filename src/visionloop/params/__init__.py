@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from visionloop.errors import ParamsError, shorten
 from visionloop.params.gate import Floor, Gate
@@ -34,7 +34,7 @@ from visionloop.params.ingest import (
 )
 from visionloop.params.monitor import Monitor, Webhook
 from visionloop.params.review import Review
-from visionloop.params.schedule import check_cron, check_timezone
+from visionloop.params.schedule import Predict, Schedule
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
 from visionloop.params.train import (
@@ -74,6 +74,7 @@ __all__ = [
     "Neighbours",
     "Normalisation",
     "Params",
+    "Predict",
     "Prepare",
     "PythonSource",
     "Review",
@@ -191,19 +192,6 @@ class Serve(Section):
     runtime: Literal["auto", "onnxruntime"] = "auto"
 
 
-class Schedule(Section):
-    """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin).
-
-    `retrain` always; `triggers`: whether one is due; `ingest`: new images alone; `monitor`: the last window.
-    """
-
-    retrain: Annotated[str | None, AfterValidator(check_cron)] = None
-    triggers: Annotated[str | None, AfterValidator(check_cron)] = None
-    ingest: Annotated[str | None, AfterValidator(check_cron)] = None
-    monitor: Annotated[str | None, AfterValidator(check_cron)] = None
-    timezone: Annotated[str, AfterValidator(check_timezone)] = "UTC"
-
-
 class Compute(Section):
     """Where the work runs, and what is shown of it. Nothing here makes a stage run again.
 
@@ -238,6 +226,7 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     serve: Serve = Serve()
+    predict: Predict = Predict()
     monitor: Monitor = Monitor()
     review: Review = Review()
     triggers: Triggers = Triggers()

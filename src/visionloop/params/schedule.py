@@ -1,8 +1,13 @@
-"""When something is due: five cron fields and a time zone, checked when params.yaml is read."""
+"""When something is due: five cron fields and a time zone, checked when params.yaml is read. See docs/loop.md."""
 
 import re
 from datetime import date, timedelta
+from typing import Annotated
 from zoneinfo import ZoneInfo
+
+from pydantic import AfterValidator, Field
+
+from visionloop.params.section import Section, Words
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 DAYS = "sun mon tue wed thu fri sat"
@@ -67,3 +72,29 @@ def check_timezone(name: str) -> str:
     except (ValueError, OSError, LookupError) as exc:
         raise ValueError("the name of a time zone, like Europe/Berlin or UTC") from exc
     return name
+
+
+class Schedule(Section):
+    """When flows run, as cron expressions (five fields), by the clock of `timezone` (a name like Europe/Berlin).
+
+    `retrain` always; `triggers`: whether one is due; `ingest`: new images alone; `monitor`: the last window; `review`:
+    the next images that are worth a label; `predict`: the new images of the section of this name.
+    """
+
+    retrain: Annotated[str | None, AfterValidator(check_cron)] = None
+    triggers: Annotated[str | None, AfterValidator(check_cron)] = None
+    ingest: Annotated[str | None, AfterValidator(check_cron)] = None
+    monitor: Annotated[str | None, AfterValidator(check_cron)] = None
+    review: Annotated[str | None, AfterValidator(check_cron)] = None
+    predict: Annotated[str | None, AfterValidator(check_cron)] = None
+    timezone: Annotated[str, AfterValidator(check_timezone)] = "UTC"
+
+
+class Predict(Section):
+    """What `schedule.predict` answers: images, folders and globs in `paths`, each new image once, into tables in `out`.
+
+    A path that is not absolute is below the workspace.
+    """
+
+    paths: Words = ()
+    out: str = Field(default="predictions", min_length=1)

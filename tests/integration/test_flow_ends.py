@@ -1,0 +1,121 @@
+"""How flows end, as Prefect shows it: a page for each end, no green for what was not promoted. Without Prefect."""
+
+import base64
+import importlib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.states import Cancelling, Crashed, Failed
+
+from shapes import ROOT
+from visionloop.errors import StoreError
+from visionloop.words import Summary
+from watched import make_watched
+
+
+class Kept:
+    """The modules of the flows, and the artifacts that they have kept: by key, the newest of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(ROOT / "flows"))
+        self.told, self.retrain = importlib.import_module("told"), importlib.import_module("retrain")
+        self.found: dict[str, Any] = {}
+        for module, name in (
+            (self.told, "create_markdown_artifact"),
+            (self.told, "create_image_artifact"),
+            (self.retrain, "create_markdown_artifact"),
+            (self.retrain, "create_table_artifact"),
+        ):
+            monkeypatch.setattr(module, name, self.keep)
+
+    def keep(self, value: Any, *, key: str, description: str) -> None:
+        assert key == key.lower().replace("_", "-"), "what Prefect takes as a key"
+        self.found[key] = value
+
+    def get(self, end: str) -> Any:
+        (key,) = (key for key in self.found if key.endswith(end))
+        return self.found[key]
+
+
+def make_run(**parameters: str) -> Any:
+    return types.SimpleNamespace(name="blue-fox", id="0123", parameters=parameters)
+
+
+def test_each_bad_end_has_a_page_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    kept, flow, run = Kept(monkeypatch), types.SimpleNamespace(name="ingest"), make_run(workspace=str(tmp_path))
+    error = StoreError("store", "is away", "an answer", "Wait.")
+    kept.told.keep_failed(flow, run, Failed(data=error))
+    kept.told.keep_crashed(flow, run, Crashed(message="exited with status code -9"))
+    kept.told.keep_cancelled(flow, run, Cancelling())
+    whose = f"\n\nRun `blue-fox (0123)` of the flow `ingest` in the workspace `{tmp_path}`.\n"
+    assert kept.get("-failed") == (
+        "# pets: ingest failed\n\nerror: store: is away; expected an answer. Wait.\n\n"
+        f"Mend what it says, and run it again: it goes on where it was.{whose}"
+    )
+    assert kept.get("-crashed").startswith(
+        "# pets: ingest crashed\n\nexited with status code -9\n\nIts process is gone"
+    )
+    assert kept.get("-cancelled").startswith("# pets: ingest cancelled\n\nIt was cancelled.\n\nSomebody stopped it.")
+    assert [key.rsplit("-", 2)[0] for key in kept.found] == ["ingest-pets"] * 3
+    (tmp_path / "params.yaml").write_text("name: [\n")
+    kept.told.keep_failed(flow, run, Failed(data=ValueError("odd")))
+    assert "ingest failed\n\nValueError: odd\n" in kept.get(
+        f"{kept.told.make_key('ingest', *name_of(tmp_path))}-failed"
+    )
+    kept.told.keep_crashed(flow, make_run(), Crashed())  # a flow that is not ours
+
+
+def name_of(folder: Path) -> tuple[str, Path]:
+    return "".join(c if c.isalnum() else "-" for c in folder.name.lower()).strip("-"), folder
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "end"),
+    [
+        ("promoted", "passed", ("Promoted", "COMPLETED")),
+        ("unchanged", "passed", ("Unchanged", "COMPLETED")),
+        ("same", "same", ("Same", "COMPLETED")),
+        ("refused", "refused", ("Refused", "CANCELLED")),
+        ("inconclusive", "inconclusive", ("Inconclusive", "CANCELLED")),
+        ("waiting", "waiting", ("Waiting", "CANCELLED")),
+        ("unchanged", "refused", ("Unchanged", "CANCELLED")),
+    ],
+)
+def test_what_is_not_promoted_is_not_green(
+    outcome: str, verdict: str, end: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, place = Kept(monkeypatch), make_watched(tmp_path).place
+    summary = Summary("fake", outcome, "so it is", verdict=verdict)
+    state = kept.retrain.finish(summary, place)
+    assert (state.name, state.type.value, state.message) == (*end, "so it is")
+    assert state.result(raise_on_failure=False) == summary
+    assert [text.splitlines()[0] for text in kept.found.values()] == ["# fake: so it is"]
+
+
+def test_the_candidate_stands_beside_the_champion_and_a_picture_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, place = Kept(monkeypatch), make_watched(tmp_path).place
+    figures = place.settings.reports_dir / "figures"
+    figures.mkdir(parents=True)
+    (figures / "confusion.png").write_bytes(b"picture")
+    accuracy = {"value": 0.9, "low": 0.8, "high": 0.95}
+    decision = types.SimpleNamespace(
+        number=4,
+        metrics={"accuracy": accuracy, "auc": accuracy},
+        champion_metrics={"accuracy": accuracy | {"low": None}},
+    )
+    monkeypatch.setattr(kept.retrain, "latest_decision", lambda store, name: decision)
+    kept.retrain.finish(Summary("fake", "refused", "no", verdict="refused"), place)
+    assert kept.get("-models") == [
+        {"figure": "accuracy", "candidate": "0.9000 (95 %: 0.8000 to 0.9500)", "champion": "0.9000 (too few images)"},
+        {"figure": "auc", "candidate": "0.9000 (95 %: 0.8000 to 0.9500)", "champion": ""},
+    ]
+    assert kept.get("-confusion") == f"data:image/png;base64,{base64.b64encode(b'picture').decode()}"
+    del kept.found[next(key for key in kept.found if key.endswith("-confusion"))]
+    (figures / "confusion.png").write_bytes(b"x" * 300_001)
+    kept.retrain.finish(Summary("fake", "refused", "no", verdict="refused"), place)
+    assert not any(key.endswith("-confusion") for key in kept.found), "what is large stays where it is"

@@ -1,0 +1,125 @@
+"""The flow `predict` on a real champion: each image once, into a table for each run. Prefect is stood in for."""
+
+import importlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from fakes import make_image
+from shapes import ROOT
+from visionloop.errors import ParamsError, SourceError
+from visionloop.params import Predict
+from visionloop.predict import find_new
+from visionloop.workspace import Workspace, connect
+from watched import make_watched
+
+
+class Told:
+    """The flow, and what it has told Prefect."""
+
+    def __init__(self, place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(ROOT / "flows"))
+        self.module = importlib.import_module("predict")
+        self.place, self.lines, self.pages = place, list[str](), list[tuple[str, str]]()
+        monkeypatch.setattr(self.module, "open_workspace", lambda home: self.place)
+        monkeypatch.setattr(self.module.steps, "say", self.lines.append)
+        monkeypatch.setattr(self.module.steps, "run_step", lambda name, work: work())
+        monkeypatch.setattr(self.module.told, "create_markdown_artifact", self.keep)
+
+    def keep(self, text: str, *, key: str, description: str) -> None:
+        self.pages.append((key, text))
+
+    def set(self, *paths: str, **section: Any) -> None:
+        predict = Predict(paths=paths, **section)
+        params = self.place.params.model_copy(update={"predict": predict})
+        self.place = connect(self.place.settings, params, store=self.place.store, tracking=self.place.tracking)
+
+    def run(self) -> tuple[str, str]:
+        state = self.module.predict.fn("/anywhere")
+        return state.name, state.message
+
+
+def read(table: Path) -> list[tuple[str, bool]]:
+    """The images of a table, and whether each has an answer."""
+    return [(Path(row["path"]).name, row["error"] is None) for row in pq.read_table(table).to_pylist()]
+
+
+def test_each_image_is_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    home = told.place.settings.home
+    with pytest.raises(ParamsError, match=r"params.yaml predict.paths: names none; expected images, folders or globs"):
+        told.run()
+    told.set("inbox", str(tmp_path / "cameras" / "*.png"), out="answers")
+    with pytest.raises(SourceError, match="inbox: does not exist"):
+        told.run()
+    inbox, answers = home / "inbox", home / "answers"
+    inbox.mkdir()
+    assert told.run() == ("NothingNew", f"no new image in inbox, {tmp_path}/cameras/*.png")
+    assert not answers.exists()
+
+    (inbox / "a.png").write_bytes(make_image(1))
+    (inbox / "`b`\n.png").write_bytes(make_image(2))
+    (inbox / "half.png").write_bytes(make_image(3)[:200])
+    assert told.run() == ("Answered", f"3 rows, 1 of them with the reason in {answers / '000001.parquet'}")
+    assert [(name[:2], is_good) for name, is_good in read(answers / "000001.parquet")] == [
+        ("`b", True),
+        ("a.", True),
+        ("ha", False),
+    ]
+    assert told.run()[0] == "NothingNew"
+
+    time.sleep(0.01)
+    (inbox / "half.png").write_bytes(make_image(3))
+    (tmp_path / "cameras").mkdir()
+    (tmp_path / "cameras" / "c.png").write_bytes(make_image(4))
+    os.utime(tmp_path / "cameras" / "c.png", (1, 1))  # copied with the time of long ago
+    assert told.run()[0] == "Answered"
+    assert read(answers / "000002.parquet") == [("half.png", True), ("c.png", True)]
+    assert told.run()[0] == "NothingNew"
+    assert all(text.count("`") == 6 for _, text in told.pages), "a name of a file ends no block"
+
+    (answers / "000002.parquet").write_text("no table")
+    with pytest.raises(SourceError, match=r"000002.parquet: is damaged; expected a table of answers. Remove it"):
+        told.run()
+    (answers / "000002.parquet").unlink()
+    assert told.run()[0] == "Answered"
+    assert read(answers / "000002.parquet") == [("half.png", True), ("c.png", True)]
+
+
+def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    told.set("inbox")
+    inbox = told.place.settings.home / "inbox"
+    inbox.mkdir()
+    for number in range(3):
+        (inbox / f"{number}.png").write_bytes(make_image(number))
+    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 2)
+    write = told.module.Table.write
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(told.module.Table, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        told.run()
+    monkeypatch.setattr(told.module.Table, "write", write)
+    assert told.run()[0] == "Answered"
+    assert "3 of 3 were answered by a run that stopped" in told.lines
+    assert [name for name, _ in read(told.place.settings.home / "predictions" / "000001.parquet")] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+
+
+def test_a_file_that_is_gone_again_is_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(make_image(1))
+    (tmp_path / "b.png").write_bytes(make_image(2))
+    found = find_new([str(tmp_path)], tmp_path / "none")
+    assert ([one.name for one in found[0]], found[1].name) == (["a.png", "b.png"], "000001.parquet")
+    monkeypatch.setattr("visionloop.predict.find_images", lambda paths, may_be_none: [tmp_path / "gone.png"])
+    assert find_new([str(tmp_path)], tmp_path / "none")[0] == []
