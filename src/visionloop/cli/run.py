@@ -32,6 +32,7 @@ def main() -> None:
         stages,
         triggers,
         tune,
+        up,
         workspace,
     )
 

@@ -208,9 +208,9 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
     return None
 
 
-def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
-    """Return all decisions of a name, oldest first. Raises PromotionError."""
-    return [_read(store, key, Decision, "a decision") for key in _list_keys(store, f"decisions/{name}")]
+def read_decisions(store: ObjectStore, name: str, last: int = 0) -> list[Decision]:
+    """Return all decisions of a name, or the `last` ones, oldest first. Raises PromotionError."""
+    return [_read(store, key, Decision, "a decision") for key in _list_keys(store, f"decisions/{name}")[-last:]]
 
 
 def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
