@@ -99,6 +99,7 @@ def render(watch: Watch, *, whole: bool = True) -> str:
         ago=lambda text: describe_time(text, now),
         exact=_describe_exact,
         percent=_describe_percent,
+        spans=mark_commands,
         script=Markup(_read("home.js")),
         style=Markup(_read("home.css")),
     )
@@ -118,6 +119,12 @@ def describe_time(text: str | None, now: datetime) -> str:
     number = max(1, round(size / unit_s))
     told = f"{number} {unit.removesuffix('s') if number == 1 else unit}"
     return f"{told} ago" if seconds >= 0 else f"in {told}"
+
+
+def mark_commands(text: str) -> Markup:
+    """Return a text as HTML: what stands in backticks is code."""
+    parts = enumerate(text.split("`"))
+    return Markup("").join(Markup("<code>{}</code>").format(one) if i % 2 else one for i, one in parts)
 
 
 def draw_decisions(decisions: tuple[dict[str, Any], ...]) -> Markup:

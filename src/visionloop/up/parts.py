@@ -63,7 +63,7 @@ def make_mlflow_command(workspace: Workspace, port: int) -> tuple[str, ...]:
     settings = workspace.settings
     command = (sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1")
     stores = ("--backend-store-uri", settings.tracking_uri, "--default-artifact-root", settings.artifact_root)
-    return (*command, *stores)
+    return (*command, *stores, "--uvicorn-opts", "--no-access-log")  # it is asked every few seconds
 
 
 MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # no queue of jobs: nothing here uses it

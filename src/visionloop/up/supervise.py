@@ -23,7 +23,7 @@ from visionloop.up.board import STARTING, STOPPING, UP, Board, PartState, State
 from visionloop.up.parts import Part
 from visionloop.workspace import get_now
 
-TICK_S, LOOK_EVERY_S, TOLD_EVERY_S = 0.2, 2.0, 5.0
+TICK_S, LOOK_EVERY_S, TOLD_EVERY_S = 0.2, 3.0, 5.0
 START_S = 180.0  # until a part answers for the first time
 SILENT_S = 120.0  # of a part that has answered before: then it is started again
 SOUND_S = 60.0  # so long it must be well for its failures to be forgotten
