@@ -1,6 +1,7 @@
 """A process that works for another one ends with it, so that no kill leaves a training or a server behind.
 
-`python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone.
+`python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone. With a mark instead of
+STOPPED it ends all that was started under that mark: children, their children, and what has left its group.
 """
 
 import contextlib
@@ -11,9 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
 GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
+MARK_VARIABLE = "VISIONLOOP_UP"  # in the environment of all that one `visionloop up` has started
 WATCH_EVERY_S = 0.25
 
 
@@ -65,6 +71,51 @@ def stop_with_us(pid: int) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+def stop_marked_with_us(mark: str) -> "subprocess.Popen[bytes]":
+    """Have all that is started under a mark stopped when this process ends or is killed; return the watcher."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), mark],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def stop_marked(mark: str, limit_s: float = 10) -> int:
+    """Stop all processes that were started under a mark, politely, then for good; return how many there were.
+
+    What they start in the meantime is found too.
+    """
+    import psutil
+
+    found: set[int] = set()
+    deadline = time.monotonic() + limit_s
+    while alive := _find_marked(mark):
+        late = time.monotonic() > deadline
+        for process in alive:
+            if late or process.pid not in found:
+                with contextlib.suppress(psutil.Error):
+                    process.kill() if late else process.terminate()
+        found.update(process.pid for process in alive)
+        psutil.wait_procs(alive, timeout=0.2)
+        if time.monotonic() > deadline + limit_s:
+            break
+    return len(found)
+
+
+def _find_marked(mark: str) -> "list[psutil.Process]":
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            is_marked = process.pid != os.getpid() and process.environ().get(MARK_VARIABLE) == mark
+            if is_marked and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def stop_process(process: subprocess.Popen[str], limit_s: float = 15) -> None:
@@ -128,10 +179,16 @@ def _watch(watched: dict[int, float], on_gone: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    """Watch the first process id, and end the second when either is gone."""
+    """Watch the first process id, and end the second when either is gone; or all that bears a mark."""
     import psutil
 
-    watched_pid, stopped_pid = int(sys.argv[1]), int(sys.argv[2])
+    watched_pid = int(sys.argv[1])
+    if not sys.argv[2].isdigit():
+        with contextlib.suppress(psutil.Error):
+            _watch({watched_pid: psutil.Process(watched_pid).create_time()}, lambda: None)
+        stop_marked(sys.argv[2])
+        return
+    stopped_pid = int(sys.argv[2])
     try:
         watched = {pid: psutil.Process(pid).create_time() for pid in (watched_pid, stopped_pid)}
     except psutil.Error:

@@ -358,7 +358,7 @@ def _list_next_commands(workspace: Workspace, *, has_champion: bool) -> dict[str
     """Return the commands to look further, as they can be pasted into this shell."""
     settings, here = workspace.settings, Path.cwd()
     report = settings.decisions_dir / "latest.html"
-    look = describe_mlflow(settings.tracking_uri, settings.home, here, find_command("mlflow"))
+    look = describe_mlflow(settings.tracking_uri, settings.home, here, find_command("visionloop", settings.home))
     commands = {"compare runs": look}
     if report.is_file():
         commands["read the report"] = shorten_path(report, settings.home, here)

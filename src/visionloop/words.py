@@ -361,11 +361,11 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)
 
 
-def describe_mlflow(uri: str, home: "Path", here: "Path", command: str = "mlflow") -> str:
+def describe_mlflow(uri: str, home: "Path", here: "Path", command: str = "visionloop") -> str:
     """Tell how to look at the runs: the command that shows an SQLite file, or the server without its password."""
     if not uri.startswith("sqlite:///"):
         return mask(uri)
-    return f"{command} ui --backend-store-uri sqlite:///{shorten_path(uri.removeprefix('sqlite:///'), home, here)}"
+    return f"{'' if home == here else f'cd {home} && '}{command} ui"
 
 
 def shorten_path(path: "Path | str", home: "Path", here: "Path") -> str:

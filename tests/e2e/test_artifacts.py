@@ -20,7 +20,7 @@ from retrain import finish
 from visionloop.words import Summary
 
 def report(home, name, headline):
-    commands = {"read the report": f"{home}/reports/report.html", "compare runs": f"mlflow ui {home}"}
+    commands = {"read the report": f"{home}/reports/report.html", "compare runs": f"cd {home} && visionloop ui"}
     return flow(name="report")(lambda: finish(Summary(name, "promoted", headline, commands=commands), Path(home)))()
 
 report("/srv/a", "pets", "pets has a new champion")
@@ -56,4 +56,4 @@ def test_artifacts_of_workspaces_are_kept_apart(prefect_api: str, tmp_path: Path
         "# pets: the candidate was refused",
     ]
     assert all("- to read the report: `/srv/" in artifact["data"] for artifact in found)
-    assert all("- to compare runs: `mlflow ui" in artifact["data"] for artifact in found)
+    assert all("- to compare runs: `cd /srv/" in artifact["data"] for artifact in found)

@@ -31,6 +31,7 @@ def main() -> None:
         stages,
         triggers,
         tune,
+        up,
         workspace,
     )
 

@@ -208,9 +208,10 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
     return None
 
 
-def read_decisions(store: ObjectStore, name: str) -> list[Decision]:
-    """Return all decisions of a name, oldest first. Raises PromotionError."""
-    return [_read_decision(store, name, number) for number in _list_numbers(store, f"decisions/{name}")[0]]
+def read_decisions(store: ObjectStore, name: str, last: int = 0) -> list[Decision]:
+    """Return all decisions of a name, or the `last` ones, oldest first. Raises PromotionError."""
+    numbers = _list_numbers(store, f"decisions/{name}")[0][-last:]
+    return [_read_decision(store, name, number) for number in numbers]
 
 
 def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:

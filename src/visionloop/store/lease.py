@@ -243,6 +243,15 @@ def wait_for_lease(
         slept += pause_s
 
 
+def read_holder(store: ObjectStore, name: str) -> Claim | None:
+    """Return who seems to be at a retrain: a claim that was not ended, of no dead process of this machine.
+
+    Waits for nothing; so one that died on another machine is returned too.
+    """
+    top = _read_top(store, name)
+    return None if top is None or top[0].ended or not top[0].token or top[0].is_dead else top[0]
+
+
 def find_machine() -> str:
     """Return what tells this machine, and this container on it, from others until it is started anew; "" if unknown."""
     try:

@@ -43,7 +43,7 @@ def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "an experiment (ingest.split.method: random): every epoch was judged on the test side",
         "  best         epoch 9  val/loss 0.2500  val/accuracy 0.8750  val/f1 0.8000",
         "  curve        .visionloop/curve.png",
-        "  MLflow       mlflow ui --backend-store-uri sqlite:///.visionloop/mlflow/mlflow.db",
+        "  MLflow       visionloop ui",
         "               experiment pets, run resnet18-dataset3",
         "  TensorBoard  tensorboard --logdir .visionloop/tensorboard",
         f"models/candidate is bundle {'b' * 12}, MLflow run {RUN}, 1 min 15 s",

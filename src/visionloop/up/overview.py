@@ -1,0 +1,235 @@
+"""The state of the loop: dataset, champion, verdicts, what is served, what comes next. Read from store and Prefect.
+
+Each section is read alone: one that cannot be read is told among the problems, and the others stand.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from visionloop.data.known_store import check_store
+from visionloop.data.manifest import load_pin, load_version
+from visionloop.errors import VisionLoopError, describe_first_line
+from visionloop.monitoring.due import read_decisions as read_trigger_decisions
+from visionloop.monitoring.judge import Verdict
+from visionloop.monitoring.watch import list_windows, load_verdict
+from visionloop.promotion.ledger import read_champion, read_decisions
+from visionloop.records import Decision, Record, make_natural_key
+from visionloop.secrets import mask
+from visionloop.store.lease import read_holder
+from visionloop.up.parts import ask
+from visionloop.words import describe_error
+from visionloop.workspace import Workspace
+
+SHOWN_DECISIONS, SHOWN_RUNS = 12, 5
+FIGURES = ("accuracy", "macro_f1", "map", "exact_match")
+
+
+@dataclass(frozen=True)
+class Overview(Record):
+    """What is known of a loop at one time, JSON-ready. None: there is none of it yet, or it cannot be read.
+
+    `decisions` are the newest of the gate, the oldest of them first. `waiting`: images that wait for a label.
+    """
+
+    name: str
+    home: str
+    at: str
+    dataset: dict[str, Any] | None = None
+    champion: dict[str, Any] | None = None
+    decisions: tuple[dict[str, Any], ...] = ()
+    window: dict[str, Any] | None = None
+    trigger: dict[str, Any] | None = None
+    under_way: str = ""
+    plan: dict[str, Any] | None = None
+    waiting: int | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """The last decision of the gate."""
+        return self.decisions[-1] if self.decisions else None
+
+
+def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | None = None) -> Overview:
+    """Read all of it. Takes as long as the store takes; raises nothing."""
+    problems: list[str] = []
+    store, name = workspace.store, workspace.name
+
+    def read(what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except VisionLoopError as exc:
+            problems.append(describe_error(exc).removeprefix("error: "))
+        except Exception as exc:  # a record that somebody has damaged
+            problems.append(f"{what} cannot be read: {type(exc).__name__}: {describe_first_line(exc)}")
+        return None
+
+    facts: dict[str, Any] = {"name": name, "home": str(workspace.settings.home), "at": now.isoformat()}
+    read("the store", lambda: check_store(workspace))
+    if not problems:
+        decisions = read("the decisions", lambda: read_decisions(store, name, SHOWN_DECISIONS)) or []
+        facts["decisions"] = tuple(_tell_decision(one) for one in decisions)
+        facts["dataset"] = read("the dataset", lambda: _read_dataset(workspace))
+        facts["champion"] = read("the ledger", lambda: _read_champion(workspace, decisions))
+        facts["window"] = read("the last window", lambda: _read_window(workspace))
+        facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
+        facts["under_way"] = str(read("the lease", lambda: read_holder(store, name)) or "")
+    facts["plan"] = read("Prefect", lambda: read_plan(prefect_api, now)) if prefect_api else None
+    return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
+
+
+def _read_dataset(workspace: Workspace) -> dict[str, Any] | None:
+    if not workspace.settings.pin_path.is_file():
+        return None
+    pin = load_pin(workspace.settings.pin_path, workspace.name)
+    version = load_version(workspace.store, pin.name, pin.version)
+    counts: dict[str, int] = {}
+    for classes in version.counts.values():
+        for label, number in classes.items():
+            counts[label] = counts.get(label, 0) + number
+    return {
+        "version": pin.version,
+        "num_images": pin.num_images,
+        "num_added": version.num_added,
+        "num_rejected": version.num_rejected,
+        "at": version.created_at,
+        "sides": {side: sum(classes.values()) for side, classes in version.counts.items()},
+        "classes": [[label, counts.get(label, 0)] for label in sorted(pin.classes, key=make_natural_key)],
+    }
+
+
+def _read_champion(workspace: Workspace, decisions: list[Decision]) -> dict[str, Any] | None:
+    entry = read_champion(workspace.store, workspace.name)
+    if entry is None:
+        return None
+    known = next((one for one in decisions if one.number == entry.decision), None)
+    return {
+        "bundle": entry.bundle,
+        "entry": entry.number,
+        "version": entry.model_version,
+        "action": entry.action,
+        "at": entry.at,
+        "by": entry.by,
+        "why": entry.why,
+        "dataset": entry.dataset.get("version"),
+        "figure": _pick_figure(known.metrics) if known else None,
+    }
+
+
+def _tell_decision(decision: Decision) -> dict[str, Any]:
+    held = [one for one in decision.rules if one.holds_back]
+    return {
+        "number": decision.number,
+        "verdict": "same" if decision.is_same_model else decision.verdict,
+        "at": decision.decided_at,
+        "candidate": decision.candidate,
+        "dataset": decision.dataset.get("version"),
+        "held": [f"{one.rule}: {one.found}" for one in held],
+        "figure": _pick_figure(decision.metrics),
+    }
+
+
+def _pick_figure(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any] | None:
+    """Return the figure that a person asks for first, with its bounds."""
+    name = next((one for one in FIGURES if one in metrics), None)
+    if name is None or metrics[name].get("value") is None:
+        return None
+    low, high = (metrics[name].get(bound) for bound in ("low", "high"))
+    return {"name": name, "value": metrics[name]["value"], "low": low, "high": high}
+
+
+def _read_window(workspace: Workspace) -> dict[str, Any] | None:
+    """Return the newest window that was judged."""
+    for window in reversed(list_windows(workspace)[-3:]):
+        if verdict := load_verdict(workspace, window):
+            return _tell_window(verdict)
+    return None
+
+
+def _tell_window(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "verdict": verdict.verdict,
+        "is_alert": verdict.is_alert,
+        "start": verdict.start,
+        "end": verdict.end,
+        "num_images": verdict.num_images,
+        "p": verdict.p,
+        "level": verdict.level,
+        "expected": verdict.expected_accuracy,
+        "expected_is_trusted": verdict.expected_is_trusted,
+        "labelled": verdict.labelled_accuracy,
+        "num_labels": verdict.num_labels,
+        "alerts": [f"{check['name']}: {check['found']}" for check in verdict.list_alerts()],
+    }
+
+
+def _read_trigger(workspace: Workspace) -> dict[str, Any] | None:
+    if not (found := read_trigger_decisions(workspace.store, workspace.name, 1)):
+        return None
+    return {"outcome": found[0].outcome, "why": found[0].why, "at": found[0].at}
+
+
+def read_plan(api: str, now: datetime) -> dict[str, Any] | None:
+    """Return what Prefect runs next, what it runs now and what has ended last; None: it does not answer."""
+    deployments = ask(f"{api}/deployments/filter", {"deployments": {"tags": {"all_": ["visionloop"]}}})
+    if not isinstance(deployments, list):
+        return None
+    names = {one["id"]: f"{str(one.get('entrypoint')).rpartition(':')[2]}/{one['name']}" for one in deployments}
+
+    def find(states: list[str], sort: str, limit: int) -> list[dict[str, Any]]:
+        chosen = {"state": {"type": {"any_": states}}, "deployment_id": {"any_": list(names)}}
+        found = ask(f"{api}/flow_runs/filter", {"flow_runs": chosen, "sort": sort, "limit": limit})
+        return [
+            {
+                "name": names.get(one["deployment_id"], one["name"]),
+                "state": one["state_name"],
+                "kind": one["state_type"],
+                "at": one.get("end_time") or one.get("start_time") or one.get("expected_start_time"),
+                "url": f"{api.removesuffix('/api')}/runs/flow-run/{one['id']}",
+                "message": (one.get("state") or {}).get("message") or "",
+            }
+            for one in found or []
+        ]
+
+    if not names:
+        return {"next": [], "running": [], "ended": []}
+    ended = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
+    planned = find(["SCHEDULED"], "EXPECTED_START_TIME_ASC", 30)
+    return {
+        "next": [one for one in planned if _is_after(one["at"], now)][:3],
+        "running": find(["RUNNING", "PENDING"], "START_TIME_DESC", 3),
+        "ended": find(ended, "END_TIME_DESC", SHOWN_RUNS),
+    }
+
+
+def _is_after(text: str | None, now: datetime) -> bool:
+    with contextlib.suppress(ValueError, TypeError):
+        time = datetime.fromisoformat(str(text))
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)) >= now
+    return False
+
+
+def advise(overview: Overview) -> tuple[str, str]:
+    """Return what a person does next, and the command for it; both "" where nothing is to be done."""
+    window, verdict, dataset = overview.window, overview.verdict, overview.dataset
+    is_changed = window is not None and window["verdict"] in ("drift", "quality")
+    has_none = overview.champion is None and not overview.problems
+    changed = "What is served is no longer like what was learned. New images with labels, then:"
+    advice = (
+        (
+            has_none and not dataset,
+            "There are no images yet. A folder a class is enough:",
+            "ingest PHOTOS --save",
+        ),
+        (has_none and not verdict, "The images are here, and no model yet:", "retrain"),
+        (verdict and verdict["verdict"] == "waiting", "A candidate waits for a person's word:", "approve --why WHY"),
+        (has_none, "No candidate has passed the gate yet. More images, or other params, then:", "retrain"),
+        (overview.waiting, f"{overview.waiting or 0:,} images wait for a label:", "review --serve"),
+        (is_changed, changed, "retrain"),
+    )
+    if overview.under_way or (overview.plan and overview.plan["running"]):
+        return "", ""
+    return next(((text, f"visionloop {command}") for holds, text, command in advice if holds), ("", ""))
