@@ -8,6 +8,7 @@ Pictures are decoded and encoded anew: what a client once sent reaches no browse
 import hmac
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -51,16 +52,15 @@ class ReviewPage:
         self._load = lru_cache(KEPT_PICTURES)(self._load_picture)
         page, handler = self, type("Handler", (_Handler,), {"page": self})
         try:
-            self._server = ThreadingHTTPServer((LOOPBACK, port), handler)
+            self._server = _Server((LOOPBACK, port), handler)
         except OSError as exc:
             todo = "Leave --port out: a free one is chosen."
             raise SettingsError("--port", f"{port} cannot be used ({exc.strerror})", "a free port", todo) from exc
-        self._server.daemon_threads = True
         self.url = f"http://{LOOPBACK}:{self._server.server_address[1]}/{page._token}/"
 
     def serve(self) -> None:
         """Answer until `stop` is called, or the process ends."""
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=0.05)
 
     def stop(self) -> None:
         """End, from another thread."""
@@ -122,7 +122,8 @@ class ReviewPage:
 
     def _check(self, item: object) -> tuple[str, tuple[str, Labels]]:
         """Return an answer as it is stored. Raises Refused."""
-        if not isinstance(item, dict) or item.get("sha256") not in self._images or item.get("verdict") not in VERDICTS:
+        known = isinstance(item, dict) and isinstance(item.get("sha256"), str) and item["sha256"] in self._images
+        if not isinstance(item, dict) or not known or item.get("verdict") not in VERDICTS:
             raise Refused(400, f"an answer is of an image of this batch, and one of {', '.join(VERDICTS)}")
         sha256, verdict, labels = item["sha256"], item["verdict"], item.get("labels", [])
         if verdict != LABEL:
@@ -151,6 +152,15 @@ class ReviewPage:
         limit, name = self.workspace.params.ingest.max_pixels, self.workspace.name
         with self._decoding:
             return load_picture(self.workspace.store, name, asked, max_px, max_pixels=limit)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that has gone away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
