@@ -22,7 +22,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
 
-from visionloop.data.encoded import READ, Size, parse_encoded, read_orientation
+from visionloop.data.encoded import Size, name_readable, parse_encoded, read_orientation
 from visionloop.data.modes import find_brightest, flatten, resize_channels, to_rgb
 from visionloop.errors import ImageError
 from visionloop.records import MAX_PIXELS
@@ -173,8 +173,17 @@ def load_array(
     by one to two grey levels from Pillow's antialiased bilinear filter, which resizes all others. The same bytes give
     the same array in every thread and process of a machine. Raises ImageError.
     """
+    return load_sized_array(data, where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)[0]
+
+
+def load_sized_array(
+    data: bytes, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int | None = MAX_PIXELS
+) -> tuple[UInt8Array, Size]:
+    """Do what `load_array` does; return the width and height of the whole image too, as it is shown."""
     opened = _Opened(data, where, max_pixels)
-    return _make_array(opened.size, opened.orientation, opened.decode, size_hw, resize)
+    orientation = opened.orientation
+    array = _make_array(opened.size, orientation, opened.decode, size_hw, resize)
+    return array, _swap(opened.size, orientation)
 
 
 def convert_image(
@@ -271,11 +280,11 @@ def open_image(kind: str, data: bytes, where: str) -> Image.Image:
         raise
     except ImportError as exc:
         todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
-        raise ImageError(where, "is HEIC, and pi-heif is not installed", READ, todo) from exc
+        raise ImageError(where, "is HEIC, and pi-heif is not installed", name_readable(), todo) from exc
     except SyntaxError as exc:
         if kind == "AVIF" and not features.check("avif"):
             todo = "Install one of Pillow's own wheels, or export it as JPEG."
-            raise ImageError(where, "is AVIF, and this Pillow is built without it", READ, todo) from exc
+            raise ImageError(where, "is AVIF, and this Pillow is built without it", name_readable(), todo) from exc
         raise make_damaged(where, str(exc) or "its header") from exc
     except Exception as exc:  # a malformed file can make the parser raise anything
         raise make_damaged(where, str(exc) or "its header") from exc
