@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from visionloop.data.encoded import parse_encoded, read_orientation
+from visionloop.data.day_table import DayTable
+from visionloop.data.encoded import read_shown_size
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import (
@@ -36,7 +37,7 @@ from visionloop.data.prediction_log import (
 )
 from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import load_tombstones
-from visionloop.errors import DatasetError, ImageError, StoreError, VisionLoopError
+from visionloop.errors import DatasetError, StoreError, VisionLoopError
 from visionloop.params import Serve
 from visionloop.serving.answers import Answer
 from visionloop.serving.keep import Choice, Keeper
@@ -193,15 +194,8 @@ class PredictionLog:
         """Write down how many requests there were since the last time, also where none was answered."""
         with self._lock:
             counts, self._counts, self._counted_s = self._counts, Counter[str](), time.monotonic()
-        now = datetime.now(UTC)
-        self._num_parts += 1
-        part = f"{now:%H%M%S}-{self._server}-{self._num_parts:06d}"
-        row = {"time": now, "server": self._server, "refused": 0, "errors": 0, **counts}
-        try:
-            self._put_aside(REQUESTS.make_key(self._name, now.date(), part), REQUESTS.encode([row]))
-        except Exception as exc:
-            self._drop(exc, 0)
-        self._written.set()
+        row = {"time": datetime.now(UTC), "server": self._server, "refused": 0, "errors": 0, **counts}
+        self._write_part(REQUESTS, [row])
 
     def _add_rows(self, group: Sequence[Noted]) -> None:
         choices = [KEPT_NOTHING] * len(group)
@@ -234,19 +228,21 @@ class PredictionLog:
         for row in self._rows:
             days[row["time"].date()].append(row)
         self._rows = []
-        for day, rows in days.items():
-            self._num_parts += 1
-            part = f"{rows[0]['time']:%H%M%S}-{self._server}-{self._num_parts:06d}"
-            try:
-                data = PREDICTIONS.encode(rows)
-                is_written = self._put_aside(PREDICTIONS.make_key(self._name, day, part), data)
-            except Exception as exc:
-                self._drop(exc, len(rows))
+        for rows in days.values():
+            self._write_part(PREDICTIONS, rows)
+
+    def _write_part(self, table: DayTable, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows of one day into the spool as a part."""
+        time, num_answers = rows[0]["time"], len(rows) if table is PREDICTIONS else 0
+        self._num_parts += 1
+        key = table.make_key(self._name, time.date(), f"{time:%H%M%S}-{self._server}-{self._num_parts:06d}")
+        try:
+            if self._put_aside(key, table.encode(rows)):
+                self._solve("write")
             else:
-                if is_written:
-                    self._solve("write")
-                else:
-                    self.num_dropped += len(rows)
+                self.num_dropped += num_answers
+        except Exception as exc:
+            self._drop(exc, num_answers)
         self._written.set()
 
     def _put_aside(self, key: str, data: bytes) -> bool:
@@ -350,7 +346,7 @@ def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
     """Return the row of an answer, without what concerns the kept image."""
     answer = one.answer
     names = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)[:top_k]
-    width, height = _read_size(one.data)
+    width, height = read_shown_size(one.data)
     return {
         "request_id": one.request_id,
         "time": datetime.fromtimestamp(one.at_s, UTC),
@@ -397,15 +393,3 @@ def _measure_spool(spool: Path) -> dict[Path, int]:
         with contextlib.suppress(FileNotFoundError):  # another server of this workspace has sent it
             sizes[path] = path.stat().st_size
     return sizes
-
-
-def _read_size(data: bytes) -> tuple[int | None, int | None]:
-    """Return width and height as the image is shown; None where only the decoder knows them."""
-    try:
-        encoded = parse_encoded(data, "image")
-    except ImageError:
-        return None, None
-    if encoded.size is None:
-        return None, None
-    width, height = encoded.size
-    return (height, width) if read_orientation(encoded.info) >= 5 else (width, height)
