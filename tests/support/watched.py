@@ -16,6 +16,8 @@ from fakes import make_bundle, make_image
 from memory_tracking import MemoryTracking
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key
+from visionloop.monitoring.judge import Verdict
+from visionloop.monitoring.watch import watch_window
 from visionloop.params import make_params
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.store import LocalStore
@@ -109,6 +111,15 @@ class Watched:
 def at_end_of(number: int) -> datetime:
     """Return a time shortly after a day is over."""
     return datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC) + timedelta(days=number + 1, hours=1)
+
+
+def watch(watched: Watched, number: int, *, again: bool = False) -> Verdict:
+    """Judge a day shortly after it is over."""
+    return watch_window(watched.place, now=at_end_of(number), again=again)[0]
+
+
+def find_check(verdict: Verdict, name: str) -> dict[str, Any]:
+    return next(check for check in verdict.checks if check["name"] == name)
 
 
 def make_watched(home: Path, **monitor: Any) -> Watched:

@@ -27,7 +27,7 @@ def decide_now(
 ) -> None:
     """Decide by `triggers` in params.yaml whether a retrain is due, and keep the decision; nothing is started.
 
-    Each "retrain" counts in `max_per_week`, also if nobody runs one then: ask where you start it.
+    Each "retrain" but by --hand counts in `max_per_week`, also if nobody runs one then: ask where you start it.
 
     Exit code 0: it is due. 3: it is not.
 

@@ -386,3 +386,15 @@ def _find_modern(data: bytes) -> str | None:
     if brands[0] in _AVIF or (brands[0] in (b"mif1", b"msf1") and _AVIF.intersection(brands)):
         return "AVIF"
     return "HEIF" if brands[0] in _HEIC else None
+
+
+def read_shown_size(data: bytes) -> tuple[int | None, int | None]:
+    """Return width and height as the image is shown; None where only the decoder knows them."""
+    try:
+        encoded = parse_encoded(data, "image")
+    except ImageError:
+        return None, None
+    if encoded.size is None:
+        return None, None
+    width, height = encoded.size
+    return (height, width) if read_orientation(encoded.info) >= 5 else (width, height)

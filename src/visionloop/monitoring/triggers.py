@@ -188,8 +188,9 @@ def describe_looks(looks: Iterable[Look]) -> list[str]:
 class TriggerDecision(Record):
     """One decision as it is stored. `dataset`: the version that was looked at; `judged`: the gate's last decision.
 
-    `calls`: what callers of the webhook have said, and no retrain has answered. `started`: when retrains were started,
-    this one among them, the newest. So the next decision needs no other than the last.
+    `calls`: what callers of the webhook have said, and no retrain has answered. `started`: when triggers started
+    retrains, this one among them, the newest; none that a person asked for. So the next decision needs no other than
+    the last.
     """
 
     name: str

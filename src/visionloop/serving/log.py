@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from visionloop.data.day_table import DayTable
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import (
@@ -199,15 +200,8 @@ class PredictionLog:
         """Write down how many requests there were since the last time, also where none was answered."""
         with self._lock:
             counts, self._counts, self._counted_s = self._counts, Counter[str](), time.monotonic()
-        now = datetime.now(UTC)
-        self._num_parts += 1
-        part = f"{now:%H%M%S}-{self._server}-{self._num_parts:06d}"
-        row = {"time": now, "server": self._server, "refused": 0, "errors": 0, **counts}
-        try:
-            self._put_aside(REQUESTS.make_key(self._name, now.date(), part), REQUESTS.encode([row]))
-        except Exception as exc:
-            self._drop(exc, 0)
-        self._written.set()
+        row = {"time": datetime.now(UTC), "server": self._server, "refused": 0, "errors": 0, **counts}
+        self._write_part(REQUESTS, [row])
 
     def _add_rows(self, group: Sequence[Noted]) -> None:
         choices = [KEPT_NOTHING] * len(group)
@@ -242,19 +236,21 @@ class PredictionLog:
         for row in self._rows:
             days[row["time"].date()].append(row)
         self._rows = []
-        for day, rows in days.items():
-            self._num_parts += 1
-            part = f"{rows[0]['time']:%H%M%S}-{self._server}-{self._num_parts:06d}"
-            try:
-                data = PREDICTIONS.encode(rows)
-                is_written = self._put_aside(PREDICTIONS.make_key(self._name, day, part), data)
-            except Exception as exc:
-                self._drop(exc, len(rows))
+        for rows in days.values():
+            self._write_part(PREDICTIONS, rows)
+
+    def _write_part(self, table: DayTable, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows of one day into the spool as a part."""
+        time, num_answers = rows[0]["time"], len(rows) if table is PREDICTIONS else 0
+        self._num_parts += 1
+        key = table.make_key(self._name, time.date(), f"{time:%H%M%S}-{self._server}-{self._num_parts:06d}")
+        try:
+            if self._put_aside(key, table.encode(rows)):
+                self._solve("write")
             else:
-                if is_written:
-                    self._solve("write")
-                else:
-                    self.num_dropped += len(rows)
+                self.num_dropped += num_answers
+        except Exception as exc:
+            self._drop(exc, num_answers)
         self._written.set()
 
     def _put_aside(self, key: str, data: bytes) -> bool:

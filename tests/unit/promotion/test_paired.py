@@ -257,6 +257,24 @@ def test_a_class_in_five_films_that_seems_to_fall_cannot_be_told():
     assert False not in answers[0.7]
 
 
+@pytest.mark.parametrize(
+    ("films", "classes", "spread", "equal", "fallen"),
+    [(5, 2, 0.1, 0.03, 0.97), (5, 2, 0.2, 0.17, 0.88), (3, 5, 0.2, 0.57, 0.89), (4, 5, 0.4, 0.70, 0.90)],
+)
+def test_how_often_few_films_hold_up_a_model_is_as_documented(films, classes, spread, equal, fallen):
+    """The table of docs/judging.md: an equal model, and one of which one class falls from 90 to 70 %."""
+    generator, held = np.random.default_rng(5), {0.9: 0, 0.7: 0}
+    for share in held:
+        for _ in range(150):
+            shares = [share, *[0.9] * (classes - 1)]
+            options = {"num_films": films, "spread": spread}
+            parts = {str(k): make_class_films(generator, share=one, **options) for k, one in enumerate(shares)}
+            rule = check_drops("class_drop", parts, Drop(), ALPHA)
+            assert rule.passed is not False, "too few films refuse nobody"
+            held[share] += rule.passed is None
+    assert [held[0.9] / 150, held[0.7] / 150] == pytest.approx([equal, fallen], abs=0.1)
+
+
 def test_a_large_drop_that_is_not_shown_is_told():
     generator = np.random.default_rng(1)
     parts = {"dog": count_hits(np.ones(80, bool), np.ones(80, bool), np.arange(80))}

@@ -18,12 +18,10 @@ from fakes import make_bundle, make_image
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import (
     PREDICTIONS,
-    RequestCounts,
     make_kept_key,
     make_request_id,
     read_kept_image,
     read_predictions,
-    read_requests,
 )
 from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import Forgetting, write_tombstones
@@ -75,28 +73,6 @@ def make_noted(model: ServedModel, seed: int = 0, *, at_s: float | None = None, 
     embedding_d = np.linspace(0, 1, 48, dtype=np.float32)
     answer = Answer(**vars(prediction), sha256=_hash(data), embedding_d=embedding_d, size=(48, 40), **changes)
     return Noted(make_request_id(at_s), at_s, model, data, answer, 12.5, "mine", "kiosk")
-
-
-def test_requests_are_counted_every_few_minutes_and_survive_a_store_that_is_away(
-    store: ShakyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("visionloop.serving.log.COUNTED_S", 0.1)
-    day, spool = timedelta(days=1), tmp_path / "spool"
-
-    def read() -> RequestCounts | None:
-        return read_requests(store, "pets", datetime.now(UTC) - day, datetime.now(UTC) + day)
-
-    with logging_to(store, spool) as log:
-        for status in (200, 415, 429, 503, 500, 504, 0):
-            log.count(status)
-        wait_for(lambda: read() == RequestCounts(7, 2, 2))  # nothing was answered: there is no row
-        store.is_away = True
-        log.count(503)
-    store.is_away = False
-    assert read() == RequestCounts(7, 2, 2)
-    with logging_to(store, spool):
-        wait_for(lambda: read() == RequestCounts(8, 3, 2))
-    assert not list(spool.iterdir())
 
 
 @contextmanager
