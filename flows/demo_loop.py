@@ -8,6 +8,7 @@ All of it is in FOLDER, which is made anew each time.
 
 import argparse
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visionloop.errors import PipelineError, VisionLoopError
-from visionloop.lifetime import stop_process
+from visionloop.lifetime import stop_process, stop_with_us, terminable
 from visionloop.settings import choose_tool_environment, make_tool_folders
 from visionloop.words import describe_error
 
@@ -49,6 +50,7 @@ embed: {batch_size: 500}
 ingest:
   sources:
     - {kind: folder, path: photos}
+    - {kind: review}
 prepare: {image_size: 32}
 train: {backbone: small_cnn, max_epochs: 12, batch_size: 64, learning_rate: 2.0e-3, export: {int8: off}}
 evaluate: {resamples: 500}
@@ -93,8 +95,8 @@ def make_photos(folder: Path) -> Photos:
 
 
 def see_anew(grey: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a digit as the new camera sees it: dark on light, and pale."""
-    return 0.9 - 0.6 * grey
+    """Return a digit as the new camera sees it, in daylight: pale."""
+    return 0.3 + 0.5 * grey
 
 
 def encode(grey: NDArray[np.float64]) -> bytes:
@@ -149,6 +151,7 @@ class Demo:
 
     home: Path
     tell: Callable[[str], None]
+    name: str = NAME
     api: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -170,6 +173,7 @@ class Demo:
         path = self.home.parent / f"{self.home.name}-{log}.log"
         with path.open("w") as file:
             process = subprocess.Popen(command, cwd=self.home, env=self.env, stdout=file, stderr=file, text=True)
+            stop_with_us(process.pid)
             try:
                 yield path
             finally:
@@ -257,16 +261,16 @@ def tell_story(demo: Demo, client: Client) -> None:
     tell(f"  {len(client.answers)} answers, of which {client.measure()['1']:.0%} are right: nobody has noticed yet")
     tell("3. The hour is over: the monitor looks at what was served.")
     now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
-    demo.start(f"monitor/{NAME}", now=now.isoformat())
-    require("monitor", demo.wait_for_run(f"monitor/{NAME}"), "Drift")
+    demo.start(f"monitor/{demo.name}", now=now.isoformat())
+    require("monitor", demo.wait_for_run(f"monitor/{demo.name}"), "Drift")
     tell("  The alarm is an event, which starts the flow that asks the triggers. There is nothing to learn from yet:")
-    require("triggers", demo.wait_for_run(f"retrain/{NAME}-if-due"), "NotDue")
+    require("triggers", demo.wait_for_run(f"retrain/{demo.name}-if-due"), "NotDue")
     tell("4. Which photos are worth a label? A person answers for 50 of them.")
     label(demo, client.photos)
     tell("5. The labels come in with the next ingest. Now a retrain is due: it runs in a worker of Prefect.")
-    demo.start(f"ingest/{NAME}")
-    require("ingest", demo.wait_for_run(f"ingest/{NAME}"), "NewData")
-    require("retrain", demo.wait_for_run(f"retrain/{NAME}-if-due", 2), "Promoted")
+    demo.start(f"ingest/{demo.name}")
+    require("ingest", demo.wait_for_run(f"ingest/{demo.name}"), "NewData")
+    require("retrain", demo.wait_for_run(f"retrain/{demo.name}-if-due", 2), "Promoted")
     wait_for(lambda: client.answers[-1][0] == "2", "an answer of the new model")
     before = len(client.answers)
     wait_for(lambda: len(client.answers) >= before + 50, "answers")
@@ -277,22 +281,25 @@ def tell_story(demo: Demo, client: Client) -> None:
     tell("7. Somebody does not like it, and rolls back. A night passes: the scheduled retrain runs again.")
     demo.call("rollback", "--why", "the new camera is taken down")
     wait_for(lambda: client.answers[-1][0] == "1", "an answer of the old model")
-    demo.start(f"retrain/{NAME}")
-    require("night", demo.wait_for_run(f"retrain/{NAME}"), "Unchanged")
+    demo.start(f"retrain/{demo.name}")
+    require("night", demo.wait_for_run(f"retrain/{demo.name}"), "Unchanged")
     time.sleep(2)
     require("server", f"version {client.answers[-1][0]}", "version 1")
     demo.call("history")
 
 
 def label(demo: Demo, photos: Photos) -> None:
-    """Label 50 kept images."""
-    demo.call("predictions", "export", "kept.parquet", "--images", "labels", show=1)
-    files = sorted((demo.home / "labels").glob("*.png"))[:50]
-    rows = [f"{one.name},{photos.truth[one.stem]}" for one in files]
-    (demo.home / "labels" / "labels.csv").write_text("\n".join(["image,label", *rows]) + "\n")
-    path = demo.home / "params.yaml"
-    source = "    - {kind: table, path: labels/labels.csv}\n"
-    path.write_text(path.read_text().replace("path: photos}\n", "path: photos}\n" + source))
+    """Answer for the images that `visionloop review` asks about, as a person does in a table."""
+    demo.call("review", "--csv", "ask.csv")
+    path = demo.home / "ask.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "label": photos.truth[row["sha256"]]} for row in rows)
+    demo.call("review", "--take", "ask.csv", "--by", "ann")
+    demo.call("review", "--accept")
 
 
 def wait_for_the_hour(tell: Callable[[str], None]) -> None:
@@ -353,7 +360,8 @@ def main() -> int:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / "demo.json").write_text(json.dumps({"of": NAME}))
-        run_demo(folder / "ws", lambda line: print(line, flush=True))
+        with terminable():
+            run_demo(folder / "ws", lambda line: print(line, flush=True))
     except VisionLoopError as exc:
         print(describe_error(exc), file=sys.stderr)
         return exc.exit_code

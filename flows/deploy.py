@@ -41,6 +41,7 @@ from ingest import NEW_DATASET, ingest
 from monitor import DRIFT, QUALITY, monitor
 from predict import predict
 from retrain import retrain
+from review import review
 from told import make_resource
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
@@ -103,6 +104,7 @@ def list_flows(params: Params) -> list[tuple[object, str | None]]:
         (ingest, schedule.ingest),
         (monitor, schedule.monitor),
         (predict, schedule.predict),
+        (review, schedule.review),
     ]
 
 

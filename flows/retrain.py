@@ -52,9 +52,9 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
     try:
         if only_if_due:
             decision = decide_retrain(opened, now=datetime.now(UTC), by=get_user(), webhook=webhook)
-            steps.say(told := f"{decision.outcome}: {decision.why}")
+            steps.say(found := f"{decision.outcome}: {decision.why}")
             if decision.outcome != RETRAIN:
-                return Completed(name="NotDue", message=told)
+                return Completed(name="NotDue", message=found)
         summary = bring_up_to_date(
             opened,
             tell=steps.say,

@@ -14,14 +14,18 @@ from shapes import ROOT, run
 REPORT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, "flows")
 from prefect import flow
 from retrain import finish
+from visionloop.store import LocalStore
 from visionloop.words import Summary
 
 def report(home, name, headline):
     commands = {"read the report": f"{home}/reports/report.html", "compare runs": f"cd {home} && visionloop ui"}
-    return flow(name="report")(lambda: finish(Summary(name, "promoted", headline, commands=commands), Path(home)))()
+    settings = SimpleNamespace(home=Path(home), reports_dir=Path(home))
+    place = SimpleNamespace(name=name, settings=settings, store=LocalStore(Path(sys.argv[1])))
+    return flow(name="report")(lambda: finish(Summary(name, "promoted", headline, commands=commands), place))()
 
 report("/srv/a", "pets", "pets has a new champion")
 report("/srv/b", "pets", "pets has a new champion")
@@ -31,7 +35,9 @@ report("/srv/a", "pets", "the candidate was refused")
 
 
 def test_artifacts_of_workspaces_are_kept_apart(prefect_api: str, tmp_path: Path) -> None:
-    done = run(ROOT, sys.executable, "-c", REPORT, PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path))
+    done = run(
+        ROOT, sys.executable, "-c", REPORT, str(tmp_path), PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = [
         artifact

@@ -144,7 +144,7 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     assert_artifact(prefect_api)
     query = {"artifacts": {"key": {"like_": f"retrain-{NAME}-%-skipped"}}}
     kept = [artifact["data"] for artifact in post(prefect_api, "artifacts/filter", query)]
-    told = f"# {NAME}: skipped\n\nAnother retrain is under way: {message}"
+    told = f"# {NAME}: retrain skipped\n\nAnother retrain is under way: {message}"
     assert any(text.startswith(told) for text in kept), kept
 
 

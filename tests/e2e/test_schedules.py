@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
@@ -68,6 +69,12 @@ def list_ended(api: str, deployment: str, flow: str = "ingest") -> list[tuple[st
     return [(run_["state_name"], run_["state_type"]) for run_ in runs if run_["state_type"] in ended]
 
 
+def find_engine(pid: int) -> psutil.Process | None:
+    """The process of a flow that looks for the lease by now."""
+    found = [one for one in psutil.Process(pid).children(recursive=True) if "prefect.engine" in " ".join(one.cmdline())]
+    return found[0] if found else None
+
+
 def find_deployment(api: str, name: str) -> dict[str, Any] | None:
     found = httpx.get(f"{api}/deployments/name/{name}", trust_env=False, timeout=30)
     return dict(found.json()) if found.status_code == 200 and found.json()["status"] == "READY" else None
@@ -109,6 +116,15 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     httpx.post(start, json={}, trust_env=False).raise_for_status()
     assert wait_for(lambda: list_ended(prefect_api, "nightly")[3:]) == [("NothingNew", "COMPLETED")]
     assert len(list_ended(prefect_api, "nightly-if-due", "retrain")) == 1, "no event without new images"
+
+    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00")):
+        httpx.post(start, json={}, trust_env=False).raise_for_status()
+        wait_for(lambda: find_engine(served.pid)).kill()
+        assert wait_for(lambda: list_ended(prefect_api, "nightly")[4:]) == [("Crashed", "CRASHED")]
+    query = {"artifacts": {"key": {"like_": "ingest-nightly-%-crashed"}}}
+    (page,) = wait_for(lambda: httpx.post(f"{prefect_api}/artifacts/filter", json=query, trust_env=False).json())
+    assert page["data"].startswith("# nightly: ingest crashed\n\n")
+    assert f" in the workspace `{home}`." in page["data"]
 
 
 def test_what_cannot_be_planned_names_its_field(tmp_path: Path) -> None:

@@ -53,7 +53,11 @@ def read_last_run(api: str) -> tuple[str, str]:
 
 
 def read_artifact(api: str) -> str:
-    query = {"artifacts": {"key": {"like_": "retrain-shapes-%"}}, "sort": "CREATED_DESC", "limit": 1}
+    query = {
+        "artifacts": {"key": {"like_": "retrain-shapes-%"}, "type": {"any_": ["markdown"]}},
+        "sort": "CREATED_DESC",
+        "limit": 1,
+    }
     (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
     return str(artifact["data"])
 
@@ -85,7 +89,7 @@ def test_a_change_that_yields_the_same_bundle_is_refused_by_the_rule(home: Path,
         assert done.stderr.startswith(
             f"not promoted: gate: the candidate is {still}refused by the rule rolled_back (rolled back from by "
         )
-        assert read_last_run(prefect_api) == (("Unchanged" if still else "Refused"), "COMPLETED")
+        assert read_last_run(prefect_api) == (("Unchanged" if still else "Refused"), "CANCELLED"), "no green"
         assert "| gate: rolled_back | FAIL: rolled back from by " in read_artifact(prefect_api)
     assert list_ledger(home) == before
 
@@ -152,5 +156,7 @@ def test_a_server_that_cannot_start_stops_before_the_ledger(home: Path, prefect_
     )
     assert list_ledger(home) == before
     assert read_last_run(prefect_api) == ("Failed", "FAILED")
-    assert read_artifact(prefect_api).startswith("# shapes: failed\n\nerror: server, tried before it is needed: did no")
+    assert read_artifact(prefect_api).startswith(
+        "# shapes: retrain failed\n\nerror: server, tried before it is needed: did not start"
+    )
     assert len(list((home / ".visionloop" / "store" / "bundles").iterdir())) == len({e["bundle"] for e in before})

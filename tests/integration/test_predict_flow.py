@@ -116,6 +116,28 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
+def test_a_file_that_changes_while_it_is_answered_is_answered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A camera that is still writing: half an image, and the whole one before the table is there."""
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    told.set("inbox")
+    inbox, write = told.place.settings.home / "inbox", told.module.Table.write
+    inbox.mkdir()
+    (inbox / "a.png").write_bytes(make_image(1)[:200])
+
+    def change_first(*args: Any) -> None:
+        (inbox / "a.png").write_bytes(make_image(1))
+        write(*args)
+
+    monkeypatch.setattr(told.module.Table, "write", change_first)
+    assert told.run()[0] == "Answered"
+    monkeypatch.setattr(told.module.Table, "write", write)
+    assert told.run()[0] == "Answered"
+    assert read(told.place.settings.home / "predictions" / "000002.parquet") == [("a.png", True)]
+    assert told.run()[0] == "NothingNew"
+
+
 def test_a_file_that_is_gone_again_is_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(make_image(1))
     (tmp_path / "b.png").write_bytes(make_image(2))

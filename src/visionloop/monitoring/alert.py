@@ -97,6 +97,17 @@ def send_alert(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Failure | None:
+    """Send the alert of a window; return what went wrong at last. None: sent."""
+    return post_alert(webhook, make_alert(verdict), variables, sleep=sleep)
+
+
+def post_alert(
+    webhook: Webhook,
+    alert: Mapping[str, Any],
+    variables: Mapping[str, str],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Failure | None:
     """Send an alert, again after a while if the server is busy or away. Return what went wrong at last; None: sent.
 
     What is told holds neither the address's query nor a secret.
@@ -109,7 +120,7 @@ def send_alert(
         return Failure(str(exc))
     if not url.startswith(("https://", "http://")):
         return Failure(mask(f"the webhook is {url[:60]!r}; expected http:// or https://", tuple(environment.secrets)))
-    body = json.dumps(make_alert(verdict), ensure_ascii=False).encode()
+    body = json.dumps(alert, ensure_ascii=False).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "visionloop", **headers}
     found: list[Failure | None] = []
     # A server that sends a byte now and then outlasts every timeout of a socket: nobody waits for it any longer.
