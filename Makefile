@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FI
 FITS   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+COMPOSE := $(shell command -v docker-compose || echo docker compose) -f infra/compose.yaml --env-file infra/.env
 CACHES := .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .dvc/cache .dvc/tmp
 
 # No tool phones home. settings.py sets the same for every command; a contract test holds the two equal.
@@ -23,10 +24,10 @@ $(STAMP): always
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-loop test test-long check fix lock docs bench clean always
+.PHONY: help install demo demo-loop test test-long check fix lock docs bench clean env-team up-team down-team logs-team always
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## the environment, in .venv
 	@echo ".venv is ready."
@@ -70,6 +71,19 @@ docs: $(STAMP) ## docs/ as a site, in site/
 
 bench: $(STAMP) ## the hot paths against plain baselines, as one table
 	@$(TIDY) $(BIN)/python benchmarks/run.py
+
+env-team: ## infra/.env, with new secrets for the team's stack; one that is there stays
+	@infra/env.sh infra/.env
+
+up-team: ## the team's stack in containers: PostgreSQL, S3, MLflow, Prefect, servers, Prometheus (infra/team.md)
+	@[ -f infra/.env ] || { echo "make: infra/.env is not there; expected the secrets of the stack. Run \`make env-team\`." >&2; exit 2; }
+	@$(COMPOSE) up --detach --build
+
+down-team: ## stop it; what it holds stays in its volumes
+	@$(COMPOSE) down
+
+logs-team: ## what its containers say, as they say it
+	@$(COMPOSE) logs --follow --tail 100
 
 clean: ## remove all that was made here: prepared data, models, reports, store, champion (not .venv, not the pin)
 	@rm -rf .visionloop data/prepared features suspects models reports decisions site $(CACHES)

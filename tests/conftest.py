@@ -41,6 +41,7 @@ SLOW = (
     "start",
     "flow_errors",
     "own_images",
+    "bucket_loop",
     "dvc_views",
     "mlflow_pages",
     "lying_state",

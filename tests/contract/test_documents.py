@@ -104,6 +104,10 @@ def test_readme_names_only_targets_that_exist() -> None:
         "docs",
         "bench",
         "clean",
+        "env-team",
+        "up-team",
+        "down-team",
+        "logs-team",
         "help",
     }
     assert kept == targets

@@ -1,0 +1,162 @@
+"""The team's stack against itself and against what it starts: compose file, images, secrets, rules, dashboards.
+
+What needs docker is only checked by its own checkers; that is said in infra/team.md.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+DOCKERFILES = (INFRA / "docker" / "Dockerfile", ROOT / "mlflow" / "Dockerfile")
+COMPOSE = (INFRA / "compose.yaml").read_text()
+SECRETS = set(re.findall(r"\$\{(\w+):\?", COMPOSE))
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """The services of the compose file, with their anchors resolved."""
+    return dict(YAML(typ="safe").load(COMPOSE)["services"])
+
+
+def make_env(path: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["sh", INFRA / "env.sh", path], capture_output=True, text=True, check=False)
+
+
+def test_docker_compose_takes_the_file_and_wants_each_secret(tmp_path: Path) -> None:
+    compose = shutil.which("docker-compose")
+    if compose is None:
+        pytest.skip("docker-compose is not installed (Debian 13 has it as a static binary)")
+    make_env(tmp_path / "env")
+    lines = (tmp_path / "env").read_text().splitlines()
+
+    def check(given: list[str]) -> "subprocess.CompletedProcess[str]":
+        (tmp_path / "given").write_text("\n".join(given) + "\n")
+        command = [compose, "-f", str(INFRA / "compose.yaml"), "--env-file", str(tmp_path / "given"), "config", "-q"]
+        return subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
+
+    assert check(lines).stderr == ""
+    for secret in sorted(SECRETS):
+        done = check([line for line in lines if not line.startswith(f"{secret}=")])
+        assert done.returncode != 0
+        assert f"required variable {secret} is missing a value: run make env-team" in done.stderr
+
+
+def test_secrets_are_random_for_their_owner_alone_and_never_written_over(tmp_path: Path) -> None:
+    assert make_env(tmp_path / "env").stdout == f"wrote random secrets into {tmp_path}/env\n"
+    text = (tmp_path / "env").read_text()
+    secrets = dict(re.findall(r"^(\w+)=([0-9a-f]{20,})$", text, flags=re.M))
+    assert set(secrets) == SECRETS, "all that the compose file asks for, and no more"
+    assert len(set(secrets.values())) == len(secrets)
+    assert len(secrets["S3_ENCRYPTION_KEY"]) == 64, "SeaweedFS wants 256 bits in hex"
+    assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
+    again = make_env(tmp_path / "env")
+    assert (again.returncode, again.stdout) == (0, f"{tmp_path}/env is there already, and stays as it is.\n")
+    assert (tmp_path / "env").read_text() == text
+    nowhere = make_env(tmp_path / "no" / "env")
+    assert nowhere.returncode != 0
+    make_env(tmp_path / "other")
+    assert (tmp_path / "other").read_text() != text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "other"], "no half-written file"
+
+
+def test_git_and_images_never_see_the_secrets() -> None:
+    done = subprocess.run(["git", "check-ignore", "infra/.env"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "infra/.env\n"
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*", "all is left out but what is named"
+    assert not [line for line in lines if line.startswith("!infra") or ".env" in line]
+
+
+def test_services_have_limits_health_and_their_networks(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert {"mem_limit", "networks", "restart"} <= set(service), name
+        built = service.get("build")
+        if built:
+            assert service["read_only"] and service["cap_drop"] == ["ALL"], name
+        has_check = "healthcheck" in service or (built and name in {"mlflow", "server-1", "server-2"})
+        assert has_check or name in {"setup", "worker"}, name
+        assert set(service.get("depends_on", ())) <= set(services), name
+    for name in ("postgres", "s3", "setup"):
+        assert services[name]["networks"] == ["data"], f"{name} is reached from nowhere else"
+        assert "ports" not in services[name]
+    published = [port for service in services.values() for port in service.get("ports", ())]
+    assert len(published) == 4
+    assert all(port.startswith(("127.0.0.1:", "${ADDRESS:-127.0.0.1}:")) for port in published)
+
+
+def test_no_secret_has_a_default(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        for variable, value in dict(service.get("environment", {})).items():
+            if re.search(r"PASSWORD|SECRET|ACCESS_KEY|KEK|AUTH_STRING", variable):
+                assert ":?" in value, f"{name}: {variable}"
+
+
+def test_what_is_mounted_is_there(services: dict[str, Any]) -> None:
+    volumes = set(YAML(typ="safe").load(COMPOSE)["volumes"])
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert (INFRA / source).exists() if source.startswith(".") else source in volumes, volume
+
+
+def test_dockerfiles_are_clean_and_take_packages_by_hash_alone() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, *DOCKERFILES], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    for path in DOCKERFILES:
+        steps = path.read_text().replace("\\\n", " ")
+        installs = re.findall(r"pip install[^&\n]*", steps)
+        assert len(installs) >= 2
+        assert [step for step in installs if "--require-hashes" not in step and "--no-deps dist/" not in step] == []
+        assert re.findall(r"^FROM (\S+)", steps, flags=re.M)[0] == "${BASE}"
+        assert steps.rindex("USER 10001:10001") > steps.rindex("FROM ")
+        assert set(re.findall(r"^(?:ARG|ENV) (\w+)", steps, flags=re.M)) <= {"BASE", "PATH", "UV_NO_CACHE"}
+        for extra in re.findall(r"--extra (\w+)", steps):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M)
+
+
+def test_no_python_file_lies_in_the_folder_mlflow() -> None:
+    assert sorted(path.name for path in (ROOT / "mlflow").rglob("*")) == ["Dockerfile", "start.sh"]
+
+
+def test_scripts_are_shell() -> None:
+    for path in (INFRA / "env.sh", INFRA / "setup.sh", ROOT / "mlflow" / "start.sh"):
+        assert subprocess.run(["sh", "-n", path], capture_output=True, check=False).returncode == 0
+
+
+def test_rules_and_dashboards_name_metrics_that_the_server_has() -> None:
+    """Their names are in docs/server.md, which another test holds against a scrape."""
+    documented = set(re.findall(r"`(visionloop_\w+)", (ROOT / "docs" / "server.md").read_text()))
+    dashboards = [json.loads(path.read_text()) for path in (INFRA / "grafana" / "dashboards").glob("*.json")]
+    targets = [target["expr"] for one in dashboards for panel in one["panels"] for target in panel["targets"]]
+    rules = YAML(typ="safe").load((INFRA / "prometheus" / "rules.yml").read_text())["groups"][0]["rules"]
+    expressions = targets + [rule["expr"] for rule in rules]
+    used = {name for text in expressions for name in re.findall(r"visionloop_\w+", text)}
+    assert len(used) >= 8
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} <= documented
+    uid = YAML(typ="safe").load((INFRA / "grafana" / "datasource.yaml").read_text())["datasources"][0]["uid"]
+    assert {panel["datasource"]["uid"] for one in dashboards for panel in one["panels"]} == {uid}
+
+
+def test_the_proxy_and_prometheus_ask_servers_that_exist(services: dict[str, Any]) -> None:
+    asked = set(re.findall(r"server (server-\d):8000", (INFRA / "nginx.conf").read_text()))
+    scraped = set(re.findall(r"(server-\d):9100", (INFRA / "prometheus" / "prometheus.yml").read_text()))
+    assert asked == scraped == {name for name in services if name.startswith("server-")}
+
+
+def test_promtool_takes_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus has it)")
+    command = [promtool, "check", "rules", INFRA / "prometheus" / "rules.yml"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,109 @@
+"""mlflow/start.sh, what the image of MLflow runs: on PostgreSQL and SeaweedFS, with passwords and host names."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from postgres_server import PASSWORD, run_postgres
+from s3_server import S3_ENV, make_bucket, make_client
+from shapes import ROOT, make_environment
+
+START = ROOT / "mlflow" / "start.sh"
+START_S = 120
+ADMIN = ("admin", "a-long-password")
+
+
+def run_start(**env: str) -> "subprocess.CompletedProcess[str]":
+    env = {"PATH": os.environ["PATH"], **env}
+    return subprocess.run([START], env=env, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_what_is_missing_is_one_line_and_nothing_starts() -> None:
+    places = {"MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://x", "MLFLOW_ARTIFACTS_DESTINATION": "s3://x"}
+    cases = {
+        "MLFLOW_BACKEND_STORE_URI is not set; expected postgresql+psycopg://": {},
+        "MLFLOW_ARTIFACTS_DESTINATION is not set; expected s3://": {"MLFLOW_BACKEND_STORE_URI": "postgresql://x"},
+        "MLFLOW_AUTH is 'yes'; expected off or basic.": {**places, "MLFLOW_AUTH": "yes"},
+        "MLFLOW_AUTH_DATABASE_URI is not set; expected postgresql": {**places, "MLFLOW_AUTH": "basic"},
+    }
+    for told, env in cases.items():
+        done = run_start(**env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"mlflow: {told}")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def server(seaweed_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    make_bucket(seaweed_url, "with-mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("mlflow")
+    with run_postgres() as postgres:
+        postgres.run("CREATE DATABASE mlflow", "CREATE DATABASE users")
+        password = PASSWORD.replace("/", "%2F").replace("@", "%40")
+        address = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{postgres.port}"
+        env = make_environment(
+            **{**S3_ENV, "AWS_MAX_ATTEMPTS": "5"},
+            MLFLOW_BACKEND_STORE_URI=f"{address}/mlflow",
+            MLFLOW_ARTIFACTS_DESTINATION="s3://with-mlflow/artifacts",
+            MLFLOW_S3_ENDPOINT_URL=seaweed_url,
+            MLFLOW_AUTH="basic",
+            MLFLOW_AUTH_DATABASE_URI=f"{address}/users",
+            MLFLOW_AUTH_ADMIN_USERNAME=ADMIN[0],
+            MLFLOW_AUTH_ADMIN_PASSWORD=ADMIN[1],
+            MLFLOW_FLASK_SERVER_SECRET_KEY="x" * 32,
+            MLFLOW_HOST="127.0.0.1",
+            MLFLOW_PORT=str(port),
+            MLFLOW_WORKERS="1",
+            TMPDIR=str(folder),
+        )
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen([START], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(process, f"http://127.0.0.1:{port}", folder / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", trust_env=False, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.3)
+    raise AssertionError(f"MLflow does not answer: {log.read_text()[-3000:]}")
+
+
+def test_the_server_keeps_runs_and_artifacts_for_who_has_the_password(server: str, seaweed_url: str) -> None:
+    search = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert httpx.get(search, trust_env=False, timeout=60).status_code == 401
+    assert httpx.get(search, auth=("admin", "wrong"), trust_env=False, timeout=60).status_code == 401
+    assert httpx.get(search, auth=ADMIN, trust_env=False, timeout=60).status_code == 200
+    strange = httpx.get(search, auth=ADMIN, trust_env=False, timeout=60, headers={"Host": "evil.example"})
+    assert strange.status_code == 403
+    code = (
+        "import mlflow; mlflow.set_experiment('pets'); run = mlflow.start_run(); mlflow.log_metric('a', 0.5);"
+        "mlflow.log_text('hello', 'note.txt'); mlflow.end_run(); print(run.info.run_id, run.info.artifact_uri)"
+    )
+    login = {"MLFLOW_TRACKING_USERNAME": ADMIN[0], "MLFLOW_TRACKING_PASSWORD": ADMIN[1]}
+    env = {**make_environment(MLFLOW_TRACKING_URI=server, **login), "AWS_ACCESS_KEY_ID": "", "no_proxy": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run_id, place = done.stdout.split()[-2:]
+    assert place.startswith("mlflow-artifacts:/"), "a client needs no keys of the bucket"
+    listed = make_client(seaweed_url).list_objects_v2(Bucket="with-mlflow", Prefix="artifacts/")["Contents"]
+    assert [one["Key"].rpartition(f"{run_id}/")[2] for one in listed] == ["artifacts/note.txt"]
