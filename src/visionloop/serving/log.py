@@ -205,15 +205,14 @@ class PredictionLog:
 
     def _add_rows(self, group: Sequence[Noted]) -> None:
         choices = [KEPT_NOTHING] * len(group)
+        embedding_nd = np.stack([one.answer.embedding_d for one in group])
         if self._keeper:
             confidences = [one.answer.confidence for one in group]
-            embedding_nd = np.stack([one.answer.embedding_d for one in group])
             choices = self._keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
         if not self._rows:
             self._first_row_s = time.monotonic()
-        # All at once: for one alone NumPy takes longer to begin than to work.
-        rounded_nd = round_embedding(np.stack([one.answer.embedding_d for one in group]))
-        for one, choice, embedding_d in zip(group, choices, rounded_nd, strict=True):
+        # All are rounded at once: for one alone NumPy takes longer to begin than to work.
+        for one, choice, embedding_d in zip(group, choices, round_embedding(embedding_nd), strict=True):
             with_embedding = self._draw.random() < self._serve.log_embeddings
             row = make_row(one, self._serve.log_top_k, embedding_d if with_embedding else None)
             is_lost = choice.is_kept and not self._keep(one)
@@ -320,8 +319,7 @@ class PredictionLog:
             return
         if not key.startswith(f"{PREDICTIONS.kind}/"):
             sha256 = key.rpartition("/")[2]
-            is_stored = self._store.exists(key) or self._store.exists(make_image_key(sha256))
-            if sha256 not in self._forgotten and not is_stored:
+            if sha256 not in self._forgotten and not any(map(self._store.exists, (key, make_image_key(sha256)))):
                 self._store.put(key, data)
             return
         try:

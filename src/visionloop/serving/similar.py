@@ -104,7 +104,8 @@ class References:
 
     async def load(self, model: ServedModel) -> Reference:
         """Return it; the first time it is read from the disk. Raises RequestError."""
-        return self._held.get(model.predictor) or await asyncio.to_thread(self._read, model)
+        held = self._held.get(model.predictor)
+        return held if held is not None else await asyncio.to_thread(self._read, model)
 
     def _read(self, model: ServedModel) -> Reference:
         with self._loading:
