@@ -198,11 +198,11 @@ def export(
       visionloop export models/candidate candidate-1
     """
     from visionloop.promotion.handout import describe_engines, write_handout
-    from visionloop.promotion.models import list_approved, load_model
+    from visionloop.promotion.models import list_approved, load_champion, load_model
 
     workspace = open_workspace()
+    predictor = load_champion(workspace) if model == "champion" else load_model(model, lambda: workspace)
     address = f"{workspace.name}@champion" if model == "champion" else model
-    predictor = load_model(address, lambda: workspace)
     approved = list_approved(predictor, address, workspace)
     names = write_handout(predictor, folder, approved)
     print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")

@@ -71,7 +71,7 @@ def describe_engines(predictor: Predictor, approved: Sequence[str]) -> list[str]
     lines = [f"approved for {', '.join(dict.fromkeys((FP32, *approved)))}"]
     for name in [one for one in engines if one not in approved]:
         found = engines[name]
-        why = "evaluate or the promotion did not approve it"
+        why = "its card approves of it, but evaluate did not, by the test side"
         if not found.get("approved"):
             why = found.get("why") or f"{found.get('changed', '?')} of {found.get('images', '?')} answers differ"
         lines.append(f"not approved for {name}: {why}")
