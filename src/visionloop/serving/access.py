@@ -5,6 +5,7 @@ A browser sends what any page on the web asks it to. So a page of another origin
 somebody else that leads to 127.0.0.1 would make his page one of the same origin).
 """
 
+import ipaddress
 import math
 import re
 import time
@@ -79,6 +80,9 @@ class Rates:
 @dataclass(frozen=True)
 class Access:
     """The rules of one server. `hosts` are names without a port, or `*.domain`, or `*` for all; `cors` are origins.
+
+    Figures and /admin also answer to this machine's names, and to the address that a request came to: Prometheus finds
+    its targets by that, and no name of somebody else's is one.
 
     `is_public`: other machines reach it. With `admin_port` figures and /admin are there and nowhere else.
     """
@@ -157,6 +161,9 @@ class Access:
         if "*" in self.hosts:
             return
         name = _parse_host(given[0]) if given else ""
+        is_for_operators = request.scope["path"].startswith((METRICS, ADMIN))
+        if is_for_operators and (name in LOOPBACK_HOSTS or _is_own_address(name, request)):
+            return
         if not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in self.hosts):
             expected, todo = shorten(self.hosts), "Name the host in `serve.hosts` of params.yaml."
             raise RequestError(f"it is for the host {name[:80]!r}", expected, todo, reason_code="bad_host")
@@ -208,6 +215,15 @@ def _parse_host(text: str) -> str:
     """Return the name of a Host header, without its port and the brackets of IPv6."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@\s]+))(?::[0-9]{1,5})?", text)
     return (match[1] or match[2]).lower().rstrip(".") if match else text
+
+
+def _is_own_address(name: str, request: Request) -> bool:
+    """Say whether a host is the address of this machine that a request came to: an address, never a name."""
+    server = request.scope.get("server")
+    try:
+        return server is not None and ipaddress.ip_address(name) == ipaddress.ip_address(server[0].partition("%")[0])
+    except ValueError:
+        return False
 
 
 def _parse_origin(origin: str) -> str | None:

@@ -24,6 +24,7 @@ from visionloop.serving.service import Service
 from visionloop.serving.similar import add_similar
 from visionloop.serving.state import add_reload, add_state
 from visionloop.serving.swap import ModelSlot
+from visionloop.store import ObjectStore
 
 
 def make_app(
@@ -34,11 +35,12 @@ def make_app(
     *,
     log: PredictionLog | None = None,
     book: FeedbackBook | None = None,
+    store: ObjectStore | None = None,
 ) -> FastAPI:
     """Build the application. The model in `slot` may change, or be missing, at any time.
 
     `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none. With a `log`
-    answers are written down; a `book` takes feedback on them.
+    answers are written down; a `book` takes feedback on them. `store` has the pictures of what /similar names.
     """
     limits, access = limits or Limits(), access or Access()
     meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem, log, book)
@@ -66,7 +68,7 @@ def make_app(
     service = Service(slot, Inbox(limits), batcher)
     add_predict(app, service, meters, log)
     add_feedback(app, service.require_model, service.inbox, book)
-    add_similar(app, service)
+    add_similar(app, service, store)
     add_reload(app, service, look_now)
     add_state(app, service, meters)
     add_page(app)

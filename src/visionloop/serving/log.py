@@ -350,7 +350,7 @@ def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
     """Return the row of an answer, without what concerns the kept image."""
     answer = one.answer
     names = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)[:top_k]
-    width, height = _read_size(one.data)
+    width, height = read_size(one.data)
     return {
         "request_id": one.request_id,
         "time": datetime.fromtimestamp(one.at_s, UTC),
@@ -399,7 +399,7 @@ def _measure_spool(spool: Path) -> dict[Path, int]:
     return sizes
 
 
-def _read_size(data: bytes) -> tuple[int | None, int | None]:
+def read_size(data: bytes) -> tuple[int | None, int | None]:
     """Return width and height as the image is shown; None where only the decoder knows them."""
     try:
         encoded = parse_encoded(data, "image")

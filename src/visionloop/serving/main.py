@@ -88,7 +88,10 @@ def run_server(
         try:
             look_now = follower.look_now if follower else None
             with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
-                app = make_app(slot, make_limits(serve), access, look_now, log=prediction_log, book=book)
+                pictures = open_store(workspace.settings.store_url)
+                app = make_app(
+                    slot, make_limits(serve), access, look_now, log=prediction_log, book=book, store=pictures
+                )
                 url, model = _make_url(host, socks[0]), cast(ServedModel, slot.current)
                 _Server(app, serve, slot, lambda: on_ready(url, model.why)).run(socks)
         finally:

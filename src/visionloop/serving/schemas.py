@@ -188,11 +188,15 @@ class ModelAnswer(ModelName):
 
 
 class Neighbour(BaseModel):
-    """A validation image of the model, by the sha256 of its file. `distance` is from 0 to 2."""
+    """A validation image of the model, by the sha256 of its file. `distance` is from 0 to 2.
+
+    `image` is the address of a small picture of it, below that of the server; 404 where the store does not have it.
+    """
 
     sha256: str
     labels: list[str]
     distance: float = Field(ge=0, le=2)
+    image: str
 
 
 class ImageNeighbours(BaseModel):
@@ -266,6 +270,12 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorAnswer, "description": "The server has keys, and the request has no valid one"},
     403: {"model": ErrorAnswer, "description": "The key lacks the role, or a page of another origin asks"},
     429: {"model": ErrorAnswer, "description": "The client is above its rate; see Retry-After"},
+}
+PICTURE_ERRORS: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorAnswer, "description": "Not one that /similar names, forgotten, or not in the store"},
+    409: {"model": ErrorAnswer, "description": "The model does not hold which images it was judged with"},
+    422: ERRORS[422],
+    503: {"model": ErrorAnswer, "description": "The store does not give it now, or no model is ready"},
 }
 NOT_FOLLOWING: dict[str, Any] = {"model": ErrorAnswer, "description": "It follows no ledger"}
 KEY_SCHEMES = {

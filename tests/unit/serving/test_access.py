@@ -207,6 +207,29 @@ def test_figures_and_admin_are_on_their_port_alone(slot: ModelSlot, tmp_path: Pa
     assert admin == dict(zip(paths, (200, 401, 404, 404, 404, 200, 404), strict=True))
 
 
+@pytest.mark.parametrize("admin_port", [None, 9000])
+@pytest.mark.parametrize(
+    ("reached", "host", "status"),
+    [
+        ("10.0.0.5", "10.0.0.5:9000", 200),
+        ("10.0.0.5", "localhost:9000", 200),
+        ("10.0.0.5", "pets.example", 200),
+        ("10.0.0.5", "10.0.0.6:9000", 400),
+        ("10.0.0.5", "evil.example:9000", 400),
+        ("evil.example", "evil.example:9000", 400),  # a name is no address, whoever says that it is the server's
+        ("[fd00::5]", "[fd00:0::5]:9000", 200),
+        ("[fd00::5]", "[fd00::6]:9000", 400),
+    ],
+)
+def test_prometheus_may_scrape_by_the_address_of_the_server_and_by_no_other(
+    slot: ModelSlot, admin_port: int | None, reached: str, host: str, status: int
+) -> None:
+    with asking(slot, Access(hosts=("pets.example",), admin_port=admin_port), f"http://{reached}:9000") as client:
+        assert client.get("/metrics", headers={"Host": host}).status_code == status
+        if admin_port is None and status == 200 and host != "pets.example":
+            assert client.get("/model", headers={"Host": host}).status_code == 400, "only the figures"
+
+
 @pytest.mark.parametrize("path", ["/predict", "/model", "/docs", "/health/live", "/nothing"])
 def test_every_answer_has_headers_that_make_a_browser_careful(slot: ModelSlot, path: str) -> None:
     with asking(slot, Access()) as client:

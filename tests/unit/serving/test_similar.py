@@ -1,6 +1,7 @@
 """POST /similar: the validation images of the model that are nearest to an image."""
 
 import gc
+import io
 import shutil
 import time
 import weakref
@@ -12,13 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from fakes import make_bundle, make_image
 from visionloop.bundle import Bundle, seal_bundle
+from visionloop.data.manifest import make_image_key
+from visionloop.data.tombstones import make_tombstone_key
+from visionloop.errors import StoreError
 from visionloop.predictor import Predictor
 from visionloop.serving import similar
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel
+from visionloop.store import LocalStore
 
 SEEDS = range(10, 30)
 
@@ -53,7 +59,12 @@ def client(slot: ModelSlot) -> Iterator[TestClient]:
 def test_an_image_finds_itself_first_and_others_by_distance(client: TestClient, slot: ModelSlot) -> None:
     answer = client.post("/similar?k=20", content=make_image(14)).json()
     found = answer["neighbours"]
-    assert found[0] == {"sha256": f"{14:064x}", "labels": ["b"], "distance": pytest.approx(0, abs=1e-6)}
+    assert found[0] == {
+        "sha256": f"{14:064x}",
+        "labels": ["b"],
+        "distance": pytest.approx(0, abs=1e-6),
+        "image": f"/images/{14:064x}?px=256",
+    }
     assert len(found) == 20
     distances = [each["distance"] for each in found]
     assert distances == sorted(distances)
@@ -153,3 +164,85 @@ def test_a_model_that_does_not_hold_them_says_so(
     slot.current = make_model(tmp_path / "old", **arrays)
     answer = client.post("/similar", content=make_image(1))
     assert (answer.status_code, answer.json()["code"]) == (409, "no_reference")
+
+
+# Pictures of the neighbours.
+
+KNOWN = f"{14:064x}"
+
+
+def store_image(folder: Path, data: bytes, sha256: str = KNOWN) -> LocalStore:
+    store = LocalStore(folder / "store")
+    store.put(make_image_key(sha256), data)
+    return store
+
+
+def read_jpeg(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
+    return image
+
+
+def test_the_picture_of_a_neighbour_is_small_upright_and_has_no_notes(slot: ModelSlot, tmp_path: Path) -> None:
+    photo, file = Image.new("RGB", (400, 200), (200, 30, 30)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where it was taken"
+    photo.save(file, "JPEG", exif=exif)
+    store = store_image(tmp_path, file.getvalue())
+    with TestClient(make_app(slot, store=store)) as client:
+        address = client.post("/similar?k=1", content=make_image(14)).json()["neighbours"][0]["image"]
+        answer = client.get(address)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
+        assert answer.headers["cache-control"] == "private, no-store"
+        picture = read_jpeg(answer.content)
+        assert picture.size == (128, 256)
+        assert not picture.getexif()
+        assert picture.getpixel((60, 100)) == pytest.approx((200, 30, 30), abs=4)
+        assert read_jpeg(client.get(f"/images/{KNOWN}?px=16").content).size == (8, 16)
+        assert read_jpeg(client.get(f"/images/{KNOWN}?px=512").content).size == (200, 400), "it is made no larger"
+
+
+def test_no_picture_of_what_similar_does_not_name_is_forgotten_or_cannot_be_drawn(
+    slot: ModelSlot, tmp_path: Path
+) -> None:
+    store = store_image(tmp_path, make_image(14))
+    others = {f"{99:064x}": make_image(1), f"{15:064x}": b"", f"{16:064x}": b"text", f"{17:064x}": make_image(1)[:60]}
+    for sha256, data in others.items():
+        store.put(make_image_key(sha256), data)
+    with TestClient(make_app(slot, store=store)) as client:
+        assert client.get(f"/images/{KNOWN}").status_code == 200
+        for sha256 in (*others, f"{18:064x}"):
+            answer = client.get(f"/images/{sha256}")
+            assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), sha256
+        store.put(make_tombstone_key("fake", KNOWN), b"{}")
+        assert client.get(f"/images/{KNOWN}").status_code == 404
+        for path in (
+            f"{KNOWN}?px=15",
+            f"{KNOWN}?px=513",
+            f"{KNOWN}?px=x",
+            "..%2f..%2fetc",
+            KNOWN.upper().replace("0", "A"),
+        ):
+            assert client.get(f"/images/{path}").status_code in (404, 422), path
+    with TestClient(make_app(slot)) as client:
+        assert client.get(f"/images/{KNOWN}").status_code == 404, "a server without a store"
+
+
+def test_a_store_that_is_away_or_hangs_is_said(
+    slot: ModelSlot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away(LocalStore):
+        def get(self, key: str) -> bytes:
+            raise StoreError("store /secret", "is away")
+
+    class Hanging(LocalStore):
+        def get(self, key: str) -> bytes:
+            time.sleep(2)
+            return super().get(key)
+
+    monkeypatch.setattr(similar, "STORE_S", 0.05)
+    for kind in (Away, Hanging):
+        with TestClient(make_app(slot, store=kind(tmp_path / "store"))) as client:
+            answer = client.get(f"/images/{KNOWN}")
+            assert (answer.status_code, answer.json()["code"]) == (503, "store_away")
+            assert "secret" not in answer.text
