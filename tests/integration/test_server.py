@@ -1,6 +1,7 @@
 """The server as a process of its own on loopback: hostile clients, swaps under load, and a clean end."""
 
 import http.client
+import json
 import signal
 import socket
 import time
@@ -8,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fakes import make_image
@@ -171,6 +173,48 @@ def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_pa
         away.rename(store)
         wait_for(lambda: server.ask(path="/health/ready").body["problem"] is None)
         assert "started with the model that was served last: ledger entry 1" in server.stop()[1]
+
+
+HANGING = """
+import threading
+import visionloop.serving.log, visionloop.serving.main, visionloop.serving.swap
+from visionloop.store import LocalStore
+
+def hang(name):
+    work = getattr(LocalStore, name)
+    def wait(self, *args, **kwargs):
+        while (home / "hang").exists():
+            threading.Event().wait()
+        return work(self, *args, **kwargs)
+    setattr(LocalStore, name, wait)
+
+for name in ("get", "list", "exists", "put", "create"):
+    hang(name)
+visionloop.serving.main.GRACE_S = 1
+visionloop.serving.log.STOP_S = visionloop.serving.swap.STOP_S = 0.5
+"""
+
+
+def test_a_store_that_hangs_for_ever_does_not_hold_the_end_of_the_process(tmp_path: Path) -> None:
+    entry = promote(tmp_path, 1, None)
+    picture = np.load(tmp_path / "bundle-1" / "reference.npz")["sha256_n"][0].decode()
+    with serving(tmp_path, poll_s=0.05, log_flush_s=0.1, first=HANGING) as server:
+        request_id = server.ask(make_image(0)).body["request_id"]
+        (tmp_path / "hang").touch()
+        server.ask(make_image(1))
+        feedback = json.dumps({"request_id": request_id, "label": "a"}).encode()
+        with ThreadPoolExecutor(3) as pool:
+            asked = [
+                pool.submit(server.ask, feedback, "/feedback"),
+                pool.submit(server.ask, b"", "/admin/reload"),
+                pool.submit(server.ask, None, f"/images/{picture}"),
+            ]
+            time.sleep(0.5)
+            assert not any(each.done() for each in asked), "all of them wait for the store"
+            assert server.ask(path="/model").body["entry"] == entry.number
+            started = time.monotonic()
+            code, _ = server.stop()
+            assert (code, time.monotonic() - started < 10) == (0, True)
 
 
 def test_a_store_that_is_away_is_an_error_where_nothing_whole_was_served(tmp_path: Path) -> None:

@@ -129,11 +129,12 @@ class PredictionLog:
             thread.start()
 
     def stop(self) -> None:
-        """Write down all that was noted, send what can be sent in a few seconds, and end."""
+        """Write down all that was noted, send what can be sent in STOP_S, and end."""
         self._stopping.set()
         self._written.set()
+        stop_at_s = time.monotonic() + STOP_S
         for thread in self._threads:
-            thread.join(STOP_S)
+            thread.join(max(0.0, stop_at_s - time.monotonic()))
 
     def note(self, noted: Noted) -> None:
         """Note an answer; it is dropped and counted if too many wait for their rows. Takes some microseconds."""
