@@ -16,6 +16,7 @@ import pytest
 
 from notebooks import run_notebook
 from shapes import ROOT, make_environment, run, visionloop
+from visionloop.data.encoded import name_readable
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = f"{sys.executable} flows/retrain.py"
@@ -193,7 +194,7 @@ def test_the_tour_runs_after_the_demo_and_is_kept_with_its_outputs(
     said = "\n".join(output["text"] for cell in cells for output in cell.outputs if output.output_type == "stream")
     accuracy = re.search(r"^([\d.]+)% of 270 test images are answered rightly$", said, flags=re.M)
     assert accuracy and float(accuracy[1]) >= 97
-    assert "image 2: is text, not an image; expected JPEG or PNG. Check where it was downloaded from." in said
+    assert f"image 2: is text, not an image; expected {name_readable()}. Check where it was downloaded from." in said
     [model] = [text for text in list_texts(cells) if text.startswith("<visionloop.Model")]
     assert re.fullmatch(r"<visionloop.Model digits: .*; dataset version 1; bundle \w{12} from digits@champion>", model)
     pictures = [kind for cell in cells for kind in describe_outputs(cell) if "image/png" in kind]

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fakes import make_bundle, make_image
+from visionloop.data.encoded import name_readable
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict import FilePrediction, Table, draw_sheet, find_images, predict_files, predict_in_chunks
@@ -107,7 +108,7 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
     assert jpg.prediction == predictor.predict([make_image(2, kind="JPEG")])[0]
     assert (broken.prediction, broken.error) == (
         None,
-        "is text, not an image; expected JPEG or PNG",
+        f"is text, not an image; expected {name_readable()}",
     )
 
 

@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from visionloop.data.encoded import READ, is_small_copy
+from visionloop.data.encoded import is_small_copy, name_readable
 from visionloop.data.foreign import EXPORT, name_other
 from visionloop.data.images import check_pixels, make_damaged, open_image
 from visionloop.errors import ImageError
@@ -28,7 +28,7 @@ def convert_to_png(data: bytes, where: str, *, max_pixels: int | None) -> bytes 
         return None
     image = open_image(kind, data, where)
     if is_small_copy(getattr(image, "tag_v2", {})):
-        raise ImageError(where, "is a camera's RAW file: a TIFF with a small preview", READ, EXPORT)
+        raise ImageError(where, "is a camera's RAW file: a TIFF with a small preview", name_readable(), EXPORT)
     check_pixels(image.size, where, max_pixels)
     try:
         image.load()  # a TIFF is turned upright by it

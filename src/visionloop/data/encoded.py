@@ -10,14 +10,15 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
-from PIL import Image
+from PIL import Image, features
 
 from visionloop.data.foreign import name_other
 from visionloop.errors import ImageError
 
-READ = "JPEG, PNG, WebP, AVIF or HEIC"
 MAX_SCANS = 100  # no camera or program writes so many, and each costs a pass over all pixels
 MAX_PARTS = 100_000  # segments or chunks
 MAX_PEEKS, MAX_GAP = 500, 4096  # how many segments, and bytes between two, are passed by in search of the size
@@ -95,8 +96,17 @@ def parse_encoded(data: bytes, where: str) -> Encoded:
         raise ImageError(where, "is empty (0 bytes)", "an image", reason_code="empty")
     name, todo = name_other(data)
     if name:
-        raise ImageError(where, f"is {name}", "JPEG or PNG", todo)
-    raise ImageError(where, "is not an image we read", READ)
+        raise ImageError(where, f"is {name}", name_readable(), todo)
+    raise ImageError(where, "is not an image we read", name_readable())
+
+
+@cache
+def name_readable() -> str:
+    """Return the formats that are read on this installation, and how to read HEIC where that is not one."""
+    kinds = ["JPEG", "PNG", "WebP", *(["AVIF"] if features.check("avif") else [])]
+    if find_spec("pi_heif"):
+        return f"{', '.join(kinds)} or HEIC"
+    return f"{', '.join(kinds[:-1])} or {kinds[-1]} (HEIC with the extra `heic`)"
 
 
 def estimate_bytes(data: bytes) -> int:

@@ -22,7 +22,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
 
-from visionloop.data.encoded import READ, Size, parse_encoded, read_orientation
+from visionloop.data.encoded import Size, name_readable, parse_encoded, read_orientation
 from visionloop.data.modes import find_brightest, flatten, resize_channels, to_rgb
 from visionloop.errors import ImageError
 from visionloop.records import MAX_PIXELS
@@ -271,11 +271,11 @@ def open_image(kind: str, data: bytes, where: str) -> Image.Image:
         raise
     except ImportError as exc:
         todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
-        raise ImageError(where, "is HEIC, and pi-heif is not installed", READ, todo) from exc
+        raise ImageError(where, "is HEIC, and pi-heif is not installed", name_readable(), todo) from exc
     except SyntaxError as exc:
         if kind == "AVIF" and not features.check("avif"):
             todo = "Install one of Pillow's own wheels, or export it as JPEG."
-            raise ImageError(where, "is AVIF, and this Pillow is built without it", READ, todo) from exc
+            raise ImageError(where, "is AVIF, and this Pillow is built without it", name_readable(), todo) from exc
         raise make_damaged(where, str(exc) or "its header") from exc
     except Exception as exc:  # a malformed file can make the parser raise anything
         raise make_damaged(where, str(exc) or "its header") from exc

@@ -154,7 +154,7 @@ def test_one_opened_image_can_be_used_by_many_threads(name: str) -> None:
     ("value", "code", "message"),
     [
         (b"", "empty", r"it: is empty \(0 bytes\); expected an image\."),
-        (b"text", "not_an_image", "it: is text, not an image; expected JPEG or PNG"),
+        (b"text", "not_an_image", "it: is text, not an image; expected JPEG, PNG, WebP"),
         (FILES["jpeg"]()[:900], "damaged", "it: is damaged"),
         (None, "not_an_image", "it: is None; expected a path, bytes, an image of Pillow, or a numpy array"),
         (3.5, "not_an_image", "it: is of type float; expected a path"),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fakes import write_photos
+from visionloop.data.encoded import name_readable
 from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
 from visionloop.errors import ParamsError, SourceError, StoreError
 from visionloop.ingest.pull import PullReport, pull
@@ -209,7 +210,9 @@ def test_what_is_converted_is_stored_as_png_and_its_origin_says_so(
     Image.open(folder / "dog" / "0.png").save(folder / "dog" / "zero.ppm")
     refused = run(settings, store, folder, ingest={"max_rejected_ratio": 1})
     assert Counter(r.code for r in refused.rejected) == {"not_an_image": 4}
-    assert refused.rejected[0].reason == "is TIFF; expected JPEG or PNG. Set `ingest.convert: true`, or convert it."
+    assert (
+        refused.rejected[0].reason == f"is TIFF; expected {name_readable()}. Set `ingest.convert: true`, or convert it."
+    )
 
     taken = run(settings, store, folder, ingest={"convert": True})
     assert taken.rejected == ()
