@@ -175,6 +175,28 @@ def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_pa
         assert "started with the model that was served last: ledger entry 1" in server.stop()[1]
 
 
+def test_a_thread_that_computes_does_not_keep_requests_waiting_for_long(tmp_path: Path, bundle_dir: Path) -> None:
+    busy = """
+import threading
+import visionloop.serving.main as m
+make = m.make_app
+def compute():
+    while True:
+        sum(range(1000))
+def make_busy(*args, **kwargs):
+    threading.Thread(target=compute, daemon=True).start()
+    return make(*args, **kwargs)
+m.make_app = make_busy
+"""
+    with serving(tmp_path, bundle_dir, first=busy) as server:
+        seconds = []
+        for _ in range(40):
+            started = time.perf_counter()
+            server.ask(make_image(0))
+            seconds.append(time.perf_counter() - started)
+        assert sorted(seconds)[10] < 0.018, "by Python's own interval each change of threads takes 5 ms"
+
+
 HANGING = """
 import threading
 import visionloop.serving.log, visionloop.serving.main, visionloop.serving.swap

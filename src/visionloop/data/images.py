@@ -173,8 +173,17 @@ def load_array(
     by one to two grey levels from Pillow's antialiased bilinear filter, which resizes all others. The same bytes give
     the same array in every thread and process of a machine. Raises ImageError.
     """
+    return load_sized_array(data, where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)[0]
+
+
+def load_sized_array(
+    data: bytes, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int | None = MAX_PIXELS
+) -> tuple[UInt8Array, Size]:
+    """Do what `load_array` does; return the width and height of the whole image too, as it is shown."""
     opened = _Opened(data, where, max_pixels)
-    return _make_array(opened.size, opened.orientation, opened.decode, size_hw, resize)
+    orientation = opened.orientation
+    array = _make_array(opened.size, orientation, opened.decode, size_hw, resize)
+    return array, _swap(opened.size, orientation)
 
 
 def convert_image(

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from visionloop.data.encoded import Size
 from visionloop.predictor import FloatArray, Predictor
 from visionloop.records import Prediction
 
@@ -25,12 +26,13 @@ class Timing:
 class Answer(Prediction):
     """The answer for one image, with the embedding (d,) that it was made from, and what the log wants to know.
 
-    `sha256` is that of the image's bytes. `distance` is None where the card has no rule for it, `quality` where nobody
-    measured.
+    `sha256` is that of the image's bytes, `size` its width and height as it is shown. `distance` is None where the card
+    has no rule for it, `quality` where nobody measured.
     """
 
     sha256: str
     embedding_d: FloatArray
+    size: Size
     distance: float | None = None
     quality: Mapping[str, float] | None = None
     timing: Timing = Timing()

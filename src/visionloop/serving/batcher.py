@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from visionloop.data.encoded import Size
 from visionloop.data.images import UInt8Array
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.answers import Answer, AnswerCache, Timing
@@ -79,6 +80,7 @@ class Patience:
 @dataclass(frozen=True)
 class _Decoded:
     image_hwc: UInt8Array
+    size: Size
     quality: Mapping[str, float] | None
 
 
@@ -251,8 +253,8 @@ class Batcher:
 
     def _decode(self, model: ServedModel, data: bytes) -> _Decoded:
         limit = min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
-        image_hwc = model.predictor.decode(data, "image", max_pixels=limit)
-        return _Decoded(image_hwc, self._measure_image(image_hwc))
+        image_hwc, size = model.predictor.decode_sized(data, "image", max_pixels=limit)
+        return _Decoded(image_hwc, size, self._measure_image(image_hwc))
 
     async def _work(self) -> None:
         while True:
@@ -333,6 +335,7 @@ def _run(batch: Sequence[_Waiting]) -> list[Answer]:
             **vars(prediction),
             sha256=waiting.sha256,
             embedding_d=embedding_d.copy(),  # a row of the batch would keep the whole batch in memory
+            size=waiting.decoded.size,
             distance=distance,
             quality=waiting.decoded.quality,
         )

@@ -9,6 +9,7 @@ were not in a part yet are lost.
 """
 
 import contextlib
+import heapq
 import logging
 import random
 import secrets
@@ -23,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from visionloop.data.encoded import parse_encoded, read_orientation
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import (
@@ -36,8 +36,9 @@ from visionloop.data.prediction_log import (
 )
 from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import load_tombstones
-from visionloop.errors import DatasetError, ImageError, StoreError, VisionLoopError
+from visionloop.errors import DatasetError, StoreError, VisionLoopError
 from visionloop.params import Serve
+from visionloop.predictor import FloatArray
 from visionloop.serving.answers import Answer
 from visionloop.serving.keep import Choice, Keeper
 from visionloop.serving.swap import ServedModel
@@ -50,6 +51,7 @@ MAX_SPOOL_BYTES = 256_000_000
 COUNTED_S = 300.0  # between two rows of counts
 MEASURED_PER_S = 32  # images of which brightness, contrast and sharpness are taken: the cost is bounded
 DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
+WARM_S = 2.0  # after the start: then the server is ready, and has its cores for itself
 OLD_S = 600.0  # nobody takes so long to write a file
 SPOOL = "predictions"  # in the hidden folder of the workspace
 SLASH = "+"  # no key has it
@@ -165,10 +167,13 @@ class PredictionLog:
         return {name: float(value_n[0]) for name, value_n in measure_images(image_hwc[None]).items()}
 
     def _write_on(self) -> None:
-        PREDICTIONS.make_schema()  # loads pyarrow, for which the first feedback would wait
+        warm_at_s: float | None = time.monotonic() + WARM_S
         while True:
             is_last = self._stopping.wait(DRAIN_S)
             self._drain(is_last)
+            if warm_at_s is not None and time.monotonic() > warm_at_s:
+                PREDICTIONS.make_schema()  # loads pyarrow, for which the first feedback would wait
+                warm_at_s = None
             if is_last:
                 return
 
@@ -212,9 +217,11 @@ class PredictionLog:
             choices = self._keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
         if not self._rows:
             self._first_row_s = time.monotonic()
-        for one, choice in zip(group, choices, strict=True):
+        # All at once: for one alone NumPy takes longer to begin than to work.
+        rounded_nd = round_embedding(np.stack([one.answer.embedding_d for one in group]))
+        for one, choice, embedding_d in zip(group, choices, rounded_nd, strict=True):
             with_embedding = self._draw.random() < self._serve.log_embeddings
-            row = make_row(one, self._serve.log_top_k, with_embedding=with_embedding)
+            row = make_row(one, self._serve.log_top_k, embedding_d if with_embedding else None)
             is_lost = choice.is_kept and not self._keep(one)
             row["image_kept"] = choice.is_kept and not is_lost
             row["keep_probability"] = None if is_lost else choice.probability
@@ -347,11 +354,10 @@ class PredictionLog:
             log.info("prediction log: solved: %s", problem)
 
 
-def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
+def make_row(one: Noted, top_k: int, embedding_d: FloatArray | None) -> dict[str, Any]:
     """Return the row of an answer, without what concerns the kept image."""
-    answer = one.answer
-    names = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)[:top_k]
-    width, height = read_size(one.data)
+    answer, timing = one.answer, one.answer.timing
+    names = heapq.nlargest(top_k, answer.probabilities, key=answer.probabilities.__getitem__)
     return {
         "request_id": one.request_id,
         "time": datetime.fromtimestamp(one.at_s, UTC),
@@ -371,15 +377,15 @@ def make_row(one: Noted, top_k: int, *, with_embedding: bool) -> dict[str, Any]:
         "abstained": answer.abstained is not None,
         "abstain_reason": answer.abstained,
         "distance": answer.distance,
-        "embedding": round_embedding(answer.embedding_d) if with_embedding else None,
-        "queue_ms": 1000 * answer.timing.queue_s,
-        "decode_ms": 1000 * answer.timing.decode_s,
-        "network_ms": 1000 * answer.timing.network_s,
+        "embedding": embedding_d,
+        "queue_ms": 1000 * timing.queue_s,
+        "decode_ms": 1000 * timing.decode_s,
+        "network_ms": 1000 * timing.network_s,
         "total_ms": one.total_ms,
-        "cached": answer.timing.is_cached,
+        "cached": timing.is_cached,
         **(answer.quality or {}),
-        "width": width,
-        "height": height,
+        "width": answer.size[0],
+        "height": answer.size[1],
         "num_bytes": len(one.data),
     }
 
@@ -398,15 +404,3 @@ def _measure_spool(spool: Path) -> dict[Path, int]:
         with contextlib.suppress(FileNotFoundError):  # another server of this workspace has sent it
             sizes[path] = path.stat().st_size
     return sizes
-
-
-def read_size(data: bytes) -> tuple[int | None, int | None]:
-    """Return width and height as the image is shown; None where only the decoder knows them."""
-    try:
-        encoded = parse_encoded(data, "image")
-    except ImageError:
-        return None, None
-    if encoded.size is None:
-        return None, None
-    width, height = encoded.size
-    return (height, width) if read_orientation(encoded.info) >= 5 else (width, height)

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 
 from visionloop.bundle import Bundle
 from visionloop.confidence import pick_rows, scale_to_one
-from visionloop.data.images import load_array
+from visionloop.data.images import load_sized_array
 from visionloop.data.manifest import make_image_key
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import BundleError, ImageError, ObjectMissing, StoreError
@@ -30,7 +30,6 @@ from visionloop.serving.answers import Answer
 from visionloop.serving.aside import Aside
 from visionloop.serving.body import RequestError
 from visionloop.serving.envelope import name_request
-from visionloop.serving.log import read_size
 from visionloop.serving.schemas import (
     ERRORS,
     PICTURE_ERRORS,
@@ -174,7 +173,7 @@ def add_similar(app: FastAPI, service: Service, store: ObjectStore | None) -> No
 
 
 def draw_picture(store: ObjectStore, model: ServedModel, sha256: str, px: int) -> bytes:
-    """Return an image of the store as a JPEG within px x px pixels, upright; a smaller one keeps its size.
+    """Return an image of the store as a JPEG, upright, whose longer side has `px` pixels.
 
     Raises:
         RequestError: it was forgotten, is not in the store, or cannot be drawn. StoreError: the store is away.
@@ -182,15 +181,14 @@ def draw_picture(store: ObjectStore, model: ServedModel, sha256: str, px: int) -
     if store.exists(make_tombstone_key(model.name, sha256)):
         raise _make_absence()
     try:
-        data = store.get(make_image_key(sha256))
-        width, height = read_size(data)
-        scale = min(1.0, px / max(width or px, height or px))
-        size_hw = max(1, round((height or px) * scale)), max(1, round((width or px) * scale))
-        resize, limit = "squash" if width else "letterbox", model.predictor.card.max_pixels
-        pixels = load_array(data, "image", size_hw=size_hw, resize=resize, max_pixels=limit)
+        data, limit = store.get(make_image_key(sha256)), model.predictor.card.max_pixels
+        square, size = load_sized_array(data, "image", size_hw=(px, px), resize="letterbox", max_pixels=limit)
     except (ObjectMissing, ImageError) as exc:
         raise _make_absence() from exc
-    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY, colorspace="RGB"))
+    width, height = (max(1, round(px * side / max(size))) for side in size)
+    left, top = round((px - width) / 2), round((px - height) / 2)  # without the bars
+    pixels = np.ascontiguousarray(square[top : top + height, left : left + width])
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=QUALITY, colorspace="RGB"))
 
 
 def _make_absence() -> RequestError:

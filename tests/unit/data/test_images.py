@@ -7,10 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from visionloop.data.encoded import MAX_SCANS
-from visionloop.data.images import ImageFacts, convert_image, decode_grey, decode_image, load_array
+from visionloop.data.images import ImageFacts, convert_image, decode_grey, decode_image, load_array, load_sized_array
 from visionloop.errors import ImageError
 
 
@@ -43,6 +43,17 @@ def with_orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = number
     return exif
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize(("orientation", "size"), [(1, (64, 32)), (3, (64, 32)), (6, (32, 64))])
+def test_the_size_is_that_of_the_whole_image_as_it_is_shown(kind: str, orientation: int, size: tuple[int, int]) -> None:
+    if not features.check(kind.lower()) and kind in ("WEBP", "AVIF"):
+        pytest.skip(f"this Pillow has no {kind}")
+    data = encode(make_halves(), kind, exif=with_orientation(orientation))
+    array, found = load_sized_array(data, "x", size_hw=(16, 16), resize="squash")
+    assert (found, array.shape) == (size, (16, 16, 3))
+    np.testing.assert_array_equal(array, load_array(data, "x", size_hw=(16, 16), resize="squash"))
 
 
 def test_squash_ignores_the_aspect() -> None:

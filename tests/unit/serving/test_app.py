@@ -220,7 +220,7 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(slot: ModelSlot) -> N
 def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visionloop.serving.decoding.count_cores", lambda: 2)
     assert slot.current
-    decode, lock, now, most = slot.current.predictor.decode, threading.Lock(), 0, 0
+    decode, lock, now, most = slot.current.predictor.decode_sized, threading.Lock(), 0, 0
 
     def slow(*args: Any, **options: Any) -> Any:
         nonlocal now, most
@@ -232,7 +232,7 @@ def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: 
             now -= 1
         return decode(*args, **options)
 
-    monkeypatch.setattr(slot.current.predictor, "decode", slow)
+    monkeypatch.setattr(slot.current.predictor, "decode_sized", slow)
     found = []
     with TestClient(make_app(slot)) as client:
         for decoders in (0, 3, 1):

@@ -73,7 +73,7 @@ def make_noted(model: ServedModel, seed: int = 0, *, at_s: float | None = None, 
     data = make_image(seed, size_hw=(40, 48))
     [prediction] = model.predictor.predict([data])
     embedding_d = np.linspace(0, 1, 48, dtype=np.float32)
-    answer = Answer(**vars(prediction), sha256=_hash(data), embedding_d=embedding_d, **changes)
+    answer = Answer(**vars(prediction), sha256=_hash(data), embedding_d=embedding_d, size=(48, 40), **changes)
     return Noted(make_request_id(at_s), at_s, model, data, answer, 12.5, "mine", "kiosk")
 
 

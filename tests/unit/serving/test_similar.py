@@ -199,7 +199,7 @@ def test_the_picture_of_a_neighbour_is_small_upright_and_has_no_notes(slot: Mode
         assert not picture.getexif()
         assert picture.getpixel((60, 100)) == pytest.approx((200, 30, 30), abs=4)
         assert read_jpeg(client.get(f"/images/{KNOWN}?px=16").content).size == (8, 16)
-        assert read_jpeg(client.get(f"/images/{KNOWN}?px=512").content).size == (200, 400), "it is made no larger"
+        assert read_jpeg(client.get(f"/images/{KNOWN}?px=512").content).size == (256, 512)
 
 
 def test_no_picture_of_what_similar_does_not_name_is_forgotten_or_cannot_be_drawn(
