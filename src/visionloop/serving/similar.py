@@ -104,7 +104,8 @@ class References:
 
     async def load(self, model: ServedModel) -> Reference:
         """Return it; the first time it is read from the disk. Raises RequestError."""
-        return self._held.get(model.predictor) or await asyncio.to_thread(self._read, model)
+        found = self._held.get(model.predictor)
+        return await asyncio.to_thread(self._read, model) if found is None else found
 
     def _read(self, model: ServedModel) -> Reference:
         with self._loading:
