@@ -11,6 +11,7 @@ were not in a part yet are lost.
 import contextlib
 import heapq
 import logging
+import math
 import random
 import secrets
 import threading
@@ -38,7 +39,6 @@ from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, StoreError, VisionLoopError
 from visionloop.params import Serve
-from visionloop.predictor import FloatArray
 from visionloop.serving.answers import Answer
 from visionloop.serving.keep import Choice, Keeper
 from visionloop.serving.swap import ServedModel
@@ -48,14 +48,11 @@ from visionloop.store.keys import is_key
 MAX_NOTED, MAX_NOTED_BYTES = 4096, 64_000_000  # answers that wait for a row, and the bytes of their images
 MAX_ROWS = 5_000  # of a part: about 30 MB in memory with 1,280 numbers each
 MAX_SPOOL_BYTES = 256_000_000
-COUNTED_S = 300.0  # between two rows of counts
-MEASURED_PER_S = 32  # images of which brightness, contrast and sharpness are taken: the cost is bounded
+COUNTED_S, MEASURED_PER_S = 300.0, 32  # between rows of counts; images whose quality is measured: that is dear
 DRAIN_S, RETRY_S, MAX_RETRY_S, STOP_S = 0.05, 1.0, 60.0, 5.0
-WARM_S = 2.0  # after the start: then the server is ready, and has its cores for itself
-OLD_S = 600.0  # nobody takes so long to write a file
+WARM_S, OLD_S = 2.0, 600.0  # when the server is ready for certain; nobody takes so long to write a file
 SPOOL = "predictions"  # in the hidden folder of the workspace
-SLASH = "+"  # no key has it
-SUFFIX = ".writing"
+SLASH, SUFFIX = "+", ".writing"  # no key has either
 KEPT_NOTHING = Choice(False, 0.0, None)
 
 log = logging.getLogger(__name__)
@@ -167,13 +164,13 @@ class PredictionLog:
         return {name: float(value_n[0]) for name, value_n in measure_images(image_hwc[None]).items()}
 
     def _write_on(self) -> None:
-        warm_at_s: float | None = time.monotonic() + WARM_S
+        warm_at_s = time.monotonic() + WARM_S
         while True:
             is_last = self._stopping.wait(DRAIN_S)
             self._drain(is_last)
-            if warm_at_s is not None and time.monotonic() > warm_at_s:
+            if time.monotonic() > warm_at_s:
+                warm_at_s = math.inf
                 PREDICTIONS.make_schema()  # loads pyarrow, for which the first feedback would wait
-                warm_at_s = None
             if is_last:
                 return
 
@@ -210,18 +207,16 @@ class PredictionLog:
         self._written.set()
 
     def _add_rows(self, group: Sequence[Noted]) -> None:
-        choices = [KEPT_NOTHING] * len(group)
+        # All embeddings at once: for one alone NumPy takes longer to begin than to work.
+        choices, embedding_nd = [KEPT_NOTHING] * len(group), np.stack([one.answer.embedding_d for one in group])
         if self._keeper:
             confidences = [one.answer.confidence for one in group]
-            embedding_nd = np.stack([one.answer.embedding_d for one in group])
             choices = self._keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
         if not self._rows:
             self._first_row_s = time.monotonic()
-        # All at once: for one alone NumPy takes longer to begin than to work.
-        rounded_nd = round_embedding(np.stack([one.answer.embedding_d for one in group]))
-        for one, choice, embedding_d in zip(group, choices, rounded_nd, strict=True):
-            with_embedding = self._draw.random() < self._serve.log_embeddings
-            row = make_row(one, self._serve.log_top_k, embedding_d if with_embedding else None)
+        for one, choice, embedding_d in zip(group, choices, round_embedding(embedding_nd), strict=True):
+            row = make_row(one, self._serve.log_top_k)
+            row["embedding"] = embedding_d if self._draw.random() < self._serve.log_embeddings else None
             is_lost = choice.is_kept and not self._keep(one)
             row["image_kept"] = choice.is_kept and not is_lost
             row["keep_probability"] = None if is_lost else choice.probability
@@ -354,8 +349,8 @@ class PredictionLog:
             log.info("prediction log: solved: %s", problem)
 
 
-def make_row(one: Noted, top_k: int, embedding_d: FloatArray | None) -> dict[str, Any]:
-    """Return the row of an answer, without what concerns the kept image."""
+def make_row(one: Noted, top_k: int) -> dict[str, Any]:
+    """Return the row of an answer, without its embedding and what concerns the kept image."""
     answer, timing = one.answer, one.answer.timing
     names = heapq.nlargest(top_k, answer.probabilities, key=answer.probabilities.__getitem__)
     return {
@@ -377,7 +372,6 @@ def make_row(one: Noted, top_k: int, embedding_d: FloatArray | None) -> dict[str
         "abstained": answer.abstained is not None,
         "abstain_reason": answer.abstained,
         "distance": answer.distance,
-        "embedding": embedding_d,
         "queue_ms": 1000 * timing.queue_s,
         "decode_ms": 1000 * timing.decode_s,
         "network_ms": 1000 * timing.network_s,
