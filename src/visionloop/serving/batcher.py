@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from visionloop.data.encoded import Size
-from visionloop.data.images import UInt8Array
+from visionloop.data.images import UInt8Array, load_sized_array
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.answers import Answer, AnswerCache, Timing
 from visionloop.serving.decoding import Decoders
@@ -252,8 +252,9 @@ class Batcher:
         )
 
     def _decode(self, model: ServedModel, data: bytes) -> _Decoded:
-        limit = min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
-        image_hwc, size = model.predictor.decode_sized(data, "image", max_pixels=limit)
+        card = model.predictor.card
+        limit = min(self.max_pixels or card.max_pixels, card.max_pixels)
+        image_hwc, size = load_sized_array(data, "image", size_hw=card.image_size, resize=card.resize, max_pixels=limit)
         return _Decoded(image_hwc, size, self._measure_image(image_hwc))
 
     async def _work(self) -> None:

@@ -9,7 +9,8 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps, features
 
-from visionloop.data.encoded import MAX_SCANS
+from visionloop.data import encoded
+from visionloop.data.encoded import MAX_SCANS, name_readable, parse_encoded
 from visionloop.data.images import ImageFacts, convert_image, decode_grey, decode_image, load_array, load_sized_array
 from visionloop.errors import ImageError
 
@@ -48,7 +49,7 @@ def with_orientation(number: int) -> Image.Exif:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 @pytest.mark.parametrize(("orientation", "size"), [(1, (64, 32)), (3, (64, 32)), (6, (32, 64))])
 def test_the_size_is_that_of_the_whole_image_as_it_is_shown(kind: str, orientation: int, size: tuple[int, int]) -> None:
-    if not features.check(kind.lower()) and kind in ("WEBP", "AVIF"):
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
         pytest.skip(f"this Pillow has no {kind}")
     data = encode(make_halves(), kind, exif=with_orientation(orientation))
     array, found = load_sized_array(data, "x", size_hw=(16, 16), resize="squash")
@@ -310,3 +311,27 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     with pytest.raises(ImageError, match="expected at most 50000000") as caught:
         decode_image(data, "bomb.png")
     assert caught.value.reason_code == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("has_avif", "has_heif", "named"),
+    [
+        (True, True, "JPEG, PNG, WebP, AVIF or HEIC"),
+        (True, False, "JPEG, PNG, WebP or AVIF (HEIC with the extra `heic`)"),
+        (False, True, "JPEG, PNG, WebP or HEIC"),
+        (False, False, "JPEG, PNG or WebP (HEIC with the extra `heic`)"),
+    ],
+)
+def test_what_is_read_is_named_as_it_is_on_this_installation(
+    monkeypatch: pytest.MonkeyPatch, has_avif: bool, has_heif: bool, named: str
+) -> None:
+    monkeypatch.setattr(features, "check", lambda name: has_avif)
+    monkeypatch.setattr(encoded, "find_spec", lambda name: object() if has_heif else None)
+    name_readable.cache_clear()
+    try:
+        for data in (b"text", b"\0\1\2\3no idea"):
+            with pytest.raises(ImageError) as caught:
+                parse_encoded(data, "a.jpg")
+            assert caught.value.expected == named
+    finally:
+        name_readable.cache_clear()

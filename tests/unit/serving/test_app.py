@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle
 from visionloop.predictor import FP32, INT8, Predictor
+from visionloop.serving import batcher
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
 from visionloop.serving.schemas import ErrorAnswer
@@ -220,7 +221,7 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(slot: ModelSlot) -> N
 def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visionloop.serving.decoding.count_cores", lambda: 2)
     assert slot.current
-    decode, lock, now, most = slot.current.predictor.decode_sized, threading.Lock(), 0, 0
+    decode, lock, now, most = batcher.load_sized_array, threading.Lock(), 0, 0
 
     def slow(*args: Any, **options: Any) -> Any:
         nonlocal now, most
@@ -232,7 +233,7 @@ def test_the_split_of_the_cores_follows_the_model(slot: ModelSlot, monkeypatch: 
             now -= 1
         return decode(*args, **options)
 
-    monkeypatch.setattr(slot.current.predictor, "decode_sized", slow)
+    monkeypatch.setattr(batcher, "load_sized_array", slow)
     found = []
     with TestClient(make_app(slot)) as client:
         for decoders in (0, 3, 1):
