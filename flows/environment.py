@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionloop.errors import VisionLoopError
+from visionloop.lifetime import collect_seldom
 from visionloop.params import load_params
 from visionloop.settings import apply_tool_environment, load_settings
 from visionloop.words import describe_error
@@ -40,6 +41,7 @@ def enter_workspace_or_exit(
 
     Without a workspace, or with a mistake in its params.yaml: one line on stderr and exit code 2.
     """
+    collect_seldom()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workspace", type=Path, help="a folder with a params.yaml; default: the one you are in")
     add(parser)

@@ -24,6 +24,7 @@ import shell
 import steps
 import told
 from visionloop.errors import LeaseHeld
+from visionloop.lifetime import end_process
 from visionloop.monitoring.due import decide_retrain
 from visionloop.monitoring.triggers import RETRAIN
 from visionloop.promotion.ledger import latest_decision
@@ -99,4 +100,4 @@ def make_table(decision: Decision) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(lambda home: retrain(home, return_state=True)))
+    end_process(shell.run(lambda home: retrain(home, return_state=True)))

@@ -16,12 +16,15 @@ import pytest
 from fakes import make_bundle
 from processors import FLAGS, pretending, refuse_to_measure
 from s3_server import run_seaweed
+from visionloop.lifetime import collect_seldom
 from visionloop.networks import processor
 from visionloop.settings import QUIET_TOOLS
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+collect_seldom()
 
 FOREIGN = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL")
 

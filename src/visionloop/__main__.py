@@ -1,6 +1,6 @@
 """`python -m visionloop`: the same as the command `visionloop`."""
 
-from visionloop.cli import main
+from visionloop.cli import run_process
 
 if __name__ == "__main__":
-    main()
+    run_process()

@@ -2,9 +2,13 @@
 
 `python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone. With a mark instead of
 STOPPED it ends all that was started under that mark: children, their children, and what has left its group.
+
+And what each process of ours does at its start and end, so that neither takes seconds.
 """
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -12,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import psutil
@@ -21,10 +25,33 @@ SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
 GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
 MARK_VARIABLE = "VISIONLOOP_UP"  # in the environment of all that one `visionloop up` has started
 WATCH_EVERY_S = 0.25
+# Python looks for garbage among its objects whenever 700 are new. Loading torch and MLflow makes half a million, and
+# none is garbage: looking took a quarter of that time.
+COLLECT_AFTER = (10_000, 10, 10)
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised as an exception so that work is closed properly, as with Ctrl-C."""
+
+
+def collect_seldom() -> None:
+    """Let Python look for garbage less often. For entry points, before they load anything heavy."""
+    gc.set_threshold(*COLLECT_AFTER)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process in order, but for one thing: no object is taken apart, as the system frees them all at once.
+
+    Behind torch that took one to three seconds. Threads are waited for, and what `atexit` knows runs, as ever.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # a full disk, a reader that is gone: Python tells it as ever
+        sys.exit(code)
+    os._exit(code)
 
 
 @contextlib.contextmanager

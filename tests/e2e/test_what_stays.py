@@ -5,6 +5,7 @@ The tests are one story: each goes on where the one before ended.
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,24 @@ BROKEN = "import sys\nif 'serve' in sys.argv:\n    import os; print('no such sym
 
 
 @pytest.fixture(scope="module")
-def home(copied: Path) -> Path:
-    """A workspace with two champions; the second, bad one was rolled back from."""
-    home = copied
-    edit(home, "gate: {", "gate: {rule: no_worse, margin: 0.99, ")
-    set_train(home, seed=2)
+def stopped(
+    copied: Path, prefect_api: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A workspace with a champion, where a second model was trained and then no server started; what was said."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "sitecustomize.py").write_text(BROKEN)
+    edit(copied, "gate: {", "gate: {rule: no_worse, margin: 0.99, ")
+    set_train(copied, seed=2)
+    return copied, retrain(copied, PREFECT_API_URL=prefect_api, PYTHONPATH=str(folder))
+
+
+@pytest.fixture(scope="module")
+def home(stopped: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """The same, with the second, bad one as champion, and rolled back from."""
+    home, _ = stopped
     done = visionloop(home, "start")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "loading torch to train" not in done.stdout
     assert "golden images as the bundle does\n  registered as shapes version 2" in done.stdout
     assert "has a new champion" in done.stdout
     done = visionloop(home, "rollback", "--why", "it barks")
@@ -60,6 +72,21 @@ def read_artifact(api: str) -> str:
     }
     (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
     return str(artifact["data"])
+
+
+def test_a_server_that_cannot_start_stops_before_the_ledger(
+    stopped: tuple[Path, subprocess.CompletedProcess[str]], prefect_api: str
+) -> None:
+    home, done = stopped
+    assert done.returncode == 2, done.stdout
+    assert done.stderr == (
+        "error: server, tried before it is needed: did not start (no such symbol); expected a server that listens.\n"
+    )
+    (entry,) = list_ledger(home)
+    assert read_last_run(prefect_api) == ("Failed", "FAILED")
+    page = "# shapes: retrain failed\n\nerror: server, tried before it is needed: did not start"
+    assert read_artifact(prefect_api).startswith(page)
+    assert [path.name for path in (home / ".visionloop" / "store" / "bundles").iterdir()] == [entry["bundle"]]
 
 
 def test_after_a_rollback_a_run_with_nothing_changed_promotes_nothing(home: Path, prefect_api: str) -> None:
@@ -143,20 +170,3 @@ def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has
     assert said.startswith(f"bundle    {champion[:12]} (champion): binary, 2 classes: disc, ring\nledger    entry 1, ")
     photo = next((home.parent / "photos" / "disc").iterdir())
     assert f"\nbundle    {champion[:12]} (candidate, champion): " in visionloop(home, "lineage", str(photo)).stdout
-
-
-def test_a_server_that_cannot_start_stops_before_the_ledger(home: Path, prefect_api: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BROKEN)
-    before = list_ledger(home)
-    set_train(home, seed=5)
-    done = retrain(home, PREFECT_API_URL=prefect_api, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2, done.stdout
-    assert done.stderr == (
-        "error: server, tried before it is needed: did not start (no such symbol); expected a server that listens.\n"
-    )
-    assert list_ledger(home) == before
-    assert read_last_run(prefect_api) == ("Failed", "FAILED")
-    assert read_artifact(prefect_api).startswith(
-        "# shapes: retrain failed\n\nerror: server, tried before it is needed: did not start"
-    )
-    assert len(list((home / ".visionloop" / "store" / "bundles").iterdir())) == len({e["bundle"] for e in before})

@@ -1,12 +1,14 @@
-"""No process outlives the one it works for. Real processes, killed for real."""
+"""No process outlives the one it works for, and none takes long to end. Real processes, killed for real."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
+import pytest
 
 SLEEP = "import time; time.sleep(60)"
 STAGE = "from visionloop.lifetime import die_with_parents; die_with_parents(); print('up', flush=True); " + SLEEP
@@ -59,3 +61,36 @@ def test_another_program_is_stopped_with_us() -> None:
     owner.wait()
     assert other.wait(timeout=10) == -signal.SIGTERM
     assert wait_until_gone(watcher[0].pid)
+
+
+END = """
+import atexit, threading, time
+from visionloop.lifetime import end_process
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
+atexit.register(print, "atexit done")
+print("told", end="")
+end_process(3)
+"""
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def test_a_process_ends_in_order_without_taking_its_objects_apart() -> None:
+    done = subprocess.run([sys.executable, "-c", END], env=BUFFERED, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "toldthread done\natexit done\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_what_could_not_be_written_at_the_end_is_told() -> None:
+    code = "from visionloop.lifetime import end_process; print('told'); end_process(0)"
+    with Path("/dev/full").open("w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code], env=BUFFERED, text=True, check=False, **pipes)
+    assert (done.returncode, "No space left on device" in done.stderr) == (120, True)

@@ -3,6 +3,6 @@
 Heavy imports live inside the handlers: `--help` must answer at once. Only this package prints.
 """
 
-from visionloop.cli.run import main
+from visionloop.cli.run import main, run_process
 
-__all__ = ["main"]
+__all__ = ["main", "run_process"]

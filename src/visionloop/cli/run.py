@@ -9,9 +9,21 @@ from typing import NoReturn
 
 from visionloop.cli.app import app
 from visionloop.errors import VisionLoopError, find_missing_extra
-from visionloop.lifetime import Terminated
+from visionloop.lifetime import Terminated, collect_seldom, end_process
 from visionloop.settings import load_settings
 from visionloop.words import describe_error
+
+
+def run_process() -> NoReturn:
+    """Run the command line as all that this process does."""
+    collect_seldom()
+    try:
+        main()
+    except SystemExit as exc:
+        if not isinstance(exc.code, int | None):
+            raise  # a text, which Python writes to stderr
+        end_process(exc.code or 0)
+    end_process(0)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def test_bound_holds_in_93_of_100_random_splits(num_classes: int, threshold: Thr
     held, shares = 0, []
     for _ in range(100):
         rows_n = rng.permutation(20_000)
-        validation, fresh = pick(everything, rows_n[:1500]), pick(everything, rows_n[1500:])
+        validation, fresh = pick(everything, rows_n[:1500]), pick(everything, rows_n[1500:7500])
         tuned, lines = tune_card(card, validation, threshold, wanted, with_biases=with_biases)
         assert tuned.abstain is not None, lines
         hits_n, abstained_n = answer(tuned, fresh, validation)
