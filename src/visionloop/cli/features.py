@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -11,8 +12,9 @@ import typer
 
 from visionloop.cli.app import app
 from visionloop.cli.progress import make_progress
+from visionloop.cli.review import By, serve_page
 from visionloop.cli.stages import close_stage, open_stage
-from visionloop.workspace import Workspace, open_workspace
+from visionloop.workspace import Workspace, get_user, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.data.shards import Prepared
@@ -156,6 +158,9 @@ def suspects(
     neighbours: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many neighbours vote.")] = 10,
     encoder: EncoderOption = EncoderName.auto,
     out: Annotated[Path | None, typer.Option(help="A folder; default: suspects, in the workspace.")] = None,
+    *,
+    serve: Annotated[bool, typer.Option("--serve", help="Ask on the page of `review`, and write no file.")] = False,
+    by: By = None,
 ) -> None:
     """Find labels that are probably wrong: those against which the nearest other images vote.
 
@@ -164,20 +169,27 @@ def suspects(
     with pretrained weights (--encoder params) sees more. An encoder whose neighbours agree with the labels no more than
     chance does is refused, and nothing is written.
 
+    With --serve a page asks which label is right. The answers are labels like those of `visionloop review`: accept
+    them, and ingest with `- kind: review` among the sources. What a person has answered is not asked again.
+
     Examples:
 
       visionloop suspects
+
+      visionloop suspects --serve --by ann
 
       visionloop suspects --top 200 --encoder params --out review
     """
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
     from visionloop.features.suspects import advise, draw_suspects, encode_corrections, find_suspects
+    from visionloop.monitoring.answer_sheet import check_name
+    from visionloop.monitoring.ask import ask_about, find_answered
 
     workspace, album = _open_album(encoder)
     folder = out or workspace.settings.home / "suspects"
     corrections = folder / "corrections.csv"
-    if corrections.exists():
+    if corrections.exists() and not serve:
         todo = "Keep or remove it, or name another folder: `--out DIR`."
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
     found, agreement = find_suspects(album, neighbours)
@@ -185,12 +197,21 @@ def suspects(
         print(agreement.describe())
     if agreement and agreement.is_weak:
         print(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
+    answered = find_answered(workspace)
+    left_out = [one for one in found if album.prepared.sha256_n[one.row] in answered]
+    found = [one for one in found if one not in left_out]
     shown = found[:top]
+    if left_out:
+        print(f"{len(left_out):,} more have an answer of a person already")
     print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
     if not shown:
         return
     for line in _describe_suspects(album, shown):
         print(line)
+    if serve:
+        batch = ask_about(workspace, album, shown, now=datetime.now(UTC), by=get_user())
+        serve_page(workspace, batch, by=check_name(by or get_user()))
+        return
     write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
     write_picture(corrections, encode_corrections(album, shown).encode())
     print(f"look at {folder / 'suspects.png'}")

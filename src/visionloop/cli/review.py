@@ -117,7 +117,7 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
         print("`visionloop review --serve` asks on a page, `visionloop review --csv ask.csv` by a table")
 
 
-def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int) -> None:
+def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0) -> None:
     """Show a batch on a page until Ctrl-C."""
     from visionloop.monitoring.review_page import ReviewPage
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from visionloop.data.answers import ANSWERS
+from visionloop.data.day_table import DayReader
 from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import KEPT, find_log_parts, remove_from_log
 from visionloop.errors import DatasetError
@@ -60,6 +62,10 @@ def find_logged(store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[
     if parts := find_log_parts(store, name, sha256s):
         what = f"{count(len(parts), 'part')} of the prediction log in {store.url}, written again without them"
         copies.append(Copy(what, partial(remove_from_log, store, name, parts, sha256s)))
+    answers = DayReader(ANSWERS, store, name)
+    if parts := answers.find_parts(sha256s):
+        what = f"{count(len(parts), 'part')} of the answers of people in {store.url}, written again without them"
+        copies.append(Copy(what, partial(answers.remove_rows, parts, sha256s)))
     kept = [key for key in store.list(f"{KEPT}/{name}/") if key.rpartition("/")[2] in sha256s]
     if kept:
         what = f"{count(len(kept), 'image')} that a server kept in {store.url}, with all earlier versions"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from visionloop.data.answers import drop_asked
 from visionloop.data.drop import load_aside, make_smaller_version, write_aside
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import (
@@ -102,6 +103,10 @@ def redact(store: ObjectStore, name: str, sha256s: frozenset[str], trace: Trace)
         leaks = [Leak.from_json(row) for row in json.loads(store.get(key))]
         cleaned = [_redact_leak(row, sha256s) for row in leaks]
         rewritten += _rewrite(store, key, canonical_json([r.to_json() for r in cleaned]), leaks != cleaned)
+    for key in [key for key in store.list(f"review/{name}/") if key.endswith(".json")]:
+        asked = json.loads(store.get(key))
+        rest = drop_asked(asked, sha256s)
+        rewritten += _rewrite(store, key, canonical_json(rest), asked != rest)
     for part in trace.parts:
         rows = _read_part(store, part)
         redacted = [replace(r, origins=(FORGOTTEN,)) if r.sha256 in sha256s else r for r in rows]
@@ -146,7 +151,7 @@ def _rewrite(store: ObjectStore, key: str, data: bytes, changed: bool) -> int:
 
 
 def _restore_spares(store: ObjectStore, name: str) -> None:
-    for prefix in ("manifests/", f"quarantine/{name}/", f"leaks/{name}/"):
+    for prefix in ("manifests/", f"quarantine/{name}/", f"leaks/{name}/", f"review/{name}/"):
         for key in [key for key in store.list(prefix) if key.endswith(SPARE)]:
             _put_for_good(store, key.removesuffix(SPARE), store.get(key))
 

@@ -16,8 +16,10 @@ import numpy as np
 from visionloop.bundle import download_bundle
 from visionloop.confidence import pick_rows, scale_to_one
 from visionloop.data.answers import (
+    LABEL,
     LOG,
     RANDOM,
+    SUSPECTS,
     UNDO,
     Asked,
     Batch,
@@ -32,6 +34,9 @@ from visionloop.data.manifest import latest_version, load_version_records
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, VisionLoopError
+from visionloop.features.album import Album
+from visionloop.features.neighbours import find_other_neighbours
+from visionloop.features.suspects import Suspect
 from visionloop.monitoring.review import (
     NOVEL,
     UNCERTAIN,
@@ -111,7 +116,56 @@ def ask(workspace: Workspace, *, now: datetime, by: str, count: int | None = Non
         batch = _Chooser(workspace, batches, now).choose(count or rules.count, by)
         if create_batch(store, name, batch):
             return batch
-    raise DatasetError(f"review {name}", f"lost the race for a batch {TRIES} times", "a quieter moment")
+    raise _make_lost(name)
+
+
+def ask_about(workspace: Workspace, album: Album, suspects: Sequence[Suspect], *, now: datetime, by: str) -> Batch:
+    """Return a batch of suspicious labels; the last one, if it asks the same and is not answered yet.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
+    store, name, prepared = workspace.store, workspace.name, album.prepared
+    _, row_nk = find_other_neighbours(album.embedding_nd, NUM_SIMILAR)
+    found: dict[int, Asked] = {}
+    for one in suspects:
+        before = found.get(one.row)
+        labels = tuple(sorted(prepared.labels(one.row)))
+        proposed = {*(before.proposed if before else labels), one.new} - {one.old, ""}
+        similar = [(prepared.sha256_n[int(row)], prepared.labels(int(row))) for row in row_nk[one.row]]
+        found[one.row] = Asked(
+            sha256=prepared.sha256_n[one.row],
+            day="",
+            request_id="",
+            model=labels,
+            confidence=one.score,
+            reason="suspect",
+            proposed=tuple(sorted(proposed)),
+            similar=tuple({"sha256": sha256, "labels": list(said)} for sha256, said in similar),
+        )
+    images = tuple(found.values())
+    for _ in range(TRIES):
+        batches = load_batches(store, name)
+        last = next((one for one in reversed(batches) if one.kind == SUSPECTS), None)
+        is_same = last is not None and [one.sha256 for one in last.images] == [one.sha256 for one in images]
+        if last and is_same and not measure_progress(workspace, last).is_done:
+            return last
+        number = max((one.number for one in batches), default=0) + 1
+        at, task = now.isoformat(timespec="seconds"), "multilabel" if prepared.targets_nk is not None else "multiclass"
+        batch = Batch(number, SUSPECTS, at, by, task, list_classes(workspace, images), images)
+        if create_batch(store, name, batch):
+            return batch
+    raise _make_lost(name)
+
+
+def find_answered(workspace: Workspace) -> frozenset[str]:
+    """Return the suspects whose label a person has given or confirmed. Raises StoreError, DatasetError."""
+    said = load_opinions(workspace.store, workspace.name)
+    return frozenset(one.asked.sha256 for one in said if one.kind == SUSPECTS and one.verdict == LABEL)
+
+
+def _make_lost(name: str) -> DatasetError:
+    return DatasetError(f"review {name}", f"lost the race for a batch {TRIES} times", "a quieter moment")
 
 
 def measure_progress(workspace: Workspace, batch: Batch) -> Progress:
