@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import make_image, write_photos
+from fakes import make_image, run_here, write_photos
 from pull_desk import PullDesk
-from visionloop.data.answers import LOG, load_batches
+from visionloop.data.acceptance import accept
+from visionloop.data.answers import LOG, load_batches, load_opinions
 from visionloop.data.manifest import latest_version, load_version_records
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
+from visionloop.params import Review
 from visionloop.records import ImageRecord
 
 NAME = "pets"
@@ -135,3 +138,155 @@ def test_answers_of_a_csv_make_the_next_version_with_the_right_sides(desk: Revie
         assert row.origins == (f"review:ann/{reason}/{sha256[:16]}",)
         assert row.sources == ("review",)
     assert "nothing" in desk.run("ingest")
+
+
+def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: ReviewDesk) -> None:
+    """A label of nobody that repeats the model is never one. Of one client and day the quota is accepted, and told."""
+    desk.write(SOURCES + "review: {client_quota: 5}\n")
+    rows = desk.serve(30)
+    desk.say(rows[:4], "cat", who=None)  # what the model said itself
+    desk.say(rows[4:6], "cat", who="eve")  # a person stands for it
+    desk.say(rows[6:16], "dog", who=None)
+    desk.say(rows[16:18], "dog", who="bob", client="yard")
+    before = desk.by_sha256()
+    desk.run("ingest")
+    assert desk.by_sha256() == before
+
+    told = desk.run("review", "--accept")
+    assert "accepted: 7 labels" in told
+    assert "held: 7 labels of client gate are over review.client_quota (5 a day)" in told
+    assert "never a label: 4 that repeat the model's answer" in told
+    desk.run("ingest")
+    new = {sha256: row for sha256, row in desk.by_sha256().items() if sha256 not in before}
+    assert {sha256: row.labels[0] for sha256, row in new.items()} == {
+        row["image_sha256"]: label
+        for some, label in ((rows[4:6], "cat"), (rows[6:9], "dog"), (rows[16:18], "dog"))
+        for row in some
+    }
+    assert {row.side for row in new.values()} <= {"train", "val"}
+    assert {row.origins[0].split("/")[0] for row in new.values()} == {"feedback:eve", "feedback:gate", "feedback:bob"}
+    assert "accepted: 0 labels" in desk.run("review", "--accept")
+
+
+def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 3, accept_at_once: [cleo]}\n")
+    desk.serve(10)
+    desk.run("review", "--csv", "a.csv")
+    first, second, third = (one.sha256 for one in load_batches(desk.store, NAME)[0].images)
+    desk.fill(desk.home / "a.csv", {first: "cat", second: "dog"})
+    desk.run("review", "--take", "a.csv", "--by", "ann")
+    desk.fill(desk.home / "a.csv", {first: "dog", second: "dog"})
+    desk.run("review", "--take", "a.csv", "--by", "bob")
+    desk.fill(desk.home / "a.csv", {third: "dog"})
+    assert "need no word" in desk.run("review", "--take", "a.csv", "--by", "cleo")
+
+    told = desk.run("review", "--accept")
+    assert f"held: people disagree on {first[:12]} (ann: cat; bob: dog)" in told
+    assert "accepted: 1 labels (1 by ann, 1 by bob)" in told
+    desk.run("ingest")
+    rows = desk.by_sha256()
+    assert (first in rows, rows[second].labels, rows[third].labels) == (False, ("dog",), ("dog",))
+    assert "+".join(("ann", "bob")) in rows[second].origins[0]
+    desk.run("review", "--accept", "--from", "ann")
+    assert "disagree" not in desk.run("review", "--accept")
+    desk.run("ingest")
+    assert desk.by_sha256()[first].labels == ("cat",)
+
+
+def test_person_who_corrects_an_answer_relabels_the_image_for_good(desk: ReviewDesk) -> None:
+    """The corrected label also beats what the folder says of the same bytes; a side never changes."""
+    desk.write(SOURCES + "review: {count: 4}\n")
+    desk.serve(8)
+    desk.run("review", "--csv", "a.csv")
+    one = load_batches(desk.store, NAME)[0].images[0].sha256
+    for label in ("cat", "dog"):
+        desk.fill(desk.home / "a.csv", {one: label})
+        desk.run("review", "--take", "a.csv", "--by", "ann")
+        desk.run("review", "--accept")
+        desk.run("ingest")
+        assert desk.by_sha256()[one].labels == (label,)
+    (desk.photos / "cat" / "same.png").write_bytes(desk.store.get(f"images/{one[:2]}/{one}"))
+    side = desk.by_sha256()[one].side
+    desk.run("ingest")
+    row = desk.by_sha256()[one]
+    assert (row.labels, row.side, row.sources) == (("dog",), side, ("photos", "review"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"label": "catt"}, "row 2: has the label 'catt'; expected one of cat, dog. Mend it, or say --allow-new"),
+        ({"sha256": "zz"}, "row 2: has the sha256 'zz'; expected an image that was asked about."),
+        ({"remark": "hm"}, "row 2: has the remark 'hm'; expected `not ours`, `skip`, or nothing. Mend it."),
+        ({"label": "cat", "remark": "skip"}, "row 2: has the remark 'skip' and the label 'cat'; expected"),
+        ({"label": "x" * 300}, "row 2: has the label 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'; expected text of up"),
+        ({"label": "a|b"}, "row 2: has a label with '|' in it; expected names without it"),
+    ],
+)
+def test_csv_with_a_mistake_is_refused_whole(desk: ReviewDesk, change: dict[str, str], said: str) -> None:
+    desk.write(SOURCES + "review: {count: 3}\n")
+    desk.serve(6)
+    desk.run("review", "--csv", "a.csv")
+    path = desk.home / "a.csv"
+    header, *rows = csv.reader(path.open(newline=""))
+    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    cells[1]["label"] = "dog"
+    cells[0] |= change
+    with path.open("w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet of Europe saves it
+        writer = csv.writer(file, delimiter=";")
+        writer.writerows([header, *([cell[name] for name in header] for cell in cells)])
+    assert said in desk.run("review", "--take", "a.csv", "--by", "ann", code=2)
+    assert load_opinions(desk.store, NAME) == []
+
+
+def test_files_that_are_no_such_csv_say_what_is_wrong(desk: ReviewDesk) -> None:
+    for name, data, said in (
+        ("gone.csv", None, "cannot be read (No such file or directory)"),
+        ("empty.csv", b"", "row 1: has no column sha256 among none"),
+        ("other.csv", b"a,b\n1,2\n", "row 1: has no column sha256 among a, b"),
+        ("bytes.csv", b"\xff\xfe\x00sha256", "is not UTF-8 text"),
+        ("quote.csv", b'sha256,label\n"a', "is no CSV"),
+    ):
+        if data is not None:
+            (desk.home / name).write_bytes(data)
+        assert said in desk.run("review", "--take", name, "--by", "ann", code=2), name
+    assert "has no --by" in desk.run("review", "--take", "a.csv", code=2)
+    assert "got --csv and --accept" in desk.run("review", "--csv", "a.csv", "--accept", code=2)
+    assert "the server has kept no image in 14 days" in desk.run("review", code=2)
+
+
+def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 10, random: 0.5}\n")
+    desk.serve(40)
+    first = json.loads(desk.run("review", "--json"))
+    assert json.loads(desk.run("review", "--json"))["number"] == first["number"] == 1
+    second = json.loads(desk.run("review", "--new", "--json"))
+    shas = [{one["sha256"] for one in batch["images"]} for batch in (first, second)]
+    assert second["number"] == 2 and len(shas[1]) == 10 and not shas[0] & shas[1]
+    reasons = [[one["reason"] for one in batch["images"]].count("random") for batch in (first, second)]
+    assert reasons == [5, 0]  # nothing has come since
+
+
+def test_damaged_batch_is_named(desk: ReviewDesk) -> None:
+    desk.serve(6)
+    desk.run("review")
+    desk.store.put("review/pets/batches/000001.json", b"{}")
+    assert "store object review/pets/batches/000001.json: is damaged" in desk.run("review", code=2)
+
+
+def test_forgotten_image_is_in_no_batch_answer_or_acceptance(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 4}\n")
+    desk.serve(6)
+    desk.run("review", "--csv", "a.csv")
+    one, other = (image.sha256 for image in load_batches(desk.store, NAME)[0].images[:2])
+    desk.fill(desk.home / "a.csv", {one: "cat", other: "dog"})
+    desk.run("review", "--take", "a.csv", "--by", "ann")
+    desk.run("review", "--accept")
+    assert run_here(desk.patch, "forget", one, "--why", "asked", "--yes") == 0
+    left = [key for key in desk.store.list("") if one in key or one.encode() in desk.store.get(key)]
+    assert all(key.startswith("tombstones/") for key in left), left
+    desk.run("ingest")
+    assert one not in desk.by_sha256() and other in desk.by_sha256()
+    assert len(load_opinions(desk.store, NAME)) == 1
+    accepted = accept(desk.store, NAME, Review(), by="ann", now=datetime.now(UTC))
+    assert (accepted.labels, accepted.conflicts) == ((), {})
