@@ -60,7 +60,7 @@ class ReviewPage:
 
     def serve(self) -> None:
         """Answer until `stop` is called, or the process ends."""
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=0.05)
 
     def stop(self) -> None:
         """End, from another thread."""
@@ -122,7 +122,8 @@ class ReviewPage:
 
     def _check(self, item: object) -> tuple[str, tuple[str, Labels]]:
         """Return an answer as it is stored. Raises Refused."""
-        if not isinstance(item, dict) or item.get("sha256") not in self._images or item.get("verdict") not in VERDICTS:
+        known = isinstance(item, dict) and isinstance(item.get("sha256"), str) and item["sha256"] in self._images
+        if not isinstance(item, dict) or not known or item.get("verdict") not in VERDICTS:
             raise Refused(400, f"an answer is of an image of this batch, and one of {', '.join(VERDICTS)}")
         sha256, verdict, labels = item["sha256"], item["verdict"], item.get("labels", [])
         if verdict != LABEL:
