@@ -94,7 +94,7 @@ def test_browser_answers_takes_back_and_confirms(asking: Asking) -> None:
         assert tab.run("document.documentElement.scrollWidth <= innerWidth")
         assert tab.run("document.querySelectorAll('#classes button, #similar img').length") == 3
         assert EVIL in tab.run("document.body.innerText") and not tab.run("document.querySelector('main b')")
-        count = "document.getElementById('count').textContent"
+        count = "document.getElementById('count')?.textContent"
 
         tab.press("1")
         tab.wait(f"{count} === '1 of 8 answered'")

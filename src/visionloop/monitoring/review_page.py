@@ -8,6 +8,7 @@ Pictures are decoded and encoded anew: what a client once sent reaches no browse
 import hmac
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -51,11 +52,10 @@ class ReviewPage:
         self._load = lru_cache(KEPT_PICTURES)(self._load_picture)
         page, handler = self, type("Handler", (_Handler,), {"page": self})
         try:
-            self._server = ThreadingHTTPServer((LOOPBACK, port), handler)
+            self._server = _Server((LOOPBACK, port), handler)
         except OSError as exc:
             todo = "Leave --port out: a free one is chosen."
             raise SettingsError("--port", f"{port} cannot be used ({exc.strerror})", "a free port", todo) from exc
-        self._server.daemon_threads = True
         self.url = f"http://{LOOPBACK}:{self._server.server_address[1]}/{page._token}/"
 
     def serve(self) -> None:
@@ -152,6 +152,15 @@ class ReviewPage:
         limit, name = self.workspace.params.ingest.max_pixels, self.workspace.name
         with self._decoding:
             return load_picture(self.workspace.store, name, asked, max_px, max_pixels=limit)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that has gone away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
