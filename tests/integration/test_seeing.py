@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from visionloop.features.encoder import make_bundle_encoder
 from visionloop.features.table import EmbeddingTable
 from visionloop.features.view import load_features
 from visionloop.forget import forget, resolve_images
+from visionloop.monitoring.review_page import ReviewPage
 from visionloop.params import load_params
 from visionloop.settings import load_settings
 from visionloop.store import open_store
@@ -108,6 +110,52 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
     assert load_pin(settings.pin_path).version == 2
+
+
+def test_answers_on_the_page_put_turned_labels_right(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first two are corrected and the third is confirmed; a file that keeps its old folder changes nothing."""
+    asked: list[list[dict[str, Any]]] = []
+
+    def answer(page: ReviewPage) -> None:
+        images = page.describe()["images"]
+        asked.append(images)
+        chosen = [images[0]["proposed"], images[1]["proposed"], images[2]["model"]]
+        given = [
+            {"sha256": one["sha256"], "verdict": "label", "labels": labels}
+            for one, labels in zip(images, chosen, strict=False)
+        ]
+        assert page.take({"answers": given}) == 3
+
+    monkeypatch.setattr(ReviewPage, "serve", answer)
+    settings = load_settings({}, home)
+    store = open_store(settings.store_url)
+    before = {r.sha256: r for r in load_records(store, load_pin(settings.pin_path))}
+    (home / "params.yaml").write_text(FROZEN + "ingest: {sources: [{kind: review}]}\n")
+    assert run_here(monkeypatch, "suspects", "--top", "5", "--serve", "--by", "ann") == 0
+    first, second, third = asked[0][:3]
+    assert (len(asked[0]), len(first["similar"]), first["proposed"]) == (
+        5,
+        6,
+        [{"disc": "ring"}.get(*first["model"], "disc")],
+    )
+    assert run_here(monkeypatch, "review", "--accept") == 0
+    capsys.readouterr()
+    for command in (["ingest"], ["ingest", "../photos"]):
+        assert run_here(monkeypatch, *command) == 0
+        assert "label_conflict" not in capsys.readouterr().out
+    rows = {r.sha256: r for r in load_records(store, load_pin(settings.pin_path))}
+    changed = {sha256: row.labels for sha256, row in rows.items() if row.labels != before[sha256].labels}
+    assert changed == {one["sha256"]: tuple(one["proposed"]) for one in (first, second)}
+    assert all(row.side == before[sha256].side for sha256, row in rows.items())
+    assert f"review:ann/suspect/{first['sha256'][:16]}" in rows[first["sha256"]].origins
+    assert not (home / "suspects").exists()
+
+    monkeypatch.setattr(ReviewPage, "serve", lambda page: asked.append(page.describe()["images"]))
+    assert run_here(monkeypatch, "suspects", "--top", "5", "--serve") == 0
+    assert "more have an answer of a person already" in capsys.readouterr().out
+    assert not {one["sha256"] for one in (first, second, third)} & {one["sha256"] for one in asked[1]}
 
 
 def test_an_encoder_that_cannot_tell_the_classes_writes_no_corrections(

@@ -169,8 +169,7 @@ def suspects(
     with pretrained weights (--encoder params) sees more. An encoder whose neighbours agree with the labels no more than
     chance does is refused, and nothing is written.
 
-    With --serve a page asks which label is right. The answers are labels like those of `visionloop review`: accept
-    them, and ingest with `- kind: review` among the sources. What a person has answered is not asked again.
+    With --serve a page asks which label is right: `visionloop review --accept`, then `ingest` with `- kind: review`.
 
     Examples:
 
@@ -183,7 +182,6 @@ def suspects(
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
     from visionloop.features.suspects import advise, draw_suspects, encode_corrections, find_suspects
-    from visionloop.monitoring.answer_sheet import check_name
     from visionloop.monitoring.ask import ask_about, find_answered
 
     workspace, album = _open_album(encoder)
@@ -197,20 +195,18 @@ def suspects(
         print(agreement.describe())
     if agreement and agreement.is_weak:
         print(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
-    answered = find_answered(workspace)
-    left_out = [one for one in found if album.prepared.sha256_n[one.row] in answered]
-    found = [one for one in found if one not in left_out]
+    answered, number = find_answered(workspace), len(found)
+    found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]
-    if left_out:
-        print(f"{len(left_out):,} more have an answer of a person already")
+    if number > len(found):
+        print(f"{number - len(found):,} more have an answer of a person already")
     print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
     if not shown:
         return
     for line in _describe_suspects(album, shown):
         print(line)
     if serve:
-        batch = ask_about(workspace, album, shown, now=datetime.now(UTC), by=get_user())
-        serve_page(workspace, batch, by=check_name(by or get_user()))
+        serve_page(workspace, ask_about(workspace, album, shown, now=datetime.now(UTC)), by=by or get_user())
         return
     write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
     write_picture(corrections, encode_corrections(album, shown).encode())

@@ -119,8 +119,10 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
 
 def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0) -> None:
     """Show a batch on a page until Ctrl-C."""
+    from visionloop.monitoring.answer_sheet import check_name
     from visionloop.monitoring.review_page import ReviewPage
 
+    by = check_name(by)
     is_at_once = by in workspace.params.review.accept_at_once
     after = "Run `visionloop ingest`." if is_at_once else "Run `visionloop review --accept`, then `visionloop ingest`."
     page = ReviewPage(workspace, batch, by=by, port=port, after=after)

@@ -10,12 +10,12 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Self
 
 from visionloop.data.day_table import IMAGE, DayReader, DayTable
 from visionloop.data.manifest import make_image_key
-from visionloop.data.prediction_log import PREDICTIONS, read_feedback, read_kept_image
+from visionloop.data.prediction_log import PREDICTIONS, read_feedback, read_kept_image, read_request_time
 from visionloop.errors import DatasetError, StoreError
 from visionloop.records import Record, canonical_json
 from visionloop.store import ObjectStore
@@ -39,6 +39,7 @@ VERDICTS = (LABEL, SKIP, NOT_OURS, UNDO)
 LOG, SUSPECTS, FEEDBACK_KIND = "log", "suspects", "feedback"
 RANDOM = "random"
 MAX_WHO_CHARS = 100
+ANSWERED_AFTER = timedelta(hours=1)  # no request takes longer
 Labels = tuple[str, ...]
 
 
@@ -214,11 +215,15 @@ def _find_answered(store: ObjectStore, name: str, request_ids: set[str]) -> dict
         return {}
     wanted = pa.array(sorted(request_ids), pa.string())
     columns = ["request_id", "time", IMAGE, "prediction", "labels", "confidence", "image_kept"]
+    times = [time for one in request_ids if (time := read_request_time(one))]
+    days = {(time + late).date() for time in times for late in (timedelta(), ANSWERED_AFTER)}
     found = {}
-    for part in DayReader(PREDICTIONS, store, name).read(columns=columns):
-        is_wanted = pc.and_kleene(part["image_kept"], pc.is_in(part["request_id"], value_set=wanted))
-        for row in part.filter(is_wanted).to_pylist():
-            found[row["request_id"]] = make_asked(row, FEEDBACK_KIND)
+    for day in sorted(days):  # a part is read whole, and most days have no feedback
+        start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        for part in DayReader(PREDICTIONS, store, name).read(start, start + timedelta(days=1), columns):
+            is_wanted = pc.and_kleene(part["image_kept"], pc.is_in(part["request_id"], value_set=wanted))
+            for row in part.filter(is_wanted).to_pylist():
+                found[row["request_id"]] = make_asked(row, FEEDBACK_KIND)
     return found
 
 

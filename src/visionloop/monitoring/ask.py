@@ -48,7 +48,7 @@ from visionloop.monitoring.review import (
     draw_by_lot,
     find_novel,
 )
-from visionloop.workspace import Workspace
+from visionloop.workspace import Workspace, get_user
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,7 +119,7 @@ def ask(workspace: Workspace, *, now: datetime, by: str, count: int | None = Non
     raise _make_lost(name)
 
 
-def ask_about(workspace: Workspace, album: Album, suspects: Sequence[Suspect], *, now: datetime, by: str) -> Batch:
+def ask_about(workspace: Workspace, album: Album, suspects: Sequence[Suspect], *, now: datetime) -> Batch:
     """Return a batch of suspicious labels; the last one, if it asks the same and is not answered yet.
 
     Raises:
@@ -152,7 +152,7 @@ def ask_about(workspace: Workspace, album: Album, suspects: Sequence[Suspect], *
             return last
         number = max((one.number for one in batches), default=0) + 1
         at, task = now.isoformat(timespec="seconds"), "multilabel" if prepared.targets_nk is not None else "multiclass"
-        batch = Batch(number, SUSPECTS, at, by, task, list_classes(workspace, images), images)
+        batch = Batch(number, SUSPECTS, at, get_user(), task, list_classes(workspace, images), images)
         if create_batch(store, name, batch):
             return batch
     raise _make_lost(name)
