@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,11 +78,15 @@ class Reference:
     sha256_r: Sequence[str] = ()
     labels_r: Sequence[tuple[str, ...]] = ()
 
+    @cached_property
+    def _unit_rd(self) -> Float32Array:
+        return scale_to_one(self.embedding_rd)
+
     def find_similar(self, embedding_d: Float32Array) -> tuple[dict[str, Any], ...]:
         """Return the nearest ones, the nearest first."""
-        if not len(self.embedding_rd) or not np.isfinite(embedding_d).all():
+        if self.embedding_rd.shape[1:] != embedding_d.shape or not np.isfinite(embedding_d).all():
             return ()
-        near_r = scale_to_one(self.embedding_rd) @ scale_to_one(embedding_d[None])[0]
+        near_r = self._unit_rd @ scale_to_one(embedding_d[None])[0]
         rows = np.argsort(-near_r, kind="stable")[:NUM_SIMILAR]
         return tuple({"sha256": self.sha256_r[row], "labels": list(self.labels_r[row])} for row in rows)
 
