@@ -210,6 +210,12 @@ def test_person_who_corrects_an_answer_relabels_the_image_for_good(desk: ReviewD
     desk.run("ingest")
     row = desk.by_sha256()[one]
     assert (row.labels, row.side, row.sources) == (("dog",), side, ("photos", "review"))
+    desk.pull()  # the folder by itself, before and after
+    desk.fill(desk.home / "a.csv", {one: "cat"})
+    desk.run("review", "--take", "a.csv", "--by", "ann")
+    desk.run("review", "--accept")
+    desk.pull()
+    assert desk.by_sha256()[one].labels == ("cat",)
 
 
 @pytest.mark.parametrize(
