@@ -30,8 +30,7 @@ from visionloop.confidence import (
     is_number,
     pick_reference,
 )
-from visionloop.data.encoded import Size
-from visionloop.data.images import UInt8Array, load_array, load_sized_array
+from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.inputs import ImageInput, load_input
 from visionloop.errors import BundleError, ImageError, ParamsError, shorten
 from visionloop.parallel import map_parallel
@@ -128,12 +127,8 @@ class Predictor:
 
     def decode(self, data: bytes, where: str, *, max_pixels: int | None = None) -> UInt8Array:
         """Turn encoded bytes into this model's input (h, w, 3). `max_pixels` None: the card's. Raises ImageError."""
-        return self.decode_sized(data, where, max_pixels=max_pixels)[0]
-
-    def decode_sized(self, data: bytes, where: str, *, max_pixels: int | None = None) -> tuple[UInt8Array, Size]:
-        """Do the same; return the width and height of the whole image too, as it is shown."""
         limit = max_pixels or self.card.max_pixels
-        return load_sized_array(data, where, size_hw=self.card.image_size, resize=self.card.resize, max_pixels=limit)
+        return load_array(data, where, size_hw=self.card.image_size, resize=self.card.resize, max_pixels=limit)
 
     def decode_golden(self, images: Iterable[bytes]) -> UInt8Array:
         """Turn golden images, of any size, into this model's input (n, h, w, 3). Raises ImageError."""

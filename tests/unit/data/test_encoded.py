@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, features
+from PIL import Image
 
-from visionloop.data import encoded
-from visionloop.data.encoded import MAX_SCANS, name_readable, parse_encoded
+from visionloop.data.encoded import MAX_SCANS, parse_encoded
 from visionloop.data.images import decode_grey, decode_image, load_array
 from visionloop.errors import ImageError
 
@@ -273,7 +272,7 @@ def test_fewer_bits_are_white_where_they_are_full_however_they_lie(bits: int) ->
 MEASURE = """
 import io, resource, sys
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 from visionloop.data.images import load_array
 mode, side = sys.argv[1], 4000
 small = Image.new("RGBA" if mode == "colour and alpha" else "LA", (8, 8), 9)
@@ -364,30 +363,6 @@ def test_what_people_have_beside_images_is_named_by_its_first_bytes(data: bytes,
         parse_encoded(data, "a.jpg")
     assert caught.value.reason_code == "not_an_image"
     assert todo in caught.value.todo
-
-
-@pytest.mark.parametrize(
-    ("has_avif", "has_heif", "named"),
-    [
-        (True, True, "JPEG, PNG, WebP, AVIF or HEIC"),
-        (True, False, "JPEG, PNG, WebP or AVIF (HEIC with the extra `heic`)"),
-        (False, True, "JPEG, PNG, WebP or HEIC"),
-        (False, False, "JPEG, PNG or WebP (HEIC with the extra `heic`)"),
-    ],
-)
-def test_what_is_read_is_named_as_it_is_on_this_installation(
-    monkeypatch: pytest.MonkeyPatch, has_avif: bool, has_heif: bool, named: str
-) -> None:
-    monkeypatch.setattr(features, "check", lambda name: has_avif)
-    monkeypatch.setattr(encoded, "find_spec", lambda name: object() if has_heif else None)
-    name_readable.cache_clear()
-    try:
-        for data in (b"text", b"\0\1\2\3no idea"):
-            with pytest.raises(ImageError) as caught:
-                parse_encoded(data, "a.jpg")
-            assert caught.value.expected == named
-    finally:
-        name_readable.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
