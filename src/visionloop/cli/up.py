@@ -336,12 +336,16 @@ def retrain(context: typer.Context) -> None:
 def schedule(context: typer.Context) -> None:
     """Run what is due by `schedule` and `triggers` of params.yaml, with the Prefect server at PREFECT_API_URL.
 
-    Stays until Ctrl-C. `visionloop up` does this too, with a Prefect server of its own. Options are those of
-    flows/deploy.py; --workspace DIR: another workspace than the one you are in.
+    Stays until Ctrl-C. `visionloop up` does this too, with a Prefect server of its own. With --pool NAME it registers
+    for the workers of a work pool instead, and ends: --type process, docker or kubernetes; --image NAME for the last
+    two; --flows DIR: where the flows are there. --replace takes over from another workspace of the same name.
+    --workspace DIR: another workspace than the one you are in.
 
     Examples:
 
       PREFECT_API_URL=http://127.0.0.1:4200/api visionloop schedule
+
+      PREFECT_API_URL=http://prefect:4200/api visionloop schedule --pool boxes --image registry/visionloop:1
     """
     _run_flow("deploy", context.args)
 
