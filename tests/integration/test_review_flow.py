@@ -75,6 +75,9 @@ def test_a_batch_is_told_once_and_waits_until_it_is_answered(tmp_path: Path, mon
     assert told.run()[0] == "Asked"
     assert [payload["batch"] for _, payload in told.events] == [1, 2]
 
-    watched.place.store.put("review/fake/batches/000002.json", b"no batch")
-    with pytest.raises(DatasetError, match=r"000002.json: is damaged"):
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatasetError("store object datasets/fake/000001.json", "is damaged", "a version")
+
+    monkeypatch.setattr(told.module, "ask", fail)
+    with pytest.raises(DatasetError, match="is damaged"):
         told.run()
