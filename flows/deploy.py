@@ -31,6 +31,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -81,8 +82,12 @@ def deploy(home: Path, options: argparse.Namespace) -> None:
     told = ", ".join(f"{one.flow_name}/{one.name}" for one in deployments)
     try:
         with get_client(sync_client=True) as client:
-            clear_others(client, home, params.name, deployments, replace=options.replace)
+            others = find_others(client, home, params.name, deployments, replace=options.replace)
             place = make_place(client, home, options) if options.pool else None
+            for told_as, other in others.items():
+                client.delete_resource_owned_automations(f"prefect.deployment.{other.id}")
+                client.delete_deployment(other.id)  # and a process that still serves it gets none of its runs
+                print(f"removed {told_as} of {other.parameters.get('workspace')}")
     except (httpx.HTTPError, PrefectException) as exc:
         raise SettingsError("PREFECT_API_URL", f"the Prefect server refuses ({exc})", "an answer") from exc
     of = f"of {home} (clock of {schedule.timezone})"
@@ -140,16 +145,17 @@ def make_deployments(home: Path, params: Params) -> list[RunnerDeployment]:
     return found
 
 
-def clear_others(
+def find_others(
     client: SyncPrefectClient, home: Path, name: str, deployments: list[RunnerDeployment], *, replace: bool
-) -> None:
-    """Remove the deployments of this name that are not wanted any more, those of a workspace that moved among them.
+) -> dict[str, DeploymentResponse]:
+    """Return the deployments of this name that are not wanted any more, those of a workspace that moved among them.
 
     Raises:
         SettingsError: they are of another workspace, and `replace` is not said.
     """
     tags = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG, name]))
     wanted = {(one.flow_name, one.name) for one in deployments}
+    others = {}
     for found in client.read_deployments(deployment_filter=tags):
         other = str(found.parameters.get("workspace", "an unknown workspace"))
         is_gone = make_host_tag() in found.tags and not (Path(other) / PARAMS_FILE).is_file()
@@ -159,9 +165,8 @@ def clear_others(
             raise SettingsError(where, f"are those of the workspace {other}", f"those of {home}", todo)
         key = client.read_flow(found.flow_id).name, found.name
         if other != str(home) or key not in wanted:
-            client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
-            client.delete_deployment(found.id)  # and a process that still serves it gets none of its runs
-            print(f"removed {key[0]}/{key[1]} of {other}")
+            others["/".join(key)] = found
+    return others
 
 
 def make_host_tag() -> str:
