@@ -35,6 +35,7 @@ basic)
     {
         echo "[mlflow]"
         echo "default_permission = EDIT"
+        echo "auth_cache_ttl_seconds = 60" # or each call of a client hashes the password again, on purpose slowly
         echo "authorization_function = mlflow.server.auth:authenticate_request_basic_auth"
         printf 'database_uri = %s\n' "$MLFLOW_AUTH_DATABASE_URI" | sed 's/%/%%/g'
     } >"$MLFLOW_AUTH_CONFIG_PATH"

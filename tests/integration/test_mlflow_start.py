@@ -17,7 +17,7 @@ from s3_server import S3_ENV, make_bucket, make_client
 from shapes import ROOT, make_environment
 
 START = ROOT / "mlflow" / "start.sh"
-START_S = 120
+START_S = 240
 ADMIN = ("admin", "a-long-password")
 
 
