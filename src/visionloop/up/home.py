@@ -35,12 +35,20 @@ REPORTS = {  # what a person may read, and where it is in the workspace
     "monitoring": ("monitoring/latest.html", "the last window"),
 }
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
-SHOWN_CLASSES = 24
+SHOWN_CLASSES = 14
 TONES = {
     **{"passed": "good", "same": "calm", "refused": "bad", "inconclusive": "odd"},
     **{"fine": "good", "learning": "calm", "drift": "bad", "quality": "bad", "broken": "bad", "service": "odd"},
     **{"ready": "good", "waiting": "calm", "starting": "odd", "restarting": "bad", "silent": "bad", "stopped": "calm"},
-    **{"COMPLETED": "good", "FAILED": "bad", "CRASHED": "bad", "CANCELLED": "calm", "RUNNING": "odd"},
+    **{"COMPLETED": "good", "Unchanged": "calm", "NotDue": "calm", "Drift": "bad", "Quality": "bad", "Broken": "bad"},
+    **{
+        "Refused": "bad",
+        "Inconclusive": "odd",
+        "FAILED": "bad",
+        "CRASHED": "bad",
+        "CANCELLED": "calm",
+        "RUNNING": "odd",
+    },
 }
 
 
@@ -141,14 +149,17 @@ def draw_decisions(decisions: tuple[dict[str, Any], ...]) -> Markup:
     def place(value: float) -> float:
         return float(8 + (height - 16) * (high - value) / span)
 
-    marks = []
+    width, marks = 76 + step * (len(rows) - 1), []
+    for value in (low, high):
+        y = f"{place(value):.1f}"
+        marks.append(f'<line x1="42" x2="{width}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<text class="axis" y="{y}" dy="4">{100 * value:.0f} %</text>')
     for i, (one, (bottom, top)) in enumerate(zip(rows, bounds, strict=True)):
-        x, tone = 20 + step * i, TONES.get(one["verdict"], "odd")
+        x, tone = 56 + step * i, TONES.get(one["verdict"], "odd")
         if bottom is not None and top is not None:
             marks.append(f'<path class="{tone}" d="M{x} {place(bottom):.1f}V{place(top):.1f}"/>')
         marks.append(f'<circle class="{tone}" cx="{x}" cy="{place(one["figure"]["value"]):.1f}" r="5"/>')
         marks.append(f'<text x="{x}" y="{height + 14}">{int(one["number"])}</text>')
-    width = 40 + step * (len(rows) - 1)
     label = f"{rows[-1]['figure']['name']} of the last {len(rows)} decisions, {100 * low:.0f} to {100 * high:.0f} %"
     head = f'<svg viewBox="0 0 {width} {height + 20}" width="{width}" role="img" aria-label="{label}">'
     return Markup(f"{head}{''.join(marks)}</svg>")

@@ -11,7 +11,7 @@ from typing import Any
 
 from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_version
-from visionloop.errors import VisionLoopError, describe_first_line
+from visionloop.errors import DatasetError, VisionLoopError, describe_first_line
 from visionloop.monitoring.due import read_decisions as read_trigger_decisions
 from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.watch import list_windows, load_verdict
@@ -23,7 +23,7 @@ from visionloop.up.parts import ask
 from visionloop.words import describe_error
 from visionloop.workspace import Workspace
 
-SHOWN_DECISIONS, SHOWN_RUNS = 12, 5
+SHOWN_DECISIONS, SHOWN_RUNS, MAX_RUNS = 12, 5, 60
 FIGURES = ("accuracy", "macro_f1", "map", "exact_match")
 
 
@@ -68,7 +68,7 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         return None
 
     facts: dict[str, Any] = {"name": name, "home": str(workspace.settings.home), "at": now.isoformat()}
-    read("the store", lambda: check_store(workspace))
+    read("the store", lambda: _check_store(workspace))
     if not problems:
         decisions = read("the decisions", lambda: read_decisions(store, name, SHOWN_DECISIONS)) or []
         facts["decisions"] = tuple(_tell_decision(one) for one in decisions)
@@ -77,8 +77,14 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         facts["window"] = read("the last window", lambda: _read_window(workspace))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
         facts["under_way"] = str(read("the lease", lambda: read_holder(store, name)) or "")
-    facts["plan"] = read("Prefect", lambda: read_plan(prefect_api, now)) if prefect_api else None
+    facts["plan"] = read("Prefect", lambda: read_plan(workspace, prefect_api, now)) if prefect_api else None
     return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
+
+
+def _check_store(workspace: Workspace) -> None:
+    """Raise StoreError for a store that is away or another one: what it holds would tell of another loop."""
+    with contextlib.suppress(DatasetError):  # a damaged pin: the dataset's section tells it
+        check_store(workspace)
 
 
 def _read_dataset(workspace: Workspace) -> dict[str, Any] | None:
@@ -172,36 +178,39 @@ def _read_trigger(workspace: Workspace) -> dict[str, Any] | None:
     return {"outcome": found[0].outcome, "why": found[0].why, "at": found[0].at}
 
 
-def read_plan(api: str, now: datetime) -> dict[str, Any] | None:
-    """Return what Prefect runs next, what it runs now and what has ended last; None: it does not answer."""
-    deployments = ask(f"{api}/deployments/filter", {"deployments": {"tags": {"all_": ["visionloop"]}}})
-    if not isinstance(deployments, list):
-        return None
-    names = {one["id"]: f"{str(one.get('entrypoint')).rpartition(':')[2]}/{one['name']}" for one in deployments}
+def read_plan(workspace: Workspace, api: str, now: datetime) -> dict[str, Any] | None:
+    """Return what Prefect runs next, what it runs now and what has ended last; None: it does not answer.
 
-    def find(states: list[str], sort: str, limit: int) -> list[dict[str, Any]]:
-        chosen = {"state": {"type": {"any_": states}}, "deployment_id": {"any_": list(names)}}
-        found = ask(f"{api}/flow_runs/filter", {"flow_runs": chosen, "sort": sort, "limit": limit})
-        return [
+    Of this workspace alone, also the runs that somebody has started from a shell.
+    """
+    tags = {"tags": {"all_": ["visionloop", workspace.name]}}
+    deployments = ask(f"{api}/deployments/filter", {"deployments": tags})
+    flows = ask(f"{api}/flows/filter", {})
+    if not isinstance(deployments, list) or not isinstance(flows, list):
+        return None
+    names, flow_names = ({one["id"]: str(one["name"]) for one in rows} for rows in (deployments, flows))
+    home = str(workspace.settings.home)
+
+    def find(states: list[str], sort: str, most: int) -> list[dict[str, Any]]:
+        query = {"flow_runs": {"state": {"type": {"any_": states}}}, "sort": sort, "limit": MAX_RUNS}
+        found = [
             {
-                "name": names.get(one["deployment_id"], one["name"]),
+                "name": f"{flow_names.get(one['flow_id'], 'a flow')}/{names.get(one['deployment_id'], 'from a shell')}",
                 "state": one["state_name"],
                 "kind": one["state_type"],
                 "at": one.get("end_time") or one.get("start_time") or one.get("expected_start_time"),
                 "url": f"{api.removesuffix('/api')}/runs/flow-run/{one['id']}",
-                "message": (one.get("state") or {}).get("message") or "",
             }
-            for one in found or []
+            for one in ask(f"{api}/flow_runs/filter", query) or []
+            if (one.get("parameters") or {}).get("workspace") == home
         ]
+        return found[:most]
 
-    if not names:
-        return {"next": [], "running": [], "ended": []}
-    ended = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
-    planned = find(["SCHEDULED"], "EXPECTED_START_TIME_ASC", 30)
+    planned = find(["SCHEDULED"], "EXPECTED_START_TIME_ASC", MAX_RUNS)
     return {
         "next": [one for one in planned if _is_after(one["at"], now)][:3],
         "running": find(["RUNNING", "PENDING"], "START_TIME_DESC", 3),
-        "ended": find(ended, "END_TIME_DESC", SHOWN_RUNS),
+        "ended": find(["COMPLETED", "FAILED", "CRASHED", "CANCELLED"], "END_TIME_DESC", SHOWN_RUNS),
     }
 
 

@@ -54,7 +54,7 @@ def make_parts(workspace: Workspace, ports: Mapping[str, int], prefect_url: str 
     parts = [Part("home", "home page", command, lambda: ask(f"{page}/health") is not None, page)]
     api = prefect_url or f"{_make_url(ports['prefect'])}/api"
     parts += [_make_mlflow(workspace, ports["mlflow"]), _make_prefect(home, ports["prefect"], prefect_url)]
-    parts += [_make_server(workspace, ports["server"]), _make_runner(home, api)]
+    parts += [_make_server(workspace, ports["server"]), _make_runner(workspace, api)]
     return parts
 
 
@@ -158,8 +158,9 @@ def _make_server(workspace: Workspace, port: int) -> Part:
     )
 
 
-def _make_runner(home: Path, api: str) -> Part:
+def _make_runner(workspace: Workspace, api: str) -> Part:
     """Return what runs the deployments: `flows/deploy.py`."""
+    home, tags = workspace.settings.home, ["visionloop", workspace.name]
 
     def read_plan(params: Params) -> dict[str, Any]:
         return {"schedule": params.schedule.model_dump(mode="json"), "triggers": list(params.triggers.names)}
@@ -173,7 +174,7 @@ def _make_runner(home: Path, api: str) -> Part:
         return "" if any(crons) or plan["triggers"] else NO_SCHEDULE
 
     def is_well() -> bool:
-        found = ask(f"{api}/deployments/filter", {"deployments": {"tags": {"all_": ["visionloop"]}}})
+        found = ask(f"{api}/deployments/filter", {"deployments": {"tags": {"all_": tags}}})
         return any(one.get("status") == "READY" for one in found or [])
 
     return Part(

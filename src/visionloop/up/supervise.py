@@ -30,6 +30,7 @@ SOUND_S = 60.0  # so long it must be well for its failures to be forgotten
 MAX_DELAY_S = 60.0
 MAX_FAILURES = 3  # of a vital part, while all is being started
 STOP_S = 15.0
+LEFT_S = 10.0  # for what the parts have left
 MAX_LOG_BYTES = 10_000_000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -233,7 +234,7 @@ class Supervisor:
             self._stop(one)
             one.state, one.why, one.since = "stopped", "", get_now()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        stop_marked(self.mark)
+        stop_marked(self.mark, LEFT_S)
         with contextlib.suppress(OSError):
             self._write()
         self.tell("stopped")

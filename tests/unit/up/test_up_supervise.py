@@ -1,0 +1,180 @@
+"""The supervisor, with small real processes: order, restarts, what is waited for, and nothing left at the end."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from visionloop.errors import BusyError, ServingError
+from visionloop.lifetime import MARK_VARIABLE
+from visionloop.up import supervise
+from visionloop.up.board import STOPPING, UP, Board, State, choose_port, is_free
+from visionloop.up.parts import Part
+from visionloop.up.supervise import Supervisor, stop_left
+
+SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
+# A child that ignores SIGTERM, in a session of its own: as a training that a flow has started.
+STRAY = (
+    "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', "
+    "'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(100)'], start_new_session=True);"
+    "time.sleep(100)"
+)
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    for name, seconds in {"TICK_S": 0.02, "LOOK_EVERY_S": 0.05, "LEFT_S": 0.3}.items():
+        monkeypatch.setattr(supervise, name, seconds)
+    board = Board(tmp_path)
+    board.folder.mkdir()
+    return board
+
+
+def make_part(name: str, command: tuple[str, ...] = SLEEP, **facts: Any) -> Part:
+    return Part(name, name, command, **{"is_well": lambda: True, **facts})
+
+
+def run(board: Board, parts: list[Part], act: Callable[[], None] = lambda: None) -> tuple[list[str], str]:
+    """Run a supervisor; once all is up `act` runs in a thread, and then all is stopped. Return its lines and mark."""
+    lines: list[str] = []
+    environment = {**os.environ, "VISIONLOOP_HOME": str(board.folder)}
+    supervisor = Supervisor(board, parts, environment, lines.append)
+    failed: list[BaseException] = []
+
+    def act_and_stop() -> None:
+        try:
+            act()
+        except BaseException as exc:
+            failed.append(exc)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    supervisor.run(lambda: threading.Thread(target=act_and_stop).start())
+    if failed:
+        raise failed[0]
+    return lines, supervisor.mark
+
+
+def wait_for(board: Board, holds: Callable[[State], Any]) -> State:
+    deadline = time.monotonic() + 20
+    while not ((state := board.read()) and holds(state)):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.02)
+    return state
+
+
+def find_part(state: State, name: str) -> Any:
+    return next(part for part in state.parts if part.name == name)
+
+
+def find_marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK_VARIABLE) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_a_part_that_is_killed_is_started_again_and_all_is_stopped_at_the_end(board: Board) -> None:
+    def act() -> None:
+        first = find_part(wait_for(board, lambda state: state.phase == UP), "stray")
+        assert first.log == ".visionloop/up/stray.log"
+        os.kill(first.pid, signal.SIGKILL)
+        again = find_part(wait_for(board, lambda s: find_part(s, "stray").restarts == 1), "stray")
+        assert again.pid != first.pid
+
+    lines, mark = run(board, [make_part("one"), make_part("stray", (sys.executable, "-c", STRAY))], act)
+    assert any("was killed (signal 9); starts again in 1 s" in line for line in lines), lines
+    assert lines[-1] == "stopped"
+    assert find_marked(mark) == [], "also what has left its group and ignores SIGTERM"
+    state = board.read()
+    assert state is not None
+    assert (state.phase, {part.state for part in state.parts}, state.is_well) == (STOPPING, {"stopped"}, False)
+
+
+def test_a_part_waits_for_what_it_needs_and_for_its_time(board: Board) -> None:
+    reasons = ["no champion yet", "no champion yet"]
+    late = make_part("late", hold=lambda: reasons.pop() if reasons else "", is_vital=False)
+    parts = [late, make_part("second", needs="first"), make_part("first")]
+    lines, _ = run(board, parts, lambda: wait_for(board, lambda s: find_part(s, "late").state == "ready") and None)
+    told = [line.split(" (log")[0].split(" after")[0].strip() for line in lines]
+    order = ["  ".join(line.split()) for line in told[:-2]]
+    assert order.index("late  waiting:  no  champion  yet") < order.index("late  starting")
+    assert order.index("first  ready") < order.index("second  starting")
+
+
+def test_a_vital_part_that_does_not_start_leaves_nothing_running(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "MAX_FAILURES", 1)
+    broken = make_part(
+        "broken", (sys.executable, "-c", "print('no space left'); raise SystemExit(2)"), is_well=lambda: False
+    )
+    with pytest.raises(ServingError, match=r"^broken: did not start: ended with code 2: no space left; starts again"):
+        run(board, [make_part("one"), broken])
+    state = board.read()
+    assert state is not None
+    assert find_marked(state.mark) == []
+
+
+def test_a_part_that_can_be_done_without_may_fail(board: Board) -> None:
+    broken = make_part("server", (sys.executable, "-c", "raise SystemExit(2)"), is_vital=False, is_well=lambda: False)
+    lines, _ = run(board, [make_part("one"), broken])
+    assert any("restarting: ended with code 2; starts again in 1 s" in line for line in lines), lines
+
+
+def test_a_part_is_started_anew_when_its_params_have_changed(board: Board) -> None:
+    prints = ["a"]
+    part = make_part("server", fingerprint=lambda: prints[0])
+
+    def act() -> None:
+        first = find_part(wait_for(board, lambda state: state.phase == UP), "server").pid
+        prints[0] = ""  # a broken params.yaml changes nothing
+        time.sleep(0.5)
+        assert find_part(wait_for(board, lambda state: True), "server").pid == first
+        prints[0] = "b"
+        wait_for(board, lambda s: find_part(s, "server").pid not in (0, first))
+
+    lines, _ = run(board, [part], act)
+    assert "server: params.yaml has changed, it is started anew" in lines
+
+
+def test_what_a_killed_supervisor_has_left_is_found(board: Board) -> None:
+    left = psutil.Popen(SLEEP, env={**os.environ, MARK_VARIABLE: "feed"})
+    board.write(State(1, "feed", UP, ""))
+    with board.lock():
+        assert stop_left(board) == 1
+        with pytest.raises(BusyError, match="is running for this workspace"), board.lock():
+            pass
+        assert board.read_live() is not None
+    assert not psutil.pid_exists(left.pid)
+    assert board.read_live() is None, "nobody holds the lock"
+    (board.folder / "state.json").write_text("{")
+    assert board.read() is None
+    assert stop_left(board) == 0
+
+
+def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        first, told = board.choose_ports({"home": taken, "server": taken}, {})
+        assert taken not in first.values()
+        assert len(set(first.values())) == 2
+        assert told[0] == f"port {taken} is in use: home takes {first['home']}"
+        with pytest.raises(ServingError, match=f"port 127.0.0.1:{taken}: is in use; expected a free port for home"):
+            board.choose_ports({"home": 1}, {"home": taken})
+        assert not is_free(taken)
+        assert choose_port(taken) != taken
+    assert board.choose_ports({"home": taken, "server": taken}, {}) == (first, []), "as last time"
+    (board.folder / "ports.json").write_text('{"home": "x", "server": 70000}')
+    again, _ = board.choose_ports({"home": first["home"]}, {})
+    assert again == {"home": first["home"]}
