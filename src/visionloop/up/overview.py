@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from visionloop.data.answers import load_batches
 from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_version
 from visionloop.errors import DatasetError, VisionLoopError, describe_first_line
+from visionloop.monitoring.ask import measure_progress
 from visionloop.monitoring.due import read_decisions as read_trigger_decisions
 from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.watch import list_windows, load_verdict
@@ -24,6 +26,7 @@ from visionloop.words import describe_error
 from visionloop.workspace import Workspace
 
 SHOWN_DECISIONS, SHOWN_RUNS, MAX_RUNS = 12, 5, 60
+KEPT_BATCHES = 2  # the newest that are still asked about: of the log, and of suspicious labels
 FIGURES = ("accuracy", "macro_f1", "map", "exact_match")
 
 
@@ -76,6 +79,7 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         facts["champion"] = read("the ledger", lambda: _read_champion(workspace, decisions))
         facts["window"] = read("the last window", lambda: _read_window(workspace))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
+        facts["waiting"] = read("the review", lambda: _count_waiting(workspace))
         facts["under_way"] = str(read("the lease", lambda: read_holder(store, name)) or "")
     facts["plan"] = read("Prefect", lambda: read_plan(workspace, prefect_api, now)) if prefect_api else None
     return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
@@ -170,6 +174,14 @@ def _tell_window(verdict: Verdict) -> dict[str, Any]:
         "num_labels": verdict.num_labels,
         "alerts": [f"{check['name']}: {check['found']}" for check in verdict.list_alerts()],
     }
+
+
+def _count_waiting(workspace: Workspace) -> int | None:
+    """Count the images of open batches that nobody has answered; None: nobody was asked yet."""
+    if not (batches := load_batches(workspace.store, workspace.name)[-KEPT_BATCHES:]):
+        return None
+    each = (measure_progress(workspace, batch) for batch in batches)
+    return sum(one.num_images - one.num_answered for one in each)
 
 
 def _read_trigger(workspace: Workspace) -> dict[str, Any] | None:
