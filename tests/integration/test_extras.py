@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,12 @@ def ask_server(place: Environment) -> dict[str, object]:
     return answer
 
 
+def test_the_wheel_holds_the_flows(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.removeprefix("visionloop/_flows/") for name in archive.namelist() if "/_flows/" in name}
+    assert held == {path.name for path in (ROOT / "flows").glob("*.py")}
+
+
 def test_serve_serves_and_names_the_extra_of_what_it_cannot(install: Callable[..., Environment]) -> None:
     place = install("serve")
     packages = place.run("python", "-c", "import importlib.metadata as m; print({d.name for d in m.distributions()})")
@@ -121,6 +129,9 @@ def test_serve_serves_and_names_the_extra_of_what_it_cannot(install: Callable[..
         assert told.startswith(f"error: {package}: is not installed; expected it for this command."), command
         assert told.endswith(" Run `pip install 'visionloop[train]'`.\n")
     assert not (place.home / "w").exists()
+    assert "Retrain with Prefect" in place.visionloop("retrain", "--help").stdout
+    assert "Run `pip install 'visionloop[flows]'`." in place.lacks("retrain")
+    assert "Run `pip install 'visionloop[train]'`." in place.lacks("up")
     doctor = place.visionloop("doctor")
     assert (doctor.returncode, doctor.stderr) == (2, "")
     assert "LOOK  packages" in doctor.stdout
@@ -160,18 +171,30 @@ def test_pretrained_brings_weights_that_a_training_starts_from(install: Callable
 
 
 @pytest.mark.long
-def test_flows_runs_the_retrain(install: Callable[..., Environment], tmp_path: Path) -> None:
-    home = make_workspace(tmp_path / "w", number=40)
+def test_the_digits_loop_by_commands_alone(install: Callable[..., Environment], tmp_path: Path) -> None:
     place = install("train", "flows", "serve")
-    done = place.run("python", str(ROOT / "flows" / "retrain.py"), "--workspace", str(home))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "asked about" in done.stdout
+    assert place.run("visionloop", "new", "digits", "--example", "digits", cwd=tmp_path).returncode == 0
+    made = Environment(place.bin, tmp_path / "digits")
+    up = made.visionloop("up", "--detach")
+    assert up.returncode == 0, up.stdout + up.stderr
+    try:
+        done = made.visionloop("retrain")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "asked about" in done.stdout
+        wait_until = time.monotonic() + 60
+        while (found := json.loads(made.visionloop("status", "--json").stdout))["up"]["parts"][3]["state"] != "ready":
+            assert time.monotonic() < wait_until, "the server has not started by itself"
+        assert found["loop"]["champion"]["entry"] == 1
+        assert found["loop"]["plan"]["ended"][0]["state"] == "Promoted"
+        assert found["loop"]["plan"]["next"][0]["name"] == "retrain/digits"
+    finally:
+        assert made.visionloop("down").stdout == "stopped\n"
 
 
 @pytest.mark.long
 def test_flows_alone_names_what_it_needs(install: Callable[..., Environment]) -> None:
     place = install("flows")
-    done = place.run("python", str(ROOT / "flows" / "deploy.py"), "--workspace", str(place.home))
+    done = place.visionloop("schedule")
     assert done.returncode == 2
     assert done.stderr.startswith("error: params.yaml schedule.retrain: is not set"), done.stderr
 
