@@ -11,7 +11,8 @@ grey one would add edges that are no part of any photo. A worked example, one ro
 Dimensions: h height, w width, s squares.
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,21 +48,32 @@ def explain(predictor: Predictor, image_hwc: UInt8Array, name: str | None = None
     Raises:
         ParamsError: the model knows no such class.
     """
+    size = choose_batch_size(image_hwc.shape[:2])
+    return next(found for found in explain_in_pieces(predictor, image_hwc, name, size=size) if found is not None)
+
+
+def explain_in_pieces(
+    predictor: Predictor, image_hwc: UInt8Array, name: str | None = None, *, size: int, across: int = ACROSS
+) -> Iterator[Explanation | None]:
+    """As `explain`, for who has other work between: yields None after each `size` images, and then the explanation.
+
+    `across` steps of the square along the longer side: half as many ask a quarter of the images. Raises ParamsError.
+    """
     classes = predictor.card.classes
     if name is not None and name not in classes:
         raise ParamsError("--class", f"got {name!r}", f"one of {shorten(classes)}")
     whole = predictor.run(image_hwc[None])
     k = classes.index(name) if name is not None else int(whole.probs_nk[0].argmax())
-    boxes, size = list_squares(*image_hwc.shape[:2]), choose_batch_size(image_hwc.shape[:2])
+    boxes = list_squares(*image_hwc.shape[:2], across=across)
     blurred = np.asarray(Image.fromarray(image_hwc).filter(ImageFilter.GaussianBlur(max(image_hwc.shape) / BLUR)))
+    logit = float(_get_logits(whole.logits_nk, k, predictor.card.task)[0])
     falls = []
     for start in range(0, len(boxes), size):
         covered = np.stack([_cover(image_hwc, box, blurred) for box in boxes[start : start + size]])
-        logits_n = _get_logits(predictor.run(covered).logits_nk, k, predictor.card.task)
-        falls.append(_get_logits(whole.logits_nk, k, predictor.card.task)[0] - logits_n)
+        falls.append(logit - _get_logits(predictor.run(covered).logits_nk, k, predictor.card.task))
+        yield None
     falls_hw = spread_falls(image_hwc.shape[:2], boxes, np.concatenate(falls))
-    logit = float(_get_logits(whole.logits_nk, k, predictor.card.task)[0])
-    return Explanation(classes[k], float(whole.probs_nk[0, k]), logit, falls_hw)
+    yield Explanation(classes[k], float(whole.probs_nk[0, k]), logit, falls_hw)
 
 
 def _cover(image_hwc: UInt8Array, box: Box, blurred: UInt8Array) -> UInt8Array:
@@ -71,9 +83,14 @@ def _cover(image_hwc: UInt8Array, box: Box, blurred: UInt8Array) -> UInt8Array:
     return covered
 
 
-def list_squares(height: int, width: int) -> list[Box]:
+def get_step(height: int, width: int, across: int = ACROSS) -> int:
+    """Return the step of the square in pixels. Falls are equal in each block of so many pixels."""
+    return max(1, -(-max(height, width) // across))
+
+
+def list_squares(height: int, width: int, *, across: int = ACROSS) -> list[Box]:
     """Return the places of the square as (top, bottom, left, right), overlapping, cut at the edges."""
-    step = max(1, -(-max(height, width) // ACROSS))
+    step = get_step(height, width, across)
     side = COVERED * step
     starts = [range(-(COVERED - 1) * step, length, step) for length in (height, width)]
     return [
@@ -92,15 +109,28 @@ def spread_falls(size_hw: tuple[int, ...], boxes: list[Box], falls_s: NDArray[np
     return np.asarray(total / count)
 
 
-def draw_explanation(image_hwc: UInt8Array, found: Explanation, classes: Sequence[str], title: str) -> bytes:
-    """Draw the image, and the image under its heat: red holds the answer up, blue speaks against it. PNG."""
+def draw_heat(image_hwc: UInt8Array, found: Explanation) -> UInt8Array:
+    """Return the image in grey under its heat: red holds the answer up, blue speaks against it."""
     strength = np.abs(found.falls_hw) / (np.abs(found.falls_hw).max() or 1.0)
     colour = np.where(found.falls_hw[..., None] >= 0, WARM, COLD)
     grey = np.asarray(Image.fromarray(image_hwc).convert("L"), np.float64)[..., None]
     mixed = grey * (1 - 0.7 * strength[..., None]) + colour * 0.7 * strength[..., None]
+    return np.asarray(mixed.round(), np.uint8)
+
+
+def encode_heat(image_hwc: UInt8Array, found: Explanation, side_px: int) -> bytes:
+    """Return the heat alone as a PNG of `side_px` at most."""
+    picture, sink = Image.fromarray(draw_heat(image_hwc, found)), io.BytesIO()
+    picture.thumbnail((side_px, side_px))
+    picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def draw_explanation(image_hwc: UInt8Array, found: Explanation, classes: Sequence[str], title: str) -> bytes:
+    """Draw the image, and the image under its heat. PNG."""
     cells = [
         Cell(image_hwc, f"{number_names(classes)[found.name]} {found.probability:.1%}"),
-        Cell(mixed.round().astype(np.uint8), "red: holds it up, blue: speaks against it", describe_falls(found)),
+        Cell(draw_heat(image_hwc, found), "red: holds it up, blue: speaks against it", describe_falls(found)),
     ]
     return draw_contact_sheet(cells, title, columns=2, cell_px=360)
 

@@ -23,7 +23,7 @@ from visionloop.serving.swap import ModelSlot, ServedModel
 
 OPERATIONS = (
     *("POST /predict", "POST /similar", "POST /admin/reload", "GET /health/live", "GET /health/ready"),
-    *("GET /model", "GET /metrics", "POST /feedback", "GET /images/{sha256}"),
+    *("GET /model", "GET /metrics", "POST /feedback", "GET /images/{sha256}", "POST /explain", "POST /predict/video"),
 )
 FEW, MANY = 25, 2000
 # 503 is allowed, and looked for below. That bytes are an image is nothing a schema can say.
@@ -80,8 +80,10 @@ def test_it_is_valid_openapi_3_1_and_every_schema_a_json_schema(bundle: Path) ->
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_server_answers_as_described(server: Server, name: str) -> None:
     counts = ask_as_described(server, name, FEW)
-    # This server follows no ledger; it gave no answer that one could say something of, and its store is empty.
+    # This server follows no ledger; it gave no answer that one could say something of, and its store is empty. Nor is
+    # anything that is made up a video.
     others = {"POST /admin/reload": (409,), "POST /feedback": (200, 400), "GET /images/{sha256}": (404,)}
+    others["POST /predict/video"] = (400, 415)
     assert min(counts) in others.get(name, (200,)), counts
 
 

@@ -13,13 +13,13 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
 from visionloop.ingest.sources import SourceContext, read_source
 from visionloop.ingest.video import clip as clip_module
-from visionloop.ingest.video import player as player_module
 from visionloop.ingest.video.clip import Spool
-from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.sample import DecodeJob
 from visionloop.params import VideoSource, make_params
 from visionloop.settings import load_settings
 from visionloop.store import LocalStore
+from visionloop.video import player as player_module
+from visionloop.video.player import End, Frame, Player
+from visionloop.video.sample import DecodeJob
 from visionloop.workspace import connect
 
 MB = 1_000_000
@@ -143,7 +143,7 @@ def test_a_decoder_that_dies_or_hangs_costs_one_video(tmp_path: Path, monkeypatc
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys, time\n"
-        "from visionloop.ingest.video.worker import write_message\n"
+        "from visionloop.video.worker import write_message\n"
         "for line in sys.stdin:\n"
         "    name = os.path.basename(json.loads(line)['file'])\n"
         "    if 'dies' in name: os.abort()\n"
@@ -196,7 +196,7 @@ def test_a_pull_that_is_left_in_the_middle_leaves_no_worker(tmp_path: Path) -> N
     offered = iter(read_source(source, SourceContext(tmp_path, tmp_path / ".visionloop", {})))
     next(offered)
     offered.close()  # type: ignore[attr-defined]
-    assert not [p for p in _children() if b"visionloop.ingest.video.worker" in p]
+    assert not [p for p in _children() if b"visionloop.video.worker" in p]
     assert not (tmp_path / ".visionloop/ingest/video/index-cam").exists()  # half of it is not the whole
 
 

@@ -150,6 +150,7 @@ class KeepImages(Section):
 class Serve(Section):
     """Limits of the server. `max_pixels`: the model's own, under which its images were ingested, holds beside it.
 
+    `max_video_bytes`, `max_video_s`: of a video that is sent to /predict/video.
     `cache_mb`: memory for answers to images that come again; 0: none is kept.
     `deadline_s`: a request that takes longer is answered 503; a client may ask for less by the header X-Deadline-Ms.
     `stuck_s`: a batch that takes longer is taken for stuck: /health/live is 503, and the process is to be replaced.
@@ -167,6 +168,8 @@ class Serve(Section):
 
     max_body_bytes: int = Field(default=20_000_000, ge=1024)
     max_pixels: int | None = Field(default=16_000_000, ge=1024)
+    max_video_bytes: int = Field(default=200_000_000, ge=1024)
+    max_video_s: float = Field(default=600.0, gt=0, le=86_400)
     cache_mb: int = Field(default=32, ge=0, le=100_000)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=1)

@@ -22,7 +22,7 @@ from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys, require_role
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 FREE_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # the same for all, or for balancers
-METRICS, ADMIN, HEALTH = "/metrics", "/admin/", "/health/"
+METRICS, ADMIN, HEALTH, PAGE = "/metrics", "/admin/", "/health/", "/page/"
 ROLE_OF = {"/feedback": "feedback", ADMIN: "admin", METRICS: "admin"}  # all others: predict, also those yet to come
 KEY_IN_TEXT = re.compile(r"vlk_([a-z0-9-]{1,63})_[A-Za-z0-9_-]+")
 MAX_BUCKETS = 10_000
@@ -117,7 +117,7 @@ class Access:
             self._check_host(request)
         if request.method not in SAFE_METHODS:
             self._check_origin(request)
-        if path in FREE_PATHS:
+        if path in FREE_PATHS or path.startswith(PAGE):
             return
         request.state.key = key = self._find_key(request)
         request.state.who = key.name if key else None

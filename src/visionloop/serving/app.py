@@ -1,5 +1,5 @@
 """The HTTP interface of a model, put together. Builds no model, reads no settings, opens no socket; the routes are in
-`predict.py`, `similar.py`, `feedback.py`, `state.py` and `page/`.
+`predict.py`, `similar.py`, `explain.py`, `video.py`, `feedback.py`, `state.py` and `page/`.
 
 A wrong request gets a 4xx. A full server, or one without a model, answers 503. Only our own bugs give a 500.
 """
@@ -14,6 +14,7 @@ from visionloop.serving.access import Access
 from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import Inbox, Limits
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, check_options
+from visionloop.serving.explain import add_explain
 from visionloop.serving.feedback import FeedbackBook, add_feedback
 from visionloop.serving.log import PredictionLog
 from visionloop.serving.metrics import Meters
@@ -24,6 +25,7 @@ from visionloop.serving.service import Service
 from visionloop.serving.similar import add_similar
 from visionloop.serving.state import add_reload, add_state
 from visionloop.serving.swap import ModelSlot
+from visionloop.serving.video import add_video
 from visionloop.store import ObjectStore
 
 
@@ -69,6 +71,8 @@ def make_app(
     add_predict(app, service, meters, log)
     add_feedback(app, service.require_model, service.inbox, book)
     add_similar(app, service, store)
+    add_explain(app, service)
+    add_video(app, service)
     add_reload(app, service, look_now)
     add_state(app, service, meters)
     add_page(app)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from visionloop.serving.decoding import Decoders
 from visionloop.serving.swap import ServedModel
 
 MAX_RETRY_S = 60
+SPARE_S = 0.05  # of a piece of work in the network's idle time: so long an image may wait for it
 
 
 class _Aged(Protocol):
@@ -35,6 +37,7 @@ class _Aged(Protocol):
 
 
 _Queued = TypeVar("_Queued", bound=_Aged)
+_Result = TypeVar("_Result")
 
 
 class QueueFull(VisionLoopError, RuntimeError):
@@ -129,6 +132,9 @@ class Batcher:
         self._image_s = self._network_s = 0.0  # measured, for an image: from queue to answer, and in the network
         self._finished_at = 0.0
         self._busy_since: float | None = None
+        self._spare: asyncio.Future[Any] | None = None
+        self._spare_image_s = 0.0
+        self._spare_turns = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Answer | ImageError]] = set()
         self._closed = True
@@ -204,6 +210,37 @@ class Batcher:
         if self.depth and self.drain_s + number * self._image_s > limit_s:
             raise self.refuse(f"has images waiting for {self.drain_s:.1f} s", f"at most {limit_s:.1f} s with yours")
 
+    @property
+    def spare_size(self) -> int:
+        """How many images a piece of spare work may have, by what the pieces before it took."""
+        known_s = self._spare_image_s or self._network_s
+        return max(1, min(self.max_batch, int(SPARE_S / known_s))) if known_s else 1
+
+    async def decode(self, model: ServedModel, data: bytes) -> UInt8Array:
+        """Return an image as the model's input. Raises ImageError."""
+        load = partial(model.predictor.decode, data, "image", max_pixels=self._limit_pixels(model))
+        try:
+            return (await self._decoders.run(data, load)).value
+        finally:
+            self._decoders.give_turns()
+
+    async def run_spare(self, work: Callable[[], _Result], number: int) -> _Result:
+        """Run a short piece of work in the network's thread while no image waits for an answer; till then it waits.
+
+        `number` of images are in it, see `spare_size`. Those who want pieces take turns.
+        """
+        async with self._spare_turns:
+            while self._tasks:
+                await asyncio.wait(set(self._tasks), return_when=asyncio.FIRST_COMPLETED)
+            if self._closed:
+                raise self.refuse("stops", "one that goes on")
+            started_at = time.monotonic()
+            self._spare = running = asyncio.get_running_loop().run_in_executor(self._runner, work)
+            result = await asyncio.shield(running)  # whoever gives up leaves the thread busy
+            self._finished_at = time.monotonic()
+            self._spare_image_s = _smooth(self._spare_image_s, (self._finished_at - started_at) / number)
+            return result
+
     async def _finish_all(
         self, waiting: Sequence[Coroutine[Any, Any, Answer | ImageError]]
     ) -> list[Answer | ImageError]:
@@ -252,9 +289,11 @@ class Batcher:
         )
 
     def _decode(self, model: ServedModel, data: bytes) -> _Decoded:
-        limit = min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
-        image_hwc, size = model.predictor.decode_sized(data, "image", max_pixels=limit)
+        image_hwc, size = model.predictor.decode_sized(data, "image", max_pixels=self._limit_pixels(model))
         return _Decoded(image_hwc, size, self._measure_image(image_hwc))
+
+    def _limit_pixels(self, model: ServedModel) -> int:
+        return min(self.max_pixels or model.predictor.card.max_pixels, model.predictor.card.max_pixels)
 
     async def _work(self) -> None:
         while True:
@@ -264,6 +303,8 @@ class Batcher:
         """Run the network on a batch, and give each its answer, or the error."""
         loop = asyncio.get_running_loop()
         self._on_batch(len(batch))
+        if self._spare and not self._spare.done():
+            await asyncio.wait((self._spare,))  # else its time would be taken for the network's with this batch
         self._busy_since = started_at = time.monotonic()
         try:
             predictions = await loop.run_in_executor(self._runner, _run, batch)

@@ -39,6 +39,8 @@ class Limits:
 
     max_body_bytes: int = 20_000_000
     max_pixels: int | None = 16_000_000
+    max_video_bytes: int = 200_000_000
+    max_video_s: float = 600.0
     max_batch: int = 32
     max_queue: int = 256
     max_files: int = 64
@@ -71,13 +73,13 @@ class RequestError(VisionLoopError, ValueError):
         self.status, self.reason_code = status, reason_code
 
 
-_Value_co = TypeVar("_Value_co", covariant=True)
-_Read = TypeVar("_Read")
+Value_co = TypeVar("Value_co", covariant=True)
+Read = TypeVar("Read")
 
 
-class _BodyReader(Protocol[_Value_co]):
+class BodyReader(Protocol[Value_co]):
     def feed(self, chunk: bytes) -> None: ...
-    def finish(self) -> _Value_co: ...
+    def finish(self) -> Value_co: ...
 
 
 class Inbox:
@@ -99,11 +101,17 @@ class Inbox:
             ClientDisconnect: the client went away.
         """
 
-        def make_reader() -> _BodyReader[list[Upload]]:
+        def make_reader() -> BodyReader[list[Upload]]:
             check()
             return _make_reader(request.headers, self.limits)
 
         return self._receive(request, make_reader, self.limits.max_body_bytes)
+
+    def receive_by(
+        self, request: Request, make_reader: Callable[[], BodyReader[Read]], max_bytes: int, timeout_s: float
+    ) -> contextlib.AbstractAsyncContextManager[Read]:
+        """Read a body by a reader that keeps it elsewhere than in memory. Raises as `receive`."""
+        return self._receive(request, make_reader, max_bytes, timeout_s=timeout_s, is_held=False)
 
     async def receive_json(self, request: Request, expected: str, max_bytes: int) -> object:
         """Read a small body of JSON. Raises as `receive`; `expected` is for the message."""
@@ -112,43 +120,51 @@ class Inbox:
 
     @contextlib.asynccontextmanager
     async def _receive(
-        self, request: Request, make_reader: Callable[[], _BodyReader[_Read]], max_bytes: int
-    ) -> AsyncIterator[_Read]:
-        size = 0
+        self,
+        request: Request,
+        make_reader: Callable[[], BodyReader[Read]],
+        max_bytes: int,
+        *,
+        timeout_s: float | None = None,
+        is_held: bool = True,
+    ) -> AsyncIterator[Read]:
+        size = held = 0
+        timeout_s = timeout_s or self.limits.body_timeout_s
         chunks = request.stream()
         try:
             reader = make_reader()
-            self._check_headers(request.headers, max_bytes)
-            async with asyncio.timeout(self.limits.body_timeout_s):
+            self._check_headers(request.headers, max_bytes, is_held=is_held)
+            async with asyncio.timeout(timeout_s):
                 async for chunk in chunks:
                     size += len(chunk)
-                    self.held_bytes += len(chunk)
+                    held += len(chunk) if is_held else 0
+                    self.held_bytes += len(chunk) if is_held else 0
                     self._check_size(size, max_bytes)
                     reader.feed(chunk)
             # A large body of JSON takes some tenths of a second, in which no other request would be answered.
-            read = await asyncio.to_thread(reader.finish) if size > LARGE_BYTES else reader.finish()
+            read = await asyncio.to_thread(reader.finish) if held > LARGE_BYTES else reader.finish()
         except TimeoutError as exc:
-            self.held_bytes -= size
-            expected = f"all of it within {self.limits.body_timeout_s:g} s"
+            self.held_bytes -= held
+            expected = f"all of it within {timeout_s:g} s"
             raise RequestError("its body comes too slowly", expected, status=408, reason_code="too_slow") from exc
         except BaseException as exc:
-            self.held_bytes -= size
+            self.held_bytes -= held
             if isinstance(exc, VisionLoopError) and not (size == 0 and "expect" in request.headers):
                 await _discard(chunks)
             raise
         try:
             yield read
         finally:
-            self.held_bytes -= size
+            self.held_bytes -= held
 
-    def _check_headers(self, headers: Mapping[str, str], max_bytes: int) -> None:
+    def _check_headers(self, headers: Mapping[str, str], max_bytes: int, *, is_held: bool) -> None:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise RequestError(
                 "its body is compressed", "it as it is", status=415, reason_code="encoding_not_supported"
             )
         length = headers.get("content-length", "0")
         if length.isdecimal():
-            self._check_size(int(length), max_bytes, coming=True)
+            self._check_size(int(length), max_bytes, coming=is_held)
 
     def _check_size(self, size: int, limit: int, *, coming: bool = False) -> None:
         if size > limit:
@@ -173,15 +189,15 @@ async def _discard(chunks: AsyncIterator[bytes]) -> None:
                     return
 
 
-def _make_reader(headers: Mapping[str, str], limits: Limits) -> _BodyReader[list[Upload]]:
+def _make_reader(headers: Mapping[str, str], limits: Limits) -> BodyReader[list[Upload]]:
     kind, options = parse_options_header(headers.get("content-type"))
     if not kind.startswith(b"multipart/"):
         return _RawReader(limits.max_files)
     if kind != b"multipart/form-data":
-        raise _bad_form("has no form in it that can be read")
+        raise make_form_error("has no form in it that can be read")
     if not options.get(b"boundary"):
-        raise _bad_form("is a form whose Content-Type names no boundary", NO_BOUNDARY)
-    return _FormReader(options[b"boundary"], limits.max_files)
+        raise make_form_error("is a form whose Content-Type names no boundary", NO_BOUNDARY)
+    return FormReader(options[b"boundary"], limits.max_files)
 
 
 class _RawReader:
@@ -200,7 +216,7 @@ class _RawReader:
         if self._data[:64].lstrip().startswith((b"{", b"[")):
             return _read_images(bytes(self._data), self._max_files)
         if self._data.startswith(b"--") and b"form-data" in self._data[:500].lower():
-            raise _bad_form("is a form, but its Content-Type does not say so", NO_BOUNDARY)
+            raise make_form_error("is a form, but its Content-Type does not say so", NO_BOUNDARY)
         return [Upload(None, bytes(self._data))]
 
 
@@ -254,7 +270,7 @@ def _read_base64(text: object, name: str) -> bytes:
         raise _bad_json(f"its `{name}` is no base64") from exc
 
 
-class _FormReader:
+class FormReader:
     """Collects the files of a form: every part with a file name, and parts named `file` or `files` without one."""
 
     def __init__(self, boundary: bytes, max_parts: int) -> None:
@@ -272,26 +288,37 @@ class _FormReader:
                     "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
                     "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
                     "on_header_end": self._on_header_end,
-                    "on_part_data": lambda data, start, end: self._data.extend(data[start:end]),
+                    "on_part_data": self._on_part_data,
                     "on_part_end": self._on_part_end,
                     "on_end": self._on_end,
                 },
             )
         except FormParserError as exc:
-            raise _bad_form("has a boundary that is too long") from exc
+            raise make_form_error("has a boundary that is too long") from exc
 
     def feed(self, chunk: bytes) -> None:
         try:
             self._parser.write(chunk)
         except FormParserError as exc:
-            raise _bad_form("is a form that is malformed") from exc
+            raise make_form_error("is a form that is malformed") from exc
 
     def finish(self) -> list[Upload]:
-        if not self._whole:
-            raise _bad_form("is a form that is cut off")
+        self.require_end()
         if not self._uploads:
             raise RequestError("its form has no file", "a file in the field `file`", reason_code="empty")
         return self._uploads
+
+    def require_end(self) -> None:
+        """Raise RequestError for a form that is cut off."""
+        if not self._whole:
+            raise make_form_error("is a form that is cut off")
+
+    def read_file_name(self, *, has_data: bool = True) -> bytes | None:
+        """Return the name of the file that this part is, empty where it has none; None: it is no file."""
+        _, options = parse_options_header(self._disposition.decode("latin-1"))
+        name = options.get(b"filename", b"")
+        # For an empty file field a browser sends a part without a name and without data.
+        return name if name or (has_data and options.get(b"name") in FILE_FIELDS) else None
 
     def _on_part_begin(self) -> None:
         self._num_parts += 1
@@ -305,11 +332,12 @@ class _FormReader:
         self._header.clear()
         self._value.clear()
 
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data += data[start:end]
+
     def _on_part_end(self) -> None:
-        _, options = parse_options_header(self._disposition.decode("latin-1"))
-        name = options.get(b"filename", b"")
-        # For an empty file field a browser sends a part without a name and without data.
-        if name or (self._data and options.get(b"name") in FILE_FIELDS):
+        name = self.read_file_name(has_data=bool(self._data))
+        if name is not None:
             self._uploads.append(Upload(_clean_name(name), bytes(self._data)))
         self._data = bytearray()
 
@@ -322,7 +350,7 @@ def _clean_name(name: bytes) -> str | None:
     return "".join(c for c in text if c.isprintable())[:MAX_NAME_CHARS] or None
 
 
-def _bad_form(found: str, todo: str = "") -> RequestError:
+def make_form_error(found: str, todo: str = "") -> RequestError:
     return RequestError(f"its body {found}", "multipart/form-data, whole", todo, reason_code="bad_form")
 
 

@@ -129,6 +129,8 @@ def make_limits(serve: Serve) -> Limits:
     return Limits(
         max_body_bytes=serve.max_body_bytes,
         max_pixels=serve.max_pixels,
+        max_video_bytes=serve.max_video_bytes,
+        max_video_s=serve.max_video_s,
         max_batch=serve.max_batch,
         max_queue=serve.max_queue,
         deadline_s=serve.deadline_s,

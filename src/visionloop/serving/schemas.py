@@ -165,16 +165,17 @@ class EngineAnswer(BaseModel):
 class ModelAnswer(ModelName):
     """The model that answers now, and where it came from.
 
-    `task` is binary, multiclass or multilabel. `threshold` is of binary (null otherwise): the probability of the second
-    class from which it is the answer. `thresholds` are of multilabel (null otherwise): by class, the probability from
-    which a label is given. `abstain` is the rule of when it does not know (null: it always answers): below which
-    `confidence`, beyond which `distance` to the `neighbours`-th nearest validation image. `runtime` says which engine
-    answers, and why that one.
+    `since` is when it was promoted, `task` binary, multiclass or multilabel. `threshold` is of binary (null
+    otherwise): the probability of the second class from which it is the answer. `thresholds` are of multilabel
+    (null otherwise): by class, the probability from which a label is given. `abstain` is the rule of when it does
+    not know (null: it always answers): below which `confidence`, beyond which `distance` to the `neighbours`-th
+    nearest validation image. `runtime` says which engine answers, and why that one.
     """
 
     model_config = ConfigDict(protected_namespaces=())
 
     entry: int | None
+    since: str | None
     task: str
     classes: list[str]
     image_size: Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -250,6 +251,23 @@ PREDICT_BODY = {
         "multipart/form-data": {"schema": _FORM},
         "application/json": {"schema": _JSON},
         **{f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp", "avif")},
+        "application/octet-stream": {"schema": _FILE},
+    },
+}
+_ONE_FORM = {"type": "object", "required": ["file"], "properties": {"file": _FILE}}
+EXPLAIN_BODY = {
+    "required": True,
+    "content": {
+        **PREDICT_BODY["content"],  # type: ignore[dict-item]
+        "multipart/form-data": {"schema": _ONE_FORM},
+        "application/json": {"schema": _JSON["oneOf"][0]},
+    },
+}
+VIDEO_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {"schema": _ONE_FORM},
+        **{f"video/{kind}": {"schema": _FILE} for kind in ("mp4", "quicktime", "webm", "x-matroska", "x-msvideo")},
         "application/octet-stream": {"schema": _FILE},
     },
 }

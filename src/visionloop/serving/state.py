@@ -72,7 +72,14 @@ def add_state(app: FastAPI, service: Service, meters: Meters) -> None:
         known = {"task", "classes", "image_size", "resize", "threshold", "thresholds", "abstain", "dataset"}
         card = {key: value for key, value in asdict(model.predictor.card).items() if key in known}
         runtime = {"engine": model.predictor.engine, "why": model.why}
-        return {**name_model(model), "entry": model.entry, "problem": slot.problem, "runtime": runtime, **card}
+        return {
+            **name_model(model),
+            "entry": model.entry,
+            "since": model.promoted_at,
+            "problem": slot.problem,
+            "runtime": runtime,
+            **card,
+        }
 
     @app.get("/metrics", response_class=Response, responses=REFUSED, summary="Figures for Prometheus")
     async def metrics() -> Response:

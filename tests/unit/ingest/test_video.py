@@ -15,10 +15,10 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import SourceContext
 from visionloop.ingest.video.cameras import is_camera
 from visionloop.ingest.video.clip import Spool
-from visionloop.ingest.video.decode import decode, turn_upright
-from visionloop.ingest.video.sample import DecodeJob, FrameClock, Sampler, compute_difference
 from visionloop.ingest.video.segments import parse_seconds, read_segments
 from visionloop.params import VideoSource
+from visionloop.video.decode import decode, turn_upright
+from visionloop.video.sample import DecodeJob, FrameClock, Sampler, compute_difference
 
 
 def ask(path: Path, **wishes: Any) -> DecodeJob:

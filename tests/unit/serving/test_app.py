@@ -197,6 +197,7 @@ def test_ready_and_model_tell_what_is_served_and_what_is_not(client: TestClient,
     assert model == {
         **name,
         "entry": 3,
+        "since": None,
         "task": "multiclass",
         "classes": ["a", "b", "c"],
         "image_size": [32, 32],
@@ -298,7 +299,23 @@ def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) 
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert not re.findall(r" (?:style|on[a-z]+)=", page.text), "the policy lets none of them work"
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page.text)
-    assert client.get("/", follow_redirects=False).headers["location"] == "docs"
+
+
+def test_the_page_for_people_loads_its_own_files_alone(client: TestClient) -> None:
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "script-src 'self'" in policy
+    assert "unsafe" not in policy
+    names = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert names == ["page/home.css", "page/home.js"]
+    for name in (*names, "page/api.js", "page/cards.js", "page/parts.js"):
+        file = client.get(f"/{name}")
+        assert file.status_code == 200
+        assert file.headers["content-type"].startswith("text/css" if name.endswith("css") else "text/javascript")
+        assert not re.findall(r"innerHTML|https?:|eval\(|document\.write", file.text)
+    assert not re.findall(r" (?:style|on[a-z]+)=|<style|<script>", page.text), "the policy lets none of them work"
+    for other in ("page/home.html", "page/__init__.py", "page/..%2f__init__.py", "page/none.js"):
+        assert client.get(f"/{other}").status_code == 404, other
 
 
 def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> None:

@@ -17,11 +17,11 @@ from visionloop.ingest.paths.layout import Placement, place_all, settle_sides
 from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, ListedFile, escape_name, find_side, list_files
 from visionloop.ingest.video.cameras import is_camera, open_camera
 from visionloop.ingest.video.clip import DECODING, Clip, Index, Spool, make_stamp
-from visionloop.ingest.video.player import PASSING, Player, check_installed
-from visionloop.ingest.video.sample import DecodeJob, find_spans
 from visionloop.ingest.video.segments import Segment, read_segments
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
+from visionloop.video.player import PASSING, Player, check_installed
+from visionloop.video.sample import DecodeJob, find_spans
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Video: decoded in a process of its own (`worker.py`), asked for frames by `player.py`, kept by `clip.py`."""
+"""Videos as a source: their frames are asked for by `video/player.py`, and kept by `clip.py`."""

@@ -20,12 +20,12 @@ from urllib.parse import quote, unquote
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
-from visionloop.ingest.video.player import End, Frame, Player
-from visionloop.ingest.video.sample import DecodeJob
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 from visionloop.secrets import Environment, mask
+from visionloop.video.player import End, Frame, Player
+from visionloop.video.sample import DecodeJob
 from visionloop.web.addresses import HostRules, parse_url
 from visionloop.web.download import make_fetcher, parse_private_hosts
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import ImageError
-from visionloop.ingest.video.player import End, Frame, Player, Start
-from visionloop.ingest.video.sample import DecodeJob
 from visionloop.records import canonical_json
+from visionloop.video.player import End, Frame, Player, Start
+from visionloop.video.sample import DecodeJob
 
 MAX_BYTES = 4_000_000_000
 # Raised by one when the same video would give other frames: the index is then made again.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloop.errors import ImageError
-from visionloop.ingest.video.sample import DecodeJob
+from visionloop.video.sample import DecodeJob
 from visionloop.web.addresses import Address, HostRules
 from visionloop.web.download import IDENTITY, MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
 

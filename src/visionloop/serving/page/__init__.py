@@ -1,4 +1,7 @@
-"""The page `/docs`: asks the model from a browser, and lists the routes. It loads nothing from elsewhere."""
+"""The pages for people: `/` asks the model and takes corrections, `/docs` lists the routes.
+
+They load nothing from elsewhere, and run no script but their own.
+"""
 
 import base64
 import hashlib
@@ -6,23 +9,39 @@ import re
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, Response
 
-PAGE = Path(__file__).parent / "docs.html"
+from visionloop.serving.body import RequestError
+
+FOLDER = Path(__file__).parent
+KINDS = {".css": "text/css", ".js": "text/javascript"}
+NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'"
+HOME_POLICY = (
+    f"{NOTHING}; script-src 'self'; style-src 'self'; img-src blob: data:; media-src blob:;"
+    " require-trusted-types-for 'script'"
+)
 
 
 def add_page(app: FastAPI) -> None:
-    """Add the page, and a redirect to it."""
-    page = PAGE.read_text(encoding="utf-8")
-    policy = _make_policy(page)
+    """Add the pages and their files."""
+    files = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.suffix in KINDS}
+    home_page, docs_page = ((FOLDER / name).read_text(encoding="utf-8") for name in ("home.html", "docs.html"))
+    docs_policy = _make_policy(docs_page)
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> HTMLResponse:
+        return HTMLResponse(home_page, headers={"Content-Security-Policy": HOME_POLICY, "Cache-Control": "no-cache"})
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        if name not in files:
+            raise RequestError("there is no such file", status=404, reason_code="not_found")
+        kind = KINDS[Path(name).suffix]
+        return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
-
-    @app.get("/", include_in_schema=False)
-    async def home() -> RedirectResponse:
-        return RedirectResponse("docs")
+        return HTMLResponse(docs_page, headers={"Content-Security-Policy": docs_policy})
 
 
 def _make_policy(page: str) -> str:
@@ -32,5 +51,4 @@ def _make_policy(page: str) -> str:
         text = re.search(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
         digest = hashlib.sha256((text[1] if text else "").encode()).digest()
         allowed[tag] = f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
-    others = "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'"
-    return f"{others}; frame-ancestors 'none'; {allowed['script']}; {allowed['style']}"
+    return f"{NOTHING}; img-src data:; {allowed['script']}; {allowed['style']}"

@@ -21,7 +21,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from visionloop.ingest.video.sample import DecodeJob, FrameClock, Sampler, to_ms
+from visionloop.video.sample import DecodeJob, FrameClock, Sampler, to_ms
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "mpjpeg")
 LIVE_FORMATS = {"rtsp", "v4l2", "video4linux2", "mjpeg", "h264", "hevc"}

@@ -1,4 +1,4 @@
-"""The process that decodes: `python -m visionloop.ingest.video.worker`. A crash of the decoder ends only this process.
+"""The process that decodes: `python -m visionloop.video.worker`. A crash of the decoder ends only this process.
 
 Jobs come on stdin, a line of JSON each; answers go to stdout: the length of a JSON object (4 bytes), the object, and as
 many bytes as its key `bytes` says. It may use little memory, write no file, and ends when its parent is gone.
@@ -18,8 +18,8 @@ MAX_MEMORY_BYTES = 6 << 30
 def main() -> None:
     """Answer jobs until stdin ends."""
     limit_process()
-    from visionloop.ingest.video.decode import decode
-    from visionloop.ingest.video.sample import DecodeJob
+    from visionloop.video.decode import decode
+    from visionloop.video.sample import DecodeJob
 
     jobs: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visionloop.errors import SourceError
-from visionloop.ingest.video.sample import DecodeJob
+from visionloop.video.sample import DecodeJob
 
 SILENCE_S = 60.0
 LEAST_S = 60.0
@@ -60,9 +60,13 @@ class _Gone(Exception):
 
 
 class Player:
-    """One worker for many videos, started at the first; a new one when a video has broken it. Not for two threads."""
+    """One worker for many videos, started at the first; a new one when a video has broken it. Not for two threads.
 
-    def __init__(self) -> None:
+    Another thread may `stop` it: the video that is played then ends. `nice` makes the worker yield to other processes.
+    """
+
+    def __init__(self, nice: int = 0) -> None:
+        self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = bytearray()
         self._waited_s = 0.0
@@ -111,6 +115,8 @@ class Player:
         if self._process is None or self._process.poll() is not None or job.pipe is not None:
             self.stop()
             self._process = _start(job.pipe)
+            if self._nice:
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, self._nice)
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
@@ -160,7 +166,7 @@ class Player:
 def _start(pipe: int | None) -> subprocess.Popen[bytes]:
     """Start a worker. It gets no secrets of the environment, and an empty folder to work in."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "visionloop.ingest.video.worker"],
+        [sys.executable, "-P", "-m", "visionloop.video.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,115 @@
+"""What a video shows when: flickers go, changes stay, and nothing of the time is lost."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fakes import make_card
+from visionloop.video.timeline import Timeline, find_path, make_timeline
+
+
+def follow(p_t: list[float], smooth_s: float, seconds: float = 1.0) -> str:
+    """Return a letter a frame: d where the path has the second class."""
+    p = np.array(p_t)
+    path = find_path(np.column_stack([p, 1 - p]), np.full(len(p), seconds), smooth_s)
+    return "".join("cd"[k] for k in path)
+
+
+def make(
+    rows: list[list[float]], *, task: str = "multiclass", doubts: list[str | None] | None = None, **more: float
+) -> Timeline:
+    probs = np.array(rows, np.float32)
+    card = make_card(tuple("abc"[: probs.shape[1]]), task=task)
+    times = [0.5 * number for number in range(len(rows))]
+    wishes = {"every_s": 0.5, "smooth_s": 1.0, **more}
+    return make_timeline(times, probs, doubts or [None] * len(rows), card, **wishes)
+
+
+def test_the_worked_example() -> None:
+    assert follow([0.9, 0.9, 0.02, 0.9, 0.9, 0.9], 1.5) == "cccccc"
+    assert follow([0.9, 0.9, 0.02, 0.02, 0.9, 0.9], 1.5) == "ccddcc"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 2.0])
+def test_a_change_is_believed_from_smooth_s_on_however_often_frames_are_taken(seconds: float) -> None:
+    for number in (1, 2, 3, 5, 6, 7, 8):
+        path = follow([1.0] * 10 + [0.0] * number + [1.0] * 10, 4 * seconds, seconds)
+        assert path.count("d") == (number if number > 4 else 0), number
+
+
+def test_without_smoothing_each_frame_speaks_for_itself() -> None:
+    p = np.random.default_rng(0).dirichlet(np.ones(120), 50)
+    assert find_path(p, np.full(50, 0.5), 0.0).tolist() == p.argmax(axis=1).tolist()
+
+
+def test_the_path_is_the_cheapest_of_all() -> None:
+    rng, price = np.random.default_rng(1), 0.75 * np.log(0.98 / 0.02)
+    for _ in range(30):
+        probs, seconds = rng.dirichlet(np.ones(3), 5), rng.uniform(0.2, 2, 5)
+
+        def cost(path: np.ndarray, probs: np.ndarray = probs, seconds: np.ndarray = seconds) -> float:
+            own = -seconds * np.log(np.clip(probs[np.arange(5), path], 0.02, 0.98))
+            return float(own.sum() + price * (np.diff(path) != 0).sum())
+
+        every = np.stack(np.meshgrid(*[range(3)] * 5), -1).reshape(-1, 5)
+        assert cost(find_path(probs, seconds, 1.5)) == pytest.approx(min(map(cost, every)), abs=1e-6)
+
+
+def test_segments_follow_each_other_and_the_answer_is_what_is_seen_longest() -> None:
+    found = make([[0.8, 0.1, 0.1]] * 6 + [[0.1, 0.85, 0.05]] * 10 + [[0.0, 0.1, 0.9]] * 4)
+    assert [(s.start_s, s.end_s, s.prediction, s.num_frames) for s in found.segments] == [
+        (0.0, 3.0, "a", 6),
+        (3.0, 8.0, "b", 10),
+        (8.0, 10.0, "c", 4),
+    ]
+    assert found.segments[1].confidence == pytest.approx(0.85)
+    assert (found.prediction, found.abstained, found.labels) == ("b", None, None)
+    assert found.confidence == pytest.approx(0.85)
+    assert list(found.shares.items()) == [("b", 0.5), ("a", pytest.approx(0.3)), ("c", pytest.approx(0.2))]
+
+
+def test_a_stretch_that_it_does_not_know_is_a_segment_of_its_own() -> None:
+    doubts = [None] * 6 + ["confidence 0.50 < 0.70"] * 4 + [None] * 6
+    found = make([[0.9, 0.05, 0.05]] * 16, doubts=doubts)
+    assert [(s.start_s, s.end_s, s.abstained) for s in found.segments] == [
+        (0.0, 3.0, None),
+        (3.0, 5.0, "confidence 0.50 < 0.70"),
+        (5.0, 8.0, None),
+    ]
+    assert (found.prediction, found.abstained) == ("a", None)
+    assert found.shares == {"a": pytest.approx(0.75)}
+    lone = make([[0.9, 0.05, 0.05]] * 5, doubts=[None, None, "why", None, None])
+    assert [s.abstained for s in lone.segments] == [None], "one frame of five is a flicker"
+
+
+def test_a_video_that_it_does_not_know_says_so_and_guesses() -> None:
+    found = make([[0.6, 0.3, 0.1]] * 8, doubts=["why"] * 6 + [None] * 2, smooth_s=0.0)
+    assert found.prediction == "a"
+    assert found.abstained == "it does not know for 75% of the time: why"
+    assert found.shares == {"a": 0.25}
+
+
+def test_several_labels_each_have_their_own_path() -> None:
+    found = make([[0.9, 0.1, 0.2]] * 6 + [[0.9, 0.8, 0.2]] * 6, task="multilabel")
+    assert [s.labels for s in found.segments] == [("a",), ("a", "b")]
+    assert found.segments[1].prediction == "a|b"
+    assert found.segments[1].confidence == pytest.approx(0.9 * 0.8 * 0.8)
+    assert (found.labels, found.prediction) == (("a", "b"), "a|b")
+    assert found.shares == {"a": 1.0, "b": 0.5}
+    nothing = make([[0.1, 0.1, 0.2]] * 4, task="multilabel")
+    assert (nothing.labels, nothing.prediction, nothing.shares) == ((), "", {})
+
+
+def test_a_threshold_decides_as_for_one_image() -> None:
+    card = make_card(("a", "b"))
+    probs = np.array([[0.4, 0.6]] * 6, np.float32)
+    for threshold, name in ((0.5, "b"), (0.7, "a")):
+        found = make_timeline(range(6), probs, [None] * 6, replace(card, threshold=threshold), every_s=1, smooth_s=1)
+        assert [s.prediction for s in found.segments] == [name]
+    assert found.confidence == pytest.approx(0.4)
+
+
+def test_one_frame_is_a_video() -> None:
+    found = make([[0.2, 0.7, 0.1]], every_s=0.25)
+    assert [(s.start_s, s.end_s, s.prediction) for s in found.segments] == [(0.0, 0.25, "b")]
