@@ -181,16 +181,18 @@ def test_spare_work_waits_until_no_image_does(model: ServedModel) -> None:
         batcher.start()
         predict = model.predictor.run
         model.predictor.run = lambda images: (opened.wait(10), order.append("image"), predict(images))[2]  # type: ignore[method-assign]
-        image = asyncio.create_task(batcher.predict(model, [make_image(1)]))
+        first = asyncio.create_task(batcher.predict(model, [make_image(1)]))
         await asyncio.sleep(0.05)
         spare = [asyncio.create_task(batcher.run_spare(lambda: order.append("spare"), 1)) for _ in range(2)]
         await asyncio.sleep(0.05)
+        later = asyncio.create_task(batcher.predict(model, [make_image(2)]))
+        await asyncio.sleep(0.05)
         assert order == []
         opened.set()
-        await asyncio.gather(image, *spare)
+        await asyncio.gather(first, later, *spare)
         await batcher.stop()
         with pytest.raises(QueueFull, match="stops"):
             await batcher.run_spare(lambda: None, 1)
 
     asyncio.run(run())
-    assert order == ["image", "spare", "spare"]
+    assert order == ["image", "image", "spare", "spare"], "also before one that came later"

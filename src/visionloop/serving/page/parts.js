@@ -25,7 +25,7 @@ export function say(text) {
 // What the server says of a doubt is exact and short; this is for people.
 export function explainDoubt(doubt) {
   const sure = doubt.match(/confidence ([\d.]+) < ([\d.]+)/), parts = [];
-  if (sure) parts.push(`It is not sure enough: ${percent(+sure[1])}, and it answers from ${percent(+sure[2])} on.`);
+  if (sure) parts.push(`It is not sure enough: ${+(100 * sure[1]).toFixed(2)} %, and it answers from ${+(100 * sure[2]).toFixed(2)} % on.`);
   if (doubt.includes("unlike the validation images")) parts.push("This is unlike the images that it was tested with.");
   return parts.join(" ") || doubt;
 }
