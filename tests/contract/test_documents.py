@@ -16,6 +16,7 @@ from visionloop.settings import QUIET_TOOLS, tool_environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = {"keeps", "has"}  # `visionloop keeps` at the start of a line is a sentence
 
@@ -114,12 +115,12 @@ def test_readme_names_only_targets_that_exist() -> None:
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.M)) <= targets
 
 
-def test_readme_names_only_files_that_exist() -> None:
-    named = re.findall(r"\]\(([^)#:]+)\)", README)
+def test_readme_and_contributing_name_only_files_that_exist() -> None:
+    named = re.findall(r"\]\(([^)#:]+)\)", README + GUIDE)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
     tree = re.findall(
-        r"^ *((?:src/visionloop|flows|tests|benchmarks)/[\w./-]*|\w+\.(?:md|yaml|toml|lock))  ", README, re.M
+        r"^ *((?:src/visionloop|flows|tests|benchmarks)/[\w./-]*|\w+\.(?:md|yaml|toml|lock))  ", GUIDE, re.M
     )
     assert len(tree) > 10
     assert [name for name in tree if not (ROOT / name).exists()] == []
