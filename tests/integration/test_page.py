@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import CHROMIUM, Browser, browsing
+from browser import Browser, browsing
 from fakes import make_bundle, make_image
 from model_server import Server, serving, wait_for
 from videos import BLUE, GREEN, RED, Film, write_video
@@ -16,7 +16,6 @@ from visionloop.serving.keys import add_key
 from visionloop.settings import Settings
 from visionloop.store import LocalStore
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 HOSTILE = "<script>document.title='caught'</script>"
 NAMES = (HOSTILE, "قطة سوداء", "猫", *(f"class {number}" for number in range(117)))
 

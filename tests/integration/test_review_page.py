@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chromium import browsing
+from browser import browsing
 from fakes import make_image
 from visionloop.data.answers import LOG, SUSPECTS, Asked, Batch, create_batch, load_opinions, write_answers
 from visionloop.data.manifest import make_image_key
@@ -88,8 +88,7 @@ def answer(batch: Batch, number: int, label: str = "dog") -> dict[str, Any]:
 
 def test_browser_answers_takes_back_and_confirms(asking: Asking) -> None:
     with browsing() as tab:
-        tab.resize(390, 844)
-        tab.open(asking.page.url)
+        tab.open(asking.page.url, width=390, height=844)
         tab.wait("document.getElementById('big')?.naturalWidth === 90")
         assert tab.run("document.documentElement.scrollWidth <= innerWidth")
         assert tab.run("document.querySelectorAll('#classes button, #similar img').length") == 3

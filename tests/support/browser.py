@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_S = 30.0
 
@@ -90,6 +92,11 @@ class Browser:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
+    def press(self, key: str) -> None:
+        text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
     def click(self, selector: str, text: str = "") -> None:
         """Click the first element that has a text, waiting for it."""
         found = (
@@ -108,8 +115,9 @@ class Browser:
 
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
-    """Start Chromium. A test that needs it is skipped where CHROMIUM is None."""
-    assert CHROMIUM
+    """Start Chromium; the test is skipped where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
     (its_in, asking), (answering, its_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import CHROMIUM
 from fakes import make_card
 from visionloop.data.compare import compare_records
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
@@ -19,8 +19,6 @@ from visionloop.evaluation.slices import Slice
 from visionloop.params import Evaluate
 from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
 from visionloop.records import Decision, RuleResult
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def make_answers(labels: np.ndarray, chosen: np.ndarray, classes: tuple[str, ...], confidence: float = 0.8) -> Answers:
