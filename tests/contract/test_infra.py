@@ -161,3 +161,18 @@ def test_promtool_takes_the_rules() -> None:
     command = [promtool, "check", "rules", INFRA / "prometheus" / "rules.yml"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflows_run_what_people_run_with_actions_that_cannot_change() -> None:
+    """Also checked with `zizmor --offline .github`, without a finding."""
+    texts = [path.read_text() for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    jobs = [job for text in texts for job in YAML(typ="safe").load(text)["jobs"].values()]
+    steps = [step for job in jobs for step in job["steps"]]
+    assert {"make test", "make test-long"} <= {step.get("run") for step in steps}
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert used
+    assert [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name)] == []
+    assert all(job["timeout-minutes"] and job["permissions"] == {"contents": "read"} for job in jobs)
+    targets = {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILES[0].read_text(), flags=re.M))
+    assert targets == {"serve", "worker"} <= stages
