@@ -97,7 +97,7 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     httpx.post(start, json={}, trust_env=False).raise_for_status()
     assert wait_for(lambda: list_ended(prefect_api, "nightly")) == [("NewData", "COMPLETED")]
     assert wait_for(lambda: list_ended(prefect_api, "nightly-if-due", "retrain")) == [("NotDue", "COMPLETED")]
-    (decision,) = json.loads(visionloop(home, "triggers", "history", "--json").stdout)
+    (decision,) = json.loads(visionloop(home, "triggers", "history", "--json").stdout)["decisions"]
     assert (decision["outcome"], decision["dataset"]) == ("no", 2)
     assert decision["looks"][0]["found"] == "36 new images with labels"
     assert list((home / ".visionloop" / "store").glob("ledger/*")) == []

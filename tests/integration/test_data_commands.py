@@ -195,7 +195,7 @@ def test_versions_are_listed_and_shown(home: Path, store: LocalStore, shell: She
     assert (home / "mine.png").read_bytes() == picture.read_bytes()
     value = json.loads(shell("datasets", "show", "--json"))
     assert (value["num_images"], value["images_per_source"], value["rejected_rows"]) == (16, {"photos": 16}, [])
-    assert [v["pinned"] for v in json.loads(shell("datasets", "--json"))] == [True]
+    assert [v["pinned"] for v in json.loads(shell("datasets", "--json"))["versions"]] == [True]
     assert "is not in the store" in shell.fail("datasets", "show", "7")
 
 

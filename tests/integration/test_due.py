@@ -242,7 +242,7 @@ def test_the_commands_end_with_0_where_one_is_due_and_tell_each_decision(
     assert [line.split()[0] for line in listed] == ["2", "1"]
     assert listed[0].split()[3:] == ["dataset", "2", "retrain", "by", "hand:", "new", "camera"]
     assert run_here(monkeypatch, "triggers", "history", "--json", "--last", "1") == 0
-    assert [one["number"] for one in json.loads(capsys.readouterr().out)] == [2]
+    assert [one["number"] for one in json.loads(capsys.readouterr().out)["decisions"]] == [2]
     monkeypatch.setenv("VISIONLOOP_STORE", str(home / "not-mounted"))
     for command in (("triggers", "history"), ("triggers", "decide"), ("monitor",)):
         assert run_here(monkeypatch, *command) not in (0, 3), command

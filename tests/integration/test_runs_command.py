@@ -95,7 +95,7 @@ def test_choosing_and_sorting(
     _, ids = filled
 
     def listed(*options: str) -> list[str]:
-        values = json.loads(run(capsys, monkeypatch, "runs", "--json", *options))
+        values = json.loads(run(capsys, monkeypatch, "runs", "--json", *options))["runs"]
         names = {run_id: name for name, run_id in ids.items()}
         return [names[value["run_id"]] for value in values]
 
@@ -155,7 +155,7 @@ def test_no_run_yet_says_what_to_do_and_makes_no_database(
     (tmp_path / "params.yaml").write_text("name: pets\n")
     monkeypatch.chdir(tmp_path)
     assert run(capsys, monkeypatch, "runs") == "no run yet: `visionloop train` (or `dvc repro`) makes the first\n"
-    assert json.loads(run(capsys, monkeypatch, "runs", "--json")) == []
+    assert json.loads(run(capsys, monkeypatch, "runs", "--json")) == {"runs": []}
     assert not list((tmp_path / ".visionloop").rglob("mlflow.db"))
     line = run(capsys, monkeypatch, "runs", "champion", code=2)
     assert line.endswith("Newest: none yet.\n")

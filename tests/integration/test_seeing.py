@@ -93,6 +93,13 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     assert 60 < float(share[1]) < 95
     path = home / "suspects" / "corrections.csv"
     rows = read_rows(path)
+    assert run_here(monkeypatch, "suspects", "--top", "24", "--json") == 0, "writes nothing, so corrections.csv may stay"
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["sha256"], one["old"], one["new"]) for one in found["suspects"]] == [
+        (row["sha256"], row["old"], row["new"]) for row in rows
+    ]
+    assert found["agreement"]["share"] == pytest.approx(float(share[1]) / 100, abs=0.001)
+    assert found["num_found"] >= 24
     assert list(rows[0]) == ["sha256", "old", "new", "score", "side", "origin"]
     assert [float(r["score"]) for r in rows] == sorted((float(r["score"]) for r in rows), reverse=True)
     right = [r for r in rows if r["origin"].partition(":")[2] in turned]

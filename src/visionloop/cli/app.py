@@ -1,6 +1,10 @@
 """The typer application. The files of commands import it and add theirs; `run.py` imports them all."""
 
-from typing import Any
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -55,6 +59,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print the one object of --json: indented on a terminal, else on one line. What is no number becomes null."""
+    print(json.dumps(_clean(value), indent=2 if sys.stdout.isatty() else None))
+
+
+def _clean(value: Any) -> Any:
+    """Return a value without NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _clean(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _find_first_sentence(command: Any) -> str:

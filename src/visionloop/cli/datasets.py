@@ -1,6 +1,5 @@
 """The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import make_progress
 from visionloop.workspace import Workspace, get_now, open_workspace
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 datasets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(datasets_app, name="datasets")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
-
 
 MOST_SOURCES = 12
 Format = StrEnum("Format", ("folders", "webdataset"))
@@ -64,7 +60,8 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
     versions = list_versions(workspace.store, workspace.name)
     pinned = _find_pinned(workspace)
     if as_json:
-        print(json.dumps([{**version.to_json(), "pinned": version.version == pinned} for version in versions]))
+        listed = [{**version.to_json(), "pinned": version.version == pinned} for version in versions]
+        print_json({"name": workspace.name, "versions": listed})
         return
     if not versions:
         print(f"no version of {workspace.name} yet; `visionloop ingest PATH` makes one")
@@ -108,7 +105,7 @@ def show(
     records = load_version_records(workspace.store, version)
     rejected, leaks = load_quarantine(workspace.store, version), load_leaks(workspace.store, version)
     if as_json:
-        print(json.dumps(_describe_json(version, records, rejected, leaks)))
+        print_json(_describe_json(version, records, rejected, leaks))
     else:
         for line in _describe_version(workspace, version, records, rejected, leaks, everything=everything):
             print(line)
@@ -146,7 +143,7 @@ def diff(
     rejected = [one for one in load_quarantine(workspace.store, second) if one not in known]
     if as_json:
         facts = {"name": name, "before": first.version, "after": second.version}
-        print(json.dumps({**facts, **changes.to_json(), "rejected": [one.to_json() for one in rejected]}))
+        print_json({**facts, **changes.to_json(), "rejected": [one.to_json() for one in rejected]})
         return
     print(f"{name} version {first.version} -> {second.version}: {first.num_images:,} -> {second.num_images:,} images")
     for line in describe_diff(changes, rejected):

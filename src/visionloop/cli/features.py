@@ -1,8 +1,7 @@
 """Commands about embeddings: the stage embed, and what can be seen through them: similar, map, suspects."""
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import make_progress
 from visionloop.cli.review import By, serve_page
 from visionloop.cli.stages import close_stage, open_stage
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
     from visionloop.data.shards import Prepared
     from visionloop.features.album import Album
     from visionloop.features.encoder import Encoder
+    from visionloop.features.neighbours import Agreement
     from visionloop.features.projection import Method
     from visionloop.features.similar import QueryImage, SimilarImage
+    from visionloop.features.suspects import Suspect
 
 EncoderName = StrEnum("EncoderName", ("auto", "candidate", "champion", "params"))
 MethodName = StrEnum("MethodName", ("auto", "pca", "tsne"))
@@ -90,7 +91,7 @@ def similar(
     k: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many matches of each.")] = 8,
     encoder: EncoderOption = EncoderName.auto,
     out: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find the images of the prepared dataset that are most like a given one, and draw them.
 
@@ -108,7 +109,7 @@ def similar(
     queries = [read_query(text, album, max_pixels=limit) for text in images]
     found = find_similar(album, queries, k)
     if as_json:
-        print(json.dumps(_describe_json(album, queries, found)))
+        print_json(_describe_json(album, queries, found))
     else:
         for query, matches in zip(queries, found, strict=True):
             for line in _describe_matches(album, query, matches):
@@ -161,6 +162,7 @@ def suspects(
     *,
     serve: Annotated[bool, typer.Option("--serve", help="Ask on the page of `review`, and write no file.")] = False,
     by: By = None,
+    as_json: Json = False,
 ) -> None:
     """Find labels that are probably wrong: those against which the nearest other images vote.
 
@@ -170,6 +172,7 @@ def suspects(
     chance does is refused, and nothing is written.
 
     With --serve a page asks which label is right: `visionloop review --accept`, then `ingest` with `- kind: review`.
+    With --json no file is written unless --out names a folder.
 
     Examples:
 
@@ -181,35 +184,40 @@ def suspects(
     """
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
-    from visionloop.features.suspects import advise, draw_suspects, encode_corrections, find_suspects
+    from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
     from visionloop.monitoring.ask import ask_about, find_answered
 
-    workspace, album = _open_album(encoder)
+    workspace, album = _open_album(encoder, quiet=as_json)
     folder = out or workspace.settings.home / "suspects"
     corrections = folder / "corrections.csv"
-    if corrections.exists() and not serve:
+    writes = not serve and (out is not None or not as_json)
+    if corrections.exists() and writes:
         todo = "Keep or remove it, or name another folder: `--out DIR`."
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
     found, agreement = find_suspects(album, neighbours)
-    if agreement:
-        print(agreement.describe())
-    if agreement and agreement.is_weak:
-        print(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
     answered, number = find_answered(workspace), len(found)
     found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]
-    if number > len(found):
-        print(f"{number - len(found):,} more have an answer of a person already")
-    print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
-    if not shown:
+    if as_json:
+        counts = {"num_images": len(album.records), "num_found": len(found), "num_answered": number - len(found)}
+        print_json({**_describe_suspects_json(album, agreement, shown), **counts})
+    else:
+        for line in _describe_agreement(album, agreement):
+            print(line)
+        if number > len(found):
+            print(f"{number - len(found):,} more have an answer of a person already")
+        print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
+        for line in _describe_suspects(album, shown):
+            print(line)
+    if not shown or not (writes or serve):
         return
-    for line in _describe_suspects(album, shown):
-        print(line)
     if serve:
         serve_page(workspace, ask_about(workspace, album, shown, now=datetime.now(UTC)), by=by or get_user())
         return
     write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
     write_picture(corrections, encode_corrections(album, shown).encode())
+    if as_json:
+        return
     print(f"look at {folder / 'suspects.png'}")
     print(f"edit {corrections}: remove the lines where the label was right; then put it under")
     print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
@@ -289,7 +297,39 @@ def _describe_matches(album: "Album", query: "QueryImage", matches: "list[Simila
     return lines
 
 
-def _describe_suspects(album: "Album", suspects: "Any") -> list[str]:
+def _describe_agreement(album: "Album", agreement: "Agreement | None") -> list[str]:
+    from visionloop.features.suspects import advise
+
+    lines = [agreement.describe()] if agreement else []
+    if agreement and agreement.is_weak:
+        lines.append(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
+    return lines
+
+
+def _describe_suspects_json(
+    album: "Album", agreement: "Agreement | None", suspects: "Sequence[Suspect]"
+) -> dict[str, Any]:
+    prepared = album.prepared
+    return {
+        "dataset": prepared.pin.name,
+        "version": prepared.pin.version,
+        "encoder": album.encoder.facts.digest,
+        "agreement": vars(agreement) if agreement else None,
+        "suspects": [
+            {
+                "sha256": prepared.sha256_n[one.row],
+                "old": one.old,
+                "new": one.new,
+                "score": one.score,
+                "side": album.records[one.row].side,
+                "origins": list(album.records[one.row].origins),
+            }
+            for one in suspects
+        ],
+    }
+
+
+def _describe_suspects(album: "Album", suspects: "Sequence[Suspect]") -> list[str]:
     from visionloop.words import cut, fit
 
     lines = [

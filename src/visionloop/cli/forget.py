@@ -20,7 +20,7 @@ def forget(
     origin: Annotated[
         list[str] | None, typer.Option(help="Images that came from here: 'photos:cats/1.jpg', 'photos:anna/*'.")
     ] = None,
-    why: Annotated[str, typer.Option(help="The reason, kept in the tombstones.")] = "",
+    why: Annotated[str, typer.Option(help="The reason, which is kept.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and what would be left.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:

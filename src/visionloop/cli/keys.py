@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 
 keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
@@ -49,16 +49,23 @@ def make_key(
 
 
 @keys_app.command("list")
-def list_keys() -> None:
+def list_keys(as_json: Json = False) -> None:
     """List all keys with their roles, also the revoked ones. The keys themselves are known to their holders alone.
 
     Examples:
 
       visionloop keys list
+
+      visionloop keys list --json
     """
     from visionloop.serving.keys import read_keys
 
-    for key in read_keys(path := _find_file()):
+    found = read_keys(path := _find_file())
+    if as_json:
+        listed = [{name: value for name, value in vars(key).items() if name != "sha256"} for key in found]
+        print_json({"keys": listed, "open_to_all": not path.exists()})
+        return
+    for key in found:
         rate = "" if key.rate_per_s is None else f"  {key.rate_per_s:g}/s"
         state = f"revoked {key.revoked_at}" if key.revoked_at else "valid"
         print(f"{key.name:<20} {','.join(key.roles):<16}  made {key.made_at} by {key.made_by}  {state}{rate}")

@@ -1,13 +1,12 @@
 """Commands about models: gate, approve, register, promote, rollback, history, lineage, compare."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.records import Interval
 from visionloop.words import (
     align,
@@ -27,7 +26,7 @@ MODELS = "champion, a bundle's folder, NAME@champion, NAME@3, s3://..., or the i
 
 
 @app.command()
-def gate() -> None:
+def gate(as_json: Json = False) -> None:
     """Judge the candidate against the champion on the same test images.
 
     Exit code 3: refused, inconclusive, or waiting for `visionloop approve`.
@@ -37,6 +36,8 @@ def gate() -> None:
       visionloop gate
 
       visionloop gate && visionloop register && visionloop promote --why "more images"
+
+      visionloop gate --json | jq .verdict
     """
     from visionloop.data.manifest import load_pin
     from visionloop.pipeline import compute_state
@@ -47,16 +48,19 @@ def gate() -> None:
     pin = load_pin(settings.pin_path, workspace.name)
     state = compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     decision = run_gate(workspace, state=state, now=get_now())
-    for line in describe_decision(decision):
-        print(line)
-    print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
+    if as_json:
+        print_json(decision.to_json())
+    else:
+        for line in describe_decision(decision):
+            print(line)
+        print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
 
 
 @app.command()
 def approve(
-    why: Annotated[str, typer.Option(help="The reason, kept with the decision.", show_default=False)],
+    why: Annotated[str, typer.Option(help="The reason, which is kept.", show_default=False)],
     number: Annotated[int | None, typer.Argument(help="The decision; default: the last one.")] = None,
 ) -> None:
     """Let a candidate pass that waits for a person: `gate.approval: required`, or what only a person may allow.
@@ -98,7 +102,7 @@ def register() -> None:
 
 @app.command()
 def promote(
-    why: Annotated[str | None, typer.Option(help="The reason, kept in the ledger; default: passed the gate.")] = None,
+    why: Annotated[str | None, typer.Option(help="The reason, which is kept; default: passed the gate.")] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Also a model that was rolled back from; wants --why.")
     ] = False,
@@ -131,7 +135,7 @@ def promote(
 @app.command()
 def rollback(
     to: Annotated[int | None, typer.Option(help="A ledger entry; default: the champion before this one.")] = None,
-    why: Annotated[str, typer.Option(help="The reason, kept in the ledger.")] = "rolled back",
+    why: Annotated[str, typer.Option(help="The reason, which is kept.")] = "rolled back",
 ) -> None:
     """Put an earlier champion back, after checking its bundle. The server follows within seconds.
 
@@ -155,7 +159,7 @@ def rollback(
 
 
 @app.command()
-def history() -> None:
+def history(as_json: Json = False) -> None:
     """Show every promotion and rollback: when, from which bundle to which, by what verdict, who and why.
 
     What does not belong into the ledger is named, with exit code 2.
@@ -163,6 +167,8 @@ def history() -> None:
     Examples:
 
       visionloop history
+
+      visionloop history --json | jq -r .entries[0].bundle
     """
     from visionloop.data.known_store import check_store
     from visionloop.promotion.ledger import find_verdict, read_ledger, require_sound
@@ -170,12 +176,18 @@ def history() -> None:
     workspace = open_workspace()
     check_store(workspace)
     ledger = read_ledger(workspace.store, workspace.name)
-    if not ledger.entries:
+    newest_first = [(entry, find_verdict(workspace.store, workspace.name, entry)) for entry in reversed(ledger.entries)]
+    if as_json:
+        entries = [
+            {**one.to_json(), "verdict": verdict, "champion": one is ledger.champion} for one, verdict in newest_first
+        ]
+        print_json({"name": workspace.name, "entries": entries, "problems": ledger.problems})
+        newest_first = []
+    elif not newest_first:
         print(f"{workspace.name} has no champion yet; `visionloop start` makes one")
-    for entry in reversed(ledger.entries):
+    for entry, verdict in newest_first:
         star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
-        verdict = find_verdict(workspace.store, workspace.name, entry)
         print(
             f"{star} {entry.number:>4}  {at}  {entry.action:<8}  {(entry.previous or 'none')[:12]:>12} ->"
             f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
@@ -187,7 +199,7 @@ def history() -> None:
 @app.command()
 def lineage(
     what: Annotated[str, typer.Argument(help="A model (champion, candidate, NAME@3, digest) or an image.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every image.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Follow a model back to its images, or an image forward to the models that used it.
 
@@ -203,7 +215,7 @@ def lineage(
 
     found = trace(open_workspace(), what)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
         return
     for line in describe_origin(found) if isinstance(found, ModelOrigin) else describe_path(found):
         print(line)
@@ -213,7 +225,9 @@ def lineage(
 def compare(
     one: Annotated[str, typer.Argument(help=MODELS)],
     other: Annotated[str, typer.Argument(help=MODELS)],
-    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("compared.html"),
+    out: Annotated[Path, typer.Option(help="Where to write the page (HTML).")] = Path("compared.html"),
+    *,
+    as_json: Json = False,
 ) -> None:
     """Let two models answer the test side of the pinned version, side by side. Nothing is stored or promoted.
 
@@ -230,11 +244,14 @@ def compare(
     workspace = open_workspace()
     names = (one, other)
     models = (_load_any(workspace, one), _load_any(workspace, other))
-    progress = make_progress("answered", "images")
+    progress = make_progress("answered", "images", quiet=as_json)
     facts = compare_models(workspace, models, names, now=get_now(), on_progress=progress)
+    write_page(out, make_page(workspace.store, facts))
+    if as_json:
+        print_json({"names": names, **facts.decision.to_json(), "page": str(out)})
+        return
     for line in describe_comparison(facts):
         print(line)
-    write_page(out, make_page(workspace.store, facts))
     print(f"the images that only one of them has right, classes and more: {out}")
 
 

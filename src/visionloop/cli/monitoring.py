@@ -1,6 +1,5 @@
 """The command that watches what is served: monitor."""
 
-import json
 import os
 import sys
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.words import shorten_path
 from visionloop.workspace import get_now, get_user, open_workspace
 
@@ -21,10 +20,10 @@ def monitor(
     at: Annotated[str | None, typer.Option(help="A time in the window, ISO 8601; default: the last one over.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Judge it anew: new labels may have come.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Take the window for normal; wants --why.")] = False,
-    why: Annotated[str, typer.Option(help="The reason, kept with the window.")] = "",
+    why: Annotated[str, typer.Option(help="The reason, which is kept.")] = "",
     *,
     everything: Annotated[bool, typer.Option("--all", help="Judge all windows that were missed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Watch what is served: judge a window of the prediction log.
 
@@ -65,7 +64,9 @@ def monitor(
         print(f"LOOK: {left_out} older windows were missed: --all judges them too", file=sys.stderr)
     verdict, _ = watch_window(workspace, now=now, at=None if at is None else read_time(at), again=again)
     path = write_copies(workspace, verdict)
-    for line in [json.dumps(verdict.to_json())] if as_json else describe_verdict(verdict):
+    if as_json:
+        print_json(verdict.to_json())
+    for line in [] if as_json else describe_verdict(verdict):
         print(line)
     if path and not as_json:
         print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")

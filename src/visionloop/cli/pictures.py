@@ -1,18 +1,22 @@
-"""Pictures of a dataset version for people: 25 of its images with their labels, and the worst leaks side by side."""
+"""Pictures for people: images of a dataset version with their labels, its worst leaks, and images with an answer."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from visionloop.data.contact_sheet import Cell
     from visionloop.data.leaks import Leaks
+    from visionloop.predict import FilePrediction
     from visionloop.records import DatasetVersion, ImageRecord
     from visionloop.store import ObjectStore
 
 NUM_IMAGES = 25
 NUM_PAIRS = 8
 CELL_PX = 160
+LONGEST_STEM = 200  # bytes: with a number and .png it fits every file system
+NUM_OTHERS = 3
 
 
 def choose_images(records: "Sequence[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
@@ -52,6 +56,82 @@ def draw_leaks(store: "ObjectStore", leaks: "Leaks") -> bytes | None:
     if not any(row.other for row in leaks.rows):
         return None
     return make_leak_picture(leaks, lambda sha256: store.get(make_image_key(sha256)), shown=NUM_PAIRS)
+
+
+class AnswerPictures:
+    """A folder that takes each answered image with its answer below it. What is there already is never overwritten.
+
+    Raises:
+        SettingsError: the folder cannot be made, or holds images that are asked about.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        from visionloop.errors import SettingsError
+
+        self.folder, self.files, self.number = folder, files, 0
+        self._last: Counter[str] = Counter()
+        place = folder.resolve()
+        if inside := next((file for file in files if place in file.absolute().parents), None):
+            todo = "Name another folder, or other images."
+            raise SettingsError(f"--pictures {folder}", f"holds {inside.name}, which is asked about", "a folder", todo)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise SettingsError(f"--pictures {folder}", f"cannot be made ({exc.strerror})", "a folder") from exc
+
+    def draw(self, answers: "Iterable[FilePrediction]", classes: Sequence[str]) -> "Iterator[FilePrediction]":
+        """Pass the answers for the files on, in their order, and save a picture of each image that has one."""
+        from visionloop.data.contact_sheet import draw_answered
+        from visionloop.data.fonts import number_names
+        from visionloop.data.images import decode_image
+        from visionloop.errors import ImageError
+
+        shown = number_names(classes)
+        for path, answer in zip(self.files, answers, strict=True):
+            yield answer
+            if answer.prediction is None:
+                continue
+            try:
+                image = decode_image(path.read_bytes(), str(path))
+            except (ImageError, OSError):  # changed or gone since it was answered
+                continue
+            title, note = describe_picture(answer, shown)
+            self._save(path.stem, draw_answered(image, title, note, is_unsure=bool(answer.prediction.abstained)))
+
+    def _save(self, stem: str, png: bytes) -> None:
+        """Write a picture under the name of its image, with a number where there is one of this name already."""
+        from visionloop.errors import SettingsError
+
+        while len(stem.encode(errors="surrogateescape")) > LONGEST_STEM:
+            stem = stem[:-1]
+        while True:
+            self._last[stem] += 1
+            number = self._last[stem]
+            path = self.folder / f"{stem}{f'-{number}' if number > 1 else ''}.png"
+            try:
+                with path.open("xb") as file:
+                    file.write(png)
+            except FileExistsError:
+                continue
+            except OSError as exc:
+                path.unlink(missing_ok=True)
+                found = f"cannot be written ({exc.strerror})"
+                raise SettingsError(f"picture {path}", found, "a folder on a disk with free space") from exc
+            self.number += 1
+            return
+
+
+def describe_picture(answer: "FilePrediction", shown: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the pieces of two lines: the answer, or "don't know"; and what else it may be, or why not."""
+    prediction = answer.prediction
+    assert prediction is not None
+    chosen = (prediction.prediction,) if prediction.labels is None else prediction.labels
+    said = [", ".join(shown[one] for one in chosen) or "no label", f"{prediction.confidence:.0%}"]
+    if prediction.abstained:
+        return ["don't know"], ["at best", *said, f"({prediction.abstained})"]
+    ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
+    others = [(shown[name], f"{share:.0%}") for name, share in ranked if name not in chosen]
+    return said, [piece for pair in others[:NUM_OTHERS] for piece in pair]
 
 
 def require_png(path: Path | None, option: str) -> None:

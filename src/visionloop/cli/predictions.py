@@ -1,6 +1,5 @@
 """The command `predictions`: what the servers answered, and what people said of it: count, show, export, tidy."""
 
-import json
 import re
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.errors import DiskError, ImageError, SettingsError, VisionLoopError
 from visionloop.workspace import Workspace, open_workspace
 
@@ -34,7 +33,7 @@ Until = Annotated[str | None, typer.Option(metavar="TIME", help="The same; not w
 def predictions(
     typer_context: typer.Context,
     since: Since = "14d",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a day instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Count, day by day (UTC), what the servers of this workspace answered, and the feedback on it.
 
@@ -62,8 +61,7 @@ def predictions(
     tables = leave_out(_read(workspace, window, Day.COLUMNS), unmatched)
     days = count_days(tables, set(feedback["request_id"].to_pylist()))
     if as_json:
-        for one in days:
-            print(json.dumps(vars(one)))
+        print_json({"name": workspace.name, "days": [vars(one) for one in days]})
     elif days:
         for one in days:
             print(one.describe())
@@ -77,6 +75,8 @@ def show(
     since: Since = "24h",
     until: Until = None,
     most: Annotated[int, typer.Option(min=1, help="So many at most, the newest.")] = 20,
+    *,
+    as_json: Json = False,
 ) -> None:
     """Show single answers, the newest last, with the newest feedback on each.
 
@@ -95,11 +95,15 @@ def show(
     for rows in _read(workspace, window, columns):
         newest = _join([newest, rows]) if newest is not None else rows
         newest = newest.sort_by("time")[-most:] if len(newest) > most else newest.sort_by("time")
-    if newest is None or not len(newest):
+    answers: list[dict[str, Any]] = []
+    if newest is not None and len(newest):
+        feedback = read_feedback(workspace.store, workspace.name, window[0]).table
+        answers = join_feedback(newest, feedback).to_pylist()
+    if as_json:
+        print_json({"name": workspace.name, "answers": [make_plain(row) for row in answers]})
+    elif not answers:
         print(f"no answer between {window[0]:%Y-%m-%d %H:%M} and {window[1]:%Y-%m-%d %H:%M} UTC")
-        return
-    feedback = read_feedback(workspace.store, workspace.name, window[0]).table
-    for row in join_feedback(newest, feedback).to_pylist():
+    for row in [] if as_json else answers:
         print(describe_row(row))
 
 
@@ -247,6 +251,11 @@ def describe_row(row: dict[str, Any]) -> str:
     )
 
 
+def make_plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with its times as texts."""
+    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}
+
+
 def find_asked(request_ids: Iterable[str], window: tuple[datetime, datetime]) -> list[str]:
     """Return the ids of a feedback whose answers are of a window of time, if there are such answers."""
     from visionloop.data.prediction_log import read_request_time
@@ -358,4 +367,4 @@ def _read(workspace: Workspace, window: tuple[datetime, datetime], columns: Iter
     reader = DayReader(PREDICTIONS, workspace.store, workspace.name)
     yield from reader.read(*window, list(columns))
     if reader.damaged:
-        print(f"passed over, because they are damaged: {shorten(sorted(reader.damaged))}")
+        print(f"passed over, because they are damaged: {shorten(sorted(reader.damaged))}", file=sys.stderr)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 LINE_EVERY_S = 15.0
+MOMENT_S = 1.5  # what is done by then needs no progress
 SHORT_NAMES = {"train/loss": "train loss", "val/loss": "val loss", "val/accuracy": "accuracy", "val/f1": "f1"}
 
 
@@ -330,11 +331,15 @@ def describe_values(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{key} {format_value(value)}" for key, value in sorted(values.items()))
 
 
-def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
+def make_progress(verb: str, unit: str, *, quiet: bool = False, only_slow: bool = False) -> Callable[[int, int], None]:
     """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds.
 
-    A total of 0 is one that is not known yet.
+    A total of 0 is one that is not known yet. `quiet`: it shows nothing. `only_slow`: nothing of what takes a moment.
     """
+    if quiet:
+        return lambda done, total: None
+    if only_slow:
+        return _hide_quick(make_progress(verb, unit))
     if not sys.stdout.isatty():
         return make_log_progress(verb, unit, lambda line: print(line, flush=True))
 
@@ -349,3 +354,16 @@ def make_progress(verb: str, unit: str) -> Callable[[int, int], None]:
             print(flush=True)
 
     return show_and_end
+
+
+def _hide_quick(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return a callback that passes on what comes later than a moment from now, unless all is done by then."""
+    started, is_shown = time.perf_counter(), False
+
+    def show_if_slow(done: int, total: int) -> None:
+        nonlocal is_shown
+        is_shown = is_shown or (time.perf_counter() - started > MOMENT_S and (done < total or not total))
+        if is_shown:
+            show(done, total)
+
+    return show_if_slow

@@ -1,7 +1,6 @@
 """The command `review`: asks people for the labels worth having, and accepts what they say."""
 
 import contextlib
-import json
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.workspace import get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who answers; kept with each label. Default: the user.")]
-Port = Annotated[int, typer.Option(min=0, max=65_535, help="Of the page; 0: a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the page; 0 takes a free one.")]
 
 
 @app.command()
@@ -39,8 +38,10 @@ def review(
     new: Annotated[
         bool, typer.Option("--new", help="Make another batch, though the last one is not answered.")
     ] = False,
-    allow_new: Annotated[bool, typer.Option("--allow-new-classes", help="Take labels that are no class yet.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    allow_new: Annotated[
+        bool, typer.Option("--allow-new-classes", help="Take in new classes, though they look like a mistake.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Ask for the labels worth having: of images that the server kept, those that are unsure, or new, and some by lot.
 
@@ -101,7 +102,7 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
     by, path = check_name(asked.by), asked.csv
     batch = ask(workspace, now=datetime.now(UTC), by=get_user(), count=asked.count, is_new=asked.is_new)
     if asked.as_json:
-        print(json.dumps(batch.to_json()))
+        print_json(batch.to_json())
         return
     for line in describe_batch(workspace, batch):
         print(line)
@@ -153,7 +154,7 @@ def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
     )
     if as_json:
         held = {"conflicts": settled.conflicts, "over_quota": settled.over_quota, "gone": settled.gone}
-        print(json.dumps({"accepted": [one.to_json() for one in settled.labels], **held}))
+        print_json({"accepted": [one.to_json() for one in settled.labels], **held})
         return
     givers = [who for one in settled.labels for who in one.who]
     shown = ", ".join(f"{givers.count(who):,} by {who}" for who in sorted(set(givers)))

@@ -1,14 +1,13 @@
 """The command `runs`: the trainings of this workspace as a table, and some of them side by side."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
 from visionloop.runs import COLUMNS, Marks, read_marks, to_number
@@ -151,8 +150,10 @@ def runs(
     status: Annotated[Status | None, typer.Option(help="Only these.")] = None,
     *,
     trials: Annotated[bool, typer.Option("--trials", help="Also the trials of `visionloop tune`.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the plot goes; default: .visionloop/runs.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the plot (PNG); default: .visionloop/runs.png.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the trainings in MLflow, newest first; or compare some: parameters that differ, figures, a plot.
 
@@ -182,7 +183,7 @@ def show_all(found: list[Run], marks: Marks, *, sort: str, as_json: bool) -> Non
 
     ordered = sort_runs(found, sort)
     if as_json:
-        print(json.dumps([to_json(one, marks) for one in ordered], indent=2))
+        print_json({"runs": [to_json(one, marks) for one in ordered]})
     elif not ordered:
         print("no run yet: `visionloop train` (or `dvc repro`) makes the first")
     else:
@@ -206,7 +207,7 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     known = list(workspace.tracking.iterate_runs())
     chosen = list({(one := find_run(known, name, marks)).run_id: one for name in asked}.values())
     if as_json:
-        print(json.dumps([to_json(one, marks) for one in chosen], indent=2))
+        print_json({"runs": [to_json(one, marks) for one in chosen]})
         return
     for line in align(compare_runs(chosen, marks)):
         print(line)

@@ -2,13 +2,14 @@
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import make_progress
 from visionloop.cli.stages import die_with_guardian
 from visionloop.records import measure_width
@@ -41,6 +42,10 @@ def predict(
     ] = None,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save each image with its answer there, as .png.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
 
@@ -54,11 +59,13 @@ def predict(
 
       visionloop predict photos/ --sheet answers.png
 
+      visionloop predict photos/ --pictures answered/
+
       visionloop predict photo.jpg --bundle models/candidate
 
       visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.cli.pictures import require_png, write_picture
+    from visionloop.cli.pictures import AnswerPictures, require_png, write_picture
     from visionloop.errors import SourceError, shorten
     from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
 
@@ -66,29 +73,40 @@ def predict(
     table = Table.plan(out, format)
     require_png(sheet, "--sheet")
     files = find_images(paths)
-    predictor = _open_predictor(workspace, bundle, len(files))
-    progress = make_progress("answered", "images") if len(files) > 64 else (lambda done, total: None)
-    top = top or (3 if len(files) <= FEW else 1)
-    width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    tell: Callable[[str], None] = (lambda line: None) if as_json else print
+    saved = AnswerPictures(pictures, files) if pictures else None
+    predictor = _open_predictor(workspace, bundle, len(files), tell)
+    progress = make_progress("answered", "images", quiet=as_json or len(files) <= 64)
+    show = Shown(width=0, top=top or (3 if len(files) <= FEW else 1), most=len(files), tell=tell)
+    show.width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
     if table is None:
-        counts, problem = _show(predict_files(predictor, files, on_progress=progress), width, top, most=len(files))
+        answers = predict_files(predictor, files, on_progress=progress)
+        show.read(saved.draw(answers, predictor.card.classes) if saved else answers, keep=as_json)
     else:
-        folder = workspace.settings.hidden_dir / "predict"
-        with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=print) as chunks:
-            counts, problem = _show(chunks.read(), width, top, most=SHOWN_OF_TABLE)
+        show.most, folder = SHOWN_OF_TABLE, workspace.settings.hidden_dir / "predict"
+        with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=tell) as chunks:
+            show.read(saved.draw(chunks.read(), predictor.card.classes) if saved else chunks.read())
             table.write(chunks.read(), predictor)
-        print(f"{table.describe(len(files), len(files) - counts.total())}, of bundle {predictor.digest[:12]}, in {out}")
+        bad = len(files) - show.counts.total()
+        tell(f"{table.describe(len(files), bad)}, of bundle {predictor.digest[:12]}, in {out}")
+    counts = show.counts
     if len(files) > 1:
-        print(describe_counts(counts, len(files)))
+        tell(describe_counts(counts, len(files)))
+    if saved and counts:
+        tell(f"{saved.number:,} pictures in {pictures}{_describe_numbers(predictor.card.classes)}")
     if sheet and counts:
         write_picture(sheet, draw_sheet(predictor, files))
-        print(f"some of them in {sheet}{_describe_numbers(predictor.card.classes)}")
+        tell(f"some of them in {sheet}{_describe_numbers(predictor.card.classes)}")
+    if as_json:
+        print_json({"bundle": predictor.digest, "counts": counts, "num_files": len(files), "answers": show.kept})
     if not counts:
-        found = f"none of {len(files):,} could be used: {problem}"
+        found = f"none of {len(files):,} could be used: {show.problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
 
 
-def _open_predictor(workspace: "Workspace", bundle: str | None, num_files: int) -> "Predictor":
+def _open_predictor(
+    workspace: "Workspace", bundle: str | None, num_files: int, tell: Callable[[str], None]
+) -> "Predictor":
     """Open the champion, or the model of an address; for many files as the server does, and say which engine that is.
 
     `serve.runtime` holds for both.
@@ -98,26 +116,38 @@ def _open_predictor(workspace: "Workspace", bundle: str | None, num_files: int) 
 
     if num_files < MANY:
         return load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
-    opened = load_approved_model(bundle, workspace, make_opener(workspace, print))
-    print(f"answers by {opened.why}")
+    opened = load_approved_model(bundle, workspace, make_opener(workspace, tell))
+    tell(f"answers by {opened.why}")
     return opened.predictor
 
 
-def _show(answers: Iterable["FilePrediction"], width: int, top: int, *, most: int) -> tuple[Counter[str], str | None]:
-    """Print the first answers; return how often each class was answered, and why the first bad file has no answer."""
-    counts: Counter[str] = Counter()
-    problem = None
-    for number, answer in enumerate(answers):
-        if number == most:
-            print("...")
-        elif number < most:
-            print("\n".join(describe_answer(answer, width, top)))
-        if answer.prediction is None:
-            problem = problem or answer.error
-        else:
-            said = answer.prediction.prediction or "no label"
-            counts["don't know" if answer.prediction.abstained else said] += 1
-    return counts, problem
+@dataclass
+class Shown:
+    """How answers are shown, and what they came to: how often each class was said, why the first bad file has none."""
+
+    width: int
+    top: int
+    most: int
+    tell: Callable[[str], None]
+    counts: Counter[str] = field(default_factory=Counter)
+    problem: str | None = None
+    kept: list[dict[str, Any]] = field(default_factory=list)
+
+    def read(self, answers: Iterable["FilePrediction"], *, keep: bool = False) -> None:
+        """Print the first answers and count all; `keep` them as JSON too."""
+        for number, answer in enumerate(answers):
+            if number == self.most:
+                self.tell("...")
+            elif number < self.most:
+                self.tell("\n".join(describe_answer(answer, self.width, self.top)))
+            if answer.prediction is None:
+                self.problem = self.problem or answer.error
+            else:
+                said = answer.prediction.prediction or "no label"
+                self.counts["don't know" if answer.prediction.abstained else said] += 1
+            if keep:
+                found = answer.prediction.to_json() if answer.prediction else {}
+                self.kept.append({"path": answer.path, **found, "error": answer.error})
 
 
 def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
@@ -158,7 +188,7 @@ def explain(
     name: Annotated[
         str | None, typer.Option("--class", help="The class that is asked about; default: the answer.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("explained.png"),
+    out: Annotated[Path, typer.Option(help="Where to write the picture (PNG).")] = Path("explained.png"),
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
 ) -> None:
     """Draw which parts of an image hold up the answer: each is covered in turn, and the network is asked again.
@@ -215,7 +245,7 @@ def export(
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: follow the champion.")] = None,
     check: Annotated[
         str | None, typer.Option(metavar="BUNDLE", help="Only try it: a folder, or a digest of the store.")

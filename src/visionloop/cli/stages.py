@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
 from visionloop.settings import find_home
@@ -145,12 +145,14 @@ def describe_best(metrics: Mapping[str, float], monitor: str) -> str:
 
 
 @app.command()
-def evaluate() -> None:
+def evaluate(as_json: Json = False) -> None:
     """Judge models/candidate on the test side and write reports/ (metrics, figures, a page).
 
     Examples:
 
       visionloop evaluate
+
+      visionloop evaluate --json | jq .metrics.accuracy
 
       dvc metrics show
     """
@@ -162,7 +164,16 @@ def evaluate() -> None:
     if os.environ.get("DVC_STAGE"):
         settings = stage.workspace.settings
         check_recorded(settings.home, load_bundle(settings.candidate_dir).card.params)
-    metrics = run_evaluate(stage.workspace, tell=print)
+    metrics = run_evaluate(
+        stage.workspace,
+        on_progress=make_progress("judged", "images", quiet=as_json, only_slow=True),
+        tell=(lambda line: None) if as_json else print,
+    )
+    if as_json:
+        digest = load_bundle(stage.workspace.settings.candidate_dir).digest
+        figures = {name: interval.to_json() for name, interval in metrics.items()}
+        print_json({"bundle": digest, "metrics": figures, "page": "reports/report.html"})
+        return
     for name, interval in metrics.items():
         print(f"{name:<17} {f'{interval.value:.4f}' if name == 'ece' else format_interval(interval.to_json())}")
     print("look at reports/report.html")

@@ -1,11 +1,10 @@
 """The commands `triggers decide` and `triggers history`: is a retrain due, and what was decided before."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 
 HELP = """Is a retrain due, and what was decided before.
 
@@ -23,7 +22,7 @@ def decide_now(
     hand: Annotated[str, typer.Option(metavar="WHY", help="A person wants a retrain: nothing holds it back.")] = "",
     webhook: Annotated[str, typer.Option(metavar="WHY", help="Another system has called; kept until a retrain.")] = "",
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Decide by `triggers` in params.yaml whether a retrain is due, and keep the decision; nothing is started.
 
@@ -48,7 +47,7 @@ def decide_now(
     check_store(workspace)
     decision = decide_retrain(workspace, now=datetime.now(UTC), by=get_user(), hand=hand, webhook=webhook)
     if as_json:
-        print(json.dumps(decision.to_json(), indent=2))
+        print_json(decision.to_json())
     else:
         print(f"{decision.outcome}: {decision.why}")
         for line in describe_looks(Look.from_json(look) for look in decision.looks):
@@ -61,7 +60,7 @@ def decide_now(
 def history_of_triggers(
     last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = 30,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines, with all numbers.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List what the triggers decided, newest first, also each "no".
 
@@ -78,7 +77,7 @@ def history_of_triggers(
     check_store(workspace)
     found = read_decisions(workspace.store, workspace.name, last)[::-1]
     if as_json:
-        print(json.dumps([one.to_json() for one in found], indent=2))
+        print_json({"decisions": [one.to_json() for one in found]})
     elif not found:
         print("nothing was decided yet: run `visionloop triggers decide`")
     else:

@@ -1,5 +1,6 @@
 """The commands `tune` and `lr-find`: other values for keys of `train`, and a learning rate to begin with."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.cli.progress import format_seconds, format_value, open_tune_watcher
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def tune(
     trials: Annotated[int | None, typer.Option(min=1, help="So many in all; default: tune.trials.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Only show what there is.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Write the best values into params.yaml.")] = False,
+    *,
+    as_json: Json = False,
 ) -> None:
     """Search the space `tune.space` of params.yaml for values of `train` (Optuna); each trial is a run in MLflow.
 
@@ -37,20 +40,26 @@ def tune(
       visionloop tune --trials 30
 
       visionloop tune --show --save
+
+      visionloop tune --show --json
     """
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
-    if not show:
+    if not show and not as_json:
         print(f"loading torch to tune {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.study import list_reports, open_tuning
     from visionloop.training.tune import run_trials
+    from visionloop.training.watch import Watcher
 
-    with open_tune_watcher(os.environ) as watcher:
+    with contextlib.nullcontext(Watcher()) if as_json else open_tune_watcher(os.environ) as watcher:
         tuning = open_tuning(workspace, watcher=watcher)
         if not show:
             run_trials(tuning, trials or workspace.params.tune.trials)
     reports = list_reports(tuning)
+    if as_json:
+        print_json({"trials": [vars(report) for report in reports]})
+        return
     if not reports:
         print("no trial of this space and data yet: `visionloop tune` begins")
         return

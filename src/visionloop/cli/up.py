@@ -1,6 +1,5 @@
 """The stack and the flows as commands: up, status, down, ui, retrain, schedule. Each runs other programs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 from visionloop.errors import require_installed
 from visionloop.workspace import Workspace, open_workspace
 
@@ -23,7 +22,7 @@ NOT_WELL = 3
 DOWN_S = 60.0
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 NEEDED = ("mlflow", "prefect", "uvicorn", "jinja2")
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the home page; the others are chosen free.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the home page; the others are chosen free.")]
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, from a desktop's terminal.")]
 
 
@@ -122,7 +121,7 @@ def _start_behind(workspace: Workspace, board: "Board", port: int | None) -> str
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show how the stack and the loop are: each part, dataset, champion, last verdict, drift, next run.
 
@@ -147,7 +146,7 @@ def status(
     is_well = state is not None and state.is_well
     if as_json:
         found = {"is_up": state is not None, "is_well": is_well, "up": asdict(state) if state else None}
-        print(json.dumps({**found, "loop": overview.to_json()}, indent=2, ensure_ascii=False))
+        print_json({**found, "loop": overview.to_json()})
     else:
         for line in [*describe_parts(state), "", *describe_overview(overview)]:
             print(line)
@@ -247,7 +246,7 @@ def down() -> None:
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 5000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 5000,
     browser: Browser = True,
 ) -> None:
     """Look at the training runs in MLflow: its server alone, on this workspace's experiment. Ctrl-C stops it.

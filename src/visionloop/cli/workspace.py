@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json
 
 if TYPE_CHECKING:
     from visionloop.store import ObjectStore
@@ -127,6 +127,7 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="First mend the champion's bundle and MLflow's alias; no champion moves.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check versions, store, MLflow, disk, processor, GPU, ledger, the champion's bundle and its alias; say what to do.
 
@@ -138,6 +139,8 @@ def doctor(
       visionloop doctor
 
       visionloop doctor --fix
+
+      visionloop doctor --json | jq '.findings[] | select(.ok | not)'
     """
     from visionloop.doctor import examine
     from visionloop.errors import VisionLoopError
@@ -145,24 +148,30 @@ def doctor(
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
+    mended = []
     if fix:
         try:
-            for line in mend(workspace) or ["nothing to mend"]:
-                print(f"fix   {line}")
+            mended = mend(workspace) or ["nothing to mend"]
         except VisionLoopError as exc:
-            print(f"fix   not mended: {exc}")
+            mended = [f"not mended: {exc}"]
+    for line in [] if as_json else mended:
+        print(f"fix   {line}", flush=True)
     findings = examine(workspace)
+    is_well = all(f.ok for f in findings)
+    if as_json:
+        print_json({"ok": is_well, "mended": mended, "findings": [vars(f) for f in findings]})
+        raise typer.Exit(0 if is_well else 2)
     width = max(len(f.subject) for f in findings)
     for finding in findings:
         print(f"{'ok  ' if finding.ok else 'LOOK'}  {finding.subject:<{width}}  {finding.found}")
         if not finding.ok:
             print(f"      {'':<{width}}  -> {finding.todo}")
-    if any(not f.ok for f in findings):
+    if not is_well:
         raise typer.Exit(2)
 
 
 @store_app.callback()
-def store(typer_context: typer.Context) -> None:
+def store(typer_context: typer.Context, as_json: Json = False) -> None:
     """Say what the object store is: address, versioning, encryption, what happens to unfinished uploads.
 
     Examples:
@@ -178,8 +187,11 @@ def store(typer_context: typer.Context) -> None:
     facts = []
     for fact in describe_store(_open_store()):
         facts.append(fact)
-        print(_describe(fact))
-    if not all(fact.ok for fact in facts):
+        if not as_json:
+            print(_describe(fact), flush=True)
+    if as_json:
+        print_json({"ok": all(fact.ok for fact in facts), "facts": [vars(fact) for fact in facts]})
+    elif not all(fact.ok for fact in facts):
         print("`visionloop store init` sets what is missing")
 
 

@@ -24,6 +24,7 @@ TITLE_H, LINE_H = 38, 19
 PAIRS_ACROSS = 2
 RIGHT, WRONG, BAR = "#1c7a43", "#c02b2b", "#dbe6fb"
 BAR_H, BARS_W, SHARE_W = 15, 190, 40
+ANSWERED_PX, ANSWERED_LEAST_PX, ANSWERED_BAND = 800, 256, 58
 ELLIPSIS = "…"
 LONGEST = 300  # characters; a longer line is cut before it is measured
 NOWHERE = "\U0010ffff"  # a character that no font draws
@@ -104,6 +105,32 @@ def draw_prediction_sheet(panels: Sequence[Panel], title: str, *, columns: int =
     return _draw_grid(title, len(panels), across, size_hw, draw_panel)
 
 
+def draw_answered(image: Image.Image, title: Sequence[str], note: Sequence[str], *, is_unsure: bool = False) -> bytes:
+    """Draw one image, no larger than ANSWERED_PX, with a line and a smaller one below it.
+
+    The lines come in pieces: a number beside an Arabic name would else change its place.
+    """
+    ratio = min(1.0, ANSWERED_PX / max(image.size))
+    # A tiny image keeps visible pixels, and a long one has room for the lines.
+    ratio = max(ratio, float(ANSWERED_LEAST_PX // max(image.size)))
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    picture = image.resize((width, height), Image.Resampling.NEAREST if ratio >= 2 else Image.Resampling.LANCZOS)
+    page_w = max(width, ANSWERED_LEAST_PX)
+    page = Image.new("RGB", (page_w, height + ANSWERED_BAND), PAGE)
+    page.paste(GROUND, (0, 0, page_w, height))
+    page.paste(picture, ((page_w - width) // 2, 0))
+    draw = ImageDraw.Draw(page)
+    lines = ((title, (TITLE[0], WRONG if is_unsure else INK), 0), (note, LABEL, TITLE[0] + PAD + 2))
+    for pieces, style, below in lines:
+        x = PAD
+        for piece in pieces:
+            if page_w - PAD - x > LABEL[0]:
+                x += _write(draw, (x, height + PAD + below), piece, style, page_w - PAD - x) + PAD
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _draw_grid(
     title: str,
     number: int,
@@ -147,8 +174,11 @@ def _paste(page: Image.Image, image: UInt8Array, x: int, y: int, cell_px: int) -
     page.paste(picture, (x + (cell_px - width) // 2, y + (cell_px - height) // 2))
 
 
-def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: tuple[int, str], width: int) -> None:
-    """Write one line. If it is wider than `width` pixels its middle is cut, because names often differ at the end."""
+def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: tuple[int, str], width: int) -> int:
+    """Write one line, and return its width.
+
+    If it is wider than `width` pixels its middle is cut, because names often differ at the end.
+    """
     size_px, ink = style
     text = " ".join(text.split())
     text, font = _choose_font(_shorten(text, LONGEST) if len(text) > LONGEST else text, size_px)
@@ -158,6 +188,7 @@ def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: 
             keep -= 1
         text = _shorten(text, keep)
     draw.text(at_xy, text, fill=ink, font=font)
+    return round(font.getlength(text))
 
 
 def _shorten(text: str, keep: int) -> str:

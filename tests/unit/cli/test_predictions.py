@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 def test_days_are_counted(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    days = [json.loads(line) for line in run(monkeypatch, capsys, "--json", "--since", "60d").splitlines()]
+    days = json.loads(run(monkeypatch, capsys, "--json", "--since", "60d"))["days"]
     assert sum(day["num_answers"] for day in days) == 3
     assert days[0]["day"] == f"{(NOW - timedelta(days=40)).date()}"
     newest = days[1:]
@@ -150,7 +150,8 @@ def test_damaged_parts_are_named(
 ) -> None:
     key = PREDICTIONS.make_key("pets", NOW.date(), "0")
     store.put(key, b"broken")
-    assert run(monkeypatch, capsys, "show").splitlines()[0] == f"passed over, because they are damaged: {key}"
+    assert run_here(monkeypatch, "predictions", "show") == 0
+    assert capsys.readouterr().err == f"passed over, because they are damaged: {key}\n"
 
 
 @pytest.mark.parametrize(
