@@ -21,8 +21,11 @@ from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys, require_role
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-FREE_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # the same for all, or for balancers
-METRICS, ADMIN, HEALTH, PAGE = "/metrics", "/admin/", "/health/", "/page/"
+FREE_PATHS = (  # the same for all, or for balancers
+    *("/", "/docs", "/openapi.json"),
+    *("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"),
+)
+METRICS, ADMIN, HEALTH, PAGE = "/metrics", "/admin/", ("/health/", "/v2/health/"), "/page/"
 ROLE_OF = {"/feedback": "feedback", ADMIN: "admin", METRICS: "admin"}  # all others: predict, also those yet to come
 KEY_IN_TEXT = re.compile(r"vlk_([a-z0-9-]{1,63})_[A-Za-z0-9_-]+")
 MAX_BUCKETS = 10_000

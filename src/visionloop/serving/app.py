@@ -1,5 +1,5 @@
 """The HTTP interface of a model, put together. Builds no model, reads no settings, opens no socket; the routes are in
-`predict.py`, `similar.py`, `explain.py`, `video.py`, `feedback.py`, `state.py` and `page/`.
+`predict.py`, `inference.py`, `similar.py`, `explain.py`, `video.py`, `feedback.py`, `state.py` and `page/`.
 
 A wrong request gets a 4xx. A full server, or one without a model, answers 503. Only our own bugs give a 500.
 """
@@ -16,6 +16,7 @@ from visionloop.serving.body import Inbox, Limits
 from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, check_options
 from visionloop.serving.explain import add_explain
 from visionloop.serving.feedback import FeedbackBook, add_feedback
+from visionloop.serving.inference import INFER, add_inference
 from visionloop.serving.log import PredictionLog
 from visionloop.serving.metrics import Meters
 from visionloop.serving.page import add_page
@@ -64,12 +65,13 @@ def make_app(
 
     app = FastAPI(title="visionloop", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.router.dependencies.append(Depends(check_options))
-    app.add_middleware(Envelope, meters=meters, counted=PREDICT, access=access)
+    app.add_middleware(Envelope, meters=meters, counted=f"{PREDICT}|{INFER}", access=access)
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
     service = Service(slot, Inbox(limits), batcher)
     add_predict(app, service, meters, log)
     add_feedback(app, service.require_model, service.inbox, book)
+    add_inference(app, service, meters, log)
     add_similar(app, service, store)
     add_explain(app, service)
     add_video(app, service)

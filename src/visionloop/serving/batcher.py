@@ -23,11 +23,13 @@ from visionloop.data.encoded import Size
 from visionloop.data.images import UInt8Array, load_sized_array
 from visionloop.errors import ImageError, VisionLoopError
 from visionloop.serving.answers import Answer, AnswerCache, Timing
-from visionloop.serving.decoding import Decoders
+from visionloop.serving.decoding import Decoded, Decoders
 from visionloop.serving.swap import ServedModel
 
 MAX_RETRY_S = 60
 SPARE_S = 0.05  # of a piece of work in the network's idle time: so long an image may wait for it
+
+ImageInput = bytes | UInt8Array  # an encoded file, or pixels (h, w, 3)
 
 
 class _Aged(Protocol):
@@ -174,16 +176,17 @@ class Batcher:
         self._runner.shutdown()
 
     async def predict(
-        self, model: ServedModel, images: Sequence[bytes], *, limit_s: float = math.inf, is_patient: bool = True
+        self, model: ServedModel, images: Sequence[ImageInput], *, limit_s: float = math.inf, is_patient: bool = True
     ) -> list[Answer | ImageError]:
-        """Answer for encoded images, all with one model: a prediction, or what is wrong with that image.
+        """Answer for images, all with one model: a prediction, or what is wrong with that image.
 
-        If the caller is cancelled, its images leave the queue at once. `limit_s`, `is_patient`: see `require_room`.
+        An array has the size (h, w, 3) of the model's input already, and is not decoded. If the caller is
+        cancelled, its images leave the queue at once. `limit_s`, `is_patient`: see `require_room`.
 
         Raises:
             QueueFull: not all of them fit in the queue now; none was taken.
         """
-        sha256s = [hashlib.sha256(data).hexdigest() for data in images]
+        sha256s = [_make_digest(image) for image in images]
         found: list[Answer | ImageError | None] = [self.cache.find(model.predictor, sha256) for sha256 in sha256s]
         missing = [i for i, one in enumerate(found) if one is None]
         if missing:
@@ -259,22 +262,29 @@ class Batcher:
         retry_after_s = max(1, min(MAX_RETRY_S, math.ceil(self.drain_s)))
         return QueueFull(found, expected, reason_code=reason_code, retry_after_s=retry_after_s)
 
-    async def _answer(self, model: ServedModel, data: bytes, sha256: str) -> Answer | ImageError:
+    async def _answer(self, model: ServedModel, image: ImageInput, sha256: str) -> Answer | ImageError:
         loop = asyncio.get_running_loop()
         taken_at = time.monotonic()
         try:
-            decoded = await self._decoders.run(data, lambda: self._decode(model, data))
+            decoded = await self._take(model, image)
         except ImageError as exc:
             return exc
         answer: asyncio.Future[tuple[Answer, float]] = loop.create_future()
         begun_at = time.monotonic() if decoded.was_dear else taken_at
         self._ready.append(_Waiting(model, sha256, decoded.value, taken_at, begun_at, answer))
+        self._changed.set()
         try:
             made, network_s = await answer
         finally:
             self._decoders.give_turns()
         queue_s = max(0.0, time.monotonic() - taken_at - decoded.seconds - network_s)
         return replace(made, timing=Timing(queue_s, decoded.seconds, network_s))
+
+    async def _take(self, model: ServedModel, image: ImageInput) -> Decoded[_Decoded]:
+        """Return an image as the network takes it. Raises ImageError."""
+        if isinstance(image, bytes):
+            return await self._decoders.run(image, lambda: self._decode(model, image))
+        return Decoded(_Decoded(image, (image.shape[1], image.shape[0]), None), 0.0, False)
 
     def _may_decode(self, number: int) -> bool:
         """Say whether another image may be decoded while so many are: not far ahead of the network."""
@@ -360,6 +370,12 @@ class Batcher:
     async def _wait_for_change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _make_digest(image: ImageInput) -> str:
+    """Return the sha256 of a file. That of pixels is never one of a file: both are kept in one cache."""
+    data = image if isinstance(image, bytes) else b"pixels" + hashlib.sha256(image.tobytes()).digest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _smooth(before: float, value: float) -> float:

@@ -10,7 +10,8 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -113,9 +114,22 @@ class Inbox:
         """Read a body by a reader that keeps it elsewhere than in memory. Raises as `receive`."""
         return self._receive(request, make_reader, max_bytes, timeout_s=timeout_s, is_held=False)
 
+    def receive_bytes(
+        self, request: Request, check: Callable[[], None]
+    ) -> contextlib.AbstractAsyncContextManager[bytes]:
+        """Read a body as it is, as `receive` does."""
+
+        def make_reader() -> BodyReader[bytes]:
+            check()
+            return _WholeReader(lambda data: data)
+
+        return self._receive(request, make_reader, self.limits.max_body_bytes)
+
     async def receive_json(self, request: Request, expected: str, max_bytes: int) -> object:
         """Read a small body of JSON. Raises as `receive`; `expected` is for the message."""
-        async with self._receive(request, lambda: _JsonReader(expected), max_bytes) as value:
+        async with self._receive(
+            request, lambda: _WholeReader(partial(parse_json, expected=expected)), max_bytes
+        ) as value:
             return value
 
     @contextlib.asynccontextmanager
@@ -220,18 +234,21 @@ class _RawReader:
         return [Upload(None, bytes(self._data))]
 
 
-class _JsonReader:
-    def __init__(self, expected: str) -> None:
-        self._expected, self._data = expected, bytearray()
+class _WholeReader(Generic[Read]):
+    """Hands the whole body to `read`."""
+
+    def __init__(self, read: Callable[[bytes], Read]) -> None:
+        self._read, self._data = read, bytearray()
 
     def feed(self, chunk: bytes) -> None:
         self._data += chunk
 
-    def finish(self) -> object:
-        return _parse_json(bytes(self._data), self._expected)
+    def finish(self) -> Read:
+        return self._read(bytes(self._data))
 
 
-def _parse_json(data: bytes, expected: str) -> object:
+def parse_json(data: bytes, expected: str) -> object:
+    """Raises RequestError."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as exc:
@@ -241,12 +258,12 @@ def _parse_json(data: bytes, expected: str) -> object:
 def _read_images(data: bytes, max_files: int) -> list[Upload]:
     if sum(map(data.count, b"[{,")) > MAX_JSON_MARKS:  # a megabyte of `[],` would take twenty in memory
         raise _bad_json("its JSON has very many values")
-    value = _parse_json(data, IMAGES_FORM)
+    value = parse_json(data, IMAGES_FORM)
     if not isinstance(value, dict) or set(value) not in ({"image"}, {"images"}):
         keys = f"the keys {shorten(sorted(value)) or '(none)'}" if isinstance(value, dict) else "no object"
         raise _bad_json(f"its JSON has {keys}"[:200])
     if "image" in value:
-        return [Upload(None, _read_base64(value["image"], "image"))]
+        return [Upload(None, read_base64(value["image"], "image"))]
     texts = value["images"]
     if not isinstance(texts, list):
         raise _bad_json("its `images` are no list")
@@ -254,10 +271,10 @@ def _read_images(data: bytes, max_files: int) -> list[Upload]:
         raise RequestError("its list of images is empty", "one image at least", reason_code="empty")
     if len(texts) > max_files:
         raise _too_many(f"its JSON has {len(texts)} images", max_files)
-    return [Upload(None, _read_base64(text, f"images[{i}]"), in_list=True) for i, text in enumerate(texts)]
+    return [Upload(None, read_base64(text, f"images[{i}]"), in_list=True) for i, text in enumerate(texts)]
 
 
-def _read_base64(text: object, name: str) -> bytes:
+def read_base64(text: object, name: str) -> bytes:
     """Decode base64, also with the letters of URLs, in lines, without its padding, or as a data URL."""
     if not isinstance(text, str):
         raise _bad_json(f"its `{name}` is no text")

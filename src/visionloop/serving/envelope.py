@@ -27,7 +27,7 @@ from visionloop.serving.batcher import QueueFull
 from visionloop.serving.body import RequestError
 from visionloop.serving.keys import KeyRefused
 from visionloop.serving.metrics import Meters
-from visionloop.serving.schemas import PROBLEM
+from visionloop.serving.schemas import PROBLEM, is_of_protocol
 
 IMAGE_STATUS = {"empty": 400, "not_an_image": 415, "too_large": 422, "damaged": 422}
 RETRY_AFTER_S = "1"
@@ -54,6 +54,8 @@ async def answer_error(request: Request, exc: Exception) -> Response:
         headers.setdefault("Retry-After", RETRY_AFTER_S)
     if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
         headers["Connection"] = "close"  # the rest of the body is still on its way
+    if is_of_protocol(request.scope["path"]):
+        return JSONResponse({"error": message}, status, headers)
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -120,8 +122,8 @@ class Envelope:
     """
 
     def __init__(self, app: ASGIApp, meters: Meters, counted: str, access: Access) -> None:
-        """`counted` is the path whose POST requests are counted."""
-        self._app, self._meters, self._counted, self._access = app, meters, counted, access
+        """`counted` is a pattern of the paths whose POST requests are counted."""
+        self._app, self._meters, self._counted, self._access = app, meters, re.compile(counted), access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,7 +180,7 @@ class Envelope:
 
     def _end(self, request: Request, status: int) -> None:
         seconds, path, state = time.perf_counter() - request.state.started, request.scope["path"], request.state
-        if path == self._counted and request.method == "POST":
+        if self._counted.fullmatch(path) and request.method == "POST":
             self._meters.count_request(state.outcome, seconds, status)
         if not request_log.isEnabledFor(logging.INFO):
             return

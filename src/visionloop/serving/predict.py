@@ -58,20 +58,20 @@ def add_predict(app: FastAPI, service: Service, meters: Meters, log: PredictionL
         limit = service.read_limit(x_deadline_ms)
         async with service.take_in(request, limit) as uploads:
             model = service.note_model(request)
-            answers = await service.answer(request, model, uploads, limit)
+            answers = await service.answer(request, model, [upload.data for upload in uploads], limit)
         for answer in answers:
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
                 meters.count_timing(answer.timing)
         if log:
-            _note(log, request, model, uploads, answers)
+            note_answers(log, request, model, uploads, answers)
         described = make_answer(
             uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding), request.state.request_id
         )
         return JSONResponse({**described, "model": name_model(model), **name_request(request)})
 
 
-def _note(
+def note_answers(
     log: PredictionLog,
     request: Request,
     model: ServedModel,

@@ -302,6 +302,11 @@ KEY_SCHEMES = {
 }
 
 
+def is_of_protocol(path: str) -> bool:
+    """Say whether a path is one of the Open Inference Protocol, which has a form of errors of its own."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
 def complete_document(app: FastAPI) -> None:
     """Add the keys to the document, and the content type of errors, which FastAPI takes for that of the answer."""
     make = app.openapi
@@ -310,7 +315,8 @@ def complete_document(app: FastAPI) -> None:
         document = make()
         document["components"]["securitySchemes"] = KEY_SCHEMES
         document["security"] = [{}, *({name: []} for name in KEY_SCHEMES)]
-        for route in (route for path in document["paths"].values() for route in path.values()):
+        own = [routes for path, routes in document["paths"].items() if not is_of_protocol(path)]
+        for route in (route for path in own for route in path.values()):
             for status, response in route["responses"].items():
                 content = response.get("content", {})
                 if status >= "400" and "application/json" in content:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from visionloop.errors import ImageError
 from visionloop.serving.answers import Answer
-from visionloop.serving.batcher import Batcher
+from visionloop.serving.batcher import Batcher, ImageInput
 from visionloop.serving.body import Inbox, RequestError, Upload
 from visionloop.serving.swap import ModelSlot, ServedModel
 
@@ -49,6 +49,12 @@ class Service:
             raise RequestError(found, todo="Try again in a moment.", status=503, reason_code="not_ready")
         return self.slot.current
 
+    def require_ready(self) -> ServedModel:
+        """Return the model that answers now. Raises RequestError if there is none, or the server stops soon."""
+        if self.slot.is_leaving:
+            raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
+        return self.require_model()
+
     def note_model(self, request: Request) -> ServedModel:
         """Return the model that answers a request, and note it for the log of requests."""
         model = self.require_model()
@@ -69,7 +75,7 @@ class Service:
             yield uploads
 
     async def answer(
-        self, request: Request, model: ServedModel, uploads: Sequence[Upload], limit: TimeLimit
+        self, request: Request, model: ServedModel, images: Sequence[ImageInput], limit: TimeLimit
     ) -> list[Answer | ImageError]:
         """Answer while the client is there, and for so long at most after its request began.
 
@@ -77,7 +83,6 @@ class Service:
             QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
         """
         left_s = limit.seconds - (time.perf_counter() - request.state.started)
-        images = [upload.data for upload in uploads]
         work = asyncio.create_task(self.batcher.predict(model, images, limit_s=left_s, is_patient=limit.is_said))
         gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
         try:

@@ -139,7 +139,7 @@ def add_similar(app: FastAPI, service: Service, store: ObjectStore | None) -> No
         async with service.take_in(request, limit) as uploads:
             model = service.note_model(request)
             reference = await references.load(model)
-            answers = await service.answer(request, model, uploads, limit)
+            answers = await service.answer(request, model, [upload.data for upload in uploads], limit)
 
         def describe(answer: Answer) -> dict[str, Any]:
             return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}

@@ -60,9 +60,7 @@ def add_state(app: FastAPI, service: Service, meters: Meters) -> None:
 
     @app.get("/health/ready", response_model=ReadyAnswer, responses={503: ERRORS[503]}, summary="Can it answer")
     async def ready() -> dict[str, Any]:
-        if slot.is_leaving:
-            raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
-        return {"status": "ready", "model": name_model(service.require_model()), "problem": slot.problem}
+        return {"status": "ready", "model": name_model(service.require_ready()), "problem": slot.problem}
 
     @app.get(
         "/model", response_model=ModelAnswer, responses={**REFUSED, 503: ERRORS[503]}, summary="Which model answers"
