@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import io
+import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +156,41 @@ def test_a_long_video_is_cut_and_says_so(client: TestClient, tmp_path: Path, mon
     monkeypatch.setattr(video_module, "MAX_FRAMES", 5)
     answer = client.post("/predict/video?every_s=1", content=long).json()
     assert (answer["num_frames"], len(answer["notes"])) == (5, 1)
+
+
+def test_the_thread_that_reads_a_video_closes_its_pipe(
+    model: ServedModel, film: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread could close it before it is read: its number may then be that of another client's connection."""
+    read, entered, faults = os.read, threading.Event(), []
+
+    def read_late(fd: int, size: int) -> bytes:
+        if size < 1 << 20:
+            return read(fd, size)  # not the player's
+        entered.set()
+        time.sleep(0.1)
+        try:
+            return read(fd, size)
+        except OSError as exc:
+            faults.append(exc)
+            raise
+
+    async def leave() -> None:
+        batcher = Batcher()
+        batcher.start()
+        with ThreadPoolExecutor(1) as threads:
+            job = video_module._make_job(str(tmp_path / "film.mp4"), 0.5, LIMITS, model)
+            work = asyncio.create_task(video_module._watch(batcher, model, job, threads))
+            await asyncio.to_thread(entered.wait, 10)
+            work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await work
+        await batcher.stop()
+
+    (tmp_path / "film.mp4").write_bytes(film)
+    monkeypatch.setattr("visionloop.video.player.os.read", read_late)
+    asyncio.run(leave())
+    assert faults == []
 
 
 def test_a_server_without_a_reader_says_what_to_install(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ async def _watch(batcher: Batcher, model: ServedModel, job: DecodeJob, threads: 
             try:
                 answer = await asyncio.shield(reading)
             except asyncio.CancelledError:
-                player.stop()
+                player.interrupt()
                 await asyncio.wait((reading,))
                 raise
             if isinstance(answer, Frame):
