@@ -207,7 +207,7 @@ def test_frames_count_for_the_rate_also_where_there_was_no_answer(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_a_full_disk_is_told(client: TestClient, film: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda prefix: open("/dev/full", "wb"))
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda prefix: io.BufferedWriter(io.FileIO("/dev/full", "w")))
     for data in (film[:100], film * 3):  # in the buffer to the end, and not
         refused = client.post("/predict/video", content=data)
         assert (refused.status_code, refused.json()["code"]) == (503, "no_room")
