@@ -153,6 +153,8 @@ def test_what_a_killed_supervisor_has_left_is_found(board: Board) -> None:
         assert stop_left(board) == 1
         with pytest.raises(BusyError, match="is running for this workspace"), board.lock():
             pass
+        assert board.read_live() is None, "the one that holds the lock has told nothing yet"
+        board.write(State(os.getpid(), "beef", UP, ""))
         assert board.read_live() is not None
     assert not psutil.pid_exists(left.pid)
     assert board.read_live() is None, "nobody holds the lock"
