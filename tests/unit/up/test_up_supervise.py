@@ -180,3 +180,49 @@ def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
     (board.folder / "ports.json").write_text('{"home": "x", "server": 70000}')
     again, _ = board.choose_ports({"home": first["home"]}, {})
     assert again == {"home": first["home"]}
+
+
+def test_a_full_disk_ends_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = {"write": 3, "start": 1}
+
+    def fail_first(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any) -> Any:
+            faults[what] -= 1
+            if faults[what] >= 0:
+                raise OSError(28, "No space left on device")
+            return work(*args)
+
+        return act
+
+    monkeypatch.setattr(Board, "write", fail_first("write", Board.write))
+    monkeypatch.setattr(supervise, "_open_process", fail_first("start", supervise._open_process))
+    lines, _ = run(board, [make_part("one")], lambda: wait_for(board, lambda state: state.phase == UP) and None)
+    assert "  one        restarting: cannot be started: No space left on device; starts again in 1 s" in lines
+    assert max(faults.values()) < 0
+
+
+def test_all_is_stopped_where_nobody_can_be_told(board: Board) -> None:
+    def tell(line: str) -> None:
+        if line.startswith("stop"):
+            raise OSError(5, "Input/output error")  # a terminal that was closed
+
+    supervisor = Supervisor(board, [make_part("one")], {**os.environ, "VISIONLOOP_HOME": str(board.folder)}, tell)
+    supervisor.run(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert find_marked(supervisor.mark) == []
+    state = board.read()
+    assert state is not None
+    assert [part.state for part in state.parts] == ["stopped"]
+
+
+def test_nohup_keeps_the_end_of_a_terminal_away(board: Board) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        supervisor = Supervisor(board, [make_part("one")], {}, lambda line: None)
+        with supervisor._taking_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert supervisor._num_signals == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert supervisor._num_signals == 1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
