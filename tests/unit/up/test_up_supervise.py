@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from visionloop.cli.up import _find_prefect
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
-from visionloop.up.board import STOPPING, UP, Board, State, choose_port, is_free
-from visionloop.up.parts import Part
+from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free
+from visionloop.up.parts import Part, ask
 from visionloop.up.supervise import Supervisor, stop_left
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
@@ -164,8 +166,6 @@ def test_what_a_killed_supervisor_has_left_is_found(board: Board) -> None:
 
 
 def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         first, told = board.choose_ports({"home": taken, "server": taken}, {})
@@ -226,3 +226,23 @@ def test_nohup_keeps_the_end_of_a_terminal_away(board: Board) -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_who_answers_in_another_tongue_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail.example.com ready\r\n")).start()
+        assert ask(f"http://127.0.0.1:{other.getsockname()[1]}/health") is None
+    assert ask("http://anna:secret@127.0.0.1/health") is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workspace", "DIR"], ["--workspace=DIR"], ["--webhook", "x", "--workspace=DIR"]]
+)
+def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    board = Board(tmp_path / ".visionloop")
+    with board.lock():
+        part = PartState("prefect", "Prefect", "ready", url="http://127.0.0.1:4200")
+        board.write(State(os.getpid(), "feed", UP, "", (part,)))
+        named = [word.replace("DIR", str(tmp_path)) for word in arguments]
+        assert _find_prefect(named, {}) == "http://127.0.0.1:4200"
