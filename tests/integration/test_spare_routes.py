@@ -153,7 +153,7 @@ def test_a_broken_video_breaks_nothing(client: TestClient, film: bytes) -> None:
 def test_a_long_video_is_cut_and_says_so(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = write_video(tmp_path / "long.mp4", Film((RED,) * 24, 1.0, fps=2)).read_bytes()
     answer = client.post("/predict/video?every_s=1", content=long).json()
-    assert answer["notes"] == ["longer than max_video_s (20 s): the rest is not read"]
+    assert answer["notes"] == ["is longer than max_video_s (20 s): the rest is not read"]
     assert answer["num_frames"] == 21
     monkeypatch.setattr(video_module, "MAX_FRAMES", 5)
     answer = client.post("/predict/video?every_s=1", content=long).json()
