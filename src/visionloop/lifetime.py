@@ -44,7 +44,8 @@ def end_process(code: int) -> NoReturn:
 
     Behind torch that took one to three seconds. Threads are waited for, and what `atexit` knows runs, as ever.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
+    with contextlib.suppress(KeyboardInterrupt):  # who presses Ctrl-C now does not want to wait for threads
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import io
+import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from fakes import make_image
 from videos import BLUE, GREEN, RED, Film, write_sound, write_video
 from visionloop.explain import explain
 from visionloop.predictor import Predictor
 from visionloop.serving import video as video_module
+from visionloop.serving.access import Access
 from visionloop.serving.app import make_app
 from visionloop.serving.batcher import Batcher, QueueFull
 from visionloop.serving.body import Limits
@@ -148,11 +153,67 @@ def test_a_broken_video_breaks_nothing(client: TestClient, film: bytes) -> None:
 def test_a_long_video_is_cut_and_says_so(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = write_video(tmp_path / "long.mp4", Film((RED,) * 24, 1.0, fps=2)).read_bytes()
     answer = client.post("/predict/video?every_s=1", content=long).json()
-    assert answer["notes"] == ["longer than max_video_s (20 s): the rest is not read"]
+    assert answer["notes"] == ["is longer than max_video_s (20 s): the rest is not read"]
     assert answer["num_frames"] == 21
     monkeypatch.setattr(video_module, "MAX_FRAMES", 5)
     answer = client.post("/predict/video?every_s=1", content=long).json()
     assert (answer["num_frames"], len(answer["notes"])) == (5, 1)
+
+
+def test_the_thread_that_reads_a_video_closes_its_pipe(
+    model: ServedModel, film: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread could close it before it is read: its number may then be that of another client's connection."""
+    read, entered, faults = os.read, threading.Event(), []
+
+    def read_late(fd: int, size: int) -> bytes:
+        if size < 1 << 20:
+            return read(fd, size)  # not the player's
+        entered.set()
+        time.sleep(0.1)
+        try:
+            return read(fd, size)
+        except OSError as exc:
+            faults.append(exc)
+            raise
+
+    async def leave() -> None:
+        batcher = Batcher()
+        batcher.start()
+        with ThreadPoolExecutor(1) as threads:
+            job = video_module._make_job(str(tmp_path / "film.mp4"), 0.5, LIMITS, model)
+            work = asyncio.create_task(video_module._watch(batcher, model, job, threads, video_module._Seen()))
+            await asyncio.to_thread(entered.wait, 10)
+            work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await work
+        await batcher.stop()
+
+    (tmp_path / "film.mp4").write_bytes(film)
+    monkeypatch.setattr("visionloop.video.player.os.read", read_late)
+    asyncio.run(leave())
+    assert faults == []
+
+
+def test_frames_count_for_the_rate_also_where_there_was_no_answer(
+    model: ServedModel, film: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_module, "_require_frames", lambda seen: (_ for _ in ()).throw(ClientDisconnect()))
+    access = Access(rate_per_s=12)
+    with TestClient(make_app(ModelSlot(model), LIMITS, access), raise_server_exceptions=False) as client:
+        assert client.post("/predict/video?every_s=0.25", content=film).status_code == 400
+        assert client.post("/predict", content=make_image(1)).json()["code"] == "too_many", "24 frames at 12 a second"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_told(client: TestClient, film: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda prefix: io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    for data in (film[:100], film * 3):  # in the buffer to the end, and not
+        refused = client.post("/predict/video", content=data)
+        assert (refused.status_code, refused.json()["code"]) == (503, "no_room")
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert client.post("/predict/video", content=film).json()["code"] == "no_room"
 
 
 def test_a_server_without_a_reader_says_what_to_install(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +257,22 @@ def test_spare_work_waits_until_no_image_does(model: ServedModel) -> None:
 
     asyncio.run(run())
     assert order == ["image", "image", "spare", "spare"], "also before one that came later"
+
+
+def test_spare_work_that_does_not_finish_is_a_network_that_does_not(model: ServedModel) -> None:
+    opened = threading.Event()
+
+    async def run() -> None:
+        batcher = Batcher()
+        batcher.start()
+        spare = asyncio.create_task(batcher.run_spare(lambda: opened.wait(10), 1))
+        await asyncio.sleep(0.05)
+        image = asyncio.create_task(batcher.predict(model, [make_image(1)]))
+        await asyncio.sleep(0.2)
+        assert batcher.is_stuck(0.1)
+        opened.set()
+        await asyncio.gather(spare, image)
+        assert not batcher.is_stuck(0.1)
+        await batcher.stop()
+
+    asyncio.run(run())

@@ -87,6 +87,17 @@ def test_a_process_ends_in_order_without_taking_its_objects_apart() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, "toldthread done\natexit done\n", "")
 
 
+def test_ctrl_c_at_the_end_waits_for_no_thread_and_changes_no_exit_code() -> None:
+    code = END.replace("time.sleep(0.2)", "time.sleep(30)").replace('"told", end=""', '"told", flush=True')
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        told, error = process.communicate(timeout=10)
+    assert (process.returncode, told, error) == (3, b"atexit done\n", b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_what_could_not_be_written_at_the_end_is_told() -> None:
     code = "from visionloop.lifetime import end_process; print('told'); end_process(0)"

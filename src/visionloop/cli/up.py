@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -367,7 +368,8 @@ def _find_prefect(arguments: list[str], env: Mapping[str, str]) -> str:
     from visionloop.settings import load_settings
     from visionloop.up.board import Board
 
-    folder = next((arguments[i + 1] for i in range(len(arguments) - 1) if arguments[i] == "--workspace"), None)
+    words = [word for argument in arguments for word in argument.split("=", 1)]  # also --workspace=DIR
+    folder = next((after for word, after in pairwise(words) if word == "--workspace"), None)
     if env.get("PREFECT_API_URL"):
         return ""
     try:

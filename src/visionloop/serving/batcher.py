@@ -232,7 +232,7 @@ class Batcher:
         """
         async with self._spare_turns:
             while self._tasks:
-                await asyncio.wait(set(self._tasks), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(set(self._tasks))
             if self._closed:
                 raise self.refuse("stops", "one that goes on")
             started_at = time.monotonic()
@@ -313,9 +313,10 @@ class Batcher:
         """Run the network on a batch, and give each its answer, or the error."""
         loop = asyncio.get_running_loop()
         self._on_batch(len(batch))
+        self._busy_since = time.monotonic()
         if self._spare and not self._spare.done():
             await asyncio.wait((self._spare,))  # else its time would be taken for the network's with this batch
-        self._busy_since = started_at = time.monotonic()
+        started_at = time.monotonic()
         try:
             predictions = await loop.run_in_executor(self._runner, _run, batch)
         except Exception as exc:  # passed on to the callers; the worker goes on

@@ -158,7 +158,7 @@ def add_similar(app: FastAPI, service: Service, store: ObjectStore | None) -> No
     async def picture(
         request: Request,
         sha256: Annotated[str, Path(pattern="^[0-9a-f]{64}$")],
-        px: Annotated[int, Query(ge=MIN_PX, le=MAX_PX, description="Of its longer side, at most")] = SHOWN_PX,
+        px: Annotated[int, Query(ge=MIN_PX, le=MAX_PX, description="Of its longer side")] = SHOWN_PX,
     ) -> Response:
         """Only those that /similar names, with the model that answers now. Upright, and without its notes."""
         model = service.note_model(request)

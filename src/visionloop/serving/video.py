@@ -128,16 +128,18 @@ def add_video(
         """
         _require_reader()
         with spare.take_place(), contextlib.ExitStack() as stack:
-            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="visionloop-video-"))
+            file = stack.enter_context(_make_file())
             make_reader = partial(_make_reader, request.headers, file)
             async with inbox.receive_by(request, make_reader, limits.max_video_bytes, BODY_S):
                 model = service.note_model(request)
                 started_at = time.perf_counter()
                 job = _make_job(file.name, every_s, limits, model)
-                work = _watch(batcher, model, job, threads)
-                seen = await spare.finish(request, work, x_deadline_ms)
+                seen = _Seen()
+                try:
+                    await spare.finish(request, _watch(batcher, model, job, threads, seen), x_deadline_ms)
+                finally:  # also what was answered for a client that left, or was late
+                    request.state.access.charge(request, max(1, len(seen.times_s)))
         _require_frames(seen)
-        request.state.access.charge(request, len(seen.times_s))
         timeline = await asyncio.to_thread(_make_timeline, seen, model, every_s, smooth_s)
         described = _describe(timeline, seen, every_s, smooth_s)
         timing = {"answer_ms": _to_ms(time.perf_counter() - started_at), "network_ms": _to_ms(seen.network_s)}
@@ -189,9 +191,11 @@ def _make_job(path: str, every_s: float, limits: Limits, model: ServedModel) -> 
     )
 
 
-async def _watch(batcher: Batcher, model: ServedModel, job: DecodeJob, threads: ThreadPoolExecutor) -> _Seen:
-    """Ask the model about each frame. If the caller is cancelled, decoding ends before this does."""
-    loop, seen = asyncio.get_running_loop(), _Seen()
+async def _watch(
+    batcher: Batcher, model: ServedModel, job: DecodeJob, threads: ThreadPoolExecutor, seen: _Seen
+) -> None:
+    """Ask the model about each frame, and note it. If the caller is cancelled, decoding ends before this does."""
+    loop = asyncio.get_running_loop()
     waiting: list[Any] = []
     with Player(NICE) as player:
         answers = player.play(job)
@@ -202,7 +206,7 @@ async def _watch(batcher: Batcher, model: ServedModel, job: DecodeJob, threads: 
             try:
                 answer = await asyncio.shield(reading)
             except asyncio.CancelledError:
-                player.stop()
+                player.interrupt()
                 await asyncio.wait((reading,))
                 raise
             if isinstance(answer, Frame):
@@ -214,7 +218,7 @@ async def _watch(batcher: Batcher, model: ServedModel, job: DecodeJob, threads: 
                 waiting = []
             if isinstance(answer, End):
                 seen.end = answer
-                return seen
+                return
 
 
 async def _ask(batcher: Batcher, model: ServedModel, waiting: list[Any], seen: _Seen) -> None:
@@ -246,7 +250,10 @@ class _RawVideo:
     def finish(self) -> None:
         if not self._file.tell():
             raise RequestError("its body is empty", "a video", "Send a file or a form.", reason_code="empty")
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as exc:
+            raise _make_no_room(self._file) from exc
 
 
 class _VideoForm(FormReader):
@@ -287,9 +294,24 @@ def _make_reader(headers: Mapping[str, str], file: IO[bytes]) -> BodyReader[Any]
     return _VideoForm(options[b"boundary"], file)
 
 
+def _make_file() -> IO[bytes]:
+    try:
+        return tempfile.NamedTemporaryFile(prefix="visionloop-video-")
+    except OSError as exc:
+        raise _make_no_room() from exc
+
+
 def _write(file: IO[bytes], chunk: bytes) -> None:
     try:
         file.write(chunk)
     except OSError as exc:
-        found = "the server has no room for a video now"
-        raise RequestError(found, todo="Try again later.", status=503, reason_code="no_room") from exc
+        raise _make_no_room(file) from exc
+
+
+def _make_no_room(file: IO[bytes] | None = None) -> RequestError:
+    """Close a file that the disk has no room for: what is left in its buffer would fail once more, later."""
+    with contextlib.suppress(OSError):
+        if file:
+            file.close()
+    found = "the server has no room for a video now"
+    return RequestError(found, todo="Try again later.", status=503, reason_code="no_room")

@@ -1,6 +1,6 @@
 """What a supervisor tells the other commands: its state, its lock, and the ports that stay the same.
 
-.visionloop/up/lock         held while a supervisor runs
+.visionloop/up/lock         held while a supervisor runs, whose process id is in it
 .visionloop/up/state.json   who it is, and how each part is
 .visionloop/up/ports.json   the port of each part, for the next time
 .visionloop/up/NAME.log     what a part says
@@ -92,13 +92,19 @@ class Board:
                     "one at a time",
                     "`visionloop status` shows it, `visionloop down` stops it.",
                 ) from None
+            lock.truncate(0)
+            print(os.getpid(), file=lock, flush=True)
             yield
 
     def read(self) -> State | None:
-        """Return what was told last, and whether its supervisor lives; None: nothing that can be read was told."""
+        """Return what was told last, and whether its supervisor lives; None: nothing that can be read was told.
+
+        Whoever holds the lock now may have told nothing yet: then the state is of one that was killed.
+        """
         try:
             state = State.from_json(json.loads((self.folder / "state.json").read_bytes()))
-            return State(**{**vars(state), "is_live": is_locked(self.folder)})
+            is_live = is_locked(self.folder) and int((self.folder / "lock").read_text()) == state.pid
+            return State(**{**vars(state), "is_live": is_live})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

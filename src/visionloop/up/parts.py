@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def ask(url: str, body: Mapping[str, Any] | None = None, *, limit_s: float = ASK
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=limit_s) as answer:
             text = answer.read(4_000_000)
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return None
     try:
         return json.loads(text)

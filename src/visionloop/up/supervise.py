@@ -175,9 +175,13 @@ class Supervisor:
     def _start(self, one: _Running, look: _Look, now: float) -> None:
         _keep_log_short(one.log)
         environment = {**self.environment, **one.part.environment}
-        with one.log.open("a") as log:
-            print(f"--- {get_now()} {' '.join(one.part.command[1:4])} ...", file=log, flush=True)
-            one.process = _open_process(one.part, environment, log)
+        try:
+            with one.log.open("a") as log:
+                print(f"--- {get_now()} {' '.join(one.part.command[1:4])} ...", file=log, flush=True)
+                one.process = _open_process(one.part, environment, log)
+        except OSError as exc:  # a full disk, no memory: it passes, and the other parts must go on
+            self._put_off(one, f"cannot be started: {exc.strerror}", now)
+            return
         if one.failures:
             one.restarts += 1
         one.started_at, one.well_at, one.fingerprint = now, 0.0, look.fingerprint
@@ -190,11 +194,15 @@ class Supervisor:
         code = one.process.returncode
         how = f"was killed (signal {-code})" if code < 0 else f"ended with code {code}"
         last = _read_last_line(one.log)
+        _kill_group(one.process)  # what it had started still holds its port
+        self._put_off(one, f"{how}{f': {last}' if last else ''}", now)
+
+    def _put_off(self, one: _Running, why: str, now: float) -> None:
+        """Note that a part has failed, and start it later, each time after twice as long."""
         delay = min(MAX_DELAY_S, 2.0**one.failures)
         one.failures += 1
-        _kill_group(one.process)  # what it had started still holds its port
         one.process, one.next_start, one.look, one.next_look = None, now + delay, None, now
-        self._set(one, "restarting", f"{how}{f': {last}' if last else ''}; starts again in {delay:.0f} s")
+        self._set(one, "restarting", f"{why}; starts again in {delay:.0f} s")
 
     def _restart_for_params(self, one: _Running) -> None:
         """Start a part anew whose section of params.yaml was changed. It has no work under way."""
@@ -221,23 +229,24 @@ class Supervisor:
         parts = tuple(one.describe(".visionloop/up") for one in self.running)
         state = State(os.getpid(), self.mark, self.phase, self.started_at, parts)
         if state != self._written:
-            self.board.write(state)
-            self._written = state
+            with contextlib.suppress(OSError):  # a full disk: it is told once there is room
+                self.board.write(state)
+                self._written = state
 
     def _stop_all(self) -> None:
         """Stop the parts, the last that was started first, and what they have left."""
         self.phase = STOPPING
-        with contextlib.suppress(OSError):
-            self._write()
-        self.tell("stopping; a retrain that is under way goes on at the next one ...")
+        self._write()
+        with contextlib.suppress(OSError):  # its terminal is closed, its pipe ended: then it stops just as well
+            self.tell("stopping; a retrain that is under way goes on at the next one ...")
         for one in reversed(self.running):
             self._stop(one)
             one.state, one.why, one.since = "stopped", "", get_now()
         self._pool.shutdown(wait=False, cancel_futures=True)
         stop_marked(self.mark, LEFT_S)
+        self._write()
         with contextlib.suppress(OSError):
-            self._write()
-        self.tell("stopped")
+            self.tell("stopped")
 
     def _stop(self, one: _Running) -> None:
         if one.process is None:
@@ -252,12 +261,14 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _taking_signals(self) -> Iterator[None]:
-        """Let a signal ask for the end; a second one does not wait for anything."""
+        """Let a signal ask for the end; a second one does not wait for anything. `nohup` keeps SIGHUP away."""
 
         def take(number: int, frame: FrameType | None) -> None:
             self._num_signals += 1
 
-        before = {number: signal.signal(number, take) for number in SIGNALS}
+        is_kept_away = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        taken = [number for number in SIGNALS if not (is_kept_away and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, take) for number in taken}
         try:
             yield
         finally:

@@ -185,7 +185,7 @@ def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Ite
             raise VideoFault("too_many_frames", f"has more than {MAX_FRAMES_PER_S} frames a second at {now_s:.1f} s")
         if now_s > job.max_s or sampler.is_over(now_s):
             if now_s > job.max_s and not job.is_live:
-                told.append(f"longer than max_video_s ({job.max_s:g} s): the rest is not read")
+                told.append(f"is longer than max_video_s ({job.max_s:g} s): the rest is not read")
             break
         if time.monotonic() - beat_at > BEAT_S:
             beat_at = time.monotonic()
@@ -195,7 +195,7 @@ def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Ite
         grey = _to_grey(frame) if job.scene is not None else None
         if sampler.take(now_s, grey):
             if num_taken == job.max_frames:
-                told.append(f"more than max_frames ({job.max_frames:,}): the rest is not read")
+                told.append(f"has more than max_frames ({job.max_frames:,}): the rest is not read")
                 break
             num_taken += 1
             _check_size(frame.width, frame.height, job)

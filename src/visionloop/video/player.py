@@ -62,7 +62,7 @@ class _Gone(Exception):
 class Player:
     """One worker for many videos, started at the first; a new one when a video has broken it. Not for two threads.
 
-    Another thread may `stop` it: the video that is played then ends. `nice` makes the worker yield to other processes.
+    Another thread may `interrupt` it: the video that is played ends. `nice` makes the worker yield to other processes.
     """
 
     def __init__(self, nice: int = 0) -> None:
@@ -98,6 +98,11 @@ class Player:
         finally:
             if not finished:
                 self.stop()  # its remaining answers would be taken for those of the next video
+
+    def interrupt(self) -> None:
+        """End the video that is played now. The thread that plays it closes what it reads from."""
+        if process := self._process:
+            process.kill()
 
     def stop(self) -> None:
         """End the worker."""

@@ -215,9 +215,9 @@ def test_scene_finds_the_cuts(tmp_path: Path) -> None:
 def test_limits_are_told(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     frames, end = play(path, max_frames=2)
-    assert (list(frames), end["told"]) == ([0, 1000], ["more than max_frames (2): the rest is not read"])
+    assert (list(frames), end["told"]) == ([0, 1000], ["has more than max_frames (2): the rest is not read"])
     frames, end = play(path, max_s=1.5)
-    assert (list(frames), end["told"]) == ([0, 1000], ["longer than max_video_s (1.5 s): the rest is not read"])
+    assert (list(frames), end["told"]) == ([0, 1000], ["is longer than max_video_s (1.5 s): the rest is not read"])
 
 
 def test_frames_before_the_damage_are_used(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from visionloop.cli.up import _find_prefect
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
-from visionloop.up.board import STOPPING, UP, Board, State, choose_port, is_free
-from visionloop.up.parts import Part
+from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free
+from visionloop.up.parts import Part, ask
 from visionloop.up.supervise import Supervisor, stop_left
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
@@ -153,6 +155,8 @@ def test_what_a_killed_supervisor_has_left_is_found(board: Board) -> None:
         assert stop_left(board) == 1
         with pytest.raises(BusyError, match="is running for this workspace"), board.lock():
             pass
+        assert board.read_live() is None, "the one that holds the lock has told nothing yet"
+        board.write(State(os.getpid(), "beef", UP, ""))
         assert board.read_live() is not None
     assert not psutil.pid_exists(left.pid)
     assert board.read_live() is None, "nobody holds the lock"
@@ -162,8 +166,6 @@ def test_what_a_killed_supervisor_has_left_is_found(board: Board) -> None:
 
 
 def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         first, told = board.choose_ports({"home": taken, "server": taken}, {})
@@ -178,3 +180,69 @@ def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
     (board.folder / "ports.json").write_text('{"home": "x", "server": 70000}')
     again, _ = board.choose_ports({"home": first["home"]}, {})
     assert again == {"home": first["home"]}
+
+
+def test_a_full_disk_ends_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = {"write": 3, "start": 1}
+
+    def fail_first(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any) -> Any:
+            faults[what] -= 1
+            if faults[what] >= 0:
+                raise OSError(28, "No space left on device")
+            return work(*args)
+
+        return act
+
+    monkeypatch.setattr(Board, "write", fail_first("write", Board.write))
+    monkeypatch.setattr(supervise, "_open_process", fail_first("start", supervise._open_process))
+    lines, _ = run(board, [make_part("one")], lambda: wait_for(board, lambda state: state.phase == UP) and None)
+    assert "  one        restarting: cannot be started: No space left on device; starts again in 1 s" in lines
+    assert max(faults.values()) < 0
+
+
+def test_all_is_stopped_where_nobody_can_be_told(board: Board) -> None:
+    def tell(line: str) -> None:
+        if line.startswith("stop"):
+            raise OSError(5, "Input/output error")  # a terminal that was closed
+
+    supervisor = Supervisor(board, [make_part("one")], {**os.environ, "VISIONLOOP_HOME": str(board.folder)}, tell)
+    supervisor.run(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert find_marked(supervisor.mark) == []
+    state = board.read()
+    assert state is not None
+    assert [part.state for part in state.parts] == ["stopped"]
+
+
+def test_nohup_keeps_the_end_of_a_terminal_away(board: Board) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        supervisor = Supervisor(board, [make_part("one")], {}, lambda line: None)
+        with supervisor._taking_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert supervisor._num_signals == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert supervisor._num_signals == 1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_answers_in_another_tongue_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail.example.com ready\r\n")).start()
+        assert ask(f"http://127.0.0.1:{other.getsockname()[1]}/health") is None
+    assert ask("http://anna:secret@127.0.0.1/health") is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workspace", "DIR"], ["--workspace=DIR"], ["--webhook", "x", "--workspace=DIR"]]
+)
+def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    board = Board(tmp_path / ".visionloop")
+    with board.lock():
+        part = PartState("prefect", "Prefect", "ready", url="http://127.0.0.1:4200")
+        board.write(State(os.getpid(), "feed", UP, "", (part,)))
+        named = [word.replace("DIR", str(tmp_path)) for word in arguments]
+        assert _find_prefect(named, {}) == "http://127.0.0.1:4200"
