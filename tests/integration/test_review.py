@@ -2,19 +2,22 @@
 
 import csv
 import hashlib
+import io
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fakes import make_image, run_here, write_photos
 from pull_desk import PullDesk
 from visionloop.data.acceptance import accept
 from visionloop.data.answers import LOG, load_batches, load_opinions
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import latest_version, load_version_records, make_image_key
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.params import Review
 from visionloop.records import ImageRecord
@@ -31,12 +34,15 @@ SIZE = 16
 class ReviewDesk(PullDesk):
     """A workspace with a dataset of cats and dogs, and a log of kept images, whose truth is by their number."""
 
-    def serve(self, number: int, first: int = 5000, hours_ago: float = 1.0) -> list[dict[str, Any]]:
+    def serve(
+        self, number: int, first: int = 5000, hours_ago: float = 1.0, images: Sequence[bytes] = ()
+    ) -> list[dict[str, Any]]:
         """Log answers: the model says cat to all, and is unsure of every other one; half is kept by lot."""
         rng, now = np.random.default_rng(first), datetime.now(UTC) - timedelta(hours=hours_ago)
         rows = []
         for place in range(number):
-            data, time = make_image(first + place), now + timedelta(seconds=place)
+            data = images[place] if images else make_image(first + place)
+            time = now + timedelta(seconds=place)
             sha256 = hashlib.sha256(data).hexdigest()
             self.store.put(make_kept_key(NAME, time.date(), sha256), data)
             rows.append(
@@ -168,6 +174,22 @@ def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: Re
     assert "accepted: 0 labels" in desk.run("review", "--accept")
 
 
+def test_no_client_changes_test_and_what_is_like_a_test_image_does_not_come_into_train(desk: ReviewDesk) -> None:
+    before = desk.by_sha256()
+    one = next(row for row in before.values() if row.side == "test" and row.labels == ("cat",))
+    data = desk.store.get(make_image_key(one.sha256))
+    sink = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(sink, "WEBP", lossless=True)
+    rows = desk.serve(3, images=[data, sink.getvalue(), make_image(7000)])
+    desk.say(rows, "dog", who="eve")
+    assert "accepted: 3 labels" in desk.run("review", "--accept")
+    assert "source feedback: 1 labels of clients are of test images, which keep theirs" in desk.run("ingest")
+    after = desk.by_sha256()
+    assert after[one.sha256] == one
+    assert [after[row["image_sha256"]].side for row in rows[:2]] == ["test", "excluded"]
+    assert after[rows[2]["image_sha256"]].side in ("train", "val")
+
+
 def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
     desk.write(SOURCES + "review: {count: 3, accept_at_once: [cleo]}\n")
     desk.serve(10)
@@ -179,6 +201,7 @@ def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDes
     desk.run("review", "--take", "a.csv", "--by", "bob")
     desk.fill(desk.home / "a.csv", {third: "dog"})
     assert "need no word" in desk.run("review", "--take", "a.csv", "--by", "cleo")
+    desk.run("review", "--take", "a.csv", "--by", "bob")  # who agrees takes nothing from cleo's word
 
     told = desk.run("review", "--accept")
     assert f"held: people disagree on {first[:12]} (ann: cat; bob: dog)" in told
