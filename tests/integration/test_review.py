@@ -21,6 +21,7 @@ from visionloop.data.manifest import latest_version, load_version_records, make_
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.params import Review
 from visionloop.records import ImageRecord
+from visionloop.store.local import LocalStore
 
 NAME = "pets"
 SOURCES = """  sources:
@@ -69,9 +70,11 @@ class ReviewDesk(PullDesk):
         self.store.put(PREDICTIONS.make_key(NAME, now.date(), part), PREDICTIONS.encode(rows))
         return rows
 
-    def say(self, rows: list[dict[str, Any]], label: str, *, who: str | None, client: str = "gate") -> None:
+    def say(
+        self, rows: list[dict[str, Any]], label: str, *, who: str | None, client: str = "gate", days_ago: int = 0
+    ) -> None:
         """Send feedback on answers."""
-        now = datetime.now(UTC)
+        now = datetime.now(UTC) - timedelta(days=days_ago)
         given = [
             {
                 "feedback_id": f"{place}",
@@ -294,6 +297,19 @@ def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: Re
     assert second["number"] == 2 and len(shas[1]) == 10 and not shas[0] & shas[1]
     reasons = [[one["reason"] for one in batch["images"]].count("random") for batch in (first, second)]
     assert reasons == [5, 0]  # nothing has come since
+
+
+def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 4, random: 0.0}\n")
+    rows = desk.serve(6)
+    desk.say(rows[:1], "dog", who=None)
+    desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
+    read, get = list[str](), LocalStore.get
+    desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
+    batch = json.loads(desk.run("review", "--json"))
+    assert rows[0]["image_sha256"] not in {one["sha256"] for one in batch["images"]}
+    days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
+    assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
 
 
 def test_damaged_batch_is_named(desk: ReviewDesk) -> None:
