@@ -65,6 +65,10 @@ def test_each_bad_end_has_a_page_that_says_what_to_do(tmp_path: Path, monkeypatc
     assert "ingest failed\n\nValueError: odd\n" in kept.get(
         f"{kept.told.make_key('ingest', *name_of(tmp_path))}-failed"
     )
+    kept.told.keep_failed(flow, run, Failed(data=OSError("postgresql://me:secret@db/x?sslkey=1 is away")))
+    assert "OSError: postgresql://***@db/x?... is away" in kept.get(
+        f"{kept.told.make_key('ingest', *name_of(tmp_path))}-failed"
+    )
     kept.told.keep_crashed(flow, make_run(), Crashed())  # a flow that is not ours
 
 
