@@ -54,6 +54,8 @@ def answer_new(workspace: Workspace) -> list[str]:
     progress = make_log_progress("answered", "images", steps.say)
     work = workspace.settings.hidden_dir / "predict"
     with predict_in_chunks(opened.predictor, files, table, work, on_progress=progress, tell=steps.say) as chunks:
+        if path.exists():
+            raise BusyError(str(path), "was written just now by another run", "a free name", "Run it again.")
         unusable = sum(one.prediction is None for one in chunks.read())
         table.write(chunks.read(), opened.predictor)
         os.utime(path, (started.timestamp(), started.timestamp()))

@@ -37,8 +37,8 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             wait_for_lease(workspace.store, workspace.name, only_here=True)
         print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
         state = flow(str(home))
-        if state.name == "Skipped":
-            print(f"error: {state.message}", file=sys.stderr)
+        if state.is_cancelled() and state.data is None:  # skipped, or somebody stopped it
+            print(f"error: {state.message or 'the run was cancelled in Prefect'}", file=sys.stderr)
             return BusyError.exit_code
         summary = state.result(raise_on_failure=not state.is_cancelled())  # that of a model which is not promoted
         assert isinstance(summary, Summary)

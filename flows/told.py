@@ -16,6 +16,7 @@ from prefect.events import emit_event
 
 from visionloop.errors import VisionLoopError
 from visionloop.params import load_params
+from visionloop.secrets import mask
 from visionloop.settings import PARAMS_FILE
 from visionloop.words import describe_error
 from visionloop.workspace import Workspace
@@ -72,10 +73,10 @@ def keep_end(flow: str, home: Path, end: str, what: str, run: str = "") -> None:
 
 
 def keep_failed(flow: Any, flow_run: Any, state: Any) -> None:
-    """Tell of a flow that failed: an error of ours in its own words, any other by its kind."""
+    """Tell of a flow that failed: an error of ours in its own words, any other by its kind; no login of any address."""
     error = state.result(raise_on_failure=False)
     line = describe_error(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
-    _keep_run(flow, flow_run, "failed", line)
+    _keep_run(flow, flow_run, "failed", mask(line))
 
 
 def keep_crashed(flow: Any, flow_run: Any, state: Any) -> None:

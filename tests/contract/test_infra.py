@@ -154,6 +154,12 @@ def test_the_proxy_and_prometheus_ask_servers_that_exist(services: dict[str, Any
     assert asked == scraped == {name for name in services if name.startswith("server-")}
 
 
+def test_the_proxy_tells_the_port_that_it_was_asked_at() -> None:
+    """A server compares it with the origin of a page where the browser says no more, as without TLS."""
+    hosts = re.findall(r"proxy_set_header Host (\S+);", (INFRA / "nginx.conf").read_text())
+    assert hosts == ["$http_host"] * 2
+
+
 def test_promtool_takes_the_rules() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.states import Cancelling, Crashed, Failed
+from prefect.states import Cancelled, Cancelling, Crashed, Failed, State
 
 from shapes import ROOT
 from visionloop.errors import StoreError
@@ -65,6 +65,10 @@ def test_each_bad_end_has_a_page_that_says_what_to_do(tmp_path: Path, monkeypatc
     assert "ingest failed\n\nValueError: odd\n" in kept.get(
         f"{kept.told.make_key('ingest', *name_of(tmp_path))}-failed"
     )
+    kept.told.keep_failed(flow, run, Failed(data=OSError("postgresql://me:secret@db/x?sslkey=1 is away")))
+    assert "OSError: postgresql://***@db/x?... is away" in kept.get(
+        f"{kept.told.make_key('ingest', *name_of(tmp_path))}-failed"
+    )
     kept.told.keep_crashed(flow, make_run(), Crashed())  # a flow that is not ours
 
 
@@ -93,6 +97,29 @@ def test_what_is_not_promoted_is_not_green(
     assert (state.name, state.type.value, state.message) == (*end, "so it is")
     assert state.result(raise_on_failure=False) == summary
     assert [text.splitlines()[0] for text in kept.found.values()] == ["# fake: so it is"]
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (Cancelled(name="Skipped", message="retrain pets: is under way"), "error: retrain pets: is under way\n"),
+        (Cancelled(), "error: the run was cancelled in Prefect\n"),
+    ],
+)
+def test_a_run_that_is_skipped_or_cancelled_ends_the_shell_with_one_line(
+    end: State[Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "flows"))
+    shell = importlib.import_module("shell")
+    monkeypatch.setenv("VISIONLOOP_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr(shell.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(shell, "_open_log", lambda folder: tmp_path / "retrain.log")
+    assert (shell.run(lambda home: end), capsys.readouterr().err) == (2, said)
 
 
 def test_the_candidate_stands_beside_the_champion_and_a_picture_is_shown(

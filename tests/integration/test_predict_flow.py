@@ -117,6 +117,26 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
+def test_a_table_of_another_run_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends just after this one has looked what is new has taken its name."""
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    told.set("inbox")
+    inbox, table = (told.place.settings.home / name for name in ("inbox", "predictions/000001.parquet"))
+    inbox.mkdir()
+    (inbox / "a.png").write_bytes(make_image(1))
+
+    def be_late(*args: Any) -> Any:
+        found = find_new(*args)
+        table.parent.mkdir()
+        table.write_text("of another one")
+        return found
+
+    monkeypatch.setattr(told.module, "find_new", be_late)
+    name, message = told.run()
+    assert (name, "was written just now by another run" in message) == ("Skipped", True)
+    assert table.read_text() == "of another one"
+
+
 def test_a_file_that_changes_while_it_is_answered_is_answered_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,22 +2,26 @@
 
 import csv
 import hashlib
+import io
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fakes import make_image, run_here, write_photos
 from pull_desk import PullDesk
 from visionloop.data.acceptance import accept
 from visionloop.data.answers import LOG, load_batches, load_opinions
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import latest_version, load_version_records, make_image_key
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.params import Review
 from visionloop.records import ImageRecord
+from visionloop.store.local import LocalStore
 
 NAME = "pets"
 SOURCES = """  sources:
@@ -31,12 +35,15 @@ SIZE = 16
 class ReviewDesk(PullDesk):
     """A workspace with a dataset of cats and dogs, and a log of kept images, whose truth is by their number."""
 
-    def serve(self, number: int, first: int = 5000, hours_ago: float = 1.0) -> list[dict[str, Any]]:
+    def serve(
+        self, number: int, first: int = 5000, hours_ago: float = 1.0, images: Sequence[bytes] = ()
+    ) -> list[dict[str, Any]]:
         """Log answers: the model says cat to all, and is unsure of every other one; half is kept by lot."""
         rng, now = np.random.default_rng(first), datetime.now(UTC) - timedelta(hours=hours_ago)
         rows = []
         for place in range(number):
-            data, time = make_image(first + place), now + timedelta(seconds=place)
+            data = images[place] if images else make_image(first + place)
+            time = now + timedelta(seconds=place)
             sha256 = hashlib.sha256(data).hexdigest()
             self.store.put(make_kept_key(NAME, time.date(), sha256), data)
             rows.append(
@@ -63,9 +70,11 @@ class ReviewDesk(PullDesk):
         self.store.put(PREDICTIONS.make_key(NAME, now.date(), part), PREDICTIONS.encode(rows))
         return rows
 
-    def say(self, rows: list[dict[str, Any]], label: str, *, who: str | None, client: str = "gate") -> None:
+    def say(
+        self, rows: list[dict[str, Any]], label: str, *, who: str | None, client: str = "gate", days_ago: int = 0
+    ) -> None:
         """Send feedback on answers."""
-        now = datetime.now(UTC)
+        now = datetime.now(UTC) - timedelta(days=days_ago)
         given = [
             {
                 "feedback_id": f"{place}",
@@ -168,6 +177,22 @@ def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: Re
     assert "accepted: 0 labels" in desk.run("review", "--accept")
 
 
+def test_no_client_changes_test_and_what_is_like_a_test_image_does_not_come_into_train(desk: ReviewDesk) -> None:
+    before = desk.by_sha256()
+    one = next(row for row in before.values() if row.side == "test" and row.labels == ("cat",))
+    data = desk.store.get(make_image_key(one.sha256))
+    sink = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(sink, "WEBP", lossless=True)
+    rows = desk.serve(3, images=[data, sink.getvalue(), make_image(7000)])
+    desk.say(rows, "dog", who="eve")
+    assert "accepted: 3 labels" in desk.run("review", "--accept")
+    assert "source feedback: 1 labels of clients are of test images, which keep theirs" in desk.run("ingest")
+    after = desk.by_sha256()
+    assert after[one.sha256] == one
+    assert [after[row["image_sha256"]].side for row in rows[:2]] == ["test", "excluded"]
+    assert after[rows[2]["image_sha256"]].side in ("train", "val")
+
+
 def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
     desk.write(SOURCES + "review: {count: 3, accept_at_once: [cleo]}\n")
     desk.serve(10)
@@ -179,6 +204,7 @@ def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDes
     desk.run("review", "--take", "a.csv", "--by", "bob")
     desk.fill(desk.home / "a.csv", {third: "dog"})
     assert "need no word" in desk.run("review", "--take", "a.csv", "--by", "cleo")
+    desk.run("review", "--take", "a.csv", "--by", "bob")  # who agrees takes nothing from cleo's word
 
     told = desk.run("review", "--accept")
     assert f"held: people disagree on {first[:12]} (ann: cat; bob: dog)" in told
@@ -271,6 +297,19 @@ def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: Re
     assert second["number"] == 2 and len(shas[1]) == 10 and not shas[0] & shas[1]
     reasons = [[one["reason"] for one in batch["images"]].count("random") for batch in (first, second)]
     assert reasons == [5, 0]  # nothing has come since
+
+
+def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 4, random: 0.0}\n")
+    rows = desk.serve(6)
+    desk.say(rows[:1], "dog", who=None)
+    desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
+    read, get = list[str](), LocalStore.get
+    desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
+    batch = json.loads(desk.run("review", "--json"))
+    assert rows[0]["image_sha256"] not in {one["sha256"] for one in batch["images"]}
+    days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
+    assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
 
 
 def test_damaged_batch_is_named(desk: ReviewDesk) -> None:

@@ -42,7 +42,8 @@ SOURCE_KINDS = {"review": (LOG, SUSPECTS), "feedback": (FEEDBACK_KIND,)}  # of a
 class Accepted(Record):
     """A label that may enter the dataset: `who` gave it, on which day, and all that decides its side.
 
-    `client`: whose quota it counts in; None for answers of people who were asked. `at`: when it was accepted.
+    `client`: whose quota it counts in; None for answers of people who were asked. `at`: when it was accepted. `heard`:
+    all that was said of the image then, which is settled by it.
     """
 
     sha256: str
@@ -56,6 +57,7 @@ class Accepted(Record):
     reason: str
     probability: float | None
     before: Labels
+    heard: Labels
     at: str = ""
 
     @property
@@ -81,29 +83,31 @@ def settle(
 ) -> Settled:
     """Decide what can be accepted, beside the labels that are `known`. `only`: of one person or client alone.
 
-    Where people were asked about an image, feedback of clients on it does not count: no client can hold a label up.
+    Where people who were asked have answered, feedback of clients does not count, also not if it is that of `only`.
     Example, with a quota of 2 a day: ann says cat on one image, and bob dog: a conflict. The client `gate` sends three
     labels on Monday: the first two can be accepted, the third is over the quota.
     """
     by_image: dict[str, list[Opinion]] = {}
     for one in sorted(opinions, key=lambda one: (one.time, one.asked.sha256)):
-        if one.verdict in (LABEL, NOT_OURS) and (only is None or only in (one.who, one.client)):
+        if one.verdict in (LABEL, NOT_OURS):
             by_image.setdefault(one.asked.sha256, []).append(one)
     used: Counter[tuple[str, str]] = Counter((one.client, one.on) for one in known.values() if one.client is not None)
     labels, conflicts, over = list[Accepted](), dict[str, str](), Counter[str]()
     echoes = num_not_ours = 0
     for sha256, said in by_image.items():
         asked = [one for one in said if one.kind != FEEDBACK_KIND]
-        heard = asked or [one for one in said if not one.is_echo]
-        echoes += len(said) - len(heard) if not asked else 0
-        if not heard or (sha256 in known and _is_old(heard, known[sha256])):
+        everything = asked or [one for one in said if not one.is_echo]
+        echoes += len(said) - len(everything) if not asked else 0
+        heard = [one for one in everything if only is None or only in (one.who, one.client)]
+        settled = tuple(f"{one.giver} {one.time.isoformat()}" for one in everything)
+        if not heard or (sha256 in known and known[sha256].at and {*settled} <= {*known[sha256].heard}):
             continue
         if len({(one.verdict, one.labels) for one in heard}) > 1:
             conflicts[sha256] = "; ".join(f"{one.giver}: {_name(one)}" for one in heard)
         elif heard[0].verdict == NOT_OURS:
             num_not_ours += 1
         elif sha256 not in known or known[sha256].labels != heard[0].labels:
-            new = _accept(heard)
+            new = _accept(heard, settled)
             if new.client is not None:
                 if used[new.client, new.on] >= quota:
                     over[new.client] += 1
@@ -113,12 +117,7 @@ def settle(
     return Settled(tuple(labels), conflicts, dict(over), echoes, num_not_ours)
 
 
-def _is_old(heard: Sequence[Opinion], known: Accepted) -> bool:
-    """Say whether all this was said when a label was accepted: it is settled."""
-    return bool(known.at) and all(one.time <= datetime.fromisoformat(known.at) for one in heard)
-
-
-def _accept(heard: Sequence[Opinion]) -> Accepted:
+def _accept(heard: Sequence[Opinion], settled: Labels) -> Accepted:
     """Return the label that all givers agree on; of the random share if one of them was asked for it there."""
     first = next((one for one in heard if one.asked.reason == RANDOM), heard[0])
     is_feedback = first.kind == FEEDBACK_KIND
@@ -134,6 +133,7 @@ def _accept(heard: Sequence[Opinion]) -> Accepted:
         reason=first.asked.reason,
         probability=first.asked.probability,
         before=first.asked.model,
+        heard=settled,
     )
 
 
@@ -181,32 +181,40 @@ def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Acc
         known.update((one.sha256, one) for one in _read_acceptance(value))
     if at_once := {*rules.accept_at_once}:
         settled = settle(load_opinions(store, name), known, quota=0)
-        known.update((one.sha256, one) for one in settled.labels if at_once.issuperset(one.who))
+        known.update((one.sha256, one) for one in settled.labels if at_once.intersection(one.who))
     return known
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The labels of a dataset that people gave, by sha256, and where the bytes are. `known`: images it has already."""
+    """The labels of a dataset that people gave, by sha256, and where the bytes are. `sides`: of images that it has."""
 
     store: ObjectStore
     name: str
     labels: Mapping[str, Accepted]
-    known: frozenset[str] = frozenset()
+    sides: Mapping[str, str] = field(default_factory=dict)
 
     def choose(self, kinds: Iterable[str]) -> list[Accepted]:
         """Return the labels that say something new, of the sources of some kinds, in the order of the images."""
         wanted = {kind for one in kinds for kind in SOURCE_KINDS.get(one, ())}
-        return [one for _, one in sorted(self.labels.items()) if one.kind in wanted and one.changes]
+        labels = [one for _, one in sorted(self.labels.items()) if one.kind in wanted and one.changes]
+        return [one for one in labels if not self._is_on_test(one)]
+
+    def count_on_test(self) -> int:
+        """Return of how many test images clients say what they show, which changes nothing."""
+        return sum(self._is_on_test(one) for one in self.labels.values())
+
+    def _is_on_test(self, one: Accepted) -> bool:
+        return one.kind == FEEDBACK_KIND and self.sides.get(one.sha256) == "test"
 
 
 def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
     """Return all of it. Raises as `load_accepted`."""
     labels = load_accepted(store, name, rules)
-    has_suspects = any(one.kind == SUSPECTS for one in labels.values())
-    version = latest_version(store, name) if has_suspects else None
-    known = frozenset(one.sha256 for one in load_version_records(store, version)) if version else frozenset[str]()
-    return Answered(store, name, labels, known)
+    may_be_known = any(one.kind in (SUSPECTS, FEEDBACK_KIND) for one in labels.values())
+    version = latest_version(store, name) if may_be_known else None
+    sides = {one.sha256: one.side for one in load_version_records(store, version)} if version else {}
+    return Answered(store, name, labels, sides)
 
 
 def _read_acceptance(value: Mapping[str, Any]) -> list[Accepted]:

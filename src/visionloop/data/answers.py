@@ -185,13 +185,15 @@ def load_opinions(store: ObjectStore, name: str, batches: Sequence[Batch] | None
     return [*newest.values()]
 
 
-def load_feedback_opinions(store: ObjectStore, name: str) -> list[Opinion]:
+def load_feedback_opinions(store: ObjectStore, name: str, since: datetime | None = None) -> list[Opinion]:
     """Return what clients say of images that a server kept: the newest of each name and key, the oldest first.
+
+    `since`: of that which came later alone.
 
     Raises:
         StoreError: the store cannot be read.
     """
-    said = read_feedback(store, name).table.to_pylist()
+    said = read_feedback(store, name, since).table.to_pylist()
     answers = _find_answered(store, name, {row["request_id"] for row in said})
     newest: dict[tuple[str, str, str], Opinion] = {}
     for row in said:

@@ -21,7 +21,8 @@ class Member:
     """One image before its side is known. `key` is that of its earlier version, else its group, else its sha256.
 
     `side` is given by an earlier version (`is_old`) or by the source; None: still to be decided. `learn`: it may become
-    train or val, but not test, because its source has a test folder of its own.
+    train or val, but not test, because its source has a test folder of its own. `excluded_near_test`: it is excluded
+    then, whatever `exclude_leaks` says.
     """
 
     sha256: str
@@ -29,6 +30,7 @@ class Member:
     group: str | None = None
     side: str | None = None
     learn: bool = False
+    excluded_near_test: bool = False
     is_old: bool = False
 
 
@@ -198,7 +200,8 @@ class _Placing:
         return bool(self.members[i].side) or (self.members[i].learn and "test" in sides)
 
     def _note_leak(self, one: int, other: int, pair: Pair | None) -> None:
-        if self.exclude_leaks and not self.members[one].is_old:
+        member = self.members[one]
+        if (self.exclude_leaks and not member.is_old) or (member.excluded_near_test and member.learn):
             self._exclude(one, other, pair)
         else:
             side = self.members[other].side or "learn"

@@ -27,7 +27,8 @@ class Item(NamedTuple):
     not read again. None: always read. `labels` is empty for an image that is for prediction only.
 
     `side` is the source's own split (train, val, test) or None. `test_is_given`: the source has its own test folder,
-    so that this image may only be divided between train and val. `captured_at` is ISO 8601.
+    so that this image may only be divided between train and val. `excluded_near_test`: that is a rule of ours, not the
+    source's word, so that near a test image it is excluded. `captured_at` is ISO 8601.
     """
 
     origin: str
@@ -39,6 +40,7 @@ class Item(NamedTuple):
     test_is_given: bool = False
     group: str | None = None
     captured_at: str | None = None
+    excluded_near_test: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,6 +330,7 @@ def _make_newcomer(found: _Found, earlier: ImageRecord | None) -> Newcomer:
         group=group,
         side=_find_given_side(found) or had,
         learn=learn,
+        excluded_near_test=any(one.item.excluded_near_test for one in found.same),
     )
 
 

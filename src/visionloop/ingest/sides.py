@@ -94,7 +94,10 @@ def _has(thumbs: dict[int, UInt8Array | None], *rows: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:
-    """An image that no earlier version has. `side` is its source's own; `learn`: its source has a test folder."""
+    """An image that no earlier version has. `side` is its source's own; `learn`: its source has a test folder.
+
+    `excluded_near_test` as in `Item`.
+    """
 
     sha256: str
     phash: str
@@ -103,6 +106,7 @@ class Newcomer:
     group: str | None
     side: str | None
     learn: bool
+    excluded_near_test: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,8 @@ def _find_touched(old: Sequence[ImageRecord], newcomers: Sequence[Newcomer], pai
 def _make_member(one: ImageRecord | Newcomer) -> Member:
     if isinstance(one, ImageRecord):
         return Member(one.sha256, one.key, one.group, one.side, is_old=True)
-    return Member(one.sha256, one.group or one.sha256, one.group, one.side, one.learn and not one.side)
+    learn = one.learn and not one.side
+    return Member(one.sha256, one.group or one.sha256, one.group, one.side, learn, one.excluded_near_test)
 
 
 def _make_leak(finding: FamilyLeak, people: Sequence[ImageRecord | Newcomer], families: Families) -> Leak:

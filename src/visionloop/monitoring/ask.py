@@ -223,7 +223,7 @@ class _Chooser:
         """Draw the share by lot: row -> probability; and return the other rows that may be asked about."""
         images, times = self.table[IMAGE].to_pylist(), self.table["time"].to_pylist()
         untils = [datetime.fromisoformat(one.until) for one in self.batches if one.until]
-        known, labelled = _find_known(self.workspace, self.batches)
+        known, labelled = _find_known(self.workspace, self.batches, self.since)
         known_n = np.array([one in known for one in images], bool)
         fresh_n = np.array([not untils or time >= max(untils) for time in times], bool)
         pool = np.flatnonzero(fresh_n & ~known_n)
@@ -258,16 +258,19 @@ def list_classes(workspace: Workspace, images: Sequence[Asked]) -> tuple[str, ..
     return tuple(sorted(names | {label for one in images for label in (*one.model, *one.proposed)}))
 
 
-def _find_known(workspace: Workspace, batches: Sequence[Batch]) -> tuple[frozenset[str], frozenset[str]]:
+def _find_known(
+    workspace: Workspace, batches: Sequence[Batch], since: datetime
+) -> tuple[frozenset[str], frozenset[str]]:
     """Return images that are in the dataset, asked about, or forgotten; and those that feedback has a label for.
 
+    Feedback on answers from `since` on came after them: what came before is not read.
     The lot does not leave out the latter: what clients send feedback on is not chance.
     """
     store, name = workspace.store, workspace.name
     version = latest_version(store, name)
     rows = {one.sha256 for one in load_version_records(store, version)} if version else set[str]()
     asked = {one.sha256 for batch in batches for one in batch.images}
-    said = {one.asked.sha256 for one in load_feedback_opinions(store, name) if not one.is_echo}
+    said = {one.asked.sha256 for one in load_feedback_opinions(store, name, since) if not one.is_echo}
     return frozenset(rows | asked | load_tombstones(store, name)), frozenset(said)
 
 

@@ -1,5 +1,6 @@
 """Which of the answers may enter the dataset: the rules by themselves, without a store."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from visionloop.data.acceptance import Accepted, settle
@@ -85,16 +86,26 @@ def test_only_one_person_is_believed_and_a_lot_is_a_lot_whoever_answers_first() 
     assert (both.who, both.reason, both.probability) == (("ann", "bob"), "random", 0.01)
 
 
-def test_what_was_accepted_stands_until_somebody_says_something_else_later() -> None:
+def test_feedback_does_not_replace_what_people_said_who_were_asked_though_its_client_is_believed() -> None:
+    opinions = [say("a", "cat"), say("a", "dog", "", client="gate", minutes=5), say("b", "dog", "", client="gate")]
+    first = settle(opinions[:1], {}, quota=9).labels[0]
+    settled = settle(opinions, {"a": replace(first, at=MONDAY.isoformat())}, quota=9, only="gate")
+    assert [one.sha256 for one in settled.labels] == ["b"]
+    assert [one.sha256 for one in settle(opinions, {}, quota=9, only="gate").labels] == ["b"]
+
+
+def test_what_was_accepted_stands_until_somebody_says_something_else() -> None:
+    """Also what was said before, and came into the store only after: whose clock is right does not matter."""
     opinions = [say("a", "cat"), say("a", "dog", "bob")]
-    known = {"a": Accepted("a", ("cat",), ("ann",), LOG, None, "", "", "", "novel", None, (), MONDAY.isoformat())}
+    known = {"a": replace(settle(opinions, {}, quota=9, only="ann").labels[0], at=MONDAY.isoformat())}
     assert settle(opinions, known, quota=9) == settle([], {}, quota=9)
-    assert settle([*opinions, say("a", "fox", "bob", minutes=5)], known, quota=9).conflicts
+    late = say("a", "fox", "cleo", minutes=-5)
+    assert settle([*opinions, late], known, quota=9).conflicts == {"a": "cleo: fox; ann: cat; bob: dog"}
     assert settle([say("a", "fox", minutes=5)], known, quota=9).labels[0].labels == ("fox",)
 
 
 def test_suspect_that_is_confirmed_changes_nothing() -> None:
-    one = Accepted("a", ("cat",), ("ann",), SUSPECTS, None, "", "", "", "suspect", None, ("cat",))
+    one = Accepted("a", ("cat",), ("ann",), SUSPECTS, None, "", "", "", "suspect", None, ("cat",), ())
     assert not one.changes
     assert Accepted(**{**one.to_json(), "labels": ("dog",)}).changes
 

@@ -55,6 +55,13 @@ def test_alone_the_side_is_the_hash_of_the_key() -> None:
     assert families.leaks == []
 
 
+def test_near_a_test_image_only_a_source_that_says_so_itself_keeps_its_image() -> None:
+    asked = make("c", learn=True, excluded_near_test=True)
+    families = place([Member("t", "t", None, "test", is_old=True), make("a", learn=True), asked], (1, 0), (2, 0))
+    assert (families.sides[1] in ("train", "val"), families.sides[2]) == (True, "excluded")
+    assert describe(families) == [("across", 1, 0), ("excluded", 2, 0)]
+
+
 def test_a_chain_takes_the_key_of_its_earliest_member() -> None:
     families = place([make("c"), make("b"), make("a")], (2, 1), (1, 0))
     assert families.keys == ["c", "c", "c"]

@@ -1,7 +1,8 @@
 """The labels that people gave images of the prediction log: answers to `visionloop review`, and feedback of clients.
 
 Only what is accepted is yielded. An image may come into test only if it was drawn by lot: of those that were chosen for
-their doubt a test side would be harder than the traffic, and what a client sends is its own choice.
+their doubt a test side would be harder than the traffic, and what a client sends is its own choice. For the same reason
+no client changes the label of a test image, and an image that was not drawn, and is like one of test, is excluded.
 """
 
 import re
@@ -25,6 +26,11 @@ def read_review(source: ReviewSource, context: SourceContext) -> Iterator[Item]:
 
 def read_feedback(source: FeedbackSource, context: SourceContext) -> Iterator[Item]:
     """Yield the images that the server kept and whose labels came as feedback."""
+    if context.answered and (number := context.answered.count_on_test()):
+        todo = "`visionloop suspects --serve` asks people"
+        context.tell(
+            f"source {source.name}: {number:,} labels of clients are of test images, which keep theirs: {todo}"
+        )
     return _read(source, context, "`visionloop review --accept` accepts feedback on images that the server kept")
 
 
@@ -36,7 +42,7 @@ def _read(source: ReviewSource | FeedbackSource, context: SourceContext, todo: s
     if not labels:
         context.tell(f"source {source.name}: no label is accepted yet: {todo}")
     for one in labels:
-        if one.kind != SUSPECTS or one.sha256 in answered.known:  # a suspect that was taken out is not brought back
+        if one.kind != SUSPECTS or one.sha256 in answered.sides:  # a suspect that was taken out is not brought back
             yield _make_item(source.name, one, answered)
 
 
@@ -51,6 +57,7 @@ def _make_item(source: str, one: Accepted, answered: Answered) -> Item:
         read=partial(_read_bytes, answered, one),
         stamp=one.sha256,
         test_is_given=not is_lot and one.kind != SUSPECTS,
+        excluded_near_test=not is_lot,
         captured_at=asked_at.isoformat() if asked_at else None,
     )
 
