@@ -14,8 +14,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DVC_NO_ANALYTICS = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export ORT_DISABLE_TELEMETRY = 1
-# Tests and benchmarks keep the tools' caches in the workspace (uv's own stays where it is shared).
-TIDY := XDG_CACHE_HOME="$(CURDIR)/.visionloop/cache" MPLCONFIGDIR="$(CURDIR)/.visionloop/matplotlib"
+# Tests and benchmarks keep the tools' caches in the workspace (uv's own stays where it is shared), and bytecode:
+# where a shell forbids it, each worker and each command compiles all of this project again.
+TIDY := PYTHONDONTWRITEBYTECODE= XDG_CACHE_HOME="$(CURDIR)/.visionloop/cache" MPLCONFIGDIR="$(CURDIR)/.visionloop/matplotlib"
 
 # The stamp names the folder: after `mv`, or when the Python below is gone, the environment is made anew.
 READY := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c '' 2>/dev/null && echo yes)
@@ -39,7 +40,7 @@ demo-loop: $(STAMP) ## drift, alarm, labels, retrain, swap, rollback, told step 
 	@$(BIN)/python flows/demo_loop.py
 
 test: check ## check, then every test but the long ones
-	@$(TIDY) $(BIN)/python -m pytest -n 3 -m "not long" tests/unit
+	@$(TIDY) $(BIN)/python -m pytest -n 2 -m "not long" tests/unit
 	@$(TIDY) $(BIN)/python -m pytest -n 3 -m "not long" --dist loadfile --no-loadscope-reorder tests --ignore=tests/unit
 
 test-long: $(STAMP) ## the slow repetitions that `make test` leaves out: other ends, Ray, all backbones

@@ -69,7 +69,7 @@ def close_died(run_id: str) -> bool:
                 if one.state is None or not one.state.is_final():
                     client.set_task_run_state(one.id, crashed, force=True)
             client.set_flow_run_state(found.id, crashed, force=True)
-        told.keep_crashed(client.read_flow(found.flow_id), found, crashed)
+            told.keep_crashed(client.read_flow(found.flow_id), found, crashed)
     except (ObjectNotFound, ValueError):
         return False
     except (httpx.HTTPError, PrefectException) as exc:
