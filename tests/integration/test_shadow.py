@@ -120,3 +120,32 @@ def test_a_shadow_that_crashes_or_gives_nan_hurts_no_answer(home: Path) -> None:
     assert {row["prediction"] for row in rows} == {None}
     assert {row["problem"] for row in rows} == {"RuntimeError", "its probabilities are not finite"}
     assert len(read_predictions(store, "fake").table) == 13
+
+
+def test_a_model_that_cannot_be_compared_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(home / "others", classes=("a", "b"))
+    for arguments, said in [
+        (("report",), "shadow of fake: there was none"),
+        (("stop",), "there was none"),
+        (("start", str(home / "bundle-1")), "is the champion"),
+        (("start", "fake@champion"), "is the champion"),
+        (("start", str(home / "others")), "is binary with 2 classes, and not all as the champion's"),
+        (("start", str(home / "nothing")), "does not exist"),
+        (("start", str(home / "candidate"), "--share", "0"), "--share: got 0; expected a number above 0, up to 1"),
+    ]:
+        assert run_here(monkeypatch, "shadow", *arguments) == 2
+        assert said in capsys.readouterr().err
+    assert read_order(LocalStore(home / "store"), "fake") is None
+
+
+def test_a_report_without_answers_says_what_to_wait_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, "shadow", "start", str(home / "candidate")) == 0
+    assert run_here(monkeypatch, "shadow", "report") == 0
+    assert "no answers to compare yet" in capsys.readouterr().out
+    assert run_here(monkeypatch, "shadow", "stop") == 0
+    assert run_here(monkeypatch, "shadow", "stop") == 0
+    assert "was stopped" in capsys.readouterr().out
