@@ -20,7 +20,7 @@ COMMANDS = (  # of the command line, as agreed
     *("start", "new", "ingest", "datasets", "forget", "prepare", "embed", "train", "evaluate", "gate"),
     *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store", "runs", "tune"),
     *("lr-find", "similar", "map", "suspects", "explain", "export", "compare", "approve", "lineage", "keys"),
-    *("predictions", "monitor", "triggers", "review", "up", "status", "down", "ui", "retrain", "schedule"),
+    *("predictions", "monitor", "triggers", "review", "up", "status", "down", "ui", "retrain", "schedule", "shadow"),
 )
 NUM_GOLDEN = 4
 GRID = 4

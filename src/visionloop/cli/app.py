@@ -28,7 +28,7 @@ GROUPS = {
     "Training, step by step": ("prepare", "embed", "train", "evaluate", "lr-find", "tune", "runs", "explain"),
     "The verdict": ("gate", "approve", "register", "promote", "rollback", "history", "compare", "lineage"),
     "Answers": ("serve", "predict", "export", "keys"),
-    "The loop": ("predictions", "monitor", "review", "triggers", "schedule"),
+    "The loop": ("predictions", "monitor", "review", "triggers", "schedule", "shadow"),
     "What runs here": ("up", "status", "down", "ui", "doctor"),
 }
 

@@ -40,6 +40,7 @@ def main() -> None:
         review,
         runs,
         serving,
+        shadow,
         stages,
         triggers,
         tune,

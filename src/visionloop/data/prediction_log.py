@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.day_table import IMAGE, DayReader, DayTable, drop_images, encode_table, expire
 from visionloop.data.manifest import make_image_key
+from visionloop.data.shadow import SHADOW
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ObjectMissing
 
@@ -248,14 +249,14 @@ def tidy(store: "ObjectStore", name: str, *, now: datetime, keep_days: int | Non
     today = now.astimezone(UTC).date()
     expired = expire_log(store, name, now=now, keep_days=keep_days) if keep_days is not None else 0
     merged = DayReader(PREDICTIONS, store, name).merge(today, partial(load_tombstones, store, name))
-    merged += sum(DayReader(table, store, name).merge(today) for table in (FEEDBACK, REQUESTS))
+    merged += sum(DayReader(table, store, name).merge(today) for table in (FEEDBACK, REQUESTS, SHADOW))
     return Tidied(expired, merged)
 
 
 def expire_log(store: "ObjectStore", name: str, *, now: datetime, keep_days: int) -> int:
     """Remove what was written down more than `keep_days` days ago; return how many objects that were."""
     before = now.astimezone(UTC).date() - timedelta(days=keep_days)
-    kinds = (PREDICTIONS.kind, FEEDBACK.kind, REQUESTS.kind, KEPT)
+    kinds = (PREDICTIONS.kind, FEEDBACK.kind, REQUESTS.kind, SHADOW.kind, KEPT)
     return sum(expire(store, f"{kind}/{name}", before) for kind in kinds)
 
 

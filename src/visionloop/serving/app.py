@@ -6,6 +6,7 @@ A wrong request gets a 4xx. A full server, or one without a model, answers 503. 
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from fastapi import Depends, FastAPI
 
@@ -17,12 +18,13 @@ from visionloop.serving.envelope import ERROR_KINDS, Envelope, answer_error, che
 from visionloop.serving.explain import add_explain
 from visionloop.serving.feedback import FeedbackBook, add_feedback
 from visionloop.serving.inference import INFER, add_inference
-from visionloop.serving.log import PredictionLog
+from visionloop.serving.log import Noted, PredictionLog
 from visionloop.serving.metrics import Meters
 from visionloop.serving.page import add_page
 from visionloop.serving.predict import PREDICT, add_predict
 from visionloop.serving.schemas import complete_document
 from visionloop.serving.service import Service
+from visionloop.serving.shadow import Shadow
 from visionloop.serving.similar import add_similar
 from visionloop.serving.state import add_reload, add_state
 from visionloop.serving.swap import ModelSlot
@@ -39,14 +41,17 @@ def make_app(
     log: PredictionLog | None = None,
     book: FeedbackBook | None = None,
     store: ObjectStore | None = None,
+    shadow: Shadow | None = None,
 ) -> FastAPI:
     """Build the application. The model in `slot` may change, or be missing, at any time.
 
     `look_now` looks at the ledger, and may take as long as that takes; None: the server follows none. With a `log`
     answers are written down; a `book` takes feedback on them. `store` has the pictures of what /similar names.
+    A `shadow` answers some of them too, for itself.
     """
     limits, access = limits or Limits(), access or Access()
     meters = Meters(slot, lambda: batcher.depth, lambda: access.has_problem, log, book)
+    meters.shadow = shadow
     batcher = Batcher(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
@@ -60,7 +65,11 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher.start()
+        if shadow:
+            shadow.start(batcher)
         yield
+        if shadow:
+            await shadow.stop()
         await batcher.stop()
 
     app = FastAPI(title="visionloop", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -69,9 +78,10 @@ def make_app(
     for kind in ERROR_KINDS:
         app.add_exception_handler(kind, answer_error)
     service = Service(slot, Inbox(limits), batcher)
-    add_predict(app, service, meters, log)
+    note = partial(_note, log, shadow) if log else None
+    add_predict(app, service, meters, note)
     add_feedback(app, service.require_model, service.inbox, book)
-    add_inference(app, service, meters, log)
+    add_inference(app, service, meters, note)
     add_similar(app, service, store)
     add_explain(app, service)
     add_video(app, service)
@@ -80,3 +90,9 @@ def make_app(
     add_page(app)
     complete_document(app)
     return app
+
+
+def _note(log: PredictionLog, shadow: Shadow | None, noted: Noted) -> None:
+    log.note(noted)
+    if shadow:
+        shadow.offer(noted)

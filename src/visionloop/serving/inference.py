@@ -16,9 +16,8 @@ from visionloop import __version__
 from visionloop.errors import ImageError, shorten
 from visionloop.serving.answers import Answer
 from visionloop.serving.body import LARGE_BYTES, RequestError, Upload
-from visionloop.serving.log import PredictionLog
 from visionloop.serving.metrics import Meters
-from visionloop.serving.predict import note_answers
+from visionloop.serving.predict import Note, note_answers
 from visionloop.serving.service import Deadline, Service
 from visionloop.serving.swap import ServedModel
 from visionloop.serving.tensors import BINARY, REQUEST_SCHEMA, make_response, read_request
@@ -116,8 +115,8 @@ _BODY = {
 }
 
 
-def add_inference(app: FastAPI, service: Service, meters: Meters, log: PredictionLog | None) -> None:
-    """Add the routes. With a log the answers for encoded images are written down."""
+def add_inference(app: FastAPI, service: Service, meters: Meters, note: Note | None) -> None:
+    """Add the routes. `note` is called with each answer for an encoded image."""
     _add_health(app, service)
     _add_models(app, service)
     reading = asyncio.Lock()
@@ -163,8 +162,8 @@ def add_inference(app: FastAPI, service: Service, meters: Meters, log: Predictio
             meters.count_prediction(answer)
             meters.count_timing(answer.timing)
         files = [Upload(None, image, in_list=True) for image in images if isinstance(image, bytes)]
-        if log and files:
-            note_answers(log, request, model, files, answers)
+        if note and files:
+            note_answers(note, request, model, files, answers)
         return make_response(asked_for, model, answers, request.state.request_id)
 
 

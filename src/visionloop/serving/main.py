@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Never, cast
+from typing import Any, Never, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from visionloop.data.known_store import check_store
-from visionloop.engines import Open, make_opener
+from visionloop.engines import Open, make_opener, open_plainly
 from visionloop.errors import ServingError
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
@@ -35,6 +35,7 @@ from visionloop.serving.envelope import JsonLines, request_log
 from visionloop.serving.feedback import FeedbackBook
 from visionloop.serving.keys import Keys
 from visionloop.serving.log import SPOOL, PredictionLog
+from visionloop.serving.shadow import Shadow
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
 from visionloop.store import open_store
 from visionloop.workspace import Workspace
@@ -93,10 +94,13 @@ def run_server(
         try:
             look_now = follower.look_now if follower else None
             with _write_log(workspace, is_on=serve.log and not is_trial) as (prediction_log, book):
+                shadow = _make_shadow(workspace) if follower and prediction_log else None
+                if follower and shadow:
+                    follower.after_look = shadow.follow
+                    stack.callback(shadow.flush)
                 pictures = open_store(workspace.settings.store_url)
-                app = make_app(
-                    slot, make_limits(serve), access, look_now, log=prediction_log, book=book, store=pictures
-                )
+                kept: dict[str, Any] = {"log": prediction_log, "book": book, "store": pictures, "shadow": shadow}
+                app = make_app(slot, make_limits(serve), access, look_now, **kept)
                 url, model = _make_url(host, socks[0]), cast(ServedModel, slot.current)
                 _Server(app, serve, slot, lambda: on_ready(url, model.why)).run(socks)
         finally:
@@ -122,6 +126,17 @@ def _write_log(
         yield prediction_log, FeedbackBook(workspace.name, store, serve, check=check)
     finally:
         prediction_log.stop()
+
+
+def _make_shadow(workspace: Workspace) -> Shadow:
+    threads = workspace.params.serve.threads
+    return Shadow(
+        workspace.name,
+        open_store(workspace.settings.store_url),
+        workspace.settings.hidden_dir / "shadow",
+        open_model=lambda bundle: open_plainly(bundle, threads=threads).predictor,
+        flush_s=workspace.params.serve.log_flush_s,
+    )
 
 
 def make_limits(serve: Serve) -> Limits:

@@ -12,6 +12,7 @@ from visionloop.records import Prediction
 from visionloop.serving.answers import Timing
 from visionloop.serving.feedback import FeedbackBook
 from visionloop.serving.log import PredictionLog
+from visionloop.serving.shadow import Shadow
 from visionloop.serving.swap import ModelSlot
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -33,6 +34,7 @@ class Meters:
     ) -> None:
         self._slot, self._queue_depth, self._keys_problem = slot, queue_depth, keys_problem
         self._log, self._book = log, book
+        self.shadow: Shadow | None = None
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "visionloop_requests", "Requests for a prediction by outcome", ["outcome"], registry=self._registry
@@ -127,6 +129,19 @@ class Meters:
             items.add_metric(["taken"], self._book.num_taken)
             items.add_metric(["refused"], self._book.num_refused)
             yield items
+        if self.shadow:
+            yield from _collect_shadow(self.shadow)
+
+
+def _collect_shadow(shadow: Shadow) -> Iterator[Metric]:
+    """Yield whether there is a shadow, and what became of its images."""
+    yield GaugeMetricFamily("visionloop_shadow", "1 while a second model answers some images too", shadow.is_on)
+    yield GaugeMetricFamily("visionloop_shadow_problem", "1 while a shadow is wanted and refused", bool(shadow.problem))
+    images = CounterMetricFamily("visionloop_shadow_images", "Images for the shadow", labels=["state"])
+    counts = {"answered": shadow.num_answered, "failed": shadow.num_failed, "dropped": shadow.num_dropped}
+    for state, number in counts.items():
+        images.add_metric([state], number)
+    yield images
 
 
 def _collect_log(log: PredictionLog) -> Iterator[Metric]:

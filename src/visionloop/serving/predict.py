@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -12,7 +12,7 @@ from visionloop.errors import ImageError
 from visionloop.serving.answers import Answer
 from visionloop.serving.body import Upload
 from visionloop.serving.envelope import name_request
-from visionloop.serving.log import Noted, PredictionLog
+from visionloop.serving.log import Noted
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import (
     ERRORS,
@@ -28,9 +28,11 @@ from visionloop.serving.swap import ServedModel
 PREDICT = "/predict"
 MAX_TOP_K = 1_000_000
 
+Note = Callable[[Noted], None]
 
-def add_predict(app: FastAPI, service: Service, meters: Meters, log: PredictionLog | None) -> None:
-    """Add the route. With a log each answer is written down."""
+
+def add_predict(app: FastAPI, service: Service, meters: Meters, note: Note | None) -> None:
+    """Add the route. `note` is called with each answer."""
 
     @app.post(
         PREDICT,
@@ -63,8 +65,8 @@ def add_predict(app: FastAPI, service: Service, meters: Meters, log: PredictionL
             if isinstance(answer, Answer):
                 meters.count_prediction(answer)
                 meters.count_timing(answer.timing)
-        if log:
-            note_answers(log, request, model, uploads, answers)
+        if note:
+            note_answers(note, request, model, uploads, answers)
         described = make_answer(
             uploads, answers, lambda answer: _describe(answer, top_k, embedding=embedding), request.state.request_id
         )
@@ -72,20 +74,20 @@ def add_predict(app: FastAPI, service: Service, meters: Meters, log: PredictionL
 
 
 def note_answers(
-    log: PredictionLog,
+    note: Note,
     request: Request,
     model: ServedModel,
     uploads: Sequence[Upload],
     answers: Sequence[Answer | ImageError],
 ) -> None:
-    """Note the answers in the prediction log. It waits for nothing."""
+    """Note the answers, for the prediction log and the shadow. It waits for nothing."""
     state, at_s = request.state, time.time()
     total_ms = 1000 * (time.perf_counter() - state.started)
     for number, (upload, answer) in enumerate(zip(uploads, answers, strict=True)):
         if isinstance(answer, Answer):
             request_id = name_image(state.request_id, number, is_only=is_single(uploads))
             client = getattr(state, "who", None)
-            log.note(Noted(request_id, at_s, model, upload.data, answer, total_ms, state.client_request_id, client))
+            note(Noted(request_id, at_s, model, upload.data, answer, total_ms, state.client_request_id, client))
 
 
 def _describe(answer: Answer, top_k: int | None, *, embedding: bool) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _may_go_on(current: ServedModel, entry: LedgerEntry) -> bool:
     return list_candidates(bundle, entry.runtimes) == list_candidates(bundle, current.approved)
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Hand the memory of the model before back to the system; glibc keeps it: 300 MB after some swaps of ResNet18."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
         ctypes.CDLL(None).malloc_trim(0)
@@ -116,6 +116,7 @@ class ChampionFollower:
         self._stopping = threading.Event()
         self._looking = threading.Lock()
         self._thread: threading.Thread | None = None
+        self.after_look: Callable[[], None] = lambda: None  # must not raise
 
     def load_first(self) -> None:
         """Load the champion; if the store is away, the model that was served last. Else fail, and say why.
@@ -171,6 +172,7 @@ class ChampionFollower:
         while not self._stopping.wait(self._poll_s):
             with self._looking:
                 self.poll_once(time.monotonic())
+            self.after_look()
 
     def _check_once(self) -> None:
         if not self._is_checked:
@@ -206,7 +208,7 @@ class ChampionFollower:
         else:
             self.slot.current = self._load(entry)
             current = None
-            _give_memory_back()
+            give_memory_back()
         self._remember(entry)
         self.slot.num_swaps += 1
         self._clear_problem()
