@@ -2,8 +2,7 @@
 
 An image that arrives alone does not wait for others. Where clients leave, and the oldest image has waited for long, the
 newest goes first: its client is the likeliest to be there still. What nobody waits for any more is dropped before it is
-decoded, and before the network.
-All methods belong to one event loop.
+decoded, and before the network. All methods belong to one event loop.
 """
 
 import asyncio
