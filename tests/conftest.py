@@ -37,21 +37,26 @@ for name in [n for n in os.environ if n in FOREIGN or n.startswith("VISIONLOOP_"
 
 # Those that take longest begin first: the last of them would else run alone.
 SLOW = (
-    "ranks",
+    "what_stays",
     "kills",
     "readme",
-    "what_stays",
     "start",
     "flow_errors",
     "own_images",
-    "bucket_loop",
-    "dvc_views",
-    "mlflow_pages",
-    "lying_state",
     "training_kills",
+    "ranks",
+    "mlflow_pages",
+    "dvc_views",
+    "up",
+    "demo_loop",
     "training",
+    "extras",
+    "lying_state",
+    "bucket_loop",
     "all_backbones",
     "abstaining",
+    "leaks",
+    "server_overload",
 )
 
 

@@ -1,6 +1,8 @@
-"""What several files need: a real Prefect server, and a workspace that a flow has retrained."""
+"""What several files need: a real Prefect server, and a workspace with a champion."""
 
+import contextlib
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -11,11 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from shapes import make_environment, make_workspace, retrain, write_shapes
+from shapes import make_environment, make_workspace, visionloop, write_shapes
 
 START_S = 90
+
+
+def stop(server: psutil.Process) -> None:
+    """Stop a server, of this process or of another."""
+    server.terminate()
+    try:
+        server.wait(timeout=20)
+    except psutil.TimeoutExpired:
+        server.kill()
 
 
 class PrefectServer:
@@ -45,17 +57,13 @@ class PrefectServer:
         raise AssertionError(f"no Prefect server at {self.url} after {START_S} s")
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(psutil.Process(self.process.pid))
 
 
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
+@pytest.fixture
+def own_prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
+    """A server for one test, which may restart it."""
+    server = PrefectServer(tmp_path)
     server.start()
     try:
         yield server
@@ -64,29 +72,60 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
 
 
 @pytest.fixture(scope="session")
-def prefect_api(prefect_server: PrefectServer) -> str:
-    """The address of the server."""
-    return prefect_server.url
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Wait until no other worker is at it."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
-def retrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workspace with a champion, and what the flow said: one of its new files is no image. Tests work on copies.
+def prefect_api(shared_folder: Path) -> Iterator[str]:
+    """The address of a server: it costs 15 CPU seconds, so all workers use one. Ask it about your own workspace only.
+
+    The first who needs it starts it; who uses it holds a lock that many can hold; who can have it alone is the last.
+    """
+    home = shared_folder / "prefect"
+    home.mkdir(exist_ok=True)
+    with (home / "users").open("w") as users:
+        with hold(home / "lock"):
+            if not (home / "running.json").is_file():
+                server = PrefectServer(home)
+                server.start()
+                (home / "running.json").write_text(json.dumps([server.url, server.process.pid]))
+            url, pid = json.loads((home / "running.json").read_text())
+            fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            yield url
+        finally:
+            with hold(home / "lock"), contextlib.suppress(BlockingIOError, psutil.NoSuchProcess):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (home / "running.json").unlink()
+                stop(psutil.Process(pid))
+
+
+@pytest.fixture(scope="session")
+def retrained(shared_folder: Path) -> tuple[Path, str]:
+    """A workspace with a champion, and what was said: one of its new files is no image. Tests work on copies.
 
     It is made once: where tests run side by side, the second process waits for the first.
     """
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    home, said = root / "retrained" / "ws", root / "retrained" / "said.txt"
-    with (root / "retrained.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    home, said = shared_folder / "retrained" / "ws", shared_folder / "retrained" / "said.txt"
+    with hold(shared_folder / "retrained.lock"):
         if not said.is_file():
-            said.write_text(make_retrained(home, request.getfixturevalue("prefect_api")))
+            said.write_text(make_retrained(home))
     return home, said.read_text()
 
 
-def make_retrained(home: Path, prefect_api: str) -> str:
-    """Make the workspace, and return what the flow said."""
+def make_retrained(home: Path) -> str:
+    """Make the workspace, and return what `start` said."""
     make_workspace(home, number=40)
     photos = write_shapes(home.parent / "new", 20, seed=5)
     (photos / "disc" / "notes.jpg").write_text("not a photo")
@@ -94,7 +133,7 @@ def make_retrained(home: Path, prefect_api: str) -> str:
     before = params.read_text()
     source = f"ingest: {{sources: [{{kind: folder, path: {photos}}}]}}"
     params.write_text(before.replace("name: shapes\n", f"name: shapes\n{source}\n"))
-    done = retrain(home, PREFECT_API_URL=prefect_api)
+    done = visionloop(home, "start")
     assert done.returncode == 0, done.stderr
     params.write_text(before)
     return done.stdout

@@ -30,6 +30,8 @@ def ask(home: Path, *argv: str) -> "subprocess.CompletedProcess[str]":
     return done
 
 
+# Long: each step of it on a bucket is in test_s3_setup, test_s3 and test_store_away, the digits in test_readme.
+@pytest.mark.long
 def test_digits_from_images_to_a_champion_that_another_machine_uses(
     seaweed_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

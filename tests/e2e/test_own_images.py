@@ -157,16 +157,16 @@ def test_rollback_makes_the_first_champion_the_champion_again(home: Path) -> Non
 
 @pytest.mark.long
 def test_a_restarted_prefect_server_neither_ends_a_run_nor_blocks_the_next(
-    home: Path, prefect_server: "PrefectServer"
+    home: Path, own_prefect_server: "PrefectServer"
 ) -> None:
-    api, path = prefect_server.url, home / "params.yaml"
+    api, path = own_prefect_server.url, home / "params.yaml"
     path.write_text(path.read_text().replace("max_epochs: 4", "max_epochs: 30"))
     before = list_ledger(home)[-1]["number"]
     with serve_schedule(home, api) as process:
         run_id = start_run(api)
         wait_until_it_trains(home)
-        prefect_server.stop()
-        prefect_server.start()
+        own_prefect_server.stop()
+        own_prefect_server.start()
         assert wait_for_run(api, process, run_id)["state_name"] == "Promoted"
         assert wait_for_run(api, process, start_run(api))["state_name"] == "Unchanged"
     assert list_ledger(home)[-1]["number"] == before + 1

@@ -132,6 +132,8 @@ def test_run_again_says_nothing_changed_and_moves_nothing(demo: Demo, prefect_ap
     assert read_times(demo.home) == before
 
 
+# Long: what a change runs again is in test_flow_errors and test_what_stays, on shapes.
+@pytest.mark.long
 def test_only_what_depends_on_a_changed_parameter_runs(demo: Demo, prefect_api: str) -> None:
     path = demo.home / "params.yaml"
     before = path.read_text()

@@ -6,13 +6,14 @@ The tests are one story: each goes on where the one before ended.
 import json
 import shutil
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from shapes import ROOT, retrain, set_train, visionloop
+from shapes import ROOT, find_flow_run, retrain, set_train, visionloop
 
 DAMAGE = (
     "golden/answers.json is missing or differs from its digest in file://{home}/.visionloop/store; expected the files "
@@ -58,18 +59,15 @@ def edit(home: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
-def read_last_run(api: str) -> tuple[str, str]:
-    query = {"sort": "START_TIME_DESC", "limit": 1}
-    (run,) = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False).json()
+def read_last_run(api: str, home: Path) -> tuple[str, str]:
+    run = find_flow_run(api, home)
     return run["state_name"], run["state_type"]
 
 
-def read_artifact(api: str) -> str:
-    query = {
-        "artifacts": {"key": {"like_": "retrain-shapes-%"}, "type": {"any_": ["markdown"]}},
-        "sort": "CREATED_DESC",
-        "limit": 1,
-    }
+def read_artifact(api: str, home: Path) -> str:
+    """The last page of this workspace: the key has a digest of its address."""
+    key = f"retrain-shapes-{sha256(str(home).encode()).hexdigest()[:6]}%"
+    query = {"artifacts": {"key": {"like_": key}, "type": {"any_": ["markdown"]}}, "sort": "CREATED_DESC", "limit": 1}
     (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
     return str(artifact["data"])
 
@@ -83,9 +81,9 @@ def test_a_server_that_cannot_start_stops_before_the_ledger(
         "error: server, tried before it is needed: did not start (no such symbol); expected a server that listens.\n"
     )
     (entry,) = list_ledger(home)
-    assert read_last_run(prefect_api) == ("Failed", "FAILED")
+    assert read_last_run(prefect_api, home) == ("Failed", "FAILED")
     page = "# shapes: retrain failed\n\nerror: server, tried before it is needed: did not start"
-    assert read_artifact(prefect_api).startswith(page)
+    assert read_artifact(prefect_api, home).startswith(page)
     assert [path.name for path in (home / ".visionloop" / "store" / "bundles").iterdir()] == [entry["bundle"]]
 
 
@@ -99,7 +97,7 @@ def test_after_a_rollback_a_run_with_nothing_changed_promotes_nothing(home: Path
     assert f"\nbundle {bad} was rolled back from by {before[2]['by']} on " in done.stdout
     assert "(entry 3): it barks; it stays down\n" in done.stdout
     assert list_ledger(home) == before
-    assert read_last_run(prefect_api) == ("Unchanged", "COMPLETED")
+    assert read_last_run(prefect_api, home) == ("Unchanged", "COMPLETED")
     copy = shutil.copytree(home.parent / "photos", home.parent / "copied")
     assert "new places of known ones" in visionloop(home, "ingest", str(copy)).stdout
     done = visionloop(home, "start")
@@ -116,8 +114,8 @@ def test_a_change_that_yields_the_same_bundle_is_refused_by_the_rule(home: Path,
         assert done.stderr.startswith(
             f"not promoted: gate: the candidate is {still}refused by the rule rolled_back (rolled back from by "
         )
-        assert read_last_run(prefect_api) == (("Unchanged" if still else "Refused"), "CANCELLED"), "no green"
-        assert "| gate: rolled_back | FAIL: rolled back from by " in read_artifact(prefect_api)
+        assert read_last_run(prefect_api, home) == (("Unchanged" if still else "Refused"), "CANCELLED"), "no green"
+        assert "| gate: rolled_back | FAIL: rolled back from by " in read_artifact(prefect_api, home)
     assert list_ledger(home) == before
 
 

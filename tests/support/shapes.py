@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -107,6 +108,13 @@ def start_training(home: Path, *, stderr: int = subprocess.STDOUT) -> "subproces
 def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run the flow on a workspace, from the repository."""
     return run(ROOT, sys.executable, "flows/retrain.py", "--workspace", str(home), **extra)
+
+
+def find_flow_run(api: str, home: Path) -> dict[str, Any]:
+    """Return the last run of a flow on a workspace: a server of Prefect may have those of others, too."""
+    query = {"sort": "START_TIME_DESC", "limit": 100}
+    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False).json()
+    return next(run for run in runs if run["parameters"].get("workspace") == str(home))
 
 
 def make_workspace(
