@@ -57,7 +57,7 @@ class Accepted(Record):
     reason: str
     probability: float | None
     before: Labels
-    heard: Labels
+    heard: Labels = ()
     at: str = ""
 
     @property
