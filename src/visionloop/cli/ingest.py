@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Quiet, app, say_next
+from visionloop.cli.waiting import make_progress
 from visionloop.settings import PARAMS_FILE, load_settings
 from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
@@ -94,6 +94,7 @@ def ingest(
     allow_new_classes: NewClasses = False,
     relabel: Relabel = False,
     prune: Prune = False,
+    quiet: Quiet = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -131,9 +132,10 @@ def ingest(
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
-    _pull(workspace, sources, wanted)
+    _pull(workspace, sources, wanted, quiet=quiet)
     if what is not None:
         _save(workspace, sources[0], text)
+    say_next("`visionloop start` trains and judges, `visionloop datasets show` looks at the images", quiet=quiet)
 
 
 def _save(workspace: "Workspace", source: "Source", text: str) -> None:
@@ -156,7 +158,7 @@ def _open_known() -> "Workspace":
     return workspace
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool], *, quiet: bool) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -166,8 +168,8 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[s
         sources=sources,
         now=get_now(),
         env=os.environ,
-        tell=print,
-        on_progress=make_progress("checked", "images"),
+        tell=(lambda line: None) if quiet else print,
+        on_progress=make_progress("checked", "images", quiet=quiet),
         **wanted,
     )
     for line in describe_pull(report):

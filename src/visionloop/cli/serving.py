@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.stages import die_with_guardian
+from visionloop.cli.waiting import make_progress, show_waiting
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
@@ -45,6 +45,7 @@ def predict(
     pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save each image with its answer there, as .png.")
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
@@ -76,7 +77,7 @@ def predict(
     tell: Callable[[str], None] = (lambda line: None) if as_json else print
     saved = AnswerPictures(pictures, files) if pictures else None
     predictor = _open_predictor(workspace, bundle, len(files), tell)
-    progress = make_progress("answered", "images", quiet=as_json or len(files) <= 64)
+    progress = make_progress("answered", "images", quiet=quiet or as_json or len(files) <= 64)
     show = Shown(width=0, top=top or (3 if len(files) <= FEW else 1), most=len(files), tell=tell)
     show.width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
     if table is None:
@@ -190,6 +191,8 @@ def explain(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the picture (PNG).")] = Path("explained.png"),
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Draw which parts of an image hold up the answer: each is covered in turn, and the network is asked again.
 
@@ -210,7 +213,8 @@ def explain(
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     card = predictor.card
     array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
-    found = run_explain(predictor, array, name)
+    with show_waiting("covering part after part", quiet=quiet):
+        found = run_explain(predictor, array, name)
     write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
     print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
 
@@ -219,6 +223,8 @@ def explain(
 def export(
     model: Annotated[str, typer.Argument(help="champion, a bundle's folder, NAME@champion, NAME@3 or s3://...")],
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model for people without visionloop: ONNX, classes, example images, and a program of one page.
 
@@ -235,11 +241,12 @@ def export(
     predictor = load_champion(workspace) if model == "champion" else load_model(model, lambda: workspace)
     address = f"{workspace.name}@champion" if model == "champion" else model
     approved = list_approved(predictor, address, workspace)
-    names = write_handout(predictor, folder, approved)
+    with show_waiting(f"writing {folder}", quiet=quiet):
+        names = write_handout(predictor, folder, approved)
     print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
     for line in describe_engines(predictor, approved):
         print(line)
-    print(f"try it:  python {folder}/predict.py --check")
+    say_next(f"`python {folder}/predict.py --check` tries it", quiet=quiet)
 
 
 @app.command()
