@@ -36,6 +36,7 @@ EncoderOption = Annotated[
     ),
 ]
 SHOWN = 10
+KEEP = "Keep or remove it, or name another folder: `--out DIR`."
 
 
 @app.command()
@@ -205,8 +206,7 @@ def suspects(
     corrections = folder / "corrections.csv"
     writes = not serve and (out is not None or not as_json)
     if corrections.exists() and writes:
-        todo = "Keep or remove it, or name another folder: `--out DIR`."
-        raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
+        raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", KEEP)
     with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json):
         found, agreement = find_suspects(album, neighbours)
     answered, number = find_answered(workspace), len(found)
@@ -216,25 +216,17 @@ def suspects(
         counts = {"num_images": len(album.records), "num_found": len(found), "num_answered": number - len(found)}
         print_json({**describe_for_machines(album, agreement, shown), **counts})
     else:
-        for line in _describe_agreement(album, agreement):
+        head = f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt"
+        answers = [f"{number - len(found):,} more have an answer of a person already"] * (number > len(found))
+        for line in (*_describe_agreement(album, agreement), *answers, head, *_describe_suspects(album, shown)):
             print(line)
-        if number > len(found):
-            print(f"{number - len(found):,} more have an answer of a person already")
-        print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
-        for line in _describe_suspects(album, shown):
-            print(line)
-    if not shown or not (writes or serve):
-        return
-    if serve:
+    if shown and serve:
         serve_page(workspace, ask_about(workspace, album, shown, now=datetime.now(UTC)), by=by or get_user())
-        return
-    write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
-    write_picture(corrections, encode_corrections(album, shown).encode())
-    if as_json:
-        return
-    print(f"look at {folder / 'suspects.png'}")
-    print(f"edit {corrections}: remove the lines where the label was right; then put it under")
-    print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
+    elif shown and writes:
+        write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
+        write_picture(corrections, encode_corrections(album, shown).encode())
+        for line in [] if as_json else _describe_files(folder):
+            print(line)
 
 
 def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None:
@@ -319,6 +311,14 @@ def _describe_matches(album: "Album", query: "QueryImage", matches: "list[Simila
             f"  {record.sha256[:12]}  {fit(album.get_origin(match.row), 60)}{same}"
         )
     return lines
+
+
+def _describe_files(folder: Path) -> list[str]:
+    return [
+        f"look at {folder / 'suspects.png'}",
+        f"edit {folder / 'corrections.csv'}: remove the lines where the label was right; then put it under",
+        "`ingest.corrections` in params.yaml, and run `visionloop ingest`",
+    ]
 
 
 def _describe_agreement(album: "Album", agreement: "Agreement | None") -> list[str]:

@@ -65,14 +65,8 @@ def forget(
     if not yes:
         confirm()
     with show_waiting("forgetting", quiet=quiet) as tell:
-        done = run_forget(
-            workspace,
-            wanted,
-            now=get_now(),
-            by=get_user(),
-            why=why,
-            tell=lambda line: None if quiet else tell(f"removing {line}"),
-        )
+        tell_gone = (lambda line: None) if quiet else (lambda line: tell(f"removing {line}"))
+        done = run_forget(workspace, wanted, now=get_now(), by=get_user(), why=why, tell=tell_gone)
     if done.version:
         pinned = ", which is pinned now" if done.pin_moved else ""
         print(f"dataset {name} version {done.version.version} holds {done.version.num_images:,} images{pinned}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
+NEXT = "`visionloop start` trains and judges, `visionloop datasets show` looks at the images"
 TABLE_OPTIONS = {
     "image": "image-column",
     "label": "label-column",
@@ -118,8 +119,8 @@ def ingest(
     from visionloop.ingest.pull import check_sources
 
     given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
-    given |= {"image_column": image_column, "label_column": label_column, "separator": separator}
-    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None, "save": save or None}
+    given |= {"image_column": image_column, "label_column": label_column, "separator": separator, "save": save or None}
+    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None}
     if dry_run:
         _print_dry_run(what, given)
         return
@@ -133,15 +134,16 @@ def ingest(
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
     _pull(workspace, sources, wanted, quiet=quiet)
-    if what is not None:
-        _save(workspace, sources[0], text)
-    say_next("`visionloop start` trains and judges, `visionloop datasets show` looks at the images", quiet=quiet)
+    _save(workspace, None if what is None else sources[0], text)
+    say_next(NEXT, quiet=quiet)
 
 
-def _save(workspace: "Workspace", source: "Source", text: str) -> None:
+def _save(workspace: "Workspace", source: "Source | None", text: str) -> None:
     """Write the params that declare a source, if they are wanted; else tell how."""
     from visionloop.params.edit import write_params
 
+    if source is None:
+        return
     if not text:
         print("to pull it on every run, say --save")
         return
