@@ -25,6 +25,7 @@ from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
+INSTALL = "Run `pip install 'visionloop[train,serve,flows]'`, or `make install` in a clone."
 LEAST_FREE_GB = 5
 OF_THE_STORE = frozenset({"dataset", "ledger", "champion", "alias"})  # what another store would tell wrongly
 NOT_CHECKED = "not checked: the store is not the one that this workspace knows"
@@ -90,7 +91,7 @@ def _check_packages() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Finding("packages", False, f"missing: {', '.join(missing)}", "Run `make install`.")
+        return Finding("packages", False, f"missing: {', '.join(missing)}", INSTALL)
     return Finding("packages", True, ", ".join(versions))
 
 

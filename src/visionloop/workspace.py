@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from visionloop.tracking import Tracking
 
 
-COMMON = {"dvc.yaml": "dvc.yaml", "gitignore": ".gitignore"}
+COMMON = {"dvc.yaml": "dvc.yaml", "gitignore": ".gitignore", "env.example": ".env.example"}
 
 
 DEFAULT_EXAMPLE = "photos"  # where nothing else is asked for
@@ -35,7 +35,7 @@ def list_examples() -> list[str]:
 
 
 def make_workspace(folder: Path, example: str | None = None, *, name: str | None = None) -> Path:
-    """Make a workspace: params.yaml, dvc.yaml, .gitignore, code.json; git and dvc initialised. Return its folder.
+    """Make a workspace: params.yaml, dvc.yaml, .gitignore, .env.example, code.json; git and dvc set up. Return it.
 
     Without an example it is for photos of one's own, and its name is made from that of the folder.
 

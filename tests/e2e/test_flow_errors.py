@@ -109,7 +109,8 @@ def test_unreachable_mlflow_in_register(home: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
     assert done.stderr.count("\n") == 1
-    assert visionloop(home, "register").stdout == "registered as shapes version 1 in MLflow\n"
+    said = visionloop(home, "register").stdout.splitlines()
+    assert said == ["registered as shapes version 1 in MLflow", "next: `visionloop promote`"]
 
 
 def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path) -> None:

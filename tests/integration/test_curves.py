@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -14,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from visionloop.params import make_params
+from visionloop.training import plots
 from visionloop.training.plots import draw_curve, draw_overlay, find_best
 from visionloop.training.study import Tuning, draw_history, draw_parallel
 from visionloop.training.watch import EpochReport, TrialReport
@@ -51,9 +53,30 @@ def test_curve_is_the_same_size_for_one_epoch_and_for_many(losses: list[float]) 
 
 def test_overlay_takes_runs_of_different_lengths_and_figures() -> None:
     curves = {"a": {"val/loss": [(1, 0.5), (2, 0.25)]}, "b": {"val/accuracy": [(1, 0.5)]}}
-    wide, high = measure(draw_overlay(curves, ["val/loss", "val/accuracy"]))
+    wide, high = measure(draw_overlay(curves, [["val/loss"], ["val/accuracy"]]))
     assert wide > high
-    assert measure(draw_overlay(curves, ["val/loss"]))[0] < wide
+    assert measure(draw_overlay(curves, [["val/loss"]]))[0] < wide
+
+
+def test_figures_that_share_an_axis_are_linear_and_a_run_keeps_its_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, str, str, str]] = []
+
+    def draw(axes: Any, *values: Any, label: str, color: str, style: str) -> None:
+        drawn.append((axes.get_title(loc="left") or axes.get_title(), axes.get_yscale(), f"{label} {style}", color))
+        axes.plot(*values, label=label)
+
+    monkeypatch.setattr(plots, "_draw_line", draw)
+    steep = [(1, 0.01), (2, 0.9)]
+    curves = {"a": {"val/accuracy": steep, "val/f1": steep}, "b": {"val/accuracy": steep, "val/loss": steep}}
+    draw_overlay(curves, [["val/loss"], ["val/accuracy", "val/f1"]])
+    assert [(scale, line) for _, scale, line, _ in drawn] == [
+        ("log", "b -"),
+        ("linear", "a -"),
+        ("linear", "a --"),
+        ("linear", "b -"),
+    ]
+    assert drawn[1][0] == "val/accuracy (solid), val/f1 (dashed)"
+    assert drawn[0][3] == drawn[3][3] != drawn[1][3], "the same colour in every panel"
 
 
 def make_tuning(number: int) -> Tuning:

@@ -104,7 +104,7 @@ def test_run_in_mlflow_has_params_metrics_and_tags(trained: tuple[Path, str]) ->
     assert run.data.params["train.backbone"] == "small_cnn"
     assert run.data.tags["visionloop.bundle"].startswith(find_bundle(said))
     assert len(run.data.tags["visionloop.dataset_digest"]) == 64
-    assert [m.step for m in accuracy] == list(range(EPOCHS))
+    assert [m.step for m in accuracy] == list(range(1, EPOCHS + 1))
     assert {"train/loss", "val/loss", "val/f1", "train/images_per_s"} <= set(run.data.metrics)
     assert "figures/curve.png" in [f.path for f in figures]
     assert run.data.tags["visionloop.ended"] == "all epochs"

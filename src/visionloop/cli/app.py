@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from visionloop.lifetime import GUARDIAN_VARIABLE
 
 FIRST_HOUR = """visionloop keeps an image classifier up to date. The first hour:
 
@@ -61,6 +64,14 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say the result alone: no progress, no next command.")]
+
+
+def say_next(words: str, *, quiet: bool = False) -> None:
+    """End a command with what people do next; not where dvc or a flow runs it."""
+    if not quiet and not os.environ.get("DVC_STAGE") and not os.environ.get(GUARDIAN_VARIABLE):
+        print(f"next: {words}", flush=True)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Json, Quiet, app, print_json
+from visionloop.cli.waiting import make_progress
 from visionloop.workspace import Workspace, get_now, open_workspace
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ def export(
         Format, typer.Option("--format", help="Class folders with tables, or tar shards.")
     ] = Format.folders,
     side: Annotated[list[Side] | None, typer.Option(help="Only this side; may be given several times.")] = None,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Write a version as plain files: SIDE/CLASS/IMAGE with tables beside them, or WebDataset shards.
 
@@ -222,7 +224,7 @@ def export(
         records,
         folder.expanduser().absolute(),
         form=form.value,
-        on_progress=make_progress("exported", "images"),
+        on_progress=make_progress("exported", "images", quiet=quiet),
     )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
     print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")

@@ -1,18 +1,20 @@
 """Commands about embeddings: the stage embed, and what can be seen through them: similar, map, suspects."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.progress import print_line
 from visionloop.cli.review import By, serve_page
 from visionloop.cli.stages import close_stage, open_stage
+from visionloop.cli.waiting import make_progress, show_waiting
 from visionloop.workspace import Workspace, get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ EncoderOption = Annotated[
     ),
 ]
 SHOWN = 10
+KEEP = "Keep or remove it, or name another folder: `--out DIR`."
 
 
 @app.command()
@@ -43,6 +46,8 @@ def embed(
         typer.Option(metavar="FILE.parquet", help="Into this file instead, with path, labels, side and sha256."),
     ] = None,
     encoder: EncoderOption = EncoderName.auto,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Write the embeddings of data/prepared into features/; what was ever computed comes from the embedding table.
 
@@ -60,7 +65,7 @@ def embed(
       visionloop embed --out vectors.parquet --encoder champion
     """
     if out is not None:
-        _export_embeddings(out.expanduser(), encoder)
+        _export_embeddings(out.expanduser(), encoder, quiet=quiet)
         return
     if encoder is not EncoderName.auto:
         from visionloop.errors import SettingsError
@@ -73,7 +78,7 @@ def embed(
 
     started = time.perf_counter()
     stage = open_stage("embed")
-    done = run_embed(stage.workspace, tell=_tell, on_progress=_make_progress())
+    done = run_embed(stage.workspace, tell=_choose_tell(quiet), on_progress=_make_progress(quiet))
     if done.facts is None:
         print(f"nothing to embed: `train.way: {stage.workspace.params.train.way}` learns from pixels")
     else:
@@ -83,6 +88,7 @@ def embed(
             f"{known:,} from the table, {done.num_computed:,} computed, {seconds:.1f} s"
         )
     close_stage(stage)
+    say_next("`visionloop train`", quiet=quiet)
 
 
 @app.command()
@@ -95,6 +101,8 @@ def similar(
 ) -> None:
     """Find the images of the prepared dataset that are most like a given one, and draw them.
 
+    Without --out the picture is .visionloop/features/similar-IMAGE.png; earlier ones stay.
+
     Examples:
 
       visionloop similar photo.jpg
@@ -102,21 +110,23 @@ def similar(
       visionloop similar 3f786850e387 --k 20 --encoder champion
     """
     from visionloop.cli.pictures import write_picture
-    from visionloop.features.similar import draw_similar, find_similar, read_query
+    from visionloop.features.similar import describe_for_machines, draw_similar, find_similar, read_query
 
     workspace, album = _open_album(encoder, quiet=as_json)
     limit = workspace.params.ingest.max_pixels
     queries = [read_query(text, album, max_pixels=limit) for text in images]
     found = find_similar(album, queries, k)
     if as_json:
-        print_json(_describe_json(album, queries, found))
+        print_json(describe_for_machines(album, queries, found))
     else:
         for query, matches in zip(queries, found, strict=True):
             for line in _describe_matches(album, query, matches):
                 print(line)
     if out or not as_json:
-        path = out or workspace.settings.hidden_dir / "features" / "similar.png"
-        write_picture(path, draw_similar(album, queries, found))
+        png = draw_similar(album, queries, found)
+        if out:
+            write_picture(out, png)
+        path = out or _keep_similar(workspace, images[0], png)
         if not as_json:
             print(f"look at {path}")
 
@@ -127,6 +137,8 @@ def draw_map(
     method: Annotated[MethodName, typer.Option(help="How places are found; auto is t-SNE.")] = MethodName.auto,
     encoder: EncoderOption = EncoderName.auto,
     thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="At most so many; 1.5 KB each.")] = 4000,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Draw the prepared dataset as a map: a page to hover, zoom and filter, in which like images lie together.
 
@@ -142,12 +154,13 @@ def draw_map(
     from visionloop.features.map import make_map
     from visionloop.features.projection import project
 
-    workspace, album = _open_album(encoder)
+    workspace, album = _open_album(encoder, quiet=quiet)
     number = len(album.records)
-    print(f"placing {number:,} images", flush=True)
-    place_n2, words = project(album.embedding_nd, cast("Method", method.value))
+    with show_waiting(f"placing {number:,} images", quiet=quiet):
+        place_n2, words = project(album.embedding_nd, cast("Method", method.value))
+    progress = make_progress("drawn", "thumbnails", quiet=quiet, only_slow=True)
     path = out or workspace.settings.hidden_dir / "features" / "map.html"
-    write_picture(path, make_map(album, place_n2, words, num_thumbnails=thumbnails).encode())
+    write_picture(path, make_map(album, place_n2, words, num_thumbnails=thumbnails, on_progress=progress).encode())
     if thumbnails < number:
         print(f"{thumbnails:,} of {number:,} have a thumbnail (--thumbnails)")
     print(f"look at {path}")
@@ -162,6 +175,7 @@ def suspects(
     *,
     serve: Annotated[bool, typer.Option("--serve", help="Ask on the page of `review`, and write no file.")] = False,
     by: By = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Find labels that are probably wrong: those against which the nearest other images vote.
@@ -184,50 +198,42 @@ def suspects(
     """
     from visionloop.cli.pictures import write_picture
     from visionloop.errors import SettingsError
-    from visionloop.features.suspects import draw_suspects, encode_corrections, find_suspects
+    from visionloop.features.suspects import describe_for_machines, draw_suspects, encode_corrections, find_suspects
     from visionloop.monitoring.ask import ask_about, find_answered
 
-    workspace, album = _open_album(encoder, quiet=as_json)
+    workspace, album = _open_album(encoder, quiet=quiet or as_json)
     folder = out or workspace.settings.home / "suspects"
     corrections = folder / "corrections.csv"
     writes = not serve and (out is not None or not as_json)
     if corrections.exists() and writes:
-        todo = "Keep or remove it, or name another folder: `--out DIR`."
-        raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", todo)
-    found, agreement = find_suspects(album, neighbours)
+        raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", KEEP)
+    with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json):
+        found, agreement = find_suspects(album, neighbours)
     answered, number = find_answered(workspace), len(found)
     found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]
     if as_json:
         counts = {"num_images": len(album.records), "num_found": len(found), "num_answered": number - len(found)}
-        print_json({**_describe_suspects_json(album, agreement, shown), **counts})
+        print_json({**describe_for_machines(album, agreement, shown), **counts})
     else:
-        for line in _describe_agreement(album, agreement):
+        head = f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt"
+        answers = [f"{number - len(found):,} more have an answer of a person already"] * (number > len(found))
+        for line in (*_describe_agreement(album, agreement), *answers, head, *_describe_suspects(album, shown)):
             print(line)
-        if number > len(found):
-            print(f"{number - len(found):,} more have an answer of a person already")
-        print(f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt")
-        for line in _describe_suspects(album, shown):
-            print(line)
-    if not shown or not (writes or serve):
-        return
-    if serve:
+    if shown and serve:
         serve_page(workspace, ask_about(workspace, album, shown, now=datetime.now(UTC)), by=by or get_user())
-        return
-    write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
-    write_picture(corrections, encode_corrections(album, shown).encode())
-    if as_json:
-        return
-    print(f"look at {folder / 'suspects.png'}")
-    print(f"edit {corrections}: remove the lines where the label was right; then put it under")
-    print("`ingest.corrections` in params.yaml, and run `visionloop ingest`")
+    elif shown and writes:
+        write_picture(folder / "suspects.png", draw_suspects(album, shown, len(found)))
+        write_picture(corrections, encode_corrections(album, shown).encode())
+        for line in [] if as_json else _describe_files(folder):
+            print(line)
 
 
-def _export_embeddings(path: Path, encoder: EncoderName) -> None:
+def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None:
     from visionloop.features.album import check_target, write_embeddings
 
     check_target(path)
-    _, album = _open_album(encoder)
+    _, album = _open_album(encoder, quiet=quiet)
     write_embeddings(album, path)
     number, size = album.embedding_nd.shape
     print(f"{path} holds {number:,} embeddings of {size:,} numbers: path, labels, side, sha256, vector")
@@ -251,8 +257,8 @@ def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, 
         prepared,
         encoder,
         batch_size=workspace.params.embed.batch_size,
-        tell=(lambda line: None) if quiet else _tell,
-        on_progress=(lambda done, total: None) if quiet else _make_progress(),
+        tell=_choose_tell(quiet),
+        on_progress=_make_progress(quiet),
     )
     return workspace, album
 
@@ -283,6 +289,16 @@ def _choose_encoder(workspace: Workspace, prepared: "Prepared", name: EncoderNam
     return make_encoder(workspace, prepared)
 
 
+def _keep_similar(workspace: Workspace, image: str, png: bytes) -> Path:
+    """Keep a picture under the name of the image that was asked about; `forget` knows these names."""
+    from visionloop.cli.pictures import write_new_picture
+
+    folder = workspace.settings.hidden_dir / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^\w-]+", "-", Path(image).stem)
+    return write_new_picture(folder, f"similar-{stem}", png)[0]
+
+
 def _describe_matches(album: "Album", query: "QueryImage", matches: "list[SimilarImage]") -> list[str]:
     from visionloop.words import cut, fit
 
@@ -297,6 +313,14 @@ def _describe_matches(album: "Album", query: "QueryImage", matches: "list[Simila
     return lines
 
 
+def _describe_files(folder: Path) -> list[str]:
+    return [
+        f"look at {folder / 'suspects.png'}",
+        f"edit {folder / 'corrections.csv'}: remove the lines where the label was right; then put it under",
+        "`ingest.corrections` in params.yaml, and run `visionloop ingest`",
+    ]
+
+
 def _describe_agreement(album: "Album", agreement: "Agreement | None") -> list[str]:
     from visionloop.features.suspects import advise
 
@@ -304,29 +328,6 @@ def _describe_agreement(album: "Album", agreement: "Agreement | None") -> list[s
     if agreement and agreement.is_weak:
         lines.append(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
     return lines
-
-
-def _describe_suspects_json(
-    album: "Album", agreement: "Agreement | None", suspects: "Sequence[Suspect]"
-) -> dict[str, Any]:
-    prepared = album.prepared
-    return {
-        "dataset": prepared.pin.name,
-        "version": prepared.pin.version,
-        "encoder": album.encoder.facts.digest,
-        "agreement": vars(agreement) if agreement else None,
-        "suspects": [
-            {
-                "sha256": prepared.sha256_n[one.row],
-                "old": one.old,
-                "new": one.new,
-                "score": one.score,
-                "side": album.records[one.row].side,
-                "origins": list(album.records[one.row].origins),
-            }
-            for one in suspects
-        ],
-    }
 
 
 def _describe_suspects(album: "Album", suspects: "Sequence[Suspect]") -> list[str]:
@@ -340,39 +341,13 @@ def _describe_suspects(album: "Album", suspects: "Sequence[Suspect]") -> list[st
     return [*lines, *([f"  and {len(suspects) - SHOWN:,} more"] if len(suspects) > SHOWN else [])]
 
 
-def _describe_json(album: "Album", queries: "list[QueryImage]", found: "list[list[SimilarImage]]") -> dict[str, Any]:
-    prepared = album.prepared
-    return {
-        "dataset": prepared.pin.name,
-        "version": prepared.pin.version,
-        "encoder": album.encoder.facts.digest,
-        "queries": [
-            {
-                "image": query.name,
-                "sha256": query.sha256,
-                "matches": [
-                    {
-                        "sha256": prepared.sha256_n[m.row],
-                        "distance": round(m.distance, 6),
-                        "labels": list(prepared.labels(m.row)),
-                        "side": album.records[m.row].side,
-                        "origins": list(album.records[m.row].origins),
-                    }
-                    for m in matches
-                ],
-            }
-            for query, matches in zip(queries, found, strict=True)
-        ],
-    }
+def _choose_tell(quiet: bool) -> Callable[[str], None]:
+    return (lambda line: None) if quiet else print_line
 
 
-def _tell(line: str) -> None:
-    print(line, flush=True)
-
-
-def _make_progress() -> Callable[[int, int], None]:
+def _make_progress(quiet: bool) -> Callable[[int, int], None]:
     """Show progress only where there is something to wait for."""
-    show = make_progress("embedded", "images")
+    show = make_progress("embedded", "images", quiet=quiet)
     began = False
 
     def show_if_waiting(done: int, total: int) -> None:

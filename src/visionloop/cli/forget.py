@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Quiet, app
+from visionloop.cli.waiting import show_waiting
 from visionloop.workspace import get_now, get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def forget(
     why: Annotated[str, typer.Option(help="The reason, which is kept.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and what would be left.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Forget images for good: a new version without them; their bytes and all copies removed; never taken in again.
 
@@ -52,7 +55,8 @@ def forget(
     for line in describe_wanted(name, wanted):
         print(line)
     if dry_run or not yes:
-        found = find_everything(workspace, wanted.sha256s, gone=frozenset(wanted.again))
+        with show_waiting("looking for every copy", quiet=quiet):
+            found = find_everything(workspace, wanted.sha256s, gone=frozenset(wanted.again))
         for line in describe_found(name, wanted, found):
             print(line)
     if dry_run:
@@ -60,14 +64,9 @@ def forget(
         return
     if not yes:
         confirm()
-    done = run_forget(
-        workspace,
-        wanted,
-        now=get_now(),
-        by=get_user(),
-        why=why,
-        tell=lambda line: print(f"removing {line}"),
-    )
+    with show_waiting("forgetting", quiet=quiet) as tell:
+        tell_gone = (lambda line: None) if quiet else (lambda line: tell(f"removing {line}"))
+        done = run_forget(workspace, wanted, now=get_now(), by=get_user(), why=why, tell=tell_gone)
     if done.version:
         pinned = ", which is pinned now" if done.pin_moved else ""
         print(f"dataset {name} version {done.version.version} holds {done.version.num_images:,} images{pinned}")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import app
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Quiet, app, say_next
+from visionloop.cli.waiting import make_progress
 from visionloop.settings import PARAMS_FILE, load_settings
 from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 MANY_CLASSES = 200
+NEXT = "`visionloop start` trains and judges, `visionloop datasets show` looks at the images"
 TABLE_OPTIONS = {
     "image": "image-column",
     "label": "label-column",
@@ -94,6 +95,7 @@ def ingest(
     allow_new_classes: NewClasses = False,
     relabel: Relabel = False,
     prune: Prune = False,
+    quiet: Quiet = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -117,8 +119,8 @@ def ingest(
     from visionloop.ingest.pull import check_sources
 
     given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
-    given |= {"image_column": image_column, "label_column": label_column, "separator": separator}
-    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None, "save": save or None}
+    given |= {"image_column": image_column, "label_column": label_column, "separator": separator, "save": save or None}
+    given |= {"no_label": no_label or None, "unlabelled": unlabelled or None}
     if dry_run:
         _print_dry_run(what, given)
         return
@@ -131,15 +133,17 @@ def ingest(
         text = make_params_text(workspace.settings.home, source) if save else ""
         print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
-    _pull(workspace, sources, wanted)
-    if what is not None:
-        _save(workspace, sources[0], text)
+    _pull(workspace, sources, wanted, quiet=quiet)
+    _save(workspace, None if what is None else sources[0], text)
+    say_next(NEXT, quiet=quiet)
 
 
-def _save(workspace: "Workspace", source: "Source", text: str) -> None:
+def _save(workspace: "Workspace", source: "Source | None", text: str) -> None:
     """Write the params that declare a source, if they are wanted; else tell how."""
     from visionloop.params.edit import write_params
 
+    if source is None:
+        return
     if not text:
         print("to pull it on every run, say --save")
         return
@@ -156,7 +160,7 @@ def _open_known() -> "Workspace":
     return workspace
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool]) -> None:
+def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool], *, quiet: bool) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -166,8 +170,8 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[s
         sources=sources,
         now=get_now(),
         env=os.environ,
-        tell=print,
-        on_progress=make_progress("checked", "images"),
+        tell=(lambda line: None) if quiet else print,
+        on_progress=make_progress("checked", "images", quiet=quiet),
         **wanted,
     )
     for line in describe_pull(report):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.records import Interval
 from visionloop.words import (
     align,
@@ -26,7 +26,7 @@ MODELS = "champion, a bundle's folder, NAME@champion, NAME@3, s3://..., or the i
 
 
 @app.command()
-def gate(as_json: Json = False) -> None:
+def gate(*, quiet: Quiet = False, as_json: Json = False) -> None:
     """Judge the candidate against the champion on the same test images.
 
     Exit code 3: refused, inconclusive, or waiting for `visionloop approve`.
@@ -39,6 +39,7 @@ def gate(as_json: Json = False) -> None:
 
       visionloop gate --json | jq .verdict
     """
+    from visionloop.cli.waiting import make_progress
     from visionloop.data.manifest import load_pin
     from visionloop.pipeline import compute_state
     from visionloop.promotion.decide import gate as run_gate
@@ -47,7 +48,8 @@ def gate(as_json: Json = False) -> None:
     settings = workspace.settings
     pin = load_pin(settings.pin_path, workspace.name)
     state = compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
-    decision = run_gate(workspace, state=state, now=get_now())
+    progress = make_progress("answered", "images", quiet=quiet or as_json, only_slow=True)
+    decision = run_gate(workspace, state=state, now=get_now(), on_progress=progress)
     if as_json:
         print_json(decision.to_json())
     else:
@@ -56,6 +58,7 @@ def gate(as_json: Json = False) -> None:
         print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+    say_next("`visionloop register`, then `visionloop promote`", quiet=quiet or as_json)
 
 
 @app.command()
@@ -82,7 +85,7 @@ def approve(
         print(line)
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
-    print("next: `visionloop register`, then `visionloop promote`; a retrain does both")
+    say_next("`visionloop register`, then `visionloop promote`; a retrain does both")
 
 
 @app.command()
@@ -98,6 +101,7 @@ def register() -> None:
     workspace = open_workspace()
     version = run_register(workspace)
     print(describe_registered(workspace.name, version))
+    say_next("`visionloop promote`")
 
 
 @app.command()
@@ -130,6 +134,7 @@ def promote(
     print(describe_champion(entry))
     if told := explain_engines(workspace, entry):
         print(told)
+    say_next("`visionloop predict PHOTO`, or `visionloop serve`; servers that run follow by themselves")
 
 
 @app.command()
@@ -227,6 +232,7 @@ def compare(
     other: Annotated[str, typer.Argument(help=MODELS)],
     out: Annotated[Path, typer.Option(help="Where to write the page (HTML).")] = Path("compared.html"),
     *,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Let two models answer the test side of the pinned version, side by side. Nothing is stored or promoted.
@@ -237,14 +243,14 @@ def compare(
 
       visionloop compare pets@3 pets@2 --out 3-against-2.html
     """
-    from visionloop.cli.progress import make_progress
+    from visionloop.cli.waiting import make_progress
     from visionloop.promotion.compare import compare_models
     from visionloop.promotion.evidence import make_page, write_page
 
     workspace = open_workspace()
     names = (one, other)
     models = (_load_any(workspace, one), _load_any(workspace, other))
-    progress = make_progress("answered", "images", quiet=as_json)
+    progress = make_progress("answered", "images", quiet=quiet or as_json)
     facts = compare_models(workspace, models, names, now=get_now(), on_progress=progress)
     write_page(out, make_page(workspace.store, facts))
     if as_json:

@@ -1,5 +1,6 @@
 """Pictures for people: images of a dataset version with their labels, its worst leaks, and images with an answer."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,29 +97,9 @@ class AnswerPictures:
             except (ImageError, OSError):  # changed or gone since it was answered
                 continue
             title, note = describe_picture(answer, shown)
-            self._save(path.stem, draw_answered(image, title, note, is_unsure=bool(answer.prediction.abstained)))
-
-    def _save(self, stem: str, png: bytes) -> None:
-        """Write a picture under the name of its image, with a number where there is one of this name already."""
-        from visionloop.errors import SettingsError
-
-        while len(stem.encode(errors="surrogateescape")) > LONGEST_STEM:
-            stem = stem[:-1]
-        while True:
-            self._last[stem] += 1
-            number = self._last[stem]
-            path = self.folder / f"{stem}{f'-{number}' if number > 1 else ''}.png"
-            try:
-                with path.open("xb") as file:
-                    file.write(png)
-            except FileExistsError:
-                continue
-            except OSError as exc:
-                path.unlink(missing_ok=True)
-                found = f"cannot be written ({exc.strerror})"
-                raise SettingsError(f"picture {path}", found, "a folder on a disk with free space") from exc
+            png = draw_answered(image, title, note, is_unsure=bool(answer.prediction.abstained))
+            _, self._last[path.stem] = write_new_picture(self.folder, path.stem, png, after=self._last[path.stem])
             self.number += 1
-            return
 
 
 def describe_picture(answer: "FilePrediction", shown: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -151,6 +132,30 @@ def write_picture(path: Path, png: bytes) -> None:
         path.write_bytes(png)
     except OSError as exc:
         raise SettingsError(f"picture {path}", f"cannot be written ({exc.strerror})", "a place to write to") from exc
+
+
+def write_new_picture(folder: Path, stem: str, png: bytes, *, after: int = 0) -> tuple[Path, int]:
+    """Write a picture under a name, with a number where there is one already; return where it is, and the number.
+
+    `after`: as many numbers are known to be taken. Raises SettingsError.
+    """
+    from visionloop.errors import SettingsError
+
+    while len(stem.encode(errors="surrogateescape")) > LONGEST_STEM:
+        stem = stem[:-1]
+    for number in itertools.count(after + 1):
+        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}.png"
+        try:
+            with path.open("xb") as file:
+                file.write(png)
+        except FileExistsError:
+            continue
+        except OSError as exc:
+            path.unlink(missing_ok=True)
+            found = f"cannot be written ({exc.strerror})"
+            raise SettingsError(f"picture {path}", found, "a folder on a disk with free space") from exc
+        return path, number
+    raise AssertionError
 
 
 def _spread_sides(records: "Sequence[ImageRecord]") -> "list[ImageRecord]":

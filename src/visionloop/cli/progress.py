@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from visionloop.training.watch import EpochReport, StepReport, TrialReport, Watcher
-from visionloop.words import make_log_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 LINE_EVERY_S = 15.0
-MOMENT_S = 1.5  # what is done by then needs no progress
 SHORT_NAMES = {"train/loss": "train loss", "val/loss": "val loss", "val/accuracy": "accuracy", "val/f1": "f1"}
 
 
 @contextlib.contextmanager
-def open_watcher(env: Mapping[str, str]) -> Iterator[Watcher]:
+def open_watcher(env: Mapping[str, str], *, quiet: bool = False) -> Iterator[Watcher]:
     """Yield what shows a training: a display on a terminal, lines elsewhere, nothing on any rank but the first."""
-    if not is_first_rank(env):
+    if quiet or not is_first_rank(env):
         yield Watcher()
     elif not sys.stdout.isatty() or env.get("TERM") == "dumb":
         yield LineWatcher(print_line)
@@ -329,41 +327,3 @@ def format_value(value: Any) -> str:
 def describe_values(values: Mapping[str, Any]) -> str:
     """Return the values of a trial on one line."""
     return "  ".join(f"{key} {format_value(value)}" for key, value in sorted(values.items()))
-
-
-def make_progress(verb: str, unit: str, *, quiet: bool = False, only_slow: bool = False) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that shows progress: in place on a terminal, else a line every few seconds.
-
-    A total of 0 is one that is not known yet. `quiet`: it shows nothing. `only_slow`: nothing of what takes a moment.
-    """
-    if quiet:
-        return lambda done, total: None
-    if only_slow:
-        return _hide_quick(make_progress(verb, unit))
-    if not sys.stdout.isatty():
-        return make_log_progress(verb, unit, lambda line: print(line, flush=True))
-
-    def show(line: str) -> None:
-        print(f"\r{line:<78}", end="", flush=True)
-
-    in_place = make_log_progress(verb, unit, show, every_s=0.1)
-
-    def show_and_end(done: int, total: int) -> None:
-        in_place(done, total)
-        if done >= total > 0:
-            print(flush=True)
-
-    return show_and_end
-
-
-def _hide_quick(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Return a callback that passes on what comes later than a moment from now, unless all is done by then."""
-    started, is_shown = time.perf_counter(), False
-
-    def show_if_slow(done: int, total: int) -> None:
-        nonlocal is_shown
-        is_shown = is_shown or (time.perf_counter() - started > MOMENT_S and (done < total or not total))
-        if is_shown:
-            show(done, total)
-
-    return show_if_slow

@@ -21,7 +21,8 @@ VALUE_CHARS = 28
 COMPARED = ("best/", "test/")
 HIDDEN_FIGURES = ("_low", "_high")
 NONE = "-"
-PLOTTED = ("train/loss", "val/loss", "val/accuracy", "val/f1", "val/map", "train/accuracy")
+PANELS = (("train/loss",), ("val/loss",), ("val/accuracy", "val/f1", "val/map"), ("train/accuracy",))
+MOST_NAMED = 3  # parameters in the legend
 MOST = 12
 Status = Literal["running", "finished", "failed", "killed"]
 RISING = ("loss", "_s", "run", "way", "backbone", "time", "status")  # what ends so is sorted upwards
@@ -211,21 +212,30 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
         return
     for line in align(compare_runs(chosen, marks)):
         print(line)
-    names = [key for key in PLOTTED if any(key in one.metrics for one in chosen)]
-    if not names:
+    having = [[key for key in keys if any(key in one.metrics for one in chosen)] for keys in PANELS]
+    panels = [keys for keys in having if keys]
+    if not panels:
         print("no plot: none of them has finished an epoch")
         return
-    curves = {label_run(one): _load_curves(workspace, one, names) for one in chosen}
+    differing = list_differences([one.params for one in chosen])
+    names = [key for keys in panels for key in keys]
+    curves = {label_run(one, differing): _load_curves(workspace, one, names) for one in chosen}
     path = out or workspace.settings.hidden_dir / "runs.png"
-    write_picture(path, draw_overlay(curves, names))
+    write_picture(path, draw_overlay(curves, panels))
     print(f"curves: {path}")
 
 
-def label_run(one: "Run") -> str:
-    """Return how a run is called in a legend."""
-    return f"{one.run_id[:8]} {one.params.get('train.way', '')} {one.params.get('train.backbone', one.name)}"
+def label_run(one: "Run", differing: Sequence[str] = ()) -> str:
+    """Return how a run is called in a legend: its id and the parameters that differ, those of `train` first."""
+    keys = sorted(differing, key=lambda key: not key.startswith("train."))
+    if not keys:
+        return f"{one.run_id[:8]} {one.params.get('train.way', '')} {one.params.get('train.backbone', one.name)}"
+    parts = [f"{key.removeprefix('train.')} {_cut(one.params.get(key, NONE))}" for key in keys[:MOST_NAMED]]
+    more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+    return f"{one.run_id[:8]} {', '.join(parts)}{more}"
 
 
 def _load_curves(workspace: "Workspace", one: "Run", names: list[str]) -> "dict[str, list[tuple[int, float]]]":
     curves = workspace.tracking.load_curves(one.run_id, [name for name in names if name in one.metrics])
-    return {name: [(step + 1, value) for step, value in points] for name, points in curves.items()}
+    # Runs from before 2026-11-29 counted their epochs from 0.
+    return {name: [(step + (points[0][0] == 0), value) for step, value in points] for name, points in curves.items()}

@@ -4,18 +4,20 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
-from visionloop.cli.progress import make_progress
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.stages import die_with_guardian
+from visionloop.cli.waiting import make_progress, show_waiting
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
+    from visionloop.cli.pictures import AnswerPictures
     from visionloop.predict import FilePrediction
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
@@ -25,6 +27,13 @@ SHOWN_OF_TABLE = 20
 FEW = 8
 MANY = 500  # images for which the fastest engine is worth looking for
 ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."
+Sheet = Annotated[
+    Path | None, typer.Option(help="Draw some images with their answers and the likeliest classes, as .png.")
+]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Save each image with its answer there, as .png; none is overwritten."),
+]
 
 
 @app.command()
@@ -37,14 +46,11 @@ def predict(
     format: Annotated[
         str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")
     ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(help="Draw some images with their answers and the likeliest classes, as .png.")
-    ] = None,
+    sheet: Sheet = None,
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save each image with its answer there, as .png.")
-    ] = None,
+    pictures: Pictures = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Answer for images, folders and globs with the champion. An image that cannot be used gets its reason.
@@ -61,13 +67,10 @@ def predict(
 
       visionloop predict photos/ --pictures answered/
 
-      visionloop predict photo.jpg --bundle models/candidate
-
       visionloop predict photo.jpg --bundle pets@3
     """
-    from visionloop.cli.pictures import AnswerPictures, require_png, write_picture
-    from visionloop.errors import SourceError, shorten
-    from visionloop.predict import Table, draw_sheet, find_images, predict_files, predict_in_chunks
+    from visionloop.cli.pictures import AnswerPictures, require_png
+    from visionloop.predict import Table, find_images, predict_files, predict_in_chunks
 
     workspace = open_workspace()
     table = Table.plan(out, format)
@@ -76,32 +79,48 @@ def predict(
     tell: Callable[[str], None] = (lambda line: None) if as_json else print
     saved = AnswerPictures(pictures, files) if pictures else None
     predictor = _open_predictor(workspace, bundle, len(files), tell)
-    progress = make_progress("answered", "images", quiet=as_json or len(files) <= 64)
-    show = Shown(width=0, top=top or (3 if len(files) <= FEW else 1), most=len(files), tell=tell)
-    show.width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    progress = make_progress("answered", "images", quiet=quiet or as_json or len(files) <= 64)
+    width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    show = Shown(width, top or (3 if len(files) <= FEW else 1), len(files), tell)
+    draw = partial(saved.draw, classes=predictor.card.classes) if saved else iter
     if table is None:
-        answers = predict_files(predictor, files, on_progress=progress)
-        show.read(saved.draw(answers, predictor.card.classes) if saved else answers, keep=as_json)
+        show.read(draw(predict_files(predictor, files, on_progress=progress)), keep=as_json)
     else:
         show.most, folder = SHOWN_OF_TABLE, workspace.settings.hidden_dir / "predict"
         with predict_in_chunks(predictor, files, table, folder, on_progress=progress, tell=tell) as chunks:
-            show.read(saved.draw(chunks.read(), predictor.card.classes) if saved else chunks.read())
+            show.read(draw(chunks.read()))
             table.write(chunks.read(), predictor)
-        bad = len(files) - show.counts.total()
-        tell(f"{table.describe(len(files), bad)}, of bundle {predictor.digest[:12]}, in {out}")
-    counts = show.counts
-    if len(files) > 1:
-        tell(describe_counts(counts, len(files)))
-    if saved and counts:
-        tell(f"{saved.number:,} pictures in {pictures}{_describe_numbers(predictor.card.classes)}")
-    if sheet and counts:
-        write_picture(sheet, draw_sheet(predictor, files))
-        tell(f"some of them in {sheet}{_describe_numbers(predictor.card.classes)}")
+        rows = table.describe(len(files), len(files) - show.counts.total())
+        tell(f"{rows}, of bundle {predictor.digest[:12]}, in {out}")
+    _tell_counts(show, predictor, files, saved, sheet)
     if as_json:
-        print_json({"bundle": predictor.digest, "counts": counts, "num_files": len(files), "answers": show.kept})
-    if not counts:
-        found = f"none of {len(files):,} could be used: {show.problem}"
+        print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
+    _require_answer(show, paths, len(files))
+
+
+def _require_answer(show: "Shown", paths: Sequence[str], number: int) -> None:
+    from visionloop.errors import SourceError, shorten
+
+    if not show.counts:
+        found = f"none of {number:,} could be used: {show.problem}"
         raise SourceError(shorten(paths), found, "", "Name images that can be read.")
+
+
+def _tell_counts(
+    show: "Shown", predictor: "Predictor", files: Sequence[Path], saved: "AnswerPictures | None", sheet: Path | None
+) -> None:
+    """Tell what the answers came to and where their pictures are; draw the sheet."""
+    from visionloop.cli.pictures import write_picture
+    from visionloop.predict import draw_sheet
+
+    numbers = _describe_numbers(predictor.card.classes)
+    if len(files) > 1:
+        show.tell(describe_counts(show.counts, len(files)))
+    if saved and show.counts:
+        show.tell(f"{saved.number:,} pictures in {saved.folder}{numbers}")
+    if sheet and show.counts:
+        write_picture(sheet, draw_sheet(predictor, files))
+        show.tell(f"some of them in {sheet}{numbers}")
 
 
 def _open_predictor(
@@ -190,6 +209,8 @@ def explain(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the picture (PNG).")] = Path("explained.png"),
     bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Draw which parts of an image hold up the answer: each is covered in turn, and the network is asked again.
 
@@ -210,7 +231,8 @@ def explain(
     predictor = load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     card = predictor.card
     array = load_input(image, str(image), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels)
-    found = run_explain(predictor, array, name)
+    with show_waiting("covering part after part", quiet=quiet):
+        found = run_explain(predictor, array, name)
     write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
     print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
 
@@ -219,6 +241,8 @@ def explain(
 def export(
     model: Annotated[str, typer.Argument(help="champion, a bundle's folder, NAME@champion, NAME@3 or s3://...")],
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    *,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model for people without visionloop: ONNX, classes, example images, and a program of one page.
 
@@ -235,11 +259,12 @@ def export(
     predictor = load_champion(workspace) if model == "champion" else load_model(model, lambda: workspace)
     address = f"{workspace.name}@champion" if model == "champion" else model
     approved = list_approved(predictor, address, workspace)
-    names = write_handout(predictor, folder, approved)
+    with show_waiting(f"writing {folder}", quiet=quiet):
+        names = write_handout(predictor, folder, approved)
     print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
     for line in describe_engines(predictor, approved):
         print(line)
-    print(f"try it:  python {folder}/predict.py --check")
+    say_next(f"`python {folder}/predict.py --check` tries it", quiet=quiet)
 
 
 @app.command()

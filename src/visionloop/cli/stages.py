@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionloop.cli.app import Json, app, print_json
-from visionloop.cli.progress import format_seconds, is_first_rank, make_progress, open_watcher
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.progress import format_seconds, is_first_rank, open_watcher
+from visionloop.cli.waiting import make_progress
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
 from visionloop.settings import find_home
 from visionloop.words import describe_mlflow, format_interval, shorten_path
@@ -60,7 +61,7 @@ def close_stage(stage: Stage) -> None:
 
 
 @app.command()
-def prepare() -> None:
+def prepare(*, quiet: Quiet = False) -> None:
     """Decode and resize the pinned images into data/prepared (uint8 arrays).
 
     Examples:
@@ -70,16 +71,19 @@ def prepare() -> None:
       dvc repro prepare
     """
     from visionloop.data.prepare import prepare as run_prepare
+    from visionloop.params import WAYS_ON_EMBEDDINGS
 
     stage = open_stage("prepare")
-    progress = make_progress("prepared", "images")
+    progress = make_progress("prepared", "images", quiet=quiet)
     pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress)
     print(f"data/prepared holds dataset {pin.name} version {pin.version}")
     close_stage(stage)
+    on_embeddings = stage.workspace.params.train.way in WAYS_ON_EMBEDDINGS
+    say_next(f"`visionloop {'embed' if on_embeddings else 'train'}`", quiet=quiet)
 
 
 @app.command()
-def train() -> None:
+def train(*, quiet: Quiet = False) -> None:
     """Train on data/prepared and write the bundle models/candidate; every run is in MLflow.
 
     Stopped or killed, the same command goes on from the last finished epoch.
@@ -96,18 +100,19 @@ def train() -> None:
     stage = open_stage("train")
     workspace = stage.workspace
     data = check_training(workspace)
-    if is_first_rank(os.environ):
+    if is_first_rank(os.environ) and not quiet:
         print(f"loading torch to train {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.job import Call
     from visionloop.training.ranks.launch import launch_train
 
-    with open_watcher(os.environ) as watcher:
+    with open_watcher(os.environ, quiet=quiet) as watcher:
         note = launch_train(workspace, data, Call(get_now(), stage.code_digest, watcher), os.environ)
     if note is None:  # a rank that another process speaks for
         return
     for line in describe_training(workspace, note, time.perf_counter() - started):
         print(line)
     close_stage(stage)
+    say_next("`visionloop evaluate`, then `visionloop gate`", quiet=quiet)
 
 
 def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -> list[str]:
@@ -145,7 +150,7 @@ def describe_best(metrics: Mapping[str, float], monitor: str) -> str:
 
 
 @app.command()
-def evaluate(as_json: Json = False) -> None:
+def evaluate(*, quiet: Quiet = False, as_json: Json = False) -> None:
     """Judge models/candidate on the test side and write reports/ (metrics, figures, a page).
 
     Examples:
@@ -166,8 +171,8 @@ def evaluate(as_json: Json = False) -> None:
         check_recorded(settings.home, load_bundle(settings.candidate_dir).card.params)
     metrics = run_evaluate(
         stage.workspace,
-        on_progress=make_progress("judged", "images", quiet=as_json, only_slow=True),
-        tell=(lambda line: None) if as_json else print,
+        on_progress=make_progress("judged", "images", quiet=quiet or as_json, only_slow=True),
+        tell=(lambda line: None) if quiet or as_json else print,
     )
     if as_json:
         digest = load_bundle(stage.workspace.settings.candidate_dir).digest
@@ -178,3 +183,4 @@ def evaluate(as_json: Json = False) -> None:
         print(f"{name:<17} {f'{interval.value:.4f}' if name == 'ece' else format_interval(interval.to_json())}")
     print("look at reports/report.html")
     close_stage(stage)
+    say_next("`visionloop gate`", quiet=quiet)

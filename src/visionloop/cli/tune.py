@@ -179,7 +179,8 @@ def lr_find(
 
       visionloop lr-find --steps 300 --low 1e-5
     """
-    from visionloop.cli.progress import LineWatcher, make_progress, print_line
+    from visionloop.cli.progress import LineWatcher, print_line
+    from visionloop.cli.waiting import make_progress
     from visionloop.errors import SettingsError, TrainingError
     from visionloop.training.checks import check_training
     from visionloop.workspace import open_workspace

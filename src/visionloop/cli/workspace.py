@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 
 if TYPE_CHECKING:
     from visionloop.store import ObjectStore
     from visionloop.store.setup import Fact
+
+BUILT_IN = "digits"  # the example whose images come with the installation
 
 store_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(store_app, name="store")
@@ -68,6 +70,8 @@ def start(
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
     if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
+    there = "" if workspace.settings.home == Path.cwd() else f"cd {workspace.settings.home} && "
+    say_next(f"`{there}visionloop predict PHOTO`, or `{there}visionloop serve` for a page")
 
 
 def _open_for(photos: str, folder: Path | None, name: str | None) -> tuple[Path, bool]:
@@ -117,9 +121,10 @@ def new(
     print(f"made {home}" + (f" from the example {example}" if example else ""))
     if is_without_git(home):
         print("git is not installed, or refuses this folder: dvc works without it, and no history is kept")
-    readme = home / "README.md"
-    if readme.is_file():
-        print(f"read {readme} for the next step; params.yaml holds what you can change")
+    print(f"{home}/README.md tells of it, params.yaml holds what you can change, .env.example where it runs")
+    there = "" if home == Path.cwd() else f"cd {folder} && "
+    photos = "visionloop start" if example == BUILT_IN else "visionloop ingest PHOTOS --save && visionloop start"
+    say_next(f"`{there}{photos}`")
 
 
 @app.command()
@@ -127,6 +132,7 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="First mend the champion's bundle and MLflow's alias; no champion moves.")
     ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Check versions, store, MLflow, disk, processor, GPU, ledger, the champion's bundle and its alias; say what to do.
@@ -142,6 +148,7 @@ def doctor(
 
       visionloop doctor --json | jq '.findings[] | select(.ok | not)'
     """
+    from visionloop.cli.waiting import show_waiting
     from visionloop.doctor import examine
     from visionloop.errors import VisionLoopError
     from visionloop.promotion.restore import mend
@@ -151,12 +158,14 @@ def doctor(
     mended = []
     if fix:
         try:
-            mended = mend(workspace) or ["nothing to mend"]
+            with show_waiting("mending", quiet=quiet or as_json):
+                mended = mend(workspace) or ["nothing to mend"]
         except VisionLoopError as exc:
             mended = [f"not mended: {exc}"]
     for line in [] if as_json else mended:
         print(f"fix   {line}", flush=True)
-    findings = examine(workspace)
+    with show_waiting("looking at everything", quiet=quiet or as_json):
+        findings = examine(workspace)
     is_well = all(f.ok for f in findings)
     if as_json:
         print_json({"ok": is_well, "mended": mended, "findings": [vars(f) for f in findings]})

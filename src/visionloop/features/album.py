@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,17 @@ class Album:
     def get_origin(self, row: int) -> str:
         """Return where an image was first found."""
         return (*self.records[row].origins, "(unknown)")[0]
+
+    def describe_for_machines(self) -> dict[str, Any]:
+        """Return which dataset this is, and by which encoder."""
+        pin = self.prepared.pin
+        return {"dataset": pin.name, "version": pin.version, "encoder": self.encoder.facts.digest}
+
+    def describe_row(self, row: int) -> dict[str, Any]:
+        """Return what is known of an image, for machines."""
+        record = self.records[row]
+        labels = list(self.prepared.labels(row))
+        return {"sha256": record.sha256, "labels": labels, "side": record.side, "origins": list(record.origins)}
 
     def load_picture(self, row: int, max_px: int) -> UInt8Array:
         """Return the whole image as ingested, at most `max_px` on a side. Grey if it is missing or damaged."""

@@ -6,6 +6,7 @@ Names of classes and files are never markup: they are JSON inside a script eleme
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -18,6 +19,8 @@ from PIL import Image
 from visionloop.data.images import UInt8Array
 from visionloop.features.album import Album
 from visionloop.features.view import FloatArray
+
+Progress = Callable[[int, int], None]
 
 THUMBNAIL_PX = 64
 ATLAS_CELLS = 32  # thumbnails across and down a picture that holds many of them
@@ -36,7 +39,14 @@ class Thumbnails:
     thumb_n: NDArray[np.int32]
 
 
-def make_map(album: Album, place_n2: FloatArray, words: str, *, num_thumbnails: int) -> str:
+def make_map(
+    album: Album,
+    place_n2: FloatArray,
+    words: str,
+    *,
+    num_thumbnails: int,
+    on_progress: Progress = lambda done, total: None,
+) -> str:
     """Return the page. `place_n2`: coordinates between -1 and 1; `words`: how they were computed.
 
     At most `num_thumbnails` images, spread over the dataset, get a thumbnail. Each adds about 1.5 KB to the page.
@@ -46,7 +56,7 @@ def make_map(album: Album, place_n2: FloatArray, words: str, *, num_thumbnails: 
     classes, class_n = _color_by(album)
     labels, label_n = np.unique([album.describe_labels(row) for row in range(number)], return_inverse=True)
     sides = [side for side in ("train", "val", "test") if (prepared.side_n == side).any()]
-    thumbnails = make_thumbnails(album, choose_rows(number, num_thumbnails))
+    thumbnails = make_thumbnails(album, choose_rows(number, num_thumbnails), on_progress)
     few = f", {len(thumbnails.boxes):,} with a thumbnail" if len(thumbnails.boxes) < number else ""
     pin = prepared.pin
     data = {
@@ -83,7 +93,9 @@ def choose_rows(number: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))
 
 
-def make_thumbnails(album: Album, rows: NDArray[np.int64]) -> Thumbnails:
+def make_thumbnails(
+    album: Album, rows: NDArray[np.int64], on_progress: Progress = lambda done, total: None
+) -> Thumbnails:
     """Draw thumbnails of some images, many in one WebP picture."""
     thumb_n = np.full(len(album.prepared.sha256_n), -1, np.int32)
     thumb_n[rows] = np.arange(len(rows))
@@ -94,6 +106,7 @@ def make_thumbnails(album: Album, rows: NDArray[np.int64]) -> Thumbnails:
         some = [album.make_thumbnail(int(row), THUMBNAIL_PX) for row in rows[start : start + per_atlas]]
         boxes += [(len(atlases), *_place(i), image.shape[1], image.shape[0]) for i, image in enumerate(some)]
         atlases.append(_draw_atlas(some))
+        on_progress(len(boxes), len(rows))
     return Thumbnails(atlases, boxes, thumb_n)
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,23 @@ def find_similar(album: Album, queries: Sequence[QueryImage], k: int) -> list[li
         ]
         found.append(matches[:k])
     return found
+
+
+def describe_for_machines(
+    album: Album, queries: Sequence[QueryImage], found: Sequence[Sequence[SimilarImage]]
+) -> dict[str, Any]:
+    """Return what `similar --json` prints."""
+    return {
+        **album.describe_for_machines(),
+        "queries": [
+            {
+                "image": query.name,
+                "sha256": query.sha256,
+                "matches": [{**album.describe_row(m.row), "distance": round(m.distance, 6)} for m in matches],
+            }
+            for query, matches in zip(queries, found, strict=True)
+        ],
+    }
 
 
 def draw_similar(album: Album, queries: Sequence[QueryImage], found: Sequence[Sequence[SimilarImage]]) -> bytes:

@@ -19,6 +19,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +132,17 @@ def encode_corrections(album: Album, suspects: Sequence[Suspect]) -> str:
         origin = _defuse(album.get_origin(suspect.row))
         writer.writerow([sha256, suspect.old, suspect.new, f"{suspect.score:.4f}", side, origin])
     return sink.getvalue()
+
+
+def describe_for_machines(album: Album, agreement: Agreement | None, suspects: Sequence[Suspect]) -> dict[str, Any]:
+    """Return what `suspects --json` prints, without the counts."""
+    return {
+        **album.describe_for_machines(),
+        "agreement": vars(agreement) if agreement else None,
+        "suspects": [
+            {**album.describe_row(one.row), "old": one.old, "new": one.new, "score": one.score} for one in suspects
+        ],
+    }
 
 
 def draw_suspects(album: Album, suspects: Sequence[Suspect], num_found: int) -> bytes:

@@ -197,11 +197,9 @@ def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: froz
     path = settings.features_dir / EMBEDDINGS
     if path.is_file() and read_index(path.read_bytes(), str(path)) & sha256s:
         copies.append(Copy("features/", partial(remove_tree, settings.features_dir)))
-    drawn = [
-        settings.hidden_dir / "features" / "similar.png",
-        settings.hidden_dir / "features" / "map.html",
-    ]
-    drawn = [path for path in (*drawn, settings.home / "suspects" / "suspects.png") if path.is_file()]
+    drawn = sorted((settings.hidden_dir / "features").glob("similar*.png"))
+    others = (settings.hidden_dir / "features" / "map.html", settings.home / "suspects" / "suspects.png")
+    drawn += [path for path in others if path.is_file()]
     if drawn:
         copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(remove_all, drawn)))
     corrections = settings.home / "suspects" / "corrections.csv"

@@ -99,7 +99,7 @@ class EpochEnd(Checkpoint):
         figures = {**metrics, **speed, **read_views(trainer)}
         report = self._make_report(trainer, metrics, figures["train/images_per_s"], seconds)
         if trainer.is_global_zero:
-            self.figures.add(trainer.current_epoch, figures)
+            self.figures.add(trainer.current_epoch + 1, figures)
         self.history.append(report)
         if report.wait == 0:
             self.best_epoch = report.epoch

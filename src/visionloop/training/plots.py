@@ -10,7 +10,8 @@ from visionloop.training.watch import EpochReport
 
 LOG_SCALE_FROM = 20  # the largest over the smallest value, from which on a logarithm shows more
 DOTS_UP_TO = 40
-RATE = "Learning rate"  # linear: most schedules end near 0
+RATE = "Learning rate"
+DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 COLORS = {"train": BLUE, "val": RED}
 HUES = (RED, GREEN, "#8a5cd6", "#c98a1b", "#2b9bb3", "#b0467f")
 NOT_SHARES = ("loss", "learning_rate", "grad_norm", "_s", "_per_s", "_ratio", "memory_gib")
@@ -54,21 +55,39 @@ def find_best(reports: Sequence[EpochReport]) -> EpochReport:
     return min(reports, key=rank)
 
 
-def draw_overlay(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], keys: Sequence[str]) -> bytes:
-    """Draw one panel a figure, with a line a run: `curves[run][key]` holds (epoch, value), epochs from 1."""
-    columns = 2 if len(keys) in {2, 4} else min(len(keys), 3)
-    rows = -(-len(keys) // columns)
+def draw_overlay(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], panels_keys: Sequence[Sequence[str]]
+) -> bytes:
+    """Draw panels of figures that share an axis, with a colour a run: `curves[run][key]` holds (epoch, value).
+
+    Epochs count from 1. The first figure of a panel is drawn solid, the next dashed, then dotted.
+    """
+    columns = 2 if len(panels_keys) in {2, 4} else min(len(panels_keys), 3)
+    rows = -(-len(panels_keys) // columns)
+    colors = dict(zip(curves, _cycle(len(curves)), strict=True))
     with open_figure(1 + 3.9 * columns, 0.7 + 3.0 * rows) as (figure, sink):
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, key in zip(panels, keys, strict=False):
-            lines = {run: list(curve[key]) for run, curve in curves.items() if curve.get(key)}
-            _style(axes, key, [value for points in lines.values() for _, value in points])
-            for (run, points), color in zip(lines.items(), _cycle(len(lines)), strict=True):
-                _draw_line(axes, [e for e, _ in points], [v for _, v in points], label=run, color=color)
+        for axes, keys in zip(panels, panels_keys, strict=False):
+            styles = dict(zip(keys, DASHES, strict=False))
+            title = ", ".join(f"{key} ({styles[key]})" if len(keys) > 1 else key for key in keys)
+            lines = [(run, key, curve[key]) for run, curve in curves.items() for key in keys if curve.get(key)]
+            _style(axes, title, [value for _, _, points in lines for _, value in points])
+            for run, key, points in lines:
+                _draw_line(
+                    axes,
+                    [epoch for epoch, _ in points],
+                    [value for _, value in points],
+                    label=run,
+                    color=colors[run],
+                    style=DASHES[styles[key]],
+                )
             axes.set_xlabel("epoch")
-        for axes in panels[len(keys) :]:
+        for axes in panels[len(panels_keys) :]:
             axes.axis("off")
-        handles = {run: line for axes in panels for line, run in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles: dict[str, Any] = {}
+        for axes in panels:
+            for line, run in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(run, line)  # the first line of a run is solid
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return sink.getvalue()
 
@@ -84,20 +103,22 @@ def _draw_panel(
         axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_line(axes: Any, epochs: Sequence[int], values: Sequence[float], *, label: str, color: str) -> None:
+def _draw_line(
+    axes: Any, epochs: Sequence[int], values: Sequence[float], *, label: str, color: str, style: str = "-"
+) -> None:
     dots = {"marker": "o", "markersize": 3} if len(epochs) <= DOTS_UP_TO else {}
-    axes.plot(epochs, values, color=color, linewidth=1.5, label=label, **dots)
+    axes.plot(epochs, values, color=color, linestyle=style, linewidth=1.5, label=label, **dots)
 
 
 def _style(axes: Any, title: str, values: Sequence[float]) -> None:
-    """Title, grid, whole epochs, and a logarithmic scale where the values go over more than a decade or so."""
+    """Title, grid, whole epochs, and a logarithmic scale for a loss that goes over more than a decade or so."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.grid()
     seen = [value for value in values if math.isfinite(value)]
-    if title != RATE and seen and min(seen) > 0 and max(seen) / min(seen) > LOG_SCALE_FROM:
+    if "loss" in title.lower() and seen and min(seen) > 0 and max(seen) / min(seen) > LOG_SCALE_FROM:
         set_log_scale(axes.yaxis)
 
 

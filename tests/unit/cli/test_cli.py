@@ -128,8 +128,11 @@ def test_new_makes_a_workspace_that_is_valid(
     started = time.perf_counter()
     assert run_here(monkeypatch, "new", "pets", "--example", "horses-or-humans", "--name", "pets") == 0
     assert time.perf_counter() - started < 30
+    assert capsys.readouterr().out.endswith("next: `cd pets && visionloop ingest PHOTOS --save && visionloop start`\n")
     home = tmp_path / "pets"
     assert load_params(home / "params.yaml").name == "pets"
+    assert "#VISIONLOOP_STORE=" in (home / ".env.example").read_text(), "params.yaml names it"
+    assert "flows/" not in (home / "README.md").read_text(), "a workspace has no such folder"
     assert (home / ".dvc" / "config").is_file()
     assert (home / ".git" / "HEAD").is_file()
     status = subprocess.run(["git", "status", "--porcelain"], cwd=home, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from visionloop.cli.runs import compare_runs, find_run, list_differences, make_table, sort_runs, to_json
+from visionloop.cli.runs import compare_runs, find_run, label_run, list_differences, make_table, sort_runs, to_json
 from visionloop.errors import SettingsError
 from visionloop.runs import Marks
 from visionloop.tracking import Run
@@ -85,6 +85,14 @@ def test_small_figures_are_not_rounded_to_nothing() -> None:
 
 def test_a_parameter_that_one_run_lacks_differs() -> None:
     assert list_differences([{"a": "1", "b": "2"}, {"a": "1"}]) == ["b"]
+
+
+def test_the_legend_names_what_differs() -> None:
+    differing = list_differences([FIRST.params, SECOND.params])
+    assert label_run(FIRST, differing) == "11111111 batch_size 8"
+    assert label_run(FIRST) == "11111111 scratch resnet18", "one alone, or runs of the same parameters"
+    many = ["evaluate.resamples", "train.a", "train.batch_size", "train.c", "train.way"]
+    assert label_run(SECOND, many) == "22222222 a -, batch_size 16, c - and 2 more"
 
 
 def test_a_run_is_found_by_its_first_letters_or_its_mark() -> None:

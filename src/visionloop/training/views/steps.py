@@ -215,7 +215,10 @@ class CurveView(View):
 
 
 def log_best(tracking: Tracking, run_id: str, reports: Sequence[EpochReport]) -> None:
-    """Log which epoch was the best and its figures: `best/epoch`, `best/val_loss`, ... Raises TrackingError."""
+    """Log which epoch was the best and its figures: `best/epoch`, `best/val_loss`, ... Raises TrackingError.
+
+    They are of the run, not of a step: MLflow draws a bar, where a later step would be a chart of one dot.
+    """
     best = find_best(reports)
     figures = {f"best/{name.replace('/', '_')}": value for name, value in best.metrics.items()}
-    tracking.log_metrics(run_id, {**figures, "best/epoch": best.epoch}, step=best.epoch - 1)
+    tracking.log_metrics(run_id, {**figures, "best/epoch": best.epoch})

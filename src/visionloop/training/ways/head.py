@@ -167,7 +167,7 @@ def _search(job: Job, run_id: str, embedding_nd: FloatArray) -> _Found:
     for number, solution in enumerate(sides.regression.solve_path(STRENGTHS), start=1):
         figures = sides.judge(solution)
         named = {f"solver/{name.replace('/', '_')}": value for name, value in figures.items()}
-        job.tracking.log_metrics(run_id, {**named, "solver/C": solution.strength}, step=number - 1)
+        job.tracking.log_metrics(run_id, {**named, "solver/C": solution.strength}, step=number)
         images_per_s = number * len(sides.targets) / max(time.perf_counter() - started, 1e-9)
         job.watcher.on_step(StepReport(1, 1, number, len(STRENGTHS), figures["train/loss"], images_per_s, 0.0))
         value = sign * figures[name]
