@@ -176,7 +176,8 @@ def find_missing_extra(error: ImportError) -> SettingsError | None:
     ]
     if not extras:
         return None
-    extra = min(extras, key=lambda name: (name in ("all", "dev"), extras.index(name)))
+    last = ("all", "dev", "mlflow-server")  # they bring more than a command needs
+    extra = min(extras, key=lambda name: (name in last, extras.index(name)))
     return SettingsError(
         package, "is not installed", "it for this command", f"Run `pip install 'visionloop[{extra}]'`."
     )
