@@ -88,7 +88,7 @@ def test_swaps_under_load_lose_nothing_and_every_answer_is_of_the_model_it_names
         upload_bundle(store, bundle)
         expected[digest] = Predictor(bundle, threads=1).predict([data])[0].probabilities
     assert len({round(one["a"], 4) for one in expected.values()}) == 4
-    with serving(tmp_path, poll_s=0.02, cache_mb=8) as server:
+    with serving(tmp_path, poll_s=0.02, cache_mb=8, log_flush_s=0.5) as server:  # rows that wait are no leak
         with asking(server, data, expected) as calm:
             wait_for(lambda: len(calm.seconds) >= num_requests // 10)
         memory, process = [], psutil.Process(server.process.pid)
