@@ -1,5 +1,6 @@
 """The page for people, in headless Chromium: drop a photo, read the answer, correct it, find the correction."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,9 +99,25 @@ def test_a_video_has_a_timeline_and_what_is_no_image_has_a_plain_word(page: Brow
     page.drop("#drop", home / "film.mp4", home / "notes.txt")
     assert "0:00 \u2013 0:0" in read(page, ".parts")
     page.wait("[...document.querySelectorAll('.bad')].some(e => e.innerText.startsWith('This is not an image'))")
+    assert page.run("document.body.innerText.match(/JPEG/g).length") == 1, "one list of formats, that of the server"
     page.wait("document.querySelectorAll('#history button').length == 2")
     page.click("#clear")
     page.wait("!document.querySelector('.card') && document.querySelector('#session').hidden")
+
+
+def test_the_headline_of_a_video_says_for_how_much_of_the_time(page: Browser) -> None:
+    times = [{"start_s": s, "end_s": s + 5, "prediction": p, "labels": None, "abstained": None, "confidence": 0.9999}
+             for s, p in ((0, "cat"), (5, "dog"))]  # fmt: skip
+    answer = {"prediction": "cat", "labels": None, "confidence": 0.9999, "abstained": None, "duration_s": 10}
+    answer |= {"segments": times, "shares": {"cat": 0.506, "dog": 0.494}, "num_frames": 20, "every_s": 0.5}
+    answer |= {"smooth_s": 1, "notes": [], "model": {"name": "m", "version": None, "engine": "x"}}
+    page.run(
+        "void import('/page/cards.js').then(m => {"
+        " const card = new m.Card(new File([], 'a.mp4', {type: 'video/mp4'}), () => [], () => {});"
+        f" card.showTimes({json.dumps(answer)}); window.head = card.text.querySelector('h3').textContent; }})"
+    )
+    page.wait("window.head")
+    assert page.run("window.head") == "cat, 51 % of the time"
 
 
 def test_a_phone_has_a_camera_and_nothing_is_wider_than_it(page: Browser, server: Server, home: Path) -> None:
@@ -127,6 +144,7 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(home: Path, tmp
     with serving(tmp_path, home / "bundle") as server:
         browser.open(f"http://127.0.0.1:{server.port}/")
         browser.wait("!document.querySelector('#key-form').hidden")
+        assert read(browser, "#model") == "This server asks for a key."
         browser.run(f"document.querySelector('#key').value = {key!r}")
         browser.click("#key-form button")
         browser.wait("document.querySelector('#model').textContent.includes('120 classes')")

@@ -157,6 +157,13 @@ def test_a_file_that_is_no_params(tmp_path: Path, text: str, line: str) -> None:
     assert str(caught.value).startswith(line)
 
 
+def test_a_bare_number_of_images_is_that_of_all() -> None:
+    asked = make_params({"name": "pets", "gate": {"min_images": 15}}).gate.min_images
+    assert (asked.all, asked.per_class) == (15, 10)
+    with pytest.raises(ParamsError, match=r"gate\.min_images\.all: got 0; expected greater than or equal"):
+        make_params({"name": "pets", "gate": {"min_images": 0}})
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"not found; expected a params\.yaml. Make a workspace"):
         load_params(tmp_path / "params.yaml")

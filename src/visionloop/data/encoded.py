@@ -55,6 +55,7 @@ class Encoded:
 
     `size` is the size before the orientation; None where only the decoder knows it. For a JPEG `is_usual` says that its
     kind of pixels is one that libjpeg-turbo decodes to grey and to RGB alike, and `num_colours` how many there are.
+    `is_streamed`: libjpeg decodes it row by row, where other JPEGs need all their coefficients at once.
     `bits` are the bits that each sample of a PNG holds, by its own word; 0: all. `is_wide`: a sample has 16 bits.
     """
 
@@ -65,6 +66,7 @@ class Encoded:
     pieces: Sequence[bytes | slice] = ()
     is_usual: bool = False
     num_colours: int = 0
+    is_streamed: bool = False
     bits: int = 0
     is_wide: bool = False
 
@@ -178,12 +180,13 @@ def _too_many(where: str, what: str, limit: int) -> ImageError:
 def _parse_jpeg(data: bytes, where: str) -> Encoded:
     kept: list[bytes | slice] = [data[:2]]
     notes: list[slice] = []
-    frame, first_scan, num_scans, end = b"", 0, 0, len(data)
+    frame, first_scan, num_scans, end, is_streamed = b"", 0, 0, len(data), False
     for marker, start, stop in _walk_jpeg(data, where):
         if marker == _SCAN:
             num_scans += 1
             first_scan = first_scan or start
             if frame[:1] in _BASELINE and data[start + 4 : start + 5] == frame[8:9]:
+                is_streamed = num_scans == 1
                 break  # it holds all colours: libjpeg allows no further scan
         elif marker == _END:
             end = stop
@@ -199,7 +202,9 @@ def _parse_jpeg(data: bytes, where: str) -> Encoded:
     kept.append(slice(first_scan, end))
     width, height, colours = frame[6] << 8 | frame[7], frame[4] << 8 | frame[5], frame[8]
     info = _read_notes(data, notes) if notes else {}
-    return Encoded("JPEG", data, (width, height), info, kept, is_usual=_is_usual(frame), num_colours=colours)
+    return Encoded(
+        "JPEG", data, (width, height), info, kept, _is_usual(frame), num_colours=colours, is_streamed=is_streamed
+    )
 
 
 def _walk_jpeg(data: bytes, where: str) -> Iterator[tuple[int, int, int]]:
@@ -386,15 +391,3 @@ def _find_modern(data: bytes) -> str | None:
     if brands[0] in _AVIF or (brands[0] in (b"mif1", b"msf1") and _AVIF.intersection(brands)):
         return "AVIF"
     return "HEIF" if brands[0] in _HEIC else None
-
-
-def read_shown_size(data: bytes) -> tuple[int | None, int | None]:
-    """Return width and height as the image is shown; None where only the decoder knows them."""
-    try:
-        encoded = parse_encoded(data, "image")
-    except ImageError:
-        return None, None
-    if encoded.size is None:
-        return None, None
-    width, height = encoded.size
-    return (height, width) if read_orientation(encoded.info) >= 5 else (width, height)

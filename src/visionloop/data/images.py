@@ -79,8 +79,11 @@ class ImageFacts:
 class _Opened:
     """An encoded image whose header is read, within the limit on pixels. `size` is the size before the orientation."""
 
-    def __init__(self, data: bytes, where: str, max_pixels: int | None) -> None:
-        """Raises ImageError: not an image we read, damaged, or too large. `max_pixels` None: any size."""
+    def __init__(self, data: bytes, where: str, max_pixels: int | None, max_decoded: int | None = None) -> None:
+        """Raises ImageError: not an image we read, damaged, or too large. `max_pixels` None: any size.
+
+        `max_decoded` is the limit on the pixels that `decode` really makes; None: no other than `max_pixels`.
+        """
         self.encoded, self._where, self._image = parse_encoded(data, where), where, None
         size = self.encoded.size
         if size is None:  # only the decoder knows it; it has decoded nothing yet
@@ -88,6 +91,7 @@ class _Opened:
             size = self._image.size
         check_pixels(size, where, max_pixels)
         self.size: Size = size
+        self._max_decoded = max_decoded
 
     @property
     def orientation(self) -> int:
@@ -95,13 +99,25 @@ class _Opened:
 
     def decode(self, needed: Size) -> tuple[Image.Image, bool]:
         """Return L, RGB or opaque RGBA, no smaller than `needed`, and whether it is scaled. Raises ImageError."""
+        if self.encoded.is_streamed:  # rows that are scaled down as they come: the whole is never there
+            self._check_decoded(_choose_scale(self.size, needed))
+        else:
+            self._check_decoded(self.size)
         pixels = self.decode_turbo(needed)
         if pixels is not None:
             return Image.fromarray(pixels), True
+        self._check_decoded(self.size)
         image = self._image or open_image(self.encoded.kind, self.encoded.picture, self._where)
         if image.size != self.size:  # the limit was checked on another size
             raise make_damaged(self._where, "two sizes in it")
         return load_pixels(image, self._where, self.encoded.bits, in_place=True), False
+
+    def _check_decoded(self, size: Size) -> None:
+        if self._max_decoded is not None and size[0] * size[1] > self._max_decoded:
+            found = f"has {self.size[0]} x {self.size[1]} pixels"
+            expected = f"at most {self._max_decoded} to decode here (`serve.max_pixels`)"
+            todo = "Send it smaller, or as a JPEG that is not progressive: of that fewer pixels are decoded."
+            raise ImageError(self._where, found, expected, todo, reason_code="too_large")
 
     def decode_turbo(self, needed: Size, *, grey: bool = False) -> UInt8Array | None:
         """Decode a JPEG by libjpeg-turbo, to (h, w) or (h, w, 3). Raises ImageError.
@@ -177,10 +193,19 @@ def load_array(
 
 
 def load_sized_array(
-    data: bytes, where: str, *, size_hw: tuple[int, int], resize: str, max_pixels: int | None = MAX_PIXELS
+    data: bytes,
+    where: str,
+    *,
+    size_hw: tuple[int, int],
+    resize: str,
+    max_pixels: int | None = MAX_PIXELS,
+    max_decoded: int | None = None,
 ) -> tuple[UInt8Array, Size]:
-    """Do what `load_array` does; return the width and height of the whole image too, as it is shown."""
-    opened = _Opened(data, where, max_pixels)
+    """Do what `load_array` does; return the width and height of the whole image too, as it is shown.
+
+    `max_decoded` is a limit on the pixels that are decoded: of a large JPEG that is not progressive, a part of all.
+    """
+    opened = _Opened(data, where, max_pixels, max_decoded)
     orientation = opened.orientation
     array = _make_array(opened.size, orientation, opened.decode, size_hw, resize)
     return array, _swap(opened.size, orientation)

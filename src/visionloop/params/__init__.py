@@ -148,7 +148,7 @@ class KeepImages(Section):
 
 
 class Serve(Section):
-    """Limits of the server. `max_pixels`: the model's own, under which its images were ingested, holds beside it.
+    """Limits of the server. `max_pixels`: decoded of one image; the model's own limit on its size holds beside it.
 
     `max_video_bytes`, `max_video_s`: of a video that is sent to /predict/video.
     `cache_mb`: memory for answers to images that come again; 0: none is kept.

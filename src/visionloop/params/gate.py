@@ -106,6 +106,11 @@ def to_floor(value: Any) -> Any:
     return {"line": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def to_min_images(value: Any) -> Any:
+    """Take a bare number for how many there are in all."""
+    return {"all": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Gate(Section):
     """When a candidate may replace the champion. Each rule has a `mode` of its own; `dry_run` only shows it."""
 
@@ -115,7 +120,7 @@ class Gate(Section):
     margin: float = Field(default=0.02, ge=0, lt=1)
     looks: Literal["tell", "spend"] = "tell"
     approval: Literal["none", "required"] = "none"
-    min_images: MinImages = MinImages()
+    min_images: Annotated[MinImages, BeforeValidator(to_min_images)] = MinImages()
     floors: dict[Metric, Annotated[Floor, BeforeValidator(to_floor)]] = Field(default_factory=dict)
     baseline: Baseline = Baseline()
     answered: Answered = Answered()

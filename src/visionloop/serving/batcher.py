@@ -301,8 +301,8 @@ class Batcher:
 
     def _load(self, model: ServedModel, data: bytes) -> tuple[UInt8Array, Size]:
         card = model.predictor.card
-        limit = min(self.max_pixels or card.max_pixels, card.max_pixels)
-        return load_sized_array(data, "image", size_hw=card.image_size, resize=card.resize, max_pixels=limit)
+        limits = {"max_pixels": card.max_pixels, "max_decoded": self.max_pixels}
+        return load_sized_array(data, "image", size_hw=card.image_size, resize=card.resize, **limits)
 
     async def _work(self) -> None:
         while True:

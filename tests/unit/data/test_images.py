@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,40 @@ def test_decoding_is_scaled_but_never_below_what_is_asked(
     monkeypatch.setattr(simplejpeg, "decode_jpeg", watch)
     load_array(encode(Image.new("RGB", size), "JPEG"), "x", size_hw=wanted, resize=resize)
     assert seen == [decoded]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "is_read"),
+    [
+        ((640, 480), {}, True),  # at a quarter: 160 x 120
+        ((640, 480), {"restart_marker_rows": 1, "quality": 95, "subsampling": 0}, True),
+        ((640, 480), {"progressive": True}, False),  # all its coefficients are there at once
+        ((320, 240), {}, True),  # at a half
+        ((160, 120), {}, True),
+        ((161, 120), {}, False),  # at full size: half of it is too small
+    ],
+)
+def test_a_limit_on_decoded_pixels_counts_those_that_are_made(
+    size: tuple[int, int], options: dict[str, Any], is_read: bool
+) -> None:
+    data = encode(make_photo(*size), "JPEG", **options)
+    wanted: dict[str, Any] = {"size_hw": (100, 120), "resize": "squash"}
+    if not is_read:
+        with pytest.raises(ImageError, match=f"has {size[0]} x {size[1]} pixels; expected at most 19200 .*max_pixels"):
+            load_sized_array(data, "x", **wanted, max_decoded=160 * 120)
+        return
+    array, shown = load_sized_array(data, "x", **wanted, max_decoded=160 * 120)
+    assert shown == size
+    np.testing.assert_array_equal(array, load_array(data, "x", **wanted))
+    with pytest.raises(ImageError, match="at most 1000"):
+        load_sized_array(data, "x", **wanted, max_pixels=1000, max_decoded=160 * 120)
+
+
+def test_a_limit_on_decoded_pixels_counts_all_of_a_format_that_is_decoded_whole() -> None:
+    data = encode(make_photo(640, 480), "PNG")
+    with pytest.raises(ImageError, match="has 640 x 480 pixels; expected at most 307199"):
+        load_sized_array(data, "x", size_hw=(32, 32), resize="squash", max_decoded=640 * 480 - 1)
+    assert load_sized_array(data, "x", size_hw=(32, 32), resize="squash", max_decoded=640 * 480)[1] == (640, 480)
 
 
 def test_the_same_bytes_give_the_same_array_in_every_thread() -> None:

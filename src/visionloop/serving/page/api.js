@@ -2,7 +2,7 @@
 const KEY = "visionloop-key", RETRIES = 4, MOST_WAIT_S = 30;
 
 const WORDS = {
-  not_an_image: "This is not an image that the model reads. It takes JPEG, PNG, WebP and AVIF.",
+  not_an_image: "This is not an image that the model reads.",
   not_a_video: "This is not a video that the server reads.",
   no_video: "There is no picture in this video.",
   no_reader: "This server reads no videos.",
@@ -15,6 +15,7 @@ const WORDS = {
   not_ready: "The model is not ready.",
   stopping: "The server is being stopped. Another one may answer.",
   too_many: "You have asked more often than you may.",
+  no_key: "This server asks for a key.",
   no_valid_key: "This server asks for a key, and this one is not valid.",
   not_allowed: "Your key is not allowed to do this.",
   no_log: "This server keeps no corrections.",
@@ -26,7 +27,7 @@ const PASSING = ["busy", "deadline", "not_ready", "stopping", "too_many", "store
 
 export class Problem extends Error {
   constructor(code, detail, waitS) {
-    super(WORDS[code] || detail);
+    super(WORDS[code === "no_valid_key" && !getKey() ? "no_key" : code] || detail);
     this.code = code;
     this.detail = WORDS[code] ? detail : "";
     this.waitS = waitS;

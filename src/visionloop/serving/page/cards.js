@@ -75,7 +75,7 @@ export class Card {
     say(`${this.name}: ${problem.message}`);
   }
 
-  showHead(answer) {
+  showHead(answer, how = ` ${percent(answer.confidence)}`) {
     const name = (answer.labels ?? [answer.prediction]).join(", ") || "no label", head = make("h3");
     this.text.replaceChildren(head);
     if (answer.abstained) {
@@ -84,9 +84,9 @@ export class Card {
       guess.append(make("bdi", name), ` (${percent(answer.confidence)})`);
       this.text.append(make("p", explainDoubt(answer.abstained), "unsure note"), guess);
     } else {
-      head.append(make("bdi", name), make("span", ` ${percent(answer.confidence)}`, "dim"));
+      head.append(make("bdi", name), make("span", how, "dim"));
     }
-    say(`${this.name}: ${answer.abstained ? "it does not know. At best " : ""}${name}, ${percent(answer.confidence)}`);
+    say(`${this.name}: ${answer.abstained ? "it does not know. At best " : ""}${name}${answer.abstained ? `, ${percent(answer.confidence)}` : how}`);
   }
 
   showAnswer(answer) {
@@ -146,7 +146,8 @@ export class Card {
   }
 
   showTimes(answer) {
-    this.showHead(answer);
+    const parts = (answer.labels ?? [answer.prediction]).map(name => Math.round(100 * (answer.shares[name] ?? 0)));
+    this.showHead(answer, answer.segments.length > 1 ? `, ${parts.join(" and ") || 100} % of the time` : undefined);
     if (!answer.abstained && answer.segments.length > 1) {
       const most = Object.entries(answer.shares).map(([name, share]) => `${name} for ${percent(share)}`).slice(0, 5);
       this.text.append(make("p", `Of the time it shows ${most.join(", ")}.`, "note"));
