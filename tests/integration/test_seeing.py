@@ -93,7 +93,9 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     assert 60 < float(share[1]) < 95
     path = home / "suspects" / "corrections.csv"
     rows = read_rows(path)
-    assert run_here(monkeypatch, "suspects", "--top", "24", "--json") == 0, "writes nothing, so corrections.csv may stay"
+    assert run_here(monkeypatch, "suspects", "--top", "24", "--json") == 0, (
+        "writes nothing, so corrections.csv may stay"
+    )
     found = json.loads(capsys.readouterr().out)
     assert [(one["sha256"], one["old"], one["new"]) for one in found["suspects"]] == [
         (row["sha256"], row["old"], row["new"]) for row in rows
