@@ -273,6 +273,20 @@ def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: Re
     assert reasons == [5, 0]  # nothing has come since
 
 
+def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:
+    """Of 20 images 10 are sure (99 %) and 10 unsure (55 %); where 0.5 is the limit of the server, none is unsure."""
+    rules = "review: {count: 20, random: 0}\n"
+    desk.write(SOURCES + rules)
+    desk.serve(20)
+    batch = json.loads(desk.run("review", "--json"))
+    reasons = {(one["confidence"], one["reason"]) for one in batch["images"]}
+    assert reasons == {(0.55, "uncertain"), (0.99, "spread")}
+    desk.write(SOURCES + rules + "serve: {keep_images: {confidence: 0.5}}\n")
+    desk.serve(20, first=6000)
+    batch = json.loads(desk.run("review", "--new", "--json"))
+    assert {one["reason"] for one in batch["images"]} == {"spread"}
+
+
 def test_damaged_batch_is_named(desk: ReviewDesk) -> None:
     desk.serve(6)
     desk.run("review")
