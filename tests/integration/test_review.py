@@ -193,6 +193,24 @@ def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDes
     assert desk.by_sha256()[first].labels == ("cat",)
 
 
+def test_name_that_answered_nothing_and_a_sheet_without_a_label_are_refused(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 3}\n")
+    rows = desk.serve(10)
+    desk.run("review", "--csv", "a.csv")
+    assert "--from bob: has answered nothing; expected one who has" in desk.run(
+        "review", "--accept", "--from", "bob", code=2
+    )
+    said = desk.run("review", "--take", "a.csv", "--by", "bob", code=2)
+    assert "--take a.csv: has no answer in 3 rows; expected one in the column `label`. Fill it in" in said
+    desk.fill(desk.home / "a.csv", {load_batches(desk.store, NAME)[0].images[0].sha256: "dog"})
+    desk.run("review", "--take", "a.csv", "--by", "bob")
+    desk.say(rows[:1], "dog", who=None)
+    said = desk.run("review", "--accept", "--from", "nobody", code=2)
+    assert "--from nobody: has answered nothing; expected bob, gate, whose labels wait. Mend the name." in said
+    desk.run("review", "--accept", "--from", "bob")
+    desk.run("review", "--accept", "--from", "bob")  # nothing waits any more: no mistake
+
+
 def test_person_who_corrects_an_answer_relabels_the_image_for_good(desk: ReviewDesk) -> None:
     """The corrected label also beats what the folder says of the same bytes; a side never changes."""
     desk.write(SOURCES + "review: {count: 4}\n")
