@@ -168,6 +168,23 @@ def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: Re
     assert "accepted: 0 labels" in desk.run("review", "--accept")
 
 
+def test_feedback_without_a_label_says_why(desk: ReviewDesk) -> None:
+    """Each time the true reason: to accept what cannot be accepted is no advice."""
+    desk.write(SOURCES.replace("    - {kind: review}\n", ""))
+    assert "source feedback: no feedback has come yet" in desk.run("ingest")
+    row = desk.serve(3)[0]
+    desk.say([{"request_id": make_request_id(datetime.now(UTC).timestamp())}], "dog", who="bob")
+    desk.run("review", "--accept")
+    assert (
+        "source feedback: the one feedback is not a label of an image that the server kept: `serve.keep_images`"
+        in desk.run("ingest")
+    )
+    desk.say([row], "cat", who=None)
+    assert "source feedback: what came repeats the model's answers, and no name stands" in desk.run("ingest")
+    desk.say([row], "dog", who="bob")
+    assert "source feedback: no label is accepted yet: `visionloop review --accept`" in desk.run("ingest")
+
+
 def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
     desk.write(SOURCES + "review: {count: 3, accept_at_once: [cleo]}\n")
     desk.serve(10)
