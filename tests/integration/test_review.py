@@ -322,6 +322,18 @@ def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:
     assert {one["reason"] for one in batch["images"]} == {"spread"}
 
 
+def test_batch_lists_the_images_that_are_open(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 15}\n")
+    desk.serve(20)
+    desk.run("review", "--csv", "a.csv")
+    *others, last = (one.sha256 for one in load_batches(desk.store, NAME)[0].images)
+    desk.fill(desk.home / "a.csv", dict.fromkeys(others, "dog"))
+    desk.run("review", "--take", "a.csv", "--by", "ann")
+    told = desk.run("review").splitlines()
+    assert told[0].endswith("14 answered") and told[1] == "still open:"
+    assert last[:12] in told[2] and told[3] == "14 labels wait: `visionloop review --accept`"
+
+
 def test_damaged_batch_is_named(desk: ReviewDesk) -> None:
     desk.serve(6)
     desk.run("review")

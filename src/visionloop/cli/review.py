@@ -188,7 +188,9 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
         f"batch {batch.number} of {batch.at[:16].replace('T', ' ')}: {len(batch.images):,} images "
         f"({describe_reasons(batch.images)}), {progress.num_answered:,} answered"
     ]
-    rows = [[one.reason, f"{one.confidence:.2f}", cut(", ".join(one.model)), one.sha256[:12]] for one in batch.images]
+    left = [one for one in batch.images if one.sha256 not in progress.answered]
+    rows = [[one.reason, f"{one.confidence:.2f}", cut(", ".join(one.model)), one.sha256[:12]] for one in left]
+    lines += ["still open:"] if rows and progress.num_answered else []
     lines += [f"  {line}" for line in align(rows[:SHOWN])]
     lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
     settled = look(workspace.store, workspace.name, workspace.params.review)

@@ -97,8 +97,12 @@ class Reference:
 class Progress:
     """How far a batch is: images with an answer of anybody, and all."""
 
-    num_answered: int
+    answered: frozenset[str]
     num_images: int
+
+    @property
+    def num_answered(self) -> int:
+        return len(self.answered)
 
     @property
     def is_done(self) -> bool:
@@ -178,8 +182,8 @@ def _make_lost(name: str) -> DatasetError:
 def measure_progress(workspace: Workspace, batch: Batch) -> Progress:
     """Return how far a batch is. Raises StoreError, DatasetError."""
     said = load_opinions(workspace.store, workspace.name, [batch])
-    answered = {one.asked.sha256 for one in said if one.verdict != UNDO}
-    return Progress(len(answered), len(batch.images))
+    answered = frozenset(one.asked.sha256 for one in said if one.verdict != UNDO)
+    return Progress(answered, len(batch.images))
 
 
 class _Chooser:
