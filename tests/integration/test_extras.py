@@ -258,6 +258,14 @@ def test_ray_prepares_on_a_cluster(install: Callable[..., Environment], tmp_path
 
 
 @pytest.mark.long
+def test_mlflow_server_asks_for_passwords(install: Callable[..., Environment]) -> None:
+    """That it starts, and refuses who has none: test_mlflow_start.py."""
+    place = install("mlflow-server")
+    done = place.run("python", "-c", "from mlflow.server.auth import create_app; print(create_app.__name__)")
+    assert (done.returncode, done.stdout) == (0, "create_app\n"), done.stderr
+
+
+@pytest.mark.long
 def test_dev_checks_and_tests(install: Callable[..., Environment]) -> None:
     place = install("dev")
     assert place.run("ruff", "check", "src", cwd=ROOT).returncode == 0

@@ -193,6 +193,23 @@ def test_no_client_changes_test_and_what_is_like_a_test_image_does_not_come_into
     assert after[rows[2]["image_sha256"]].side in ("train", "val")
 
 
+def test_feedback_without_a_label_says_why(desk: ReviewDesk) -> None:
+    """Each time the true reason: to accept what cannot be accepted is no advice."""
+    desk.write(SOURCES.replace("    - {kind: review}\n", ""))
+    assert "source feedback: no feedback has come yet" in desk.run("ingest")
+    row = desk.serve(3)[0]
+    desk.say([{"request_id": make_request_id(datetime.now(UTC).timestamp())}], "dog", who="bob")
+    desk.run("review", "--accept")
+    assert (
+        "source feedback: the one feedback is not a label of an image that the server kept: `serve.keep_images`"
+        in desk.run("ingest")
+    )
+    desk.say([row], "cat", who=None)
+    assert "source feedback: what came repeats the model's answers, and no name stands" in desk.run("ingest")
+    desk.say([row], "dog", who="bob")
+    assert "source feedback: no label is accepted yet: `visionloop review --accept`" in desk.run("ingest")
+
+
 def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
     desk.write(SOURCES + "review: {count: 3, accept_at_once: [cleo]}\n")
     desk.serve(10)
@@ -217,6 +234,24 @@ def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDes
     assert "disagree" not in desk.run("review", "--accept")
     desk.run("ingest")
     assert desk.by_sha256()[first].labels == ("cat",)
+
+
+def test_name_that_answered_nothing_and_a_sheet_without_a_label_are_refused(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 3}\n")
+    rows = desk.serve(10)
+    desk.run("review", "--csv", "a.csv")
+    assert "--from bob: has answered nothing; expected one who has" in desk.run(
+        "review", "--accept", "--from", "bob", code=2
+    )
+    said = desk.run("review", "--take", "a.csv", "--by", "bob", code=2)
+    assert "--take a.csv: has no answer in 3 rows; expected one in the column `label`. Fill it in" in said
+    desk.fill(desk.home / "a.csv", {load_batches(desk.store, NAME)[0].images[0].sha256: "dog"})
+    desk.run("review", "--take", "a.csv", "--by", "bob")
+    desk.say(rows[:1], "dog", who=None)
+    said = desk.run("review", "--accept", "--from", "nobody", code=2)
+    assert "--from nobody: has answered nothing; expected bob, gate, whose labels wait. Mend the name." in said
+    desk.run("review", "--accept", "--from", "bob")
+    desk.run("review", "--accept", "--from", "bob")  # nothing waits any more: no mistake
 
 
 def test_person_who_corrects_an_answer_relabels_the_image_for_good(desk: ReviewDesk) -> None:
@@ -310,6 +345,32 @@ def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
     assert rows[0]["image_sha256"] not in {one["sha256"] for one in batch["images"]}
     days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
     assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
+
+
+def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:
+    """Of 20 images 10 are sure (99 %) and 10 unsure (55 %); where 0.5 is the limit of the server, none is unsure."""
+    rules = "review: {count: 20, random: 0}\n"
+    desk.write(SOURCES + rules)
+    desk.serve(20)
+    batch = json.loads(desk.run("review", "--json"))
+    reasons = {(one["confidence"], one["reason"]) for one in batch["images"]}
+    assert reasons == {(0.55, "uncertain"), (0.99, "spread")}
+    desk.write(SOURCES + rules + "serve: {keep_images: {confidence: 0.5}}\n")
+    desk.serve(20, first=6000)
+    batch = json.loads(desk.run("review", "--new", "--json"))
+    assert {one["reason"] for one in batch["images"]} == {"spread"}
+
+
+def test_batch_lists_the_images_that_are_open(desk: ReviewDesk) -> None:
+    desk.write(SOURCES + "review: {count: 15}\n")
+    desk.serve(20)
+    desk.run("review", "--csv", "a.csv")
+    *others, last = (one.sha256 for one in load_batches(desk.store, NAME)[0].images)
+    desk.fill(desk.home / "a.csv", dict.fromkeys(others, "dog"))
+    desk.run("review", "--take", "a.csv", "--by", "ann")
+    told = desk.run("review").splitlines()
+    assert told[0].endswith("14 answered") and told[1] == "still open:"
+    assert last[:12] in told[2] and told[3] == "14 labels wait: `visionloop review --accept`"
 
 
 def test_damaged_batch_is_named(desk: ReviewDesk) -> None:

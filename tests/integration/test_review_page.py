@@ -142,6 +142,30 @@ def test_browser_answers_takes_back_and_confirms(asking: Asking) -> None:
         tab.wait("!document.getElementById('done').hidden")
 
 
+def test_marked_wrong_images_stay_open_and_marked_after_a_double_click_on_confirm(asking: Asking) -> None:
+    """The second click falls on what moved under the mouse: it stores nothing, neither those marked nor the others."""
+    marked = "[...document.querySelectorAll('.tiles button[aria-pressed=false]')].length"
+    confirm = "document.querySelector('#grid h2 button')"
+    with browsing() as tab:
+        tab.open(asking.page.url)
+        tab.wait("document.getElementById('big')?.naturalWidth === 90")
+        tab.press("g")
+        tab.wait("document.querySelectorAll('.tiles button').length === 8")
+        tab.run("[...document.querySelectorAll('.tiles button')].slice(1, 4).forEach(one => one.click())")
+        first, others = set(range(4)), set(range(4, 8))
+        tab.run(f"{confirm}.click()")
+        tab.wait("document.getElementById('count').textContent === '1 of 8 answered'")
+        tab.run("document.querySelectorAll('#grid h2 button').forEach(one => one.click())")
+        assert tab.run(marked) == 3
+        assert tab.run(f"[{confirm}.disabled, {confirm}.textContent]") == [True, "All are marked wrong"]
+        tab.wait("performance.now() > restUntil")
+        assert asking.said().keys() < first and len(asking.said()) == 1
+        tab.run("document.querySelectorAll('#grid h2 button').forEach(one => one.click())")
+        tab.wait("document.getElementById('count').textContent === '5 of 8 answered'")
+        assert asking.said().keys() > others and len(asking.said()) == 5
+        assert tab.run(marked) == 3
+
+
 def test_browser_chooses_several_labels(tmp_path: Path) -> None:
     place, batch = make_place(tmp_path)
     several = replace(batch, task="multilabel", number=2, kind=SUSPECTS)

@@ -135,9 +135,15 @@ def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0
 
 
 def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:
+    from visionloop.errors import SourceError
     from visionloop.monitoring.answer_sheet import take_sheet
 
     taken = take_sheet(workspace, path.expanduser(), by=by, allow_new=allow_new)
+    if not taken.num_new and not taken.num_known:
+        found = f"has no answer in {taken.num_empty:,} row{'' if taken.num_empty == 1 else 's'}"
+        raise SourceError(
+            f"--take {path}", found, "one in the column `label`", "Fill it in, save it, and take it again."
+        )
     known = f", {taken.num_known:,} were known" if taken.num_known else ""
     print(f"{taken.num_new:,} answers of {by} are stored{known}; {taken.num_empty:,} rows have none")
     if by in workspace.params.review.accept_at_once:
@@ -147,8 +153,10 @@ def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> No
 
 
 def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
-    from visionloop.data.acceptance import accept
+    from visionloop.data.acceptance import accept, check_giver
 
+    if only is not None:
+        check_giver(workspace.store, workspace.name, workspace.params.review, only)
     settled = accept(
         workspace.store, workspace.name, workspace.params.review, by=get_user(), now=datetime.now(UTC), only=only
     )
@@ -180,7 +188,9 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
         f"batch {batch.number} of {batch.at[:16].replace('T', ' ')}: {len(batch.images):,} images "
         f"({describe_reasons(batch.images)}), {progress.num_answered:,} answered"
     ]
-    rows = [[one.reason, f"{one.confidence:.2f}", cut(", ".join(one.model)), one.sha256[:12]] for one in batch.images]
+    left = [one for one in batch.images if one.sha256 not in progress.answered]
+    rows = [[one.reason, f"{one.confidence:.2f}", cut(", ".join(one.model)), one.sha256[:12]] for one in left]
+    lines += ["still open:"] if rows and progress.num_answered else []
     lines += [f"  {line}" for line in align(rows[:SHOWN])]
     lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
     settled = look(workspace.store, workspace.name, workspace.params.review)

@@ -29,7 +29,7 @@ from visionloop.data.answers import (
     load_opinions,
 )
 from visionloop.data.manifest import latest_version, load_version_records
-from visionloop.errors import ObjectMissing
+from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review
 from visionloop.records import Record, canonical_json
 from visionloop.store import ObjectStore
@@ -168,6 +168,20 @@ def look(store: ObjectStore, name: str, rules: Review, *, only: str | None = Non
     """Return what could be accepted now, and what not. Raises as `accept`."""
     opinions = [*load_opinions(store, name), *load_feedback_opinions(store, name)]
     return settle(opinions, load_accepted(store, name, rules), quota=rules.client_quota, only=only)
+
+
+def check_giver(store: ObjectStore, name: str, rules: Review, giver: str) -> None:
+    """Refuse a person or client who has said nothing, and name those whose labels wait. Raises SettingsError."""
+    opinions = [*load_opinions(store, name), *load_feedback_opinions(store, name)]
+    if any(giver in (one.who, one.client) for one in opinions):
+        return
+    settled = settle(opinions, load_accepted(store, name, rules), quota=rules.client_quota)
+    waiting = {*settled.conflicts, *(one.sha256 for one in settled.labels)}
+    names = {one.who or one.client or "" for one in opinions if one.verdict == LABEL and one.asked.sha256 in waiting}
+    wait = (
+        f"{shorten([*(names - {''})], 10)}, whose labels wait" if names - {""} else "one who has; no named label waits"
+    )
+    raise SettingsError(f"--from {giver}", "has answered nothing", wait, "Mend the name.")
 
 
 def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Accepted]:

@@ -47,7 +47,8 @@ Labels = tuple[str, ...]
 class Asked(Record):
     """An image that people are asked about. `model`: what the model answered; of a suspect the label that it has.
 
-    The server kept it under `day`; "": the dataset has it. `reason`: uncertain, novel, random, or suspect.
+    The server kept it under `day`; "": the dataset has it. `reason`: uncertain, novel, spread, random, or
+    suspect.
     `probability`: with which an image of the traffic comes into the random share; None for the others. `proposed`: what
     the neighbours of a suspect say. `similar`: labelled images that are like it, the nearest first.
     """

@@ -40,7 +40,9 @@ from visionloop.features.neighbours import find_other_neighbours
 from visionloop.features.suspects import Suspect
 from visionloop.monitoring.review import (
     NOVEL,
+    SPREAD,
     UNCERTAIN,
+    UNSURE_BELOW,
     BoolArray,
     Candidates,
     Float32Array,
@@ -95,8 +97,12 @@ class Reference:
 class Progress:
     """How far a batch is: images with an answer of anybody, and all."""
 
-    num_answered: int
+    answered: frozenset[str]
     num_images: int
+
+    @property
+    def num_answered(self) -> int:
+        return len(self.answered)
 
     @property
     def is_done(self) -> bool:
@@ -176,8 +182,8 @@ def _make_lost(name: str) -> DatasetError:
 def measure_progress(workspace: Workspace, batch: Batch) -> Progress:
     """Return how far a batch is. Raises StoreError, DatasetError."""
     said = load_opinions(workspace.store, workspace.name, [batch])
-    answered = {one.asked.sha256 for one in said if one.verdict != UNDO}
-    return Progress(len(answered), len(batch.images))
+    answered = frozenset(one.asked.sha256 for one in said if one.verdict != UNDO)
+    return Progress(answered, len(batch.images))
 
 
 class _Chooser:
@@ -189,6 +195,8 @@ class _Chooser:
         self.since = now - timedelta(days=self.rules.days)
         self.number = max((one.number for one in batches), default=0) + 1
         self.table = _read_kept(workspace, self.since, now)
+        kept = workspace.params.serve.keep_images
+        self.unsure_below = (kept.confidence if kept != "none" else None) or UNSURE_BELOW
 
     def choose(self, count: int, by: str) -> Batch:
         """Return the batch. Raises DatasetError: there is nothing to ask about."""
@@ -204,8 +212,10 @@ class _Chooser:
         found = []
         for place in [*range(len(lot)), *chosen]:
             row = int(rows[place])
-            reason = RANDOM if place < len(lot) else NOVEL if novel_n[place] else UNCERTAIN
-            one = make_asked(self.table.slice(row, 1).to_pylist()[0], reason, chances.get(row))
+            one = make_asked(self.table.slice(row, 1).to_pylist()[0], RANDOM, chances.get(row))
+            if place >= len(lot):
+                is_unsure = one.confidence < self.unsure_below
+                one = replace(one, reason=NOVEL if novel_n[place] else UNCERTAIN if is_unsure else SPREAD)
             found.append(replace(one, similar=reference.find_similar(embedding_nd[place])))
         order = np.random.default_rng(self._seed(3)).permutation(len(found))  # people tire: not the lot first
         return Batch(

@@ -27,7 +27,8 @@ BoolArray = NDArray[np.bool_]
 
 NEIGHBOURS, NOVEL_SHARE = 5, 0.95  # new: farther from the known images than this share of them is from the others
 LEAST_DOUBT = 0.1  # of an image that the model is sure of: a sure answer to a new look may be wrong
-UNCERTAIN, NOVEL = "uncertain", "novel"
+UNSURE_BELOW = 0.8  # a confidence; where serve.keep_images does not say one
+UNCERTAIN, NOVEL, SPREAD = "uncertain", "novel", "spread"  # spread: neither, only unlike what is known
 
 
 @dataclass(frozen=True)

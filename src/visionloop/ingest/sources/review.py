@@ -6,11 +6,12 @@ no client changes the label of a test image, and an image that was not drawn, an
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from visionloop.data.acceptance import Accepted, Answered
-from visionloop.data.answers import RANDOM, SUSPECTS, Asked, read_asked
+from visionloop.data.answers import RANDOM, SUSPECTS, Asked, load_feedback_opinions, read_asked
+from visionloop.data.prediction_log import read_feedback as read_said
 from visionloop.data.prediction_log import read_request_time
 from visionloop.errors import ImageError, ObjectMissing, SourceError
 from visionloop.ingest.item import Item, SourceContext
@@ -19,9 +20,8 @@ from visionloop.params import FeedbackSource, ReviewSource
 
 def read_review(source: ReviewSource, context: SourceContext) -> Iterator[Item]:
     """Yield the images whose labels people gave who were asked, and those of suspects that have another label now."""
-    return _read(
-        source, context, "`visionloop review` asks for some; `visionloop review --accept` accepts what is held"
-    )
+    todo = "`visionloop review` asks for some; `visionloop review --accept` accepts what is held"
+    return _read(source, context, lambda _: f"no label is accepted yet: {todo}")
 
 
 def read_feedback(source: FeedbackSource, context: SourceContext) -> Iterator[Item]:
@@ -31,16 +31,32 @@ def read_feedback(source: FeedbackSource, context: SourceContext) -> Iterator[It
         context.tell(
             f"source {source.name}: {number:,} labels of clients are of test images, which keep theirs: {todo}"
         )
-    return _read(source, context, "`visionloop review --accept` accepts feedback on images that the server kept")
+    return _read(source, context, _explain_no_feedback)
 
 
-def _read(source: ReviewSource | FeedbackSource, context: SourceContext, todo: str) -> Iterator[Item]:
+def _explain_no_feedback(answered: Answered) -> str:
+    """Say why no label of feedback is accepted."""
+    number = read_said(answered.store, answered.name).table.num_rows
+    if not number:
+        return "no feedback has come yet"
+    opinions = load_feedback_opinions(answered.store, answered.name)
+    if not opinions:
+        it = "the one feedback is not" if number == 1 else f"none of {number:,} is"
+        return f"{it} a label of an image that the server kept: `serve.keep_images` in params.yaml says which it keeps"
+    if all(one.is_echo for one in opinions):
+        return "what came repeats the model's answers, and no name stands for it (`who`): that is no label"
+    return "no label is accepted yet: `visionloop review --accept` accepts feedback on images that the server kept"
+
+
+def _read(
+    source: ReviewSource | FeedbackSource, context: SourceContext, explain: Callable[[Answered], str]
+) -> Iterator[Item]:
     answered = context.answered
     if answered is None:
         raise SourceError(f"source {source.name}", "is read without a store", "a pull of a workspace")
     labels = answered.choose([source.kind])
     if not labels:
-        context.tell(f"source {source.name}: no label is accepted yet: {todo}")
+        context.tell(f"source {source.name}: {explain(answered)}")
     for one in labels:
         if one.kind != SUSPECTS or one.sha256 in answered.sides:  # a suspect that was taken out is not brought back
             yield _make_item(source.name, one, answered)
