@@ -52,8 +52,10 @@ def review(workspace: str) -> State[Any]:
 def describe_batch(workspace: Workspace, batch: Batch) -> list[str]:
     """Tell how far a batch is, why its images were chosen, and how to answer."""
     progress = measure_progress(workspace, batch)
+    wait = "image waits" if progress.num_images == 1 else "images wait"
+    have = "has" if progress.num_answered == 1 else "have"
     return [
-        f"batch {batch.number}: {progress.num_images} images wait for a label, {progress.num_answered} have an answer",
+        f"batch {batch.number}: {progress.num_images} {wait} for a label, {progress.num_answered} {have} an answer",
         f"why: {describe_reasons(batch.images)}",
         "Answer on a page: `visionloop review --serve --by NAME`",
     ]

@@ -225,7 +225,7 @@ def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDes
 
     told = desk.run("review", "--accept")
     assert f"held: people disagree on {first[:12]} (ann: cat; bob: dog)" in told
-    assert "accepted: 1 labels (1 by ann, 1 by bob)" in told
+    assert "accepted: 1 label (1 by ann, 1 by bob)" in told
     desk.run("ingest")
     rows = desk.by_sha256()
     assert (first in rows, rows[second].labels, rows[third].labels) == (False, ("dog",), ("dog",))
@@ -246,7 +246,9 @@ def test_name_that_answered_nothing_and_a_sheet_without_a_label_are_refused(desk
     said = desk.run("review", "--take", "a.csv", "--by", "bob", code=2)
     assert "--take a.csv: has no answer in 3 rows; expected one in the column `label`. Fill it in" in said
     desk.fill(desk.home / "a.csv", {load_batches(desk.store, NAME)[0].images[0].sha256: "dog"})
-    desk.run("review", "--take", "a.csv", "--by", "bob")
+    taken = desk.run("review", "--take", "a.csv", "--by", "bob")
+    assert taken.startswith("1 answer of bob is stored; 2 rows have none\n")
+    assert "1 label waits:" in desk.run("review")
     desk.say(rows[:1], "dog", who=None)
     said = desk.run("review", "--accept", "--from", "nobody", code=2)
     assert "--from nobody: has answered nothing; expected bob, gate, whose labels wait. Mend the name." in said

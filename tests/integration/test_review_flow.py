@@ -69,7 +69,7 @@ def test_a_batch_is_told_once_and_waits_until_it_is_answered(tmp_path: Path, mon
     (batch,) = load_batches(watched.place.store, "fake")
     one, *others = [image.sha256 for image in batch.images]
     write_answers(watched.place.store, "fake", batch, {one: (LABEL, ("ant",))}, by="ann", via="csv")
-    assert told.run() == ("StillOpen", "batch 1: 6 images wait for a label, 1 have an answer")
+    assert told.run() == ("StillOpen", "batch 1: 6 images wait for a label, 1 has an answer")
     said = dict.fromkeys(others, (LABEL, ("bee",)))
     write_answers(watched.place.store, "fake", batch, said, by="ann", via="csv")
     assert told.run()[0] == "Asked"

@@ -275,7 +275,7 @@ def tell_unmatched(unmatched: set[str], asked: list[str]) -> None:
     """Say how much feedback is on no answer."""
     if number := sum(one in unmatched for one in asked):
         why = "of a list each result has its own id; answers of the last moments may still be on their way"
-        print(f"{number:,} of the feedback match no answer ({why})", file=sys.stderr)
+        print(f"{number:,} of the feedback match{'es' if number == 1 else ''} no answer ({why})", file=sys.stderr)
 
 
 def require_folder(out: Path) -> None:

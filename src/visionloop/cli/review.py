@@ -109,7 +109,7 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
     if path is not None:
         gone = write_sheet(workspace, batch, path.expanduser())
         if gone:
-            print(f"{gone} images are gone: they have no picture")
+            print(f"{_count(gone, 'image')} without a picture: gone from the store")
         print(f"{path} holds them, and {path.with_suffix('')} their pictures: fill in the column `label`, then")
         print(f"`visionloop review --take {path} --by NAME`")
     elif asked.serve:
@@ -131,7 +131,7 @@ def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0
     print("for you alone: who has this address can answer. Each answer is stored at once; Ctrl-C ends.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         page.serve()
-    print(f"\n{page.num_stored:,} answers of {by} are stored. {after}")
+    print(f"\n{_tell_stored(page.num_stored, by)}. {after}")
 
 
 def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:
@@ -140,16 +140,25 @@ def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> No
 
     taken = take_sheet(workspace, path.expanduser(), by=by, allow_new=allow_new)
     if not taken.num_new and not taken.num_known:
-        found = f"has no answer in {taken.num_empty:,} row{'' if taken.num_empty == 1 else 's'}"
+        found = f"has no answer in {_count(taken.num_empty, 'row')}"
         raise SourceError(
             f"--take {path}", found, "one in the column `label`", "Fill it in, save it, and take it again."
         )
-    known = f", {taken.num_known:,} were known" if taken.num_known else ""
-    print(f"{taken.num_new:,} answers of {by} are stored{known}; {taken.num_empty:,} rows have none")
+    known = f", {taken.num_known:,} {'was' if taken.num_known == 1 else 'were'} known" if taken.num_known else ""
+    without = "row has" if taken.num_empty == 1 else "rows have"
+    print(f"{_tell_stored(taken.num_new, by)}{known}; {taken.num_empty:,} {without} none")
     if by in workspace.params.review.accept_at_once:
         print("they need no word (review.accept_at_once): `visionloop ingest` takes them")
     else:
         print("they wait: `visionloop review --accept` lets them into the dataset")
+
+
+def _tell_stored(number: int, by: str) -> str:
+    return f"{_count(number, 'answer')} of {by} {'is' if number == 1 else 'are'} stored"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
@@ -166,7 +175,7 @@ def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
         return
     givers = [who for one in settled.labels for who in one.who]
     shown = ", ".join(f"{givers.count(who):,} by {who}" for who in sorted(set(givers)))
-    print(f"accepted: {len(settled.labels):,} labels{f' ({shown})' if shown else ''}")
+    print(f"accepted: {_count(len(settled.labels), 'label')}{f' ({shown})' if shown else ''}")
     for line in describe_held(settled, workspace):
         print(line)
     kinds = {source.kind for source in workspace.params.ingest.sources}
@@ -185,7 +194,7 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
 
     progress = measure_progress(workspace, batch)
     lines = [
-        f"batch {batch.number} of {batch.at[:16].replace('T', ' ')}: {len(batch.images):,} images "
+        f"batch {batch.number} of {batch.at[:16].replace('T', ' ')}: {_count(len(batch.images), 'image')} "
         f"({describe_reasons(batch.images)}), {progress.num_answered:,} answered"
     ]
     left = [one for one in batch.images if one.sha256 not in progress.answered]
@@ -195,7 +204,8 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
     lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
     settled = look(workspace.store, workspace.name, workspace.params.review)
     if settled.labels:
-        lines.append(f"{len(settled.labels):,} labels wait: `visionloop review --accept`")
+        wait = "waits" if len(settled.labels) == 1 else "wait"
+        lines.append(f"{_count(len(settled.labels), 'label')} {wait}: `visionloop review --accept`")
     return [*lines, *describe_held(settled, workspace)]
 
 

@@ -239,6 +239,7 @@ def advise(overview: Overview) -> tuple[str, str]:
     is_changed = window is not None and window["verdict"] in ("drift", "quality")
     has_none = overview.champion is None and not overview.problems
     changed = "What is served is no longer like what was learned. New images with labels, then:"
+    wait = "image waits" if overview.waiting == 1 else "images wait"
     advice = (
         (
             has_none and not dataset,
@@ -248,7 +249,7 @@ def advise(overview: Overview) -> tuple[str, str]:
         (has_none and not verdict, "The images are here, and no model yet:", "retrain"),
         (verdict and verdict["verdict"] == "waiting", "A candidate waits for a person's word:", "approve --why WHY"),
         (has_none, "No candidate has passed the gate yet. More images, or other params, then:", "retrain"),
-        (overview.waiting, f"{overview.waiting or 0:,} images wait for a label:", "review --serve"),
+        (overview.waiting, f"{overview.waiting or 0:,} {wait} for a label:", "review --serve"),
         (is_changed, changed, "retrain"),
     )
     if overview.under_way or (overview.plan and overview.plan["running"]):

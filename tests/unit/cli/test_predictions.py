@@ -118,7 +118,12 @@ def test_feedback_on_no_answer_is_told(
             argv
         )
     put(store, PREDICTIONS, "r6", make_row(recent, NOW - timedelta(minutes=1), "dog", 1.0))
+    row = {"feedback_id": "f", "request_id": f"{recent}.8", "time": NOW, "labels": ["dog"]}
     put(store, PREDICTIONS, "r7", make_row(f"{recent}.9", NOW - timedelta(minutes=1), "dog", 1.0))
+    put(store, FEEDBACK, "g9", row)
+    assert run_here(monkeypatch, "predictions") == 0
+    assert capsys.readouterr().err.startswith("1 of the feedback matches no answer (")
+    put(store, PREDICTIONS, "r8", make_row(f"{recent}.8", NOW - timedelta(minutes=1), "dog", 1.0))
     assert run_here(monkeypatch, "predictions") == 0
     assert capsys.readouterr().err == ""
 

@@ -116,6 +116,14 @@ def test_the_last_window_is_shown(tmp_path: Path) -> None:
     assert "192 images" in page and "accuracy expected by the confidence" in page
 
 
+@pytest.mark.parametrize(("number", "said"), [(1, "1</b> image waits for"), (3, "3</b> images wait for")])
+def test_images_that_wait_are_told_in_their_number(tmp_path: Path, number: int, said: str) -> None:
+    watched = make_watched(tmp_path)
+    watched.write_day(0)
+    overview = replace(read_overview(watched.place, now=at_end_of(0)), waiting=number)
+    assert said in render(make_watch(watched.place, overview), whole=False)
+
+
 @pytest.mark.parametrize(
     ("facts", "command"),
     [
