@@ -21,7 +21,7 @@ from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
 from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free
-from visionloop.up.parts import Part, ask
+from visionloop.up.parts import Part, _make_prefect, ask
 from visionloop.up.supervise import Supervisor, stop_left
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
@@ -278,3 +278,9 @@ def test_a_broken_params_file_keeps_nothing_running(
     finally:
         supervisor.kill()
         supervisor.wait()
+
+
+def test_the_page_of_prefect_is_the_one_that_asks_nobody(tmp_path: Path) -> None:
+    part = _make_prefect(tmp_path, 4321, None)
+    assert part.environment["PREFECT_SERVER_UI_V2_ENABLED"] == "false"
+    assert part.environment["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4321/api"
