@@ -196,7 +196,8 @@ def describe_overview(overview: "Overview") -> list[str]:
         figure = verdict["figure"]
         shown = f", {figure['name']} {100 * figure['value']:.1f} %" if figure else ""
         held = f" ({'; '.join(verdict['held'])})" if verdict["held"] else ""
-        rows["verdict"] = f"decision {verdict['number']}: {verdict['verdict']}{held}{shown}"
+        by_person = f", {verdict['by_person']}" if verdict["by_person"] else ""
+        rows["verdict"] = f"decision {verdict['number']}: {verdict['verdict']}{by_person}{held}{shown}"
     if window:
         quality = f", {100 * window['labelled']['value']:.1f} % right by labels" if window["labelled"] else ""
         drift = "" if window["p"] is None else f", drift p = {window['p']:.3g}"
