@@ -58,7 +58,7 @@ PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOIN
 
 def check_server(api_url: str | None) -> None:
     """Raise SettingsError unless a Prefect server answers: without one nothing keeps the time."""
-    todo = "Run `prefect server start`, and set PREFECT_API_URL=http://127.0.0.1:4200/api."
+    todo = "`visionloop up` does this with its own server. Or set PREFECT_API_URL to that of `prefect server start`."
     if not api_url:
         raise SettingsError("PREFECT_API_URL", "is not set", "the address of a Prefect server", todo)
     try:

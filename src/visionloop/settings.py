@@ -122,7 +122,7 @@ def find_home(env: Mapping[str, str], start: Path | None = None) -> Path:
         f"workspace {start}",
         f"no {PARAMS_FILE} here or above",
         "a workspace",
-        "Make one with `visionloop new DIR`, or set VISIONLOOP_HOME.",
+        "Make one with `visionloop start PHOTOS` or `visionloop new DIR`, or set VISIONLOOP_HOME.",
     )
 
 

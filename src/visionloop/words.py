@@ -58,14 +58,15 @@ class Summary:
         rows = [("result", self.headline)]
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
-        rows += [(n, format_interval(self.metrics[n])) for n in ("accuracy", "macro_f1") if n in self.metrics]
+        shown = [n for n in ("accuracy", "macro_f1") if n in self.metrics]
+        rows += [(f"candidate {n}", format_interval(self.metrics[n])) for n in shown]
         for r in self.rules:
             mark = MARKS[r["passed"]] + DRY.get(r.get("mode", ""), "")
             rows.append((f"gate: {r['rule']}", f"{mark}: {r['found']}; expected {r['expected']}"))
         if self.model:
-            rows.append(("model", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
+            rows.append(("champion", f"version {self.model['version']}, bundle {str(self.model['bundle'])[:12]}"))
         elif self.verdict:
-            rows.append(("model", "no champion yet"))
+            rows.append(("champion", "none yet"))
         rows += [
             (f"asked: a {a['actual']}", f"{a['prediction']} ({a['confidence']:.1%})  {a['origin']}")
             for a in self.answers

@@ -228,7 +228,7 @@ def test_what_cannot_be_scheduled_is_one_line(tmp_path: Path) -> None:
     path.write_text(path.read_text() + 'schedule: {retrain: "0 3 * * *"}\n')
     done = deploy(home)
     assert done.returncode == 2
-    assert "PREFECT_API_URL: is not set; expected the address of a Prefect server." in done.stderr
+    assert "PREFECT_API_URL: is not set; expected the address of a Prefect server. `visionloop up` does" in done.stderr
     done = deploy(home, PREFECT_API_URL="http://127.0.0.1:9/api")
     assert done.returncode == 2
     assert "http://127.0.0.1:9/api does not answer" in done.stderr

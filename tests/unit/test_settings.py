@@ -83,7 +83,7 @@ def make_other(home: Path) -> Path:
 
 
 def test_no_workspace(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"no params\.yaml here or above"):
+    with pytest.raises(SettingsError, match=r"no params\.yaml here or above.*`visionloop start PHOTOS`"):
         load_settings({}, tmp_path)
     with pytest.raises(SettingsError, match=r"has no params\.yaml; expected a workspace"):
         load_settings({"VISIONLOOP_HOME": str(tmp_path)})

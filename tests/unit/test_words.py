@@ -31,9 +31,9 @@ def test_rows_tell_everything_in_order() -> None:
     assert SUMMARY.rows() == [
         ("result", "pets has a new champion"),
         ("dataset", "version 2, digest abababababab"),
-        ("accuracy", "0.9790 (95 %: 0.9552 to 0.9903)"),
+        ("candidate accuracy", "0.9790 (95 %: 0.9552 to 0.9903)"),
         ("gate: floor", "pass: 98 %; expected 90 %"),
-        ("model", "version 3, bundle cdcdcdcdcdcd"),
+        ("champion", "version 3, bundle cdcdcdcdcdcd"),
         ("asked: a cat", "dog (50.0%)  photos:cat/1|2.jpg"),
         ("seconds", "ingest 1.0, train 2.5; in all 3.5"),
     ]
@@ -151,8 +151,8 @@ def test_a_dry_run_is_marked_as_one() -> None:
 
 def test_without_a_champion_the_end_says_so() -> None:
     refused = replace(SUMMARY, outcome="unchanged", verdict="refused", model={})
-    assert ("model", "no champion yet") in refused.rows()
-    assert "no champion" not in str(replace(refused, verdict="").rows())
+    assert ("champion", "none yet") in refused.rows()
+    assert "champion" not in dict(replace(refused, verdict="").rows())
 
 
 def test_the_rate_leaves_out_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def status(
 ) -> None:
     """Show how the stack and the loop are: each part, dataset, champion, last verdict, drift, next run.
 
-    Exit code 3: it is not up, or a part is not well.
+    Exit code 3: it is not up, or a part is not well. With a broken params.yaml the parts are shown, with exit code 2.
 
     Examples:
 
@@ -137,16 +137,25 @@ def status(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
+    from visionloop.errors import ParamsError
+    from visionloop.settings import load_settings
     from visionloop.up.board import Board
     from visionloop.up.overview import read_overview
 
-    workspace = open_workspace()
-    state = Board(workspace.settings.hidden_dir).read_live()
+    state = Board(load_settings(os.environ).hidden_dir).read_live()
+    is_well = state is not None and state.is_well
+    found = {"is_up": state is not None, "is_well": is_well, "up": asdict(state) if state else None}
+    try:
+        workspace = open_workspace()
+    except ParamsError as exc:  # it runs on with what it has read before
+        if as_json:
+            print_json({**found, "loop": None, "problem": str(exc)})
+        else:
+            print("\n".join(describe_parts(state)))
+        raise
     url = state.get_url("prefect") if state else ""
     overview = read_overview(workspace, now=datetime.now(UTC), prefect_api=f"{url}/api" if url else None)
-    is_well = state is not None and state.is_well
     if as_json:
-        found = {"is_up": state is not None, "is_well": is_well, "up": asdict(state) if state else None}
         print_json({**found, "loop": overview.to_json()})
     else:
         for line in [*describe_parts(state), "", *describe_overview(overview)]:
@@ -187,7 +196,8 @@ def describe_overview(overview: "Overview") -> list[str]:
         figure = verdict["figure"]
         shown = f", {figure['name']} {100 * figure['value']:.1f} %" if figure else ""
         held = f" ({'; '.join(verdict['held'])})" if verdict["held"] else ""
-        rows["verdict"] = f"decision {verdict['number']}: {verdict['verdict']}{held}{shown}"
+        by_person = f", {verdict['by_person']}" if verdict["by_person"] else ""
+        rows["verdict"] = f"decision {verdict['number']}: {verdict['verdict']}{by_person}{held}{shown}"
     if window:
         quality = f", {100 * window['labelled']['value']:.1f} % right by labels" if window["labelled"] else ""
         drift = "" if window["p"] is None else f", drift p = {window['p']:.3g}"
@@ -224,10 +234,11 @@ def down() -> None:
     import signal
 
     from visionloop.errors import BusyError
+    from visionloop.settings import load_settings
     from visionloop.up.board import Board
     from visionloop.up.supervise import stop_left
 
-    board = Board(open_workspace().settings.hidden_dir)
+    board = Board(load_settings(os.environ).hidden_dir)  # a broken params.yaml keeps nothing running
     state = board.read_live()
     if state:
         os.kill(state.pid, signal.SIGTERM)

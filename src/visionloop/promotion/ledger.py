@@ -222,7 +222,15 @@ def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
         decision = _read_decision(store, name, entry.decision)
     except (ObjectMissing, PromotionError):
         return f"decision {entry.decision}: not there"
-    return f"decision {entry.decision}: {decision.verdict}"
+    return f"decision {entry.decision}: {describe_by_person(decision, entry) or decision.verdict}"
+
+
+def describe_by_person(decision: Decision, entry: LedgerEntry | None) -> str:
+    """Tell that an entry has promoted what its decision refused, as a person wanted; "" if the entry says no such."""
+    is_its = entry is not None and (entry.action, entry.decision) == ("promote", decision.number)
+    if entry is None or not is_its or decision.verdict != REFUSED:
+        return ""
+    return f"promoted by a person (`--again`), as entry {entry.number}"
 
 
 def require_passed(store: ObjectStore, name: str, candidate: str, *, again: bool = False) -> Decision:

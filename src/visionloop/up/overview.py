@@ -17,8 +17,8 @@ from visionloop.monitoring.ask import measure_progress
 from visionloop.monitoring.due import read_decisions as read_trigger_decisions
 from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.watch import list_windows, load_verdict
-from visionloop.promotion.ledger import read_champion, read_decisions
-from visionloop.records import Decision, Record, make_natural_key
+from visionloop.promotion.ledger import describe_by_person, read_champion, read_decisions
+from visionloop.records import Decision, LedgerEntry, Record, make_natural_key
 from visionloop.secrets import mask
 from visionloop.store.lease import read_holder
 from visionloop.up.parts import ask
@@ -74,9 +74,10 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
     read("the store", lambda: _check_store(workspace))
     if not problems:
         decisions = read("the decisions", lambda: read_decisions(store, name, SHOWN_DECISIONS)) or []
-        facts["decisions"] = tuple(_tell_decision(one) for one in decisions)
         facts["dataset"] = read("the dataset", lambda: _read_dataset(workspace))
-        facts["champion"] = read("the ledger", lambda: _read_champion(workspace, decisions))
+        entry = read("the ledger", lambda: read_champion(store, name))
+        facts["decisions"] = tuple(_tell_decision(one, entry) for one in decisions)
+        facts["champion"] = _tell_champion(entry, decisions) if entry else None
         facts["window"] = read("the last window", lambda: _read_window(workspace))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
         facts["waiting"] = read("the review", lambda: _count_waiting(workspace))
@@ -111,10 +112,7 @@ def _read_dataset(workspace: Workspace) -> dict[str, Any] | None:
     }
 
 
-def _read_champion(workspace: Workspace, decisions: list[Decision]) -> dict[str, Any] | None:
-    entry = read_champion(workspace.store, workspace.name)
-    if entry is None:
-        return None
+def _tell_champion(entry: LedgerEntry, decisions: list[Decision]) -> dict[str, Any]:
     known = next((one for one in decisions if one.number == entry.decision), None)
     return {
         "bundle": entry.bundle,
@@ -129,11 +127,12 @@ def _read_champion(workspace: Workspace, decisions: list[Decision]) -> dict[str,
     }
 
 
-def _tell_decision(decision: Decision) -> dict[str, Any]:
+def _tell_decision(decision: Decision, entry: LedgerEntry | None) -> dict[str, Any]:
     held = [one for one in decision.rules if one.holds_back]
     return {
         "number": decision.number,
         "verdict": "same" if decision.is_same_model else decision.verdict,
+        "by_person": describe_by_person(decision, entry),
         "at": decision.decided_at,
         "candidate": decision.candidate,
         "dataset": decision.dataset.get("version"),

@@ -129,6 +129,8 @@ def _make_prefect(home: Path, port: int, elsewhere: str | None) -> Part:
     environment = {
         "PREFECT_HOME": str(home / ".visionloop" / "up" / "prefect"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # that page asks amplitude.com at each load, whatever is set
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",
         "PREFECT_CLI_PROMPT": "false",
     }
     command = (sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from memory_tracking import MemoryTracking
+from visionloop.cli.up import describe_overview
 from visionloop.monitoring.watch import watch_window
 from visionloop.params import make_params
-from visionloop.promotion.ledger import append_entry, store_decision
+from visionloop.promotion.ledger import append_entry, find_verdict, read_champion, store_decision
 from visionloop.records import Decision, RuleResult
 from visionloop.store import LocalStore
 from visionloop.up.board import UP, PartState, State
@@ -79,6 +80,21 @@ def test_a_loop_is_shown_whole_and_escaped(tmp_path: Path) -> None:
     assert "http://x:8000" not in page, "no link to a part that does not answer"
     assert "<img" not in page and "<b>first" not in page
     assert page.count("<script>") == 1 and "http-equiv" not in page
+
+
+def test_what_a_person_promoted_again_is_not_called_refused(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    first = read_champion(place.store, "pets")
+    facts = {"action": "promote", "bundle": "2" * 64, "model_version": "2", "decision": 2, "dataset": {"version": 1}}
+    entry = append_entry(place.store, "pets", first, **facts, run_id=None, by="ann", why="again", at=NOW.isoformat())
+    assert find_verdict(place.store, "pets", entry) == "decision 2: promoted by a person (`--again`), as entry 2"
+    assert first and find_verdict(place.store, "pets", first) == "decision 1: passed"
+    overview = read_overview(place, now=NOW)
+    assert [one["by_person"] for one in overview.decisions] == ["", "promoted by a person (`--again`), as entry 2"]
+    page = render(make_watch(place, overview), whole=False)
+    assert '<span class="pill bad">refused</span>' not in page
+    assert "promoted by a person (<code>--again</code>), as entry 2" in page
+    assert "promoted by a person (`--again`), as entry 2" in "".join(describe_overview(overview))
 
 
 def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The supervisor, with small real processes: order, restarts, what is waited for, and nothing left at the end."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,12 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
+from fakes import run_here
 from visionloop.cli.up import _find_prefect
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
 from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free
-from visionloop.up.parts import Part, ask
+from visionloop.up.parts import Part, _make_prefect, ask
 from visionloop.up.supervise import Supervisor, stop_left
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
@@ -246,3 +249,38 @@ def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path, arguments: 
         board.write(State(os.getpid(), "feed", UP, "", (part,)))
         named = [word.replace("DIR", str(tmp_path)) for word in arguments]
         assert _find_prefect(named, {}) == "http://127.0.0.1:4200"
+
+
+def test_a_broken_params_file_keeps_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("name: pets\nservee: {}\n")
+    hold = (
+        "import os, pathlib, signal; from visionloop.up.board import UP, Board, PartState, State;"
+        "board = Board(pathlib.Path('.visionloop')); lock = board.lock(); lock.__enter__();"
+        "part = PartState('mlflow', 'MLflow', 'ready', url='http://127.0.0.1:5000');"
+        "board.write(State(os.getpid(), 'feed', UP, '', (part,))); signal.pause()"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", hold])
+    try:
+        wait_for(Board(tmp_path / ".visionloop"), lambda state: state.is_live)
+        assert run_here(monkeypatch, "status") == 2
+        told = capsys.readouterr()
+        assert "MLflow     ready       http://127.0.0.1:5000" in told.out
+        assert told.err.startswith("error: params.yaml servee: unknown key")
+        assert run_here(monkeypatch, "status", "--json") == 2
+        found = json.loads(capsys.readouterr().out)
+        assert (found["is_up"], found["loop"], "servee" in found["problem"]) == (True, None, True)
+        assert run_here(monkeypatch, "down") == 0
+        assert capsys.readouterr().out == "stopped\n"
+        assert supervisor.wait(10) == -signal.SIGTERM
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+
+
+def test_the_page_of_prefect_is_the_one_that_asks_nobody(tmp_path: Path) -> None:
+    part = _make_prefect(tmp_path, 4321, None)
+    assert part.environment["PREFECT_SERVER_UI_V2_ENABLED"] == "false"
+    assert part.environment["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4321/api"
