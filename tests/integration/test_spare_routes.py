@@ -132,6 +132,12 @@ def test_what_is_no_video_is_refused(client: TestClient, film: bytes, tmp_path: 
         refused = client.post("/predict/video", **send)
         assert (refused.status_code, refused.json()["code"]) == (status, code), (send, refused.text)
         assert "/tmp" not in refused.text
+    for kind in ("PNG", "JPEG", "WEBP"):
+        refused = client.post("/predict/video", content=make_image(1, size_hw=(300, 300), kind=kind))
+        assert refused.json()["detail"] == "request: it is an image; expected a video. Send it to /predict."
+    refused = client.post("/predict", content=film)
+    assert (refused.status_code, refused.json()["code"]) == (415, "not_an_image")
+    assert "A server answers it at /predict/video" in refused.json()["detail"]
     assert client.post("/predict/video?every_s=0", content=film).json()["code"] == "bad_option"
     assert client.post("/predict/video", content=film).status_code == 200, "none of them took a place for good"
 
@@ -198,7 +204,7 @@ def test_the_thread_that_reads_a_video_closes_its_pipe(
 def test_frames_count_for_the_rate_also_where_there_was_no_answer(
     model: ServedModel, film: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video_module, "_require_frames", lambda seen: (_ for _ in ()).throw(ClientDisconnect()))
+    monkeypatch.setattr(video_module, "_require_frames", lambda *seen: (_ for _ in ()).throw(ClientDisconnect()))
     access = Access(rate_per_s=12)
     with TestClient(make_app(ModelSlot(model), LIMITS, access), raise_server_exceptions=False) as client:
         assert client.post("/predict/video?every_s=0.25", content=film).status_code == 400

@@ -12,7 +12,7 @@ RAW_SUFFIXES = frozenset(
     )
 )
 _CONVERT, _UNPACK = "Convert it to PNG.", "Unpack it."
-_FRAMES = "Its frames come from a source of kind `video`."
+_FRAMES = "A server answers it at /predict/video; a dataset gets its frames by a source of kind `video`."
 _CHECK = "Check where it was downloaded from."
 # Place, bytes, name, what to do.
 _OTHERS: tuple[tuple[int, bytes, str, str], ...] = (

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from python_multipart.multipart import parse_options_header
 
+from visionloop.data.encoded import estimate_bytes
 from visionloop.errors import SourceError
 from visionloop.predictor import Outputs, join_outputs
 from visionloop.serving.batcher import Batcher
@@ -39,6 +40,7 @@ MAX_FRAMES = 1200
 LEAST_EVERY_S, MOST_EVERY_S, MOST_SMOOTH_S = 0.04, 60.0, 60.0
 NICE = 10
 MAX_PARTS = 64
+HEAD_BYTES = 4096  # enough to tell an image
 STATUS_OF = {"not_a_video": 415, "no_video": 415}  # all other ends of a video: 422
 VIDEO_ERRORS = {**ERRORS, 415: {"model": ErrorAnswer, "description": "No video that is read, or no reader of videos"}}
 
@@ -139,7 +141,7 @@ def add_video(
                     await spare.finish(request, _watch(batcher, model, job, threads, seen), x_deadline_ms)
                 finally:  # also what was answered for a client that left, or was late
                     request.state.access.charge(request, max(1, len(seen.times_s)))
-        _require_frames(seen)
+            _require_frames(seen, file)
         timeline = await asyncio.to_thread(_make_timeline, seen, model, every_s, smooth_s)
         described = _describe(timeline, seen, every_s, smooth_s)
         timing = {"answer_ms": _to_ms(time.perf_counter() - started_at), "network_ms": _to_ms(seen.network_s)}
@@ -171,9 +173,12 @@ def _require_reader() -> None:
         ) from exc
 
 
-def _require_frames(seen: _Seen) -> None:
+def _require_frames(seen: _Seen, file: IO[bytes]) -> None:
     if not seen.times_s:
         code = seen.end.code or "no_video"
+        file.seek(0)
+        if code == "not_a_video" and estimate_bytes(file.read(HEAD_BYTES)):
+            raise RequestError("it is an image", "a video", "Send it to /predict.", status=415, reason_code=code)
         found = f"its video {seen.end.text or 'has no frame'}"
         raise RequestError(found, "a whole video", status=STATUS_OF.get(code, 422), reason_code=code)
 
