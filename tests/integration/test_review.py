@@ -117,7 +117,10 @@ def test_answers_of_a_csv_make_the_next_version_with_the_right_sides(desk: Revie
     """Only what was drawn by lot may come into test; its probability, and who said it, stand in its origin."""
     desk.write(SOURCES + "review: {count: 40, random: 0.5}\n")
     desk.serve(120)
-    told = desk.run("review", "--csv", "ask.csv")
+    assert run_here(desk.patch, "review", "--csv", "ask.csv") == 0
+    told, delay = desk.capsys.readouterr()
+    assert delay.startswith("answers of the last 30 s may be missing")
+    assert run_here(desk.patch, "review") == 0 and desk.capsys.readouterr().err == ""
     assert "batch 1 of" in told and "20 random" in told
     batch = load_batches(desk.store, NAME)[0]
     assert (batch.kind, len(batch.images), batch.classes) == (LOG, 40, ("cat", "dog"))
@@ -321,7 +324,9 @@ def test_files_that_are_no_such_csv_say_what_is_wrong(desk: ReviewDesk) -> None:
         assert said in desk.run("review", "--take", name, "--by", "ann", code=2), name
     assert "has no --by" in desk.run("review", "--take", "a.csv", code=2)
     assert "got --csv and --accept" in desk.run("review", "--csv", "a.csv", "--accept", code=2)
-    assert "the server has kept no image in 14 days" in desk.run("review", code=2)
+    said = desk.run("review", code=2)
+    assert "the server has kept no image in 14 days" in said
+    assert "A server sends what it keeps every 30 s (serve.log_flush_s)." in said
 
 
 def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: ReviewDesk) -> None:

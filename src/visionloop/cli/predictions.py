@@ -68,6 +68,8 @@ def predictions(
     else:
         print(f"no answer of {workspace.name} since {window[0]:%Y-%m-%d %H:%M}; `visionloop serve` writes them down")
     tell_unmatched(unmatched, asked)
+    if not as_json:
+        tell_delay(workspace)
 
 
 @predictions_app.command()
@@ -105,6 +107,8 @@ def show(
         print(f"no answer between {window[0]:%Y-%m-%d %H:%M} and {window[1]:%Y-%m-%d %H:%M} UTC")
     for row in [] if as_json else answers:
         print(describe_row(row))
+    if not as_json and until is None:
+        tell_delay(workspace)
 
 
 @predictions_app.command()
@@ -276,6 +280,14 @@ def tell_unmatched(unmatched: set[str], asked: list[str]) -> None:
     if number := sum(one in unmatched for one in asked):
         why = "of a list each result has its own id; answers of the last moments may still be on their way"
         print(f"{number:,} of the feedback match{'es' if number == 1 else ''} no answer ({why})", file=sys.stderr)
+
+
+def tell_delay(workspace: Workspace) -> None:
+    """Say which answers a window up to now may lack."""
+    delay = f"{workspace.params.serve.log_flush_s:g} s"
+    print(
+        f"answers of the last {delay} may be missing: a server sends them so often (serve.log_flush_s)", file=sys.stderr
+    )
 
 
 def require_folder(out: Path) -> None:

@@ -96,16 +96,20 @@ class Asking:
 
 
 def _ask(workspace: "Workspace", asked: Asking) -> None:
+    from visionloop.cli.predictions import tell_delay
     from visionloop.monitoring.answer_sheet import check_name, write_sheet
     from visionloop.monitoring.ask import ask
 
     by, path = check_name(asked.by), asked.csv
-    batch = ask(workspace, now=datetime.now(UTC), by=get_user(), count=asked.count, is_new=asked.is_new)
+    now = datetime.now(UTC)
+    batch = ask(workspace, now=now, by=get_user(), count=asked.count, is_new=asked.is_new)
     if asked.as_json:
         print_json(batch.to_json())
         return
     for line in describe_batch(workspace, batch):
         print(line)
+    if batch.until == now.isoformat():  # it was made now
+        tell_delay(workspace)
     if path is not None:
         gone = write_sheet(workspace, batch, path.expanduser())
         if gone:

@@ -363,7 +363,8 @@ def _make_nothing(workspace: Workspace, number: int) -> DatasetError:
         todo = "Set `serve.keep_images: {confidence: 0.8, novel: 0.95, random: 0.01}` in params.yaml, and serve."
     else:
         found, todo = f"no image was kept in {days} days", "Wait for traffic, or raise review.days."
-    return DatasetError(f"review {workspace.name}", found, "images to ask about", todo)
+    delay = f"A server sends what it keeps every {workspace.params.serve.log_flush_s:g} s (serve.log_flush_s)."
+    return DatasetError(f"review {workspace.name}", found, "images to ask about", f"{todo} {delay}")
 
 
 def describe_reasons(images: Sequence[Asked]) -> str:

@@ -4,6 +4,8 @@ Needs Python 3.10 or newer, and: pip install onnxruntime numpy pillow
 
     python predict.py photo.jpg other.png     one line of JSON for each image
     python predict.py --check                 the example images again, compared with the answers beside them
+
+An image that cannot be read has an `error` in its line. Exit code 2: none could be read, as of `visionloop predict`.
 """
 
 import json

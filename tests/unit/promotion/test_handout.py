@@ -83,6 +83,15 @@ def test_the_graph_in_int8_is_handed_out_only_if_it_was_approved(tmp_path: Path,
     assert (said[-1] == "model.int8.onnx is left out") is not has_int8
 
 
+def test_only_files_that_are_all_broken_are_a_failure_as_with_visionloop_predict(tmp_path: Path) -> None:
+    write_handout(make_predictor(tmp_path / "bundle"), tmp_path / "out", (FP32,))
+    (tmp_path / "photo.png").write_bytes(make_image(4, size_hw=(40, 40)))
+    (tmp_path / "broken.jpg").write_bytes(b"x")
+    broken, photo = str(tmp_path / "broken.jpg"), str(tmp_path / "photo.png")
+    assert [run(tmp_path / "out", *some)[0] for some in ([broken, photo], [broken], [broken, broken])] == [0, 2, 2]
+    assert "Exit code 2: none could be read" in "".join(run(tmp_path / "out")[1])
+
+
 def test_an_image_beyond_the_limit_of_the_model_is_refused(tmp_path: Path) -> None:
     write_handout(make_predictor(tmp_path / "bundle", max_pixels=1000), tmp_path / "out", (FP32,))
     (tmp_path / "photo.png").write_bytes(make_image(4, size_hw=(40, 40)))
