@@ -151,6 +151,18 @@ class Board:
             return {}
 
 
+def name_server(commands: Mapping[str, str], board: Board) -> dict[str, str]:
+    """Return the commands to look further; a champion that `visionloop up` serves already is named by its address."""
+    state = board.read_live()
+    url = state.get_url("server") if state else ""
+    if not url:
+        return dict(commands)
+    return {
+        "ask the champion" if what == "serve the champion" else what: url if what == "serve the champion" else command
+        for what, command in commands.items()
+    }
+
+
 def choose_port(port: int) -> int:
     """Return a port if it is free, else one above it; any free one for 0."""
     return port if port and is_free(port) else _find_free(port or 65_535, ())
