@@ -5,7 +5,7 @@ Each section is read alone: one that cannot be read is told among the problems, 
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,6 +46,7 @@ class Overview(Record):
     window: dict[str, Any] | None = None
     trigger: dict[str, Any] | None = None
     under_way: str = ""
+    under_way_since: str = ""
     plan: dict[str, Any] | None = None
     waiting: int | None = None
     problems: tuple[str, ...] = ()
@@ -81,7 +82,9 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         facts["window"] = read("the last window", lambda: _read_window(workspace))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
         facts["waiting"] = read("the review", lambda: _count_waiting(workspace))
-        facts["under_way"] = str(read("the lease", lambda: read_holder(store, name)) or "")
+        if holder := read("the lease", lambda: read_holder(store, name)):
+            facts["under_way"] = str(replace(holder, started_at=""))
+            facts["under_way_since"] = holder.started_at
     facts["plan"] = read("Prefect", lambda: read_plan(workspace, prefect_api, now)) if prefect_api else None
     return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
 

@@ -19,6 +19,7 @@ from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry, find_verdict, read_champion, store_decision
 from visionloop.records import Decision, RuleResult
 from visionloop.store import LocalStore
+from visionloop.store.lease import Claim
 from visionloop.up.board import UP, PartState, State
 from visionloop.up.home import Handler, Watch, describe_time, draw_decisions, make_policy, mark_commands, render
 from visionloop.up.overview import Overview, advise, read_overview
@@ -95,6 +96,15 @@ def test_what_a_person_promoted_again_is_not_called_refused(tmp_path: Path) -> N
     assert '<span class="pill bad">refused</span>' not in page
     assert "promoted by a person (<code>--again</code>), as entry 2" in page
     assert "promoted by a person (`--again`), as entry 2" in "".join(describe_overview(overview))
+
+
+def test_a_retrain_under_way_began_as_people_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = Claim(1, "t", "ann", "box", 7, started_at=(NOW - timedelta(minutes=6)).isoformat())
+    monkeypatch.setattr("visionloop.up.overview.read_holder", lambda store, name: claim)
+    overview = read_overview(place := make_place(tmp_path), now=NOW)
+    page = render(make_watch(place, overview), whole=False)
+    assert "by ann on box (process 7), began <time" in page and f">{claim.started_at}<" not in page
+    assert "T" not in next(one for one in describe_overview(overview) if "under way" in one)
 
 
 def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:
