@@ -140,6 +140,10 @@ class Board:
                 port = _find_free(usual, (*chosen.values(), *known.values(), *wanted.values()))
                 told += [f"port {first} is in use: {name} takes {port}"]
             chosen[name] = port if taken else first
+        kept = {name: usual for name, usual in wanted.items() if chosen[name] == known.get(name) and name not in given}
+        if free := [usual for name, usual in kept.items() if usual not in chosen.values() and is_free(usual)]:
+            ports = ", ".join(map(str, free))
+            told += [f"ports as last time, but {ports} is free: remove {self.folder}/ports.json to have it"]
         write_file(self.folder / "ports.json", json.dumps(chosen).encode())
         return chosen, told
 

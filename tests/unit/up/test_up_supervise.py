@@ -179,7 +179,11 @@ def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
             board.choose_ports({"home": 1}, {"home": taken})
         assert not is_free(taken)
         assert choose_port(taken) != taken
-    assert board.choose_ports({"home": taken, "server": taken}, {}) == (first, []), "as last time"
+    again, told = board.choose_ports({"home": taken, "server": first["server"]}, {})
+    assert again == first, "as last time"
+    free = f"but {taken} is free: remove {board.folder}/ports.json to have it"
+    assert told == [f"ports as last time, {free}"]
+    assert board.choose_ports({"home": taken}, {"home": first["home"]})[1] == [], "a person asked for it"
     (board.folder / "ports.json").write_text('{"home": "x", "server": 70000}')
     again, _ = board.choose_ports({"home": first["home"]}, {})
     assert again == {"home": first["home"]}
