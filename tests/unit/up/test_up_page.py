@@ -14,6 +14,7 @@ import pytest
 
 from memory_tracking import MemoryTracking
 from visionloop.cli.up import describe_overview
+from visionloop.data.prediction_log import RequestCounts
 from visionloop.monitoring.watch import watch_window
 from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry, find_verdict, read_champion, store_decision
@@ -131,7 +132,7 @@ def test_what_is_damaged_is_told_and_the_rest_stands(tmp_path: Path) -> None:
     assert "decision" in page.lower()
 
 
-def test_the_last_window_is_shown(tmp_path: Path) -> None:
+def test_the_last_window_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = make_watched(tmp_path)
     watched.write_day(0)
     watch_window(watched.place, now=at_end_of(0))
@@ -139,6 +140,13 @@ def test_the_last_window_is_shown(tmp_path: Path) -> None:
     assert overview.window is not None
     assert (overview.window["verdict"], overview.window["num_images"]) == ("fine", 192)
     page = render(make_watch(watched.place, overview), whole=False)
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "192 images in the window that ended" in text and "answered since" not in text
+    counts = RequestCounts(120, 3, 1)
+    monkeypatch.setattr("visionloop.up.overview.read_requests", lambda *_: counts)
+    later = read_overview(watched.place, now=at_end_of(0) + timedelta(hours=5))
+    page = render(Watch(watched.place, later), whole=False)
+    assert "; 116 requests answered since, judged with the next window" in page
     assert "192 images" in page and "accuracy expected by the confidence" in page
 
 
