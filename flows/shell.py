@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,9 @@ from prefect.states import State
 
 from visionloop.errors import BusyError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
+from visionloop.secrets import mask
 from visionloop.store.lease import wait_for_lease
+from visionloop.up.board import Board, name_server
 from visionloop.words import Summary, describe_error, make_refusal, render_summary
 from visionloop.workspace import open_workspace
 
@@ -35,13 +38,14 @@ def run(flow: Callable[[str], State[Any]]) -> int:
         if not os.environ.get("PREFECT_API_URL"):  # the flow decides; but two servers of our own share one database
             workspace = open_workspace(home)
             wait_for_lease(workspace.store, workspace.name, only_here=True)
-        print(f"starting Prefect for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
+        print(f"{_describe_prefect()} for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
         state = flow(str(home))
         if state.is_cancelled() and state.data is None:  # skipped, or somebody stopped it
             print(f"error: {state.message or 'the run was cancelled in Prefect'}", file=sys.stderr)
             return BusyError.exit_code
         summary = state.result(raise_on_failure=not state.is_cancelled())  # that of a model which is not promoted
         assert isinstance(summary, Summary)
+        summary = replace(summary, commands=name_server(summary.commands, Board(home / ".visionloop")))
         print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
         if summary.is_not_promoted:
             raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
@@ -52,6 +56,12 @@ def run(flow: Callable[[str], State[Any]]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _describe_prefect() -> str:
+    """Tell which Prefect a run is shown in."""
+    url = os.environ.get("PREFECT_API_URL", "")
+    return f"with the Prefect at {mask(url.removesuffix('/api'))}" if url else "starting Prefect"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

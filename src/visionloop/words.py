@@ -58,8 +58,7 @@ class Summary:
         rows = [("result", self.headline)]
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
-        shown = [n for n in ("accuracy", "macro_f1") if n in self.metrics]
-        rows += [(f"candidate {n}", format_interval(self.metrics[n])) for n in shown]
+        rows += [(f"candidate {n}", format_interval(m)) for n in ("accuracy", "macro_f1") if (m := self.metrics.get(n))]
         for r in self.rules:
             mark = MARKS[r["passed"]] + DRY.get(r.get("mode", ""), "")
             rows.append((f"gate: {r['rule']}", f"{mark}: {r['found']}; expected {r['expected']}"))

@@ -203,7 +203,8 @@ def describe_overview(overview: "Overview") -> list[str]:
         drift = "" if window["p"] is None else f", drift p = {window['p']:.3g}"
         rows["served"] = f"{window['verdict']}: {window['num_images']:,} images{drift}{quality}"
     if overview.under_way:
-        rows["under way"] = overview.under_way
+        since = f", since {_show_time(overview.under_way_since)}" if overview.under_way_since else ""
+        rows["under way"] = f"{overview.under_way}{since}"
     if overview.plan and overview.plan["next"]:
         rows["next"] = f"{overview.plan['next'][0]['name']}, {_show_time(overview.plan['next'][0]['at'])}"
     if overview.waiting is not None:

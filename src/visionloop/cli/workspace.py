@@ -47,9 +47,12 @@ def start(
 
       cd ~/models/pets && visionloop start
     """
+    from dataclasses import replace
+
     from visionloop.data.manifest import latest_version
     from visionloop.errors import SourceError
     from visionloop.retrain import bring_up_to_date
+    from visionloop.up.board import Board, name_server
     from visionloop.words import make_refusal, render_summary
     from visionloop.workspace import clear_folder, open_workspace
 
@@ -67,6 +70,7 @@ def start(
             clear_folder(workspace.settings.home, keep=existed)
             print("nothing was ingested: the workspace is removed again", file=sys.stderr)
         raise
+    summary = replace(summary, commands=name_server(summary.commands, Board(workspace.settings.hidden_dir)))
     print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
     if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")

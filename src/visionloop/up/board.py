@@ -140,6 +140,10 @@ class Board:
                 port = _find_free(usual, (*chosen.values(), *known.values(), *wanted.values()))
                 told += [f"port {first} is in use: {name} takes {port}"]
             chosen[name] = port if taken else first
+        kept = {name: usual for name, usual in wanted.items() if chosen[name] == known.get(name) and name not in given}
+        if free := [usual for name, usual in kept.items() if usual not in chosen.values() and is_free(usual)]:
+            ports = ", ".join(map(str, free))
+            told += [f"ports as last time, but {ports} is free: remove {self.folder}/ports.json to have it"]
         write_file(self.folder / "ports.json", json.dumps(chosen).encode())
         return chosen, told
 
@@ -149,6 +153,18 @@ class Board:
             return {str(k): v for k, v in value.items() if isinstance(v, int) and 0 < v < 65_536}
         except (OSError, ValueError, AttributeError):
             return {}
+
+
+def name_server(commands: Mapping[str, str], board: Board) -> dict[str, str]:
+    """Return the commands to look further; a champion that `visionloop up` serves already is named by its address."""
+    state = board.read_live()
+    url = state.get_url("server") if state else ""
+    if not url:
+        return dict(commands)
+    return {
+        "ask the champion" if what == "serve the champion" else what: url if what == "serve the champion" else command
+        for what, command in commands.items()
+    }
 
 
 def choose_port(port: int) -> int:

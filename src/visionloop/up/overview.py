@@ -5,13 +5,14 @@ Each section is read alone: one that cannot be read is told among the problems, 
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from visionloop.data.answers import load_batches
 from visionloop.data.known_store import check_store
 from visionloop.data.manifest import load_pin, load_version
+from visionloop.data.prediction_log import read_requests
 from visionloop.errors import DatasetError, VisionLoopError, describe_first_line
 from visionloop.monitoring.ask import measure_progress
 from visionloop.monitoring.due import read_decisions as read_trigger_decisions
@@ -46,6 +47,7 @@ class Overview(Record):
     window: dict[str, Any] | None = None
     trigger: dict[str, Any] | None = None
     under_way: str = ""
+    under_way_since: str = ""
     plan: dict[str, Any] | None = None
     waiting: int | None = None
     problems: tuple[str, ...] = ()
@@ -78,10 +80,12 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         entry = read("the ledger", lambda: read_champion(store, name))
         facts["decisions"] = tuple(_tell_decision(one, entry) for one in decisions)
         facts["champion"] = _tell_champion(entry, decisions) if entry else None
-        facts["window"] = read("the last window", lambda: _read_window(workspace))
+        facts["window"] = read("the last window", lambda: _read_window(workspace, now))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
         facts["waiting"] = read("the review", lambda: _count_waiting(workspace))
-        facts["under_way"] = str(read("the lease", lambda: read_holder(store, name)) or "")
+        if holder := read("the lease", lambda: read_holder(store, name)):
+            facts["under_way"] = str(replace(holder, started_at=""))
+            facts["under_way_since"] = holder.started_at
     facts["plan"] = read("Prefect", lambda: read_plan(workspace, prefect_api, now)) if prefect_api else None
     return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
 
@@ -150,11 +154,13 @@ def _pick_figure(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str,
     return {"name": name, "value": metrics[name]["value"], "low": low, "high": high}
 
 
-def _read_window(workspace: Workspace) -> dict[str, Any] | None:
+def _read_window(workspace: Workspace, now: datetime) -> dict[str, Any] | None:
     """Return the newest window that was judged."""
     for window in reversed(list_windows(workspace)[-3:]):
         if verdict := load_verdict(workspace, window):
-            return _tell_window(verdict)
+            counts = read_requests(workspace.store, workspace.name, datetime.fromisoformat(verdict.end), now)
+            answered = counts.total - counts.refused - counts.errors if counts else 0
+            return {**_tell_window(verdict), "since": answered}
     return None
 
 

@@ -14,11 +14,13 @@ import pytest
 
 from memory_tracking import MemoryTracking
 from visionloop.cli.up import describe_overview
+from visionloop.data.prediction_log import RequestCounts
 from visionloop.monitoring.watch import watch_window
 from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry, find_verdict, read_champion, store_decision
 from visionloop.records import Decision, RuleResult
 from visionloop.store import LocalStore
+from visionloop.store.lease import Claim
 from visionloop.up.board import UP, PartState, State
 from visionloop.up.home import Handler, Watch, describe_time, draw_decisions, make_policy, mark_commands, render
 from visionloop.up.overview import Overview, advise, read_overview
@@ -97,6 +99,15 @@ def test_what_a_person_promoted_again_is_not_called_refused(tmp_path: Path) -> N
     assert "promoted by a person (`--again`), as entry 2" in "".join(describe_overview(overview))
 
 
+def test_a_retrain_under_way_began_as_people_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = Claim(1, "t", "ann", "box", 7, started_at=(NOW - timedelta(minutes=6)).isoformat())
+    monkeypatch.setattr("visionloop.up.overview.read_holder", lambda store, name: claim)
+    overview = read_overview(place := make_place(tmp_path), now=NOW)
+    page = render(make_watch(place, overview), whole=False)
+    assert "by ann on box (process 7), began <time" in page and f">{claim.started_at}<" not in page
+    assert "T" not in next(one for one in describe_overview(overview) if "under way" in one)
+
+
 def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:
     place = connect(make_settings(tmp_path), make_params({"name": "pets"}), store=LocalStore(tmp_path / "store"))
     page = render(make_watch(place, overview := read_overview(place, now=NOW)))
@@ -121,7 +132,7 @@ def test_what_is_damaged_is_told_and_the_rest_stands(tmp_path: Path) -> None:
     assert "decision" in page.lower()
 
 
-def test_the_last_window_is_shown(tmp_path: Path) -> None:
+def test_the_last_window_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = make_watched(tmp_path)
     watched.write_day(0)
     watch_window(watched.place, now=at_end_of(0))
@@ -129,6 +140,13 @@ def test_the_last_window_is_shown(tmp_path: Path) -> None:
     assert overview.window is not None
     assert (overview.window["verdict"], overview.window["num_images"]) == ("fine", 192)
     page = render(make_watch(watched.place, overview), whole=False)
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "192 images in the window that ended" in text and "answered since" not in text
+    counts = RequestCounts(120, 3, 1)
+    monkeypatch.setattr("visionloop.up.overview.read_requests", lambda *_: counts)
+    later = read_overview(watched.place, now=at_end_of(0) + timedelta(hours=5))
+    page = render(Watch(watched.place, later), whole=False)
+    assert "; 116 requests answered since, judged with the next window" in page
     assert "192 images" in page and "accuracy expected by the confidence" in page
 
 

@@ -20,7 +20,7 @@ from visionloop.cli.up import _find_prefect
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
-from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free
+from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free, name_server
 from visionloop.up.parts import Part, _make_prefect, ask
 from visionloop.up.supervise import Supervisor, stop_left
 
@@ -179,7 +179,11 @@ def test_ports_are_kept_and_one_that_is_taken_moves(board: Board) -> None:
             board.choose_ports({"home": 1}, {"home": taken})
         assert not is_free(taken)
         assert choose_port(taken) != taken
-    assert board.choose_ports({"home": taken, "server": taken}, {}) == (first, []), "as last time"
+    again, told = board.choose_ports({"home": taken, "server": first["server"]}, {})
+    assert again == first, "as last time"
+    free = f"but {taken} is free: remove {board.folder}/ports.json to have it"
+    assert told == [f"ports as last time, {free}"]
+    assert board.choose_ports({"home": taken}, {"home": first["home"]})[1] == [], "a person asked for it"
     (board.folder / "ports.json").write_text('{"home": "x", "server": 70000}')
     again, _ = board.choose_ports({"home": first["home"]}, {})
     assert again == {"home": first["home"]}
@@ -284,3 +288,14 @@ def test_the_page_of_prefect_is_the_one_that_asks_nobody(tmp_path: Path) -> None
     part = _make_prefect(tmp_path, 4321, None)
     assert part.environment["PREFECT_SERVER_UI_V2_ENABLED"] == "false"
     assert part.environment["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4321/api"
+
+
+def test_a_champion_that_is_served_is_named_by_its_address(board: Board) -> None:
+    commands = {"compare runs": "visionloop ui", "serve the champion": "visionloop serve"}
+    assert name_server(commands, board) == commands, "nothing is up"
+    with board.lock():
+        board.write(State(os.getpid(), "m", UP, "", (PartState("server", "server", "starting", url="http://x:8000"),)))
+        assert name_server(commands, board) == commands, "it does not answer yet"
+        board.write(State(os.getpid(), "m", UP, "", (PartState("server", "server", "ready", url="http://x:8000"),)))
+        named = {"compare runs": "visionloop ui", "ask the champion": "http://x:8000"}
+        assert name_server(commands, board) == named
