@@ -187,7 +187,8 @@ def test_a_browser_shows_it_at_the_width_of_a_phone(tmp_path: Path, classes: tup
         '<iframe src="report.html" width="390" height="800" style="border:0"></iframe><script>onload = () => {'
         "const root = document.querySelector('iframe').contentDocument.documentElement, body = document.body;"
         "body.dataset.hidden = root.scrollWidth - root.clientWidth;"
-        "body.dataset.sideways = [...root.querySelectorAll('.table')].filter(t => t.scrollWidth > t.clientWidth).length;"
+        "body.dataset.sideways = [...root.querySelectorAll('.table')]"
+        ".filter(each => each.scrollWidth > each.clientWidth).length;"
         "body.dataset.title = root.querySelector('h1').innerText }</script>"
     )
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
