@@ -105,6 +105,16 @@ def test_mistakes_of_a_perfect_model_is_one_line():
     assert image.height < 100
 
 
+def test_a_bar_of_confidence_is_as_wide_as_its_bin(monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **b: (seen.append(figure), save(figure, *a, **b)))
+    draw_confidence(np.full(9, 0.9995), np.full(9, True))
+    [bar] = [patch for patch in seen[0].axes[1].patches if patch.get_height()]
+    assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((0.9, 1.0), abs=0.004)
+
+
 def test_confidence_without_a_single_right_answer_is_drawn():
     png = draw_confidence(np.array([0.5, 0.9]), np.array([False, False]))
     assert Image.open(io.BytesIO(png)).width > 900

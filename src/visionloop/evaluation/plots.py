@@ -194,7 +194,8 @@ def draw_confidence(confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_
         edges = np.linspace(0, 1, 11)
         groups = [confidence_n[hits_n], confidence_n[~hits_n]]
         labels = [f"right ({len(groups[0]):,})", f"wrong ({len(groups[1]):,})"]
-        right.hist(groups, bins=edges, color=[GREEN, RED], label=labels, rwidth=0.85)
+        for group, color, label in zip(groups, (GREEN, RED), labels, strict=True):  # each over the whole of its bins
+            right.hist(group, bins=edges, color=color, alpha=0.6, label=label, rwidth=0.95)
         right.set_yscale("symlog", linthresh=1)
         right.set(xlim=(0, 1), xlabel="confidence", ylabel="images (logarithmic)")
         ticks = [t for t in (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000) if t <= 2 * len(hits_n)]

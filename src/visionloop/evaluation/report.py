@@ -232,7 +232,7 @@ def _flatten(sections: Mapping[str, Any], before: str = "") -> Iterator[tuple[st
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", value
+            yield f"{before}{key}", "-" if value is None else value
 
 
 def _describe_thresholds(thresholds: Mapping[str, float]) -> str:

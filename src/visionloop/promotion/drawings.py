@@ -12,6 +12,7 @@ from visionloop.evaluation.metrics import ConfidenceBin
 from visionloop.evaluation.resampling import compute_wilson
 from visionloop.records import Interval
 
+LEAST_ROOM = 0.005  # of a scale: figures that read the same must not fill it
 SIDE, LEFT, BELOW, ABOVE = 300, 38, 30, 10
 ROLES = ("candidate", "champion")
 
@@ -32,7 +33,7 @@ def choose_span(intervals: Sequence[Interval], *lines: float) -> Span:
     """Return the part of the scale that holds all figures, their bounds and the lines, with a little room."""
     values = [v for i in intervals for v in (i.value, i.low, i.high) if v is not None] + list(lines)
     low, high = min(values, default=0.0), max(values, default=1.0)
-    room = 0.06 * ((high - low) or 1.0)
+    room = max(0.06 * (high - low), LEAST_ROOM)
     return Span(low - room, high + room)
 
 

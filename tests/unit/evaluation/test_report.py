@@ -54,6 +54,11 @@ def facts() -> ReportFacts:
     )
 
 
+def test_a_setting_that_is_not_set_is_a_dash(facts: ReportFacts) -> None:
+    page = make_report(replace(facts, card=replace(facts.card, params={"train": {"freeze": None}})))
+    assert '<td>train.freeze</td><td class="value">-</td>' in page
+
+
 def change(facts: ReportFacts, **judged: Any) -> str:
     return make_report(replace(facts, judged=replace(facts.judged, **judged)))
 

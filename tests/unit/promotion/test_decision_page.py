@@ -17,8 +17,9 @@ from visionloop.data.compare import compare_records
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
 from visionloop.evaluation.slices import Slice
 from visionloop.params import Evaluate
+from visionloop.promotion.drawings import choose_span, draw_strip
 from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
-from visionloop.records import Decision, RuleResult
+from visionloop.records import Decision, Interval, RuleResult
 
 
 def make_answers(labels: np.ndarray, chosen: np.ndarray, classes: tuple[str, ...], confidence: float = 0.8) -> Answers:
@@ -169,6 +170,13 @@ def test_the_data_that_changed_is_told() -> None:
     assert "0 images added, 0 removed" in read_text(render(make_facts(("a", "b"), 40, diff=compare_records([], []))))
 
 
+def test_bounds_that_read_the_same_draw_a_point() -> None:
+    interval = Interval(0.00012, 0.00003, 0.00031)
+    drawn = draw_strip({"candidate": interval}, choose_span([interval]))
+    left, right = map(float, re.findall(r'x[12]="([\d.]+)"', drawn))
+    assert 0 < right - left < 7, "no wider than its dot"
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(
     "classes", [("cat", "dog"), ("猫", "كلب", *(f"a rather long name of a breed {i}" for i in range(118)))]
@@ -179,10 +187,13 @@ def test_a_browser_shows_it_at_the_width_of_a_phone(tmp_path: Path, classes: tup
         '<iframe src="report.html" width="390" height="800" style="border:0"></iframe><script>onload = () => {'
         "const root = document.querySelector('iframe').contentDocument.documentElement, body = document.body;"
         "body.dataset.hidden = root.scrollWidth - root.clientWidth;"
+        "body.dataset.sideways = [...root.querySelectorAll('.table')]"
+        ".filter(each => each.scrollWidth > each.clientWidth).length;"
         "body.dataset.title = root.querySelector('h1').innerText }</script>"
     )
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frame.html").as_uri()]
     page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert 'data-hidden="0"' in page
+    assert 'data-sideways="0"' in page, "no table is to be scrolled sideways"
     assert 'data-title="Passed: the candidate may replace the champion"' in page
