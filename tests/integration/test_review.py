@@ -203,10 +203,8 @@ def test_feedback_without_a_label_says_why(desk: ReviewDesk) -> None:
     row = desk.serve(3)[0]
     desk.say([{"request_id": make_request_id(datetime.now(UTC).timestamp())}], "dog", who="bob")
     desk.run("review", "--accept")
-    assert (
-        "source feedback: the one feedback is not a label of an image that the server kept: `serve.keep_images`"
-        in desk.run("ingest")
-    )
+    said = "source feedback: the one feedback is not a label of an image that the server kept: `serve.keep_images`"
+    assert said in desk.run("ingest")
     desk.say([row], "cat", who=None)
     assert "source feedback: what came repeats the model's answers, and no name stands" in desk.run("ingest")
     desk.say([row], "dog", who="bob")
@@ -348,8 +346,7 @@ def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
     desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
     read, get = list[str](), LocalStore.get
     desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
-    batch = json.loads(desk.run("review", "--json"))
-    assert rows[0]["image_sha256"] not in {one["sha256"] for one in batch["images"]}
+    assert rows[0]["image_sha256"] not in desk.run("review", "--json")
     days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
     assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
 
@@ -359,13 +356,11 @@ def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:
     rules = "review: {count: 20, random: 0}\n"
     desk.write(SOURCES + rules)
     desk.serve(20)
-    batch = json.loads(desk.run("review", "--json"))
-    reasons = {(one["confidence"], one["reason"]) for one in batch["images"]}
+    reasons = {(one["confidence"], one["reason"]) for one in json.loads(desk.run("review", "--json"))["images"]}
     assert reasons == {(0.55, "uncertain"), (0.99, "spread")}
     desk.write(SOURCES + rules + "serve: {keep_images: {confidence: 0.5}}\n")
     desk.serve(20, first=6000)
-    batch = json.loads(desk.run("review", "--new", "--json"))
-    assert {one["reason"] for one in batch["images"]} == {"spread"}
+    assert {one["reason"] for one in json.loads(desk.run("review", "--new", "--json"))["images"]} == {"spread"}
 
 
 def test_batch_lists_the_images_that_are_open(desk: ReviewDesk) -> None:
