@@ -89,7 +89,9 @@ def draw_certainty(bundle: Bundle, answers: Answers) -> dict[str, bytes]:
     rule = card.abstain or {}
     share = None if answers.abstained_n is None else float((~answers.abstained_n).mean())
     sides = [("validation", *validation), ("test", answers.confidence_n, answers.hits_n)]
-    figures = {"risk": draw_risk_coverage(sides, error=rule.get("error"), share=share)}
+    figures = {}
+    if rule or not all(hits_n.all() for _, _, hits_n in sides):  # else its lines lie on the axis
+        figures["risk"] = draw_risk_coverage(sides, error=rule.get("error"), share=share)
     shown = number_names(card.classes)
     if card.threshold is not None:
         sweep = sweep_thresholds(probs_nk[:, 1], truth == 1)

@@ -106,6 +106,18 @@ def test_figures_are_drawn_from_what_a_bundle_keeps(tmp_path: Path, task: str) -
     assert figures == draw_certainty(load_bundle(tmp_path / "b"), answers), "same input, same bytes"
 
 
+def test_where_nothing_is_wrong_there_is_no_figure_of_not_answering(tmp_path: Path) -> None:
+    classes = tuple("abcdefgh")
+    make_bundle(tmp_path / "b", classes=classes)
+    answers = make_answers(classes=classes)
+    right = replace(answers, labels=answers.chosen)
+    label_n = np.arange(60) % 8
+    np.savez(tmp_path / "b" / "reference.npz", logits_nk=(9 * np.eye(8)[label_n]).astype(np.float32), label_n=label_n)
+    seal_bundle(tmp_path / "b")
+    assert list(draw_certainty(load_bundle(tmp_path / "b"), right)) == []
+    assert list(draw_certainty(load_bundle(tmp_path / "b"), replace(right, labels=7 - answers.chosen))) == ["risk"]
+
+
 def test_few_and_very_many_images_are_drawn() -> None:
     for number in (1, 2, 200_000):
         score_n = np.random.default_rng(number).random(number).astype(np.float32)
