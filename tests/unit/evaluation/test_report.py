@@ -164,6 +164,6 @@ def test_parameters_are_named_as_in_the_file(facts):
     sections = {"train": {"backbone": "small_cnn", "neighbours": {"k": 5}}, "prepare": {"limit": None}}
     card = replace(facts.card, params=sections, network={"backbone": "small_cnn"})
     page = make_report(replace(facts, card=card))
-    for key, value in (("train.backbone", "small_cnn"), ("train.neighbours.k", "5"), ("prepare.limit", "None")):
+    for key, value in (("train.backbone", "small_cnn"), ("train.neighbours.k", "5"), ("prepare.limit", "-")):
         assert f'<td>{key}</td><td class="value">{value}</td>' in page
     assert "dataset version 4, small_cnn</p>" in page
