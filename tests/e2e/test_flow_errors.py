@@ -167,7 +167,7 @@ def test_a_stage_by_hand_tells_how_it_is_kept(home: Path) -> None:
     assert find_changed(home) == set()
     edit(home, "resamples: 200", "resamples: 300")
     told = "\nrun by hand: `dvc commit -f evaluate` keeps this result, `dvc repro` would make it again\n"
-    assert visionloop(home, "evaluate").stdout.endswith(told)
+    assert visionloop(home, "evaluate").stdout.endswith(f"{told}next: `visionloop gate`\n")
 
 
 # Long: it trains again; a refusal that stands, of another rule, is in test_what_stays, its state in test_flow_ends.

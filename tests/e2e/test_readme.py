@@ -72,7 +72,7 @@ def test_demo_ends_with_a_champion_that_answers(demo: Demo) -> None:
     assert len(re.findall(r"^ asked: a \d +\d \(\d", demo.output, flags=re.M)) == 3
     assert len(re.findall(r"no champion yet", demo.output)) == 1, "the gate's rules are told once"
     assert re.search(r"pass +first +no champion yet", demo.output)
-    assert re.search(r"model +version 1, bundle [0-9a-f]{12}", demo.output)
+    assert re.search(r"champion +version 1, bundle [0-9a-f]{12}", demo.output)
 
 
 def test_git_shows_at_most_the_pin_and_the_lock(demo: Demo) -> None:

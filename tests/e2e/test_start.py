@@ -35,7 +35,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "quarantined 1 file that cannot be used:" in done.stdout
     assert "weights of efficientnet_lite0 as published (licence Apache-2.0)" in done.stdout
     assert "has a new champion" in done.stdout
-    assert lines[-2:] == ["to serve the champion:", f"    cd {folder}/my-shapes-model && visionloop serve"]
+    cd = f"cd {folder}/my-shapes-model && "
+    told = f"next: `{cd}visionloop predict PHOTO`, or `{cd}visionloop up` for pages"
+    assert lines[-3:] == ["to serve the champion:", f"    {cd}visionloop serve", told]
     return folder / "my-shapes-model"
 
 

@@ -89,7 +89,7 @@ def in_store(loop: Loop, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_every_block_of_the_document_runs(
     loop: Loop, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(BLOCKS) == len(re.findall("^```", DOCUMENT, flags=re.M)) / 2 == 6
+    assert len(BLOCKS) == len(re.findall("^```(?:python)", DOCUMENT, flags=re.M)) == 6
     monkeypatch.chdir(loop.home)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((300, 200)).save("photo.jpg")

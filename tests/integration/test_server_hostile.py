@@ -25,13 +25,13 @@ from model_server import TIMEOUT_S, Server, read_all, serving, wait_for
 SLOW_PNG = """
 import time
 from visionloop.data.encoded import estimate_bytes
-from visionloop.predictor import Predictor
-decode = Predictor.decode
-def slow(self, data, where, **options):
+from visionloop.serving import batcher
+load = batcher.load_sized_array
+def slow(data, where, **options):
     if estimate_bytes(data) > 50_000_000:
         time.sleep(1.5)
-    return decode(self, data, where, **options)
-Predictor.decode = slow
+    return load(data, where, **options)
+batcher.load_sized_array = slow
 """
 ATTACK = """
 import asyncio, resource, sys

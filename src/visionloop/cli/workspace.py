@@ -75,7 +75,7 @@ def start(
     if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     there = "" if workspace.settings.home == Path.cwd() else f"cd {workspace.settings.home} && "
-    say_next(f"`{there}visionloop predict PHOTO`, or `{there}visionloop serve` for a page")
+    say_next(f"`{there}visionloop predict PHOTO`, or `{there}visionloop up` for pages")
 
 
 def _open_for(photos: str, folder: Path | None, name: str | None) -> tuple[Path, bool]:
