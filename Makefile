@@ -36,7 +36,7 @@ install: $(STAMP) ## the environment, in .venv
 demo: $(STAMP) ## the whole loop on 1,797 handwritten digits: from images to a served model
 	@$(BIN)/python flows/retrain.py
 
-demo-loop: $(STAMP) ## drift, alarm, labels, retrain, swap, rollback, told step by step (four minutes)
+demo-loop: $(STAMP) ## drift, alarm, labels, retrain, swap, rollback, told step by step (two minutes)
 	@$(BIN)/python flows/demo_loop.py
 
 test: check ## check, then every test but the long ones
