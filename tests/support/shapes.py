@@ -148,10 +148,13 @@ def make_prepared_workspace(folder: Path, *, epochs: int = 2) -> Path:
 
 
 def set_train(home: Path, **keys: object) -> None:
-    """Add keys to the section `train` of a workspace made here."""
+    """Add keys to the section `train` of a workspace made here, or give those that were added another value."""
     path = home / "params.yaml"
-    added = "".join(f", {key}: {value}" for key, value in keys.items())
-    path.write_text(path.read_text().replace("patience: 50", f"patience: 50{added}"))
+    text = path.read_text()
+    for key, value in keys.items():
+        text = re.sub(rf"(patience: 50[^}}\n]*?), {key}: [^,}}\n]*", r"\1", text)
+        text = text.replace("patience: 50", f"patience: 50, {key}: {value}")
+    path.write_text(text)
 
 
 def set_compute(home: Path, **keys: object) -> None:
