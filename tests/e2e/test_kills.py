@@ -184,7 +184,7 @@ def list_states(api: str, kind: str, run_id: str) -> list[tuple[str, str]]:
 
 
 KILLS = int(os.environ.get("TEST_KILLS", "20"))
-STEPS = ("starting Prefect", "[1/9]", "[2/9]", "[3/9]", "[4/9]", "[5/9]", "[6/9]", "[7/9]", "[8/9]", "[9/9]")
+STEPS = ("with the Prefect at", "[1/9]", "[2/9]", "[3/9]", "[4/9]", "[5/9]", "[6/9]", "[7/9]", "[8/9]", "[9/9]")
 
 
 @pytest.mark.long
