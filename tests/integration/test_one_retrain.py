@@ -65,9 +65,25 @@ def hold_elsewhere(store: LocalStore, ttl_s: float, machine: str) -> subprocess.
     return process
 
 
+def wait_until_still(pid: int) -> None:
+    """Wait until every thread has ended or is stopped: one in a write finishes that after the signal was sent."""
+    deadline = time.monotonic() + 60
+    while any(read_thread_state(task) not in "TZX" for task in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < deadline, "the signal was not taken within a minute"
+        time.sleep(0.01)
+
+
+def read_thread_state(task: Path) -> str:
+    """Return the letter of a thread's state, X of one that is gone."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_holder_that_is_killed_or_stops_is_replaced_in_bounded_time(tmp_path: Path, end: signal.Signals) -> None:
-    store, ttl_s = LocalStore(tmp_path), 1.2
+    store, ttl_s = LocalStore(tmp_path), 3.0
     process = hold_elsewhere(store, ttl_s, "another machine")
     try:
         with pytest.raises(
@@ -75,11 +91,12 @@ def test_a_holder_that_is_killed_or_stops_is_replaced_in_bounded_time(tmp_path: 
         ):
             take_lease(store, "fake", make_claim("ben", NOW))
         os.kill(process.pid, end)
+        wait_until_still(process.pid)
         began = time.monotonic()
         with take_lease(store, "fake", make_claim("ben", NOW)) as lease:
             waited = time.monotonic() - began
             assert (lease.claim.number, [claim.pid for claim in lease.died]) == (2, [process.pid])
-            assert 0.9 * ttl_s < waited < ttl_s + 3, "the time to live, and what the machine is slow"
+            assert 0.9 * ttl_s < waited < ttl_s + 30, "the time to live, and what the machine is slow"
             os.kill(process.pid, signal.SIGCONT)
             lease.check()
     finally:
