@@ -67,11 +67,11 @@ def transport_stream(tmp_path: Path) -> bytes:
 
 def test_a_camera_over_http_is_watched(tmp_path: Path, transport_stream: bytes) -> None:
     before = time.time()
-    with serve(lambda handler: send_paced(handler, "video/mp2t", transport_stream * 3, 6.0)) as host:
+    with serve(lambda handler: send_paced(handler, "video/mp2t", transport_stream * 30, 60.0)) as host:
         items, rejected, told = read_video(
             tmp_path, PRIVATE, path=f"http://{host}/live", label="yard", every_s=0.25, watch_s=1.0
         )
-    assert time.time() - before < 5
+    assert time.time() - before < 40
     assert (len(items), rejected, told) == (5, [], [])
     assert {i.labels for i in items} == {("yard",)}
     groups = {i.group for i in items}

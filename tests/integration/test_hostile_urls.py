@@ -292,7 +292,7 @@ def test_an_answer_that_drips_ends_at_its_deadline(world: World, begin: bytes) -
     stop.set()
     assert (error.reason_code, error.found) == ("unreadable", "gave no whole answer within 0.2 s")
     assert "abc" not in str(error)
-    assert 0.8 < time.monotonic() - began < 3  # four tries
+    assert 0.8 < time.monotonic() - began < 30  # four tries
 
 
 def test_headers_with_secrets_stay_at_their_host(world: World) -> None:

@@ -106,7 +106,7 @@ def test_a_slow_client_blocks_no_other(tmp_path: Path, bundle_dir: Path) -> None
             sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
         started = time.monotonic()
         assert [server.ask(make_image(i)).status for i in range(10)] == [200] * 10
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         for sock in slow:
             sock.close()
         assert server.ask(make_image(0)).status == 200
@@ -282,17 +282,17 @@ def test_the_current_bundle_and_the_one_before_stay_on_disk_and_no_more(tmp_path
 
 
 def test_after_sigterm_it_is_not_ready_and_still_answers_for_a_while(tmp_path: Path, bundle_dir: Path) -> None:
-    with serving(tmp_path, bundle_dir, lame_duck_s=2) as server:
+    with serving(tmp_path, bundle_dir, lame_duck_s=4) as server:
         assert server.ask(path="/health/ready").status == 200
         server.process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         wait_for(lambda: server.ask(path="/health/ready").status == 503)
         assert server.ask(path="/health/ready").body["error"]["code"] == "stopping"
         assert (server.ask(make_image(0)).status, server.ask(path="/health/live").status) == (200, 200)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 3.5
         output, errors = server.process.communicate(timeout=TIMEOUT_S)
         assert (output, errors, server.process.returncode) == ("returned\n", "", 0)
-        assert 1.9 < time.monotonic() - started < 8
+        assert 3.9 < time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -42,7 +42,7 @@ def test_what_says_no_size_is_taken_for_large_and_no_image_for_nothing() -> None
 
 
 def test_a_hostile_header_is_passed_by_quickly() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for data in (b"\xff\xd8\xff" + bytes(20_000_000), b"\0\0\0\x18ftypavif" + b"ispe" * 5_000_000):
         estimate_bytes(data)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
