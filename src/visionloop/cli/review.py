@@ -168,11 +168,10 @@ def _count(number: int, noun: str) -> str:
 def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
     from visionloop.data.acceptance import accept, check_giver
 
+    place, now = (workspace.store, workspace.name, workspace.params.review), datetime.now(UTC)
     if only is not None:
-        check_giver(workspace.store, workspace.name, workspace.params.review, only)
-    settled = accept(
-        workspace.store, workspace.name, workspace.params.review, by=get_user(), now=datetime.now(UTC), only=only
-    )
+        check_giver(*place, only, now=now)
+    settled = accept(*place, by=get_user(), now=now, only=only)
     if as_json:
         held = {"conflicts": settled.conflicts, "over_quota": settled.over_quota, "gone": settled.gone}
         print_json({"accepted": [one.to_json() for one in settled.labels], **held})
@@ -206,7 +205,7 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
     lines += ["still open:"] if rows and progress.num_answered else []
     lines += [f"  {line}" for line in align(rows[:SHOWN])]
     lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
-    settled = look(workspace.store, workspace.name, workspace.params.review)
+    settled = look(workspace.store, workspace.name, workspace.params.review, now=datetime.now(UTC))
     if settled.labels:
         wait = "waits" if len(settled.labels) == 1 else "wait"
         lines.append(f"{_count(len(settled.labels), 'label')} {wait}: `visionloop review --accept`")

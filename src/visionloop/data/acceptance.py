@@ -5,12 +5,14 @@ review/NAME/accepted/000001.json     labels that somebody has accepted; a later 
 A label waits until a person accepts it, or its giver is one of `review.accept_at_once`. People who disagree on an image
 hold it. Of feedback, which comes from clients, only so many labels of one client and day are accepted; and none that
 repeats the model's answer without the name of a person.
+
+Feedback is read from `review.days` before the last acceptance on, and of the last 90 days at most.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from visionloop.data.answers import (
@@ -28,6 +30,7 @@ from visionloop.data.answers import (
     load_numbered,
     load_opinions,
 )
+from visionloop.data.drop import load_aside
 from visionloop.data.manifest import latest_version, load_version_records
 from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review
@@ -35,6 +38,7 @@ from visionloop.records import Record, canonical_json
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key, split_numbers
 
+WAITS = timedelta(days=90)  # feedback, to be accepted
 SOURCE_KINDS = {"review": (LOG, SUSPECTS), "feedback": (FEEDBACK_KIND,)}  # of a source: what it takes
 
 
@@ -92,7 +96,7 @@ def settle(
         if one.verdict in (LABEL, NOT_OURS):
             by_image.setdefault(one.asked.sha256, []).append(one)
     used: Counter[tuple[str, str]] = Counter((one.client, one.on) for one in known.values() if one.client is not None)
-    labels, conflicts, over = list[Accepted](), dict[str, str](), Counter[str]()
+    found, conflicts, over = list[Accepted](), dict[str, str](), Counter[str]()
     echoes = num_not_ours = 0
     for sha256, said in by_image.items():
         asked = [one for one in said if one.kind != FEEDBACK_KIND]
@@ -102,8 +106,10 @@ def settle(
         settled = tuple(f"{one.giver} {one.time.isoformat()}" for one in everything)
         if not heard or (sha256 in known and known[sha256].at and {*settled} <= {*known[sha256].heard}):
             continue
-        if len({(one.verdict, one.labels) for one in heard}) > 1:
-            conflicts[sha256] = "; ".join(f"{one.giver}: {_name(one)}" for one in heard)
+        earlier = {} if asked or only is not None else _list_earlier(known.get(sha256), everything)
+        if len({(one.verdict, one.labels) for one in heard} | {(LABEL, labels) for labels in earlier.values()}) > 1:
+            words = [f"{giver}: {', '.join(labels)}" for giver, labels in earlier.items()]
+            conflicts[sha256] = "; ".join([*words, *(f"{one.giver}: {_name(one)}" for one in heard)])
         elif heard[0].verdict == NOT_OURS:
             num_not_ours += 1
         elif sha256 not in known or known[sha256].labels != heard[0].labels:
@@ -113,8 +119,8 @@ def settle(
                     over[new.client] += 1
                     continue
                 used[new.client, new.on] += 1
-            labels.append(new)
-    return Settled(tuple(labels), conflicts, dict(over), echoes, num_not_ours)
+            found.append(new)
+    return Settled(tuple(found), conflicts, dict(over), echoes, num_not_ours)
 
 
 def _accept(heard: Sequence[Opinion], settled: Labels) -> Accepted:
@@ -137,15 +143,23 @@ def _accept(heard: Sequence[Opinion], settled: Labels) -> Accepted:
     )
 
 
+def _list_earlier(known: Accepted | None, said: Sequence[Opinion]) -> dict[str, Labels]:
+    """Return the label that was accepted, by each who gave it in feedback that is not read any more: it counts."""
+    if known is None or not known.at or known.kind != FEEDBACK_KIND:
+        return {}
+    givers = {one.rpartition(" ")[0] for one in known.heard} - {one.giver for one in said}
+    return dict.fromkeys(sorted(givers), known.labels)
+
+
 def accept(store: ObjectStore, name: str, rules: Review, *, by: str, now: datetime, only: str | None = None) -> Settled:
     """Accept all that can be accepted, of all or `only` of one person or client; return it, and what stays held.
 
     Raises:
         StoreError, DatasetError: the store cannot be read or written, or is damaged.
     """
-    folder = f"review/{name}/accepted"
+    folder = _folder(name)
     while True:
-        settled = look(store, name, rules, only=only)
+        settled = look(store, name, rules, now=now, only=only)
         gone = []
         for one in settled.labels:
             try:
@@ -164,15 +178,16 @@ def accept(store: ObjectStore, name: str, rules: Review, *, by: str, now: dateti
             return settled
 
 
-def look(store: ObjectStore, name: str, rules: Review, *, only: str | None = None) -> Settled:
+def look(store: ObjectStore, name: str, rules: Review, *, now: datetime, only: str | None = None) -> Settled:
     """Return what could be accepted now, and what not. Raises as `accept`."""
-    opinions = [*load_opinions(store, name), *load_feedback_opinions(store, name)]
-    return settle(opinions, load_accepted(store, name, rules), quota=rules.client_quota, only=only)
+    known = load_accepted(store, name, rules)
+    opinions = [*load_opinions(store, name), *load_waiting_feedback(store, name, rules, now=now)]
+    return settle(opinions, known, quota=rules.client_quota, only=only)
 
 
-def check_giver(store: ObjectStore, name: str, rules: Review, giver: str) -> None:
+def check_giver(store: ObjectStore, name: str, rules: Review, giver: str, *, now: datetime) -> None:
     """Refuse a person or client who has said nothing, and name those whose labels wait. Raises SettingsError."""
-    opinions = [*load_opinions(store, name), *load_feedback_opinions(store, name)]
+    opinions = [*load_opinions(store, name), *load_waiting_feedback(store, name, rules, now=now)]
     if any(giver in (one.who, one.client) for one in opinions):
         return
     settled = settle(opinions, load_accepted(store, name, rules), quota=rules.client_quota)
@@ -184,6 +199,14 @@ def check_giver(store: ObjectStore, name: str, rules: Review, giver: str) -> Non
     raise SettingsError(f"--from {giver}", "has answered nothing", wait, "Mend the name.")
 
 
+def load_waiting_feedback(store: ObjectStore, name: str, rules: Review, *, now: datetime) -> list[Opinion]:
+    """Return the feedback that may wait to be accepted: all of it would be read each time. Raises as `accept`."""
+    values = load_numbered(store, _folder(name), _read_acceptance)
+    at = [datetime.fromisoformat(value["at"]) for value in values if value["only"] is None]
+    last = [min(at[-1], now) - timedelta(days=rules.days)] if at else []  # the clock may have been wrong then
+    return load_feedback_opinions(store, name, max([now - WAITS, *last]))
+
+
 def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Accepted]:
     """Return the labels that may enter the dataset, by sha256: those accepted, and those that need no word.
 
@@ -191,7 +214,7 @@ def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Acc
         StoreError, DatasetError: the store cannot be read, or is damaged.
     """
     known: dict[str, Accepted] = {}
-    for value in load_numbered(store, f"review/{name}/accepted", _read_acceptance):
+    for value in load_numbered(store, _folder(name), _read_acceptance):
         known.update((one.sha256, one) for one in _read_acceptance(value))
     if at_once := {*rules.accept_at_once}:
         settled = settle(load_opinions(store, name), known, quota=0)
@@ -201,12 +224,16 @@ def load_accepted(store: ObjectStore, name: str, rules: Review) -> dict[str, Acc
 
 @dataclass(frozen=True)
 class Answered:
-    """The labels of a dataset that people gave, by sha256, and where the bytes are. `sides`: of images that it has."""
+    """The labels of a dataset that people gave, by sha256, and where the bytes are.
+
+    `sides`: of images that it has. `past_tests`: those that were on test, and were taken out.
+    """
 
     store: ObjectStore
     name: str
     labels: Mapping[str, Accepted]
     sides: Mapping[str, str] = field(default_factory=dict)
+    past_tests: frozenset[str] = frozenset()
 
     def choose(self, kinds: Iterable[str]) -> list[Accepted]:
         """Return the labels that say something new, of the sources of some kinds, in the order of the images."""
@@ -219,7 +246,8 @@ class Answered:
         return sum(self._is_on_test(one) for one in self.labels.values())
 
     def _is_on_test(self, one: Accepted) -> bool:
-        return one.kind == FEEDBACK_KIND and self.sides.get(one.sha256) == "test"
+        is_test = self.sides.get(one.sha256) == "test" or one.sha256 in self.past_tests
+        return one.kind == FEEDBACK_KIND and is_test
 
 
 def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
@@ -228,7 +256,13 @@ def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
     may_be_known = any(one.kind in (SUSPECTS, FEEDBACK_KIND) for one in labels.values())
     version = latest_version(store, name) if may_be_known else None
     sides = {one.sha256: one.side for one in load_version_records(store, version)} if version else {}
-    return Answered(store, name, labels, sides)
+    aside = load_aside(store, version) if version else {}
+    past_tests = frozenset(sha256 for sha256, row in aside.items() if row.side == "test" and sha256 not in sides)
+    return Answered(store, name, labels, sides, past_tests)
+
+
+def _folder(name: str) -> str:
+    return f"review/{name}/accepted"
 
 
 def _read_acceptance(value: Mapping[str, Any]) -> list[Accepted]:

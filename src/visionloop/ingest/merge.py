@@ -320,7 +320,9 @@ def _add(
 def _make_newcomer(found: _Found, earlier: ImageRecord | None) -> Newcomer:
     facts = found.first.facts
     learn = any(one.item.test_is_given for one in found.same)
-    had = earlier.side if earlier and earlier.side != "excluded" and (earlier.side != "test" or not learn) else None
+    is_its_word = any(one.item.test_is_given and not one.item.excluded_near_test for one in found.same)
+    lost = {"excluded", "test"} if is_its_word else {"excluded"}
+    had = earlier.side if earlier and earlier.side not in lost else None
     group = next((one.item.group for one in found.same if one.item.group), None)
     return Newcomer(
         sha256=facts.sha256,

@@ -7,9 +7,10 @@ no client changes the label of a test image, and an image that was not drawn, an
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 
-from visionloop.data.acceptance import Accepted, Answered
+from visionloop.data.acceptance import WAITS, Accepted, Answered
 from visionloop.data.answers import RANDOM, SUSPECTS, Asked, load_feedback_opinions, read_asked
 from visionloop.data.prediction_log import read_feedback as read_said
 from visionloop.data.prediction_log import read_request_time
@@ -36,10 +37,11 @@ def read_feedback(source: FeedbackSource, context: SourceContext) -> Iterator[It
 
 def _explain_no_feedback(answered: Answered) -> str:
     """Say why no label of feedback is accepted."""
-    number = read_said(answered.store, answered.name).table.num_rows
+    since = datetime.now(UTC) - WAITS
+    number = read_said(answered.store, answered.name, since).table.num_rows
     if not number:
-        return "no feedback has come yet"
-    opinions = load_feedback_opinions(answered.store, answered.name)
+        return f"no feedback has come in the last {WAITS.days} days"
+    opinions = load_feedback_opinions(answered.store, answered.name, since)
     if not opinions:
         it = "the one feedback is not" if number == 1 else f"none of {number:,} is"
         return f"{it} a label of an image that the server kept: `serve.keep_images` in params.yaml says which it keeps"
