@@ -13,9 +13,9 @@ decides, not a limit of Prefect: that one is in the memory of its server, which 
 
 import argparse
 import os
-import socket
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import environment
@@ -43,7 +43,7 @@ from monitor import DRIFT, QUALITY, monitor
 from predict import predict
 from retrain import retrain
 from review import review
-from told import make_resource
+from told import TAG, close_left, make_host_tag, make_resource
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
 from visionloop.params import Params, load_params
@@ -51,7 +51,6 @@ from visionloop.secrets import mask
 from visionloop.settings import PARAMS_FILE, load_settings, tool_environment
 from visionloop.words import describe_error
 
-TAG = "visionloop"
 FLOWS_DIR = Path(__file__).resolve().parent
 PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_REGION")
 
@@ -88,6 +87,8 @@ def deploy(home: Path, options: argparse.Namespace) -> None:
                 client.delete_resource_owned_automations(f"prefect.deployment.{other.id}")
                 client.delete_deployment(other.id)  # and a process that still serves it gets none of its runs
                 print(f"removed {told_as} of {other.parameters.get('workspace')}")
+            for line in close_left(client, home, now=datetime.now(UTC)):
+                print(line)
     except (httpx.HTTPError, PrefectException) as exc:
         raise SettingsError("PREFECT_API_URL", f"the Prefect server refuses ({exc})", "an answer") from exc
     of = f"of {home} (clock of {schedule.timezone})"
@@ -167,11 +168,6 @@ def find_others(
         if other != str(home) or key not in wanted:
             others["/".join(key)] = found
     return others
-
-
-def make_host_tag() -> str:
-    """Return the tag that says on which machine a workspace is: only there it can be seen that it was moved."""
-    return f"on {socket.gethostname()}"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
     A run ends in one of these ways, each with its artifact: completed (Promoted, Unchanged, Same); not promoted, which
     Prefect shows as cancelled and not as green (Refused, Inconclusive, Waiting, or Unchanged where that still stands);
     Failed, with the error; or Skipped (cancelled too), while another retrain of this name is under way, whoever started
-    it and wherever: it moves nothing. One that is killed is closed, as crashed, by the next.
+    it and wherever: it moves nothing. One that is killed is closed, as crashed, by the next run.
 
     `only_if_due`: the triggers of params.yaml decide first; a run that is not due is completed as NotDue. `webhook` is
     what a caller said, for the trigger of that name.
@@ -62,7 +62,7 @@ def retrain(workspace: str, only_if_due: bool = False, webhook: str = "") -> Sta
             run_step=steps.run_step,
             ask=steps.ask,
             tell_more=steps.note,
-            scheduled=Scheduled(str(runtime.flow_run.id), steps.close_died),
+            scheduled=Scheduled(str(runtime.flow_run.id), told.close_died),
         )
     except LeaseHeld as exc:
         told.keep_end("retrain", opened.settings.home, "skipped", f"Another retrain is under way: {exc}")
@@ -100,4 +100,4 @@ def make_table(decision: Decision) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    end_process(shell.run(lambda home: retrain(home, return_state=True)))
+    end_process(shell.run(retrain))

@@ -8,15 +8,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from prefect import Flow, get_client
+from prefect.flow_engine import run_flow
 from prefect.logging.configuration import setup_logging
 from prefect.states import State
 
+import told
 from visionloop.errors import BusyError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
 from visionloop.secrets import mask
@@ -28,7 +30,7 @@ from visionloop.workspace import open_workspace
 KEPT_LOGS = 30
 
 
-def run(flow: Callable[[str], State[Any]]) -> int:
+def run(flow: Flow[..., State[Any]]) -> int:
     """Run a flow on the workspace of this process; return the exit code: 0, 2, 3, or 1 for a bug of ours."""
     home = Path(os.environ["VISIONLOOP_HOME"])
     log_path = _open_log(home / ".visionloop" / "logs")
@@ -39,7 +41,7 @@ def run(flow: Callable[[str], State[Any]]) -> int:
             workspace = open_workspace(home)
             wait_for_lease(workspace.store, workspace.name, only_here=True)
         print(f"{_describe_prefect()} for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
-        state = flow(str(home))
+        state = _run_marked(flow, home)
         if state.is_cancelled() and state.data is None:  # skipped, or somebody stopped it
             print(f"error: {state.message or 'the run was cancelled in Prefect'}", file=sys.stderr)
             return BusyError.exit_code
@@ -58,6 +60,14 @@ def run(flow: Callable[[str], State[Any]]) -> int:
     return 0
 
 
+def _run_marked(flow: Flow[..., State[Any]], home: Path) -> Any:
+    """Run a flow, whose run bears the mark of this process from the first: what is killed at once can be closed."""
+    with get_client(sync_client=True) as client:  # starts Prefect's own server where it is to
+        _end_own_server_with_us()
+        made = client.create_flow_run(flow, parameters={"workspace": str(home)}, tags=told.make_tags(home))
+    return run_flow(flow, made, return_type="state")
+
+
 def _describe_prefect() -> str:
     """Tell which Prefect a run is shown in."""
     url = os.environ.get("PREFECT_API_URL", "")
@@ -73,10 +83,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def guard_own_server() -> None:
     """Have Prefect's own server, a child of this process, stopped when this process is ended or killed."""
-    import psutil
-
     if signal.getsignal(signal.SIGINT) is _stop:  # from the shell: Prefect has put its own handler in our place
         signal.signal(signal.SIGTERM, _stop)
+    else:
+        _end_own_server_with_us()
+
+
+def _end_own_server_with_us() -> None:
+    import psutil
+
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if "prefect.server.api.server:create_app" in child.cmdline():

@@ -6,19 +6,14 @@ Results are small JSON values: paths, digests, counts.
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import httpx
-from prefect import get_client, get_run_logger, task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Crashed
 
-import told
 from visionloop.data.manifest import load_pin, load_records, make_image_key
-from visionloop.errors import PipelineError, ServingError, VisionLoopError
+from visionloop.errors import ServingError, VisionLoopError
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
 from visionloop.serving.check import run_own_server
 from visionloop.workspace import Workspace, open_workspace
@@ -51,31 +46,6 @@ def run_step(name: str, work: Callable[[], Any]) -> Any:
     """Run a step of a retrain as a task: what is transient is tried again."""
     options = {"retries": RETRIES, "retry_delay_seconds": RETRY_DELAY_S, "retry_condition_fn": is_transient}
     return task(work, name=name, cache_policy=NO_CACHE, **options)()
-
-
-def close_died(run_id: str) -> bool:
-    """Close a run of Prefect whose process is gone, and its tasks, as crashed; False: it was closed, or is not there.
-
-    Raises:
-        PipelineError: Prefect does not do it.
-    """
-    crashed = Crashed(message="its process was gone; closed by the next retrain")
-    try:
-        with get_client(sync_client=True) as client:
-            found = client.read_flow_run(UUID(run_id))
-            if found.state is not None and found.state.is_final():
-                return False
-            for one in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[found.id]))):
-                if one.state is None or not one.state.is_final():
-                    client.set_task_run_state(one.id, crashed, force=True)
-            client.set_flow_run_state(found.id, crashed, force=True)
-            told.keep_crashed(client.read_flow(found.flow_id), found, crashed)
-    except (ObjectNotFound, ValueError):
-        return False
-    except (httpx.HTTPError, PrefectException) as exc:
-        todo = "The next retrain tries again."
-        raise PipelineError(f"Prefect run {run_id}", f"is not closed ({exc})", "an answer", todo) from exc
-    return True
 
 
 def ask(home: str, tell: Callable[[str], None], number: int = 3) -> list[dict[str, Any]]:

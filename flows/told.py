@@ -2,25 +2,50 @@
 
 An artifact's key is that of a flow and a workspace. So the page of the last run stands there, and how the last one
 failed stands beside it, under a key of its own: a success does not hide it, and it does not hide the verdict.
+
+A run whose process is gone cannot say so. It bears the mark of its process as a tag, and the next run that starts, of
+any flow of the workspace on that machine, closes it.
 """
 
 import base64
 import contextlib
+import socket
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import httpx
+from prefect import get_client
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Cancelled, Crashed
 
-from visionloop.errors import VisionLoopError
+from visionloop.errors import PipelineError, VisionLoopError
+from visionloop.lifetime import is_gone, mark_process
 from visionloop.params import load_params
 from visionloop.secrets import mask
 from visionloop.settings import PARAMS_FILE
 from visionloop.words import describe_error
 from visionloop.workspace import Workspace
 
+TAG = "visionloop"
+PROCESS_TAG = "process:"  # then how often the run was begun, and the mark of the process that did
+OPEN_TYPES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+STARTS_WITHIN = timedelta(minutes=10)  # what `visionloop schedule` has handed to a process of its machine
 MOST_IMAGE_BYTES = 300_000
 SHOWN_CHARS = 300
 TODO = {
@@ -89,7 +114,93 @@ def keep_cancelled(flow: Any, flow_run: Any, state: Any) -> None:
     _keep_run(flow, flow_run, "cancelled", state.message or "It was cancelled.")
 
 
+def make_tags(home: Path, number: int = 0) -> list[str]:
+    """Return the tags of a run that this process has. `number`: so often it was begun."""
+    return [TAG, _read_name(home), f"{PROCESS_TAG}{number}:{mark_process()}"]
+
+
+def make_host_tag() -> str:
+    """Return the tag that says on which machine a workspace is: only there it can be seen that it was moved."""
+    return f"on {socket.gethostname()}"
+
+
+def begin(flow: Any, flow_run: Any, state: Any) -> None:
+    """Tag a run with the process that has it, and close those of its workspace whose process is gone."""
+    logger = flow_run_logger(flow_run, flow)
+    try:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(flow_run.id)
+            home = Path(run.parameters["workspace"])
+            tags = {tag for tag in run.tags if not tag.startswith(PROCESS_TAG)}
+            client.update_flow_run(run.id, tags=sorted(tags.union(make_tags(home, run.run_count))))
+            for line in close_left(client, home, now=datetime.now(UTC)):
+                logger.info(line, extra={"told": True})
+    except (httpx.HTTPError, PrefectException) as exc:  # a run must not fail for the sake of another one
+        logger.warning("runs whose process is gone are not closed, the next run tries again: %s", exc)
+
+
+def close_left(client: SyncPrefectClient, home: Path, *, now: datetime) -> list[str]:
+    """Close the runs of a workspace of which it is sure that they have no process any more; tell each in a line."""
+    open_state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_TYPES))
+    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, _read_name(home)]), state=open_state)
+    left = [run for run in client.read_flow_runs(flow_run_filter=ours) if is_left(run, home, now)]
+    return [f"closed in Prefect, its process was gone: run {run.id}" for run in left if _close(client, run.id)]
+
+
+def is_left(run: FlowRun, home: Path, now: datetime) -> bool:
+    """Say whether it is sure that an open run of a workspace has no process: that one is gone, or never came.
+
+    A run of a deployment that is started again bears the mark of the process before until the new one puts its own.
+    """
+    if run.parameters.get("workspace") != str(home) or run.state is None:
+        return False
+    marks = [tag.removeprefix(PROCESS_TAG) for tag in run.tags if tag.startswith(PROCESS_TAG)]
+    if marks:
+        number, _, mark = marks[0].partition(":")
+        is_its_own = run.deployment_id is None or (number == str(run.run_count) and not run.state.is_pending())
+        return is_its_own and is_gone(mark)
+    is_served_here = run.deployment_id is not None and not run.work_pool_name and make_host_tag() in run.tags
+    return is_served_here and run.state.is_pending() and now - run.state.timestamp > STARTS_WITHIN
+
+
+def close_died(run_id: str) -> bool:
+    """Close a run of Prefect whose process is gone, and its tasks, as crashed; False: it was closed, or is not there.
+
+    Raises:
+        PipelineError: Prefect does not do it.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            return _close(client, UUID(run_id))
+    except ValueError:
+        return False
+    except (httpx.HTTPError, PrefectException) as exc:
+        todo = "The next retrain tries again."
+        raise PipelineError(f"Prefect run {run_id}", f"is not closed ({exc})", "an answer", todo) from exc
+
+
+def _close(client: SyncPrefectClient, run_id: UUID) -> bool:
+    """Close a run, unless it has come to an end before its process went. What somebody has cancelled ends as that."""
+    why = "its process was gone; closed by the next run"
+    try:
+        run = client.read_flow_run(run_id)
+        if run.state is None or run.state.is_final():
+            return False
+        is_cancelled = run.state.is_cancelling()
+        end = Cancelled(message=why) if is_cancelled else Crashed(message=why)
+        for one in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))):
+            if one.state is None or not one.state.is_final():
+                client.set_task_run_state(one.id, end, force=True)
+        client.set_flow_run_state(run.id, end, force=True)
+        keep = keep_cancelled if is_cancelled else keep_crashed
+        keep(client.read_flow(run.flow_id), run, end)
+    except ObjectNotFound:
+        return False
+    return True
+
+
 HOOKS: dict[str, Any] = {
+    "on_running": [begin],
     "on_failure": [keep_failed],
     "on_crashed": [keep_crashed],
     "on_cancellation": [keep_cancelled],

@@ -3,7 +3,8 @@
 `python -m visionloop.lifetime WATCHED STOPPED` ends the process STOPPED once WATCHED is gone. With a mark instead of
 STOPPED it ends all that was started under that mark: children, their children, and what has left its group.
 
-And what each process of ours does at its start and end, so that neither takes seconds.
+And what each process of ours does at its start and end, so that neither takes seconds; and whether one that left its
+mark is gone.
 """
 
 import atexit
@@ -11,11 +12,14 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
 GUARDIAN_VARIABLE = "VISIONLOOP_GUARDIAN"
 MARK_VARIABLE = "VISIONLOOP_UP"  # in the environment of all that one `visionloop up` has started
 WATCH_EVERY_S = 0.25
+OUTSIDE = "pid:[4026531836]"  # on every Linux, the space of the processes that are in no container
+MARK_CHARS = 100
 # Python looks for garbage among its objects whenever 700 are new. Loading torch and MLflow makes half a million, and
 # none is garbage: looking took a quarter of that time.
 COLLECT_AFTER = (10_000, 10, 10)
@@ -169,6 +175,78 @@ def stop_children() -> None:
     for child in alive:
         with contextlib.suppress(psutil.Error):
             child.kill()
+
+
+def find_machine() -> str:
+    """Return what tells this machine, and this container on it, from others until it is started anew; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def find_process_start(pid: int) -> str:
+    """Return when a process of this machine began, in ticks since the machine did; "" if it is gone, or unknown.
+
+    Not `psutil.Process.create_time`: that moves with the clock.
+    """
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if words[0] in "ZX" else words[19]
+
+
+def has_ended(pid: int, start: str) -> bool:
+    """Say whether a process of this machine is gone that began at `start` (see `find_process_start`)."""
+    found = find_process_start(pid)
+    return found != start and (bool(found) or not _is_hidden(pid))
+
+
+def mark_process() -> str:
+    """Return a text by which any process can tell later whether this one is gone: number, start, machine, computer."""
+    pid = os.getpid()
+    return f"{pid}.{find_process_start(pid)}.{_shorten(find_machine())}.{_find_computer()}"
+
+
+def is_gone(mark: str) -> bool:
+    """Say whether it is sure that the process of a mark is gone: one of this machine, or of it before its last start.
+
+    Of another machine, of another container, or of what is no mark nothing is known: False.
+    """
+    parts = mark.split(".")
+    if len(parts) != 4 or len(mark) > MARK_CHARS or not (parts[0].isdecimal() and parts[2]):
+        return False
+    pid, start, machine, computer = parts
+    if machine == _shorten(find_machine()):
+        return has_ended(int(pid), start)
+    return bool(computer) and computer == _find_computer()
+
+
+def _find_computer() -> str:
+    """Return what tells this computer from others, also after it was started anew; "" if unknown, or in a container.
+
+    Not the machine-id alone: copies of one disk have the same.
+    """
+    try:
+        number = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
+    return _shorten(f"{number} {socket.gethostname()}") if number and find_machine().endswith(OUTSIDE) else ""
+
+
+def _shorten(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:12] if text else ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Say whether a process lives that /proc does not show: it hides those of other users if told so (`hidepid`)."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (OSError, OverflowError) as exc:
+        return isinstance(exc, PermissionError)
+    return False
 
 
 def _find_watched(guardian_pid: int) -> dict[int, float]:

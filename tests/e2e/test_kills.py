@@ -141,40 +141,95 @@ def check_ends(home: Path, prefect_api: str, ends: list[tuple[End, int, dict[str
     assert len(lines) == len(set(lines)) > 20, "each line once"
     assert sum("[1/9] ingest: new images into the store" in line for line in lines) == 1
     assert find_run(done.stdout) in run_ids
+    (entry,) = (home / ".visionloop" / "store" / "ledger" / "shapes").glob("000001.json")
+    wait_for_event(prefect_api, "visionloop.promoted", "visionloop.shapes", json.loads(entry.read_text())["bundle"])
 
 
-DIE = """
+def wait_for_event(api: str, name: str, resource: str, bundle: str) -> None:
+    """Wait until Prefect's server has this event; workspaces of other tests have told the same one."""
+    query = {"filter": {"event": {"name": [name]}, "resource": {"id": [resource]}}}
+    deadline = time.monotonic() + 100
+    while True:
+        found = httpx.post(f"{api}/events/filter", json=query, trust_env=False, timeout=30).raise_for_status().json()
+        if any(one["payload"]["bundle"] == bundle for one in found["events"]):
+            return
+        assert time.monotonic() < deadline, found
+        time.sleep(0.3)
+
+
+RUNS = """
 import os, sys, time
-from prefect import flow, runtime, task
-
-@flow
-def die() -> None:
+from pathlib import Path
+sys.path.insert(0, "flows")
+import told
+from prefect import flow, get_client, runtime, task
+from prefect.states import Crashed
+home = Path(sys.argv[1])
+"""
+DIE = (
+    RUNS
+    + """
+@flow(**told.HOOKS)
+def die(workspace: str) -> None:
     print(runtime.flow_run.id, flush=True)
     task(lambda: (time.sleep(3), os._exit(9)), name="the step")()  # Prefect learns of a task by events, a bit later
 
-die()
+with get_client(sync_client=True) as client:
+    for number in ("", "9"):  # never begun: one as this process makes it, one of another machine
+        tags = [tag.replace(".", f".{number}") for tag in told.make_tags(home)]
+        print(client.create_flow_run(die, parameters={"workspace": str(home)}, tags=tags).id, flush=True)
+die(str(home))
 """
-CLOSE = """
-import sys
-sys.path.insert(0, "flows")
-import steps
-print([steps.close_died(run) for run in sys.argv[1:]])
+)
+NEXT = (
+    RUNS
+    + """
+@flow(name="die", **told.HOOKS)
+def come_next(workspace: str) -> None:
+    with get_client(sync_client=True) as client:
+        print(runtime.flow_run.id, client.read_flow_run(runtime.flow_run.id).state.name, flush=True)
+        client.set_flow_run_state(runtime.flow_run.id, Crashed(), force=True)  # by mistake: it goes on
+
+come_next(str(home))
+print([told.close_died(run) for run in sys.argv[2:]])
 """
+)
 
 
-def test_a_run_of_prefect_whose_process_is_gone_is_closed_with_its_tasks(prefect_api: str) -> None:
-    """Once; a run that this Prefect does not know is no error, a Prefect that is away is one."""
+def test_runs_of_prefect_whose_process_is_gone_are_closed_by_the_next_one(tmp_path: Path, prefect_api: str) -> None:
+    """One in mid-task with its task, and one that was made and never begun; none of another machine, nor a living one.
+
+    By its number a run is closed once. A run that this Prefect does not know is no error, a Prefect that is away is.
+    """
     server = {"PREFECT_API_URL": prefect_api}
-    died = run(ROOT, sys.executable, "-c", DIE, **server)
+    (tmp_path / "params.yaml").write_text("name: left\n")
+    died = run(ROOT, sys.executable, "-c", DIE, str(tmp_path), **server)
     assert died.returncode == 9, died.stderr
-    run_id = died.stdout.split()[0]
-    assert list_states(prefect_api, "flow_runs", run_id) == [("Running", "RUNNING")]
-    closed = run(ROOT, sys.executable, "-c", CLOSE, run_id, run_id, str(uuid4()), "no id", **server)
-    assert closed.stdout == "[True, False, False, False]\n", closed.stderr
-    for kind in ("flow_runs", "task_runs"):
-        assert list_states(prefect_api, kind, run_id) == [("Crashed", "CRASHED")]
-    away = run(ROOT, sys.executable, "-c", CLOSE, run_id, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert f"visionloop.errors.PipelineError: Prefect run {run_id}: is not closed (" in away.stderr.replace("\n", "")
+    made, foreign, begun = died.stdout.split()[:3]
+    states = [list_states(prefect_api, "flow_runs", one)[0] for one in (made, foreign, begun)]
+    assert states == [("Pending", "PENDING"), ("Pending", "PENDING"), ("Running", "RUNNING")]
+    done = run(
+        ROOT, sys.executable, "-c", NEXT, str(tmp_path), begun, foreign, foreign, str(uuid4()), "no id", **server
+    )
+    assert done.returncode == 0, done.stderr
+    mine, state, *closed = done.stdout.split(maxsplit=2)
+    assert (state, closed) == ("Running", ["[False, True, False, False, False]\n"])
+    assert list_states(prefect_api, "flow_runs", mine) == [("Completed", "COMPLETED")]
+    for kind, ids in (("flow_runs", (made, foreign, begun)), ("task_runs", (begun,))):
+        for one in ids:
+            assert list_states(prefect_api, kind, one) == [("Crashed", "CRASHED")]
+    said = " ".join(done.stderr.split())
+    assert said.count("closed in Prefect, its process was gone: run ") == 2
+    away = run(
+        ROOT,
+        sys.executable,
+        "-c",
+        NEXT.replace("come_next(s", "str(s"),
+        str(tmp_path),
+        begun,
+        PREFECT_API_URL="http://127.0.0.1:9/api",
+    )
+    assert f"visionloop.errors.PipelineError: Prefect run {begun}: is not closed (" in away.stderr.replace("\n", "")
 
 
 def list_states(api: str, kind: str, run_id: str) -> list[tuple[str, str]]:

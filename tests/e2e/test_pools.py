@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shapes import ROOT
+from shapes import ROOT, run
 from visionloop.errors import SettingsError
 
 PARAMS = """
@@ -142,3 +144,39 @@ def test_a_workspace_does_not_take_the_deployments_of_another_one(
     ), "what is not planned any more does not run"
     automations = httpx.post(f"{prefect_api}/automations/filter", json={}, trust_env=False).json()
     assert sum("twice-if-due" in one["name"] for one in automations) == 1
+
+
+WATCH = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["flows", "tests/support"]
+import monitor
+from watched import CLASSES, FIRST, at_end_of, make_watched
+
+home = Path(sys.argv[1])
+watched = make_watched(home / "watched")
+rows = watched.write_day(0)
+watched.keep(0, rows[:150], 0.5)
+watched.write_rows(FIRST, rows)
+watched.label(2, {row["request_id"]: CLASSES[row["prediction"] == CLASSES[0]] for row in rows[:60]})  # all are wrong
+monitor.open_workspace = lambda home: watched.place
+print(monitor.monitor(str(home), now=at_end_of(0), return_state=True).name)
+"""
+
+
+def test_poor_quality_starts_the_flow_that_asks_the_triggers(module: ModuleType, home: Path, prefect_api: str) -> None:
+    """By its event, at a real server; nobody works for the pool, so the run waits."""
+    params = home / "params.yaml"
+    params.write_text('name: fake\nschedule: {monitor: "0 6 * * *"}\ntriggers: {quality_windows: 1}\n')
+    deploy(module, home, "--pool", "watched")
+    deployment = read(prefect_api, "retrain/fake-if-due")["id"]
+    done = run(ROOT, sys.executable, "-c", WATCH, str(home), PREFECT_API_URL=prefect_api)
+    assert done.stdout == "Quality\n", done.stderr
+    query = {"deployments": {"id": {"any_": [deployment]}}}
+    deadline = time.monotonic() + 100
+    while not (found := httpx.post(f"{prefect_api}/flow_runs/filter", json=query, trust_env=False).json()):
+        assert time.monotonic() < deadline, "no run was started"
+        time.sleep(0.3)
+    (started,) = found
+    assert (started["state_type"], started["parameters"]["only_if_due"]) == ("SCHEDULED", True)
+    assert started["created_by"]["type"] == "AUTOMATION"

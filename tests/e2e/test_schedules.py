@@ -1,5 +1,6 @@
 """New images tell the next flow: against a real Prefect server, from a run of `ingest` to the word of the triggers."""
 
+import contextlib
 import json
 import os
 import signal
@@ -39,17 +40,26 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(home: Path, prefect_api: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = serve(home, prefect_api)
+    yield process
+    stop(process)
+
+
+def serve(home: Path, prefect_api: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "flows/deploy.py", "--workspace", str(home)]
     env = make_environment(PREFECT_API_URL=prefect_api)
-    with (home.parent / "deploy.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
-        yield process
+    with (home.parent / "deploy.log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(find: Callable[[], Any]) -> Any:
@@ -69,10 +79,20 @@ def list_ended(api: str, deployment: str, flow: str = "ingest") -> list[tuple[st
     return [(run_["state_name"], run_["state_type"]) for run_ in runs if run_["state_type"] in ended]
 
 
-def find_engine(pid: int) -> psutil.Process | None:
-    """The process of a flow that looks for the lease by now."""
-    found = [one for one in psutil.Process(pid).children(recursive=True) if "prefect.engine" in " ".join(one.cmdline())]
-    return found[0] if found else None
+def find_engines(pid: int) -> list[psutil.Process]:
+    """The processes of flows: also of one whose run has ended, for a moment."""
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [one] if "prefect.engine" in " ".join(one.cmdline()) else []
+    return found
+
+
+def list_runs_under_way(api: str, deployment: str) -> list[str]:
+    """The runs of a deployment that bear the mark of a process."""
+    query = {"deployments": {"name": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False, timeout=30).json()
+    return [run_["id"] for run_ in runs if any(tag.startswith("process:1:") for tag in run_["tags"])]
 
 
 def find_deployment(api: str, name: str) -> dict[str, Any] | None:
@@ -117,14 +137,29 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     assert wait_for(lambda: list_ended(prefect_api, "nightly")[3:]) == [("NothingNew", "COMPLETED")]
     assert len(list_ended(prefect_api, "nightly-if-due", "retrain")) == 1, "no event without new images"
 
-    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00")):
+    wait_for(lambda: not find_engines(served.pid))
+    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600)):  # it beats each 100 s
         httpx.post(start, json={}, trust_env=False).raise_for_status()
-        wait_for(lambda: find_engine(served.pid)).kill()
+        wait_for(lambda: find_engines(served.pid))[0].kill()
         assert wait_for(lambda: list_ended(prefect_api, "nightly")[4:]) == [("Crashed", "CRASHED")]
     query = {"artifacts": {"key": {"like_": "ingest-nightly-%-crashed"}}}
     (page,) = wait_for(lambda: httpx.post(f"{prefect_api}/artifacts/filter", json=query, trust_env=False).json())
     assert page["data"].startswith("# nightly: ingest crashed\n\n")
     assert f" in the workspace `{home}`." in page["data"]
+
+    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600)):
+        httpx.post(start, json={}, trust_env=False).raise_for_status()
+        (left,) = wait_for(lambda: list_runs_under_way(prefect_api, "nightly"))
+        engines = find_engines(served.pid)
+        for process in (psutil.Process(served.pid), *engines):  # as when a machine is switched off: nobody tells of it
+            process.kill()
+        again = serve(home, prefect_api)
+        try:
+            line = f"closed in Prefect, its process was gone: run {left}\n"
+            wait_for(lambda: line in (home.parent / "deploy.log").read_text())
+        finally:
+            stop(again)
+    assert list_ended(prefect_api, "nightly")[5:] == [("Crashed", "CRASHED")]
 
 
 def test_what_cannot_be_planned_names_its_field(tmp_path: Path) -> None:

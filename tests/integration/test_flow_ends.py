@@ -2,12 +2,14 @@
 
 import base64
 import importlib
+import socket
 import types
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.states import Cancelled, Cancelling, Crashed, Failed, State
+from prefect.states import Cancelled, Cancelling, Crashed, Failed, Pending, Running, State
 
 from shapes import ROOT
 from visionloop.errors import StoreError
@@ -119,7 +121,8 @@ def test_a_run_that_is_skipped_or_cancelled_ends_the_shell_with_one_line(
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.setattr(shell.signal, "signal", lambda *_: None)
     monkeypatch.setattr(shell, "_open_log", lambda folder: tmp_path / "retrain.log")
-    assert (shell.run(lambda home: end), capsys.readouterr().err) == (2, said)
+    monkeypatch.setattr(shell, "_run_marked", lambda flow, home: end)
+    assert (shell.run(None), capsys.readouterr().err) == (2, said)
 
 
 def test_the_candidate_stands_beside_the_champion_and_a_picture_is_shown(
@@ -146,3 +149,50 @@ def test_the_candidate_stands_beside_the_champion_and_a_picture_is_shown(
     (figures / "confusion.png").write_bytes(b"x" * 300_001)
     kept.retrain.finish(Summary("fake", "refused", "no", verdict="refused"), place)
     assert not any(key.endswith("-confusion") for key in kept.found), "what is large stays where it is"
+
+
+NOW = datetime(2026, 11, 29, 3, tzinfo=UTC)
+GONE, LIVES = "gone", "lives"
+
+
+def make_open_run(state: State[Any], marks: list[str], *, deployed: bool = True, pool: str = "", **more: Any) -> Any:
+    tags = ["visionloop", "pets", f"on {socket.gethostname()}", *(f"process:{mark}" for mark in marks)]
+    facts = {"tags": tags, "deployment_id": "7" if deployed else None, "work_pool_name": pool or None, "run_count": 1}
+    return types.SimpleNamespace(**{"parameters": {"workspace": "/ws"}, **facts, "state": state, **more})
+
+
+def waited(minutes: int) -> State[Any]:
+    state: State[Any] = Pending()
+    state.timestamp = NOW - timedelta(minutes=minutes)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("run", "is_left"),
+    [
+        (make_open_run(Running(), [f"1:{GONE}"]), True),
+        (make_open_run(Cancelling(), [f"1:{GONE}"]), True),
+        (make_open_run(Running(), [f"1:{LIVES}"]), False),
+        (make_open_run(Running(), [f"1:{GONE}"], parameters={"workspace": "/another"}), False),
+        (make_open_run(Running(), [f"1:{GONE}"], parameters={}), False),
+        # Somebody has started it again, and its new process has not put its mark yet.
+        (make_open_run(Running(), [f"1:{GONE}"], run_count=2), False),
+        (make_open_run(waited(60), [f"1:{GONE}"]), False),
+        # One from the shell has its mark from the first; nobody starts it again.
+        (make_open_run(waited(0), [f"0:{GONE}"], deployed=False), True),
+        (make_open_run(waited(60), [f"0:{LIVES}"], deployed=False), False),
+        (make_open_run(waited(60), [], deployed=False), False),
+        # One that was handed to a process of this machine, which has never begun it; workers may take longer.
+        (make_open_run(waited(11), []), True),
+        (make_open_run(waited(9), []), False),
+        (make_open_run(waited(11), [], pool="boxes"), False),
+        (make_open_run(waited(11), [], tags=["visionloop", "pets", "on another machine"]), False),
+        (make_open_run(Running(), []), False),
+    ],
+)
+def test_run_is_closed_only_where_it_is_sure_that_it_has_no_process(
+    monkeypatch: pytest.MonkeyPatch, run: Any, is_left: bool
+) -> None:
+    told = Kept(monkeypatch).told
+    monkeypatch.setattr(told, "is_gone", lambda mark: mark == GONE)
+    assert told.is_left(run, Path("/ws"), NOW) is is_left

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from visionloop import lifetime
+
 SLEEP = "import time; time.sleep(60)"
 STAGE = "from visionloop.lifetime import die_with_parents; die_with_parents(); print('up', flush=True); " + SLEEP
 PARENT = (
@@ -105,3 +107,46 @@ def test_what_could_not_be_written_at_the_end_is_told() -> None:
         pipes = {"stdout": full, "stderr": subprocess.PIPE}
         done = subprocess.run([sys.executable, "-c", code], env=BUFFERED, text=True, check=False, **pipes)
     assert (done.returncode, "No space left on device" in done.stderr) == (120, True)
+
+
+MARK = "from visionloop.lifetime import mark_process; print(mark_process(), flush=True); " + SLEEP
+
+
+def test_a_mark_says_of_a_process_of_this_machine_whether_it_is_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", MARK], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    mark = process.stdout.readline().strip()
+    assert mark.split(".")[0] == str(process.pid)
+    assert (lifetime.is_gone(mark), lifetime.is_gone(lifetime.mark_process())) == (False, False)
+    pid, start, *place = lifetime.mark_process().split(".")
+    assert lifetime.is_gone(".".join([pid, f"{start}1", *place])), "its number was given again"
+    process.kill()
+    assert wait_until_gone(process.pid)
+    assert lifetime.is_gone(mark), "also while nobody has asked for its exit code"
+    process.wait()
+    assert lifetime.is_gone(mark)
+
+
+def test_a_mark_says_nothing_of_another_machine_and_all_of_this_one_before_it_was_started_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    boot, space, computer = ["boot-1"], [lifetime.OUTSIDE], ["desk"]
+    monkeypatch.setattr(lifetime, "find_machine", lambda: f"{boot[0]} {space[0]}")
+    monkeypatch.setattr(lifetime.socket, "gethostname", lambda: computer[0])
+    monkeypatch.setattr(lifetime.Path, "read_text", lambda path: "abcdef\n")
+    monkeypatch.setattr(lifetime, "find_process_start", lambda pid: "17")
+    mark = lifetime.mark_process()
+    boot[0] = "boot-2"
+    assert lifetime.is_gone(mark), "whatever has its number now"
+    computer[0] = "a copy of its disk"
+    assert not lifetime.is_gone(mark)
+    computer[0], space[0] = "desk", "pid:[17]"
+    assert not lifetime.is_gone(mark), "seen from a container"
+    inside = lifetime.mark_process()
+    boot[0] = "boot-3"
+    assert not lifetime.is_gone(inside), "a container may have come back on another machine"
+
+
+@pytest.mark.parametrize("mark", ["", "1.2.3", "x.2.3.4", "1.2..", "1.2.3.4.5", "9" * 5000 + ".1.2.3", "\n", "٣.1..x"])
+def test_what_is_no_mark_is_of_nobody(mark: str) -> None:
+    assert not lifetime.is_gone(mark)

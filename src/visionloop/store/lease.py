@@ -24,10 +24,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 from visionloop.errors import LeaseHeld, LeaseLost, ObjectMissing, StoreError
+from visionloop.lifetime import find_machine, find_process_start, has_ended
 from visionloop.records import Record, canonical_json
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key, split_numbers
@@ -73,8 +73,7 @@ class Claim(Record):
     def is_dead(self) -> bool:
         """Whether it can be told at once that its process is gone: it was one of this machine."""
         here = bool(self.machine) and self.machine == find_machine()
-        start = find_process_start(self.pid) if here else self.process_start
-        return start != self.process_start and (bool(start) or not _is_hidden(self.pid))
+        return here and has_ended(self.pid, self.process_start)
 
 
 def make_claim(who: str, now: str, *, run: str = "", ttl_s: float = TTL_S) -> Claim:
@@ -250,36 +249,6 @@ def read_holder(store: ObjectStore, name: str) -> Claim | None:
     """
     top = _read_top(store, name)
     return None if top is None or top[0].ended or not top[0].token or top[0].is_dead else top[0]
-
-
-def find_machine() -> str:
-    """Return what tells this machine, and this container on it, from others until it is started anew; "" if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def find_process_start(pid: int) -> str:
-    """Return when a process of this machine began, in ticks since the machine did; "" if it is gone, or unknown.
-
-    Not `psutil.Process.create_time`: that moves with the clock.
-    """
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if words[0] in "ZX" else words[19]
-
-
-def _is_hidden(pid: int) -> bool:
-    """Say whether a process lives that /proc does not show: it hides those of other users if told so (`hidepid`)."""
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except (OSError, OverflowError) as exc:
-        return isinstance(exc, PermissionError)
-    return False
 
 
 def _clear(store: ObjectStore, name: str, number: int) -> tuple[Claim, ...]:

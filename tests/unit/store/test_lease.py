@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from visionloop.errors import LeaseHeld, LeaseLost, StoreError
+from visionloop.lifetime import find_process_start
 from visionloop.records import canonical_json
 from visionloop.store import LocalStore, ObjectStore
-from visionloop.store.lease import Claim, Lease, find_process_start, make_claim, take_lease, wait_for_lease
+from visionloop.store.lease import Claim, Lease, make_claim, take_lease, wait_for_lease
 
 NAME = "pets"
 NOW = "2026-11-28T03:00:00+00:00"
@@ -130,8 +131,8 @@ def test_a_process_that_proc_does_not_show_may_live(
     def kill(pid: int, number: int) -> None:
         raise answer(pid, number)
 
-    monkeypatch.setattr("visionloop.store.lease.find_process_start", lambda pid: "")
-    monkeypatch.setattr("visionloop.store.lease.os.kill", kill)
+    monkeypatch.setattr("visionloop.lifetime.find_process_start", lambda pid: "")
+    monkeypatch.setattr("visionloop.lifetime.os.kill", kill)
     assert replace(make_claim("ann", NOW), pid=4711, process_start="17").is_dead is is_dead
 
 
