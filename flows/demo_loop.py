@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,7 @@ FLOWS_DIR = Path(__file__).resolve().parent
 NAME = "demo-loop"
 TRAINED_ON, SIDE_PX, ASKED = 1200, 32, 240
 LIMIT_S, POLL_S, PAUSE_S = 240.0, 0.5, 0.2
+TRIES = 10
 NEAR_THE_HOUR_S = 60
 ENDED = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 PARAMS = """\
@@ -179,14 +181,20 @@ class Demo:
             finally:
                 stop_process(process)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask the Prefect server."""
-        return httpx.post(f"{self.api}/{path}", json=body, trust_env=False, timeout=30).raise_for_status().json()
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask the Prefect server; some times more while it answers 5xx, as it does while its database is locked."""
+        for left in reversed(range(TRIES)):
+            answer = httpx.request(method, f"{self.api}/{path}", json=body, trust_env=False, timeout=30)
+            if answer.status_code < 500 or not left:
+                break
+            time.sleep(POLL_S)
+        return answer.raise_for_status().json()
 
     def start(self, deployment: str, **parameters: str) -> None:
-        """Start a deployment now, as its schedule would."""
-        found = httpx.get(f"{self.api}/deployments/name/{deployment}", trust_env=False, timeout=30)
-        self.post(f"deployments/{found.raise_for_status().json()['id']}/create_flow_run", {"parameters": parameters})
+        """Start a deployment now, as its schedule would: once, however often it is asked."""
+        number = self.ask("GET", f"deployments/name/{deployment}")["id"]
+        body = {"parameters": parameters, "idempotency_key": secrets.token_hex(8)}
+        self.ask("POST", f"deployments/{number}/create_flow_run", body)
 
     def wait_for_run(self, deployment: str, number: int = 1) -> str:
         """Wait for the so-many-th run of a deployment to end; tell how, and return the name of that state."""
@@ -198,7 +206,7 @@ class Demo:
         }
 
         def find() -> dict[str, Any] | None:
-            runs = [one for one in self.post("flow_runs/filter", query) if one["state_type"] in ENDED]
+            runs = [one for one in self.ask("POST", "flow_runs/filter", query) if one["state_type"] in ENDED]
             return runs[number - 1] if len(runs) >= number else None
 
         run = wait_for(find, f"run {number} of {deployment}")

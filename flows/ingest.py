@@ -33,7 +33,10 @@ def ingest(workspace: str) -> State[Any]:
     with lease:
         before = latest_version(opened.store, opened.name)
         pin = steps.run_step("ingest", lambda: retrain.ingest(workspace, steps.say))
-    if before and before.digest == pin["digest"]:
-        return Completed(name="NothingNew", message=f"dataset {opened.name} stays at version {pin['version']}")
+    is_new = before is None or before.digest != pin["digest"]
+    line = f"dataset {opened.name} {'is' if is_new else 'stays'} at version {pin['version']}"
+    told.keep_page("ingest", opened, "new images" if is_new else "nothing new", [line, f"{pin['num_images']:,} images"])
+    if not is_new:
+        return Completed(name="NothingNew", message=line)
     told.tell_event(opened, NEW_DATASET, {"version": pin["version"], "images": pin["num_images"]})
-    return Completed(name="NewData", message=f"dataset {opened.name} is at version {pin['version']}")
+    return Completed(name="NewData", message=line)

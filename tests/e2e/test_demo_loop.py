@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -52,6 +53,29 @@ def test_the_loop_closes_and_what_a_person_put_stays(tmp_path: Path, monkeypatch
     check(tmp_path / "ws", "demo-loop", client, "\n".join(lines))
     shares = client.measure()
     assert shares["2"] > shares["1"] + 0.1, "it has learned the new look"
+
+
+def test_a_run_is_started_once_though_the_database_of_prefect_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again, with the key of the first time; not for ever, and not after another error."""
+    monkeypatch.syspath_prepend(str(ROOT / "flows"))
+    module, asked, codes = importlib.import_module("demo_loop"), list[tuple[str, Any]](), [503, 200, 503, 500, 201]
+
+    def answer(method: str, url: str, *, json: Any, **_: Any) -> httpx.Response:
+        asked.append((url.removeprefix("http://prefect/"), json))
+        return httpx.Response(codes.pop(0), json={"id": "7"}, request=httpx.Request(method, url))
+
+    monkeypatch.setattr(module.httpx, "request", answer)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    demo = module.Demo(Path(), print, api="http://prefect")
+    demo.start("monitor/pets", now="03:00")
+    assert [path for path, _ in asked] == ["deployments/name/monitor/pets"] * 2 + ["deployments/7/create_flow_run"] * 3
+    assert asked[2][1]["parameters"] == {"now": "03:00"}
+    assert len({body["idempotency_key"] for _, body in asked[2:]}) == 1
+    for code, number in ((503, module.TRIES), (404, 1)):
+        codes[:], asked[:] = [code] * 100, []
+        with pytest.raises(httpx.HTTPStatusError, match=str(code)):
+            demo.start("monitor/pets")
+        assert len(asked) == number
 
 
 class Here:
