@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from shapes import ROOT, run
+from shapes import ROOT, ask_prefect, run
 
 # A flow that ends as a retrain does: two workspaces of one name, one of another; the first reports twice.
 REPORT = """
@@ -42,11 +40,9 @@ def test_artifacts_of_workspaces_are_kept_apart(prefect_api: str, tmp_path: Path
     found: list[dict[str, Any]] = [
         artifact
         for name in ("pets", "cars")
-        for artifact in httpx.post(
-            f"{prefect_api}/artifacts/filter",
-            json={"artifacts": {"key": {"like_": f"retrain-{name}-%"}}},
-            trust_env=False,
-        ).json()
+        for artifact in ask_prefect(
+            prefect_api, "artifacts/filter", {"artifacts": {"key": {"like_": f"retrain-{name}-%"}}}
+        )
         if "/srv/" in json.dumps(artifact)
     ]
     homes: dict[str, set[str]] = {}

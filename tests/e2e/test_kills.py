@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import httpx
 import psutil
 import pytest
 
-from shapes import ROOT, find_flow_run, find_run, make_environment, make_workspace, retrain, run, set_train, visionloop
+from shapes import (
+    ROOT,
+    ask_prefect,
+    find_flow_run,
+    find_run,
+    make_environment,
+    make_workspace,
+    retrain,
+    run,
+    set_train,
+    visionloop,
+)
 from visionloop.store.lease import Claim
 
 if TYPE_CHECKING:
@@ -150,7 +160,7 @@ def wait_for_event(api: str, name: str, resource: str, bundle: str) -> None:
     query = {"filter": {"event": {"name": [name]}, "resource": {"id": [resource]}}}
     deadline = time.monotonic() + 100
     while True:
-        found = httpx.post(f"{api}/events/filter", json=query, trust_env=False, timeout=30).raise_for_status().json()
+        found = ask_prefect(api, "events/filter", query)
         if any(one["payload"]["bundle"] == bundle for one in found["events"]):
             return
         assert time.monotonic() < deadline, found
@@ -234,7 +244,7 @@ def test_runs_of_prefect_whose_process_is_gone_are_closed_by_the_next_one(tmp_pa
 
 def list_states(api: str, kind: str, run_id: str) -> list[tuple[str, str]]:
     query = {"flow_runs": {"id": {"any_": [run_id]}}}
-    found = httpx.post(f"{api}/{kind}/filter", json=query, trust_env=False).json()
+    found = ask_prefect(api, f"{kind}/filter", query)
     return [(one["state_name"], one["state_type"]) for one in found]
 
 
@@ -272,7 +282,7 @@ def test_twenty_kills_at_any_step_with_restarts_of_prefect(home: Path, own_prefe
     (entry,) = (home / ".visionloop" / "store" / "ledger" / "killed").iterdir()
     assert json.loads(entry.read_text())["number"] == 1
     query = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
-    left = httpx.post(f"{own_prefect_server.url}/flow_runs/filter", json=query, trust_env=False).json()
+    left = ask_prefect(own_prefect_server.url, "flow_runs/filter", query)
     assert [one["id"] for one in left if one["parameters"].get("workspace") == str(home)] == [], ended
     assert json.loads(visionloop(home, "runs", "--status", "running", "--json").stdout) == {"runs": []}, ended
     assert len(json.loads(visionloop(home, "runs", "--json").stdout)["runs"]) == 1, "one training, often killed"

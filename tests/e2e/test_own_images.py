@@ -16,10 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 
-from shapes import ROOT, make_environment, run, visionloop, write_shapes
+from shapes import ROOT, ask_prefect, make_environment, run, start_deployment, visionloop, write_shapes
 from visionloop.store import LocalStore
 from visionloop.store.lease import make_claim, take_lease
 
@@ -34,23 +33,13 @@ def deploy(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     return run(ROOT, sys.executable, "flows/deploy.py", "--workspace", str(home), **extra)
 
 
-def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    """Ask Prefect's server; a busy database is 503, after which its own client asks again too."""
-    for _ in range(10):
-        answer = httpx.post(f"{api}/{path}", json=body, trust_env=False, timeout=30)
-        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-            break
-        time.sleep(1)
-    return answer.raise_for_status().json()
-
-
 def get_deployment(api: str) -> dict[str, Any]:
-    return dict(httpx.get(f"{api}/deployments/name/retrain/{NAME}", trust_env=False).json())
+    return dict(ask_prefect(api, f"deployments/name/retrain/{NAME}"))
 
 
 def start_run(api: str) -> str:
     """Start a run of the deployment by hand, as a person does in Prefect's page; return its id."""
-    return str(post(api, f"deployments/{get_deployment(api)['id']}/create_flow_run", {})["id"])
+    return start_deployment(api, get_deployment(api)["id"])
 
 
 def make_due(api: str) -> str:
@@ -58,12 +47,12 @@ def make_due(api: str) -> str:
     deadline = time.monotonic() + LIMIT_S
     query = {"deployments": {"name": {"any_": [NAME]}}, "sort": "EXPECTED_START_TIME_ASC"}
     query["flow_runs"] = {"state": {"type": {"any_": ["SCHEDULED"]}}}
-    while not (runs := post(api, "flow_runs/filter", query)):
+    while not (runs := ask_prefect(api, "flow_runs/filter", query)):
         assert time.monotonic() < deadline, "Prefect schedules nothing"
         time.sleep(0.5)
     now = datetime.now(UTC).isoformat()
     state = {"type": "SCHEDULED", "name": "Scheduled", "state_details": {"scheduled_time": now}}
-    post(api, f"flow_runs/{runs[0]['id']}/set_state", {"state": state, "force": True})
+    ask_prefect(api, f"flow_runs/{runs[0]['id']}/set_state", {"state": state, "force": True})
     return str(runs[0]["id"])
 
 
@@ -72,7 +61,7 @@ def wait_for_run(api: str, process: subprocess.Popen[str], run_id: str) -> dict[
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, "deploy.py ended"
-        (run_,) = post(api, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
+        (run_,) = ask_prefect(api, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
         if run_["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
             return dict(run_)
         time.sleep(0.5)
@@ -143,7 +132,7 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
     assert get_deployment(prefect_api)["global_concurrency_limit"] is None
     assert_artifact(prefect_api)
     query = {"artifacts": {"key": {"like_": f"retrain-{NAME}-%-skipped"}}}
-    kept = [artifact["data"] for artifact in post(prefect_api, "artifacts/filter", query)]
+    kept = [artifact["data"] for artifact in ask_prefect(prefect_api, "artifacts/filter", query)]
     told = f"# {NAME}: retrain skipped\n\nAnother retrain is under way: {message}"
     assert any(text.startswith(told) for text in kept), kept
 
@@ -210,12 +199,12 @@ def read_files(home: Path) -> dict[str, bytes]:
 
 
 def read_state(api: str, run_: dict[str, Any]) -> dict[str, Any]:
-    return dict(httpx.get(f"{api}/flow_run_states/{run_['state_id']}", trust_env=False).json())
+    return dict(ask_prefect(api, f"flow_run_states/{run_['state_id']}"))
 
 
 def assert_artifact(api: str) -> None:
     query = {"artifacts": {"key": {"like_": f"retrain-{NAME}-%"}}}
-    texts = [a["data"] for a in httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()]
+    texts = [a["data"] for a in ask_prefect(api, "artifacts/filter", query)]
     assert any(text.startswith(f"# {NAME} has a new champion") for text in texts)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 
-from shapes import ROOT, run
+from shapes import ROOT, ask_prefect, run
 from visionloop.errors import SettingsError
 
 PARAMS = """
@@ -49,13 +48,12 @@ def deploy(module: ModuleType, home: Path, *argv: str) -> None:
 
 
 def read(api: str, name: str) -> dict[str, Any]:
-    found = httpx.get(f"{api}/deployments/name/{name}", trust_env=False)
-    return dict(found.json()) if found.status_code == 200 else {}
+    return dict(ask_prefect(api, f"deployments/name/{name}") or {})
 
 
 def list_deployments(api: str, tag: str = "pooled") -> list[tuple[str, str]]:
     query = {"deployments": {"tags": {"all_": [tag]}}}
-    found = httpx.post(f"{api}/deployments/filter", json=query, trust_env=False).json()
+    found = ask_prefect(api, "deployments/filter", query)
     return sorted((one["entrypoint"], one["parameters"]["workspace"]) for one in found)
 
 
@@ -86,7 +84,7 @@ def test_each_type_of_pool_gets_its_job_variables(
     assert (found["entrypoint"], found["pull_steps"]) == ("predict.py:predict", [step])
     (schedule,) = found["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 4 * * *", "Europe/Berlin")
-    pool = httpx.get(f"{prefect_api}/work_pools/boxes", trust_env=False).json()
+    pool = ask_prefect(prefect_api, "work_pools/boxes")
     assert {"image", "volumes", "networks"} <= set(pool["base_job_template"]["variables"]["properties"])
 
     deploy(module, home, "--pool", "pods", "--type", "kubernetes", "--image", "pets:4", "--flows", "/srv/flows")
@@ -94,7 +92,7 @@ def test_each_type_of_pool_gets_its_job_variables(
     assert set(found["job_variables"]) == {"image", "env"}
     assert found["parameters"] == {"workspace": str(home), "only_if_due": True}
     assert found["pull_steps"][0]["prefect.deployments.steps.set_working_directory"] == {"directory": "/srv/flows"}
-    pool = httpx.get(f"{prefect_api}/work_pools/pods", trust_env=False).json()
+    pool = ask_prefect(prefect_api, "work_pools/pods")
     assert (pool["type"], pool["base_job_template"]["job_configuration"]["job_manifest"]["kind"]) == (
         "kubernetes",
         "Job",
@@ -142,7 +140,7 @@ def test_a_workspace_does_not_take_the_deployments_of_another_one(
     assert list_deployments(prefect_api, "twice") == sorted(
         (f"{flow}.py:{flow}", str(moved)) for flow in ("retrain", "predict", "retrain")
     ), "what is not planned any more does not run"
-    automations = httpx.post(f"{prefect_api}/automations/filter", json={}, trust_env=False).json()
+    automations = ask_prefect(prefect_api, "automations/filter", {})
     assert sum("twice-if-due" in one["name"] for one in automations) == 1
 
 
@@ -174,7 +172,7 @@ def test_poor_quality_starts_the_flow_that_asks_the_triggers(module: ModuleType,
     assert done.stdout == "Quality\n", done.stderr
     query = {"deployments": {"id": {"any_": [deployment]}}}
     deadline = time.monotonic() + 100
-    while not (found := httpx.post(f"{prefect_api}/flow_runs/filter", json=query, trust_env=False).json()):
+    while not (found := ask_prefect(prefect_api, "flow_runs/filter", query)):
         assert time.monotonic() < deadline, "no run was started"
         time.sleep(0.3)
     (started,) = found

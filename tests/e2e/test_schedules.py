@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from shapes import ROOT, make_environment, make_workspace, run, visionloop, write_shapes
+from shapes import ROOT, ask_prefect, make_environment, make_workspace, run, start_deployment, visionloop, write_shapes
 from visionloop.store import LocalStore
 from visionloop.store.lease import make_claim, take_lease
 
-LIMIT_S = 100
+LIMIT_S = 240
 SECTIONS = """
 ingest: {sources: [{kind: folder, path: PHOTOS}]}
 schedule: {ingest: "0 1 1 1 *", monitor: "0 2 1 1 *", timezone: Europe/Berlin}
@@ -74,7 +73,7 @@ def list_ended(api: str, deployment: str, flow: str = "ingest") -> list[tuple[st
     """The states that runs of a deployment have ended in, the oldest first."""
     names = {"deployments": {"name": {"any_": [deployment]}}, "flows": {"name": {"any_": [flow]}}}
     query = {**names, "sort": "EXPECTED_START_TIME_ASC"}
-    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False, timeout=30).json()
+    runs = ask_prefect(api, "flow_runs/filter", query)
     ended = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     return [(run_["state_name"], run_["state_type"]) for run_ in runs if run_["state_type"] in ended]
 
@@ -91,13 +90,13 @@ def find_engines(pid: int) -> list[psutil.Process]:
 def list_runs_under_way(api: str, deployment: str) -> list[str]:
     """The runs of a deployment that bear the mark of a process."""
     query = {"deployments": {"name": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
-    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False, timeout=30).json()
+    runs = ask_prefect(api, "flow_runs/filter", query)
     return [run_["id"] for run_ in runs if any(tag.startswith("process:1:") for tag in run_["tags"])]
 
 
 def find_deployment(api: str, name: str) -> dict[str, Any] | None:
-    found = httpx.get(f"{api}/deployments/name/{name}", trust_env=False, timeout=30)
-    return dict(found.json()) if found.status_code == 200 and found.json()["status"] == "READY" else None
+    found = ask_prefect(api, f"deployments/name/{name}")
+    return dict(found) if found and found["status"] == "READY" else None
 
 
 @pytest.mark.long
@@ -110,11 +109,9 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     wait_for(lambda: find_deployment(prefect_api, "retrain/nightly-if-due"))
     watching = wait_for(lambda: find_deployment(prefect_api, "monitor/nightly"))
     assert served.poll() is None
-    start = f"{prefect_api}/deployments/{deployment['id']}/create_flow_run"
 
-    watch = f"{prefect_api}/deployments/{watching['id']}/create_flow_run"
-    httpx.post(watch, json={}, trust_env=False).raise_for_status()
-    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    start_deployment(prefect_api, watching["id"])
+    start_deployment(prefect_api, deployment["id"])
     assert wait_for(lambda: list_ended(prefect_api, "nightly")) == [("NewData", "COMPLETED")]
     assert wait_for(lambda: list_ended(prefect_api, "nightly-if-due", "retrain")) == [("NotDue", "COMPLETED")]
     (decision,) = json.loads(visionloop(home, "triggers", "history", "--json").stdout)["decisions"]
@@ -124,31 +121,31 @@ def test_new_images_start_the_flow_that_asks_the_triggers(
     assert wait_for(lambda: list_ended(prefect_api, "nightly", "monitor")) == [("Failed", "FAILED")], "no champion"
 
     with take_lease(LocalStore(home / ".visionloop" / "store"), "nightly", make_claim("ann", "03:00")):
-        httpx.post(start, json={}, trust_env=False).raise_for_status()
+        start_deployment(prefect_api, deployment["id"])
         states = wait_for(lambda: list_ended(prefect_api, "nightly")[1:])
     assert states == [("Skipped", "CANCELLED")], "while a retrain is under way"
     store = home / ".visionloop" / "store"
     store.rename(home / "away")
-    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    start_deployment(prefect_api, deployment["id"])
     assert wait_for(lambda: list_ended(prefect_api, "nightly")[2:]) == [("Failed", "FAILED")]
     assert not store.exists(), "a store that is not mounted gets no lease"
     (home / "away").rename(store)
-    httpx.post(start, json={}, trust_env=False).raise_for_status()
+    start_deployment(prefect_api, deployment["id"])
     assert wait_for(lambda: list_ended(prefect_api, "nightly")[3:]) == [("NothingNew", "COMPLETED")]
     assert len(list_ended(prefect_api, "nightly-if-due", "retrain")) == 1, "no event without new images"
 
     wait_for(lambda: not find_engines(served.pid))
-    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600)):  # it beats each 100 s
-        httpx.post(start, json={}, trust_env=False).raise_for_status()
+    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600.0)):  # it beats each 100 s
+        start_deployment(prefect_api, deployment["id"])
         wait_for(lambda: find_engines(served.pid))[0].kill()
         assert wait_for(lambda: list_ended(prefect_api, "nightly")[4:]) == [("Crashed", "CRASHED")]
     query = {"artifacts": {"key": {"like_": "ingest-nightly-%-crashed"}}}
-    (page,) = wait_for(lambda: httpx.post(f"{prefect_api}/artifacts/filter", json=query, trust_env=False).json())
+    (page,) = wait_for(lambda: ask_prefect(prefect_api, "artifacts/filter", query))
     assert page["data"].startswith("# nightly: ingest crashed\n\n")
     assert f" in the workspace `{home}`." in page["data"]
 
-    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600)):
-        httpx.post(start, json={}, trust_env=False).raise_for_status()
+    with take_lease(LocalStore(store), "nightly", make_claim("ann", "03:00", ttl_s=600.0)):
+        start_deployment(prefect_api, deployment["id"])
         (left,) = wait_for(lambda: list_runs_under_way(prefect_api, "nightly"))
         engines = find_engines(served.pid)
         for process in (psutil.Process(served.pid), *engines):  # as when a machine is switched off: nobody tells of it

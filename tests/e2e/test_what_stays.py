@@ -10,10 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from shapes import ROOT, find_flow_run, retrain, set_train, visionloop
+from shapes import ROOT, ask_prefect, find_flow_run, retrain, set_train, visionloop
 
 DAMAGE = (
     "golden/answers.json is missing or differs from its digest in file://{home}/.visionloop/store; expected the files "
@@ -68,7 +67,7 @@ def read_artifact(api: str, home: Path) -> str:
     """The last page of this workspace: the key has a digest of its address."""
     key = f"retrain-shapes-{sha256(str(home).encode()).hexdigest()[:6]}%"
     query = {"artifacts": {"key": {"like_": key}, "type": {"any_": ["markdown"]}}, "sort": "CREATED_DESC", "limit": 1}
-    (artifact,) = httpx.post(f"{api}/artifacts/filter", json=query, trust_env=False).json()
+    (artifact,) = ask_prefect(api, "artifacts/filter", query)
     return str(artifact["data"])
 
 

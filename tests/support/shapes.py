@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,31 @@ def retrain(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     return run(ROOT, sys.executable, "flows/retrain.py", "--workspace", str(home), **extra)
 
 
+def ask_prefect(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Return what Prefect's server answers, by POST where there is a body; None: there is no such thing.
+
+    A busy database is 503, after which its own client asks again too.
+    """
+    deadline = time.monotonic() + 100
+    while True:
+        answer = httpx.request(
+            "GET" if body is None else "POST", f"{api}/{path}", json=body, trust_env=False, timeout=60
+        )
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return None if answer.status_code == httpx.codes.NOT_FOUND else answer.raise_for_status().json()
+
+
+def start_deployment(api: str, number: str) -> str:
+    """Have a run of a deployment started, once; return its id."""
+    body = {"idempotency_key": secrets.token_hex(8)}
+    return str(ask_prefect(api, f"deployments/{number}/create_flow_run", body)["id"])
+
+
 def find_flow_run(api: str, home: Path) -> dict[str, Any]:
     """Return the last run of a flow on a workspace: a server of Prefect may have those of others, too."""
-    query = {"sort": "START_TIME_DESC", "limit": 100}
-    runs = httpx.post(f"{api}/flow_runs/filter", json=query, trust_env=False).json()
+    runs = ask_prefect(api, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 100})
     return next(run for run in runs if run["parameters"].get("workspace") == str(home))
 
 
