@@ -1,116 +1,22 @@
 """From served answers to the next version: the log, a batch, answers of people and of clients, what is accepted."""
 
 import csv
-import hashlib
-import io
 import json
-from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from fakes import make_image, run_here, write_photos
-from pull_desk import PullDesk
+from fakes import run_here
+from review_desk import NAME, SOURCES, ReviewDesk, make_review_desk
 from visionloop.data.acceptance import accept
 from visionloop.data.answers import LOG, load_batches, load_opinions
-from visionloop.data.manifest import latest_version, load_version_records, make_image_key
-from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.params import Review
-from visionloop.records import ImageRecord
-from visionloop.store.local import LocalStore
-
-NAME = "pets"
-SOURCES = """  sources:
-    - {kind: folder, path: ../photos, name: photos}
-    - {kind: review}
-    - {kind: feedback}
-"""
-SIZE = 16
-
-
-class ReviewDesk(PullDesk):
-    """A workspace with a dataset of cats and dogs, and a log of kept images, whose truth is by their number."""
-
-    def serve(
-        self, number: int, first: int = 5000, hours_ago: float = 1.0, images: Sequence[bytes] = ()
-    ) -> list[dict[str, Any]]:
-        """Log answers: the model says cat to all, and is unsure of every other one; half is kept by lot."""
-        rng, now = np.random.default_rng(first), datetime.now(UTC) - timedelta(hours=hours_ago)
-        rows = []
-        for place in range(number):
-            data = images[place] if images else make_image(first + place)
-            time = now + timedelta(seconds=place)
-            sha256 = hashlib.sha256(data).hexdigest()
-            self.store.put(make_kept_key(NAME, time.date(), sha256), data)
-            rows.append(
-                {
-                    "request_id": make_request_id(time.timestamp()),
-                    "time": time,
-                    "client": "gate",
-                    "image_sha256": sha256,
-                    "model_name": NAME,
-                    "model_digest": "d" * 64,
-                    "task": "binary",
-                    "classes": ["cat", "dog"],
-                    "probs": [0.6, 0.4],
-                    "prediction": "cat",
-                    "confidence": 0.55 if place % 2 else 0.99,
-                    "abstained": False,
-                    "embedding": rng.normal(size=SIZE).tolist(),
-                    "image_kept": True,
-                    "keep_probability": 1.0 if place % 2 else 0.5,
-                    "keep_reason": "confidence" if place % 2 else "random",
-                }
-            )
-        part = f"part-{first}"
-        self.store.put(PREDICTIONS.make_key(NAME, now.date(), part), PREDICTIONS.encode(rows))
-        return rows
-
-    def say(
-        self, rows: list[dict[str, Any]], label: str, *, who: str | None, client: str = "gate", days_ago: int = 0
-    ) -> None:
-        """Send feedback on answers."""
-        now = datetime.now(UTC) - timedelta(days=days_ago)
-        given = [
-            {
-                "feedback_id": f"{place}",
-                "request_id": row["request_id"],
-                "time": now + timedelta(microseconds=place),
-                "labels": [label],
-                "is_new": False,
-                "who": who,
-                "client": client,
-            }
-            for place, row in enumerate(rows)
-        ]
-        key = FEEDBACK.make_key(NAME, now.date(), make_request_id(now.timestamp()))
-        self.store.put(key, FEEDBACK.encode(given))
-
-    def fill(self, path: Path, labels: dict[str, str]) -> None:
-        """Write labels into a CSV, by sha256."""
-        rows = [*csv.reader(path.open(newline=""))]
-        for row in rows[1:]:
-            row[5] = labels.get(row[0], "")
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
-
-    def by_sha256(self) -> dict[str, ImageRecord]:
-        version = latest_version(self.store, NAME)
-        assert version is not None
-        return {row.sha256: row for row in load_version_records(self.store, version)}
 
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> ReviewDesk:
-    desk = ReviewDesk(tmp_path, monkeypatch, capsys)
-    write_photos(desk.photos, 20)
-    desk.write(SOURCES)
-    desk.run("ingest")
-    return desk
+    return make_review_desk(tmp_path, monkeypatch, capsys)
 
 
 def test_answers_of_a_csv_make_the_next_version_with_the_right_sides(desk: ReviewDesk) -> None:
@@ -150,87 +56,6 @@ def test_answers_of_a_csv_make_the_next_version_with_the_right_sides(desk: Revie
         assert row.origins == (f"review:ann/{reason}/{sha256[:16]}",)
         assert row.sources == ("review",)
     assert "nothing" in desk.run("ingest")
-
-
-def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: ReviewDesk) -> None:
-    """A label of nobody that repeats the model is never one. Of one client and day the quota is accepted, and told."""
-    desk.write(SOURCES + "review: {client_quota: 5}\n")
-    rows = desk.serve(30)
-    desk.say(rows[:4], "cat", who=None)  # what the model said itself
-    desk.say(rows[4:6], "cat", who="eve")  # a person stands for it
-    desk.say(rows[6:16], "dog", who=None)
-    desk.say(rows[16:18], "dog", who="bob", client="yard")
-    before = desk.by_sha256()
-    desk.run("ingest")
-    assert desk.by_sha256() == before
-
-    told = desk.run("review", "--accept")
-    assert "accepted: 7 labels" in told
-    assert "held: 7 labels of client gate are over review.client_quota (5 a day)" in told
-    assert "never a label: 4 that repeat the model's answer" in told
-    desk.run("ingest")
-    new = {sha256: row for sha256, row in desk.by_sha256().items() if sha256 not in before}
-    assert {sha256: row.labels[0] for sha256, row in new.items()} == {
-        row["image_sha256"]: label
-        for some, label in ((rows[4:6], "cat"), (rows[6:9], "dog"), (rows[16:18], "dog"))
-        for row in some
-    }
-    assert {row.side for row in new.values()} <= {"train", "val"}
-    assert {row.origins[0].split("/")[0] for row in new.values()} == {"feedback:eve", "feedback:gate", "feedback:bob"}
-    assert "accepted: 0 labels" in desk.run("review", "--accept")
-
-
-def test_no_client_changes_test_and_what_is_like_a_test_image_does_not_come_into_train(desk: ReviewDesk) -> None:
-    before = desk.by_sha256()
-    one = next(row for row in before.values() if row.side == "test" and row.labels == ("cat",))
-    data = desk.store.get(make_image_key(one.sha256))
-    sink = io.BytesIO()
-    Image.open(io.BytesIO(data)).save(sink, "WEBP", lossless=True)
-    rows = desk.serve(3, images=[data, sink.getvalue(), make_image(7000)])
-    desk.say(rows, "dog", who="eve")
-    assert "accepted: 3 labels" in desk.run("review", "--accept")
-    assert "source feedback: 1 labels of clients are of test images, which keep theirs" in desk.run("ingest")
-    after = desk.by_sha256()
-    assert after[one.sha256] == one
-    assert [after[row["image_sha256"]].side for row in rows[:2]] == ["test", "excluded"]
-    assert after[rows[2]["image_sha256"]].side in ("train", "val")
-
-
-def test_test_image_that_was_taken_out_and_comes_again_stays_one_or_away(desk: ReviewDesk) -> None:
-    """People who are asked bring it back to its side; no client brings it back at all, with a label of its own."""
-    desk.write(SOURCES + "review: {count: 4, random: 0}\n")
-    tests = [row for row in desk.by_sha256().values() if row.side == "test"]
-    one, other = tests[0], next(row for row in tests if row.labels != tests[0].labels)
-    data = [desk.store.get(make_image_key(row.sha256)) for row in (one, other)]
-    for path in desk.photos.glob("*/*.png"):
-        if path.read_bytes() in data:
-            path.unlink()
-    desk.run("ingest", "--prune")
-    assert not {one.sha256, other.sha256} & {*desk.by_sha256()}
-    desk.say(desk.serve(2, images=data)[:1], "dog", who="eve")
-    assert "accepted: 1 label" in desk.run("review", "--accept")
-    desk.run("review", "--csv", "ask.csv")
-    desk.fill(desk.home / "ask.csv", {other.sha256: other.labels[0]})
-    desk.run("review", "--take", "ask.csv", "--by", "ann")
-    assert "accepted: 1 label (1 by ann)" in desk.run("review", "--accept")
-    assert "source feedback: 1 labels of clients are of test images, which keep theirs" in desk.run("ingest")
-    assert one.sha256 not in desk.by_sha256()
-    assert desk.by_sha256()[other.sha256].side == "test"
-
-
-def test_feedback_without_a_label_says_why(desk: ReviewDesk) -> None:
-    """Each time the true reason: to accept what cannot be accepted is no advice."""
-    desk.write(SOURCES.replace("    - {kind: review}\n", ""))
-    assert "source feedback: no feedback has come in the last 90 days" in desk.run("ingest")
-    row = desk.serve(3)[0]
-    desk.say([{"request_id": make_request_id(datetime.now(UTC).timestamp())}], "dog", who="bob")
-    desk.run("review", "--accept")
-    said = "source feedback: the one feedback is not a label of an image that the server kept: `serve.keep_images`"
-    assert said in desk.run("ingest")
-    desk.say([row], "cat", who=None)
-    assert "source feedback: what came repeats the model's answers, and no name stands" in desk.run("ingest")
-    desk.say([row], "dog", who="bob")
-    assert "source feedback: no label is accepted yet: `visionloop review --accept`" in desk.run("ingest")
 
 
 def test_people_who_disagree_hold_an_image_until_one_is_believed(desk: ReviewDesk) -> None:
@@ -359,47 +184,6 @@ def test_next_batch_asks_nothing_again_and_draws_only_among_new_traffic(desk: Re
     assert second["number"] == 2 and len(shas[1]) == 10 and not shas[0] & shas[1]
     reasons = [[one["reason"] for one in batch["images"]].count("random") for batch in (first, second)]
     assert reasons == [5, 0]  # nothing has come since
-
-
-def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
-    desk.write(SOURCES + "review: {count: 4, random: 0.0}\n")
-    rows = desk.serve(6)
-    desk.say(rows[:1], "dog", who=None)
-    desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
-    read, get = list[str](), LocalStore.get
-    desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
-    assert rows[0]["image_sha256"] not in desk.run("review", "--json")
-    days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
-    assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
-
-
-def list_days_read(desk: ReviewDesk, *argv: str) -> tuple[str, set[int]]:
-    """Return what a command says, and of how many days ago the parts are of the log and of feedback that it reads."""
-    read, get, today = list[str](), LocalStore.get, datetime.now(UTC).date()
-    with desk.patch.context() as patch:
-        patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
-        told = desk.run(*argv)
-    parts = [key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))]
-    return told, {(today - date.fromisoformat(part.removeprefix("date="))).days for part in parts}
-
-
-def test_acceptance_reads_no_feedback_from_long_before_the_last_one(desk: ReviewDesk) -> None:
-    """And none that is older than 90 days. Who gave a label that was accepted then still counts."""
-    days = (100, 40, 3)
-    old = {ago: desk.serve(2, 5000 + ago, hours_ago=24 * ago) for ago in days}
-    for ago in days:
-        desk.say(old[ago], "dog", who=None, client="yard", days_ago=ago)
-    told, read = list_days_read(desk, "review", "--accept")
-    assert "accepted: 4 labels" in told
-    assert {40, 41} & read and not {99, 100, 101, 102} & read
-    again = desk.serve(1, 9000, images=[desk.store.get(make_image_key(old[40][0]["image_sha256"]))])
-    desk.say(again, "fox", who=None)
-    for command in (("review", "--accept"), ("review",)):
-        told, read = list_days_read(desk, *command)
-        assert f"on {old[40][0]['image_sha256'][:12]} (nobody by yard: dog; nobody by gate: fox)" in told
-        assert max(read) <= 4
-    told, read = list_days_read(desk, "review", "--accept", "--from", "gate")
-    assert ("accepted: 1 label" in told, max(read) <= 4) == (True, True)
 
 
 def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:
