@@ -42,11 +42,10 @@ def run(flow: Flow[..., State[Any]]) -> int:
             wait_for_lease(workspace.store, workspace.name, only_here=True)
         print(f"{_describe_prefect()} for workspace {home} (log: {log_path.relative_to(home)}) ...", flush=True)
         state = _run_marked(flow, home)
-        if state.is_cancelled() and state.data is None:  # skipped, or somebody stopped it
+        summary = state.result(raise_on_failure=not state.is_cancelled())  # that of a model which is not promoted
+        if not isinstance(summary, Summary):  # skipped, or somebody stopped it
             print(f"error: {state.message or 'the run was cancelled in Prefect'}", file=sys.stderr)
             return BusyError.exit_code
-        summary = state.result(raise_on_failure=not state.is_cancelled())  # that of a model which is not promoted
-        assert isinstance(summary, Summary)
         summary = replace(summary, commands=name_server(summary.commands, Board(home / ".visionloop")))
         print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
         if summary.is_not_promoted:

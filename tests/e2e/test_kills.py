@@ -28,6 +28,7 @@ from shapes import (
     set_train,
     visionloop,
 )
+from visionloop.params import load_params
 from visionloop.store.lease import Claim
 
 if TYPE_CHECKING:
@@ -123,9 +124,17 @@ def test_a_killed_flow_leaves_nothing_and_the_same_run_goes_on(home: Path, prefe
 
 @pytest.mark.long
 def test_other_ends_leave_nothing_and_the_same_run_goes_on(home: Path, prefect_api: str) -> None:
-    set_train(home, seed=1)  # another training
+    set_train(home, seed=1)  # another training, with no champion that it would have to beat
+    rename(home, "ends")
     server = {"PREFECT_API_URL": prefect_api}
     check_ends(home, prefect_api, [(kill_dvc, 2, server), (interrupt_group, 130, {}), (take_over, 2, server)])
+
+
+def rename(home: Path, name: str) -> None:
+    """Begin anew under another name, with the same photos: these tests share a workspace, in any order."""
+    path = home / "params.yaml"
+    path.write_text(re.sub("name: \\w+", f"name: {name}", path.read_text()))
+    assert visionloop(home, "ingest", str(home.parent / "photos")).returncode == 0
 
 
 def check_ends(home: Path, prefect_api: str, ends: list[tuple[End, int, dict[str, str]]]) -> None:
@@ -151,8 +160,9 @@ def check_ends(home: Path, prefect_api: str, ends: list[tuple[End, int, dict[str
     assert len(lines) == len(set(lines)) > 20, "each line once"
     assert sum("[1/9] ingest: new images into the store" in line for line in lines) == 1
     assert find_run(done.stdout) in run_ids
-    (entry,) = (home / ".visionloop" / "store" / "ledger" / "shapes").glob("000001.json")
-    wait_for_event(prefect_api, "visionloop.promoted", "visionloop.shapes", json.loads(entry.read_text())["bundle"])
+    name = load_params(home / "params.yaml").name
+    entry = json.loads((home / ".visionloop" / "store" / "ledger" / name / "000001.json").read_text())
+    wait_for_event(prefect_api, "visionloop.promoted", f"visionloop.{name}", entry["bundle"])
 
 
 def wait_for_event(api: str, name: str, resource: str, bundle: str) -> None:
@@ -257,9 +267,7 @@ STEPS = ("with the Prefect at", "[1/9]", "[2/9]", "[3/9]", "[4/9]", "[5/9]", "[6
 def test_twenty_kills_at_any_step_with_restarts_of_prefect(home: Path, own_prefect_server: "PrefectServer") -> None:
     """The flow, all of its processes, or dvc; or Prefect is restarted, and then the flow killed. Each step twice."""
     set_train(home, seed=2)
-    path = home / "params.yaml"
-    path.write_text(re.sub("name: \\w+", "name: killed", path.read_text()))
-    assert visionloop(home, "ingest", str(home.parent / "photos")).returncode == 0
+    rename(home, "killed")
     rng, ended = random.Random(14), []
     for number in range(KILLS):
         process = start_flow(home, PREFECT_API_URL=own_prefect_server.url)
@@ -315,10 +323,7 @@ def read_until(process: subprocess.Popen[str], word: str | None) -> str:
 
 @pytest.mark.long
 def test_two_retrains_of_one_workspace(home: Path, prefect_api: str) -> None:
-    path = home / "params.yaml"
-    path.write_text(path.read_text().replace("name: shapes", "name: others"))
-    photos = home.parent / "photos"
-    assert visionloop(home, "ingest", str(photos)).returncode == 0
+    rename(home, "others")
     process = start_until_it_trains(home, PREFECT_API_URL=prefect_api)
     try:
         for server in ({}, {"PREFECT_API_URL": prefect_api}):

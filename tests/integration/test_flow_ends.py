@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.results import get_result_store
 from prefect.states import Cancelled, Cancelling, Crashed, Failed, Pending, Running, State
 
 from shapes import ROOT
@@ -106,6 +107,11 @@ def test_what_is_not_promoted_is_not_green(
     [
         (Cancelled(name="Skipped", message="retrain pets: is under way"), "error: retrain pets: is under way\n"),
         (Cancelled(), "error: the run was cancelled in Prefect\n"),
+        # As Prefect's engine returns it: with what is to be kept of nothing.
+        (
+            Cancelled(name="Skipped", message="is under way", data=get_result_store().create_result_record(None)),
+            "error: is under way\n",
+        ),
     ],
 )
 def test_a_run_that_is_skipped_or_cancelled_ends_the_shell_with_one_line(
