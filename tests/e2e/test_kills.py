@@ -105,7 +105,8 @@ def kill_dvc(process: subprocess.Popen[str]) -> None:
 
 def take_over(process: subprocess.Popen[str]) -> None:
     """Another machine has taken this one for dead. Its claim ends, so that nobody waits for it."""
-    (claims,) = Path(str(psutil.Process(process.pid).cmdline()[-1])).glob(".visionloop/store/leases/*")
+    home = Path(str(psutil.Process(process.pid).cmdline()[-1]))
+    claims = home / ".visionloop" / "store" / "leases" / load_params(home / "params.yaml").name
     (claims / "000099.json").write_text(json.dumps({**Claim(99, token="other", who="eve").to_json(), "ended": True}))
 
 
