@@ -25,7 +25,7 @@ from visionloop.data.prediction_log import read_requests
 from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
 from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
 from visionloop.monitoring.health import Check, check_colours, check_model, check_requests, check_traffic
-from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, make_metrics_text
+from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
 from visionloop.monitoring.report import Page, make_monitor_report
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
 from visionloop.promotion.evidence import write_page
@@ -139,13 +139,11 @@ def make_unsent_key(workspace: Workspace, window: str) -> str:
 
 
 def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
-    """Copy the report of a window into the workspace; return its path. The figures of the newest go to Prometheus.
+    """Copy the report of a window into the workspace; return its path.
 
     None: it is gone from the store, because one of its images was forgotten.
     """
     folder = workspace.settings.home / "monitoring"
-    if verdict.window >= list_windows(workspace)[-1]:
-        write_page(folder / "metrics.prom", make_metrics_text(verdict, verdict.span.end.timestamp()))
     try:
         page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
     except ObjectMissing:
