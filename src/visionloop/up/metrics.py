@@ -124,7 +124,7 @@ def _list_window(overview: Overview) -> Iterator[Family]:
         return
     start, end = _to_time(window["start"]), _to_time(window["end"])
     labelled, checks = window["labelled"] or {}, window["checks"]
-    floor = next((check.get("limit") for check in checks if check["name"] == "accuracy"), None)
+    floor = next((check["line"] for check in checks if check["name"] == "accuracy"), None)
     yield "monitor_window_end_seconds", "When the newest window that was judged has ended", [({}, end)]
     length = end - start if end and start else None
     yield "monitor_window_seconds", "How long a window is", [({}, length)]

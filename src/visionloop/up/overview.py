@@ -182,7 +182,7 @@ def _tell_window(verdict: Verdict) -> dict[str, Any]:
         "labelled": dict(verdict.labelled_accuracy) if verdict.labelled_accuracy else None,
         "num_labels": verdict.num_labels,
         "alerts": [f"{check['name']}: {check['found']}" for check in verdict.list_alerts()],
-        "checks": [{key: check.get(key) for key in ("name", "kind", "state", "limit")} for check in verdict.checks],
+        "checks": [{key: check.get(key) for key in ("name", "kind", "state", "line")} for check in verdict.checks],
     }
 
 
