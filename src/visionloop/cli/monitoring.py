@@ -29,7 +29,6 @@ def monitor(
 
     Is the data sound, are the images like before, is the accuracy by labels high enough, is the service well? The
     report goes to the store, with its numbers as Parquet, and to monitoring/latest.html.
-
     Windows that were missed since the last one that was judged are judged first, the newest 14 of them.
 
     Exit code 3: drift or too low an accuracy, for which a retrain may help. 4: broken data or a bad service, for which
@@ -67,10 +66,9 @@ def monitor(
     path = write_copies(workspace, verdict)
     if as_json:
         print_json(verdict.to_json())
-    for line in [] if as_json else describe_verdict(verdict):
+    shown = [f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}"] if path else []
+    for line in [] if as_json else [*describe_verdict(verdict), *shown]:
         print(line)
-    if path and not as_json:
-        print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
     if accept:
         accept_window(workspace, verdict.window, by=get_user(), why=" ".join(why.split()), now=get_now())
         print("accepted: later windows are compared with it too", file=sys.stderr if as_json else sys.stdout)

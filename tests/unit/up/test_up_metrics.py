@@ -1,4 +1,4 @@
-"""The loop's figures for Prometheus: all of a whole loop, few of an empty one, the last ones while it cannot be read."""
+"""The loop's figures for Prometheus: of a whole loop, of an empty one, and of one that cannot be read for a while."""
 
 import math
 from dataclasses import replace
