@@ -124,6 +124,13 @@ def test_the_pages_tell_of_each_metric_and_of_no_other(scraped: dict[str, set[st
         assert {name for row in rows for name in re.findall(r"`(visionloop_\w+)", row.split(" | ")[0])} == names, page
 
 
+def test_no_label_holds_what_a_client_sends(scraped: dict[str, set[str]]) -> None:
+    """Their number has a bound: codes of errors, classes of the model, checks; and a model a promotion."""
+    of_server = {"outcome", "status", "step", "le", "prediction", "by", "state", "digest"}
+    of_loop = {"side", "bundle", "action", "verdict", "of", "figure", "check", "kind"}
+    assert set.union(*scraped.values()) - {"alertstate"} == of_server | of_loop | {"name", "version"}
+
+
 @pytest.mark.parametrize("job", ["visionloop", "visionloop-loop"])
 def test_promtool_has_nothing_to_say_of_a_scrape(targets: dict[str, str], job: str) -> None:
     if (promtool := shutil.which("promtool")) is None:
