@@ -8,6 +8,8 @@
                                   accepted.json     who took an alarm for normal, and why
                                   unsent.json       its alert is still to be sent to the webhook (alert.py)
 
+Who reads verdicts alone (`visionloop metrics` beside a server) needs nothing that makes pages.
+
 The first accepted windows of a model are its reference, and with them the newest. Before there are any it is the
 validation side. A window that gave an alarm of drift or was broken is not accepted, unless a person accepts it.
 """
@@ -26,9 +28,7 @@ from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
 from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
 from visionloop.monitoring.health import Check, check_colours, check_model, check_requests, check_traffic
 from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
-from visionloop.monitoring.report import Page, make_monitor_report
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
-from visionloop.promotion.evidence import write_page
 from visionloop.promotion.ledger import read_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.workspace import Workspace
@@ -143,6 +143,8 @@ def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
 
     None: it is gone from the store, because one of its images was forgotten.
     """
+    from visionloop.promotion.evidence import write_page
+
     folder = workspace.settings.home / "monitoring"
     try:
         page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
@@ -283,6 +285,8 @@ class _Watch:
 
     def _write(self, verdict: Verdict, judged: Judged, facts: Facts, rows: Rows) -> None:
         """Write all that came out; the verdict last."""
+        from visionloop.monitoring.report import Page, make_monitor_report
+
         farthest = [_tell_image(rows.table, row, distance) for row, distance in judged.farthest]
         pictures = {
             one["image_sha256"]: picture

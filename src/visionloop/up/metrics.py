@@ -16,23 +16,16 @@ from typing import Any
 from visionloop.errors import ServingError
 from visionloop.monitoring.judge import VERDICTS
 from visionloop.monitoring.triggers import HELD, NO, RETRAIN
-from visionloop.promotion.evidence import write_page
 from visionloop.up.overview import Overview, read_overview
 from visionloop.workspace import Workspace
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
 EVERY_S = 30.0
 DECISIONS = ("passed", "refused", "inconclusive", "waiting", "same")
-PARTS = (
-    "dataset",
-    "champion",
-    "decisions",
-    "window",
-    "trigger",
-    "waiting",
-    "waiting_since",
-    "unsent",
-)  # of an overview
+PARTS = (  # of an overview
+    *("dataset", "champion", "decisions", "window", "trigger"),
+    *("waiting", "waiting_since", "unsent", "under_way", "under_way_since"),
+)
 LOOPBACK = ("127.0.0.1", "localhost")
 Samples = Sequence[tuple[Mapping[str, str], Any]]
 Family = tuple[str, str, Samples]
@@ -58,6 +51,8 @@ class Figures:
 
 def write_metrics(workspace: Workspace, *, now: datetime) -> None:
     """Write the figures into the workspace, for node_exporter: all of them, or nothing."""
+    from visionloop.promotion.evidence import write_page
+
     figures = Figures()
     figures.take(read_overview(workspace, now=now))
     write_page(workspace.settings.home / "monitoring" / "metrics.prom", figures.text)
