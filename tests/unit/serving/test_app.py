@@ -288,16 +288,6 @@ def test_metrics_count_requests_images_batches_and_the_model(client: TestClient,
     assert set(model_info[len("visionloop_model_info{") : -1].split(",")) == {"fake", "7", slot.current.digest}
 
 
-def test_a_server_that_has_served_nothing_has_figures_of_0(client: TestClient) -> None:
-    """Prometheus sees a rise from 0, and none of a figure that begins with its first event."""
-    figures = read_figures(client)
-    assert figures["visionloop_requests_total{ok,200}"] == 0
-    assert [figures[f"visionloop_answered_images_total{{{by}}}"] for by in ("network", "cache")] == [0, 0]
-    assert [figures[f"visionloop_image_seconds_count{{{step}}}"] for step in ("queue", "decode", "network")] == [0] * 3
-    assert figures["visionloop_request_seconds_bucket{30.0}"] == 0, "the longest deadline has a bucket"
-    assert [name for name in figures if "_created" in name] == []
-
-
 def test_docs_is_one_page_that_loads_nothing_from_elsewhere(client: TestClient) -> None:
     page = client.get("/docs")
     assert page.status_code == 200
