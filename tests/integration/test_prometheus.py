@@ -106,7 +106,7 @@ def test_each_metric_and_label_that_is_named_is_in_a_scrape(scraped: dict[str, s
     named = set()
     for expr in expressions + queries:
         for name, matchers in re.findall(r"\b(visionloop_\w+|process_\w+|up|ALERTS)\b(?:\{([^}]*)\})?", expr):
-            labels = {part.split("=")[0].rstrip("!").strip() for part in matchers.split(", ") if part}
+            labels = set(re.findall(r"(\w+)[=!]", matchers))
             assert labels - {"job", "instance", "name"} <= scraped[name], expr
             named.add(name)
         for words in re.findall(r"\b(?:by|on|ignoring) \(([^)]*)\)", expr):
