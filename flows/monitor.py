@@ -13,6 +13,7 @@ import told
 from visionloop.monitoring.alert import send_unsent
 from visionloop.monitoring.judge import Verdict, describe_late, describe_verdict
 from visionloop.monitoring.watch import find_missed, watch_window, write_copies
+from visionloop.up.metrics import write_metrics
 from visionloop.workspace import Workspace, open_workspace
 
 DRIFT, QUALITY = "visionloop.drift", "visionloop.quality"  # also `.broken` and `.service`
@@ -44,6 +45,7 @@ def monitor(workspace: str, now: datetime | None = None) -> State[Any]:
         _tell_alert(opened, verdict)
     for note in send_unsent(opened, os.environ, now=now):
         steps.say(f"note: {note}")
+    write_metrics(opened, now=now)
     return Completed(name=verdict.verdict.capitalize(), message=f"window {verdict.window}: {name_alerts(verdict)}")
 
 

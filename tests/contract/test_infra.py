@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from fakes import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 DOCKERFILES = (INFRA / "docker" / "Dockerfile", ROOT / "mlflow" / "Dockerfile")
 COMPOSE = (INFRA / "compose.yaml").read_text()
+BOARDS = sorted((INFRA / "grafana" / "dashboards").glob("*.json"))
+RULES = INFRA / "prometheus" / "rules.yml"
 SECRETS = set(re.findall(r"\$\{(\w+):\?", COMPOSE))
 
 
@@ -134,24 +138,66 @@ def test_scripts_are_shell() -> None:
         assert subprocess.run(["sh", "-n", path], capture_output=True, check=False).returncode == 0
 
 
-def test_rules_and_dashboards_name_metrics_that_the_server_has() -> None:
-    """Their names are in docs/server.md, which another test holds against a scrape."""
-    documented = set(re.findall(r"`(visionloop_\w+)", (ROOT / "docs" / "server.md").read_text()))
-    dashboards = [json.loads(path.read_text()) for path in (INFRA / "grafana" / "dashboards").glob("*.json")]
-    targets = [target["expr"] for one in dashboards for panel in one["panels"] for target in panel["targets"]]
-    rules = YAML(typ="safe").load((INFRA / "prometheus" / "rules.yml").read_text())["groups"][0]["rules"]
-    expressions = targets + [rule["expr"] for rule in rules]
-    used = {name for text in expressions for name in re.findall(r"visionloop_\w+", text)}
-    assert len(used) >= 8
-    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} <= documented
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_tells_in_its_own_words_what_it_shows(path: Path) -> None:
+    """That its metrics are there and its expressions have answers is in tests/integration/test_prometheus.py."""
+    board = json.loads(path.read_text())
     uid = YAML(typ="safe").load((INFRA / "grafana" / "datasource.yaml").read_text())["datasources"][0]["uid"]
-    assert {panel["datasource"]["uid"] for one in dashboards for panel in one["panels"]} == {uid}
+    panels, rows = ([p for p in board["panels"] if (p["type"] == "row") == is_row] for is_row in (False, True))
+    assert board["uid"] == f"visionloop-{path.stem}"
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert len(rows) >= 3 and all(row["title"].endswith("?") for row in rows), "rows in the order of questions"
+    variables = {one["name"] for one in board["templating"]["list"]}
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + i, place["y"] + k) for i in range(place["w"]) for k in range(place["h"])}
+        assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
+        taken |= cells
+    for panel in panels:
+        assert panel["datasource"]["uid"] == uid and panel["title"] and panel["description"].endswith(".")
+        defaults = panel["fieldConfig"]["defaults"]
+        assert defaults["noValue"], f"{panel['title']}: what is shown before there is anything"
+        assert panel["type"] in ("table", "state-timeline") or defaults["unit"], panel["title"]
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        assert panel["type"] == "table" or all(target["legendFormat"] for target in panel["targets"]), panel["title"]
+        used = {name for target in panel["targets"] for name in re.findall(r"\$(\w+)", target["expr"])}
+        assert used <= variables and (used == variables or "ALERTS" in panel["targets"][0]["expr"]), panel["title"]
+    named = {
+        name
+        for panel in panels
+        for name in re.findall(r"[Aa]lerts? ([A-Z]\w+)(?: and ([A-Z]\w+))?", panel["description"])
+    }
+    assert {name for pair in named for name in pair if name} <= {rule["alert"] for rule in read_rules()}
+
+
+def read_rules() -> list[dict[str, Any]]:
+    return [rule for group in YAML(typ="safe").load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_each_alert_says_what_to_do_and_is_tried_with_and_without_its_fault() -> None:
+    alerts = {rule["alert"]: rule for rule in read_rules()}
+    for name, rule in alerts.items():
+        assert rule["labels"]["severity"] in ("page", "warning"), name
+        assert rule["annotations"].keys() == {"summary", "do"}, name
+    tests = YAML(typ="safe").load(RULES.with_name("rules_test.yml").read_text())["tests"]
+    tried = [(one["alertname"], bool(one.get("exp_alerts"))) for test in tests for one in test["alert_rule_test"]]
+    assert set(tried) == {(name, fires) for name in alerts for fires in (True, False)}
+    commands = {
+        word for rule in alerts.values() for word in re.findall(r"visionloop ([a-z]+)", rule["annotations"]["do"])
+    }
+    assert commands <= set(COMMANDS)
 
 
 def test_the_proxy_and_prometheus_ask_servers_that_exist(services: dict[str, Any]) -> None:
     asked = set(re.findall(r"server (server-\d):8000", (INFRA / "nginx.conf").read_text()))
-    scraped = set(re.findall(r"(server-\d):9100", (INFRA / "prometheus" / "prometheus.yml").read_text()))
-    assert asked == scraped == {name for name in services if name.startswith("server-")}
+    jobs = YAML(typ="safe").load((INFRA / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    scraped = {job["job_name"]: set(job["static_configs"][0]["targets"]) for job in jobs}
+    assert {f"{name}:9100" for name in asked} == scraped["visionloop"]
+    assert asked == {name for name in services if name.startswith("server-")}
+    [figures] = scraped["visionloop-loop"]
+    name, _, port = figures.partition(":")
+    assert services[name]["command"][-2:] == ["--port", port]
 
 
 def test_the_proxy_tells_the_port_that_it_was_asked_at() -> None:
@@ -160,11 +206,20 @@ def test_the_proxy_tells_the_port_that_it_was_asked_at() -> None:
     assert hosts == ["$http_host"] * 2
 
 
-def test_promtool_takes_the_rules() -> None:
+@pytest.mark.parametrize("check", [("check", "rules", "rules.yml"), ("test", "rules", "rules_test.yml")])
+def test_promtool_takes_the_rules_and_their_faults(check: tuple[str, ...]) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian's package prometheus has it)")
-    command = [promtool, "check", "rules", INFRA / "prometheus" / "rules.yml"]
+    done = subprocess.run([promtool, *check], cwd=RULES.parent, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_amtool_takes_the_routes() -> None:
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("amtool is not installed (Debian's package prometheus-alertmanager has it)")
+    command = [amtool, "check-config", INFRA / "prometheus" / "alertmanager.yml"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -21,6 +21,7 @@ COMMANDS = (  # of the command line, as agreed
     *("register", "promote", "rollback", "history", "serve", "predict", "doctor", "store", "runs", "tune"),
     *("lr-find", "similar", "map", "suspects", "explain", "export", "compare", "approve", "lineage", "keys"),
     *("predictions", "monitor", "triggers", "review", "up", "status", "down", "ui", "retrain", "schedule", "shadow"),
+    "metrics",
 )
 NUM_GOLDEN = 4
 GRID = 4

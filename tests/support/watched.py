@@ -5,7 +5,7 @@ Embeddings are drawn, not computed: what a network makes of photos is in `traffi
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ import numpy as np
 from fakes import make_bundle, make_image
 from memory_tracking import MemoryTracking
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
+from visionloop.data.answers import Batch, create_batch, make_asked
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key
 from visionloop.monitoring.judge import Verdict
+from visionloop.monitoring.triggers import TriggerDecision
 from visionloop.monitoring.watch import watch_window
 from visionloop.params import make_params
-from visionloop.records import LedgerEntry, canonical_json
+from visionloop.promotion.ledger import store_decision
+from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json
 from visionloop.store import LocalStore
+from visionloop.store.lease import Claim
 from visionloop.workspace import Workspace, connect
-from workspaces import make_settings
+from workspaces import build, make_settings, store_image
 
 FIRST = date(2026, 3, 2)
 CLASSES = ("ant", "bee", "<b>cat</b>")
@@ -157,3 +161,51 @@ def _make_reddish(seed: int, *, swap: bool) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(picture.astype(np.uint8)).save(sink, "PNG")
     return sink.getvalue()
+
+
+def make_whole_loop(home: Path) -> Watched:
+    """Make a loop in which all has happened: a dataset, two decisions, a day whose labels say that the model is bad,
+    an alert that nobody took, images that wait for a label, a retrain that the triggers want and one under way.
+    """
+    watched = make_watched(home, webhook={"url": "http://127.0.0.1:9/hook", "tries": 1, "timeout_s": 0.1})
+    place, store, at = watched.place, watched.place.store, datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC)
+    records = [store_image(store, seed, labels=(CLASSES[seed % 3],)) for seed in range(12)]
+    watched.place = replace(
+        build(place.settings, place.params, store, records, prepared=False), tracking=place.tracking
+    )
+    for number, verdict in ((1, "passed"), (2, "refused")):
+        store_decision(store, make_decision(number, verdict, (at + timedelta(hours=number)).isoformat()))
+    rows = watched.write_day(0)
+    watched.keep(0, rows[:150], 0.5)
+    watched.write_rows(FIRST, rows)
+    wrong = {row["request_id"]: CLASSES[0] if row["prediction"] != CLASSES[0] else CLASSES[1] for row in rows[:40]}
+    watched.label(0, wrong | {row["request_id"]: row["prediction"] for row in rows[40:80]})
+    watch(watched, 0)
+    asked = tuple(make_asked({**row, "labels": None}, "spread") for row in rows[:5])
+    batch = Batch(1, "log", (at + timedelta(days=1)).isoformat(), "ann", "multiclass", CLASSES, asked)
+    assert create_batch(store, "fake", batch)
+    wanted = TriggerDecision("fake", 1, (at + timedelta(days=1)).isoformat(), "retrain", "quality", (), 1, 2, "flow")
+    store.put("triggers/fake/000001.json", canonical_json(wanted.to_json()))
+    claim = Claim(1, "t", "ann", "box", 7, machine="another", started_at=(at + timedelta(days=1)).isoformat())
+    store.put("leases/fake/000001.json", canonical_json(claim.to_json()))
+    return watched
+
+
+def make_decision(number: int, verdict: str, at: str) -> Decision:
+    metrics: dict[str, dict[str, float | None]] = {"accuracy": {"value": 0.9 - number / 100, "low": 0.8, "high": 0.95}}
+    return Decision(
+        name="fake",
+        number=number,
+        verdict=verdict,
+        candidate=str(number) * 64,
+        champion=None,
+        test_digest="t",
+        num_test=40,
+        rules=(RuleResult("better", verdict == "passed", "equal to the champion", "a gain"),),
+        metrics=metrics,
+        champion_metrics={},
+        state={"try": str(number)},
+        dataset={"version": 1},
+        run_id=None,
+        decided_at=at,
+    )

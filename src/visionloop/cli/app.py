@@ -31,7 +31,7 @@ GROUPS = {
     "Training, step by step": ("prepare", "embed", "train", "evaluate", "lr-find", "tune", "runs", "explain"),
     "The verdict": ("gate", "approve", "register", "promote", "rollback", "history", "compare", "lineage"),
     "Answers": ("serve", "predict", "export", "keys"),
-    "The loop": ("predictions", "monitor", "review", "triggers", "schedule", "shadow"),
+    "The loop": ("predictions", "monitor", "review", "triggers", "schedule", "shadow", "metrics"),
     "What runs here": ("up", "status", "down", "ui", "doctor"),
 }
 

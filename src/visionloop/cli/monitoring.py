@@ -1,4 +1,4 @@
-"""The command that watches what is served: monitor."""
+"""The commands that watch what is served, and how the loop is: monitor, metrics."""
 
 import os
 import sys
@@ -29,7 +29,6 @@ def monitor(
 
     Is the data sound, are the images like before, is the accuracy by labels high enough, is the service well? The
     report goes to the store, with its numbers as Parquet, and to monitoring/latest.html.
-
     Windows that were missed since the last one that was judged are judged first, the newest 14 of them.
 
     Exit code 3: drift or too low an accuracy, for which a retrain may help. 4: broken data or a bad service, for which
@@ -48,6 +47,7 @@ def monitor(
     from visionloop.monitoring.alert import send_unsent
     from visionloop.monitoring.judge import describe_late, describe_verdict
     from visionloop.monitoring.watch import accept_window, find_missed, watch_window, write_copies
+    from visionloop.up.metrics import write_metrics
 
     if accept and not why.strip():
         raise SettingsError("visionloop monitor --accept", "has no --why", "a reason, kept with the window", "Say why.")
@@ -66,16 +66,52 @@ def monitor(
     path = write_copies(workspace, verdict)
     if as_json:
         print_json(verdict.to_json())
-    for line in [] if as_json else describe_verdict(verdict):
+    shown = [f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}"] if path else []
+    for line in [] if as_json else [*describe_verdict(verdict), *shown]:
         print(line)
-    if path and not as_json:
-        print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
     if accept:
         accept_window(workspace, verdict.window, by=get_user(), why=" ".join(why.split()), now=get_now())
         print("accepted: later windows are compared with it too", file=sys.stderr if as_json else sys.stdout)
     for note in send_unsent(workspace, os.environ, now=now):
         print(f"note: {note}", file=sys.stderr)
+    write_metrics(workspace, now=now)
     raise typer.Exit(0 if accept else max(EXIT_CODES.get(one.verdict, 0) for one in (*late, verdict)))
+
+
+@app.command()
+def metrics(
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve them to Prometheus; 0: a free port.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: whoever reaches this machine.")] = "127.0.0.1",
+) -> None:
+    """Show the loop's figures for Prometheus: dataset, champion, last decision, drift, labels and alerts that wait.
+
+    They are read from the store: a retrain or a `monitor` is over before anybody could ask it. With --port they are
+    served at /metrics until Ctrl-C, and read every 30 seconds. The server has figures of its own.
+
+    Exit code 2: something cannot be read, which is said; the rest is printed.
+
+    Examples:
+
+      visionloop metrics
+
+      visionloop metrics --port 9101
+    """
+    from visionloop.up.metrics import Figures, make_server
+    from visionloop.up.overview import read_overview
+
+    workspace = open_workspace()
+    if port is not None:
+        with make_server(workspace, host, port) as server:
+            print(f"figures of {workspace.name} on http://{host}:{server.server_port}/metrics", flush=True)
+            server.serve_forever()
+    figures, overview = Figures(), read_overview(workspace, now=datetime.now(UTC))
+    figures.take(overview)
+    print(figures.text, end="")
+    for problem in overview.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    raise typer.Exit(2 if overview.problems else 0)
 
 
 def read_time(text: str) -> datetime:

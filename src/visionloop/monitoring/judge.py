@@ -291,37 +291,3 @@ def describe_late(verdict: Verdict) -> str:
     """Tell the verdict of a window that was missed, in a line."""
     alerts = ", ".join(str(check["name"]) for check in verdict.list_alerts())
     return f"missed before: {describe_verdict(verdict)[0]}: {verdict.verdict}{f' ({alerts})' if alerts else ''}"
-
-
-def make_metrics_text(verdict: Verdict, end_s: float) -> str:
-    """Return the figures of a window in Prometheus' text format, for the collector of text files."""
-    label = f'name="{verdict.name}"'
-    rows = [
-        ("visionloop_monitor_window_end_seconds", label, end_s),
-        ("visionloop_monitor_images", label, verdict.num_images),
-        ("visionloop_monitor_labels", label, verdict.num_labels),
-        *(
-            ("visionloop_monitor_verdict", f'{label},verdict="{one}"', float(one == verdict.verdict))
-            for one in VERDICTS
-        ),
-        *(
-            (
-                "visionloop_monitor_alert",
-                f'{label},check="{c["name"]}",kind="{c["kind"]}"',
-                float(c["state"] == "alert"),
-            )
-            for c in verdict.checks
-        ),
-    ]
-    for name, value in (
-        ("visionloop_monitor_drift_p", verdict.p),
-        ("visionloop_monitor_expected_accuracy", verdict.expected_accuracy),
-        ("visionloop_monitor_labelled_accuracy", (verdict.labelled_accuracy or {}).get("value")),
-    ):
-        rows += [(name, label, value)] if value is not None else []
-    lines, seen = [], set()
-    for name, labels, value in rows:
-        lines += [] if name in seen else [f"# TYPE {name} gauge"]
-        seen.add(name)
-        lines.append(f"{name}{{{labels}}} {value:.10g}")
-    return "\n".join(lines) + "\n"

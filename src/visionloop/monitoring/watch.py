@@ -8,6 +8,8 @@
                                   accepted.json     who took an alarm for normal, and why
                                   unsent.json       its alert is still to be sent to the webhook (alert.py)
 
+Who reads verdicts alone (`visionloop metrics` beside a server) needs nothing that makes pages.
+
 The first accepted windows of a model are its reference, and with them the newest. Before there are any it is the
 validation side. A window that gave an alarm of drift or was broken is not accepted, unless a person accepts it.
 """
@@ -25,10 +27,8 @@ from visionloop.data.prediction_log import read_requests
 from visionloop.errors import DatasetError, ObjectMissing, VisionLoopError
 from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, load_known
 from visionloop.monitoring.health import Check, check_colours, check_model, check_requests, check_traffic
-from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, make_metrics_text
-from visionloop.monitoring.report import Page, make_monitor_report
+from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
-from visionloop.promotion.evidence import write_page
 from visionloop.promotion.ledger import read_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.workspace import Workspace
@@ -139,13 +139,13 @@ def make_unsent_key(workspace: Workspace, window: str) -> str:
 
 
 def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
-    """Copy the report of a window into the workspace; return its path. The figures of the newest go to Prometheus.
+    """Copy the report of a window into the workspace; return its path.
 
     None: it is gone from the store, because one of its images was forgotten.
     """
+    from visionloop.promotion.evidence import write_page
+
     folder = workspace.settings.home / "monitoring"
-    if verdict.window >= list_windows(workspace)[-1]:
-        write_page(folder / "metrics.prom", make_metrics_text(verdict, verdict.span.end.timestamp()))
     try:
         page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
     except ObjectMissing:
@@ -285,6 +285,8 @@ class _Watch:
 
     def _write(self, verdict: Verdict, judged: Judged, facts: Facts, rows: Rows) -> None:
         """Write all that came out; the verdict last."""
+        from visionloop.monitoring.report import Page, make_monitor_report
+
         farthest = [_tell_image(rows.table, row, distance) for row, distance in judged.farthest]
         pictures = {
             one["image_sha256"]: picture

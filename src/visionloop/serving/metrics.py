@@ -5,7 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from visionloop.records import Prediction
@@ -15,7 +22,7 @@ from visionloop.serving.log import PredictionLog
 from visionloop.serving.shadow import Shadow
 from visionloop.serving.swap import ModelSlot
 
-SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 NO_LABEL, OTHER_LABELS = "(none)", "(other)"
 MAX_LABELS = 200  # a series each, for as long as the process lives
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -35,9 +42,13 @@ class Meters:
         self._slot, self._queue_depth, self._keys_problem = slot, queue_depth, keys_problem
         self._log, self._book = log, book
         self.shadow: Shadow | None = None
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # half of all lines, and Prometheus needs none
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "visionloop_requests", "Requests for a prediction by outcome", ["outcome"], registry=self._registry
+            "visionloop_requests",
+            "Requests for a prediction by outcome and HTTP status",
+            ["outcome", "status"],
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "visionloop_request_seconds", "Time to answer a prediction", buckets=SECONDS, registry=self._registry
@@ -68,14 +79,23 @@ class Meters:
             registry=self._registry,
         )
         self._labels: set[str] = set()
+        self._start_at_zero()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
+    def _start_at_zero(self) -> None:
+        """Let the figures of a server that has served nothing be 0: the first event of a new one is not seen as one."""
+        self._requests.labels("ok", "200")
+        for by in ("network", "cache"):
+            self._answered.labels(by)
+        for step in ("queue", "decode", "network"):
+            self._steps.labels(step)
+
     def count_request(self, outcome: str, seconds: float, status: int) -> None:
-        """Count one request; `outcome` is `ok` or the code of its error."""
+        """Count one request; `outcome` is `ok` or the code of its error, `status` 0 where no answer began."""
         if self._log:
             self._log.count(status)
-        self._requests.labels(outcome).inc()
+        self._requests.labels(outcome, str(status)).inc()
         self._seconds.observe(seconds)
 
     def count_batch(self, size: int) -> None:

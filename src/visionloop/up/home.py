@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from visionloop.lifetime import die_with_parents
 from visionloop.up.board import HOST, Board, State
+from visionloop.up.metrics import CONTENT_TYPE, Figures
 from visionloop.up.overview import Overview, advise, read_overview
 from visionloop.up.parts import find_runs_page
 from visionloop.workspace import Workspace, open_workspace
@@ -61,6 +62,7 @@ class Watch:
     runs_page: str = ""
     state: State | None = None
     read_at: float = 0.0
+    figures: Figures = field(default_factory=Figures)
     board: Board = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class Watch:
         self.runs_page = find_runs_page(mlflow, self.workspace.name) if mlflow else ""
         api = f"{url}/api" if url else None
         self.overview = read_overview(self.workspace, now=datetime.now(UTC), prefect_api=api)
+        self.figures.take(self.overview)
         self.read_at = time.monotonic()
 
     def follow(self) -> None:
@@ -181,6 +184,8 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path in ("/", "/part"):
             self._answer(200, render(self.watch, whole=path == "/"), "text/html", make_policy())
+        elif path == "/metrics" and self.watch.figures.text:
+            self._answer(200, self.watch.figures.text, CONTENT_TYPE)
         elif path == "/health":
             self._answer(200, "{}", "application/json")
         elif path.removeprefix("/reports/") in REPORTS:

@@ -17,7 +17,7 @@ from visionloop.errors import DatasetError, VisionLoopError, describe_first_line
 from visionloop.monitoring.ask import measure_progress
 from visionloop.monitoring.due import read_decisions as read_trigger_decisions
 from visionloop.monitoring.judge import Verdict
-from visionloop.monitoring.watch import list_windows, load_verdict
+from visionloop.monitoring.watch import list_unsent, list_windows, load_verdict
 from visionloop.promotion.ledger import describe_by_person, read_champion, read_decisions
 from visionloop.records import Decision, LedgerEntry, Record, make_natural_key
 from visionloop.secrets import mask
@@ -35,7 +35,8 @@ FIGURES = ("accuracy", "macro_f1", "map", "exact_match")
 class Overview(Record):
     """What is known of a loop at one time, JSON-ready. None: there is none of it yet, or it cannot be read.
 
-    `decisions` are the newest of the gate, the oldest of them first. `waiting`: images that wait for a label.
+    `decisions` are the newest of the gate, the oldest of them first. `waiting`: images that wait for a label, the
+    first of them since `waiting_since`. `unsent`: alerts that the webhook has not taken yet.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Overview(Record):
     under_way_since: str = ""
     plan: dict[str, Any] | None = None
     waiting: int | None = None
+    waiting_since: str = ""
+    unsent: int | None = None
     problems: tuple[str, ...] = ()
 
     @property
@@ -82,7 +85,8 @@ def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | Non
         facts["champion"] = _tell_champion(entry, decisions) if entry else None
         facts["window"] = read("the last window", lambda: _read_window(workspace, now))
         facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
-        facts["waiting"] = read("the review", lambda: _count_waiting(workspace))
+        facts["waiting"], facts["waiting_since"] = read("the review", lambda: _count_waiting(workspace)) or (None, "")
+        facts["unsent"] = read("the alerts", lambda: len(list_unsent(workspace)))
         if holder := read("the lease", lambda: read_holder(store, name)):
             facts["under_way"] = str(replace(holder, started_at=""))
             facts["under_way_since"] = holder.started_at
@@ -175,18 +179,21 @@ def _tell_window(verdict: Verdict) -> dict[str, Any]:
         "level": verdict.level,
         "expected": verdict.expected_accuracy,
         "expected_is_trusted": verdict.expected_is_trusted,
-        "labelled": verdict.labelled_accuracy,
+        "labelled": dict(verdict.labelled_accuracy) if verdict.labelled_accuracy else None,
         "num_labels": verdict.num_labels,
         "alerts": [f"{check['name']}: {check['found']}" for check in verdict.list_alerts()],
+        "checks": [{key: check.get(key) for key in ("name", "kind", "state", "line")} for check in verdict.checks],
     }
 
 
-def _count_waiting(workspace: Workspace) -> int | None:
-    """Count the images of open batches that nobody has answered; None: nobody was asked yet."""
+def _count_waiting(workspace: Workspace) -> tuple[int, str] | None:
+    """Count the images of open batches that nobody has answered, and say since when; None: nobody was asked yet."""
     if not (batches := load_batches(workspace.store, workspace.name)[-KEPT_BATCHES:]):
         return None
-    each = (measure_progress(workspace, batch) for batch in batches)
-    return sum(one.num_images - one.num_answered for one in each)
+    each = [(measure_progress(workspace, batch), batch.at) for batch in batches]
+    return sum(one.num_images - one.num_answered for one, _ in each), min(
+        (at for one, at in each if not one.is_done), default=""
+    )
 
 
 def _read_trigger(workspace: Workspace) -> dict[str, Any] | None:

@@ -162,7 +162,7 @@ def test_bad_bodies_get_their_own_4xx_in_one_shape(client: TestClient, body: byt
     assert answer.json().keys() == set(ErrorAnswer.model_fields)
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
     assert "/" not in answer.json()["error"]["message"]
-    assert read_figures(client)[f"visionloop_requests_total{{{code}}}"] == 1
+    assert read_figures(client)[f"visionloop_requests_total{{{code},{status}}}"] == 1
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/predict", 405), ("GET", "/nope", 404)])
@@ -266,7 +266,7 @@ def test_our_own_bug_is_a_500_without_its_text(
     }
     assert f"request {answer.json()['request_id']} failed (the client's id: r-1)" in caplog.text
     assert "RuntimeError: /secret/path" in caplog.text
-    assert read_figures(client)["visionloop_requests_total{internal}"] == 1
+    assert read_figures(client)["visionloop_requests_total{internal,500}"] == 1
 
 
 def test_metrics_count_requests_images_batches_and_the_model(client: TestClient, slot: ModelSlot) -> None:
@@ -276,7 +276,7 @@ def test_metrics_count_requests_images_batches_and_the_model(client: TestClient,
     slot.num_swaps, slot.num_failures, slot.problem = 2, 5, "a problem"
     figures = read_figures(client)
     assert slot.current
-    assert figures["visionloop_requests_total{ok}"] == 3
+    assert figures["visionloop_requests_total{ok,200}"] == 3
     assert figures["visionloop_request_seconds_count{}"] == 4
     assert figures[f"visionloop_predicted_images_total{{{chosen}}}"] == 3
     assert figures["visionloop_batch_images_sum{}"] == 3

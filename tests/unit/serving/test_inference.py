@@ -124,7 +124,7 @@ def test_files_are_answered_as_predict_does_and_written_down(
     request_id = answer.json()["parameters"]["request_id"]
     assert [one.request_id for one in noted] == [f"{request_id}.0", f"{request_id}.1"]
     assert [(one.data, one.answer.prediction) for one in noted] == list(zip(files, expected, strict=True))
-    assert 'visionloop_requests_total{outcome="ok"} 2.0' in figures
+    assert 'visionloop_requests_total{outcome="ok",status="200"} 2.0' in figures
     assert 'visionloop_answered_images_total{by="network"} 5.0' in figures
 
 

@@ -174,3 +174,16 @@ def test_models_with_many_classes_do_not_fill_the_memory_with_series() -> None:
     ]
     assert len(lines) == MAX_LABELS + 1
     assert 'visionloop_predicted_images_total{prediction="(other)"} 50.0' in lines
+
+
+def test_a_server_that_has_served_nothing_has_figures_of_0(client: TestClient) -> None:
+    """Prometheus sees a rise from 0, and none of a figure that begins with its first event."""
+    text = client.get("/metrics").text
+    for line in (
+        'visionloop_requests_total{outcome="ok",status="200"} 0.0',
+        *(f'visionloop_answered_images_total{{by="{by}"}} 0.0' for by in ("network", "cache")),
+        *(f'visionloop_image_seconds_count{{step="{step}"}} 0.0' for step in ("queue", "decode", "network")),
+        'visionloop_request_seconds_bucket{le="30.0"} 0.0',  # the longest deadline has a bucket
+    ):
+        assert line in text.splitlines()
+    assert "_created" not in text

@@ -111,7 +111,7 @@ def test_a_retrain_under_way_began_as_people_say_it(tmp_path: Path, monkeypatch:
 def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:
     place = connect(make_settings(tmp_path), make_params({"name": "pets"}), store=LocalStore(tmp_path / "store"))
     page = render(make_watch(place, overview := read_overview(place, now=NOW)))
-    assert overview == Overview("pets", str(tmp_path), NOW.isoformat())
+    assert overview == Overview("pets", str(tmp_path), NOW.isoformat(), unsent=0)
     assert "no images yet" in page and "no candidate was judged yet" in page
     assert "<code>visionloop ingest PHOTOS --save</code>" in page
     assert "Reading the state of the loop" in render(Watch(place), whole=False), "before the first reading is done"
