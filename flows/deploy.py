@@ -53,7 +53,7 @@ from visionloop.words import describe_error
 
 TAG = "visionloop"
 FLOWS_DIR = Path(__file__).resolve().parent
-PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_REGION")
+PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 
 
 def check_server(api_url: str | None) -> None:
