@@ -315,12 +315,14 @@ def test_ray_up_takes_the_clusters(path: Path) -> None:
     starts = [value[f"{role}_start_ray_commands"][-1] for role in ("head", "worker")]
     assert all(". ~/visionloop.env" in line and "~/visionloop/.venv/bin/ray start" in line for line in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert "~/visionloop.env" in value["file_mounts"]
+    sent = dict(value["file_mounts"])
+    secrets = sent.pop("~/visionloop.env")
+    assert {f"~/visionloop/{path}": path for path in sent.values()} == sent
+    built = set(re.findall(r"^COPY ((?:[\w.]+ )+)", DOCKERFILE[: DOCKERFILE.index("AS serve-packages")], flags=re.M))
+    assert set(sent.values()) == {name for line in built for name in line.split()} | {"Makefile"}
     for command in (*value["setup_commands"], *starts):
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
-    done = subprocess.run(
-        ["git", "check-ignore", value["file_mounts"]["~/visionloop.env"]], cwd=ROOT, check=False, capture_output=True
-    )
+    done = subprocess.run(["git", "check-ignore", secrets], cwd=ROOT, check=False, capture_output=True)
     assert done.returncode == 0, "git never sees the secrets"
 
 
