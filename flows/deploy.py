@@ -52,7 +52,7 @@ from visionloop.settings import PARAMS_FILE, load_settings, tool_environment
 from visionloop.words import describe_error
 
 FLOWS_DIR = Path(__file__).resolve().parent
-PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_REGION")
+PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 
 
 def check_server(api_url: str | None) -> None:

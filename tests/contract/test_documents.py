@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INFRA_PAGES = sorted((ROOT / "infra").rglob("*.md"))
 PROSE = {"keeps", "has"}  # `visionloop keeps` at the start of a line is a sentence
 
 
@@ -61,7 +62,7 @@ def test_readme_names_only_commands_that_exist() -> None:
     assert named == set(COMMANDS), "a command that README.md does not tell of"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *INFRA_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_use_only_commands_and_options_that_exist(page: Path) -> None:
     """`visionloop X --option` in code spans and blocks; X may have a second word (`keys new`)."""
     text, missing = page.read_text(encoding="utf-8"), []

@@ -66,7 +66,7 @@ def test_each_type_of_pool_gets_its_job_variables(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow.example")
     monkeypatch.setenv("VISIONLOOP_STORE", str(home.parent / "store"))
-    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
     deploy(module, home, "--pool", "boxes", "--image", "pets:3")
     said = capsys.readouterr().out
     assert "made the docker pool boxes\n" in said
@@ -77,7 +77,7 @@ def test_each_type_of_pool_gets_its_job_variables(
     assert (found["work_pool_name"], variables["image"]) == ("boxes", "pets:3")
     assert variables["volumes"] == [f"{home}:{home}", f"{home.parent}/store:{home.parent}/store"]
     env = variables["env"]
-    assert (env["VISIONLOOP_STORE"], env["AWS_REGION"]) == (f"file://{home.parent}/store", "eu-central-1")
+    assert (env["VISIONLOOP_STORE"], env["AWS_DEFAULT_REGION"]) == (f"file://{home.parent}/store", "eu-central-1")
     assert env["TMPDIR"] == str(home / ".visionloop" / "tmp")
     assert not [value for value in env.values() if "secret" in value]
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/app/flows"}}
