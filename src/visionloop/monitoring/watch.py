@@ -28,6 +28,7 @@ from visionloop.monitoring.health import Check, check_colours, check_model, chec
 from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, make_metrics_text
 from visionloop.monitoring.report import Page, make_monitor_report
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
+from visionloop.promotion.drawings import PICTURE_PX, encode_picture
 from visionloop.promotion.evidence import write_page
 from visionloop.promotion.ledger import read_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
@@ -40,7 +41,6 @@ CAUGHT_UP = 14  # missed windows that are judged unasked
 LOOK_BACK = 90  # windows before it whose verdicts are read at most, for the reference and the usual volume
 VOLUMES = 14
 UNSENT = "unsent.json"
-PICTURE_PX = 200
 
 
 def watch_window(
@@ -287,7 +287,7 @@ class _Watch:
         """Write all that came out; the verdict last."""
         farthest = [_tell_image(rows.table, row, distance) for row, distance in judged.farthest]
         pictures = {
-            one["image_sha256"]: picture
+            one["image_sha256"]: encode_picture(picture)
             for one, (row, _) in zip(farthest, judged.farthest, strict=True)
             if (picture := self.log.open_kept(rows.table, row, PICTURE_PX)) is not None
         }
