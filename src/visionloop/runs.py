@@ -11,6 +11,8 @@ from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, R
 from visionloop.tracking_pages import make_note, make_used_dataset, make_verdict_tags
 from visionloop.workspace import Workspace
 
+CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/map")
+
 
 @dataclass(frozen=True)
 class Marks:
@@ -98,7 +100,10 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
 
 
 def _show_training(workspace: Workspace, parent: str) -> None:
-    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
+    """Copy what the candidate's training shows to the run of the retrain, and nest it there if it is in none.
+
+    MLflow's page of all runs shows those of retrains alone, until a person opens one.
+    """
     from visionloop.bundle import load_run_note
 
     tracking, candidate = workspace.tracking, read_marks(workspace).candidate
@@ -107,6 +112,14 @@ def _show_training(workspace: Workspace, parent: str) -> None:
         return
     run = tracking.load_run(note.run_id)
     tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
+    by_step: dict[int, dict[str, float]] = {}
+    for name, curve in tracking.load_curves(note.run_id, CURVES).items():
+        for step, value in curve:
+            by_step.setdefault(step, {})[name] = value
+    for step, figures in by_step.items():
+        tracking.log_metrics(parent, figures, step=step)
+    reports = workspace.settings.reports_dir
+    tracking.log_images(parent, sorted([*reports.glob("training/*.png"), *reports.glob("figures/*.png")]))
     if PARENT_TAG not in run.tags:  # it was finished before
         tracking.set_tags(run.run_id, {PARENT_TAG: parent})
 

@@ -44,6 +44,8 @@ def list_sections(stage: dict[str, Any]) -> set[str]:
 def test_the_repository_is_the_digits_workspace() -> None:
     assert (ROOT / "dvc.yaml").read_bytes() == (EXAMPLES / "dvc.yaml").read_bytes()
     assert (ROOT / "params.yaml").read_bytes() == (EXAMPLES / "digits" / "params.yaml").read_bytes()
+    assert (ROOT / ".dvc" / "plots.html").read_bytes() == (EXAMPLES / "plots.html").read_bytes()
+    assert "html_template = plots.html" in (ROOT / ".dvc" / "config").read_text()
 
 
 def test_examples_are_the_agreed_ones() -> None:

@@ -87,6 +87,7 @@ def test_plots_diff_shows_each_picture_of_both_and_needs_no_network(home: Path) 
     assert str(page) in told.replace("file://", "")
     text = page.read_text()
     assert "http" not in text, "dvc draws tables by scripts from a CDN"
+    assert "<title>Plots</title>" in text, "our page: pictures beside each other, none wider than the window"
     pictures = {path.relative_to(home).as_posix() for path in (home / "reports" / "figures").glob("*.png")}
     assert "reports/figures/confusion.png" in pictures
     for name in (*pictures, "reports/training/curve.png"):
