@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def require_merged(settings: Settings) -> None:
 
 
 def init_dvc(home: Path) -> None:
-    """Make the folder a dvc repository, if it is none. Raises PipelineError, SettingsError."""
+    """Make the folder a dvc repository with our page for plots, if it is none. Raises PipelineError, SettingsError."""
     if (home / ".dvc" / "config").is_file():
         return
     require_installed("dvc")
@@ -273,6 +274,10 @@ def init_dvc(home: Path) -> None:
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PipelineError("dvc init", f"failed ({done.stderr.strip()[-200:]})", "a dvc repository")
+    page = resources.files("visionloop.examples").joinpath("plots.html").read_bytes()
+    (home / ".dvc" / "plots.html").write_bytes(page)
+    with (home / ".dvc" / "config").open("a") as config:
+        config.write("[plots]\n    html_template = plots.html\n")
 
 
 def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:

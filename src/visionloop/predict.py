@@ -281,8 +281,8 @@ def draw_sheet(predictor: Predictor, files: Sequence[Path], *, most: int = SHEET
 
     Where an image's folder is named as a class, that is taken for the truth: the title is then green or red.
     """
-    places = dict.fromkeys(round(i * (len(files) - 1) / max(1, most - 1)) for i in range(min(most, len(files))))
-    chosen = [files[place] for place in places]
+    number = min(most, len(files))
+    chosen = [files[round(i * (len(files) - 1) / max(1, number - 1))] for i in range(number)]
     panels = []
     for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
         if not isinstance(answer, ImageError):

@@ -59,6 +59,8 @@ RunStep = Callable[[str, Callable[[], Any]], Any]
 # What dvc itself says around a stage's own lines, and the stage's error, which is raised and told.
 DVC_CHATTER = (
     *("Running stage", "Data and pipelines", "> ", "Updating lock", "Generating lock", "Use `dvc push`", "To "),
+    "WARNING: 'features' is empty",
+    "WARNING: 'reports/training' is empty",
     *("\tgit", "\tdvc", "Stage '", "ERROR: failed to reproduce", "error: "),
 )
 LOCK_TABLE = "RWLock-file"  # dvc says in several lines that it has taken a killed process out of its table of locks

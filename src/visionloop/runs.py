@@ -8,7 +8,10 @@ from typing import Any
 from visionloop.errors import LeaseLost, VisionLoopError
 from visionloop.records import Decision, Pin, compute_digest
 from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run
+from visionloop.tracking_pages import make_note, make_used_dataset, make_verdict_tags
 from visionloop.workspace import Workspace
+
+CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/map")
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,18 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
     A retrain that was stopped goes on in the same one. MLflow is not needed here: the training tells what is wrong.
     """
     from visionloop import pipeline
-    from visionloop.tracking_pages import make_used_dataset
 
     tracking, pin = workspace.tracking, Pin.from_json(dataset)
+    used = make_used_dataset(pin, workspace.store.url)
     key = compute_digest(pipeline.compute_state(workspace.settings.home, workspace.params, pin.digest))
     tags = {KIND_TAG: "retrain", RETRAIN_TAG: key, "visionloop.dataset_version": str(pin.version)}
+    tags |= make_note(f"A retrain on {used.describe()}")
     run_id: str | None = None
     status: str | None = "FAILED"
     with contextlib.suppress(VisionLoopError):
         known = tracking.find_tagged_run(RETRAIN_TAG, key)
         run_id = tracking.open_run(f"retrain-dataset{pin.version}", run_id=known, tags=tags, params={})
-        tracking.log_dataset(run_id, make_used_dataset(pin, workspace.store.url), "training")
+        tracking.log_dataset(run_id, used, "training")
     try:
         yield run_id
         status = "FINISHED"
@@ -96,7 +100,10 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
 
 
 def _show_training(workspace: Workspace, parent: str) -> None:
-    """Copy the figures of the candidate's training to the run of the retrain, and nest it there if it is in none."""
+    """Copy what the candidate's training shows to the run of the retrain, and nest it there if it is in none.
+
+    MLflow's page of all runs shows those of retrains alone, until a person opens one.
+    """
     from visionloop.bundle import load_run_note
 
     tracking, candidate = workspace.tracking, read_marks(workspace).candidate
@@ -105,6 +112,14 @@ def _show_training(workspace: Workspace, parent: str) -> None:
         return
     run = tracking.load_run(note.run_id)
     tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
+    by_step: dict[int, dict[str, float]] = {}
+    for name, curve in tracking.load_curves(note.run_id, CURVES).items():
+        for step, value in curve:
+            by_step.setdefault(step, {})[name] = value
+    for step, figures in by_step.items():
+        tracking.log_metrics(parent, figures, step=step)
+    reports = workspace.settings.reports_dir
+    tracking.log_images(parent, sorted([*reports.glob("training/*.png"), *reports.glob("figures/*.png")]))
     if PARENT_TAG not in run.tags:  # it was finished before
         tracking.set_tags(run.run_id, {PARENT_TAG: parent})
 
@@ -113,8 +128,8 @@ def note_verdict(workspace: Workspace, parent: str | None, decision: Decision) -
     """Tag the run of the retrain with what the gate said, as that of the training is."""
     if parent:
         with contextlib.suppress(VisionLoopError):
-            tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
-            workspace.tracking.set_tags(parent, tags)
+            known = workspace.tracking.load_run(parent).tags
+            workspace.tracking.set_tags(parent, make_verdict_tags(decision, known))
 
 
 def close_left_runs(workspace: Workspace) -> list[str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.errors import shorten
-from visionloop.records import Card, Pin
+from visionloop.records import Card, Decision, Pin
 from visionloop.secrets import mask
 
 MAX_DIGEST_CHARS = 36  # of a dataset, in MLflow
 REPORT = "evaluation/report.html"  # of a run's artifacts
 COMMIT_TAG = "visionloop.git_commit"
+NOTE_TAG, OUR_NOTE_TAG = "mlflow.note.content", "visionloop.note"
 PROCESS_WIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's own functions leave in the environment
 
 
@@ -41,6 +42,10 @@ class UsedDataset:
     @property
     def short_digest(self) -> str:
         return self.digest[:MAX_DIGEST_CHARS]
+
+    def describe(self) -> str:
+        """Return the dataset in words: `pets version 3 (1,283 images, 2 classes)`."""
+        return f"{self.title} ({self.num_images:,} images, {self.num_classes} classes)"
 
 
 def make_used_dataset(pin: Pin, store_url: str) -> UsedDataset:
@@ -68,6 +73,23 @@ def make_source_tags(kind: str, tags: Mapping[str, str], user: str) -> dict[str,
     more = {"mlflow.user": user, "mlflow.source.git.commit": commit}
     shown = {name: value for name, value in more.items() if value}
     return {"mlflow.source.name": f"visionloop {kind}", "mlflow.source.type": "LOCAL", **shown}
+
+
+def make_note(text: str) -> dict[str, str]:
+    """Return the tags that fill a run's description. The second tells it from what a person has written there since."""
+    return {NOTE_TAG: text, OUR_NOTE_TAG: text}
+
+
+def make_verdict_tags(decision: Decision, known: Mapping[str, str]) -> dict[str, str]:
+    """Return what a run shows of the gate's decision. `known`: its tags; a description by a person stays."""
+    tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
+    if known.get(NOTE_TAG, "") != known.get(OUR_NOTE_TAG, ""):
+        return tags
+    models = {"accuracy": decision.metrics, "champion": decision.champion_metrics}
+    figures = [f"{name} {found['accuracy']['value']:.4f}" for name, found in models.items() if "accuracy" in found]
+    data = decision.dataset
+    text = f"{decision.verdict} (decision {decision.number}): {', '.join(figures) or 'no figures'}"
+    return tags | make_note(f"{text}, on {decision.num_test:,} test images of {data['name']} version {data['version']}")
 
 
 def make_dataset_input(used: UsedDataset, context: str) -> Any:
@@ -154,7 +176,8 @@ def describe_restored(card: Card | None) -> tuple[str, dict[str, str], dict[str,
     train, version = card.params.get("train", {}), card.dataset.get("version")
     name = name_run(str(card.network.get("backbone", "")), train.get("way", ""), version)
     params = {f"train.{key}": value for key, value in train.items()}
-    return name, {"visionloop.dataset_version": str(version)}, params
+    words = make_note(f"Made for a bundle whose training is not known here: {card.name} version {version}")
+    return name, {"visionloop.dataset_version": str(version), **words}, params
 
 
 def describe_version(

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from visionloop.evaluation.answers import Answers
-from visionloop.evaluation.tables import make_class_table, make_prediction_table
 from visionloop.params import Params, load_params
 from visionloop.params.text import parse_yaml
 from visionloop.settings import tool_environment
@@ -26,7 +23,10 @@ STAGES = {
     "train": {"deps": {"data/dataset.json", "data/prepared", "features"}, "outs": {"models/candidate"}},
     "evaluate": {
         "deps": {"data/prepared", "models/candidate"},
-        "outs": {"reports/report.html", "reports/figures", "reports/intervals.json", "reports/slices.csv"},
+        "outs": {
+            *("reports/report.html", "reports/intervals.json"),
+            *("reports/predictions.csv", "reports/per_class.csv", "reports/slices.csv"),
+        },
     },
 }
 
@@ -44,6 +44,8 @@ def list_sections(stage: dict[str, Any]) -> set[str]:
 def test_the_repository_is_the_digits_workspace() -> None:
     assert (ROOT / "dvc.yaml").read_bytes() == (EXAMPLES / "dvc.yaml").read_bytes()
     assert (ROOT / "params.yaml").read_bytes() == (EXAMPLES / "digits" / "params.yaml").read_bytes()
+    assert (ROOT / ".dvc" / "plots.html").read_bytes() == (EXAMPLES / "plots.html").read_bytes()
+    assert "html_template = plots.html" in (ROOT / ".dvc" / "config").read_text()
 
 
 def test_examples_are_the_agreed_ones() -> None:
@@ -98,22 +100,10 @@ def test_stage_bears_one_name_everywhere(name: str) -> None:
     assert set(stage["outs"]) == STAGES[name]["outs"]
 
 
-def test_evaluate_declares_metrics_and_plots() -> None:
-    stage = load_stages()["evaluate"]
-    assert stage["metrics"] == ["reports/metrics.json"]
-    plots = {path: spec for plot in stage["plots"] for path, spec in plot.items()}
-    assert plots["reports/predictions.csv"] == {"template": "confusion", "x": "actual", "y": "predicted"}
-    assert set(plots) == {"reports/predictions.csv", "reports/per_class.csv"}
-
-
-def test_plots_name_columns_that_evaluate_writes() -> None:
-    none = np.zeros(0, np.int64)
-    answers = Answers(none, np.zeros((0, 2)), none, ("a", "b"), none)
-    tables = {"per_class.csv": make_class_table([]), "predictions.csv": make_prediction_table([], answers)}
-    for plot in load_stages()["evaluate"]["plots"]:
-        for path, spec in plot.items():
-            header = tables[Path(path).name].splitlines()[0].split(",")
-            assert {spec["x"], spec["y"]} <= set(header), path
+def test_metrics_are_few_and_plots_are_folders_of_pictures() -> None:
+    stages = load_stages()
+    assert stages["evaluate"]["metrics"] == ["reports/metrics.json"]
+    assert (stages["train"]["plots"], stages["evaluate"]["plots"]) == (["reports/training"], ["reports/figures"])
 
 
 @pytest.mark.parametrize("ignore_file", [ROOT / ".gitignore", EXAMPLES / "gitignore"], ids=["repository", "examples"])
@@ -121,7 +111,7 @@ def test_git_ignores_every_out_and_no_lineage(ignore_file: Path, tmp_path: Path)
     shutil.copy(ignore_file, tmp_path / ".gitignore")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     stages = load_stages().values()
-    outs = {out for stage in stages for out in stage["outs"]} | {"reports/metrics.json", "reports/predictions.csv"}
+    outs = {out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, ())}
     lineage = ["params.yaml", "dvc.yaml", "dvc.lock", "code.json", "data/dataset.json"]
     hidden = [".visionloop/store/x", "decisions/latest.json", ".env"]
     call = ["git", "-C", str(tmp_path), "check-ignore", *sorted(outs), *hidden, *lineage]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,8 +16,9 @@ from fakes import make_bundle, make_image
 from memory_tracking import MemoryTracking
 from visionloop.errors import DiskError, SettingsError, TrackingError
 from visionloop.params.text import parse_yaml
+from visionloop.records import Decision
 from visionloop.tracking import DIGEST_TAG, MlflowTracking, Tracking
-from visionloop.tracking_pages import UsedDataset
+from visionloop.tracking_pages import UsedDataset, make_note, make_verdict_tags
 
 NOWHERE = "0" * 32
 
@@ -82,6 +84,34 @@ def test_figures_are_curves_and_the_last_of_a_step_counts(tracking: Tracking) ->
         "val/loss": [(0, 1.0), (1, 0.5), (2, 0.125)],
         "nothing": [],
     }
+
+
+def test_a_verdict_is_the_description_of_a_run_and_a_persons_words_stay(tracking: Tracking) -> None:
+    decision = Decision(
+        name="pets",
+        number=7,
+        verdict="refused",
+        candidate="c" * 64,
+        champion="d" * 64,
+        test_digest="",
+        num_test=1234,
+        rules=(),
+        metrics={"accuracy": {"value": 0.91, "low": None, "high": None}},
+        champion_metrics={"accuracy": {"value": 0.95, "low": None, "high": None}},
+        state={},
+        dataset={"name": "pets", "version": 4, "digest": "e" * 64},
+        run_id=None,
+        decided_at="2026-11-29T20:11:00Z",
+    )
+    run_id = tracking.open_run("first", run_id=None, tags=make_note("resnet18, way frozen"), params={})
+    tracking.set_tags(run_id, make_verdict_tags(decision, tracking.load_run(run_id).tags))
+    tags = tracking.load_run(run_id).tags
+    words = "refused (decision 7): accuracy 0.9100, champion 0.9500, on 1,234 test images of pets version 4"
+    assert (tags["mlflow.note.content"], tags["visionloop.verdict"]) == (words, "refused")
+    tracking.set_tags(run_id, {"mlflow.note.content": "looked at all of them"})
+    tracking.set_tags(run_id, make_verdict_tags(replace(decision, number=8), tracking.load_run(run_id).tags))
+    tags = tracking.load_run(run_id).tags
+    assert (tags["mlflow.note.content"], tags["visionloop.decision"]) == ("looked at all of them", "8")
 
 
 def test_runs_come_newest_first_and_by_status(tracking: Tracking) -> None:

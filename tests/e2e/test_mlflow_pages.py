@@ -105,9 +105,31 @@ def test_dataset_and_source_are_filled_in_every_run(home: Path, server: str) -> 
         assert run.data.tags["mlflow.user"]
 
 
+def test_every_run_says_in_words_what_it_is(home: Path, server: str) -> None:
+    runs = list_runs(server)
+    accuracy = runs["train"][0].data.metrics["test/accuracy"]
+    words = [run.data.tags["mlflow.note.content"] for run in (*runs["train"], *runs["retrain"])]
+    assert words[1].startswith(f"passed (decision 2): accuracy {accuracy:.4f}, champion 0.")
+    assert words[1].endswith(" test images of shapes version 2")
+    decision = json.loads((home / "decisions" / "latest.json").read_text())
+    assert words[0].startswith(f"{decision['verdict']} (decision {decision['number']}): accuracy {accuracy:.4f}")
+    assert words[2] == words[0]
+
+
+def test_a_retrain_has_the_curves_of_its_training(home: Path, server: str) -> None:
+    client, runs = MlflowClient(server), list_runs(server)
+    (training,) = runs["train"]
+    for run in runs["retrain"]:
+        for name in ("val/loss", "val/accuracy", "train/loss"):
+            ours, theirs = (client.get_metric_history(one.info.run_id, name) for one in (run, training))
+            assert [(m.step, m.value) for m in ours] == [(m.step, m.value) for m in theirs]
+            assert ours[0].step == 1, "epochs are counted from 1"
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "best/epoch")] == [0], "a bar, no curve"
+
+
 def test_the_figures_of_a_training_are_pictures_on_its_page(home: Path, server: str) -> None:
     client = MlflowClient(server)
-    for run in list_runs(server)["train"]:
+    for run in [run for kind in list_runs(server).values() for run in kind]:
         names = {Path(file.path).name.partition("+")[0] for file in client.list_artifacts(run.info.run_id, "images")}
         assert {path.stem for path in (home / "reports" / "figures").glob("*.png")} <= names
         assert "curve" in names

@@ -71,13 +71,13 @@ def test_the_best_epoch_is_in_the_run(learned: tuple[Place, Audience, Path]) -> 
 
 
 def test_pictures_of_the_run(learned: tuple[Place, Audience, Path]) -> None:
-    place, _, _ = learned
+    place, _, work = learned
     artifacts = place.tracking.only["artifacts"]
     assert artifacts.count("figures/curve.png") == 1
     # Every second epoch, and the last one.
     assert [a for a in artifacts if "confusion" in a] == [f"figures/confusion/epoch-00{n}.png" for n in (2, 3)]
     assert {"figures/batch.png", "figures/augment.png"} <= set(artifacts)
-    with Image.open(place.settings.hidden_dir / "curve.png") as image:
+    with Image.open(work / "training" / "curve.png") as image:
         assert image.width > 2 * image.height
 
 

@@ -306,6 +306,25 @@ def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, m
     assert lines == ["3 of 3 were answered by a run that stopped"]
 
 
+@pytest.mark.parametrize(("number", "most", "shown"), [(6, 24, 6), (1, 24, 1), (5, 3, 3)])
+def test_a_sheet_shows_all_of_few_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, most: int, shown: int
+) -> None:
+    make_bundle(tmp_path / "bundle")
+    files = [tmp_path / f"{place}.png" for place in range(number)]
+    for place, file in enumerate(files):
+        file.write_bytes(make_image(place))
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        "visionloop.predict.draw_prediction_sheet",
+        lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
+    )
+    draw_sheet(Predictor.load(tmp_path / "bundle"), files, most=most)
+    assert len(set(drawn[:-1])) == len(drawn) - 1 == shown, "none twice"
+    assert (drawn[0], drawn[-2]) == ("0.png", f"{number - 1}.png"), "from the first to the last"
+    assert drawn[-1].startswith(f"{shown} of {number} images, bundle ")
+
+
 def test_a_sheet_shows_the_truth_where_the_folder_names_a_class(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")

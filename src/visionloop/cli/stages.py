@@ -125,7 +125,7 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
         lines.append("an experiment (ingest.split.method: random): every epoch was judged on the test side")
     if best := describe_best(run.metrics, section.monitor):
         lines.append(f"  best         {best}")
-    curve = settings.hidden_dir / "curve.png"
+    curve = settings.reports_dir / "training" / "curve.png"
     if curve.is_file():
         lines.append(f"  curve        {shorten_path(curve, home, here)}")
     lines += [

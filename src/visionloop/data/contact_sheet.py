@@ -5,6 +5,7 @@ a picture can be drawn again at any time.
 """
 
 import io
+import itertools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ ANSWERED_PX, ANSWERED_LEAST_PX, ANSWERED_BAND = 800, 256, 58
 ELLIPSIS = "…"
 LONGEST = 300  # characters; a longer line is cut before it is measured
 NOWHERE = "\U0010ffff"  # a character that no font draws
+Glyph = tuple[str, ImageFont.FreeTypeFont]
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _paste(page: Image.Image, image: UInt8Array, x: int, y: int, cell_px: int) -
     ImageDraw.Draw(page).rectangle((x, y, x + cell_px - 1, y + cell_px - 1), fill=GROUND)
     picture = Image.fromarray(image)
     ratio = cell_px / max(picture.size)
+    ratio = ratio if ratio < 2 else int(ratio)  # by a whole factor, so that all its pixels are alike
     width, height = (max(1, round(side * ratio)) for side in picture.size)
     # Small images keep visible pixels: a digit of 8 x 8 that is scaled up smoothly looks out of focus.
     picture = picture.resize((width, height), Image.Resampling.NEAREST if ratio >= 2 else Image.Resampling.LANCZOS)
@@ -181,23 +184,34 @@ def _write(draw: ImageDraw.ImageDraw, at_xy: tuple[int, int], text: str, style: 
     """
     size_px, ink = style
     text = " ".join(text.split())
-    text, font = _choose_font(_shorten(text, LONGEST) if len(text) > LONGEST else text, size_px)
-    if font.getlength(text) > width:
-        keep = len(text) - 1
-        while keep > 1 and font.getlength(_shorten(text, keep)) > width:
-            keep -= 1
-        text = _shorten(text, keep)
-    draw.text(at_xy, text, fill=ink, font=font)
-    return round(font.getlength(text))
+    if len(text) > LONGEST:
+        text = text[: LONGEST - LONGEST // 2] + ELLIPSIS + text[-(LONGEST // 2) :]
+    glyphs = _choose_fonts(text, size_px)
+    runs, keep = _join_runs(glyphs), len(glyphs)
+    while keep > 1 and _measure(runs) > width:
+        keep -= 1
+        tail = keep // 2
+        runs = _join_runs([*glyphs[: keep - tail], (ELLIPSIS, glyphs[0][1]), *glyphs[len(glyphs) - tail :]])
+    x, y = at_xy
+    if len(runs) > 1:
+        y += runs[0][1].getmetrics()[0]  # scripts beside each other stand on one line, however high their fonts are
+    for run, font in runs:
+        draw.text((x, y), run, fill=ink, font=font, anchor="la" if len(runs) == 1 else "ls")
+        x += round(font.getlength(run))
+    return round(_measure(runs))
 
 
-def _shorten(text: str, keep: int) -> str:
-    tail = keep // 2
-    return text[: keep - tail] + ELLIPSIS + text[len(text) - tail :]
+def _join_runs(glyphs: Sequence[Glyph]) -> list[Glyph]:
+    """Join neighbours of one font: letters are shaped by those beside them."""
+    return [("".join(c for c, _ in run), font) for font, run in itertools.groupby(glyphs, key=lambda glyph: glyph[1])]
 
 
-def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Return the text as it can be drawn, and the font for it.
+def _measure(runs: Sequence[Glyph]) -> float:
+    return sum(font.getlength(run) for run, font in runs)
+
+
+def _choose_fonts(text: str, size_px: int) -> list[Glyph]:
+    """Return the characters of a text as they can be drawn, each with its font: one for all, if there is one.
 
     Pillow's own font has ASCII only. Other scripts (Latin, Greek, Cyrillic, Arabic, Hebrew) use DejaVu Sans, if
     matplotlib is installed, and what that has not a font of this machine. A character that no font has is written
@@ -207,11 +221,19 @@ def _choose_font(text: str, size_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
     fonts = [font for font in (_load_pillow_font(size_px), _load_dejavu(size_px)) if font]
     for font in fonts:
         if all(_has(font, character) for character in text):
-            return text, font
+            return [(c, font) for c in text]
     if len(fonts) > 1 and (path := find_file(text)):
-        return text, _load_font(path, size_px)
-    font = fonts[-1]
-    return "".join(c if _has(font, c) else _spell(font, c) for c in text), font
+        return [(c, _load_font(path, size_px)) for c in text]
+    return [_choose_glyph(character, fonts, size_px) for character in text]
+
+
+def _choose_glyph(character: str, fonts: Sequence[ImageFont.FreeTypeFont], size_px: int) -> Glyph:
+    ours = fonts[-1]
+    if _has(ours, character):
+        return character, ours
+    if len(fonts) > 1 and (path := find_file(character)):
+        return character, _load_font(path, size_px)
+    return _spell(ours, character), ours
 
 
 def _spell(font: ImageFont.FreeTypeFont, character: str) -> str:

@@ -298,11 +298,8 @@ def _log_to_run(workspace: Workspace, bundle_digest: str, metrics: dict[str, Int
     if note is None:
         return {}
     tracking = workspace.tracking
-    values = {f"test/{metric}": interval.value for metric, interval in metrics.items()}
-    for name, interval in metrics.items():
-        if interval.low is not None and interval.high is not None:
-            values |= {f"test/{name}_low": interval.low, f"test/{name}_high": interval.high}
-    tracking.log_metrics(note.run_id, values)
+    # Without the bounds, which intervals.json has: MLflow draws a chart of each figure, before those of the epochs.
+    tracking.log_metrics(note.run_id, {f"test/{metric}": interval.value for metric, interval in metrics.items()})
     tracking.log_artifact(note.run_id, settings.reports_dir / "figures", "evaluation/figures")
     tracking.log_images(note.run_id, sorted((settings.reports_dir / "figures").glob("*.png")))
     for file in ("report.html", "metrics.json", "intervals.json", "per_class.csv", "slices.csv"):

@@ -77,6 +77,9 @@ td.text, th.text { text-align: left; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--w), transparent var(--w)); }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; white-space: normal; }
 td.value { text-align: left; white-space: normal; }
+@media (max-width: 560px) { main { padding: 20px 12px 48px; }
+  figure { overflow-x: auto; } figure img { max-width: 640px; }
+  th, td { padding: 6px 8px; white-space: normal; } td small { display: block; } td.value { min-width: 55vw; } }
 """
 
 

@@ -3,8 +3,6 @@
 One HTML file that needs nothing else. Every text is escaped by Jinja. The styles are those of the report of a retrain.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +19,6 @@ from visionloop.promotion.report import format_interval
 from visionloop.records import Interval
 
 SHOWN_CLASSES = 30
-PICTURE_QUALITY = 80
 HEADLINES = {
     "broken": "Broken: the data is not sound, so nothing is said of the model",
     "drift": "Drift: the images are not like those before",
@@ -53,12 +50,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows. `pictures`: sha256 -> image (Pillow), of those of `farthest` that were kept."""
+    """All that a page shows. `pictures`: sha256 -> data URI, of those of `farthest` that were kept."""
 
     verdict: Verdict
     shares: Sequence[ClassShare]
     farthest: Sequence[Mapping[str, Any]]
-    pictures: Mapping[str, Any]
+    pictures: Mapping[str, str]
     expected: Interval | None
     labelled: LabelledAccuracy
 
@@ -92,7 +89,7 @@ def make_monitor_report(page: Page) -> str:
             for one in shares
         ],
         more_classes=len(page.shares) - len(shares),
-        farthest=[{**one, "picture": _encode(page.pictures.get(one["image_sha256"]))} for one in page.farthest],
+        farthest=[{**one, "picture": page.pictures.get(one["image_sha256"], "")} for one in page.farthest],
     )
 
 
@@ -116,15 +113,6 @@ def _make_rows(verdict: Verdict, kind: str) -> list[dict[str, Any]]:
         }
         for check in sorted(rows, key=lambda one: order[one["state"]])
     ]
-
-
-def _encode(picture: Any) -> str:
-    """Return a picture as a data URL; "" without one."""
-    if picture is None:
-        return ""
-    sink = io.BytesIO()
-    picture.save(sink, "JPEG", quality=PICTURE_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 @cache

@@ -29,7 +29,7 @@ from visionloop.monitoring.collect import Log, Rows, filter_model, join_rows, lo
 from visionloop.monitoring.health import Check, check_colours, check_model, check_requests, check_traffic
 from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
-from visionloop.promotion.ledger import read_history, require_entry
+from visionloop.promotion.ledger import iterate_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.workspace import Workspace
 
@@ -40,7 +40,6 @@ CAUGHT_UP = 14  # missed windows that are judged unasked
 LOOK_BACK = 90  # windows before it whose verdicts are read at most, for the reference and the usual volume
 VOLUMES = 14
 UNSENT = "unsent.json"
-PICTURE_PX = 200
 
 
 def watch_window(
@@ -286,10 +285,11 @@ class _Watch:
     def _write(self, verdict: Verdict, judged: Judged, facts: Facts, rows: Rows) -> None:
         """Write all that came out; the verdict last."""
         from visionloop.monitoring.report import Page, make_monitor_report
+        from visionloop.promotion.drawings import PICTURE_PX, encode_picture
 
         farthest = [_tell_image(rows.table, row, distance) for row, distance in judged.farthest]
         pictures = {
-            one["image_sha256"]: picture
+            one["image_sha256"]: encode_picture(picture)
             for one, (row, _) in zip(farthest, judged.farthest, strict=True)
             if (picture := self.log.open_kept(rows.table, row, PICTURE_PX)) is not None
         }
@@ -314,8 +314,10 @@ def _find_champion(workspace: Workspace, span: Span) -> LedgerEntry:
     Raises:
         PromotionError: there is no champion at all.
     """
-    before = [e for e in read_history(workspace.store, workspace.name) if datetime.fromisoformat(e.at) < span.end]
-    return before[-1] if before else require_entry(workspace.store, workspace.name)
+    for entry in iterate_history(workspace.store, workspace.name):
+        if datetime.fromisoformat(entry.at) < span.end:
+            return entry
+    return require_entry(workspace.store, workspace.name)
 
 
 def _tell_image(table: "pa.Table", row: int, distance: float) -> dict[str, Any]:

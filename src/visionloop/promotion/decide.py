@@ -51,6 +51,7 @@ from visionloop.promotion.score import (
 )
 from visionloop.records import Card, Decision, ImageRecord, Interval, LedgerEntry, Pin, RuleResult
 from visionloop.store import ObjectStore
+from visionloop.tracking_pages import make_verdict_tags
 from visionloop.workspace import Workspace
 
 Score = Callable[[Predictor], Scores]
@@ -171,8 +172,8 @@ def _conclude(workspace: Workspace, decision: Decision, write_page: Callable[[De
     if decision.run_id:
         if page:
             workspace.tracking.log_artifact(decision.run_id, page, "decision")
-        tags = {"visionloop.verdict": decision.verdict, "visionloop.decision": str(decision.number)}
-        workspace.tracking.set_tags(decision.run_id, tags)
+        known = workspace.tracking.load_run(decision.run_id).tags
+        workspace.tracking.set_tags(decision.run_id, make_verdict_tags(decision, known))
     return decision
 
 

@@ -1,12 +1,16 @@
 """Small drawings for the report of a retrain, as SVG text: they follow the page's colours, light and dark. Pure.
 
-Numbers alone stand in them. Names of classes are in the page itself, whose fonts the reader's browser chooses.
+And photos as they stand in a page. Numbers alone stand in the drawings. Names of classes are in the page itself, whose
+fonts the reader's browser chooses.
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
+from PIL import Image
 
 from visionloop.evaluation.metrics import ConfidenceBin
 from visionloop.evaluation.resampling import compute_wilson
@@ -15,6 +19,7 @@ from visionloop.records import Interval
 LEAST_ROOM = 0.005  # of a scale: figures that read the same must not fill it
 SIDE, LEFT, BELOW, ABOVE = 300, 38, 30, 10
 ROLES = ("candidate", "champion")
+FRAME_PX, PICTURE_PX, PICTURE_QUALITY = 120, 280, 80  # the least frame of a page; twice the largest, for sharp screens
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,22 @@ class Span:
     def place(self, value: float) -> float:
         """Return where a value lies, from 0 (left end) to 1; values beyond an end lie on it."""
         return min(max((value - self.low) / ((self.high - self.low) or 1.0), 0.0), 1.0)
+
+
+def encode_picture(image: Image.Image) -> str:
+    """Return an image as a data URI that a page shows at its own size at most.
+
+    One that is small in its frame is enlarged by a whole factor, and a PNG: the page's style leaves its pixels sharp.
+    """
+    image, sink = image.convert("RGB"), io.BytesIO()
+    factor = FRAME_PX // max(image.size)
+    if factor >= 2:
+        image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST).save(sink, "PNG")
+    else:
+        image.thumbnail((PICTURE_PX, PICTURE_PX))
+        image.save(sink, "JPEG", quality=PICTURE_QUALITY)
+    kind = "png" if factor >= 2 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def choose_span(intervals: Sequence[Interval], *lines: float) -> Span:

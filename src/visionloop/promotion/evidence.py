@@ -3,7 +3,6 @@
 The page is for people. What cannot be had for it (a picture that is gone, curves while MLflow is away) is left out.
 """
 
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,13 @@ from visionloop.data.manifest import load_version, load_version_records, make_im
 from visionloop.errors import VisionLoopError
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.slices import make_slices
+from visionloop.promotion.drawings import encode_picture
 from visionloop.promotion.judge import Aligned
 from visionloop.promotion.report import Judged, RetrainFacts, approve_page, choose_pictures, make_retrain_report
 from visionloop.records import Card, Decision, ImageRecord, LedgerEntry
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace, get_user
 
-PICTURE_PX, PICTURE_QUALITY = 200, 80
 CURVES = ("train/loss", "val/loss")
 LEAK_WORDS = {
     "across": "test images with a near duplicate on another side",
@@ -97,18 +96,15 @@ def collect_facts(workspace: Workspace, decision: Decision, asked: Asked, champi
     )
 
 
-def _load_pictures(store: ObjectStore, names: Sequence[str]) -> dict[str, bytes]:
-    """Return small JPEGs of images, those that are missing or damaged left out."""
+def _load_pictures(store: ObjectStore, names: Sequence[str]) -> dict[str, str]:
+    """Return images as data URIs, those that are missing or damaged left out."""
     pictures = {}
     for sha256 in names:
         try:
-            image = decode_image(store.get(make_image_key(sha256)), sha256, max_pixels=None).convert("RGB")
+            image = decode_image(store.get(make_image_key(sha256)), sha256, max_pixels=None)
         except VisionLoopError:
             continue
-        image.thumbnail((PICTURE_PX, PICTURE_PX))
-        sink = io.BytesIO()
-        image.save(sink, "JPEG", quality=PICTURE_QUALITY)
-        pictures[sha256] = sink.getvalue()
+        pictures[sha256] = encode_picture(image)
     return pictures
 
 

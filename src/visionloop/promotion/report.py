@@ -4,7 +4,6 @@ The verdict first, each rule with its numbers; candidate beside champion; the im
 slices; how far the confidence can be believed; what the data and the params changed. Every text is escaped by Jinja.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -89,11 +88,10 @@ def choose_pictures(facts: RetrainFacts) -> list[str]:
     return list(dict.fromkeys(facts.sha256_n[row] for row in rows))
 
 
-def make_retrain_report(facts: RetrainFacts, pictures: Mapping[str, bytes]) -> str:
-    """Return the page as HTML. `pictures`: sha256 -> JPEG, of the images that `choose_pictures` names."""
+def make_retrain_report(facts: RetrainFacts, shown: Mapping[str, str]) -> str:
+    """Return the page as HTML. `shown`: sha256 -> data URI, of the images that `choose_pictures` names."""
     decision = facts.decision
     models = {"candidate": facts.candidate, **({"champion": facts.champion} if facts.champion else {})}
-    shown = {sha256: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for sha256, data in pictures.items()}
     return _load_template().render(
         decision=decision,
         headline=_make_headline(facts),

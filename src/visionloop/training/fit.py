@@ -1,6 +1,7 @@
 """The stage `train`: prepared arrays to models/candidate. Resumable by epoch, in the same MLflow run.
 
-.visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  and when it is finished: bundle/  done.json
+.visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  training/  and when it is finished: bundle/
+                                      done.json
 
 What is finished stays there until other inputs come: dvc deletes models/candidate before it runs the stage again, also
 when it was killed before it had taken the bundle.
@@ -32,6 +33,7 @@ from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle
+from visionloop.training.plots import SHOWN
 from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import compare_facts, join_world, share
 from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
@@ -40,7 +42,7 @@ from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import DONE, link_folder, list_work, lock_work, replace_folder, write_file
 from visionloop.workspace import Workspace
 
-KEPT = frozenset({"bundle", DONE, "run.json"})  # of its work folder
+KEPT = frozenset({"bundle", SHOWN, DONE, "run.json"})  # of its work folder
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -253,15 +255,19 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
 
 
 def _deliver(work: Path, job: Job, note: RunNote) -> None:
-    """Put a finished bundle at models/candidate, and close its run. Whatever fails here, the next process does again.
+    """Put a finished bundle at models/candidate, its curve into reports/, and close its run.
+
+    Whatever fails here, the next process does again. A way without epochs has no curve: its folder is empty.
 
     Raises:
         TrackingError: MLflow cannot be reached; the bundle is there.
     """
     settings = job.settings
     write_file(settings.runs_dir / f"{note.bundle}.json", canonical_json(note.to_json()))
-    link_folder(work / "bundle", work / "candidate")
-    replace_folder(work / "candidate", settings.candidate_dir)
+    (work / SHOWN).mkdir(exist_ok=True)
+    for made, target in ((SHOWN, settings.reports_dir / SHOWN), ("bundle", settings.candidate_dir)):
+        link_folder(work / made, work / "delivered")
+        replace_folder(work / "delivered", target)
     if job.tracking.load_run(note.run_id).status != "FINISHED":
         job.tracking.close_run(note.run_id)
     remove_checkpoints(job, work.name)

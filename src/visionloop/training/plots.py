@@ -8,6 +8,7 @@ from typing import Any
 from visionloop.evaluation.plots import BLUE, GREEN, MUTED, RED, open_figure
 from visionloop.training.watch import EpochReport
 
+SHOWN = "training"  # the folder of the curve, of the work folder and of reports/
 LOG_SCALE_FROM = 20  # the largest over the smallest value, from which on a logarithm shows more
 DOTS_UP_TO = 40
 RATE = "Learning rate"

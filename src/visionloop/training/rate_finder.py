@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from visionloop.errors import TrainingError
 from visionloop.evaluation.plots import BLUE, GREEN, MUTED, PALE_BLUE, open_figure
 from visionloop.tracking import KIND_TAG
-from visionloop.tracking_pages import make_used_dataset
+from visionloop.tracking_pages import make_note, make_used_dataset
 from visionloop.training.batches import Batch
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.fit import translated
@@ -148,6 +148,7 @@ def search_rate(
     """
     pin, path = job.prepared.pin, job.settings.hidden_dir / FIGURE
     tags = {KIND_TAG: "lr-find", "visionloop.dataset_version": str(pin.version)}
+    tags |= make_note("A learning rate is looked for: one step at each rate, rising")
     name = f"lr-find-{job.params.train.network_name}"
     if job.params.train.solves_head:
         job.watcher.tell("head: is solved without a learning rate; `train.solver: epochs` uses the one that is found")

@@ -15,7 +15,7 @@ from typing import Any
 
 from visionloop.records import canonical_json
 from visionloop.tracking import CALL_ERRORS, PARENT_TAG
-from visionloop.tracking_pages import make_used_dataset, name_run
+from visionloop.tracking_pages import make_note, make_used_dataset, name_run
 from visionloop.training.job import Job
 from visionloop.workfolder import write_file
 
@@ -28,9 +28,10 @@ def open_run(work: Path, job: Job) -> str:
     """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError."""
     known, params = _load(work), flatten_params(job)
     train, pin = job.params.train, job.prepared.pin
-    name = name_run(train.network_name, train.way, pin.version)
+    name, used = name_run(train.network_name, train.way, pin.version), make_used_dataset(pin, job.store.url)
     token = known.get("token") or secrets.token_hex(16)
-    tags = {**_make_tags(job), TOKEN_TAG: token}
+    words = make_note(f"{train.network_name}, way {train.way}, on {used.describe()}")
+    tags = {**_make_tags(job), **words, TOKEN_TAG: token}
     run_id = known.get("run_id")
     if run_id is None and "token" in known:
         run_id = job.tracking.find_tagged_run(TOKEN_TAG, token)
@@ -39,7 +40,7 @@ def open_run(work: Path, job: Job) -> str:
     if run_id is None:
         write_file(work / FILE, canonical_json({"token": token}))
     run_id = job.tracking.open_run(name, run_id=run_id, tags=tags, params=params)
-    job.tracking.log_dataset(run_id, make_used_dataset(job.prepared.pin, job.store.url), "training")
+    job.tracking.log_dataset(run_id, used, "training")
     if parent := job.settings.parent_run:  # a retrain that goes on with a training of before takes it in
         job.tracking.set_tags(run_id, {PARENT_TAG: parent})
     remember_run(work, run_id, token)

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from visionloop.errors import ParamsError, TrainingError
 from visionloop.tracking import KIND_TAG, PARENT_TAG
-from visionloop.tracking_pages import make_used_dataset
+from visionloop.tracking_pages import make_note, make_used_dataset
 from visionloop.training.checks import TrainingData
 from visionloop.training.fit import learn, make_job, translate_error
 from visionloop.training.job import Call, Job
@@ -82,6 +82,7 @@ def _open_parent(tuning: Tuning) -> str:
     space = {f"space.{key}": value for key, value in section.model_dump(mode="json")["space"].items()}
     known = tuning.study.user_attrs.get("run_id")
     params = {f"tune.{key}": value for key, value in {**flat, **space}.items()}
+    tags |= make_note(f"A search of {', '.join(section.space)} by {section.metric}; each trial is a run in it")
     run_id = tuning.base.tracking.open_run("tune", run_id=known, tags=tags, params=params)
     tuning.base.tracking.log_dataset(
         run_id, make_used_dataset(tuning.base.prepared.pin, tuning.base.store.url), "training"
@@ -127,6 +128,7 @@ def _train_trial(
     flat = {f"train.{key}": value for key, value in values.items()}
     version = tuning.base.prepared.pin.version
     tags = {KIND_TAG: "trial", PARENT_TAG: parent, "visionloop.dataset_version": str(version)}
+    tags |= make_note(", ".join(f"{key} {value}" for key, value in values.items()))
     run_id = tracking.open_run(f"trial-{trial.number + 1:03d}", run_id=None, tags=tags, params=flat)
     tracking.log_dataset(run_id, make_used_dataset(tuning.base.prepared.pin, tuning.base.store.url), "training")
     trial.set_user_attr("run_id", run_id)

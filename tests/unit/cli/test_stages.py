@@ -35,14 +35,15 @@ def test_everything_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     context = make_context(tmp_path, f"sqlite:///{tmp_path}/.visionloop/mlflow/mlflow.db", tensorboard=True)
     (context.settings.hidden_dir / "tensorboard").mkdir(parents=True)
-    (context.settings.hidden_dir / "curve.png").write_bytes(b"")
+    (context.settings.reports_dir / "training").mkdir(parents=True)
+    (context.settings.reports_dir / "training" / "curve.png").write_bytes(b"")
     note = RunNote("b" * 64, RUN, None, "now", 1.0, {"validated_on": "test"})
     lines = describe_training(context, note, 75.0)
     assert lines == [
         "trained resnet18 (scratch)",
         "an experiment (ingest.split.method: random): every epoch was judged on the test side",
         "  best         epoch 9  val/loss 0.2500  val/accuracy 0.8750  val/f1 0.8000",
-        "  curve        .visionloop/curve.png",
+        "  curve        reports/training/curve.png",
         "  MLflow       visionloop ui",
         "               experiment pets, run resnet18-dataset3",
         "  TensorBoard  tensorboard --logdir .visionloop/tensorboard",

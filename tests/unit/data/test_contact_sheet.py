@@ -1,7 +1,9 @@
 """Grids of labelled images and pairs: positions on the page, read back from its pixels."""
 
 import io
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,11 @@ def find(page: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, 
     """Top, left, height and width of the pixels of one color."""
     rows, columns = np.nonzero((np.abs(page - color) <= 2).all(axis=2))
     return rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
+
+
+def spell(text: str) -> str:
+    """Return a text as it is drawn."""
+    return "".join(character for character, _ in contact_sheet._choose_fonts(text, 14))
 
 
 def count_ink(page: np.ndarray) -> int:
@@ -65,7 +72,15 @@ def test_a_long_label_is_cut_in_its_middle_and_stays_in_its_cell() -> None:
     ink = np.nonzero((page.max(axis=2) < 100).any(axis=0))[0]
     assert ink.min() >= contact_sheet.MARGIN
     assert ink.max() < contact_sheet.MARGIN + 80
-    assert contact_sheet._shorten("german_shorthaired_pointer", 8) == "germ…nter"
+    written: list[str] = []
+    pen = SimpleNamespace(text=lambda at_xy, run, **style: written.append(run))
+    width = contact_sheet._write(pen, (0, 0), "german_shorthaired_pointer", contact_sheet.LABEL, 90)
+    (run,) = written
+    left, _, right = run.partition("…")
+    assert "german_shorthaired_pointer".startswith(left)
+    assert "german_shorthaired_pointer".endswith(right)
+    assert 0 <= len(left) - len(right) <= 1
+    assert 70 < width <= 90
 
 
 @pytest.mark.parametrize(
@@ -82,17 +97,43 @@ def test_what_the_font_cannot_draw_is_spelt_out(
     label: str, with_dejavu: str, without: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contact_sheet, "find_file", lambda text: None)  # a machine without other fonts
-    assert contact_sheet._choose_font(label, 14)[0] == with_dejavu
+    assert spell(label) == with_dejavu
     monkeypatch.setattr(contact_sheet, "_load_dejavu", lambda size_px: None)
-    assert contact_sheet._choose_font(label, 14)[0] == without
+    assert spell(label) == without
 
 
 def test_a_font_of_the_machine_draws_what_ours_lack_but_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     dejavu = contact_sheet._load_dejavu(14)
     assert dejavu is not None
     monkeypatch.setattr(contact_sheet, "find_file", lambda text: dejavu.path)  # as if that font had every character
-    assert contact_sheet._choose_font("猫", 14)[0] == "猫"
-    assert contact_sheet._choose_font("a\x00\u202eb猫", 14)[0] == r"a\x00\u202eb猫"
+    assert spell("猫") == "猫"
+    assert spell("a\x00\u202eb猫") == r"a\x00\u202eb猫"
+
+
+def test_names_in_two_scripts_that_no_font_has_together_are_both_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    dejavu = contact_sheet._load_dejavu(14)
+    assert dejavu is not None
+    other = str(dejavu.path).replace("Sans.ttf", "Sans-Bold.ttf")
+    monkeypatch.setattr(contact_sheet, "find_file", lambda text: other if set(text) <= set("猫马") else None)
+    glyphs = contact_sheet._choose_fonts("猫马 87 % (кот)", 14)
+    runs = contact_sheet._join_runs(glyphs)
+    assert [run for run, _ in runs] == ["猫马", " 87 % (кот)"]
+    written: list[tuple[tuple[int, int], str, str]] = []
+    pen = SimpleNamespace(text=lambda at_xy, run, anchor, **style: written.append((at_xy, run, anchor)))
+    contact_sheet._write(pen, (5, 7), "猫马 87 % (кот)", contact_sheet.LABEL, 1000)
+    (first, _, anchor), (second, _, _) = written
+    assert anchor == "ls", "on one line"
+    assert (first[0], second[0]) == (5, 5 + round(runs[0][1].getlength("猫马")))
+    assert first[1] == second[1] > 7
+
+
+def test_pixels_of_a_tiny_image_are_all_enlarged_alike() -> None:
+    stripes = np.zeros((28, 28, 3), np.uint8)
+    stripes[:, ::2] = RED
+    page = read_page(draw_contact_sheet([Cell(stripes, "")], "", cell_px=160))
+    row = page[contact_sheet.MARGIN + contact_sheet.TITLE_H + 80]
+    reds = [len(list(run)) for red, run in itertools.groupby((row == RED).all(axis=1)) if red]
+    assert reds == [5] * 14
 
 
 def test_pairs_stand_side_by_side_under_their_caption() -> None:

@@ -63,13 +63,13 @@ def make_font(path: Path, text: str) -> Path:
 def test_a_picture_takes_a_font_of_this_machine(
     only_ours: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert contact_sheet._choose_font("马 87%", 14)[0] == "\\u9a6c 87%"
+    assert "".join(drawn for drawn, _ in contact_sheet._choose_fonts("马 87%", 14)) == "\\u9a6c 87%"
     font = make_font(tmp_path / "squares.ttf", "马 87%")
     font_manager.fontManager.addfont(font)
     for cached in (fonts._find_family, fonts._list_charmaps):
         cached.cache_clear()
-    text, found = contact_sheet._choose_font("马 87%", 14)
-    assert (text, found.path) == ("马 87%", str(font))
+    glyphs = contact_sheet._choose_fonts("马 87%", 14)
+    assert [(drawn, found.path) for drawn, found in glyphs] == [(char, str(font)) for char in "马 87%"]
     assert number_names(["cat", "马"]) == {"cat": "cat", "马": "马"}
 
 

@@ -1,5 +1,6 @@
 """The report of a retrain: what it says, that it stands alone, and that a browser shows it on a phone."""
 
+import base64
 import io
 import re
 import subprocess
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from browser import CHROMIUM
+from browser import CHROMIUM, browsing
 from fakes import make_card
 from visionloop.data.compare import compare_records
 from visionloop.evaluation.answers import Answers, compute_answer_metrics
 from visionloop.evaluation.slices import Slice
 from visionloop.params import Evaluate
-from visionloop.promotion.drawings import choose_span, draw_strip
+from visionloop.promotion.drawings import choose_span, draw_strip, encode_picture
 from visionloop.promotion.report import Judged, RetrainFacts, choose_pictures, make_retrain_report
 from visionloop.records import Decision, Interval, RuleResult
 
@@ -71,14 +72,9 @@ def make_facts(
     )
 
 
-def make_picture() -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 12), "red").save(sink, "JPEG")
-    return sink.getvalue()
-
-
-def render(facts: RetrainFacts) -> str:
-    return make_retrain_report(facts, {sha256: make_picture() for sha256 in choose_pictures(facts)})
+def render(facts: RetrainFacts, size: tuple[int, int] = (16, 12)) -> str:
+    picture = encode_picture(Image.new("RGB", size, "red"))
+    return make_retrain_report(facts, dict.fromkeys(choose_pictures(facts), picture))
 
 
 def read_text(page: str) -> str:
@@ -153,7 +149,7 @@ def test_names_are_escaped_and_nothing_is_loaded() -> None:
     page = render(facts)
     assert "<script" not in page
     assert "onerror" in read_text(page)
-    assert set(re.findall(r'src="([^"]{0,16})', page)) == {"data:image/jpeg;"}
+    assert set(re.findall(r'src="([^"]{0,14})', page)) == {"data:image/png"}
     assert not re.search(r"(?:https?:)?//(?!www\.w3\.org)", re.sub(r'src="[^"]*"', "", page))
 
 
@@ -175,6 +171,50 @@ def test_bounds_that_read_the_same_draw_a_point() -> None:
     drawn = draw_strip({"candidate": interval}, choose_span([interval]))
     left, right = map(float, re.findall(r'x[12]="([\d.]+)"', drawn))
     assert 0 < right - left < 7, "no wider than its dot"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected", "kind"),
+    [
+        ((8, 8), (120, 120), "png"),
+        ((32, 20), (96, 60), "png"),
+        ((61, 61), (61, 61), "jpeg"),
+        ((300, 300), (280, 280), "jpeg"),
+        ((1024, 768), (280, 210), "jpeg"),
+        ((3000, 2), (280, 1), "jpeg"),
+    ],
+)
+def test_a_picture_is_enlarged_by_whole_factors_alone(
+    size: tuple[int, int], expected: tuple[int, int], kind: str
+) -> None:
+    image = Image.new("RGBA", size, "red")
+    image.putpixel((0, 0), (0, 0, 255, 255))
+    head, _, data = encode_picture(image).partition(",")
+    assert head == f"data:image/{kind};base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+        assert shown.size == expected
+        if kind == "png":
+            factor = expected[0] // size[0]
+            blue = (np.asarray(shown) == (0, 0, 255)).all(axis=2)
+            assert blue.sum() == factor**2, "each pixel is a sharp square"
+
+
+def test_a_browser_shows_no_picture_larger_than_it_is(tmp_path: Path) -> None:
+    page, found = tmp_path / "report.html", {}
+    with browsing() as browser:
+        for size in ((32, 32), (90, 60), (1024, 768)):
+            page.write_text(render(make_facts(("cat", "dog"), 70), size), encoding="utf-8")
+            browser.open(f"{page.as_uri()}?{size[0]}")
+            found[size] = browser.run(
+                "[...document.querySelectorAll('.photo img')].map(i => [i.naturalWidth, i.naturalHeight,"
+                " getComputedStyle(i).objectFit, getComputedStyle(i).imageRendering].join(' '))"
+            )
+    assert {size: set(rows) for size, rows in found.items()} == {
+        (32, 32): {"96 96 scale-down pixelated"},
+        (90, 60): {"90 60 scale-down auto"},
+        (1024, 768): {"280 210 scale-down auto"},
+    }
+    assert len(found[32, 32]) > 20, "of the changed, and of the sheet"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -22,7 +22,7 @@ def make_views(job: Job, run_id: str, work: Path, history: Sequence[EpochReport]
     section = job.params.train
     views: list[pl.Callback] = [GradientView(), MemoryView()]
     if job.watcher.wants_pictures:
-        views.append(CurveView(job, run_id, history))
+        views.append(CurveView(job, run_id, work, history))
         if section.way not in WAYS_ON_EMBEDDINGS:
             views.append(make_sample_view(job, run_id, work))
         if job.params.compute.confusion_every and section.on == "train":

@@ -25,7 +25,7 @@ from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
 from visionloop.training.module import ClassifierModule
-from visionloop.training.plots import find_best, write_curve
+from visionloop.training.plots import SHOWN, find_best, write_curve
 from visionloop.training.views.view import View
 from visionloop.training.watch import EpochReport, Phase, StepReport
 
@@ -190,10 +190,10 @@ class MemoryView(View):
 
 
 class CurveView(View):
-    """Draws losses, figures and learning rate over all epochs, also those before a resume; a copy is in .visionloop."""
+    """Draws losses, figures and learning rate over all epochs, also those before a resume."""
 
-    def __init__(self, job: Job, run_id: str, history: Sequence[EpochReport]) -> None:
-        self.job, self.run_id, self.reports = job, run_id, list(history)
+    def __init__(self, job: Job, run_id: str, work: Path, history: Sequence[EpochReport]) -> None:
+        self.job, self.run_id, self.work, self.reports = job, run_id, work, list(history)
 
     def show_epoch(self, trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
         self.reports.append(report)
@@ -207,7 +207,8 @@ class CurveView(View):
 
     def _show(self) -> None:
         if self.reports:
-            path = self.job.settings.hidden_dir / "curve.png"
+            path = self.work / SHOWN / "curve.png"
+            path.parent.mkdir(exist_ok=True)
             write_curve(self.reports, path)
             self.job.tracking.log_artifact(self.run_id, path, "figures")
             self.job.tracking.log_images(self.run_id, [path])
