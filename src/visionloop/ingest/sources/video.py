@@ -201,7 +201,7 @@ def _watch(source: VideoSource, context: SourceContext, spool: Spool, where: str
         context.tell(f"{where}: no `label`: its frames come in for prediction only")
     with open_camera(source, context, spool, where) as camera:
         if camera.file:
-            film = Film(camera.place, camera.file, [Segment(0.0, None, labels)])
+            film = Film(camera.stream.place, camera.file, [Segment(0.0, None, labels)])
             with Player() as player:
                 yield from _read_film(film, source, context, _Tools(player, spool, None))
         else:
