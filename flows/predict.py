@@ -12,7 +12,9 @@ import steps
 import told
 from visionloop.engines import make_opener
 from visionloop.errors import BusyError, ParamsError
-from visionloop.predict import Table, find_new, predict_in_chunks
+from visionloop.predict.chunks import predict_in_chunks
+from visionloop.predict.files import find_new
+from visionloop.predict.tables import Table
 from visionloop.promotion.models import load_approved_model
 from visionloop.words import make_log_progress
 from visionloop.workspace import Workspace, open_workspace

@@ -19,7 +19,7 @@ from visionloop.errors import ParamsError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.features.embed import embed
 from visionloop.params.train import check_threshold
-from visionloop.predict import FilePrediction
+from visionloop.predict.files import FilePrediction
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel

@@ -13,7 +13,7 @@ from fakes import make_image
 from shapes import ROOT
 from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
-from visionloop.predict import find_new
+from visionloop.predict.files import find_new
 from visionloop.workspace import Workspace, connect
 from watched import make_watched
 
@@ -98,7 +98,7 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.
     inbox.mkdir()
     for number in range(3):
         (inbox / f"{number}.png").write_bytes(make_image(number))
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 2)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 2)
     write = told.module.Table.write
 
     def stop(*_: Any) -> None:
@@ -164,5 +164,5 @@ def test_a_file_that_is_gone_again_is_not_new(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "b.png").write_bytes(make_image(2))
     found = find_new([str(tmp_path)], tmp_path / "none")
     assert ([one.name for one in found[0]], found[1].name) == (["a.png", "b.png"], "000001.parquet")
-    monkeypatch.setattr("visionloop.predict.find_images", lambda paths, may_be_none: [tmp_path / "gone.png"])
+    monkeypatch.setattr("visionloop.predict.files.find_images", lambda paths, may_be_none: [tmp_path / "gone.png"])
     assert find_new([str(tmp_path)], tmp_path / "none")[0] == []

@@ -12,10 +12,13 @@ import pytest
 from PIL import Image
 
 from fakes import make_bundle, make_image
+from visionloop.cli.pictures import draw_sheet
 from visionloop.data.encoded import name_readable
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
-from visionloop.predict import FilePrediction, Table, draw_sheet, find_images, predict_files, predict_in_chunks
+from visionloop.predict.chunks import predict_in_chunks
+from visionloop.predict.files import FilePrediction, find_images, predict_files
+from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 
 
@@ -254,8 +257,8 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
     make_bundle(tmp_path / "bundle")
     predictor, files = Predictor.load(tmp_path / "bundle"), find_images([str(photos)])
     table, work = plan(tmp_path / "out.csv"), tmp_path / "work"
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 5)
-    monkeypatch.setattr("visionloop.predict.REPORT_EVERY", 1)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 5)
+    monkeypatch.setattr("visionloop.predict.files.REPORT_EVERY", 1)
     seen: list[int] = []
 
     def stop(done: int, total: int) -> None:
@@ -280,7 +283,7 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
 
 
 def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 1)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 1)
     make_bundle(tmp_path / "one")
     make_bundle(tmp_path / "two", seed=5)
     table, work, lines = plan(tmp_path / "out.csv"), tmp_path / "work", list[str]()

@@ -18,7 +18,7 @@ from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
-    from visionloop.predict import FilePrediction
+    from visionloop.predict.files import FilePrediction
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 
@@ -70,7 +70,9 @@ def predict(
       visionloop predict photo.jpg --bundle pets@3
     """
     from visionloop.cli.pictures import AnswerPictures, require_png
-    from visionloop.predict import Table, find_images, predict_files, predict_in_chunks
+    from visionloop.predict.chunks import predict_in_chunks
+    from visionloop.predict.files import find_images, predict_files
+    from visionloop.predict.tables import Table
 
     workspace = open_workspace()
     table = Table.plan(out, format)
@@ -110,8 +112,7 @@ def _tell_counts(
     show: "Shown", predictor: "Predictor", files: Sequence[Path], saved: "AnswerPictures | None", sheet: Path | None
 ) -> None:
     """Tell what the answers came to and where their pictures are; draw the sheet."""
-    from visionloop.cli.pictures import write_picture
-    from visionloop.predict import draw_sheet
+    from visionloop.cli.pictures import draw_sheet, write_picture
 
     numbers = _describe_numbers(predictor.card.classes)
     if len(files) > 1:

@@ -116,9 +116,9 @@ class Follower:
 
     def add(self, time_s: float, seconds: float, probs_k: NDArray[np.floating], doubt: str | None) -> list[Segment]:
         """Take the next frame, which is shown for so long; return the segments that have ended."""
-        probs_k = probs_k.astype(np.float64)
-        self._waiting.append(_Shown(time_s, seconds, probs_k, doubt))
-        sides = [*_split(probs_k, self._card), _two_sides(float(doubt is not None))]
+        shown = _Shown(time_s, seconds, np.asarray(probs_k, np.float64), doubt)
+        self._waiting.append(shown)
+        sides = [*_split(shown.probs_k, self._card), _two_sides(float(doubt is not None))]
         for finder, side_k, columns in zip(self._finders, sides, self._columns, strict=True):
             finder.add(side_k, seconds)
             if self._most_waiting is not None:
