@@ -14,7 +14,7 @@ from fakes import make_image
 from shapes import write_shapes
 from trainings import Ear, Place, make_place
 from visionloop.bundle import load_bundle
-from visionloop.cli.serving import describe_answer
+from visionloop.cli.predict import describe_answer
 from visionloop.errors import ParamsError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.features.embed import embed

@@ -36,7 +36,7 @@ _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
 _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
 _HIDDEN = re.compile(r"^.*@")
 # Here nobody can tell whether a password with a / in it ends at the @: what is before it would be shown as the host.
-_UNCLEAR = re.compile(r"^[a-zA-Z]+://[^/?#@]*:[^/?#@]*[/?#].*@")
+_UNCLEAR = re.compile(r"^[a-zA-Z]+://[^/?#]*[:@][^/?#]*[/?#].*@")
 # Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).
 RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
 

@@ -1,6 +1,6 @@
 """How `visionloop predict` shows an answer."""
 
-from visionloop.cli.serving import describe_answer
+from visionloop.cli.predict import describe_answer
 from visionloop.predict.files import FilePrediction
 from visionloop.records import Prediction
 

@@ -1,0 +1,236 @@
+"""`visionloop predict` on a stream: lines as they come, for people or as JSON, to a file and to a webhook."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from visionloop.cli.progress import format_seconds
+from visionloop.lifetime import Terminated, terminable
+
+if TYPE_CHECKING:
+    from visionloop.params.monitor import Webhook
+    from visionloop.predict.files import FilePrediction
+    from visionloop.predict.live import Line, Watch, WatchPlan
+    from visionloop.predict.outbox import Outbox
+    from visionloop.predictor import Predictor
+    from visionloop.workspace import Workspace
+
+EVENTS = ("change", "lost", "back")
+LIVE_EVERY_S = 0.5
+WIDTH = 78
+_HOST = re.compile(r"://(?:.*@)?([\w.-]+(?::\d+)?|\[[0-9A-Fa-f:]+\](?::\d+)?)(?=[/?#]|$)")
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Where the lines go. `quiet`: no live line and no word about the beginning; `as_json`: JSON lines on stdout."""
+
+    out: Path | None = None
+    quiet: bool = False
+    as_json: bool = False
+
+
+def allow_typed_host(path: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Let the host that a person has typed be a private one, as cameras are. Addresses of metadata never are."""
+    from visionloop.web.download import PRIVATE_HOSTS
+
+    typed = _HOST.search(path)
+    return {**env, PRIVATE_HOSTS: f"{env.get(PRIVATE_HOSTS, '')} {typed[1] if typed else ''}".strip()}
+
+
+def watch_camera(
+    workspace: "Workspace", predictor: "Predictor", plan: "WatchPlan", telling: Telling, webhook: "Webhook | None"
+) -> "FilePrediction | None":
+    """Watch a stream until a limit, Ctrl-C or SIGTERM. An address that is a video file gives its answer instead.
+
+    Raises:
+        SourceError: the address is wrong, or gives no frame. DiskError: `out` cannot be written.
+    """
+    from visionloop.predict.live import Watch
+
+    watch = Watch(plan, predictor)
+    stream = watch.connect()
+    if stream.file:
+        from visionloop.predict.files import predict_video
+        from visionloop.video.player import Player
+
+        with tempfile.TemporaryDirectory(prefix="visionloop-") as folder, Player() as player:
+            found = predict_video(predictor, stream.file.download(Path(folder) / "video"), plan.sampling, player)
+        return dataclasses.replace(found, path=plan.shown)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_lines(telling.out)) if telling.out else None
+        outbox = open_outbox(workspace, plan, webhook) if webhook else None
+        show = Shower(
+            telling, file, lambda line: send_event(outbox, workspace.name, line), describe_begin(plan, predictor)
+        )
+        why = "limit"
+        try:
+            with terminable():
+                for line in watch.run(stream):
+                    show.take(line, watch)
+        except KeyboardInterrupt as exc:
+            why = "terminated" if isinstance(exc, Terminated) else "stopped"
+        finally:
+            lines = watch.end(why)  # whatever has happened, the camera is let go
+        for line in lines:
+            show.take(line, watch)
+        for told in close_outbox(outbox):
+            show.warn(told)
+    return None
+
+
+class Shower:
+    """Tells each line where it is wanted, and what goes on in a line of its own on a terminal."""
+
+    def __init__(self, telling: Telling, file: IO[str] | None, send: "Callable[[Line], None]", begin: str) -> None:
+        self._telling, self._file, self._send = telling, file, send
+        self._begin = "" if telling.quiet or telling.as_json else begin
+        self._is_live = sys.stdout.isatty() and not telling.quiet and not telling.as_json
+        self._shown_at, self._is_drawn = 0.0, False
+
+    def take(self, line: "Line | None", watch: "Watch") -> None:
+        """Tell a line; None: show how it goes. Raises DiskError."""
+        if self._begin and watch.num_answered:
+            self._print(self._begin)
+            self._begin = ""
+        if line is None:
+            self._draw(watch)
+            return
+        if self._file:
+            write_line(self._file, line)
+        if self._telling.as_json:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            self._print(describe_line(line))
+        if line["kind"] in EVENTS:
+            self._send(line)
+
+    def warn(self, line: str) -> None:
+        """Tell what is no line of the camera."""
+        self._clear()
+        print(line, file=sys.stderr, flush=True)
+
+    def _print(self, line: str) -> None:
+        self._clear()
+        print(line, flush=True)
+
+    def _clear(self) -> None:
+        if self._is_drawn:
+            print(f"\r{'':<{WIDTH}}\r", end="", flush=True)
+        self._is_drawn = False
+
+    def _draw(self, watch: "Watch") -> None:
+        now = time.monotonic()
+        if self._is_live and now - self._shown_at >= LIVE_EVERY_S:
+            self._shown_at, self._is_drawn = now, True
+            print(f"\r{describe_state(watch)[:WIDTH]:<{WIDTH}}", end="", flush=True)
+
+
+def describe_begin(plan: "WatchPlan", predictor: "Predictor") -> str:
+    """Say what is watched."""
+    every = f"a frame every {plan.sampling.every_s:g} s"
+    return f"watching {plan.shown}: {every}, by bundle {predictor.digest[:12]}; Ctrl-C stops"
+
+
+def describe_state(watch: "Watch") -> str:
+    """Return what is seen now, and how many frames were answered and passed over."""
+    last = watch.last
+    said = "no frame yet"
+    if last:
+        answer = last.prediction or "no label"
+        said = f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"
+    passed = f", {watch.num_passed_over:,} passed over" if watch.num_passed_over else ""
+    return f"{said}  {watch.num_answered:,} frames{passed}  {format_seconds(watch.took_s)}"
+
+
+def describe_line(line: "Line") -> str:
+    """Return a line of a camera for people, by the clock of this machine."""
+    kind = line["kind"]
+    at = f"{datetime.fromisoformat(line.get('since') or line.get('at') or line['time']).astimezone():%H:%M:%S}"
+    if kind == "lost":
+        return f"{at}  lost: {line['why']}; trying again"
+    if kind == "back":
+        return f"{at}  back after {format_seconds(line['after_s'])}"
+    if kind == "end":
+        return describe_end(line)
+    said = _say(line["prediction"], line["abstained"])
+    if kind == "frame":
+        return f"{at}  {said} {line['confidence']:.0%}"
+    before = line["before_s"]
+    after = f" (after {format_seconds(before)} of {_say(line['before'], line['before_abstained'])})" if before else ""
+    doubt = f": {line['abstained']}" if line["abstained"] else f" {line['confidence']:.0%}"
+    return f"{at}  {said}{doubt}{after}"
+
+
+def describe_end(line: "Line") -> str:
+    """Return what a watch came to."""
+    frames, passed, lost = line["frames"], line["passed_over"], line["lost"]
+    parts = [f"{frames:,} frame{'s' * (frames != 1)} in {format_seconds(line['duration_s'])}"]
+    if passed:
+        parts.append(f"{passed:,} passed over: an answer took {line['network_ms']:.0f} ms")
+    parts += [f"{line['changes']:,} change{'s' * (line['changes'] != 1)}"]
+    parts += [f"lost {lost:,} time{'s' * (lost != 1)}"] if lost else []
+    seen = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(line["seconds"].items())[:8])
+    return f"{'; '.join(parts)}" + (f"; seen: {seen}" if seen else "")
+
+
+def _say(prediction: str, abstained: str | None) -> str:
+    return "don't know" if abstained else prediction or "no label"
+
+
+@contextlib.contextmanager
+def open_lines(path: Path) -> "Iterator[IO[str]]":
+    """Open a file that lines are appended to. Raises SourceError, DiskError."""
+    from visionloop.errors import DiskError, SourceError
+
+    if path.suffix.lower() != ".jsonl":
+        raise SourceError("--out", f"got {path.name!r}", "a file that ends in .jsonl, as a stream has no last row")
+    try:
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as exc:
+        raise DiskError(
+            f"--out {path}", f"cannot be written ({exc.strerror})", "a file in a folder that is there"
+        ) from exc
+    with file:
+        yield file
+
+
+def write_line(file: IO[str], line: "Line") -> None:
+    """Append a line, so that whoever follows the file has it at once. Raises DiskError."""
+    from visionloop.errors import DiskError
+
+    try:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+    except OSError as exc:
+        raise DiskError(f"--out {file.name}", f"cannot be written ({exc.strerror})", "free space") from exc
+
+
+def open_outbox(workspace: "Workspace", plan: "WatchPlan", webhook: "Webhook") -> "Outbox":
+    """Open what sends the events of a camera. Raises BusyError."""
+    from visionloop.predict.outbox import Outbox
+
+    return Outbox(workspace.settings.hidden_dir / "predict" / "webhook", plan.shown, webhook, os.environ)
+
+
+def send_event(outbox: "Outbox | None", name: str, line: "Line") -> None:
+    """Give an event to the webhook, if there is one. Raises DiskError."""
+    if outbox:
+        text = f"{name}: {line['source']}: {describe_line(line)}"
+        outbox.put({"event": f"visionloop.predict.{line['kind']}", "name": name, "text": text, **line})
+
+
+def close_outbox(outbox: "Outbox | None") -> list[str]:
+    """Send what waits; return what is to be told of it."""
+    return outbox.describe(outbox.close()) if outbox else []
