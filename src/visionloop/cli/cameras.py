@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from visionloop.cli.progress import format_seconds
-from visionloop.lifetime import Terminated, terminable
 
 if TYPE_CHECKING:
     from visionloop.params.monitor import Webhook
@@ -74,20 +73,34 @@ def watch_camera(
         show = Shower(
             telling, file, lambda line: send_event(outbox, workspace.name, line), describe_begin(plan, predictor)
         )
-        why = "limit"
         try:
-            with terminable():
+            with stop_on_signals(watch):
                 for line in watch.run(stream):
                     show.take(line, watch)
-        except KeyboardInterrupt as exc:
-            why = "terminated" if isinstance(exc, Terminated) else "stopped"
         finally:
-            lines = watch.end(why)  # whatever has happened, the camera is let go
+            lines = watch.end()  # whatever has happened, the camera is let go
         for line in lines:
             show.take(line, watch)
         for told in close_outbox(outbox):
             show.warn(told)
     return None
+
+
+@contextlib.contextmanager
+def stop_on_signals(watch: "Watch") -> "Iterator[None]":
+    """Let Ctrl-C and SIGTERM end a watch in order, between two lines. The second one ends it where it is."""
+
+    def stop(number: int, frame: object) -> None:
+        watch.stop("stopped" if number == signal.SIGINT else "terminated")
+        for each, old in before.items():
+            signal.signal(each, old)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old)
 
 
 class Shower:

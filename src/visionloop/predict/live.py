@@ -69,7 +69,7 @@ class WatchPlan:
 
 
 class Watch:
-    """One camera and one model. `connect`, then `run` to its end, then `end`, which also closes after an interrupt."""
+    """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`."""
 
     def __init__(self, plan: WatchPlan, predictor: Predictor) -> None:
         self.plan, self._predictor = plan, predictor
@@ -79,6 +79,8 @@ class Watch:
         self.network_s = 0.0
         self._began = time.monotonic()
         self._session: _Session | None = None
+        self._why = "limit"
+        self._is_asked_to_stop = False
         self._before: Segment | None = None
         self._waiting: tuple[float, Prediction] | None = None  # the newest frame: how long it is shown is not known yet
         self._follower = self._make_follower()
@@ -126,14 +128,18 @@ class Watch:
             yield from self._pause(wait_s)
             wait_s, stream = min(2 * wait_s, MAX_WAIT_S), None
 
-    def end(self, why: str) -> list[Line]:
+    def stop(self, why: str) -> None:
+        """Let `run` come to its end within half a second. For handlers of signals, too."""
+        self._why, self._is_asked_to_stop = why, True
+
+    def end(self) -> list[Line]:
         """Close; return the changes that were not told yet, and what it came to."""
         self._stop()
         lines = list(self._settle())
         took_s = self.took_s
         each_s = self.network_s / self.num_answered if self.num_answered else None
         summary = {
-            "why": why,
+            "why": self._why,
             "duration_s": round(took_s, 3),
             "frames": self.num_answered,
             "passed_over": self.num_passed_over,
@@ -203,7 +209,7 @@ class Watch:
             yield from self._tell_change(current)
 
     def _tell_change(self, segment: Segment) -> Iterator[Line]:
-        before = self._before
+        before, self._before = self._before, segment
         if before is None or _key(before) != _key(segment):
             self.num_changes += 1
             labels = {} if segment.labels is None else {"labels": list(segment.labels)}
@@ -219,8 +225,7 @@ class Watch:
                 before_s=round(before.end_s - before.start_s, 3) if before else None,
             )
         else:  # it goes on; after a gap it is the same one too
-            segment = replace(segment, start_s=before.start_s)
-        self._before = segment
+            self._before = replace(segment, start_s=before.start_s)
 
     def _make_line(self, kind: str, **more: Any) -> Line:
         return {"kind": kind, "time": _format_time(time.time()), "source": self.plan.shown, **more}
@@ -244,11 +249,15 @@ class Watch:
         return math.inf if self.plan.seconds is None else self._began + self.plan.seconds - time.monotonic()
 
     def _is_over(self) -> bool:
-        return self._left_s() <= 0 or (self.plan.frames is not None and self.num_answered >= self.plan.frames)
+        return (
+            self._is_asked_to_stop
+            or self._left_s() <= 0
+            or (self.plan.frames is not None and self.num_answered >= self.plan.frames)
+        )
 
     def _pause(self, wait_s: float) -> Iterator[None]:
         until = time.monotonic() + wait_s
-        while (left_s := min(until - time.monotonic(), self._left_s())) > 0:
+        while not self._is_over() and (left_s := min(until - time.monotonic(), self._left_s())) > 0:
             time.sleep(min(TICK_S, left_s))
             yield None
 
