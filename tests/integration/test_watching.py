@@ -18,10 +18,11 @@ from http_server import Answer, serve
 from mjpeg_camera import PATH, Camera, Plan, film
 from shapes import ROOT
 from videos import RED, WHITE, Film, write_video
-from visionloop.cli.cameras import allow_typed_host, describe_line
+from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import SourceError
 from visionloop.predict.files import Sampling
-from visionloop.predict.live import Line, StreamEnded, Watch, WatchPlan
+from visionloop.predict.lines import Line, describe_line
+from visionloop.predict.live import StreamEnded, Watch, WatchPlan
 from visionloop.predictor import Predictor
 
 LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever

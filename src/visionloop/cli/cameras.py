@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -20,12 +19,11 @@ from visionloop.cli.progress import format_seconds
 if TYPE_CHECKING:
     from visionloop.params.monitor import Webhook
     from visionloop.predict.files import FilePrediction
-    from visionloop.predict.live import Line, Watch, WatchPlan
-    from visionloop.predict.outbox import Outbox
+    from visionloop.predict.lines import Line
+    from visionloop.predict.live import Watch, WatchPlan
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 
-EVENTS = ("change", "lost", "back")
 LIVE_EVERY_S = 0.5
 WIDTH = 78
 _HOST = re.compile(r"://(?:.*@)?([\w.-]+(?::\d+)?|\[[0-9A-Fa-f:]+\](?::\d+)?)(?=[/?#]|$)")
@@ -56,6 +54,7 @@ def watch_camera(
     Raises:
         SourceError: the address is wrong, or gives no frame. DiskError: `out` cannot be written.
     """
+    from visionloop.predict.lines import open_lines
     from visionloop.predict.live import Watch
 
     watch = Watch(plan, predictor)
@@ -69,10 +68,11 @@ def watch_camera(
         return dataclasses.replace(found, path=plan.shown)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_lines(telling.out)) if telling.out else None
-        outbox = open_outbox(workspace, plan, webhook) if webhook else None
-        show = Shower(
-            telling, file, lambda line: send_event(outbox, workspace.name, line), describe_begin(plan, predictor)
-        )
+        place, box = workspace.settings.hidden_dir, None
+        if webhook:
+            box = Outbox.open(place, plan.shown, webhook, os.environ)
+        show = Shower(telling, file, partial(box.tell, workspace.name) if box else None)
+        show.begin = "" if telling.quiet or telling.as_json else describe_begin(plan, predictor)
         try:
             with stop_on_signals(watch):
                 for line in watch.run(stream):
@@ -81,7 +81,7 @@ def watch_camera(
             lines = watch.end()  # whatever has happened, the camera is let go
         for line in lines:
             show.take(line, watch)
-        for told in close_outbox(outbox):
+        for told in box.close() if box else ():
             show.warn(told)
     return None
 
@@ -106,17 +106,21 @@ def stop_on_signals(watch: "Watch") -> "Iterator[None]":
 class Shower:
     """Tells each line where it is wanted, and what goes on in a line of its own on a terminal."""
 
-    def __init__(self, telling: Telling, file: IO[str] | None, send: "Callable[[Line], None]", begin: str) -> None:
+    def __init__(
+        self, telling: Telling, file: IO[str] | None, send: "Callable[[Line], None] | None", begin: str
+    ) -> None:
         self._telling, self._file, self._send = telling, file, send
-        self._begin = "" if telling.quiet or telling.as_json else begin
+        self.begin = "" if telling.quiet or telling.as_json else begin
         self._is_live = sys.stdout.isatty() and not telling.quiet and not telling.as_json
         self._shown_at, self._is_drawn = 0.0, False
 
     def take(self, line: "Line | None", watch: "Watch") -> None:
         """Tell a line; None: show how it goes. Raises DiskError."""
-        if self._begin and watch.num_answered:
-            self._print(self._begin)
-            self._begin = ""
+        from visionloop.predict.lines import describe_line, write_line
+
+        if self.begin and watch.num_answered:
+            self._print(self.begin)
+            self.begin = ""
         if line is None:
             self._draw(watch)
             return
@@ -126,7 +130,7 @@ class Shower:
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
             self._print(describe_line(line))
-        if line["kind"] in EVENTS:
+        if self._send:
             self._send(line)
 
     def warn(self, line: str) -> None:
@@ -165,85 +169,3 @@ def describe_state(watch: "Watch") -> str:
         said = f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"
     passed = f", {watch.num_passed_over:,} passed over" if watch.num_passed_over else ""
     return f"{said}  {watch.num_answered:,} frames{passed}  {format_seconds(watch.took_s)}"
-
-
-def describe_line(line: "Line") -> str:
-    """Return a line of a camera for people, by the clock of this machine."""
-    kind = line["kind"]
-    at = f"{datetime.fromisoformat(line.get('since') or line.get('at') or line['time']).astimezone():%H:%M:%S}"
-    if kind == "lost":
-        return f"{at}  lost: {line['why']}; trying again"
-    if kind == "back":
-        return f"{at}  back after {format_seconds(line['after_s'])}"
-    if kind == "end":
-        return describe_end(line)
-    said = _say(line["prediction"], line["abstained"])
-    if kind == "frame":
-        return f"{at}  {said} {line['confidence']:.0%}"
-    before = line["before_s"]
-    after = f" (after {format_seconds(before)} of {_say(line['before'], line['before_abstained'])})" if before else ""
-    doubt = f": {line['abstained']}" if line["abstained"] else f" {line['confidence']:.0%}"
-    return f"{at}  {said}{doubt}{after}"
-
-
-def describe_end(line: "Line") -> str:
-    """Return what a watch came to."""
-    frames, passed, lost = line["frames"], line["passed_over"], line["lost"]
-    parts = [f"{frames:,} frame{'s' * (frames != 1)} in {format_seconds(line['duration_s'])}"]
-    if passed:
-        parts.append(f"{passed:,} passed over: an answer took {line['network_ms']:.0f} ms")
-    parts += [f"{line['changes']:,} change{'s' * (line['changes'] != 1)}"]
-    parts += [f"lost {lost:,} time{'s' * (lost != 1)}"] if lost else []
-    seen = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(line["seconds"].items())[:8])
-    return f"{'; '.join(parts)}" + (f"; seen: {seen}" if seen else "")
-
-
-def _say(prediction: str, abstained: str | None) -> str:
-    return "don't know" if abstained else prediction or "no label"
-
-
-@contextlib.contextmanager
-def open_lines(path: Path) -> "Iterator[IO[str]]":
-    """Open a file that lines are appended to. Raises SourceError, DiskError."""
-    from visionloop.errors import DiskError, SourceError
-
-    if path.suffix.lower() != ".jsonl":
-        raise SourceError("--out", f"got {path.name!r}", "a file that ends in .jsonl, as a stream has no last row")
-    try:
-        file = path.open("a", encoding="utf-8", errors="backslashreplace")
-    except OSError as exc:
-        raise DiskError(
-            f"--out {path}", f"cannot be written ({exc.strerror})", "a file in a folder that is there"
-        ) from exc
-    with file:
-        yield file
-
-
-def write_line(file: IO[str], line: "Line") -> None:
-    """Append a line, so that whoever follows the file has it at once. Raises DiskError."""
-    from visionloop.errors import DiskError
-
-    try:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-    except OSError as exc:
-        raise DiskError(f"--out {file.name}", f"cannot be written ({exc.strerror})", "free space") from exc
-
-
-def open_outbox(workspace: "Workspace", plan: "WatchPlan", webhook: "Webhook") -> "Outbox":
-    """Open what sends the events of a camera. Raises BusyError."""
-    from visionloop.predict.outbox import Outbox
-
-    return Outbox(workspace.settings.hidden_dir / "predict" / "webhook", plan.shown, webhook, os.environ)
-
-
-def send_event(outbox: "Outbox | None", name: str, line: "Line") -> None:
-    """Give an event to the webhook, if there is one. Raises DiskError."""
-    if outbox:
-        text = f"{name}: {line['source']}: {describe_line(line)}"
-        outbox.put({"event": f"visionloop.predict.{line['kind']}", "name": name, "text": text, **line})
-
-
-def close_outbox(outbox: "Outbox | None") -> list[str]:
-    """Send what waits; return what is to be told of it."""
-    return outbox.describe(outbox.close()) if outbox else []

@@ -94,6 +94,7 @@ def predict(
     """
     from visionloop.cli.pictures import AnswerPictures, require_png
     from visionloop.predict.chunks import predict_in_chunks
+    from visionloop.predict.cluster import Cluster
     from visionloop.predict.files import find_images, predict_files
     from visionloop.predict.tables import Table
 
@@ -119,7 +120,14 @@ def predict(
     else:
         show.most, folder = SHOWN_OF_TABLE, workspace.settings.hidden_dir / "predict"
         with predict_in_chunks(
-            predictor, files, table, folder, sampling=sampling, on_progress=progress, tell=tell
+            predictor,
+            files,
+            table,
+            folder,
+            sampling=sampling,
+            cluster=Cluster.plan(workspace),
+            on_progress=progress,
+            tell=tell,
         ) as chunks:
             show.read(draw(chunks.read()))
             table.write(chunks.read(), predictor)

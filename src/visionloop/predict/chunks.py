@@ -3,12 +3,13 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from visionloop.ingest.paths.names import escape_name
+from visionloop.predict.cluster import SENT_IMAGES, Cluster
 from visionloop.predict.files import FilePrediction, Sampling, predict_files
 from visionloop.predict.tables import KAGGLE, Table, check_ids
 from visionloop.predictor import Predictor
@@ -26,10 +27,13 @@ def predict_in_chunks(
     folder: Path,
     *,
     sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+    cluster: Cluster | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator["Chunks"]:
     """Answer for files and keep the answers in `folder` until the block ends without an error.
+
+    `cluster` None: on this machine.
 
     A run for the same table with the same model and files (paths, sizes, times) takes up the chunks that are there.
 
@@ -39,19 +43,34 @@ def predict_in_chunks(
     if table.form == KAGGLE:
         check_ids(files)
     place = folder / compute_digest(str(table.out.absolute()))[:16]
-    with lock_work(place, _compute_key(predictor, files, sampling)) as work:
+    size = SENT_IMAGES if cluster else CHUNK_IMAGES
+    with lock_work(place, _compute_key(predictor, files, [vars(sampling), size])) as work:
         chunks = Chunks(work)
-        starts = range(0, len(files), CHUNK_IMAGES)
-        found = sum(chunks.has(start) for start in starts)
-        if found:
-            tell(f"{min(found * CHUNK_IMAGES, len(files)):,} of {len(files):,} were answered by a run that stopped")
-        for start in starts:
-            if not chunks.has(start):
-                part = files[start : start + CHUNK_IMAGES]
-                report = partial(_report, on_progress, start, len(files))
-                chunks.keep(start, predict_files(predictor, part, sampling=sampling, on_progress=report))
+        parts = {start: files[start : start + size] for start in range(0, len(files), size)}
+        waiting = {start: part for start, part in parts.items() if not chunks.has(start)}
+        if found := len(files) - sum(map(len, waiting.values())):
+            tell(f"{found:,} of {len(files):,} were answered by a run that stopped")
+        if cluster:
+            done = found
+            for start, answers in _answer_there(cluster, predictor, waiting, sampling=sampling):
+                chunks.keep(start, answers)
+                done += len(answers)
+                on_progress(done, len(files))
+        for start, part in () if cluster else waiting.items():
+            report = partial(_report, on_progress, start, len(files))
+            chunks.keep(start, predict_files(predictor, part, sampling=sampling, on_progress=report))
         yield chunks
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _answer_there(
+    cluster: Cluster, predictor: Predictor, waiting: Mapping[int, Sequence[Path]], *, sampling: Sampling
+) -> Iterator[tuple[int, list[FilePrediction]]]:
+    """Yield the answers of a cluster, part by part, as they come; the videos between them are answered here."""
+    for start, answers in cluster.answer(predictor, waiting):
+        videos = [path for path, one in zip(waiting[start], answers, strict=True) if one is None]
+        here = predict_files(predictor, videos, sampling=sampling)
+        yield start, [next(here) if one is None else one for one in answers]
 
 
 def _report(on_progress: Callable[[int, int], None], start: int, total: int, done: int, _: int) -> None:
@@ -88,11 +107,11 @@ class Chunks:
         return self.folder / f"{start:012d}.jsonl"
 
 
-def _compute_key(predictor: Predictor, files: Sequence[Path], sampling: Sampling) -> str:
+def _compute_key(predictor: Predictor, files: Sequence[Path], wishes: Sequence[object]) -> str:
     """Return the digest of the model and of the files: their names, sizes and times."""
     facts = []
     for path in files:
         with contextlib.suppress(OSError):
             found = path.stat()
             facts.append([escape_name(str(path)), found.st_size, found.st_mtime_ns])
-    return compute_digest([predictor.digest, predictor.engine, vars(sampling), facts])
+    return compute_digest([predictor.digest, predictor.engine, *wishes, facts])

@@ -149,7 +149,7 @@ def predict_files(
             each = (
                 (predict_video(predictor, path, sampling, player) for path in paths)
                 if is_video
-                else map(_make_answer, paths, predictor.predict_each(paths))
+                else map(make_answer, paths, predictor.predict_each(paths))
             )
             for answer in each:
                 number += 1
@@ -158,7 +158,8 @@ def predict_files(
                 yield answer
 
 
-def _make_answer(path: Path, answer: Prediction | ImageError) -> FilePrediction:
+def make_answer(path: Path, answer: Prediction | ImageError) -> FilePrediction:
+    """Return an image's answer, or the reason why there is none, as that of its file."""
     if isinstance(answer, ImageError):
         return FilePrediction(escape_name(str(path)), None, f"{answer.found}; expected {answer.expected}")
     return FilePrediction(escape_name(str(path)), answer)

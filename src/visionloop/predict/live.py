@@ -23,6 +23,7 @@ import numpy as np
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.video.cameras import Reach, Stream, hide_login, open_stream
 from visionloop.predict.files import Sampling
+from visionloop.predict.lines import Line
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 from visionloop.secrets import mask
@@ -36,8 +37,6 @@ TICK_S = 0.5
 WAIT_S, MAX_WAIT_S = 1.0, 30.0
 STEADY_S = 10.0  # a connection that lasted so long makes the next wait short again
 SETTLED_AFTER = 10  # times `smooth_s`: by then a frame is settled, whatever comes
-
-Line = dict[str, Any]
 
 
 class StreamEnded(SourceError):

@@ -16,16 +16,18 @@ from typing import IO, Any
 from visionloop.errors import BusyError, DiskError
 from visionloop.monitoring.alert import KEPT_FOR, Failure, post_alert
 from visionloop.params.monitor import Webhook
+from visionloop.predict.lines import Line, describe_line
 from visionloop.records import compute_digest
 from visionloop.workfolder import write_file
 
+EVENTS = ("change", "lost", "back")
 MOST = 1000
 AGAIN_S = 15.0  # after a webhook that did not answer, beyond its own tries
 CLOSE_S = 10.0
 
 
 class Outbox:
-    """Take events and send them. `close` says how many wait; those are sent when the same camera is watched again."""
+    """Take events and send them. What `close` leaves is sent when the same camera is watched again."""
 
     def __init__(
         self, folder: Path, source: str, webhook: Webhook, env: Mapping[str, str], *, most: int = MOST
@@ -42,6 +44,17 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, daemon=True, name="webhook")
         self._thread.start()
 
+    @classmethod
+    def open(cls, hidden_dir: Path, source: str, webhook: Webhook, env: Mapping[str, str]) -> "Outbox":
+        """Open the one of a workspace. Raises BusyError."""
+        return cls(hidden_dir / "predict" / "webhook", source, webhook, env)
+
+    def tell(self, name: str, line: Line) -> None:
+        """Take a line of a camera, if it is an event. Raises DiskError."""
+        if line["kind"] in EVENTS:
+            text = f"{name}: {line['source']}: {describe_line(line)}"
+            self.put({"event": f"visionloop.predict.{line['kind']}", "name": name, "text": text, **line})
+
     def put(self, event: Mapping[str, Any]) -> bool:
         """Take an event; False: the outbox is full. Raises DiskError."""
         if len(self._list()) >= self._most:
@@ -56,17 +69,13 @@ class Outbox:
         self._news.set()
         return True
 
-    def close(self, limit_s: float = CLOSE_S) -> int:
-        """Send what waits, for so long at most; return how many wait still."""
+    def close(self, limit_s: float = CLOSE_S) -> list[str]:
+        """Send what waits, for so long at most; return what people should know, a line each."""
         self._closing.set()
         self._news.set()
         self._thread.join(limit_s)
         self._lock.close()
-        return len(self._list())
-
-    def describe(self, num_waiting: int) -> list[str]:
-        """Return what people should know of it, a line each."""
-        told = []
+        num_waiting, told = len(self._list()), []
         if num_waiting:
             why = f" ({self.problem})" if self.problem else ""
             told.append(f"{num_waiting:,} events wait for the webhook{why}: watch this camera again, and they are sent")
