@@ -32,7 +32,8 @@ from visionloop.workspace import Workspace, open_workspace
 def predict(workspace: str) -> State[Any]:
     """Answer for the files of `predict.paths` that no table in `predict.out` has, and watch `predict.streams` a while.
 
-    Completed as Answered or NothingNew. A run that was stopped is taken up by the next one. Skipped: another one writes the same table now.
+    Completed as Answered or NothingNew. A run that was stopped is taken up by the next one. Skipped: another one writes
+    the same table now.
     """
     opened = open_workspace(Path(workspace))
     try:
@@ -118,9 +119,9 @@ def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list
                 write_line(file, line)
 
         ends = list(map_parallel(watch, streams, workers=len(streams)))
-    if failed := [end for end in ends if isinstance(end, SourceError)]:
-        if len(failed) == len(ends):
-            raise failed[0]
+    failed = [end for end in ends if isinstance(end, SourceError)]
+    if len(failed) == len(ends):
+        raise failed[0]
     return [str(end) for end in ends]
 
 

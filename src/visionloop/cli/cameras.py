@@ -1,20 +1,18 @@
 """`visionloop predict` on a stream: lines as they come, for people or as JSON, to a file and to a webhook."""
 
 import contextlib
-import dataclasses
 import json
+import os
 import re
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-
-from visionloop.cli.progress import format_seconds
 
 if TYPE_CHECKING:
     from visionloop.params.monitor import Webhook
@@ -54,25 +52,22 @@ def watch_camera(
     Raises:
         SourceError: the address is wrong, or gives no frame. DiskError: `out` cannot be written.
     """
+    from visionloop.predict.files import predict_video
     from visionloop.predict.lines import open_lines
     from visionloop.predict.live import Watch
+    from visionloop.predict.outbox import Outbox
+    from visionloop.video.player import Player
 
-    watch = Watch(plan, predictor)
-    stream = watch.connect()
-    if stream.file:
-        from visionloop.predict.files import predict_video
-        from visionloop.video.player import Player
-
-        with tempfile.TemporaryDirectory(prefix="visionloop-") as folder, Player() as player:
-            found = predict_video(predictor, stream.file.download(Path(folder) / "video"), plan.sampling, player)
-        return dataclasses.replace(found, path=plan.shown)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_lines(telling.out)) if telling.out else None
-        place, box = workspace.settings.hidden_dir, None
-        if webhook:
-            box = Outbox.open(place, plan.shown, webhook, os.environ)
-        show = Shower(telling, file, partial(box.tell, workspace.name) if box else None)
-        show.begin = "" if telling.quiet or telling.as_json else describe_begin(plan, predictor)
+        show = Shower(telling, stack.enter_context(open_lines(telling.out)) if telling.out else None)
+        watch = Watch(plan, predictor)
+        stream = watch.connect()
+        if stream.file:
+            folder, player = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(Player())
+            found = predict_video(predictor, stream.file.download(Path(folder) / "video"), plan.sampling, player)
+            return replace(found, path=plan.shown)
+        box = Outbox.open(workspace.settings.hidden_dir, plan.shown, webhook, os.environ) if webhook else None
+        show.send = partial(box.tell, workspace.name) if box else None
         try:
             with stop_on_signals(watch):
                 for line in watch.run(stream):
@@ -82,12 +77,12 @@ def watch_camera(
         for line in lines:
             show.take(line, watch)
         for told in box.close() if box else ():
-            show.warn(told)
+            print(told, file=sys.stderr, flush=True)
     return None
 
 
 @contextlib.contextmanager
-def stop_on_signals(watch: "Watch") -> "Iterator[None]":
+def stop_on_signals(watch: "Watch") -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a watch in order, between two lines. The second one ends it where it is."""
 
     def stop(number: int, frame: object) -> None:
@@ -106,46 +101,34 @@ def stop_on_signals(watch: "Watch") -> "Iterator[None]":
 class Shower:
     """Tells each line where it is wanted, and what goes on in a line of its own on a terminal."""
 
-    def __init__(
-        self, telling: Telling, file: IO[str] | None, send: "Callable[[Line], None] | None", begin: str
-    ) -> None:
-        self._telling, self._file, self._send = telling, file, send
-        self.begin = "" if telling.quiet or telling.as_json else begin
+    def __init__(self, telling: Telling, file: IO[str] | None) -> None:
+        self._telling, self._file = telling, file
+        self.send: Callable[[Line], None] | None = None
         self._is_live = sys.stdout.isatty() and not telling.quiet and not telling.as_json
+        self._has_begun = telling.quiet or telling.as_json
         self._shown_at, self._is_drawn = 0.0, False
 
     def take(self, line: "Line | None", watch: "Watch") -> None:
         """Tell a line; None: show how it goes. Raises DiskError."""
         from visionloop.predict.lines import describe_line, write_line
 
-        if self.begin and watch.num_answered:
-            self._print(self.begin)
-            self.begin = ""
+        if not self._has_begun and watch.num_answered:
+            self._has_begun = True
+            self._print(describe_begin(watch))
         if line is None:
             self._draw(watch)
             return
         if self._file:
             write_line(self._file, line)
-        if self._telling.as_json:
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-        else:
-            self._print(describe_line(line))
-        if self._send:
-            self._send(line)
-
-    def warn(self, line: str) -> None:
-        """Tell what is no line of the camera."""
-        self._clear()
-        print(line, file=sys.stderr, flush=True)
+        self._print(json.dumps(line, ensure_ascii=False) if self._telling.as_json else describe_line(line))
+        if self.send:
+            self.send(line)
 
     def _print(self, line: str) -> None:
-        self._clear()
-        print(line, flush=True)
-
-    def _clear(self) -> None:
         if self._is_drawn:
-            print(f"\r{'':<{WIDTH}}\r", end="", flush=True)
+            print(f"\r{'':<{WIDTH}}\r", end="")
         self._is_drawn = False
+        print(line, flush=True)
 
     def _draw(self, watch: "Watch") -> None:
         now = time.monotonic()
@@ -154,18 +137,20 @@ class Shower:
             print(f"\r{describe_state(watch)[:WIDTH]:<{WIDTH}}", end="", flush=True)
 
 
-def describe_begin(plan: "WatchPlan", predictor: "Predictor") -> str:
+def describe_begin(watch: "Watch") -> str:
     """Say what is watched."""
-    every = f"a frame every {plan.sampling.every_s:g} s"
-    return f"watching {plan.shown}: {every}, by bundle {predictor.digest[:12]}; Ctrl-C stops"
+    every = f"a frame every {watch.plan.sampling.every_s:g} s"
+    return f"watching {watch.plan.shown}: {every}, by bundle {watch.digest[:12]}; Ctrl-C stops"
 
 
 def describe_state(watch: "Watch") -> str:
     """Return what is seen now, and how many frames were answered and passed over."""
+    from visionloop.predict.lines import format_length
+
     last = watch.last
     said = "no frame yet"
     if last:
         answer = last.prediction or "no label"
         said = f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"
     passed = f", {watch.num_passed_over:,} passed over" if watch.num_passed_over else ""
-    return f"{said}  {watch.num_answered:,} frames{passed}  {format_seconds(watch.took_s)}"
+    return f"{said}  {watch.num_answered:,} frames{passed}  {format_length(watch.took_s)}"

@@ -90,6 +90,11 @@ class Watch:
         return self._num_passed_over + (self._session.num_passed_over if self._session else 0)
 
     @property
+    def digest(self) -> str:
+        """The model that answers."""
+        return self._predictor.digest
+
+    @property
     def took_s(self) -> float:
         """How long it has been watched."""
         return time.monotonic() - self._began
@@ -113,11 +118,12 @@ class Watch:
             self._session, began = _Session(self.plan, self._make_job(), stream), time.monotonic()
             before = self.num_answered
             yield from self._follow(self._session, lost_at)
-            reason = self._stop()
+            reason = self._close()
+            if not self.num_answered and not self._is_asked_to_stop:
+                reason = reason or f"no frame in {self.took_s:.0f} s"
+                raise StreamEnded(self.plan.shown, reason, "a video stream", "Check the address and the login.")
             if self._is_over():
                 return
-            if not self.num_answered:
-                raise StreamEnded(self.plan.shown, reason, "a video stream", "Check the address and the login.")
             if self.num_answered > before or lost_at is None:
                 yield from self._settle()
                 lost_at = time.monotonic()
@@ -133,7 +139,7 @@ class Watch:
 
     def end(self) -> list[Line]:
         """Close; return the changes that were not told yet, and what it came to."""
-        self._stop()
+        self._close()
         lines = list(self._settle())
         took_s = self.took_s
         each_s = self.network_s / self.num_answered if self.num_answered else None
@@ -148,7 +154,7 @@ class Watch:
             "seconds": {
                 name: round(self.seconds[name], 3) for name in sorted(self.seconds, key=self.seconds.__getitem__)[::-1]
             },
-            "bundle": self._predictor.digest,
+            "bundle": self.digest,
         }
         return [*lines, self._make_line("end", **summary)]
 
@@ -260,7 +266,7 @@ class Watch:
             time.sleep(min(TICK_S, left_s))
             yield None
 
-    def _stop(self) -> str:
+    def _close(self) -> str:
         """End the connection; return why it ended."""
         session, self._session = self._session, None
         if session is None:
