@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fakes import make_bundle
+from fakes import make_bundle, run_here
 from http_server import Answer, serve
 from mjpeg_camera import PATH, Camera, Plan, film
 from shapes import ROOT
@@ -167,6 +167,12 @@ def test_a_file_on_a_server_is_no_stream(tmp_path: Path, predictor: Predictor) -
         assert stream.file.download(tmp_path / "b.mp4").read_bytes() == body
 
 
+def test_a_playlist_says_what_to_name_instead(predictor: Predictor) -> None:
+    answer = Answer(b"#EXTM3U\n", headers={"Content-Type": "application/vnd.apple.mpegurl"})
+    with serve({"/a.m3u8": answer}) as site, pytest.raises(SourceError, match=r"is a playlist \(HLS\).*RTSP or MJPEG"):
+        Watch(plan(f"{site.url}/a.m3u8"), predictor).connect()
+
+
 def test_metadata_addresses_are_refused_also_when_they_are_typed(predictor: Predictor) -> None:
     with pytest.raises(SourceError, match="metadata address"):
         Watch(plan("http://169.254.169.254/latest"), predictor).connect()
@@ -207,6 +213,35 @@ def test_a_signal_ends_it_with_a_summary_and_the_events_are_at_the_webhook(
     (sent,) = [json.loads(request.body) for request in hook.requests]
     assert (sent["event"], sent["name"], sent["prediction"]) == ("visionloop.predict.change", "pets", "a")
     assert not list((workspace / ".visionloop/predict/webhook").glob("*/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("a.png", "--seconds", "3"), "--seconds: is for a stream; expected rtsp://"),
+        (
+            ("rtsp://u:pw0rd@h/1", "a.png"),
+            "rtsp://\\*\\*\\*@h/1: is a stream, and 1 more paths are named; expected one",
+        ),
+        (("rtsp://h/1", "--sheet", "a.png"), "--sheet: is for files; expected --out FILE.jsonl, --json or --webhook"),
+        (("rtsp://h/1", "--out", "a.csv"), "--out: got 'a.csv'; expected a file that ends in .jsonl"),
+        (("rtsp://h/1", "--webhook", "ftp://x"), "--webhook: got 'ftp://x'; expected a URL, http:// or https://"),
+        (("rtsp://u:p/w0rd@h/1",), "rtsp://\\*\\*\\*@h/1: has an @ behind a / \\? or #"),
+        (("gopher://h/1",), "gopher://h/1: got gopher://"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(
+    words: tuple[str, ...],
+    message: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workspace)
+    assert run_here(monkeypatch, "predict", *words, "--bundle", "bundle") == 2
+    told = capsys.readouterr().err
+    assert re.match(f"error: {message}", told), told
+    assert "w0rd" not in told
 
 
 HAS_GST = (

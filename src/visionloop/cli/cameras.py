@@ -148,7 +148,7 @@ def describe_state(watch: "Watch") -> str:
     from visionloop.predict.lines import format_length
 
     last = watch.last
-    said = "no frame yet"
+    said = "no frame"
     if last:
         answer = last.prediction or "no label"
         said = f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"

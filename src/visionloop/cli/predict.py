@@ -27,44 +27,49 @@ SHOWN_OF_TABLE = 20
 FEW = 8
 SHOWN_SEGMENTS = 12
 MANY = 500  # images for which the fastest engine is worth looking for
+Paths = Annotated[
+    list[str], typer.Argument(help="Images, videos, folders, globs in quotes; or one stream: rtsp://, /dev/video0.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Write every answer to a .jsonl, .csv or .parquet file; resumable. Of a stream: .jsonl."),
+]
+Form = Annotated[str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")]
 Sheet = Annotated[
     Path | None, typer.Option(help="Draw some images with their answers and the likeliest classes, as .png.")
 ]
+Address = Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")]
+Top = Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")]
 Pictures = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Save each image with its answer there, as .png; none is overwritten."),
 ]
+Every = Annotated[float | None, typer.Option(min=0.04, max=3600, help="Video, stream: seconds to the next frame; 0.5.")]
+Smooth = Annotated[
+    float | None, typer.Option(min=0, max=3600, help="A change for a shorter time (s) is taken for a flicker; 1.")
+]
+Seconds = Annotated[float | None, typer.Option(min=0.1, help="Of a stream: end after so long.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of a stream: end after so many answers.")]
+EachFrame = Annotated[bool, typer.Option("--each-frame", help="Of a stream: a line for each answer too.")]
+Hook = Annotated[str | None, typer.Option(metavar="URL", help="Of a stream: POST each event there, as JSON.")]
 
 
 @app.command()
 def predict(
-    paths: Annotated[
-        list[str], typer.Argument(help="Images, videos, folders, globs in quotes; or one stream: rtsp://, /dev/video0.")
-    ],
+    paths: Paths,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write every answer to a .jsonl, .csv or .parquet file; resumable. Of a stream: .jsonl."),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="kaggle: a .csv of `id` and one column of probabilities a class.")
-    ] = None,
+    out: Out = None,
+    format: Form = None,
     sheet: Sheet = None,
-    bundle: Annotated[str | None, typer.Option(help=f"{ADDRESSES}; default: the champion.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Classes to show: 3, or 1 of many images.")] = None,
+    bundle: Address = None,
+    top: Top = None,
     pictures: Pictures = None,
-    every: Annotated[
-        float | None, typer.Option(min=0.04, max=3600, help="Video, stream: seconds to the next frame; 0.5.")
-    ] = None,
-    smooth: Annotated[
-        float | None, typer.Option(min=0, max=3600, help="A change for a shorter time (s) is taken for a flicker; 1.")
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Of a stream: end after so long.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Of a stream: end after so many answers.")] = None,
-    each_frame: Annotated[bool, typer.Option("--each-frame", help="Of a stream: a line for each answer too.")] = False,
-    webhook: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of a stream: POST each event there, as JSON.")
-    ] = None,
+    every: Every = None,
+    smooth: Smooth = None,
+    seconds: Seconds = None,
+    frames: Frames = None,
+    each_frame: EachFrame = False,
+    webhook: Hook = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -76,47 +81,68 @@ def predict(
 
       visionloop predict photo.jpg
 
-      visionloop predict film.mp4 --every 0.2 --smooth 2
-
-      visionloop predict 'rtsp://admin:${CAM_PASSWORD}@192.168.1.20/stream1'
-
-      visionloop predict /dev/video0 --out events.jsonl --seconds 3600 --webhook https://example.com/hook
-
       visionloop predict "photos/**/*.jpg" --out answers.jsonl
 
       visionloop predict test/ --out submission.csv --format kaggle
 
-      visionloop predict photos/ --sheet answers.png
+      visionloop predict photos/ --sheet answers.png --pictures answered/
 
-      visionloop predict photos/ --pictures answered/
+      visionloop predict film.mp4 --every 0.2 --smooth 2 --bundle pets@3
 
-      visionloop predict photo.jpg --bundle pets@3
+      visionloop predict 'rtsp://admin:${CAM_PASSWORD}@192.168.1.20/stream1'
+
+      visionloop predict /dev/video0 --out events.jsonl --seconds 3600 --webhook https://example.com/hook
     """
+    workspace = open_workspace()
+    telling = Telling(out, quiet=quiet, as_json=as_json)
+    asked = Asked(make_sampling(workspace, every, smooth), telling, bundle, top)
+    wishes = StreamWishes(seconds, frames, each_frame, webhook)
+    if find_stream(paths, wishes, {"--format": format, "--sheet": sheet, "--pictures": pictures}):
+        _watch(workspace, paths[0], asked, wishes)
+    else:
+        _predict_files(workspace, paths, asked, FileWishes(format, sheet, pictures))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of files and streams alike."""
+
+    sampling: "Sampling"
+    telling: Telling
+    bundle: str | None
+    top: int | None
+
+
+@dataclass(frozen=True)
+class FileWishes:
+    """What is asked of files alone."""
+
+    format: str | None
+    sheet: Path | None
+    pictures: Path | None
+
+
+def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, wishes: FileWishes) -> None:
+    """Answer for files; show the answers, or the first of them and a table."""
     from visionloop.cli.pictures import AnswerPictures, require_png
     from visionloop.predict.chunks import predict_in_chunks
     from visionloop.predict.cluster import Cluster
     from visionloop.predict.files import find_images, predict_files
     from visionloop.predict.tables import Table
 
-    workspace = open_workspace()
-    sampling = make_sampling(workspace, every, smooth)
-    wishes = StreamWishes(seconds, frames, each_frame, webhook)
-    if find_stream(paths, wishes, {"--format": format, "--sheet": sheet, "--pictures": pictures}):
-        telling = Telling(out, quiet=quiet, as_json=as_json)
-        _watch(workspace, paths[0], sampling, wishes, telling, bundle=bundle, top=top)
-        return
-    table = Table.plan(out, format)
-    require_png(sheet, "--sheet")
+    out, quiet, as_json = asked.telling.out, asked.telling.quiet, asked.telling.as_json
+    table = Table.plan(out, wishes.format)
+    require_png(wishes.sheet, "--sheet")
     files = find_images(paths)
     tell: Callable[[str], None] = (lambda line: None) if as_json else print
-    saved = AnswerPictures(pictures, files) if pictures else None
-    predictor = _open_predictor(workspace, bundle, len(files), tell)
+    saved = AnswerPictures(wishes.pictures, files) if wishes.pictures else None
+    predictor = _open_predictor(workspace, asked.bundle, len(files), tell)
     progress = make_progress("answered", "images", quiet=quiet or as_json or len(files) <= 64)
     width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
-    show = Shown(width, top or (3 if len(files) <= FEW else 1), len(files), tell)
+    show = Shown(width, asked.top or (3 if len(files) <= FEW else 1), len(files), tell)
     draw = partial(saved.draw, classes=predictor.card.classes) if saved else iter
     if table is None:
-        show.read(draw(predict_files(predictor, files, sampling=sampling, on_progress=progress)), keep=as_json)
+        show.read(draw(predict_files(predictor, files, sampling=asked.sampling, on_progress=progress)), keep=as_json)
     else:
         show.most, folder = SHOWN_OF_TABLE, workspace.settings.hidden_dir / "predict"
         with predict_in_chunks(
@@ -124,7 +150,7 @@ def predict(
             files,
             table,
             folder,
-            sampling=sampling,
+            sampling=asked.sampling,
             cluster=Cluster.plan(workspace),
             on_progress=progress,
             tell=tell,
@@ -133,7 +159,7 @@ def predict(
             table.write(chunks.read(), predictor)
         rows = table.describe(len(files), len(files) - show.counts.total())
         tell(f"{rows}, of bundle {predictor.digest[:12]}, in {out}")
-    _tell_counts(show, predictor, files, saved, sheet)
+    _tell_counts(show, predictor, files, saved, wishes.sheet)
     if as_json:
         print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
     _require_answer(show, paths, len(files))
@@ -168,6 +194,7 @@ def find_stream(paths: Sequence[str], wishes: StreamWishes, of_files: Mapping[st
     streams = [path for path in paths if is_camera(path) and not Path(path).is_file()]
     if not streams:
         names = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}
+        names["--each-frame"] = wishes.each_frame or None
         if name := next((name for name, value in names.items() if value is not None), None):
             raise SourceError(name, "is for a stream", "rtsp://, http://, https:// or /dev/video0 as the path")
         return False
@@ -181,29 +208,24 @@ def find_stream(paths: Sequence[str], wishes: StreamWishes, of_files: Mapping[st
     return True
 
 
-def _watch(
-    workspace: "Workspace",
-    path: str,
-    sampling: "Sampling",
-    wishes: StreamWishes,
-    telling: "Telling",
-    *,
-    bundle: str | None,
-    top: int | None,
-) -> None:
+def _watch(workspace: "Workspace", path: str, asked: Asked, wishes: StreamWishes) -> None:
     """Watch a stream; an address of a video file is answered as one."""
+    from visionloop.errors import SourceError
     from visionloop.params.monitor import Webhook
     from visionloop.predict.live import WatchPlan
 
+    telling = asked.telling
+    if wishes.webhook is not None and not wishes.webhook.startswith(("http://", "https://", "${")):
+        raise SourceError("--webhook", f"got {wishes.webhook[:20]!r}", "a URL, http:// or https://")
     tell: Callable[[str], None] = (lambda line: None) if telling.as_json or telling.quiet else print
-    predictor = _open_predictor(workspace, bundle, MANY, tell)
+    predictor = _open_predictor(workspace, asked.bundle, MANY, tell)
     env = allow_typed_host(path, os.environ)
-    plan = WatchPlan(path, env, sampling, wishes.seconds, wishes.frames, wishes.each_frame)
+    plan = WatchPlan(path, env, asked.sampling, wishes.seconds, wishes.frames, wishes.each_frame)
     section = workspace.params.predict.webhook
     if wishes.webhook:
         section = Webhook(url=wishes.webhook, headers=section.headers if section else {})
     if video := watch_camera(workspace, predictor, plan, telling, section):
-        show = Shown(measure_width(video.path), top or 3, 1, tell)
+        show = Shown(measure_width(video.path), asked.top or 3, 1, tell)
         show.read([video], keep=telling.as_json)
         if telling.as_json:
             print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": 1, "answers": show.kept})

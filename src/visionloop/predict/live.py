@@ -127,7 +127,7 @@ class Watch:
             if self.num_answered > before or lost_at is None:
                 yield from self._settle()
                 lost_at = time.monotonic()
-                self.num_lost += 1
+                self.num_lost, self.last = self.num_lost + 1, None
                 yield self._make_line("lost", why=reason)
             wait_s = self.plan.wait_s if time.monotonic() - began > STEADY_S else wait_s
             yield from self._pause(wait_s)

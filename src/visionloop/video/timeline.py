@@ -250,14 +250,6 @@ class PathFinder:
         return path[::-1]
 
 
-def find_path(probs_tk: Floats, seconds_t: Floats, smooth_s: float) -> NDArray[np.int64]:
-    """Return the column of the cheapest path at each frame (see the module's docstring). O(t k)."""
-    finder = PathFinder(smooth_s)
-    for probs_k, seconds in zip(probs_tk, seconds_t, strict=True):
-        finder.add(probs_k, float(seconds))
-    return np.array(finder.finish())
-
-
 def _split(probs_k: Floats, card: Card) -> list[Floats]:
     """Return what is decided by itself: for several labels each label's two sides, else the classes of a frame."""
     if card.task == "multilabel":

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fakes import make_card
-from visionloop.video.timeline import Follower, Timeline, find_path, make_timeline
+from visionloop.video.timeline import Follower, PathFinder, Timeline, make_timeline
+
+
+def find_path(probs_tk: np.ndarray, seconds_t: np.ndarray, smooth_s: float) -> np.ndarray:
+    finder = PathFinder(smooth_s)
+    for probs_k, seconds in zip(probs_tk, seconds_t, strict=True):
+        finder.add(probs_k, float(seconds))
+    return np.array(finder.finish())
 
 
 def follow(p_t: list[float], smooth_s: float, seconds: float = 1.0) -> str:
