@@ -1,9 +1,11 @@
-"""Answers for new images with the champion, on a schedule: each image once, into a table for each run."""
+"""Answers for new files, and for what cameras show, with the champion and on a schedule: each file once."""
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any
 
 from prefect import flow
 from prefect.states import Cancelled, Completed, State
@@ -11,8 +13,16 @@ from prefect.states import Cancelled, Completed, State
 import steps
 import told
 from visionloop.engines import make_opener
-from visionloop.errors import BusyError, ParamsError
-from visionloop.predict import Table, find_new, predict_in_chunks
+from visionloop.errors import BusyError, ParamsError, SourceError
+from visionloop.parallel import map_parallel
+from visionloop.predict.chunks import predict_in_chunks
+from visionloop.predict.cluster import Cluster
+from visionloop.predict.files import Sampling, find_new
+from visionloop.predict.lines import Line, describe_line, open_lines, write_line
+from visionloop.predict.live import Watch, WatchPlan
+from visionloop.predict.outbox import Outbox
+from visionloop.predict.tables import Table
+from visionloop.predictor import Predictor
 from visionloop.promotion.models import load_approved_model
 from visionloop.words import make_log_progress
 from visionloop.workspace import Workspace, open_workspace
@@ -20,9 +30,10 @@ from visionloop.workspace import Workspace, open_workspace
 
 @flow(name="predict", **told.HOOKS)
 def predict(workspace: str) -> State[Any]:
-    """Answer for the images of `predict.paths` that no table in `predict.out` has; completed as Answered or NothingNew.
+    """Answer for the files of `predict.paths` that no table in `predict.out` has, and watch `predict.streams` a while.
 
-    A run that was stopped is taken up by the next one. Skipped: another one writes the same table now.
+    Completed as Answered or NothingNew. A run that was stopped is taken up by the next one. Skipped: another one writes
+    the same table now.
     """
     opened = open_workspace(Path(workspace))
     try:
@@ -30,36 +41,107 @@ def predict(workspace: str) -> State[Any]:
     except BusyError as exc:
         told.keep_end("predict", opened.settings.home, "skipped", str(exc))
         return Cancelled(name="Skipped", message=str(exc))
-    told.keep_page("predict", opened, "answers for new images", lines)
+    told.keep_page("predict", opened, "answers", lines)
     return Completed(name="Answered" if len(lines) > 1 else "NothingNew", message=lines[0])
 
 
 def answer_new(workspace: Workspace) -> list[str]:
-    """Answer for the new images, and return what is told: one line where there was none. Raises as `predict_in_chunks`.
+    """Answer for the new files, and watch the streams; return what is told: one line where there was nothing to do.
 
     Raises:
-        ParamsError: no path is named.
-        PromotionError: there is no champion.
+        ParamsError: no path and no stream is named. PromotionError: there is no champion.
+        StreamEnded: no stream gives a frame. As `predict_in_chunks`.
     """
-    home, section = workspace.settings.home, workspace.params.predict
-    if not section.paths:
-        raise ParamsError("params.yaml predict.paths", "names none", "images, folders or globs", "Edit the file.")
-    started, folder = datetime.now(UTC), home / Path(section.out).expanduser()
-    files, path = find_new([str(home / Path(one).expanduser()) for one in section.paths], folder)
-    if not files:
-        return [f"no new image in {', '.join(section.paths)}"]
+    section = workspace.params.predict
+    if not section.paths and not section.streams:
+        expected = "images, videos, folders, globs or streams"
+        raise ParamsError("params.yaml predict.paths", "names none", expected, "Edit the file.")
+    folder = workspace.settings.home / Path(section.out).expanduser()
+    started = datetime.now(UTC)
+    files, path = _find_new(workspace, folder)
+    if not files and not section.streams:
+        return [f"no new file in {', '.join(section.paths)}"]
     folder.mkdir(parents=True, exist_ok=True)
     opened = load_approved_model(None, workspace, make_opener(workspace, steps.say))
-    table = Table(path, "parquet")
-    progress = make_log_progress("answered", "images", steps.say)
-    work = workspace.settings.hidden_dir / "predict"
-    with predict_in_chunks(opened.predictor, files, table, work, on_progress=progress, tell=steps.say) as chunks:
-        if path.exists():
-            raise BusyError(str(path), "was written just now by another run", "a free name", "Run it again.")
-        unusable = sum(one.prediction is None for one in chunks.read())
-        table.write(chunks.read(), opened.predictor)
-        os.utime(path, (started.timestamp(), started.timestamp()))
-    lines = [f"{table.describe(len(files), unusable)} in {path}", f"by bundle {opened.predictor.digest[:12]}"]
+    lines = _answer_files(workspace, opened.predictor, files, path, started) if files else []
+    if section.streams:
+        lines += watch_streams(workspace, opened.predictor, folder / "streams.jsonl")
+    lines.append(f"by bundle {opened.predictor.digest[:12]}")
     for line in lines:
         steps.say(line)
     return lines
+
+
+def _find_new(workspace: Workspace, folder: Path) -> tuple[list[Path], Path]:
+    home, paths = workspace.settings.home, workspace.params.predict.paths
+    return find_new([str(home / Path(one).expanduser()) for one in paths], folder)
+
+
+def _answer_files(
+    workspace: Workspace, predictor: Predictor, files: list[Path], path: Path, started: datetime
+) -> list[str]:
+    section, table = workspace.params.predict, Table(path, "parquet")
+    with predict_in_chunks(
+        predictor,
+        files,
+        table,
+        workspace.settings.hidden_dir / "predict",
+        sampling=Sampling(section.every_s, section.smooth_s),
+        cluster=Cluster.plan(workspace),
+        on_progress=make_log_progress("answered", "images", steps.say),
+        tell=steps.say,
+    ) as chunks:
+        if path.exists():
+            raise BusyError(str(path), "was written just now by another run", "a free name", "Run it again.")
+        unusable = sum(one.prediction is None for one in chunks.read())
+        table.write(chunks.read(), predictor)
+        os.utime(path, (started.timestamp(), started.timestamp()))
+    return [f"{table.describe(len(files), unusable)} in {path}"]
+
+
+def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list[str]:
+    """Watch all streams at once for `predict.seconds`, append their lines to a file, and return what each came to.
+
+    Raises:
+        SourceError: no stream gives a frame; the first one's reason.
+    """
+    streams, lock = workspace.params.predict.streams, Lock()
+    with open_lines(out) as file:
+
+        def watch(stream: str) -> str | SourceError:
+            try:
+                return watch_stream(workspace, predictor, stream, lambda line: write(file, line))
+            except SourceError as exc:
+                return exc
+
+        def write(file: IO[str], line: Line) -> None:
+            with lock:
+                write_line(file, line)
+
+        ends = list(map_parallel(watch, streams, workers=len(streams)))
+    failed = [end for end in ends if isinstance(end, SourceError)]
+    if len(failed) == len(ends):
+        raise failed[0]
+    return [str(end) for end in ends]
+
+
+def watch_stream(workspace: Workspace, predictor: Predictor, stream: str, take: Callable[[Line], None]) -> str:
+    """Watch one stream; return what it came to. Raises SourceError."""
+    section = workspace.params.predict
+    plan = WatchPlan(stream, os.environ, Sampling(section.every_s, section.smooth_s), section.seconds)
+    watch = Watch(plan, predictor)
+    hidden_dir, webhook = workspace.settings.hidden_dir, section.webhook
+    box = Outbox.open(hidden_dir, plan.shown, webhook, os.environ) if webhook else None
+    told = list[str]()
+    try:
+        for line in watch.run(watch.connect()):
+            if line:
+                take(line)
+                box.tell(workspace.name, line) if box else None
+    finally:
+        ends = watch.end()
+        for line in ends:
+            take(line)
+            box.tell(workspace.name, line) if box else None
+        told += box.close() if box else []
+    return "; ".join([f"{plan.shown}: {describe_line(ends[-1])}", *told])

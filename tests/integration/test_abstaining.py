@@ -14,12 +14,12 @@ from fakes import make_image
 from shapes import write_shapes
 from trainings import Ear, Place, make_place
 from visionloop.bundle import load_bundle
-from visionloop.cli.serving import describe_answer
+from visionloop.cli.predict import describe_answer
 from visionloop.errors import ParamsError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.features.embed import embed
 from visionloop.params.train import check_threshold
-from visionloop.predict import FilePrediction
+from visionloop.predict.files import FilePrediction
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot, ServedModel

@@ -17,7 +17,7 @@ from visionloop.data.shards import load_prepared
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.label_metrics import compute_label_metrics
 from visionloop.ingest.pull import PullReport, pull
-from visionloop.predict import find_images, predict_files
+from visionloop.predict.files import find_images, predict_files
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import gate
 from visionloop.promotion.models import load_champion

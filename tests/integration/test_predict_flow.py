@@ -1,8 +1,10 @@
 """The flow `predict` on a real champion: each image once, into a table for each run. Prefect is stood in for."""
 
 import importlib
+import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import make_image
+from mjpeg_camera import PATH, Camera, film
 from shapes import ROOT
+from videos import write_video
 from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
-from visionloop.predict import find_new
+from visionloop.predict.files import find_new
+from visionloop.predict.live import WatchPlan
 from visionloop.workspace import Workspace, connect
 from watched import make_watched
 
@@ -51,14 +56,16 @@ def read(table: Path) -> list[tuple[str, bool]]:
 def test_each_image_is_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told(make_watched(tmp_path).place, monkeypatch)
     home = told.place.settings.home
-    with pytest.raises(ParamsError, match=r"params.yaml predict.paths: names none; expected images, folders or globs"):
+    with pytest.raises(
+        ParamsError, match=r"params.yaml predict.paths: names none; expected images, videos, folders, globs or streams"
+    ):
         told.run()
     told.set("inbox", str(tmp_path / "cameras" / "*.png"), out="answers")
     with pytest.raises(SourceError, match="inbox: does not exist"):
         told.run()
     inbox, answers = home / "inbox", home / "answers"
     inbox.mkdir()
-    assert told.run() == ("NothingNew", f"no new image in inbox, {tmp_path}/cameras/*.png")
+    assert told.run() == ("NothingNew", f"no new file in inbox, {tmp_path}/cameras/*.png")
     assert not answers.exists()
 
     (inbox / "a.png").write_bytes(make_image(1))
@@ -98,7 +105,7 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.
     inbox.mkdir()
     for number in range(3):
         (inbox / f"{number}.png").write_bytes(make_image(number))
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 2)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 2)
     write = told.module.Table.write
 
     def stop(*_: Any) -> None:
@@ -164,5 +171,29 @@ def test_a_file_that_is_gone_again_is_not_new(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "b.png").write_bytes(make_image(2))
     found = find_new([str(tmp_path)], tmp_path / "none")
     assert ([one.name for one in found[0]], found[1].name) == (["a.png", "b.png"], "000001.parquet")
-    monkeypatch.setattr("visionloop.predict.find_images", lambda paths, may_be_none: [tmp_path / "gone.png"])
+    monkeypatch.setattr("visionloop.predict.files.find_images", lambda paths, may_be_none: [tmp_path / "gone.png"])
     assert find_new([str(tmp_path)], tmp_path / "none")[0] == []
+
+
+def test_videos_are_new_files_too_and_cameras_are_watched_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISIONLOOP_PRIVATE_HOSTS", "127.0.0.1")
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    monkeypatch.setattr(told.module, "WatchPlan", partial(WatchPlan, frames=20))
+    inbox, out = (told.place.settings.home / name for name in ("inbox", "predictions"))
+    write_video(inbox / "a.mp4")
+    with film(Camera()) as site:
+        away = "http://127.0.0.1:1/live"
+        told.set("inbox", streams=(f"{site.url}{PATH}", away), seconds=120.0, every_s=0.05, smooth_s=0.2)
+        assert told.run()[0] == "Answered"
+        assert read(out / "000001.parquet") == [("a.mp4", True)]
+        lines = [json.loads(line) for line in (out / "streams.jsonl").read_text().splitlines()]
+        ends = [one for one in lines if one["kind"] == "end"]
+        assert {one["source"]: one["frames"] > 0 for one in ends} == {f"{site.url}{PATH}": True, away: False}
+        (change, *_) = [one for one in lines if one["kind"] == "change"]
+        assert change["source"] == f"{site.url}{PATH}"
+        assert any(f"{away}: the connection failed" in line for line in told.lines)
+        told.set(streams=(away,), seconds=1.0)
+        with pytest.raises(SourceError, match="the connection failed"):
+            told.run()

@@ -1,4 +1,4 @@
-"""Prepare on a Ray cluster of two nodes on this machine: the same bytes as without it, and nothing left running."""
+"""Prepare and predict on a Ray cluster of two nodes on this machine: as on one machine, and nothing is left running."""
 
 import os
 import shutil
@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from fakes import make_bundle, make_image
+from videos import write_video
+from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.parallel import Engine, map_chunks
 from visionloop.params import make_params
+from visionloop.predict.chunks import predict_in_chunks
+from visionloop.predict.cluster import Cluster
+from visionloop.predict.files import find_images, predict_files
+from visionloop.predict.tables import Table
+from visionloop.predictor import Predictor
+from visionloop.store import LocalStore
 from visionloop.workspace import connect
 from worlds import World, make_world
 
@@ -65,3 +74,39 @@ def test_a_cluster_that_is_not_there_is_told(address: str) -> None:
     with pytest.raises(ParamsError, match=rf"params\.yaml compute\.address: no Ray cluster at {address}") as caught:
         list(map_chunks(len, ["a"], Engine("ray", address), max_held=1))
     assert caught.value.exit_code == 2
+
+
+def test_predict_gives_the_answers_of_one_machine(
+    tmp_path: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes take the model from the store when they have not its folder, and a video is answered in its place."""
+    folder, store = tmp_path / "photos", LocalStore(tmp_path / "store")
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(make_image(number))
+    (folder / "broken.png").write_text("text")
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    write_video(folder / "2.mp4")
+    make_bundle(tmp_path / "bundle")
+    upload_bundle(store, load_bundle(tmp_path / "bundle"))
+    predictor, files = Predictor.load(tmp_path / "bundle"), find_images([str(folder)])
+    local = list(predict_files(predictor, files))
+    monkeypatch.setattr("visionloop.predict.chunks.SENT_IMAGES", 3)
+    moved = replace(predictor.bundle, folder=tmp_path / "elsewhere")
+    monkeypatch.setattr(predictor, "bundle", moved)
+    table, seen = Table.plan(tmp_path / "answers.jsonl", None), []
+    assert table
+    cluster = Cluster(cluster_address, store.url)
+    with predict_in_chunks(
+        predictor, files, table, tmp_path / "work", cluster=cluster, on_progress=lambda *done: seen.append(done)
+    ) as chunks:
+        remote = list(chunks.read())
+    assert [(one.path, one.error) for one in remote] == [(one.path, one.error) for one in local]
+    for there, here in zip(remote, local, strict=True):
+        assert (there.prediction is None) == (here.prediction is None)
+        assert (there.video is None) == (here.video is None)
+        if there.prediction and here.prediction:
+            assert there.prediction.prediction == here.prediction.prediction
+            assert there.prediction.confidence == pytest.approx(here.prediction.confidence, abs=1e-5)
+    assert sum(one.prediction is None for one in remote) == 2
+    assert seen[-1] == (8, 8)

@@ -17,7 +17,7 @@ import visionloop
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.errors import BundleError, ImageError, PromotionError, SettingsError
-from visionloop.predict import predict_files
+from visionloop.predict.files import predict_files
 from visionloop.predictor import Outputs, Predictor
 from visionloop.promotion.ledger import append_entry
 from visionloop.records import Prediction, canonical_json

@@ -12,10 +12,14 @@ import pytest
 from PIL import Image
 
 from fakes import make_bundle, make_image
+from videos import RED, WHITE, Film, write_sound, write_video
+from visionloop.cli.pictures import draw_sheet
 from visionloop.data.encoded import name_readable
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
-from visionloop.predict import FilePrediction, Table, draw_sheet, find_images, predict_files, predict_in_chunks
+from visionloop.predict.chunks import predict_in_chunks
+from visionloop.predict.files import FilePrediction, Sampling, find_images, predict_files
+from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 
 
@@ -254,8 +258,8 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
     make_bundle(tmp_path / "bundle")
     predictor, files = Predictor.load(tmp_path / "bundle"), find_images([str(photos)])
     table, work = plan(tmp_path / "out.csv"), tmp_path / "work"
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 5)
-    monkeypatch.setattr("visionloop.predict.REPORT_EVERY", 1)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 5)
+    monkeypatch.setattr("visionloop.predict.files.REPORT_EVERY", 1)
     seen: list[int] = []
 
     def stop(done: int, total: int) -> None:
@@ -280,7 +284,7 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
 
 
 def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.predict.CHUNK_IMAGES", 1)
+    monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 1)
     make_bundle(tmp_path / "one")
     make_bundle(tmp_path / "two", seed=5)
     table, work, lines = plan(tmp_path / "out.csv"), tmp_path / "work", list[str]()
@@ -344,3 +348,40 @@ def test_a_sheet_shows_the_truth_where_the_folder_names_a_class(tmp_path: Path) 
     assert right[0] > 20 and right[1] == 0
     assert missed[1] > 20 and missed[0] == 0
     assert unknown == (0, 0)
+
+
+def test_a_video_is_one_row_with_its_segments_beside_the_images(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    predictor, folder = Predictor.load(tmp_path / "bundle"), tmp_path / "mixed"
+    write_video(folder / "a.mp4", Film([RED, WHITE, WHITE], 2.0))
+    (folder / "b.png").write_bytes(make_image(1))
+    data = (folder / "a.mp4").read_bytes()
+    (folder / "c.mp4").write_bytes(data[: len(data) // 2])
+    (folder / "d.mp4").write_bytes(b"")
+    (folder / "e.ts").write_text("export const nothing = 1;")
+    write_sound(folder / "f.mp4")
+    files = find_images([str(folder)])
+    assert names(files) == ["a.mp4", "b.png", "c.mp4", "d.mp4", "e.ts", "f.mp4"]
+    table, seen = plan(tmp_path / "answers.jsonl"), []
+    with predict_in_chunks(predictor, files, table, tmp_path / "work", on_progress=lambda *d: seen.append(d)) as chunks:
+        table.write(chunks.read(), predictor)
+    rows = [json.loads(line) for line in table.out.read_text().splitlines()]
+    video, image, cut, empty, text, sound = rows
+    assert [(one["start_s"], one["end_s"], one["prediction"]) for one in video["segments"]] == [
+        (0.0, 2.0, "a"),
+        (2.0, 6.0, "c"),
+    ]
+    assert (video["prediction"], video["error"], video["notes"]) == ("c", None, [])
+    assert (video["every_s"], video["smooth_s"], video["num_frames"], video["duration_s"]) == (0.5, 1.0, 12, 6.0)
+    assert video["shares"] == {"c": pytest.approx(2 / 3), "a": pytest.approx(1 / 3)}
+    ends = [Predictor.predict(predictor, [np.full((8, 8, 3), color, np.uint8)])[0] for color in (RED, WHITE)]
+    mean = (ends[0].probabilities["c"] + 2 * ends[1].probabilities["c"]) / 3
+    assert video["probabilities"]["c"] == pytest.approx(mean, abs=0.01)
+    assert image["prediction"] == predictor.predict([make_image(1)])[0].prediction and "segments" not in image
+    assert [one.get("prediction") for one in (cut, empty, text, sound)] == [None] * 4
+    assert "no whole index" in cut["error"]
+    assert "is not a video we read" in empty["error"] and "is not a video we read" in text["error"]
+    assert "holds no video" in sound["error"]
+    assert seen[-1] == (6, 6)
+    quick = next(predict_files(predictor, files[:1], sampling=Sampling(0.1, 0.0)))
+    assert quick.video and (quick.video["num_frames"], quick.video["smooth_s"]) == (60, 0.0)

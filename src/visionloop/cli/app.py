@@ -65,6 +65,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
+ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."  # of a model
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say the result alone: no progress, no next command.")]
 
 

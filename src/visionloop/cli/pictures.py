@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from visionloop.data.contact_sheet import Cell
+    from visionloop.data.contact_sheet import Cell, Panel
     from visionloop.data.leaks import Leaks
-    from visionloop.predict import FilePrediction
-    from visionloop.records import DatasetVersion, ImageRecord
+    from visionloop.predict.files import FilePrediction
+    from visionloop.predictor import Predictor
+    from visionloop.records import DatasetVersion, ImageRecord, Prediction
     from visionloop.store import ObjectStore
 
 NUM_IMAGES = 25
@@ -18,6 +19,7 @@ NUM_PAIRS = 8
 CELL_PX = 160
 LONGEST_STEM = 200  # bytes: with a number and .png it fits every file system
 NUM_OTHERS = 3
+SHEET_IMAGES, SHEET_BARS = 24, 10
 
 
 def choose_images(records: "Sequence[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
@@ -90,7 +92,7 @@ class AnswerPictures:
         shown = number_names(classes)
         for path, answer in zip(self.files, answers, strict=True):
             yield answer
-            if answer.prediction is None:
+            if answer.prediction is None or answer.video:
                 continue
             try:
                 image = decode_image(path.read_bytes(), str(path))
@@ -113,6 +115,46 @@ def describe_picture(answer: "FilePrediction", shown: Mapping[str, str]) -> tupl
     ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])
     others = [(shown[name], f"{share:.0%}") for name, share in ranked if name not in chosen]
     return said, [piece for pair in others[:NUM_OTHERS] for piece in pair]
+
+
+def draw_sheet(predictor: "Predictor", files: Sequence[Path], *, most: int = SHEET_IMAGES) -> bytes:
+    """Draw some of the images, evenly spaced, with their answers and the likeliest classes as bars, as PNG.
+
+    Where an image's folder is named as a class, that is taken for the truth: the title is then green or red.
+    """
+    from visionloop.data.contact_sheet import draw_prediction_sheet
+    from visionloop.errors import ImageError
+    from visionloop.ingest.paths.listing import is_video_name
+
+    places = dict.fromkeys(round(i * (len(files) - 1) / max(1, most - 1)) for i in range(min(most, len(files))))
+    chosen = [files[place] for place in places if not is_video_name(files[place].name)]
+    panels = []
+    for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
+        if not isinstance(answer, ImageError):
+            panels.append(_make_panel(predictor, path, answer))
+    return draw_prediction_sheet(panels, f"{len(panels)} of {len(files):,} images, bundle {predictor.digest[:12]}")
+
+
+def _make_panel(predictor: "Predictor", path: Path, answer: "Prediction") -> "Panel":
+    from visionloop.data.contact_sheet import Panel
+    from visionloop.data.fonts import number_names
+    from visionloop.data.inputs import load_input
+    from visionloop.ingest.paths.names import escape_name
+
+    card, truth = predictor.card, path.parent.name
+    shown = number_names(card.classes)
+    ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:SHEET_BARS]
+    known = truth if truth in card.classes else ""
+    said = answer.labels if answer.labels is not None else (answer.prediction,)
+    return Panel(
+        image=load_input(path, str(path), size_hw=card.image_size, resize=card.resize, max_pixels=card.max_pixels),
+        title=f"{' '.join(shown[one] for one in said) or 'no label'} {answer.confidence:.0%}"
+        + (f" ({shown[known]})" if known else ""),
+        bars=[(shown[name], share) for name, share in ranked],
+        is_right=said == (known,) if known else None,
+        truth=frozenset({shown.get(known, "")}),
+        note=escape_name(path.name),
+    )
 
 
 def require_png(path: Path | None, option: str) -> None:

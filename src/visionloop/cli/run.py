@@ -36,6 +36,7 @@ def main() -> None:
         keys,
         models,
         monitoring,
+        predict,
         predictions,
         review,
         runs,

@@ -31,7 +31,7 @@ def load_input(
         return convert_image(image, where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)
     if isinstance(image, str | os.PathLike):
         where = os.fsdecode(image)
-        image = _read_file(where)
+        image = read_image_file(where)
     if not isinstance(image, bytes | bytearray | memoryview):
         raise ImageError(where, f"is {_name_type(image)}", EXPECTED, _advise(image))
     return load_array(bytes(image), where, size_hw=size_hw, resize=resize, max_pixels=max_pixels)
@@ -47,7 +47,8 @@ def is_one_image(images: object) -> bool:
     return hasattr(images, "read") or not hasattr(images, "__iter__")
 
 
-def _read_file(path: str) -> bytes:
+def read_image_file(path: str) -> bytes:
+    """Return the bytes of a regular file. Raises ImageError."""
     place, where = os.path.expanduser(path), path or "image ''"
     try:
         if not stat.S_ISREG(os.stat(place).st_mode):  # a pipe could keep us waiting for ever

@@ -106,13 +106,14 @@ def post_alert(
     alert: Mapping[str, Any],
     variables: Mapping[str, str],
     *,
-    sleep: Callable[[float], None] = time.sleep,
+    where: str = "params.yaml monitor.webhook",
+    sleep: Callable[[float], object] = time.sleep,
 ) -> Failure | None:
     """Send an alert, again after a while if the server is busy or away. Return what went wrong at last; None: sent.
 
-    What is told holds neither the address's query nor a secret.
+    What is told holds neither the address's query nor a secret. `where` names the webhook in it.
     """
-    environment = Environment(variables, "params.yaml monitor.webhook")
+    environment = Environment(variables, where)
     try:
         url = environment.expand_url(webhook.url)
         headers = {name: environment.expand(value) for name, value in webhook.headers.items()}
@@ -131,7 +132,7 @@ def post_alert(
 
 
 def _try(
-    webhook: Webhook, url: str, headers: Mapping[str, str], body: bytes, sleep: Callable[[float], None]
+    webhook: Webhook, url: str, headers: Mapping[str, str], body: bytes, sleep: Callable[[float], object]
 ) -> Failure | None:
     problem, is_final = "", False
     for number in range(webhook.tries):

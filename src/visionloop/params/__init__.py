@@ -198,7 +198,7 @@ class Serve(Section):
 class Compute(Section):
     """Where the work runs, and what is shown of it. Nothing here makes a stage run again.
 
-    `engine`: prepare and batches on this machine's cores, or on a Ray cluster at `address`. `accelerator`, `strategy`,
+    `engine`: `prepare` and `predict --out` here, or on a Ray cluster at `address`. `accelerator`, `strategy`,
     `devices` a node and `num_nodes`: what a training runs on; each run records what it came to. `tensorboard` writes
     its files beside MLflow; `confusion_every` so many epochs MLflow gets the confusion of the validation side.
     """

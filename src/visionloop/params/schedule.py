@@ -7,6 +7,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, Field
 
+from visionloop.params.monitor import Webhook
 from visionloop.params.section import Section, Words
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
@@ -91,10 +92,17 @@ class Schedule(Section):
 
 
 class Predict(Section):
-    """What `schedule.predict` answers: images, folders and globs in `paths`, each new image once, into tables in `out`.
+    """What `schedule.predict` answers: images, videos, folders and globs in `paths`, each new file once, and `streams`.
 
-    A path that is not absolute is below the workspace.
+    A path that is not absolute is below the workspace; tables go to `out`. Of a video or a stream a frame is taken
+    every `every_s`, and a change for less than `smooth_s` is taken for a flicker. A stream (rtsp://, http://, a device)
+    is watched for `seconds` in each run; `webhook` gets its events, as it does from `visionloop predict`.
     """
 
     paths: Words = ()
+    streams: Words = ()
     out: str = Field(default="predictions", min_length=1)
+    every_s: float = Field(default=0.5, ge=0.04, le=3600)
+    smooth_s: float = Field(default=1.0, ge=0, le=3600)
+    seconds: float = Field(default=60.0, gt=0, le=86_400)
+    webhook: Webhook | None = None

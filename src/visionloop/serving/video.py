@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Annotated, Any
 
@@ -32,7 +32,7 @@ from visionloop.serving.spare import SpareWork
 from visionloop.serving.swap import ServedModel
 from visionloop.video.player import End, Frame, Player, Start, check_installed
 from visionloop.video.sample import DecodeJob
-from visionloop.video.timeline import Timeline, make_timeline
+from visionloop.video.timeline import Timeline, describe_timeline, make_timeline
 
 VIDEO = "/predict/video"
 AT_ONCE, LIMIT_S, BODY_S = 2, 300.0, 300.0
@@ -143,20 +143,10 @@ def add_video(
                     request.state.access.charge(request, max(1, len(seen.times_s)))
             _require_frames(seen, file)
         timeline = await asyncio.to_thread(_make_timeline, seen, model, every_s, smooth_s)
-        described = _describe(timeline, seen, every_s, smooth_s)
+        notes = [*seen.end.told, *([seen.end.text] if seen.end.text else [])]
+        described = describe_timeline(timeline, len(seen.times_s), notes, every_s=every_s, smooth_s=smooth_s)
         timing = {"answer_ms": _to_ms(time.perf_counter() - started_at), "network_ms": _to_ms(seen.network_s)}
         return JSONResponse({**described, "timing": timing, "model": name_model(model), **name_request(request)})
-
-
-def _describe(timeline: Timeline, seen: _Seen, every_s: float, smooth_s: float) -> dict[str, Any]:
-    return {
-        **asdict(timeline),
-        "duration_s": timeline.segments[-1].end_s,
-        "num_frames": len(seen.times_s),
-        "every_s": every_s,
-        "smooth_s": smooth_s,
-        "notes": [*seen.end.told, *([seen.end.text] if seen.end.text else [])],
-    }
 
 
 def _to_ms(seconds: float) -> float:

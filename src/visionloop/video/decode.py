@@ -213,7 +213,7 @@ def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage)
     start = None if job.is_live or container.start_time is None else container.start_time / av.time_base
     rate = stream.guessed_rate
     clock = FrameClock(start, 1 / float(rate) if rate else None)
-    untimed = job.is_live and container.format.name in UNTIMED
+    untimed = job.is_live and (job.by_arrival or container.format.name in UNTIMED)
     now_s, opened_at = 0.0, time.monotonic()
     packets = container.demux(stream)
     while True:

@@ -19,6 +19,7 @@ class DecodeJob:
 
     `spans` are the seconds [start, end) that are wanted; end None: to the end. `format` names the demuxer of a device.
     `scene` None: a frame every `every_s`. `max_s` of the video are read, `max_frames` taken, `max_pixels` in each.
+    `by_arrival`: a live frame has the time at which it came, and not its own: clocks of cameras jump and stand still.
     """
 
     every_s: float
@@ -32,6 +33,7 @@ class DecodeJob:
     url: str | None = None
     format: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+    by_arrival: bool = False
 
     @property
     def is_live(self) -> bool:

@@ -9,7 +9,7 @@ from PIL import Image
 from fakes import make_bundle, make_image, run_here
 from visionloop.cli.pictures import describe_picture
 from visionloop.data.contact_sheet import ANSWERED_BAND, ANSWERED_LEAST_PX, ANSWERED_PX, draw_answered
-from visionloop.predict import FilePrediction
+from visionloop.predict.files import FilePrediction
 from visionloop.records import Prediction
 
 SHOWN = {"cat": "cat", "dog": "dog", "قطة": "قطة"}

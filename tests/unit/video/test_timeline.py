@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fakes import make_card
-from visionloop.video.timeline import Timeline, find_path, make_timeline
+from visionloop.video.timeline import Follower, PathFinder, Timeline, make_timeline
+
+
+def find_path(probs_tk: np.ndarray, seconds_t: np.ndarray, smooth_s: float) -> np.ndarray:
+    finder = PathFinder(smooth_s)
+    for probs_k, seconds in zip(probs_tk, seconds_t, strict=True):
+        finder.add(probs_k, float(seconds))
+    return np.array(finder.finish())
 
 
 def follow(p_t: list[float], smooth_s: float, seconds: float = 1.0) -> str:
@@ -113,3 +120,40 @@ def test_a_threshold_decides_as_for_one_image() -> None:
 def test_one_frame_is_a_video() -> None:
     found = make([[0.2, 0.7, 0.1]], every_s=0.25)
     assert [(s.start_s, s.end_s, s.prediction) for s in found.segments] == [(0.0, 0.25, "b")]
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_frames_one_by_one_give_the_segments_of_all_at_once(task: str) -> None:
+    """Whatever is settled early is what the whole film says."""
+    rng = np.random.default_rng(4)
+    classes = ("a", "b") if task == "binary" else ("a", "b", "c")
+    card, num_early = make_card(classes, task=task), 0
+    for _ in range(20):
+        times = np.cumsum(rng.uniform(0.1, 0.9, 60)).tolist()
+        probs = np.repeat(rng.dirichlet(np.full(len(classes), 0.3), 15), 4, axis=0)
+        doubts = [None if sure else "why" for sure in np.repeat(rng.random(15) < 0.7, 4)]
+        whole = make_timeline(times, probs, doubts, card, every_s=0.5, smooth_s=1.0).segments
+        follower, found, early = Follower(card, 1.0, most_waiting=10_000), [], []
+        for time, seconds, probs_k, doubt in zip(times, np.diff([*times, times[-1] + 0.5]), probs, doubts, strict=True):
+            found += follower.add(time, float(seconds), probs_k, doubt)
+            early += [follower.current] if follower.current else []
+        num_early += len(found)
+        assert tuple(found + follower.finish()) == whole
+        starts = {one.start_s: one.prediction for one in whole}
+        assert all(starts[one.start_s] == one.prediction for one in early)
+    assert num_early > 20, "most were settled long before the end"
+
+
+def test_a_sure_change_is_settled_soon_and_nothing_waits_for_ever() -> None:
+    follower = Follower(make_card(), 1.0, most_waiting=12)
+    sure = {"a": np.array([0.98, 0.01, 0.01]), "b": np.array([0.01, 0.98, 0.01])}
+    for number in range(20):
+        follower.add(0.5 * number, 0.5, sure["a" if number < 10 else "b"], None)
+        if number == 9 + 3:  # three frames are 1.5 s of it: more than smooth_s
+            assert follower.current and (follower.current.prediction, follower.current.start_s) == ("b", 5.0)
+        elif number == 9 + 2:
+            assert follower.current and follower.current.prediction == "a"
+    for number in range(20, 60):
+        follower.add(0.5 * number, 0.5, np.array([0.45, 0.45, 0.1]), None)
+        assert len(follower._waiting) <= 12
+    assert sum(one.num_frames for one in follower.finish()) == 50, "each frame once; ten were returned before"

@@ -38,6 +38,7 @@ __all__ = [
     "find_side",
     "is_image_name",
     "is_label",
+    "is_video_name",
     "list_files",
     "list_images",
 ]
@@ -76,10 +77,23 @@ def list_files(root: Path, where: str, *, stay_inside: bool = False) -> list[Lis
     return _walk(_Walk(root, where, stay_inside))
 
 
-def list_images(root: Path, where: str, *, has_stamps: bool = True) -> tuple[list[ListedFile], PassedOver]:
+def list_images(
+    root: Path, where: str, *, has_stamps: bool = True, with_videos: bool = False
+) -> tuple[list[ListedFile], PassedOver]:
     """Return the images below a folder, and how many other files there are. Raises SourceError as `list_files`."""
-    walk = _Walk(root, where, stay_inside=False, is_wanted=is_image_name, has_stamps=has_stamps)
+    is_wanted = is_image_or_video_name if with_videos else is_image_name
+    walk = _Walk(root, where, stay_inside=False, is_wanted=is_wanted, has_stamps=has_stamps)
     return _walk(walk), walk.passed
+
+
+def is_video_name(name: str) -> bool:
+    """Say whether a file's suffix is one of a video."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def is_image_or_video_name(name: str) -> bool:
+    """Say whether a file's suffix is one of an image or of a video."""
+    return is_image_name(name) or is_video_name(name)
 
 
 def list_paths(root: Path, where: str) -> list[str]:

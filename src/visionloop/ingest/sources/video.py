@@ -14,7 +14,14 @@ from pathlib import Path
 from visionloop.errors import SourceError
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.paths.layout import Placement, place_all, settle_sides
-from visionloop.ingest.paths.listing import VIDEO_SUFFIXES, ListedFile, escape_name, find_side, list_files
+from visionloop.ingest.paths.listing import (
+    VIDEO_SUFFIXES,
+    ListedFile,
+    escape_name,
+    find_side,
+    is_video_name,
+    list_files,
+)
 from visionloop.ingest.video.cameras import is_camera, open_camera
 from visionloop.ingest.video.clip import DECODING, Clip, Index, Spool, make_stamp
 from visionloop.ingest.video.segments import Segment, read_segments
@@ -201,13 +208,8 @@ def _watch(source: VideoSource, context: SourceContext, spool: Spool, where: str
         context.tell(f"{where}: no `label`: its frames come in for prediction only")
     with open_camera(source, context, spool, where) as camera:
         if camera.file:
-            film = Film(camera.place, camera.file, [Segment(0.0, None, labels)])
+            film = Film(camera.stream.place, camera.file, [Segment(0.0, None, labels)])
             with Player() as player:
                 yield from _read_film(film, source, context, _Tools(player, spool, None))
         else:
             yield from camera.watch(labels)
-
-
-def is_video_name(relative: str) -> bool:
-    """Say whether a file's suffix is one of a video."""
-    return os.path.splitext(relative)[1].lower() in VIDEO_SUFFIXES

@@ -6,10 +6,12 @@ FFmpeg. So no unchecked address is reached, and no more bytes are read than allo
 """
 
 import contextlib
+import math
 import os
 import re
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +34,9 @@ from visionloop.web.download import make_fetcher, parse_private_hosts
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
 _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
+_HIDDEN = re.compile(r"^.*@")
+# Here nobody can tell whether a password with a / in it ends at the @: what is before it would be shown as the host.
+_UNCLEAR = re.compile(r"^[a-zA-Z]+://[^/?#]*[:@][^/?#]*[/?#].*@")
 # Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).
 RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
 
@@ -53,16 +58,41 @@ class Feed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What a stream may reach and how much of it is read; `where` names who asks, in errors.
+
+    `env` holds the values of `${NAME}` and VISIONLOOP_PRIVATE_HOSTS; `hosts` are those that a redirect may lead to.
+    """
+
+    env: Mapping[str, str]
+    where: str
+    hosts: Sequence[str] = ()
+    max_bytes: int = sys.maxsize
+    watch_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a URL or a device names. `secrets` are to be masked in what the feed and the decoder say.
+
+    `file`: the URL is that of a video file, which is to be downloaded and read like a local one.
+    """
+
+    feed: Feed
+    place: str = "live"
+    secrets: tuple[str, ...] = ()
+    file: WebStream | None = None
+
+
 @dataclass
 class Camera:
-    """An opened camera; or `file`, when the URL is a video file, which is read like a local one."""
+    """An opened camera of a source; or `file`, when its URL is a video file, which is read like a local one."""
 
     source: VideoSource
     spool: Spool
-    feed: Feed
-    secrets: tuple[str, ...] = ()
+    stream: Stream
     file: Path | None = None
-    place: str = "live"
 
     def watch(self, labels: tuple[str, ...]) -> Iterator[Item | Rejected]:
         """Yield its frames as they come, for `watch_s`; then, if it failed, a `Rejected` with the reason.
@@ -72,11 +102,11 @@ class Camera:
         session = ""
         name = self.source.name
         end = End(None)
-        timer = threading.Timer(self.source.watch_s + GRACE_S, self.feed.close)
+        timer = threading.Timer(self.source.watch_s + GRACE_S, self.stream.feed.close)
         timer.daemon = True
         try:
             with Player() as player:
-                job = self.feed.open()
+                job = self.stream.feed.open()
                 timer.start()
                 for answer in player.play(job):
                     if isinstance(answer, Frame) and answer.clock is not None:
@@ -88,7 +118,7 @@ class Camera:
                             break
                         read = partial(_take, self.spool, path)
                         yield Item(
-                            f"{name}:{self.place}#t={moment}",
+                            f"{name}:{self.stream.place}#t={moment}",
                             name,
                             labels,
                             read,
@@ -101,19 +131,25 @@ class Camera:
             end = End(exc.reason_code, f"{exc.found}; expected {exc.expected}")
         finally:
             timer.cancel()
-            self.feed.close()
-        if failure := self.feed.failure:
+            self.stream.feed.close()
+        if failure := self.stream.feed.failure:
             end = End(failure.reason_code, f"{failure.found}; expected {failure.expected}")
         if end.code and (not session or end.code != "damaged"):  # we cut a stream anywhere
-            yield Rejected(f"{name}:{self.place}", end.code, mask(end.text or "", self.secrets))
+            yield Rejected(f"{name}:{self.stream.place}", end.code, mask(end.text or "", self.stream.secrets))
 
 
 GRACE_S = 15.0  # beyond `watch_s`, for a camera that needs time before its first frame
 
 
 def is_camera(path: str) -> bool:
-    """Say whether a source's path is a camera: a URL, or a device."""
+    """Say whether a path is a camera: a URL, or a device."""
     return bool(_SCHEME.match(path)) or path.startswith(("/dev/", "${"))
+
+
+def hide_login(path: str) -> str:
+    """Return a camera's path as it may be shown, however its login is written: without login, query and fragment."""
+    head, divider, rest = path.partition("://")
+    return f"{head}{divider}{re.split('[?#]', _HIDDEN.sub('***@', rest))[0]}" if divider else path
 
 
 @contextlib.contextmanager
@@ -123,17 +159,6 @@ def open_camera(source: VideoSource, context: SourceContext, spool: Spool, where
     Raises:
         SourceError: the kind is not known, its host is not allowed, or a variable is not set.
     """
-    environment = Environment(context.env, where)
-    url = environment.expand_url(source.path)
-    login = _LOGIN.match(url)
-    secrets = (
-        {*environment.secrets, *(part for part in re.split("[:@]", login[2]) if len(part) > 2)}
-        if login
-        else set(environment.secrets)
-    )
-    hidden = tuple(secrets | {unquote(secret) for secret in secrets})
-    scheme = _SCHEME.match(url)
-    kind = scheme[1].lower() if scheme else "device"
     job = DecodeJob(
         every_s=source.every_s,
         scene=source.scene,
@@ -142,33 +167,56 @@ def open_camera(source: VideoSource, context: SourceContext, spool: Spool, where
         max_s=source.watch_s,
         max_pixels=context.limits.max_pixels,
     )
+    reach = Reach(context.env, where, source.hosts, source.max_video_bytes, source.watch_s + GRACE_S)
     try:
-        if kind == "rtsp":
-            yield Camera(source, spool, _open_rtsp(url, source, context, job), hidden)
-        elif kind in ("http", "https"):
-            yield _open_web(url, source, context, spool=spool, job=job, secrets=hidden)
-        elif kind == "device":
-            yield Camera(source, spool, Device(url, job))
-        else:
-            raise SourceError(
-                where, f"got {kind}://", "a file, rtsp://, http://, https:// or /dev/video0", "Edit path."
-            )
+        stream = open_stream(source.path, job, reach)
+        file = stream.file.download(spool.reserve(".video")) if stream.file else None
+        yield Camera(source, spool, stream, file)
     except ImageError as exc:
-        parts = (mask(part, hidden) for part in (exc.found, exc.expected, exc.todo))
-        raise SourceError(f"{where} path", *parts) from None
+        raise SourceError(f"{where} path", exc.found, exc.expected, exc.todo) from None
 
 
-def _open_rtsp(url: str, source: VideoSource, context: SourceContext, job: DecodeJob) -> Relay:
+def open_stream(path: str, job: DecodeJob, reach: Reach) -> Stream:
+    """Open what a URL or a device names. HTTP is connected to, the others when their feed is opened.
+
+    Raises:
+        SourceError: the kind is not known, or a variable is not set.
+        ImageError: the address is none, it may not be reached, or it does not answer. No secret is in its text.
+    """
+    environment = Environment(reach.env, reach.where)
+    url = environment.expand_url(path)
+    scheme = _SCHEME.match(url)
+    kind = scheme[1].lower() if scheme else "device"
+    if kind not in ("rtsp", "http", "https", "device"):
+        expected = "a file, rtsp://, http://, https:// or /dev/video0"
+        raise SourceError(reach.where, f"got {kind}://", expected, "Check the path.")
+    if _UNCLEAR.match(url):
+        expected = "a login in which / ? # are written as %2F %3F %23 (and @ in a path as %40)"
+        raise SourceError(reach.where, "has an @ behind a / ? or #", expected, "Or write ${NAME} for the password.")
+    login = _LOGIN.match(url)
+    parts = [part for part in re.split("[:@]", login[2]) if len(part) > 2] if login else []
+    secrets = {*environment.secrets, *parts}
+    hidden = tuple(secrets | {unquote(secret) for secret in secrets})
+    try:
+        if kind == "device":
+            return Stream(Device(url, job))
+        return _open_rtsp(url, job, reach, hidden) if kind == "rtsp" else _open_web(url, job, reach, hidden)
+    except ImageError as exc:
+        texts = (mask(text, hidden) for text in (exc.where, exc.found, exc.expected, exc.todo))
+        raise ImageError(*texts, reason_code=exc.reason_code) from None
+
+
+def _open_rtsp(url: str, job: DecodeJob, reach: Reach, secrets: tuple[str, ...]) -> Stream:
     """Raises ImageError, SourceError."""
     login = _LOGIN.match(url)
     bare = _LOGIN.sub(r"\1", url)
     address = parse_url("http" + bare[len("rtsp") :])  # the same strict parser as for every other URL
     has_port = re.match(r"[a-z]+://(\[[^]]*\]|[^/:?#]*):\d", bare, re.IGNORECASE)
     port = address.port if has_port else RTSP_PORT
-    rules = HostRules((), parse_private_hosts(context.env))
+    rules = HostRules((), parse_private_hosts(reach.env))
     local = f"rtsp://{_encode_login(login[2]) + '@' if login else ''}127.0.0.1:{{port}}{address.target}"
     job = replace(job, url=local, format="rtsp", options=RTSP_OPTIONS)
-    return Relay(rules, address.host, port, job, source.max_video_bytes)
+    return Stream(Relay(rules, address.host, port, job, reach.max_bytes), secrets=secrets)
 
 
 def _encode_login(text: str) -> str:
@@ -176,10 +224,8 @@ def _encode_login(text: str) -> str:
     return ":".join(quote(unquote(part), safe="") for part in text.split(":", 1))
 
 
-def _open_web(
-    url: str, source: VideoSource, context: SourceContext, *, spool: Spool, job: DecodeJob, secrets: tuple[str, ...]
-) -> Camera:
-    """Begin a download: a file is fetched whole, a stream is watched. Raises ImageError, SourceError."""
+def _open_web(url: str, job: DecodeJob, reach: Reach, secrets: tuple[str, ...]) -> Stream:
+    """Send the request, and see whether the answer is a file or a stream. Raises ImageError, SourceError."""
     from base64 import b64encode
 
     login = _LOGIN.match(url)
@@ -190,17 +236,10 @@ def _open_web(
         token = b64encode(unquote(login[2]).encode()).decode()
         headers["Authorization"] = f"Basic {token}"
         secrets = (*secrets, token)
-    fetcher = make_fetcher(
-        context.env,
-        [address.netloc, *source.hosts],
-        headers=headers,
-        headers_host=bare,
-        secrets=secrets,
-    )
-    stream = WebStream(fetcher, bare, job, source.max_video_bytes, source.watch_s + GRACE_S)
-    place = fetcher.describe(bare)
-    file = stream.download(spool.reserve(".video")) if stream.connect() else None
-    return Camera(source, spool, stream, secrets, file, place)
+    hosts = [address.netloc, *reach.hosts]
+    fetcher = make_fetcher(reach.env, hosts, headers=headers, headers_host=bare, secrets=secrets)
+    stream = WebStream(fetcher, bare, job, reach.max_bytes, reach.watch_s)
+    return Stream(stream, fetcher.describe(bare), secrets, stream if stream.connect() else None)
 
 
 class Device:

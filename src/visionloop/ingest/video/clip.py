@@ -211,6 +211,6 @@ def make_stamp(path: Path) -> str | None:
 
 
 def _make_key(clip: Clip) -> dict[str, Any]:
-    wishes = {key: value for key, value in asdict(clip.job).items() if key not in ("file", "pipe", "url")}
+    wishes = {key: value for key, value in asdict(clip.job).items() if key not in ("file", "pipe", "url", "by_arrival")}
     key: dict[str, Any] = json.loads(json.dumps({"stamp": clip.stamp, "decoding": DECODING, **wishes}))
     return key

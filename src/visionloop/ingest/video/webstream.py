@@ -68,6 +68,11 @@ class WebStream:
                 if response.status != 200 or headers.get("content-encoding", "identity") != "identity":
                     self._answer.close()
                     raise _unreadable(first, f"answered {response.status}")
+                if "mpegurl" in headers.get("content-type", "").lower():
+                    self._answer.close()
+                    todo = "Name the camera's RTSP or MJPEG address."
+                    found, expected = "is a playlist (HLS)", "the stream itself"
+                    raise ImageError(first.place, found, expected, todo, reason_code="unreadable")
                 length = headers.get("content-length", "")
                 self._response, self._length = response, int(length) if length.isdigit() else None
                 return self._length is not None

@@ -1,7 +1,7 @@
 """How `visionloop predict` shows an answer."""
 
-from visionloop.cli.serving import describe_answer
-from visionloop.predict import FilePrediction
+from visionloop.cli.predict import describe_answer
+from visionloop.predict.files import FilePrediction
 from visionloop.records import Prediction
 
 PROBABILITIES = {"disc": 0.61, "ring": 0.9, "bar": 0.2, "star": 0.55}

@@ -1,0 +1,356 @@
+"""A camera, watched: frames at a rate, answers smoothed over time, and an event when what is seen has changed.
+
+A thread for each connection decodes (in a process of its own, as for every video) and keeps the newest frame alone;
+whoever runs `Watch.run` asks the network about it. So a network that is slower than the camera answers about now and
+not about a minute ago, and the frames that it was too slow for are counted. A stream that ends, or gives no frame for a
+while, is connected to again, after a time that doubles up to 30 s.
+
+Lines are JSON objects. `kind` is `change` (another answer, from `since` on; it is known `smooth_s` later), `lost`,
+`back`, `frame` (each answered one, if it is asked for) and `end` (what it came to). Nothing secret is in them.
+"""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.video.cameras import Reach, Stream, hide_login, open_stream
+from visionloop.predict.files import Sampling
+from visionloop.predict.lines import Line
+from visionloop.predictor import Predictor
+from visionloop.records import Prediction
+from visionloop.secrets import mask
+from visionloop.video.player import End, Frame, Player, check_installed
+from visionloop.video.sample import DecodeJob
+from visionloop.video.timeline import Follower, Segment
+
+FIRST_S = 40.0  # for the first frame of a connection
+STALL_S = 15.0  # without a frame, beyond the time from one to the next
+TICK_S = 0.5
+WAIT_S, MAX_WAIT_S = 1.0, 30.0
+STEADY_S = 10.0  # a connection that lasted so long makes the next wait short again
+SETTLED_AFTER = 10  # times `smooth_s`: by then a frame is settled, whatever comes
+
+
+class StreamEnded(SourceError):
+    """A camera gave no frame at all. It may do so later."""
+
+    transient = True
+
+
+@dataclass(frozen=True)
+class WatchPlan:
+    """What is watched and for how long: for `seconds`, or until `frames` were answered; None: until it is stopped.
+
+    `each_frame`: a line for each answered frame too. `env` holds the values of `${NAME}` in the path.
+    """
+
+    path: str
+    env: Mapping[str, str]
+    sampling: Sampling = field(default_factory=Sampling)
+    seconds: float | None = None
+    frames: int | None = None
+    each_frame: bool = False
+    stall_s: float = STALL_S
+    wait_s: float = WAIT_S
+
+    @property
+    def shown(self) -> str:
+        """The path as it may be shown."""
+        return hide_login(self.path)
+
+
+class Watch:
+    """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`."""
+
+    def __init__(self, plan: WatchPlan, predictor: Predictor) -> None:
+        self.plan, self._predictor = plan, predictor
+        self.num_answered = self.num_lost = self.num_changes = self._num_passed_over = 0
+        self.last: Prediction | None = None
+        self.seconds: dict[str, float] = {}  # for how long each answer was seen
+        self.network_s = 0.0
+        self._began = time.monotonic()
+        self._session: _Session | None = None
+        self._why = "limit"
+        self._is_asked_to_stop = False
+        self._before: Segment | None = None
+        self._waiting: tuple[float, Prediction] | None = None  # the newest frame: how long it is shown is not known yet
+        self._follower = self._make_follower()
+
+    @property
+    def num_passed_over(self) -> int:
+        """How many frames came while the network was busy with an earlier one."""
+        return self._num_passed_over + (self._session.num_passed_over if self._session else 0)
+
+    @property
+    def digest(self) -> str:
+        """The model that answers."""
+        return self._predictor.digest
+
+    @property
+    def took_s(self) -> float:
+        """How long it has been watched."""
+        return time.monotonic() - self._began
+
+    def connect(self) -> Stream:
+        """Open the camera. Raises SourceError: the address is wrong, or nobody answers there."""
+        check_installed(self.plan.shown)
+        try:
+            return open_stream(self.plan.path, self._make_job(), Reach(self.plan.env, self.plan.shown))
+        except ImageError as exc:
+            raise StreamEnded(self.plan.shown, exc.found, exc.expected, exc.todo) from None
+
+    def run(self, stream: Stream | None) -> Iterator[Line | None]:
+        """Yield lines as they come, and None now and then in between, until a limit is reached.
+
+        Raises:
+            StreamEnded: the first connection gives no frame.
+        """
+        self._began, wait_s, lost_at = time.monotonic(), self.plan.wait_s, None
+        while not self._is_over():
+            self._session, began = _Session(self.plan, self._make_job(), stream), time.monotonic()
+            before = self.num_answered
+            yield from self._follow(self._session, lost_at)
+            reason = self._close()
+            if not self.num_answered and not self._is_asked_to_stop:
+                reason = reason or f"no frame in {self.took_s:.0f} s"
+                raise StreamEnded(self.plan.shown, reason, "a video stream", "Check the address and the login.")
+            if self._is_over():
+                return
+            if self.num_answered > before or lost_at is None:
+                yield from self._settle()
+                lost_at = time.monotonic()
+                self.num_lost, self.last = self.num_lost + 1, None
+                yield self._make_line("lost", why=reason)
+            wait_s = self.plan.wait_s if time.monotonic() - began > STEADY_S else wait_s
+            yield from self._pause(wait_s)
+            wait_s, stream = min(2 * wait_s, MAX_WAIT_S), None
+
+    def stop(self, why: str) -> None:
+        """Let `run` come to its end within half a second. For handlers of signals, too."""
+        self._why, self._is_asked_to_stop = why, True
+
+    def end(self) -> list[Line]:
+        """Close; return the changes that were not told yet, and what it came to."""
+        self._close()
+        lines = list(self._settle())
+        took_s = self.took_s
+        each_s = self.network_s / self.num_answered if self.num_answered else None
+        summary = {
+            "why": self._why,
+            "duration_s": round(took_s, 3),
+            "frames": self.num_answered,
+            "passed_over": self.num_passed_over,
+            "changes": self.num_changes,
+            "lost": self.num_lost,
+            "network_ms": round(1000 * each_s, 3) if each_s is not None else None,
+            "seconds": {
+                name: round(self.seconds[name], 3) for name in sorted(self.seconds, key=self.seconds.__getitem__)[::-1]
+            },
+            "bundle": self.digest,
+        }
+        return [*lines, self._make_line("end", **summary)]
+
+    def _follow(self, session: "_Session", lost_at: float | None) -> Iterator[Line | None]:
+        """Answer for the newest frames of a connection until it ends, hangs, or a limit is reached."""
+        heard_at, limit_s = time.monotonic(), max(FIRST_S, self.plan.stall_s)
+        while not self._is_over():
+            found = session.take(min(TICK_S, self._left_s()))
+            if isinstance(found, Frame):
+                if lost_at is not None:
+                    yield self._make_line("back", after_s=round(time.monotonic() - lost_at, 3))
+                    lost_at = None
+                yield from self._answer(found)
+                heard_at, limit_s = time.monotonic(), self.plan.stall_s + self.plan.sampling.every_s
+            elif isinstance(found, End) or time.monotonic() - heard_at > limit_s:
+                session.reason = session.reason or f"no frame for {limit_s:.0f} s"
+                return
+            yield None
+
+    def _answer(self, frame: Frame) -> Iterator[Line]:
+        assert frame.clock is not None
+        started = time.perf_counter()
+        answer = next(self._predictor.predict_each([frame.jpeg]))
+        self.network_s += time.perf_counter() - started
+        if isinstance(answer, ImageError):
+            return
+        self.num_answered += 1
+        self.last = answer
+        if self.plan.each_frame:
+            yield self._make_line("frame", at=_format_time(frame.clock), **answer.to_json())
+        yield from self._take_waiting(frame.clock)
+        self._waiting = (frame.clock, answer)
+
+    def _take_waiting(self, until: float) -> Iterator[Line]:
+        """Smooth the frame before, now that it is known until when it was shown."""
+        if self._waiting:
+            at, answer = self._waiting
+            probs_k = list(answer.probabilities.values())
+            ended = self._follower.add(at, max(1e-3, until - at), np.array(probs_k), answer.abstained)
+            yield from self._tell_changes(ended)
+
+    def _settle(self) -> Iterator[Line]:
+        """Tell what is not told yet: the stream is lost, or nobody watches any more. What comes then begins anew."""
+        if self._waiting:
+            yield from self._take_waiting(self._waiting[0] + self.plan.sampling.every_s)
+        self._waiting = None
+        yield from self._tell_changes(self._follower.finish())
+        self._follower = self._make_follower()
+
+    def _tell_changes(self, ended: list[Segment]) -> Iterator[Line]:
+        """Yield a line for each segment that shows something else than the one before it."""
+        for segment in ended:
+            yield from self._tell_change(segment)
+            name = _name(segment)
+            self.seconds[name] = self.seconds.get(name, 0.0) + segment.end_s - segment.start_s
+        if current := self._follower.current:
+            yield from self._tell_change(current)
+
+    def _tell_change(self, segment: Segment) -> Iterator[Line]:
+        before, self._before = self._before, segment
+        if before is None or _key(before) != _key(segment):
+            self.num_changes += 1
+            labels = {} if segment.labels is None else {"labels": list(segment.labels)}
+            yield self._make_line(
+                "change",
+                since=_format_time(segment.start_s),
+                prediction=segment.prediction,
+                **labels,
+                confidence=round(segment.confidence, 6),
+                abstained=segment.abstained,
+                before=before.prediction if before else None,
+                before_abstained=before.abstained if before else None,
+                before_s=round(before.end_s - before.start_s, 3) if before else None,
+            )
+        else:  # it goes on; after a gap it is the same one too
+            self._before = replace(segment, start_s=before.start_s)
+
+    def _make_line(self, kind: str, **more: Any) -> Line:
+        return {"kind": kind, "time": _format_time(time.time()), "source": self.plan.shown, **more}
+
+    def _make_follower(self) -> Follower:
+        every_s, smooth_s = self.plan.sampling.every_s, self.plan.sampling.smooth_s
+        return Follower(self._predictor.card, smooth_s, most_waiting=2 + math.ceil(SETTLED_AFTER * smooth_s / every_s))
+
+    def _make_job(self) -> DecodeJob:
+        return DecodeJob(
+            every_s=self.plan.sampling.every_s,
+            scene=None,
+            spans=[(0.0, None)],
+            max_frames=sys.maxsize,
+            max_s=math.inf,
+            max_pixels=self._predictor.card.max_pixels,
+            by_arrival=True,
+        )
+
+    def _left_s(self) -> float:
+        return math.inf if self.plan.seconds is None else self._began + self.plan.seconds - time.monotonic()
+
+    def _is_over(self) -> bool:
+        return (
+            self._is_asked_to_stop
+            or self._left_s() <= 0
+            or (self.plan.frames is not None and self.num_answered >= self.plan.frames)
+        )
+
+    def _pause(self, wait_s: float) -> Iterator[None]:
+        until = time.monotonic() + wait_s
+        while not self._is_over() and (left_s := min(until - time.monotonic(), self._left_s())) > 0:
+            time.sleep(min(TICK_S, left_s))
+            yield None
+
+    def _close(self) -> str:
+        """End the connection; return why it ended."""
+        session, self._session = self._session, None
+        if session is None:
+            return ""
+        session.stop()
+        self._num_passed_over += session.num_passed_over
+        return session.reason
+
+
+class _Session:
+    """One connection. Its thread connects and decodes, and keeps the newest frame until somebody takes it."""
+
+    def __init__(self, plan: WatchPlan, job: DecodeJob, stream: Stream | None) -> None:
+        self._plan, self._job, self._stream = plan, job, stream
+        self.num_passed_over, self.reason = 0, ""
+        self._frame: Frame | None = None
+        self._end: End | None = None
+        self._is_stopped = False
+        self._news = threading.Condition()
+        self._player = Player()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="camera")
+        self._thread.start()
+
+    def take(self, timeout_s: float) -> Frame | End | None:
+        """Return the newest frame, once; else the end, if it is one; None: nothing came in that time."""
+        with self._news:
+            self._news.wait_for(lambda: self._frame or self._end, max(0.0, timeout_s))
+            found, self._frame = self._frame or self._end, None
+            return found
+
+    def stop(self) -> None:
+        """Close the connection. A thread that waits for a host that does not answer ends by itself."""
+        with self._news:
+            self._is_stopped = True
+        self._player.interrupt()
+        if self._stream:
+            self._stream.feed.close()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        end = End(None)
+        try:
+            reach = Reach(self._plan.env, self._plan.shown)
+            self._stream = stream = self._stream or open_stream(self._plan.path, self._job, reach)
+            end = self._play(stream)
+            end = End(end.code, mask(end.text or "the stream has ended", stream.secrets))
+        except (ImageError, SourceError) as exc:
+            end = End("unreadable", exc.found)
+        finally:
+            self._player.stop()
+            with self._news:
+                self.reason = self.reason or mask(end.text or "the connection broke off")
+                self._end = end
+                self._news.notify_all()
+
+    def _play(self, stream: Stream) -> End:
+        """Decode until the stream ends, or is stopped. Raises ImageError."""
+        end = End(None)
+        try:
+            job = stream.feed.open()
+            for found in () if self._is_stopped else self._player.play(job):
+                if self._is_stopped:
+                    break
+                if isinstance(found, Frame):
+                    with self._news:
+                        self.num_passed_over += self._frame is not None
+                        self._frame = found
+                        self._news.notify_all()
+                elif isinstance(found, End):
+                    end = found
+        finally:
+            stream.feed.close()
+        if failure := stream.feed.failure:
+            end = End(failure.reason_code, failure.found)
+        return end
+
+
+def _key(segment: Segment) -> tuple[str, bool]:
+    return segment.prediction, segment.abstained is not None
+
+
+def _name(segment: Segment) -> str:
+    return "don't know" if segment.abstained else segment.prediction or "no label"
+
+
+def _format_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
