@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
+from visionloop.errors import SettingsError
 from visionloop.words import shorten_path
 from visionloop.workspace import get_now, get_user, open_workspace
 
 EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
+RETRAIN = "`visionloop review --serve` asks for labels, `visionloop triggers decide` says whether a retrain is due"
+MEND = "`visionloop predictions show` shows what was asked; mend that or the server, then `visionloop monitor --again`"
+NEXT = {"broken": MEND, "service": MEND, "drift": RETRAIN, "quality": RETRAIN}
 
 
 @app.command()
@@ -44,7 +48,6 @@ def monitor(
       visionloop monitor --accept --why "the winter has begun"
     """
     from visionloop.data.known_store import check_store
-    from visionloop.errors import SettingsError
     from visionloop.monitoring.alert import send_unsent
     from visionloop.monitoring.judge import describe_late, describe_verdict
     from visionloop.monitoring.watch import accept_window, find_missed, watch_window, write_copies
@@ -66,8 +69,8 @@ def monitor(
     path = write_copies(workspace, verdict)
     if as_json:
         print_json(verdict.to_json())
-    for line in [] if as_json else describe_verdict(verdict):
-        print(line)
+    else:
+        print("\n".join(describe_verdict(verdict)))
     if path and not as_json:
         print(f"with pictures: {shorten_path(path, workspace.settings.home, Path.cwd())}")
     if accept:
@@ -75,13 +78,12 @@ def monitor(
         print("accepted: later windows are compared with it too", file=sys.stderr if as_json else sys.stdout)
     for note in send_unsent(workspace, os.environ, now=now):
         print(f"note: {note}", file=sys.stderr)
+    say_next(NEXT.get(verdict.verdict, "`visionloop review --serve` asks for the labels worth having"), quiet=as_json)
     raise typer.Exit(0 if accept else max(EXIT_CODES.get(one.verdict, 0) for one in (*late, verdict)))
 
 
 def read_time(text: str) -> datetime:
     """Return a time, of UTC where it names no zone. Raises SettingsError."""
-    from visionloop.errors import SettingsError
-
     try:
         time = datetime.fromisoformat(text)
     except ValueError as exc:
