@@ -28,7 +28,7 @@ from visionloop.params.text import parse_yaml
 
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 UV = Path(sys.executable).with_name("uv")
-MINUTES_S = 600
+MINUTES_S = 1800  # a command, on a machine that ten others use
 
 
 @dataclass(frozen=True)
