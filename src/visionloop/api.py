@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.inputs import ImageInput, is_one_image
 from visionloop.data.manifest import list_versions, load_pin, load_version, load_version_records, make_image_key
-from visionloop.errors import DatasetError, ImageError, SettingsError
+from visionloop.errors import DatasetError, ImageError, SettingsError, describe_install
 from visionloop.params import load_params
 from visionloop.predictor import Predictor, raise_errors
 from visionloop.promotion.gate import PASSED
@@ -289,7 +289,7 @@ def _require(package: str) -> None:
     try:
         version(package)
     except PackageNotFoundError as exc:
-        todo = "Run `pip install 'visionloop[train]'`."
+        todo = f"Run `{describe_install('train')}`."
         raise SettingsError(package, "is not installed", "it, for tables", todo) from exc
 
 

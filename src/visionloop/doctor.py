@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from visionloop.data.known_store import WAY_OUT, check_store
 from visionloop.data.manifest import load_pin, load_version
-from visionloop.errors import VisionLoopError, find_missing_extra, shorten
+from visionloop.errors import VisionLoopError, describe_install, find_missing_extra, shorten
 from visionloop.evaluation.resampling import describe_images
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
@@ -25,7 +25,6 @@ from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
-INSTALL = "Run `pip install 'visionloop[train,serve,flows]'`, or `make install` in a clone."
 LEAST_FREE_GB = 5
 OF_THE_STORE = frozenset({"dataset", "ledger", "champion", "alias"})  # what another store would tell wrongly
 NOT_CHECKED = "not checked: the store is not the one that this workspace knows"
@@ -91,7 +90,9 @@ def _check_packages() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Finding("packages", False, f"missing: {', '.join(missing)}", INSTALL)
+        return Finding(
+            "packages", False, f"missing: {', '.join(missing)}", f"Run `{describe_install('train,serve,flows')}`."
+        )
     return Finding("packages", True, ", ".join(versions))
 
 

@@ -27,6 +27,7 @@ and what to do.
 import contextlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 SHOWN = 5
 PACKAGE_OF = {"sklearn": "scikit-learn", "PIL": "pillow", "botocore": "boto3"}
@@ -178,9 +179,32 @@ def find_missing_extra(error: ImportError) -> SettingsError | None:
         return None
     last = ("all", "dev", "mlflow-server")  # they bring more than a command needs
     extra = min(extras, key=lambda name: (name in last, extras.index(name)))
-    return SettingsError(
-        package, "is not installed", "it for this command", f"Run `pip install 'visionloop[{extra}]'`."
-    )
+    return SettingsError(package, "is not installed", "it for this command", f"Run `{describe_install(extra)}`.")
+
+
+def describe_install(extras: str) -> str:
+    """Return the command that adds an extra, or several by commas, to visionloop as it was installed here.
+
+    It is on no package index: it came from a clone, a wheel or a repository, which the installer has noted (PEP 610).
+    """
+    import importlib.metadata
+    import importlib.util
+    import json
+    import shlex
+    from urllib.parse import unquote, urlsplit
+
+    told: dict[str, Any] = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        told = json.loads(importlib.metadata.distribution("visionloop").read_text("direct_url.json") or "{}")
+    url, vcs, folder = str(told.get("url", "")), told.get("vcs_info"), told.get("dir_info")
+    if vcs:
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    what = f"visionloop[{extras}]{f' @ {url}' if url else ''}"
+    if folder is not None:
+        what = f"{unquote(urlsplit(url).path)}[{extras}]"
+    is_editable = bool(folder and folder.get("editable"))
+    installer = "pip" if importlib.util.find_spec("pip") else "uv pip"
+    return f"{installer} install {'-e ' * is_editable}{shlex.quote(what)}"
 
 
 def require_installed(library: str) -> None:

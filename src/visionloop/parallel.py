@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from visionloop.errors import ParamsError, VisionLoopError, describe_first_line
+from visionloop.errors import ParamsError, VisionLoopError, describe_first_line, describe_install
 from visionloop.lifetime import die_with_parents
 
 Item = TypeVar("Item")
@@ -179,7 +179,7 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
             f"params.yaml {key}",
             "got 'ray', which is not installed",
             "the extra `ray`",
-            f"Run `pip install 'visionloop[ray]'`, or set `{instead}`.",
+            f"Run `{describe_install('ray')}`, or set `{instead}`.",
         ) from exc
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:

@@ -32,7 +32,7 @@ from visionloop.confidence import (
 )
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.inputs import ImageInput, load_input
-from visionloop.errors import BundleError, ImageError, ParamsError, shorten
+from visionloop.errors import BundleError, ImageError, ParamsError, describe_install, shorten
 from visionloop.parallel import map_parallel
 from visionloop.records import LABEL_SEPARATOR, Card, Prediction
 from visionloop.store import ObjectStore
@@ -387,7 +387,7 @@ def _open_openvino(model_bytes: bytes, where: str, precision: str, threads: int)
             "params.yaml embed.runtime",
             "got 'openvino', which is not installed",
             "the extra `openvino`",
-            "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
+            f"Run `{describe_install('openvino')}`, or set `runtime: auto`.",
         ) from exc
     options = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "INFERENCE_NUM_THREADS": threads}
     try:

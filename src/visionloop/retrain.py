@@ -19,7 +19,7 @@ from typing import Any
 from visionloop import pipeline
 from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import load_pin, load_records
-from visionloop.errors import LeaseHeld, VisionLoopError, shorten
+from visionloop.errors import LeaseHeld, VisionLoopError, describe_install, shorten
 from visionloop.promotion.ledger import (
     describe_rollback,
     find_rolled_back,
@@ -238,7 +238,7 @@ def register(home: str, tell: Tell) -> str:
         number = check_serving(workspace, str(workspace.settings.candidate_dir))
         tell(f"  the server, tried on a port of its own, answers {number} golden images as the bundle does")
     else:
-        tell("  the server was not tried: it is not installed here (`pip install 'visionloop[serve]'`)")
+        tell(f"  the server was not tried: it is not installed here (`{describe_install('serve')}`)")
     version = run_register(workspace)
     tell(f"  {describe_registered(workspace.name, version)}")
     return version

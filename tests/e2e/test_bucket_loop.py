@@ -44,7 +44,7 @@ def test_digits_from_images_to_a_champion_that_another_machine_uses(
         params = params.replace(longer, shorter)
     (here / "params.yaml").write_text(params)
     told = ask(here, "visionloop", "store", "init").stdout
-    for line in told.partition("to keep DVC's cache there too:\n")[2].splitlines():
+    for line in told.partition("to keep DVC's cache there too:\n")[2].partition("next: ")[0].splitlines():
         ask(here, *line.split())
 
     told = ask(here, "visionloop", "start").stdout

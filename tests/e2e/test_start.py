@@ -64,6 +64,13 @@ def test_again_nothing_is_done_twice(home: Path) -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == [
         "[1/8] ingest: new images into the store"
     ]
+    done = visionloop(home, "start", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["outcome"], found["dataset"]["version"]) == (0, "unchanged", 1)
+    assert found["commands"]["serve the champion"] == "visionloop serve"
+    quiet = visionloop(home, "start", "--quiet").stdout
+    assert "nothing changed: dataset 1" in quiet
+    assert "[1/8]" not in quiet and "next: " not in quiet
 
 
 def test_more_photos_are_found_and_only_they_are_computed(home: Path) -> None:

@@ -157,7 +157,8 @@ def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has
     assert start()[0] == 0
     assert visionloop(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
     assert list_ledger(home) == before
-    told = visionloop(home, "history").stdout.splitlines()
+    *told, after = visionloop(home, "history").stdout.splitlines()
+    assert after == "next: `visionloop rollback --to NUMBER` puts an earlier one back"
     assert [line.split("  decision")[0][26:] for line in told] == [
         f"{entry['action']:<8}  {(entry['previous'] or 'none')[:12]:>12} -> {entry['bundle'][:12]}  "
         f"model {entry['model_version']:<4}  dataset 2"

@@ -93,7 +93,9 @@ def test_the_same_photos_in_a_second_place_are_a_version_that_is_told_and_moves_
     assert (home / "data" / "dataset.json").read_bytes() == pin, "dvc depends on this file"
     first, second = list_versions(store, "pets")
     assert (second.digest, second.sources) == (first.digest, ("again", "photos"))
-    listed = [line.split() for line in shell("datasets").splitlines()]
+    *rows, after = shell("datasets").splitlines()
+    assert after.startswith("next: `visionloop datasets show 2`, `visionloop datasets diff 1` tells what the last one")
+    listed = [line.split() for line in rows]
     assert [(line[:2], "same" in line) for line in listed] == [(["*", "1"], False), (["2", first.digest[:12]], True)]
 
 
@@ -219,6 +221,7 @@ def test_two_versions_are_compared(home: Path, store: LocalStore, shell: Shell) 
     assert "new: quarantined 1 file that cannot be used:\n      1  empty\n" in shown
     assert shell("datasets", "diff", "2", "2") == (
         "pets version 2 -> 2: 8 -> 8 images\nthe same images, labels and sides\n"
+        "next: `visionloop start` retrains, `visionloop datasets drop 2` takes it back\n"
     )
     value = json.loads(shell("datasets", "diff", "1", "--json"))
     assert (value["before"], value["after"], len(value["added"]), value["rejected"][0]["code"]) == (1, 2, 2, "empty")
@@ -242,7 +245,7 @@ def test_a_forgotten_image_is_not_taken_in_again(home: Path, store: LocalStore, 
     shown = shell("forget", row.sha256[:10], "--dry-run")
     assert f"  {row.sha256[:12]}  {row.side:<8}  cat photos:cat/3.png\n" in shown
     assert "  - 1 image in file://" in shown
-    assert shown.endswith("nothing was changed\n")
+    assert shown.endswith("nothing was changed\nnext: the same without --dry-run\n")
     assert len(list_versions(store, "pets")) == 1
     assert "there is no terminal to ask on; expected --yes" in shell.fail("forget", row.sha256[:10])
     shown = shell("forget", row.sha256[:10], "--yes", "--why", "asked")
@@ -260,7 +263,9 @@ def test_a_forgotten_image_is_not_taken_in_again(home: Path, store: LocalStore, 
 
 
 def test_nothing_to_forget(home: Path, shell: Shell) -> None:
-    assert shell("forget") == "nothing of pets was forgotten yet, and no image is named\n"
+    assert shell("forget") == (
+        "nothing of pets was forgotten yet, and no image is named\nnext: `visionloop forget SHA256 --dry-run`\n"
+    )
 
 
 def test_tables_of_few_and_of_many_classes(store: LocalStore) -> None:

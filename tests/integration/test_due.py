@@ -231,15 +231,15 @@ def test_the_commands_end_with_0_where_one_is_due_and_tell_each_decision(
     monkeypatch.setenv("VISIONLOOP_STORE", desk.world.settings.store_url)
     monkeypatch.setenv("VISIONLOOP_USER", "ann")
     assert run_here(monkeypatch, "triggers", "history") == 0
-    assert capsys.readouterr().out == "nothing was decided yet: run `visionloop triggers decide`\n"
+    assert capsys.readouterr().out == "nothing was decided yet\nnext: `visionloop triggers decide`\n"
     assert run_here(monkeypatch, "triggers", "decide") == 3
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["no: 0 of 1 needed triggers", "    new_images: 11 new images with labels (limit: 100)"]
     assert run_here(monkeypatch, "triggers", "decide", "--hand", "new camera", "--json") == 0
     assert json.loads(capsys.readouterr().out)["why"] == "by hand: new camera"
     assert run_here(monkeypatch, "triggers", "history") == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == ["2", "1"]
+    *listed, after = capsys.readouterr().out.splitlines()
+    assert ([line.split()[0] for line in listed], after) == (["2", "1"], "next: `visionloop triggers decide`")
     assert listed[0].split()[3:] == ["dataset", "2", "retrain", "by", "hand:", "new", "camera"]
     assert run_here(monkeypatch, "triggers", "history", "--json", "--last", "1") == 0
     assert [one["number"] for one in json.loads(capsys.readouterr().out)["decisions"]] == [2]

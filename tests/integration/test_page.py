@@ -1,5 +1,6 @@
 """The page for people, in headless Chromium: drop a photo, read the answer, correct it, find the correction."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from browser import Browser, browsing
-from fakes import make_bundle, make_image
+from fakes import make_bundle, make_image, run_here, write_photos
 from model_server import Server, serving, wait_for
 from videos import BLUE, GREEN, RED, Film, write_video
+from visionloop.data.manifest import load_version, load_version_records
 from visionloop.data.prediction_log import join_feedback, read_feedback, read_predictions
 from visionloop.predictor import Predictor
 from visionloop.serving.keys import add_key
@@ -85,6 +87,44 @@ def test_a_photo_is_dropped_answered_corrected_and_the_correction_is_in_the_log(
     assert len(read_feedback(store, "fake").table) == 3, "each is kept; the newest counts"
 
 
+def test_a_correction_on_the_page_is_a_label_of_the_next_dataset_version(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A person drops a photo, reads the answer and corrects it; another accepts, and ingests: as docs/loop.md says."""
+
+    def visionloop(*words: str) -> str:
+        assert run_here(monkeypatch, *words) == 0, capsys.readouterr()
+        return capsys.readouterr().out
+
+    write_photos(tmp_path / "photos", 6, classes=("cat", "dog"))
+    sources = "[{kind: folder, path: photos}, {kind: feedback}]"
+    (tmp_path / "params.yaml").write_text(f"name: fake\ningest: {{sources: {sources}}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISIONLOOP_STORE", (tmp_path / "store").as_uri())
+    assert "version 1: 12 new images" in visionloop("ingest")
+    make_bundle(tmp_path / "bundle", classes=("cat", "dog"))
+    (tmp_path / "mine.png").write_bytes(photo := make_image(77))
+    store = LocalStore(tmp_path / "store")
+    with serving(tmp_path, tmp_path / "bundle", log_flush_s=0.2, keep_images={"random": 1.0}) as server:
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        browser.drop("#drop", tmp_path / "mine.png")
+        said = read(browser, ".card h3").split()[0]
+        meant = {"cat": "dog", "dog": "cat"}[said]
+        browser.click(".ask button", meant)
+        assert read(browser, ".ask .good") == f"Thank you. Noted: {meant}."
+        wait_for(lambda: len(read_feedback(store, "fake").table) == len(read_predictions(store, "fake").table) == 1)
+    assert visionloop("review", "--accept").startswith("accepted: 1 label")
+    told = visionloop("ingest")
+    assert "version 2: 1 new images, 13 in all" in told
+    row = next(
+        r
+        for r in load_version_records(store, load_version(store, "fake", 2))
+        if r.sha256 == hashlib.sha256(photo).hexdigest()
+    )
+    assert (row.labels, row.sources) == ((meant,), ("feedback",))
+    assert row.side in ("train", "val"), "what people send judges no model"
+
+
 def test_it_shows_where_the_model_looks_and_what_is_similar(page: Browser, home: Path) -> None:
     page.drop("#drop", home / "photo one.png")
     page.click(".tools button", "Where it looks")
@@ -100,6 +140,8 @@ def test_a_video_has_a_timeline_and_what_is_no_image_has_a_plain_word(page: Brow
     assert "0:00 \u2013 0:0" in read(page, ".parts")
     page.wait("[...document.querySelectorAll('.bad')].some(e => e.innerText.startsWith('This is not an image'))")
     assert page.run("document.body.innerText.match(/JPEG/g).length") == 1, "one list of formats, that of the server"
+    assert read(page, ".bad + .small").startswith("is text, not an image; expected JPEG")
+    assert not page.run("document.body.innerText.includes('Try again')"), "the same file gets the same answer"
     page.wait("document.querySelectorAll('#history button').length == 2")
     page.click("#clear")
     page.wait("!document.querySelector('.card') && document.querySelector('#session').hidden")

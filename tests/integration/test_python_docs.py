@@ -19,7 +19,7 @@ from shapes import ROOT
 from trainings import Place, make_place
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.manifest import load_pin
-from visionloop.errors import BundleError, DatasetError, SettingsError, StoreError
+from visionloop.errors import BundleError, DatasetError, SettingsError, StoreError, describe_install
 from visionloop.promotion.decide import gate
 from visionloop.promotion.promote import promote, register
 from visionloop.store import open_store
@@ -210,5 +210,7 @@ def test_a_missing_package_is_named(loop: Loop, monkeypatch: pytest.MonkeyPatch,
         return version(name)
 
     monkeypatch.setattr("visionloop.api.version", refuse)
-    with pytest.raises(SettingsError, match=rf"{package}: is not installed; .* `pip install 'visionloop\[train\]'`"):
+    with pytest.raises(
+        SettingsError, match=rf"{package}: is not installed; .* `{re.escape(describe_install('train'))}`"
+    ):
         visionloop.open_workspace(loop.home).runs()

@@ -1,12 +1,14 @@
 """The learning-rate finder on shapes: a rate that learns, the same again, and a workspace that stays as it was."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fakes import run_here
 from trainings import Ear, Place, make_place, registered
 from visionloop.cli.tune import describe_sweep
 from visionloop.errors import ParamsError, TrainingError
@@ -57,6 +59,22 @@ def test_the_suggested_rate_learns_and_nothing_but_the_figure_is_left(
     learned = clean.with_train(learning_rate=sweep.suggestion, schedule="constant").learn(work=tmp_path / "a")
     idle = clean.with_train(learning_rate=1e-6, schedule="constant").learn(work=tmp_path / "b")
     assert learned.metrics["train/loss"] < idle.metrics["train/loss"] - 0.1
+
+
+def test_the_command_says_the_result_alone_when_it_is_asked_to(
+    clean: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("visionloop.workspace.open_workspace", lambda: clean)
+    words = ("lr-find", "--steps", str(STEPS))
+    assert run_here(monkeypatch, *words, "--quiet") == 0
+    quiet = capsys.readouterr().out.splitlines()
+    assert quiet[0].split() == ["rate", "loss"]
+    assert quiet[-1].startswith("params.yaml  train.learning_rate: ")
+    assert run_here(monkeypatch, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"{found['suggestion']:g}" == quiet[-1].split()[2], "the same search gives the same rate"
+    assert len(found["rates"]) == len(found["losses"]) == len(found["smooth"]) <= STEPS
+    assert found["figure"] == ".visionloop/lr-find.png"
 
 
 def test_the_loss_is_of_the_same_images_and_the_suggestion_in_the_valley(clean: Place) -> None:

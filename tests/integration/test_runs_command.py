@@ -76,7 +76,8 @@ def test_table_is_newest_first_with_marks_and_only_trainings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, ids = filled
-    header, *rows = run(capsys, monkeypatch, "runs").splitlines()
+    header, *rows, after = run(capsys, monkeypatch, "runs").splitlines()
+    assert after == f"next: `visionloop runs {ids['now'][:8]} {ids['new'][:8]}` compares"
     assert header.split()[:4] == ["started", "run", "way", "backbone"]
     assert [row.split()[2] for row in rows] == [ids[name][:8] for name in ("now", "new", "old")]
     assert "running" in rows[0]
@@ -119,6 +120,7 @@ def test_two_side_by_side_with_a_plot(
     place, ids = filled
     out = home / "pictures" / "two.png"
     lines = run(capsys, monkeypatch, "runs", ids["new"][:10], "champion", "--out", str(out)).splitlines()
+    assert lines.pop() == "next: `visionloop ui` shows all of it in MLflow"
     cells = {line[:24].strip(): line.split()[-2:] for line in lines[:-1]}
     assert lines[0].split() == [ids["new"][:8], ids["old"][:8]]
     assert cells["train.learning_rate"] == ["0.05", "0.1"]
@@ -154,7 +156,8 @@ def test_no_run_yet_says_what_to_do_and_makes_no_database(
 ) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\n")
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, monkeypatch, "runs") == "no run yet: `visionloop train` (or `dvc repro`) makes the first\n"
+    told = run(capsys, monkeypatch, "runs")
+    assert told == "no run yet\nnext: `visionloop train` (or `dvc repro`) makes the first\n"
     assert json.loads(run(capsys, monkeypatch, "runs", "--json")) == {"runs": []}
     assert not list((tmp_path / ".visionloop").rglob("mlflow.db"))
     line = run(capsys, monkeypatch, "runs", "champion", code=2)

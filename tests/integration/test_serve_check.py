@@ -55,7 +55,9 @@ def test_a_folder_and_a_digest_are_tried_with_the_serve_extra_alone(home: Path) 
     for address in ("candidate", bundle.digest, bundle.digest[:12]):
         done = visionloop(home, "serve", "--check", address, PYTHONPATH=str(home / "hidden"))
         assert (done.returncode, done.stderr) == (0, ""), address
-        assert done.stdout == f"the server answers 4 golden images of {address} as the bundle does\n"
+        told, after = done.stdout.splitlines()
+        assert told == f"the server answers 4 golden images of {address} as the bundle does"
+        assert after == "next: `visionloop register`, then `visionloop promote`"
 
 
 def test_keys_a_rate_and_a_port_that_is_taken_do_not_hinder_a_check(home: Path) -> None:

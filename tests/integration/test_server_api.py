@@ -162,7 +162,7 @@ def test_two_requests_with_one_id_of_the_client_have_two_of_the_server(server: S
 
 @pytest.mark.parametrize(
     ("brand", "words"),
-    [(b"heic", "pip install 'visionloop[heic]'"), (b"avif", "is AVIF, and this Pillow is built without")],
+    [(b"heic", "the extra `heic`"), (b"avif", "is AVIF, and this Pillow is built without")],
 )
 def test_a_picture_of_a_phone_names_what_is_missing(server: Server, brand: bytes, words: str) -> None:
     answer = server.ask(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + brand + b"mif1" + b"\0" * 100)

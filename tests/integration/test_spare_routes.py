@@ -226,7 +226,7 @@ def test_a_server_without_a_reader_says_what_to_install(client: TestClient, monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused = client.post("/predict/video", content=b"x")
     assert (refused.status_code, refused.json()["code"]) == (415, "no_reader")
-    assert "visionloop[ingest]" in refused.json()["detail"]
+    assert "extra `ingest`" in refused.json()["detail"]
 
 
 def test_there_is_an_end_to_how_many_and_how_long(client: TestClient) -> None:

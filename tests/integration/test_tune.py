@@ -1,5 +1,6 @@
 """Tuning: the same suggestions for the same seed, also after a stop or a kill; failures stay alone; what is kept."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fakes import run_here
 from trainings import Place, make_place, registered
 from visionloop.cli.tune import describe_importance, describe_trials, draw, find_best_trial, keep
 from visionloop.errors import BusyError, ParamsError, TrackingError, TrainingError
@@ -104,6 +106,22 @@ def tune(place: Place, watcher: Watcher | None = None, **section: Any) -> Tuning
 
 def strip(reports: list[TrialReport]) -> list[TrialReport]:
     return [replace(report, seconds=0.0) for report in reports]
+
+
+def test_the_command_says_the_result_alone_when_it_is_asked_to(
+    place: Place, trains: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = connect(place.settings, make_tune_params(place.params), store=place.store, tracking=place.tracking)
+    monkeypatch.setattr("visionloop.workspace.open_workspace", lambda: opened)
+    assert run_here(monkeypatch, "tune", "--quiet") == 0
+    quiet = capsys.readouterr().out
+    assert quiet.startswith("4 trials in ")
+    assert "next: " not in quiet
+    assert run_here(monkeypatch, "tune", "--show") == 0
+    told = capsys.readouterr().out
+    assert told == quiet + "next: `visionloop tune --show --save` writes them there\n"
+    assert run_here(monkeypatch, "tune", "--show", "--json") == 0
+    assert [one["number"] for one in json.loads(capsys.readouterr().out)["trials"]] == [1, 2, 3, 4]
 
 
 def test_trials_are_runs_below_one_and_the_best_is_found(place: Place, trains: None) -> None:

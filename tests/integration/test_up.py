@@ -84,7 +84,8 @@ def test_the_stack_is_up_heals_and_leaves_nothing(home: Path) -> None:
     wait_for(lambda: not find_marked(found["up"]["mark"]))
     code, after = read_status(home)
     assert (code, after["is_up"], after["loop"]["champion"]["entry"]) == (3, False, 1)
-    assert visionloop(home, "down", VISIONLOOP_STORE="store").stdout == "nothing is up in this workspace\n"
+    down = visionloop(home, "down", VISIONLOOP_STORE="store").stdout
+    assert down == "nothing is up in this workspace\nnext: `visionloop up`\n"
     kept = json.loads((home / ".visionloop" / "up" / "ports.json").read_text())
     assert {name: f"http://127.0.0.1:{port}" for name, port in kept.items()} == urls, "for the next time"
 

@@ -46,7 +46,7 @@ def test_an_error_ends_a_map_and_its_threads() -> None:
 def test_ray_is_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        ParamsError, match=r"compute\.engine: got 'ray', which is not installed; .* `pip install 'vision"
+        ParamsError, match=r"compute\.engine: got 'ray', which is not installed; .* `(uv )?pip install "
     ):
         list(map_chunks(double, [1], Engine("ray"), max_held=1))
 

@@ -1,10 +1,11 @@
 """The typer application. The files of commands import it and add theirs; `run.py` imports them all."""
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,8 @@ FIRST_HOUR = """visionloop keeps an image classifier up to date. The first hour:
   visionloop suspects          which labels are probably wrong
   visionloop doctor            what is wrong here, and what to do
 
-`visionloop --help` lists all commands in the order of their use; each has `--help` with examples.
+`visionloop --help` lists all commands in the order of their use.
+Each has `--help` with examples.
 `visionloop --install-completion` lets the shell complete them.
 """
 
@@ -38,6 +40,29 @@ GROUPS = {
 
 class CommandList(TyperGroup):
     """The commands in groups, each with its first sentence; without a command the five of the first hour."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the options before the command; a mistake there is an error of ours."""
+        self.typed = tuple(args)
+        with self._told_as_ours():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command and its options, and run it; a mistake in them is an error of ours."""
+        with self._told_as_ours():
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _told_as_ours(self) -> Iterator[None]:
+        """Raise SettingsError for what typer says of a command line, but its help where a group has no command."""
+        try:
+            yield
+        except typer.TyperException as exc:
+            from visionloop.cli.mistakes import describe_mistake
+
+            if exc.message.startswith("Usage: "):
+                raise
+            raise describe_mistake(exc, self, self.typed) from None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as ever; without any argument say how to begin."""
@@ -57,11 +82,28 @@ class CommandList(TyperGroup):
 app = typer.Typer(
     name="visionloop",
     cls=CommandList,
-    help="Keeps an image classifier up to date: ingest, train, judge, promote, serve.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from visionloop import __version__
+
+        print(f"visionloop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Keeps an image classifier up to date: ingest, train, judge, promote, serve."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.waiting import make_progress
 from visionloop.workspace import Workspace, get_now, open_workspace
 
@@ -64,7 +64,9 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
         print_json({"name": workspace.name, "versions": listed})
         return
     if not versions:
-        print(f"no version of {workspace.name} yet; `visionloop ingest PATH` makes one")
+        print(f"no version of {workspace.name} yet")
+        say_next("`visionloop ingest PATH` makes one")
+        return
     num_before, digest_before = 0, ""
     for version in versions:
         star = "*" if version.version == pinned else " "
@@ -78,6 +80,9 @@ def datasets(typer_context: typer.Context, as_json: Json = False) -> None:
             f"  {version.num_rejected:,} quarantined{leaks}"
         )
         num_before, digest_before = version.num_images, version.digest
+    last = versions[-1].version
+    compares = f", `visionloop datasets diff {last - 1}` tells what the last one brought" if len(versions) > 1 else ""
+    say_next(f"`visionloop datasets show {last}`{compares}")
 
 
 @datasets_app.command()
@@ -113,6 +118,7 @@ def show(
         for path in _draw(workspace, version, records, leaks, sheet):
             if not as_json:
                 print(f"look at {path}")
+    say_next("`visionloop start` trains and judges on the pinned one", quiet=as_json)
 
 
 @datasets_app.command()
@@ -148,12 +154,17 @@ def diff(
     print(f"{name} version {first.version} -> {second.version}: {first.num_images:,} -> {second.num_images:,} images")
     for line in describe_diff(changes, rejected):
         print(line)
+    if newest and second.version == newest.version:
+        say_next(f"`visionloop start` retrains, `visionloop datasets drop {second.version}` takes it back")
+    else:
+        say_next(f"`visionloop datasets show {second.version}`")
 
 
 @datasets_app.command()
 def drop(
     number: Annotated[int | None, typer.Argument(help="The newest version.")] = None,
     source: Annotated[str | None, typer.Option(help="A source of the newest version, instead of all of it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Take a mistaken ingest back: a new version without what the newest one brought, or without one source.
 
@@ -182,11 +193,17 @@ def drop(
     check_store(workspace)
     done = drop_source(store, name, source, now=now) if source else drop_version(store, name, int(number or 0), now=now)
     pin = move_pin(workspace.settings, done.after)
-    for line in describe_diff(compare_records(done.rows_before, done.rows_after), []):
+    changes = compare_records(done.rows_before, done.rows_after)
+    if as_json:
+        versions = {"before": done.before.version, "after": done.after.version, "pinned": pin.version}
+        print_json({"name": name, **versions, **changes.to_json()})
+        return
+    for line in describe_diff(changes, []):
         print(line)
     declared = {one.name for one in workspace.params.ingest.sources}
     for line in _describe_drop(done, pin, declared, read_champion(store, name), source):
         print(line)
+    say_next(f"`visionloop start`; or `visionloop datasets drop {done.after.version}` takes this back")
 
 
 @datasets_app.command()
@@ -228,6 +245,8 @@ def export(
     )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
     print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
+    reader = "imagefolder" if form is Format.folders else "webdataset"
+    say_next(f'`datasets.load_dataset("{reader}", data_dir="{done.folder}")` in Python', quiet=quiet)
 
 
 def _describe_drop(
@@ -251,7 +270,7 @@ def _describe_drop(
             f"the champion, bundle {champion.bundle[:12]}, was trained on version {before.version}, which had them: "
             "retrain, or `visionloop rollback` to the one before"
         )
-    return [*lines, f"to take this back: `visionloop datasets drop {after.version}`"]
+    return lines
 
 
 def _describe_version(

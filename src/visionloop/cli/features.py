@@ -15,6 +15,7 @@ from visionloop.cli.progress import print_line
 from visionloop.cli.review import By, serve_page
 from visionloop.cli.stages import close_stage, open_stage
 from visionloop.cli.waiting import make_progress, show_waiting
+from visionloop.errors import SettingsError
 from visionloop.workspace import Workspace, get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ EncoderOption = Annotated[
     ),
 ]
 SHOWN = 10
+CORRECT = "name the file in `ingest.corrections` of params.yaml, then `visionloop ingest`"
+NONE_FOUND = "`visionloop train`, or a look at other images: `visionloop datasets show`"
 KEEP = "Keep or remove it, or name another folder: `--out DIR`."
 
 
@@ -68,8 +71,6 @@ def embed(
         _export_embeddings(out.expanduser(), encoder, quiet=quiet)
         return
     if encoder is not EncoderName.auto:
-        from visionloop.errors import SettingsError
-
         found = f"got {encoder.value} without --out"
         raise SettingsError(
             "--encoder", found, "--out FILE.parquet with it", "features/ always holds those of params.yaml."
@@ -97,6 +98,8 @@ def similar(
     k: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many matches of each.")] = 8,
     encoder: EncoderOption = EncoderName.auto,
     out: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
+    *,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Find the images of the prepared dataset that are most like a given one, and draw them.
@@ -112,7 +115,7 @@ def similar(
     from visionloop.cli.pictures import write_picture
     from visionloop.features.similar import describe_for_machines, draw_similar, find_similar, read_query
 
-    workspace, album = _open_album(encoder, quiet=as_json)
+    workspace, album = _open_album(encoder, quiet=quiet or as_json)
     limit = workspace.params.ingest.max_pixels
     queries = [read_query(text, album, max_pixels=limit) for text in images]
     found = find_similar(album, queries, k)
@@ -129,6 +132,7 @@ def similar(
         path = out or _keep_similar(workspace, images[0], png)
         if not as_json:
             print(f"look at {path}")
+    say_next("`visionloop lineage SHA256`: where one of them came from, which models used it", quiet=quiet or as_json)
 
 
 @app.command("map")
@@ -164,6 +168,7 @@ def draw_map(
     if thumbnails < number:
         print(f"{thumbnails:,} of {number:,} have a thumbnail (--thumbnails)")
     print(f"look at {path}")
+    say_next("`visionloop suspects` lists the labels that do not fit their neighbours", quiet=quiet)
 
 
 @app.command()
@@ -197,7 +202,6 @@ def suspects(
       visionloop suspects --top 200 --encoder params --out review
     """
     from visionloop.cli.pictures import write_picture
-    from visionloop.errors import SettingsError
     from visionloop.features.suspects import describe_for_machines, draw_suspects, encode_corrections, find_suspects
     from visionloop.monitoring.ask import ask_about, find_answered
 
@@ -217,9 +221,8 @@ def suspects(
         print_json({**describe_for_machines(album, agreement, shown), **counts})
     else:
         head = f"{len(found):,} of {len(album.records):,} images have a label that their nearest {neighbours} doubt"
-        answers = [f"{number - len(found):,} more have an answer of a person already"] * (number > len(found))
-        for line in (*_describe_agreement(album, agreement), *answers, head, *_describe_suspects(album, shown)):
-            print(line)
+        lines = [*_describe_agreement(album, agreement, number - len(found)), head, *_describe_suspects(album, shown)]
+        print("\n".join(lines))
     if shown and serve:
         serve_page(workspace, ask_about(workspace, album, shown, now=datetime.now(UTC)), by=by or get_user())
     elif shown and writes:
@@ -227,6 +230,8 @@ def suspects(
         write_picture(corrections, encode_corrections(album, shown).encode())
         for line in [] if as_json else _describe_files(folder):
             print(line)
+    if not serve:  # the page says what comes after it
+        say_next(CORRECT if shown else NONE_FOUND, quiet=quiet or as_json)
 
 
 def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None:
@@ -237,6 +242,7 @@ def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None
     write_embeddings(album, path)
     number, size = album.embedding_nd.shape
     print(f"{path} holds {number:,} embeddings of {size:,} numbers: path, labels, side, sha256, vector")
+    say_next("`visionloop map` draws them, `visionloop suspects` asks them about the labels", quiet=quiet)
 
 
 def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, Album]":
@@ -316,17 +322,18 @@ def _describe_matches(album: "Album", query: "QueryImage", matches: "list[Simila
 def _describe_files(folder: Path) -> list[str]:
     return [
         f"look at {folder / 'suspects.png'}",
-        f"edit {folder / 'corrections.csv'}: remove the lines where the label was right; then put it under",
-        "`ingest.corrections` in params.yaml, and run `visionloop ingest`",
+        f"edit {folder / 'corrections.csv'}: remove the lines where the label was right",
     ]
 
 
-def _describe_agreement(album: "Album", agreement: "Agreement | None") -> list[str]:
+def _describe_agreement(album: "Album", agreement: "Agreement | None", num_answered: int) -> list[str]:
     from visionloop.features.suspects import advise
 
     lines = [agreement.describe()] if agreement else []
     if agreement and agreement.is_weak:
         lines.append(f"that is weak: many doubts will be the encoder's own errors. {advise(album.encoder)}")
+    if num_answered:
+        lines.append(f"{num_answered:,} more have an answer of a person already")
     return lines
 
 

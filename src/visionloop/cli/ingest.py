@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Quiet, app, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.waiting import make_progress
 from visionloop.settings import PARAMS_FILE, load_settings
 from visionloop.words import align, cut, describe_pull, describe_rejected, fit
@@ -17,6 +17,7 @@ from visionloop.workspace import get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.data.acceptance import Answered
     from visionloop.ingest.dry_run import Outline
+    from visionloop.ingest.pull import PullReport
     from visionloop.params import Params, Source
     from visionloop.records import ImageRecord
     from visionloop.workspace import Workspace
@@ -96,6 +97,7 @@ def ingest(
     relabel: Relabel = False,
     prune: Prune = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Take images into the store as a new dataset version, and pin it. Without WHAT: from the sources of params.yaml.
 
@@ -116,39 +118,42 @@ def ingest(
 
       visionloop ingest s3://bucket/photos --name warehouse
     """
-    from visionloop.ingest.pull import check_sources
-
     given: dict[str, Any] = {"name": name, "pattern": pattern, "table": table, "encoding": encoding, "sides": sides}
     given |= {"image_column": image_column, "label_column": label_column, "separator": separator, "save": save or None}
     given |= {"no_label": no_label or None, "unlabelled": unlabelled or None}
     if dry_run:
-        _print_dry_run(what, given)
+        _print_dry_run(what, given, quiet=quiet, as_json=as_json)
         return
     workspace = _open_known()
+    tell: Callable[[str], None] = (lambda line: None) if as_json else print
     if what is None:
-        _check_alone(given)
-        sources, text = check_sources(workspace.params, workspace.store, verify=verify), ""
+        sources, text = _list_declared(workspace, given, verify=verify), ""
     else:
         sources = [source := make_source(what, given, Path.cwd())]
         text = make_params_text(workspace.settings.home, source) if save else ""
-        print(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
+        tell(f"{'a' if save else 'a one-time'} pull of {what} (kind {source.kind}, name {source.name})")
     wanted = {"verify": verify, "allow_new_classes": allow_new_classes, "relabel": relabel, "prune": prune}
-    _pull(workspace, sources, wanted, quiet=quiet)
-    _save(workspace, None if what is None else sources[0], text)
-    say_next(NEXT, quiet=quiet)
+    _pull(workspace, sources, wanted, quiet=quiet, as_json=as_json)
+    if what is not None:
+        tell(_save(workspace, sources[0], text))
+    say_next(NEXT, quiet=quiet or as_json)
 
 
-def _save(workspace: "Workspace", source: "Source | None", text: str) -> None:
-    """Write the params that declare a source, if they are wanted; else tell how."""
+def _list_declared(workspace: "Workspace", given: Mapping[str, Any], *, verify: bool) -> "list[Source]":
+    from visionloop.ingest.pull import check_sources
+
+    _check_alone(given)
+    return list(check_sources(workspace.params, workspace.store, verify=verify))
+
+
+def _save(workspace: "Workspace", source: "Source", text: str) -> str:
+    """Write the params that declare a source, if they are wanted, and say so; else tell how."""
     from visionloop.params.edit import write_params
 
-    if source is None:
-        return
     if not text:
-        print("to pull it on every run, say --save")
-        return
+        return "to pull it on every run, say --save"
     write_params(workspace.settings.params_path, text)
-    print(f"source {source.name} is in params.yaml: every `visionloop ingest` and retrain pulls it")
+    return f"source {source.name} is in params.yaml: every `visionloop ingest` and retrain pulls it"
 
 
 def _open_known() -> "Workspace":
@@ -160,7 +165,9 @@ def _open_known() -> "Workspace":
     return workspace
 
 
-def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool], *, quiet: bool) -> None:
+def _pull(
+    workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[str, bool], *, quiet: bool, as_json: bool
+) -> None:
     from visionloop.ingest.pull import pull
     from visionloop.pipeline import refresh_code
 
@@ -170,12 +177,23 @@ def _pull(workspace: "Workspace", sources: "Sequence[Source]", wanted: Mapping[s
         sources=sources,
         now=get_now(),
         env=os.environ,
-        tell=(lambda line: None) if quiet else print,
-        on_progress=make_progress("checked", "images", quiet=quiet),
+        tell=(lambda line: None) if quiet or as_json else print,
+        on_progress=make_progress("checked", "images", quiet=quiet or as_json),
         **wanted,
     )
+    if as_json:
+        print_json(_describe_pull_json(report))
+        return
     for line in describe_pull(report):
         print(line)
+
+
+def _describe_pull_json(report: "PullReport") -> dict[str, Any]:
+    """Return what a pull brought, for machines."""
+    numbers = {name: getattr(report, name) for name in ("num_seen", "num_read", "num_added", "num_taken_out")}
+    rejected = [one.to_json() for one in report.rejected]
+    said = {"rejected_rows": rejected, "notes": report.notes, "remarks": report.remarks}
+    return {"changed": report.changed, "pinned": report.pin.version, **report.version.to_json(), **numbers, **said}
 
 
 def _describe_outline(outline: "Outline") -> list[str]:
@@ -200,7 +218,7 @@ def _describe_outline(outline: "Outline") -> list[str]:
     return lines
 
 
-def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
+def _print_dry_run(what: str | None, given: Mapping[str, Any], *, quiet: bool, as_json: bool) -> None:
     """Print what a pull would bring. The workspace is not opened: that would write into it."""
     from visionloop.ingest.dry_run import describe_differences, outline_source
     from visionloop.ingest.item import SourceContext
@@ -219,18 +237,31 @@ def _print_dry_run(what: str | None, given: Mapping[str, Any]) -> None:
         settings.hidden_dir,
         os.environ,
         params.ingest,
-        tell=print,
+        tell=(lambda line: None) if as_json else print,
         several=several,
         answered=_load_answered(settings.store_url, params, sources),
     )
     records, path = _load_newest(settings.store_url, params.name), params.ingest.corrections
     rules = make_label_rules(params, load_corrections(context.resolve(path)) if path else [])
+    found = []
     for source in sources:
         outline = outline_source(source, context)
         lines = describe_differences(outline, source, records, rules)
-        for line in (*_describe_outline(outline), *lines):
+        found.append({**_describe_outline_json(outline), "kind": source.kind, "notes": lines})
+        for line in [] if as_json else (*_describe_outline(outline), *lines):
             print(line)
+    if as_json:
+        print_json({"name": params.name, "sources": found})
+        return
     print("a dry run: nothing was read or written")
+    say_next("the same without --dry-run takes them in", quiet=quiet)
+
+
+def _describe_outline_json(outline: "Outline") -> dict[str, Any]:
+    """Return what a pull of a source would bring, for machines."""
+    rejected = [one.to_json() for one in outline.rejected]
+    numbers = {"num_images": outline.num_images, "num_passed_over": outline.passed.num_files}
+    return {"source": outline.source, **numbers, "counts": outline.counts, "rejected": rejected}
 
 
 def _load_answered(store_url: str, params: "Params", sources: "Sequence[Source]") -> "Answered | None":

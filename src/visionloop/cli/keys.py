@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 
 keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
@@ -71,6 +71,7 @@ def list_keys(as_json: Json = False) -> None:
         print(f"{key.name:<20} {','.join(key.roles):<16}  made {key.made_at} by {key.made_by}  {state}{rate}")
     if not path.exists():
         print("no key was made: all who reach the server may ask it")
+    say_next("`visionloop keys new --role predict --name WHO`, or `visionloop keys revoke WHO`")
 
 
 @keys_app.command("revoke")
@@ -86,6 +87,7 @@ def revoke(name: Annotated[str, typer.Argument(help="Its name, as `visionloop ke
 
     revoke_key(_find_file(), name, now=get_now())
     print(f"the key {name} is revoked")
+    say_next("`visionloop keys list`")
 
 
 def _find_file() -> Path:

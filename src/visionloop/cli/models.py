@@ -65,6 +65,7 @@ def gate(*, quiet: Quiet = False, as_json: Json = False) -> None:
 def approve(
     why: Annotated[str, typer.Option(help="The reason, which is kept.", show_default=False)],
     number: Annotated[int | None, typer.Argument(help="The decision; default: the last one.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Let a candidate pass that waits for a person: `gate.approval: required`, or what only a person may allow.
 
@@ -81,11 +82,13 @@ def approve(
     if not why:
         raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
     decision = run_approve(open_workspace(), number=number, by=get_user(), why=why, now=get_now())
-    for line in describe_decision(decision):
+    if as_json:
+        print_json(decision.to_json())
+    for line in [] if as_json else describe_decision(decision):
         print(line)
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
-    say_next("`visionloop register`, then `visionloop promote`; a retrain does both")
+    say_next("`visionloop register`, then `visionloop promote`; a retrain does both", quiet=as_json)
 
 
 @app.command()
@@ -110,6 +113,8 @@ def promote(
     again: Annotated[
         bool, typer.Option("--again", help="Also a model that was rolled back from; wants --why.")
     ] = False,
+    *,
+    as_json: Json = False,
 ) -> None:
     """Make the registered candidate the champion: a ledger entry, and MLflow's alias `champion`.
 
@@ -131,6 +136,9 @@ def promote(
         raise SettingsError("visionloop promote --again", "has no --why", "a reason, kept in the ledger", todo)
     workspace = open_workspace()
     entry = run_promote(workspace, by=get_user(), why=why or "passed the gate", now=get_now(), again=again)
+    if as_json:
+        print_json(entry.to_json())
+        return
     print(describe_champion(entry))
     if told := explain_engines(workspace, entry):
         print(told)
@@ -141,6 +149,8 @@ def promote(
 def rollback(
     to: Annotated[int | None, typer.Option(help="A ledger entry; default: the champion before this one.")] = None,
     why: Annotated[str, typer.Option(help="The reason, which is kept.")] = "rolled back",
+    *,
+    as_json: Json = False,
 ) -> None:
     """Put an earlier champion back, after checking its bundle. The server follows within seconds.
 
@@ -152,15 +162,12 @@ def rollback(
     """
     from visionloop.promotion.promote import rollback as run_rollback
 
-    workspace = open_workspace()
-    entry = run_rollback(
-        workspace,
-        to=to,
-        by=get_user(),
-        why=why,
-        now=get_now(),
-    )
+    entry = run_rollback(open_workspace(), to=to, by=get_user(), why=why, now=get_now())
+    if as_json:
+        print_json(entry.to_json())
+        return
     print(describe_champion(entry))
+    say_next("`visionloop history`; servers that run follow by themselves, and a retrain leaves the other one down")
 
 
 @app.command()
@@ -189,7 +196,7 @@ def history(as_json: Json = False) -> None:
         print_json({"name": workspace.name, "entries": entries, "problems": ledger.problems})
         newest_first = []
     elif not newest_first:
-        print(f"{workspace.name} has no champion yet; `visionloop start` makes one")
+        print(f"{workspace.name} has no champion yet")
     for entry, verdict in newest_first:
         star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
@@ -199,6 +206,10 @@ def history(as_json: Json = False) -> None:
             f"  {entry.by}: {entry.why}"
         )
     require_sound(ledger, workspace.name)
+    todo = "`visionloop lineage champion`" if ledger.entries else "`visionloop start` makes one"
+    if len(ledger.entries) > 1:
+        todo = "`visionloop rollback --to NUMBER` puts an earlier one back"
+    say_next(todo, quiet=as_json)
 
 
 @app.command()
@@ -222,8 +233,13 @@ def lineage(
     if as_json:
         print_json(found.to_json())
         return
-    for line in describe_origin(found) if isinstance(found, ModelOrigin) else describe_path(found):
+    if isinstance(found, ModelOrigin):
+        lines, todo = describe_origin(found), "`visionloop datasets show`"
+    else:
+        lines, todo = describe_path(found), "`visionloop lineage champion`"
+    for line in lines:
         print(line)
+    say_next(todo)
 
 
 @app.command()
@@ -259,6 +275,7 @@ def compare(
     for line in describe_comparison(facts):
         print(line)
     print(f"the images that only one of them has right, classes and more: {out}")
+    say_next("`visionloop gate` decides about models/candidate, `visionloop shadow start` tries one live", quiet=quiet)
 
 
 def describe_comparison(facts: "RetrainFacts") -> list[str]:

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
+from visionloop.errors import SettingsError
 from visionloop.words import shorten_path
 from visionloop.workspace import get_now, get_user, open_workspace
 
 EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
+RETRAIN = "`visionloop review --serve` asks for labels, `visionloop triggers decide` says whether a retrain is due"
+MEND = "`visionloop predictions show` shows what was asked; mend that or the server, then `visionloop monitor --again`"
+NEXT = {"broken": MEND, "service": MEND, "drift": RETRAIN, "quality": RETRAIN}
 
 
 @app.command()
@@ -43,7 +47,6 @@ def monitor(
       visionloop monitor --accept --why "the winter has begun"
     """
     from visionloop.data.known_store import check_store
-    from visionloop.errors import SettingsError
     from visionloop.monitoring.alert import send_unsent
     from visionloop.monitoring.judge import describe_late, describe_verdict
     from visionloop.monitoring.watch import accept_window, find_missed, watch_window, write_copies
@@ -75,6 +78,7 @@ def monitor(
     for note in send_unsent(workspace, os.environ, now=now):
         print(f"note: {note}", file=sys.stderr)
     write_metrics(workspace, now=now)
+    say_next(NEXT.get(verdict.verdict, "`visionloop review --serve` asks for the labels worth having"), quiet=as_json)
     raise typer.Exit(0 if accept else max(EXIT_CODES.get(one.verdict, 0) for one in (*late, verdict)))
 
 
@@ -116,8 +120,6 @@ def metrics(
 
 def read_time(text: str) -> datetime:
     """Return a time, of UTC where it names no zone. Raises SettingsError."""
-    from visionloop.errors import SettingsError
-
     try:
         time = datetime.fromisoformat(text)
     except ValueError as exc:

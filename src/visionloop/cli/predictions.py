@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.errors import DiskError, ImageError, SettingsError, VisionLoopError
 from visionloop.workspace import Workspace, open_workspace
 
@@ -66,10 +66,12 @@ def predictions(
         for one in days:
             print(one.describe())
     else:
-        print(f"no answer of {workspace.name} since {window[0]:%Y-%m-%d %H:%M}; `visionloop serve` writes them down")
+        print(f"no answer of {workspace.name} since {window[0]:%Y-%m-%d %H:%M}")
     tell_unmatched(unmatched, asked)
     if not as_json:
         tell_delay(workspace)
+    todo = "`visionloop monitor` judges them, `visionloop predictions show` shows the newest"
+    say_next(todo if days else "`visionloop serve` answers, and writes it down", quiet=as_json)
 
 
 @predictions_app.command()
@@ -109,6 +111,7 @@ def show(
         print(describe_row(row))
     if not as_json and until is None:
         tell_delay(workspace)
+    say_next("`visionloop review` asks for the labels worth having", quiet=as_json)
 
 
 @predictions_app.command()
@@ -157,6 +160,7 @@ def export(
     kept = f"; the images of {num_kept:,} of them are {len(files):,} files in {images}" if images else ""
     print(f"{number:,} answers in {out}{kept}")
     tell_unmatched(unmatched, asked)
+    say_next("`visionloop monitor` judges what was served")
 
 
 @predictions_app.command()
@@ -175,6 +179,7 @@ def tidy() -> None:
     keep_days = workspace.params.serve.log_days
     done = run_tidy(workspace.store, workspace.name, now=datetime.now(UTC), keep_days=keep_days)
     print(f"{done.num_merged:,} parts merged, {done.num_expired:,} objects older than {keep_days} days removed")
+    say_next("`visionloop predictions`")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.workspace import get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -114,12 +114,12 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
         gone = write_sheet(workspace, batch, path.expanduser())
         if gone:
             print(f"{_count(gone, 'image')} without a picture: gone from the store")
-        print(f"{path} holds them, and {path.with_suffix('')} their pictures: fill in the column `label`, then")
-        print(f"`visionloop review --take {path} --by NAME`")
+        print(f"{path} holds them, and {path.with_suffix('')} their pictures")
+        say_next(f"fill in its column `label`, then `visionloop review --take {path} --by NAME`")
     elif asked.serve:
         serve_page(workspace, batch, by=by, port=asked.port)
     else:
-        print("`visionloop review --serve` asks on a page, `visionloop review --csv ask.csv` by a table")
+        say_next("`visionloop review --serve` asks on a page, `visionloop review --csv ask.csv` by a table")
 
 
 def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0) -> None:
@@ -129,13 +129,14 @@ def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0
 
     by = check_name(by)
     is_at_once = by in workspace.params.review.accept_at_once
-    after = "Run `visionloop ingest`." if is_at_once else "Run `visionloop review --accept`, then `visionloop ingest`."
-    page = ReviewPage(workspace, batch, by=by, port=port, after=after)
+    todo = "`visionloop ingest`" if is_at_once else "`visionloop review --accept`, then `visionloop ingest`"
+    page = ReviewPage(workspace, batch, by=by, port=port, after=f"Run {todo}.")
     print(f"\nopen {page.url}", flush=True)
     print("for you alone: who has this address can answer. Each answer is stored at once; Ctrl-C ends.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         page.serve()
-    print(f"\n{_tell_stored(page.num_stored, by)}. {after}")
+    print(f"\n{_tell_stored(page.num_stored, by)}")
+    say_next(todo)
 
 
 def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:
@@ -152,9 +153,9 @@ def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> No
     without = "row has" if taken.num_empty == 1 else "rows have"
     print(f"{_tell_stored(taken.num_new, by)}{known}; {taken.num_empty:,} {without} none")
     if by in workspace.params.review.accept_at_once:
-        print("they need no word (review.accept_at_once): `visionloop ingest` takes them")
+        say_next("`visionloop ingest` takes them, they need no word (review.accept_at_once)")
     else:
-        print("they wait: `visionloop review --accept` lets them into the dataset")
+        say_next("`visionloop review --accept` lets them into the dataset")
 
 
 def _tell_stored(number: int, by: str) -> str:
@@ -185,8 +186,7 @@ def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
     wanted = {"feedback" if one.client is not None else "review" for one in settled.labels}
     for kind in sorted(wanted - kinds):
         print(f"params.yaml has no such source: add `- kind: {kind}` under ingest.sources", file=sys.stderr)
-    if settled.labels:
-        print("`visionloop ingest` takes them")
+    say_next("`visionloop ingest` takes them" if settled.labels else "`visionloop review --serve` asks for more")
 
 
 def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:

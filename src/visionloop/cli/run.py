@@ -31,6 +31,7 @@ def main() -> None:
     from visionloop.cli import (  # noqa: F401
         datasets,
         features,
+        flows,
         forget,
         ingest,
         keys,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
 from visionloop.runs import COLUMNS, Marks, read_marks, to_number
@@ -185,11 +185,15 @@ def show_all(found: list[Run], marks: Marks, *, sort: str, as_json: bool) -> Non
     ordered = sort_runs(found, sort)
     if as_json:
         print_json({"runs": [to_json(one, marks) for one in ordered]})
-    elif not ordered:
-        print("no run yet: `visionloop train` (or `dvc repro`) makes the first")
-    else:
-        for line in align(make_table(ordered, marks)):
-            print(line)
+        return
+    if not ordered:
+        print("no run yet")
+        say_next("`visionloop train` (or `dvc repro`) makes the first")
+        return
+    for line in align(make_table(ordered, marks)):
+        print(line)
+    ids = " ".join(one.run_id[:ID_CHARS] for one in ordered[:2])
+    say_next(f"`visionloop runs {ids}` compares" if len(ordered) > 1 else "`visionloop ui` shows its curves")
 
 
 def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path | None, as_json: bool) -> None:
@@ -216,6 +220,7 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     panels = [keys for keys in having if keys]
     if not panels:
         print("no plot: none of them has finished an epoch")
+        say_next("`visionloop train`")
         return
     differing = list_differences([one.params for one in chosen])
     names = [key for keys in panels for key in keys]
@@ -223,6 +228,7 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     path = out or workspace.settings.hidden_dir / "runs.png"
     write_picture(path, draw_overlay(curves, panels))
     print(f"curves: {path}")
+    say_next("`visionloop ui` shows all of it in MLflow")
 
 
 def label_run(one: "Run", differing: Sequence[str] = ()) -> str:

@@ -46,6 +46,7 @@ def explain(
         found = run_explain(predictor, array, name)
     write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
     print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
+    say_next(f"`visionloop similar {image}` shows what it learned from that is like it", quiet=quiet)
 
 
 @app.command()
@@ -114,6 +115,7 @@ def serve(
 
         number = check_serving(workspace, check)
         print(f"the server answers {number} golden images of {check} as the bundle does")
+        say_next("`visionloop register`, then `visionloop promote`")
         return
     run_server(
         workspace,

@@ -1,12 +1,11 @@
 """The command `shadow`: try a second model on the requests that come, before anybody depends on it."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import app
+from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.errors import PromotionError
 from visionloop.workspace import Workspace, get_now, get_user, open_workspace
 
@@ -73,8 +72,8 @@ def start(
     upload_bundle(workspace.store, predictor.bundle)
     order = Order(predictor.digest, share, get_now(), get_user(), model)
     write_order(workspace.store, workspace.name, order)
-    print(f"{predictor.digest[:12]} is the shadow, for {share:.0%} of the answered images, from the next look at the")
-    print("ledger on. `visionloop shadow report` compares it with the champion; `visionloop shadow stop` ends it.")
+    print(f"{predictor.digest[:12]} is the shadow, for {share:.0%} of the answered images, within seconds")
+    say_next("`visionloop shadow report` compares it with the champion; `visionloop shadow stop` ends it")
 
 
 @shadow_app.command("stop")
@@ -95,13 +94,14 @@ def stop() -> None:
     order = _require_order(workspace)
     if order.stopped_at:
         print(f"{order.bundle[:12]} was stopped {order.stopped_at}")
-        return
-    write_order(workspace.store, workspace.name, replace(order, stopped_at=get_now()))
-    print(f"{order.bundle[:12]} is no shadow any more; see `visionloop shadow report`")
+    else:
+        write_order(workspace.store, workspace.name, replace(order, stopped_at=get_now()))
+        print(f"{order.bundle[:12]} is no shadow any more")
+    say_next("`visionloop shadow report`")
 
 
 @shadow_app.command("report")
-def report(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False) -> None:
+def report(as_json: Json = False) -> None:
     """Compare the shadow with the champion: agreement, time, images on which they differ, and by feedback who is right.
 
     The same paired test as in the gate says better, worse or cannot tell. Each image counts once.
@@ -118,7 +118,7 @@ def report(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     order = _require_order(workspace)
     found = load_comparison(workspace.store, workspace.name, order, workspace.params.gate.alpha)
     if as_json:
-        print(json.dumps({"shadow": asdict(order), **asdict(found)}))
+        print_json({"shadow": asdict(order), **asdict(found)})
         return
     end = f" to {order.stopped_at}" if order.stopped_at else ""
     print(
@@ -126,6 +126,7 @@ def report(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     )
     for line in describe(found):
         print(line)
+    say_next("`visionloop shadow stop` ends it" if not order.stopped_at else "`visionloop shadow start MODEL`")
 
 
 def describe(found: "Comparison") -> list[str]:

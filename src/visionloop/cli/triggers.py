@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 
 HELP = """Is a retrain due, and what was decided before.
 
@@ -52,7 +52,9 @@ def decide_now(
         print(f"{decision.outcome}: {decision.why}")
         for line in describe_looks(Look.from_json(look) for look in decision.looks):
             print(line)
-    if decision.outcome != RETRAIN:
+    is_due = decision.outcome == RETRAIN
+    say_next("`visionloop start`" if is_due else "`visionloop triggers history` shows the ones before", quiet=as_json)
+    if not is_due:
         raise typer.Exit(NOT_DUE)
 
 
@@ -78,9 +80,11 @@ def history_of_triggers(
     found = read_decisions(workspace.store, workspace.name, last)[::-1]
     if as_json:
         print_json({"decisions": [one.to_json() for one in found]})
-    elif not found:
-        print("nothing was decided yet: run `visionloop triggers decide`")
+        return
+    if not found:
+        print("nothing was decided yet")
     else:
         rows = [[f"{d.number}", d.at[:16].replace("T", " "), f"dataset {d.dataset}", d.outcome, d.why] for d in found]
         for line in align(rows):
             print(line)
+    say_next("`visionloop triggers decide`")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.progress import format_seconds, format_value, open_tune_watcher
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def tune(
     show: Annotated[bool, typer.Option("--show", help="Only show what there is.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Write the best values into params.yaml.")] = False,
     *,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Search the space `tune.space` of params.yaml for values of `train` (Optuna); each trial is a run in MLflow.
@@ -46,13 +47,13 @@ def tune(
     from visionloop.workspace import open_workspace
 
     workspace = open_workspace()
-    if not show and not as_json:
+    if not show and not as_json and not quiet:
         print(f"loading torch to tune {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.study import list_reports, open_tuning
     from visionloop.training.tune import run_trials
     from visionloop.training.watch import Watcher
 
-    with contextlib.nullcontext(Watcher()) if as_json else open_tune_watcher(os.environ) as watcher:
+    with contextlib.nullcontext(Watcher()) if as_json or quiet else open_tune_watcher(os.environ) as watcher:
         tuning = open_tuning(workspace, watcher=watcher)
         if not show:
             run_trials(tuning, trials or workspace.params.tune.trials)
@@ -61,16 +62,20 @@ def tune(
         print_json({"trials": [vars(report) for report in reports]})
         return
     if not reports:
-        print("no trial of this space and data yet: `visionloop tune` begins")
+        print("no trial of this space and data yet")
+        say_next("`visionloop tune --trials 20`", quiet=quiet)
         return
     for line in [*describe_trials(reports), *describe_importance(tuning)]:
         print(line)
     for path in draw(tuning, reports, logged=not show):
         print(f"  {path}")
+    todo = "`visionloop tune` goes on, or give `tune.space` other values"
     if best := find_best_trial(reports):
         whole = replace(best, values={**best.values, **tuning.needed})
         for line in keep(workspace.settings.params_path, whole, save=save):
             print(line)
+        todo = "`visionloop train` uses them" if save else "`visionloop tune --show --save` writes them there"
+    say_next(todo, quiet=quiet)
 
 
 def find_best_trial(reports: "Sequence[TrialReport]") -> "TrialReport | None":
@@ -143,8 +148,8 @@ def keep(params_path: Path, best: "TrialReport", *, save: bool) -> list[str]:
         with params_path.open(encoding="utf-8", newline="") as file:
             text = file.read()
         write_params(params_path, set_keys(text, {f"train.{key}": value for key, value in best.values.items()}))
-        return [f"{head}; its values are in params.yaml now: `visionloop train` uses them"]
-    head = f"{head}; `visionloop tune --show --save` writes its values into params.yaml:"
+        return [f"{head}; its values are in params.yaml now"]
+    head = f"{head}; in params.yaml that is:"
     return [head, *describe_section({"train": nest(best.values)})]
 
 
@@ -167,6 +172,8 @@ def lr_find(
     steps: Annotated[int, typer.Option(min=20, max=1000, help="Steps of the sweep, one batch each.")] = 100,
     low: Annotated[float, typer.Option(min=1e-12, help="The rate of the first step.")] = 1e-6,
     high: Annotated[float, typer.Option(max=100.0, help="The rate of the last step.")] = 1.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Look for a learning rate: train a little, at rates that rise with each step, and see where the loss falls.
 
@@ -190,18 +197,24 @@ def lr_find(
     workspace = open_workspace()
     section = workspace.params.train
     data = check_training(workspace)
-    print_line(f"loading torch to try {section.network_name} ({section.way}) ...")
+    tell = (lambda line: None) if quiet or as_json else print_line
+    tell(f"loading torch to try {section.network_name} ({section.way}) ...")
     from visionloop.training.fit import make_job
     from visionloop.training.job import Call
     from visionloop.training.rate_finder import FIGURE, make_rates, search_rate
 
-    watcher = LineWatcher(print_line)
-    job = make_job(workspace, data, Call(watcher=watcher))
-    sweep, run_id = search_rate(job, make_rates(low, high, steps), on_step=make_progress("tried", "rates"))
-    for line in describe_sweep(sweep, steps):
-        print(line)
+    job = make_job(workspace, data, Call(watcher=LineWatcher(tell)))
+    progress = make_progress("tried", "rates", quiet=quiet or as_json)
+    sweep, run_id = search_rate(job, make_rates(low, high, steps), on_step=progress)
     settings = workspace.settings
-    print(f"  figure  {(settings.hidden_dir / FIGURE).relative_to(settings.home)}, MLflow run {run_id}")
+    figure = (settings.hidden_dir / FIGURE).relative_to(settings.home)
+    if as_json:
+        curve = {"rates": sweep.rates_s.tolist(), "losses": sweep.losses_s.tolist(), "smooth": sweep.smooth_s.tolist()}
+        print_json({"suggestion": sweep.suggestion, **curve, "run_id": run_id, "figure": str(figure)})
+    else:
+        for line in describe_sweep(sweep, steps):
+            print(line)
+        print(f"  figure  {figure}, MLflow run {run_id}")
     if sweep.suggestion is None:
         raise TrainingError(
             "lr-find",
@@ -209,7 +222,9 @@ def lr_find(
             "a valley",
             "Try more --steps, other --low and --high, or look whether the labels can be learned.",
         )
-    print(f"params.yaml  train.learning_rate: {sweep.suggestion:g}   (now {section.learning_rate:g})")
+    if not as_json:
+        print(f"params.yaml  train.learning_rate: {sweep.suggestion:g}   (now {section.learning_rate:g})")
+    say_next("write it into params.yaml, then `visionloop train`", quiet=quiet or as_json)
 
 
 def describe_sweep(sweep: "Sweep", steps: int) -> list[str]:

@@ -1,17 +1,14 @@
-"""The stack and the flows as commands: up, status, down, ui, retrain, schedule. Each runs other programs."""
+"""The stack as commands: up, status, down, ui. Each runs other programs, or tells how they are."""
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json
+from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.errors import require_installed
 from visionloop.workspace import Workspace, open_workspace
 
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 NOT_WELL = 3
 DOWN_S = 60.0
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 NEEDED = ("mlflow", "prefect", "uvicorn", "jinja2")
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the home page; the others are chosen free.")]
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, from a desktop's terminal.")]
@@ -58,7 +54,7 @@ def up(
     with board.lock():  # told here, where a person sees it; the one behind takes it anew
         pass
     url = _start_behind(workspace, board, port)
-    print("`visionloop status` shows how it is, `visionloop down` stops it")
+    say_next("`visionloop status` shows how it is, `visionloop down` stops it")
     _open_page(url, browser=browser)
 
 
@@ -160,8 +156,20 @@ def status(
     else:
         for line in [*describe_parts(state), "", *describe_overview(overview)]:
             print(line)
+        _advise_next(overview, state)
     if not is_well:
         raise typer.Exit(NOT_WELL)
+
+
+def _advise_next(overview: "Overview", state: "State | None") -> None:
+    from visionloop.up.overview import advise
+
+    text, command = advise(overview)
+    if command:
+        print(text)
+        say_next(f"`{command}`")
+    else:
+        say_next(f"open {state.get_url('home')}" if state else "`visionloop up` starts the stack")
 
 
 def describe_parts(state: "State | None") -> list[str]:
@@ -169,7 +177,7 @@ def describe_parts(state: "State | None") -> list[str]:
     from visionloop.words import fit
 
     if state is None:
-        return ["not up: `visionloop up` starts it"]
+        return ["not up"]
     lines = [f"{state.phase} since {_show_time(state.started_at)} (process {state.pid})"]
     for part in state.parts:
         again = f"; started again {part.restarts} x" if part.restarts else ""
@@ -180,7 +188,6 @@ def describe_parts(state: "State | None") -> list[str]:
 
 def describe_overview(overview: "Overview") -> list[str]:
     """Return the state of the loop, a line each."""
-    from visionloop.up.overview import advise
     from visionloop.words import fit
 
     lines = [f"{overview.name} in {overview.home}"]
@@ -211,8 +218,7 @@ def describe_overview(overview: "Overview") -> list[str]:
         rows["waiting"] = f"{overview.waiting:,} images for a label"
     lines += [f"  {what:<10} {fit(told)}" for what, told in rows.items()]
     lines += [f"  LOOK       {problem}" for problem in overview.problems]
-    text, command = advise(overview)
-    return [*lines, *([f"{text}  {command}"] if command else [])]
+    return lines
 
 
 def _show_time(text: str) -> str:
@@ -251,10 +257,12 @@ def down() -> None:
                 "visionloop up", f"did not stop in {DOWN_S:.0f} s", "it to end", f"Try `kill -9 {state.pid}`."
             )
         print("stopped")
+        say_next("`visionloop up` starts it again")
         return
     with board.lock():
         left = stop_left(board)
     print(f"stopped {left} processes that a killed one had left" if left else "nothing is up in this workspace")
+    say_next("`visionloop up`")
 
 
 @app.command()
@@ -325,70 +333,6 @@ def _run_mlflow(workspace: Workspace, port: int, *, browser: bool) -> None:
             print("stopped", file=sys.stderr)
         finally:
             stop_process(process)
-
-
-@app.command(context_settings=PASS_ON)
-def retrain(context: typer.Context) -> None:
-    """Retrain with Prefect: ingest, train, judge, promote, ask; what is transient is tried again.
-
-    The same steps as `visionloop start`, and the same exit codes: 0 done, 2 an error, 3 not promoted. Its run is in
-    Prefect: in the one of `visionloop up`, at PREFECT_API_URL, or in one of its own that ends with it.
-    --workspace DIR: another workspace than the one you are in.
-
-    Examples:
-
-      visionloop retrain
-
-      visionloop retrain --workspace ~/models/pets
-    """
-    _run_flow("retrain", context.args)
-
-
-@app.command(context_settings=PASS_ON)
-def schedule(context: typer.Context) -> None:
-    """Run what is due by `schedule` and `triggers` of params.yaml, with the Prefect server at PREFECT_API_URL.
-
-    Stays until Ctrl-C. `visionloop up` does this too, with a Prefect server of its own. With --pool NAME it registers
-    for the workers of a work pool instead, and ends: --type process, docker or kubernetes; --image NAME for the last
-    two; --flows DIR: where the flows are there. --replace takes over from another workspace of the same name.
-    --workspace DIR: another workspace than the one you are in.
-
-    Examples:
-
-      PREFECT_API_URL=http://127.0.0.1:4200/api visionloop schedule
-
-      PREFECT_API_URL=http://prefect:4200/api visionloop schedule --pool boxes --image registry/visionloop:1
-    """
-    _run_flow("deploy", context.args)
-
-
-def _run_flow(name: str, arguments: list[str]) -> None:
-    """Become the script of a flow. Its workspace has a Prefect that is up: then its run is shown there."""
-    from visionloop.up.parts import find_flow
-
-    require_installed("prefect")
-    script = find_flow(name)
-    if url := _find_prefect(arguments, os.environ):
-        os.environ["PREFECT_API_URL"] = f"{url}/api"
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(script), *arguments])
-
-
-def _find_prefect(arguments: list[str], env: Mapping[str, str]) -> str:
-    """Return the address of the Prefect that `visionloop up` runs for the workspace, "" if none, or another is set."""
-    from visionloop.errors import VisionLoopError
-    from visionloop.settings import load_settings
-    from visionloop.up.board import Board
-
-    words = [word for argument in arguments for word in argument.split("=", 1)]  # also --workspace=DIR
-    folder = next((after for word, after in pairwise(words) if word == "--workspace"), None)
-    if env.get("PREFECT_API_URL"):
-        return ""
-    try:
-        state = Board(load_settings(env, Path(folder) if folder else None).hidden_dir).read_live()
-    except VisionLoopError:  # the script tells it
-        return ""
-    return state.get_url("prefect") if state else ""
 
 
 def _open_page(url: str, *, browser: bool) -> None:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,8 @@ from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 if TYPE_CHECKING:
     from visionloop.store import ObjectStore
     from visionloop.store.setup import Fact
+    from visionloop.words import Summary
+    from visionloop.workspace import Workspace
 
 BUILT_IN = "digits"  # the example whose images come with the installation
 
@@ -32,6 +36,9 @@ def start(
         Path | None, typer.Argument(metavar="FOLDER", help="The workspace; made if it is not there.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of dataset, model and experiment, of a new workspace.")] = None,
+    *,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """From photos to a judged model that can be served, in one command: new, ingest, train, gate, promote.
 
@@ -47,21 +54,19 @@ def start(
 
       cd ~/models/pets && visionloop start
     """
-    from dataclasses import replace
-
+    from visionloop.cli.progress import print_line
     from visionloop.data.manifest import latest_version
     from visionloop.errors import SourceError
     from visionloop.retrain import bring_up_to_date
-    from visionloop.up.board import Board, name_server
-    from visionloop.words import make_refusal, render_summary
     from visionloop.workspace import clear_folder, open_workspace
 
     was_there, existed = True, folder is not None and folder.exists()
+    tell = (lambda line: None) if quiet or as_json else print_line
     if photos is not None:
-        folder, was_there = _open_for(photos, folder, name)
+        folder, was_there = _open_for(photos, folder, name, tell)
     workspace = open_workspace(folder)
     try:
-        summary = bring_up_to_date(workspace, tell=lambda line: print(line, flush=True))
+        summary = bring_up_to_date(workspace, tell=tell)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
@@ -70,15 +75,26 @@ def start(
             clear_folder(workspace.settings.home, keep=existed)
             print("nothing was ingested: the workspace is removed again", file=sys.stderr)
         raise
+    _tell_summary(workspace, summary, quiet=quiet, as_json=as_json)
+
+
+def _tell_summary(workspace: "Workspace", summary: "Summary", *, quiet: bool, as_json: bool) -> None:
+    """Tell what came of it, and what is next. Raises NotPromoted."""
+    from visionloop.up.board import Board, name_server
+    from visionloop.words import make_refusal, render_summary
+
     summary = replace(summary, commands=name_server(summary.commands, Board(workspace.settings.hidden_dir)))
-    print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
+    if as_json:
+        print_json(vars(summary))
+    else:
+        print(render_summary(summary, shutil.get_terminal_size().columns if sys.stdout.isatty() else 140))
     if summary.is_not_promoted:
         raise make_refusal(summary.verdict, summary.rules, again=summary.outcome == "unchanged")
     there = "" if workspace.settings.home == Path.cwd() else f"cd {workspace.settings.home} && "
-    say_next(f"`{there}visionloop predict PHOTO`, or `{there}visionloop up` for pages")
+    say_next(f"`{there}visionloop predict PHOTO`, or `{there}visionloop up` for pages", quiet=quiet or as_json)
 
 
-def _open_for(photos: str, folder: Path | None, name: str | None) -> tuple[Path, bool]:
+def _open_for(photos: str, folder: Path | None, name: str | None, tell: Callable[[str], None]) -> tuple[Path, bool]:
     """Return the workspace for photos, made if it is not there, with the photos as a source; and if it was there."""
     from visionloop.cli.ingest import make_source, save_source
     from visionloop.settings import PARAMS_FILE
@@ -89,9 +105,9 @@ def _open_for(photos: str, folder: Path | None, name: str | None) -> tuple[Path,
     was_there = (home / PARAMS_FILE).is_file()
     if not was_there:
         home = make_workspace(home, name=name or make_name(source.name))
-        print(f"made the workspace {home}", flush=True)
+        tell(f"made the workspace {home}")
     if save_source(home, source):
-        print(f"{photos} is its source {source.name} (kind {source.kind}), in params.yaml", flush=True)
+        tell(f"{photos} is its source {source.name} (kind {source.kind}), in params.yaml")
     return home, was_there
 
 
@@ -180,7 +196,9 @@ def doctor(
         if not finding.ok:
             print(f"      {'':<{width}}  -> {finding.todo}")
     if not is_well:
+        say_next("what the lines with LOOK say, then `visionloop doctor` again", quiet=quiet)
         raise typer.Exit(2)
+    say_next("`visionloop status` shows the state of the loop", quiet=quiet)
 
 
 @store_app.callback()
@@ -197,19 +215,13 @@ def store(typer_context: typer.Context, as_json: Json = False) -> None:
         return
     from visionloop.store.setup import describe_store
 
-    facts = []
-    for fact in describe_store(_open_store()):
-        facts.append(fact)
-        if not as_json:
-            print(_describe(fact), flush=True)
-    if as_json:
-        print_json({"ok": all(fact.ok for fact in facts), "facts": [vars(fact) for fact in facts]})
-    elif not all(fact.ok for fact in facts):
-        print("`visionloop store init` sets what is missing")
+    is_ready = _tell_facts(describe_store(_open_store()), as_json=as_json)
+    todo = "`visionloop doctor` looks at all the rest" if is_ready else "`visionloop store init` sets what is missing"
+    say_next(todo, quiet=as_json)
 
 
 @store_app.command()
-def init() -> None:
+def init(as_json: Json = False) -> None:
     """Make the store ready: the folder, or the bucket with versions, encryption, no public access.
 
     It can be run again at any time: what is set already stays as it is.
@@ -223,11 +235,13 @@ def init() -> None:
     from visionloop.store.setup import init_store, list_dvc_commands
 
     opened = _open_store()
-    for fact in init_store(opened):
-        print(_describe(fact))
+    _tell_facts(init_store(opened), as_json=as_json)
+    if as_json:
+        return
     print("to keep DVC's cache there too:")
     for line in list_dvc_commands(opened):
         print(f"  {line}")
+    say_next("`visionloop ingest PHOTOS`")
 
 
 @store_app.command()
@@ -250,8 +264,10 @@ def accept() -> None:
         print(f"given up: {what}")
     if not given_up:
         print(f"nothing to do: {workspace.store.url} holds all that this workspace knows")
-    elif not workspace.settings.pin_path.is_file():
-        print(f"`visionloop ingest` makes or finds the dataset in {workspace.store.url}")
+    if not workspace.settings.pin_path.is_file():
+        say_next(f"`visionloop ingest` makes or finds the dataset in {workspace.store.url}")
+    else:
+        say_next("`visionloop doctor`")
 
 
 def _open_store() -> "ObjectStore":
@@ -259,6 +275,19 @@ def _open_store() -> "ObjectStore":
     from visionloop.store import open_store
 
     return open_store(load_settings(os.environ).store_url)
+
+
+def _tell_facts(found: "Iterable[Fact]", *, as_json: bool) -> bool:
+    """Tell each fact once it is known, or all as JSON; return whether all is as it should be."""
+    facts = []
+    for fact in found:
+        facts.append(fact)
+        if not as_json:
+            print(_describe(fact), flush=True)
+    is_ready = all(fact.ok for fact in facts)
+    if as_json:
+        print_json({"ok": is_ready, "facts": [vars(fact) for fact in facts]})
+    return is_ready
 
 
 def _describe(fact: "Fact") -> str:

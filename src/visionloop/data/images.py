@@ -304,7 +304,7 @@ def open_image(kind: str, data: bytes, where: str) -> Image.Image:
     except MemoryError:
         raise
     except ImportError as exc:
-        todo = "Run `pip install 'visionloop[heic]'`, or export it as JPEG."
+        todo = "Install visionloop with the extra `heic`, or export it as JPEG."
         raise ImageError(where, "is HEIC, and pi-heif is not installed", name_readable(), todo) from exc
     except SyntaxError as exc:
         if kind == "AVIF" and not features.check("avif"):

@@ -16,7 +16,7 @@ import numpy as np
 
 from visionloop.data.images import UInt8Array
 from visionloop.data.shards import Prepared
-from visionloop.errors import BundleError, ParamsError
+from visionloop.errors import BundleError, ParamsError, describe_install
 from visionloop.features.view import EncoderFacts, FloatArray
 from visionloop.networks import processor
 from visionloop.networks.processor import Measured, has_bf16, may_have_gpu, measure_once, read_cpu_name
@@ -45,7 +45,7 @@ def list_candidates(wanted: str, accelerator: str, *, has_torch: bool = True) ->
             "params.yaml embed.runtime",
             "got 'openvino', which is not installed",
             "the extra `openvino`",
-            "Run `pip install 'visionloop[openvino]'`, or set `runtime: auto`.",
+            f"Run `{describe_install('openvino')}`, or set `runtime: auto`.",
         )
     on_gpu = accelerator == "gpu"
     names = ["onnxruntime fp32"]

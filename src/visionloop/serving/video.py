@@ -159,7 +159,7 @@ def _require_reader() -> None:
     except SourceError as exc:
         found = "this server reads no videos"
         raise RequestError(
-            found, "av", "Install visionloop[ingest] there.", status=415, reason_code="no_reader"
+            found, "av", "Install visionloop with the extra `ingest` there.", status=415, reason_code="no_reader"
         ) from exc
 
 

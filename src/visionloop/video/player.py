@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from visionloop.errors import SourceError
+from visionloop.errors import SourceError, describe_install
 from visionloop.video.sample import DecodeJob
 
 SILENCE_S = 60.0
@@ -200,4 +200,4 @@ def check_installed(where: str) -> None:
     from importlib.util import find_spec
 
     if find_spec("av") is None:
-        raise SourceError(where, "av is not installed", "the extra `ingest`", "pip install 'visionloop[ingest]'")
+        raise SourceError(where, "av is not installed", "the extra `ingest`", f"Run `{describe_install('ingest')}`.")

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 from urllib.parse import urljoin
 
-from visionloop.errors import ImageError, SourceError
+from visionloop.errors import ImageError, SourceError, describe_install
 from visionloop.secrets import mask
 from visionloop.web.addresses import Address, HostRule, HostRules, describe_url, parse_hosts, parse_url
 from visionloop.web.body import Body, Pace, TryAgain, find_validator, goes_on, make_unreadable, parse_retry_after
@@ -71,7 +71,7 @@ def make_fetcher(
     try:
         from visionloop.web.connect import Deadline, make_pool
     except ModuleNotFoundError as exc:
-        expected, todo = "the extra `ingest` or `train`", "pip install 'visionloop[ingest]'"
+        expected, todo = "the extra `ingest` or `train`", f"Run `{describe_install('ingest')}`."
         raise SourceError("download", f"{exc.name} is not installed", expected, todo) from exc
     rules = hosts if isinstance(hosts, HostRules) else HostRules(parse_hosts(hosts, "hosts"), parse_private_hosts(env))
     deadline = Deadline()

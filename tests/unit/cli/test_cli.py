@@ -165,7 +165,9 @@ def test_a_dry_run_says_what_would_be_taken_and_writes_nothing(
     assert "  cat: train/cat/1.jpg, train/cat/2.jpg, train/cat/3.jpg\n" in shown
     assert "quarantined 1 file that cannot be used:\n      1  no_label\n" in shown
     assert "files passed over: .txt 1\n" in shown
-    assert shown.endswith("files passed over: 1\na dry run: nothing was read or written\n")
+    assert shown.endswith(
+        "files passed over: 1\na dry run: nothing was read or written\nnext: the same without --dry-run takes them in\n"
+    )
 
 
 def test_a_dry_run_of_the_declared_sources(

@@ -153,14 +153,3 @@ def list_options(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
 def test_a_flag_has_the_same_words_everywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {text for _, option, text in list_options(monkeypatch) if option == name}
     assert len(words) <= 1, words
-
-
-LISTS_OR_JUDGES = (
-    "history keys_list store doctor compare gate suspects similar evaluate datasets datasets_show datasets_diff runs "
-    "predictions predictions_show predict monitor review triggers_decide triggers_history status lineage tune"
-)
-
-
-def test_every_command_that_lists_or_judges_has_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    having = {path for path, option, _ in list_options(monkeypatch) if option == "--json"}
-    assert {name.replace("_", " ") for name in LISTS_OR_JUDGES.split()} <= having

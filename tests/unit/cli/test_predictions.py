@@ -50,7 +50,9 @@ def put(store: LocalStore, table: Any, part: str, row: dict[str, Any]) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert run_here(monkeypatch, "predictions", *argv) == 0, capsys.readouterr()
-    return capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--json" in argv or told.splitlines()[-1].startswith("next: ")
+    return told.partition("next: ")[0]
 
 
 def test_days_are_counted(

@@ -22,6 +22,7 @@ def test_a_local_store_is_described_and_made(
     assert run_here(monkeypatch, "store") == 0
     assert capsys.readouterr().out == (
         f"ok  store                {folder.as_uri()} (a folder that is made when it is needed)\n"
+        "next: `visionloop doctor` looks at all the rest\n"
     )
     assert not folder.exists()
     assert run_here(monkeypatch, "store", "init") == 0
@@ -29,10 +30,11 @@ def test_a_local_store_is_described_and_made(
         f"ok  folder               {folder} made",
         "to keep DVC's cache there too:",
         f"  dvc remote add --default store {folder / 'dvc'}",
+        "next: `visionloop ingest PHOTOS`",
     ]
     assert folder.is_dir()
     assert run_here(monkeypatch, "store") == 0
-    assert capsys.readouterr().out == f"ok  store                {folder.as_uri()} (a folder)\n"
+    assert capsys.readouterr().out.startswith(f"ok  store                {folder.as_uri()} (a folder)\nnext: ")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from fakes import run_here
-from visionloop.cli.up import _find_prefect
+from visionloop.cli.flows import _find_prefect
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
@@ -242,17 +242,14 @@ def test_who_answers_in_another_tongue_does_not_answer() -> None:
     assert ask("http://anna:secret@127.0.0.1/health") is None
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--workspace", "DIR"], ["--workspace=DIR"], ["--webhook", "x", "--workspace=DIR"]]
-)
-def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path, arguments: list[str]) -> None:
+def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\n")
     board = Board(tmp_path / ".visionloop")
     with board.lock():
         part = PartState("prefect", "Prefect", "ready", url="http://127.0.0.1:4200")
         board.write(State(os.getpid(), "feed", UP, "", (part,)))
-        named = [word.replace("DIR", str(tmp_path)) for word in arguments]
-        assert _find_prefect(named, {}) == "http://127.0.0.1:4200"
+        assert _find_prefect(tmp_path, {}) == "http://127.0.0.1:4200"
+        assert _find_prefect(tmp_path, {"PREFECT_API_URL": "http://prefect:4200/api"}) == "", "another one is set"
 
 
 def test_a_broken_params_file_keeps_nothing_running(

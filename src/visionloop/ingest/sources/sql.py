@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
-from visionloop.errors import ImageError, SourceError
+from visionloop.errors import ImageError, SourceError, describe_install
 from visionloop.ingest.item import Cursor, Item, SourceContext, make_file_reader
 from visionloop.ingest.paths.listing import ImageFolder, escape_name
 from visionloop.ingest.tables.cells import Row, to_text
@@ -122,7 +122,7 @@ def _read(
     try:
         from visionloop.ingest.database import SqlQuery, Stopwatch, make_database
     except ModuleNotFoundError as exc:
-        todo = "pip install 'visionloop[ingest]'"
+        todo = f"Run `{describe_install('ingest')}`."
         raise SourceError(where, f"{exc.name} is not installed", "the extra `ingest`", todo) from exc
     max_bytes = context.limits.max_file_bytes
     database = make_database(source.url, environment, context.resolve, max_bytes)

@@ -23,13 +23,15 @@ const WORDS = {
   store_away: "The correction could not be stored now.",
   unreachable: "The server cannot be reached.",
 };
+const OF_THE_FILE = ["not_an_image", "not_a_video", "no_video", "no_reader", "damaged", "too_large", "body_too_large", "empty"];
 const PASSING = ["busy", "deadline", "not_ready", "stopping", "too_many", "store_away", "no_room"];
 
 export class Problem extends Error {
   constructor(code, detail, waitS) {
     super(WORDS[code === "no_valid_key" && !getKey() ? "no_key" : code] || detail);
     this.code = code;
-    this.detail = WORDS[code] ? detail : "";
+    this.detail = WORDS[code] ? detail.replace(/^(image|video): /, "") : "";
+    this.isOfTheFile = OF_THE_FILE.includes(code); // the same again gets the same answer
     this.waitS = waitS;
     this.passes = PASSING.includes(code);
   }

@@ -70,7 +70,7 @@ export class Card {
     if (problem.code === "no_valid_key") this.onKey();
     this.text.replaceChildren(make("h3", "No answer"), make("p", problem.message, "bad note"));
     if (problem.detail) this.text.append(make("p", problem.detail, "dim small note"));
-    this.text.append(button("Try again", () => this.ask()));
+    if (!problem.isOfTheFile) this.text.append(button("Try again", () => this.ask()));
     this.again = problem.code === "no_valid_key";
     say(`${this.name}: ${problem.message}`);
   }
