@@ -118,6 +118,34 @@ def test_list_is_sorted_and_by_prefix(store: ObjectStore) -> None:
     assert list(store.list("a")) == ["a/10", "a/2", "a/c/3", "ab"]
 
 
+def test_list_of_what_is_behind_a_key(store: ObjectStore) -> None:
+    keys = [f"log/pets/date=2026-{day}/{part}" for day in ("10-31", "11-01", "11-02") for part in ("1", "2")]
+    for key in (*keys, "log/dogs/1", "other/1"):
+        store.put(key, b"x")
+    assert list(store.list("log/pets/", "log/pets/date=2026-10-31/~")) == keys[2:]
+    assert list(store.list("log/pets/", keys[2])) == keys[3:]
+    assert list(store.list("log/pets/date=2026-1", keys[0])) == keys[1:]
+    assert list(store.list("log/pets/", "log/pets/date=2026-11-05/~")) == []
+    assert list(store.list("log/pets/date=2026-11-0", "log/pets/date=2026-10-04/~")) == keys[2:]
+
+
+def test_an_opened_object_is_read_in_parts(store: ObjectStore) -> None:
+    """One that is larger than what the first request brings, a small one, and one without a byte."""
+    large = b"".join(number.to_bytes(4, "big") for number in range(100_000))
+    for name, data in {"a/large": large, "a/small": b"small", "a/empty": b""}.items():
+        store.put(name, data)
+        with store.open(name) as file:
+            assert (file.seek(0, 2), file.tell(), file.read(3)) == (len(data), len(data), b"")
+            file.seek(max(0, len(data) - 5))
+            assert file.read(9) == data[-5:]
+            file.seek(1)
+            assert (file.read(7), file.tell()) == (data[1:8], min(len(data), 8) if data else 1)
+            file.seek(0)
+            assert file.read() == data
+    with pytest.raises(ObjectMissing, match="no object a/b"):
+        store.open("a/b")
+
+
 def test_delete(store: ObjectStore) -> None:
     store.put("a/1", b"x")
     store.delete("a/1")

@@ -28,7 +28,7 @@ from visionloop.data.answers import (
     load_numbered,
     load_opinions,
 )
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import iterate_version, latest_version
 from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review
 from visionloop.records import Record, canonical_json
@@ -227,7 +227,8 @@ def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
     labels = load_accepted(store, name, rules)
     may_be_known = any(one.kind in (SUSPECTS, FEEDBACK_KIND) for one in labels.values())
     version = latest_version(store, name) if may_be_known else None
-    sides = {one.sha256: one.side for one in load_version_records(store, version)} if version else {}
+    rows = iterate_version(store, version) if version else ()
+    sides = {one.sha256: one.side for one in rows if one.sha256 in labels}
     return Answered(store, name, labels, sides)
 
 

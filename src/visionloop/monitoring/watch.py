@@ -29,7 +29,7 @@ from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window, ma
 from visionloop.monitoring.report import Page, make_monitor_report
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
 from visionloop.promotion.evidence import write_page
-from visionloop.promotion.ledger import read_history, require_entry
+from visionloop.promotion.ledger import iterate_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
 from visionloop.workspace import Workspace
 
@@ -312,8 +312,10 @@ def _find_champion(workspace: Workspace, span: Span) -> LedgerEntry:
     Raises:
         PromotionError: there is no champion at all.
     """
-    before = [e for e in read_history(workspace.store, workspace.name) if datetime.fromisoformat(e.at) < span.end]
-    return before[-1] if before else require_entry(workspace.store, workspace.name)
+    for entry in iterate_history(workspace.store, workspace.name):
+        if datetime.fromisoformat(entry.at) < span.end:
+            return entry
+    return require_entry(workspace.store, workspace.name)
 
 
 def _tell_image(table: "pa.Table", row: int, distance: float) -> dict[str, Any]:
