@@ -353,9 +353,7 @@ class _Tally:
         held = self._list_held()
         self._rows.clear()
         inspected, rejected, labels = list[Inspected](), [*self.rejected], Counter[str]()
-        for ordinal, slot in enumerate(self._slots):
-            if slot is None:
-                continue
+        for ordinal, slot in ((i, slot) for i, slot in enumerate(self._slots) if slot is not None):
             item, found = (slot.item, slot.found) if isinstance(slot, ItemResult) else slot
             if isinstance(found, Rejected):
                 rejected.append(found)
@@ -381,7 +379,7 @@ class _Tally:
 
     def _list_held(self) -> set[str]:
         """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""
-        new = [slot for slot in self._slots if isinstance(slot, ItemResult)]
+        new = (slot for slot in self._slots if isinstance(slot, ItemResult))
         return {o.item.source for o in new if isinstance(o.found, Rejected) and o.found.code == PASSING}
 
     def _find(self, item: Item) -> Row | None:
