@@ -11,7 +11,9 @@ import pytest
 
 from s3_server import make_bucket, point_to, serve_s3
 from visionloop.errors import LeaseHeld, LeaseLost, ObjectMissing, StoreError
-from visionloop.store import LocalStore, ObjectStore, open_store
+from visionloop.promotion import entries
+from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
+from visionloop.store import LocalStore, ObjectStore, S3Store, open_store
 from visionloop.store.lease import Lease, make_claim, take_lease
 
 
@@ -209,3 +211,41 @@ def test_local_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match=r"cannot reach 1.*Run `visionloop doctor`"):
         LocalStore(tmp_path / "file").put("a/1", b"x")
+
+
+def test_the_champion_of_a_long_ledger_takes_few_requests(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 entries in pages of 10: two lists and two reads, one list for who knows the entry before."""
+    if not isinstance(store, S3Store):
+        pytest.skip("a folder has no requests")
+    monkeypatch.setattr(entries, "PAGE", 10)
+    entry = None
+    for number in range(33):
+        facts = {"decision": 1, "dataset": {}, "run_id": None, "why": "test", "at": "2026", "by": "ann"}
+        more = {"action": "promote", "bundle": str(number), "model_version": "1"}
+        entry = append_entry(store, "pets", entry, **facts, **more)
+    asked: list[str] = []
+    store.connection.watch("before-call.s3", lambda model, **told: asked.append(model.name))
+    assert read_champion(store, "pets") == entry
+    assert sorted(asked) == ["GetObject", "GetObject", "ListObjectsV2", "ListObjectsV2"]
+    asked.clear()
+    assert read_champion(store, "pets", since=32) == entry
+    assert sorted(asked) == ["GetObject", "GetObject", "ListObjectsV2"]
+    asked.clear()
+    assert len(read_ledger(store, "pets").entries) == 33
+    assert sorted(asked) == ["GetObject"] * 6 + ["ListObjectsV2"] * 2
+
+
+def test_of_a_large_object_only_what_is_asked_for_is_sent(store: ObjectStore) -> None:
+    """The end comes with the first request; a request brings each other part."""
+    if not isinstance(store, S3Store):
+        pytest.skip("a folder has no requests")
+    data = secrets.token_bytes(2_000_000)
+    store.put("a/large", data)
+    sizes: list[int] = []
+    store.connection.watch("after-call.s3", lambda parsed, **told: sizes.append(int(parsed["ContentLength"])))
+    with store.open("a/large") as file:
+        file.seek(-1000, 2)
+        assert file.read(1000) == data[-1000:]
+        file.seek(5000)
+        assert file.read(100) == data[5000:5100]
+    assert sizes == [256 * 1024, 100]
