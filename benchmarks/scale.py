@@ -1,4 +1,4 @@
-"""`make scale`: what large tables take, stage by stage: memory at its peak, processor time, objects read.
+"""What large tables take, stage by stage: memory at its peak, processor time, objects read (docs/scale.md).
 
 .venv/bin/python benchmarks/scale.py --only manifest --rows 1000000
 

@@ -344,11 +344,11 @@ def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
     rows = desk.serve(6)
     desk.say(rows[:1], "dog", who=None)
     desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
-    read, get = list[str](), LocalStore.get
-    desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
+    read, open_it = list[str](), LocalStore.open
+    desk.patch.setattr(LocalStore, "open", lambda store, key: read.append(key) or open_it(store, key))
     assert rows[0]["image_sha256"] not in desk.run("review", "--json")
     days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
-    assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
+    assert days and f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
 
 
 def test_only_unsure_answers_are_said_to_be_uncertain(desk: ReviewDesk) -> None:

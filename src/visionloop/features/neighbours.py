@@ -27,7 +27,7 @@ MAX_QUERIES = 512
 MARGIN = 8  # candidates beyond k
 GROUP = 64
 NUM_DEALS = 199
-TABLE_BYTES = 256 * 1024 * 1024  # of a table that are scaled and searched at a time
+TABLE_BYTES = 64 * 1024 * 1024  # of a table that are scaled and searched at a time
 # From so many images on, all pairs would take hours: a million of 512 numbers three hours at 100 GFLOP/s.
 CELLS_FROM = 200_000
 CELL_ROWS = 1000  # in the mean
