@@ -12,7 +12,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from visionloop.data.manifest import load_pin, load_records, make_image_key
+from visionloop.data.manifest import iterate_records, load_pin, make_image_key
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
 from visionloop.serving.check import run_own_server
@@ -79,7 +79,7 @@ def describe_asked(labels: Sequence[str], body: Mapping[str, Any]) -> str:
 
 def _choose_held_out(workspace: Workspace, number: int) -> list[ImageRecord]:
     """Choose test images spread over the classes."""
-    records = load_records(workspace.store, load_pin(workspace.settings.pin_path))
+    records = iterate_records(workspace.store, load_pin(workspace.settings.pin_path))
     tests = sorted((r for r in records if r.side == "test" and r.labels), key=lambda r: (r.labels, r.sha256))
     spread = [len(tests) * (2 * i + 1) // (2 * number) for i in range(number)]
     return [tests[i] for i in dict.fromkeys(spread) if i < len(tests)]

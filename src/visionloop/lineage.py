@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
-from visionloop.data.manifest import decode_records, list_versions, load_version, load_version_records
+from visionloop.data.manifest import (
+    iterate_part,
+    iterate_version,
+    latest_version,
+    list_versions,
+    load_version,
+    load_version_records,
+)
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
 from visionloop.promotion.models import require_name
@@ -182,8 +189,9 @@ def _iterate_rows(store: ObjectStore, name: str, sha256: str) -> Iterator[tuple[
         row = None
         for part in version.parts:
             if part not in known:
-                records = decode_records(store.get(f"manifests/{part}.parquet"), f"manifest {part[:12]}")
-                known[part] = next((record for record in records if record.sha256 == sha256), None)
+                with store.open(f"manifests/{part}.parquet") as file:
+                    records = iterate_part(file, f"manifest {part[:12]}")
+                    known[part] = next((record for record in records if record.sha256 == sha256), None)
             row = known[part] or row
         if row:
             yield version.version, row
@@ -192,8 +200,9 @@ def _iterate_rows(store: ObjectStore, name: str, sha256: str) -> Iterator[tuple[
 def _find_image(workspace: Workspace, what: str) -> str:
     """Return the sha256 of the one image that begins so, or came from there."""
     store, name = workspace.store, workspace.name
-    records = {r.sha256: r for version in list_versions(store, name)[-1:] for r in load_version_records(store, version)}
-    found = sorted(s for s, r in records.items() if what in r.origins or (_HEX.fullmatch(what) and s.startswith(what)))
+    newest, is_hex = latest_version(store, name), _HEX.fullmatch(what)
+    rows = iterate_version(store, newest) if newest else ()
+    found = [r.sha256 for r in rows if what in r.origins or (is_hex and r.sha256.startswith(what))]
     if len(found) == 1:
         return found[0]
     if not found and len(what) == 64 and _HEX.fullmatch(what):

@@ -42,7 +42,7 @@ def make_natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(int(not number), len(text) if number else 0, text) for number, text in parts if text or number]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """Base class of records stored as JSON. Unknown keys are ignored, so older code can read newer files."""
 
@@ -57,7 +57,7 @@ class Record:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord(Record):
     """One image of a dataset: one row of the manifest, identified by the sha256 of its bytes.
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 from visionloop import pipeline
 from visionloop.data.known_store import check_store, check_store_for_pull
-from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.manifest import iterate_records, load_pin
 from visionloop.errors import LeaseHeld, VisionLoopError, describe_install, shorten
 from visionloop.promotion.ledger import (
     describe_rollback,
@@ -166,7 +167,7 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
     if not sources:
         pin = load_pin(workspace.settings.pin_path, workspace.name)
         check_store(workspace)
-        load_records(workspace.store, pin)
+        deque(iterate_records(workspace.store, pin), maxlen=0)  # checks them
         tell(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
         return pin.to_json()
     report = pull(

@@ -11,7 +11,9 @@ import pytest
 
 from s3_server import make_bucket, point_to, serve_s3
 from visionloop.errors import LeaseHeld, LeaseLost, ObjectMissing, StoreError
-from visionloop.store import LocalStore, ObjectStore, open_store
+from visionloop.promotion import entries
+from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
+from visionloop.store import LocalStore, ObjectStore, S3Store, open_store
 from visionloop.store.lease import Lease, make_claim, take_lease
 
 
@@ -118,6 +120,34 @@ def test_list_is_sorted_and_by_prefix(store: ObjectStore) -> None:
     assert list(store.list("a")) == ["a/10", "a/2", "a/c/3", "ab"]
 
 
+def test_list_of_what_is_behind_a_key(store: ObjectStore) -> None:
+    keys = [f"log/pets/date=2026-{day}/{part}" for day in ("10-31", "11-01", "11-02") for part in ("1", "2")]
+    for key in (*keys, "log/dogs/1", "other/1"):
+        store.put(key, b"x")
+    assert list(store.list("log/pets/", "log/pets/date=2026-10-31/~")) == keys[2:]
+    assert list(store.list("log/pets/", keys[2])) == keys[3:]
+    assert list(store.list("log/pets/date=2026-1", keys[0])) == keys[1:]
+    assert list(store.list("log/pets/", "log/pets/date=2026-11-05/~")) == []
+    assert list(store.list("log/pets/date=2026-11-0", "log/pets/date=2026-10-04/~")) == keys[2:]
+
+
+def test_an_opened_object_is_read_in_parts(store: ObjectStore) -> None:
+    """One that is larger than what the first request brings, a small one, and one without a byte."""
+    large = b"".join(number.to_bytes(4, "big") for number in range(100_000))
+    for name, data in {"a/large": large, "a/small": b"small", "a/empty": b""}.items():
+        store.put(name, data)
+        with store.open(name) as file:
+            assert (file.seek(0, 2), file.tell(), file.read(3)) == (len(data), len(data), b"")
+            file.seek(max(0, len(data) - 5))
+            assert file.read(9) == data[-5:]
+            file.seek(1)
+            assert (file.read(7), file.tell()) == (data[1:8], min(len(data), 8) if data else 1)
+            file.seek(0)
+            assert file.read() == data
+    with pytest.raises(ObjectMissing, match="no object a/b"):
+        store.open("a/b")
+
+
 def test_delete(store: ObjectStore) -> None:
     store.put("a/1", b"x")
     store.delete("a/1")
@@ -181,3 +211,41 @@ def test_local_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match=r"cannot reach 1.*Run `visionloop doctor`"):
         LocalStore(tmp_path / "file").put("a/1", b"x")
+
+
+def test_the_champion_of_a_long_ledger_takes_few_requests(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 entries in pages of 10: two lists and two reads, one list for who knows the entry before."""
+    if not isinstance(store, S3Store):
+        pytest.skip("a folder has no requests")
+    monkeypatch.setattr(entries, "PAGE", 10)
+    entry = None
+    for number in range(33):
+        facts = {"decision": 1, "dataset": {}, "run_id": None, "why": "test", "at": "2026", "by": "ann"}
+        more = {"action": "promote", "bundle": str(number), "model_version": "1"}
+        entry = append_entry(store, "pets", entry, **facts, **more)
+    asked: list[str] = []
+    store.connection.watch("before-call.s3", lambda model, **told: asked.append(model.name))
+    assert read_champion(store, "pets") == entry
+    assert sorted(asked) == ["GetObject", "GetObject", "ListObjectsV2", "ListObjectsV2"]
+    asked.clear()
+    assert read_champion(store, "pets", since=32) == entry
+    assert sorted(asked) == ["GetObject", "GetObject", "ListObjectsV2"]
+    asked.clear()
+    assert len(read_ledger(store, "pets").entries) == 33
+    assert sorted(asked) == ["GetObject"] * 6 + ["ListObjectsV2"] * 2
+
+
+def test_of_a_large_object_only_what_is_asked_for_is_sent(store: ObjectStore) -> None:
+    """The end comes with the first request; a request brings each other part."""
+    if not isinstance(store, S3Store):
+        pytest.skip("a folder has no requests")
+    data = secrets.token_bytes(2_000_000)
+    store.put("a/large", data)
+    sizes: list[int] = []
+    store.connection.watch("after-call.s3", lambda parsed, **told: sizes.append(int(parsed["ContentLength"])))
+    with store.open("a/large") as file:
+        file.seek(-1000, 2)
+        assert file.read(1000) == data[-1000:]
+        file.seek(5000)
+        assert file.read(100) == data[5000:5100]
+    assert sizes == [256 * 1024, 100]

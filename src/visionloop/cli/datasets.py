@@ -136,7 +136,7 @@ def diff(
       visionloop datasets diff 1 --json
     """
     from visionloop.data.compare import compare_records
-    from visionloop.data.manifest import latest_version, load_quarantine, load_version, load_version_records
+    from visionloop.data.manifest import iterate_version, latest_version, load_quarantine, load_version
     from visionloop.words import describe_diff
 
     workspace = open_workspace()
@@ -144,7 +144,7 @@ def diff(
     first = load_version(workspace.store, name, before)
     newest = latest_version(workspace.store, name)
     second = load_version(workspace.store, name, after) if after is not None else newest or first
-    changes = compare_records(*(load_version_records(workspace.store, version) for version in (first, second)))
+    changes = compare_records(*(iterate_version(workspace.store, version) for version in (first, second)))
     known = set(load_quarantine(workspace.store, first))
     rejected = [one for one in load_quarantine(workspace.store, second) if one not in known]
     if as_json:

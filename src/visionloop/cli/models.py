@@ -171,14 +171,20 @@ def rollback(
 
 
 @app.command()
-def history(as_json: Json = False) -> None:
-    """Show every promotion and rollback: when, from which bundle to which, by what verdict, who and why.
+def history(
+    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = 100,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show promotions and rollbacks: when, from which bundle to which, by what verdict, who and why.
 
     What does not belong into the ledger is named, with exit code 2.
 
     Examples:
 
       visionloop history
+
+      visionloop history --last 1000
 
       visionloop history --json | jq -r .entries[0].bundle
     """
@@ -188,7 +194,8 @@ def history(as_json: Json = False) -> None:
     workspace = open_workspace()
     check_store(workspace)
     ledger = read_ledger(workspace.store, workspace.name)
-    newest_first = [(entry, find_verdict(workspace.store, workspace.name, entry)) for entry in reversed(ledger.entries)]
+    shown = ledger.entries[-last:][::-1]
+    newest_first = [(entry, find_verdict(workspace.store, workspace.name, entry)) for entry in shown]
     if as_json:
         entries = [
             {**one.to_json(), "verdict": verdict, "champion": one is ledger.champion} for one, verdict in newest_first
@@ -205,6 +212,8 @@ def history(as_json: Json = False) -> None:
             f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
             f"  {entry.by}: {entry.why}"
         )
+    if newest_first and (left := len(ledger.entries) - len(shown)):
+        print(f"and {left:,} before them (--last {len(ledger.entries)})")
     require_sound(ledger, workspace.name)
     todo = "`visionloop lineage champion`" if ledger.entries else "`visionloop start` makes one"
     if len(ledger.entries) > 1:

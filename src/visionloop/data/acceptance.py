@@ -31,7 +31,7 @@ from visionloop.data.answers import (
     load_opinions,
 )
 from visionloop.data.drop import load_aside
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import iterate_version, latest_version
 from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review
 from visionloop.records import Record, canonical_json
@@ -255,10 +255,11 @@ def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
     labels = load_accepted(store, name, rules)
     may_be_known = any(one.kind in (SUSPECTS, FEEDBACK_KIND) for one in labels.values())
     version = latest_version(store, name) if may_be_known else None
-    sides = {one.sha256: one.side for one in load_version_records(store, version)} if version else {}
+    rows = iterate_version(store, version) if version else ()
+    sides = {one.sha256: one.side for one in rows if one.sha256 in labels}
     aside = load_aside(store, version) if version else {}
-    past_tests = frozenset(sha256 for sha256, row in aside.items() if row.side == "test" and sha256 not in sides)
-    return Answered(store, name, labels, sides, past_tests)
+    gone = {sha256 for sha256, row in aside.items() if row.side == "test" and sha256 in labels}
+    return Answered(store, name, labels, sides, frozenset(gone - sides.keys()))
 
 
 def _folder(name: str) -> str:

@@ -1,10 +1,13 @@
 """What changed from one dataset version to another. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import merge
+from itertools import groupby
 from typing import Any
 
+from visionloop.data.manifest import rank_rows
 from visionloop.records import ImageRecord
 
 UNLABELLED = "(unlabelled)"
@@ -52,25 +55,42 @@ class Diff:
         }
 
 
-def compare_records(before: Sequence[ImageRecord], after: Sequence[ImageRecord]) -> Diff:
-    """Compare the rows of two versions, by sha256."""
-    old, new = ({r.sha256: r for r in rows} for rows in (before, after))
-    both = [Change(old[sha256], new[sha256]) for sha256 in sorted(old.keys() & new.keys())]
-    relabelled = tuple(c for c in both if set(c.before.labels) != set(c.after.labels))
-    moved = tuple(c for c in both if c.before.side != c.after.side)
+def pair_rows(
+    before: Iterable[ImageRecord], after: Iterable[ImageRecord]
+) -> Iterator[tuple[ImageRecord | None, ImageRecord | None]]:
+    """Yield the rows of each image in two versions, both in the order of sha256; None where one does not hold it."""
+    for _, same in groupby(merge(rank_rows(before, 0), rank_rows(after, 1)), key=lambda one: one[0]):
+        found = {version: record for _, version, record in same}
+        yield found.get(0), found.get(1)
+
+
+def compare_records(before: Iterable[ImageRecord], after: Iterable[ImageRecord]) -> Diff:
+    """Compare the rows of two versions; of iterators, which are in the order of sha256, only what differs is held."""
+    runs = [rows if isinstance(rows, Iterator) else sorted(rows, key=lambda r: r.sha256) for rows in (before, after)]
+    added, removed, relabelled, moved = list[ImageRecord](), list[ImageRecord](), list[Change](), list[Change]()
+    classes, sources = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
+    num_same = 0
+    for old, new in pair_rows(*runs):
+        for one, labels, places in zip((old, new), classes, sources, strict=True):
+            if one:
+                labels.update(one.labels or (UNLABELLED,))
+                places.update(one.sources)
+        if old is None or new is None:
+            added += [new] if new else []
+            removed += [old] if old else []
+            continue
+        relabelled += [Change(old, new)] if {*old.labels} != {*new.labels} else []
+        moved += [Change(old, new)] if old.side != new.side else []
+        num_same += {*old.labels} == {*new.labels} and old.side == new.side
     return Diff(
-        added=tuple(new[sha256] for sha256 in sorted(new.keys() - old.keys())),
-        removed=tuple(old[sha256] for sha256 in sorted(old.keys() - new.keys())),
-        relabelled=relabelled,
-        moved=moved,
-        classes=_compare_counts(*(_count(r.labels or (UNLABELLED,) for r in rows) for rows in (before, after))),
-        sources=_compare_counts(*(_count(r.sources for r in rows) for rows in (before, after))),
-        num_same=len(both) - len({c.after.sha256 for c in (*relabelled, *moved)}),
+        added=tuple(added),
+        removed=tuple(removed),
+        relabelled=tuple(relabelled),
+        moved=tuple(moved),
+        classes=_compare_counts(*classes),
+        sources=_compare_counts(*sources),
+        num_same=num_same,
     )
-
-
-def _count(names: Iterable[Sequence[str]]) -> Counter[str]:
-    return Counter(name for several in names for name in several)
 
 
 def _compare_counts(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:

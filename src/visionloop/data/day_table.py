@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.errors import DatasetError, ObjectMissing, StoreError
 from visionloop.store import ObjectStore
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ IMAGE = "image_sha256"  # the column that says of which image a row is
 MERGED = "merged-"
 REPLACES = b"visionloop.replaces"
 MERGE_BYTES = 64_000_000  # of the parts that become one
+GROUP_ROWS = 16_384  # that a part has together: of a window of time only those groups are read that lie in it
+Span = tuple[datetime | None, datetime | None]  # from, and until: not with it
 _DAY = re.compile(r"/date=(\d{4}-\d{2}-\d{2})/")
 
 
@@ -65,11 +67,15 @@ class DayTable:
         columns |= {name: _pack_floats(columns[name]) for name, kind in self.columns.items() if kind == "floats"}
         return encode_table(pa.table(columns, schema=self.make_schema()))
 
-    def decode(self, data: bytes, where: str, columns: Sequence[str] | None = None) -> "pa.Table":
+    def decode(
+        self, data: bytes | BinaryIO, where: str, columns: Sequence[str] | None = None, span: Span = (None, None)
+    ) -> "pa.Table":
         """Decode a part, or some columns of it. One that it lacks is null: parts of older versions are read too.
 
+        Of a file only these columns are read, and only the groups of rows that have a time within `span`.
+
         Raises:
-            DatasetError: it is no such part.
+            DatasetError: it is no such part. StoreError: it cannot be read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -77,17 +83,36 @@ class DayTable:
         schema = self.make_schema()
         wanted = [name for name in self.columns if columns is None or name in columns]
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
-            table = file.read([name for name in wanted if name in file.schema_arrow.names])
+            file = pq.ParquetFile(pa.BufferReader(data) if isinstance(data, bytes) else data, pre_buffer=True)
+            groups = [group for group in range(file.num_row_groups) if _is_within(file.metadata.row_group(group), span)]
+            table = file.read_row_groups(groups, [name for name in wanted if name in file.schema_arrow.names])
             found = {
                 name: table[name].cast(schema.field(name).type)
                 if name in table.column_names
                 else pa.nulls(len(table), schema.field(name).type)
                 for name in wanted
             }
+        except StoreError:
+            raise
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError) as exc:
             raise DatasetError(where, "is damaged", f"a part of the {self.kind} in Parquet", "Remove it.") from exc
         return pa.table(found, schema=pa.schema([schema.field(name) for name in wanted]))
+
+
+def _find_same(first: date, last: date) -> str:
+    """Return with what the names of both days begin: that of the day, of its month or of its year."""
+    names = (f"date={first.isoformat()}/", f"date={first:%Y-%m-}", f"date={first:%Y-}")
+    return next((name for name in names if f"date={last.isoformat()}/".startswith(name)), "")
+
+
+def _is_within(group: Any, span: Span) -> bool:
+    """Say whether a group of rows may have a time within a span: by its smallest and largest, if they are known."""
+    names = [group.column(number).path_in_schema for number in range(group.num_columns)]
+    known = group.column(names.index("time")).statistics if "time" in names else None
+    if known is None or not known.has_min_max:
+        return True
+    since, until = span
+    return not ((since and known.max < since) or (until and known.min >= until))
 
 
 def _pack_floats(lists: Sequence[Any]) -> "pa.Array":
@@ -114,6 +139,7 @@ def encode_table(table: "pa.Table", replaces: Iterable[str] = ()) -> bytes:
         table.replace_schema_metadata(metadata),
         sink,
         compression="zstd",
+        row_group_size=GROUP_ROWS,
         use_dictionary=[name for name in table.column_names if name not in numbers],
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in numbers},
     )
@@ -142,10 +168,15 @@ class DayReader:
     damaged: set[str] = field(default_factory=set)
 
     def list_parts(self, first: date | None = None, last: date | None = None) -> dict[date, list[str]]:
-        """Return the keys of all parts of some days, both ends with them, by day."""
+        """Return the keys of all parts of some days, both ends with them, by day. Other days are not listed."""
         days: dict[date, list[str]] = {}
-        for key in self.store.list(f"{self.table.kind}/{self.name}/"):
+        folder = f"{self.table.kind}/{self.name}/"
+        same = _find_same(first, last) if first and last else ""
+        before = f"{folder}date={(first - timedelta(days=1)).isoformat()}/~" if first else ""
+        for key in self.store.list(folder + same, before):
             day = find_day(key)
+            if day and last and day > last:
+                break
             if day and key.endswith(".parquet") and (first or day) <= day <= (last or day):
                 days.setdefault(day, []).append(key)
         return days
@@ -159,7 +190,7 @@ class DayReader:
         wanted = None if columns is None else [*columns, "time"]
         last = (until - timedelta(microseconds=1)).astimezone(UTC).date() if until else None
         for keys in self.list_parts(since.astimezone(UTC).date() if since else None, last).values():
-            for _, rows in self._load(keys, wanted):
+            for _, rows in self._load(keys, wanted, (since, until)):
                 inside = rows
                 if since:
                     inside = inside.filter(pc.field("time") >= since)
@@ -182,20 +213,23 @@ class DayReader:
         """Return the keys of the parts that hold a row of one of the images, or cannot be read. For `forget`."""
         found = []
         for key in [key for keys in self.list_parts().values() for key in keys] if sha256s else []:
-            if (data := self._get(key)) is None:
-                continue
             try:
-                rows = self.table.decode(data, key, [IMAGE])[IMAGE].to_pylist()
+                rows = self._decode(key, [IMAGE])
             except DatasetError:
-                rows = list(sha256s)
-            found += [key] if sha256s.intersection(rows) else []
+                found.append(key)
+                continue
+            found += [key] if rows is not None and len(drop_images(rows, sha256s)) < len(rows) else []
         return found
 
     def remove_rows(self, keys: Iterable[str], sha256s: frozenset[str]) -> None:
         """Take the rows of images out of parts for good. What cannot be read goes whole. Raises StoreError."""
         for key in keys:
-            day, data = find_day(key), self._get(key)
-            if day is None or data is None:
+            day = find_day(key)
+            try:
+                data = self.store.get(key)
+            except ObjectMissing:
+                continue
+            if day is None:
                 continue
             with contextlib.suppress(DatasetError):
                 kept = drop_images(self.table.decode(data, key), sha256s)
@@ -210,7 +244,7 @@ class DayReader:
         small = [key for key in keys if key not in gone and not name_part(key).startswith(MERGED)]
         for group in self._group(small) if len(small) > 1 else ():
             before = forgotten()
-            tables = [drop_images(rows, before) for _, rows in self._load(group, None)]
+            tables = [drop_images(rows, before) for _, rows in self._load(group)]
             read = [key for key in group if key not in self.damaged]
             made = self._create(day, _concat(tables), map(name_part, read)) if tables else None
             if made is None:
@@ -228,7 +262,7 @@ class DayReader:
         size = 0
         for key in keys:
             group.append(key)
-            size += len(self._get(key) or b"")
+            size += self._measure(key)
             if size >= MERGE_BYTES:
                 yield group
                 group, size = [], 0
@@ -249,34 +283,48 @@ class DayReader:
             return frozenset()
         found: set[str] = set()
         for key in keys:
-            if name_part(key).startswith(MERGED) and (data := self._get(key)) is not None:
-                found.update(_read_replaced(data))
+            if name_part(key).startswith(MERGED):
+                with contextlib.suppress(ObjectMissing), self.store.open(key) as file:
+                    found.update(_read_replaced(file))
         return frozenset(found)
 
-    def _load(self, keys: Sequence[str], columns: Sequence[str] | None) -> Iterator[tuple[str, "pa.Table"]]:
+    def _load(
+        self, keys: Sequence[str], columns: Sequence[str] | None = None, span: Span = (None, None)
+    ) -> Iterator[tuple[str, "pa.Table"]]:
         replaced = self.list_replaced(keys)
         for key in keys:
-            if name_part(key) in replaced or (data := self._get(key)) is None:
+            if name_part(key) in replaced:
                 continue
             try:
-                yield key, self.table.decode(data, key, columns)
+                rows = self._decode(key, columns, span)
             except DatasetError:
                 self.damaged.add(key)
+                continue
+            if rows is not None:
+                yield key, rows
 
-    def _get(self, key: str) -> bytes | None:
+    def _decode(self, key: str, columns: Sequence[str] | None = None, span: Span = (None, None)) -> "pa.Table | None":
+        """Return some of a part; None: it was merged or expired since it was listed. Raises DatasetError."""
         try:
-            return self.store.get(key)
+            with self.store.open(key) as file:
+                return self.table.decode(file, key, columns, span)
         except ObjectMissing:
-            return None  # merged or expired since it was listed
+            return None
+
+    def _measure(self, key: str) -> int:
+        with contextlib.suppress(ObjectMissing), self.store.open(key) as file:
+            return file.seek(0, 2)
+        return 0
 
 
 def drop_images(rows: "pa.Table", sha256s: frozenset[str]) -> "pa.Table":
     """Return the rows that are not of these images; a table without images stays as it is."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if not sha256s or IMAGE not in rows.column_names:
         return rows
-    return rows.filter(pa.array([one not in sha256s for one in rows[IMAGE].to_pylist()], pa.bool_()))
+    return rows.filter(pc.invert(pc.is_in(rows[IMAGE], value_set=pa.array(sorted(sha256s), pa.string()))))
 
 
 def expire(store: ObjectStore, folder: str, before: date) -> int:
@@ -304,12 +352,15 @@ def find_day(key: str) -> date | None:
         return None
 
 
-def _read_replaced(data: bytes) -> list[str]:
+def _read_replaced(data: bytes | BinaryIO) -> list[str]:
     """Return the names of the parts that a part stands for; none if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return [str(name) for name in json.loads((pq.read_schema(pa.BufferReader(data)).metadata or {})[REPLACES])]
+        schema = pq.read_schema(pa.BufferReader(data) if isinstance(data, bytes) else data)
+        return [str(name) for name in json.loads((schema.metadata or {})[REPLACES])]
+    except StoreError:
+        raise
     except (pa.ArrowInvalid, OSError, KeyError, ValueError, TypeError):
         return []

@@ -11,6 +11,7 @@ from typing import Any
 from visionloop.data.leaks import load_leaks, make_leaks, write_leaks
 from visionloop.data.manifest import (
     commit_version,
+    compute_rows_digest,
     decode_records,
     encode_records,
     latest_version,
@@ -20,7 +21,7 @@ from visionloop.data.manifest import (
 )
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, shorten
-from visionloop.records import DatasetVersion, ImageRecord, compute_digest
+from visionloop.records import DatasetVersion, ImageRecord
 from visionloop.store import ObjectStore
 
 COMMIT_TRIES = 20
@@ -50,7 +51,7 @@ def write_aside(store: ObjectStore, records: Sequence[ImageRecord]) -> str | Non
     if not records:
         return None
     rows = sorted(records, key=lambda r: r.sha256)
-    digest = compute_digest([vars(row) for row in rows])
+    digest = compute_rows_digest(rows)
     store.put(f"manifests/{digest}.parquet", encode_records(rows))
     return digest
 
@@ -70,8 +71,7 @@ def make_smaller_version(
     inherited = {"cursors": parent.cursors, "aside": parent.aside, "left_out": parent.left_out, "split": parent.split}
     nothing = {"num_added": 0, "rejected": None, "num_rejected": 0}
     written = {"leaks": write_leaks(store, parent.name, leaks), "num_leaks": len(leaks.rows)}
-    version = make_version(parent.name, parent, kept, kept, **{**inherited, **nothing, **written, **facts})
-    return replace(version, parts=version.parts[-1:])
+    return make_version(parent.name, parent, kept, kept, is_whole=True, **{**inherited, **nothing, **written, **facts})
 
 
 def drop_version(store: ObjectStore, name: str, number: int, *, now: str) -> Dropped:

@@ -1,27 +1,42 @@
 """Dataset versions: the manifest's rows, their digest, the commit object, and the pin of a workspace.
 
-manifests/<digest>.parquet        rows that came with a version
+manifests/<digest>.parquet        rows that came with a version, at most 250,000 of them; in the order of their sha256
 datasets/NAME/000001.json         the commit: created only if the number is free
 quarantine/NAME/<digest>.json     files that could not be used
 data/dataset.json                 the pin (in the workspace, in git)
+
+Rows of a version are read from all of its parts at once, in their order: whoever needs them one after the other
+(`iterate_version`) never holds all of them.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from heapq import merge
+from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.errors import DatasetError, ObjectMissing, StoreError
 from visionloop.params.text import has_conflict_marks
 from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 # One more place where an image was found does not change what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
+PART_ROWS = 250_000
+GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
+BATCH_ROWS = 4096
+MOST_PARTS = 100  # of a version: a pull that finds so many writes all rows into new ones
+MOST_OPEN = 64  # parts that are read where they lie; of more the bytes are held
 
 # In the order of the record's fields.
 COLUMNS = {
@@ -43,6 +58,11 @@ COLUMNS = {
 _encode_row = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
+_get_row = attrgetter(*COLUMNS)
+_IN_DIGEST = tuple(name for name in COLUMNS if name not in NOT_IN_DIGEST)
+_get_digested = attrgetter(*_IN_DIGEST)
+# Columns whose values many rows share: each is held once.
+_SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 
 
 def make_image_key(sha256: str) -> str:
@@ -54,39 +74,80 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
     """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
     total = hashlib.sha256()
     for record in sorted(records, key=lambda r: r.sha256):
-        # The same bytes as `canonical_json` of these fields, four times as fast.
-        row = {name: value for name, value in vars(record).items() if name not in NOT_IN_DIGEST}
-        total.update(_encode_row(row).encode() + b"\n")
+        total.update(_encode_for_digest(record))
+    return total.hexdigest()
+
+
+def _encode_for_digest(record: ImageRecord) -> bytes:
+    """Return the same bytes as `canonical_json` of these fields and a line feed, four times as fast."""
+    return _encode_row(dict(zip(_IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
+
+
+def compute_rows_digest(records: Iterable[ImageRecord]) -> str:
+    """Return the sha256 over all fields of rows, in their order: the name of a part. As `compute_digest` of a list."""
+    total, between = hashlib.sha256(b"["), b""
+    for record in records:
+        total.update(between + _encode_row(dict(zip(COLUMNS, _get_row(record), strict=True))).encode())
+        between = b","
+    total.update(b"]")
     return total.hexdigest()
 
 
 def encode_records(records: Sequence[ImageRecord]) -> bytes:
     """Encode rows, sorted by sha256, as Parquet."""
+    sink = BytesIO()
+    write_records(sink, records)
+    return sink.getvalue()
+
+
+def write_records(sink: BinaryIO, records: Sequence[ImageRecord]) -> None:
+    """Write rows, sorted by sha256, as Parquet, one group after the other."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
     schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
     rows = sorted(records, key=lambda r: r.sha256)
-    columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for some in _split(rows, GROUP_ROWS):
+            columns = {name: [getattr(row, name) for row in some] for name in COLUMNS}
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _split(rows: Sequence[ImageRecord], most: int) -> Iterator[Sequence[ImageRecord]]:
+    """Yield rows in runs of so many; one empty run if there are none."""
+    for start in range(0, max(1, len(rows)), most):
+        yield rows[start : start + most]
 
 
 def decode_records(data: bytes, where: str) -> list[ImageRecord]:
     """Decode the rows of a manifest part. Raises DatasetError."""
+    return list(iterate_part(BytesIO(data), where))
+
+
+def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
+    """Yield the rows of a manifest part, in the order of their sha256. Raises DatasetError, StoreError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    shared: dict[Hashable, Any] = {}
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
-        columns = {name: table[name].to_pylist() for name in COLUMNS}
-        for name in ("labels", "sources", "origins"):
-            columns[name] = [tuple(values) for values in columns[name]]
-        return [ImageRecord(*row) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
+        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+            yield from _decode_batch(batch, shared)
+    except StoreError:
+        raise
     except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:
         raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
+
+
+def _decode_batch(batch: "pa.RecordBatch", shared: dict[Hashable, Any]) -> Iterator[ImageRecord]:
+    columns = {name: batch[name].to_pylist() for name in COLUMNS}
+    for name in ("labels", "sources", "origins"):
+        columns[name] = [tuple(values) for values in columns[name]]
+    for name in _SHARED:
+        columns[name] = [shared.setdefault(value, value) for value in columns[name]]
+    columns["key"] = [s if key == s else key for s, key in zip(columns["sha256"], columns["key"], strict=True)]
+    return map(ImageRecord, *(columns[name] for name in COLUMNS))
 
 
 def list_versions(store: ObjectStore, name: str) -> list[DatasetVersion]:
@@ -121,18 +182,43 @@ def is_experiment(version: DatasetVersion) -> bool:
 
 def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[ImageRecord]:
     """Return the rows of a version, sorted by sha256, checked against its digest. Raises DatasetError."""
+    return list(iterate_version(store, version))
+
+
+def iterate_version(store: ObjectStore, version: DatasetVersion) -> Iterator[ImageRecord]:
+    """Yield the rows of a version, sorted by sha256; of each part a few are in memory.
+
+    Raises:
+        DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
+    """
     where = f"dataset {version.name} version {version.version}"
-    rows: dict[str, ImageRecord] = {}
+    total, last = hashlib.sha256(), None
+    with ExitStack() as stack:
+        parts = [iterate_part(stack.enter_context(file), where) for file in _open_parts(store, version, where)]
+        # Where several parts have an image, the row of the latest one comes first, and counts.
+        for sha256, _, record in merge(*(rank_rows(part, -number) for number, part in enumerate(parts))):
+            if sha256 != last:
+                total.update(_encode_for_digest(record))
+                yield record
+            last = sha256
+    if total.hexdigest() != version.digest:
+        found = f"rows have digest {total.hexdigest()[:12]}"
+        raise DatasetError(where, found, version.digest[:12], "The store was changed.")
+
+
+def rank_rows(rows: Iterable[ImageRecord], rank: int) -> Iterator[tuple[str, int, ImageRecord]]:
+    """Yield rows with what `heapq.merge` compares: the sha256, then the rank of where they are from."""
+    for row in rows:
+        yield row.sha256, rank, row
+
+
+def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iterator[BinaryIO]:
     for part in version.parts:
+        key = f"manifests/{part}.parquet"
         try:
-            data = store.get(f"manifests/{part}.parquet")
+            yield store.open(key) if len(version.parts) <= MOST_OPEN else BytesIO(store.get(key))
         except ObjectMissing as exc:
             raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
-        rows.update((r.sha256, r) for r in decode_records(data, where))
-    records = [rows[sha] for sha in sorted(rows)]
-    if (found := compute_dataset_digest(records)) != version.digest:
-        raise DatasetError(where, f"rows have digest {found[:12]}", version.digest[:12], "The store was changed.")
-    return records
 
 
 def make_version(
@@ -140,9 +226,14 @@ def make_version(
     parent: DatasetVersion | None,
     records: Sequence[ImageRecord],
     changed: Sequence[ImageRecord],
+    *,
+    is_whole: bool = False,
     **facts: Any,
 ) -> DatasetVersion:
-    """Describe the version after `parent` that holds `records`, of which `changed` are new or differ."""
+    """Describe the version after `parent` that holds `records`, of which `changed` are new or differ.
+
+    `is_whole`: `changed` are all of them, and the parts of the parent are not among those of the version.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         counts[record.side].update(record.labels or ("(unlabelled)",))
@@ -151,7 +242,10 @@ def make_version(
         version=parent.version + 1 if parent else 1,
         digest=compute_dataset_digest(records),
         parent=parent.version if parent else None,
-        parts=(*(parent.parts if parent else ()), compute_digest([vars(r) for r in changed])),
+        parts=(
+            *(parent.parts if parent and not is_whole else ()),
+            *(compute_rows_digest(rows) for rows in _split(changed, PART_ROWS)),
+        ),
         num_images=len(records),
         classes=tuple(sorted({label for r in records for label in r.labels})),
         counts={side: dict(sorted(counts[side].items())) for side in SIDES if counts[side]},
@@ -162,7 +256,9 @@ def make_version(
 
 def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequence[ImageRecord]) -> bool:
     """Write a version: its rows first, then the commit object. False if another process took the number."""
-    store.put(f"manifests/{version.parts[-1]}.parquet", encode_records(changed))
+    runs = list(_split(changed, PART_ROWS))
+    for part, rows in zip(version.parts[-len(runs) :], runs, strict=True):
+        store.put(f"manifests/{part}.parquet", encode_records(rows))
     store.sync()
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
 
@@ -252,6 +348,11 @@ def check_name(pin: Pin, name: str) -> None:
 
 def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
     """Return the rows of the pinned version, sorted by sha256, checked against the pin. Raises DatasetError."""
+    return list(iterate_records(store, pin))
+
+
+def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
+    """Yield the rows of the pinned version, as `iterate_version`, checked against the pin. Raises DatasetError."""
     version = load_version(store, pin.name, pin.version)
     if version.digest != pin.digest:
         raise DatasetError(
@@ -260,7 +361,7 @@ def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
             f"{pin.digest[:12]}, as data/dataset.json says",
             "This is another store: set VISIONLOOP_STORE, or ingest again.",
         )
-    return load_version_records(store, version)
+    yield from iterate_version(store, version)
 
 
 def _version_key(name: str, number: int) -> str:

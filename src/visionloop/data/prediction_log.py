@@ -186,8 +186,8 @@ def join_feedback(predictions: "pa.Table", feedback: "pa.Table") -> "pa.Table":
 
 def is_logged(store: "ObjectStore", name: str, sha256: str) -> bool:
     """Say whether a row of the log is of this image."""
-    parts = DayReader(PREDICTIONS, store, name).read(columns=["image_sha256"])
-    return any(sha256 in rows["image_sha256"].to_pylist() for rows in parts)
+    parts = DayReader(PREDICTIONS, store, name).read(columns=[IMAGE])
+    return any(len(drop_images(rows, frozenset({sha256}))) < len(rows) for rows in parts)
 
 
 def find_log_parts(store: "ObjectStore", name: str, sha256s: frozenset[str]) -> list[str]:

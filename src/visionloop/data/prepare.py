@@ -27,7 +27,7 @@ from visionloop.data.chunks import (
     read_checksum,
     write_chunk,
 )
-from visionloop.data.manifest import encode_records, load_pin, load_records
+from visionloop.data.manifest import load_pin, load_records, write_records
 from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, shorten
@@ -268,7 +268,8 @@ def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, layouts: Se
         side_n=[r.side for r in records],
         labels_n=labels_n if task == "multilabel" else None,
     )
-    (work / "manifest.parquet").write_bytes(encode_records(records))
+    with (work / "manifest.parquet").open("wb") as file:
+        write_records(file, records)
     images, *larger = layouts
     report = {
         "dataset": pin.to_json(),

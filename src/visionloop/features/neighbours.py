@@ -1,10 +1,13 @@
-"""Exact nearest neighbours among embeddings, their votes, and whether these know anything. Pure: arrays in, arrays out.
+"""Nearest neighbours among embeddings, their votes, and whether these know anything. Pure: arrays in, arrays out.
 
-Dimensions: m queries, n images of the table, d features, k neighbours, c classes,
+They are exact; only all neighbours of all images of a large table are looked for in cells (`find_other_neighbours`).
+
+Dimensions: m queries, n images of the table, d features, k neighbours, c classes (of a search in cells: cells),
 p pairs of an image and a label that it has.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -24,6 +27,13 @@ MAX_QUERIES = 512
 MARGIN = 8  # candidates beyond k
 GROUP = 64
 NUM_DEALS = 199
+TABLE_BYTES = 64 * 1024 * 1024  # of a table that are scaled and searched at a time
+# From so many images on, all pairs would take hours: a million of 512 numbers three hours at 100 GFLOP/s.
+CELLS_FROM = 200_000
+CELL_ROWS = 1000  # in the mean
+NUM_PROBED = 16  # cells that are searched for the neighbours of the images of one
+CELL_STEPS, CELL_SAMPLE = 8, 40  # of k-means: its steps, and so many images for each cell
+MOST_ROWS = 32 * CELL_ROWS  # that images of a cell are compared with
 
 
 def find_neighbours(
@@ -37,6 +47,26 @@ def find_neighbours(
     Raises:
         DatasetError: the table is empty, the vectors differ in length, or hold values that are not finite.
     """
+    most = max(1, TABLE_BYTES // (4 * max(1, *table_nd.shape[1:])))
+    if len(table_nd) <= most or not len(query_md):
+        return _find_neighbours(query_md, table_nd[:most], k, metric)
+    starts = range(0, len(table_nd), most)
+    found = [_find_neighbours(query_md, table_nd[start : start + most], k + MARGIN, metric) for start in starts]
+    distance_mk = np.hstack([distance for distance, _ in found])
+    row_mk = np.hstack([row + start for (_, row), start in zip(found, starts, strict=True)])
+    row_mk = np.take_along_axis(row_mk, np.lexsort((row_mk, distance_mk), axis=1)[:, : k + MARGIN], axis=1)
+    # Once more among those that were found: rounding differs from piece to piece, and must not decide between equals.
+    again: list[tuple[DoubleArray, IntArray]] = []
+    for i in range(0, len(query_md), MAX_QUERIES):
+        rows = np.unique(row_mk[i : i + MAX_QUERIES])
+        distance, place = _find_neighbours(query_md[i : i + MAX_QUERIES], table_nd[rows], k, metric)
+        again.append((distance, rows[place]))
+    return np.concatenate([distance for distance, _ in again]), np.concatenate([row for _, row in again])
+
+
+def _find_neighbours(
+    query_md: FloatArray, table_nd: FloatArray, k: int, metric: Metric
+) -> tuple[DoubleArray, IntArray]:
     check_vectors(query_md, table_nd)
     if k < 1:
         raise DatasetError("neighbours", f"got k = {k}", "1 or more")
@@ -51,18 +81,77 @@ def find_neighbours(
 def find_other_neighbours(table_nd: FloatArray, k: int, metric: Metric = "cosine") -> tuple[DoubleArray, IntArray]:
     """Return for each image of a table its k nearest others: distances and rows, (n, min(k, n - 1)) each.
 
+    From `CELLS_FROM` images on (cosine only) those are found that lie in the 16 cells around an image's own.
+
     Raises:
         DatasetError: as `find_neighbours`, or there is no other image.
     """
     number = len(table_nd)
     if number < 2:
         raise DatasetError("neighbours", f"{number} image has no other", "two or more", "Add images.")
-    distance_nk, row_nk = find_neighbours(table_nd, table_nd, k + 1, metric)
-    # If several images are equal, a row may find itself later, or not at all. Then its last neighbour is dropped.
-    is_self = row_nk == np.arange(number)[:, None]
+    if number >= CELLS_FROM and metric == "cosine":
+        return _search_cells(table_nd, k)
+    return _drop_self(*find_neighbours(table_nd, table_nd, k + 1, metric), np.arange(number))
+
+
+def _drop_self(distance_mk: DoubleArray, row_mk: IntArray, own_m: IntArray) -> tuple[DoubleArray, IntArray]:
+    """Take each query itself, row `own_m` of the table, out of its neighbours.
+
+    If several images are equal, a row may find itself later, or not at all. Then its last neighbour is dropped.
+    """
+    is_self = row_mk == own_m[:, None]
     is_self[~is_self.any(axis=1), -1] = True
-    shape = number, row_nk.shape[1] - 1
-    return distance_nk[~is_self].reshape(shape), row_nk[~is_self].reshape(shape)
+    shape = len(own_m), row_mk.shape[1] - 1
+    return distance_mk[~is_self].reshape(shape), row_mk[~is_self].reshape(shape)
+
+
+def _search_cells(table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
+    """Return for each image its k nearest others among those of the cells around its own.
+
+    An inverted file (Sivic and Zisserman, "Video Google", 2003) over cells of k-means, asked for a whole cell at once:
+    a matrix product for each. Where so many images look alike that a cell is very large, they are compared with some
+    of it by lot.
+    """
+    center_cd, cell_n = make_cells(table_nd, max(1, len(table_nd) // CELL_ROWS))
+    order_n = np.argsort(cell_n, kind="stable")
+    starts = np.searchsorted(cell_n[order_n], np.arange(len(center_cd) + 1))
+    members_c = [order_n[a:b] for a, b in pairwise(starts)]
+    near_cp = find_neighbours(center_cd, center_cd, min(4 * NUM_PROBED, len(center_cd)))[1]
+    rng = np.random.default_rng(0)
+    distance_nk, row_nk = np.empty((len(table_nd), k)), np.empty((len(table_nd), k), np.int64)
+    for cell, members in enumerate(members_c):
+        around = [members, *(members_c[other] for other in near_cp[cell] if other != cell)]
+        num_cells = next((i for i in range(NUM_PROBED, len(around)) if sum(map(len, around[:i])) > k), len(around))
+        rows = np.concatenate(around[:num_cells])
+        if len(rows) <= k:
+            rows = np.arange(len(table_nd))
+        for start in range(0, len(members), BLOCK):
+            own = members[start : start + BLOCK]
+            some = rows if len(rows) <= MOST_ROWS else np.append(own, rng.choice(rows, MOST_ROWS, replace=False))
+            some = np.unique(some)
+            distance_mk, place_mk = find_neighbours(table_nd[own], table_nd[some], k + 1)
+            distance_nk[own], row_nk[own] = _drop_self(distance_mk, some[place_mk], own)
+    return distance_nk, row_nk
+
+
+def make_cells(table_nd: FloatArray, number: int) -> tuple[FloatArray, IntArray]:
+    """Divide vectors by their direction: spherical k-means on a sample. Return centers (c, d), and each one's cell."""
+    rng = np.random.default_rng(0)
+    sample = np.sort(rng.choice(len(table_nd), min(len(table_nd), CELL_SAMPLE * number), replace=False))
+    unit_md = _scale(table_nd[sample])[0]
+    center_cd = unit_md[rng.choice(len(unit_md), number, replace=False)]
+    for _ in range(CELL_STEPS):
+        cell_m = _choose_cells(unit_md, center_cd)
+        order = np.argsort(cell_m, kind="stable")
+        filled, first = np.unique(cell_m[order], return_index=True)
+        center_cd[filled] = _scale(np.add.reduceat(unit_md[order], first, axis=0))[0]
+    return center_cd, _choose_cells(table_nd, center_cd)
+
+
+def _choose_cells(table_nd: FloatArray, center_cd: FloatArray) -> IntArray:
+    """Return the nearest center of each vector; its length does not matter."""
+    blocks = range(0, len(table_nd), BLOCK)
+    return np.concatenate([(table_nd[i : i + BLOCK] @ center_cd.T).argmax(axis=1) for i in blocks])
 
 
 def compute_votes(

@@ -14,6 +14,8 @@ from visionloop.data.manifest import (
     commit_version,
     decode_records,
     encode_records,
+    iterate_part,
+    iterate_version,
     latest_version,
     list_versions,
     load_pin,
@@ -48,7 +50,8 @@ def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trac
     origins: set[str] = set()
     lists = (part for version in versions for part in (*version.parts, version.aside) if part)
     for part in dict.fromkeys(lists):
-        rows = [r for r in _read_part(store, part) if r.sha256 in sha256s]
+        with store.open(_part_key(part)) as file:
+            rows = [r for r in iterate_part(file, f"manifest {part[:12]}") if r.sha256 in sha256s]
         if rows:
             parts[part] = frozenset(r.sha256 for r in rows)
             origins.update(origin for r in rows for origin in r.origins)
@@ -120,7 +123,8 @@ def find_other_holders(store: ObjectStore, name: str, sha256s: frozenset[str]) -
     holders = {}
     for other in names:
         latest = latest_version(store, other)
-        held = frozenset(r.sha256 for r in load_version_records(store, latest)) & sha256s if latest else frozenset()
+        rows = iterate_version(store, latest) if latest else ()
+        held = frozenset(r.sha256 for r in rows if r.sha256 in sha256s)
         if held:
             holders[other] = held
     return holders

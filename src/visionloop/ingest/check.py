@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
+from typing import Any
 
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
@@ -300,8 +301,9 @@ class _Tally:
         self._known = known
         self._on_progress = on_progress
         self._rows: dict[str, dict[str, Row]] = {}
+        self._has_rows: dict[str, bool] = {}
         self._offers = Offers()
-        self._slots: list[tuple[Item, Row] | ItemResult | None] = []
+        self._slots: list[tuple[Item, Facts | Rejected] | ItemResult | None] = []
         self.num_passed_over = 0
         self._num_rows: Counter[str] = Counter()
         self._num_done = self._num_read = self._num_missing = 0
@@ -318,7 +320,7 @@ class _Tally:
         """Give an item its slot; return the slot's number if the item must be read."""
         self._offers.add(item)
         row = self._find(item)
-        self._slots.append(None if row is None else (item, row))
+        self._slots.append(None if row is None else (item, unpack_row(row)))
         if row is None:
             return len(self._slots) - 1
         self._num_done += 1
@@ -339,30 +341,34 @@ class _Tally:
         more = {code: number - KEPT_ROWS for code, number in self._num_rows.items() if number > KEPT_ROWS}
         self._on_progress(num_seen, num_seen)
         offers = self._offers.close(self.rejected, self.cursors, more)
+        facts: dict[str, Any] = {
+            "num_seen": num_seen,
+            "num_places": self._count_places(),
+            "num_passed_over": self.num_passed_over,
+            "more_rows": more,
+            "offers": offers,
+        }
         if offers is not None and offers == self._known.offers and not self._num_read:
-            return Checked(
-                cursors=self.cursors,
-                num_seen=num_seen,
-                num_places=self._count_places(),
-                num_passed_over=self.num_passed_over,
-                more_rows=more,
-                offers=offers,
-                is_as_before=True,
-            )
+            return Checked(cursors=self.cursors, is_as_before=True, **facts)
         held = self._list_held()
-        results = [_unpack(ordinal, slot) for ordinal, slot in enumerate(self._slots) if slot is not None]
+        self._rows.clear()
+        inspected, rejected, labels = list[Inspected](), [*self.rejected], Counter[str]()
+        for ordinal, slot in ((i, slot) for i, slot in enumerate(self._slots) if slot is not None):
+            item, found = (slot.item, slot.found) if isinstance(slot, ItemResult) else slot
+            if isinstance(found, Rejected):
+                rejected.append(found)
+                labels.update(item.labels)
+            else:
+                inspected.append(make_inspected(item, ordinal, found))
+            self._slots[ordinal] = None  # not held twice
         return Checked(
-            inspected=[one for _, one in results if isinstance(one, Inspected)],
-            rejected=self.rejected + [one for _, one in results if isinstance(one, Rejected)],
+            inspected=inspected,
+            rejected=rejected,
             cursors={source: value for source, value in self.cursors.items() if source not in held},
-            num_seen=num_seen,
             num_read=self._num_read,
             num_missing=self._num_missing,
-            num_places=self._count_places(),
-            num_passed_over=self.num_passed_over,
-            more_rows=more,
-            offers=offers,
-            rejected_labels=Counter(a for item, one in results if isinstance(one, Rejected) for a in item.labels),
+            rejected_labels=labels,
+            **facts,
         )
 
     def _count_places(self) -> int:
@@ -373,7 +379,7 @@ class _Tally:
 
     def _list_held(self) -> set[str]:
         """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""
-        new = [slot for slot in self._slots if isinstance(slot, ItemResult)]
+        new = (slot for slot in self._slots if isinstance(slot, ItemResult))
         return {o.item.source for o in new if isinstance(o.found, Rejected) and o.found.code == PASSING}
 
     def _find(self, item: Item) -> Row | None:
@@ -382,19 +388,13 @@ class _Tally:
         rows = self._rows.get(item.source)
         if rows is None:  # a source's first item: all of its rows at once
             rows = self._rows[item.source] = self._known.journal.load(item.source)
-        row = rows.get(item.origin)
+            self._has_rows[item.source] = bool(rows)
+        row = rows.pop(item.origin, None)  # what is held twice otherwise is most of the memory
+        if row is None and self._has_rows[item.source]:  # new, or offered before
+            row = self._known.journal.find(item.origin)
         if row is None or row[STAMP] != item.stamp:
             return None
         if self._known.stored is not None and row[SHA256] and row[SHA256] not in self._known.stored:
             self._num_missing += 1
             return None
         return row
-
-
-def _unpack(ordinal: int, slot: tuple[Item, Row] | ItemResult) -> tuple[Item, Inspected | Rejected]:
-    if isinstance(slot, ItemResult):
-        item, found = slot.item, slot.found
-    else:
-        item, row = slot
-        found = unpack_row(row)
-    return item, found if isinstance(found, Rejected) else make_inspected(item, ordinal, found)

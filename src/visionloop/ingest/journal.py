@@ -13,7 +13,7 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ PRAGMA user_version = 3;
 
 # origin, stamp, code and reason (None: it can be used), then the fields of `Facts`. A plain tuple: there are millions.
 Row = tuple[Any, ...]
-STAMP, SHA256 = 1, 4
+STAMP, SHA256, WIDTH, NUM_BYTES = 1, 4, 5, 8
 
 
 def unpack_row(row: Row) -> Facts | Rejected:
@@ -93,9 +93,13 @@ class Journal:
 
     def load(self, source: str) -> dict[str, Row]:
         """Return every usable row of a source, by origin."""
-        nothing: list[Any] = []
-        rows = self._do(lambda database: self._select(database, source), nothing)
-        return {row[0]: row for row in rows}
+        nothing: dict[str, Row] = {}
+        return self._do(lambda database: _share_equals(self._select(database, f"{source}:", f"{source};")), nothing)
+
+    def find(self, origin: str) -> Row | None:
+        """Return the usable row of one file."""
+        nothing: dict[str, Row] = {}
+        return self._do(lambda database: dict(self._select(database, origin, f"{origin}\0")), nothing).get(origin)
 
     def sample(self, number: int) -> list[str]:
         """Return the sha256 of some images that the journal knows to be in this store; empty when it knows none."""
@@ -169,14 +173,15 @@ class Journal:
             self._session = None
             return otherwise
 
-    def _select(self, database: sqlite3.Connection, source: str) -> list[Any]:
-        return database.execute(
+    def _select(self, database: sqlite3.Connection, first: str, end: str) -> Iterator[tuple[str, Row]]:
+        rows = database.execute(
             "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash, converted,"
             " coalesce(bits, 0) FROM files"
             " WHERE store = ? AND origin >= ? AND origin < ? AND rules = ?"
             " AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
-            (self._store, f"{source}:", f"{source};", self._rules, self._boot),
-        ).fetchall()
+            (self._store, first, end, self._rules, self._boot),
+        )
+        return ((row[0], row) for row in rows)
 
     def _insert(self, database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
         if self._session is None:
@@ -187,6 +192,15 @@ class Journal:
             f" phash, converted, bits, code, reason, session) VALUES ({'?, ' * 14} {self._session})",
             rows,
         )
+
+
+def _share_equals(rows: Iterable[tuple[str, Row]]) -> dict[str, Row]:
+    """Return rows by origin; equal widths, heights and formats are held once."""
+    shared: dict[Any, Any] = {}
+    return {
+        origin: (*row[:WIDTH], *(shared.setdefault(value, value) for value in row[WIDTH:NUM_BYTES]), *row[NUM_BYTES:])
+        for origin, row in rows
+    }
 
 
 def _open_file(path: Path) -> sqlite3.Connection | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
-from visionloop.data.manifest import load_version_records, make_version, write_quarantine
+from visionloop.data.manifest import MOST_PARTS, load_version_records, make_version, write_quarantine
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ParamsError
 from visionloop.ingest.check import Checked
@@ -102,12 +102,15 @@ def merge(
         return Merged(parent, [], [*refused, *_list_in_vain(sides)], (), remarks, advice)
     everything = [*checked.rejected, *refused]
     leaks = _inherit_leaks(store, parent, {r.sha256: r for r in records}, make_leaks([*sides, *added.leaks]))
-    newest = records if taken else changed  # the rows of earlier parts would bring back what was taken out
+    # The rows of earlier parts would bring back what was taken out; and a version of very many parts is slow to read.
+    is_whole = bool(taken) or (parent is not None and len(parent.parts) >= MOST_PARTS)
+    newest = records if is_whole else changed
     version = make_version(
         params.name,
         parent,
         records,
         newest,
+        is_whole=is_whole,
         num_added=len(records) - len(known.before.keys() - taken),
         split=split.fixed(),
         rejected=write_quarantine(store, params.name, everything),
@@ -119,7 +122,6 @@ def merge(
         aside=write_aside(store, [*left.aside.values()]),
         left_out=tuple(sorted(small)),
     )
-    version = replace(version, parts=version.parts[-1:]) if taken else version
     notes = (*describe_done(moves, version.version, wishes), *describe_sides(version, records, added, split))
     return Merged(version, newest, refused, notes, remarks, advice)
 

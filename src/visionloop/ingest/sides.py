@@ -186,14 +186,17 @@ def _decide(
     is_first: bool,
 ) -> tuple[Families, dict[str, int]]:
     """Give the families without a side one; return them, and how many keys of a class `min_train` brought to train."""
-    labels: dict[tuple[str, str], set[str]] = {}
+    labels: dict[tuple[str, str], frozenset[str]] = {}
+    shared: dict[object, frozenset[str]] = {}  # a set for each row would take more memory than all the rest
     on_train = {(label, r.key) for r in before if r.side == "train" for label in r.labels}
     for one, side, key in zip(people, families.sides, families.keys, strict=True):
         if side in (UNDECIDED, TO_LEARN):
-            labels.setdefault((key, side), set()).update(one.labels)
+            own = shared.get(one.labels) or shared.setdefault(one.labels, frozenset(one.labels))
+            both = labels.get((key, side), own) | own
+            labels[key, side] = shared.setdefault(both, both)
         elif side == "train":
             on_train.update((label, key) for label in one.labels)
-    undecided = [Undecided(key, frozenset(names), mark == TO_LEARN) for (key, mark), names in labels.items()]
+    undecided = [Undecided(key, names, mark == TO_LEARN) for (key, mark), names in labels.items()]
     division = divide(
         undecided,
         split.seed,

@@ -6,7 +6,7 @@ together is a fair sample of the traffic, whose labels can be judged by.
 """
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -31,12 +31,12 @@ from visionloop.data.answers import (
     make_asked,
 )
 from visionloop.data.day_table import IMAGE, DayReader
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import iterate_version, latest_version
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, VisionLoopError
 from visionloop.features.album import Album
-from visionloop.features.neighbours import find_other_neighbours
+from visionloop.features.neighbours import find_neighbours
 from visionloop.features.suspects import Suspect
 from visionloop.monitoring.review import (
     NOVEL,
@@ -137,13 +137,16 @@ def ask_about(workspace: Workspace, album: Album, suspects: Sequence[Suspect], *
         StoreError: the store cannot be read or written.
     """
     store, name, prepared = workspace.store, workspace.name, album.prepared
-    _, row_nk = find_other_neighbours(album.embedding_nd, NUM_SIMILAR)
+    rows = sorted({one.row for one in suspects})
+    _, row_mk = find_neighbours(album.embedding_nd[rows], album.embedding_nd, NUM_SIMILAR + 1)
+    others = ([int(one) for one in near if one != row] for row, near in zip(rows, row_mk, strict=True))
+    near_of = {row: near[:NUM_SIMILAR] for row, near in zip(rows, others, strict=True)}
     found: dict[int, Asked] = {}
     for one in suspects:
         before = found.get(one.row)
         labels = tuple(sorted(prepared.labels(one.row)))
         proposed = {*(before.proposed if before else labels), one.new} - {one.old, ""}
-        similar = [(prepared.sha256_n[int(row)], prepared.labels(int(row))) for row in row_nk[one.row]]
+        similar = [(prepared.sha256_n[row], prepared.labels(row)) for row in near_of[one.row]]
         found[one.row] = Asked(
             sha256=prepared.sha256_n[one.row],
             day="",
@@ -233,7 +236,7 @@ class _Chooser:
         """Draw the share by lot: row -> probability; and return the other rows that may be asked about."""
         images, times = self.table[IMAGE].to_pylist(), self.table["time"].to_pylist()
         untils = [datetime.fromisoformat(one.until) for one in self.batches if one.until]
-        known, labelled = _find_known(self.workspace, self.batches, self.since)
+        known, labelled = _find_known(self.workspace, self.batches, self.since, {*images})
         known_n = np.array([one in known for one in images], bool)
         fresh_n = np.array([not untils or time >= max(untils) for time in times], bool)
         pool = np.flatnonzero(fresh_n & ~known_n)
@@ -269,16 +272,16 @@ def list_classes(workspace: Workspace, images: Sequence[Asked]) -> tuple[str, ..
 
 
 def _find_known(
-    workspace: Workspace, batches: Sequence[Batch], since: datetime
+    workspace: Workspace, batches: Sequence[Batch], since: datetime, images: Set[str]
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Return images that are in the dataset, asked about, or forgotten; and those that feedback has a label for.
+    """Return those `images` that are in the dataset, and all that were asked about or forgotten, or have feedback.
 
     Feedback on answers from `since` on came after them: what came before is not read.
     The lot does not leave out the latter: what clients send feedback on is not chance.
     """
     store, name = workspace.store, workspace.name
     version = latest_version(store, name)
-    rows = {one.sha256 for one in load_version_records(store, version)} if version else set[str]()
+    rows = {one.sha256 for one in iterate_version(store, version) if one.sha256 in images} if version else set[str]()
     asked = {one.sha256 for batch in batches for one in batch.images}
     said = {one.asked.sha256 for one in load_feedback_opinions(store, name, since) if not one.is_echo}
     return frozenset(rows | asked | load_tombstones(store, name)), frozenset(said)

@@ -8,12 +8,13 @@ webhook holds until the next retrain: with `needs: all` it may have to wait for 
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from visionloop import pipeline
-from visionloop.data.manifest import load_pin, load_records, load_version, load_version_records
+from visionloop.data.compare import pair_rows
+from visionloop.data.manifest import iterate_records, iterate_version, load_pin, load_version
 from visionloop.errors import DatasetError, LeaseHeld, ParamsError, shorten
 from visionloop.monitoring.triggers import RETRAIN, Look, Signals, TriggerDecision, Window, decide
 from visionloop.monitoring.watch import list_windows, load_verdict
@@ -123,31 +124,30 @@ def _find_holder(workspace: Workspace) -> str:
 
 def _count_new(workspace: Workspace, pin: Pin, judged: Decision | None) -> tuple[int, int]:
     """Count the images whose labels the last judged model did not know; those that a model has labelled apart."""
-    records = load_records(workspace.store, pin)
     own_sources = set(workspace.params.triggers.own_sources)
-    if unknown := own_sources - {source.name for source in workspace.params.ingest.sources} - _list_sources(records):
+    has_sources = set(load_version(workspace.store, pin.name, pin.version).sources)
+    if unknown := own_sources - {source.name for source in workspace.params.ingest.sources} - has_sources:
         found = f"no source and no image is of {shorten(sorted(unknown))}"
-        expected = f"some of {shorten(sorted(_list_sources(records)))}"
+        expected = f"some of {shorten(sorted(has_sources))}"
         raise ParamsError("params.yaml triggers.own_sources", found, expected, "Edit the file.")
-    known: dict[str, ImageRecord] = {}
+    known: Iterable[ImageRecord] = ()
     if judged and judged.dataset.get("digest") != pin.digest:
-        version = load_version(workspace.store, pin.name, int(judged.dataset["version"]))
-        known = {one.sha256: one for one in load_version_records(workspace.store, version)}
+        known = iterate_version(
+            workspace.store, load_version(workspace.store, pin.name, int(judged.dataset["version"]))
+        )
     elif judged:
         return 0, 0
-    labelled = [one for one in records if one.labels and one.side != "excluded"]
-    new = [one for one in labelled if one.sha256 not in known or known[one.sha256].labels != one.labels]
-    num_own = sum(bool(own_sources & _find_new_sources(one, known.get(one.sha256))) for one in new)
-    return len(new) - num_own, num_own
+    num_new = num_own = 0
+    for before, now in pair_rows(known, iterate_records(workspace.store, pin)):
+        if now and now.labels and now.side != "excluded" and (before is None or before.labels != now.labels):
+            num_new += 1
+            num_own += bool(own_sources & _find_new_sources(now, before))
+    return num_new - num_own, num_own
 
 
 def _find_new_sources(now: ImageRecord, before: ImageRecord | None) -> set[str]:
     """Return the sources that an image has got since, which its new label comes from; else all that it has."""
     return set(now.sources) - set(before.sources if before else ()) or set(now.sources)
-
-
-def _list_sources(records: Sequence[ImageRecord]) -> set[str]:
-    return {source for record in records for source in record.sources}
 
 
 def _read_windows(workspace: Workspace) -> tuple[Window, ...]:

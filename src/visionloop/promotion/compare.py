@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.manifest import iterate_records, load_pin
 from visionloop.errors import DatasetError, PromotionError
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
@@ -37,7 +37,7 @@ def compare_models(
         raise PromotionError(f"{names[0]} and {names[1]}", f"are one model ({one.digest[:12]})", "two models")
     pin = load_pin(workspace.settings.pin_path, workspace.name)
     tests = select_test(
-        load_records(workspace.store, pin), with_negatives=workspace.params.prepare.unlabelled == "negative"
+        iterate_records(workspace.store, pin), with_negatives=workspace.params.prepare.unlabelled == "negative"
     )
     if not tests:
         where = f"dataset {pin.name} version {pin.version}"

@@ -14,7 +14,7 @@ from typing import Any
 from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import load_pin, load_records, load_version
+from visionloop.data.manifest import iterate_records, load_pin, load_version
 from visionloop.errors import BundleError, DatasetError, PromotionError, VisionLoopError
 from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys
@@ -34,7 +34,8 @@ from visionloop.promotion.ledger import (
     check_rolled_back,
     latest_decision,
     read_champion,
-    read_decisions,
+    read_decision,
+    read_decisions_about,
     read_ledger,
     store_decision,
     write_decision,
@@ -95,7 +96,7 @@ def gate(
     scores, ledger = score(candidate), read_ledger(store, name)
     champion = ledger.champion
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
-    earlier, test_digest = read_decisions(store, name), compute_test_digest(tests)
+    earlier, test_digest = read_decisions_about(store, name, champion), compute_test_digest(tests)
     looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
     is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
     is_broken = bool(rival and rival.broken)
@@ -139,11 +140,10 @@ def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now:
         TrackingError: MLflow cannot be tagged; the decision is stored by then.
     """
     store, name = workspace.store, workspace.name
-    decisions = [one for one in read_decisions(store, name) if number in (None, one.number)]
-    if not decisions:
+    decision = latest_decision(store, name) if number is None else read_decision(store, name, number)
+    if decision is None:
         found = "has no decision" if number is None else f"has no decision {number}"
         raise PromotionError(f"decisions {name}", found, "one that waits", "Run `visionloop gate`.")
-    decision = decisions[-1]
     where = f"decision {decision.number} of {name}"
     if decision.verdict != WAITING:
         raise PromotionError(
@@ -258,14 +258,13 @@ def _count_looks(
 ) -> tuple[int, int]:
     """Return how many candidates were compared with the champion's entry, this one included; and on these images.
 
-    A candidate that was judged before keeps its place. Decisions of before entries were noted count by the bundle.
+    `earlier` are the decisions about this entry. A candidate that was judged before keeps its place.
     """
     if champion is None or champion.bundle == candidate:
         return 0, 0
     digests: dict[str, bool] = {}
     for one in earlier:
-        is_here = one.entry == champion.number if one.entry is not None else one.champion == champion.bundle
-        if is_here and one.candidate != champion.bundle:
+        if one.candidate != champion.bundle:
             digests[one.candidate] = digests.get(one.candidate, False) or one.test_digest == test_digest
     digests[candidate] = True
     order = list(digests)[: list(digests).index(candidate) + 1]
@@ -285,7 +284,7 @@ def _keep_approval(earlier: Sequence[Decision], decision: Decision) -> tuple[Rul
 
 
 def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[ImageRecord]:
-    tests = select_test(load_records(store, pin), with_negatives=with_negatives)
+    tests = select_test(iterate_records(store, pin), with_negatives=with_negatives)
     if not tests:
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")

@@ -13,7 +13,7 @@ from visionloop.bundle import load_run_note
 from visionloop.data.compare import Diff, compare_records
 from visionloop.data.images import decode_image
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import load_version, load_version_records, make_image_key
+from visionloop.data.manifest import iterate_version, load_version, make_image_key
 from visionloop.errors import VisionLoopError
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.slices import make_slices
@@ -117,7 +117,7 @@ def _compare_data(workspace: Workspace, decision: Decision, champion: LedgerEntr
             load_version(workspace.store, str(dataset["name"]), int(dataset["version"]))
             for dataset in (champion.dataset, decision.dataset)
         ]
-        return compare_records(*(load_version_records(workspace.store, version) for version in versions))
+        return compare_records(*(iterate_version(workspace.store, version) for version in versions))
     except (VisionLoopError, KeyError):
         return None
 

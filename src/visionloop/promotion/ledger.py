@@ -5,24 +5,37 @@ What else lies in the folder of a ledger (a backup copy, an entry of another nam
 believed: the champion is that of the highest entry which can be.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from visionloop.bundle import DIGESTS, Bundle
 from visionloop.errors import NotPromoted, ObjectMissing, PromotionError, StoreError
+from visionloop.parallel import map_parallel
+from visionloop.promotion.entries import (
+    check_follows,
+    find_first,
+    list_numbers,
+    make_entry_key,
+    make_problem,
+    read_believable,
+    read_entries,
+    read_record,
+    write_pages,
+)
 from visionloop.promotion.gate import PASSED, REFUSED
 from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
-from visionloop.store.keys import make_number_key, split_numbers
+from visionloop.store.keys import make_number_key
 
-AnyRecord = TypeVar("AnyRecord", LedgerEntry, Decision)
 ROLLED_BACK = "rolled_back"
+ELDER = 50  # decisions in a row about earlier entries: those before them are not looked at
 
 
 @dataclass(frozen=True)
@@ -37,24 +50,43 @@ class Ledger:
         return self.entries[-1] if self.entries else None
 
 
-def read_champion(store: ObjectStore, name: str) -> LedgerEntry | None:
+def read_champion(store: ObjectStore, name: str, *, since: int = 0) -> LedgerEntry | None:
     """Return the highest entry that can be believed, whose bundle is the champion; None before the first promotion.
 
-    Reads one or two objects, also of a long ledger.
+    Reads one or two objects, also of a long ledger. `since` is the number of an entry that the caller has seen: what is
+    before it is not listed.
 
     Raises:
         PromotionError: there are entries, but none can be believed.
     """
-    numbers, strays = _list_numbers(store, f"ledger/{name}")
+    return next(iterate_history(store, name, since=since), None)
+
+
+def iterate_history(store: ObjectStore, name: str, *, since: int = 0) -> Iterator[LedgerEntry]:
+    """Yield the entries that can be believed, the newest first, each read when it is asked for; `since` as above.
+
+    Raises:
+        PromotionError: there are entries, but none can be believed.
+    """
+    first = find_first(store, name, since)
+    numbers, strays = list_numbers(store, f"ledger/{name}", first)
     problem: PromotionError | None = None
-    for number in reversed(numbers):
-        try:
-            return _read_believable(store, name, number)
-        except PromotionError as exc:
-            problem = problem or exc
-    if problem or strays:
-        raise problem or _make_problem(strays[0], "is no ledger entry", "000001.json and so on")
-    return None
+    num_found = 0
+    while True:
+        for number in reversed(numbers):
+            try:
+                entry = read_believable(store, name, number)
+            except PromotionError as exc:
+                problem = problem or exc
+            else:
+                yield entry
+                num_found += 1
+        if not first:
+            break
+        numbers, strays = list_numbers(store, f"ledger/{name}")
+        numbers, first = [number for number in numbers if number < first], 0
+    if not num_found and (problem or strays):
+        raise problem or make_problem(strays[0], "is no ledger entry", "000001.json and so on")
 
 
 def read_ledger(store: ObjectStore, name: str) -> Ledger:
@@ -63,16 +95,17 @@ def read_ledger(store: ObjectStore, name: str) -> Ledger:
     Raises:
         PromotionError: there are entries, but none can be believed.
     """
-    numbers, strays = _list_numbers(store, f"ledger/{name}")
-    problems = [_make_problem(key, "is no ledger entry", "000001.json and so on") for key in strays]
+    numbers, strays = list_numbers(store, f"ledger/{name}")
+    problems = [make_problem(key, "is no ledger entry", "000001.json and so on") for key in strays]
     entries: list[LedgerEntry] = []
     before: LedgerEntry | None = None
-    for number in numbers:
+    for number, entry in zip(numbers, read_entries(store, name, numbers), strict=True):
         try:
-            entry = _read_entry(store, name, number)
+            if isinstance(entry, PromotionError):
+                raise entry
             last, before = before, entry
             if number == 1 or (last and last.number == number - 1):
-                _check_follows(entry, last)
+                check_follows(entry, last)
             entries.append(entry)
         except PromotionError as exc:
             problems.append(exc)
@@ -110,16 +143,17 @@ def require_entry(store: ObjectStore, name: str, number: int | None = None) -> L
     Raises:
         PromotionError: there is none, or it is damaged.
     """
-    entries = read_history(store, name) if number is not None else [read_champion(store, name)]
-    for entry in entries:
-        if entry and number in (None, entry.number):
-            return entry
-    todo = "Run `visionloop start`; `predict`, `explain` and `serve` also take a --bundle."
-    if number is None or not entries:
+    champion = read_champion(store, name)
+    if champion is None:
+        todo = "Run `visionloop start`; `predict`, `explain` and `serve` also take a --bundle."
         raise PromotionError(f"ledger {name}", "has no champion", "a promoted model", todo)
-    raise PromotionError(
-        f"ledger {name}", f"has no entry {number}", f"1 to {len(entries)}", "See `visionloop history`."
-    )
+    if number in (None, champion.number):
+        return champion
+    try:
+        return read_believable(store, name, int(number or 0))
+    except ObjectMissing as exc:
+        found, todo = f"has no entry {number}", "See `visionloop history`."
+        raise PromotionError(f"ledger {name}", found, f"1 to {champion.number}", todo) from exc
 
 
 def find_rolled_back(
@@ -184,14 +218,16 @@ def append_entry(store: ObjectStore, name: str, after: LedgerEntry | None, **fac
     """
     number = after.number + 1 if after else 1
     entry = LedgerEntry(name=name, number=number, previous=after.bundle if after else None, **facts)
-    if not store.create(_make_key(name, number), canonical_json(entry.to_json())):
-        _read_believable(store, name, number)
+    if not store.create(make_entry_key(name, number), canonical_json(entry.to_json())):
+        read_believable(store, name, number)
         raise PromotionError(
             f"ledger {name}",
             f"champion moved: entry {number} was written by someone else",
             f"entry {number - 1} to be the last" if after else "no entry yet",
             "Run `visionloop gate` again.",
         )
+    with contextlib.suppress(StoreError):  # the entry stands; the next page brings this one too
+        write_pages(store, name, number)
     return entry
 
 
@@ -201,7 +237,7 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
     Raises:
         PromotionError: a decision is damaged.
     """
-    for number in reversed(_list_numbers(store, f"decisions/{name}")[0]):
+    for number in reversed(list_numbers(store, f"decisions/{name}")[0]):
         decision = _read_decision(store, name, number)
         if candidate in (None, decision.candidate):
             return decision
@@ -210,8 +246,34 @@ def latest_decision(store: ObjectStore, name: str, *, candidate: str | None = No
 
 def read_decisions(store: ObjectStore, name: str, last: int = 0) -> list[Decision]:
     """Return all decisions of a name, or the `last` ones, oldest first. Raises PromotionError."""
-    numbers = _list_numbers(store, f"decisions/{name}")[0][-last:]
-    return [_read_decision(store, name, number) for number in numbers]
+    numbers = list_numbers(store, f"decisions/{name}")[0][-last:]
+    return list(map_parallel(partial(_read_decision, store, name), numbers, workers=store.num_writers))
+
+
+def read_decision(store: ObjectStore, name: str, number: int) -> Decision | None:
+    """Return one decision; None: there is none with this number. Raises PromotionError."""
+    try:
+        return _read_decision(store, name, number)
+    except ObjectMissing:
+        return None
+
+
+def read_decisions_about(store: ObjectStore, name: str, champion: LedgerEntry | None) -> list[Decision]:
+    """Return the decisions that compared with this champion's entry, oldest first. Raises PromotionError.
+
+    Of two gates at once, the one that began earlier may end later: some decisions about earlier entries are passed over
+    before the search ends.
+    """
+    found: list[Decision] = []
+    num_elder = 0
+    for number in reversed(list_numbers(store, f"decisions/{name}")[0]):
+        decision = _read_decision(store, name, number)
+        if is_bound(decision, champion):
+            found.append(decision)
+            num_elder = 0
+        elif (num_elder := num_elder + 1) == ELDER:
+            break
+    return found[::-1]
 
 
 def find_verdict(store: ObjectStore, name: str, entry: LedgerEntry) -> str:
@@ -317,58 +379,6 @@ def _compute_question(decision: Decision) -> str:
 
 def _read_decision(store: ObjectStore, name: str, number: int) -> Decision:
     """Read a decision. Its number is that of its key: a copy under another one would take the next number for ever."""
-    return replace(_read(store, make_number_key(f"decisions/{name}", number), Decision, "a decision"), number=number)
-
-
-def _list_numbers(store: ObjectStore, folder: str) -> tuple[list[int], list[str]]:
-    """Return the numbers in a folder, in order, and the keys there that are no number."""
-    return split_numbers(store.list(f"{folder}/"), folder)
-
-
-def _make_key(name: str, number: int) -> str:
-    return make_number_key(f"ledger/{name}", number)
-
-
-def _read_believable(store: ObjectStore, name: str, number: int) -> LedgerEntry:
-    """Read an entry: of this name and number, and after the entry before, if that one can be read.
-
-    A missing entry before tells nothing: this one was written by who had read it.
-    """
-    entry, before = _read_entry(store, name, number), None
-    if number > 1:
-        try:
-            before = _read_entry(store, name, number - 1)
-        except (ObjectMissing, PromotionError):
-            return entry
-    _check_follows(entry, before)
-    return entry
-
-
-def _check_follows(entry: LedgerEntry, before: LedgerEntry | None) -> None:
-    if entry.previous != (before.bundle if before else None):
-        known = f"{before.bundle[:12]}, the bundle of entry {before.number}" if before else "none"
-        found = f"does not follow the entry before: its previous is {str(entry.previous)[:12]}"
-        raise _make_problem(_make_key(entry.name, entry.number), found, known)
-
-
-def _read_entry(store: ObjectStore, name: str, number: int) -> LedgerEntry:
-    key = _make_key(name, number)
-    entry = _read(store, key, LedgerEntry, "a ledger entry")
-    if entry.name != name:
-        raise _make_problem(key, f"is an entry of {entry.name!r}", f"one of {name!r}")
-    if entry.number != number:
-        raise _make_problem(key, f"says it is entry {entry.number}", f"entry {number}")
-    if not isinstance(entry.bundle, str) or entry.action not in ("promote", "rollback"):
-        raise _make_problem(key, "is damaged", "a ledger entry")
-    return entry
-
-
-def _make_problem(key: str, found: str, expected: str) -> PromotionError:
-    return PromotionError(f"store object {key}", found, expected, "Move it out of the store, or restore its backup.")
-
-
-def _read(store: ObjectStore, key: str, kind: type[AnyRecord], what: str) -> AnyRecord:
-    try:
-        return kind.from_json(json.loads(store.get(key)))
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise PromotionError(f"store object {key}", "is damaged", what, "Restore the store from its backup.") from exc
+    return replace(
+        read_record(store, make_number_key(f"decisions/{name}", number), Decision, "a decision"), number=number
+    )

@@ -14,7 +14,7 @@ import io
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from statistics import median
@@ -54,7 +54,7 @@ class Scores:
     measures: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def select_test(records: Sequence[ImageRecord], *, with_negatives: bool = False) -> list[ImageRecord]:
+def select_test(records: Iterable[ImageRecord], *, with_negatives: bool = False) -> list[ImageRecord]:
     """Return the images of the test side, sorted by sha256: the labelled ones, or also those without a label."""
     tests = (r for r in records if r.side == "test" and (r.labels or with_negatives))
     return sorted(tests, key=lambda r: r.sha256)

@@ -212,8 +212,13 @@ class _Server(uvicorn.Server):
 def _make_follower(workspace: Workspace, slot: ModelSlot, open_model: Open) -> ChampionFollower:
     store = open_store(workspace.settings.store_url)
 
+    known = 0
+
     def find_champion() -> LedgerEntry | None:
-        return read_champion(store, workspace.name)
+        nonlocal known
+        entry = read_champion(store, workspace.name, since=known)
+        known = entry.number if entry else 0
+        return entry
 
     return ChampionFollower(
         slot,

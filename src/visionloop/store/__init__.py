@@ -4,7 +4,7 @@ An object is whole or absent: a reader never sees a part of one. An object whose
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from visionloop.errors import SettingsError
 from visionloop.store.bucket import Bucket, BucketEntry
@@ -29,6 +29,13 @@ class ObjectStore(Protocol):
 
     def get(self, key: str) -> bytes:
         """Return an object's bytes. Raises ObjectMissing, StoreError."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """Open an object to read parts of it: only what is asked for is fetched, and no digest is compared.
+
+        Raises ObjectMissing, StoreError: also later, while it is read.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -58,8 +65,11 @@ class ObjectStore(Protocol):
         """Say whether the object is there."""
         ...
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys that begin with `prefix`, sorted."""
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        """Yield the keys that begin with `prefix`, sorted; only those behind `after`.
+
+        No object needs to be at `after`, but it is the key of one, not of a folder (`a/b/~`): stores differ there.
+        """
         ...
 
     def delete(self, key: str) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlparse
 
 from visionloop.errors import ObjectMissing, StoreError
@@ -36,9 +37,15 @@ class LocalStore:
         return 8
 
     def get(self, key: str) -> bytes:
-        try:
-            with open(self._path(key), "rb") as file:
+        with self.open(key) as file:
+            try:
                 return file.read()
+            except OSError as exc:
+                raise self._error(key, exc) from exc
+
+    def open(self, key: str) -> BinaryIO:
+        try:
+            return open(self._path(key), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
             raise ObjectMissing(self._where, f"no object {key}", "it to be there", "Check VISIONLOOP_STORE.") from exc
         except OSError as exc:
@@ -83,10 +90,10 @@ class LocalStore:
     def exists(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         start = prefix.rpartition("/")[0]
-        for key in _walk(os.path.join(self._folder, start), f"{start}/" if start else ""):
-            if key.startswith(prefix) and is_key(key):
+        for key in _walk(os.path.join(self._folder, start), f"{start}/" if start else "", prefix, after):
+            if key.startswith(prefix) and key > after and is_key(key):
                 yield key
 
     def delete(self, key: str) -> None:
@@ -190,15 +197,19 @@ def _sync_file_system(folder: str) -> None:
         os.close(file)
 
 
-def _walk(folder: str, prefix: str) -> Iterator[str]:
-    """Yield the files below a folder as keys, in the order of keys: folder names are compared with their slash."""
+def _walk(folder: str, prefix: str, wanted: str, after: str) -> Iterator[str]:
+    """Yield the files below a folder as keys, in the order of keys: folder names are compared with their slash.
+
+    Folders without a key that begins with `wanted`, or without one behind `after`, are not entered.
+    """
     try:
         with os.scandir(folder) as found:
             names = sorted([f"{entry.name}/" if entry.is_dir() else entry.name for entry in found])
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
-        if name[-1] == "/":
-            yield from _walk(f"{folder}/{name[:-1]}", prefix + name)
-        else:
-            yield prefix + name
+        key = prefix + name
+        if name[-1] != "/":
+            yield key
+        elif (key.startswith(wanted) or wanted.startswith(key)) and (key > after or after.startswith(key)):
+            yield from _walk(f"{folder}/{name[:-1]}", key, wanted, after)

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from functools import cache
-from io import BytesIO
-from typing import Any
+from io import BytesIO, RawIOBase
+from typing import Any, BinaryIO, cast
 
 from visionloop.errors import ObjectMissing, StoreError
 from visionloop.store.keys import BucketAddress, check_key, find_digest, is_key, parse_s3_url
@@ -25,6 +25,8 @@ from visionloop.store.s3_errors import is_from_outside, read_code, read_status, 
 NUM_WRITERS = 64
 # Sending so many bytes takes longer than a request: ask first whether the object exists.
 LARGE_BYTES = 256 * 1024
+# The first request for an object that is opened: its end, where the directory of a Parquet file is.
+TAIL_BYTES = 256 * 1024
 TRIES = 5
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
@@ -231,6 +233,9 @@ class S3Store:
 
         return self.connection.download(check_key(key, self.connection.where), is_whole=is_whole)
 
+    def open(self, key: str) -> BinaryIO:
+        return cast(BinaryIO, _OpenObject(self.connection, check_key(key, self.connection.where)))
+
     def put(self, key: str, data: bytes) -> None:
         self._send(key, data)
 
@@ -262,12 +267,12 @@ class S3Store:
     def exists(self, key: str) -> bool:
         return self._ask_size(key) is not None
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         start = f"{self._address.prefix}/" if self._address.prefix else ""
-        keys = []
-        for page in self.connection.list_pages("list_objects_v2", Prefix=start + prefix):
+        keys, behind = [], {"StartAfter": start + after} if after else {}
+        for page in self.connection.list_pages("list_objects_v2", Prefix=start + prefix, **behind):
             keys += [entry["Key"].removeprefix(start) for entry in page.get("Contents", ())]
-        yield from sorted(key for key in keys if is_key(key))
+        yield from sorted(key for key in keys if is_key(key) and key > after)
 
     def delete(self, key: str) -> None:
         self.connection.call("delete_object", check_key(key, self.connection.where), expected=("NoSuchKey",))
@@ -302,3 +307,53 @@ class S3Store:
                 return False
             pause(attempt)
         raise AssertionError("the last try returns or raises")
+
+
+class _OpenObject(RawIOBase):
+    """An object that is read in parts, each by a request. The first one brings the end, and how long it all is."""
+
+    def __init__(self, connection: Connection, key: str) -> None:
+        self._connection, self._key, self._place = connection, key, 0
+        try:
+            self._tail, answer = self._fetch(f"bytes=-{TAIL_BYTES}")
+        except ObjectMissing:
+            raise
+        except StoreError:  # an empty object has no range
+            self._tail, answer = connection.download(key), {}
+        self._size = int(str(answer.get("ContentRange", "")).rpartition("/")[2] or len(self._tail))
+        self._version = {"IfMatch": answer["ETag"]} if answer.get("ETag") else {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = max(0, offset + (0, self._place, self._size)[whence])
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._size, self._place + len(buffer))
+        if end <= self._place:
+            return 0
+        known = self._size - len(self._tail)
+        if self._place >= known:
+            data = self._tail[self._place - known : end - known]
+        else:
+            data, _ = self._fetch(f"bytes={self._place}-{end - 1}", **self._version)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _fetch(self, part: str, **given: Any) -> tuple[bytes, Answer]:
+        kept: list[Answer] = []
+
+        def is_whole(data: bytes, answer: Answer) -> bool:
+            kept.append(answer)
+            return len(data) == int(answer.get("ContentLength", len(data)))
+
+        return self._connection.download(self._key, is_whole=is_whole, Range=part, **given), kept[-1]

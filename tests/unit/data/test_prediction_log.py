@@ -1,5 +1,6 @@
 """The log of what servers answered: parts by day, read as they lie, merged, expired, and joined with feedback."""
 
+import tracemalloc
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from counting_store import CountingStore
+from visionloop.data import day_table
 from visionloop.data.day_table import DayReader
 from visionloop.data.prediction_log import (
     FEEDBACK,
@@ -22,6 +25,7 @@ from visionloop.data.prediction_log import (
     round_embedding,
     tidy,
 )
+from visionloop.errors import StoreError
 from visionloop.store import LocalStore
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
@@ -249,3 +253,105 @@ def test_what_is_forgotten_while_a_merge_reads_does_not_come_back(store: LocalSt
     DayReader(PREDICTIONS, store, "pets").merge(NOON.date() + timedelta(days=1), lambda: next(asked))
     assert read_ids(store) == ["r0", "r2"]
     assert not any(f"{1:064x}".encode() in store.get(key) for key in store.list("predictions/"))
+
+
+@pytest.fixture
+def long_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CountingStore:
+    """30 days with a row every half hour, each day merged into one part of 12 groups of 4 rows, with embeddings."""
+    monkeypatch.setattr(day_table, "GROUP_ROWS", 4)
+    store = CountingStore(tmp_path / "store")
+    rng = np.random.default_rng(0)
+    for day in range(30):
+        start = datetime(2026, 10, 30, tzinfo=UTC) + timedelta(days=day)
+        rows = [
+            make_row(48 * day + number, start + timedelta(minutes=30 * number), embedding=rng.random(2000, np.float32))
+            for number in range(48)
+        ]
+        put(store, "1", rows[:24])
+        put(store, "2", rows[24:])
+    tidy(store, "pets", now=datetime(2027, 1, 1, tzinfo=UTC), keep_days=None)
+    assert len(list_keys(store)) == 30
+    store.forget_counts()
+    return store
+
+
+def test_of_a_long_log_a_window_reads_the_parts_of_its_days(long_log: CountingStore) -> None:
+    since = datetime(2026, 10, 31, 12, tzinfo=UTC)
+    rows = read_predictions(long_log, "pets", since, since + timedelta(days=1), ["request_id"])
+    assert rows.table["request_id"].to_pylist() == [f"r{number}" for number in range(72, 120)]
+    assert (long_log.reads, long_log.keys) == ({"predictions": 2}, {"predictions": 3})
+
+
+def test_of_a_part_a_window_reads_the_columns_and_the_groups_of_rows_that_it_asks_for(long_log: CountingStore) -> None:
+    since = datetime(2026, 10, 31, 12, tzinfo=UTC)
+    size = len(long_log.get(next(iter(long_log.list("predictions/pets/date=2026-10-31/")))))
+    read = []
+    for hours, columns in ((24, None), (2, None), (24, ["request_id"]), (2, ["request_id"])):
+        long_log.forget_counts()
+        table = read_predictions(long_log, "pets", since, since + timedelta(hours=hours), columns).table
+        assert table["request_id"].to_pylist() == [f"r{number}" for number in range(72, 72 + 2 * hours)]
+        read.append(long_log.num_bytes)
+    assert size / 1.5 < read[0] < 1.5 * size, "half of each of two days"
+    assert read[1] < 0.4 * size
+    assert read[2] < 0.4 * size
+    assert read[3] < 0.3 * size
+
+
+def test_to_forget_reads_one_column_and_to_tidy_only_what_parts_say_of_themselves(long_log: CountingStore) -> None:
+    whole = sum(path.stat().st_size for path in (long_log.root / "predictions").rglob("*.parquet"))
+    sha256s = frozenset({f"{100:064x}"})
+    (part,) = DayReader(PREDICTIONS, long_log, "pets").find_parts(sha256s)
+    assert (part, long_log.reads) == (
+        "predictions/pets/date=2026-11-01/merged-000001.parquet", {"predictions": 30},
+    )  # fmt: skip
+    assert long_log.num_bytes < 0.3 * whole
+    long_log.forget_counts()
+    assert tidy(long_log, "pets", now=datetime(2027, 1, 1, tzinfo=UTC), keep_days=50) == Tidied(13, 0)
+    assert long_log.reads == {}
+
+
+def test_a_log_that_is_four_times_as_long_takes_no_more_memory(long_log: CountingStore) -> None:
+    """A window of a day: of two days of the log, and of all 30."""
+    since = datetime(2026, 11, 27, tzinfo=UTC)
+
+    def measure() -> int:
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        table = read_predictions(long_log, "pets", since, since + timedelta(days=1), ["request_id"]).table
+        try:
+            return tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before + 0 * len(table)
+        finally:
+            tracemalloc.stop()
+
+    measure()
+    whole = measure()
+    for key in [key for key in long_log.list("predictions/pets/") if "date=2026-11-2" not in key]:
+        long_log.delete(key)
+    assert whole < 1.3 * measure()
+
+
+def test_a_store_that_goes_away_while_a_part_is_read_is_no_damaged_part(store: LocalStore) -> None:
+    put(store, "1", [make_row(1)])
+
+    class Away:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def read(self, size: int = -1) -> bytes:
+            raise StoreError("store", "is away", "it to be there")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> "Away":
+            return self
+
+        def __exit__(self, *told: object) -> None:
+            self.file.close()
+
+    class AwayStore(LocalStore):
+        def open(self, key: str) -> Any:
+            return Away(super().open(key))
+
+    with pytest.raises(StoreError, match="is away"):
+        read_predictions(AwayStore(store.root), "pets")

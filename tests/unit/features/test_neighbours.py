@@ -1,5 +1,6 @@
 """Nearest neighbours and their votes, against scikit-learn; lengths of 0, NaN, fewer images than neighbours."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from visionloop.errors import DatasetError
+from visionloop.features import neighbours
 from visionloop.features.neighbours import (
     Metric,
     Vote,
@@ -183,3 +185,66 @@ def test_labels_of_chance_pass_at_the_level_that_is_said(counts: tuple[int, ...]
         assert agreement is not None
         passed += agreement.p_value <= 0.05
     assert 4 <= passed <= 29
+
+
+def make_clusters(number: int, d: int = 32, seed: int = 0) -> np.ndarray:
+    """Vectors around 40 directions, as the embeddings of images of 40 classes."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(40, d))[rng.integers(0, 40, number)] + 0.5 * rng.normal(size=(number, d))).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_a_large_table_is_searched_in_pieces_with_the_same_result(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, query = make_clusters(1000), make_clusters(50, seed=1)
+    table[[3, 700]] = table[500]
+    distance, row = neighbours.find_neighbours(query, table, 20, metric)
+    monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 7)
+    other_distance, other_row = neighbours.find_neighbours(query, table, 20, metric)
+    np.testing.assert_allclose(other_distance, distance, atol=1e-6)
+    assert (other_row == row).mean() > 0.999
+    assert neighbours.find_neighbours(table[500:501], table, 3, metric)[1].tolist() == [[3, 500, 700]]
+
+
+def test_the_memory_of_a_search_does_not_grow_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 1000)
+    query = make_clusters(2, seed=1)
+
+    def measure(number: int) -> int:
+        table = make_clusters(number)
+        tracemalloc.start()
+        neighbours.find_neighbours(query, table, 5)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert measure(32_000) < 1.5 * measure(8000)
+
+
+def test_neighbours_of_all_images_in_cells_are_nearly_all_of_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """6,000 images in 60 cells, of which 16 are searched: about a quarter of all pairs."""
+    table = make_clusters(6000)
+    exact_distance, exact = neighbours.find_other_neighbours(table, 10)
+    for name, value in (("CELLS_FROM", 5000), ("CELL_ROWS", 100)):
+        monkeypatch.setattr(neighbours, name, value)
+    distance, found = neighbours.find_other_neighbours(table, 10)
+    assert found.shape == (6000, 10)
+    assert not (found == np.arange(6000)[:, None]).any()
+    recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
+    assert recall > 0.95
+    assert (np.diff(distance, axis=1) >= 0).all()
+    assert (distance[:, -1] >= exact_distance[:, -1] - 1e-6).all()
+
+
+def test_images_that_all_look_alike_are_compared_with_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vector, and one without length: a single cell that holds everything."""
+    for name, value in (("CELLS_FROM", 1000), ("CELL_ROWS", 50), ("MOST_ROWS", 200), ("BLOCK", 128)):
+        monkeypatch.setattr(neighbours, name, value)
+    table = np.ones((1500, 8), np.float32)
+    table[7] = 0
+    distance, found = neighbours.find_other_neighbours(table, 10)
+    assert found.shape == (1500, 10)
+    assert not (found == np.arange(1500)[:, None]).any()
+    assert np.abs(np.delete(distance, 7, axis=0)).max() < 1e-6
+    np.testing.assert_allclose(distance[7], 1, atol=1e-6)

@@ -3,7 +3,9 @@
 import hashlib
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -276,3 +278,28 @@ def test_a_cursor_stays_when_an_image_could_not_be_had(
     away = make_item(2, fail(ImageError("x", "the server is away", reason_code=code)))
     offered = [make_item(1), away, Cursor("s", "2"), make_item(3, source="t"), Cursor("t", "9")]
     assert check_all(offered, store, LIMITS, Known(journal)).cursors == cursors
+
+
+def test_a_file_that_is_offered_twice_is_known_both_times(store: LocalStore, journal: Journal) -> None:
+    """The journal's row of a file is given away when it is first asked for."""
+    check_all([make_item(1), make_item(2)], store, LIMITS, Known(journal))
+    again = check_all([make_item(1), make_item(3), make_item(1)], store, LIMITS, Known(journal))
+    assert (name_all(again), again.num_read) == (["s:001.png", "s:003.png", "s:001.png"], 1)
+    assert again.inspected[0].facts == again.inspected[2].facts
+
+
+def test_what_is_known_of_a_file_is_not_held_twice(store: LocalStore, journal: Journal) -> None:
+    """Less than 1,000 bytes a file: the place, the stamp and the digests of the journal's row, and the offer."""
+    facts = check_all([make_item(1)], store, LIMITS, Known(journal)).inspected[0].facts
+    journal.keep(
+        (f"s:{i:06d}.png", f"stamp-{i:020d}", replace(facts, sha256=f"{i:064x}", phash=f"{i:016x}"))
+        for i in range(5_000)
+    )
+    journal.flush()
+    tracemalloc.start()
+    offered = (Item(f"s:{i:06d}.png", "s", ("a",), len, f"stamp-{i:020d}") for i in range(5_000))  # type: ignore[arg-type]
+    checked = check_all(offered, store, LIMITS, Known(journal))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(checked.inspected), checked.num_read) == (5_000, 0)
+    assert peak < 1000 * 5_000

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from counting_store import CountingStore
 from visionloop.errors import PromotionError
+from visionloop.promotion import entries
 from visionloop.promotion.ledger import (
     append_entry,
     find_rolled_back,
+    iterate_history,
     read_champion,
     read_decisions,
+    read_decisions_about,
     read_history,
     read_ledger,
+    require_entry,
     require_sound,
     store_decision,
 )
@@ -224,3 +229,94 @@ def test_of_several_rollbacks_the_last_one_counts(tmp_path):
     assert find_rolled_back(read_history(store, "m"), "bad") == entry
     named = find_rolled_back(read_history(store, "m"), "bad under another card", lambda digest: digest[:3])
     assert named == entry
+
+
+@pytest.fixture
+def long_ledger(tmp_path, monkeypatch):
+    """A ledger of 47 entries, in pages of 10."""
+    monkeypatch.setattr(entries, "PAGE", 10)
+    store, entry = CountingStore(tmp_path), None
+    for number in range(1, 48):
+        entry = append(store, entry, f"bundle {number}")
+    store.forget_counts()
+    return store
+
+
+def test_the_champion_of_a_long_ledger_is_two_reads_and_a_short_list(long_ledger):
+    assert read_champion(long_ledger, "m").number == 47
+    assert long_ledger.reads == {"ledger": 2}
+    assert long_ledger.keys == {"ledger": 8, "ledger-pages": 4}
+    long_ledger.forget_counts()
+    assert read_champion(long_ledger, "m", since=46).number == 47
+    assert (long_ledger.reads, long_ledger.keys) == ({"ledger": 2}, {"ledger": 2})
+
+
+def test_a_long_ledger_is_read_in_pages(long_ledger):
+    assert [one.number for one in read_ledger(long_ledger, "m").entries] == [*range(1, 48)]
+    assert long_ledger.reads == {"ledger-pages": 4, "ledger": 7}
+
+
+def test_one_entry_of_a_long_ledger_is_read_without_the_others(long_ledger):
+    assert require_entry(long_ledger, "m", 12).bundle == "bundle 12"
+    assert long_ledger.reads == {"ledger": 4}
+    with pytest.raises(PromotionError, match="has no entry 48; expected 1 to 47"):
+        require_entry(long_ledger, "m", 48)
+
+
+def test_of_a_long_ledger_no_more_is_read_than_is_asked_for(long_ledger):
+    newest = iterate_history(long_ledger, "m")
+    assert [next(newest).number for _ in range(3)] == [47, 46, 45]
+    assert long_ledger.reads == {"ledger": 6}
+    assert [one.number for one in newest] == [*range(44, 0, -1)], "the others are listed when they are asked for"
+
+
+def test_pages_count_only_for_entries_that_are_there(long_ledger):
+    """Entry 12 is gone, page 3 is of another name, page 4 is torn: the same as without pages."""
+    long_ledger.delete("ledger/m/000012.json")
+    long_ledger.put("ledger-pages/m/000004.json", b"[{")
+    long_ledger.put("ledger-pages/m/000003.json", long_ledger.get("ledger-pages/m/000003.json").replace(b'"m"', b'"x"'))
+    found = read_ledger(long_ledger, "m")
+    assert [one.number for one in found.entries] == [number for number in range(1, 48) if number != 12]
+    assert found.problems == ("entries are missing: 000012",)
+
+
+def test_when_the_newest_entries_are_damaged_the_champion_is_an_earlier_one(long_ledger):
+    for number in range(38, 48):
+        long_ledger.put(f"ledger/m/{number:06d}.json", b"{")
+    assert read_champion(long_ledger, "m", since=47).number == 37
+    assert read_champion(long_ledger, "m").number == 37
+
+
+def test_a_ledger_from_before_there_were_pages_gets_them_with_the_next_full_one(tmp_path, monkeypatch):
+    store, entry = CountingStore(tmp_path), None
+    for number in range(1, 30):
+        entry = append(store, entry, f"bundle {number}")
+    assert list(store.list("ledger-pages/")) == []
+    monkeypatch.setattr(entries, "PAGE", 10)
+    append(store, entry, "bundle 30")
+    assert list(store.list("ledger-pages/m/")) == [f"ledger-pages/m/{page:06d}.json" for page in (1, 2, 3)]
+
+
+def test_entry_1000000_is_found_by_who_knows_999999(tmp_path):
+    """Its key sorts before the one of entry 999,999."""
+    store = LocalStore(tmp_path)
+    for number, previous in ((999_999, "zero"), (1_000_000, "one")):
+        write_entry(store, number, "one", previous)
+    assert read_champion(store, "m", since=999_999).number == 1_000_000
+
+
+def test_only_the_decisions_about_a_champion_are_read(tmp_path):
+    """Of 90 decisions the last 21 are about entry 2, with one about entry 1 that came late among them."""
+    store = CountingStore(tmp_path)
+    empty = {"rules": (), "metrics": {}, "champion_metrics": {}, "state": {}, "dataset": {}, "run_id": None}
+    for number in range(1, 91):
+        entry = 2 if number > 68 and number != 80 else 1
+        facts = {"name": "m", "number": number, "verdict": "refused", "champion": "b", "decided_at": "now", **empty}
+        decision = Decision(candidate=f"c{number}", test_digest="t", num_test=9, entry=entry, **facts)
+        store.put(f"decisions/m/{number:06d}.json", json.dumps(decision.to_json()).encode())
+    first = append(store, None, "a")
+    champion = append(store, first, "b")
+    store.forget_counts()
+    about = read_decisions_about(store, "m", champion)
+    assert [one.number for one in about] == [*range(69, 80), *range(81, 91)]
+    assert store.reads == {"decisions": 22 + 50}

@@ -48,10 +48,10 @@ class ShakyStore(LocalStore):
             raise StoreError("store", f"{self.url} is away", "it to be there")
         return super()._path(key)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         if self.is_away:
             raise StoreError("store", f"{self.url} is away", "it to be there")
-        return super().list(prefix)
+        return super().list(prefix, after)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from visionloop.networks.classifier import Classifier
 from visionloop.networks.heads import map_head
 from visionloop.networks.weight_sources import State, read_weights
 from visionloop.networks.weights import fill_backbone, load_backbone
-from visionloop.promotion.ledger import read_history
+from visionloop.promotion.ledger import iterate_history
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.job import Job
 from visionloop.training.loop import MakeData
@@ -39,8 +40,8 @@ def choose_start(job: Job, has_work: Callable[[Job], bool] | None = None) -> Job
         return job
     check_store(job)  # in another one there would be no champion to begin with
     has_work = has_work or has_work_here
-    entries = read_history(job.store, job.params.name)[-LOOK_BACK:]
-    digests = list(dict.fromkeys(entry.bundle for entry in reversed(entries)))
+    newest = islice(iterate_history(job.store, job.params.name), LOOK_BACK)
+    digests = list(dict.fromkeys(entry.bundle for entry in newest))
     jobs = [replace(job, start=digest) for digest in (*digests, None)]
     return next((each for each in jobs if has_work(each)), jobs[0])
 

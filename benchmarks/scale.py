@@ -1,0 +1,284 @@
+"""What large tables take, stage by stage: memory at its peak, processor time, objects read (docs/scale.md).
+
+.venv/bin/python benchmarks/scale.py --only manifest --rows 1000000
+
+Images are only simulated: their rows are real, their bytes are not there. Writes under .visionloop/bench/scale alone.
+The memory is the peak of the process in a stage, above what it held when it began; the time is that of the processor.
+"""
+
+import argparse
+import ctypes
+import gc
+import hashlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionloop.data.compare import compare_records
+from visionloop.data.day_table import DayReader
+from visionloop.data.manifest import commit_version, encode_records, iterate_version, load_version_records, make_version
+from visionloop.data.prediction_log import PREDICTIONS, read_predictions, tidy
+from visionloop.features.neighbours import find_neighbours, find_other_neighbours
+from visionloop.ingest.check import Known, check_all
+from visionloop.ingest.inspect import Facts
+from visionloop.ingest.item import Item
+from visionloop.ingest.journal import Journal
+from visionloop.ingest.merge import merge
+from visionloop.params import make_params
+from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
+from visionloop.records import ImageRecord
+from visionloop.store import LocalStore
+
+FOLDER = Path(__file__).resolve().parents[1] / ".visionloop" / "bench" / "scale"
+HEADER = "| what | rows | memory, MB | bytes a row | processor, s | objects read |\n|---|---|---|---|---|---|"
+LOG_ROWS, LOG_FEATURES = 30_000, 128  # rows of a day
+NUM_FEATURES = 512
+
+
+class CountedStore(LocalStore):
+    """A store that counts the objects that are opened."""
+
+    num_read = 0
+
+    def open(self, key: str) -> Any:
+        self.num_read += 1
+        return super().open(key)
+
+
+@contextmanager
+def stage(what: str, rows: int, store: CountedStore | None = None) -> Iterator[None]:
+    """Print the row of a stage: its peak of memory above the start, its processor time, the objects it read."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, started = _read_memory("VmRSS"), time.process_time()
+    num_read = store.num_read if store else 0
+    yield
+    seconds, used = time.process_time() - started, max(0, _read_memory("VmHWM") - before)
+    objects = f"{store.num_read - num_read:,}" if store else ""
+    print(f"| {what} | {rows:,} | {used / 1e6:,.0f} | {used / rows:,.0f} | {seconds:,.1f} | {objects} |", flush=True)
+
+
+def _read_memory(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def make_sha256(number: int) -> str:
+    """Return the digest of an image that is not there."""
+    return hashlib.sha256(number.to_bytes(8, "big")).hexdigest()
+
+
+def make_rows(number: int) -> list[ImageRecord]:
+    """Return rows as an ingest of a folder makes them, in the order of their sha256."""
+    rows = []
+    for i in range(number):
+        sha256, label = make_sha256(i), f"class{i % 100}"
+        side = ("train", "train", "train", "val", "test")[i % 5]
+        place = {"sources": ("photos",), "origins": (f"photos:{label}/{i:08d}.jpg",), "ordinal": i, "group": None}
+        facts = {"width": 640, "height": 480, "format": "JPEG", "num_bytes": 90_000 + i, "phash": sha256[:16]}
+        rows.append(ImageRecord(sha256, (label,), key=sha256, side=side, captured_at=None, **place, **facts))
+    return sorted(rows, key=lambda row: row.sha256)
+
+
+def measure_manifest(number: int, folder: Path) -> None:
+    """Write a version and one with a few more rows; read them as streams and whole."""
+    store = CountedStore(folder)
+    with stage("rows of a version, held", number):
+        rows = make_rows(number)
+    facts = {"split": {}, "rejected": None, "num_rejected": 0, "created_at": "bench"}
+    with stage("write them", number, store):
+        version = make_version("m", None, rows, rows, num_added=number, **facts)
+        commit_version(store, version, rows)
+    del rows
+    some = [row for row, _ in zip(iterate_version(store, version), range(1000), strict=False)]
+    changed = [ImageRecord(**{**row.to_json(), "labels": ("other",)}) for row in some]
+    second = make_version("m", version, changed, changed, num_added=0, **facts)
+    commit_version(store, second, changed)
+    with stage("read them one after the other (`start`, gate, triggers, review)", number, store):
+        sum(1 for _ in iterate_version(store, version))
+    with stage("compare two versions (`datasets diff`)", number, store), _any_digest():
+        compare_records(iterate_version(store, version), iterate_version(store, second))
+    with stage("hold them all (`prepare`, `similar`)", number, store):
+        held = load_version_records(store, version)
+    del held
+
+
+@contextmanager
+def _any_digest() -> Iterator[None]:
+    """The second version is put together from a few rows, so its digest is not that of all."""
+    from visionloop.errors import DatasetError
+
+    try:
+        yield
+    except DatasetError as exc:
+        assert "rows have digest" in str(exc), exc
+
+
+def measure_ingest(number: int, folder: Path) -> None:
+    """Pull what the journal knows, as every pull but the first: offers, what is known of them, merge, commit."""
+    store, params = CountedStore(folder), make_params({"name": "m", "ingest": {"max_rejected_ratio": 1.0}})
+    journal = Journal(folder / "journal.sqlite", store.url, params.ingest)
+    for start in range(0, number, 10_000):
+        journal.keep(
+            (item.origin, item.stamp, _make_facts(i)) for i, item in _offer(start, min(number, start + 10_000))
+        )
+    journal.flush()
+    offered = (item for _, item in _offer(0, number))
+    with stage("offers of a source, and what is known of them", number):
+        checked = check_all(offered, store, params.ingest, Known(journal))
+    with stage("merge into the first version: labels, near duplicates, sides", number):
+        merged = merge(store, params, None, checked, now="bench")
+    with stage("write it", number):
+        commit_version(store, merged.version, merged.changed)
+    del merged
+    with stage("the same pull again, merged into that version", number):
+        from visionloop.data.manifest import latest_version
+
+        again = merge(store, params, latest_version(store, "m"), checked, now="bench")
+        assert not again.changed
+
+
+def _offer(start: int, stop: int) -> Iterator[tuple[int, Item]]:
+    for i in range(start, stop):
+        label = f"class{i % 100}"
+        place = f"photos:{label}/{i:08d}.jpg"
+        yield i, Item(place, "photos", (label,), _no_bytes, f"{90_000 + i}-1795000000000000000-{i}")
+
+
+def _no_bytes(max_bytes: int) -> bytes:
+    raise AssertionError("what the journal knows is not read")
+
+
+def _make_facts(number: int) -> Facts:
+    sha256 = make_sha256(number)
+    return Facts(sha256, 640, 480, "JPEG", 90_000 + number, sha256[:16])
+
+
+def measure_ledger(number: int, folder: Path) -> None:
+    """Append entries, then read the champion, and all of it."""
+    store, entry = CountedStore(folder), None
+    for i in range(1, number + 1):
+        facts = {
+            "decision": i,
+            "dataset": {"name": "m", "version": i},
+            "run_id": "0" * 32,
+            "why": "passed",
+            "at": "2026",
+        }
+        bundle = make_sha256(i)
+        entry = append_entry(store, "m", entry, action="promote", bundle=bundle, model_version="1", by="ann", **facts)
+    with stage("the champion", number, store):
+        read_champion(store, "m")
+    with stage("the champion, by a server that knows the one before", number, store):
+        read_champion(store, "m", since=number - 1)
+    with stage("all entries (`history`, gate, `doctor`, `promote`)", number, store):
+        assert len(read_ledger(store, "m").entries) == number
+
+
+def measure_log(number: int, folder: Path) -> None:
+    """Write days of the prediction log; read a day of it, one column of all, and tidy up."""
+    store, rng = CountedStore(folder), np.random.default_rng(0)
+    first = datetime(2026, 1, 1, tzinfo=UTC)
+    numbers = count()
+    num_days = -(-number // LOG_ROWS)
+    for day in range(num_days):
+        for part in range(4):
+            start = first + timedelta(days=day, hours=6 * part)
+            rows = [_make_answer(next(numbers), start + timedelta(seconds=2.8 * i), rng) for i in range(LOG_ROWS // 4)]
+            store.put(PREDICTIONS.make_key("m", start.date(), f"{start:%H%M%S}-bench"), PREDICTIONS.encode(rows))
+    end = first + timedelta(days=num_days)
+    with stage("merge the parts of finished days (`predictions tidy`)", number, store):
+        tidy(store, "m", now=end, keep_days=None)
+    with stage("the same again, nothing to do", number, store):
+        tidy(store, "m", now=end, keep_days=None)
+    columns = ["request_id", "time", "image_sha256", "model_digest", "prediction", "confidence"]
+    for what, length in (("a day", timedelta(days=1)), ("an hour", timedelta(hours=1))):
+        with stage(f"{what} of it, without embeddings (`monitor`)", number, store):
+            read_predictions(store, "m", end - length, end, columns)
+    with stage("the parts that hold an image (`forget`)", number, store):
+        DayReader(PREDICTIONS, store, "m").find_parts(frozenset({make_sha256(7)}))
+    with stage("remove what is older than half of the days", number, store):
+        tidy(store, "m", now=end, keep_days=num_days // 2)
+
+
+def _make_answer(number: int, at: datetime, rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "request_id": f"r{number:020d}",
+        "time": at,
+        "client": "camera",
+        "image_sha256": make_sha256(number),
+        "model_digest": "0" * 64,
+        "classes": ["cat", "dog"],
+        "probs": [0.75, 0.25],
+        "prediction": "cat",
+        "confidence": 0.75,
+        "embedding": rng.random(LOG_FEATURES, np.float32),
+        "total_ms": 12.5,
+    }
+
+
+def measure_neighbours(number: int, folder: Path) -> None:
+    """Search among vectors in clusters: one query, and all of them."""
+    rng = np.random.default_rng(0)
+    near = rng.normal(size=(200, NUM_FEATURES)).astype(np.float32)
+    table = np.empty((number, NUM_FEATURES), np.float32)
+    for start in range(0, number, 50_000):
+        some = table[start : start + 50_000]
+        some[:] = near[rng.integers(0, 200, len(some))] + rng.normal(size=some.shape).astype(np.float32)
+    for queries in (1, 100):
+        with stage(f"{queries} exact (`similar`)", number):
+            find_neighbours(table[:queries], table, 6)
+    with stage("all of all (`suspects`)", number):
+        _, found = find_other_neighbours(table, 10)
+    rows = rng.choice(number, 500, replace=False)
+    exact = find_neighbours(table[rows], table, 11)[1]
+    recall = np.mean([len({*a} & ({*b} - {row})) / 10 for row, a, b in zip(rows, found[rows], exact, strict=True)])
+    print(f"recall of the 10 nearest of 500 of them: {recall:.3f}")
+
+
+PARTS: dict[str, tuple[Callable[[int, Path], None], int]] = {
+    "manifest": (measure_manifest, 1_000_000),
+    "ingest": (measure_ingest, 1_000_000),
+    "ledger": (measure_ledger, 100_000),
+    "log": (measure_log, 10_000_000),
+    "neighbours": (measure_neighbours, 1_000_000),
+}
+
+
+def main() -> None:
+    """Measure what was asked for, each in a process of its own."""
+    parser = argparse.ArgumentParser(prog="benchmarks/scale.py", description=__doc__)
+    parser.add_argument("--only", choices=PARTS, action="append", help="one of the parts; may be given again")
+    parser.add_argument("--rows", type=int, help="how many; default: a million, of the log ten, of the ledger 100,000")
+    parser.add_argument("--here", action="store_true", help="in this process, and no head of the table")
+    chosen = parser.parse_args()
+    if not chosen.here:
+        print(HEADER, flush=True)
+        rows = ["--rows", str(chosen.rows)] if chosen.rows else []
+        for name in chosen.only or PARTS:
+            subprocess.run([sys.executable, __file__, "--here", "--only", name, *rows], check=True)
+        return
+    for name in chosen.only:
+        measure, number = PARTS[name]
+        folder = FOLDER / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        encode_records(make_rows(10))  # loads pyarrow
+        measure(chosen.rows or number, folder)
+        shutil.rmtree(folder)
+        print(f"whole process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:,.0f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
