@@ -320,7 +320,7 @@ def test_a_sheet_shows_all_of_few_images(
         file.write_bytes(make_image(place))
     drawn: list[str] = []
     monkeypatch.setattr(
-        "visionloop.predict.draw_prediction_sheet",
+        "visionloop.data.contact_sheet.draw_prediction_sheet",
         lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
     )
     draw_sheet(Predictor.load(tmp_path / "bundle"), files, most=most)

@@ -126,8 +126,9 @@ def draw_sheet(predictor: "Predictor", files: Sequence[Path], *, most: int = SHE
     from visionloop.errors import ImageError
     from visionloop.ingest.paths.listing import is_video_name
 
-    places = dict.fromkeys(round(i * (len(files) - 1) / max(1, most - 1)) for i in range(min(most, len(files))))
-    chosen = [files[place] for place in places if not is_video_name(files[place].name)]
+    images = [path for path in files if not is_video_name(path.name)]
+    number = min(most, len(images))
+    chosen = [images[round(i * (len(images) - 1) / max(1, number - 1))] for i in range(number)]
     panels = []
     for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
         if not isinstance(answer, ImageError):

@@ -254,6 +254,8 @@ def _tell_counts(
     if sheet and show.counts:
         write_picture(sheet, draw_sheet(predictor, files))
         show.tell(f"some of them in {sheet}{numbers}")
+    if show.counts:
+        show.tell("next: `visionloop explain PHOTO` shows why")
 
 
 def _open_predictor(
