@@ -1,14 +1,19 @@
 """Versions and pins: what the digest covers, what is refused."""
 
+import io
 import json
-from dataclasses import replace
+import tracemalloc
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from counting_store import CountingStore
 from visionloop.data import manifest
 from visionloop.errors import DatasetError
-from visionloop.records import ImageRecord, Rejected
+from visionloop.records import ImageRecord, Rejected, compute_digest
 from visionloop.store import LocalStore
 
 FACTS = {
@@ -108,3 +113,87 @@ def test_quarantine_is_kept(store: LocalStore) -> None:
     version = manifest.make_version("pets", None, [make_record("a")], [], **{**FACTS, "rejected": digest})
     assert manifest.load_quarantine(store, version) == [rows[1], rows[0]]
     assert manifest.write_quarantine(store, "pets", []) is None
+
+
+def make_rows(number: int) -> list[ImageRecord]:
+    """Rows in the order of their sha256; every third one has a group."""
+    rows = [make_record(f"{i:064x}") for i in range(number)]
+    return [replace(row, group="film", ordinal=i) if i % 3 == 0 else row for i, row in enumerate(rows)]
+
+
+def test_the_bytes_of_a_small_part_are_those_that_they_always_were() -> None:
+    """A manifest of before the rows were streamed, made in one piece."""
+    rows = make_rows(100)
+    types = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
+    schema = pa.schema([(name, types[kind]) for name, kind in manifest.COLUMNS.items()])
+    for some in (rows, []):
+        columns = {name: [getattr(row, name) for row in some] for name in manifest.COLUMNS}
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
+        assert manifest.encode_records(some[::-1]) == sink.getvalue()
+        assert manifest.compute_rows_digest(some) == compute_digest([asdict(row) for row in some])
+
+
+def test_many_rows_are_several_parts_and_read_back_in_order(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 40)
+    rows = make_rows(100)
+    first = commit(store, rows)
+    sizes = [len(manifest.decode_records(store.get(f"manifests/{part}.parquet"), "x")) for part in first.parts]
+    assert sizes == [40, 40, 20]
+    changed = [replace(row, labels=("dog",)) for row in rows[35:90]]
+    everything = [*rows[:35], *changed, *rows[90:]]
+    second = manifest.make_version("pets", first, everything, changed, **FACTS)
+    assert manifest.commit_version(store, second, changed)
+    assert (second.parts[:3], len(second.parts)) == (first.parts, 5)
+    assert manifest.load_version_records(store, second) == everything
+    assert manifest.load_version_records(store, first) == rows
+    third = manifest.make_version("pets", second, everything, everything, is_whole=True, **FACTS)
+    assert manifest.commit_version(store, third, everything)
+    assert len(third.parts) == 3
+    assert manifest.load_version_records(store, third) == everything
+
+
+def test_a_missing_part_is_named_before_a_row_is_told(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 40)
+    version = commit(store, make_rows(100))
+    store.delete(f"manifests/{version.parts[1]}.parquet")
+    with pytest.raises(DatasetError, match=f"its part {version.parts[1][:12]} is not in the store"):
+        next(manifest.iterate_version(store, version))
+
+
+def test_a_version_of_very_many_parts_is_read_without_as_many_open_files(tmp_path: Path) -> None:
+    store, rows, version = CountingStore(tmp_path), make_rows(manifest.MOST_OPEN + 2), None
+    for i, row in enumerate(rows):
+        version = manifest.make_version("pets", version, rows[: i + 1], [row], **FACTS)
+        assert manifest.commit_version(store, version, [row])
+    assert version is not None
+    assert manifest.load_version_records(store, version) == rows
+    assert store.most_open < 3
+
+
+def test_four_times_as_many_rows_take_no_more_memory_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("GROUP_ROWS", 256), ("BATCH_ROWS", 256)):
+        monkeypatch.setattr(manifest, name, number)
+
+    def measure(number: int) -> int:
+        store = LocalStore(tmp_path / f"{number}")
+        version = commit(store, make_rows(number))
+        assert sum(1 for _ in manifest.iterate_version(store, version)) == number  # loads what is loaded once
+        tracemalloc.start()
+        rows = sum(1 for _ in manifest.iterate_version(store, version))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == number
+        return peak
+
+    assert measure(4000) < 1.5 * measure(1000)
+
+
+def test_rows_that_are_held_share_what_is_equal(store: LocalStore) -> None:
+    one, *others = manifest.load_version_records(store, commit(store, make_rows(9)))
+    for other in others:
+        assert other.labels is one.labels and other.sources is one.sources
+        assert other.format is one.format and other.side is one.side and other.key is other.sha256
+    assert not hasattr(one, "__dict__")

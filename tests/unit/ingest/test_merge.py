@@ -17,6 +17,7 @@ from visionloop.data.leaks import load_leaks
 from visionloop.data.manifest import commit_version, latest_version, load_version_records, make_image_key
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import ParamsError, SourceError
+from visionloop.ingest import merge as merging
 from visionloop.ingest.check import Checked
 from visionloop.ingest.expect import check_expectations
 from visionloop.ingest.inspect import Inspected, inspect_bytes
@@ -180,6 +181,14 @@ def test_an_unlabelled_image_gains_its_label_and_keeps_its_side(desk: Desk) -> N
     assert after.origins == ("s:1.png", "s:labelled.png")
     assert merged.version.num_added == 0
     assert desk.pull([offer(1, None)]).changed == []
+
+
+def test_a_version_of_very_many_parts_is_followed_by_one_of_few(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "MOST_PARTS", 3)
+    versions = [desk.pull([*fill(), *(offer(seed) for seed in range(number))]).version for number in range(5)]
+    assert [len(one.parts) for one in versions] == [1, 2, 3, 1, 2]
+    assert [len(load_version_records(desk.store, one)) for one in versions] == [4, 5, 6, 7, 8]
+    assert [one.num_added for one in versions] == [4, 1, 1, 1, 1]
 
 
 def test_same_bytes_with_and_without_a_label_are_one_image(desk: Desk) -> None:
