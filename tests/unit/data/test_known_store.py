@@ -236,7 +236,7 @@ def test_every_command_that_needs_the_store_says_so(
     assert capsys.readouterr().out.splitlines() == [
         f"given up: dataset pets version 1 ({pinned}), which data/dataset.json pins",
         f"given up: ledger entry 2 of pets, as it was seen in {used.store.url}",
-        f"`visionloop ingest` makes or finds the dataset in {(tmp_path / 'sotre').as_uri()}",
+        f"next: `visionloop ingest` makes or finds the dataset in {(tmp_path / 'sotre').as_uri()}",
     ]
     assert run_here(monkeypatch, "store", "accept") == 0
     assert "nothing to do: " in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_two_classes_of_three_photos_have_all_three_sides() -> None:
     assert counts == {"cat": {"train": 2, "test": 1}, "dog": {"train": 2, "val": 1}}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=12),
     st.sampled_from([FRACTIONS, (0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (0.9, 0.0, 0.1)]),

@@ -54,7 +54,7 @@ ROWS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=PLACES, rows=st.none() | ROWS, bad=st.sets(st.integers(0, 24)))
 def test_every_file_of_a_random_tree_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory,

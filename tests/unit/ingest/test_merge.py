@@ -310,7 +310,7 @@ POOL = [
 ]
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(range(4, len(POOL))), st.sets(st.integers(4, len(POOL)), max_size=3), st.booleans())
 def test_no_order_batch_rerun_or_later_version_moves_an_image(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], cuts: set[int], rerun: bool

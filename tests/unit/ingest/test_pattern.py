@@ -66,7 +66,7 @@ def test_a_template_becomes_an_expression_without_second_tries() -> None:
     assert found == r"(?>[^/]*?x)(?>(?P<label>[^/]+?)_(?>[0-9]+?y))[^/]*?(?i:\.jpg)"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(["{label}", "/"], "1/1", "/.{}")
 @example(["{label}", "/"], "1/", "/.{}")
 @example(["{label}", "/"], "1", "/.{}")

@@ -41,7 +41,7 @@ def test_a_database_without_a_read_only_session_is_told() -> None:
     assert told == ["source db: oracle has no read-only session; connect as a user that may only SELECT"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet=":\\ab '1", max_size=12))
 def test_a_colon_stays_a_colon(text: str) -> None:
     assert str(sa.text(escape_colons(text)).compile()) == text

@@ -13,7 +13,7 @@ from visionloop.ingest.tables.files import read_rows
 from visionloop.ingest.tables.text_lines import decode_lines, settle_encoding
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("ab\n\r,\u2028\x85猫é", max_size=40), st.integers(1, 9), st.sampled_from([None, "utf-8", "utf-16"]))
 def test_lines_are_those_of_the_text_wherever_blocks_end(text: str, block: int, encoding: str | None) -> None:
     with pytest.MonkeyPatch.context() as patch:

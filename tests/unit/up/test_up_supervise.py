@@ -274,7 +274,7 @@ def test_a_broken_params_file_keeps_nothing_running(
         found = json.loads(capsys.readouterr().out)
         assert (found["is_up"], found["loop"], "servee" in found["problem"]) == (True, None, True)
         assert run_here(monkeypatch, "down") == 0
-        assert capsys.readouterr().out == "stopped\n"
+        assert capsys.readouterr().out == "stopped\nnext: `visionloop up` starts it again\n"
         assert supervisor.wait(10) == -signal.SIGTERM
     finally:
         supervisor.kill()

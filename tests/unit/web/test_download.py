@@ -35,7 +35,7 @@ def test_urls_have_one_form(url: str, expected: str) -> None:
     assert parse_url(expected).url == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(max_size=60),
     st.sampled_from(["http://ok.example", "http://", "https://ok.example:1/", "http://ok.example@"]),
@@ -52,7 +52,7 @@ def test_any_text_is_understood_or_refused(text: str, start: str) -> None:
         assert parse_url(address.url) == address
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text("aZ0/%:@!$&'()*+,;=~-._ \"<>[]^`{|}ü猫", max_size=20), st.text("a/?=& %ü|", max_size=10))
 def test_what_needs_no_quoting_is_as_if_it_was_quoted(path: str, query: str) -> None:
     expected = quote(f"/{path}", safe="/%:@!$&'()*+,;=~-._") + quote(f"?{query}", safe="/%:@!$&'()*+,;=~-._?")
