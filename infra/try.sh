@@ -94,6 +94,7 @@ end() { # all of it goes, but what was downloaded
     $COMPOSE down --volumes --timeout 20
     kill "$(cat "$TRY_DIR/dockerd.pid")"
     while [ -e "$TRY_DIR/dockerd.pid" ]; do sleep 1; done
+    umount "$TRY_DIR/exec/netns/default" 2>/dev/null || true # dockerd leaves it
     rm -rf "$TRY_DIR/data" "$TRY_DIR/exec" "$TRY_DIR/env" "$TRY_DIR/said.json"
 }
 
