@@ -25,7 +25,7 @@ $(STAMP): always
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-loop test test-long check fix lock docs bench clean env-team up-team down-team logs-team always
+.PHONY: help install demo demo-loop test test-long check fix lock docs bench clean env-team up-team down-team logs-team sbom always
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -78,13 +78,17 @@ env-team: ## infra/.env, with new secrets for the team's stack; one that is ther
 
 up-team: ## the team's stack in containers: PostgreSQL, S3, MLflow, Prefect, servers, Prometheus (infra/team.md)
 	@[ -f infra/.env ] || { echo "make: infra/.env is not there; expected the secrets of the stack. Run \`make env-team\`." >&2; exit 2; }
-	@$(COMPOSE) up --detach --build
+	@infra/up.sh $(COMPOSE)
 
 down-team: ## stop it; what it holds stays in its volumes
 	@$(COMPOSE) down
 
 logs-team: ## what its containers say, as they say it
 	@$(COMPOSE) logs --follow --tail 100
+
+sbom: ## what an image holds, as CycloneDX: make sbom IMAGE=visionloop-serve >sbom.json
+	@[ -n "$(IMAGE)" ] || { echo "make: IMAGE is not set; expected an image. Run \`make sbom IMAGE=visionloop-serve\`." >&2; exit 2; }
+	@docker run --rm --interactive --network none "$(IMAGE)" python - <infra/docker/sbom.py
 
 clean: ## remove all that was made here: prepared data, models, reports, store, champion (not .venv, not the pin)
 	@rm -rf .visionloop data/prepared features suspects models reports decisions site $(CACHES)

@@ -15,10 +15,24 @@ need() {
     [ -n "$value" ] || { echo "mlflow: $1 is not set; expected $2. Set it in the environment." >&2; exit 2; }
 }
 
+log_in() { # MLflow would tell it in a hundred lines
+    python -c '
+import os, sys, sqlalchemy
+try:
+    sqlalchemy.create_engine(os.environ[sys.argv[1]]).connect().close()
+except Exception as exc:
+    reason = " ".join(str(getattr(exc, "orig", None) or exc).split())
+    print(f"mlflow: {sys.argv[1]}: {reason}; expected a database that lets us in. Correct it.", file=sys.stderr)
+    sys.exit(2)
+' "$1"
+}
+
 need MLFLOW_BACKEND_STORE_URI "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 need MLFLOW_ARTIFACTS_DESTINATION "s3://BUCKET/PREFIX"
 : "${MLFLOW_SERVER_ALLOWED_HOSTS:=localhost:*,127.0.0.1:*}"
-export MLFLOW_SERVER_ALLOWED_HOSTS
+# Jobs are for judging language models: eight processes of 240 MB that nobody here asks.
+: "${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:=false}"
+export MLFLOW_SERVER_ALLOWED_HOSTS MLFLOW_SERVER_ENABLE_JOB_EXECUTION
 
 # Addresses stay in the environment: an argument with a password could be read in the list of processes.
 set -- mlflow server --host "${MLFLOW_HOST:-0.0.0.0}" --port "${MLFLOW_PORT:-5000}" --workers "${MLFLOW_WORKERS:-2}"
@@ -43,4 +57,5 @@ basic)
     ;;
 *) echo "mlflow: MLFLOW_AUTH is '$MLFLOW_AUTH'; expected off or basic. Correct it." >&2; exit 2 ;;
 esac
+log_in MLFLOW_BACKEND_STORE_URI
 exec "$@"

@@ -110,6 +110,7 @@ def test_readme_names_only_targets_that_exist() -> None:
         "up-team",
         "down-team",
         "logs-team",
+        "sbom",
         "help",
     }
     assert kept == targets

@@ -41,6 +41,17 @@ def test_what_is_missing_is_one_line_and_nothing_starts() -> None:
         assert done.stderr.count("\n") == 1
 
 
+def test_a_database_that_does_not_answer_is_one_line_without_the_password() -> None:
+    done = run_start(
+        MLFLOW_BACKEND_STORE_URI="postgresql+psycopg://ann:geheim@127.0.0.1:1/mlflow",
+        MLFLOW_ARTIFACTS_DESTINATION="s3://x",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("mlflow: MLFLOW_BACKEND_STORE_URI: connection failed: connection to server")
+    assert "geheim" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def server(seaweed_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make_bucket(seaweed_url, "with-mlflow")
