@@ -34,7 +34,7 @@ def deploy(home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def get_deployment(api: str) -> dict[str, Any]:
-    return dict(ask_prefect(api, f"deployments/name/retrain/{NAME}"))
+    return dict(ask_prefect(api, f"deployments/name/retrain/{NAME}") or {})
 
 
 def start_run(api: str) -> str:
