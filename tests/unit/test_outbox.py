@@ -37,6 +37,27 @@ def test_events_are_sent_in_order_and_gone(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/*.json"))
 
 
+def test_an_event_that_comes_just_before_the_end_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has seen that nothing waits; before it looks whether it is to end, an event comes, and the end."""
+    has_looked, is_closing, send_all = threading.Event(), threading.Event(), Outbox._send_all
+
+    def be_late(box: Outbox) -> bool:
+        is_through = send_all(box)
+        has_looked.set()
+        is_closing.wait(LIMIT_S)
+        return is_through
+
+    monkeypatch.setattr(Outbox, "_send_all", be_late)
+    with serve({"/hook": Answer()}) as site:
+        box = open_outbox(tmp_path, site)
+        assert has_looked.wait(LIMIT_S)
+        box.put({"number": 0})
+        close = box._closing.set
+        monkeypatch.setattr(box._closing, "set", lambda: (close(), is_closing.set()))
+        assert box.close(LIMIT_S) == []
+        assert numbers(site) == [0]
+
+
 def test_what_a_webhook_did_not_take_is_sent_by_the_next_run(tmp_path: Path) -> None:
     status = 503
     with serve({"/hook": lambda _: Answer(status=status)}) as site:
@@ -59,7 +80,7 @@ def test_an_event_that_is_refused_holds_no_other_up_and_is_kept(tmp_path: Path) 
         for number in range(3):
             box.put({"number": number})
         (told,) = box.close(LIMIT_S)
-        assert told.startswith("1 events wait for the webhook")
+        assert told.startswith("1 event waits for the webhook")
         assert numbers(site) == [0, 1, 2]
     assert [json.loads(path.read_bytes())["number"] for path in tmp_path.glob("*/*.json")] == [0]
 

@@ -78,7 +78,8 @@ class Outbox:
         num_waiting, told = len(self._list()), []
         if num_waiting:
             why = f" ({self.problem})" if self.problem else ""
-            told.append(f"{num_waiting:,} events wait for the webhook{why}: watch this camera again, and they are sent")
+            events = "1 event waits" if num_waiting == 1 else f"{num_waiting:,} events wait"
+            told.append(f"{events} for the webhook{why}: watch this camera again, and what waits is sent")
         if self.num_not_taken:
             told.append(f"{self.num_not_taken:,} events were not taken for the webhook: {self._most:,} waited already")
         return told
@@ -86,8 +87,9 @@ class Outbox:
     def _run(self) -> None:
         while True:
             self._news.clear()
+            is_closing = self._closing.is_set()  # asked first: what was taken until then is sent
             is_through = self._send_all()
-            if self._closing.is_set():
+            if is_closing:
                 return
             if is_through:
                 self._news.wait()
@@ -114,9 +116,7 @@ class Outbox:
         with contextlib.suppress(OSError, ValueError):
             event = json.loads(path.read_bytes())
             if time.time_ns() - int(path.stem) < KEPT_FOR.total_seconds() * 1e9:
-                return post_alert(
-                    self._webhook, event, self._env, where="params.yaml predict.webhook", sleep=self._closing.wait
-                )
+                return post_alert(self._webhook, event, self._env, where="webhook", sleep=self._closing.wait)
         return None  # older than KEPT_FOR: it helps nobody; or a file that is none of ours
 
     def _list(self) -> list[Path]:
