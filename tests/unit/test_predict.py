@@ -283,6 +283,24 @@ def test_a_stopped_run_goes_on_where_it_was(photos: Path, tmp_path: Path, monkey
     assert read_csv(whole) == read_csv(table.out)
 
 
+def test_a_stopped_run_over_videos_has_kept_all_but_the_last_few(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    for number in range(9):
+        (tmp_path / f"{number}.mp4").write_bytes(b"")
+    predictor, files, lines = Predictor.load(tmp_path / "bundle"), sorted(tmp_path.glob("*.mp4")), list[str]()
+    table, work = plan(tmp_path / "out.csv"), tmp_path / "work"
+
+    def stop(done: int, total: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), predict_in_chunks(predictor, files, table, work, on_progress=stop):
+        pass
+    with predict_in_chunks(predictor, files, table, work, tell=lines.append) as chunks:
+        assert [Path(one.path).name for one in chunks.read()] == [f"{number}.mp4" for number in range(9)]
+    assert lines == ["8 of 9 were answered by a run that stopped"]
+
+
 def test_other_files_or_another_model_begin_anew(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visionloop.predict.chunks.CHUNK_IMAGES", 1)
     make_bundle(tmp_path / "one")
@@ -323,7 +341,7 @@ def test_a_sheet_shows_all_of_few_images(
         "visionloop.data.contact_sheet.draw_prediction_sheet",
         lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
     )
-    draw_sheet(Predictor.load(tmp_path / "bundle"), files, most=most)
+    draw_sheet(Predictor.load(tmp_path / "bundle"), [*files, tmp_path / "film.mp4"], most=most)
     assert len(set(drawn[:-1])) == len(drawn) - 1 == shown, "none twice"
     assert (drawn[0], drawn[-2]) == ("0.png", f"{number - 1}.png"), "from the first to the last"
     assert drawn[-1].startswith(f"{shown} of {number} images, bundle ")

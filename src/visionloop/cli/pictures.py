@@ -133,7 +133,7 @@ def draw_sheet(predictor: "Predictor", files: Sequence[Path], *, most: int = SHE
     for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
         if not isinstance(answer, ImageError):
             panels.append(_make_panel(predictor, path, answer))
-    return draw_prediction_sheet(panels, f"{len(panels)} of {len(files):,} images, bundle {predictor.digest[:12]}")
+    return draw_prediction_sheet(panels, f"{len(panels)} of {len(images):,} images, bundle {predictor.digest[:12]}")
 
 
 def _make_panel(predictor: "Predictor", path: Path, answer: "Prediction") -> "Panel":
@@ -156,6 +156,15 @@ def _make_panel(predictor: "Predictor", path: Path, answer: "Prediction") -> "Pa
         truth=frozenset({shown.get(known, "")}),
         note=escape_name(path.name),
     )
+
+
+def require_image(files: Sequence[Path], asked: Mapping[str, object]) -> None:
+    """Raise SettingsError if pictures of the answers are asked for, by an option's name, and all files are videos."""
+    from visionloop.errors import SettingsError
+    from visionloop.ingest.paths.listing import is_video_name
+
+    if all(is_video_name(path.name) for path in files) and (name := next((one for one in asked if asked[one]), None)):
+        raise SettingsError(name, "is for images, and there are only videos", "an image", "Leave it out.")
 
 
 def require_png(path: Path | None, option: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from visionloop.ingest.paths.listing import is_video_name
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.cluster import SENT_IMAGES, Cluster
 from visionloop.predict.files import FilePrediction, Sampling, predict_files
@@ -17,6 +18,7 @@ from visionloop.records import Prediction, canonical_json, compute_digest
 from visionloop.workfolder import lock_work, write_file
 
 CHUNK_IMAGES = 512
+VIDEO_IMAGES = 64  # a video counts as so many: it takes as long
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def predict_in_chunks(
     size = SENT_IMAGES if cluster else CHUNK_IMAGES
     with lock_work(place, _compute_key(predictor, files, [vars(sampling), size])) as work:
         chunks = Chunks(work)
-        parts = {start: files[start : start + size] for start in range(0, len(files), size)}
+        parts = _divide(files, size)
         waiting = {start: part for start, part in parts.items() if not chunks.has(start)}
         if found := len(files) - sum(map(len, waiting.values())):
             tell(f"{found:,} of {len(files):,} were answered by a run that stopped")
@@ -61,6 +63,19 @@ def predict_in_chunks(
             chunks.keep(start, predict_files(predictor, part, sampling=sampling, on_progress=report))
         yield chunks
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _divide(files: Sequence[Path], size: int) -> dict[int, list[Path]]:
+    """Return the files in parts, by the number of the first one in each."""
+    parts: dict[int, list[Path]] = {}
+    start, weight = 0, size
+    for number, path in enumerate(files):
+        if weight >= size:
+            start, weight = number, 0
+            parts[start] = []
+        parts[start].append(path)
+        weight += VIDEO_IMAGES if is_video_name(path.name) else 1
+    return parts
 
 
 def _answer_there(

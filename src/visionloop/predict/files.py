@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import is_video_name, list_files, list_images
@@ -181,12 +182,15 @@ def predict_video(predictor: Predictor, path: Path, sampling: Sampling, player: 
             elif isinstance(found, End):
                 ends.append(found)
 
-    answers = [one for one in predictor.predict_each(read()) if isinstance(one, Prediction)]
+    rows, doubts = list[NDArray[np.float64]](), list[str | None]()  # an answer itself is ten times as large
+    for one in predictor.predict_each(read()):
+        if isinstance(one, Prediction):
+            rows.append(np.array(list(one.probabilities.values())))
+            doubts.append(one.abstained)
     end = ends[0]
-    if not answers or len(answers) < len(times_s):  # the decoder's own JPEG files can be read
+    if not rows or len(rows) < len(times_s):  # the decoder's own JPEG files can be read
         return FilePrediction(name, None, f"its video {end.text or 'has no frame'}")
-    probs_tk = np.array([list(one.probabilities.values()) for one in answers])
-    doubts = [one.abstained for one in answers]
+    probs_tk = np.array(rows)
     found = make_timeline(times_s, probs_tk, doubts, predictor.card, **vars(sampling))
     seconds_t = np.diff([*times_s, times_s[-1] + sampling.every_s])
     means = map(float, np.average(probs_tk, axis=0, weights=seconds_t))
