@@ -53,19 +53,24 @@ def watch_camera(
         SourceError: the address is wrong, or gives no frame. DiskError: `out` cannot be written.
     """
     from visionloop.predict.files import predict_video
-    from visionloop.predict.lines import open_lines
+    from visionloop.predict.lines import open_lines, write_line
     from visionloop.predict.live import Watch
     from visionloop.predict.outbox import Outbox
+    from visionloop.predict.tables import make_line
     from visionloop.video.player import Player
 
     with contextlib.ExitStack() as stack:
-        show = Shower(telling, stack.enter_context(open_lines(telling.out)) if telling.out else None)
+        file = stack.enter_context(open_lines(telling.out)) if telling.out else None
+        show = Shower(telling, file)
         watch = Watch(plan, predictor)
         stream = watch.connect()
         if stream.file:
             folder, player = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(Player())
             found = predict_video(predictor, stream.file.download(Path(folder) / "video"), plan.sampling, player)
-            return replace(found, path=plan.shown)
+            found = replace(found, path=plan.shown)
+            if file:
+                write_line(file, make_line(found, predictor.digest))
+            return found
         box = Outbox.open(workspace.settings.hidden_dir, plan.shown, webhook, os.environ) if webhook else None
         show.send = partial(box.tell, workspace.name) if box else None
         try:

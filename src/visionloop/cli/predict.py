@@ -18,6 +18,7 @@ from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
+    from visionloop.params.monitor import Webhook
     from visionloop.predict.files import FilePrediction, Sampling
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
@@ -124,7 +125,7 @@ class FileWishes:
 
 def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, wishes: FileWishes) -> None:
     """Answer for files; show the answers, or the first of them and a table."""
-    from visionloop.cli.pictures import AnswerPictures, require_png
+    from visionloop.cli.pictures import AnswerPictures, require_image, require_png
     from visionloop.predict.chunks import predict_in_chunks
     from visionloop.predict.cluster import Cluster
     from visionloop.predict.files import find_images, predict_files
@@ -134,6 +135,7 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     table = Table.plan(out, wishes.format)
     require_png(wishes.sheet, "--sheet")
     files = find_images(paths)
+    require_image(files, {"--sheet": wishes.sheet, "--pictures": wishes.pictures})
     tell: Callable[[str], None] = (lambda line: None) if as_json else print
     saved = AnswerPictures(wishes.pictures, files) if wishes.pictures else None
     predictor = _open_predictor(workspace, asked.bundle, len(files), tell)
@@ -210,26 +212,38 @@ def find_stream(paths: Sequence[str], wishes: StreamWishes, of_files: Mapping[st
 
 def _watch(workspace: "Workspace", path: str, asked: Asked, wishes: StreamWishes) -> None:
     """Watch a stream; an address of a video file is answered as one."""
-    from visionloop.errors import SourceError
-    from visionloop.params.monitor import Webhook
     from visionloop.predict.live import WatchPlan
 
-    telling = asked.telling
-    if wishes.webhook is not None and not wishes.webhook.startswith(("http://", "https://", "${")):
-        raise SourceError("--webhook", f"got {wishes.webhook[:20]!r}", "a URL, http:// or https://")
+    telling, webhook = asked.telling, choose_webhook(wishes.webhook, workspace.params.predict.webhook)
     tell: Callable[[str], None] = (lambda line: None) if telling.as_json or telling.quiet else print
     predictor = _open_predictor(workspace, asked.bundle, MANY, tell)
     env = allow_typed_host(path, os.environ)
     plan = WatchPlan(path, env, asked.sampling, wishes.seconds, wishes.frames, wishes.each_frame)
-    section = workspace.params.predict.webhook
-    if wishes.webhook:
-        section = Webhook(url=wishes.webhook, headers=section.headers if section else {})
-    if video := watch_camera(workspace, predictor, plan, telling, section):
+    if video := watch_camera(workspace, predictor, plan, telling, webhook):
         show = Shown(measure_width(video.path), asked.top or 3, 1, tell)
         show.read([video], keep=telling.as_json)
         if telling.as_json:
             print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": 1, "answers": show.kept})
         _require_answer(show, [plan.shown], 1)
+
+
+def choose_webhook(typed: str | None, section: "Webhook | None") -> "Webhook | None":
+    """Return where events go. The headers of params.yaml, which may be secret, go to its own address alone.
+
+    Raises:
+        SourceError: what was typed is no address.
+    """
+    from pydantic import ValidationError
+
+    from visionloop.errors import SourceError
+    from visionloop.params.monitor import Webhook
+
+    if typed is None or (section and section.url == typed):
+        return section
+    try:
+        return Webhook(url=typed)
+    except ValidationError:
+        raise SourceError("--webhook", f"got {typed[:20]!r}", "a URL, http:// or https://") from None
 
 
 def _require_answer(show: "Shown", paths: Sequence[str], number: int) -> None:

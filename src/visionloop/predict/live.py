@@ -129,7 +129,8 @@ class Watch:
                 lost_at = time.monotonic()
                 self.num_lost, self.last = self.num_lost + 1, None
                 yield self._make_line("lost", why=reason)
-            wait_s = self.plan.wait_s if time.monotonic() - began > STEADY_S else wait_s
+            is_steady = self.num_answered > before and time.monotonic() - began > STEADY_S
+            wait_s = self.plan.wait_s if is_steady else wait_s
             yield from self._pause(wait_s)
             wait_s, stream = min(2 * wait_s, MAX_WAIT_S), None
 

@@ -91,11 +91,15 @@ def check_ids(files: Sequence[Path]) -> None:
             )
 
 
+def make_line(a: FilePrediction, bundle: str) -> dict[str, Any]:
+    """Return an answer as it stands in .jsonl."""
+    answer = a.prediction.to_json() if a.prediction else {}
+    return {"path": a.path, **answer, **(a.video or {}), "error": a.error, "bundle": bundle}
+
+
 def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     for a in answers:
-        answer = a.prediction.to_json() if a.prediction else {}
-        row = {"path": a.path, **answer, **(a.video or {}), "error": a.error, "bundle": predictor.digest}
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(make_line(a, predictor.digest), ensure_ascii=False).encode() + b"\n")
 
 
 def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
