@@ -13,7 +13,8 @@ from prefect.states import Cancelled, Completed, State
 import steps
 import told
 from visionloop.engines import make_opener
-from visionloop.errors import BusyError, ParamsError, SourceError
+from visionloop.errors import BusyError, ParamsError, SourceError, VisionLoopError
+from visionloop.ingest.paths.listing import is_video_name
 from visionloop.parallel import map_parallel
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.cluster import Cluster
@@ -24,6 +25,7 @@ from visionloop.predict.outbox import Outbox
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 from visionloop.promotion.models import load_approved_model
+from visionloop.video.player import check_installed
 from visionloop.words import make_log_progress
 from visionloop.workspace import Workspace, open_workspace
 
@@ -50,7 +52,7 @@ def answer_new(workspace: Workspace) -> list[str]:
 
     Raises:
         ParamsError: no path and no stream is named. PromotionError: there is no champion.
-        StreamEnded: no stream gives a frame. As `predict_in_chunks`.
+        VisionLoopError: no stream was watched. As `predict_in_chunks`.
     """
     section = workspace.params.predict
     if not section.paths and not section.streams:
@@ -73,8 +75,17 @@ def answer_new(workspace: Workspace) -> list[str]:
 
 
 def _find_new(workspace: Workspace, folder: Path) -> tuple[list[Path], Path]:
+    """Return what is new, and the next table. Videos stay new where nothing reads them: a row would be their answer."""
     home, paths = workspace.settings.home, workspace.params.predict.paths
-    return find_new([str(home / Path(one).expanduser()) for one in paths], folder)
+    files, table = find_new([str(home / Path(one).expanduser()) for one in paths], folder)
+    videos = [one for one in files if is_video_name(one.name)]
+    try:
+        check_installed("predict.paths") if videos else None
+    except SourceError as exc:
+        waiting = "1 video waits" if len(videos) == 1 else f"{len(videos):,} videos wait"
+        steps.say(f"{waiting}: {exc.found}. {exc.todo}")
+        return [one for one in files if one not in {*videos}], table
+    return files, table
 
 
 def _answer_files(
@@ -103,15 +114,15 @@ def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list
     """Watch all streams at once for `predict.seconds`, append their lines to a file, and return what each came to.
 
     Raises:
-        SourceError: no stream gives a frame; the first one's reason.
+        VisionLoopError: no stream was watched; the first one's reason.
     """
     streams, lock = workspace.params.predict.streams, Lock()
     with open_lines(out) as file:
 
-        def watch(stream: str) -> str | SourceError:
+        def watch(stream: str) -> str | VisionLoopError:
             try:
                 return watch_stream(workspace, predictor, stream, lambda line: write(file, line))
-            except SourceError as exc:
+            except VisionLoopError as exc:  # the others go on
                 return exc
 
         def write(file: IO[str], line: Line) -> None:
@@ -119,14 +130,14 @@ def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list
                 write_line(file, line)
 
         ends = list(map_parallel(watch, streams, workers=len(streams)))
-    failed = [end for end in ends if isinstance(end, SourceError)]
+    failed = [end for end in ends if isinstance(end, VisionLoopError)]
     if len(failed) == len(ends):
         raise failed[0]
     return [str(end) for end in ends]
 
 
 def watch_stream(workspace: Workspace, predictor: Predictor, stream: str, take: Callable[[Line], None]) -> str:
-    """Watch one stream; return what it came to. Raises SourceError."""
+    """Watch one stream; return what it came to. Raises SourceError, BusyError, DiskError."""
     section = workspace.params.predict
     plan = WatchPlan(stream, os.environ, Sampling(section.every_s, section.smooth_s), section.seconds)
     watch = Watch(plan, predictor)

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from shapes import ROOT
 from videos import write_video
 from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
+from visionloop.params.monitor import Webhook
 from visionloop.predict.files import find_new
 from visionloop.predict.live import WatchPlan
+from visionloop.predict.outbox import Outbox
 from visionloop.workspace import Workspace, connect
 from watched import make_watched
 
@@ -175,6 +178,21 @@ def test_a_file_that_is_gone_again_is_not_new(tmp_path: Path, monkeypatch: pytes
     assert find_new([str(tmp_path)], tmp_path / "none")[0] == []
 
 
+def test_videos_wait_where_nothing_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(make_watched(tmp_path).place, monkeypatch)
+    told.set("inbox")
+    inbox, out = (told.place.settings.home / name for name in ("inbox", "predictions"))
+    write_video(inbox / "a.mp4")
+    (inbox / "b.png").write_bytes(make_image(1))
+    with monkeypatch.context() as away:
+        away.setattr("importlib.util.find_spec", lambda name: None if name == "av" else find_spec(name))
+        assert told.run()[0] == "Answered"
+    assert read(out / "000001.parquet") == [("b.png", True)]
+    assert any(line.startswith("1 video waits: av is not installed. Run `") for line in told.lines)
+    assert told.run()[0] == "Answered"
+    assert read(out / "000002.parquet") == [("a.mp4", True)]
+
+
 def test_videos_are_new_files_too_and_cameras_are_watched_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +212,14 @@ def test_videos_are_new_files_too_and_cameras_are_watched_for_a_while(
         (change, *_) = [one for one in lines if one["kind"] == "change"]
         assert change["source"] == f"{site.url}{PATH}"
         assert any(f"{away}: the connection failed" in line for line in told.lines)
+        hook = Webhook(url="http://127.0.0.1:1/hook", tries=1)
+        (inbox / "b.png").write_bytes(make_image(1))
+        told.set("inbox", streams=(f"{site.url}{PATH}", away), seconds=120.0, every_s=0.05, webhook=hook)
+        hidden_dir = told.place.settings.hidden_dir
+        by_hand = Outbox.open(hidden_dir, away, hook, {})
+        assert told.run()[0] == "Answered"
+        by_hand.close()
+        assert any(f"{away}: another process watches it" in line for line in told.lines)
         told.set(streams=(away,), seconds=1.0)
         with pytest.raises(SourceError, match="the connection failed"):
             told.run()
