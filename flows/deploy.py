@@ -43,6 +43,7 @@ from monitor import DRIFT, QUALITY, monitor
 from predict import predict
 from retrain import retrain
 from review import review
+from shell import check_server
 from told import TAG, close_left, make_host_tag, make_resource
 from visionloop.errors import SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children
@@ -55,17 +56,6 @@ FLOWS_DIR = Path(__file__).resolve().parent
 PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 
 
-def check_server(api_url: str | None) -> None:
-    """Raise SettingsError unless a Prefect server answers: without one nothing keeps the time."""
-    todo = "`visionloop up` does this with its own server. Or set PREFECT_API_URL to that of `prefect server start`."
-    if not api_url:
-        raise SettingsError("PREFECT_API_URL", "is not set", "the address of a Prefect server", todo)
-    try:
-        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise SettingsError("PREFECT_API_URL", f"{api_url} does not answer ({exc})", "a Prefect server", todo) from exc
-
-
 def deploy(home: Path, options: argparse.Namespace) -> None:
     """Register the deployments of a workspace, or serve them until stopped. Raises SettingsError, ParamsError."""
     params = load_params(home / PARAMS_FILE)
@@ -76,7 +66,10 @@ def deploy(home: Path, options: argparse.Namespace) -> None:
         raise SettingsError(
             "params.yaml triggers", "sets none", "one for schedule.triggers to ask", "See docs/loop.md."
         )
-    check_server(os.environ.get("PREFECT_API_URL"))
+    check_server(
+        os.environ.get("PREFECT_API_URL"),
+        "`visionloop up` does this with its own server. Or set PREFECT_API_URL to that of `prefect server start`.",
+    )
     deployments = make_deployments(home, params)
     told = ", ".join(f"{one.flow_name}/{one.name}" for one in deployments)
     try:

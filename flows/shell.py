@@ -13,13 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpx
 from prefect import Flow, get_client
 from prefect.flow_engine import run_flow
 from prefect.logging.configuration import setup_logging
 from prefect.states import State
 
 import told
-from visionloop.errors import BusyError, VisionLoopError
+from visionloop.errors import BusyError, SettingsError, VisionLoopError
 from visionloop.lifetime import stop_children, stop_with_us
 from visionloop.secrets import mask
 from visionloop.store.lease import wait_for_lease
@@ -61,10 +62,23 @@ def run(flow: Flow[..., State[Any]]) -> int:
 
 def _run_marked(flow: Flow[..., State[Any]], home: Path) -> Any:
     """Run a flow, whose run bears the mark of this process from the first: what is killed at once can be closed."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        check_server(url, "Start it, or unset PREFECT_API_URL: then one is started for this run.")
     with get_client(sync_client=True) as client:  # starts Prefect's own server where it is to
         _end_own_server_with_us()
         made = client.create_flow_run(flow, parameters={"workspace": str(home)}, tags=told.make_tags(home))
     return run_flow(flow, made, return_type="state")
+
+
+def check_server(api_url: str | None, todo: str) -> None:
+    """Raise SettingsError unless a Prefect server answers."""
+    if not api_url:
+        raise SettingsError("PREFECT_API_URL", "is not set", "the address of a Prefect server", todo)
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        found = mask(f"{api_url} does not answer ({exc})")
+        raise SettingsError("PREFECT_API_URL", found, "a Prefect server", todo) from exc
 
 
 def _describe_prefect() -> str:

@@ -131,6 +131,22 @@ def test_a_run_that_is_skipped_or_cancelled_ends_the_shell_with_one_line(
     assert (shell.run(None), capsys.readouterr().err) == (2, said)
 
 
+def test_a_prefect_that_does_not_answer_is_one_line_without_its_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "flows"))
+    shell = importlib.import_module("shell")
+    monkeypatch.setenv("VISIONLOOP_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "http://ann:s3cret@127.0.0.1:9/api")
+    monkeypatch.setattr(shell.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(shell, "_open_log", lambda folder: tmp_path / "retrain.log")
+    assert shell.run(None) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: PREFECT_API_URL: http://***@127.0.0.1:9/api does not answer (")
+    assert said.err.endswith("Start it, or unset PREFECT_API_URL: then one is started for this run.\n")
+    assert "s3cret" not in said.out + said.err
+
+
 def test_the_candidate_stands_beside_the_champion_and_a_picture_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
