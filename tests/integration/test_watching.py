@@ -19,7 +19,7 @@ from http_server import Answer, serve
 from mjpeg_camera import PATH, Camera, Plan, film
 from shapes import ROOT
 from videos import RED, WHITE, Film, write_video
-from visionloop.cli.cameras import allow_typed_host
+from visionloop.cli.cameras import Shower, Telling, allow_typed_host
 from visionloop.cli.predict import choose_webhook
 from visionloop.errors import SourceError
 from visionloop.params.monitor import Webhook
@@ -274,6 +274,14 @@ def test_a_film_on_a_server_is_answered_also_in_the_file(
     before, line = map(json.loads, Path("lines.jsonl").read_text().splitlines())
     bundle = line.pop("bundle")
     assert (before, line, len(bundle), line["path"]) == ({}, shown, 64, address)
+
+
+def test_a_webhook_that_is_away_is_told_while_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    show = Shower(Telling(as_json=True), None)
+    for problem in ("", "answers 404", "answers 404", "", "answers 404", "answers 503"):
+        show.warn(problem)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "note: answers 404\nnote: answers 404\nnote: answers 503\n")
 
 
 def test_headers_of_a_webhook_go_to_its_own_address_alone() -> None:

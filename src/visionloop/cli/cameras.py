@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from visionloop.params.monitor import Webhook
@@ -77,6 +77,7 @@ def watch_camera(
             with stop_on_signals(watch):
                 for line in watch.run(stream):
                     show.take(line, watch)
+                    show.warn(box.problem if box else "")
         finally:
             lines = watch.end()  # whatever has happened, the camera is let go
         for line in lines:
@@ -111,7 +112,7 @@ class Shower:
         self.send: Callable[[Line], None] | None = None
         self._is_live = sys.stdout.isatty() and not telling.quiet and not telling.as_json
         self._has_begun = telling.quiet or telling.as_json
-        self._shown_at, self._is_drawn = 0.0, False
+        self._shown_at, self._is_drawn, self._problem = 0.0, False, ""
 
     def take(self, line: "Line | None", watch: "Watch") -> None:
         """Tell a line; None: show how it goes. Raises DiskError."""
@@ -129,11 +130,17 @@ class Shower:
         if self.send:
             self.send(line)
 
-    def _print(self, line: str) -> None:
+    def warn(self, problem: str) -> None:
+        """Tell a problem of the webhook, on stderr; again only after it has passed. "": there is none."""
+        if problem and problem != self._problem:
+            self._print(f"note: {problem}", sys.stderr)
+        self._problem = problem
+
+    def _print(self, line: str, to: TextIO | None = None) -> None:
         if self._is_drawn:
-            print(f"\r{'':<{WIDTH}}\r", end="")
+            print(f"\r{'':<{WIDTH}}\r", end="", flush=True)
         self._is_drawn = False
-        print(line, flush=True)
+        print(line, file=to, flush=True)
 
     def _draw(self, watch: "Watch") -> None:
         now = time.monotonic()
