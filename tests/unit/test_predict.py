@@ -82,11 +82,7 @@ def plan(out: Path, form: str | None = None) -> Table:
 
 
 def test_the_form_of_a_table_goes_by_its_name() -> None:
-    assert [plan(Path(f"a{end}")).form for end in (".CSV", ".jsonl", ".parquet")] == [
-        "csv",
-        "jsonl",
-        "parquet",
-    ]
+    assert [plan(Path(f"a{end}")).form for end in (".CSV", ".jsonl", ".parquet")] == ["csv", "jsonl", "parquet"]
     assert plan(Path("a.csv"), "kaggle").form == "kaggle"
     assert Table.plan(None, None) is None
     with pytest.raises(SourceError, match=r"--format: needs a file to write; expected --out FILE\.csv"):
@@ -110,10 +106,7 @@ def test_answers_equal_the_predictor_and_a_broken_file_has_its_reason(
     good, broken, jpg = predict_files(predictor, find_images([str(photos)]))
     assert good.prediction == predictor.predict([make_image(1)])[0]
     assert jpg.prediction == predictor.predict([make_image(2, kind="JPEG")])[0]
-    assert (broken.prediction, broken.error) == (
-        None,
-        f"is text, not an image; expected {name_readable()}",
-    )
+    assert (broken.prediction, broken.error) == (None, f"is text, not an image; expected {name_readable()}")
 
 
 def test_written_answers(photos: Path, tmp_path: Path) -> None:
