@@ -71,9 +71,6 @@ def test_every_command_says_what_is_next_and_its_json_can_be_read(
     commands, seen = list_commands(monkeypatch), set[str]()
     capsys.readouterr()
     for typed in split(SESSION):
-        import time
-
-        print(typed, round(time.time(), 1), file=__import__("sys").__stderr__, flush=True)
         words, _, code = typed.partition(" =")
         path = max((one for one in commands if f"{words} ".startswith(f"{one} ")), key=len)
         seen.add(path)
