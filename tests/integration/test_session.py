@@ -15,9 +15,9 @@ from worlds import GOOD, POOR, make_world, write_bundle
 
 # These do one thing and tell of it in a sentence or two: no table, no verdict. `metrics` speaks as Prometheus reads.
 ACTS = """
-metrics / new / prepare / embed / train / map / explain / register / serve / export / retrain / schedule / up / down / ui
+new / prepare / embed / train / map / explain / register / serve / export / retrain / schedule / up / down / ui
 keys new / keys revoke / predictions export / predictions tidy / datasets export / store accept
-shadow start / shadow stop
+shadow start / shadow stop / metrics
 """
 # What a person types in a workspace with a candidate and a champion, one after the other, with the exit code.
 SESSION = """
