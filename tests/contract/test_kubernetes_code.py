@@ -87,7 +87,7 @@ def test_images_are_those_of_the_overlay_and_of_the_lock(prod: list[Thing], kser
 
 
 def test_the_workers_image_has_what_jobs_and_ray_ask_for() -> None:
-    stage = DOCKERFILE[DOCKERFILE.index("AS worker-packages") :]
+    stage = DOCKERFILE[DOCKERFILE.index("AS worker\n") : DOCKERFILE.index("AS serve\n")]
     assert {"flows", "train", "ray"} <= set(re.findall(r"--extra (\w+)", stage))
     (folder,) = re.findall(r'^IMAGE_FLOWS_DIR = "(.*)"$', (ROOT / "flows" / "environment.py").read_text(), flags=re.M)
     assert f"COPY flows {folder}\n" in stage
