@@ -87,7 +87,7 @@ def test_images_are_those_of_the_overlay_and_of_the_lock(prod: list[Thing], kser
 
 
 def test_the_workers_image_has_what_jobs_and_ray_ask_for() -> None:
-    stage = DOCKERFILE[DOCKERFILE.index("AS worker-packages") :]
+    stage = DOCKERFILE[DOCKERFILE.index("AS worker\n") : DOCKERFILE.index("AS serve\n")]
     assert {"flows", "train", "ray"} <= set(re.findall(r"--extra (\w+)", stage))
     (folder,) = re.findall(r'^IMAGE_FLOWS_DIR = "(.*)"$', (ROOT / "flows" / "environment.py").read_text(), flags=re.M)
     assert f"COPY flows {folder}\n" in stage
@@ -253,19 +253,22 @@ def test_the_workspace_is_made_once_and_gets_the_params_each_time(prod: list[Thi
         (tmp_path / name).mkdir()
     fake = tmp_path / "bin" / "visionloop"
     fake.write_text(
-        f'#!/bin/sh\necho "$@" >>{tmp_path}/called\n[ "$1" = store ] || {{ mkdir "$2" && touch "$2/dvc.yaml"; }}\n'
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/called\n[ "$1" = store ] && exit\nmkdir "$2" && touch "$2/dvc.yaml"\n'
+        f"[ -e {tmp_path}/bin/whole ]  # or it is killed in the middle\n"
     )
     fake.chmod(0o755)
-    for text in ("name: a\n", "name: b\n"):
+    for text, code in (("name: a\n", 1), ("name: a\n", 0), ("name: b\n", 0)):
         (tmp_path / "params" / "params.yaml").write_text(text)
         there = script.replace("/team", f"{tmp_path}/team").replace("/params/", f"{tmp_path}/params/")
-        subprocess.run([shell, options, there], check=True, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
-        assert (tmp_path / "team" / "workspace" / "params.yaml").read_text() == text
+        done = subprocess.run([shell, options, there], check=False, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+        assert done.returncode == code
+        assert code or (tmp_path / "team" / "workspace" / "params.yaml").read_text() == text
+        (tmp_path / "bin" / "whole").touch()
     assert (tmp_path / "called").read_text().splitlines() == [
-        "new workspace --example digits",
-        "store init",
-        "store init",
+        *["new workspace.new --example digits"] * 2,
+        *["store init"] * 2,
     ]
+    assert [path.name for path in (tmp_path / "team").iterdir()] == ["workspace"]
     assert worker.variables["VISIONLOOP_HOME"] == "/team/workspace"
 
 

@@ -249,3 +249,15 @@ def test_of_a_large_object_only_what_is_asked_for_is_sent(store: ObjectStore) ->
         file.seek(5000)
         assert file.read(100) == data[5000:5100]
     assert sizes == [256 * 1024, 100]
+
+
+def test_an_object_that_cannot_be_opened_is_asked_for_once(store: ObjectStore) -> None:
+    """Not as a whole after its end: where a store is away that would wait as long again."""
+    if not isinstance(store, S3Store):
+        pytest.skip("a folder has no requests")
+    elsewhere = S3Store("s3://no-such-bucket/x")
+    asked: list[str] = []
+    elsewhere.connection.watch("before-call.s3", lambda model, **told: asked.append(model.name))
+    with pytest.raises(StoreError, match="there is no bucket no-such-bucket"):
+        elsewhere.open("a/b")
+    assert asked == ["GetObject"]

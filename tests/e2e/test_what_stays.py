@@ -153,7 +153,8 @@ def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has
     assert (done.returncode, "`visionloop doctor --fix` puts it back" in done.stderr) == (2, True), done.stderr
     done = visionloop(home, "doctor", "--fix")
     assert done.returncode == 0, done.stdout
-    assert f"fix   restored golden/answers.json of bundle {champion[:12]} in file://" in done.stdout
+    fix = next(line for line in done.stdout.splitlines() if not line.startswith("mending: "))  # on a slow machine
+    assert fix.startswith(f"fix   restored golden/answers.json of bundle {champion[:12]} in file://")
     assert start()[0] == 0
     assert visionloop(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
     assert list_ledger(home) == before

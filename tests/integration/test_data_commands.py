@@ -248,6 +248,8 @@ def test_a_forgotten_image_is_not_taken_in_again(home: Path, store: LocalStore, 
     assert shown.endswith("nothing was changed\nnext: the same without --dry-run\n")
     assert len(list_versions(store, "pets")) == 1
     assert "there is no terminal to ask on; expected --yes" in shell.fail("forget", row.sha256[:10])
+    assert "forget --json: asks nothing; expected --yes with it" in shell.fail("forget", row.sha256[:10], "--json")
+    assert shell("forget", "--dry-run").splitlines()[-1] == "next: `visionloop forget SHA256 --dry-run`"
     shown = shell("forget", row.sha256[:10], "--yes", "--why", "asked")
     assert "dataset pets version 2 holds 15 images, which is pinned now\nleft:\n" in shown
     assert "*    2  " in shell("datasets")

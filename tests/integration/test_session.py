@@ -13,11 +13,11 @@ from visionloop.cli.app import app
 from visionloop.promotion.ledger import append_entry
 from worlds import GOOD, POOR, make_world, write_bundle
 
-# These do one thing and tell of it in a sentence or two: no table, no verdict.
+# These do one thing and tell of it in a sentence or two: no table, no verdict. `metrics` speaks as Prometheus reads.
 ACTS = """
 new / prepare / embed / train / map / explain / register / serve / export / retrain / schedule / up / down / ui
 keys new / keys revoke / predictions export / predictions tidy / datasets export / store accept
-shadow start / shadow stop
+shadow start / shadow stop / metrics
 """
 # What a person types in a workspace with a candidate and a champion, one after the other, with the exit code.
 SESSION = """
@@ -31,12 +31,12 @@ datasets / datasets show / ingest photos --dry-run / ingest photos / ingest phot
 datasets export 2 exported / datasets drop 2 / datasets drop 3 --json / forget --origin photos:a/* --dry-run
 forget / prepare / export kept/poor handed / new other --example digits / serve --check kept/poor
 """
-# With MLflow, torch or a stack; and what a person sees alone: the key itself, what does not end, another's script.
+# With MLflow, torch or a stack; then what says nothing after: a key, what does not end, another's script.
 ELSEWHERE = """
 start / tune / lr-find / runs / train / evaluate / register / promote / rollback / predict / lineage / monitor
 doctor / store accept
 """
-NO_NEXT = "keys new / serve / ui / up / retrain / schedule"
+NO_NEXT = "metrics / keys new / serve / ui / up / retrain / schedule"
 ONCE = ("approve", "suspects --out", "ingest photos", "datasets drop", "serve")
 
 
@@ -71,9 +71,6 @@ def test_every_command_says_what_is_next_and_its_json_can_be_read(
     commands, seen = list_commands(monkeypatch), set[str]()
     capsys.readouterr()
     for typed in split(SESSION):
-        import time
-
-        print(typed, round(time.time(), 1), file=__import__("sys").__stderr__, flush=True)
         words, _, code = typed.partition(" =")
         path = max((one for one in commands if f"{words} ".startswith(f"{one} ")), key=len)
         seen.add(path)

@@ -85,7 +85,7 @@ def _find_prefect(folder: Path | None, env: Mapping[str, str]) -> str:
     if env.get("PREFECT_API_URL"):
         return ""
     try:
-        state = Board(load_settings(env, folder).hidden_dir).read_live()
+        state = Board(load_settings(env, folder and folder.expanduser()).hidden_dir).read_live()
     except VisionLoopError:  # the script tells it
         return ""
     return state.get_url("prefect") if state else ""

@@ -8,6 +8,7 @@ import typer
 
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.waiting import show_waiting
+from visionloop.errors import SettingsError
 from visionloop.workspace import get_now, get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 SHOWN = 10
+LOOK_FIRST = "See first what goes: --dry-run."
 
 
 @app.command()
@@ -60,10 +62,13 @@ def forget(
         tell_lines(["nothing was changed"] if wanted.sha256s else [])
         if as_json:
             print_json(facts)
-        say_next("the same without --dry-run" if dry_run else "`visionloop forget SHA256 --dry-run`", quiet=quiet)
+        todo = "the same without --dry-run" if wanted.sha256s else "`visionloop forget SHA256 --dry-run`"
+        say_next(todo, quiet=quiet)
         return
     if not yes:
-        confirm(can_ask=not as_json)
+        if as_json:
+            raise SettingsError("visionloop forget --json", "asks nothing", "--yes with it", LOOK_FIRST)
+        confirm()
     with show_waiting("forgetting", quiet=quiet) as tell:
         tell_gone = (lambda line: None) if quiet else (lambda line: tell(f"removing {line}"))
         done = run_forget(workspace, wanted, now=get_now(), by=get_user(), why=why, tell=tell_gone)
@@ -149,12 +154,8 @@ def describe_staying(found: "Everything") -> list[str]:
     return [*stays, *found.unclear]
 
 
-def confirm(*, can_ask: bool = True) -> None:
+def confirm() -> None:
     """Ask on a terminal; elsewhere only --yes will do. Raises SettingsError, typer.Abort."""
-    from visionloop.errors import SettingsError
-
-    if not can_ask or not sys.stdin.isatty():
-        raise SettingsError(
-            "visionloop forget", "there is no terminal to ask on", "--yes", "See first what goes: --dry-run."
-        )
+    if not sys.stdin.isatty():
+        raise SettingsError("visionloop forget", "there is no terminal to ask on", "--yes", LOOK_FIRST)
     typer.confirm("This cannot be undone. Forget them?", abort=True)

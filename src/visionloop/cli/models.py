@@ -195,12 +195,14 @@ def history(
     check_store(workspace)
     ledger = read_ledger(workspace.store, workspace.name)
     shown = ledger.entries[-last:][::-1]
+    left = len(ledger.entries) - len(shown)
     newest_first = [(entry, find_verdict(workspace.store, workspace.name, entry)) for entry in shown]
     if as_json:
         entries = [
             {**one.to_json(), "verdict": verdict, "champion": one is ledger.champion} for one, verdict in newest_first
         ]
-        print_json({"name": workspace.name, "entries": entries, "problems": ledger.problems})
+        found = {"entries": entries, "num_before": left, "problems": ledger.problems}
+        print_json({"name": workspace.name, **found})
         newest_first = []
     elif not newest_first:
         print(f"{workspace.name} has no champion yet")
@@ -212,7 +214,7 @@ def history(
             f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
             f"  {entry.by}: {entry.why}"
         )
-    if newest_first and (left := len(ledger.entries) - len(shown)):
+    if newest_first and left:
         print(f"and {left:,} before them (--last {len(ledger.entries)})")
     require_sound(ledger, workspace.name)
     todo = "`visionloop lineage champion`" if ledger.entries else "`visionloop start` makes one"

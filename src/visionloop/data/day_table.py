@@ -112,7 +112,10 @@ def _is_within(group: Any, span: Span) -> bool:
     if known is None or not known.has_min_max:
         return True
     since, until = span
-    return not ((since and known.max < since) or (until and known.min >= until))
+    try:
+        return not ((since and known.max < since) or (until and known.min >= until))
+    except TypeError:  # these are no times of ours: whether they can be read as such is seen when they are
+        return True
 
 
 def _pack_floats(lists: Sequence[Any]) -> "pa.Array":

@@ -35,6 +35,7 @@ NOT_IN_DIGEST = frozenset({"sources", "origins"})
 PART_ROWS = 250_000
 GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
 BATCH_ROWS = 4096
+MOST_SHARED = 16_384  # values of a part that are held, for rows that have the same
 MOST_PARTS = 100  # of a version: a pull that finds so many writes all rows into new ones
 MOST_OPEN = 64  # parts that are read where they lie; of more the bytes are held
 
@@ -134,6 +135,8 @@ def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
             yield from _decode_batch(batch, shared)
+            if len(shared) > MOST_SHARED:
+                shared.clear()
     except StoreError:
         raise
     except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:

@@ -84,7 +84,7 @@ class Meters:
         ProcessCollector(registry=self._registry)
 
     def _start_at_zero(self) -> None:
-        """Let the figures of a server that has served nothing be 0: the first event of a new one is not seen as one."""
+        """Begin these figures at 0: Prometheus sees a rise only from a value that it has read before."""
         self._requests.labels("ok", "200")
         for by in ("network", "cache"):
             self._answered.labels(by)

@@ -68,7 +68,7 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
         """Yield the keys that begin with `prefix`, sorted; only those behind `after`.
 
-        No object needs to be at `after`, but it is the key of one, not of a folder (`a/b/~`): stores differ there.
+        No object needs to be at `after`, but it may not end in a slash (`a/b/~` is right): stores differ there.
         """
         ...
 

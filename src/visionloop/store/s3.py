@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from visionloop.errors import ObjectMissing, StoreError
 from visionloop.store.keys import BucketAddress, check_key, find_digest, is_key, parse_s3_url
-from visionloop.store.s3_errors import is_from_outside, read_code, read_status, translate_error
+from visionloop.store.s3_errors import find_code, is_from_outside, read_code, read_status, translate_error
 
 NUM_WRITERS = 64
 # Sending so many bytes takes longer than a request: ask first whether the object exists.
@@ -316,10 +316,10 @@ class _OpenObject(RawIOBase):
         self._connection, self._key, self._place = connection, key, 0
         try:
             self._tail, answer = self._fetch(f"bytes=-{TAIL_BYTES}")
-        except ObjectMissing:
-            raise
-        except StoreError:  # an empty object has no range
-            self._tail, answer = connection.download(key), {}
+        except StoreError as exc:
+            if find_code(exc) not in ("InvalidRange", "416"):
+                raise
+            self._tail, answer = b"", {}  # an empty object has no range
         self._size = int(str(answer.get("ContentRange", "")).rpartition("/")[2] or len(self._tail))
         self._version = {"IfMatch": answer["ETag"]} if answer.get("ETag") else {}
 

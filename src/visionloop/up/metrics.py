@@ -22,10 +22,6 @@ from visionloop.workspace import Workspace
 CONTENT_TYPE = "text/plain; version=0.0.4"
 EVERY_S = 30.0
 DECISIONS = ("passed", "refused", "inconclusive", "waiting", "same")
-PARTS = (  # of an overview
-    *("dataset", "champion", "decisions", "window", "trigger"),
-    *("waiting", "waiting_since", "unsent", "under_way", "under_way_since"),
-)
 LOOPBACK = ("127.0.0.1", "localhost")
 Samples = Sequence[tuple[Mapping[str, str], Any]]
 Family = tuple[str, str, Samples]
@@ -44,8 +40,7 @@ class Figures:
         if not overview.problems:
             self._read_at = _to_time(overview.at) or 0.0
         elif self._last is not None:
-            missing = [one for one in PARTS if getattr(overview, one) in (None, (), "")]
-            overview = replace(overview, **{one: getattr(self._last, one) for one in missing})
+            overview = replace(overview, **{one: getattr(self._last, one) for one in overview.unread})
         self._last, self.text = overview, make_metrics_text(overview, self._read_at)
 
 

@@ -29,6 +29,10 @@ from visionloop.workspace import Workspace
 SHOWN_DECISIONS, SHOWN_RUNS, MAX_RUNS = 12, 5, 60
 KEPT_BATCHES = 2  # the newest that are still asked about: of the log, and of suspicious labels
 FIGURES = ("accuracy", "macro_f1", "map", "exact_match")
+FROM_STORE = (  # fields of an overview
+    *("dataset", "champion", "decisions", "window", "trigger"),
+    *("waiting", "waiting_since", "unsent", "under_way", "under_way_since"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Overview(Record):
     """What is known of a loop at one time, JSON-ready. None: there is none of it yet, or it cannot be read.
 
     `decisions` are the newest of the gate, the oldest of them first. `waiting`: images that wait for a label, the
-    first of them since `waiting_since`. `unsent`: alerts that the webhook has not taken yet.
+    first of them since `waiting_since`. `unsent`: alerts that the webhook has not taken yet. `unread`: the fields that
+    could not be read.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Overview(Record):
     waiting_since: str = ""
     unsent: int | None = None
     problems: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> dict[str, Any] | None:
@@ -64,34 +70,39 @@ class Overview(Record):
 def read_overview(workspace: Workspace, *, now: datetime, prefect_api: str | None = None) -> Overview:
     """Read all of it. Takes as long as the store takes; raises nothing."""
     problems: list[str] = []
+    unread: list[str] = []
     store, name = workspace.store, workspace.name
 
-    def read(what: str, work: Callable[[], Any]) -> Any:
+    def read(what: str, work: Callable[[], Any], *fields: str) -> Any:
         try:
             return work()
         except VisionLoopError as exc:
             problems.append(describe_error(exc).removeprefix("error: "))
         except Exception as exc:  # a record that somebody has damaged
             problems.append(f"{what} cannot be read: {type(exc).__name__}: {describe_first_line(exc)}")
+        unread.extend(fields)
         return None
 
     facts: dict[str, Any] = {"name": name, "home": str(workspace.settings.home), "at": now.isoformat()}
-    read("the store", lambda: _check_store(workspace))
+    read("the store", lambda: _check_store(workspace), *FROM_STORE)
     if not problems:
-        decisions = read("the decisions", lambda: read_decisions(store, name, SHOWN_DECISIONS)) or []
-        facts["dataset"] = read("the dataset", lambda: _read_dataset(workspace))
-        entry = read("the ledger", lambda: read_champion(store, name))
-        facts["decisions"] = tuple(_tell_decision(one, entry) for one in decisions)
-        facts["champion"] = _tell_champion(entry, decisions) if entry else None
-        facts["window"] = read("the last window", lambda: _read_window(workspace, now))
-        facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace))
-        facts["waiting"], facts["waiting_since"] = read("the review", lambda: _count_waiting(workspace)) or (None, "")
-        facts["unsent"] = read("the alerts", lambda: len(list_unsent(workspace)))
-        if holder := read("the lease", lambda: read_holder(store, name)):
+        found = read("the decisions", lambda: read_decisions(store, name, SHOWN_DECISIONS), "decisions") or []
+        facts["dataset"] = read("the dataset", lambda: _read_dataset(workspace), "dataset")
+        entry = read("the ledger", lambda: read_champion(store, name), "champion")
+        told = read("the decisions", lambda: [_tell_decision(one, entry) for one in found], "decisions")
+        champion = read("the champion", lambda: _tell_champion(entry, found) if entry else None, "champion")
+        facts |= {"decisions": tuple(told or ()), "champion": champion}
+        facts["window"] = read("the last window", lambda: _read_window(workspace, now), "window")
+        facts["trigger"] = read("the triggers", lambda: _read_trigger(workspace), "trigger")
+        asked = read("the review", lambda: _count_waiting(workspace), "waiting", "waiting_since")
+        facts["waiting"], facts["waiting_since"] = asked or (None, "")
+        facts["unsent"] = read("the alerts", lambda: len(list_unsent(workspace)), "unsent")
+        if holder := read("the lease", lambda: read_holder(store, name), "under_way", "under_way_since"):
             facts["under_way"] = str(replace(holder, started_at=""))
             facts["under_way_since"] = holder.started_at
     facts["plan"] = read("Prefect", lambda: read_plan(workspace, prefect_api, now)) if prefect_api else None
-    return Overview(**facts, problems=tuple(dict.fromkeys(mask(one) for one in problems)))
+    told_once = tuple(dict.fromkeys(mask(one) for one in problems))
+    return Overview(**facts, problems=told_once, unread=tuple(dict.fromkeys(unread)))
 
 
 def _check_store(workspace: Workspace) -> None:

@@ -66,7 +66,7 @@ def test_models_on_a_small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     world.write_candidate(POOR)
     (home / "params.yaml").write_text(f"name: fake\n{section}gate: {{floors: {{accuracy: 0.99}}}}\n")
     assert ask("gate", code=3)["verdict"] == "refused"
-    assert ask("history") == {"name": "fake", "entries": [], "problems": []}
+    assert ask("history") == {"name": "fake", "entries": [], "num_before": 0, "problems": []}
     facts = {"decision": None, "dataset": {"version": 1}, "run_id": None, "by": "ann", "at": "2026-01-01T00:00:00Z"}
     for bundle, why in ((good, "first"), (poor, "by mistake")):
         upload_bundle(world.store, load_bundle(home / "kept" / bundle))
@@ -74,6 +74,8 @@ def test_models_on_a_small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         entry = {"action": "promote", "bundle": bundle, "model_version": "1", "why": why, **facts}
         append_entry(world.store, "fake", before, **entry)
     newest, oldest = ask("history")["entries"]
+    found = ask("history", "--last", "1")
+    assert ([one["number"] for one in found["entries"]], found["num_before"]) == ([2], 1)
     assert (newest["number"], newest["bundle"], newest["why"], newest["champion"]) == (2, poor, "by mistake", True)
     assert (oldest["bundle"], oldest["champion"], oldest["dataset"]) == (good, False, {"version": 1})
 

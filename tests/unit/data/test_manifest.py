@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -197,3 +198,27 @@ def test_rows_that_are_held_share_what_is_equal(store: LocalStore) -> None:
         assert other.labels is one.labels and other.sources is one.sources
         assert other.format is one.format and other.side is one.side and other.key is other.sha256
     assert not hasattr(one, "__dict__")
+
+
+def test_rows_that_share_nothing_are_not_held_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image has a time and a group of its own, as those of a camera that nobody has divided."""
+
+    def measure(number: int) -> int:
+        rows = [
+            replace(
+                make_record(f"{place:064x}"), captured_at=f"2026-01-01T00:00:{place:09d}", group=f"film {place:09d}"
+            )
+            for place in range(number)
+        ]
+        file = io.BytesIO(manifest.encode_records(rows))
+        del rows
+        tracemalloc.start()
+        deque(manifest.iterate_part(file, "part"), maxlen=0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    measure(1)
+    monkeypatch.setattr(manifest, "BATCH_ROWS", 500)
+    monkeypatch.setattr(manifest, "MOST_SHARED", 1000)
+    assert measure(16_000) < 1.5 * measure(4000)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from counting_store import CountingStore
@@ -90,10 +91,21 @@ def test_a_damaged_part_is_named_and_spoils_no_other(store: LocalStore) -> None:
         assert (rows.table["request_id"].to_pylist(), rows.damaged) == (["r1"], (key,))
 
 
+@pytest.mark.parametrize("times", [["today", "x"], [1.5, 2.5]])
+def test_in_a_window_too_a_part_with_other_times_is_damaged_and_spoils_none(
+    store: LocalStore, times: list[object]
+) -> None:
+    put(store, "1", [make_row(1)])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"request_id": ["r2", "r3"], "time": times}), sink)
+    key = PREDICTIONS.make_key("pets", NOON.date(), "2")
+    store.put(key, sink.getvalue().to_pybytes())
+    rows = read_predictions(store, "pets", NOON - timedelta(days=1))
+    assert (rows.table["request_id"].to_pylist(), rows.damaged) == (["r1"], (key,))
+
+
 def test_a_part_of_an_older_version_has_nulls_for_new_columns(store: LocalStore) -> None:
     sink = pa.BufferOutputStream()
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"request_id": ["r1"], "time": [NOON], "gone": [1]}), sink)
     store.put(PREDICTIONS.make_key("pets", NOON.date(), "1"), sink.getvalue().to_pybytes())
     row = read_predictions(store, "pets").table.to_pylist()[0]

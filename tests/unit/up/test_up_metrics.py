@@ -1,6 +1,7 @@
 """The loop's figures for Prometheus: of a whole loop, of an empty one, and of one that cannot be read for a while."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from fakes import run_here
 from visionloop.params import make_params
 from visionloop.store import LocalStore
 from visionloop.up.metrics import Figures, make_metrics_text, make_server, write_metrics
-from visionloop.up.overview import Overview, read_overview
+from visionloop.up.overview import FROM_STORE, Overview, read_overview
 from visionloop.workspace import connect
 from watched import FIRST, Watched, at_end_of, make_whole_loop
 from workspaces import make_settings
@@ -91,7 +92,8 @@ def test_an_empty_loop_tells_what_it_has_none_of_by_no_line(tmp_path: Path) -> N
 
 def test_what_cannot_be_read_for_a_while_stays_and_gets_old(whole: Watched) -> None:
     good, figures = read_overview(whole.place, now=NOW), Figures()
-    away = replace(Overview("fake", "", (NOW + timedelta(hours=1)).isoformat()), problems=("the store is away",) * 2)
+    facts = {"problems": ("the store is away",) * 2, "unread": FROM_STORE}
+    away = Overview("fake", "", (NOW + timedelta(hours=1)).isoformat(), **facts)
     figures.take(away)
     assert parse(figures.text) == {"loop_read_timestamp_seconds": 0, "loop_problems": 2, "loop_retraining": 0}
     figures.take(good)
@@ -103,6 +105,33 @@ def test_what_cannot_be_read_for_a_while_stays_and_gets_old(whole: Watched) -> N
     after = parse(figures.text)
     assert after["loop_read_timestamp_seconds"] == AT + 3600
     assert (after["loop_waiting_labels"], after["loop_problems"]) == (0, 0)
+
+
+def test_a_part_that_stays_damaged_keeps_no_other_part_old(tmp_path: Path) -> None:
+    """The triggers cannot be read; meanwhile the retrain ends, and all images get their label."""
+    loop, figures = make_whole_loop(tmp_path).place, Figures()
+    loop.store.put("triggers/fake/000001.json", b"[]")
+    for _ in range(2):
+        figures.take(read_overview(loop, now=NOW))
+    assert parse(figures.text)["loop_retraining"] == 1
+    loop.store.delete("leases/fake/000001.json")
+    for key in [*loop.store.list("review/fake/")]:
+        loop.store.delete(key)
+    figures.take(read_overview(loop, now=NOW))
+    found = parse(figures.text)
+    assert (found["loop_retraining"], found["loop_problems"]) == (0, 1)
+    assert not {key for key in found if "since" in key or "waiting_labels" in key}
+
+
+def test_a_damaged_decision_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+    loop, figures = make_whole_loop(tmp_path).place, Figures()
+    figures.take(read_overview(loop, now=NOW))
+    key = "decisions/fake/000002.json"
+    loop.store.put(key, re.sub(rb'"metrics":\{"accuracy".*?\}\}', b'"metrics":null', loop.store.get(key)))
+    overview = read_overview(loop, now=NOW)
+    assert [one.partition(": ")[0] for one in overview.problems] == ["the decisions cannot be read"]
+    figures.take(overview)
+    assert parse(figures.text)["loop_decision{refused}"] == 1, "what was read last"
 
 
 @pytest.mark.parametrize(

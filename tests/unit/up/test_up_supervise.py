@@ -242,13 +242,15 @@ def test_who_answers_in_another_tongue_does_not_answer() -> None:
     assert ask("http://anna:secret@127.0.0.1/health") is None
 
 
-def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path) -> None:
+def test_the_prefect_of_the_named_workspace_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\n")
     board = Board(tmp_path / ".visionloop")
     with board.lock():
         part = PartState("prefect", "Prefect", "ready", url="http://127.0.0.1:4200")
         board.write(State(os.getpid(), "feed", UP, "", (part,)))
         assert _find_prefect(tmp_path, {}) == "http://127.0.0.1:4200"
+        monkeypatch.setenv("HOME", str(tmp_path.parent))
+        assert _find_prefect(Path("~", tmp_path.name), {}) == "http://127.0.0.1:4200", "as the shell leaves it"
         assert _find_prefect(tmp_path, {"PREFECT_API_URL": "http://prefect:4200/api"}) == "", "another one is set"
 
 
