@@ -1,4 +1,4 @@
-"""What large tables take, stage by stage: memory at its peak, processor time, objects read (docs/scale.md).
+"""What large tables take, stage by stage: memory at its peak, processor time, objects and bytes read (docs/scale.md).
 
 .venv/bin/python benchmarks/scale.py --only manifest --rows 1000000
 
@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import io
 import resource
 import shutil
 import subprocess
@@ -18,16 +19,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 
 from visionloop.data.compare import compare_records
-from visionloop.data.day_table import DayReader
+from visionloop.data.day_table import DayReader, encode_table
 from visionloop.data.manifest import commit_version, encode_records, iterate_version, load_version_records, make_version
-from visionloop.data.prediction_log import PREDICTIONS, read_predictions, tidy
+from visionloop.data.prediction_log import PREDICTIONS, read_predictions, round_embedding, tidy
 from visionloop.features.neighbours import find_neighbours, find_other_neighbours
 from visionloop.ingest.check import Known, check_all
 from visionloop.ingest.inspect import Facts
@@ -35,24 +37,54 @@ from visionloop.ingest.item import Item
 from visionloop.ingest.journal import Journal
 from visionloop.ingest.merge import merge
 from visionloop.params import make_params
+from visionloop.promotion.entries import make_entry_key, write_pages
 from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
-from visionloop.records import ImageRecord
+from visionloop.records import ImageRecord, LedgerEntry, canonical_json
 from visionloop.store import LocalStore
 
 FOLDER = Path(__file__).resolve().parents[1] / ".visionloop" / "bench" / "scale"
-HEADER = "| what | rows | memory, MB | bytes a row | processor, s | objects read |\n|---|---|---|---|---|---|"
-LOG_ROWS, LOG_FEATURES = 30_000, 128  # rows of a day
+HEADER = (
+    "| what | rows | memory, MB | bytes a row | processor, s | objects read | MB read |\n|---|---|---|---|---|---|---|"
+)
+LOG_ROWS, LOG_PARTS, LOG_FEATURES = 30_000, 4, 64  # of a day; 64 numbers, so that ten million rows fit on a disk
 NUM_FEATURES = 512
 
 
 class CountedStore(LocalStore):
-    """A store that counts the objects that are opened."""
+    """A store that counts the objects that are opened, and the bytes that are read of them."""
 
-    num_read = 0
+    num_read = num_bytes = 0
 
-    def open(self, key: str) -> Any:
-        self.num_read += 1
-        return super().open(key)
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._lock = Lock()
+
+    def open(self, key: str) -> BinaryIO:
+        with super().open(key) as file:
+            name = file.name
+        self.add(1, 0)
+        return io.BufferedReader(_CountedFile(name, self))
+
+    def add(self, num_read: int, num_bytes: int) -> None:
+        """Count what was read; called by several threads."""
+        with self._lock:
+            self.num_read, self.num_bytes = self.num_read + num_read, self.num_bytes + num_bytes
+
+
+class _CountedFile(io.FileIO):
+    def __init__(self, name: str, store: CountedStore) -> None:
+        super().__init__(name)
+        self._store = store
+
+    def readinto(self, buffer: Any) -> int | None:
+        number = super().readinto(buffer)
+        self._store.add(0, number or 0)
+        return number
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._store.add(0, len(data or b""))
+        return data
 
 
 @contextmanager
@@ -62,11 +94,11 @@ def stage(what: str, rows: int, store: CountedStore | None = None) -> Iterator[N
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, started = _read_memory("VmRSS"), time.process_time()
-    num_read = store.num_read if store else 0
+    num_read, num_bytes = (store.num_read, store.num_bytes) if store else (0, 0)
     yield
     seconds, used = time.process_time() - started, max(0, _read_memory("VmHWM") - before)
-    objects = f"{store.num_read - num_read:,}" if store else ""
-    print(f"| {what} | {rows:,} | {used / 1e6:,.0f} | {used / rows:,.0f} | {seconds:,.1f} | {objects} |", flush=True)
+    read = f"{store.num_read - num_read:,} | {(store.num_bytes - num_bytes) / 1e6:,.1f}" if store else "|"
+    print(f"| {what} | {rows:,} | {used / 1e6:,.0f} | {used / rows:,.0f} | {seconds:,.2f} | {read} |", flush=True)
 
 
 def _read_memory(name: str) -> int:
@@ -166,66 +198,72 @@ def _make_facts(number: int) -> Facts:
 
 
 def measure_ledger(number: int, folder: Path) -> None:
-    """Append entries, then read the champion, and all of it."""
-    store, entry = CountedStore(folder), None
+    """Read the champion of a ledger, and all of it; then append an entry. The entries are written as plain files."""
+    store, bundle = CountedStore(folder), None
+    facts = {"action": "promote", "model_version": "1", "run_id": "0" * 32, "by": "ann", "why": "passed", "at": "2026"}
+    (folder / "ledger" / "m").mkdir(parents=True)
     for i in range(1, number + 1):
-        facts = {
-            "decision": i,
-            "dataset": {"name": "m", "version": i},
-            "run_id": "0" * 32,
-            "why": "passed",
-            "at": "2026",
-        }
+        place = {"number": i, "decision": i, "dataset": {"name": "m", "version": i}, "previous": bundle}
         bundle = make_sha256(i)
-        entry = append_entry(store, "m", entry, action="promote", bundle=bundle, model_version="1", by="ann", **facts)
+        entry = LedgerEntry(name="m", bundle=bundle, **place, **facts)
+        (folder / make_entry_key("m", i)).write_bytes(canonical_json(entry.to_json()))
+    with stage("write all pages, as where there are none", number, store):
+        write_pages(store, "m", number)
     with stage("the champion", number, store):
-        read_champion(store, "m")
+        champion = read_champion(store, "m")
     with stage("the champion, by a server that knows the one before", number, store):
         read_champion(store, "m", since=number - 1)
     with stage("all entries (`history`, gate, `doctor`, `promote`)", number, store):
         assert len(read_ledger(store, "m").entries) == number
+    with stage("append one entry", number, store):
+        append_entry(store, "m", champion, bundle=make_sha256(0), **facts, decision=None, dataset={})
 
 
 def measure_log(number: int, folder: Path) -> None:
     """Write days of the prediction log; read a day of it, one column of all, and tidy up."""
     store, rng = CountedStore(folder), np.random.default_rng(0)
     first = datetime(2026, 1, 1, tzinfo=UTC)
-    numbers = count()
     num_days = -(-number // LOG_ROWS)
-    for day in range(num_days):
-        for part in range(4):
-            start = first + timedelta(days=day, hours=6 * part)
-            rows = [_make_answer(next(numbers), start + timedelta(seconds=2.8 * i), rng) for i in range(LOG_ROWS // 4)]
-            store.put(PREDICTIONS.make_key("m", start.date(), f"{start:%H%M%S}-bench"), PREDICTIONS.encode(rows))
+    for part in range(num_days * LOG_PARTS):
+        start = first + part * timedelta(days=1) / LOG_PARTS
+        rows = _make_answers(LOG_ROWS // LOG_PARTS, start, rng)
+        store.put(PREDICTIONS.make_key("m", start.date(), f"{start:%H%M%S}-bench"), encode_table(rows))
+    some = frozenset(rows["image_sha256"].to_pylist()[:1])
     end = first + timedelta(days=num_days)
-    with stage("merge the parts of finished days (`predictions tidy`)", number, store):
-        tidy(store, "m", now=end, keep_days=None)
-    with stage("the same again, nothing to do", number, store):
-        tidy(store, "m", now=end, keep_days=None)
     columns = ["request_id", "time", "image_sha256", "model_digest", "prediction", "confidence"]
-    for what, length in (("a day", timedelta(days=1)), ("an hour", timedelta(hours=1))):
-        with stage(f"{what} of it, without embeddings (`monitor`)", number, store):
-            read_predictions(store, "m", end - length, end, columns)
-    with stage("the parts that hold an image (`forget`)", number, store):
-        DayReader(PREDICTIONS, store, "m").find_parts(frozenset({make_sha256(7)}))
+    for when in ("as servers wrote it", "merged"):
+        for what, length in (("a day", timedelta(days=1)), ("an hour", timedelta(hours=1))):
+            with stage(f"{when}: {what}, without embeddings (`monitor`)", number, store):
+                read_predictions(store, "m", end - length, end, columns)
+        with stage(f"{when}: the parts that hold an image (`forget`)", number, store):
+            assert len(DayReader(PREDICTIONS, store, "m").find_parts(some)) == 1
+        with stage(f"{when}: `predictions tidy`", number, store):
+            tidy(store, "m", now=end, keep_days=None)
     with stage("remove what is older than half of the days", number, store):
         tidy(store, "m", now=end, keep_days=num_days // 2)
 
 
-def _make_answer(number: int, at: datetime, rng: np.random.Generator) -> dict[str, Any]:
-    return {
-        "request_id": f"r{number:020d}",
-        "time": at,
-        "client": "camera",
-        "image_sha256": make_sha256(number),
-        "model_digest": "0" * 64,
-        "classes": ["cat", "dog"],
-        "probs": [0.75, 0.25],
-        "prediction": "cat",
-        "confidence": 0.75,
-        "embedding": rng.random(LOG_FEATURES, np.float32),
-        "total_ms": 12.5,
+def _make_answers(number: int, start: datetime, rng: np.random.Generator) -> pa.Table:
+    """Return rows of a part as servers write them, made by columns."""
+    digits = rng.bytes(32 * number).hex()
+    sha256_n = [digits[i : i + 64] for i in range(0, len(digits), 64)]
+    second = timedelta(days=1) / LOG_ROWS
+    numbers = round_embedding(rng.random(number * LOG_FEATURES, np.float32))
+    columns: dict[str, Any] = {
+        "request_id": [sha256[:24] for sha256 in sha256_n],
+        "time": [start + i * second for i in range(number)],
+        "client": ["camera"] * number,
+        "image_sha256": sha256_n,
+        "model_digest": ["0" * 64] * number,
+        "classes": [["cat", "dog"]] * number,
+        "probs": [[0.75, 0.25]] * number,
+        "prediction": ["cat"] * number,
+        "confidence": rng.random(number, np.float32),
+        "embedding": pa.ListArray.from_arrays(range(0, len(numbers) + 1, LOG_FEATURES), numbers),
+        "total_ms": rng.random(number, np.float32),
     }
+    schema = PREDICTIONS.make_schema()
+    return pa.table({name: columns.get(name, [None] * number) for name in schema.names}, schema=schema)
 
 
 def measure_neighbours(number: int, folder: Path) -> None:

@@ -42,7 +42,9 @@ def read_entries(store: ObjectStore, name: str, numbers: Sequence[int]) -> Itera
     """Yield entries, or what is wrong with them, in the order of their numbers: from pages, or several at a time."""
     paged: dict[int, LedgerEntry] = {}
     if len(numbers) >= PAGE:
-        for entries in map_parallel(partial(_read_page, store, name), store.list(f"ledger-pages/{name}/")):
+        wanted = {_make_page_key(name, -(-number // PAGE)) for number in numbers}
+        keys = [key for key in store.list(f"ledger-pages/{name}/") if key in wanted]
+        for entries in map_parallel(partial(_read_page, store, name), keys):
             paged.update(entries)
 
     def read(number: int) -> LedgerEntry | PromotionError:

@@ -270,6 +270,18 @@ def test_of_a_long_ledger_no_more_is_read_than_is_asked_for(long_ledger):
     assert [one.number for one in newest] == [*range(44, 0, -1)], "the others are listed when they are asked for"
 
 
+def test_a_new_page_is_written_without_a_look_into_the_others(long_ledger):
+    entry = read_champion(long_ledger, "m")
+    for number in (48, 49):
+        entry = append(long_ledger, entry, f"bundle {number}")
+    long_ledger.forget_counts()
+    append(long_ledger, entry, "bundle 50")
+    assert long_ledger.reads == {"ledger": 10}
+    long_ledger.forget_counts()
+    assert len(read_ledger(long_ledger, "m").entries) == 50
+    assert long_ledger.reads == {"ledger-pages": 5}
+
+
 def test_pages_count_only_for_entries_that_are_there(long_ledger):
     """Entry 12 is gone, page 3 is of another name, page 4 is torn: the same as without pages."""
     long_ledger.delete("ledger/m/000012.json")
