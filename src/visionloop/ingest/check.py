@@ -303,10 +303,10 @@ class _Tally:
         self._rows: dict[str, dict[str, Row]] = {}
         self._has_rows: dict[str, bool] = {}
         self._offers = Offers()
+        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._slots: list[tuple[Item, Facts | Rejected] | ItemResult | None] = []
-        self.num_passed_over = 0
         self._num_rows: Counter[str] = Counter()
-        self._num_done = self._num_read = self._num_missing = 0
+        self.num_passed_over = self._num_done = self._num_read = self._num_missing = 0
 
     def reject(self, one: Rejected) -> None:
         """Keep what a source has rejected; of rows that lead to no file so many of a kind, the others are counted."""
@@ -320,17 +320,16 @@ class _Tally:
         """Give an item its slot; return the slot's number if the item must be read."""
         self._offers.add(item)
         row = self._find(item)
-        self._slots.append(None if row is None else (item, unpack_row(row)))
-        if row is None:
-            return len(self._slots) - 1
-        self._num_done += 1
-        return None
+        self._slots.append(None if row is None else (item.without_bytes(self._labels), unpack_row(row)))
+        self._num_done += row is not None
+        return len(self._slots) - 1 if row is None else None
 
     def settle(self, results: list[ItemResult]) -> None:
         """Put results into their slots, and into the journal if they are lasting."""
-        for result in results:
-            self._slots[result.ordinal] = result
         self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in results if o.is_lasting])
+        for result in results:
+            result.item = result.item.without_bytes(self._labels)
+            self._slots[result.ordinal] = result
         self._num_done += len(results)
         self._num_read += len(results)
         self._on_progress(self._num_done, 0)

@@ -243,6 +243,7 @@ def unite_labels(known: Labels, offered: Iterable[Labels], *, several: bool) -> 
     if all(labels == known for labels in offered):
         return known
     everything = tuple(sorted({label for labels in (known, *offered) for label in labels}))
+    everything = next((labels for labels in offered if labels == everything), everything)  # held once
     return everything if several or len(everything) <= 1 else None
 
 

@@ -57,12 +57,16 @@ class Merged:
 class _Found:
     """One image (by sha256) that this pull offers, in the order of the sources, with its final labels."""
 
-    same: list[Inspected]
+    offers: Sequence[tuple[Inspected, Labels]]
     labels: Labels
 
     @property
+    def same(self) -> list[Inspected]:
+        return sorted((one for one, _ in self.offers), key=lambda one: one.ordinal)
+
+    @property
     def first(self) -> Inspected:
-        return self.same[0]
+        return self.offers[0][0] if len(self.offers) == 1 else self.same[0]
 
 
 def merge(
@@ -255,7 +259,7 @@ def _unite(
             reason = reasons.get(sha256) or explain_conflict(sha256, known, [labels for _, labels in offers])
             conflicts += [Rejected(one.item.origin, "label_conflict", reason) for one, _ in offers]
         else:
-            found[sha256] = _Found(sorted((one for one, _ in offers), key=lambda one: one.ordinal), labels)
+            found[sha256] = _Found(offers, labels)
     return found, conflicts
 
 

@@ -159,9 +159,13 @@ def decide_sides(
     names, hashes = [r.sha256 for r in everyone], [r.phash for r in everyone]
     pairs = find_duplicates(store, names, hashes, kinds, len(old))
     touched = _find_touched(old, newcomers, pairs)
-    place_of = {i: place for place, i in enumerate([*touched, *range(len(old), len(everyone))])}
-    people = [everyone[i] for i in place_of]
-    near = [replace(pair, one=place_of[pair.one], other=place_of[pair.other]) for pair in pairs]
+    people: list[ImageRecord | Newcomer] = [*(old[i] for i in touched), *newcomers]
+    place_of = {i: place for place, i in enumerate(touched)}  # of the old ones; all newcomers stand behind them
+    near = [
+        replace(pair, **{end: place_of.get(i, i - len(old) + len(touched)) for end, i in ends})
+        for pair in pairs
+        for ends in [(("one", pair.one), ("other", pair.other))]
+    ]
     families = place_members(
         [_make_member(p) for p in people],
         near,

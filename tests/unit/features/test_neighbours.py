@@ -207,9 +207,57 @@ def test_a_large_table_is_searched_in_pieces_with_the_same_result(metric: str, m
     assert neighbours.find_neighbours(table[500:501], table, 3, metric)[1].tolist() == [[3, 500, 700]]
 
 
-def test_the_memory_of_a_search_does_not_grow_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_queries_are_compared_exactly_with_the_nearest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, query = make_clusters(5000), make_clusters(3, seed=1)
+    distance, row = neighbours.find_neighbours(query, table, 20)
+    compared: list[int] = []
+
+    def search(query_md: Any, table_nd: Any, *rest: Any) -> Any:
+        compared.append(len(table_nd))
+        return whole(query_md, table_nd, *rest)
+
+    whole = neighbours._find_neighbours
     monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 1000)
-    query = make_clusters(2, seed=1)
+    monkeypatch.setattr(neighbours, "_find_neighbours", search)
+    other_distance, other_row = neighbours.find_neighbours(query, table, 20)
+    np.testing.assert_array_equal(other_row, row)
+    np.testing.assert_allclose(other_distance, distance, atol=1e-6)
+    assert len(compared) == 1
+    assert 60 <= compared[0] < 100
+
+
+@pytest.mark.parametrize("what", ["all nearly equal", "one without length", "very long", "very short"])
+def test_where_one_pass_cannot_tell_the_nearest_the_search_is_as_before(what: str, monkeypatch: Any) -> None:
+    table, query = make_clusters(3000), make_clusters(2, seed=1)
+    if what == "all nearly equal":  # nearer to each other than numbers of 32 bits can tell by their cosines
+        table = np.float32(1) + np.float32(1e-4) * table
+        query = table[:2] + np.float32(1e-6)
+    elif what == "one without length":
+        table[5] = 0
+    else:
+        table[7] *= np.float32(1e25 if what == "very long" else 1e-25)
+    distance, row = neighbours.find_neighbours(query, table, 9)
+    monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 500)
+    monkeypatch.setattr(neighbours, "MOST_NEAR", 1000)
+    assert neighbours._choose_near(query, table, 9) is None
+    other_distance, other_row = neighbours.find_neighbours(query, table, 9)
+    np.testing.assert_array_equal(other_row, row)
+    np.testing.assert_allclose(other_distance, distance, atol=1e-6)
+
+
+def test_a_large_table_has_no_more_neighbours_than_images_and_refuses_what_is_not_finite(monkeypatch: Any) -> None:
+    table = make_clusters(40)
+    monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 7)
+    assert neighbours.find_neighbours(table[:1], table, 50)[1].shape == (1, 40)
+    table[30, 2] = np.nan
+    with pytest.raises(DatasetError, match="1 vectors of the table are not finite"):
+        neighbours.find_neighbours(table[:1], table, 3)
+
+
+def test_the_memory_of_a_search_does_not_grow_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the cosines of a few queries: a number for each query and row."""
+    monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 1000)
+    query = make_clusters(neighbours.FEW + 1, seed=1)
 
     def measure(number: int) -> int:
         table = make_clusters(number)
@@ -220,6 +268,8 @@ def test_the_memory_of_a_search_does_not_grow_with_the_table(monkeypatch: pytest
         return peak
 
     assert measure(32_000) < 1.5 * measure(8000)
+    query = query[:2]
+    assert measure(32_000) < 4 * 2 * 2 * 32_000
 
 
 def test_neighbours_of_all_images_in_cells_are_nearly_all_of_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:

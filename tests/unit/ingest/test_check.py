@@ -69,6 +69,19 @@ def test_the_order_is_that_of_the_source_whatever_is_done_first(store: LocalStor
     assert (checked.num_seen, checked.num_read) == (40, 40)
 
 
+def test_of_what_was_read_or_is_known_bytes_and_stamps_are_not_held(store: LocalStore, journal: Journal) -> None:
+    """Equal labels are held once: for millions of files all this is a fifth of the memory."""
+    for num_read in (3, 0):  # the second time the journal knows them
+        items = [make_item(i, labels=("".join(["cat", "s"]),)) for i in range(3)]
+        checked = check_all(iter(items), store, LIMITS, Known(journal))
+        assert checked.num_read == num_read
+        held = [one.item for one in checked.inspected]
+        assert [(one.origin, one.labels, one.stamp) for one in held] == [(o.origin, ("cats",), None) for o in items]
+        assert len({id(one.labels) for one in held}) == 1
+        with pytest.raises(AssertionError, match="was read, or is known"):
+            held[0].read(10)
+
+
 @pytest.mark.parametrize(
     ("exc", "code", "reason"),
     [
