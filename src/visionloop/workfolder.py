@@ -6,19 +6,22 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from visionloop.errors import BusyError
+from visionloop.errors import BusyError, DiskError
 
 DONE = "done.json"
 LOCK_WAIT_S = 20.0
 TRY_EVERY_S = 0.25
+PROBE_BYTES = 4096
 
 
 @contextlib.contextmanager
@@ -90,6 +93,21 @@ def write_through(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             new.unlink()
         raise
+
+
+def check_place(path: Path, where: str) -> None:
+    """Raise DiskError unless a file could be written there now; nothing is left. For before the work, not after it."""
+    if not path.parent.is_dir():
+        raise DiskError(where, f"there is no folder {path.parent}", "one", "Make it, or check the path.")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+    except OSError as exc:
+        found = f"cannot be written ({exc.strerror})"
+        raise DiskError(where, found, "a file", "Name another one, or make room.") from exc
 
 
 def move_through(path: Path, target: Path) -> None:

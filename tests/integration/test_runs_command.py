@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_one_line(
     line = run(capsys, monkeypatch, "runs", "zzzz", code=2)
     assert line.startswith("error: run 'zzzz': no run of this experiment; expected the first letters of a run id")
     line = run(capsys, monkeypatch, "runs", "champion", "--out", "/dev/null/x.png", code=2)
-    assert line.startswith("error: picture /dev/null/x.png: cannot be written")
+    assert line.startswith("error: --out /dev/null/x.png: there is no folder /dev/null; expected one")
     line = run(capsys, monkeypatch, "runs", *["champion"] * 13, code=2)
     assert "13 runs; expected at most 12" in line
 

@@ -214,11 +214,11 @@ def test_similar_finds_a_file_itself_first_and_draws_the_matches(
     kept = sorted(path.name for path in (home / ".visionloop" / "features").iterdir())
     assert kept == sorted([f"similar-{digits}.png", f"similar-{photo.stem}.png", f"similar-{photo.stem}-2.png"])
     capsys.readouterr()
-    assert run_here(monkeypatch, "similar", digits, str(photo), "--k", "4", "--out", "out/like.png") == 0
+    assert run_here(monkeypatch, "similar", digits, str(photo), "--k", "4", "--out", "like.png") == 0
     said = capsys.readouterr().out
     assert said.count("the same file") == 1, "an image of the dataset is not among its own matches"
     assert f"{matches[1]['sha256'][:12]}" in said
-    with Image.open(home / "out" / "like.png") as picture:
+    with Image.open(home / "like.png") as picture:
         assert picture.width > 5 * 150
 
 

@@ -151,7 +151,8 @@ def test_a_decoder_that_dies_or_hangs_costs_one_video(tmp_path: Path, monkeypatc
         "    if 'babbles' in name: sys.stdout.buffer.write(b'\\xff' * 100); sys.stdout.flush(); time.sleep(60)\n"
         "    if 'lies' in name: write_message(sys.stdout.buffer, {'kind': 'frame', 't_ms': 'x'}, b'')\n"
         "    write_message(sys.stdout.buffer, {'kind': 'frame', 't_ms': 0, 'clock': None}, b'jpeg')\n"
-        "    write_message(sys.stdout.buffer, {'kind': 'end', 'code': None, 'text': None, 'told': []}, b'')\n"
+        "    end = {'kind': 'end', 'code': None, 'text': None, 'told': [], 'end_s': 0}\n"
+        "    write_message(sys.stdout.buffer, end, b'')\n"
     )
     real = player_module.subprocess.Popen
     monkeypatch.setattr(

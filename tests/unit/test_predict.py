@@ -1,10 +1,13 @@
 """Batch prediction: what is found, what cannot be used, what is written."""
 
 import csv
+import errno
 import io
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +22,7 @@ from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.files import FilePrediction, Sampling, find_images, predict_files
+from visionloop.predict.lines import open_lines, write_line
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 
@@ -60,7 +64,7 @@ def test_a_glob_goes_through_folders_as_ingest_does(
     assert find_images([str(photos / "**" / "*.png")]) == [photos / "a.png", photos / "linked" / "deep" / "c.png"]
     assert names(find_images([f"{photos}/**/deep/**"])) == ["c.png"]
     assert names(find_images([f"{photos}/s?b/**/*"])) == ["b.JPG"]
-    with pytest.raises(SourceError, match="does not exist"):
+    with pytest.raises(SourceError, match=r"d\.png: matches nothing; expected an image, a folder or a glob"):
         find_images([f"{photos}/*/d.png"])
     assert names(find_images([f"{photos}/@eaDir/*.png", f"{photos}/.c*/*.png"])) == ["d.png", "d.png"]
     monkeypatch.chdir(photos)
@@ -91,10 +95,51 @@ def test_the_form_of_a_table_goes_by_its_name() -> None:
         ("x.txt", None, r"got 'x\.txt'; expected a file that ends in \.jsonl, \.csv, \.parquet"),
         ("x.csv", "coco", "got 'coco'; expected kaggle"),
         ("x.jsonl", "kaggle", r"got 'x\.jsonl'; expected a \.csv file"),
-        ("nowhere/deep/x.csv", None, r"--out nowhere/deep/x\.csv: there is no folder nowhere/deep; expected one"),
     ):
         with pytest.raises(SourceError, match=message):
             Table.plan(Path(name), form)
+    with pytest.raises(DiskError, match=r"--out nowhere/deep/x\.csv: there is no folder nowhere/deep; expected one"):
+        Table.plan(Path("nowhere/deep/x.csv"), None)
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*, dir: Path) -> None:
+        assert dir == tmp_path
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    assert plan(tmp_path / "x.csv").out == tmp_path / "x.csv"
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+    (tmp_path / "y.csv").mkdir()
+    with pytest.raises(DiskError, match=r"--out .*y\.csv: cannot be written \(Is a directory\); expected a file"):
+        Table.plan(tmp_path / "y.csv", None)
+    monkeypatch.setattr("visionloop.workfolder.tempfile.TemporaryFile", fail)
+    with pytest.raises(DiskError, match=r"--out .*x\.csv: cannot be written \(Read-only file system\)"):
+        Table.plan(tmp_path / "x.csv", None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_lines_on_a_full_disk_are_one_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(DiskError, match=r"--out .*x\.jsonl: cannot be written \(No space left on device\)"),
+        open_lines(tmp_path / "x.jsonl") as file,
+    ):
+        write_line(file, {"kind": "end"})
+
+
+def test_a_folder_that_vanishes_does_not_end_the_walk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "round").symlink_to(photos / "round")
+    scandir, is_gone = os.scandir, [False]
+
+    def vanish(folder: str) -> Any:
+        if folder == str(photos / "sub") and not is_gone[0]:
+            is_gone[0] = True
+            shutil.rmtree(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr("visionloop.ingest.paths.listing.os.scandir", vanish)
+    assert names(find_images([str(photos)])) == ["a.png", "broken.jpg"]
+    assert is_gone[0]
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("a", "b")])
@@ -186,7 +231,7 @@ def test_answers_that_cannot_be_written_leave_no_half_file(photos: Path, tmp_pat
     answers = list(predict_files(predictor, find_images([str(photos)])))
     (tmp_path / "out.csv").mkdir()
     with pytest.raises(DiskError, match=r"--out .*out\.csv: cannot be written \(Is a directory\)"):
-        plan(tmp_path / "out.csv").write(answers, predictor)
+        Table(tmp_path / "out.csv", "csv").write(answers, predictor)
     with pytest.raises(AttributeError):
         plan(tmp_path / "out.jsonl").write([*answers, None], predictor)  # type: ignore[list-item]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.csv", "photos"]
@@ -394,5 +439,7 @@ def test_a_video_is_one_row_with_its_segments_beside_the_images(tmp_path: Path) 
     assert "is not a video we read" in empty["error"] and "is not a video we read" in text["error"]
     assert "holds no video" in sound["error"]
     assert seen[-1] == (6, 6)
+    longer = next(predict_files(predictor, files[:1], sampling=Sampling(0.7, 0.0))).video
+    assert longer and (longer["duration_s"], longer["segments"][-1]["end_s"]) == (6.0, 6.0), "not 5.6 + 0.7"
     quick = next(predict_files(predictor, files[:1], sampling=Sampling(0.1, 0.0)))
     assert quick.video and (quick.video["num_frames"], quick.video["smooth_s"]) == (60, 0.0)

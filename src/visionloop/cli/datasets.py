@@ -332,6 +332,7 @@ def _draw(
     path = sheet.expanduser().absolute() if sheet else folder / f"{version.name}-{version.version:06d}.png"
     if path.suffix.lower() != ".png":
         path = path.with_name(f"{path.name}.png")
+    pictures.require_place(path if sheet else None, "--sheet")
     pictures.write_picture(path, pictures.draw_images(workspace.store, version, records))
     png = pictures.draw_leaks(workspace.store, leaks)
     if png is None:

@@ -112,9 +112,10 @@ def similar(
 
       visionloop similar 3f786850e387 --k 20 --encoder champion
     """
-    from visionloop.cli.pictures import write_picture
+    from visionloop.cli.pictures import require_place, write_picture
     from visionloop.features.similar import describe_for_machines, draw_similar, find_similar, read_query
 
+    require_place(out, "--out")
     workspace, album = _open_album(encoder, quiet=quiet or as_json)
     limit = workspace.params.ingest.max_pixels
     queries = [read_query(text, album, max_pixels=limit) for text in images]
@@ -154,10 +155,11 @@ def draw_map(
 
       visionloop map --out pets.html --method pca --encoder params
     """
-    from visionloop.cli.pictures import write_picture
+    from visionloop.cli.pictures import require_place, write_picture
     from visionloop.features.map import make_map
     from visionloop.features.projection import project
 
+    require_place(out, "--out")
     workspace, album = _open_album(encoder, quiet=quiet)
     number = len(album.records)
     with show_waiting(f"placing {number:,} images", quiet=quiet):

@@ -1,6 +1,7 @@
 """Pictures for people: images of a dataset version with their labels, its worst leaks, and images with an answer."""
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class AnswerPictures:
         self.folder, self.files, self.number = folder, files, 0
         self._last: Counter[str] = Counter()
         place = folder.resolve()
-        if inside := next((file for file in files if place in file.absolute().parents), None):
+        if inside := next((file for file in files if place in _list_folders(file)), None):
             todo = "Name another folder, or other images."
             raise SettingsError(f"--pictures {folder}", f"holds {inside.name}, which is asked about", "a folder", todo)
         try:
@@ -102,6 +103,12 @@ class AnswerPictures:
             png = draw_answered(image, title, note, is_unsure=bool(answer.prediction.abstained))
             _, self._last[path.stem] = write_new_picture(self.folder, path.stem, png, after=self._last[path.stem])
             self.number += 1
+
+
+def _list_folders(file: Path) -> list[Path]:
+    """Return the folders that a file lies in, by its name, and by where the links of its name lead to."""
+    named = Path(os.path.normpath(file.absolute()))
+    return [*named.parents, *(file.parent.resolve() / file.name).parents]
 
 
 def describe_picture(answer: "FilePrediction", shown: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -168,11 +175,20 @@ def require_image(files: Sequence[Path], asked: Mapping[str, object]) -> None:
 
 
 def require_png(path: Path | None, option: str) -> None:
-    """Raise SettingsError unless a picture's name, if there is one, ends in .png."""
+    """Raise SettingsError unless a picture's name, if there is one, ends in .png; DiskError: it cannot be there."""
     from visionloop.errors import SettingsError
 
     if path and path.suffix.lower() != ".png":
         raise SettingsError(option, f"got {path.name!r}", "a file that ends in .png")
+    require_place(path, option)
+
+
+def require_place(path: Path | None, option: str) -> None:
+    """Raise DiskError if a picture that somebody names cannot be written there: its folder is not made for him."""
+    from visionloop.workfolder import check_place
+
+    if path:
+        check_place(path, f"{option} {path}")
 
 
 def write_picture(path: Path, png: bytes) -> None:

@@ -131,6 +131,7 @@ def export(
       visionloop predictions export today.csv --since 24h --images kept/
     """
     from visionloop.data.prediction_log import PREDICTIONS, join_feedback, read_feedback
+    from visionloop.workfolder import check_place
 
     workspace = open_workspace()
     if out.suffix not in (".parquet", ".csv"):
@@ -138,7 +139,7 @@ def export(
     window = parse_window(since, until)
     feedback = read_feedback(workspace.store, workspace.name, window[0]).table
     columns = [name for name in PREDICTIONS.columns if name != "embedding" or out.suffix == ".parquet"]
-    require_folder(out)
+    check_place(out, f"--out {out}")
     asked = find_asked(feedback["request_id"].to_pylist(), window)
     unmatched, num_kept, files = set(asked), 0, set[str]()
 
@@ -293,12 +294,6 @@ def tell_delay(workspace: Workspace) -> None:
     print(
         f"answers of the last {delay} may be missing: a server sends them so often (serve.log_flush_s)", file=sys.stderr
     )
-
-
-def require_folder(out: Path) -> None:
-    """Refuse a file whose folder is not there. Raises SettingsError."""
-    if not out.parent.is_dir():
-        raise SettingsError(f"--out {out}", "its folder does not exist", "a folder that does", "Make it.")
 
 
 def write_images(workspace: Workspace, rows: "pa.Table", folder: Path) -> set[str]:

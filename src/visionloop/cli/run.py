@@ -1,6 +1,7 @@
 """The entry point: loads the commands, runs one, and turns an error into one line and an exit code."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from visionloop.cli.app import app
-from visionloop.errors import VisionLoopError, find_missing_extra
+from visionloop.errors import DiskError, VisionLoopError, find_missing_extra
 from visionloop.lifetime import Terminated, collect_seldom, end_process
 from visionloop.settings import load_settings
 from visionloop.words import describe_error
@@ -62,8 +63,28 @@ def main() -> None:
     except SystemExit as exc:  # typer makes one of Ctrl-C too, and SIGTERM comes the same way
         sys.exit(143 if _was_terminated(exc) else exc.code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC or (failure := _find_full_output()) is None:
+            raise
+        _drop_output()
+        _end_with(failure)
+
+
+def _drop_output() -> None:
+    """Let what waits for stdout, which takes nothing more, be written to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _find_full_output() -> DiskError | None:
+    """Return why stdout takes nothing; None: it does, and a line feed was written to it."""
+    try:
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as exc:
+        return DiskError("stdout", f"cannot be written ({exc.strerror})", "free space", "Make room; run it again.")
+    return None
 
 
 def _end_with(error: VisionLoopError) -> NoReturn:

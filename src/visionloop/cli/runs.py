@@ -202,11 +202,12 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     Raises:
         SettingsError: one of them is not there, or there are too many.
     """
-    from visionloop.cli.pictures import write_picture
+    from visionloop.cli.pictures import require_place, write_picture
     from visionloop.errors import SettingsError
     from visionloop.training.plots import draw_overlay
     from visionloop.words import align
 
+    require_place(out, "--out")
     if len(asked) > MOST:
         raise SettingsError("visionloop runs", f"{len(asked)} runs", f"at most {MOST} to compare", "Name fewer.")
     known = list(workspace.tracking.iterate_runs())

@@ -19,7 +19,7 @@ from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 from visionloop.video.player import End, Frame, Player, check_installed
 from visionloop.video.sample import DecodeJob
-from visionloop.video.timeline import describe_timeline, make_timeline
+from visionloop.video.timeline import describe_timeline, make_timeline, measure_frames
 
 REPORT_EVERY = 64
 MAX_VIDEO_S, MAX_VIDEO_FRAMES = 24 * 3600.0, 1_000_000
@@ -104,7 +104,8 @@ def find_images(paths: Sequence[str], *, may_be_none: bool = False) -> list[Path
         elif matches := _expand(path, text):
             files += matches
         elif not (may_be_none and glob.has_magic(text)):
-            raise SourceError(text, "does not exist", "an image, a folder or a glob", "Check the path.")
+            found = "matches nothing" if glob.has_magic(text) else "does not exist"
+            raise SourceError(text, found, "an image, a folder or a glob", "Check the path.")
     if not files and not may_be_none:
         raise SourceError(shorten(list(paths)), "no image there", "image files")
     return list(dict.fromkeys(files))
@@ -191,8 +192,8 @@ def predict_video(predictor: Predictor, path: Path, sampling: Sampling, player: 
     if not rows or len(rows) < len(times_s):  # the decoder's own JPEG files can be read
         return FilePrediction(name, None, f"its video {end.text or 'has no frame'}")
     probs_tk = np.array(rows)
-    found = make_timeline(times_s, probs_tk, doubts, predictor.card, **vars(sampling))
-    seconds_t = np.diff([*times_s, times_s[-1] + sampling.every_s])
+    found = make_timeline(times_s, probs_tk, doubts, predictor.card, **vars(sampling), end_s=end.end_s)
+    seconds_t = measure_frames(times_s, sampling.every_s, end.end_s)
     means = map(float, np.average(probs_tk, axis=0, weights=seconds_t))
     whole = Prediction(
         prediction=found.prediction,

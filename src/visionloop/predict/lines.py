@@ -58,8 +58,13 @@ def open_lines(path: Path) -> Iterator[IO[str]]:
         raise DiskError(
             f"--out {path}", f"cannot be written ({exc.strerror})", "a file in a folder that is there"
         ) from exc
-    with file:
+    try:
         yield file
+    finally:
+        try:
+            file.close()
+        except OSError as exc:  # it tries once more to write the line that has failed
+            raise _make_error(file, exc) from exc
 
 
 def write_line(file: IO[str], line: Line) -> None:
@@ -68,7 +73,11 @@ def write_line(file: IO[str], line: Line) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
     except OSError as exc:
-        raise DiskError(f"--out {file.name}", f"cannot be written ({exc.strerror})", "free space") from exc
+        raise _make_error(file, exc) from exc
+
+
+def _make_error(file: IO[str], exc: OSError) -> DiskError:
+    return DiskError(f"--out {file.name}", f"cannot be written ({exc.strerror})", "free space", "Make room.")
 
 
 def format_length(seconds: float) -> str:

@@ -12,7 +12,7 @@ from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.files import FilePrediction
 from visionloop.predictor import Predictor
-from visionloop.workfolder import write_through
+from visionloop.workfolder import check_place, write_through
 
 ROWS_AT_ONCE = 512
 # How a table is written, by the suffix of its name; `kaggle` is asked for by name.
@@ -29,7 +29,11 @@ class Table:
 
     @classmethod
     def plan(cls, out: Path | None, form: str | None) -> "Table | None":
-        """Choose the form by the name, or check the one that is asked for; None without a name. Raises SourceError."""
+        """Choose the form by the name, or check the one that is asked for; None without a name.
+
+        Raises:
+            SourceError: the form does not fit. DiskError: no file can be written there.
+        """
         if out is None:
             if form:
                 raise SourceError("--format", "needs a file to write", "--out FILE.csv", "Pass --out.")
@@ -41,8 +45,7 @@ class Table:
             raise SourceError("--format", f"got {form!r}", f"{KAGGLE}; other forms go by the end of --out's name")
         if form == KAGGLE and by_suffix != "csv":
             raise SourceError("--out", f"got {out.name!r}", f"a .csv file, as --format {KAGGLE} is one")
-        if not out.parent.is_dir():
-            raise SourceError(f"--out {out}", f"there is no folder {out.parent}", "one", "Make it, or check the path.")
+        check_place(out, f"--out {out}")
         return cls(out, form or by_suffix)
 
     def describe(self, total: int, unusable: int) -> str:
@@ -69,7 +72,7 @@ class Table:
         try:
             write_through(self.out, lambda file: write(answers, file, predictor))
         except OSError as exc:
-            todo = "Name another file, or make room; then run it again."
+            todo = "Make room, then run it again: the answers are kept."
             raise DiskError(f"--out {self.out}", f"cannot be written ({exc.strerror})", "a file", todo) from exc
 
 

@@ -230,7 +230,8 @@ def _make_timeline(seen: _Seen, model: ServedModel, every_s: float, smooth_s: fl
     outputs = join_outputs(seen.outputs)
     doubts = [answer.abstained for answer in model.predictor.answer(outputs)]
     card = model.predictor.card
-    return make_timeline(seen.times_s, outputs.probs_nk, doubts, card, every_s=every_s, smooth_s=smooth_s)
+    end_s = seen.end.end_s
+    return make_timeline(seen.times_s, outputs.probs_nk, doubts, card, every_s=every_s, smooth_s=smooth_s, end_s=end_s)
 
 
 class _RawVideo:

@@ -10,7 +10,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,6 +61,14 @@ class VideoFault(Exception):
 
 
 @dataclass
+class _Reading:
+    """What is told at the end, and how far it was read: the end of the last frame."""
+
+    told: list[str] = field(default_factory=list)
+    end_s: float = 0.0
+
+
+@dataclass
 class _Damage:
     """What was lost, and whether the following frames are built on damaged ones: until the next key frame they are."""
 
@@ -85,20 +93,20 @@ class _Damage:
 
 def decode(job: DecodeJob) -> Iterator[Message]:
     """Yield `start`, frames (with their JPEG) and beats, and `end`, which says why: code None is the whole video."""
-    told: list[str] = []
+    reading = _Reading()
     code = text = None
     try:
         with _open(job) as container:
             stream = _choose_stream(container, job)
             yield {"kind": "start", "created": _read_creation_time(container, stream)}, b""
-            yield from _sample(container, stream, job, told)
+            yield from _sample(container, stream, job, reading)
     except VideoFault as fault:
         code, text = fault.code, fault.text
     except MemoryError:
         code, text = "too_large", "needs more memory than a video may have"
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, RuntimeError) as exc:
         code, text = "damaged", f"cannot be decoded ({_describe(exc)})"
-    yield {"kind": "end", "code": code, "text": text, "told": told}, b""
+    yield {"kind": "end", "code": code, "text": text, "told": reading.told, "end_s": reading.end_s}, b""
 
 
 def _open(job: DecodeJob) -> Any:
@@ -172,14 +180,14 @@ def _check_size(width: int, height: int, job: DecodeJob) -> None:
         raise VideoFault("too_large", f"has {width} x {height} pixels; expected at most {job.max_pixels}")
 
 
-def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Iterator[Message]:
+def _sample(container: Any, stream: Any, job: DecodeJob, reading: _Reading) -> Iterator[Message]:
     """Yield the frames that are wanted. Raises VideoFault at the end of one that is damaged or goes beyond a limit."""
     sampler = Sampler(job.spans, job.every_s, job.scene)
-    damage, end_s, num_decoded, num_taken = _Damage(), 0.0, 0, 0
+    damage, told, num_decoded, num_taken = _Damage(), reading.told, 0, 0
     began_at, beat_at = None, time.monotonic()
     shape = _Shape(stream, told)
     for now_s, frame in _decode_frames(container, stream, job, damage):
-        end_s, num_decoded = now_s + _read_length(frame, stream), num_decoded + 1
+        reading.end_s, num_decoded = now_s + _read_length(frame, stream), num_decoded + 1
         began_at = time.time() - now_s if began_at is None else began_at
         if num_decoded > MAX_FRAMES_PER_S * (1 + now_s):
             raise VideoFault("too_many_frames", f"has more than {MAX_FRAMES_PER_S} frames a second at {now_s:.1f} s")
@@ -202,7 +210,7 @@ def _sample(container: Any, stream: Any, job: DecodeJob, told: list[str]) -> Ite
             message = {"kind": "frame", "t_ms": to_ms(now_s), "clock": began_at + now_s if job.is_live else None}
             yield message, shape.encode(frame)
     else:
-        _check_end(container, stream, job, damage, end_s=end_s, num_decoded=num_decoded)
+        _check_end(container, stream, job, damage, end_s=reading.end_s, num_decoded=num_decoded)
     if damage.packets:
         raise VideoFault("damaged", f"is damaged at {damage.first_s:.1f} s ({damage.packets:,} packets were lost)")
 

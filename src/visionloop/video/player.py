@@ -40,11 +40,15 @@ class Start:
 
 @dataclass(frozen=True)
 class End:
-    """The video is over. `code` None: all of it was read; else why not, as for a rejected file. `told`: what else."""
+    """The video is over. `code` None: all of it was read; else why not, as for a rejected file. `told`: what else.
+
+    `end_s`: how far it was read, with the time for which the last frame is shown; 0: no frame was.
+    """
 
     code: str | None
     text: str | None = None
     told: tuple[str, ...] = ()
+    end_s: float = 0.0
 
 
 # These may be caused by the machine, not by the video: it is tried again in the next pull.
@@ -191,7 +195,8 @@ def _understand(head: dict[str, Any], data: bytes) -> Start | Frame | End | None
     if kind == "end":
         code, text = head["code"], head["text"]
         told = tuple(str(line) for line in head["told"])
-        return End(None if code is None else str(code), None if text is None else str(text), told)
+        end_s = float(head["end_s"])
+        return End(None if code is None else str(code), None if text is None else str(text), told, end_s)
     return None
 
 

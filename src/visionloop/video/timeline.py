@@ -74,16 +74,23 @@ def make_timeline(
     *,
     every_s: float,
     smooth_s: float,
+    end_s: float = 0.0,
 ) -> Timeline:
     """Join frames, one at least, into segments. `doubts` says of each frame why the model does not know it.
 
-    `times_s` rise; the last frame is taken to be shown for `every_s`. `smooth_s` 0: nothing is smoothed.
+    `times_s` rise; `smooth_s` 0: nothing is smoothed. `end_s` as in `measure_frames`.
     """
     follower = Follower(card, smooth_s)
-    seconds_t = np.diff([*times_s, times_s[-1] + every_s])
+    seconds_t = measure_frames(times_s, every_s, end_s)
     for time_s, seconds, probs_k, doubt in zip(times_s, seconds_t, probs_tk, doubts, strict=True):
         follower.add(float(time_s), float(seconds), probs_k, doubt)
     return _sum_up(follower.finish(), card)
+
+
+def measure_frames(times_s: Sequence[float], every_s: float, end_s: float) -> Floats:
+    """Return for how long each frame is shown: the last one for `every_s`, or until `end_s` if that comes after it."""
+    left_s = end_s - times_s[-1]
+    return np.diff([*times_s, times_s[-1] + (min(every_s, left_s) if left_s > 0 else every_s)])
 
 
 def describe_timeline(timeline: Timeline, num_frames: int, notes: Sequence[str], **asked: float) -> dict[str, Any]:

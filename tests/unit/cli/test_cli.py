@@ -182,6 +182,15 @@ def test_a_dry_run_of_the_declared_sources(
     assert {path.name for path in home.rglob("*") if path.is_file()} == {"params.yaml", "error.json"}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_stdout_that_takes_nothing_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "visionloop", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    line = "error: stdout: cannot be written (No space left on device); expected free space. Make room; run it again.\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_the_answers_to_a_question_are_options(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,10 @@ def test_each_image_is_saved_and_none_is_overwritten(
     ("folder", "line"),
     [
         ("photos", "error: --pictures photos: holds 1.png, which is asked about; expected a folder."),
+        (
+            "photos/../photos",
+            "error: --pictures photos/../photos: holds 1.png, which is asked about; expected a folder.",
+        ),
         ("params.yaml", "error: --pictures params.yaml: cannot be made (File exists); expected a folder."),
     ],
 )
@@ -59,6 +63,27 @@ def test_a_folder_that_will_not_do(
 ) -> None:
     assert run_here(monkeypatch, "predict", "photos", "--bundle", "b", "--pictures", folder) == 2
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_the_folder_is_known_by_every_name_it_has(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "linked").symlink_to("photos")
+    for asked, folder in (("a/../photos", "photos"), ("photos", "linked"), ("linked", "photos")):
+        (home / "a").mkdir(exist_ok=True)
+        assert run_here(monkeypatch, "predict", asked, "--bundle", "b", "--pictures", folder) == 2
+        assert "holds 1.png, which is asked about" in capsys.readouterr().err
+
+
+def test_a_sheet_needs_a_folder_that_is_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, "predict", "photos", "--bundle", "b", "--sheet", "nope/s.png") == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: --sheet nope/s.png: there is no folder nope; expected one. Make it, or check the path.\n",
+    )
+    assert not (home / "nope").exists()
 
 
 def test_what_is_written_below_an_image() -> None:

@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_written_is_refused(
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.csv").mkdir()
     for argv, found in (
-        (["nodir/z.csv"], "nodir/z.csv: its folder does not exist"),
+        (["nodir/z.csv"], "nodir/z.csv: there is no folder nodir"),
         (["folder.csv"], "cannot be written (Is a directory)"),
         (["z.csv", "--images", "file"], "file: cannot be written (File exists)"),
     ):

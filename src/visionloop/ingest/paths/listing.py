@@ -155,18 +155,15 @@ class _Walk:
         """Yield the files below `folder`; `prefix` is its path below the root, `above` the real folders it lies in."""
         if len(above) > MAX_DEPTH:
             raise SourceError(self.where, f"goes deeper than {MAX_DEPTH} folders", "fewer", "Check what lies in it.")
-        with os.scandir(folder) as entries:
-            listed = sorted((entry.name, entry) for entry in entries)
-        self.passed.empty += [] if listed else [prefix]
-        for name, entry in listed:
+        for name, entry in self._list(folder, prefix):
             if name[0] == "." or is_system_file(name) or (is_system_folder(name) and entry.is_dir()):
                 self._pass(entry, prefix)
                 continue
-            if not self._is_wanted(name) and entry.is_file():
+            if not self._is_wanted(name) and _is_file(entry):
                 self.passed.add_file(prefix, get_suffix(name))
                 continue
             relative, real = prefix + name, ""
-            if not self._has_stamps and entry.is_file():
+            if not self._has_stamps and _is_file(entry):
                 yield ListedFile(relative, entry.path, None)
                 continue
             if entry.is_symlink():
@@ -177,19 +174,30 @@ class _Walk:
             try:
                 facts = entry.stat() if entry.is_file() else None
             except OSError:  # links in a circle, or a file that was just removed
-                yield ListedFile(relative, entry.path, None, "cannot be found")
+                yield from self._name_other(entry, prefix, "cannot be found")
                 continue
             if facts:
                 yield ListedFile(relative, entry.path, f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}")
             elif not entry.is_dir():
-                yield from self._name_other(entry, prefix, bool(real))
+                yield from self._name_other(entry, prefix, "is a link to nothing" if real else "is no regular file")
             elif not real or self._may_follow(f"{relative}/", real, above):
                 yield from self.run(entry.path, f"{relative}/", (*above, real or os.path.join(above[-1], name)))
 
-    def _name_other(self, entry: "os.DirEntry[str]", prefix: str, is_link: bool) -> Iterator[ListedFile]:
+    def _list(self, folder: str, prefix: str) -> "list[tuple[str, os.DirEntry[str]]]":
+        """Return what lies in a folder, by name; nothing if it was removed since its own folder was listed."""
+        try:
+            with os.scandir(folder) as entries:
+                listed = sorted((entry.name, entry) for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            if not prefix:
+                raise
+            return []
+        self.passed.empty += [] if listed else [prefix]
+        return listed
+
+    def _name_other(self, entry: "os.DirEntry[str]", prefix: str, problem: str) -> Iterator[ListedFile]:
         """Yield what is neither a file nor a folder, or count it if its name is not wanted."""
         if self._is_wanted(entry.name):
-            problem = "is a link to nothing" if is_link else "is no regular file"
             yield ListedFile(prefix + entry.name, entry.path, None, problem)
         else:
             self.passed.add_file(prefix, get_suffix(entry.name))
@@ -216,6 +224,13 @@ class _Walk:
             return
         num_files = sum(len(files) for _, _, files in os.walk(entry.path))
         self.passed.add_folder(prefix, escape_name(entry.name), num_files)
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle
+        return False
 
 
 class ImageFolder:
