@@ -45,7 +45,7 @@ def review(workspace: str) -> State[Any]:
     if webhook := opened.params.monitor.webhook:
         text = f"{opened.name}: {lines[0]}. {lines[-1]}"
         if failure := post_alert(webhook, {"event": REVIEW, "text": text, **alert}, os.environ):
-            steps.say(f"note: {failure.problem}")
+            steps.say(f"note: the alert was not sent: {failure.problem}")
     return Completed(name="Asked", message=lines[0])
 
 

@@ -43,11 +43,15 @@ OUT_OF_MEMORY_FIRST = Path("/proc/self/oom_score_adj")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in the engine that was chosen, why that one, and how many threads had better decode (0: as ever)."""
+    """A model in the engine that was chosen, why that one, and how many threads had better decode (0: as ever).
+
+    `had_choice`: another engine is approved too, so that people may want to know why it is this one.
+    """
 
     predictor: Predictor
     why: str = FP32
     decoders: int = 0
+    had_choice: bool = True
 
 
 Open = Callable[[Bundle, Sequence[str]], Opened]
@@ -100,7 +104,7 @@ def open_fastest(
     if len(candidates) == 1:
         others = [name for name in ENGINES[1:] if name in allowed and name in bundle.card.runtimes]
         why = f"{' and '.join(others)} cannot be used here" if others else "no other engine is approved"
-        return Opened(open_plainly(bundle, threads=threads).predictor, f"{FP32}: {why}")
+        return Opened(open_plainly(bundle, threads=threads).predictor, f"{FP32}: {why}", had_choice=bool(others))
     try:
         measured, cores = _recall(bundle, candidates, threads, hidden_dir)
         predictor = Predictor(bundle, threads=threads, engine=measured.choice)

@@ -84,6 +84,7 @@ def test_what_one_of_both_does_not_approve_is_never_opened(
     make_bundle(tmp_path / "b", engines=card)
     opened = open_fastest(load_bundle(tmp_path / "b"), allowed, hidden_dir=tmp_path, threads=2)
     assert (opened.predictor.engine, opened.why) == (FP32, "onnxruntime fp32: no other engine is approved")
+    assert not opened.had_choice, "nothing that anybody wants to know"
     assert asked == []
     assert not (tmp_path / "machine.json").exists()
 

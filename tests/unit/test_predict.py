@@ -23,6 +23,7 @@ from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.files import FilePrediction, Sampling, find_images, predict_files
 from visionloop.predict.lines import open_lines, write_line
+from visionloop.predict.live import WatchPlan
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 
@@ -115,6 +116,11 @@ def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path, m
     monkeypatch.setattr("visionloop.workfolder.tempfile.TemporaryFile", fail)
     with pytest.raises(DiskError, match=r"--out .*x\.csv: cannot be written \(Read-only file system\)"):
         Table.plan(tmp_path / "x.csv", None)
+
+
+def test_a_device_without_frames_is_not_asked_for_its_login() -> None:
+    assert WatchPlan("/dev/null", {}).todo == "Name a camera: `ls /dev/video*` lists them."
+    assert WatchPlan("rtsp://a/b", {}).todo == "Check the address and the login."
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")

@@ -1,8 +1,10 @@
 """The command `predict`: answers for images, videos and folders, or a camera that is watched (`cameras.py`)."""
 
+import contextlib
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,16 +149,19 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
         show.read(draw(predict_files(predictor, files, sampling=asked.sampling, on_progress=progress)), keep=as_json)
     else:
         show.most, folder = SHOWN_OF_TABLE, workspace.settings.hidden_dir / "predict"
-        with predict_in_chunks(
-            predictor,
-            files,
-            table,
-            folder,
-            sampling=asked.sampling,
-            cluster=Cluster.plan(workspace),
-            on_progress=progress,
-            tell=tell,
-        ) as chunks:
+        with (
+            tell_when_stopped(),
+            predict_in_chunks(
+                predictor,
+                files,
+                table,
+                folder,
+                sampling=asked.sampling,
+                cluster=Cluster.plan(workspace),
+                on_progress=progress,
+                tell=tell,
+            ) as chunks,
+        ):
             show.read(draw(chunks.read()))
             table.write(chunks.read(), predictor)
         rows = table.describe(len(files), len(files) - show.counts.total())
@@ -165,6 +170,16 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     if as_json:
         print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
     _require_answer(show, paths, len(files))
+
+
+@contextlib.contextmanager
+def tell_when_stopped() -> Iterator[None]:
+    """Say on Ctrl-C that what was done is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 @dataclass(frozen=True)
@@ -266,7 +281,8 @@ def _tell_counts(
     if saved and show.counts:
         show.tell(f"{saved.number:,} pictures in {saved.folder}{numbers}")
     if sheet and show.counts:
-        write_picture(sheet, draw_sheet(predictor, files))
+        usable = [path for number, path in enumerate(files) if number not in show.unusable]
+        write_picture(sheet, draw_sheet(predictor, usable))
         show.tell(f"some of them in {sheet}{numbers}")
     if show.counts:
         show.tell("next: `visionloop explain PHOTO` shows why")
@@ -285,7 +301,8 @@ def _open_predictor(
     if num_files < MANY:
         return load_model(bundle, lambda: workspace) if bundle else load_champion(workspace)
     opened = load_approved_model(bundle, workspace, make_opener(workspace, tell))
-    tell(f"answers by {opened.why}")
+    if opened.had_choice:
+        tell(f"answers by {opened.why}")
     return opened.predictor
 
 
@@ -299,6 +316,7 @@ class Shown:
     tell: Callable[[str], None]
     counts: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
+    unusable: set[int] = field(default_factory=set)
     kept: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, answers: Iterable["FilePrediction"], *, keep: bool = False) -> None:
@@ -310,6 +328,7 @@ class Shown:
                 self.tell("\n".join(describe_answer(answer, self.width, self.top)))
             if answer.prediction is None:
                 self.problem = self.problem or answer.error
+                self.unusable.add(number)
             else:
                 said = answer.prediction.prediction or "no label"
                 self.counts["don't know" if answer.prediction.abstained else said] += 1

@@ -31,7 +31,7 @@ KEPT_FOR = timedelta(days=7)  # from the verdict on: an alert that is older help
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an alert was not sent. `is_refusal`: the webhook does not want this one; it may want another."""
+    """Why an alert or event was not sent. `is_refusal`: the webhook does not want this one; it may want another."""
 
     problem: str
     is_refusal: bool = False
@@ -67,7 +67,8 @@ def send_unsent(
             told += [f"the alert of window {window} was not sent for {KEPT_FOR.days} days: given up"] if is_old else []
             continue
         others = len(waiting) - number - 1
-        told.append(f"{failure.problem}; the next `visionloop monitor` sends that of window {window} again")
+        again = f"the next `visionloop monitor` sends that of window {window} again"
+        told.append(f"the alert was not sent: {failure.problem}; {again}")
         if not failure.is_refusal:
             return [*told, f"{others} later alerts wait too"] if others else told
     return told
@@ -128,7 +129,7 @@ def post_alert(
     thread = Thread(target=lambda: found.append(_try(webhook, url, headers, body, sleep)), daemon=True)
     thread.start()
     thread.join(webhook.tries * 2 * webhook.timeout_s + (webhook.tries - 1) * MAX_WAIT_S)
-    return found[0] if found else Failure("the alert was not sent: the webhook does not come to an end")
+    return found[0] if found else Failure("the webhook does not come to an end")
 
 
 def _try(
@@ -141,7 +142,7 @@ def _try(
         problem, is_final = _post(url, headers, body, webhook.timeout_s)
         if is_final:
             break
-    return Failure(f"the alert was not sent: {problem}", is_refusal=is_final) if problem else None
+    return Failure(problem, is_refusal=is_final) if problem else None
 
 
 def _make_opener() -> urllib.request.OpenerDirector:
@@ -158,6 +159,14 @@ def _make_opener() -> urllib.request.OpenerDirector:
     return opener
 
 
+def _describe(exc: Exception) -> str:
+    """Return why a connection failed, in the words of the system. Nothing of the address is in them."""
+    reason = getattr(exc, "reason", exc)
+    return (
+        "timed out" if isinstance(reason, TimeoutError) else getattr(reason, "strerror", None) or type(reason).__name__
+    )
+
+
 def _post(url: str, headers: Mapping[str, str], body: bytes, timeout_s: float) -> tuple[str, bool]:
     """Return what went wrong ("": nothing), and whether another try is of no use."""
     try:
@@ -168,6 +177,6 @@ def _post(url: str, headers: Mapping[str, str], body: bytes, timeout_s: float) -
         exc.close()
         return f"the webhook answers {exc.code}", exc.code < 500 and exc.code not in PASSING
     except (OSError, HTTPException) as exc:
-        return f"the webhook does not answer ({type(exc).__name__})", False
+        return f"the webhook does not answer ({_describe(exc)})", False
     except ValueError:
         return "the address or a header of the webhook is not valid", True

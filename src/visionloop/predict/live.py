@@ -66,6 +66,12 @@ class WatchPlan:
         """The path as it may be shown."""
         return hide_login(self.path)
 
+    @property
+    def todo(self) -> str:
+        """What people had better look at if it gives no frame."""
+        is_here = self.path.startswith("/dev/")
+        return "Name a camera: `ls /dev/video*` lists them." if is_here else "Check the address and the login."
+
 
 class Watch:
     """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`."""
@@ -121,7 +127,7 @@ class Watch:
             reason = self._close()
             if not self.num_answered and not self._is_asked_to_stop:
                 reason = reason or f"no frame in {self.took_s:.0f} s"
-                raise StreamEnded(self.plan.shown, reason, "a video stream", "Check the address and the login.")
+                raise StreamEnded(self.plan.shown, reason, "a video stream", self.plan.todo)
             if self._is_over():
                 return
             if self.num_answered > before or lost_at is None:

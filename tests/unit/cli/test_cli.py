@@ -182,6 +182,24 @@ def test_a_dry_run_of_the_declared_sources(
     assert {path.name for path in home.rglob("*") if path.is_file()} == {"params.yaml", "error.json"}
 
 
+@pytest.mark.parametrize("loaded", ["visionloop.cli.app", "visionloop.cli.predict"])
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(loaded: str) -> None:
+    code = f"""
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {loaded!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+from visionloop.cli import run_process
+run_process()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_a_stdout_that_takes_nothing_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:

@@ -75,6 +75,27 @@ def test_the_folder_is_known_by_every_name_it_has(
         assert "holds 1.png, which is asked about" in capsys.readouterr().err
 
 
+def test_a_sheet_shows_and_counts_the_images_that_have_an_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        "visionloop.data.contact_sheet.draw_prediction_sheet",
+        lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
+    )
+    assert run_here(monkeypatch, "predict", "photos", "--bundle", "b", "--sheet", "s.png") == 0
+    assert drawn[:2] == ["1.png", "1.jpg"] and drawn[3].startswith("3 of 3 images, bundle "), "not broken.jpg"
+
+
+def test_a_batch_that_is_stopped_says_how_to_go_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visionloop.predict.chunks.predict_files", stop)
+    assert run_here(monkeypatch, "predict", "photos", "--bundle", "b", "--out", "x.csv") == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+
+
 def test_a_sheet_needs_a_folder_that_is_there(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
