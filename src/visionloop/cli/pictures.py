@@ -66,11 +66,12 @@ class AnswerPictures:
     """A folder that takes each answered image with its answer below it. What is there already is never overwritten.
 
     Raises:
-        SettingsError: the folder cannot be made, or holds images that are asked about.
+        SettingsError: the folder cannot be made, holds images that are asked about, or lies in a folder that is.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path], asked: Sequence[str] = ()) -> None:
         from visionloop.errors import SettingsError
+        from visionloop.ingest.paths.names import is_passed
 
         self.folder, self.files, self.number = folder, files, 0
         self._last: Counter[str] = Counter()
@@ -78,6 +79,12 @@ class AnswerPictures:
         if inside := next((file for file in files if place in _list_folders(file)), None):
             todo = "Name another folder, or other images."
             raise SettingsError(f"--pictures {folder}", f"holds {inside.name}, which is asked about", "a folder", todo)
+        for root in (Path(text).expanduser().resolve() for text in asked):
+            if root.is_dir() and root in place.parents and not is_passed(f"{place.relative_to(root).as_posix()}/"):
+                todo = "Name another folder: the next answers would be about its pictures."
+                raise SettingsError(
+                    f"--pictures {folder}", f"lies in {root.name}, which is asked about", "a folder", todo
+                )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:

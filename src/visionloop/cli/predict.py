@@ -139,7 +139,7 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     files = find_images(paths)
     require_image(files, {"--sheet": wishes.sheet, "--pictures": wishes.pictures})
     tell: Callable[[str], None] = (lambda line: None) if as_json else print
-    saved = AnswerPictures(wishes.pictures, files) if wishes.pictures else None
+    saved = AnswerPictures(wishes.pictures, files, paths) if wishes.pictures else None
     predictor = _open_predictor(workspace, asked.bundle, len(files), tell)
     progress = make_progress("answered", "images", quiet=quiet or as_json or len(files) <= 64)
     width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])

@@ -39,6 +39,7 @@ def test_each_image_is_saved_and_none_is_overwritten(
     before = {path: path.read_bytes() for path in (home / "out").iterdir()}
     assert run_here(monkeypatch, *command, "--out", "answers.jsonl") == 0
     assert {path: path.read_bytes() for path in before} == before
+    assert run_here(monkeypatch, *command[:-1], "photos/.out") == 0, "what is hidden is never asked about"
     assert {"1-3.png", "1-4.png", f"{long}-2.png"} <= {path.name for path in (home / "out").iterdir()}
     with Image.open(home / "out" / "1-2.png") as picture:
         assert picture.size == (ANSWERED_PX, 20 + ANSWERED_BAND), "bounded, in its shape"
@@ -55,6 +56,7 @@ def test_each_image_is_saved_and_none_is_overwritten(
             "photos/../photos",
             "error: --pictures photos/../photos: holds 1.png, which is asked about; expected a folder.",
         ),
+        ("photos/out", "error: --pictures photos/out: lies in photos, which is asked about; expected a folder."),
         ("params.yaml", "error: --pictures params.yaml: cannot be made (File exists); expected a folder."),
     ],
 )
