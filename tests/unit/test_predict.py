@@ -1,13 +1,10 @@
 """Batch prediction: what is found, what cannot be used, what is written."""
 
 import csv
-import errno
 import io
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +19,6 @@ from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.files import FilePrediction, Sampling, find_images, predict_files
-from visionloop.predict.lines import open_lines, write_line
-from visionloop.predict.live import WatchPlan
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 
@@ -101,51 +96,6 @@ def test_the_form_of_a_table_goes_by_its_name() -> None:
             Table.plan(Path(name), form)
     with pytest.raises(DiskError, match=r"--out nowhere/deep/x\.csv: there is no folder nowhere/deep; expected one"):
         Table.plan(Path("nowhere/deep/x.csv"), None)
-
-
-def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*, dir: Path) -> None:
-        assert dir == tmp_path
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    assert plan(tmp_path / "x.csv").out == tmp_path / "x.csv"
-    assert list(tmp_path.iterdir()) == [], "nothing is left"
-    (tmp_path / "y.csv").mkdir()
-    with pytest.raises(DiskError, match=r"--out .*y\.csv: cannot be written \(Is a directory\); expected a file"):
-        Table.plan(tmp_path / "y.csv", None)
-    monkeypatch.setattr("visionloop.workfolder.tempfile.TemporaryFile", fail)
-    with pytest.raises(DiskError, match=r"--out .*x\.csv: cannot be written \(Read-only file system\)"):
-        Table.plan(tmp_path / "x.csv", None)
-
-
-def test_a_device_without_frames_is_not_asked_for_its_login() -> None:
-    assert WatchPlan("/dev/null", {}).todo == "Name a camera: `ls /dev/video*` lists them."
-    assert WatchPlan("rtsp://a/b", {}).todo == "Check the address and the login."
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-def test_lines_on_a_full_disk_are_one_error_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").symlink_to("/dev/full")
-    with (
-        pytest.raises(DiskError, match=r"--out .*x\.jsonl: cannot be written \(No space left on device\)"),
-        open_lines(tmp_path / "x.jsonl") as file,
-    ):
-        write_line(file, {"kind": "end"})
-
-
-def test_a_folder_that_vanishes_does_not_end_the_walk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (photos / "round").symlink_to(photos / "round")
-    scandir, is_gone = os.scandir, [False]
-
-    def vanish(folder: str) -> Any:
-        if folder == str(photos / "sub") and not is_gone[0]:
-            is_gone[0] = True
-            shutil.rmtree(folder)
-        return scandir(folder)
-
-    monkeypatch.setattr("visionloop.ingest.paths.listing.os.scandir", vanish)
-    assert names(find_images([str(photos)])) == ["a.png", "broken.jpg"]
-    assert is_gone[0]
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("a", "b")])
