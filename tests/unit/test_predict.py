@@ -67,14 +67,6 @@ def test_a_glob_goes_through_folders_as_ingest_does(
     assert find_images(["**/*.png", "*/b.*"]) == [Path("a.png"), Path("linked/deep/c.png"), Path("sub/b.JPG")]
 
 
-def test_paths_without_images(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="does not exist; expected an image, a folder or a glob"):
-        find_images([str(tmp_path / "no.jpg")])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="no image there"):
-        find_images([str(tmp_path / "empty")])
-
-
 def plan(out: Path, form: str | None = None) -> Table:
     table = Table.plan(out, form)
     assert table is not None

@@ -1,4 +1,4 @@
-"""Where batch prediction reads and writes: places that take nothing, folders that vanish, devices that are no camera."""
+"""Where batch prediction reads and writes: places that take nothing, folders that vanish, devices without frames."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from visionloop.errors import DiskError
+from visionloop.errors import DiskError, SourceError
 from visionloop.predict.files import find_images
 from visionloop.predict.lines import open_lines, write_line
 from visionloop.predict.live import WatchPlan
@@ -62,3 +62,11 @@ def test_a_folder_that_vanishes_does_not_end_the_walk(tmp_path: Path, monkeypatc
     monkeypatch.setattr("visionloop.ingest.paths.listing.os.scandir", vanish)
     assert find_images([str(photos)]) == [photos / "a.png", photos / "broken.jpg"]
     assert is_gone[0]
+
+
+def test_paths_without_images(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist; expected an image, a folder or a glob"):
+        find_images([str(tmp_path / "no.jpg")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="no image there"):
+        find_images([str(tmp_path / "empty")])

@@ -1,10 +1,8 @@
 """The command `predict`: answers for images, videos and folders, or a camera that is watched (`cameras.py`)."""
 
-import contextlib
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ import typer
 
 from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json
 from visionloop.cli.cameras import Telling, allow_typed_host, watch_camera
-from visionloop.cli.waiting import make_progress
+from visionloop.cli.waiting import make_progress, tell_when_stopped
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
@@ -170,16 +168,6 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     if as_json:
         print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
     _require_answer(show, paths, len(files))
-
-
-@contextlib.contextmanager
-def tell_when_stopped() -> Iterator[None]:
-    """Say on Ctrl-C that what was done is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise
 
 
 @dataclass(frozen=True)

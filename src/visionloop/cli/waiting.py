@@ -83,3 +83,13 @@ def show_waiting(
             thread.join()
             if is_live:
                 print(f"\r{'':<78}\r", end="", flush=True)
+
+
+@contextlib.contextmanager
+def tell_when_stopped() -> Iterator[None]:
+    """Say on Ctrl-C that what was done is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
