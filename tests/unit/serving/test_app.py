@@ -17,15 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle
-from visionloop.params import KeepImages, Serve
 from visionloop.predictor import FP32, INT8, Predictor
 from visionloop.serving import batcher
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
-from visionloop.serving.log import PredictionLog
 from visionloop.serving.schemas import ErrorAnswer
 from visionloop.serving.swap import ModelSlot, ServedModel
-from visionloop.store import LocalStore
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=10_000, max_files=4, max_queue=4)
 
@@ -320,13 +317,6 @@ def test_the_page_for_people_loads_its_own_files_alone(client: TestClient) -> No
     assert not re.findall(r" (?:style|on[a-z]+)=|<style|<script>", page.text), "the policy lets none of them work"
     for other in ("page/home.html", "page/__init__.py", "page/..%2f__init__.py", "page/none.js"):
         assert client.get(f"/{other}").status_code == 404, other
-
-
-def test_the_page_for_people_is_told_whether_the_server_keeps_pictures(slot: ModelSlot, tmp_path: Path) -> None:
-    for told, serve in {"no": Serve(), "yes": Serve(keep_images=KeepImages(random=0.1))}.items():
-        log = PredictionLog("fake", LocalStore(tmp_path / "store"), tmp_path / "spool", serve)
-        page = TestClient(make_app(slot, LIMITS, log=log)).get("/").text
-        assert re.findall(r'data-keeps-images="(\w+)"', page) == [told]
 
 
 def test_openapi_describes_how_to_send_and_each_refusal(client: TestClient) -> None:
