@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
 DRY = {"dry_run": " (dry run)"}  # a rule that only shows what it would say
 MANY, SHOWN_OF_MANY = 12, 8
-NAME_WIDTH = 32
-LINE = 110
+SAME_REJECTED = "what could not be used is the same as last time: `visionloop datasets show` names it"
+NAME_WIDTH, LINE = 32, 110
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ def describe_pull(report: "PullReport") -> list[str]:
     if version.left_out:
         names = shorten(version.left_out)
         lines.append(f"left out: {names}, with fewer images than ingest.expect.min_per_class; with more they come back")
-    lines += describe_rejected(report.rejected, NOT_UNUSABLE)
+    lines += [SAME_REJECTED] if report.has_same_rejected else describe_rejected(report.rejected, NOT_UNUSABLE)
     lines += [*report.remarks, report.account.describe(), *describe_twins(version.classes)]
     if version.num_leaks:
         what = "near duplicate or conflict" if version.num_leaks == 1 else "near duplicates or conflicts"

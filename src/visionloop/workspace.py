@@ -63,9 +63,10 @@ def make_workspace(folder: Path, example: str | None = None, *, name: str | None
 
 
 def clear_folder(folder: Path, *, keep: bool = False) -> None:
-    """Remove a workspace that was made for nothing; with `keep` the folder itself stays."""
+    """Remove a workspace that was made for nothing; with `keep` the folder itself stays. What cannot go stays."""
     for path in (folder.iterdir() if folder.is_dir() else ()) if keep else (folder,):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only place: why it was not made is what is to be told
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_name(text: str) -> str:
@@ -88,10 +89,14 @@ def _fill(folder: Path, example: str, name: str | None) -> None:
         path = folder / "params.yaml"
         path.write_text(path.read_text().replace(f"name: {example}", f"name: {name}", 1))
     refresh_code(folder, load_params(folder / "params.yaml"))
-    if not (folder / ".git").exists():
-        with contextlib.suppress(OSError):  # no git on the PATH
-            subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=False, capture_output=True)
+    _run_git(folder, "init", "-q", "-b", "main")
     init_dvc(folder)
+    _run_git(folder, "add", "--all", ".")  # dvc stages what it writes: the rest too, so that `git commit` has all of it
+
+
+def _run_git(folder: Path, *words: str) -> None:
+    with contextlib.suppress(OSError):  # no git on the PATH
+        subprocess.run(["git", *words], cwd=folder, check=False, capture_output=True)
 
 
 @dataclass(frozen=True)

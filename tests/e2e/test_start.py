@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = visionloop(folder, "start", "My Shapes")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"made the workspace {folder}/my-shapes-model"
+    assert lines[0].startswith(f"made the workspace {folder}/my-shapes-model, for git too")
     assert lines[1] == "My Shapes is its source my-shapes (kind folder), in params.yaml"
     steps = [line.split()[1].rstrip(":") for line in lines if line.startswith("[")]
     assert steps == ["ingest", "prepare", "embed", "train", "evaluate", "gate", "register", "promote"]

@@ -63,7 +63,9 @@ def test_windows_that_were_missed_are_judged_the_oldest_first(
     assert run_here(monkeypatch, "monitor", "--all") == 3
     told = capsys.readouterr().out
     assert told.count("missed before: ") == 1
-    assert told.splitlines()[-1].startswith("next: `visionloop review --serve` asks for labels, `visionloop triggers")
+    assert told.splitlines()[-1].startswith(
+        "next: `serve.keep_images` in params.yaml keeps images that `visionloop review"
+    )
     assert len(list_windows(watched.place)) == 7
     assert run_here(monkeypatch, "monitor", "--at", "2026-03-03") == 0
     figures = (tmp_path / "monitoring" / "metrics.prom").read_text()

@@ -68,7 +68,10 @@ def test_a_photo_is_dropped_answered_corrected_and_the_correction_is_in_the_log(
     page.run("document.querySelector('.ask input').value = 'SCRIPT'")
     page.run("document.querySelector('.ask input').dispatchEvent(new Event('input'))")
     page.click(".found button", HOSTILE)
-    assert read(page, ".ask .good") == f"Thank you. Noted: {HOSTILE}."
+    assert read(page, ".ask .good") == (
+        f"Thank you. Noted: {HOSTILE}. The picture itself is not kept, so no model is trained on it."
+    )
+    assert read(page, "#session").endswith("are kept in this page alone, until you leave it.")
     page.click(".ask button", "Undo")
     page.wait(f"document.querySelector('.ask .good').innerText.includes({expected.prediction!r})")
     page.click(".ask button", "Change it")
@@ -112,6 +115,9 @@ def test_a_correction_on_the_page_is_a_label_of_the_next_dataset_version(
         meant = {"cat": "dog", "dog": "cat"}[said]
         browser.click(".ask button", meant)
         assert read(browser, ".ask .good") == f"Thank you. Noted: {meant}."
+        assert read(browser, "#session").endswith(
+            "The server keeps some of the pictures that it is sent, to be learned from."
+        )
         wait_for(lambda: len(read_feedback(store, "fake").table) == len(read_predictions(store, "fake").table) == 1)
     assert visionloop("review", "--accept").startswith("accepted: 1 label")
     told = visionloop("ingest")

@@ -1,7 +1,8 @@
 """Feedback of clients as labels: what is held, what never counts, and how much of it is read."""
 
 import io
-from datetime import UTC, date, datetime, timedelta
+import json
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def test_feedback_of_clients_is_held_and_bounded_and_never_reaches_test(desk: Re
     assert {row.side for row in new.values()} <= {"train", "val"}
     assert {row.origins[0].split("/")[0] for row in new.values()} == {"feedback:eve", "feedback:gate", "feedback:bob"}
     assert "accepted: 0 labels" in desk.run("review", "--accept")
+
+
+def test_labels_are_listed_before_and_when_they_are_accepted_and_doubtful_ones_are_marked(desk: ReviewDesk) -> None:
+    """A click of nobody goes into training: the image, the label and what the model was sure of are to be seen."""
+    desk.write(SOURCES.replace("    - {kind: feedback}\n", "") + "review: {count: 3}\n")
+    sure, unsure = desk.serve(2)  # cat, with 0.99 and 0.55
+    desk.say([sure, unsure], "dog", who=None)
+    mine = [one["image_sha256"][:12] for one in (sure, unsure)]
+    rows = [
+        f"  {mine[0]}  dog  by gate  model: cat 0.990  LOOK: the model was sure of another label",
+        f"  {mine[1]}  dog  by gate  model: cat 0.550",
+    ]
+    told = desk.run("review").splitlines()
+    assert told[told.index("2 labels wait: `visionloop review --accept`") + 1 :][:2] == rows
+    told = desk.run("review", "--accept")
+    assert told.splitlines()[1:3] == rows
+    assert "next: add `- kind: feedback` under ingest.sources in params.yaml, then `visionloop ingest` takes" in told
+    desk.say(desk.serve(1, 8000), "dog", who="bob")
+    [one] = json.loads(desk.run("review", "--accept", "--json"))["accepted"]
+    assert (one["who"], one["before"], one["confidence"], one["is_doubtful"]) == (["bob"], ["cat"], 0.99, True)
 
 
 def test_no_client_changes_test_and_what_is_like_a_test_image_does_not_come_into_train(desk: ReviewDesk) -> None:
@@ -105,18 +126,18 @@ def test_batch_reads_no_feedback_from_before_its_days(desk: ReviewDesk) -> None:
     rows = desk.serve(6)
     desk.say(rows[:1], "dog", who=None)
     desk.say(desk.serve(2, 8000, hours_ago=24 * 40), "dog", who=None, days_ago=40)
-    read, get = list[str](), LocalStore.get
-    desk.patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
-    assert rows[0]["image_sha256"] not in desk.run("review", "--json")
-    days = {key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))}
-    assert f"date={datetime.now(UTC) - timedelta(days=40):%Y-%m-%d}" not in days
+    told, read = list_days_read(desk, "review", "--json")
+    assert rows[0]["image_sha256"] not in told
+    assert read and max(read) < 39
 
 
 def list_days_read(desk: ReviewDesk, *argv: str) -> tuple[str, set[int]]:
     """Return what a command says, and of how many days ago the parts are of the log and of feedback that it reads."""
-    read, get, today = list[str](), LocalStore.get, datetime.now(UTC).date()
+    read, today = list[str](), datetime.now(UTC).date()
+    get, open_ = LocalStore.get, LocalStore.open
     with desk.patch.context() as patch:
         patch.setattr(LocalStore, "get", lambda store, key: read.append(key) or get(store, key))
+        patch.setattr(LocalStore, "open", lambda store, key: read.append(key) or open_(store, key))
         told = desk.run(*argv)
     parts = [key.split("/")[2] for key in read if key.startswith(("feedback/", "predictions/"))]
     return told, {(today - date.fromisoformat(part.removeprefix("date="))).days for part in parts}

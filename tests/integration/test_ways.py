@@ -57,7 +57,7 @@ def test_knn_answers_as_scikit_learn_does(champion: Home, tmp_path: Path) -> Non
     assert accuracy > 0.9
 
     (report,) = home.notes.epochs
-    assert (report.epoch, report.max_epochs, report.monitor) == (1, 1, "val/loss")
+    assert (report.epoch, report.max_epochs, report.monitor) == (1, 0, "val/loss")
     assert report.metrics["val/accuracy"] == pytest.approx(accuracy)
     assert home.run.data.metrics["val/accuracy"] == pytest.approx(accuracy)
     assert home.run.data.metrics["best/val_accuracy"] == pytest.approx(accuracy)

@@ -215,7 +215,11 @@ def test_a_name_is_looked_up_in_the_ledger_of_the_workspace(home: Path, monkeypa
 @pytest.mark.parametrize(
     ("address", "error", "message"),
     [
-        ("", BundleError, "model '': does not exist; expected a bundle's folder, NAME@champion, NAME@NUMBER, or s3://"),
+        (
+            "",
+            BundleError,
+            "model '': does not exist; expected a bundle's folder, candidate, NAME@champion, NAME@NUMBER, or s3://",
+        ),
         ("nothing", BundleError, "model '.*nothing': does not exist"),
         ("ws/params.yaml", BundleError, "is a file; expected a bundle's folder"),
         (Path("ws"), BundleError, r"no digests\.json; expected a model bundle"),

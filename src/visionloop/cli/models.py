@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from visionloop.predictor import Predictor
     from visionloop.promotion.report import RetrainFacts
 
-MODELS = "champion, a bundle's folder, NAME@champion, NAME@3, s3://..., or the id of an MLflow run."
+MODELS = "champion, candidate, a bundle's folder, NAME@champion, NAME@3, s3://..., or the id of an MLflow run."
 
 
 @app.command()

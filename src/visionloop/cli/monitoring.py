@@ -4,7 +4,7 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,10 +13,16 @@ from visionloop.errors import SettingsError
 from visionloop.words import shorten_path
 from visionloop.workspace import get_now, get_user, open_workspace
 
+if TYPE_CHECKING:
+    from visionloop.params import Params
+
 EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
-RETRAIN = "`visionloop review --serve` asks for labels, `visionloop triggers decide` says whether a retrain is due"
+DUE = "`visionloop triggers decide` says whether a retrain is due"
+ASK = "`visionloop review --serve` asks for the labels worth having"
+NO_IMAGES = "`serve.keep_images` in params.yaml keeps images that `visionloop review` can ask about"
+BY_HAND = "`schedule.monitor` in params.yaml judges the next window by itself under `visionloop up`"
 MEND = "`visionloop predictions show` shows what was asked; mend that or the server, then `visionloop monitor --again`"
-NEXT = {"broken": MEND, "service": MEND, "drift": RETRAIN, "quality": RETRAIN}
+IS_CHANGED = ("drift", "quality")
 
 
 @app.command()
@@ -78,8 +84,17 @@ def monitor(
     for note in send_unsent(workspace, os.environ, now=now):
         print(f"note: {note}", file=sys.stderr)
     write_metrics(workspace, now=now)
-    say_next(NEXT.get(verdict.verdict, "`visionloop review --serve` asks for the labels worth having"), quiet=as_json)
+    say_next(name_next(verdict.verdict, workspace.params), quiet=as_json)
     raise typer.Exit(0 if accept else max(EXIT_CODES.get(one.verdict, 0) for one in (*late, verdict)))
+
+
+def name_next(verdict: str, params: "Params") -> str:
+    """Return what to do after a verdict: what the settings allow, and what they lack."""
+    if verdict in ("broken", "service"):
+        return MEND
+    steps = [NO_IMAGES if params.serve.keep_images == "none" else ASK]
+    steps += [DUE] if verdict in IS_CHANGED else []
+    return "; ".join(steps if params.schedule.monitor else [*steps, BY_HAND])
 
 
 @app.command()

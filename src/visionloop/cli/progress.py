@@ -84,7 +84,7 @@ class LineWatcher(Watcher):
         self.said_now()
         figures = "".join(f"  {label} {value:.4f}" for label, value in list_figures(report))
         speed = f"{report.images_per_s:,.0f} images/s  {format_seconds(report.seconds)}"
-        self._tell(f"{name_epoch(report)}{figures}  {speed}  {describe_wait(report)}")
+        self._tell(f"{name_epoch(report)}{figures}  {speed}  {describe_wait(report)}".rstrip())
 
 
 class LiveWatcher(Watcher):
@@ -224,12 +224,16 @@ def list_figures(report: EpochReport) -> list[tuple[str, float]]:
 
 
 def name_epoch(report: EpochReport) -> str:
-    """Return `epoch   7/20`, of the same width for all epochs of a training."""
+    """Return `epoch   7/20`, of the same width for all epochs of a training; `solved`: there are none."""
+    if not report.max_epochs:
+        return "solved"
     return f"epoch {report.epoch:>{max(3, len(str(report.max_epochs)))}}/{report.max_epochs}"
 
 
 def describe_wait(report: EpochReport) -> str:
     """Say whether an epoch was the best, and how much patience is left if not."""
+    if not report.max_epochs:
+        return ""
     return f"no better for {report.wait} of {report.patience}" if report.wait else "best so far"
 
 

@@ -1,7 +1,6 @@
 """The command `review`: asks people for the labels worth having, and accepts what they say."""
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
     from visionloop.workspace import Workspace
 
 SHOWN = 10
-By = Annotated[str | None, typer.Option(metavar="NAME", help="Who answers; kept with each label. Default: the user.")]
+By = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Who answers; kept with each label. Default: the user; --take wants it."),
+]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the page; 0 takes a free one.")]
 
 
@@ -97,12 +99,18 @@ class Asking:
 
 def _ask(workspace: "Workspace", asked: Asking) -> None:
     from visionloop.cli.predictions import tell_delay
+    from visionloop.errors import DatasetError
     from visionloop.monitoring.answer_sheet import check_name, write_sheet
     from visionloop.monitoring.ask import ask
 
     by, path = check_name(asked.by), asked.csv
     now = datetime.now(UTC)
-    batch = ask(workspace, now=now, by=get_user(), count=asked.count, is_new=asked.is_new)
+    try:
+        batch = ask(workspace, now=now, by=get_user(), count=asked.count, is_new=asked.is_new)
+    except DatasetError:  # nothing to ask about, and yet labels of clients may wait
+        for line in [] if asked.as_json else describe_waiting(workspace):
+            print(line)
+        raise
     if asked.as_json:
         print_json(batch.to_json())
         return
@@ -153,7 +161,7 @@ def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> No
     without = "row has" if taken.num_empty == 1 else "rows have"
     print(f"{_tell_stored(taken.num_new, by)}{known}; {taken.num_empty:,} {without} none")
     if by in workspace.params.review.accept_at_once:
-        say_next("`visionloop ingest` takes them, they need no word (review.accept_at_once)")
+        say_next(f"{_tell_ingest(workspace, {'review'})}; they need no word (review.accept_at_once)")
     else:
         say_next("`visionloop review --accept` lets them into the dataset")
 
@@ -168,6 +176,7 @@ def _count(number: int, noun: str) -> str:
 
 def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
     from visionloop.data.acceptance import accept, check_giver
+    from visionloop.data.answers import RANDOM
 
     place, now = (workspace.store, workspace.name, workspace.params.review), datetime.now(UTC)
     if only is not None:
@@ -175,23 +184,48 @@ def _accept(workspace: "Workspace", only: str | None, *, as_json: bool) -> None:
     settled = accept(*place, by=get_user(), now=now, only=only)
     if as_json:
         held = {"conflicts": settled.conflicts, "over_quota": settled.over_quota, "gone": settled.gone}
-        print_json({"accepted": [one.to_json() for one in settled.labels], **held})
+        accepted = [{**one.to_json(), "is_doubtful": one.is_doubtful} for one in settled.labels]
+        print_json({"accepted": accepted, **held})
         return
     givers = [who for one in settled.labels for who in one.who]
     shown = ", ".join(f"{givers.count(who):,} by {who}" for who in sorted(set(givers)))
     print(f"accepted: {_count(len(settled.labels), 'label')}{f' ({shown})' if shown else ''}")
-    for line in describe_held(settled, workspace):
+    for line in [*describe_labels(settled), *describe_held(settled, workspace)]:
         print(line)
-    kinds = {source.kind for source in workspace.params.ingest.sources}
+    if settled.labels:
+        drawn = sum(one.reason == RANDOM and one.probability is not None for one in settled.labels)
+        print(
+            f"{drawn:,} of them, drawn by lot, may come into test by their hash; the others go to train and val alone"
+        )
     wanted = {"feedback" if one.client is not None else "review" for one in settled.labels}
-    for kind in sorted(wanted - kinds):
-        print(f"params.yaml has no such source: add `- kind: {kind}` under ingest.sources", file=sys.stderr)
-    say_next("`visionloop ingest` takes them" if settled.labels else "`visionloop review --serve` asks for more")
+    say_next(_tell_ingest(workspace, wanted) if settled.labels else "`visionloop review --serve` asks for more")
+
+
+def _tell_ingest(workspace: "Workspace", wanted: set[str]) -> str:
+    """Say how accepted labels get into the dataset: by a source of their kind, which may be missing."""
+    missing = sorted(wanted - {source.kind for source in workspace.params.ingest.sources})
+    if not missing:
+        return "`visionloop ingest` takes them"
+    lines = " and ".join(f"`- kind: {kind}`" for kind in missing)
+    return f"add {lines} under ingest.sources in params.yaml, then `visionloop ingest` takes them"
+
+
+def describe_labels(settled: "Settled") -> list[str]:
+    """Tell each label: who gave it, and what the model had answered. Those that the model contradicts come first."""
+    from visionloop.words import align, cut
+
+    rows = []
+    for one in sorted(settled.labels, key=lambda one: (not one.is_doubtful, one.sha256)):
+        sure = "" if one.confidence is None else f" {one.confidence:.3f}"
+        model = f"{'had' if one.kind == 'suspects' else 'model:'} {cut(', '.join(one.before)) or 'none'}"
+        doubt = "LOOK: the model was sure of another label" if one.is_doubtful else ""
+        rows.append([one.sha256[:12], cut(", ".join(one.labels)), f"by {', '.join(one.who)}", model + sure, doubt])
+    more = [f"  and {len(rows) - SHOWN:,} more (all: --accept --json)"] if len(rows) > SHOWN else []
+    return [*(f"  {line}" for line in (align(rows[:SHOWN]) if rows else [])), *more]
 
 
 def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
     """Tell what a batch holds and how far it is, and what waits to be accepted."""
-    from visionloop.data.acceptance import look
     from visionloop.monitoring.ask import describe_reasons, measure_progress
     from visionloop.words import align, cut
 
@@ -205,11 +239,19 @@ def describe_batch(workspace: "Workspace", batch: "Batch") -> list[str]:
     lines += ["still open:"] if rows and progress.num_answered else []
     lines += [f"  {line}" for line in align(rows[:SHOWN])]
     lines += [f"  and {len(rows) - SHOWN:,} more"] if len(rows) > SHOWN else []
+    return [*lines, *describe_waiting(workspace)]
+
+
+def describe_waiting(workspace: "Workspace") -> list[str]:
+    """Tell which labels would be accepted now, and which are held."""
+    from visionloop.data.acceptance import look
+
+    lines = []
     settled = look(workspace.store, workspace.name, workspace.params.review, now=datetime.now(UTC))
     if settled.labels:
         wait = "waits" if len(settled.labels) == 1 else "wait"
         lines.append(f"{_count(len(settled.labels), 'label')} {wait}: `visionloop review --accept`")
-    return [*lines, *describe_held(settled, workspace)]
+    return [*lines, *describe_labels(settled), *describe_held(settled, workspace)]
 
 
 def describe_held(settled: "Settled", workspace: "Workspace") -> list[str]:

@@ -98,9 +98,13 @@ def find_run(runs: Sequence[Run], asked: str, marks: Marks) -> Run:
     if len(found) == 1:
         return found[0]
     what = "no run of this experiment" if not found else f"{len(found)} runs begin so"
-    known = ", ".join(run.run_id[:ID_CHARS] for run in runs[:5]) or "none yet"
+    listed = [run.run_id[:ID_CHARS] for run in runs if run.kind == "train"]
+    known = ", ".join(listed[:5]) or "none yet"
     raise SettingsError(
-        f"run {asked!r}", what, "the first letters of a run id, `champion` or `candidate`", f"Newest: {known}."
+        f"run {asked!r}",
+        what,
+        "the first letters of a run id, `champion` or `candidate`",
+        f"Newest: {known}.",
     )
 
 

@@ -51,7 +51,9 @@ def explain(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="champion, a bundle's folder, NAME@champion, NAME@3 or s3://...")],
+    model: Annotated[
+        str, typer.Argument(help="champion, candidate, a bundle's folder, NAME@champion, NAME@3 or s3://...")
+    ],
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     *,
     quiet: Quiet = False,

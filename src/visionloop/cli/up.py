@@ -148,6 +148,8 @@ def status(
             print_json({**found, "loop": None, "problem": str(exc)})
         else:
             print("\n".join(describe_parts(state)))
+            if state:
+                print("the parts run on with the settings that they have read before; params.yaml is broken:")
         raise
     url = state.get_url("prefect") if state else ""
     overview = read_overview(workspace, now=datetime.now(UTC), prefect_api=f"{url}/api" if url else None)
@@ -180,9 +182,9 @@ def describe_parts(state: "State | None") -> list[str]:
         return ["not up"]
     lines = [f"{state.phase} since {_show_time(state.started_at)} (process {state.pid})"]
     for part in state.parts:
-        again = f"; started again {part.restarts} x" if part.restarts else ""
-        told = part.url if part.state == "ready" else part.why
-        lines.append(f"  {part.title:<10} {part.state:<11} {fit(told + again)}".rstrip())
+        again = f"started again {part.restarts} x" if part.restarts else ""
+        told = "; ".join(filter(None, (part.url if part.state == "ready" else part.why, again)))
+        lines.append(f"  {part.title:<10} {part.state:<11} {fit(told)}".rstrip())
     return lines
 
 

@@ -105,7 +105,7 @@ def _open_for(photos: str, folder: Path | None, name: str | None, tell: Callable
     was_there = (home / PARAMS_FILE).is_file()
     if not was_there:
         home = make_workspace(home, name=name or make_name(source.name))
-        tell(f"made the workspace {home}")
+        tell(f"made the workspace {home}, for git too: after a `git commit` each model names the commit it is of")
     if save_source(home, source):
         tell(f"{photos} is its source {source.name} (kind {source.kind}), in params.yaml")
     return home, was_there

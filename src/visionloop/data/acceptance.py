@@ -39,6 +39,7 @@ from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key, split_numbers
 
 WAITS = timedelta(days=90)  # feedback, to be accepted
+SURE = 0.9  # a confidence of the model that a label is held against
 SOURCE_KINDS = {"review": (LOG, SUSPECTS), "feedback": (FEEDBACK_KIND,)}  # of a source: what it takes
 
 
@@ -47,7 +48,7 @@ class Accepted(Record):
     """A label that may enter the dataset: `who` gave it, on which day, and all that decides its side.
 
     `client`: whose quota it counts in; None for answers of people who were asked. `at`: when it was accepted. `heard`:
-    all that was said of the image then, which is settled by it.
+    all that was said of the image then, which is settled by it. `confidence`: of the model, in `before`.
     """
 
     sha256: str
@@ -63,6 +64,12 @@ class Accepted(Record):
     before: Labels
     heard: Labels = ()
     at: str = ""
+    confidence: float | None = None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the model had answered another label, and was sure: a slip of the hand, or what it must learn."""
+        return self.kind != SUSPECTS and self.labels != self.before and (self.confidence or 0.0) >= SURE
 
     @property
     def changes(self) -> bool:
@@ -140,6 +147,7 @@ def _accept(heard: Sequence[Opinion], settled: Labels) -> Accepted:
         probability=first.asked.probability,
         before=first.asked.model,
         heard=settled,
+        confidence=first.asked.confidence,
     )
 
 

@@ -91,6 +91,7 @@ class PullReport:
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     num_taken_out: int = 0
+    has_same_rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:
         notes=ended.notes,
         remarks=ended.remarks,
         num_taken_out=num_before + num_added - version.num_images,
+        has_same_rejected=checked.is_as_before and version is parent and bool(ended.rejected),
     )
 
 

@@ -1,4 +1,4 @@
-"""From the address of a model to the model: a folder, NAME@champion, NAME@3, a digest, or a bundle in another store."""
+"""From the address of a model to the model: a folder, candidate, NAME@champion, a digest, or one of another store."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from visionloop.store import ObjectStore, open_store
 from visionloop.workfolder import is_locked
 from visionloop.workspace import Workspace
 
-ADDRESSES = "a bundle's folder, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
+ADDRESSES = "a bundle's folder, candidate, NAME@champion, NAME@NUMBER, or s3://BUCKET/PREFIX/bundles/DIGEST"
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _PROMOTED = re.compile(r"([A-Za-z0-9._-]+)@(champion|[0-9]{1,6})")
 _STORED = re.compile(r"(.+)/bundles/([0-9a-f]{64})/?")
@@ -40,6 +40,8 @@ def load_model(address: str | os.PathLike[str], open_home: Callable[[], Workspac
     text = os.fspath(address)
     if isinstance(address, str) and "://" in text:
         return _load_stored(text)
+    if text == "candidate" and not Path(text).exists():
+        return Predictor.load(open_home().settings.candidate_dir)
     folder = Path(text).expanduser()
     if isinstance(address, str) and "@" in text and not folder.is_dir():
         return _load_promoted(text, open_home)

@@ -87,7 +87,7 @@ def make_app(
     add_video(app, service)
     add_reload(app, service, look_now)
     add_state(app, service, meters)
-    add_page(app)
+    add_page(app, keeps_images=log is not None and log.keeper is not None)
     complete_document(app)
     return app
 

@@ -98,7 +98,7 @@ class PredictionLog:
         self._check = check
         self._draw = draw or random.Random(secrets.randbits(128))
         rules = serve.keep_images
-        self._keeper = None if rules == "none" else Keeper(rules, now_s=time.monotonic(), draw=self._draw)
+        self.keeper = None if rules == "none" else Keeper(rules, now_s=time.monotonic(), draw=self._draw)
         self._server, self._num_parts = secrets.token_hex(4), 0
         self._noted: deque[Noted] = deque()
         self._noted_bytes = 0
@@ -206,9 +206,9 @@ class PredictionLog:
     def _add_rows(self, group: Sequence[Noted]) -> None:
         choices = [KEPT_NOTHING] * len(group)
         embedding_nd = np.stack([one.answer.embedding_d for one in group])
-        if self._keeper:
+        if self.keeper:
             confidences = [one.answer.confidence for one in group]
-            choices = self._keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
+            choices = self.keeper.choose(group[0].model.predictor, confidences, embedding_nd, time.monotonic())
         if not self._rows:
             self._first_row_s = time.monotonic()
         # All are rounded at once: for one alone NumPy takes longer to begin than to work.

@@ -26,7 +26,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One finished epoch. `wait` is how many epochs have passed without a better one; `eta_s` what all may take yet."""
+    """One finished epoch, or with `max_epochs` 0 a head that was solved at once.
+
+    `wait` is how many epochs have passed without a better one; `eta_s` what all may take yet.
+    """
 
     epoch: int
     max_epochs: int

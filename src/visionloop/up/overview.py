@@ -175,8 +175,13 @@ def _read_window(workspace: Workspace, now: datetime) -> dict[str, Any] | None:
         if verdict := load_verdict(workspace, window):
             counts = read_requests(workspace.store, workspace.name, datetime.fromisoformat(verdict.end), now)
             answered = counts.total - counts.refused - counts.errors if counts else 0
-            return {**_tell_window(verdict), "since": answered}
+            return {**_tell_window(verdict), "since": answered, "is_planned": is_watched(workspace)}
     return None
+
+
+def is_watched(workspace: Workspace) -> bool:
+    """Say whether windows are judged by themselves, as `up` and `flows/deploy.py` plan it."""
+    return workspace.params.schedule.monitor is not None
 
 
 def _tell_window(verdict: Verdict) -> dict[str, Any]:
@@ -269,7 +274,7 @@ def advise(overview: Overview) -> tuple[str, str]:
             "There are no images yet. A folder a class is enough:",
             "ingest PHOTOS --save",
         ),
-        (has_none and not verdict, "The images are here, and no model yet:", "retrain"),
+        (has_none and not verdict, "The images are here, and no model yet:", "start"),
         (verdict and verdict["verdict"] == "waiting", "A candidate waits for a person's word:", "approve --why WHY"),
         (has_none, "No candidate has passed the gate yet. More images, or other params, then:", "retrain"),
         (overview.waiting, f"{overview.waiting or 0:,} {wait} for a label:", "review --serve"),

@@ -193,7 +193,7 @@ class Supervisor:
         assert one.process is not None
         code = one.process.returncode
         how = f"was killed (signal {-code})" if code < 0 else f"ended with code {code}"
-        last = _read_last_line(one.log)
+        last = _read_last_line(one.log) if code > 0 else ""  # who was killed, or ended well, has not said why
         _kill_group(one.process)  # what it had started still holds its port
         self._put_off(one, f"{how}{f': {last}' if last else ''}", now)
 

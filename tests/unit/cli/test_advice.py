@@ -9,6 +9,8 @@ import pytest
 
 from fakes import make_image, write_photos
 from pull_desk import PullDesk, find_files, move
+from visionloop.cli.monitoring import name_next
+from visionloop.params import Params
 
 
 @pytest.fixture
@@ -196,3 +198,14 @@ def test_an_image_that_a_pull_with_a_pattern_brought_is_mended_by_the_same_optio
     assert "`visionloop ingest PATH --name flat --verify` (with the options of then)" in desk.run("prepare", code=2)
     desk.run(*words, "--verify")
     desk.run("prepare")
+
+
+def test_monitor_names_what_the_settings_lack() -> None:
+    plain = name_next("fine", Params(name="pets"))
+    assert plain.startswith("`serve.keep_images` in params.yaml keeps images") and "review --serve" not in plain
+    assert plain.endswith("`schedule.monitor` in params.yaml judges the next window by itself under `visionloop up`")
+    whole = Params.model_validate(
+        {"name": "pets", "serve": {"keep_images": {"random": 0.1}}, "schedule": {"monitor": "0 4 * * *"}}
+    )
+    assert name_next("fine", whole) == "`visionloop review --serve` asks for the labels worth having"
+    assert name_next("drift", whole).endswith("`visionloop triggers decide` says whether a retrain is due")

@@ -44,6 +44,8 @@ def test_an_epoch_is_one_line_that_aligns_with_the_next() -> None:
     assert lines[1].endswith("  no better for 2 of 5")
     watcher.on_epoch(make_epoch(9, max_epochs=10_000))
     assert lines[2].startswith("epoch     9/10000  ")
+    watcher.on_epoch(make_epoch(1, max_epochs=0))
+    assert lines[3].startswith("solved  train loss") and lines[3].endswith("  1,234 images/s  3.2 s")
 
 
 def test_within_an_epoch_a_line_comes_every_fifteen_seconds_at_most() -> None:

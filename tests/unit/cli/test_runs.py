@@ -1,5 +1,6 @@
 """Runs as a table and side by side: order, marks, differences, and what is said when one is not there."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from visionloop.cli.runs import compare_runs, find_run, label_run, list_differences, make_table, sort_runs, to_json
 from visionloop.errors import SettingsError
 from visionloop.runs import Marks
-from visionloop.tracking import Run
+from visionloop.tracking import KIND_TAG, Run
 
 STARTED = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NO_MARKS = Marks(None, None)
@@ -101,7 +102,7 @@ def test_a_run_is_found_by_its_first_letters_or_its_mark() -> None:
     with pytest.raises(
         SettingsError, match=r"run 'candidate': no run of this experiment; .*Newest: 11111111, 22222222"
     ):
-        find_run(RUNS, "candidate", NO_MARKS)
+        find_run([replace(FIRST, run_id="9" * 32, tags={KIND_TAG: "evaluate"}), *RUNS], "candidate", NO_MARKS)
     with pytest.raises(SettingsError, match=r"run '': 3 runs begin so"):
         find_run(RUNS, "", NO_MARKS)
 

@@ -13,7 +13,7 @@ import visionloop.serving.feedback as module
 from fakes import make_bundle, make_image
 from visionloop.data.prediction_log import join_feedback, make_request_id, read_feedback, read_predictions
 from visionloop.errors import StoreError
-from visionloop.params import Serve
+from visionloop.params import KeepImages, Serve
 from visionloop.predictor import Predictor
 from visionloop.serving.app import make_app
 from visionloop.serving.body import Limits
@@ -279,3 +279,11 @@ def test_figures_say_what_became_of_answers_and_feedback(store: LocalStore, bund
     assert "visionloop_log_spool_bytes 0.0" in figures
     assert 'visionloop_feedback_items_total{outcome="taken"} 1.0' in figures
     assert 'visionloop_feedback_items_total{outcome="refused"} 1.0' in figures
+
+
+def test_the_page_for_people_is_told_whether_the_server_keeps_pictures(bundle_dir: Path, tmp_path: Path) -> None:
+    slot = ModelSlot(ServedModel(Predictor.load(bundle_dir, threads=1)))
+    for told, serve in {"no": Serve(), "yes": Serve(keep_images=KeepImages(random=0.1))}.items():
+        log = PredictionLog("fake", LocalStore(tmp_path / "store"), tmp_path / "spool", serve)
+        page = TestClient(make_app(slot, log=log)).get("/").text
+        assert page.count(f'data-keeps-images="{told}"') == page.count("data-keeps-images") == 1

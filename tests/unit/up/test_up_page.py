@@ -146,7 +146,12 @@ def test_the_last_window_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("visionloop.up.overview.read_requests", lambda *_: counts)
     later = read_overview(watched.place, now=at_end_of(0) + timedelta(hours=5))
     page = render(Watch(watched.place, later), whole=False)
-    assert "; 116 requests answered since, judged with the next window" in page
+    assert "; 116 requests answered since, which nothing judges by itself: set <code>schedule.monitor</code>" in page
+    assert later.window is not None
+    planned = replace(later, window={**later.window, "is_planned": True})
+    assert "; 116 requests answered since, judged with the next window" in render(
+        Watch(watched.place, planned), whole=False
+    )
     assert "192 images" in page and "accuracy expected by the confidence" in page
 
 
@@ -162,7 +167,7 @@ def test_images_that_wait_are_told_in_their_number(tmp_path: Path, number: int, 
     ("facts", "command"),
     [
         ({"dataset": None}, "visionloop ingest PHOTOS --save"),
-        ({"champion": None, "decisions": ()}, "visionloop retrain"),
+        ({"champion": None, "decisions": ()}, "visionloop start"),
         ({"champion": None, "decisions": ({"verdict": "waiting"},)}, "visionloop approve --why WHY"),
         ({"champion": None}, "visionloop retrain"),
         ({"waiting": 3}, "visionloop review --serve"),

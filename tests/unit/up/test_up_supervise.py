@@ -17,6 +17,7 @@ import pytest
 
 from fakes import run_here
 from visionloop.cli.flows import _find_prefect
+from visionloop.cli.up import describe_parts
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
@@ -104,6 +105,25 @@ def test_a_part_that_is_killed_is_started_again_and_all_is_stopped_at_the_end(bo
     state = board.read()
     assert state is not None
     assert (state.phase, {part.state for part in state.parts}, state.is_well) == (STOPPING, {"stopped"}, False)
+
+
+def test_a_part_that_was_killed_is_not_given_its_last_words_as_the_reason(board: Board) -> None:
+    """What a server says when it is up explains no kill; of one that is up again there is no reason at all."""
+    talker = make_part("talker", (sys.executable, "-uc", "import time; print('running on http'); time.sleep(100)"))
+
+    def act() -> None:
+        first = find_part(wait_for(board, lambda state: state.phase == UP), "talker")
+        while "running on http" not in (board.folder / "talker.log").read_text():
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(board, lambda s: find_part(s, "talker").restarts == 1)
+
+    lines, _ = run(board, [talker], act)
+    assert any("was killed (signal 9); starts again in 1 s" in line for line in lines), lines
+    part = PartState("talker", "talker", "starting", restarts=1)
+    assert describe_parts(State(1, "m", UP, "2026-11-29T08:00:00+00:00", (part,)))[1] == (
+        "  talker     starting    started again 1 x"
+    )
 
 
 def test_a_part_waits_for_what_it_needs_and_for_its_time(board: Board) -> None:

@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, Response
 from visionloop.serving.body import RequestError
 
 FOLDER = Path(__file__).parent
+KEEPS = ('data-keeps-images="no"', 'data-keeps-images="yes"')
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'"
 HOME_POLICY = (
@@ -22,10 +23,12 @@ HOME_POLICY = (
 )
 
 
-def add_page(app: FastAPI) -> None:
-    """Add the pages and their files."""
+def add_page(app: FastAPI, *, keeps_images: bool = False) -> None:
+    """Add the pages and their files. `keeps_images`: the server keeps some; the page says so."""
     files = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.suffix in KINDS}
     home_page, docs_page = ((FOLDER / name).read_text(encoding="utf-8") for name in ("home.html", "docs.html"))
+    if keeps_images:
+        home_page = home_page.replace(*KEEPS)
     docs_policy = _make_policy(docs_page)
 
     @app.get("/", include_in_schema=False)

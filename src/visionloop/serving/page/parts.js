@@ -100,14 +100,15 @@ export function drawFeedback(answer, classes) {
   function thank(labels) {
     const before = sent.length > 1 ? sent[sent.length - 2] : {labels: own, isNew: false};
     const line = make("p", "Thank you. Noted: ", "good"), name = labels.join(", ") || "no label";
-    line.append(make("bdi", name), ".");
+    const kept = document.body.dataset.keepsImages === "yes" ? "" : " The picture itself is not kept, so no model is trained on it.";
+    line.append(make("bdi", name), `.${kept}`);
     const tools = make("div", undefined, "chips");
     const back = before.labels.join(", ") || "no label";
     if (back !== name) tools.append(button(`Undo: it is ${back}`, () => submit(before.labels, before.isNew)));
     tools.append(button("Change it", ask));
     box.replaceChildren(line, tools);
     box.focus({preventScroll: true});
-    say(`Thank you. Noted: ${name}.`);
+    say(`Thank you. Noted: ${name}.${kept}`);
   }
 
   function ask() {

@@ -123,7 +123,7 @@ def report_figures(job: Job, run_id: str, figures: dict[str, float], seconds: fl
     job.tracking.log_metrics(run_id, {**figures, **speed}, step=0)
     report = EpochReport(
         epoch=1,
-        max_epochs=1,
+        max_epochs=0,
         metrics=figures,
         images_per_s=images_per_s,
         seconds=seconds,
