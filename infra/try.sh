@@ -56,7 +56,8 @@ strap() { # NAME PACKAGE,... : an archive of Debian with these, without what onl
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
         --essential-hook='mkdir -p "$1/etc/postgresql-common" && echo create_main_cluster=false >"$1/etc/postgresql-common/createcluster.conf"' \
-        bookworm "$TRY_DIR/try/$1.tar" "$MIRROR"
+        bookworm "$TRY_DIR/try/new.tar" "$MIRROR"
+    mv "$TRY_DIR/try/new.tar" "$TRY_DIR/try/$1.tar"
 }
 
 bases() {
@@ -97,6 +98,11 @@ end() { # all of it goes, but what was downloaded
     umount "$TRY_DIR/exec/netns/default" 2>/dev/null || true # dockerd leaves it
     rm -rf "$TRY_DIR/data" "$TRY_DIR/exec" "$TRY_DIR/env" "$TRY_DIR/said.json"
 }
+
+tell() { # what a step that failed leaves
+    [ "$1" = 0 ] || say "NOT  $name failed ($1). What runs, runs on: \`infra/try.sh $TRY_DIR engine $name ...\` goes on, \`... end\` takes it down."
+}
+trap 'tell $?' EXIT
 
 for step in "${@:-tools engine bases images up loop kills again end}"; do
     for name in $step; do say "== $name"; "$name"; done

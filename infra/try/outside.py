@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter
@@ -28,6 +29,8 @@ from typing import Any
 PROXY = "127.0.16.15:8080"
 SERVERS = {"server-1": "http://127.0.16.21:8000", "server-2": "http://127.0.16.22:8000"}
 MLFLOW, PREFECT = "http://127.0.16.13:5000", "http://127.0.16.14:4200/api"
+PROMETHEUS = "http://127.0.16.31:9090/api/v1"
+SCRAPED = {"server-1:9100", "server-2:9100", "figures:9101"}
 NAME = "digits"
 LIMIT_S = 900
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -270,6 +273,24 @@ def read_champion() -> str:
     return str(json.loads(in_worker("visionloop", "history", "--json"))["entries"][0]["bundle"])
 
 
+def query(expression: str) -> dict[str, float]:
+    """Return what Prometheus knows, by the address it has it from."""
+    answer = ask(f"{PROMETHEUS}/query?{urllib.parse.urlencode({'query': expression})}")
+    return {one["metric"].get("instance", ""): float(one["value"][1]) for one in answer["data"]["result"]}
+
+
+def check_figures(champion: str) -> None:
+    """Prometheus reads both servers and the loop, whose figures name the champion; it knows an Alertmanager."""
+    info = f'visionloop_loop_champion_info{{bundle="{champion}"}}'
+    wait_for(lambda: query("up == 1").keys() == SCRAPED, f"{sorted(SCRAPED)} are scraped", 120)
+    wait_for(lambda: query(info) == {"figures:9101": 1}, "the figures of the loop name the champion", 120)
+    problems = query("visionloop_loop_problems")
+    expect(problems == {"figures:9101": 0}, f"parts of the loop that figures cannot read: {problems}")
+    found = ask(f"{PROMETHEUS}/alertmanagers")["data"]["activeAlertmanagers"]
+    expect(len(found) == 1, f"Prometheus sends alerts to {found}; expected one Alertmanager")
+    say(f"ok   Prometheus scrapes {', '.join(sorted(SCRAPED))}; the loop's figures name the champion")
+
+
 def set_params(**values: object) -> None:
     """Give keys of the team's params.yaml other values."""
     for key, value in values.items():
@@ -291,6 +312,7 @@ def run_loop(stack: Stack) -> None:
         took = stack.wait_servers(second)
     expect(set(clients.digests) == {first, second}, f"answers were of {dict(clients.digests)}")
     say(f"ok   the second is {second[:12]}; both servers have it {took:.0f} s later; {clients.describe()}")
+    check_figures(second)
 
 
 def kill_server(stack: Stack) -> None:
@@ -362,6 +384,7 @@ def run_again(stack: Stack) -> None:
     stack.check_labels()
     with stack.clients() as clients:
         stack.retrain(DECIDED)
+    check_figures(read_champion())
     say(f"ok   down and up: {', '.join(before)} and {len(stack.said)} labels are there; {clients.describe()}")
 
 

@@ -6,6 +6,7 @@ What needs docker is only checked by its own checkers; that is said in infra/tea
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -116,6 +117,12 @@ def test_what_is_mounted_is_there(services: dict[str, Any]) -> None:
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert (INFRA / source).exists() if source.startswith(".") else source in volumes, volume
+
+
+def test_who_only_reads_the_workspace_can_note_what_it_has_seen_of_the_store(services: dict[str, Any]) -> None:
+    """Without that the figures of the loop told nothing but one problem."""
+    readers = [one for one in services.values() if "team:/workspace:ro" in one.get("volumes", ())]
+    assert [one["tmpfs"] for one in readers] == [["/tmp", "/workspace/.visionloop:uid=10001,gid=10001"]]
 
 
 def test_dockerfiles_are_clean_and_take_packages_by_hash_alone() -> None:
@@ -252,6 +259,14 @@ def test_each_service_has_an_address_where_the_stack_is_tried(services: dict[str
     tried = YAML(typ="safe").load(text)["services"]
     assert set(tried) == set(services)
     assert all(one["network_mode"] == "host" for name, one in tried.items() if name != "grafana")
+
+
+def test_the_try_knows_whom_prometheus_scrapes_and_where_they_are() -> None:
+    jobs = YAML(typ="safe").load((INFRA / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {one for job in jobs for one in job["static_configs"][0]["targets"]}
+    assert runpy.run_path(str(INFRA / "try" / "outside.py"))["SCRAPED"] == targets
+    names = re.findall(r"^  - (\S+)=127\.0\.16\.\d+$", (INFRA / "try" / "compose.yaml").read_text(), flags=re.M)
+    assert {one.partition(":")[0] for one in targets} <= set(names)
 
 
 def test_the_proxy_takes_bodies_as_large_as_a_server_does() -> None:
