@@ -272,7 +272,7 @@ def test_the_command_approve_says_what_it_did_and_what_it_cannot_do(world, monke
     assert run_here(monkeypatch, "approve", "--why", "  ") == 2
     assert "visionloop approve --why: is empty; expected a reason" in capsys.readouterr().err
     assert run_here(monkeypatch, "approve") == 2
-    assert "Missing option '--why'" in capsys.readouterr().err
+    assert "approve: --why is missing" in capsys.readouterr().err
     assert run_here(monkeypatch, "approve", "1", "--why", "looked\nat it") == 0
     told = capsys.readouterr().out
     assert ": looked at it; expected a person's word (`gate.approval: required`)" in told

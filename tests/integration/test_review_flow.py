@@ -63,7 +63,7 @@ def test_a_batch_is_told_once_and_waits_until_it_is_answered(tmp_path: Path, mon
     assert told.events == [("visionloop.review", about)]
     how = "Answer on a page: `visionloop review --serve --by NAME`"
     assert told.alerts == [{"event": "visionloop.review", "text": f"fake: {first}. {how}", **about}]
-    assert told.lines[-1] == "note: nobody answers"
+    assert told.lines[-1] == "note: the alert was not sent: nobody answers"
     assert told.pages[0].startswith(f"# fake: batch 1\n\n```\n{first}\nwhy: 3 ")
 
     (batch,) = load_batches(watched.place.store, "fake")

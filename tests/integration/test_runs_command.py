@@ -119,6 +119,7 @@ def test_two_side_by_side_with_a_plot(
 ) -> None:
     place, ids = filled
     out = home / "pictures" / "two.png"
+    out.parent.mkdir()
     lines = run(capsys, monkeypatch, "runs", ids["new"][:10], "champion", "--out", str(out)).splitlines()
     assert lines.pop() == "next: `visionloop ui` shows all of it in MLflow"
     cells = {line[:24].strip(): line.split()[-2:] for line in lines[:-1]}

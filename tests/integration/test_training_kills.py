@@ -73,7 +73,7 @@ def test_killed_in_an_epoch_at_a_checkpoint_and_while_the_bundle_is_made(place: 
     assert run.data.tags["visionloop.ended"] == "all epochs"
     steps = [metric.step for metric in client.get_metric_history(run_id, "val/loss")]
     assert sorted(set(steps)) == list(range(1, EPOCHS + 1))
-    assert sorted(path.name for path in work.glob("*/*")) == ["bundle", "done.json", "run.json"]
+    assert sorted(path.name for path in work.glob("*/*")) == ["bundle", "done.json", "run.json", "training"]
 
 
 def compute_code() -> str:
