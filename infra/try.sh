@@ -22,7 +22,9 @@ export BASE=visionloop-base POSTGRES_IMAGE=try-postgres S3_IMAGE=try-s3 PROXY_IM
     PROMETHEUS_IMAGE=try-prometheus ALERTMANAGER_IMAGE=try-alertmanager
 COMPOSE="$TOOLS/usr/libexec/docker/cli-plugins/docker-compose -f infra/compose.yaml -f infra/try/compose.yaml --env-file $TRY_DIR/env"
 export COMPOSE
-MIRROR=http://deb.debian.org/debian
+# Debian's packages come from where this machine has its own.
+MIRROR=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' 2>/dev/null | head -n 1 || true)
+[ -n "$MIRROR" ] || { echo "infra: no source of Debian 12 (bookworm) in /etc/apt; expected one. Run this on Debian 12, or add it." >&2; exit 2; }
 mkdir -p "$TMPDIR"
 
 say() { echo "$(date +%T)  $*"; }

@@ -13,7 +13,14 @@ MAX_FILE_LINES = 400
 PYTHON_FOLDERS = ("src", "flows", "benchmarks", "tests")
 
 # Spelled in parts, so that this file passes its own test.
-INDEX_HOSTS = ("pypi" + ".org", "python" + "hosted", "download.py" + "torch", "/simple" + "/", "index" + "-url =")
+INDEX_HOSTS = (
+    "pypi" + ".org",
+    "python" + "hosted",
+    "download.py" + "torch",
+    "/simple" + "/",
+    "index" + "-url =",
+    "deb" + ".debian",
+)
 HOMES = "|".join(("home", "root", "Users", "work", "opt" + "/pypi"))
 ABSOLUTE_PATH = re.compile(rf"""(?:(?<=["'\s(=:`])|^|file://)/(?:{HOMES})/[\w.-]""", re.M)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json
+from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say_next
 from visionloop.cli.cameras import Telling, allow_typed_host, watch_camera
 from visionloop.cli.waiting import make_progress, tell_when_stopped
 from visionloop.records import measure_width
@@ -168,6 +168,7 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     if as_json:
         print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
     _require_answer(show, paths, len(files))
+    say_next("`visionloop explain PHOTO` shows why", quiet=quiet or as_json)
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,6 @@ def _tell_counts(
         usable = [path for number, path in enumerate(files) if number not in show.unusable]
         write_picture(sheet, draw_sheet(predictor, usable))
         show.tell(f"some of them in {sheet}{numbers}")
-    if show.counts:
-        show.tell("next: `visionloop explain PHOTO` shows why")
 
 
 def _open_predictor(
