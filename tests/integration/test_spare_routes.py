@@ -26,7 +26,7 @@ from visionloop.serving.access import Access
 from visionloop.serving.app import make_app
 from visionloop.serving.batcher import Batcher, QueueFull
 from visionloop.serving.body import Limits
-from visionloop.serving.spare import SpareWork
+from visionloop.serving.service import Places
 from visionloop.serving.swap import ModelSlot, ServedModel
 
 LIMITS = Limits(max_body_bytes=200_000, max_pixels=100_000, max_video_bytes=300_000, max_video_s=20.0, deadline_s=20.0)
@@ -230,10 +230,10 @@ def test_a_server_without_a_reader_says_what_to_install(client: TestClient, monk
 
 
 def test_there_is_an_end_to_how_many_and_how_long(client: TestClient) -> None:
-    spare = SpareWork(Batcher(), "videos", at_once=1, limit_s=1.0)
-    with spare.take_place(), pytest.raises(QueueFull, match="has 1 videos under way; expected at most 1"):
-        spare.take_place().__enter__()
-    spare.take_place().__enter__()
+    places = Places(Batcher(), "videos", 1)
+    with places.take(), pytest.raises(QueueFull, match="has 1 videos under way; expected at most 1"):
+        places.take().__enter__()
+    places.take().__enter__()
     late = client.post("/explain", content=make_image(1), headers={"X-Deadline-Ms": "1"})
     assert (late.status_code, late.json()["code"]) == (503, "deadline")
     assert client.post("/explain", content=make_image(1)).status_code == 200

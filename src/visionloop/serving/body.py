@@ -101,51 +101,31 @@ class Inbox:
             RequestError: too large, too slow, malformed, or nothing in it.
             ClientDisconnect: the client went away.
         """
-
-        def make_reader() -> BodyReader[list[Upload]]:
-            check()
-            return _make_reader(request.headers, self.limits)
-
-        return self._receive(request, make_reader, self.limits.max_body_bytes)
-
-    def receive_by(
-        self, request: Request, make_reader: Callable[[], BodyReader[Read]], max_bytes: int, timeout_s: float
-    ) -> contextlib.AbstractAsyncContextManager[Read]:
-        """Read a body by a reader that keeps it elsewhere than in memory. Raises as `receive`."""
-        return self._receive(request, make_reader, max_bytes, timeout_s=timeout_s, is_held=False)
-
-    def receive_bytes(
-        self, request: Request, check: Callable[[], None]
-    ) -> contextlib.AbstractAsyncContextManager[bytes]:
-        """Read a body as it is, as `receive` does."""
-
-        def make_reader() -> BodyReader[bytes]:
-            check()
-            return _WholeReader(lambda data: data)
-
-        return self._receive(request, make_reader, self.limits.max_body_bytes)
+        return self.receive_by(request, partial(_make_reader, request.headers, self.limits), check)
 
     async def receive_json(self, request: Request, expected: str, max_bytes: int) -> object:
         """Read a small body of JSON. Raises as `receive`; `expected` is for the message."""
-        async with self._receive(
-            request, lambda: _WholeReader(partial(parse_json, expected=expected)), max_bytes
-        ) as value:
+        make_reader = partial(WholeReader, partial(parse_json, expected=expected))
+        async with self.receive_by(request, make_reader, max_bytes=max_bytes) as value:
             return value
 
     @contextlib.asynccontextmanager
-    async def _receive(
+    async def receive_by(
         self,
         request: Request,
         make_reader: Callable[[], BodyReader[Read]],
-        max_bytes: int,
+        check: Callable[[], None] = lambda: None,
         *,
+        max_bytes: int | None = None,
         timeout_s: float | None = None,
         is_held: bool = True,
     ) -> AsyncIterator[Read]:
+        """Read a body by a reader, as `receive` does. `is_held`: the reader keeps it in memory."""
         size = held = 0
-        timeout_s = timeout_s or self.limits.body_timeout_s
+        max_bytes, timeout_s = max_bytes or self.limits.max_body_bytes, timeout_s or self.limits.body_timeout_s
         chunks = request.stream()
         try:
+            check()
             reader = make_reader()
             self._check_headers(request.headers, max_bytes, is_held=is_held)
             async with asyncio.timeout(timeout_s):
@@ -206,7 +186,7 @@ async def _discard(chunks: AsyncIterator[bytes]) -> None:
 def _make_reader(headers: Mapping[str, str], limits: Limits) -> BodyReader[list[Upload]]:
     kind, options = parse_options_header(headers.get("content-type"))
     if not kind.startswith(b"multipart/"):
-        return _RawReader(limits.max_files)
+        return WholeReader(partial(_read_raw, max_files=limits.max_files))
     if kind != b"multipart/form-data":
         raise make_form_error("has no form in it that can be read")
     if not options.get(b"boundary"):
@@ -214,27 +194,7 @@ def _make_reader(headers: Mapping[str, str], limits: Limits) -> BodyReader[list[
     return FormReader(options[b"boundary"], limits.max_files)
 
 
-class _RawReader:
-    """Takes the whole body as one image, unless it is JSON: no image begins with a brace or a bracket."""
-
-    def __init__(self, max_files: int) -> None:
-        self._max_files = max_files
-        self._data = bytearray()
-
-    def feed(self, chunk: bytes) -> None:
-        self._data += chunk
-
-    def finish(self) -> list[Upload]:
-        if not self._data:
-            raise RequestError("its body is empty", "an image", "Send a file or a form.", reason_code="empty")
-        if self._data[:64].lstrip().startswith((b"{", b"[")):
-            return _read_images(bytes(self._data), self._max_files)
-        if self._data.startswith(b"--") and b"form-data" in self._data[:500].lower():
-            raise make_form_error("is a form, but its Content-Type does not say so", NO_BOUNDARY)
-        return [Upload(None, bytes(self._data))]
-
-
-class _WholeReader(Generic[Read]):
+class WholeReader(Generic[Read]):
     """Hands the whole body to `read`."""
 
     def __init__(self, read: Callable[[bytes], Read]) -> None:
@@ -253,6 +213,17 @@ def parse_json(data: bytes, expected: str) -> object:
         return json.loads(data)
     except (ValueError, RecursionError) as exc:
         raise RequestError("its body is no JSON", expected, reason_code="bad_json") from exc
+
+
+def _read_raw(data: bytes, max_files: int) -> list[Upload]:
+    """Take the whole body as one image, unless it is JSON: no image begins with a brace or a bracket."""
+    if not data:
+        raise RequestError("its body is empty", "an image", "Send a file or a form.", reason_code="empty")
+    if data[:64].lstrip().startswith((b"{", b"[")):
+        return _read_images(data, max_files)
+    if data.startswith(b"--") and b"form-data" in data[:500].lower():
+        raise make_form_error("is a form, but its Content-Type does not say so", NO_BOUNDARY)
+    return [Upload(None, data)]
 
 
 def _read_images(data: bytes, max_files: int) -> list[Upload]:

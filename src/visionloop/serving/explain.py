@@ -15,8 +15,7 @@ from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import RequestError, Upload
 from visionloop.serving.envelope import name_request
 from visionloop.serving.schemas import ERRORS, EXPLAIN_BODY, REFUSED, ToRequest
-from visionloop.serving.service import Deadline, Service, name_model
-from visionloop.serving.spare import SpareWork
+from visionloop.serving.service import Deadline, Places, Service, name_model
 from visionloop.serving.swap import ServedModel
 
 AT_ONCE = 4
@@ -43,13 +42,10 @@ class ExplainAnswer(ToRequest):
     heat_map_type: Literal["image/png"]
 
 
-def add_explain(
-    app: FastAPI,
-    service: Service,
-) -> None:
+def add_explain(app: FastAPI, service: Service) -> None:
     """Add the route."""
-    inbox, batcher = service.inbox, service.batcher
-    spare = SpareWork(batcher, "explanations", at_once=AT_ONCE, limit_s=inbox.limits.deadline_s)
+    batcher = service.batcher
+    places = Places(batcher, "explanations", AT_ONCE)
 
     @app.post(
         "/explain",
@@ -71,8 +67,8 @@ def add_explain(
         That is (across + 2)² images at most, which count for the rate of your key, and wait while others want
         predictions. With `Accept: image/png` the answer is the picture alone.
         """
-        with spare.take_place():
-            async with inbox.receive(request, batcher.require_room) as uploads:
+        with places.take():
+            async with service.inbox.receive(request, batcher.require_room) as uploads:
                 data = _take_only(uploads)
                 model = service.note_model(request)
                 card = model.predictor.card
@@ -82,7 +78,7 @@ def add_explain(
                 num_images = 1 + len(list_squares(*card.image_size, across=across))
                 request.state.access.charge(request, num_images)
                 work = _explain(batcher, model, data, label, across)
-                found, png = await spare.finish(request, work, x_deadline_ms)
+                found, png = await service.finish(request, work, service.read_limit(x_deadline_ms))
         if PNG in request.headers.get("accept", ""):
             return Response(png, media_type=PNG)
         step = get_step(*card.image_size, across=across)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from visionloop import __version__
 from visionloop.errors import ImageError, shorten
 from visionloop.serving.answers import Answer
-from visionloop.serving.body import LARGE_BYTES, RequestError, Upload
+from visionloop.serving.body import LARGE_BYTES, RequestError, Upload, WholeReader
 from visionloop.serving.metrics import Meters
 from visionloop.serving.predict import Note, note_answers
 from visionloop.serving.service import Deadline, Service
@@ -148,7 +148,7 @@ def add_inference(app: FastAPI, service: Service, meters: Meters, note: Note | N
         """
         limit = service.read_limit(x_deadline_ms)
         check = partial(service.batcher.require_room, 1, limit.seconds, is_patient=limit.is_said)
-        async with service.inbox.receive_bytes(request, check) as body:
+        async with service.inbox.receive_by(request, lambda: WholeReader(bytes), check) as body:
             model = _find_model(service, name, version)
             service.note_model(request)
             card, most = model.predictor.card, service.inbox.limits.max_files
@@ -159,8 +159,7 @@ def add_inference(app: FastAPI, service: Service, meters: Meters, note: Note | N
             found = await service.answer(request, model, images, limit)
         answers = _require_all(found)
         for answer in answers:
-            meters.count_prediction(answer)
-            meters.count_timing(answer.timing)
+            meters.count_answer(answer)
         files = [Upload(None, image, in_list=True) for image in images if isinstance(image, bytes)]
         if note and files:
             note_answers(note, request, model, files, answers)
@@ -174,8 +173,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2/health/live", responses=_describe_refusals(503))
     async def is_live() -> dict[str, bool]:
-        if service.batcher.is_stuck(service.inbox.limits.stuck_s):
-            raise RequestError("the network does not finish", todo="Start it again.", status=503, reason_code="stuck")
+        service.require_live()
         return {"live": True}
 
     @app.get("/v2/health/ready", responses=_describe_refusals(503))

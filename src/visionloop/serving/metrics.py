@@ -15,8 +15,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from visionloop.records import Prediction
-from visionloop.serving.answers import Timing
+from visionloop.serving.answers import Answer
 from visionloop.serving.feedback import FeedbackBook
 from visionloop.serving.log import PredictionLog
 from visionloop.serving.shadow import Shadow
@@ -36,12 +35,13 @@ class Meters:
         slot: ModelSlot,
         queue_depth: Callable[[], int],
         keys_problem: Callable[[], bool] = lambda: False,
+        *,
         log: PredictionLog | None = None,
         book: FeedbackBook | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         self._slot, self._queue_depth, self._keys_problem = slot, queue_depth, keys_problem
-        self._log, self._book = log, book
-        self.shadow: Shadow | None = None
+        self._log, self._book, self._shadow = log, book, shadow
         disable_created_metrics()  # type: ignore[no-untyped-call]  # half of all lines, and Prometheus needs none
         self._registry = CollectorRegistry()
         self._requests = Counter(
@@ -102,18 +102,16 @@ class Meters:
         """Count one run of the network."""
         self._batches.observe(size)
 
-    def count_prediction(self, prediction: Prediction) -> None:
+    def count_answer(self, answer: Answer) -> None:
         """Count one answered image under its class, or under each of its labels: there are too many sets of labels."""
-        if prediction.abstained:
+        if answer.abstained:
             self._abstained.inc()
-        names = (prediction.prediction,) if prediction.labels is None else prediction.labels or (NO_LABEL,)
+        names = (answer.prediction,) if answer.labels is None else answer.labels or (NO_LABEL,)
         for name in names:
             if len(self._labels) < MAX_LABELS:
                 self._labels.add(name)
             self._images.labels(name if name in self._labels else OTHER_LABELS).inc()
-
-    def count_timing(self, timing: Timing) -> None:
-        """Count one answered image, and where its time went."""
+        timing = answer.timing
         self._answered.labels("cache" if timing.is_cached else "network").inc()
         if not timing.is_cached:
             self._steps.labels("queue").observe(timing.queue_s)
@@ -149,8 +147,8 @@ class Meters:
             items.add_metric(["taken"], self._book.num_taken)
             items.add_metric(["refused"], self._book.num_refused)
             yield items
-        if self.shadow:
-            yield from _collect_shadow(self.shadow)
+        if self._shadow:
+            yield from _collect_shadow(self._shadow)
 
 
 def _collect_shadow(shadow: Shadow) -> Iterator[Metric]:

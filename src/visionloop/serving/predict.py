@@ -63,8 +63,7 @@ def add_predict(app: FastAPI, service: Service, meters: Meters, note: Note | Non
             answers = await service.answer(request, model, [upload.data for upload in uploads], limit)
         for answer in answers:
             if isinstance(answer, Answer):
-                meters.count_prediction(answer)
-                meters.count_timing(answer.timing)
+                meters.count_answer(answer)
         if note:
             note_answers(note, request, model, uploads, answers)
         described = make_answer(

@@ -6,10 +6,10 @@ A route of a new kind needs this module, `schemas.py`, and a line in `app.py`.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request
 from starlette.requests import ClientDisconnect
@@ -19,6 +19,8 @@ from visionloop.serving.answers import Answer
 from visionloop.serving.batcher import Batcher, ImageInput
 from visionloop.serving.body import Inbox, RequestError, Upload
 from visionloop.serving.swap import ModelSlot, ServedModel
+
+Result = TypeVar("Result")
 
 MAX_DEADLINE_MS = 86_400_000
 Deadline = Annotated[
@@ -55,15 +57,23 @@ class Service:
             raise RequestError("the server stops", todo="Ask another one.", status=503, reason_code="stopping")
         return self.require_model()
 
+    def require_live(self) -> None:
+        """Raise RequestError if the network does not finish any more."""
+        if self.batcher.is_stuck(self.inbox.limits.stuck_s):
+            raise RequestError("the network does not finish", todo="Start it again.", status=503, reason_code="stuck")
+
     def note_model(self, request: Request) -> ServedModel:
         """Return the model that answers a request, and note it for the log of requests."""
         model = self.require_model()
         request.state.model = {"version": model.version, "digest": model.digest}
         return model
 
-    def read_limit(self, asked_ms: int | None) -> TimeLimit:
-        """Return how long a request may take whose client waits for so long; None: it does not say."""
-        most_s = self.inbox.limits.deadline_s
+    def read_limit(self, asked_ms: int | None, most_s: float | None = None) -> TimeLimit:
+        """Return how long a request may take whose client waits for so long (None: it does not say); `most_s` at most.
+
+        None: the section `serve` says it.
+        """
+        most_s = self.inbox.limits.deadline_s if most_s is None else most_s
         return TimeLimit(most_s, False) if asked_ms is None else TimeLimit(min(most_s, asked_ms / 1000), True)
 
     @contextlib.asynccontextmanager
@@ -77,26 +87,56 @@ class Service:
     async def answer(
         self, request: Request, model: ServedModel, images: Sequence[ImageInput], limit: TimeLimit
     ) -> list[Answer | ImageError]:
-        """Answer while the client is there, and for so long at most after its request began.
+        """Answer images in time. Raises as `finish`."""
+        left_s = limit.seconds - (time.perf_counter() - request.state.started)
+        work = self.batcher.predict(model, images, limit_s=left_s, is_patient=limit.is_said)
+        try:
+            return await self.finish(request, work, limit)
+        except ClientDisconnect:
+            if not limit.is_said:
+                self.batcher.patience.note_left(time.perf_counter() - request.state.started)
+            raise
+
+    async def finish(self, request: Request, work: Coroutine[Any, Any, Result], limit: TimeLimit) -> Result:
+        """Do the work of a request whose body is read: while its client is there, and so long at most after it began.
 
         Raises:
             QueueFull: it takes longer. ClientDisconnect: nobody waits for the answer.
         """
         left_s = limit.seconds - (time.perf_counter() - request.state.started)
-        work = asyncio.create_task(self.batcher.predict(model, images, limit_s=left_s, is_patient=limit.is_said))
+        task = asyncio.create_task(work)
         gone = asyncio.ensure_future(request.receive())  # the body is read: nothing but the end can come
         try:
-            done, _ = await asyncio.wait((work, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait((task, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            work.cancel()
             gone.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(Exception, asyncio.CancelledError):
+                    await task  # files that it reads are in use until then
+        if task in done:
+            return task.result()
         if gone in done:
-            if not limit.is_said:
-                self.batcher.patience.note_left(time.perf_counter() - request.state.started)
             raise ClientDisconnect
-        if work in done:
-            return work.result()
         raise self.batcher.refuse("has no answer in time", f"one within {limit.seconds:g} s", "deadline")
+
+
+class Places:
+    """Work in the network's idle time is bounded: so many requests of one kind at once."""
+
+    def __init__(self, batcher: Batcher, what: str, at_once: int) -> None:
+        self._batcher, self._what, self._at_once, self._num_taken = batcher, what, at_once, 0
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Count a request until it is answered. Raises QueueFull: there are as many as there may be."""
+        if self._num_taken >= self._at_once:
+            raise self._batcher.refuse(f"has {self._num_taken} {self._what} under way", f"at most {self._at_once}")
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
 
 
 def name_model(model: ServedModel) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import asyncio
 import io
 import threading
 import zipfile
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
@@ -48,16 +47,6 @@ MIN_PX, SHOWN_PX, MAX_PX, QUALITY = 16, 256, 512, 85
 STORE_S = 10.0
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """A validation image, by the sha256 of its file, its cosine distance (0 to 2), and where its picture is."""
-
-    sha256: str
-    labels: tuple[str, ...]
-    distance: float
-    image: str
-
-
 class Reference:
     """The validation images of one model: at most 5,000, evenly picked; 26 MB at 1,280 numbers each."""
 
@@ -82,17 +71,17 @@ class Reference:
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._known
 
-    def find(self, embedding_d: FloatArray, k: int) -> list[Neighbour]:
-        """Return the k nearest, nearest first. Raises RequestError."""
+    def find(self, embedding_d: FloatArray, k: int) -> list[dict[str, Any]]:
+        """Return the k nearest, nearest first, each as a `schemas.Neighbour`. Raises RequestError."""
         if len(embedding_d) != self._unit_nd.shape[1]:
             raise _make_refusal()
         distance_n = np.clip(1 - self._unit_nd @ scale_to_one(embedding_d[None])[0], 0, 2)
         nearest = np.argsort(distance_n, kind="stable")[:k]
         return [self._describe(int(row), float(distance_n[row])) for row in nearest]
 
-    def _describe(self, row: int, distance: float) -> Neighbour:
-        sha256 = self._sha256_n[row]
-        return Neighbour(sha256, self._labels_n[row], distance, f"/images/{sha256}?px={SHOWN_PX}")
+    def _describe(self, row: int, distance: float) -> dict[str, Any]:
+        sha256, address = self._sha256_n[row], f"/images/{self._sha256_n[row]}?px={SHOWN_PX}"
+        return {"sha256": sha256, "labels": self._labels_n[row], "distance": distance, "image": address}
 
 
 class References:
@@ -142,7 +131,7 @@ def add_similar(app: FastAPI, service: Service, store: ObjectStore | None) -> No
             answers = await service.answer(request, model, [upload.data for upload in uploads], limit)
 
         def describe(answer: Answer) -> dict[str, Any]:
-            return {"neighbours": [asdict(each) for each in reference.find(answer.embedding_d, k)]}
+            return {"neighbours": reference.find(answer.embedding_d, k)}
 
         described = await asyncio.to_thread(make_answer, uploads, answers, describe, request.state.request_id)
         return JSONResponse({**described, "model": name_model(model), **name_request(request)})

@@ -27,8 +27,7 @@ from visionloop.serving.batcher import Batcher
 from visionloop.serving.body import NO_BOUNDARY, BodyReader, FormReader, Limits, RequestError, make_form_error
 from visionloop.serving.envelope import name_request
 from visionloop.serving.schemas import ERRORS, REFUSED, VIDEO_BODY, ErrorAnswer, ToRequest
-from visionloop.serving.service import Deadline, Service, name_model
-from visionloop.serving.spare import SpareWork
+from visionloop.serving.service import Deadline, Places, Service, name_model
 from visionloop.serving.swap import ServedModel
 from visionloop.video.player import End, Frame, Player, Start, check_installed
 from visionloop.video.sample import DecodeJob
@@ -96,15 +95,11 @@ class _Seen:
     network_s: float = 0.0
 
 
-def add_video(
-    app: FastAPI,
-    service: Service,
-) -> None:
+def add_video(app: FastAPI, service: Service) -> None:
     """Add the route."""
-    inbox, batcher = service.inbox, service.batcher
-    spare = SpareWork(batcher, "videos", at_once=AT_ONCE, limit_s=LIMIT_S)
+    batcher, limits = service.batcher, service.inbox.limits
+    places = Places(batcher, "videos", AT_ONCE)
     threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="video")  # begun when they are first needed
-    limits = inbox.limits
 
     @app.post(
         VIDEO,
@@ -129,16 +124,19 @@ def add_video(
         predictions. Nothing of a video is written into the prediction log.
         """
         _require_reader()
-        with spare.take_place(), contextlib.ExitStack() as stack:
+        with places.take(), contextlib.ExitStack() as stack:
             file = stack.enter_context(_make_file())
             make_reader = partial(_make_reader, request.headers, file)
-            async with inbox.receive_by(request, make_reader, limits.max_video_bytes, BODY_S):
+            async with service.inbox.receive_by(
+                request, make_reader, max_bytes=limits.max_video_bytes, timeout_s=BODY_S, is_held=False
+            ):
                 model = service.note_model(request)
                 started_at = time.perf_counter()
                 job = _make_job(file.name, every_s, limits, model)
                 seen = _Seen()
                 try:
-                    await spare.finish(request, _watch(batcher, model, job, threads, seen), x_deadline_ms)
+                    work = _watch(batcher, model, job, threads, seen)
+                    await service.finish(request, work, service.read_limit(x_deadline_ms, LIMIT_S))
                 finally:  # also what was answered for a client that left, or was late
                     request.state.access.charge(request, max(1, len(seen.times_s)))
             _require_frames(seen, file)

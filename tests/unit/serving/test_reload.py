@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from model_server import promote
 from visionloop.errors import StoreError
 from visionloop.promotion.ledger import read_champion
-from visionloop.records import Prediction
-from visionloop.serving import state
+from visionloop.serving import app as serving_app
+from visionloop.serving.answers import Answer, Timing
 from visionloop.serving.app import make_app
 from visionloop.serving.metrics import MAX_LABELS, Meters
 from visionloop.serving.swap import ChampionFollower, ModelSlot, ServedModel
@@ -86,7 +87,7 @@ def test_a_server_of_one_bundle_has_nothing_to_look_at(follower: ChampionFollowe
 def test_many_reloads_are_one_look_and_a_slow_store_holds_none(
     follower: ChampionFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "LOOK_S", 0.05)
+    monkeypatch.setattr(serving_app, "LOOK_S", 0.05)
     go_on, looks = threading.Event(), []
 
     def look_now() -> None:
@@ -146,16 +147,15 @@ def test_the_time_of_promotion_outlives_a_start_without_the_store(follower: Cham
     assert again.slot.current and again.slot.current.promoted_at == "2026-01-01T00:00:00Z"
 
 
-class FakeTiming:
-    queue_s, decode_s, network_s, is_cached = 0.15, 0.003, 0.04, False
+def make_answer(prediction: str = "cat", timing: Timing | None = None) -> Answer:
+    timing = timing or Timing()
+    return Answer(prediction, {}, 1.0, sha256="0", embedding_d=np.zeros(2, np.float32), size=(8, 8), timing=timing)
 
 
 def test_each_step_of_an_image_is_measured() -> None:
     meters = Meters(ModelSlot(), lambda: 0)
-    meters.count_timing(FakeTiming())
-    cached = FakeTiming()
-    cached.is_cached = True
-    meters.count_timing(cached)
+    meters.count_answer(make_answer(timing=Timing(0.15, 0.003, 0.04)))
+    meters.count_answer(make_answer(timing=Timing(1.0, 1.0, 1.0, is_cached=True)))
     sums = {
         s.labels["step"]: s.value
         for f in text_string_to_metric_families(meters.scrape().decode())
@@ -168,7 +168,7 @@ def test_each_step_of_an_image_is_measured() -> None:
 def test_models_with_many_classes_do_not_fill_the_memory_with_series() -> None:
     meters = Meters(ModelSlot(), lambda: 0)
     for i in range(MAX_LABELS + 50):
-        meters.count_prediction(Prediction(f"class {i}", {}, 1.0))
+        meters.count_answer(make_answer(f"class {i}"))
     lines = [
         line for line in meters.scrape().decode().splitlines() if line.startswith("visionloop_predicted_images_total{")
     ]
