@@ -80,9 +80,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_through(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it is on the disk. Makes the folder."""
+    """Let `write` fill a file beside `path`, and move it there once it is on the disk. Makes the folder.
+
+    Several processes may write the same path: the last one's file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as file:
             write(file)

@@ -10,10 +10,10 @@ from memory_tracking import MemoryTracking
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import BundleError, BusyError, DatasetError, PromotionError
 from visionloop.predictor import Predictor
-from visionloop.promotion.compare import compare_models, find_bundle_of_run
+from visionloop.promotion.decide import compare_models
 from visionloop.promotion.evidence import make_page
 from visionloop.promotion.ledger import latest_decision
-from visionloop.promotion.models import load_candidate
+from visionloop.promotion.models import find_bundle_of_run, load_candidate
 from visionloop.workfolder import lock_work
 from visionloop.workspace import connect
 from worlds import GOOD, POOR, make_world, write_bundle

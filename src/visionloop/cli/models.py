@@ -271,15 +271,16 @@ def compare(
       visionloop compare pets@3 pets@2 --out 3-against-2.html
     """
     from visionloop.cli.waiting import make_progress
-    from visionloop.promotion.compare import compare_models
-    from visionloop.promotion.evidence import make_page, write_page
+    from visionloop.promotion.decide import compare_models
+    from visionloop.promotion.evidence import make_page
+    from visionloop.workfolder import write_file
 
     workspace = open_workspace()
     names = (one, other)
     models = (_load_any(workspace, one), _load_any(workspace, other))
     progress = make_progress("answered", "images", quiet=quiet or as_json)
     facts = compare_models(workspace, models, names, now=get_now(), on_progress=progress)
-    write_page(out, make_page(workspace.store, facts))
+    write_file(out, make_page(workspace.store, facts).encode())
     if as_json:
         print_json({"names": names, **facts.decision.to_json(), "page": str(out)})
         return
@@ -306,8 +307,7 @@ def describe_comparison(facts: "RetrainFacts") -> list[str]:
 def _load_any(workspace: Workspace, address: str) -> "Predictor":
     """Open a model: `champion`, an address, or the id of an MLflow run."""
     from visionloop.predictor import Predictor
-    from visionloop.promotion.compare import find_bundle_of_run
-    from visionloop.promotion.models import load_candidate, load_champion, load_model
+    from visionloop.promotion.models import find_bundle_of_run, load_candidate, load_champion, load_model
 
     if Path(address).absolute() == workspace.settings.candidate_dir:
         return load_candidate(workspace)

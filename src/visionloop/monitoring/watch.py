@@ -31,6 +31,7 @@ from visionloop.monitoring.judge import Facts, Judged, Verdict, judge_window
 from visionloop.monitoring.window import Span, find_last_span, is_window, make_traffic
 from visionloop.promotion.ledger import iterate_history, require_entry
 from visionloop.records import LedgerEntry, canonical_json
+from visionloop.workfolder import write_file
 from visionloop.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -142,15 +143,13 @@ def write_copies(workspace: Workspace, verdict: Verdict) -> Path | None:
 
     None: it is gone from the store, because one of its images was forgotten.
     """
-    from visionloop.promotion.evidence import write_page
-
     folder = workspace.settings.home / "monitoring"
     try:
-        page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html").decode()
+        page = workspace.store.get(f"{_folder(workspace)}/{verdict.window}/report.html")
     except ObjectMissing:
         return None
     for name in (f"{verdict.window}.html", "latest.html"):
-        write_page(folder / name, page)
+        write_file(folder / name, page)
     return folder / f"{verdict.window}.html"
 
 

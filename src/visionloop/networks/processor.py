@@ -8,13 +8,14 @@ processor, and twice as fast on another.
 
 import contextlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from visionloop.workfolder import write_file
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -122,7 +123,8 @@ def measure_once(
     if any(measured.images_per_s.values()):
         others = [one for one in load_measured(hidden_dir) if one.facts != facts]
         with contextlib.suppress(OSError):
-            _write(hidden_dir / MACHINE_FILE, [*others, measured])
+            text = json.dumps({"measured": [asdict(one) for one in [*others, measured]]}, indent=2) + "\n"
+            write_file(hidden_dir / MACHINE_FILE, text.encode())
     return measured
 
 
@@ -141,16 +143,6 @@ def _decode(value: Any) -> Measured:
     if not speeds or not all(0 <= speed < float("inf") for speed in speeds.values()):
         raise ValueError("no speeds")
     return Measured(dict(value["facts"]), speeds, cosine)
-
-
-def _write(path: Path, entries: Sequence[Measured]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(json.dumps({"measured": [asdict(entry) for entry in entries]}, indent=2) + "\n")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def time_in_turn(

@@ -2,6 +2,7 @@
 
 The answers of both models are in `score.py`, what is made of them in `judge.py`, the rules in `gate.py`. `approve` adds
 a person's word to a decision that waits for it: as a decision of its own, so that every step after it reads the same.
+`compare_models` asks any two models, and stores nothing.
 """
 
 import json
@@ -19,7 +20,7 @@ from visionloop.errors import BundleError, DatasetError, PromotionError, VisionL
 from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys
 from visionloop.predictor import Predictor
-from visionloop.promotion.evidence import Asked, write_approval, write_report
+from visionloop.promotion.evidence import Asked, collect_facts, write_approval, write_report
 from visionloop.promotion.gate import (
     APPROVABLE,
     WAITING,
@@ -42,6 +43,7 @@ from visionloop.promotion.ledger import (
 )
 from visionloop.promotion.limits import check_latency, check_limit, check_simple_heads
 from visionloop.promotion.models import load_candidate, require_no_training
+from visionloop.promotion.report import RetrainFacts
 from visionloop.promotion.score import (
     Scores,
     compute_engine_digest,
@@ -51,7 +53,6 @@ from visionloop.promotion.score import (
     select_test,
 )
 from visionloop.records import Card, Decision, ImageRecord, Interval, LedgerEntry, Pin, RuleResult
-from visionloop.store import ObjectStore
 from visionloop.tracking_pages import make_verdict_tags
 from visionloop.workspace import Workspace
 
@@ -62,7 +63,6 @@ Score = Callable[[Predictor], Scores]
 class Rival:
     """The champion, as far as it can be asked here: its model and answers, or why there are none."""
 
-    entry: LedgerEntry
     is_candidate: bool = False
     model: Predictor | None = None
     scores: Scores | None = None
@@ -91,13 +91,13 @@ def gate(
     check_store(workspace)
     pin = load_pin(settings.pin_path, workspace.name)
     candidate = _load_candidate(workspace, pin)
-    tests = _load_tests(store, pin, with_negatives=workspace.params.prepare.unlabelled == "negative")
+    tests = _load_tests(workspace, pin)
     score = partial(score_bundle, store, tests=tests, on_progress=on_progress)
     scores, ledger = score(candidate), read_ledger(store, name)
     champion = ledger.champion
     rival = _ask_champion(workspace, champion, candidate, score) if champion else None
-    earlier, test_digest = read_decisions_about(store, name, champion), compute_test_digest(tests)
-    looks, on_these = _count_looks(earlier, champion, candidate.digest, test_digest)
+    earlier, asked_on = read_decisions_about(store, name, champion), _describe_tests(pin, tests)
+    looks, on_these = _count_looks(earlier, champion, candidate.digest, asked_on["test_digest"])
     is_champion, rival_scores = rival is not None and rival.is_candidate, rival.scores if rival else None
     is_broken = bool(rival and rival.broken)
     case = Case(workspace.params, tests, scores, rival_scores, is_champion, looks, on_these, is_broken)
@@ -112,23 +112,59 @@ def gate(
         verdict="",
         candidate=candidate.digest,
         champion=champion.bundle if champion else None,
-        test_digest=test_digest,
-        num_test=len(tests),
+        **asked_on,
         rules=tuple(rules),
         metrics=_to_json(metrics[0]),
         champion_metrics=_to_json(metrics[-1]) if rival and not rival.broken else {},
         state=dict(state),
-        dataset={"name": pin.name, "version": pin.version, "digest": pin.digest},
         run_id=note.run_id if note else None,
         decided_at=now,
         entry=champion.number if champion else 0,
-        num_keys=count_keys(code_keys([r.key for r in tests])),
         looks=looks,
     )
     kept = _keep_approval(earlier, decision)
     models = [(model.digest, model.card) for model in (candidate, rival.model if rival else None) if model]
     write_page = partial(write_report, workspace, asked=Asked(tests, align(case), models), champion=champion)
     return _conclude(workspace, replace(decision, rules=kept, verdict=compute_verdict(kept)), write_page)
+
+
+def compare_models(
+    workspace: Workspace,
+    models: tuple[Predictor, Predictor],
+    names: tuple[str, str],
+    *,
+    now: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RetrainFacts:
+    """Let two models answer the test side of the pinned version; the first is judged as if it were a candidate.
+
+    Raises:
+        DatasetError: no test image. PromotionError: it is one model twice, or they are of different names.
+    """
+    one, other = models
+    if one.digest == other.digest:
+        raise PromotionError(f"{names[0]} and {names[1]}", f"are one model ({one.digest[:12]})", "two models")
+    pin = load_pin(workspace.settings.pin_path, workspace.name)
+    tests = _load_tests(workspace, pin)
+    score = partial(score_bundle, workspace.store, tests=tests, on_progress=on_progress)
+    case = Case(params=workspace.params, tests=tests, candidate=score(one), champion=score(other))
+    rules, metrics = judge(case)
+    decision = Decision(
+        name=workspace.name,
+        number=0,
+        verdict=compute_verdict(rules),
+        candidate=one.digest,
+        champion=other.digest,
+        **_describe_tests(pin, tests),
+        rules=tuple(rules),
+        metrics=_to_json(metrics[0]),
+        champion_metrics=_to_json(metrics[1]),
+        state={},
+        run_id=None,
+        decided_at=now,
+    )
+    cards = [(model.digest, model.card) for model in models]
+    return replace(collect_facts(workspace, decision, Asked(tests, align(case), cards), None), names=names)
 
 
 def approve(workspace: Workspace, *, number: int | None, by: str, why: str, now: str) -> Decision:
@@ -180,14 +216,14 @@ def _conclude(workspace: Workspace, decision: Decision, write_page: Callable[[De
 def _ask_champion(workspace: Workspace, entry: LedgerEntry, candidate: Predictor, score: Score) -> Rival:
     """Let the champion answer. What is wrong with its bundle or on this machine is a reason, not an error."""
     if entry.bundle == candidate.digest:
-        return Rival(entry, is_candidate=True)
+        return Rival(is_candidate=True)
     try:
         bundle = download_bundle(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
         model = Predictor(bundle)
         model.check_golden()
-        return Rival(entry, model=model, scores=score(model))
+        return Rival(model=model, scores=score(model))
     except BundleError as exc:
-        return Rival(entry, broken=f"{exc.where} {exc.found}")
+        return Rival(broken=f"{exc.where} {exc.found}")
 
 
 def _note_champion(candidate: Predictor, rival: Rival | None) -> list[RuleResult]:
@@ -283,12 +319,23 @@ def _keep_approval(earlier: Sequence[Decision], decision: Decision) -> tuple[Rul
     return decision.rules
 
 
-def _load_tests(store: ObjectStore, pin: Pin, *, with_negatives: bool) -> list[ImageRecord]:
-    tests = select_test(iterate_records(store, pin), with_negatives=with_negatives)
+def _load_tests(workspace: Workspace, pin: Pin) -> list[ImageRecord]:
+    with_negatives = workspace.params.prepare.unlabelled == "negative"
+    tests = select_test(iterate_records(workspace.store, pin), with_negatives=with_negatives)
     if not tests:
         where = f"dataset {pin.name} version {pin.version}"
         raise DatasetError(where, "has no labelled test image", "a test side", "Ingest more images.")
     return tests
+
+
+def _describe_tests(pin: Pin, tests: Sequence[ImageRecord]) -> dict[str, Any]:
+    """Return what a decision says of the test side it was made on."""
+    return {
+        "test_digest": compute_test_digest(tests),
+        "num_test": len(tests),
+        "num_keys": count_keys(code_keys([record.key for record in tests])),
+        "dataset": {"name": pin.name, "version": pin.version, "digest": pin.digest},
+    }
 
 
 def _load_candidate(workspace: Workspace, pin: Pin) -> Predictor:

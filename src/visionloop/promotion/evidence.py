@@ -3,7 +3,6 @@
 The page is for people. What cannot be had for it (a picture that is gone, curves while MLflow is away) is left out.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from visionloop.promotion.judge import Aligned
 from visionloop.promotion.report import Judged, RetrainFacts, approve_page, choose_pictures, make_retrain_report
 from visionloop.records import Card, Decision, ImageRecord, LedgerEntry
 from visionloop.store import ObjectStore
+from visionloop.workfolder import write_file
 from visionloop.workspace import Workspace, get_user
 
 CURVES = ("train/loss", "val/loss")
@@ -58,21 +58,13 @@ def write_approval(workspace: Workspace, decision: Decision, waited: Decision) -
 def _keep_page(workspace: Workspace, decision: Decision, page: str) -> Path:
     folder = workspace.settings.decisions_dir
     for name in (f"{decision.number:06d}.html", "latest.html"):
-        write_page(folder / name, page)
+        write_file(folder / name, page.encode())
     return folder / f"{decision.number:06d}.html"
 
 
 def make_page(store: ObjectStore, facts: RetrainFacts) -> str:
     """Return the page as HTML, with pictures of the images that it shows."""
     return make_retrain_report(facts, _load_pictures(store, choose_pictures(facts)))
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(page, encoding="utf-8")
-    os.replace(staged, path)
 
 
 def collect_facts(workspace: Workspace, decision: Decision, asked: Asked, champion: LedgerEntry | None) -> RetrainFacts:

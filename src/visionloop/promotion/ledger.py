@@ -7,7 +7,6 @@ believed: the champion is that of the highest entry which can be.
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -33,6 +32,7 @@ from visionloop.promotion.gate import PASSED, REFUSED
 from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
+from visionloop.workfolder import write_file
 
 ROLLED_BACK = "rolled_back"
 ELDER = 50  # decisions in a row about earlier entries: those before them are not looked at
@@ -365,12 +365,9 @@ def store_decision(store: ObjectStore, decision: Decision) -> Decision:
 
 def write_decision(folder: Path, decision: Decision) -> None:
     """Copy a decision into the workspace, under its number and as latest.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(decision.to_json(), indent=2, ensure_ascii=False) + "\n"
     for name in (f"{decision.number:06d}.json", "latest.json"):
-        staged = folder / f".{name}.{os.getpid()}"
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, folder / name)
+        write_file(folder / name, text.encode())
 
 
 def _compute_question(decision: Decision) -> str:

@@ -15,6 +15,7 @@ from visionloop.promotion.ledger import require_entry
 from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore, open_store
+from visionloop.tracking import DIGEST_TAG
 from visionloop.workfolder import is_locked
 from visionloop.workspace import Workspace
 
@@ -92,6 +93,30 @@ def load_champion(workspace: Workspace, name: str | None = None, number: int | N
     check_store(workspace)
     entry = require_entry(workspace.store, name or workspace.name, number)
     return Predictor.fetch(workspace.store, entry.bundle, workspace.settings.hidden_dir / "bundles")
+
+
+def find_bundle_of_run(workspace: Workspace, run_id: str) -> Path | str:
+    """Return where the bundle of an MLflow run is: a folder of this workspace, or its digest if the store has it.
+
+    Raises:
+        TrackingError: MLflow has no such run. PromotionError: its bundle is nowhere to be found.
+    """
+    settings = workspace.settings
+    known = next((run for run in workspace.tracking.iterate_runs() if run.run_id == run_id), None)
+    if known is None:
+        raise PromotionError(f"run {run_id}", "is not in MLflow", "a run of this name", "See `visionloop runs`.")
+    digest = known.tags.get(DIGEST_TAG, "")
+    for folder in (settings.hidden_dir / "bundles" / digest, settings.candidate_dir):
+        if digest and (folder / "digests.json").is_file() and Predictor.load(folder).digest == digest:
+            return folder
+    if digest and workspace.store.exists(f"bundles/{digest}/digests.json"):
+        return digest
+    raise PromotionError(
+        f"run {run_id}",
+        f"its bundle {digest[:12]} is in neither the workspace nor the store" if digest else "has no bundle",
+        "a run whose model is kept",
+        "Models that were registered are in the store; others stay until the next training: see `dvc exp apply`.",
+    )
 
 
 def find_digest(store: ObjectStore, start: str) -> str:

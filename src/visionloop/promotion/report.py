@@ -24,6 +24,7 @@ from visionloop.evaluation.promises import compute_risk_curve
 from visionloop.evaluation.report import TITLES
 from visionloop.evaluation.resampling import IntArray, compute_share_interval, describe_images, sum_keys
 from visionloop.evaluation.slices import Slice
+from visionloop.params.gate import LOWER_IS_BETTER
 from visionloop.promotion.drawings import ROLES, Span, choose_span, draw_curves, draw_reliability, draw_strip
 from visionloop.promotion.gate import APPROVED
 from visionloop.records import Card, Decision, Interval, RuleResult
@@ -43,8 +44,6 @@ SAME = "The candidate is the champion itself: nothing moves"
 NOTHING = "\N{EN DASH}"
 MARKS = {True: "pass", False: "fail", None: "unsure"}
 WORDS = {True: "passed", False: "failed", None: "cannot tell"}
-LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece"})
-PARAMS_IN_CARD = ("train", "prepare")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def make_retrain_report(facts: RetrainFacts, shown: Mapping[str, str]) -> str:
         alone=_tell_alone(decision),
         decides=facts.decides,
         names=dict(zip(ROLES, facts.names, strict=True)),
-        images=describe_images(decision.num_test, getattr(decision, "num_keys", 0) or decision.num_test, "test images"),
+        images=describe_images(decision.num_test, decision.num_keys or decision.num_test, "test images"),
         rules=[_make_rule(rule) for rule in decision.rules],
         metrics=_make_metrics(decision),
         changed=[(title, [_make_changed(facts, row, shown) for row in rows]) for title, rows in _list_changed(facts)],
@@ -154,17 +153,15 @@ def _load_template() -> Template:
 
 
 def _make_rule(rule: RuleResult) -> dict[str, Any]:
-    value, low, high, line = (getattr(rule, name, None) for name in ("value", "low", "high", "line"))
     drawing = ""
-    if value is not None:
-        interval = Interval(value, low, high)
-        lines = [] if line is None else [line]
-        drawing = draw_strip({"candidate": interval}, choose_span([interval], *lines), line)
-    mode = getattr(rule, "mode", "on")
+    if rule.value is not None:
+        interval, lines = Interval(rule.value, rule.low, rule.high), [] if rule.line is None else [rule.line]
+        drawing = draw_strip({"candidate": interval}, choose_span([interval], *lines), rule.line)
+    is_on = rule.mode == "on"
     return {
         "name": rule.rule.replace("_", " "),
-        "mark": MARKS[rule.passed] if mode == "on" else "dry",
-        "word": WORDS[rule.passed] + ("" if mode == "on" else " (dry run)"),
+        "mark": MARKS[rule.passed] if is_on else "dry",
+        "word": WORDS[rule.passed] + ("" if is_on else " (dry run)"),
         "found": rule.found,
         "expected": rule.expected,
         "drawing": drawing,

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -23,6 +22,7 @@ from visionloop.errors import ServingError, StoreError, VisionLoopError
 from visionloop.predictor import FP32, Predictor
 from visionloop.records import LedgerEntry
 from visionloop.store import ObjectStore
+from visionloop.workfolder import write_file
 
 STOP_S = 5.0
 LAST = "last.json"  # beside the bundles: which were served last, and for which ledger entry
@@ -247,11 +247,9 @@ class ChampionFollower:
         except (OSError, ValueError, KeyError, TypeError):
             bundles = [entry.bundle]
         try:
-            staged = path.with_name(f".{LAST}-{os.getpid()}")
             last = {"name": self._name, "entry": entry.number, "version": entry.model_version, "at": entry.at}
             last |= {"bundles": bundles, "runtimes": list(entry.runtimes)}
-            staged.write_text(json.dumps(last), "utf-8")
-            staged.replace(path)
+            write_file(path, json.dumps(last).encode())
             for folder in self._cache_dir.iterdir():
                 if folder.is_dir() and not folder.name.startswith(".") and folder.name not in bundles:
                     shutil.rmtree(folder)

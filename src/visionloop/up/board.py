@@ -115,9 +115,7 @@ class Board:
 
     def write(self, state: State) -> None:
         """Tell a state. Whoever reads sees the one before or this one."""
-        staged = self.folder / f"state.json.{os.getpid()}"
-        staged.write_text(json.dumps(asdict(state), ensure_ascii=False, indent=1), encoding="utf-8")
-        staged.replace(self.folder / "state.json")
+        write_file(self.folder / "state.json", json.dumps(asdict(state), ensure_ascii=False, indent=1).encode())
 
     def choose_ports(self, wanted: Mapping[str, int], given: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
         """Return a free port for each part, and what is to be told of them: the one of last time, else a free one.

@@ -17,6 +17,7 @@ from visionloop.errors import ServingError
 from visionloop.monitoring.judge import VERDICTS
 from visionloop.monitoring.triggers import HELD, NO, RETRAIN
 from visionloop.up.overview import Overview, read_overview
+from visionloop.workfolder import write_file
 from visionloop.workspace import Workspace
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
@@ -46,11 +47,9 @@ class Figures:
 
 def write_metrics(workspace: Workspace, *, now: datetime) -> None:
     """Write the figures into the workspace, for node_exporter: all of them, or nothing."""
-    from visionloop.promotion.evidence import write_page
-
     figures = Figures()
     figures.take(read_overview(workspace, now=now))
-    write_page(workspace.settings.home / "monitoring" / "metrics.prom", figures.text)
+    write_file(workspace.settings.home / "monitoring" / "metrics.prom", figures.text.encode())
 
 
 def make_metrics_text(overview: Overview, read_at: float) -> str:
