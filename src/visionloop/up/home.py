@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
@@ -24,8 +24,8 @@ from markupsafe import Markup
 
 from visionloop.lifetime import die_with_parents
 from visionloop.up.board import HOST, Board, State
-from visionloop.up.metrics import CONTENT_TYPE, Figures
-from visionloop.up.overview import Overview, advise, read_overview
+from visionloop.up.metrics import CONTENT_TYPE, Figures, LocalHandler
+from visionloop.up.overview import Overview, advise, parse_time, read_overview
 from visionloop.up.parts import find_runs_page
 from visionloop.workspace import Workspace, open_workspace
 
@@ -38,18 +38,11 @@ REPORTS = {  # what a person may read, and where it is in the workspace
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 SHOWN_CLASSES = 14
 TONES = {
-    **{"passed": "good", "same": "calm", "refused": "bad", "inconclusive": "odd"},
-    **{"fine": "good", "learning": "calm", "drift": "bad", "quality": "bad", "broken": "bad", "service": "odd"},
-    **{"ready": "good", "waiting": "calm", "starting": "odd", "restarting": "bad", "silent": "bad", "stopped": "calm"},
-    **{"COMPLETED": "good", "Unchanged": "calm", "NotDue": "calm", "Drift": "bad", "Quality": "bad", "Broken": "bad"},
-    **{
-        "Refused": "bad",
-        "Inconclusive": "odd",
-        "FAILED": "bad",
-        "CRASHED": "bad",
-        "CANCELLED": "calm",
-        "RUNNING": "odd",
-    },
+    **dict.fromkeys(("passed", "fine", "ready", "COMPLETED"), "good"),
+    **dict.fromkeys(("same", "learning", "waiting", "stopped", "Unchanged", "NotDue", "CANCELLED"), "calm"),
+    **dict.fromkeys(("inconclusive", "service", "starting", "Inconclusive", "RUNNING"), "odd"),
+    **dict.fromkeys(("refused", "drift", "quality", "broken", "restarting", "silent"), "bad"),
+    **dict.fromkeys(("Drift", "Quality", "Broken", "Refused", "FAILED", "CRASHED"), "bad"),
 }
 
 
@@ -118,7 +111,7 @@ def render(watch: Watch, *, whole: bool = True) -> str:
 
 def describe_time(text: str | None, now: datetime) -> str:
     """Return a time as a person says it: `3 min ago`, `in 5 h`, `2 days ago`."""
-    time_ = _parse_time(text)
+    time_ = parse_time(text)
     if time_ is None:
         return "at a time unknown"
     seconds = (now - time_).total_seconds()
@@ -168,59 +161,31 @@ def draw_decisions(decisions: tuple[dict[str, Any], ...]) -> Markup:
     return Markup(f"{head}{''.join(marks)}</svg>")
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD of a few paths, to whoever asks by an address of this machine's own."""
+class Handler(LocalHandler):
+    """Answers a few paths, to whoever asks by an address of this machine's own."""
 
-    timeout = 20
-    server_version, sys_version = "visionloop", ""
+    refusal = "this page is for this machine alone\n"
     watch: Watch
-    port: int
 
-    def do_GET(self) -> None:
-        host = self.headers.get("Host", "")
-        if host not in {f"{name}:{self.port}" for name in (HOST, "localhost", "[::1]")}:
-            self._answer(403, "this page is for this machine alone\n")  # a name that an attacker points here
-            return
-        path = self.path.partition("?")[0]
+    def route(self, path: str) -> None:
         if path in ("/", "/part"):
-            self._answer(200, render(self.watch, whole=path == "/"), "text/html", make_policy())
+            self.answer(200, render(self.watch, whole=path == "/"), "text/html", make_policy())
         elif path == "/metrics" and self.watch.figures.text:
-            self._answer(200, self.watch.figures.text, CONTENT_TYPE)
+            self.answer(200, self.watch.figures.text, CONTENT_TYPE)
         elif path == "/health":
-            self._answer(200, "{}", "application/json")
+            self.answer(200, "{}", "application/json")
         elif path.removeprefix("/reports/") in REPORTS:
             self._answer_report(path.removeprefix("/reports/"))
         else:
-            self._answer(404, "there is no such page\n")
-
-    do_HEAD = do_GET
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Write nothing: a line for each refresh would fill the log."""
+            self.answer(404, "there is no such page\n")
 
     def _answer_report(self, key: str) -> None:
         try:
             text = (self.watch.workspace.settings.home / REPORTS[key][0]).read_text(encoding="utf-8")
         except (OSError, ValueError):
-            self._answer(404, "there is no such report yet\n")
+            self.answer(404, "there is no such report yet\n")
             return
-        self._answer(200, text, "text/html", REPORT_POLICY)
-
-    def _answer(self, code: int, text: str, kind: str = "text/plain", policy: str = "default-src 'none'") -> None:
-        body = text.encode()
-        self.send_response(code)
-        for name, value in (
-            ("Content-Type", f"{kind}; charset=utf-8"),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", policy),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.answer(200, text, "text/html", REPORT_POLICY)
 
 
 @cache
@@ -244,17 +209,9 @@ def _load_template() -> Template:
     return environment.from_string(_read("home.html"))
 
 
-def _parse_time(text: str | None) -> datetime | None:
-    try:
-        time_ = datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
-    return time_ if time_.tzinfo else time_.replace(tzinfo=UTC)
-
-
 def _describe_exact(text: str | None) -> str:
     """Return a time by the clock of this machine."""
-    time_ = _parse_time(text)
+    time_ = parse_time(text)
     return time_.astimezone().strftime("%a %d %b %Y, %H:%M") if time_ else "unknown"
 
 
@@ -267,7 +224,8 @@ def main() -> None:
     if os.environ.get("VISIONLOOP_GUARDIAN"):
         die_with_parents()
     port = int(sys.argv[1])
-    Handler.watch, Handler.port = Watch(open_workspace()), port
+    Handler.watch = Watch(open_workspace())
+    Handler.hosts = frozenset(f"{name}:{port}" for name in (HOST, "localhost", "[::1]"))
     threading.Thread(target=Handler.watch.follow, daemon=True, name="follow").start()
     with ThreadingHTTPServer((HOST, port), Handler) as server:
         server.daemon_threads = True

@@ -16,7 +16,7 @@ from typing import Any
 from visionloop.errors import ServingError
 from visionloop.monitoring.judge import VERDICTS
 from visionloop.monitoring.triggers import HELD, NO, RETRAIN
-from visionloop.up.overview import Overview, read_overview
+from visionloop.up.overview import Overview, parse_time, read_overview
 from visionloop.workfolder import write_file
 from visionloop.workspace import Workspace
 
@@ -142,44 +142,49 @@ def _to_number(value: Any) -> float | None:
 
 
 def _to_time(text: Any) -> float | None:
-    try:
-        found = datetime.fromisoformat(str(text))
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None
+    return time_.timestamp() if (time_ := parse_time(text)) else None
 
 
 def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD of /metrics. Where only this machine reaches it, by its own names alone."""
+class LocalHandler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD, where `hosts` are named only to whoever asks by one of them; `route` is for the rest."""
 
     timeout = 20
     server_version, sys_version = "visionloop", ""
-    figures: Figures
+    refusal = "these figures are for this machine alone\n"
     hosts: frozenset[str]  # that it answers to; none: to all
 
     def do_GET(self) -> None:
         if self.hosts and self.headers.get("Host") not in self.hosts:
-            self._answer(403, "these figures are for this machine alone\n")  # a name that an attacker points here
-        elif self.path.partition("?")[0] == "/metrics":
-            self._answer(200, self.figures.text)
+            self.answer(403, self.refusal)  # a name that an attacker points here
         else:
-            self._answer(404, "figures are at /metrics\n")
+            self.route(self.path.partition("?")[0])
 
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Write nothing: a line for each scrape would fill the log."""
+        """Write nothing: a line for each request would fill the log."""
 
-    def _answer(self, code: int, text: str) -> None:
+    def route(self, path: str) -> None:
+        """Answer what is asked of this path."""
+        raise NotImplementedError
+
+    def answer(self, code: int, text: str, kind: str = "text/plain", policy: str = "default-src 'none'") -> None:
+        """Send a text, which no cache keeps and no other page shows."""
         body = text.encode()
         self.send_response(code)
-        self.send_header("Content-Type", f"{CONTENT_TYPE}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in (
+            ("Content-Type", f"{kind}; charset=utf-8"),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", policy),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+        ):
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -193,17 +198,20 @@ def make_server(workspace: Workspace, host: str, port: int) -> ThreadingHTTPServ
     """
     figures = Figures()
 
-    class Bound(Handler):
-        pass
+    class Handler(LocalHandler):
+        def route(self, path: str) -> None:
+            if path == "/metrics":
+                self.answer(200, figures.text, CONTENT_TYPE)
+            else:
+                self.answer(404, "figures are at /metrics\n", CONTENT_TYPE)
 
-    Bound.figures = figures
     try:
-        server = ThreadingHTTPServer((host, port), Bound)
+        server = ThreadingHTTPServer((host, port), Handler)
     except OSError as exc:
         found = f"cannot be had ({exc.strerror or exc})"
         raise ServingError(f"port {host}:{port}", found, "a free port", "Give another --port or --host.") from exc
     is_alone = host in LOOPBACK
-    Bound.hosts = frozenset(f"{name}:{server.server_port}" for name in LOOPBACK) if is_alone else frozenset()
+    Handler.hosts = frozenset(f"{name}:{server.server_port}" for name in LOOPBACK) if is_alone else frozenset()
     server.daemon_threads = True
 
     def follow() -> None:

@@ -248,17 +248,19 @@ def read_plan(workspace: Workspace, api: str, now: datetime) -> dict[str, Any] |
 
     planned = find(["SCHEDULED"], "EXPECTED_START_TIME_ASC", MAX_RUNS)
     return {
-        "next": [one for one in planned if _is_after(one["at"], now)][:3],
+        "next": [one for one in planned if (at := parse_time(one["at"])) and at >= now][:3],
         "running": find(["RUNNING", "PENDING"], "START_TIME_DESC", 3),
         "ended": find(["COMPLETED", "FAILED", "CRASHED", "CANCELLED"], "END_TIME_DESC", SHOWN_RUNS),
     }
 
 
-def _is_after(text: str | None, now: datetime) -> bool:
-    with contextlib.suppress(ValueError, TypeError):
+def parse_time(text: Any) -> datetime | None:
+    """Return a time of a record, which is of UTC where it names no zone; None: it is none."""
+    try:
         time = datetime.fromisoformat(str(text))
-        return (time if time.tzinfo else time.replace(tzinfo=UTC)) >= now
-    return False
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def advise(overview: Overview) -> tuple[str, str]:

@@ -229,7 +229,7 @@ def served(tmp_path: Path) -> Iterator[int]:
     watch = make_watch(replace(place, tracking=MemoryTracking()), None)
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {"watch": watch})) as server:
         port = server.server_address[1]
-        server.RequestHandlerClass.port = port  # type: ignore[attr-defined]
+        server.RequestHandlerClass.hosts = frozenset({f"localhost:{port}"})  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield port
