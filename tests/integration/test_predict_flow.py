@@ -18,7 +18,7 @@ from shapes import ROOT
 from videos import write_video
 from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.predict.files import find_new
 from visionloop.predict.live import WatchPlan
 from visionloop.predict.outbox import Outbox

@@ -24,7 +24,7 @@ from visionloop.data.prediction_log import (
     read_requests,
 )
 from visionloop.monitoring.health import check_requests
-from visionloop.params.monitor import Monitor
+from visionloop.params.loop import Monitor
 from visionloop.store import LocalStore
 
 KILLS = 4

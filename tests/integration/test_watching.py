@@ -22,7 +22,7 @@ from videos import RED, WHITE, Film, write_video
 from visionloop.cli.cameras import Shower, Telling, allow_typed_host
 from visionloop.cli.predict import choose_webhook
 from visionloop.errors import SourceError
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line, describe_line
 from visionloop.predict.live import StreamEnded, Watch, WatchPlan

@@ -70,7 +70,7 @@ READ_BY_PEOPLE = [
     ("training/checks.py", 'f"dataset '),
     ("training/fit.py", "stopped before the first epoch was finished"),
     ("features/embed.py", 'f"encoder '),
-    ("params/schedule.py", "a cron expression of five fields"),
+    ("params/loop.py", "a cron expression of five fields"),
     ("params/train.py", "low < high, and low > 0 on a log scale"),
     ("store/s3_errors.py", "is busy: it answers"),
     ("tracking.py", "cannot be used"),

@@ -9,7 +9,7 @@ import pytest
 
 from http_server import Answer, WebServer, serve
 from visionloop.errors import BusyError
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.predict.outbox import Outbox
 
 LIMIT_S = 60.0

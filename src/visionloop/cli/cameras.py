@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from visionloop.params.monitor import Webhook
+    from visionloop.params.loop import Webhook
     from visionloop.predict.files import FilePrediction
     from visionloop.predict.lines import Line
     from visionloop.predict.live import Watch, WatchPlan

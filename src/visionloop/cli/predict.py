@@ -18,7 +18,7 @@ from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
-    from visionloop.params.monitor import Webhook
+    from visionloop.params.loop import Webhook
     from visionloop.predict.files import FilePrediction, Sampling
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
@@ -240,7 +240,7 @@ def choose_webhook(typed: str | None, section: "Webhook | None") -> "Webhook | N
     from pydantic import ValidationError
 
     from visionloop.errors import SourceError
-    from visionloop.params.monitor import Webhook
+    from visionloop.params.loop import Webhook
 
     if typed is None or (section and section.url == typed):
         return section

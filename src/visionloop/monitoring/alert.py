@@ -18,7 +18,7 @@ from typing import Any
 from visionloop.errors import DatasetError, SourceError
 from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.watch import list_unsent, load_verdict, make_unsent_key
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.secrets import Environment, mask
 from visionloop.workspace import Workspace
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.prediction_log import RequestCounts
 from visionloop.monitoring.window import Traffic
-from visionloop.params.monitor import Monitor
+from visionloop.params.loop import Monitor
 
 Kind = Literal["broken", "drift", "quality", "service"]
 State = Literal["fine", "alert", "unknown"]

@@ -25,7 +25,7 @@ from visionloop.monitoring.quality import (
     compute_expected_accuracy,
 )
 from visionloop.monitoring.window import Span
-from visionloop.params.monitor import Monitor
+from visionloop.params.loop import Monitor
 from visionloop.records import Interval, Record
 
 VERDICTS = ("broken", "drift", "quality", "service", "fine", "learning")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from visionloop.params.triggers import Triggers
+from visionloop.params.loop import Triggers
 from visionloop.records import Record
 
 RETRAIN, HELD, NO = "retrain", "held", "no"

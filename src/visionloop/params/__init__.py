@@ -32,9 +32,7 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
-from visionloop.params.monitor import Monitor, Webhook
-from visionloop.params.review import Review
-from visionloop.params.schedule import Predict, Schedule
+from visionloop.params.loop import Monitor, Predict, Review, Schedule, Triggers, Webhook
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
 from visionloop.params.train import (
@@ -48,7 +46,6 @@ from visionloop.params.train import (
     Train,
     Tune,
 )
-from visionloop.params.triggers import Triggers
 from visionloop.records import compute_digest
 
 __all__ = [

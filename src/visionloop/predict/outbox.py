@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from visionloop.errors import BusyError, DiskError
 from visionloop.monitoring.alert import KEPT_FOR, Failure, post_alert
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.predict.lines import Line, describe_line
 from visionloop.records import compute_digest
 from visionloop.workfolder import write_file
