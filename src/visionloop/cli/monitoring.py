@@ -1,4 +1,4 @@
-"""The commands that watch what is served, and how the loop is: monitor, metrics."""
+"""The commands that watch what is served, and how the loop is: monitor, triggers, metrics."""
 
 import os
 import sys
@@ -10,12 +10,22 @@ import typer
 
 from visionloop.cli.app import Json, app, print_json, say_next
 from visionloop.errors import SettingsError
-from visionloop.words import shorten_path
+from visionloop.words import align, shorten_path
 from visionloop.workspace import get_now, get_user, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.params import Params
 
+TRIGGERS = """Is a retrain due, and what was decided before.
+
+Examples:
+
+  visionloop triggers decide && visionloop start
+"""
+triggers_app = typer.Typer(help=TRIGGERS, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(triggers_app, name="triggers")
+
+NOT_DUE = 3
 EXIT_CODES = {"broken": 4, "service": 4, "drift": 3, "quality": 3}
 DUE = "`visionloop triggers decide` says whether a retrain is due"
 ASK = "`visionloop review --serve` asks for the labels worth having"
@@ -131,6 +141,74 @@ def metrics(
     for problem in overview.problems:
         print(f"error: {problem}", file=sys.stderr)
     raise typer.Exit(2 if overview.problems else 0)
+
+
+@triggers_app.command("decide")
+def decide_now(
+    hand: Annotated[str, typer.Option(metavar="WHY", help="A person wants a retrain: nothing holds it back.")] = "",
+    webhook: Annotated[str, typer.Option(metavar="WHY", help="Another system has called; kept until a retrain.")] = "",
+    *,
+    as_json: Json = False,
+) -> None:
+    """Decide by `triggers` in params.yaml whether a retrain is due, and keep the decision; nothing is started.
+
+    Each "retrain" but by --hand counts in `max_per_week`, also if nobody runs one then: ask where you start it.
+
+    Exit code 0: it is due. 3: it is not.
+
+    Examples:
+
+      visionloop triggers decide && visionloop start
+
+      visionloop triggers decide --webhook "the menu of the canteen has changed"
+    """
+    from visionloop.data.known_store import check_store
+    from visionloop.monitoring.due import decide_retrain
+    from visionloop.monitoring.triggers import RETRAIN, Look, describe_looks
+
+    workspace = open_workspace()
+    check_store(workspace)
+    decision = decide_retrain(workspace, now=datetime.now(UTC), by=get_user(), hand=hand, webhook=webhook)
+    if as_json:
+        print_json(decision.to_json())
+    else:
+        print(f"{decision.outcome}: {decision.why}")
+        for line in describe_looks(Look.from_json(look) for look in decision.looks):
+            print(line)
+    is_due = decision.outcome == RETRAIN
+    say_next("`visionloop start`" if is_due else "`visionloop triggers history` shows the ones before", quiet=as_json)
+    if not is_due:
+        raise typer.Exit(NOT_DUE)
+
+
+@triggers_app.command("history")
+def history_of_triggers(
+    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = 30,
+    *,
+    as_json: Json = False,
+) -> None:
+    """List what the triggers decided, newest first, also each "no".
+
+    Examples:
+
+      visionloop triggers history --last 100
+    """
+    from visionloop.data.known_store import check_store
+    from visionloop.monitoring.due import read_decisions
+
+    workspace = open_workspace()
+    check_store(workspace)
+    found = read_decisions(workspace.store, workspace.name, last)[::-1]
+    if as_json:
+        print_json({"decisions": [one.to_json() for one in found]})
+        return
+    if not found:
+        print("nothing was decided yet")
+    else:
+        rows = [[f"{d.number}", d.at[:16].replace("T", " "), f"dataset {d.dataset}", d.outcome, d.why] for d in found]
+        for line in align(rows):
+            print(line)
+    say_next("`visionloop triggers decide`")
 
 
 def read_time(text: str) -> datetime:

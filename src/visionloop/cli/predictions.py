@@ -90,6 +90,8 @@ def show(
 
       visionloop predictions show --since 2026-11-28T14:00 --until 2026-11-28T15:00 --most 100
     """
+    import pyarrow as pa
+
     from visionloop.data.prediction_log import join_feedback, read_feedback
 
     workspace = open_workspace()
@@ -97,7 +99,7 @@ def show(
     newest: Any = None
     columns = ("request_id", "time", "prediction", "confidence", "abstained", "model_version", "image_kept")
     for rows in _read(workspace, window, columns):
-        newest = _join([newest, rows]) if newest is not None else rows
+        newest = pa.concat_tables([newest, rows]) if newest is not None else rows
         newest = newest.sort_by("time")[-most:] if len(newest) > most else newest.sort_by("time")
     answers: list[dict[str, Any]] = []
     if newest is not None and len(newest):
@@ -360,12 +362,6 @@ def _flatten(rows: "pa.Table") -> "pa.Table":
         values = [None if value is None else "|".join(map(str, value)) for value in rows[name].to_pylist()]
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(values, pa.string()))
     return rows
-
-
-def _join(tables: "list[pa.Table]") -> "pa.Table":
-    import pyarrow as pa
-
-    return pa.concat_tables(tables)
 
 
 def _read(workspace: Workspace, window: tuple[datetime, datetime], columns: Iterable[str]) -> "Iterator[pa.Table]":

@@ -17,16 +17,19 @@ SHORT_NAMES = {"train/loss": "train loss", "val/loss": "val loss", "val/accuracy
 
 
 @contextlib.contextmanager
-def open_watcher(env: Mapping[str, str], *, quiet: bool = False) -> Iterator[Watcher]:
-    """Yield what shows a training: a display on a terminal, lines elsewhere, nothing on any rank but the first."""
+def open_watcher(env: Mapping[str, str], *, quiet: bool = False, is_study: bool = False) -> Iterator[Watcher]:
+    """Yield what shows a training, or a study of several: a display on a terminal, lines elsewhere.
+
+    On any rank but the first it shows nothing.
+    """
     if quiet or not is_first_rank(env):
         yield Watcher()
     elif not sys.stdout.isatty() or env.get("TERM") == "dumb":
-        yield LineWatcher(print_line)
+        yield (LineTuneWatcher if is_study else LineWatcher)(print_line)
     else:
         from rich.console import Console
 
-        with LiveWatcher(Console(highlight=False)) as watcher:
+        with (LiveTuneWatcher if is_study else LiveWatcher)(Console(highlight=False)) as watcher:
             yield watcher
 
 
@@ -252,18 +255,6 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-@contextlib.contextmanager
-def open_tune_watcher(env: Mapping[str, str]) -> Iterator[Watcher]:
-    """Yield what shows a study: a display on a terminal, lines elsewhere."""
-    if not sys.stdout.isatty() or env.get("TERM") == "dumb":
-        yield LineTuneWatcher(print_line)
-    else:
-        from rich.console import Console
-
-        with LiveTuneWatcher(Console(highlight=False)) as watcher:
-            yield watcher
 
 
 class LineTuneWatcher(LineWatcher):

@@ -32,10 +32,8 @@ def main() -> None:
     from visionloop.cli import (  # noqa: F401
         datasets,
         features,
-        flows,
         forget,
         ingest,
-        keys,
         models,
         monitoring,
         predict,
@@ -45,7 +43,6 @@ def main() -> None:
         serving,
         shadow,
         stages,
-        triggers,
         tune,
         up,
         workspace,

@@ -1,6 +1,5 @@
 """The commands `tune` and `lr-find`: other values for keys of `train`, and a learning rate to begin with."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
-from visionloop.cli.progress import format_seconds, format_value, open_tune_watcher
+from visionloop.cli.progress import format_seconds, format_value, open_watcher
 
 if TYPE_CHECKING:
     from visionloop.training.rate_finder import Sweep
@@ -51,9 +50,8 @@ def tune(
         print(f"loading torch to tune {workspace.params.train.network_name} ...", flush=True)
     from visionloop.training.study import list_reports, open_tuning
     from visionloop.training.tune import run_trials
-    from visionloop.training.watch import Watcher
 
-    with contextlib.nullcontext(Watcher()) if as_json or quiet else open_tune_watcher(os.environ) as watcher:
+    with open_watcher(os.environ, quiet=as_json or quiet, is_study=True) as watcher:
         tuning = open_tuning(workspace, watcher=watcher)
         if not show:
             run_trials(tuning, trials or workspace.params.tune.trials)

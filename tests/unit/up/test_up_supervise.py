@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from fakes import run_here
-from visionloop.cli.flows import _find_prefect
+from visionloop.cli.stages import _find_prefect
 from visionloop.cli.up import describe_parts
 from visionloop.errors import BusyError, ServingError
 from visionloop.lifetime import MARK_VARIABLE
