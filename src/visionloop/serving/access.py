@@ -15,9 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 from fastapi import Request
 
-from visionloop.errors import VisionLoopError, shorten
+from visionloop.errors import shorten
 from visionloop.serving.body import RequestError
-from visionloop.serving.keys import HEADERS, Key, KeyRefused, Keys, require_role
+from visionloop.serving.keys import Key, Keys
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -27,6 +27,7 @@ FREE_PATHS = (  # the same for all, or for balancers
 )
 METRICS, ADMIN, HEALTH, PAGE = "/metrics", "/admin/", ("/health/", "/v2/health/"), "/page/"
 ROLE_OF = {"/feedback": "feedback", ADMIN: "admin", METRICS: "admin"}  # all others: predict, also those yet to come
+HEADERS = "Authorization: Bearer KEY, or X-API-Key: KEY"
 KEY_IN_TEXT = re.compile(r"vlk_([a-z0-9-]{1,63})_[A-Za-z0-9_-]+")
 MAX_BUCKETS = 10_000
 CORS_HEADERS = {
@@ -36,17 +37,10 @@ CORS_HEADERS = {
 }
 
 
-class RateExceeded(VisionLoopError, RuntimeError):
+class RateExceeded(RequestError):
     """A client asks for more than its share. The same request is answered after `Retry-After`."""
 
     transient = True
-    status = 429
-    reason_code = "too_many"
-
-    def __init__(self, expected: str, wait_s: float) -> None:
-        after_s = max(1, math.ceil(wait_s))
-        super().__init__("request", "it is above your rate", expected, f"Try again in {after_s} s.")
-        self.headers = {"Retry-After": str(after_s)}
 
 
 class Rates:
@@ -67,7 +61,11 @@ class Rates:
         level, at_s = self._buckets.get(client, (full, now_s))
         level = min(full, level + (now_s - at_s) * per_s)
         if level < 1:
-            raise RateExceeded(f"at most {rate:g} {self._what}", (1 - level) / per_s)
+            after_s, expected = max(1, math.ceil((1 - level) / per_s)), f"at most {rate:g} {self._what}"
+            todo, headers = f"Try again in {after_s} s.", {"Retry-After": str(after_s)}
+            raise RateExceeded(
+                "it is above your rate", expected, todo, status=429, reason_code="too_many", headers=headers
+            )
         self._buckets[client] = (level - number, now_s)
         self._buckets.move_to_end(client)
         if len(self._buckets) > MAX_BUCKETS:
@@ -112,7 +110,7 @@ class Access:
         """Let a request in, or raise; set `key` and `who` of its state.
 
         Raises:
-            RequestError: the wrong host, origin or port. KeyRefused: no key with the role for it. RateExceeded.
+            RequestError: the wrong host, origin or port; no key with the role for it; above its rate.
         """
         path = request.scope["path"]
         self._check_port(request, path)
@@ -186,7 +184,7 @@ class Access:
         return origin in self.cors or ("*" in self.cors and origin != "null")
 
     def _find_key(self, request: Request) -> Key | None:
-        """Return the request's key; None if it has none. Raises KeyRefused for one that is not valid."""
+        """Return the request's key; None if it has none. Raises RequestError for one that is not valid."""
         if self.keys is None or self.keys.is_open:
             return None
         bearer = [value.partition(" ") for value in request.headers.getlist("authorization")]
@@ -194,14 +192,42 @@ class Access:
         texts += request.headers.getlist("x-api-key")
         if KEY_IN_TEXT.search(unquote(request.url.query)):
             todo = "Revoke that key: addresses are written into logs."
-            raise KeyRefused("its address has a key", f"it in a header: {HEADERS}", todo)
+            raise _refuse_key("its address has a key", f"it in a header: {HEADERS}", todo)
         if not texts and not bearer:
             return None
         key = self.keys.find(texts[0]) if len(set(texts)) == 1 else None
         if key is None:
             found = "it has several keys" if len(set(texts)) > 1 else "its key is not valid"
-            raise KeyRefused(found, "one that is", f"Send it as {HEADERS}.")
+            raise _refuse_key(found, "one that is", f"Send it as {HEADERS}.")
         return key
+
+
+def require_role(request: Request, role: str) -> None:
+    """Let a request go on if its key has a role. `request.state.who` is the key's name, None on an open server.
+
+    `Access` asks for the role of each path, before a route is called. On a server without keys all may do all where
+    only this machine reaches it; others may only predict.
+
+    Raises:
+        RequestError: there is no key (401), or not one with this role (403).
+    """
+    access, key = request.state.access, request.state.key
+    if access.is_open:
+        if role == "predict" or not access.is_public:
+            return
+        todo = f"Make one with `visionloop keys new --role {role} --name NAME`."
+        raise _refuse_key("this server has no keys", f"a key with the role {role} for this", todo, status=403)
+    if key is None:
+        raise _refuse_key("it has no key", f"a key with the role {role}", f"Send it as {HEADERS}.")
+    if not key.allows(role):
+        found, expected = f"the key {key.name} has the role {', '.join(key.roles)}", f"a key with the role {role}"
+        raise _refuse_key(found, expected, "Ask for such a key.", status=403)
+
+
+def _refuse_key(found: str, expected: str, todo: str, *, status: int = 401) -> RequestError:
+    """Return the error of a request without a valid key (401), or whose key has not the role that it takes (403)."""
+    code, headers = ("no_valid_key", {"WWW-Authenticate": 'Bearer realm="visionloop"'}) if status == 401 else ("", {})
+    return RequestError(found, expected, todo, status=status, reason_code=code or "not_allowed", headers=headers)
 
 
 def is_preflight(request: Request) -> bool:

@@ -20,8 +20,9 @@ import numpy as np
 
 from visionloop.data.encoded import Size
 from visionloop.data.images import UInt8Array, load_sized_array
-from visionloop.errors import ImageError, VisionLoopError
+from visionloop.errors import ImageError
 from visionloop.serving.answers import Answer, AnswerCache, Timing
+from visionloop.serving.body import RequestError
 from visionloop.serving.decoding import Decoded, Decoders
 from visionloop.serving.swap import ServedModel
 
@@ -40,15 +41,10 @@ _Queued = TypeVar("_Queued", bound=_Aged)
 _Result = TypeVar("_Result")
 
 
-class QueueFull(VisionLoopError, RuntimeError):
+class QueueFull(RequestError):
     """Too many images are waiting. The same request can succeed a moment later."""
 
-    transient = True
-    status = 503
-
-    def __init__(self, found: str, expected: str, *, reason_code: str = "busy", retry_after_s: int = 1) -> None:
-        super().__init__("server", found, expected, f"Try again in {retry_after_s} s.")
-        self.reason_code, self.headers = reason_code, {"Retry-After": str(retry_after_s)}
+    transient, where_from = True, "server"
 
 
 class Patience:
@@ -259,7 +255,8 @@ class Batcher:
     def refuse(self, found: str, expected: str, reason_code: str = "busy") -> QueueFull:
         """Return the error that says when the images that wait now will be answered."""
         retry_after_s = max(1, min(MAX_RETRY_S, math.ceil(self.drain_s)))
-        return QueueFull(found, expected, reason_code=reason_code, retry_after_s=retry_after_s)
+        todo, headers = f"Try again in {retry_after_s} s.", {"Retry-After": str(retry_after_s)}
+        return QueueFull(found, expected, todo, status=503, reason_code=reason_code, headers=headers)
 
     async def _answer(self, model: ServedModel, image: ImageInput, sha256: str) -> Answer | ImageError:
         loop = asyncio.get_running_loop()

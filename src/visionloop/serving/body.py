@@ -65,13 +65,22 @@ class Upload:
 
 
 class RequestError(VisionLoopError, ValueError):
-    """A request that cannot be answered; `status` is its HTTP status and `reason_code` is stable."""
+    """A request that cannot be answered; `status` is its HTTP status, `reason_code` is stable."""
+
+    where_from = "request"
 
     def __init__(
-        self, found: str, expected: str = "", todo: str = "", *, status: int = 400, reason_code: str = "bad_request"
+        self,
+        found: str,
+        expected: str = "",
+        todo: str = "",
+        *,
+        status: int = 400,
+        reason_code: str = "bad_request",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__("request", found, expected, todo)
-        self.status, self.reason_code = status, reason_code
+        super().__init__(self.where_from, found, expected, todo)
+        self.status, self.reason_code, self.headers = status, reason_code, headers or {}
 
 
 Value_co = TypeVar("Value_co", covariant=True)

@@ -22,10 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visionloop.data.prediction_log import make_request_id
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.serving.access import HEALTH, METRICS, Access, RateExceeded, hide_keys, is_preflight
-from visionloop.serving.batcher import QueueFull
+from visionloop.serving.access import HEALTH, METRICS, Access, hide_keys, is_preflight
 from visionloop.serving.body import RequestError
-from visionloop.serving.keys import KeyRefused
 from visionloop.serving.metrics import Meters
 from visionloop.serving.schemas import PROBLEM, is_of_protocol
 
@@ -97,7 +95,7 @@ def name_request(request: Request) -> dict[str, str | None]:
 
 def _translate(exc: Exception) -> tuple[int, str, str]:
     """Return the HTTP status, the stable code and the message of an error."""
-    if isinstance(exc, RequestError | QueueFull | KeyRefused | RateExceeded):
+    if isinstance(exc, RequestError):
         return exc.status, exc.reason_code, str(exc)
     if isinstance(exc, ImageError):
         return IMAGE_STATUS.get(exc.reason_code, 422), exc.reason_code, str(exc)

@@ -19,13 +19,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visionloop.errors import DiskError, SettingsError, VisionLoopError, shorten
 from visionloop.workfolder import write_file
-
-if TYPE_CHECKING:
-    from fastapi import Request
 
 ROLES = ("predict", "feedback", "admin")  # an admin may do all
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -34,7 +31,6 @@ SECRET_BYTES = 32
 MAX_BYTES = 64_000_000
 FORM = '{"keys": [{"name": ..., "roles": [...], "sha256": ...}, ...]}'
 TODO = "Restore the file from a copy, or remove it and make new keys."
-HEADERS = "Authorization: Bearer KEY, or X-API-Key: KEY"
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +49,6 @@ class Key:
 
     def allows(self, role: str) -> bool:
         return role in self.roles or "admin" in self.roles
-
-
-class KeyRefused(VisionLoopError, PermissionError):
-    """A request without a key that is valid (401), or whose key has not the role that it takes (403)."""
-
-    def __init__(self, found: str, expected: str, todo: str = "", *, status: int = 401) -> None:
-        super().__init__("request", found, expected, todo)
-        self.status = status
-        self.reason_code = "no_valid_key" if status == 401 else "not_allowed"
-        self.headers = {"WWW-Authenticate": 'Bearer realm="visionloop"'} if status == 401 else {}
 
 
 class Keys:
@@ -111,28 +97,6 @@ class Keys:
             if self.problem != exc.found:
                 log.error("%s The keys known before stay valid.", exc)
             self.problem = exc.found
-
-
-def require_role(request: "Request", role: str) -> None:
-    """Let a request go on if its key has a role. `request.state.who` is the key's name, None on an open server.
-
-    `Access` asks for the role of each path, before a route is called. On a server without keys all may do all where
-    only this machine reaches it; others may only predict.
-
-    Raises:
-        KeyRefused: there is no key (401), or not one with this role (403).
-    """
-    access, key = request.state.access, request.state.key
-    if access.is_open:
-        if role == "predict" or not access.is_public:
-            return
-        todo = f"Make one with `visionloop keys new --role {role} --name NAME`."
-        raise KeyRefused("this server has no keys", f"a key with the role {role} for this", todo, status=403)
-    if key is None:
-        raise KeyRefused("it has no key", f"a key with the role {role}", f"Send it as {HEADERS}.")
-    if not key.allows(role):
-        found, expected = f"the key {key.name} has the role {', '.join(key.roles)}", f"a key with the role {role}"
-        raise KeyRefused(found, expected, "Ask for such a key.", status=403)
 
 
 def read_keys(path: Path) -> list[Key]:
