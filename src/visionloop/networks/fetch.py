@@ -13,7 +13,7 @@ from typing import BinaryIO
 from visionloop.bundle import hash_file
 from visionloop.errors import ImageError, ObjectMissing, SettingsError, SourceError, StoreError, TrainingError
 from visionloop.networks.names import BACKBONE, ENCODER_TODO, TODO, WEIGHTS, resolve_path
-from visionloop.params import REMOTE
+from visionloop.params.train import REMOTE
 from visionloop.secrets import mask
 from visionloop.store import open_bucket
 from visionloop.web.addresses import AnyHost, HostRule, parse_url

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from visionloop.errors import TrainingError
-from visionloop.params import REMOTE, Train
+from visionloop.params.train import REMOTE, Train
 
 LITE0 = "efficientnet_lite0"
 OWN_NAMES = ("depthwise_cnn", LITE0, "small_cnn")

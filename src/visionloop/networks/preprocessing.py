@@ -12,7 +12,7 @@ from typing import Any
 
 from visionloop.errors import TrainingError
 from visionloop.networks.names import BACKBONE
-from visionloop.params import PREPROCESSOR, Normalisation, Train
+from visionloop.params.train import PREPROCESSOR, Normalisation, Train
 
 ColourC = tuple[float, float, float]
 WHERE = "params.yaml train.preprocessing"

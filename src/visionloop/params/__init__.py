@@ -32,16 +32,12 @@ from visionloop.params.ingest import (
     TableSource,
     VideoSource,
 )
-from visionloop.params.loop import Monitor, Predict, Review, Schedule, Triggers, Webhook
+from visionloop.params.loop import Monitor, Predict, Review, Schedule, Triggers
 from visionloop.params.section import NAME_PATTERN, Section, to_tuple
 from visionloop.params.text import MAX_CHARS, parse_yaml
 from visionloop.params.train import (
-    PREPROCESSOR,
-    REMOTE,
     WAYS_ON_EMBEDDINGS,
     Embed,
-    Neighbours,
-    Normalisation,
     Span,
     Train,
     Tune,
@@ -49,15 +45,12 @@ from visionloop.params.train import (
 from visionloop.records import compute_digest
 
 __all__ = [
-    "PREPROCESSOR",
-    "REMOTE",
     "WAYS_ON_EMBEDDINGS",
     "ArchiveSource",
     "BucketSource",
     "Columns",
     "Compute",
     "DigitsSource",
-    "Embed",
     "Evaluate",
     "Expect",
     "FeedbackSource",
@@ -68,16 +61,12 @@ __all__ = [
     "Ingest",
     "KeepImages",
     "Monitor",
-    "Neighbours",
-    "Normalisation",
     "Params",
     "Predict",
     "Prepare",
     "PythonSource",
     "Review",
     "ReviewSource",
-    "Schedule",
-    "Section",
     "Serve",
     "Source",
     "Span",
@@ -86,9 +75,7 @@ __all__ = [
     "TableSource",
     "Train",
     "Triggers",
-    "Tune",
     "VideoSource",
-    "Webhook",
     "load_params",
     "make_params",
 ]

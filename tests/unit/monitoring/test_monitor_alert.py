@@ -8,7 +8,7 @@ import pytest
 from http_server import Answer, Handler, WebServer, serve
 from visionloop.monitoring.alert import make_alert, send_alert
 from visionloop.monitoring.judge import Verdict
-from visionloop.params import Webhook
+from visionloop.params.loop import Webhook
 
 CHECK = {"name": "drift", "kind": "drift", "state": "alert", "found": "p 0.001", "expected": "", "value": 0.001}
 VERDICT = Verdict(

@@ -10,7 +10,7 @@ import pytest
 from encoders import CLIP, CLIP_MEAN, CLIP_STD
 from visionloop.errors import TrainingError
 from visionloop.networks.preprocessing import IMAGENET, RAW, Preprocessing, choose_preprocessing, read_preprocessor
-from visionloop.params import PREPROCESSOR, Normalisation, Train
+from visionloop.params.train import PREPROCESSOR, Normalisation, Train
 
 OLD = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": 224, "crop_size": 224, "do_center_crop": True}
 

@@ -14,8 +14,7 @@ from visionloop.errors import BundleError, ParamsError, shorten
 from visionloop.networks.backbones import make_backbone
 from visionloop.networks.classifier import Classifier
 from visionloop.networks.heads import map_head
-from visionloop.networks.weight_sources import State, read_weights
-from visionloop.networks.weights import fill_backbone, load_backbone
+from visionloop.networks.weights import State, fill_backbone, load_backbone, read_weights
 from visionloop.promotion.ledger import iterate_history
 from visionloop.training.datamodule import PreparedData
 from visionloop.training.job import Job
