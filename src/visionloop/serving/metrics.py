@@ -2,8 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -44,40 +45,19 @@ class Meters:
         self._log, self._book, self._shadow = log, book, shadow
         disable_created_metrics()  # type: ignore[no-untyped-call]  # half of all lines, and Prometheus needs none
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "visionloop_requests",
-            "Requests for a prediction by outcome and HTTP status",
-            ["outcome", "status"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "visionloop_request_seconds", "Time to answer a prediction", buckets=SECONDS, registry=self._registry
-        )
-        self._batches = Histogram(
-            "visionloop_batch_images", "Images in one run of the network", buckets=BATCH_SIZES, registry=self._registry
-        )
-        self._images = Counter(
-            "visionloop_predicted_images",
-            "Images by predicted class; with several labels, under each",
-            ["prediction"],
-            registry=self._registry,
-        )
-        self._abstained = Counter(
-            "visionloop_abstained_images", "Images of which the model did not know", registry=self._registry
-        )
-        self._steps = Histogram(
-            "visionloop_image_seconds",
-            "Time of an image that was not in the cache, by step: queue, decode, network",
-            ["step"],
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._answered = Counter(
-            "visionloop_answered_images",
-            "Images answered, by the network or from the cache",
-            ["by"],
-            registry=self._registry,
-        )
+        counter = partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        told = "Requests for a prediction by outcome and HTTP status"
+        self._requests = counter("visionloop_requests", told, ["outcome", "status"])
+        self._seconds = histogram("visionloop_request_seconds", "Time to answer a prediction", buckets=SECONDS)
+        self._batches = histogram("visionloop_batch_images", "Images in one run of the network", buckets=BATCH_SIZES)
+        told = "Images by predicted class; with several labels, under each"
+        self._images = counter("visionloop_predicted_images", told, ["prediction"])
+        self._abstained = counter("visionloop_abstained_images", "Images of which the model did not know")
+        told = "Time of an image that was not in the cache, by step: queue, decode, network"
+        self._steps = histogram("visionloop_image_seconds", told, ["step"], buckets=SECONDS)
+        told = "Images answered, by the network or from the cache"
+        self._answered = counter("visionloop_answered_images", told, ["by"])
         self._labels: set[str] = set()
         self._start_at_zero()
         self._registry.register(self)
@@ -143,31 +123,31 @@ class Meters:
         if self._log:
             yield from _collect_log(self._log)
         if self._book:
-            items = CounterMetricFamily("visionloop_feedback_items", "Items of feedback", labels=["outcome"])
-            items.add_metric(["taken"], self._book.num_taken)
-            items.add_metric(["refused"], self._book.num_refused)
-            yield items
+            items = {"taken": self._book.num_taken, "refused": self._book.num_refused}
+            yield _count_by("outcome", items, "visionloop_feedback_items", "Items of feedback")
         if self._shadow:
             yield from _collect_shadow(self._shadow)
+
+
+def _count_by(label: str, counts: Mapping[str, int], name: str, told: str) -> Metric:
+    family = CounterMetricFamily(name, told, labels=[label])
+    for value, number in counts.items():
+        family.add_metric([value], number)
+    return family
 
 
 def _collect_shadow(shadow: Shadow) -> Iterator[Metric]:
     """Yield whether there is a shadow, and what became of its images."""
     yield GaugeMetricFamily("visionloop_shadow", "1 while a second model answers some images too", shadow.is_on)
     yield GaugeMetricFamily("visionloop_shadow_problem", "1 while a shadow is wanted and refused", bool(shadow.problem))
-    images = CounterMetricFamily("visionloop_shadow_images", "Images for the shadow", labels=["state"])
     counts = {"answered": shadow.num_answered, "failed": shadow.num_failed, "dropped": shadow.num_dropped}
-    for state, number in counts.items():
-        images.add_metric([state], number)
-    yield images
+    yield _count_by("state", counts, "visionloop_shadow_images", "Images for the shadow")
 
 
 def _collect_log(log: PredictionLog) -> Iterator[Metric]:
     """Yield what became of the answers that were to be written down."""
-    answers = CounterMetricFamily("visionloop_log_answers", "Answers for the prediction log", labels=["state"])
-    for state, number in (("noted", log.num_noted), ("sent", log.num_sent), ("dropped", log.num_dropped)):
-        answers.add_metric([state], number)
-    yield answers
+    counts = {"noted": log.num_noted, "sent": log.num_sent, "dropped": log.num_dropped}
+    yield _count_by("state", counts, "visionloop_log_answers", "Answers for the prediction log")
     yield CounterMetricFamily("visionloop_kept_images", "Images that were kept", log.num_kept)
     yield GaugeMetricFamily("visionloop_log_spool_bytes", "On the local disk, for the store", log.num_spool_bytes)
     yield GaugeMetricFamily("visionloop_log_problem", "1 while answers cannot be written down", bool(log.problem))
