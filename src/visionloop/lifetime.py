@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import psutil
@@ -63,14 +64,7 @@ def end_process(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` in here, as Ctrl-C raises KeyboardInterrupt, so that work is closed properly.
-
-    Only the main thread can take signals: in another one this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
+    """Let SIGTERM raise `Terminated` in here, as Ctrl-C raises KeyboardInterrupt, so that work is closed properly."""
     asked = threading.Event()
 
     def stop(number: int, frame: object) -> None:
@@ -78,11 +72,8 @@ def terminable() -> Iterator[None]:
             asked.set()
             raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with taking_signals((signal.SIGTERM,), stop):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def die_with_parents(guardian_pid: int | None = None) -> None:
@@ -98,24 +89,39 @@ def die_with_parents(guardian_pid: int | None = None) -> None:
 
 def stop_with_us(pid: int) -> None:
     """Have another process, whose code is not ours, stopped when this one ends or is killed."""
-    subprocess.Popen(
-        [sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), str(pid)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    stop_marked_with_us(str(pid))
 
 
-def stop_marked_with_us(mark: str) -> "subprocess.Popen[bytes]":
+def stop_marked_with_us(mark: str) -> "subprocess.Popen[str]":
     """Have all that is started under a mark stopped when this process ends or is killed; return the watcher."""
+    return start_apart([sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), mark], subprocess.DEVNULL)
+
+
+def start_apart(command: Sequence[str], log: IO[str] | int, **options: Any) -> "subprocess.Popen[str]":
+    """Start a program in a session of its own, which Ctrl-C does not reach; what it says goes into a log."""
     return subprocess.Popen(
-        [sys.executable, "-m", "visionloop.lifetime", str(os.getpid()), mark],
+        command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
+        **options,
     )
+
+
+@contextlib.contextmanager
+def taking_signals(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler take some signals in here; the ones before come back. Only the main thread can take any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def stop_marked(mark: str, limit_s: float = 10) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
-from visionloop.records import Interval
+from visionloop.records import Decision, Interval
 from visionloop.words import (
     align,
     describe_champion,
@@ -50,14 +50,8 @@ def gate(*, quiet: Quiet = False, as_json: Json = False) -> None:
     state = compute_state(settings.home, workspace.params, pin.digest, candidate_dir=settings.candidate_dir)
     progress = make_progress("answered", "images", quiet=quiet or as_json, only_slow=True)
     decision = run_gate(workspace, state=state, now=get_now(), on_progress=progress)
-    if as_json:
-        print_json(decision.to_json())
-    else:
-        for line in describe_decision(decision):
-            print(line)
-        print(f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}")
-    if decision.verdict != "passed":
-        raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
+    page = f"with pictures: {shorten_path(settings.decisions_dir / 'latest.html', settings.home, Path.cwd())}"
+    _tell_decision(decision, page, as_json=as_json)
     say_next("`visionloop register`, then `visionloop promote`", quiet=quiet or as_json)
 
 
@@ -82,13 +76,18 @@ def approve(
     if not why:
         raise SettingsError("visionloop approve --why", "is empty", "a reason, kept with the decision", "Say why.")
     decision = run_approve(open_workspace(), number=number, by=get_user(), why=why, now=get_now())
+    _tell_decision(decision, as_json=as_json)
+    say_next("`visionloop register`, then `visionloop promote`; a retrain does both", quiet=as_json)
+
+
+def _tell_decision(decision: Decision, *more: str, as_json: bool) -> None:
+    """Print a decision. Raises NotPromoted unless it passed."""
     if as_json:
         print_json(decision.to_json())
-    for line in [] if as_json else describe_decision(decision):
-        print(line)
+    else:
+        print(*describe_decision(decision), *more, sep="\n")
     if decision.verdict != "passed":
         raise make_refusal(decision.verdict, [rule.to_json() for rule in decision.rules])
-    say_next("`visionloop register`, then `visionloop promote`; a retrain does both", quiet=as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
 from visionloop.runs import COLUMNS, Marks, read_marks, to_number
 from visionloop.tracking import Run
+from visionloop.words import align, fit
 
 if TYPE_CHECKING:
     from visionloop.workspace import Workspace
@@ -72,7 +73,7 @@ def compare_runs(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
     rows.append(["status", *(" ".join(filter(None, (run.status.lower(), marks.of(run)))) for run in runs)])
     rows.append(["dataset version", *(run.tags.get("visionloop.dataset_version", NONE) for run in runs)])
     for key in list_differences([run.params for run in runs]):
-        rows.append([key, *(_cut(run.params.get(key, NONE)) for run in runs)])
+        rows.append([key, *(fit(run.params.get(key, NONE), VALUE_CHARS) for run in runs)])
     for key in _list_figures(runs):
         rows.append([key, *(_format_figure(run.metrics.get(key)) for run in runs)])
     rows.append(["time", *(NONE if run.seconds is None else format_seconds(run.seconds) for run in runs)])
@@ -141,10 +142,6 @@ def _format_figure(value: float | None) -> str:
     return f"{value:g}" if value == round(value) > 1 else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."
-
-
 @app.command()
 def runs(
     run: Annotated[
@@ -184,8 +181,6 @@ def runs(
 
 def show_all(found: list[Run], marks: Marks, *, sort: str, as_json: bool) -> None:
     """Print the table, or its JSON."""
-    from visionloop.words import align
-
     ordered = sort_runs(found, sort)
     if as_json:
         print_json({"runs": [to_json(one, marks) for one in ordered]})
@@ -209,7 +204,6 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     from visionloop.cli.pictures import require_place, write_picture
     from visionloop.errors import SettingsError
     from visionloop.training.plots import draw_overlay
-    from visionloop.words import align
 
     require_place(out, "--out")
     if len(asked) > MOST:
@@ -241,7 +235,7 @@ def label_run(one: "Run", differing: Sequence[str] = ()) -> str:
     keys = sorted(differing, key=lambda key: not key.startswith("train."))
     if not keys:
         return f"{one.run_id[:8]} {one.params.get('train.way', '')} {one.params.get('train.backbone', one.name)}"
-    parts = [f"{key.removeprefix('train.')} {_cut(one.params.get(key, NONE))}" for key in keys[:MOST_NAMED]]
+    parts = [f"{key.removeprefix('train.')} {fit(one.params.get(key, NONE), VALUE_CHARS)}" for key in keys[:MOST_NAMED]]
     more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
     return f"{one.run_id[:8]} {', '.join(parts)}{more}"
 

@@ -1,7 +1,6 @@
 """The stack as commands: up, status, down, ui. Each runs other programs, or tells how they are."""
 
 import os
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -89,21 +88,15 @@ def _start_behind(workspace: Workspace, board: "Board", port: int | None) -> str
 
     Exits with its code if it ends before.
     """
+    from visionloop.lifetime import start_apart
     from visionloop.up.board import UP
 
     log = board.folder / "up.log"
     command = [sys.executable, "-m", "visionloop", "up", "--no-browser"]
     command += [] if port is None else ["--port", str(port)]
     with log.open("w") as sink, log.open() as lines:
-        process = subprocess.Popen(
-            command,
-            cwd=workspace.settings.home,
-            env={**os.environ, "VISIONLOOP_HOME": str(workspace.settings.home)},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        home = workspace.settings.home
+        process = start_apart(command, sink, cwd=home, env={**os.environ, "VISIONLOOP_HOME": str(home)})
         while True:
             ended = process.poll() is not None
             state = board.read_live()
@@ -300,7 +293,7 @@ def ui(
 def _run_mlflow(workspace: Workspace, port: int, *, browser: bool) -> None:
     """Run MLflow over the SQLite file of a workspace until Ctrl-C."""
     from visionloop.errors import ServingError
-    from visionloop.lifetime import stop_process, stop_with_us, terminable
+    from visionloop.lifetime import start_apart, stop_process, stop_with_us, terminable
     from visionloop.pipeline import make_stage_environment
     from visionloop.up.board import HOST, choose_port
     from visionloop.up.parts import MLFLOW_ENVIRONMENT, ask, find_runs_page, make_mlflow_command
@@ -311,16 +304,9 @@ def _run_mlflow(workspace: Workspace, port: int, *, browser: bool) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting MLflow on {workspace.settings.tracking_uri} ...", flush=True)
     with log.open("w") as sink, terminable():
-        process = subprocess.Popen(
-            make_mlflow_command(workspace, chosen),
-            cwd=workspace.settings.home,
-            env={**make_stage_environment(workspace.settings.home, os.environ), **MLFLOW_ENVIRONMENT},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        home = workspace.settings.home
+        environment = {**make_stage_environment(home, os.environ), **MLFLOW_ENVIRONMENT}
+        process = start_apart(make_mlflow_command(workspace, chosen), sink, cwd=home, env=environment)
         stop_with_us(process.pid)
         try:
             while ask(f"{server}/health", limit_s=2) is None:

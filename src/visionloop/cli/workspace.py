@@ -55,6 +55,7 @@ def start(
       cd ~/models/pets && visionloop start
     """
     from visionloop.cli.progress import print_line
+    from visionloop.cli.waiting import tell_when_stopped
     from visionloop.data.manifest import latest_version
     from visionloop.errors import SourceError
     from visionloop.retrain import bring_up_to_date
@@ -66,10 +67,8 @@ def start(
         folder, was_there = _open_for(photos, folder, name, tell)
     workspace = open_workspace(folder)
     try:
-        summary = bring_up_to_date(workspace, tell=tell)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise
+        with tell_when_stopped():
+            summary = bring_up_to_date(workspace, tell=tell)
     except SourceError:
         if not was_there and latest_version(workspace.store, workspace.name) is None:
             clear_folder(workspace.settings.home, keep=existed)

@@ -9,13 +9,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from visionloop.monitoring.judge import Verdict
 from visionloop.monitoring.quality import ClassShare, LabelledAccuracy
 from visionloop.promotion.drawings import Span, choose_span, draw_strip
-from visionloop.promotion.report import format_interval
+from visionloop.promotion.report import format_interval, load_template
 from visionloop.records import Interval
 
 SHOWN_CLASSES = 30
@@ -65,7 +64,7 @@ def make_monitor_report(page: Page) -> str:
     verdict = page.verdict
     shares = page.shares[:SHOWN_CLASSES]
     span = choose_span([one.now for one in shares], *(one.before for one in shares)) if shares else Span(0, 1)
-    return _load_template().render(
+    return load_template("visionloop.monitoring", "report.html").render(
         style=_load_style(),
         verdict=verdict,
         headline=HEADLINES[verdict.verdict],
@@ -113,13 +112,6 @@ def _make_rows(verdict: Verdict, kind: str) -> list[dict[str, Any]]:
         }
         for check in sorted(rows, key=lambda one: order[one["state"]])
     ]
-
-
-@cache
-def _load_template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = files("visionloop.monitoring").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(text)
 
 
 @cache

@@ -73,15 +73,10 @@ class DepthwiseCNN(nn.Module):
         return self.dense(self.features(images_nchw))  # type: ignore[no-any-return]
 
 
-def make_lite0(size_hw: SizeHW) -> nn.Module:
-    """EfficientNet-Lite0 with TensorFlow's padding (timm's `tf_efficientnet_lite0`), 3.4 M parameters."""
-    return _build_timm("tf_efficientnet_lite0", size_hw)
-
-
 OWN: dict[str, Callable[[SizeHW], nn.Module]] = {
     "small_cnn": lambda size_hw: SmallCNN(),
     "depthwise_cnn": DepthwiseCNN,
-    LITE0: make_lite0,
+    LITE0: lambda size_hw: _build_timm("tf_efficientnet_lite0", size_hw),  # TensorFlow's padding, 3.4 M parameters
 }
 
 

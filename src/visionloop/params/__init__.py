@@ -282,7 +282,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         found, expected = "missing", "a value"
     elif kind == "union_tag_invalid":
         keys.append("kind")
-        found, expected = f"got {_tag_of(first)!r}", f"one of {first['ctx']['expected_tags']}"
+        found, expected = f"got {first['ctx']['tag']!r}", f"one of {first['ctx']['expected_tags']}"
     elif kind == "string_type":
         found, expected = f"got {first['input']!r}"[:120], f'text: write it in quotes, "{first["input"]}"'[:120]
     elif kind == "string_pattern_mismatch":
@@ -315,11 +315,6 @@ def _list_sections(section: type[Section]) -> Iterator[type[Section]]:
     for one in section.__subclasses__():
         yield one
         yield from _list_sections(one)
-
-
-def _tag_of(error: Any) -> str:
-    """Return the value of `kind` that no source has."""
-    return str(error["ctx"]["tag"])
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> str:

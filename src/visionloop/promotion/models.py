@@ -151,7 +151,8 @@ def _load_promoted(text: str, open_home: Callable[[], Workspace]) -> Predictor:
 
 def require_name(store: ObjectStore, name: str, where: str) -> None:
     """Raise PromotionError unless the store has a dataset or a ledger of that name."""
-    if name not in (known := _list_names(store)):
+    known = sorted({key.split("/")[1] for folder in ("datasets", "ledger") for key in store.list(f"{folder}/")})
+    if name not in known:
         what = f"one of {shorten(known)}" if known else "a name with a dataset"
         todo = "Name another workspace, or set VISIONLOOP_STORE."
         raise PromotionError(where, f"the store {store.url} knows no {name!r}", what, todo)
@@ -176,7 +177,3 @@ def require_no_training(settings: Settings, cause: Exception) -> None:
     if is_locked(settings.work_dir("train")):
         found, todo = "is not there yet: a training is running", "Wait for it; `visionloop runs` shows how far it is."
         raise BusyError("models/candidate", found, "a finished training", todo) from cause
-
-
-def _list_names(store: ObjectStore) -> list[str]:
-    return sorted({key.split("/")[1] for folder in ("datasets", "ledger") for key in store.list(f"{folder}/")})

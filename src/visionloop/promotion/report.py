@@ -16,10 +16,7 @@ from markupsafe import escape
 
 from visionloop.data.compare import Diff
 from visionloop.evaluation.answers import Answers, join_names
-from visionloop.evaluation.metrics import (
-    ConfidenceBin,
-    compute_equal_bins,
-)
+from visionloop.evaluation.metrics import compute_equal_bins
 from visionloop.evaluation.promises import compute_risk_curve
 from visionloop.evaluation.report import TITLES
 from visionloop.evaluation.resampling import IntArray, compute_share_interval, describe_images, sum_keys
@@ -91,7 +88,7 @@ def make_retrain_report(facts: RetrainFacts, shown: Mapping[str, str]) -> str:
     """Return the page as HTML. `shown`: sha256 -> data URI, of the images that `choose_pictures` names."""
     decision = facts.decision
     models = {"candidate": facts.candidate, **({"champion": facts.champion} if facts.champion else {})}
-    return _load_template().render(
+    return load_template("visionloop.promotion", "report.html").render(
         decision=decision,
         headline=_make_headline(facts),
         alone=_tell_alone(decision),
@@ -105,7 +102,9 @@ def make_retrain_report(facts: RetrainFacts, shown: Mapping[str, str]) -> str:
         classes=_make_class_rows(models),
         slices=_make_slice_rows(models, facts.slices),
         shown_rows=SHOWN_ROWS,
-        reliability=draw_reliability({role: _make_bins(m.answers) for role, m in models.items()}),
+        reliability=draw_reliability(
+            {role: compute_equal_bins(m.answers.confidence_n, m.answers.hits_n) for role, m in models.items()}
+        ),
         risk=draw_curves(
             {role: _make_risk(m.answers) for role, m in models.items()}, "answered", "wrong among them", shares=True
         ),
@@ -146,10 +145,10 @@ def _tell_alone(decision: Decision) -> str:
 
 
 @cache
-def _load_template() -> Template:
+def load_template(package: str, name: str) -> Template:
+    """Return a page of a package of ours, in which every text is escaped, and a name that is not given is an error."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = files("visionloop.promotion").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(text)
+    return environment.from_string(files(package).joinpath(name).read_text(encoding="utf-8").strip())
 
 
 def _make_rule(rule: RuleResult) -> dict[str, Any]:
@@ -325,10 +324,6 @@ def _compute_share(answers: Answers, rows_n: IntArray, class_k: int | None) -> I
         hits_n = chosen[rows_n, class_k].astype(bool) if chosen.ndim == 2 else chosen[rows_n] == class_k
     key_n = answers.key_n[rows_n]
     return compute_share_interval(sum_keys(hits_n, key_n), sum_keys(np.ones(len(rows_n)), key_n))
-
-
-def _make_bins(answers: Answers) -> list[ConfidenceBin]:
-    return compute_equal_bins(answers.confidence_n, answers.hits_n)
 
 
 def _make_risk(answers: Answers) -> list[tuple[float, float]]:

@@ -9,7 +9,6 @@ import math
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +22,7 @@ from fastapi import FastAPI
 from visionloop.data.known_store import check_store
 from visionloop.engines import Open, make_opener, open_plainly
 from visionloop.errors import ServingError
+from visionloop.lifetime import taking_signals
 from visionloop.params import Serve
 from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.models import load_approved_model
@@ -205,7 +205,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        with _handle_signals(self.handle_exit):
+        with taking_signals(SIGNALS, self.handle_exit):
             yield
 
 
@@ -273,17 +273,4 @@ def _exit_on_signals() -> contextlib.AbstractContextManager[None]:
     def leave(_number: int, _frame: FrameType | None) -> Never:
         raise SystemExit(0)
 
-    return _handle_signals(leave)
-
-
-@contextlib.contextmanager
-def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    return taking_signals(SIGNALS, leave)

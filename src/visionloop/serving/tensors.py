@@ -114,7 +114,10 @@ def read_request(
             raise RequestError(f"its tensor has {len(numbers)} values", f"{expected_bytes} by its shape")
         return asked, list(np.frombuffer(numbers, np.uint8).reshape(tensor.shape))
     number = tensor.shape[0]
-    files = _read_texts(tensor.data) if tensor.data is not None else _split_files(tail, number)
+    if tensor.data is not None:
+        files = [read_base64(text, f"data[{i}]") for i, text in enumerate(tensor.data)]
+    else:
+        files = _split_files(tail, number)
     if len(files) != number:
         raise RequestError(f"its tensor has {len(files)} values", f"{number} by its shape")
     return asked, files
@@ -158,10 +161,6 @@ def _flatten(tensor: InputTensor) -> bytes:
         if isinstance(exc, RequestError):
             raise
         raise RequestError("its `data` has something else than whole numbers from 0 to 255", "UINT8") from exc
-
-
-def _read_texts(data: Sequence[Any]) -> list[bytes]:
-    return [read_base64(text, f"data[{i}]") for i, text in enumerate(data)]
 
 
 def _split_files(tail: memoryview, number: int) -> list[bytes]:

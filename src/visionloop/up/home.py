@@ -19,10 +19,10 @@ from http.server import ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from visionloop.lifetime import die_with_parents
+from visionloop.promotion.report import load_template
 from visionloop.up.board import HOST, Board, State
 from visionloop.up.metrics import CONTENT_TYPE, Figures, LocalHandler
 from visionloop.up.overview import Overview, advise, parse_time, read_overview
@@ -86,7 +86,7 @@ def render(watch: Watch, *, whole: bool = True) -> str:
     state, overview = watch.board.read(), watch.overview
     home = watch.workspace.settings.home
     age_s = time.monotonic() - watch.read_at if watch.read_at else 0
-    return _load_template().render(
+    return load_template("visionloop.up", "home.html").render(
         whole=whole,
         name=watch.workspace.name,
         home=home,
@@ -201,12 +201,6 @@ def make_policy() -> str:
 @cache
 def _read(name: str) -> str:
     return files("visionloop.up").joinpath(name).read_text(encoding="utf-8").strip()
-
-
-@cache
-def _load_template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_read("home.html"))
 
 
 def _describe_exact(text: str | None) -> str:

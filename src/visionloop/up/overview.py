@@ -175,13 +175,9 @@ def _read_window(workspace: Workspace, now: datetime) -> dict[str, Any] | None:
         if verdict := load_verdict(workspace, window):
             counts = read_requests(workspace.store, workspace.name, datetime.fromisoformat(verdict.end), now)
             answered = counts.total - counts.refused - counts.errors if counts else 0
-            return {**_tell_window(verdict), "since": answered, "is_planned": is_watched(workspace)}
+            is_planned = workspace.params.schedule.monitor is not None  # as `up` and `flows/deploy.py` do
+            return {**_tell_window(verdict), "since": answered, "is_planned": is_planned}
     return None
-
-
-def is_watched(workspace: Workspace) -> bool:
-    """Say whether windows are judged by themselves, as `up` and `flows/deploy.py` plan it."""
-    return workspace.params.schedule.monitor is not None
 
 
 def _tell_window(verdict: Verdict) -> dict[str, Any]:

@@ -10,15 +10,14 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from visionloop.errors import ServingError
-from visionloop.lifetime import MARK_VARIABLE, stop_marked, stop_marked_with_us
+from visionloop.lifetime import MARK_VARIABLE, start_apart, stop_marked, stop_marked_with_us, taking_signals
 from visionloop.up.board import STARTING, STOPPING, UP, Board, PartState, State
 from visionloop.up.parts import Part
 from visionloop.workspace import get_now
@@ -178,7 +177,7 @@ class Supervisor:
         try:
             with one.log.open("a") as log:
                 print(f"--- {get_now()} {' '.join(one.part.command[1:4])} ...", file=log, flush=True)
-                one.process = _open_process(one.part, environment, log)
+                one.process = start_apart(one.part.command, log, cwd=environment["VISIONLOOP_HOME"], env=environment)
         except OSError as exc:  # a full disk, no memory: it passes, and the other parts must go on
             self._put_off(one, f"cannot be started: {exc.strerror}", now)
             return
@@ -259,21 +258,14 @@ class Supervisor:
         _kill_group(one.process)
         one.process = None
 
-    @contextlib.contextmanager
-    def _taking_signals(self) -> Iterator[None]:
+    def _taking_signals(self) -> contextlib.AbstractContextManager[None]:
         """Let a signal ask for the end; a second one does not wait for anything. `nohup` keeps SIGHUP away."""
 
         def take(number: int, frame: FrameType | None) -> None:
             self._num_signals += 1
 
         is_kept_away = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        taken = [number for number in SIGNALS if not (is_kept_away and number == signal.SIGHUP)]
-        before = {number: signal.signal(number, take) for number in taken}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+        return taking_signals([n for n in SIGNALS if not (is_kept_away and n == signal.SIGHUP)], take)
 
 
 def stop_left(board: Board) -> int:
@@ -290,20 +282,6 @@ def _look_at(part: Part, *, is_running: bool) -> _Look:
         return _Look(part.hold(), False, part.fingerprint())
     except Exception as exc:  # a store may raise anything of its library's; the other parts must go on
         return _Look(f"{type(exc).__name__}: {exc}", False, "")
-
-
-def _open_process(part: Part, environment: Mapping[str, str], log: IO[str]) -> "subprocess.Popen[str]":
-    """Start a part in a group of its own: Ctrl-C reaches the supervisor alone, which stops them in order."""
-    return subprocess.Popen(
-        part.command,
-        cwd=environment["VISIONLOOP_HOME"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def _kill_group(process: "subprocess.Popen[str]") -> None:

@@ -213,16 +213,16 @@ def test_a_full_disk_ends_nothing(board: Board, monkeypatch: pytest.MonkeyPatch)
     faults = {"write": 3, "start": 1}
 
     def fail_first(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def act(*args: Any) -> Any:
+        def act(*args: Any, **options: Any) -> Any:
             faults[what] -= 1
             if faults[what] >= 0:
                 raise OSError(28, "No space left on device")
-            return work(*args)
+            return work(*args, **options)
 
         return act
 
     monkeypatch.setattr(Board, "write", fail_first("write", Board.write))
-    monkeypatch.setattr(supervise, "_open_process", fail_first("start", supervise._open_process))
+    monkeypatch.setattr(supervise, "start_apart", fail_first("start", supervise.start_apart))
     lines, _ = run(board, [make_part("one")], lambda: wait_for(board, lambda state: state.phase == UP) and None)
     assert "  one        restarting: cannot be started: No space left on device; starts again in 1 s" in lines
     assert max(faults.values()) < 0
