@@ -213,9 +213,9 @@ def history_of_triggers(
 
 def read_time(text: str) -> datetime:
     """Return a time, of UTC where it names no zone. Raises SettingsError."""
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError as exc:
-        todo = "2026-11-28 or 2026-11-28T06:00"
-        raise SettingsError("visionloop monitor --at", f"got {text[:40]!r}", f"a time, like {todo}") from exc
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    from visionloop.up.overview import parse_time
+
+    if (time := parse_time(text)) is None:
+        expected = "a time, like 2026-11-28 or 2026-11-28T06:00"
+        raise SettingsError("visionloop monitor --at", f"got {text[:40]!r}", expected)
+    return time

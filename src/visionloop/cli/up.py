@@ -217,12 +217,10 @@ def describe_overview(overview: "Overview") -> list[str]:
 
 
 def _show_time(text: str) -> str:
-    from datetime import datetime
+    from visionloop.up.overview import parse_time
 
-    try:
-        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
-    except ValueError:
-        return "a time unknown"
+    time = parse_time(text)
+    return time.astimezone().strftime("%Y-%m-%d %H:%M") if time else "a time unknown"
 
 
 @app.command()

@@ -74,7 +74,7 @@ class Shadow:
         open_model: Callable[[Bundle], Predictor],
         flush_s: float = 30.0,
         draw: random.Random | None = None,
-        read_free: Callable[[], int | None] | None = None,
+        read_free: Callable[[], int] | None = None,
     ) -> None:
         self._name, self._store, self._cache_dir = name, store, cache_dir
         self._open_model, self._flush_s = open_model, flush_s
@@ -172,7 +172,7 @@ class Shadow:
     def _require_memory(self, bundle: Bundle) -> None:
         needed = GRAPH_TIMES * (bundle.folder / "model.onnx").stat().st_size + SPARE_BYTES
         free = self._read_free()
-        if free is not None and free < needed:
+        if free < needed:
             found = f"{free / 1e6:,.0f} MB of memory are free"
             raise ServingError("shadow", found, f"{needed / 1e6:,.0f} MB for a second model", "Use a smaller one.")
 
@@ -242,13 +242,12 @@ def _run(predictor: Predictor, image_hwc: UInt8Array) -> tuple[Prediction, float
     return predictor.answer(outputs)[0], network_s
 
 
-def read_free_bytes() -> int | None:
-    """Return how much memory the process may still take, by the machine and by its cgroup; None: nobody says it."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+def read_free_bytes() -> int:
+    """Return how much memory the process may still take, by the machine and by its cgroup."""
+    import psutil
+
+    found = [int(psutil.virtual_memory().available)]
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         limit, used = (int((CGROUP / f"memory.{name}").read_text("ascii")) for name in ("max", "current"))
         found.append(limit - used)
-    return min(found, default=None)
+    return min(found)
