@@ -152,7 +152,7 @@ def test_other_thresholds_run_no_epoch_and_give_what_a_whole_training_gives(fini
     other = place.with_train(**OTHER_CARD)
     note = other.train(ear)
     assert ear.epochs == []
-    assert ear.said(f"the network of run {first.run_id} {TAKEN}")
+    assert ear.said(f"the network of run {first.run_id[:8]} {TAKEN}")
     bundle = load_bundle(place.settings.candidate_dir, expected_digest=note.bundle)
     assert bundle.card.params["train"]["threshold"] == "max_f1"
     assert note.extra["network_of"] == first.run_id

@@ -254,7 +254,7 @@ def _pack_again(work: Path, job: Job, finished: RunNote, now: str) -> RunNote:
     again.mkdir(exist_ok=True)
     before = finished.extra[ENDING]
     changed = shorten([key for key, value in job.ending.items() if before.get(key) != value])
-    job.watcher.tell(f"the network of run {finished.run_id} is taken again, no epoch runs: only {changed} changed")
+    job.watcher.tell(f"the network of run {finished.run_id[:8]} is taken again, no epoch runs: only {changed} changed")
     run_id = open_run(again, job, network_of=finished.run_id)
     with marking_failure(job, run_id), translated():
         shutil.rmtree(again / "bundle", ignore_errors=True)
