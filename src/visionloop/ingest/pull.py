@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from visionloop import __version__
-from visionloop.data.acceptance import SOURCE_KINDS, load_answered
+from visionloop.data.acceptance import SOURCE_KINDS, describe_unread, load_answered
 from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
 from visionloop.data.tombstones import load_tombstones
@@ -164,6 +164,8 @@ def pull(
         version = _name_version(ended.version)
         last = LastPull(asked, checked.offers or "", version, ended.rejected, checked.cursors, ended.remarks)
         journal.keep_pull(name, last)
+        for line in describe_unread(store, name, params.review, [one.kind for one in params.ingest.sources]):
+            tell(line)
         return _make_report(checked, ended, move_pin(settings, ended.version))
 
 
