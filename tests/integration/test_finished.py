@@ -234,12 +234,34 @@ def test_thresholds_changed_while_a_training_is_stopped_cost_no_epoch(place: Pla
     assert note.extra.get("network_of") is None
 
 
+def crown(place: Place, note: Any) -> None:
+    """Make the candidate the champion."""
+    upload_bundle(place.store, load_bundle(place.settings.candidate_dir))
+    facts = {"action": "promote", "model_version": "1", "decision": None, "dataset": {}, "run_id": note.run_id}
+    append_entry(place.store, "shapes", None, bundle=note.bundle, by="x", why="x", at=NOW, **facts)
+
+
+def test_a_machine_without_the_work_folder_takes_the_champions_network(finished: tuple[Place, Any]) -> None:
+    place, first = finished
+    crown(place, first)
+    other = place.with_train(**OTHER_CARD)
+    here = other.train()
+    shutil.rmtree(place.settings.work_dir("train"))
+    ear = Ear()
+    there = other.train(ear)
+    assert ear.epochs == [] and ear.said(f"the network of run {first.run_id[:8]} {TAKEN}")
+    assert (there.bundle, there.extra["network_of"]) == (here.bundle, first.run_id)
+    shutil.rmtree(place.settings.work_dir("train"))
+    whole = Ear()
+    place.tracking.runs[first.run_id]["tags"]["visionloop.network_key"] = "of another code"
+    assert other.train(whole).bundle == here.bundle
+    assert len(whole.epochs) == 2
+
+
 def test_a_warm_start_takes_its_network_again_too_also_where_it_is_the_champion_now(place: Place) -> None:
     warm = place.with_train(way="warm")
     first = warm.train()
-    upload_bundle(place.store, load_bundle(place.settings.candidate_dir))
-    facts = {"action": "promote", "model_version": "1", "decision": None, "dataset": {}, "run_id": first.run_id}
-    append_entry(place.store, "shapes", None, bundle=first.bundle, by="x", why="x", at=NOW, **facts)
+    crown(place, first)
     ear = Ear()
     note = warm.with_train(threshold=0.7).train(ear)
     assert ear.epochs == [] and note.extra["network_of"] == first.run_id

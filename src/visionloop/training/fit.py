@@ -20,12 +20,14 @@ from pathlib import Path
 
 from torch import nn
 
-from visionloop.bundle import load_bundle
+from visionloop.bundle import download_bundle, load_bundle
 from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError, shorten
 from visionloop.features.view import load_facts
 from visionloop.lifetime import terminable
 from visionloop.networks.weights import describe_start
 from visionloop.params import WAYS_ON_EMBEDDINGS
+from visionloop.params.train import AFTER_TRAINING
+from visionloop.promotion.ledger import read_champion
 from visionloop.records import RunNote, canonical_json
 from visionloop.training.batches import check_world
 from visionloop.training.checkpoints import FOLDER, list_checkpoints, load_saved
@@ -38,7 +40,7 @@ from visionloop.training.package import write_bundle, write_bundle_again
 from visionloop.training.plots import SHOWN
 from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import compare_facts, join_world, share
-from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
+from visionloop.training.run import KEY_TAG, NETWORK_TAG, marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import DONE, link_folder, list_work, lock_work, replace_folder, write_file
@@ -201,7 +203,7 @@ def _lead(job: Job, now: str) -> RunNote:
     with terminable(), lock_work(job.settings.work_dir("train"), job.key) as work:
         for dropped in before - {work.name}:
             remove_checkpoints(job, dropped)
-        finished = _find_finished(work, job)
+        finished = _find_finished(work, job) or _fetch_champion(work, job)
         if finished is None:
             place, note = work, _make_bundle(work, job, now)
         else:
@@ -220,6 +222,32 @@ def _find_finished(work: Path, job: Job) -> RunNote | None:
             job.tracking.load_run(note.run_id)
     except (OSError, ValueError, KeyError, TypeError, TrackingError):
         return None
+    return note
+
+
+def _fetch_champion(work: Path, job: Job) -> RunNote | None:
+    """Bring the champion's bundle as what is finished here, if it is this very network with another card, else None.
+
+    So another machine, or one whose work folder is lost, need not train for a card. A store, an MLflow or a bundle
+    that cannot be read costs a training, as where there is no champion.
+    """
+    try:
+        entry = read_champion(job.store, job.name)
+        run = job.tracking.load_run(entry.run_id) if entry and entry.run_id else None
+        if entry is None or run is None or run.tags.get(KEY_TAG) != job.key:
+            return None
+        bundle = download_bundle(job.store, entry.bundle, job.settings.hidden_dir / "bundles", with_weights=True)
+        keys = {f"train.{key}": bundle.card.params["train"][key] for key in AFTER_TRAINING}
+    except (VisionLoopError, OSError, KeyError, TypeError):
+        return None
+    ending = {**keys, "ingest.max_pixels": bundle.card.max_pixels}
+    if ending == job.ending:
+        return None
+    link_folder(bundle.folder, work / "bundle")
+    commit = run.tags.get("visionloop.git_commit", "none").removeprefix("none") or None
+    facts = {"validated_on": job.validated_on, ENDING: ending}
+    note = RunNote(bundle.digest, run.tags.get(NETWORK_TAG, run.run_id), commit, entry.at, extra=facts)
+    write_file(work / DONE, canonical_json(note.to_json()))
     return note
 
 

@@ -24,6 +24,7 @@ from visionloop.workfolder import write_file
 FILE = "run.json"
 TOKEN_TAG = "visionloop.token"
 NETWORK_TAG = "visionloop.network_of"  # the run that the network, or its first epochs, come from
+KEY_TAG = "visionloop.network_key"  # equal ones mean equal bits of a network
 MAX_TAG_CHARS = 500
 
 
@@ -129,6 +130,7 @@ def _make_tags(job: Job) -> dict[str, str]:
         "visionloop.dataset_digest": pin.digest,
         "visionloop.git_commit": read_git_commit(job.settings.home) or "none",
         "visionloop.code": job.code_digest or "none",
+        KEY_TAG: job.key,
         "visionloop.started_from": job.start or "none",
         "visionloop.validated_on": job.validated_on if len(job.val_rows) else "none",
         **{f"visionloop.{name}": str(value) for name, value in asdict(job.hardware).items()},
