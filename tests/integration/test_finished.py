@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -178,6 +179,16 @@ def take_from(place: Place, *, ear: Ear) -> Any:
     assert ear.said(SAID)
     assert load_bundle(place.settings.candidate_dir).digest == note.bundle
     return note
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', "null", None])
+def test_a_note_that_was_damaged_costs_a_training_and_no_more(finished: tuple[Place, Any], text: str | None) -> None:
+    place, _ = finished
+    (path,) = place.settings.work_dir("train").glob("*/done.json")
+    note = {**read_json(path), "extra": None}
+    path.write_text(json.dumps(note) if text is None else text)
+    assert fit._load_note(path.parent) is None
+    assert fit._find_finished(path.parent, place.make_job()) is None
 
 
 def test_only_the_newest_other_card_is_kept(finished: tuple[Place, Any]) -> None:

@@ -254,9 +254,10 @@ def _fetch_champion(work: Path, job: Job) -> RunNote | None:
 def _load_note(work: Path) -> RunNote | None:
     try:
         note: RunNote = RunNote.from_json(json.loads((work / DONE).read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError):
+        is_whole = isinstance(note.extra[ENDING], dict)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
-    return note
+    return note if is_whole else None
 
 
 def _choose_ending(work: Path, job: Job, finished: RunNote, now: str) -> tuple[Path, RunNote]:
