@@ -4,7 +4,11 @@ An artifact's key is that of a flow and a workspace. So the page of the last run
 failed stands beside it, under a key of its own: a success does not hide it, and it does not hide the verdict.
 
 A run whose process is gone cannot say so. It bears the mark of its process as a tag, and the next run that starts, of
-any flow of the workspace on that machine, closes it.
+any flow of the workspace on that machine, closes it. On other machines the mark says nothing. There Prefect's own
+heartbeat does: a run tells the server every three minutes that it lives, and one that missed six in a row is closed by
+the next run of any flow of that name. Only times at which the server has received something are compared, so no clock
+of a machine counts. A run that was closed by mistake (it could not reach the server for so long) goes on, and ends in
+Prefect as what it is.
 """
 
 import base64
@@ -30,8 +34,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.events.schemas.events import ReceivedEvent
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging.loggers import flow_run_logger
+from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed
 
 from visionloop.errors import PipelineError, VisionLoopError
@@ -46,6 +53,10 @@ TAG = "visionloop"
 PROCESS_TAG = "process:"  # then how often the run was begun, and the mark of the process that did
 OPEN_TYPES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 STARTS_WITHIN = timedelta(minutes=10)  # what `visionloop schedule` has handed to a process of its machine
+BEAT = "prefect.flow-run.heartbeat"
+BEGINS = ["prefect.flow-run.Pending", "prefect.flow-run.Running"]
+MISSED_BEATS = 6
+EVENTS_READ = 50
 MOST_IMAGE_BYTES = 300_000
 SHOWN_CHARS = 300
 TODO = {
@@ -140,11 +151,36 @@ def begin(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def close_left(client: SyncPrefectClient, home: Path, *, now: datetime) -> list[str]:
-    """Close the runs of a workspace of which it is sure that they have no process any more; tell each in a line."""
+    """Close the runs of a name that have no process any more; tell each in a line."""
     open_state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_TYPES))
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, _read_name(home)]), state=open_state)
-    left = [run for run in client.read_flow_runs(flow_run_filter=ours) if is_left(run, home, now)]
+    found = client.read_flow_runs(flow_run_filter=ours)
+    left = [run for run in found if is_left(run, home, now) or is_silent(client, run, now)]
     return [f"closed in Prefect, its process was gone: run {run.id}" for run in left if _close(client, run.id)]
+
+
+def is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
+    """Say whether a run, of any machine, has missed so many heartbeats that its process must be gone.
+
+    Of one that has begun (again) since its last heartbeat, or that never had one, nothing is known: False.
+    """
+    every_s = get_current_settings().flows.heartbeat_frequency
+    if run.state is None or run.state.is_pending() or every_s is None:
+        return False
+    its_own = EventResourceFilter(id=[f"prefect.flow-run.{run.id}"])
+    last = read_newest(client, now, resource=its_own, event=EventNameFilter(name=[BEAT, *BEGINS]))
+    newest = read_newest(client, now)
+    if last is None or newest is None or last.event != BEAT:
+        return False
+    return newest.received - last.received > MISSED_BEATS * timedelta(seconds=every_s)
+
+
+def read_newest(client: SyncPrefectClient, now: datetime, **which: Any) -> ReceivedEvent | None:
+    """Return the newest event that the server has received, of some kind or of any."""
+    until = {"until": now + timedelta(days=1)}  # by the clock of whoever told it, which may be ahead of ours
+    asked = EventFilter(occurred=EventOccurredFilter.model_validate(until), **which)
+    page = client.read_events(asked, limit=EVENTS_READ)
+    return max(page.events, key=lambda event: event.received, default=None)
 
 
 def is_left(run: FlowRun, home: Path, now: datetime) -> bool:

@@ -37,7 +37,11 @@ _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """Where a model came from. `version` is None, with the reason in `lost`, if the store has it no longer."""
+    """Where a model came from. `version` is None, with the reason in `lost`, if the store has it no longer.
+
+    `git_commit` is None where it is not known, and "" where there was none yet. `network_of`: the run that its network
+    was trained in, where that was packed again with another card.
+    """
 
     digest: str
     card: Card
@@ -49,6 +53,7 @@ class ModelOrigin:
     version: DatasetVersion | None
     images: tuple[ImageRecord, ...]
     lost: str = ""
+    network_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it for machines, every image included."""
@@ -59,7 +64,8 @@ class ModelOrigin:
             "entries": [entry.to_json() for entry in self.entries],
             "decisions": [decision.to_json() for decision in self.decisions],
             "run_id": self.run_id,
-            "git_commit": self.git_commit,
+            "git_commit": self.git_commit or None,
+            "network_of": self.network_of,
             "dataset": self.version.to_json() if self.version else None,
             "lost": self.lost,
             "images": [image.to_json() for image in self.images],
@@ -130,14 +136,16 @@ def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:
     decisions = tuple(one for one in read_decisions(store, card.name) if one.candidate == digest)
     known = [*(one.run_id for one in entries), *(one.run_id for one in decisions)]
     run_id = note.run_id if note else next(filter(None, known), None)
-    commit = note.git_commit if note else None
+    commit, network_of = (note.git_commit or "", note.extra.get("network_of")) if note else (None, None)
     with contextlib.suppress(VisionLoopError):  # MLflow may be away, or may have lost the run
         run_id = run_id or workspace.tracking.find_tagged_run(DIGEST_TAG, digest)
         if run_id and commit is None:
-            commit = workspace.tracking.load_run(run_id).tags.get("visionloop.git_commit")
+            tags = workspace.tracking.load_run(run_id).tags
+            commit, network_of = tags.get("visionloop.git_commit"), tags.get("visionloop.network_of")
+            commit = "" if commit == "none" else commit
     version, images, lost = _load_dataset(store, card)
     is_champion = bool(history) and history[-1].bundle == digest
-    return ModelOrigin(digest, card, entries, is_champion, decisions, run_id, commit, version, images, lost)
+    return ModelOrigin(digest, card, entries, is_champion, decisions, run_id, commit, version, images, lost, network_of)
 
 
 def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, tuple[ImageRecord, ...], str]:
@@ -241,7 +249,10 @@ def describe_origin(origin: ModelOrigin, *, shown: int = 5) -> list[str]:
         lines.append(
             f"decision  {decision.number}: {decision.verdict} against {against}, {decision.num_test:,} test images"
         )
-    lines.append(f"run       {origin.run_id or 'not known here'}, git commit {(origin.git_commit or 'not known')[:12]}")
+    commit = {None: "git commit not known", "": "no git commit yet"}.get(origin.git_commit)
+    taken = f", with the network of run {origin.network_of}" if origin.network_of else ""
+    commit = commit or f"git commit {(origin.git_commit or '')[:12]}"
+    lines.append(f"run       {origin.run_id or 'not known here'}, {commit}{taken}")
     params = card.params.get("train", card.params)
     told = [f"{key} {value}" for key, value in sorted(params.items()) if isinstance(value, str | int | float)]
     lines.append(f"params    {', '.join(told)}")

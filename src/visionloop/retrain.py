@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
+from visionloop.data.acceptance import describe_unread
 from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import iterate_records, load_pin
 from visionloop.errors import LeaseHeld, VisionLoopError, describe_install, shorten
@@ -169,6 +170,8 @@ def ingest(home: str, tell: Tell) -> dict[str, Any]:
         check_store(workspace)
         deque(iterate_records(workspace.store, pin), maxlen=0)  # checks them
         tell(f"  no source in params.yaml: dataset {pin.name} stays at version {pin.version}")
+        for line in describe_unread(workspace.store, workspace.name, workspace.params.review, ()):
+            tell(f"  {line}")
         return pin.to_json()
     report = pull(
         workspace,

@@ -7,7 +7,7 @@ from typing import Any
 
 from visionloop.errors import LeaseLost, VisionLoopError
 from visionloop.records import Decision, Pin, compute_digest
-from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run
+from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run, copy_figures
 from visionloop.tracking_pages import make_note, make_used_dataset, make_verdict_tags
 from visionloop.workspace import Workspace
 
@@ -112,12 +112,7 @@ def _show_training(workspace: Workspace, parent: str) -> None:
         return
     run = tracking.load_run(note.run_id)
     tracking.log_metrics(parent, {k: v for k, v in run.metrics.items() if k.startswith(("test/", "best/"))})
-    by_step: dict[int, dict[str, float]] = {}
-    for name, curve in tracking.load_curves(note.run_id, CURVES).items():
-        for step, value in curve:
-            by_step.setdefault(step, {})[name] = value
-    for step, figures in by_step.items():
-        tracking.log_metrics(parent, figures, step=step)
+    copy_figures(tracking, note.run_id, parent, CURVES)
     reports = workspace.settings.reports_dir
     tracking.log_images(parent, sorted([*reports.glob("training/*.png"), *reports.glob("figures/*.png")]))
     if PARENT_TAG not in run.tags:  # it was finished before

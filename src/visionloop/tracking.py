@@ -377,6 +377,16 @@ class MlflowTracking(Tracking):
             ) from exc
 
 
+def copy_figures(tracking: Tracking, source: str, target: str, names: Iterable[str]) -> None:
+    """Log in a run what another one has of these figures, step by step. Raises TrackingError."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, curve in tracking.load_curves(source, names).items():
+        for step, value in curve:
+            by_step.setdefault(step, {})[name] = value
+    for step, figures in by_step.items():
+        tracking.log_metrics(target, figures, step=step)
+
+
 def _make_run(run: Any) -> Run:
     info, data = run.info, run.data
     seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None

@@ -253,6 +253,59 @@ def test_runs_of_prefect_whose_process_is_gone_are_closed_by_the_next_one(tmp_pa
     assert f"visionloop.errors.PipelineError: Prefect run {begun}: is not closed (" in away.stderr.replace("\n", "")
 
 
+AWAY = (
+    RUNS
+    + """
+from datetime import UTC, datetime
+from prefect.events.filters import EventNameFilter, EventResourceFilter
+told.mark_process = lambda: "4711.1.anothermachine.anothercomputer"
+
+def wait(client, event, resource):
+    which = {"event": EventNameFilter(name=[event]), "resource": EventResourceFilter(id_prefix=[resource])}
+    while told.read_newest(client, datetime.now(UTC), **which) is None:
+        time.sleep(0.3)
+
+@flow(name="die", **told.HOOKS)
+def die(workspace: str) -> None:
+    own = f"prefect.flow-run.{runtime.flow_run.id}"
+    print(runtime.flow_run.id, flush=True)
+    with get_client(sync_client=True) as client:
+        wait(client, told.BEAT, own)  # the server has it: now it may be killed
+        told.emit_event(event="later", resource={"prefect.resource.id": own})
+        wait(client, "later", own)
+    task(lambda: (time.sleep(3), os._exit(9)), name="the step")()
+
+die(str(home))
+"""
+)
+LOOK = (
+    RUNS
+    + """
+from datetime import UTC, datetime
+with get_client(sync_client=True) as client:
+    for missed in (6, 0):
+        told.MISSED_BEATS = missed
+        print(told.close_left(client, home, now=datetime.now(UTC)))
+"""
+)
+
+
+def test_a_run_of_another_machine_is_closed_when_its_heartbeats_have_stopped(tmp_path: Path, prefect_api: str) -> None:
+    """After one that was missed in place of six, which would take 18 minutes. Its workspace may lie elsewhere here."""
+    server = {"PREFECT_API_URL": prefect_api}
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "params.yaml").write_text("name: silent\n")
+    died = run(ROOT, sys.executable, "-c", AWAY, str(tmp_path / "there"), **server)
+    assert died.returncode == 9, died.stderr
+    (one,) = died.stdout.split()
+    assert list_states(prefect_api, "flow_runs", one) == [("Running", "RUNNING")]
+    looked = run(ROOT, sys.executable, "-c", LOOK, str(tmp_path / "here"), **server)
+    assert looked.stdout == f"[]\n['closed in Prefect, its process was gone: run {one}']\n", looked.stderr
+    assert list_states(prefect_api, "flow_runs", one) == [("Crashed", "CRASHED")]
+    assert list_states(prefect_api, "task_runs", one) == [("Crashed", "CRASHED")]
+
+
 def list_states(api: str, kind: str, run_id: str) -> list[tuple[str, str]]:
     query = {"flow_runs": {"id": {"any_": [run_id]}}}
     found = ask_prefect(api, f"{kind}/filter", query)

@@ -1,6 +1,8 @@
 """A training that is finished stays finished: whatever fails after its last epoch, the next run takes its bundle."""
 
+import copy
 import errno
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -12,16 +14,40 @@ import pytest
 from memory_tracking import MemoryTracking
 from shapes import visionloop
 from trainings import Ear, Place, make_place, read_json
-from visionloop.bundle import load_bundle
+from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.errors import DiskError, TrackingError
+from visionloop.promotion.ledger import append_entry
+from visionloop.settings import load_settings
+from visionloop.store import open_store
 from visionloop.training import fit
+from workspaces import NOW
 
 SAID = "this training is finished already"
 
 
+def make(home: Path) -> Place:
+    return make_place(home, counts={"disc": (6, 2, 2), "ring": (6, 2, 2)}, max_epochs=2)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    return make_place(tmp_path / "ws", counts={"disc": (6, 2, 2), "ring": (6, 2, 2)}, max_epochs=2)
+    return make(tmp_path / "ws")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
+    place = make(tmp_path_factory.mktemp("trained") / "ws")
+    return place, place.train()
+
+
+@pytest.fixture
+def finished(trained: tuple[Place, Any], tmp_path: Path) -> tuple[Place, Any]:
+    """A workspace of its own in which a training is finished, and the note of it."""
+    place, note = trained
+    shutil.copytree(place.settings.home, tmp_path / "ws")
+    settings = load_settings({}, tmp_path / "ws")
+    store = open_store(settings.store_url)
+    return replace(place, settings=settings, store=store, tracking=copy.deepcopy(place.tracking)), note
 
 
 def take(place: Place) -> tuple[Any, Ear]:
@@ -36,9 +62,9 @@ def take(place: Place) -> tuple[Any, Ear]:
     return note, ear
 
 
-def test_what_is_finished_is_taken_when_dvc_has_deleted_its_out(place: Place) -> None:
+def test_what_is_finished_is_taken_when_dvc_has_deleted_its_out(finished: tuple[Place, Any]) -> None:
     """So it is when dvc was killed while it hashed the bundle: it knows nothing of it, and runs the stage again."""
-    note = place.train()
+    place, note = finished
     shutil.rmtree(place.settings.candidate_dir)
     assert take(place)[0] == note
     assert take(place)[0] == note, "also when it is still there"
@@ -82,8 +108,8 @@ def test_an_mlflow_that_fails_at_the_end_loses_nothing(place: Place) -> None:
     assert take(place)[0].bundle == digest
 
 
-def test_a_bundle_that_was_damaged_since_is_made_again(place: Place) -> None:
-    note = place.train()
+def test_a_bundle_that_was_damaged_since_is_made_again(finished: tuple[Place, Any]) -> None:
+    place, note = finished
     (folder,) = place.settings.work_dir("train").glob("*/bundle")
     (folder / "card.json").write_text("{}")
     ear = Ear()
@@ -93,8 +119,8 @@ def test_a_bundle_that_was_damaged_since_is_made_again(place: Place) -> None:
     assert not ear.said(SAID)
 
 
-def test_an_mlflow_that_does_not_know_the_run_gets_a_training_of_its_own(place: Place) -> None:
-    place.train()
+def test_an_mlflow_that_does_not_know_the_run_gets_a_training_of_its_own(finished: tuple[Place, Any]) -> None:
+    place, _ = finished
     other = replace(place, tracking=MemoryTracking())
     ear = Ear()
     other.train(ear)
@@ -102,8 +128,8 @@ def test_an_mlflow_that_does_not_know_the_run_gets_a_training_of_its_own(place: 
     assert other.tracking.only["status"] == "FINISHED"
 
 
-def test_other_inputs_are_another_training_and_the_finished_one_goes(place: Place) -> None:
-    first = place.train()
+def test_other_inputs_are_another_training_and_the_finished_one_goes(finished: tuple[Place, Any]) -> None:
+    place, first = finished
     (before,) = place.settings.work_dir("train").glob("*/done.json")
     ear = Ear()
     second = place.with_train(seed=1).train(ear)
@@ -111,6 +137,148 @@ def test_other_inputs_are_another_training_and_the_finished_one_goes(place: Plac
     (after,) = place.settings.work_dir("train").glob("*/done.json")
     assert not before.exists()
     assert (first.bundle == second.bundle, read_json(after)["bundle"]) == (False, second.bundle)
+
+
+OTHER_CARD = {"threshold": "max_f1", "abstain": {"error": 0.4}}
+TAKEN = "is taken again, no epoch runs: only train.abstain, train.threshold changed"
+
+
+def run_of(place: Place, run_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = place.tracking.runs[run_id]
+    return found
+
+
+def test_other_thresholds_run_no_epoch_and_give_what_a_whole_training_gives(finished: tuple[Place, Any]) -> None:
+    (place, first), ear = finished, Ear()
+    other = place.with_train(**OTHER_CARD)
+    note = other.train(ear)
+    assert ear.epochs == []
+    assert ear.said(f"the network of run {first.run_id[:8]} {TAKEN}")
+    bundle = load_bundle(place.settings.candidate_dir, expected_digest=note.bundle)
+    assert bundle.card.params["train"]["threshold"] == "max_f1"
+    assert note.extra["network_of"] == first.run_id
+    before, run = run_of(place, first.run_id), run_of(place, note.run_id)
+    assert (run["tags"]["visionloop.network_of"], run["status"]) == (first.run_id, "FINISHED")
+    assert (run["params"]["train.threshold"], before["params"]["train.threshold"]) == ("max_f1", "0.5")
+    assert run["metrics"] == before["metrics"], "its page shows how the network learned"
+    assert (place.settings.reports_dir / "training" / "curve.png").is_file()
+
+    assert take_from(other, ear=Ear()).run_id == note.run_id, "the same again opens no third run"
+    back = take_from(place, ear=Ear())
+    assert back == first
+    shutil.rmtree(place.settings.work_dir("train"))
+    whole = Ear()
+    assert other.train(whole).bundle == note.bundle
+    assert len(whole.epochs) == 2
+    assert load_bundle(place.settings.candidate_dir).files == bundle.files
+
+
+def take_from(place: Place, *, ear: Ear) -> Any:
+    """Train, which must find all finished."""
+    note = place.train(ear)
+    assert ear.said(SAID)
+    assert load_bundle(place.settings.candidate_dir).digest == note.bundle
+    return note
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', "null", None])
+def test_a_note_that_was_damaged_costs_a_training_and_no_more(finished: tuple[Place, Any], text: str | None) -> None:
+    place, _ = finished
+    (path,) = place.settings.work_dir("train").glob("*/done.json")
+    note = {**read_json(path), "extra": None}
+    path.write_text(json.dumps(note) if text is None else text)
+    assert fit._load_note(path.parent) is None
+    assert fit._find_finished(path.parent, place.make_job()) is None
+
+
+def test_only_the_newest_other_card_is_kept(finished: tuple[Place, Any]) -> None:
+    place, _ = finished
+    notes = [place.with_train(threshold=value).train() for value in (0.6, 0.7)]
+    (kept,) = place.settings.work_dir("train").glob("*/again/done.json")
+    assert read_json(kept)["bundle"] == notes[1].bundle
+    assert notes[0].extra["network_of"] == notes[1].extra["network_of"]
+    assert len({note.run_id for note in notes}) == 2
+    place.train()
+    assert not kept.exists()
+
+
+def test_a_kill_while_the_card_is_made_costs_neither_the_network_nor_a_run(
+    finished: tuple[Place, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, first = finished
+    other = place.with_train(**OTHER_CARD)
+    with monkeypatch.context() as patch:
+
+        def kill(folder: Path, *args: object) -> None:
+            (folder / "golden").mkdir(parents=True)
+            raise KeyboardInterrupt
+
+        patch.setattr(fit, "write_bundle_again", kill)
+        with pytest.raises(KeyboardInterrupt):
+            other.train()
+    assert sorted(run["status"] for run in place.tracking.runs.values()) == ["FINISHED", "KILLED"]
+    third = place.with_train(threshold=0.7).train()
+    assert [run["status"] for run in place.tracking.runs.values()] == ["FINISHED", "KILLED", "FINISHED"]
+    assert run_of(place, third.run_id)["params"]["train.threshold"] == "0.7", "a run is of one set of params"
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "write_bundle_again", kill)
+        with pytest.raises(KeyboardInterrupt):
+            other.train()
+    ear = Ear()
+    note = other.train(ear)
+    assert ear.epochs == [] and ear.said(TAKEN)
+    assert [run["status"] for run in place.tracking.runs.values()] == ["FINISHED", "KILLED", "FINISHED", "FINISHED"]
+    assert note.extra["network_of"] == first.run_id
+
+
+def test_thresholds_changed_while_a_training_is_stopped_cost_no_epoch(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        place.train(Ear(stop_at=1))
+    ear = Ear()
+    note = place.with_train(threshold=0.7).train(ear)
+    assert [report.epoch for report in ear.epochs] == [2]
+    (stopped, run) = place.tracking.runs.values()
+    assert (stopped["status"], run["status"], run["tags"]["visionloop.ended"]) == ("KILLED", "FINISHED", "all epochs")
+    assert (stopped["params"]["train.threshold"], run["params"]["train.threshold"]) == ("0.5", "0.7")
+    assert [step for step, figures in sorted(run["metrics"].items()) if "val/loss" in figures] == [1, 2]
+    assert load_bundle(place.settings.candidate_dir).card.threshold == 0.7
+    assert note.extra.get("network_of") is None
+
+
+def crown(place: Place, note: Any) -> None:
+    """Make the candidate the champion."""
+    upload_bundle(place.store, load_bundle(place.settings.candidate_dir))
+    facts = {"action": "promote", "model_version": "1", "decision": None, "dataset": {}, "run_id": note.run_id}
+    append_entry(place.store, "shapes", None, bundle=note.bundle, by="x", why="x", at=NOW, **facts)
+
+
+def test_a_machine_without_the_work_folder_takes_the_champions_network(finished: tuple[Place, Any]) -> None:
+    place, first = finished
+    crown(place, first)
+    other = place.with_train(**OTHER_CARD)
+    here = other.train()
+    shutil.rmtree(place.settings.work_dir("train"))
+    ear = Ear()
+    there = other.train(ear)
+    assert ear.epochs == [] and ear.said(f"the network of run {first.run_id[:8]} {TAKEN}")
+    assert (there.bundle, there.extra["network_of"]) == (here.bundle, first.run_id)
+    shutil.rmtree(place.settings.work_dir("train"))
+    whole = Ear()
+    place.tracking.runs[first.run_id]["tags"]["visionloop.network_key"] = "of another code"
+    assert other.train(whole).bundle == here.bundle
+    assert len(whole.epochs) == 2
+
+
+def test_a_warm_start_takes_its_network_again_too_also_where_it_is_the_champion_now(place: Place) -> None:
+    warm = place.with_train(way="warm")
+    first = warm.train()
+    crown(place, first)
+    ear = Ear()
+    note = warm.with_train(threshold=0.7).train(ear)
+    assert ear.epochs == [] and note.extra["network_of"] == first.run_id
+    again = Ear()
+    assert len((warm.with_train(threshold=0.7).train(again), *again.epochs)) == 3, "nothing changed: the next round"
+    assert again.said(f"starts from champion {first.bundle[:12]}")
 
 
 def test_a_full_disk_at_the_start_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

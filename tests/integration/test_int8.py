@@ -41,7 +41,9 @@ def approve(home: Home, folder: Path, **export: Any) -> tuple[Card, Notes, Path]
     return approve_engines(home.make_quiet_job(), Bundle(folder, "unsealed", card, {})), home.notes, folder
 
 
-def test_a_training_writes_it_and_all_that_follows_knows_it(champion: Home, tmp_path: Path) -> None:
+def test_a_training_writes_it_and_all_that_follows_knows_it(
+    champion: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = fork(champion, tmp_path / "ws", max_epochs=6, export=EXPORT)
     digest = home.train()
     bundle = load_bundle(home.settings.candidate_dir, expected_digest=digest)
@@ -69,6 +71,19 @@ def test_a_training_writes_it_and_all_that_follows_knows_it(champion: Home, tmp_
     kept = json.loads((tmp_path / "hidden" / "machine.json").read_text())["measured"][0]["images_per_s"]
     assert list(kept) == [FP32, INT8] and min(kept.values()) > 0
     assert opened.predictor.engine == (INT8 if kept[INT8] >= 1.1 * kept[FP32] else FP32)
+
+    home.section["export"] = {**EXPORT, "most_changed": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "quantise", None)
+        home.train()
+    again = load_bundle(home.settings.candidate_dir)
+    assert any("only train.export changed" in line for line in home.notes.lines)
+    assert (again.files[INT8_MODEL], again.card.engines[INT8]["approved"]) == (bundle.files[INT8_MODEL], True)
+    home.section["export"] = {"int8": "off"}
+    home.train()
+    assert INT8_MODEL not in load_bundle(home.settings.candidate_dir).files
+    home.section["export"] = EXPORT
+    assert home.train() == digest, "none of the others has touched the first"
 
     (bundle.folder / INT8_MODEL).write_bytes(b"other")
     with pytest.raises(BundleError, match=r"model\.int8\.onnx differs from its digest"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,10 @@ def test_a_champion_leads_back_to_its_images(desk: Desk) -> None:
     assert lines[1] == "ledger    entry 1, promoted by ann on 2026-02-03: because"
     assert lines[2] == "ledger    entry 3, put back by bob on 2026-02-03: it was wrong"
     assert lines[3] == "decision  1: passed against no champion, 80 test images"
-    assert lines[4] == "run       run-1, git commit not known"
+    assert (lines[4], origin.to_json()["git_commit"]) == ("run       run-1, no git commit yet", None)
+    packed_again = replace(origin, git_commit="0123456789abcdef", network_of="run-0")
+    expected = "run       run-1, git commit 0123456789ab, with the network of run run-0"
+    assert describe_origin(packed_again)[4] == expected
     assert lines[6] == f"dataset   fake version 1, {desk.world.pin.digest[:12]}: 160 images"
     assert lines[7].startswith(f"image     {origin.images[0].sha256[:12]}  ")
     assert lines[8:] == ["          and 159 more; --json lists all"]

@@ -63,6 +63,12 @@ def test_labels_are_listed_before_and_when_they_are_accepted_and_doubtful_ones_a
     told = desk.run("review", "--accept")
     assert told.splitlines()[1:3] == rows
     assert "next: add `- kind: feedback` under ingest.sources in params.yaml, then `visionloop ingest` takes" in told
+    assert "LOOK: 2 accepted labels wait: add `- kind: feedback` under ingest.sources" in desk.run("ingest")
+    declared = (desk.home / "params.yaml").read_text()
+    desk.write(SOURCES + "review: {count: 3}\n")
+    assert "accepted label" not in desk.run("ingest")
+    (desk.home / "params.yaml").write_text(declared)
+    assert "accepted label" not in desk.run("ingest"), "they are in the dataset, and stay there"
     desk.say(desk.serve(1, 8000), "dog", who="bob")
     [one] = json.loads(desk.run("review", "--accept", "--json"))["accepted"]
     assert (one["who"], one["before"], one["confidence"], one["is_doubtful"]) == (["bob"], ["cat"], 0.99, True)

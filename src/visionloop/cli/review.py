@@ -27,9 +27,11 @@ Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the page; 0 
 @app.command()
 def review(
     serve: Annotated[bool, typer.Option("--serve", help="Ask on a page, on this machine alone.")] = False,
-    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the batch, to be filled in.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the batch as a table, to be filled in.")
+    ] = None,
     take: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the answers of such a file; wants --by.")
+        Path | None, typer.Option(metavar="FILE", help="Take the answers of such a table; wants --by.")
     ] = None,
     accept: Annotated[bool, typer.Option("--accept", help="Let what was said into the dataset.")] = False,
     *,
@@ -49,7 +51,8 @@ def review(
 
     Without an option it makes a batch, or shows the one that is not answered yet, and what waits to be accepted. The
     answers lie in the store: several people may give them, on several machines. Labels enter the dataset by `visionloop
-    ingest`, once they are accepted and `ingest.sources` has `- kind: review` (or `- kind: feedback`).
+    ingest`, once they are accepted and `ingest.sources` has `- kind: review` (or `- kind: feedback`). For people with a
+    spreadsheet, --csv writes the same list with its pictures, and --take reads it back, filled in.
 
     Examples:
 

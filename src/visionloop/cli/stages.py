@@ -148,7 +148,9 @@ def describe_training(workspace: "Workspace", note: "RunNote", seconds: float) -
     if workspace.params.compute.tensorboard and folder.is_dir():
         lines.append(f"  TensorBoard  tensorboard --logdir {shorten_path(folder, home, here)}")
     last = f"models/candidate is bundle {note.bundle[:12]}, MLflow run {note.run_id}, {format_seconds(seconds)}"
-    return [f"trained {section.network_name} ({section.way})", *lines, last]
+    source = note.extra.get("network_of", "")[:8]
+    done = f"took the network of run {source} again:" if source else "trained"
+    return [f"{done} {section.network_name} ({section.way})", *lines, last]
 
 
 def describe_best(metrics: Mapping[str, float], monitor: str) -> str:

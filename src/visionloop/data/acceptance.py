@@ -32,6 +32,7 @@ from visionloop.data.answers import (
 )
 from visionloop.data.drop import load_aside
 from visionloop.data.manifest import iterate_version, latest_version
+from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review
 from visionloop.records import Record, canonical_json
@@ -268,6 +269,34 @@ def load_answered(store: ObjectStore, name: str, rules: Review) -> Answered:
     aside = load_aside(store, version) if version else {}
     gone = {sha256 for sha256, row in aside.items() if row.side == "test" and sha256 in labels}
     return Answered(store, name, labels, sides, frozenset(gone - sides.keys()))
+
+
+def describe_unread(store: ObjectStore, name: str, rules: Review, kinds: Iterable[str]) -> list[str]:
+    """Say which accepted labels wait because no source is of their kind. Raises as `load_accepted`.
+
+    Those of images that the dataset has, or had, do not wait; but a suspect's does, where it has another label there.
+    """
+    missing = sorted(SOURCE_KINDS.keys() - {*kinds})
+    answered = load_answered(store, name, rules) if missing else None
+    labels = answered.choose(missing) if answered else []
+    version = latest_version(store, name) if labels else None
+    if answered is None or version is None:
+        return []
+    wanted = {one.sha256 for one in labels}
+    has = {row.sha256: row.labels for row in iterate_version(store, version) if row.sha256 in wanted}
+    gone = load_aside(store, version).keys() | load_tombstones(store, name)
+
+    def waits(one: Accepted) -> bool:
+        if one.kind == SUSPECTS:
+            return one.sha256 in has and has[one.sha256] != one.labels
+        return one.sha256 not in has and one.sha256 not in gone
+
+    lines = []
+    for kind in missing:
+        if number := sum(one.kind in SOURCE_KINDS[kind] for one in labels if waits(one)):
+            wait = "1 accepted label waits" if number == 1 else f"{number:,} accepted labels wait"
+            lines.append(f"LOOK: {wait}: add `- kind: {kind}` under ingest.sources in params.yaml, which takes them in")
+    return lines
 
 
 def _folder(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from visionloop import __version__
-from visionloop.data.acceptance import SOURCE_KINDS, load_answered
+from visionloop.data.acceptance import SOURCE_KINDS, describe_unread, load_answered
 from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
 from visionloop.data.tombstones import load_tombstones
@@ -152,8 +152,7 @@ def pull(
         )
         checked = check_all(_read_all(sources, context, cursors), store, params.ingest, known, on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
-        if number := checked.num_missing:
-            tell(f"{number:,} images were missing from the store: stored again")
+        _tell_found(workspace, checked, tell)
         if before and last and checked.is_as_before:
             ended = _Ended(before, before, last.rejected, last.remarks)
         else:
@@ -180,6 +179,15 @@ def _make_context(
         settings.home, settings.hidden_dir, env, params.ingest, tell=tell, several=several, answered=answered
     )
     return context, answers
+
+
+def _tell_found(workspace: Workspace, checked: Checked, tell: Callable[[str], None]) -> None:
+    """Tell which images were missing in the store, and which accepted labels no source takes."""
+    if number := checked.num_missing:
+        tell(f"{number:,} images were missing from the store: stored again")
+    kinds = [one.kind for one in workspace.params.ingest.sources]
+    for line in describe_unread(workspace.store, workspace.name, workspace.params.review, kinds):
+        tell(line)
 
 
 def _make_report(checked: Checked, ended: "_Ended", pin: Pin) -> PullReport:

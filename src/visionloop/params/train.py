@@ -24,6 +24,8 @@ from visionloop.params.section import Section, to_tuple
 NOT_TUNED = frozenset(
     {"on", "monitor", "weights_sha256", "backbone_sha256", "output", "preprocessing", "threshold", "abstain", "export"}
 )
+# What a network is packed with when it has learned all: another value trains nothing again.
+AFTER_TRAINING = frozenset({"threshold", "abstain", "export"})
 Way = Literal["scratch", "finetune", "frozen", "knn", "warm"]
 WAYS_ON_EMBEDDINGS = frozenset({"frozen", "knn"})
 # What only epochs can do, where it is not as by default; and what they go by, but has no meaning without them.

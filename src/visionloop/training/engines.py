@@ -36,20 +36,23 @@ MARGIN = 2.0
 def approve_engines(job: Job, bundle: Bundle) -> Card:
     """Write the graph in int8 into a bundle that lacks only its card, and return the card with what may serve it.
 
-    A graph that no engine may serve is not kept. Why there is none is told.
+    One that is there is that of this network. A graph that no engine may serve is not kept. Why there is none is told.
     """
-    section, card, tell = job.params.train.export, bundle.card, job.watcher.tell
+    section, card, tell, graph = job.params.train.export, bundle.card, job.watcher.tell, bundle.folder / INT8_MODEL
     height, width = card.image_size
     if section.int8 == "off" or (section.int8 == "auto" and height * width < SMALL_PIXELS):
+        graph.unlink(missing_ok=True)
         return card
     rows_n = find_unseen(job)
     if few := describe_few(len(rows_n), section.most_changed):
         tell(f"int8: not tried: there are {few}")
+        graph.unlink(missing_ok=True)
         return card
     engines: dict[str, Any] = {}
     try:
-        tell("int8: makes a second graph, and compares its answers with those of the first ...")
-        quantise(bundle.folder / MODEL, bundle.folder / INT8_MODEL, _read_calibration(job))
+        if not graph.exists():
+            tell("int8: makes a second graph, and compares its answers with those of the first ...")
+            quantise(bundle.folder / MODEL, graph, _read_calibration(job))
     except TrainingError as exc:
         tell(f"int8: {exc.found}; {'expected ' + exc.expected if exc.expected else 'there is none'}")
         engines[INT8] = {"approved": False, "why": exc.found}
@@ -63,7 +66,7 @@ def approve_engines(job: Job, bundle: Bundle) -> Card:
         tell(f"{name}: {verdict}: {found.get('why') or describe_bound(check, section.most_changed)}")
     approved = tuple(n for n in ENGINES if n == FP32 or engines.get(n, {}).get("approved"))
     if not any(name.endswith("int8") for name in approved):
-        (bundle.folder / INT8_MODEL).unlink(missing_ok=True)
+        graph.unlink(missing_ok=True)
     return replace(card, runtimes=approved, engines=engines)
 
 

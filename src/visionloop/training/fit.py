@@ -2,9 +2,11 @@
 
 .visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  training/  and when it is finished: bundle/
                                       done.json
+                      <input key>/again/   run.json  bundle/  done.json   the same network with another card
 
 What is finished stays there until other inputs come: dvc deletes models/candidate before it runs the stage again, also
-when it was killed before it had taken the bundle.
+when it was killed before it had taken the bundle. What only the card depends on (thresholds, when to abstain, engines)
+is none of the input key: where that alone has changed, the finished network is packed again, and no epoch runs.
 """
 
 import contextlib
@@ -18,12 +20,14 @@ from pathlib import Path
 
 from torch import nn
 
-from visionloop.bundle import load_bundle
-from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError
+from visionloop.bundle import download_bundle, load_bundle
+from visionloop.errors import DiskError, ParamsError, TrackingError, TrainingError, VisionLoopError, shorten
 from visionloop.features.view import load_facts
 from visionloop.lifetime import terminable
 from visionloop.networks.weights import describe_start
 from visionloop.params import WAYS_ON_EMBEDDINGS
+from visionloop.params.train import AFTER_TRAINING
+from visionloop.promotion.ledger import read_champion
 from visionloop.records import RunNote, canonical_json
 from visionloop.training.batches import check_world
 from visionloop.training.checkpoints import FOLDER, list_checkpoints, load_saved
@@ -32,17 +36,19 @@ from visionloop.training.job import Call, Job
 from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import fetch_checkpoints, find_run, remove_checkpoints
-from visionloop.training.package import write_bundle
+from visionloop.training.package import write_bundle, write_bundle_again
 from visionloop.training.plots import SHOWN
 from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import compare_facts, join_world, share
-from visionloop.training.run import marking_failure, open_run, read_git_commit, remember_run
+from visionloop.training.run import KEY_TAG, NETWORK_TAG, marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import DONE, link_folder, list_work, lock_work, replace_folder, write_file
 from visionloop.workspace import Workspace
 
-KEPT = frozenset({"bundle", SHOWN, DONE, "run.json"})  # of its work folder
+AGAIN = "again"  # in the work folder: the finished network with another card, the newest one
+KEPT = frozenset({"bundle", SHOWN, DONE, "run.json", AGAIN})  # of its work folder
+ENDING, NETWORK_OF = "ending", "network_of"  # of a note: how the network was packed, and the run that it comes from
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -174,9 +180,14 @@ def translated() -> Iterator[None]:
 
 
 def _has_work(job: Job) -> bool:
-    """Say whether a training of this job was begun and not finished, here or by a machine that shares the store."""
+    """Say whether a training of this job was begun and not finished, here or by a machine that shares the store.
+
+    One that is finished here with another ending (`Job.ending`) is not finished: its network is packed again.
+    """
     if has_work_here(job):
-        return not (job.settings.work_dir("train") / job.key[:16] / DONE).is_file()
+        work = job.settings.work_dir("train") / job.key[:16]
+        newest = _load_note(work / AGAIN) or _load_note(work)
+        return newest is None or newest.extra.get(ENDING) != job.ending
     return find_run(job) is not None
 
 
@@ -192,25 +203,94 @@ def _lead(job: Job, now: str) -> RunNote:
     with terminable(), lock_work(job.settings.work_dir("train"), job.key) as work:
         for dropped in before - {work.name}:
             remove_checkpoints(job, dropped)
-        note = _find_finished(work, job)
-        if note is None:
-            note = _make_bundle(work, job, now)
+        finished = _find_finished(work, job) or _fetch_champion(work, job)
+        if finished is None:
+            place, note = work, _make_bundle(work, job, now)
         else:
             share(job.world, dict)  # the other ranks have nothing to do
-        _deliver(work, job, note)
+            place, note = _choose_ending(work, job, finished, now)
+        _deliver(place, job, note, work)
     return note
 
 
 def _find_finished(work: Path, job: Job) -> RunNote | None:
-    """Return the note of this very training if it is finished, its bundle is whole, and MLflow has its run."""
+    """Return the note of what is finished in a folder, if its bundle is whole and MLflow has its run."""
+    note = _load_note(work)
     try:
-        note: RunNote = RunNote.from_json(json.loads((work / DONE).read_bytes()))
-        load_bundle(work / "bundle", expected_digest=note.bundle)
-        job.tracking.load_run(note.run_id)
+        if note:
+            load_bundle(work / "bundle", expected_digest=note.bundle)
+            job.tracking.load_run(note.run_id)
     except (OSError, ValueError, KeyError, TypeError, TrackingError):
         return None
-    job.watcher.tell("this training is finished already (same data, params and code): its bundle is taken")
     return note
+
+
+def _fetch_champion(work: Path, job: Job) -> RunNote | None:
+    """Bring the champion's bundle as what is finished here, if it is this very network with another card, else None.
+
+    So another machine, or one whose work folder is lost, need not train for a card. A store, an MLflow or a bundle
+    that cannot be read costs a training, as where there is no champion.
+    """
+    try:
+        entry = read_champion(job.store, job.name)
+        run = job.tracking.load_run(entry.run_id) if entry and entry.run_id else None
+        if entry is None or run is None or run.tags.get(KEY_TAG) != job.key:
+            return None
+        bundle = download_bundle(job.store, entry.bundle, job.settings.hidden_dir / "bundles", with_weights=True)
+        keys = {f"train.{key}": bundle.card.params["train"][key] for key in AFTER_TRAINING}
+    except (VisionLoopError, OSError, KeyError, TypeError):
+        return None
+    ending = {**keys, "ingest.max_pixels": bundle.card.max_pixels}
+    if ending == job.ending:
+        return None
+    link_folder(bundle.folder, work / "bundle")
+    commit = run.tags.get("visionloop.git_commit", "none").removeprefix("none") or None
+    facts = {"validated_on": job.validated_on, ENDING: ending}
+    note = RunNote(bundle.digest, run.tags.get(NETWORK_TAG, run.run_id), commit, entry.at, extra=facts)
+    write_file(work / DONE, canonical_json(note.to_json()))
+    return note
+
+
+def _load_note(work: Path) -> RunNote | None:
+    try:
+        note: RunNote = RunNote.from_json(json.loads((work / DONE).read_bytes()))
+        is_whole = isinstance(note.extra[ENDING], dict)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return note if is_whole else None
+
+
+def _choose_ending(work: Path, job: Job, finished: RunNote, now: str) -> tuple[Path, RunNote]:
+    """Return the folder whose bundle is this job's, and its note: of the training, or of its network packed again."""
+    again = work / AGAIN
+    if finished.extra.get(ENDING) == job.ending:
+        shutil.rmtree(again, ignore_errors=True)
+        place, note = work, finished
+    else:
+        place, found = again, _find_finished(again, job)
+        if found is None or found.extra.get(ENDING) != job.ending:
+            return again, _pack_again(work, job, finished, now)
+        note = found
+    job.watcher.tell("this training is finished already (same data, params and code): its bundle is taken")
+    return place, note
+
+
+def _pack_again(work: Path, job: Job, finished: RunNote, now: str) -> RunNote:
+    """Pack the finished network with another card, in a run of its own; leave the bundle and its note in AGAIN."""
+    started, again = time.perf_counter(), work / AGAIN
+    if (again / DONE).exists():
+        shutil.rmtree(again)
+    again.mkdir(exist_ok=True)
+    before = finished.extra[ENDING]
+    changed = shorten([key for key, value in job.ending.items() if before.get(key) != value])
+    job.watcher.tell(f"the network of run {finished.run_id[:8]} is taken again, no epoch runs: only {changed} changed")
+    run_id = open_run(again, job, network_of=finished.run_id)
+    with marking_failure(job, run_id), translated():
+        shutil.rmtree(again / "bundle", ignore_errors=True)
+        digest = write_bundle_again(again / "bundle", load_bundle(work / "bundle"), job)
+        _show_bundle(again / "bundle", job, run_id, digest)
+        job.tracking.set_tags(run_id, {"visionloop.ended": "no epochs: the network of another run, with another card"})
+    return _keep_note(again, job, RunNote(digest, run_id, None, now, 0.0, {NETWORK_OF: finished.run_id}), started)
 
 
 def _make_bundle(work: Path, job: Job, now: str) -> RunNote:
@@ -228,9 +308,17 @@ def _make_bundle(work: Path, job: Job, now: str) -> RunNote:
             job.watcher.tell(describe_stop(work, job.params.train.max_epochs))
             raise
         job.tracking.set_tags(run_id, {"visionloop.ended": trained.reason})
-    seconds = round(time.perf_counter() - started, 1)
-    commit = read_git_commit(job.settings.home)
-    note = RunNote(digest, run_id, commit, now, seconds, {"validated_on": job.validated_on})
+    return _keep_note(work, job, RunNote(digest, run_id, None, now), started)
+
+
+def _keep_note(work: Path, job: Job, note: RunNote, started: float) -> RunNote:
+    """Add to a note what every one has, and leave it in the work folder: with it, what it is about is finished."""
+    note = replace(
+        note,
+        git_commit=read_git_commit(job.settings.home),
+        seconds=round(time.perf_counter() - started, 1),
+        extra={**note.extra, "validated_on": job.validated_on, ENDING: job.ending},
+    )
     write_file(work / DONE, canonical_json(note.to_json()))
     return note
 
@@ -248,14 +336,18 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
     if (plan := load_plan(work, job.params.train)).is_reduced:
         way["batch_in_memory"] = str(plan.batch_in_memory)
     digest = write_bundle(folder, classifier, job, way=way)
-    job.tracking.set_tags(run_id, {"visionloop.bundle": digest})
-    job.tracking.log_artifact(run_id, folder / "card.json", "bundle")
-    job.tracking.log_artifact(run_id, folder / "golden", "bundle/golden")
+    _show_bundle(folder, job, run_id, digest)
     return digest
 
 
-def _deliver(work: Path, job: Job, note: RunNote) -> None:
-    """Put a finished bundle at models/candidate, its curve into reports/, and close its run.
+def _show_bundle(folder: Path, job: Job, run_id: str, digest: str) -> None:
+    job.tracking.set_tags(run_id, {"visionloop.bundle": digest})
+    job.tracking.log_artifact(run_id, folder / "card.json", "bundle")
+    job.tracking.log_artifact(run_id, folder / "golden", "bundle/golden")
+
+
+def _deliver(place: Path, job: Job, note: RunNote, work: Path) -> None:
+    """Put the finished bundle of a place at models/candidate, the training's curve into reports/, and close its run.
 
     Whatever fails here, the next process does again. A way without epochs has no curve: its folder is empty.
 
@@ -265,8 +357,8 @@ def _deliver(work: Path, job: Job, note: RunNote) -> None:
     settings = job.settings
     write_file(settings.runs_dir / f"{note.bundle}.json", canonical_json(note.to_json()))
     (work / SHOWN).mkdir(exist_ok=True)
-    for made, target in ((SHOWN, settings.reports_dir / SHOWN), ("bundle", settings.candidate_dir)):
-        link_folder(work / made, work / "delivered")
+    for made, target in ((work / SHOWN, settings.reports_dir / SHOWN), (place / "bundle", settings.candidate_dir)):
+        link_folder(made, work / "delivered")
         replace_folder(work / "delivered", target)
     if job.tracking.load_run(note.run_id).status != "FINISHED":
         job.tracking.close_run(note.run_id)

@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.features.view import load_facts
 from visionloop.params import WAYS_ON_EMBEDDINGS
+from visionloop.params.train import AFTER_TRAINING
 from visionloop.records import compute_digest
 from visionloop.training.checks import find_train_rows
 from visionloop.training.ranks.world import World
@@ -66,12 +68,12 @@ class Job(Workspace):
 
     @cached_property
     def key(self) -> str:
-        """The input key: equal keys mean equal bits, so work under it may be gone on with."""
+        """The input key: equal keys mean equal bits of a network, so work under it may be gone on with."""
         return compute_digest([self.inputs_digest, asdict(self.hardware), torch.__version__])
 
     @cached_property
     def inputs_digest(self) -> str:
-        """The digest of all inputs but the hardware: the same training on any machine.
+        """The digest of all inputs of the network but the hardware: the same training on any machine.
 
         Raises:
             DatasetError: the way learns from embeddings, and there are none.
@@ -80,12 +82,18 @@ class Job(Workspace):
 
         report = json.loads((self.prepared.folder / "report.json").read_text())
         section = self.params.train
+        keys = section.model_dump(mode="json", exclude=set(AFTER_TRAINING))
         weights = hash_weights(section, self.settings.home)
-        sections = [section.model_dump(mode="json"), self.params.ingest.max_pixels]  # the limit goes on the card
-        parts = [report, self.params.name, *sections, self.code_digest, weights, self.start]
+        parts = [report, self.params.name, keys, self.code_digest, weights, self.start]
         if section.way in WAYS_ON_EMBEDDINGS:  # another runtime or precision gives other vectors
             parts.append(load_facts(self.settings.features_dir).digest)
         return compute_digest([*parts, torch.__version__.partition("+")[0]])
+
+    @property
+    def ending(self) -> dict[str, Any]:
+        """What decides how a finished network is packed, by key: thresholds, engines, the limit on pixels."""
+        keys = self.params.train.model_dump(mode="json", include=set(AFTER_TRAINING))
+        return {f"train.{k}": v for k, v in keys.items()} | {"ingest.max_pixels": self.params.ingest.max_pixels}
 
     def list_facts(self) -> dict[str, str]:
         """Return what all ranks must have in common, under the words that say so where one has something else."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from visionloop.bundle import Bundle, seal_bundle
+from visionloop.bundle import DIGESTS, Bundle, seal_bundle
 from visionloop.data.images import UInt8Array, decode_image
 from visionloop.data.manifest import make_image_key
 from visionloop.data.shards import IntArray, Prepared
@@ -30,6 +30,7 @@ from visionloop.records import Card, canonical_json
 from visionloop.training.engines import approve_engines
 from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
+from visionloop.workfolder import link_folder
 
 NUM_GOLDEN = 8
 NUM_PARITY = 32
@@ -59,8 +60,27 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     outputs = _write_reference(folder / "reference.npz", predictor, prepared, rows)
     steady = _find_steady(classifier, outputs.embedding_nd, rows)
     card = replace(card, parity=_check_parity(classifier, predictor, prepared.read(steady[:NUM_PARITY])))
-    card = _tune(card, job, outputs, rows)
     _write_golden(folder / "golden", predictor, job, steady)
+    return _finish(folder, _tune(card, job, outputs.logits_nk, outputs.embedding_nd, rows), job)
+
+
+def write_bundle_again(folder: Path, made: Bundle, job: Job) -> str:
+    """Write the bundle of a network that is packed already, with what only the card says made anew; return its digest.
+
+    It is bit for bit what `write_bundle` would make: all that is not of the card does not depend on `job.ending`.
+    """
+    link_folder(made.folder, folder)
+    for name in ("card.json", DIGESTS):
+        (folder / name).unlink()
+    card = replace(_make_card(job.params, job.prepared, made.card.network), parity=made.card.parity)
+    with np.load(folder / "reference.npz") as known:
+        logits_nk, embedding_nd = known["logits_nk"], known["embedding_nd"]
+    card = _tune(card, job, logits_nk, embedding_nd, job.prepared.rows(job.validated_on))
+    return _finish(folder, card, job)
+
+
+def _finish(folder: Path, card: Card, job: Job) -> str:
+    """Write the card into a folder that has all the rest, and seal it."""
     card = approve_engines(job, Bundle(folder=folder, digest="unsealed", card=card, files={}))
     (folder / "card.json").write_bytes(json.dumps(card.to_json(), indent=2, sort_keys=True).encode() + b"\n")
     digest = seal_bundle(folder)
@@ -124,7 +144,7 @@ def _write_reference(path: Path, predictor: Predictor, prepared: Prepared, rows:
     return outputs
 
 
-def _tune(card: Card, job: Job, outputs: Outputs, rows: IntArray) -> Card:
+def _tune(card: Card, job: Job, logits_nk: FloatArray, embedding_nd: FloatArray, rows: IntArray) -> Card:
     """Return the card with what can be tuned on the validation side: confidence, thresholds, when to abstain."""
     section, prepared = job.params.train, job.prepared
     if why := describe_untuned(section.on, job.validated_on):
@@ -135,7 +155,7 @@ def _tune(card: Card, job: Job, outputs: Outputs, rows: IntArray) -> Card:
     keys = [record.key for record in prepared.load_records(rows)]
     key_n = np.unique(keys, return_inverse=True)[1].astype(np.int64)
     truth: Any = prepared.label_n[rows] if prepared.targets_nk is None else prepared.targets_nk[rows].astype(bool)
-    validation = Validation(outputs.logits_nk, outputs.embedding_nd, truth, key_n)
+    validation = Validation(logits_nk, embedding_nd, truth, key_n)
     # Neighbours vote without weights, whatever is said about imbalance.
     with_biases = section.way != "knn" and plan_imbalance(job).kind != "none"
     card, lines = tune_card(card, validation, section.threshold, section.abstain, with_biases=with_biases)

@@ -1,4 +1,4 @@
-"""The MLflow run of a training: opened once for an input key, gone on with after a kill, closed with the reason.
+"""The MLflow run of a training: opened once for its params, gone on with after a kill, closed with the reason.
 
 WORK/run.json   a token, written before the run is made, so that a kill in between leaves no second run; then its id
 """
@@ -13,25 +13,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from visionloop.errors import TrackingError
+from visionloop.params.train import AFTER_TRAINING
 from visionloop.records import canonical_json
-from visionloop.tracking import CALL_ERRORS, PARENT_TAG
+from visionloop.tracking import CALL_ERRORS, MAX_PARAM_CHARS, PARENT_TAG, copy_figures
 from visionloop.tracking_pages import make_note, make_used_dataset, name_run
 from visionloop.training.job import Job
 from visionloop.workfolder import write_file
 
 FILE = "run.json"
 TOKEN_TAG = "visionloop.token"
+NETWORK_TAG = "visionloop.network_of"  # the run that the network, or its first epochs, come from
+KEY_TAG = "visionloop.network_key"  # equal ones mean equal bits of a network
 MAX_TAG_CHARS = 500
 
 
-def open_run(work: Path, job: Job) -> str:
-    """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError."""
+def open_run(work: Path, job: Job, *, network_of: str | None = None) -> str:
+    """Open the run of this work folder: that of a killed process, or a new one. Raises TrackingError.
+
+    A new one takes over the figures of the run that its network comes from: `network_of`, or where a training was
+    stopped and the keys that come after the epochs were changed, the run so far.
+    """
     known, params = _load(work), flatten_params(job)
+    if left := _find_other(job, known, params):
+        known, network_of = {}, network_of or left
     train, pin = job.params.train, job.prepared.pin
     name, used = name_run(train.network_name, train.way, pin.version), make_used_dataset(pin, job.store.url)
     token = known.get("token") or secrets.token_hex(16)
-    words = make_note(f"{train.network_name}, way {train.way}, on {used.describe()}")
-    tags = {**_make_tags(job), **words, TOKEN_TAG: token}
+    taken = f", the network of run {network_of}" if network_of else ""
+    words = make_note(f"{train.network_name}, way {train.way}, on {used.describe()}{taken}")
+    tags = {**_make_tags(job), **words, TOKEN_TAG: token, **({NETWORK_TAG: network_of} if network_of else {})}
     run_id = known.get("run_id")
     if run_id is None and "token" in known:
         run_id = job.tracking.find_tagged_run(TOKEN_TAG, token)
@@ -40,10 +51,35 @@ def open_run(work: Path, job: Job) -> str:
     if run_id is None:
         write_file(work / FILE, canonical_json({"token": token}))
     run_id = job.tracking.open_run(name, run_id=run_id, tags=tags, params=params)
+    if network_of:
+        figures = job.tracking.load_run(network_of).metrics
+        copy_figures(job.tracking, network_of, run_id, [name for name in figures if not name.startswith("test/")])
     job.tracking.log_dataset(run_id, used, "training")
     if parent := job.settings.parent_run:  # a retrain that goes on with a training of before takes it in
         job.tracking.set_tags(run_id, {PARENT_TAG: parent})
     remember_run(work, run_id, token)
+    return run_id
+
+
+def _find_other(job: Job, known: Mapping[str, str], params: Mapping[str, Any]) -> str | None:
+    """Return the run of this work folder, closed, if it was opened with other params: MLflow changes none.
+
+    They are those that come after the epochs, as the work folder is that of all others.
+    """
+    run_id = known.get("run_id")
+    if run_id is None and "token" in known:
+        run_id = job.tracking.find_tagged_run(TOKEN_TAG, known["token"])
+    if run_id is None:
+        return None
+    try:
+        run = job.tracking.load_run(run_id)
+    except TrackingError:  # it is gone; if MLflow is away, opening one says so
+        return None
+    keys = [name for name in {*run.params, *params} if name.startswith(tuple(f"train.{k}" for k in AFTER_TRAINING))]
+    if not run.params or all(run.params.get(k) == str(params.get(k, ""))[:MAX_PARAM_CHARS] for k in keys):
+        return None
+    if run.status == "RUNNING":
+        job.tracking.close_run(run_id, "KILLED")
     return run_id
 
 
@@ -94,6 +130,7 @@ def _make_tags(job: Job) -> dict[str, str]:
         "visionloop.dataset_digest": pin.digest,
         "visionloop.git_commit": read_git_commit(job.settings.home) or "none",
         "visionloop.code": job.code_digest or "none",
+        KEY_TAG: job.key,
         "visionloop.started_from": job.start or "none",
         "visionloop.validated_on": job.validated_on if len(job.val_rows) else "none",
         **{f"visionloop.{name}": str(value) for name, value in asdict(job.hardware).items()},
