@@ -59,9 +59,8 @@ def find_streams(
 
     Raises:
         SourceError: with files beside them, or with what is for the other; one is named twice.
-        SettingsError: nothing is named.
     """
-    from visionloop.errors import SettingsError, SourceError
+    from visionloop.errors import SourceError
     from visionloop.predict.several import is_stream, name_streams
 
     if wishes.of_params:
@@ -69,11 +68,6 @@ def find_streams(
             raise SourceError("--streams", "is there, and PATHS too", "one of them")
         if not section.streams:
             raise SourceError("--streams", "params.yaml `predict.streams` names none", "a stream", "Edit the file.")
-    elif not paths:
-        expected = "images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0"
-        raise SettingsError(
-            "visionloop predict", "PATHS is missing", expected, "For example `visionloop predict photo.jpg`."
-        )
     streams = section.streams if wishes.of_params else [path for path in paths if is_stream(path)]
     if not streams:
         names = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}

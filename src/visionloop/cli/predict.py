@@ -12,6 +12,7 @@ import typer
 from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say_next
 from visionloop.cli.cameras import StreamWishes, Telling, choose_webhook, find_streams, make_plans, watch_cameras
 from visionloop.cli.waiting import make_progress, tell_when_stopped
+from visionloop.errors import SettingsError
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
@@ -98,6 +99,9 @@ def predict(
 
       visionloop predict /dev/video0 --out events.jsonl --seconds 3600 --webhook https://example.com/hook
     """
+    if not paths and not streams:
+        expected = "images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0"
+        raise SettingsError("visionloop predict", "PATHS is missing", expected, "For example `visionloop predict a.jpg`.")
     workspace = open_workspace()
     telling = Telling(out, quiet=quiet, as_json=as_json)
     asked = Asked(make_sampling(workspace, every, smooth), telling, bundle, top)
