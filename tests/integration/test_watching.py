@@ -276,9 +276,7 @@ def test_a_film_on_a_server_is_answered_also_in_the_file(
     assert (before, line, len(bundle), line["path"]) == ({}, shown, 64, address)
 
 
-def test_a_webhook_that_is_away_is_told_while_it_goes_on(
-    network: Answerer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_webhook_that_is_away_is_told_while_it_goes_on(network: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
     gate, yard = (Followed(Watch(WatchPlan("/dev/video0", {}, name=one), network), "pets") for one in ("gate", "yard"))
     for streams, name in (([gate], ""), ([gate, yard], "gate: ")):
         show = Shower(Telling(as_json=True), None, streams)

@@ -28,6 +28,7 @@ BAR_CHARS = 20
 SHOWN_OF_TABLE = 20
 FEW = 8
 SHOWN_SEGMENTS = 12
+SHOWN_UNUSABLE = 5
 MANY = 500  # images for which the fastest engine is worth looking for
 Paths = Annotated[
     list[str] | None, typer.Argument(help="Images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0.")
@@ -101,7 +102,9 @@ def predict(
     """
     if not paths and not streams:
         expected = "images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0"
-        raise SettingsError("visionloop predict", "PATHS is missing", expected, "For example `visionloop predict a.jpg`.")
+        raise SettingsError(
+            "visionloop predict", "PATHS is missing", expected, "For example `visionloop predict a.jpg`."
+        )
     workspace = open_workspace()
     telling = Telling(out, quiet=quiet, as_json=as_json)
     asked = Asked(make_sampling(workspace, every, smooth), telling, bundle, top)
@@ -223,12 +226,14 @@ def _tell_counts(
 
     numbers = _describe_numbers(predictor.card.classes)
     if len(files) > 1:
-        show.tell(describe_counts(show.counts, len(files)))
+        show.tell(
+            describe_counts(show.counts, len(files), bad=[show.unusable[one][0] for one in sorted(show.unusable)])
+        )
     if saved and show.counts:
         show.tell(f"{saved.number:,} pictures in {saved.folder}{numbers}")
     if sheet and show.counts:
         usable = [path for number, path in enumerate(files) if number not in show.unusable]
-        write_picture(sheet, draw_sheet(predictor, usable))
+        write_picture(sheet, draw_sheet(predictor, usable, show.describe_unusable()))
         show.tell(f"some of them in {sheet}{numbers}")
 
 
@@ -260,7 +265,7 @@ class Shown:
     tell: Callable[[str], None]
     counts: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
-    unusable: set[int] = field(default_factory=set)
+    unusable: dict[int, tuple[str, str | None]] = field(default_factory=dict)  # path, and why not
     kept: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, answers: Iterable["FilePrediction"], *, keep: bool = False) -> None:
@@ -272,7 +277,7 @@ class Shown:
                 self.tell("\n".join(describe_answer(answer, self.width, self.top)))
             if answer.prediction is None:
                 self.problem = self.problem or answer.error
-                self.unusable.add(number)
+                self.unusable[number] = answer.path, answer.error
             else:
                 said = answer.prediction.prediction or "no label"
                 self.counts["don't know" if answer.prediction.abstained else said] += 1
@@ -280,13 +285,20 @@ class Shown:
                 found = answer.prediction.to_json() if answer.prediction else {}
                 self.kept.append({"path": answer.path, **found, **(answer.video or {}), "error": answer.error})
 
+    def describe_unusable(self) -> list[str]:
+        """Return which files could not be used, and why, as lines: the first of them."""
+        number = len(self.unusable)
+        lines = [f"{path}: {error}" for path, error in list(self.unusable.values())[:SHOWN_UNUSABLE]]
+        more = [f"... and {number - len(lines):,} more"] if number > len(lines) else []
+        return [f"{number:,} could not be used:", *lines, *more] if lines else []
 
-def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
-    """Return the answers of many files as one line: the commonest classes, and how many files could not be used."""
+
+def describe_counts(counts: Counter[str], total: int, most: int = 8, bad: Sequence[str] = ()) -> str:
+    """Return the answers of many files as one line: the commonest classes, and which files could not be used."""
     parts = [f"{name} {count:,}" for name, count in counts.most_common(most)]
     parts += [f"{len(counts) - most:,} more classes"] if len(counts) > most else []
-    bad = total - counts.total()
-    return f"{total:,} files: {', '.join(parts) or 'no answer'}" + (f"; {bad:,} could not be used" if bad else "")
+    told = f"{total:,} files: {', '.join(parts) or 'no answer'}"
+    return f"{told}; {len(bad):,} could not be used: {_list_some(bad)}" if bad else told
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
@@ -324,6 +336,11 @@ def describe_video(video: Mapping[str, Any] | None) -> list[str]:
         lines.append(f"{_format_time(part['start_s'])} to {_format_time(part['end_s'])}  {said}")
     more = len(video["segments"]) - SHOWN_SEGMENTS
     return [*lines, *([f"... {more:,} more parts"] if more > 0 else []), *(f"note: it {one}" for one in video["notes"])]
+
+
+def _list_some(paths: Sequence[str]) -> str:
+    more = [f"and {len(paths) - SHOWN_UNUSABLE:,} more"] if len(paths) > SHOWN_UNUSABLE else []
+    return ", ".join([*map(_shorten_path, paths[:SHOWN_UNUSABLE]), *more])
 
 
 def _format_time(seconds: float) -> str:
