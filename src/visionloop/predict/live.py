@@ -286,6 +286,7 @@ class Watch:
             max_s=math.inf,
             max_pixels=self._network.card.max_pixels,
             by_arrival=True,
+            enough_px=max(self._network.card.image_size),
         )
 
     def _left_s(self) -> float:
