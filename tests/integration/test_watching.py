@@ -181,12 +181,6 @@ def test_a_file_on_a_server_is_no_stream(tmp_path: Path, network: Answerer) -> N
         assert stream.file.download(tmp_path / "b.mp4").read_bytes() == body
 
 
-def test_a_playlist_says_what_to_name_instead(network: Answerer) -> None:
-    answer = Answer(b"#EXTM3U\n", headers={"Content-Type": "application/vnd.apple.mpegurl"})
-    with serve({"/a.m3u8": answer}) as site, pytest.raises(SourceError, match=r"is a playlist \(HLS\).*RTSP or MJPEG"):
-        Watch(plan(f"{site.url}/a.m3u8"), network).connect()
-
-
 def test_metadata_addresses_are_refused_also_when_they_are_typed(network: Answerer) -> None:
     with pytest.raises(SourceError, match="metadata address"):
         Watch(plan("http://169.254.169.254/latest"), network).connect()

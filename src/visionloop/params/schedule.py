@@ -96,7 +96,7 @@ class Predict(Section):
 
     A path that is not absolute is below the workspace; tables go to `out`. Of a video or a stream a frame is taken
     every `every_s`, and a change for less than `smooth_s` is taken for a flicker. A stream (rtsp://, http://, a device,
-    or NAME=ADDRESS) is watched for `seconds` in each run; `webhook` gets its events, as it does from `visionloop predict`.
+    or NAME=ADDRESS) is watched for `seconds` in each run; `webhook` gets its events, as from `visionloop predict`.
     """
 
     paths: Words = ()

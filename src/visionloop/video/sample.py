@@ -94,7 +94,7 @@ class Sampler:
         return all(end is not None and time >= end for _, end in self._spans)
 
     def is_due(self, time: float) -> bool:
-        """Say whether a frame of this time could be taken: False only where `take` would refuse it, whatever it shows."""
+        """Say whether a frame of this time could be taken; if not, `take` refuses it, whatever it shows."""
         inside = find_spans(self._spans, time)
         is_new = bool(set(inside) - set(self._inside))
         return is_new or (bool(inside) and (self._scene is not None or time >= self._next_s()))

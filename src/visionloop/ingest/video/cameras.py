@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
+from visionloop.ingest.video.hls import HlsStream
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
@@ -247,7 +248,11 @@ def _open_web(url: str, job: DecodeJob, reach: Reach, secrets: tuple[str, ...]) 
     hosts = [address.netloc, *reach.hosts]
     fetcher = make_fetcher(reach.env, hosts, headers=headers, headers_host=bare, secrets=secrets)
     stream = WebStream(fetcher, bare, job, reach.max_bytes, reach.watch_s)
-    return Stream(stream, fetcher.describe(bare), secrets, stream if stream.connect() else None)
+    is_file = stream.connect()
+    if stream.is_playlist:
+        stream = HlsStream(fetcher, bare, job, reach.max_bytes, reach.watch_s)
+        stream.connect()
+    return Stream(stream, fetcher.describe(bare), secrets, stream if is_file else None)
 
 
 class Device:
