@@ -163,7 +163,7 @@ def test_pieces_that_are_no_video_are_an_error(network: Answerer, monkeypatch: p
     monkeypatch.setattr("visionloop.predict.live.FIRST_S", 1.0)
     with (
         serve({"/rubbish.ts": Answer(b"x" * 100_000)}) as site,
-        pytest.raises(SourceError, match="no frame for 2 s|gives no video"),
+        pytest.raises(SourceError, match=r"no frame for 2 s|gives no video"),
     ):
         open_playlist(site, f"{HEAD}#EXTINF:1,\nrubbish.ts", network, stall_s=2.0)
 

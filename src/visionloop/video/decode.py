@@ -40,10 +40,9 @@ LIVE_OPTIONS = {"probesize": "1000000", "analyzeduration": "1000000"}  # a secon
 OPEN_S, READ_S = 20.0, 20.0
 MAX_STREAMS = 64
 MAX_SIDE_PX = 65_500  # of a JPEG
-MAX_FRAMES_PER_S = 1000
-MAX_BAD_PACKETS = 100
+MAX_FRAMES_PER_S, MAX_BAD_PACKETS = 1000, 100
 FIRST_YEAR = 1990  # below it, a camera's clock was not set: 1904 and 1970 are zero
-BEAT_S = 1.0
+BEAT_S, JUMP_S = 1.0, 1.0
 GREY_PX = 32
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 EXACT, EXACT_MEAN = Interpolation.BILINEAR | _EXACT, Interpolation.AREA | _EXACT
@@ -88,9 +87,13 @@ class _Damage:
         self._last_stamp = stamp if self._last_stamp is None else max(self._last_stamp, stamp or 0)
 
     def spoils(self, frame: Any) -> bool:
-        """Say whether a frame is or may be damaged; the decoder may still return frames from before the loss."""
+        """Say whether a frame is or may be damaged; the decoder may still return frames from before the loss.
+
+        One that is long before the loss, by its time, is after it: the camera's clock has jumped back.
+        """
         if self._spreads and frame.key_frame:
-            self._spreads = None not in (frame.pts, self._last_stamp) and frame.pts <= self._last_stamp
+            is_timed = None not in (frame.pts, self._last_stamp, frame.time_base)
+            self._spreads = is_timed and 0 <= (self._last_stamp - frame.pts) * frame.time_base < JUMP_S
         return self._spreads
 
 

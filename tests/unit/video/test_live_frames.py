@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videos import Film, write_video
+from videos import RED, WHITE, Film, write_video
 from visionloop.data.images import load_array
 from visionloop.video.decode import decode
 from visionloop.video.sample import DecodeJob, Sampler
@@ -64,3 +64,14 @@ def test_pictures_of_a_camera_that_come_too_early_are_not_decoded(tmp_path: Path
 
     assert read(1000.0) == (1, None)
     assert read(1e-9)[1] == "damaged"
+
+
+def test_a_camera_that_begins_anew_is_seen_again_after_what_was_lost_at_the_joint(tmp_path: Path) -> None:
+    """Its clock jumps back, and a part of a frame is missing there."""
+    film = Film([RED, WHITE], 3.0, codec="libx264", options={"g": "5", "tune": "zerolatency"})
+    once = write_video(tmp_path / "a.ts", film).read_bytes()
+    (tmp_path / "live").write_bytes(once[: -188 * 2] + once[: -188 * 2] + once)
+    with (tmp_path / "live").open("rb") as file:
+        job = DecodeJob(0.01, None, [(0.0, None)], 999, 99.0, 10**7, pipe=os.dup(file.fileno()))
+        frames = [message for message, _ in decode(job) if message["kind"] == "frame"]
+    assert len(frames) > 150, "of 180"
