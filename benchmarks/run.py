@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cameras import bench_cameras
 from commands import bench_repro, bench_startup
 from embed import bench_embed
 from engines import bench_engines
@@ -35,6 +36,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "frozen": lambda chosen: bench_frozen(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "embed": lambda chosen: bench_embed(BENCH_DIR, chosen.photos, size_px=chosen.size),
     "serving": lambda chosen: bench_serving(BENCH_DIR, chosen.photos, size_px=chosen.size),
+    "cameras": lambda chosen: bench_cameras(BENCH_DIR, size_px=chosen.size),
     "engines": lambda chosen: bench_engines(BENCH_DIR, size_px=chosen.size),
     "neighbours": lambda chosen: [bench_neighbours()],
 }

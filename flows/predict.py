@@ -1,11 +1,10 @@
 """Answers for new files, and for what cameras show, with the champion and on a schedule: each file once."""
 
 import os
-from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import IO, Any
+from typing import Any
 
 from prefect import flow
 from prefect.states import Cancelled, Completed, State
@@ -13,15 +12,15 @@ from prefect.states import Cancelled, Completed, State
 import steps
 import told
 from visionloop.engines import make_opener
-from visionloop.errors import BusyError, ParamsError, SourceError, VisionLoopError
+from visionloop.errors import BusyError, ParamsError, SourceError
 from visionloop.ingest.paths.listing import is_video_name
-from visionloop.parallel import map_parallel
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.cluster import Cluster
 from visionloop.predict.files import Sampling, find_new
-from visionloop.predict.lines import Line, describe_line, open_lines, write_line
-from visionloop.predict.live import Watch, WatchPlan
+from visionloop.predict.lines import open_lines, write_line
+from visionloop.predict.live import WatchPlan
 from visionloop.predict.outbox import Outbox
+from visionloop.predict.several import follow_all, name_streams, watch_all
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 from visionloop.promotion.models import load_approved_model
@@ -114,45 +113,20 @@ def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list
     """Watch all streams at once for `predict.seconds`, append their lines to a file, and return what each came to.
 
     Raises:
-        VisionLoopError: no stream was watched; the first one's reason.
+        VisionLoopError: no stream shows anything; the first one's reason. DiskError: a line cannot be written.
     """
-    streams, lock = workspace.params.predict.streams, Lock()
+    section, hidden_dir = workspace.params.predict, workspace.settings.hidden_dir
+    named, sampling = name_streams(section.streams), Sampling(section.every_s, section.smooth_s)
+    several = len(named) > 1
+    plans = [
+        WatchPlan(path, os.environ, sampling, section.seconds, name=name, is_one_of_several=several)
+        for name, path in named
+    ]
+    webhook = section.webhook
+    open_box = partial(Outbox.open, hidden_dir, webhook=webhook, env=os.environ) if webhook else None
+    streams = follow_all(plans, predictor, workspace.name, open_box)
     with open_lines(out) as file:
-
-        def watch(stream: str) -> str | VisionLoopError:
-            try:
-                return watch_stream(workspace, predictor, stream, lambda line: write(file, line))
-            except VisionLoopError as exc:  # the others go on
-                return exc
-
-        def write(file: IO[str], line: Line) -> None:
-            with lock:
-                write_line(file, line)
-
-        ends = list(map_parallel(watch, streams, workers=len(streams)))
-    failed = [end for end in ends if isinstance(end, VisionLoopError)]
-    if len(failed) == len(ends):
-        raise failed[0]
-    return [str(end) for end in ends]
-
-
-def watch_stream(workspace: Workspace, predictor: Predictor, stream: str, take: Callable[[Line], None]) -> str:
-    """Watch one stream; return what it came to. Raises SourceError, BusyError, DiskError."""
-    section = workspace.params.predict
-    plan = WatchPlan(stream, os.environ, Sampling(section.every_s, section.smooth_s), section.seconds)
-    watch = Watch(plan, predictor)
-    hidden_dir, webhook = workspace.settings.hidden_dir, section.webhook
-    box = Outbox.open(hidden_dir, plan.shown, webhook, os.environ) if webhook else None
-    told = list[str]()
-    try:
-        for line in watch.run(watch.connect()):
-            if line:
-                take(line)
-                box.tell(workspace.name, line) if box else None
-    finally:
-        ends = watch.end()
-        for line in ends:
-            take(line)
-            box.tell(workspace.name, line) if box else None
-        told += box.close() if box else []
-    return "; ".join([f"{plan.shown}: {describe_line(ends[-1])}", *told])
+        for found in watch_all(streams):
+            if found:
+                write_line(file, found[1])
+    return [one.describe() for one in streams]

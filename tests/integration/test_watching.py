@@ -19,13 +19,13 @@ from http_server import Answer, serve
 from mjpeg_camera import PATH, Camera, Plan, film
 from shapes import ROOT
 from videos import RED, WHITE, Film, write_video
-from visionloop.cli.cameras import Shower, Telling, allow_typed_host
-from visionloop.cli.predict import choose_webhook
+from visionloop.cli.cameras import Shower, Telling, allow_typed_host, choose_webhook
 from visionloop.errors import SourceError
 from visionloop.params.loop import Webhook
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line, describe_line
 from visionloop.predict.live import StreamEnded, Watch, WatchPlan
+from visionloop.predict.several import Answerer, Followed
 from visionloop.predictor import Predictor
 
 LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever
@@ -33,10 +33,10 @@ SAYS = {RED: "a", WHITE: "c"}  # the network of the bundle with seed 0
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+def network(tmp_path_factory: pytest.TempPathFactory) -> Answerer:
     folder = tmp_path_factory.mktemp("model") / "bundle"
     make_bundle(folder)
-    return Predictor.load(folder, threads=1)
+    return Answerer(Predictor.load(folder, threads=1))
 
 
 def plan(path: str, **keys: Any) -> WatchPlan:
@@ -58,10 +58,10 @@ def read(watch: Watch, until: Callable[[Line], bool]) -> Iterator[Line]:
         watch.end()
 
 
-def test_a_change_is_told_once_when_it_is_sure(predictor: Predictor) -> None:
+def test_a_change_is_told_once_when_it_is_sure(network: Answerer) -> None:
     camera = Camera()
     with film(camera) as site:
-        watch, told = Watch(plan(f"{site.url}{PATH}"), predictor), []
+        watch, told = Watch(plan(f"{site.url}{PATH}"), network), []
         for line in read(watch, lambda line: line["kind"] == "change" and line["before"] == "c"):
             told.append((line["kind"], line.get("prediction"), line.get("before")))
             camera.color = {"a": WHITE, "c": RED}[line["prediction"]]
@@ -72,19 +72,19 @@ def test_a_change_is_told_once_when_it_is_sure(predictor: Predictor) -> None:
 
 
 def test_frames_that_the_network_is_too_slow_for_are_passed_over_and_the_newest_is_answered(
-    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+    network: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = predictor.predict_each
+    quick = network.answer
 
-    def be_slow(images: Any) -> Any:
+    def be_slow(jpeg: bytes) -> Any:
         before, deadline = watch.num_passed_over, time.monotonic() + LIMIT_S
         while watch.num_passed_over < before + 8 and time.monotonic() < deadline:
             time.sleep(0.01)
-        return quick(images)
+        return quick(jpeg)
 
-    monkeypatch.setattr(predictor, "predict_each", be_slow)
+    monkeypatch.setattr(network, "answer", be_slow)
     with film(Camera()) as site:
-        watch = Watch(plan(f"{site.url}{PATH}", frames=2, each_frame=True), predictor)
+        watch = Watch(plan(f"{site.url}{PATH}", frames=2, each_frame=True), network)
         lines = [*(one for one in watch.run(watch.connect()) if one), *watch.end()]
     first, second = [datetime.fromisoformat(one["at"]) for one in lines if one["kind"] == "frame"]
     assert (second - first).total_seconds() >= 8 * 0.05 - 0.01, "the newest, behind eight that were passed over"
@@ -96,10 +96,10 @@ def test_frames_that_the_network_is_too_slow_for_are_passed_over_and_the_newest_
 @pytest.mark.parametrize(
     ("then", "reason"), [("end", "has ended"), ("hang", "no frame for"), ("noise", "damaged|ended|cannot be read")]
 )
-def test_a_stream_that_breaks_off_is_connected_to_again(then: str, reason: str, predictor: Predictor) -> None:
+def test_a_stream_that_breaks_off_is_connected_to_again(then: str, reason: str, network: Answerer) -> None:
     with film(Camera([Plan(20, then), Plan()])) as site:
         stall_s = 1.0 if then == "hang" else LIMIT_S
-        watch = Watch(plan(f"{site.url}{PATH}", stall_s=stall_s), predictor)
+        watch = Watch(plan(f"{site.url}{PATH}", stall_s=stall_s), network)
         lines = list(read(watch, lambda line: line["kind"] == "back"))
     kinds = [line["kind"] for line in lines]
     assert kinds == ["change", "lost", "back"]
@@ -107,10 +107,10 @@ def test_a_stream_that_breaks_off_is_connected_to_again(then: str, reason: str, 
     assert lines[2]["after_s"] > 0
 
 
-def test_what_is_the_same_after_a_gap_is_no_change(predictor: Predictor) -> None:
+def test_what_is_the_same_after_a_gap_is_no_change(network: Answerer) -> None:
     camera = Camera([Plan(20), Plan()])
     with film(camera) as site:
-        watch = Watch(plan(f"{site.url}{PATH}"), predictor)
+        watch = Watch(plan(f"{site.url}{PATH}"), network)
         told = []
         for line in read(watch, lambda line: line["kind"] == "change" and line["prediction"] == "c"):
             told.append(line["kind"])
@@ -120,32 +120,32 @@ def test_what_is_the_same_after_a_gap_is_no_change(predictor: Predictor) -> None
 
 
 @pytest.mark.parametrize("then", ["end", "noise"])
-def test_a_camera_without_a_frame_is_an_error_at_once(then: str, predictor: Predictor) -> None:
+def test_a_camera_without_a_frame_is_an_error_at_once(then: str, network: Answerer) -> None:
     with film(Camera([Plan(0, then)])) as site:
-        watch = Watch(plan(f"{site.url}{PATH}"), predictor)
+        watch = Watch(plan(f"{site.url}{PATH}"), network)
         with pytest.raises(StreamEnded, match=rf"^{site.url}/live: (has no frame|gives no video|.*ended)") as caught:
             list(read(watch, lambda line: False))
     assert (caught.value.exit_code, caught.value.transient) == (2, True)
 
 
-def test_no_secret_is_told(predictor: Predictor) -> None:
+def test_no_secret_is_told(network: Answerer) -> None:
     camera = Camera([Plan(20), Plan()], login="Basic YWRtaW46cEBzc3cwcmQ=")
     with film(camera) as site:
         env = {**allow_typed_host(f"{site.url}", {}), "CAM": "p@ssw0rd"}
         path = f"http://admin:${{CAM}}@{site.host}{PATH}?token=t0ken"
-        watch = Watch(WatchPlan(path, env, Sampling(0.05, 0.2), seconds=LIMIT_S, wait_s=0.05), predictor)
+        watch = Watch(WatchPlan(path, env, Sampling(0.05, 0.2), seconds=LIMIT_S, wait_s=0.05), network)
         lines = [*read(watch, lambda line: line["kind"] == "back"), *watch.end()]
         text = json.dumps(lines) + "".join(map(describe_line, lines))
         for wrong in (f"http://admin:wr0ngpw@{site.host}{PATH}", f"http://admin:wr0ng/pw@{site.host}{PATH}"):
             with pytest.raises(SourceError) as caught:
-                Watch(plan(wrong), predictor).connect()
+                Watch(plan(wrong), network).connect()
             text += str(caught.value)
     assert {line["source"] for line in lines} == {f"http://***@{site.host}{PATH}"}
     for secret in ("p@ssw0rd", "p%40ssw0rd", "t0ken", "wr0ng", "admin"):
         assert secret not in text
 
 
-def test_a_stream_that_changes_its_size_and_one_of_4k_are_answered(tmp_path: Path, predictor: Predictor) -> None:
+def test_a_stream_that_changes_its_size_and_one_of_4k_are_answered(tmp_path: Path, network: Answerer) -> None:
     sizes, parts = [(48, 64), (2160, 3840), (120, 160)], []
     for number, size_hw in enumerate(sizes):
         clip = Film(
@@ -168,28 +168,22 @@ def test_a_stream_that_changes_its_size_and_one_of_4k_are_answered(tmp_path: Pat
                 time.sleep(0.01)
 
     with serve({"/ts": send}) as site:
-        watch = Watch(plan(f"{site.url}/ts", each_frame=True, sampling=Sampling(0.04, 0.0)), predictor)
+        watch = Watch(plan(f"{site.url}/ts", each_frame=True, sampling=Sampling(0.04, 0.0)), network)
         frames = list(read(watch, lambda line: line["kind"] == "lost" or line.get("before") == "c"))
     assert [one["prediction"] for one in frames if one["kind"] == "change"] == ["a", "c", "a"]
 
 
-def test_a_file_on_a_server_is_no_stream(tmp_path: Path, predictor: Predictor) -> None:
+def test_a_file_on_a_server_is_no_stream(tmp_path: Path, network: Answerer) -> None:
     body = write_video(tmp_path / "a.mp4").read_bytes()
     with serve({"/a.mp4": Answer(body)}) as site:
-        stream = Watch(plan(f"{site.url}/a.mp4"), predictor).connect()
+        stream = Watch(plan(f"{site.url}/a.mp4"), network).connect()
         assert stream.file is not None
         assert stream.file.download(tmp_path / "b.mp4").read_bytes() == body
 
 
-def test_a_playlist_says_what_to_name_instead(predictor: Predictor) -> None:
-    answer = Answer(b"#EXTM3U\n", headers={"Content-Type": "application/vnd.apple.mpegurl"})
-    with serve({"/a.m3u8": answer}) as site, pytest.raises(SourceError, match=r"is a playlist \(HLS\).*RTSP or MJPEG"):
-        Watch(plan(f"{site.url}/a.m3u8"), predictor).connect()
-
-
-def test_metadata_addresses_are_refused_also_when_they_are_typed(predictor: Predictor) -> None:
+def test_metadata_addresses_are_refused_also_when_they_are_typed(network: Answerer) -> None:
     with pytest.raises(SourceError, match="metadata address"):
-        Watch(plan("http://169.254.169.254/latest"), predictor).connect()
+        Watch(plan("http://169.254.169.254/latest"), network).connect()
 
 
 @pytest.fixture
@@ -236,7 +230,7 @@ def test_a_signal_ends_it_with_a_summary_and_the_events_are_at_the_webhook(
         (("a.png", "--seconds", "3"), "--seconds: is for a stream; expected rtsp://"),
         (
             ("rtsp://u:pw0rd@h/1", "a.png"),
-            "rtsp://\\*\\*\\*@h/1: is a stream, and 1 more paths are named; expected one",
+            "rtsp://\\*\\*\\*@h/1: is a stream, and a path beside it is none; expected streams alone, or files alone",
         ),
         (("rtsp://h/1", "--sheet", "a.png"), "--sheet: is for files; expected --out FILE.jsonl, --json or --webhook"),
         (("rtsp://h/1", "--out", "a.csv"), "--out: got 'a.csv'; expected a file that ends in .jsonl"),
@@ -276,12 +270,14 @@ def test_a_film_on_a_server_is_answered_also_in_the_file(
     assert (before, line, len(bundle), line["path"]) == ({}, shown, 64, address)
 
 
-def test_a_webhook_that_is_away_is_told_while_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    show = Shower(Telling(as_json=True), None)
-    for problem in ("", "answers 404", "answers 404", "", "answers 404", "answers 503"):
-        show.warn(problem)
-    told = capsys.readouterr()
-    assert (told.out, told.err) == ("", "note: answers 404\nnote: answers 404\nnote: answers 503\n")
+def test_a_webhook_that_is_away_is_told_while_it_goes_on(network: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+    gate, yard = (Followed(Watch(WatchPlan("/dev/video0", {}, name=one), network), "pets") for one in ("gate", "yard"))
+    for streams, name in (([gate], ""), ([gate, yard], "gate: ")):
+        show = Shower(Telling(as_json=True), None, streams)
+        for problem in ("", "answers 404", "answers 404", "", "answers 404", "answers 503"):
+            show.warn(gate, problem)
+        told = capsys.readouterr()
+        assert (told.out, told.err.splitlines()) == ("", [f"note: {name}answers {code}" for code in (404, 404, 503)])
 
 
 def test_headers_of_a_webhook_go_to_its_own_address_alone() -> None:
@@ -293,7 +289,7 @@ def test_headers_of_a_webhook_go_to_its_own_address_alone() -> None:
 
 
 def test_a_host_that_is_slow_to_refuse_is_asked_less_and_less_often(
-    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+    network: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection that gave no frame was none, however long it took."""
     monkeypatch.setattr("visionloop.predict.live.STEADY_S", 0.0)
@@ -307,7 +303,7 @@ def test_a_host_that_is_slow_to_refuse_is_asked_less_and_less_often(
 
     monkeypatch.setattr(Watch, "_pause", note)
     with film(Camera([Plan(20), Plan(0)])) as site:
-        watch = Watch(plan(f"{site.url}{PATH}"), predictor)
+        watch = Watch(plan(f"{site.url}{PATH}"), network)
         list(read(watch, lambda line: False))
     assert waits == [0.05, 0.1, 0.2, 0.4]
 
@@ -333,19 +329,19 @@ def rtsp_camera() -> "Iterator[subprocess.Popen[str]]":
         process.kill()
 
 
-def test_a_real_rtsp_camera_with_h264(rtsp_camera: "subprocess.Popen[str]", predictor: Predictor) -> None:
+def test_a_real_rtsp_camera_with_h264(rtsp_camera: "subprocess.Popen[str]", network: Answerer) -> None:
     assert rtsp_camera.stdin and rtsp_camera.stdout
     address = f"127.0.0.1:{int(rtsp_camera.stdout.readline())}/cam"
     env = {**allow_typed_host(f"rtsp://{address}", {}), "CAM": "p@ss/w0rd"}
     sampling = Sampling(0.2, 0.5)
-    watch = Watch(WatchPlan(f"rtsp://admin:${{CAM}}@{address}", env, sampling, seconds=LIMIT_S), predictor)
+    watch = Watch(WatchPlan(f"rtsp://admin:${{CAM}}@{address}", env, sampling, seconds=LIMIT_S), network)
     told = []
     for line in read(watch, lambda line: line["kind"] == "change" and line["prediction"] == "c"):
         told += [line["prediction"]] if line["kind"] == "change" else []
         rtsp_camera.stdin.write("0xfffafafa\n")
         rtsp_camera.stdin.flush()
     assert told == ["a", "c"]
-    wrong = Watch(WatchPlan(f"rtsp://admin:wr0ngpw@{address}", env, sampling), predictor)
+    wrong = Watch(WatchPlan(f"rtsp://admin:wr0ngpw@{address}", env, sampling), network)
     with pytest.raises(StreamEnded, match="401 Unauthorized") as caught:
         list(read(wrong, lambda line: False))
     assert "wr0ng" not in str(caught.value)

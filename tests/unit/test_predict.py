@@ -325,7 +325,7 @@ def test_a_sheet_shows_all_of_few_images(
     drawn: list[str] = []
     monkeypatch.setattr(
         "visionloop.data.contact_sheet.draw_prediction_sheet",
-        lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
+        lambda panels, title, notes: drawn.extend([*(panel.note for panel in panels), title]) or b"",
     )
     draw_sheet(Predictor.load(tmp_path / "bundle"), [*files, tmp_path / "film.mp4"], most=most)
     assert len(set(drawn[:-1])) == len(drawn) - 1 == shown, "none twice"

@@ -8,17 +8,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
+from visionloop.records import measure_width
+
 if TYPE_CHECKING:
-    from visionloop.params.loop import Webhook
-    from visionloop.predict.files import FilePrediction
+    from visionloop.ingest.video.webstream import WebStream
+    from visionloop.params.loop import Predict, Webhook
+    from visionloop.predict.files import FilePrediction, Sampling
     from visionloop.predict.lines import Line
     from visionloop.predict.live import Watch, WatchPlan
+    from visionloop.predict.several import Followed
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 
@@ -36,6 +40,87 @@ class Telling:
     as_json: bool = False
 
 
+@dataclass(frozen=True)
+class StreamWishes:
+    """What is asked of streams alone. `of_params`: those of params.yaml are watched."""
+
+    seconds: float | None
+    frames: int | None
+    each_frame: bool
+    webhook: str | None
+    of_params: bool = False
+
+
+def find_streams(
+    paths: Sequence[str], wishes: StreamWishes, section: "Predict", of_files: Mapping[str, object]
+) -> list[tuple[str, str]]:
+    """Return (name, address) of the streams that are asked about; none: files are.
+
+    Raises:
+        SourceError: with files beside them, or with what is for the other; one is named twice.
+    """
+    from visionloop.errors import SourceError
+    from visionloop.predict.several import is_stream, name_streams
+
+    if wishes.of_params:
+        if paths:
+            raise SourceError("--streams", "is there, and PATHS too", "one of them")
+        if not section.streams:
+            raise SourceError("--streams", "params.yaml `predict.streams` names none", "a stream", "Edit the file.")
+    streams = section.streams if wishes.of_params else [path for path in paths if is_stream(path)]
+    if not streams:
+        names = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}
+        names["--each-frame"] = wishes.each_frame or None
+        if name := next((name for name, value in names.items() if value is not None), None):
+            raise SourceError(name, "is for a stream", "rtsp://, http://, https:// or /dev/video0 as the path")
+        return []
+    named = name_streams(streams)
+    if len(paths) > len(streams):
+        found = "is a stream, and a path beside it is none"
+        raise SourceError(named[0][0], found, "streams alone, or files alone", "Start one command for each.")
+    if name := next((name for name, value in of_files.items() if value), None):
+        raise SourceError(name, "is for files", "--out FILE.jsonl, --json or --webhook with a stream")
+    return named
+
+
+def make_plans(named: Sequence[tuple[str, str]], sampling: "Sampling", wishes: StreamWishes) -> "list[WatchPlan]":
+    """Return how streams are watched. Of those that were typed the hosts may be private."""
+    from visionloop.predict.live import WatchPlan
+
+    return [
+        WatchPlan(
+            path,
+            os.environ if wishes.of_params else allow_typed_host(path, os.environ),
+            sampling,
+            wishes.seconds,
+            wishes.frames,
+            wishes.each_frame,
+            name=name,
+            is_one_of_several=len(named) > 1,
+        )
+        for name, path in named
+    ]
+
+
+def choose_webhook(typed: str | None, section: "Webhook | None") -> "Webhook | None":
+    """Return where events go. The headers of params.yaml, which may be secret, go to its own address alone.
+
+    Raises:
+        SourceError: what was typed is no address.
+    """
+    from pydantic import ValidationError
+
+    from visionloop.errors import SourceError
+    from visionloop.params.loop import Webhook
+
+    if typed is None or (section and section.url == typed):
+        return section
+    try:
+        return Webhook(url=typed)
+    except ValidationError:
+        raise SourceError("--webhook", f"got {typed[:20]!r}", "a URL, http:// or https://") from None
+
+
 def allow_typed_host(path: str, env: Mapping[str, str]) -> dict[str, str]:
     """Let the host that a person has typed be a private one, as cameras are. Addresses of metadata never are."""
     from visionloop.web.download import PRIVATE_HOSTS
@@ -44,55 +129,64 @@ def allow_typed_host(path: str, env: Mapping[str, str]) -> dict[str, str]:
     return {**env, PRIVATE_HOSTS: f"{env.get(PRIVATE_HOSTS, '')} {typed[1] if typed else ''}".strip()}
 
 
-def watch_camera(
-    workspace: "Workspace", predictor: "Predictor", plan: "WatchPlan", telling: Telling, webhook: "Webhook | None"
+def watch_cameras(
+    workspace: "Workspace",
+    predictor: "Predictor",
+    plans: Sequence["WatchPlan"],
+    telling: Telling,
+    webhook: "Webhook | None",
 ) -> "FilePrediction | None":
-    """Watch a stream until a limit, Ctrl-C or SIGTERM. An address that is a video file gives its answer instead.
+    """Watch streams until a limit, Ctrl-C or SIGTERM. The address of a video file alone gives its answer instead.
 
     Raises:
-        SourceError: the address is wrong, or gives no frame. DiskError: `out` cannot be written.
+        SourceError: an address is wrong, or none gives a frame. DiskError: `out` cannot be written.
     """
-    from visionloop.predict.files import predict_video
-    from visionloop.predict.lines import open_lines, write_line
-    from visionloop.predict.live import Watch
+    from visionloop.ingest.video.cameras import Reach, read_address
+    from visionloop.predict.lines import open_lines
     from visionloop.predict.outbox import Outbox
-    from visionloop.predict.tables import make_line
-    from visionloop.video.player import Player
+    from visionloop.predict.several import follow_all, watch_all
 
+    for plan in plans:
+        read_address(plan.path, Reach(plan.env, plan.shown))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_lines(telling.out)) if telling.out else None
-        show = Shower(telling, file)
-        watch = Watch(plan, predictor)
-        stream = watch.connect()
-        if stream.file:
-            folder, player = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(Player())
-            found = predict_video(predictor, stream.file.download(Path(folder) / "video"), plan.sampling, player)
-            found = replace(found, path=plan.shown)
-            if file:
-                write_line(file, make_line(found, predictor.digest))
-            return found
-        box = Outbox.open(workspace.settings.hidden_dir, plan.shown, webhook, os.environ) if webhook else None
-        show.send = partial(box.tell, workspace.name) if box else None
-        try:
-            with stop_on_signals(watch):
-                for line in watch.run(stream):
-                    show.take(line, watch)
-                    show.warn(box.problem if box else "")
-        finally:
-            lines = watch.end()  # whatever has happened, the camera is let go
-        for line in lines:
-            show.take(line, watch)
-        for told in box.close() if box else ():
-            print(told, file=sys.stderr, flush=True)
+        hidden_dir = workspace.settings.hidden_dir
+        open_box = partial(Outbox.open, hidden_dir, webhook=webhook, env=os.environ) if webhook else None
+        streams = follow_all(plans, predictor, workspace.name, open_box)
+        opened = streams[0].watch.connect() if len(streams) == 1 else None
+        if opened and opened.file:
+            return _answer_film(predictor, plans[0], opened.file, file)
+        show = Shower(telling, file, streams)
+        with stop_on_signals([one.watch for one in streams]):
+            for found in watch_all(streams, opened):
+                show.take(found)
+        show.close()
     return None
 
 
+def _answer_film(
+    predictor: "Predictor", plan: "WatchPlan", film: "WebStream", file: IO[str] | None
+) -> "FilePrediction":
+    from visionloop.predict.files import predict_video
+    from visionloop.predict.lines import write_line
+    from visionloop.predict.tables import make_line
+    from visionloop.video.player import Player
+
+    with tempfile.TemporaryDirectory() as folder, Player() as player:
+        found = predict_video(predictor, film.download(Path(folder) / "video"), plan.sampling, player)
+    found = replace(found, path=plan.shown)
+    if file:
+        write_line(file, make_line(found, predictor.digest))
+    return found
+
+
 @contextlib.contextmanager
-def stop_on_signals(watch: "Watch") -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a watch in order, between two lines. The second one ends it where it is."""
+def stop_on_signals(watches: Sequence["Watch"]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end watches in order, between two lines. The second one ends them where they are."""
 
     def stop(number: int, frame: object) -> None:
-        watch.stop("stopped" if number == signal.SIGINT else "terminated")
+        for watch in watches:
+            watch.stop("stopped" if number == signal.SIGINT else "terminated")
         for each, old in before.items():
             signal.signal(each, old)
 
@@ -105,36 +199,59 @@ def stop_on_signals(watch: "Watch") -> Iterator[None]:
 
 
 class Shower:
-    """Tells each line where it is wanted, and what goes on in a line of its own on a terminal."""
+    """Tells each line where it is wanted, and what goes on in a line of its own on a terminal.
 
-    def __init__(self, telling: Telling, file: IO[str] | None) -> None:
-        self._telling, self._file = telling, file
-        self.send: Callable[[Line], None] | None = None
+    Of several streams each line begins with the name of its stream.
+    """
+
+    def __init__(self, telling: Telling, file: IO[str] | None, streams: Sequence["Followed"]) -> None:
+        self._telling, self._file, self._streams = telling, file, streams
         self._is_live = sys.stdout.isatty() and not telling.quiet and not telling.as_json
         self._has_begun = telling.quiet or telling.as_json
-        self._shown_at, self._is_drawn, self._problem = 0.0, False, ""
+        self._width = max(measure_width(one.shown) for one in streams)
+        self._shown_at, self._is_drawn = 0.0, False
+        self._problems = dict.fromkeys((one.shown for one in streams), "")
 
-    def take(self, line: "Line | None", watch: "Watch") -> None:
-        """Tell a line; None: show how it goes. Raises DiskError."""
+    def take(self, found: "tuple[Followed, Line] | None") -> None:
+        """Tell a line of a stream; None: show how it goes. Raises DiskError."""
         from visionloop.predict.lines import describe_line, write_line
 
-        if not self._has_begun and watch.num_answered:
+        if not self._has_begun and (len(self._streams) > 1 or self._streams[0].watch.num_answered):
             self._has_begun = True
-            self._print(describe_begin(watch))
-        if line is None:
-            self._draw(watch)
+            self._print(describe_begin([one.watch for one in self._streams]))
+        for one in self._streams:
+            self.warn(one, one.box.problem if one.box else "")
+        if found is None:
+            self._draw()
             return
+        stream, line = found
         if self._file:
             write_line(self._file, line)
-        self._print(json.dumps(line, ensure_ascii=False) if self._telling.as_json else describe_line(line))
-        if self.send:
-            self.send(line)
+        self._print(
+            json.dumps(line, ensure_ascii=False)
+            if self._telling.as_json
+            else self._name(stream, describe_line(line), "  ")
+        )
 
-    def warn(self, problem: str) -> None:
-        """Tell a problem of the webhook, on stderr; again only after it has passed. "": there is none."""
-        if problem and problem != self._problem:
-            self._print(f"note: {problem}", sys.stderr)
-        self._problem = problem
+    def warn(self, stream: "Followed", problem: str) -> None:
+        """Tell a problem of a stream's webhook, on stderr; again only after it has passed. "": there is none."""
+        if problem and problem != self._problems[stream.shown]:
+            self._print(f"note: {self._name(stream, problem, ': ')}", sys.stderr)
+        self._problems[stream.shown] = problem
+
+    def close(self) -> None:
+        """Tell, on stderr, what is to be known beyond the lines: of the webhook, and of streams that ended early."""
+        for one in self._streams:
+            for told in one.told:
+                self._print(self._name(one, told, ": "), sys.stderr)
+            if one.failure:
+                self._print(f"note: {one.failure}", sys.stderr)
+
+    def _name(self, stream: "Followed", text: str, divider: str) -> str:
+        if len(self._streams) == 1:
+            return text
+        width = self._width - measure_width(stream.shown) if divider == "  " else 0
+        return f"{stream.shown}{' ' * width}{divider}{text}"
 
     def _print(self, line: str, to: TextIO | None = None) -> None:
         if self._is_drawn:
@@ -142,27 +259,37 @@ class Shower:
         self._is_drawn = False
         print(line, file=to, flush=True)
 
-    def _draw(self, watch: "Watch") -> None:
+    def _draw(self) -> None:
         now = time.monotonic()
         if self._is_live and now - self._shown_at >= LIVE_EVERY_S:
             self._shown_at, self._is_drawn = now, True
-            print(f"\r{describe_state(watch)[:WIDTH]:<{WIDTH}}", end="", flush=True)
+            print(f"\r{describe_state([one.watch for one in self._streams])[:WIDTH]:<{WIDTH}}", end="", flush=True)
 
 
-def describe_begin(watch: "Watch") -> str:
+def describe_begin(watches: Sequence["Watch"]) -> str:
     """Say what is watched."""
-    every = f"a frame every {watch.plan.sampling.every_s:g} s"
-    return f"watching {watch.plan.shown}: {every}, by bundle {watch.digest[:12]}; Ctrl-C stops"
+    first = watches[0]
+    what = first.plan.shown if len(watches) == 1 else f"{len(watches)} streams"
+    every = f"a frame every {first.plan.sampling.every_s:g} s"
+    return f"watching {what}: {every}, by bundle {first.digest[:12]}; Ctrl-C stops"
 
 
-def describe_state(watch: "Watch") -> str:
+def describe_state(watches: Sequence["Watch"]) -> str:
     """Return what is seen now, and how many frames were answered and passed over."""
     from visionloop.predict.lines import format_length
 
+    said = _describe_last(watches[0])
+    if len(watches) > 1:
+        said = f"{sum(each.last is not None for each in watches)} of {len(watches)} streams"
+    num_passed_over = sum(each.num_passed_over for each in watches)
+    passed = f", {num_passed_over:,} passed over" if num_passed_over else ""
+    num_answered = sum(each.num_answered for each in watches)
+    return f"{said}  {num_answered:,} frames{passed}  {format_length(watches[0].took_s)}"
+
+
+def _describe_last(watch: "Watch") -> str:
     last = watch.last
-    said = "no frame"
-    if last:
-        answer = last.prediction or "no label"
-        said = f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"
-    passed = f", {watch.num_passed_over:,} passed over" if watch.num_passed_over else ""
-    return f"{said}  {watch.num_answered:,} frames{passed}  {format_length(watch.took_s)}"
+    if not last:
+        return "no frame"
+    answer = last.prediction or "no label"
+    return f"don't know (at best {answer})" if last.abstained else f"{answer} {last.confidence:.0%}"

@@ -131,23 +131,30 @@ def describe_picture(answer: "FilePrediction", shown: Mapping[str, str]) -> tupl
     return said, [piece for pair in others[:NUM_OTHERS] for piece in pair]
 
 
-def draw_sheet(predictor: "Predictor", files: Sequence[Path], *, most: int = SHEET_IMAGES) -> bytes:
+def draw_sheet(
+    predictor: "Predictor", files: Sequence[Path], notes: Sequence[str] = (), *, most: int = SHEET_IMAGES
+) -> bytes:
     """Draw some of the images, evenly spaced, with their answers and the likeliest classes as bars, as PNG.
 
+    `notes` stand below them: which files are not there, and why.
     Where an image's folder is named as a class, that is taken for the truth: the title is then green or red.
     """
     from visionloop.data.contact_sheet import draw_prediction_sheet
     from visionloop.errors import ImageError
     from visionloop.ingest.paths.listing import is_video_name
+    from visionloop.ingest.paths.names import escape_name
 
     images = [path for path in files if not is_video_name(path.name)]
     number = min(most, len(images))
     chosen = [images[round(i * (len(images) - 1) / max(1, number - 1))] for i in range(number)]
-    panels = []
+    panels, gone = [], []
     for path, answer in zip(chosen, predictor.predict_each(chosen), strict=True):
-        if not isinstance(answer, ImageError):
+        if isinstance(answer, ImageError):
+            gone.append(f"{escape_name(str(path))}: {answer.found}")
+        else:
             panels.append(_make_panel(predictor, path, answer))
-    return draw_prediction_sheet(panels, f"{len(panels)} of {len(images):,} images, bundle {predictor.digest[:12]}")
+    title = f"{len(panels)} of {len(images):,} images, bundle {predictor.digest[:12]}"
+    return draw_prediction_sheet(panels, title, [*notes, *gone])
 
 
 def _make_panel(predictor: "Predictor", path: Path, answer: "Prediction") -> "Panel":

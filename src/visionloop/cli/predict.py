@@ -1,6 +1,5 @@
 """The command `predict`: answers for images, videos and folders, or a camera that is watched (`cameras.py`)."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say_next
-from visionloop.cli.cameras import Telling, allow_typed_host, watch_camera
+from visionloop.cli.cameras import StreamWishes, Telling, choose_webhook, find_streams, make_plans, watch_cameras
 from visionloop.cli.waiting import make_progress, tell_when_stopped
+from visionloop.errors import SettingsError
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
     from visionloop.params.loop import Webhook
     from visionloop.predict.files import FilePrediction, Sampling
+    from visionloop.predict.live import WatchPlan
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 
@@ -27,9 +28,10 @@ BAR_CHARS = 20
 SHOWN_OF_TABLE = 20
 FEW = 8
 SHOWN_SEGMENTS = 12
+SHOWN_UNUSABLE = 5
 MANY = 500  # images for which the fastest engine is worth looking for
 Paths = Annotated[
-    list[str], typer.Argument(help="Images, videos, folders, globs in quotes; or one stream: rtsp://, /dev/video0.")
+    list[str] | None, typer.Argument(help="Images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0.")
 ]
 Out = Annotated[
     Path | None,
@@ -52,12 +54,13 @@ Smooth = Annotated[
 Seconds = Annotated[float | None, typer.Option(min=0.1, help="Of a stream: end after so long.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Of a stream: end after so many answers.")]
 EachFrame = Annotated[bool, typer.Option("--each-frame", help="Of a stream: a line for each answer too.")]
+Streams = Annotated[bool, typer.Option("--streams", help="Watch the streams of params.yaml `predict.streams`.")]
 Hook = Annotated[str | None, typer.Option(metavar="URL", help="Of a stream: POST each event there, as JSON.")]
 
 
 @app.command()
 def predict(
-    paths: Paths,
+    paths: Paths = None,
     *,
     out: Out = None,
     format: Form = None,
@@ -71,10 +74,11 @@ def predict(
     frames: Frames = None,
     each_frame: EachFrame = False,
     webhook: Hook = None,
+    streams: Streams = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answer for images, videos, folders and globs with the champion, or watch a camera and tell each change.
+    """Answer for images, videos, folders and globs with the champion, or watch cameras and tell each change.
 
     A file that cannot be used gets its reason. A stream that breaks off is connected to again; Ctrl-C ends it.
 
@@ -92,16 +96,27 @@ def predict(
 
       visionloop predict 'rtsp://admin:${CAM_PASSWORD}@192.168.1.20/stream1'
 
+      visionloop predict gate=rtsp://192.168.1.20/stream1 yard=http://192.168.1.21/video.mjpg
+
       visionloop predict /dev/video0 --out events.jsonl --seconds 3600 --webhook https://example.com/hook
     """
+    if not paths and not streams:
+        expected = "images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0"
+        raise SettingsError(
+            "visionloop predict", "PATHS is missing", expected, "For example `visionloop predict a.jpg`."
+        )
     workspace = open_workspace()
     telling = Telling(out, quiet=quiet, as_json=as_json)
     asked = Asked(make_sampling(workspace, every, smooth), telling, bundle, top)
-    wishes = StreamWishes(seconds, frames, each_frame, webhook)
-    if find_stream(paths, wishes, {"--format": format, "--sheet": sheet, "--pictures": pictures}):
-        _watch(workspace, paths[0], asked, wishes)
+    wishes = StreamWishes(seconds, frames, each_frame, webhook, streams)
+    section = workspace.params.predict
+    if named := find_streams(
+        paths or (), wishes, section, {"--format": format, "--sheet": sheet, "--pictures": pictures}
+    ):
+        plans = make_plans(named, asked.sampling, wishes)
+        _watch(workspace, plans, asked, choose_webhook(webhook, section.webhook))
     else:
-        _predict_files(workspace, paths, asked, FileWishes(format, sheet, pictures))
+        _predict_files(workspace, paths or (), asked, FileWishes(format, sheet, pictures))
 
 
 @dataclass(frozen=True)
@@ -171,16 +186,6 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     say_next("`visionloop explain PHOTO` shows why", quiet=quiet or as_json)
 
 
-@dataclass(frozen=True)
-class StreamWishes:
-    """What is asked of a stream alone."""
-
-    seconds: float | None
-    frames: int | None
-    each_frame: bool
-    webhook: str | None
-
-
 def make_sampling(workspace: "Workspace", every: float | None, smooth: float | None) -> "Sampling":
     """Return how videos and streams are looked at: as the options say, else as params.yaml does."""
     from visionloop.predict.files import Sampling
@@ -192,62 +197,17 @@ def make_sampling(workspace: "Workspace", every: float | None, smooth: float | N
     )
 
 
-def find_stream(paths: Sequence[str], wishes: StreamWishes, of_files: Mapping[str, object]) -> bool:
-    """Say whether a stream is asked about. Raises SourceError: with files beside it, or with what is for the other."""
-    from visionloop.errors import SourceError
-    from visionloop.ingest.video.cameras import hide_login, is_camera
-
-    streams = [path for path in paths if is_camera(path) and not Path(path).is_file()]
-    if not streams:
-        names = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}
-        names["--each-frame"] = wishes.each_frame or None
-        if name := next((name for name, value in names.items() if value is not None), None):
-            raise SourceError(name, "is for a stream", "rtsp://, http://, https:// or /dev/video0 as the path")
-        return False
-    if len(paths) > 1:
-        todo = "Start one command for each, or name them in params.yaml `predict.streams`."
-        raise SourceError(
-            hide_login(streams[0]), f"is a stream, and {len(paths) - 1} more paths are named", "one", todo
-        )
-    if name := next((name for name, value in of_files.items() if value), None):
-        raise SourceError(name, "is for files", "--out FILE.jsonl, --json or --webhook with a stream")
-    return True
-
-
-def _watch(workspace: "Workspace", path: str, asked: Asked, wishes: StreamWishes) -> None:
-    """Watch a stream; an address of a video file is answered as one."""
-    from visionloop.predict.live import WatchPlan
-
-    telling, webhook = asked.telling, choose_webhook(wishes.webhook, workspace.params.predict.webhook)
+def _watch(workspace: "Workspace", plans: "Sequence[WatchPlan]", asked: Asked, webhook: "Webhook | None") -> None:
+    """Watch streams; an address of a video file is answered as one."""
+    telling = asked.telling
     tell: Callable[[str], None] = (lambda line: None) if telling.as_json or telling.quiet else print
     predictor = _open_predictor(workspace, asked.bundle, MANY, tell)
-    env = allow_typed_host(path, os.environ)
-    plan = WatchPlan(path, env, asked.sampling, wishes.seconds, wishes.frames, wishes.each_frame)
-    if video := watch_camera(workspace, predictor, plan, telling, webhook):
+    if video := watch_cameras(workspace, predictor, plans, telling, webhook):
         show = Shown(measure_width(video.path), asked.top or 3, 1, tell)
         show.read([video], keep=telling.as_json)
         if telling.as_json:
             print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": 1, "answers": show.kept})
-        _require_answer(show, [plan.shown], 1)
-
-
-def choose_webhook(typed: str | None, section: "Webhook | None") -> "Webhook | None":
-    """Return where events go. The headers of params.yaml, which may be secret, go to its own address alone.
-
-    Raises:
-        SourceError: what was typed is no address.
-    """
-    from pydantic import ValidationError
-
-    from visionloop.errors import SourceError
-    from visionloop.params.loop import Webhook
-
-    if typed is None or (section and section.url == typed):
-        return section
-    try:
-        return Webhook(url=typed)
-    except ValidationError:
-        raise SourceError("--webhook", f"got {typed[:20]!r}", "a URL, http:// or https://") from None
+        _require_answer(show, [video.path], 1)
 
 
 def _require_answer(show: "Shown", paths: Sequence[str], number: int) -> None:
@@ -266,12 +226,14 @@ def _tell_counts(
 
     numbers = _describe_numbers(predictor.card.classes)
     if len(files) > 1:
-        show.tell(describe_counts(show.counts, len(files)))
+        show.tell(
+            describe_counts(show.counts, len(files), bad=[show.unusable[one][0] for one in sorted(show.unusable)])
+        )
     if saved and show.counts:
         show.tell(f"{saved.number:,} pictures in {saved.folder}{numbers}")
     if sheet and show.counts:
         usable = [path for number, path in enumerate(files) if number not in show.unusable]
-        write_picture(sheet, draw_sheet(predictor, usable))
+        write_picture(sheet, draw_sheet(predictor, usable, show.describe_unusable()))
         show.tell(f"some of them in {sheet}{numbers}")
 
 
@@ -303,7 +265,7 @@ class Shown:
     tell: Callable[[str], None]
     counts: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
-    unusable: set[int] = field(default_factory=set)
+    unusable: dict[int, tuple[str, str | None]] = field(default_factory=dict)  # path, and why not
     kept: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, answers: Iterable["FilePrediction"], *, keep: bool = False) -> None:
@@ -315,7 +277,7 @@ class Shown:
                 self.tell("\n".join(describe_answer(answer, self.width, self.top)))
             if answer.prediction is None:
                 self.problem = self.problem or answer.error
-                self.unusable.add(number)
+                self.unusable[number] = answer.path, answer.error
             else:
                 said = answer.prediction.prediction or "no label"
                 self.counts["don't know" if answer.prediction.abstained else said] += 1
@@ -323,13 +285,20 @@ class Shown:
                 found = answer.prediction.to_json() if answer.prediction else {}
                 self.kept.append({"path": answer.path, **found, **(answer.video or {}), "error": answer.error})
 
+    def describe_unusable(self) -> list[str]:
+        """Return which files could not be used, and why, as lines: the first of them."""
+        number = len(self.unusable)
+        lines = [f"{path}: {error}" for path, error in list(self.unusable.values())[:SHOWN_UNUSABLE]]
+        more = [f"... and {number - len(lines):,} more"] if number > len(lines) else []
+        return [f"{number:,} could not be used:", *lines, *more] if lines else []
 
-def describe_counts(counts: Counter[str], total: int, most: int = 8) -> str:
-    """Return the answers of many files as one line: the commonest classes, and how many files could not be used."""
+
+def describe_counts(counts: Counter[str], total: int, most: int = 8, bad: Sequence[str] = ()) -> str:
+    """Return the answers of many files as one line: the commonest classes, and which files could not be used."""
     parts = [f"{name} {count:,}" for name, count in counts.most_common(most)]
     parts += [f"{len(counts) - most:,} more classes"] if len(counts) > most else []
-    bad = total - counts.total()
-    return f"{total:,} files: {', '.join(parts) or 'no answer'}" + (f"; {bad:,} could not be used" if bad else "")
+    told = f"{total:,} files: {', '.join(parts) or 'no answer'}"
+    return f"{told}; {len(bad):,} could not be used: {_list_some(bad)}" if bad else told
 
 
 def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]:
@@ -367,6 +336,11 @@ def describe_video(video: Mapping[str, Any] | None) -> list[str]:
         lines.append(f"{_format_time(part['start_s'])} to {_format_time(part['end_s'])}  {said}")
     more = len(video["segments"]) - SHOWN_SEGMENTS
     return [*lines, *([f"... {more:,} more parts"] if more > 0 else []), *(f"note: it {one}" for one in video["notes"])]
+
+
+def _list_some(paths: Sequence[str]) -> str:
+    more = [f"and {len(paths) - SHOWN_UNUSABLE:,} more"] if len(paths) > SHOWN_UNUSABLE else []
+    return ", ".join([*map(_shorten_path, paths[:SHOWN_UNUSABLE]), *more])
 
 
 def _format_time(seconds: float) -> str:

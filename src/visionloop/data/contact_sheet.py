@@ -84,8 +84,13 @@ class Panel:
     note: str = ""
 
 
-def draw_prediction_sheet(panels: Sequence[Panel], title: str, *, columns: int = 3, cell_px: int = 150) -> bytes:
-    """Draw images, each with its answer above and the probabilities of the likeliest classes as bars beside it."""
+def draw_prediction_sheet(
+    panels: Sequence[Panel], title: str, notes: Sequence[str] = (), *, columns: int = 3, cell_px: int = 150
+) -> bytes:
+    """Draw images, each with its answer above and the probabilities of the likeliest classes as bars beside it.
+
+    `notes` stand below them, a line each.
+    """
     across = max(1, min(columns, len(panels)))
     most = max((len(panel.bars) for panel in panels), default=0)
     size_hw = 2 * LINE_H + PAD + max(cell_px, most * BAR_H), cell_px + PAD + BARS_W
@@ -104,7 +109,7 @@ def draw_prediction_sheet(panels: Sequence[Panel], title: str, *, columns: int =
             _write(draw, (left + 3, at), name, (NOTE[0], ink), BARS_W - SHARE_W - PAD)
             _write(draw, (left + BARS_W - SHARE_W + PAD, at), f"{share:.0%}", (NOTE[0], ink), SHARE_W)
 
-    return _draw_grid(title, len(panels), across, size_hw, draw_panel)
+    return _draw_grid(title, len(panels), across, size_hw, draw_panel, notes=notes)
 
 
 def draw_answered(image: Image.Image, title: Sequence[str], note: Sequence[str], *, is_unsure: bool = False) -> bytes:
@@ -139,12 +144,15 @@ def _draw_grid(
     across: int,
     size_hw: tuple[int, int],
     draw_one: Callable[[Image.Image, int, int, int], None],
+    *,
+    notes: Sequence[str] = (),
 ) -> bytes:
-    """Draw `number` panels of one size below a title, row by row."""
+    """Draw `number` panels of one size below a title, row by row, and lines below them."""
     height, width = size_hw
     rows = -(-number // across)
     page_w = max(2 * MARGIN + across * width + (across - 1) * GAP, 2 * MARGIN + 360)
-    page_h = MARGIN + TITLE_H + (rows * (height + GAP) - GAP if rows else LINE_H) + MARGIN
+    notes_y = MARGIN + TITLE_H + (rows * (height + GAP) - GAP if rows else LINE_H) + MARGIN
+    page_h = notes_y + (len(notes) * LINE_H + MARGIN if notes else 0)
     page = Image.new("RGB", (page_w, page_h), PAGE)
     draw = ImageDraw.Draw(page)
     _write(draw, (MARGIN, MARGIN), title, TITLE, page_w - 2 * MARGIN)
@@ -153,6 +161,8 @@ def _draw_grid(
         draw_one(page, i, MARGIN + column * (width + GAP), MARGIN + TITLE_H + row * (height + GAP))
     if not number:
         _write(draw, (MARGIN, MARGIN + TITLE_H), "no images", EMPTY, page_w)
+    for i, note in enumerate(notes):
+        _write(draw, (MARGIN, notes_y + i * LINE_H), note, LABEL, page_w - 2 * MARGIN)
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
     return buffer.getvalue()

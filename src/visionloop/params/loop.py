@@ -232,8 +232,8 @@ class Predict(Section):
     """What `schedule.predict` answers: images, videos, folders and globs in `paths`, each new file once, and `streams`.
 
     A path that is not absolute is below the workspace; tables go to `out`. Of a video or a stream a frame is taken
-    every `every_s`, and a change for less than `smooth_s` is taken for a flicker. A stream (rtsp://, http://, a device)
-    is watched for `seconds` in each run; `webhook` gets its events, as it does from `visionloop predict`.
+    every `every_s`, and a change for less than `smooth_s` is taken for a flicker. A stream (rtsp://, http://, a device,
+    or NAME=ADDRESS) is watched for `seconds` in each run; `webhook` gets its events, as from `visionloop predict`.
     """
 
     paths: Words = ()

@@ -1,9 +1,9 @@
 """A camera, watched: frames at a rate, answers smoothed over time, and an event when what is seen has changed.
 
 A thread for each connection decodes (in a process of its own, as for every video) and keeps the newest frame alone;
-whoever runs `Watch.run` asks the network about it. So a network that is slower than the camera answers about now and
-not about a minute ago, and the frames that it was too slow for are counted. A stream that ends, or gives no frame for a
-while, is connected to again, after a time that doubles up to 30 s.
+whoever runs `Watch.run` asks the network about it (of many at once: `several.py`). So a network that is slower than the
+camera answers about now and not about a minute ago, and the frames that it was too slow for are counted. A stream that
+ends, or gives no frame for a while, is connected to again, after a time that doubles up to 30 s.
 
 Lines are JSON objects. `kind` is `change` (another answer, from `since` on; it is known `smooth_s` later), `lost`,
 `back`, `frame` (each answered one, if it is asked for) and `end` (what it came to). Nothing secret is in them.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.video.cameras import Reach, Stream, hide_login, open_stream
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line
-from visionloop.predictor import Predictor
-from visionloop.records import Prediction
+from visionloop.records import Card, Prediction
 from visionloop.secrets import mask
 from visionloop.video.player import End, Frame, Player, check_installed
 from visionloop.video.sample import DecodeJob
@@ -39,6 +38,20 @@ STEADY_S = 10.0  # a connection that lasted so long makes the next wait short ag
 SETTLED_AFTER = 10  # times `smooth_s`: by then a frame is settled, whatever comes
 
 
+class Network(Protocol):
+    """What answers for a frame."""
+
+    @property
+    def card(self) -> Card: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def answer(self, jpeg: bytes) -> Prediction:
+        """Raises ImageError."""
+        ...
+
+
 class StreamEnded(SourceError):
     """A camera gave no frame at all. It may do so later."""
 
@@ -49,7 +62,8 @@ class StreamEnded(SourceError):
 class WatchPlan:
     """What is watched and for how long: for `seconds`, or until `frames` were answered; None: until it is stopped.
 
-    `each_frame`: a line for each answered frame too. `env` holds the values of `${NAME}` in the path.
+    `each_frame`: a line for each answered frame too. `env` holds the values of `${NAME}` in the path. `name`: what
+    it is called, if not by its path. `is_one_of_several`: a first connection that fails is tried again, too.
     """
 
     path: str
@@ -58,13 +72,15 @@ class WatchPlan:
     seconds: float | None = None
     frames: int | None = None
     each_frame: bool = False
+    name: str = ""
+    is_one_of_several: bool = False
     stall_s: float = STALL_S
     wait_s: float = WAIT_S
 
     @property
     def shown(self) -> str:
-        """The path as it may be shown."""
-        return hide_login(self.path)
+        """Its name, or the path as it may be shown."""
+        return self.name or hide_login(self.path)
 
     @property
     def todo(self) -> str:
@@ -74,10 +90,13 @@ class WatchPlan:
 
 
 class Watch:
-    """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`."""
+    """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`.
 
-    def __init__(self, plan: WatchPlan, predictor: Predictor) -> None:
-        self.plan, self._predictor = plan, predictor
+    `problem`: why there was no frame, before the first one.
+    """
+
+    def __init__(self, plan: WatchPlan, network: Network) -> None:
+        self.plan, self._network, self.problem = plan, network, ""
         self.num_answered = self.num_lost = self.num_changes = self._num_passed_over = 0
         self.last: Prediction | None = None
         self.seconds: dict[str, float] = {}  # for how long each answer was seen
@@ -93,12 +112,13 @@ class Watch:
     @property
     def num_passed_over(self) -> int:
         """How many frames came while the network was busy with an earlier one."""
-        return self._num_passed_over + (self._session.num_passed_over if self._session else 0)
+        session = self._session
+        return self._num_passed_over + (session.num_passed_over if session and not session.is_stopped else 0)
 
     @property
     def digest(self) -> str:
         """The model that answers."""
-        return self._predictor.digest
+        return self._network.digest
 
     @property
     def took_s(self) -> float:
@@ -117,17 +137,19 @@ class Watch:
         """Yield lines as they come, and None now and then in between, until a limit is reached.
 
         Raises:
-            StreamEnded: the first connection gives no frame.
+            StreamEnded: the first connection gives no frame; of one of several: it may not be reached at all.
+            SourceError: the address is wrong.
         """
         self._began, wait_s, lost_at = time.monotonic(), self.plan.wait_s, None
         while not self._is_over():
             self._session, began = _Session(self.plan, self._make_job(), stream), time.monotonic()
             before = self.num_answered
             yield from self._follow(self._session, lost_at)
-            reason = self._close()
+            self._close()
+            reason = self._session.reason
             if not self.num_answered and not self._is_asked_to_stop:
-                reason = reason or f"no frame in {self.took_s:.0f} s"
-                raise StreamEnded(self.plan.shown, reason, "a video stream", self.plan.todo)
+                self.problem = reason = reason or f"no frame in {self.took_s:.0f} s"
+                self._check_first(self._session.error)
             if self._is_over():
                 return
             if self.num_answered > before or lost_at is None:
@@ -142,7 +164,7 @@ class Watch:
 
     def stop(self, why: str) -> None:
         """Let `run` come to its end within half a second. For handlers of signals, too."""
-        self._why, self._is_asked_to_stop = why, True
+        self._why, self._is_asked_to_stop = self._why if self._is_asked_to_stop else why, True
 
     def end(self) -> list[Line]:
         """Close; return the changes that were not told yet, and what it came to."""
@@ -165,6 +187,13 @@ class Watch:
         }
         return [*lines, self._make_line("end", **summary)]
 
+    def _check_first(self, error: SourceError | ImageError | None) -> None:
+        """Raise why a stream that has shown nothing yet is not tried again; of one of several only what stays so."""
+        if isinstance(error, SourceError):
+            raise error
+        if not self.plan.is_one_of_several or (error and error.reason_code == "refused_url"):
+            raise StreamEnded(self.plan.shown, self.problem, "a video stream", self.plan.todo)
+
     def _follow(self, session: "_Session", lost_at: float | None) -> Iterator[Line | None]:
         """Answer for the newest frames of a connection until it ends, hangs, or a limit is reached."""
         heard_at, limit_s = time.monotonic(), max(FIRST_S, self.plan.stall_s)
@@ -184,10 +213,12 @@ class Watch:
     def _answer(self, frame: Frame) -> Iterator[Line]:
         assert frame.clock is not None
         started = time.perf_counter()
-        answer = next(self._predictor.predict_each([frame.jpeg]))
-        self.network_s += time.perf_counter() - started
-        if isinstance(answer, ImageError):
+        try:
+            answer = self._network.answer(frame.jpeg)
+        except ImageError:
             return
+        finally:
+            self.network_s += time.perf_counter() - started
         self.num_answered += 1
         self.last = answer
         if self.plan.each_frame:
@@ -244,7 +275,7 @@ class Watch:
 
     def _make_follower(self) -> Follower:
         every_s, smooth_s = self.plan.sampling.every_s, self.plan.sampling.smooth_s
-        return Follower(self._predictor.card, smooth_s, most_waiting=2 + math.ceil(SETTLED_AFTER * smooth_s / every_s))
+        return Follower(self._network.card, smooth_s, most_waiting=2 + math.ceil(SETTLED_AFTER * smooth_s / every_s))
 
     def _make_job(self) -> DecodeJob:
         return DecodeJob(
@@ -253,8 +284,9 @@ class Watch:
             spans=[(0.0, None)],
             max_frames=sys.maxsize,
             max_s=math.inf,
-            max_pixels=self._predictor.card.max_pixels,
+            max_pixels=self._network.card.max_pixels,
             by_arrival=True,
+            enough_px=max(self._network.card.image_size),
         )
 
     def _left_s(self) -> float:
@@ -273,14 +305,11 @@ class Watch:
             time.sleep(min(TICK_S, left_s))
             yield None
 
-    def _close(self) -> str:
-        """End the connection; return why it ended."""
-        session, self._session = self._session, None
-        if session is None:
-            return ""
-        session.stop()
-        self._num_passed_over += session.num_passed_over
-        return session.reason
+    def _close(self) -> None:
+        """End the connection."""
+        if self._session and not self._session.is_stopped:
+            self._session.stop()
+            self._num_passed_over += self._session.num_passed_over
 
 
 class _Session:
@@ -289,9 +318,10 @@ class _Session:
     def __init__(self, plan: WatchPlan, job: DecodeJob, stream: Stream | None) -> None:
         self._plan, self._job, self._stream = plan, job, stream
         self.num_passed_over, self.reason = 0, ""
+        self.error: SourceError | ImageError | None = None
         self._frame: Frame | None = None
         self._end: End | None = None
-        self._is_stopped = False
+        self.is_stopped = False
         self._news = threading.Condition()
         self._player = Player()
         self._thread = threading.Thread(target=self._run, daemon=True, name="camera")
@@ -307,7 +337,7 @@ class _Session:
     def stop(self) -> None:
         """Close the connection. A thread that waits for a host that does not answer ends by itself."""
         with self._news:
-            self._is_stopped = True
+            self.is_stopped = True
         self._player.interrupt()
         if self._stream:
             self._stream.feed.close()
@@ -318,10 +348,12 @@ class _Session:
         try:
             reach = Reach(self._plan.env, self._plan.shown)
             self._stream = stream = self._stream or open_stream(self._plan.path, self._job, reach)
+            if stream.file:
+                raise SourceError(self._plan.shown, "is a video file", "a stream", "Name it alone.")
             end = self._play(stream)
             end = End(end.code, mask(end.text or "the stream has ended", stream.secrets))
         except (ImageError, SourceError) as exc:
-            end = End("unreadable", exc.found)
+            self.error, end = exc, End("unreadable", exc.found)
         finally:
             self._player.stop()
             with self._news:
@@ -334,8 +366,8 @@ class _Session:
         end = End(None)
         try:
             job = stream.feed.open()
-            for found in () if self._is_stopped else self._player.play(job):
-                if self._is_stopped:
+            for found in () if self.is_stopped else self._player.play(job):
+                if self.is_stopped:
                     break
                 if isinstance(found, Frame):
                     with self._news:

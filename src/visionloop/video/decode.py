@@ -34,16 +34,18 @@ CODECS = frozenset(
 UNTIMED = frozenset({"mpjpeg"})  # its pictures carry no time; the time of arrival counts
 DEVICE_CODECS = frozenset({"rawvideo"})
 QUALITY = 95
+SCALES = (8, 4, 2)
+LIVE_THREADS = 2  # with more, as many frames are held back as there are threads
 LIVE_OPTIONS = {"probesize": "1000000", "analyzeduration": "1000000"}  # a second at most before the first frame
 OPEN_S, READ_S = 20.0, 20.0
 MAX_STREAMS = 64
 MAX_SIDE_PX = 65_500  # of a JPEG
-MAX_FRAMES_PER_S = 1000
-MAX_BAD_PACKETS = 100
+MAX_FRAMES_PER_S, MAX_BAD_PACKETS = 1000, 100
 FIRST_YEAR = 1990  # below it, a camera's clock was not set: 1904 and 1970 are zero
-BEAT_S = 1.0
+BEAT_S, JUMP_S = 1.0, 1.0
 GREY_PX = 32
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+EXACT, EXACT_MEAN = Interpolation.BILINEAR | _EXACT, Interpolation.AREA | _EXACT
 BT709, BT601 = 1, 5  # of swscale
 UNSPECIFIED = 2
 CUT_SHORT_S = 2.0
@@ -85,9 +87,13 @@ class _Damage:
         self._last_stamp = stamp if self._last_stamp is None else max(self._last_stamp, stamp or 0)
 
     def spoils(self, frame: Any) -> bool:
-        """Say whether a frame is or may be damaged; the decoder may still return frames from before the loss."""
+        """Say whether a frame is or may be damaged; the decoder may still return frames from before the loss.
+
+        One that is long before the loss, by its time, is after it: the camera's clock has jumped back.
+        """
         if self._spreads and frame.key_frame:
-            self._spreads = None not in (frame.pts, self._last_stamp) and frame.pts <= self._last_stamp
+            is_timed = None not in (frame.pts, self._last_stamp, frame.time_base)
+            self._spreads = is_timed and 0 <= (self._last_stamp - frame.pts) * frame.time_base < JUMP_S
         return self._spreads
 
 
@@ -169,7 +175,7 @@ def _choose_stream(container: Any, job: DecodeJob) -> Any:
             other.discard = "all" if isinstance(other.discard, str) else av.stream.Discard.all
     stream.codec_context.options = {
         "max_pixels": str(job.max_pixels),
-        "threads": "auto",
+        "threads": str(LIVE_THREADS) if job.is_live else "auto",
         "thread_type": "frame+slice",
     }
     return stream
@@ -185,8 +191,15 @@ def _sample(container: Any, stream: Any, job: DecodeJob, reading: _Reading) -> I
     sampler = Sampler(job.spans, job.every_s, job.scene)
     damage, told, num_decoded, num_taken = _Damage(), reading.told, 0, 0
     began_at, beat_at = None, time.monotonic()
-    shape = _Shape(stream, told)
-    for now_s, frame in _decode_frames(container, stream, job, damage):
+    shape = _Shape(stream, told, job.enough_px)
+    for now_s, frame in _decode_frames(container, stream, job, damage, sampler):
+        if time.monotonic() - beat_at > BEAT_S:
+            beat_at = time.monotonic()
+            yield {"kind": "beat"}, b""
+        if frame is None and now_s > job.max_s:
+            break
+        if frame is None:
+            continue
         reading.end_s, num_decoded = now_s + _read_length(frame, stream), num_decoded + 1
         began_at = time.time() - now_s if began_at is None else began_at
         if num_decoded > MAX_FRAMES_PER_S * (1 + now_s):
@@ -195,9 +208,6 @@ def _sample(container: Any, stream: Any, job: DecodeJob, reading: _Reading) -> I
             if now_s > job.max_s and not job.is_live:
                 told.append(f"is longer than max_video_s ({job.max_s:g} s): the rest is not read")
             break
-        if time.monotonic() - beat_at > BEAT_S:
-            beat_at = time.monotonic()
-            yield {"kind": "beat"}, b""
         if not sampler.is_inside(now_s):
             continue
         grey = _to_grey(frame) if job.scene is not None else None
@@ -215,13 +225,19 @@ def _sample(container: Any, stream: Any, job: DecodeJob, reading: _Reading) -> I
         raise VideoFault("damaged", f"is damaged at {damage.first_s:.1f} s ({damage.packets:,} packets were lost)")
 
 
-def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage) -> Iterator[tuple[float, Any]]:
-    """Yield (seconds from the start, frame) for every frame that is whole."""
+def _decode_frames(
+    container: Any, stream: Any, job: DecodeJob, damage: _Damage, sampler: Sampler
+) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds from the start, frame) for every frame that is whole.
+
+    None: it came before one is due, and as none is built on it (JPEG) it was not decoded.
+    """
     base = float(stream.time_base or 0)
     start = None if job.is_live or container.start_time is None else container.start_time / av.time_base
     rate = stream.guessed_rate
     clock = FrameClock(start, 1 / float(rate) if rate else None)
     untimed = job.is_live and (job.by_arrival or container.format.name in UNTIMED)
+    may_skip = untimed and stream.codec_context.codec.intra_only
     now_s, opened_at = 0.0, time.monotonic()
     packets = container.demux(stream)
     while True:
@@ -232,6 +248,9 @@ def _decode_frames(container: Any, stream: Any, job: DecodeJob, damage: _Damage)
         except (av.error.FFmpegError, OSError) as exc:
             raise VideoFault("damaged", f"cannot be read beyond {now_s:.1f} s ({_describe(exc)})") from exc
         at = packet.dts if packet.pts is None else packet.pts
+        if may_skip and packet.size and not sampler.is_due(came_s := time.monotonic() - opened_at):
+            yield came_s, None
+            continue
         if packet.is_corrupt:
             damage.add(now_s, at)
         try:
@@ -284,22 +303,24 @@ def _read_duration(container: Any, stream: Any) -> float | None:
 class _Shape:
     """How the frames of one video become upright RGB with square pixels."""
 
-    def __init__(self, stream: Any, told: list[str]) -> None:
+    def __init__(self, stream: Any, told: list[str], enough_px: int | None) -> None:
         aspect = stream.codec_context.sample_aspect_ratio
         self._aspect = float(aspect) if aspect and 0.25 <= aspect <= 4 else 1.0
-        self._told = told
+        self._told, self._enough_px = told, enough_px
 
     def encode(self, frame: Any) -> bytes:
         """Return a frame as JPEG."""
         rgb_hwc = self._to_rgb(frame)
-        subsampling = "420" if min(rgb_hwc.shape[:2]) > 1 else "444"
+        is_whole = self._enough_px is None and min(rgb_hwc.shape[:2]) > 1  # a smaller one keeps all of its colour
+        subsampling = "420" if is_whole else "444"
         jpeg: bytes = simplejpeg.encode_jpeg(rgb_hwc, quality=QUALITY, colorspace="RGB", colorsubsampling=subsampling)
         return jpeg
 
     def _to_rgb(self, frame: Any) -> NDArray[np.uint8]:
         if frame.color_trc in HDR and not self._told:
             self._told.append("is HDR: its colours are taken as they are, which looks pale")
-        width = min(MAX_SIDE_PX, max(1, round(frame.width * self._aspect)))
+        size = min(MAX_SIDE_PX, max(1, round(frame.width * self._aspect))), frame.height
+        width, height = size if frame.interlaced_frame else self._scale(*size)
         name = frame.format.name
         has_alpha = name.startswith(("yuva", "rgba", "argb", "bgra", "abgr", "gbrap", "ya"))
         # As players do: a video that does not name its colour space has the usual one for its size.
@@ -307,9 +328,10 @@ class _Shape:
         space = guess if frame.colorspace == UNSPECIFIED else frame.colorspace
         picture = frame.reformat(
             width=width,
+            height=height,
             format="rgba" if has_alpha else "rgb24",
             src_colorspace=space,
-            interpolation=EXACT,
+            interpolation=EXACT if (width, height) == size else EXACT_MEAN,
             threads=1,
         ).to_ndarray()
         if has_alpha:
@@ -322,6 +344,14 @@ class _Shape:
             picture = picture.copy()
             picture[1:-1:2] = ((above.astype(np.uint16) + below + 1) // 2).astype(np.uint8)
         return np.ascontiguousarray(turn_upright(picture, _read_matrix(frame)))
+
+    def _scale(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size that is enough: each new pixel is the mean of those that it stands for."""
+        for scale in SCALES if self._enough_px else ():
+            sides = -(-width // scale), -(-height // scale)
+            if min(sides) >= (self._enough_px or 0):
+                return sides
+        return width, height
 
 
 def turn_upright(picture_hwc: NDArray[np.uint8], matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:

@@ -20,6 +20,7 @@ class DecodeJob:
     `spans` are the seconds [start, end) that are wanted; end None: to the end. `format` names the demuxer of a device.
     `scene` None: a frame every `every_s`. `max_s` of the video are read, `max_frames` taken, `max_pixels` in each.
     `by_arrival`: a live frame has the time at which it came, and not its own: clocks of cameras jump and stand still.
+    `enough_px`: frames may be scaled to a half, a quarter or an eighth, as long as no side is shorter than that.
     """
 
     every_s: float
@@ -34,6 +35,7 @@ class DecodeJob:
     format: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     by_arrival: bool = False
+    enough_px: int | None = None
 
     @property
     def is_live(self) -> bool:
@@ -91,6 +93,15 @@ class Sampler:
         """Say whether nothing is wanted from this time on."""
         return all(end is not None and time >= end for _, end in self._spans)
 
+    def is_due(self, time: float) -> bool:
+        """Say whether a frame of this time could be taken; if not, `take` refuses it, whatever it shows."""
+        inside = find_spans(self._spans, time)
+        is_new = bool(set(inside) - set(self._inside))
+        return is_new or (bool(inside) and (self._scene is not None or time >= self._next_s()))
+
+    def _next_s(self) -> float:
+        return self._anchor + (self._count + 1) * self._every_s - SLACK_S
+
     def take(self, time: float, grey: GreyArray | None = None) -> bool:
         """Say whether the frame at `time` is taken; with `scene`, `grey` is its small grey picture."""
         inside = find_spans(self._spans, time)
@@ -104,7 +115,7 @@ class Sampler:
             assert self._grey is not None
             if compute_difference(grey, self._grey) < self._scene:
                 return False
-        elif time < self._anchor + (self._count + 1) * self._every_s - SLACK_S:
+        elif time < self._next_s():
             return False
         else:
             # After a gap in the recording the next frame is taken at the next step; missed ones are not made up.

@@ -8,7 +8,8 @@ from PIL import Image
 
 from fakes import make_bundle, make_image, run_here
 from visionloop.cli.pictures import describe_picture
-from visionloop.data.contact_sheet import ANSWERED_BAND, ANSWERED_LEAST_PX, ANSWERED_PX, draw_answered
+from visionloop.data import contact_sheet
+from visionloop.data.contact_sheet import ANSWERED_BAND, ANSWERED_LEAST_PX, ANSWERED_PX, Panel, draw_answered
 from visionloop.predict.files import FilePrediction
 from visionloop.records import Prediction
 
@@ -77,14 +78,37 @@ def test_the_folder_is_known_by_every_name_it_has(
         assert "holds 1.png, which is asked about" in capsys.readouterr().err
 
 
-def test_a_sheet_shows_and_counts_the_images_that_have_an_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sheet_shows_and_counts_the_images_that_have_an_answer_and_names_the_others(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(
-        "visionloop.data.contact_sheet.draw_prediction_sheet",
-        lambda panels, title: drawn.extend([*(panel.note for panel in panels), title]) or b"",
-    )
-    assert run_here(monkeypatch, "predict", "photos", "--bundle", "b", "--sheet", "s.png") == 0
-    assert drawn[:2] == ["1.png", "1.jpg"] and drawn[3].startswith("3 of 3 images, bundle "), "not broken.jpg"
+    draw = contact_sheet.draw_prediction_sheet
+
+    def keep(panels: list[Panel], title: str, notes: list[str]) -> bytes:
+        drawn[:] = [*(panel.note for panel in panels), title, *notes]
+        return draw(panels, title, notes)
+
+    monkeypatch.setattr(contact_sheet, "draw_prediction_sheet", keep)
+    command = ("predict", "photos", "--bundle", "b", "--sheet", "s.png")
+    assert run_here(monkeypatch, *command) == 0
+    why = "is text, not an image; expected JPEG, PNG, WebP, AVIF or HEIC"
+    assert drawn[:2] == ["1.png", "1.jpg"] and drawn[3].startswith("3 of 3 images, bundle ")
+    assert drawn[4:] == ["1 could not be used:", f"photos/b/broken.jpg: {why}"]
+    assert "; 1 could not be used: photos/b/broken.jpg\n" in capsys.readouterr().out
+    with Image.open(home / "s.png") as picture:
+        low = picture.height
+        assert np.asarray(picture)[-60:].min() < 100, "it is written below"
+    for number in range(7):
+        (home / "photos" / f"{number}.jpg").write_bytes(b"no image")
+    assert run_here(monkeypatch, *command, "--quiet") == 0
+    assert drawn[4:6] == ["8 could not be used:", f"photos/0.jpg: {why}"] and drawn[9:] == [
+        f"photos/4.jpg: {why}",
+        "... and 3 more",
+    ]
+    names = ", ".join(f"photos/{number}.jpg" for number in range(5))
+    assert f"; 8 could not be used: {names}, and 3 more\n" in capsys.readouterr().out
+    with Image.open(home / "s.png") as picture:
+        assert picture.height == low + 5 * contact_sheet.LINE_H
 
 
 def test_a_batch_that_is_stopped_says_how_to_go_on(

@@ -69,7 +69,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "runs --status: got 'fnished'; expected finished, or one of running, failed, killed.",
         ),
         ("schedule --type boat", "schedule --type: got 'boat'; expected one of process, docker, kubernetes."),
-        ("predict", "predict: PATHS is missing; expected images, videos, folders, globs in quotes; or one stream"),
+        ("predict", "predict: PATHS is missing; expected images, videos, folders, globs in quotes; or streams"),
         (
             "approve",
             "approve: --why is missing; expected the reason, which is kept. For example `visionloop approve --w",

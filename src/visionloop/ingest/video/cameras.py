@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
+from visionloop.ingest.video.hls import HlsStream
 from visionloop.ingest.video.webstream import Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
@@ -183,6 +184,21 @@ def open_stream(path: str, job: DecodeJob, reach: Reach) -> Stream:
         SourceError: the kind is not known, or a variable is not set.
         ImageError: the address is none, it may not be reached, or it does not answer. No secret is in its text.
     """
+    kind, url, hidden = read_address(path, reach)
+    try:
+        if kind == "device":
+            return Stream(Device(url, job))
+        return _open_rtsp(url, job, reach, hidden) if kind == "rtsp" else _open_web(url, job, reach, hidden)
+    except ImageError as exc:
+        texts = (mask(text, hidden) for text in (exc.where, exc.found, exc.expected, exc.todo))
+        raise ImageError(*texts, reason_code=exc.reason_code) from None
+
+
+def read_address(path: str, reach: Reach) -> tuple[str, str, tuple[str, ...]]:
+    """Return the kind of a stream (rtsp, http, https, device), its whole URL, and what is secret in it.
+
+    Nothing is connected to. Raises SourceError: the kind is not known, or a variable is not set.
+    """
     environment = Environment(reach.env, reach.where)
     url = environment.expand_url(path)
     scheme = _SCHEME.match(url)
@@ -196,14 +212,7 @@ def open_stream(path: str, job: DecodeJob, reach: Reach) -> Stream:
     login = _LOGIN.match(url)
     parts = [part for part in re.split("[:@]", login[2]) if len(part) > 2] if login else []
     secrets = {*environment.secrets, *parts}
-    hidden = tuple(secrets | {unquote(secret) for secret in secrets})
-    try:
-        if kind == "device":
-            return Stream(Device(url, job))
-        return _open_rtsp(url, job, reach, hidden) if kind == "rtsp" else _open_web(url, job, reach, hidden)
-    except ImageError as exc:
-        texts = (mask(text, hidden) for text in (exc.where, exc.found, exc.expected, exc.todo))
-        raise ImageError(*texts, reason_code=exc.reason_code) from None
+    return kind, url, tuple(secrets | {unquote(secret) for secret in secrets})
 
 
 def _open_rtsp(url: str, job: DecodeJob, reach: Reach, secrets: tuple[str, ...]) -> Stream:
@@ -239,7 +248,11 @@ def _open_web(url: str, job: DecodeJob, reach: Reach, secrets: tuple[str, ...]) 
     hosts = [address.netloc, *reach.hosts]
     fetcher = make_fetcher(reach.env, hosts, headers=headers, headers_host=bare, secrets=secrets)
     stream = WebStream(fetcher, bare, job, reach.max_bytes, reach.watch_s)
-    return Stream(stream, fetcher.describe(bare), secrets, stream if stream.connect() else None)
+    is_file = stream.connect()
+    if stream.is_playlist:
+        stream = HlsStream(fetcher, bare, job, reach.max_bytes, reach.watch_s)
+        stream.connect()
+    return Stream(stream, fetcher.describe(bare), secrets, stream if is_file else None)
 
 
 class Device:

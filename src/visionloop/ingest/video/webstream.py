@@ -36,7 +36,10 @@ _LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
 
 
 class WebStream:
-    """One answer to GET: first `connect`, then either `download`, or `open` and `close`."""
+    """One answer to GET: first `connect`, then either `download`, or `open` and `close`.
+
+    `is_playlist`: it names the pieces of a stream, and is for `hls.py`.
+    """
 
     def __init__(self, fetcher: Fetcher, url: str, job: DecodeJob, max_bytes: int, watch_s: float) -> None:
         self._fetcher, self._url, self._job = fetcher, url, job
@@ -47,6 +50,7 @@ class WebStream:
         self._pipe: int | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self.is_playlist = False
         self.failure: ImageError | None = None
 
     def connect(self) -> bool:
@@ -68,11 +72,12 @@ class WebStream:
                 if response.status != 200 or headers.get("content-encoding", "identity") != "identity":
                     self._answer.close()
                     raise _unreadable(first, f"answered {response.status}")
-                if "mpegurl" in headers.get("content-type", "").lower():
+                if "mpegurl" in headers.get("content-type", "").lower() or address.target.partition("?")[0].endswith(
+                    ".m3u8"
+                ):
                     self._answer.close()
-                    todo = "Name the camera's RTSP or MJPEG address."
-                    found, expected = "is a playlist (HLS)", "the stream itself"
-                    raise ImageError(first.place, found, expected, todo, reason_code="unreadable")
+                    self.is_playlist = True
+                    return False
                 length = headers.get("content-length", "")
                 self._response, self._length = response, int(length) if length.isdigit() else None
                 return self._length is not None
@@ -123,14 +128,14 @@ class WebStream:
         began, num_bytes = time.monotonic(), 0
         if (self._length or 0) > self._max_bytes:
             self._answer.close()
-            raise _too_large(where, self._max_bytes)
+            raise make_too_large(where, self._max_bytes)
         try:
             with self._answer:
                 for chunk in self._response.iter_stream():
                     num_bytes += len(chunk)
                     took_s = time.monotonic() - began
                     if num_bytes > self._max_bytes:
-                        raise _too_large(where, self._max_bytes)
+                        raise make_too_large(where, self._max_bytes)
                     if self._closing.is_set() or took_s > limit_s:
                         return
                     if self._length is not None and took_s > OPEN_S + num_bytes / MIN_BYTES_PER_S:
@@ -145,7 +150,8 @@ def _unreadable(address: Address, found: str) -> ImageError:
     return ImageError(address.place, found, "a video", reason_code="unreadable")
 
 
-def _too_large(where: str, max_bytes: int) -> ImageError:
+def make_too_large(where: str, max_bytes: int) -> ImageError:
+    """Return the error of a video that is larger than it may be."""
     return ImageError(where, "is too large", f"at most {max_bytes:,} bytes (max_video_bytes)", reason_code="too_large")
 
 
