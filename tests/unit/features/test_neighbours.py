@@ -239,7 +239,7 @@ def test_where_one_pass_cannot_tell_the_nearest_the_search_is_as_before(what: st
     distance, row = neighbours.find_neighbours(query, table, 9)
     monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 500)
     monkeypatch.setattr(neighbours, "MOST_NEAR", 1000)
-    assert neighbours._choose_near(query, table, 9) is None
+    assert neighbours.choose_near(query, table, 9) is None
     other_distance, other_row = neighbours.find_neighbours(query, table, 9)
     np.testing.assert_array_equal(other_row, row)
     np.testing.assert_allclose(other_distance, distance, atol=1e-6)
