@@ -208,6 +208,7 @@ def suspects(
     from visionloop.cli.pictures import write_picture
     from visionloop.features.suspects import describe_for_machines, draw_suspects, encode_corrections, find_suspects
     from visionloop.monitoring.ask import ask_about, find_answered
+    from visionloop.words import make_log_progress
 
     workspace, album = _open_album(encoder, quiet=quiet or as_json)
     folder = out or workspace.settings.home / "suspects"
@@ -215,8 +216,9 @@ def suspects(
     writes = not serve and (out is not None or not as_json)
     if corrections.exists() and writes:
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", KEEP)
-    with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json):
-        found, agreement = find_suspects(album, neighbours)
+    with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json) as tell:
+        count = make_log_progress("compared", "images", (lambda line: None) if quiet or as_json else tell)
+        found, agreement = find_suspects(album, neighbours, on_progress=count)
     answered, number = find_answered(workspace), len(found)
     found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]

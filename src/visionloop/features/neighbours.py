@@ -6,6 +6,7 @@ Dimensions: m queries, n images of the table, d features, k neighbours, c classe
 p pairs of an image and a label that it has.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -106,10 +107,17 @@ def _find_neighbours(
     return distance_mk, row_mk
 
 
-def find_other_neighbours(table_nd: FloatArray, k: int, metric: Metric = "cosine") -> tuple[DoubleArray, IntArray]:
+def find_other_neighbours(
+    table_nd: FloatArray,
+    k: int,
+    metric: Metric = "cosine",
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[DoubleArray, IntArray]:
     """Return for each image of a table its k nearest others: distances and rows, (n, min(k, n - 1)) each.
 
-    From `CELLS_FROM` images on (cosine only) those are found that lie in the 16 cells around an image's own.
+    From `CELLS_FROM` images on (cosine only) those are found that lie in the 16 cells around an image's own; then
+    `on_progress` is told how many images are done.
 
     Raises:
         DatasetError: as `find_neighbours`, or there is no other image.
@@ -118,7 +126,7 @@ def find_other_neighbours(table_nd: FloatArray, k: int, metric: Metric = "cosine
     if number < 2:
         raise DatasetError("neighbours", f"{number} image has no other", "two or more", "Add images.")
     if number >= CELLS_FROM and metric == "cosine":
-        return _search_cells(table_nd, k)
+        return _search_cells(table_nd, k, on_progress)
     return _drop_self(*find_neighbours(table_nd, table_nd, k + 1, metric), np.arange(number))
 
 
@@ -133,7 +141,9 @@ def _drop_self(distance_mk: DoubleArray, row_mk: IntArray, own_m: IntArray) -> t
     return distance_mk[~is_self].reshape(shape), row_mk[~is_self].reshape(shape)
 
 
-def _search_cells(table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
+def _search_cells(
+    table_nd: FloatArray, k: int, on_progress: Callable[[int, int], None]
+) -> tuple[DoubleArray, IntArray]:
     """Return for each image its k nearest others among those of the cells around its own.
 
     An inverted file (Sivic and Zisserman, "Video Google", 2003) over cells of k-means, asked for a whole cell at once:
@@ -159,6 +169,7 @@ def _search_cells(table_nd: FloatArray, k: int) -> tuple[DoubleArray, IntArray]:
             some = np.unique(some)
             distance_mk, place_mk = find_neighbours(table_nd[own], table_nd[some], k + 1)
             distance_nk[own], row_nk[own] = _drop_self(distance_mk, some[place_mk], own)
+        on_progress(int(starts[cell + 1]), len(table_nd))
     return distance_nk, row_nk
 
 
