@@ -89,6 +89,25 @@ def test_the_bound_holds_for_each_vector(tmp_path: Path, monkeypatch: pytest.Mon
     assert not set(exact.ravel()) <= set(found._choose(unit, 9))
 
 
+@pytest.mark.parametrize(
+    ("query", "nearest", "other"),
+    [
+        # What rounding the vector loses points to the question: its bytes say 127, it is 130.43; the other is 130.
+        ([1] * 8, [127, *[0.49] * 7], [127, 1, 1, 1, 0, 0, 0, 0]),
+        # The same of the question: the cosines are 0.304 and 0.287, by bytes 0.285 and 0.287.
+        ([63, *[0.49] * 7], [100, *[127] * 7], [54, 127, -127, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_what_rounding_loses_hides_no_neighbour(
+    tmp_path: Path, query: list[float], nearest: list[float], other: list[float]
+) -> None:
+    vectors = np.array([other, nearest], np.float32)
+    found = keep(tmp_path / "vectors", np.concatenate([vectors, -vectors]))  # their mean is 0
+    asked = np.array([query], np.float32)
+    assert find_neighbours(asked, vectors, 1)[1].tolist() == [[1]]
+    assert found.find(asked, 1)[1].tolist() == [[1]]
+
+
 def test_as_many_as_there_are_and_what_cannot_be_asked(tmp_path: Path) -> None:
     vectors = make_vectors("random", 600)
     found = keep(tmp_path / "vectors", vectors)
