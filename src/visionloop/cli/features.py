@@ -208,7 +208,6 @@ def suspects(
     from visionloop.cli.pictures import write_picture
     from visionloop.features.suspects import describe_for_machines, draw_suspects, encode_corrections, find_suspects
     from visionloop.monitoring.ask import ask_about, find_answered
-    from visionloop.words import make_log_progress
 
     workspace, album = _open_album(encoder, quiet=quiet or as_json)
     folder = out or workspace.settings.home / "suspects"
@@ -217,8 +216,7 @@ def suspects(
     if corrections.exists() and writes:
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", KEEP)
     with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json) as tell:
-        count = make_log_progress("compared", "images", (lambda line: None) if quiet or as_json else tell)
-        found, agreement = find_suspects(album, neighbours, on_progress=count)
+        found, agreement = find_suspects(album, neighbours, on_progress=_count_compared(tell, quiet or as_json))
     answered, number = find_answered(workspace), len(found)
     found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]
@@ -334,6 +332,12 @@ def _describe_suspects(album: "Album", suspects: "Sequence[Suspect]") -> list[st
         for s in suspects[:SHOWN]
     ]
     return [*lines, *([f"  and {len(suspects) - SHOWN:,} more"] if len(suspects) > SHOWN else [])]
+
+
+def _count_compared(tell: Callable[[str], None], quiet: bool) -> Callable[[int, int], None]:
+    from visionloop.words import make_log_progress
+
+    return make_log_progress("compared", "images", (lambda line: None) if quiet else tell)
 
 
 def _choose_tell(quiet: bool) -> Callable[[str], None]:
