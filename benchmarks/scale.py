@@ -30,7 +30,8 @@ from visionloop.data.compare import compare_records
 from visionloop.data.day_table import DayReader, encode_table
 from visionloop.data.manifest import commit_version, encode_records, iterate_version, load_version_records, make_version
 from visionloop.data.prediction_log import PREDICTIONS, read_predictions, round_embedding, tidy
-from visionloop.features.neighbours import find_neighbours, find_other_neighbours
+from visionloop.features.kept import KeptVectors, write_vectors
+from visionloop.features.neighbours import find_neighbours, find_other_neighbours, measure_agreement, to_targets
 from visionloop.ingest.check import Known, check_all
 from visionloop.ingest.inspect import Facts
 from visionloop.ingest.item import Item
@@ -41,13 +42,13 @@ from visionloop.promotion.entries import make_entry_key, write_pages
 from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
 from visionloop.records import ImageRecord, LedgerEntry, canonical_json
 from visionloop.store import LocalStore
+from visionloop.words import make_log_progress
 
 FOLDER = Path(__file__).resolve().parents[1] / ".visionloop" / "bench" / "scale"
 HEADER = (
     "| what | rows | memory, MB | bytes a row | processor, s | objects read | MB read |\n|---|---|---|---|---|---|---|"
 )
 LOG_ROWS, LOG_PARTS, LOG_FEATURES = 30_000, 4, 64  # of a day; 64 numbers, so that ten million rows fit on a disk
-NUM_FEATURES = 512
 
 
 class CountedStore(LocalStore):
@@ -266,26 +267,48 @@ def _make_answers(number: int, start: datetime, rng: np.random.Generator) -> pa.
     return pa.table({name: columns.get(name, [None] * number) for name in schema.names}, schema=schema)
 
 
-def measure_neighbours(number: int, folder: Path) -> None:
-    """Search among vectors in clusters: one query, and all of them."""
-    rng = np.random.default_rng(0)
-    near = rng.normal(size=(200, NUM_FEATURES)).astype(np.float32)
-    table = np.empty((number, NUM_FEATURES), np.float32)
+def measure_neighbours(number: int, folder: Path, num_features: int) -> None:
+    """Search among vectors in clusters: few queries, exactly and by what is kept of the first; and all of them."""
+    rng, path = np.random.default_rng(0), folder / "vectors"
+    near = rng.normal(size=(200, num_features)).astype(np.float32)
+    table = np.empty((number, num_features), np.float32)
     for start in range(0, number, 50_000):
         some = table[start : start + 50_000]
         some[:] = near[rng.integers(0, 200, len(some))] + rng.normal(size=some.shape).astype(np.float32)
-    for queries in (1, 100):
-        with stage(f"{queries} exact (`similar`)", number):
-            find_neighbours(table[:queries], table, 6)
+    for queries in (1, 16, 100):
+        with stage(f"{queries} of all vectors", number):
+            find_neighbours(table[:queries], table, 9)
+    with stage("keep the vectors (the first `similar`)", number):
+        write_vectors(path, "bench", table)
+    for what in ("1, by what was kept: opened and for the first time", "1, again (the next `similar`)"):
+        with stage(what, number):
+            KeptVectors(path, "bench").find(table[:1], 9)
+    kept = KeptVectors(path, "bench")
+    with stage("16, by what was kept", number):
+        kept.find(table[:16], 9)
+    times = []
+    for row in rng.choice(number, 20, replace=False):
+        started = time.perf_counter()
+        assert kept.find(table[row : row + 1], 9)[1][0, 0] == row
+        times.append(time.perf_counter() - started)
+    print(f"1, by what was kept, wall clock: median {1000 * sorted(times)[10]:,.0f} ms, most {1000 * max(times):,.0f}")
+    started = time.perf_counter()
     with stage("all of all (`suspects`)", number):
-        _, found = find_other_neighbours(table, 10)
+        distance, found = find_other_neighbours(table, 10, on_progress=_tell_progress())
+    print(f"all of all, wall clock: {time.perf_counter() - started:,.0f} s")
+    with stage("whether they know more than chance, 100 classes", number):
+        measure_agreement(distance, found, to_targets(rng.integers(0, 100, number), 100))
     rows = rng.choice(number, 500, replace=False)
     exact = find_neighbours(table[rows], table, 11)[1]
     recall = np.mean([len({*a} & ({*b} - {row})) / 10 for row, a, b in zip(rows, found[rows], exact, strict=True)])
     print(f"recall of the 10 nearest of 500 of them: {recall:.3f}")
 
 
-PARTS: dict[str, tuple[Callable[[int, Path], None], int]] = {
+def _tell_progress() -> Callable[[int, int], None]:
+    return make_log_progress("compared", "images", lambda line: print(line, file=sys.stderr, flush=True), every_s=30)
+
+
+PARTS: dict[str, tuple[Callable[..., None], int]] = {
     "manifest": (measure_manifest, 1_000_000),
     "ingest": (measure_ingest, 1_000_000),
     "ledger": (measure_ledger, 100_000),
@@ -299,11 +322,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/scale.py", description=__doc__)
     parser.add_argument("--only", choices=PARTS, action="append", help="one of the parts; may be given again")
     parser.add_argument("--rows", type=int, help="how many; default: a million, of the log ten, of the ledger 100,000")
+    parser.add_argument("--width", type=int, default=512, help="numbers of a vector, for neighbours; default: 512")
     parser.add_argument("--here", action="store_true", help="in this process, and no head of the table")
     chosen = parser.parse_args()
     if not chosen.here:
         print(HEADER, flush=True)
         rows = ["--rows", str(chosen.rows)] if chosen.rows else []
+        rows += ["--width", str(chosen.width)]
         for name in chosen.only or PARTS:
             subprocess.run([sys.executable, __file__, "--here", "--only", name, *rows], check=True)
         return
@@ -313,7 +338,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         encode_records(make_rows(10))  # loads pyarrow
-        measure(chosen.rows or number, folder)
+        more = [chosen.width] if measure is measure_neighbours else []
+        measure(chosen.rows or number, folder, *more)
         shutil.rmtree(folder)
         print(f"whole process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:,.0f} MB", file=sys.stderr)
 

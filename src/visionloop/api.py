@@ -152,6 +152,8 @@ def open_workspace(folder: str | os.PathLike[str] | None = None) -> "WorkspaceTa
 class WorkspaceTables(Workspace):
     """A workspace whose datasets, runs, decisions and promotions are tables of pandas. It is only read.
 
+    But for `similar`, which keeps the embeddings that it computes.
+
     Every method raises SettingsError where pandas is not installed (it comes with the extra `train`), and StoreError or
     TrackingError where the store or MLflow cannot be read.
     """
@@ -197,6 +199,47 @@ class WorkspaceTables(Workspace):
     def read_image(self, sha256: str) -> bytes:
         """Return the bytes of an image of a dataset. Raises ObjectMissing, StoreError."""
         return self.store.get(make_image_key(sha256))
+
+    def similar(
+        self, images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], k: int = 8, *, encoder: str = "auto"
+    ) -> "pd.DataFrame":
+        """Return the k images of the prepared data that are nearest to each image, as `visionloop similar`.
+
+        An image is the path of a file, or the sha256 of an image of the dataset, or its first eight digits. A row for
+        each match, nearest first: `image` is what was asked, `distance` the cosine distance (0 to 2), `same` says that
+        the files are equal. Embeddings that the store does not have are computed into it; of a large dataset the
+        vectors are kept for the next question, in .visionloop/features.
+
+        Raises:
+            SourceError, ImageError: an image is not there, or cannot be used.
+            SettingsError, PromotionError: there is no such encoder, or k is below 1.
+            DatasetError: there is no prepared data.
+        """
+        from visionloop.data.shards import load_prepared
+        from visionloop.features.album import choose_encoder, load_album_of_few
+        from visionloop.features.similar import ask
+        from visionloop.promotion.models import fetch_champion
+
+        if k < 1:
+            raise SettingsError("similar", f"got k = {k}", "1 or more")
+        names = [os.fspath(one) for one in ([images] if isinstance(images, str | os.PathLike) else images)]
+        prepared, size = load_prepared(self.settings.prepared_dir), self.params.embed.batch_size
+        chosen, limit = choose_encoder(self, prepared, encoder, fetch_champion), self.params.ingest.max_pixels
+        done = ask(lambda: load_album_of_few(self, prepared, chosen, batch_size=size), names, k, max_pixels=limit)
+        rows = [
+            {
+                "image": name,
+                "distance": match.distance,
+                "same": match.is_same,
+                "sha256": done.album.prepared.sha256_n[match.row],
+                "label": LABEL_SEPARATOR.join(done.album.prepared.labels(match.row)),
+                "side": done.album.records[match.row].side,
+                "origin": done.album.get_origin(match.row),
+            }
+            for name, matches in zip(names, done.found, strict=True)
+            for match in matches
+        ]
+        return _make_frame(rows, ["image", "distance", "same", "sha256", "label", "side", "origin"])
 
     def runs(self, *, trials: bool = False) -> "pd.DataFrame":
         """Return the trainings in MLflow, newest first, as `visionloop runs`; with `trials` also those of `tune`.

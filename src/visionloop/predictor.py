@@ -96,7 +96,7 @@ class Predictor:
         if runtime == "openvino":
             self._session: Any = _open_openvino(model_bytes, where, "bf16" if precision == "bf16" else "fp32", threads)
         else:
-            self._session = _open_session(model_bytes, where, threads)
+            self._session = open_session(model_bytes, where, threads)
         self.bundle, self.engine = bundle, engine
         self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
@@ -323,7 +323,7 @@ class Embedder:
         if runtime == "openvino":
             self._session: Any = _open_openvino(model_bytes, model.name, precision, threads)
         else:
-            self._session = _open_session(model_bytes, model.name, threads)
+            self._session = open_session(model_bytes, model.name, threads)
 
     def embed(self, images_nhwc: UInt8Array) -> FloatArray:
         """Map any number of images (n, h, w, 3) to embeddings (n, d), in slices of limited memory."""
@@ -334,7 +334,7 @@ class Embedder:
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
-def _open_session(model_bytes: bytes, where: str, threads: int) -> Any:
+def open_session(model_bytes: bytes, where: str, threads: int) -> Any:
     """Open a checked model in ONNX Runtime. Raises BundleError."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which writes to the home folder otherwise
     import onnxruntime as ort

@@ -89,7 +89,7 @@ def in_store(loop: Loop, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_every_block_of_the_document_runs(
     loop: Loop, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(BLOCKS) == len(re.findall("^```(?:python)", DOCUMENT, flags=re.M)) == 6
+    assert len(BLOCKS) == len(re.findall("^```(?:python)", DOCUMENT, flags=re.M)) == 7
     monkeypatch.chdir(loop.home)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((300, 200)).save("photo.jpg")
@@ -105,7 +105,8 @@ def test_every_block_of_the_document_runs(
     assert "broken.jpg not_an_image broken.jpg: is text, not an image" in said[3]
     assert np.isnan(names["vectors"]).all(axis=1).tolist() == [False, True]
     assert "test   disc      4" in said[4]
-    assert re.match(r"(disc|ring) (disc|ring)\n$", said[5])
+    assert len(re.findall(r"^\d +\d\.\d+ +(?:disc|ring) +(?:train|val|test) +\S+\.png$", said[5], re.M)) == 5
+    assert re.match(r"(disc|ring) (disc|ring)\n$", said[6])
 
 
 def test_a_model_in_s3_is_checked_and_leaves_nothing_behind(

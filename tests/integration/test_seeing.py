@@ -20,6 +20,7 @@ from visionloop.bundle import load_bundle
 from visionloop.data.manifest import load_pin, load_records
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
+from visionloop.features import album
 from visionloop.features.embed import embed
 from visionloop.features.encoder import make_bundle_encoder
 from visionloop.features.table import EmbeddingTable
@@ -329,8 +330,10 @@ def test_embeddings_that_cannot_be_written_are_refused_in_a_line(
 
 def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_here(monkeypatch, "map", "--method", "pca", "--thumbnails", "0", "--quiet") == 0
+    monkeypatch.setattr(album, "KEPT_FROM", 100)
     assert run_here(monkeypatch, "similar", str(sorted((home.parent / "photos" / "disc").iterdir())[0])) == 0
     assert run_here(monkeypatch, "suspects", "--top", "5") == 0
+    assert (home / ".visionloop" / "features" / "vectors").is_file()
     settings = load_settings({}, home)
     store = open_store(settings.store_url)
     gone, *kept = [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")]
@@ -344,10 +347,13 @@ def test_forgetting_an_image_takes_its_embeddings_too(home: Path, monkeypatch: p
         why="asked",
     )
     assert sum("embedding table" in what for what in done.removed) == 1
+    assert "the vectors that `similar` kept" in done.removed
     _, has_n = EmbeddingTable(store, encoder).lookup([gone, *kept])
     assert has_n.tolist() == [False, True, True, True, True]
     assert not (home / "features").exists()
     assert not (home / ".visionloop" / "features" / "map.html").exists()
     assert not (home / "suspects" / "suspects.png").exists()
-    assert not list((home / ".visionloop" / "features").iterdir()), "the map and the pictures of similar images"
+    assert not list((home / ".visionloop" / "features").iterdir()), (
+        "the map, the vectors, the pictures of similar images"
+    )
     assert [row["sha256"] for row in read_rows(home / "suspects" / "corrections.csv")] == kept

@@ -22,7 +22,7 @@ from mjpeg_camera import PATH, Camera, Plan, film
 from videos import RED, WHITE
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import BusyError, ImageError
-from visionloop.params.monitor import Webhook
+from visionloop.params.loop import Webhook
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line
 from visionloop.predict.live import StreamEnded, WatchPlan

@@ -19,9 +19,7 @@ from visionloop.errors import SettingsError
 from visionloop.workspace import Workspace, get_user, open_workspace
 
 if TYPE_CHECKING:
-    from visionloop.data.shards import Prepared
     from visionloop.features.album import Album
-    from visionloop.features.encoder import Encoder
     from visionloop.features.neighbours import Agreement
     from visionloop.features.projection import Method
     from visionloop.features.similar import QueryImage, SimilarImage
@@ -106,6 +104,10 @@ def similar(
 
     Without --out the picture is .visionloop/features/similar-IMAGE.png; earlier ones stay.
 
+    Of 50,000 images or more the first question keeps their vectors in .visionloop/features/vectors (2.6 GB for a
+    million of 512 numbers), and the next ones take seconds. The answers are exact either way. The file is made anew
+    where it is of other images or another encoder; it may be removed.
+
     Examples:
 
       visionloop similar photo.jpg
@@ -113,13 +115,13 @@ def similar(
       visionloop similar 3f786850e387 --k 20 --encoder champion
     """
     from visionloop.cli.pictures import require_place, write_picture
-    from visionloop.features.similar import describe_for_machines, draw_similar, find_similar, read_query
+    from visionloop.features.album import load_album_of_few
+    from visionloop.features.similar import ask, describe_for_machines, draw_similar
 
     require_place(out, "--out")
-    workspace, album = _open_album(encoder, quiet=quiet or as_json)
-    limit = workspace.params.ingest.max_pixels
-    queries = [read_query(text, album, max_pixels=limit) for text in images]
-    found = find_similar(album, queries, k)
+    workspace, load = _open_encoder(encoder, quiet=quiet or as_json)
+    answered = ask(lambda: load(load_album_of_few), images, k, max_pixels=workspace.params.ingest.max_pixels)
+    album, queries, found = answered.album, answered.queries, answered.found
     if as_json:
         print_json(describe_for_machines(album, queries, found))
     else:
@@ -213,8 +215,8 @@ def suspects(
     writes = not serve and (out is not None or not as_json)
     if corrections.exists() and writes:
         raise SettingsError(str(corrections), "is there already, perhaps edited", "a folder without it", KEEP)
-    with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json):
-        found, agreement = find_suspects(album, neighbours)
+    with show_waiting(f"asking the neighbours of {len(album.records):,} images", quiet=quiet or as_json) as tell:
+        found, agreement = find_suspects(album, neighbours, on_progress=_count_compared(tell, quiet or as_json))
     answered, number = find_answered(workspace), len(found)
     found = [one for one in found if album.prepared.sha256_n[one.row] not in answered]
     shown = found[:top]
@@ -249,18 +251,27 @@ def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None
 
 def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, Album]":
     """Open the workspace, its prepared data and an encoder; embed what the table does not have."""
-    from visionloop.data.shards import load_prepared
     from visionloop.features.album import load_album
+
+    workspace, load = _open_encoder(name, quiet=quiet)
+    return workspace, load(load_album)
+
+
+def _open_encoder(name: EncoderName, *, quiet: bool) -> "tuple[Workspace, Callable[[Callable[..., Album]], Album]]":
+    """Open the workspace, its prepared data and an encoder. Return what loads the album, by one of the ways."""
+    from visionloop.data.shards import load_prepared
+    from visionloop.features.album import choose_encoder
     from visionloop.features.encoder import describe_weights
+    from visionloop.promotion.models import fetch_champion
 
     workspace = open_workspace()
     prepared = load_prepared(workspace.settings.prepared_dir)
-    encoder = _choose_encoder(workspace, prepared, name)
+    encoder = choose_encoder(workspace, prepared, name.value, fetch_champion)
     if not quiet:
         print(f"encoder: {encoder.facts.describe()}", flush=True)
         if encoder.facts.source == "params" and (warning := describe_weights(workspace.params.train)):
             print(warning)
-    album = load_album(
+    return workspace, lambda load: load(
         workspace,
         prepared,
         encoder,
@@ -268,33 +279,6 @@ def _open_album(name: EncoderName, *, quiet: bool = False) -> "tuple[Workspace, 
         tell=_choose_tell(quiet),
         on_progress=_make_progress(quiet),
     )
-    return workspace, album
-
-
-def _choose_encoder(workspace: Workspace, prepared: "Prepared", name: EncoderName) -> "Encoder":
-    """Return the encoder asked for. auto: that of the parameters where the way trains on it, else the candidate's, the
-    champion's, and without either again that of the parameters."""
-    from visionloop.bundle import download_bundle, load_bundle
-    from visionloop.errors import PromotionError
-    from visionloop.features.encoder import make_bundle_encoder, make_encoder
-    from visionloop.params import WAYS_ON_EMBEDDINGS
-    from visionloop.promotion.ledger import read_champion
-
-    settings, params, runtime = workspace.settings, workspace.params, workspace.params.embed.runtime
-    wanted, is_auto = name.value, name is EncoderName.auto
-    if is_auto and params.train.way in WAYS_ON_EMBEDDINGS:
-        wanted = "params"
-    if wanted == "candidate" or (is_auto and wanted == "auto" and settings.candidate_dir.is_dir()):
-        return make_bundle_encoder(load_bundle(settings.candidate_dir), runtime=runtime)
-    if wanted in {"champion", "auto"}:
-        entry = read_champion(workspace.store, params.name)
-        if entry:
-            bundle = download_bundle(workspace.store, entry.bundle, settings.hidden_dir / "bundles")
-            return make_bundle_encoder(bundle, runtime=runtime)
-        if not is_auto:
-            todo = "Promote one, or use `--encoder params`."
-            raise PromotionError(f"ledger {params.name}", "has no champion", "a promoted model", todo)
-    return make_encoder(workspace, prepared)
 
 
 def _keep_similar(workspace: Workspace, image: str, png: bytes) -> Path:
@@ -348,6 +332,12 @@ def _describe_suspects(album: "Album", suspects: "Sequence[Suspect]") -> list[st
         for s in suspects[:SHOWN]
     ]
     return [*lines, *([f"  and {len(suspects) - SHOWN:,} more"] if len(suspects) > SHOWN else [])]
+
+
+def _count_compared(tell: Callable[[str], None], quiet: bool) -> Callable[[int, int], None]:
+    from visionloop.words import make_log_progress
+
+    return make_log_progress("compared", "images", (lambda line: None) if quiet else tell)
 
 
 def _choose_tell(quiet: bool) -> Callable[[str], None]:

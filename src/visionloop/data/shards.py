@@ -26,6 +26,7 @@ from visionloop.records import ImageRecord, Pin
 
 SHARD_BYTES = 64 * 1024 * 1024
 IMAGES, TRAIN = "images", "train"
+REPAIR = "Run `visionloop prepare`."
 IntArray = NDArray[np.int64]
 Offset = tuple[int, int]  # pixels from the top and from the left
 
@@ -100,6 +101,24 @@ class Prepared:
         if [r.sha256 for r in records] != list(self.sha256_n):
             raise DatasetError(where, "has a manifest of other images", "its own", "Run `visionloop prepare`.")
         return [records[row] for row in rows]
+
+    def read_record(self, row: int) -> ImageRecord:
+        """Read what the manifest says of one row: the group that it is in, and no other. Raises DatasetError."""
+        where, first = f"prepared data {self.folder}", 0
+        try:
+            with pq.ParquetFile(self.folder / "manifest.parquet") as file:
+                for group in range(file.num_row_groups):
+                    number = file.metadata.row_group(group).num_rows
+                    if row < first + number:
+                        (found,) = file.read_row_group(group).slice(row - first, 1).to_pylist()
+                        record = ImageRecord.from_json(found)
+                        if record.sha256 == self.sha256_n[row]:
+                            return record
+                        break
+                    first += number
+        except (OSError, TypeError, pa.ArrowInvalid) as exc:
+            raise DatasetError(where, "has no manifest.parquet, or a damaged one", "one", REPAIR) from exc
+        raise DatasetError(where, "has a manifest of other images", "its own", REPAIR)
 
     def read(self, rows: IntArray) -> UInt8Array:
         """Return the images of some rows, (n, h, w, 3), in the order asked for; the middle of those stored larger."""

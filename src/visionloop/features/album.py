@@ -8,11 +8,14 @@ As a file for other tools it is Parquet, a row for each image in the order of th
 Dimensions: n images, d features, c classes.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,34 +23,43 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from visionloop.bundle import Bundle, load_bundle
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import load_records, make_image_key
 from visionloop.data.shards import Prepared
-from visionloop.errors import DatasetError, ImageError, ObjectMissing, SettingsError
+from visionloop.errors import BusyError, DatasetError, ImageError, ObjectMissing, PromotionError, SettingsError
 from visionloop.features.embed import choose_reader, embed_prepared
-from visionloop.features.encoder import Encoder
+from visionloop.features.encoder import Encoder, make_bundle_encoder, make_encoder
+from visionloop.features.kept import DamagedVectors, KeptVectors, compute_num_bytes, make_key, write_vectors
 from visionloop.features.neighbours import to_targets
 from visionloop.features.table import EmbeddingTable
-from visionloop.features.view import GROUP_ROWS, FloatArray, make_schema, make_table
+from visionloop.features.view import GROUP_ROWS, VECTORS, FloatArray, make_schema, make_table
+from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.records import ImageRecord
 from visionloop.store import ObjectStore
-from visionloop.workfolder import write_through
+from visionloop.workfolder import is_locked, lock_work, write_through
 from visionloop.workspace import Workspace
 
 GREY = 200
 COLUMNS = ("path", "labels", "side", "sha256", "vector")
 SUFFIX = ".parquet"
+ENCODERS = ("auto", "candidate", "champion", "params")
+KEPT_FROM = 50_000  # images: for fewer the table is read in a second or two
 
 
 @dataclass(frozen=True)
 class Album:
-    """The images of prepared data, row by row: `records[i]` and `embedding_nd[i]` are of `prepared.sha256_n[i]`."""
+    """The images of prepared data, row by row: `records[i]` and `embedding_nd[i]` are of `prepared.sha256_n[i]`.
+
+    `kept`: the embeddings are those of a file, from which few are to be read; else None.
+    """
 
     prepared: Prepared
-    records: tuple[ImageRecord, ...]
+    records: Sequence[ImageRecord]
     encoder: Encoder
     embedding_nd: FloatArray
     store: ObjectStore
+    kept: KeptVectors | None = None
 
     @cached_property
     def target_nc(self) -> NDArray[np.uint8]:
@@ -95,6 +107,33 @@ class Album:
         return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
+def choose_encoder(
+    workspace: Workspace, prepared: Prepared, name: str, find_champion: Callable[[Workspace], Bundle | None]
+) -> Encoder:
+    """Return an encoder: that of the candidate, of the champion, or of the parameters (`params`).
+
+    `auto`: that of the parameters where the way trains on it, else the candidate's, the champion's, and without either
+    again that of the parameters. `find_champion` fetches its bundle; it is called where it is needed.
+
+    Raises:
+        SettingsError, PromotionError: there is no such encoder, or no champion.
+        TrainingError, BundleError, ParamsError: it cannot be used.
+    """
+    settings, params, runtime = workspace.settings, workspace.params, workspace.params.embed.runtime
+    if name not in ENCODERS:
+        raise SettingsError("encoder", f"got {name!r}", f"one of {', '.join(ENCODERS)}")
+    wanted = "params" if name == "auto" and params.train.way in WAYS_ON_EMBEDDINGS else name
+    if wanted == "candidate" or (wanted == "auto" and settings.candidate_dir.is_dir()):
+        return make_bundle_encoder(load_bundle(settings.candidate_dir), runtime=runtime)
+    if wanted in {"champion", "auto"}:
+        if bundle := find_champion(workspace):
+            return make_bundle_encoder(bundle, runtime=runtime)
+        if wanted == "champion":
+            todo = "Promote one, or use `--encoder params`."
+            raise PromotionError(f"ledger {params.name}", "has no champion", "a promoted model", todo)
+    return make_encoder(workspace, prepared)
+
+
 def load_album(
     workspace: Workspace,
     prepared: Prepared,
@@ -130,6 +169,69 @@ def load_album(
     )
     records = tuple(found[sha256] for sha256 in prepared.sha256_n)
     return Album(prepared, records, encoder, embedding_nd, store)
+
+
+def load_album_of_few(
+    workspace: Workspace,
+    prepared: Prepared,
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    tell: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Album:
+    """As `load_album`, for questions about few images: with the kept vectors, where they are of these images.
+
+    Where they are not, all is loaded, and the vectors of a large dataset are kept for the next question. Not being able
+    to keep them is no error. A question to damaged ones raises DamagedVectors: remove them and load again.
+    """
+    folder, number = workspace.settings.hidden_dir / "features", len(prepared.sha256_n)
+    key = make_key(encoder.facts.digest, prepared.sha256_n) if number >= KEPT_FROM else ""
+    if key:
+        with contextlib.suppress(OSError, DamagedVectors):
+            kept = KeptVectors(folder / VECTORS, key)
+            return Album(prepared, _PreparedRecords(prepared), encoder, kept.vectors_nd, workspace.store, kept)
+    album = load_album(workspace, prepared, encoder, batch_size=batch_size, tell=tell, on_progress=on_progress)
+    if key and not is_locked(workspace.settings.work_dir("similar")):
+        try:
+            size = _keep(workspace, key, album.embedding_nd)
+            tell(f"kept for the next question: {folder / VECTORS} ({size / 1e6:,.0f} MB)")
+        except (OSError, BusyError) as exc:
+            tell(f"the vectors are not kept, so the next question will take as long: {exc}")
+    return album
+
+
+def _keep(workspace: Workspace, key: str, embedding_nd: FloatArray) -> int:
+    """Write the vectors of `similar` in place of any others; return their size. Raises OSError, BusyError."""
+    size, target = compute_num_bytes(*embedding_nd.shape), workspace.settings.hidden_dir / "features" / VECTORS
+    with lock_work(workspace.settings.work_dir("similar"), key) as work:
+        free = shutil.disk_usage(work).free
+        if free < 2 * size:
+            raise OSError(f"they need {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+        write_vectors(work / VECTORS, key, embedding_nd)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work / VECTORS, target)
+        work.rmdir()
+    return size
+
+
+class _PreparedRecords(Sequence[ImageRecord]):
+    """The rows of prepared data's own manifest, each read when it is asked for."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    def __len__(self) -> int:
+        return len(self._prepared.sha256_n)
+
+    @overload
+    def __getitem__(self, row: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        return self._prepared.read_record(range(len(self))[row])
 
 
 def check_target(path: Path) -> None:

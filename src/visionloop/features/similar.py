@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from visionloop.data.contact_sheet import Cell, draw_contact_sheet
 from visionloop.data.images import UInt8Array, decode_image
 from visionloop.errors import ImageError, SourceError
 from visionloop.features.album import Album
+from visionloop.features.kept import DamagedVectors
 from visionloop.features.neighbours import find_neighbours
 from visionloop.features.view import FloatArray
 from visionloop.records import MAX_PIXELS
@@ -43,6 +44,31 @@ class SimilarImage:
     is_same: bool
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What was asked of an album, and for each question the images that were found, nearest first."""
+
+    album: Album
+    queries: list[QueryImage]
+    found: list[list[SimilarImage]]
+
+
+def ask(load: Callable[[], Album], images: Sequence[str], k: int, *, max_pixels: int = MAX_PIXELS) -> Answered:
+    """Find the k images of an album that are nearest to each image. Kept vectors that are damaged are made anew.
+
+    `load` opens the album. Raises as `read_query`, and as `load` does.
+    """
+    album = load()
+    queries = [read_query(text, album, max_pixels=max_pixels) for text in images]
+    try:
+        return Answered(album, queries, find_similar(album, queries, k))
+    except DamagedVectors:
+        assert album.kept is not None
+        album.kept.path.unlink(missing_ok=True)
+    album = load()
+    return Answered(album, queries, find_similar(album, queries, k))
+
+
 def read_query(text: str, album: Album, *, max_pixels: int = MAX_PIXELS) -> QueryImage:
     """Read a file, or the sha256 of an image of the dataset (or its first eight digits or more).
 
@@ -69,7 +95,10 @@ def find_similar(album: Album, queries: Sequence[QueryImage], k: int) -> list[li
     if not queries:
         return []
     query_md = np.stack([_embed(album, query) for query in queries])
-    distance_mk, row_mk = find_neighbours(query_md, album.embedding_nd, k + 1)
+    if album.kept is not None:
+        distance_mk, row_mk = album.kept.find(query_md, min(k + 1, len(album.records)))
+    else:
+        distance_mk, row_mk = find_neighbours(query_md, album.embedding_nd, k + 1)
     found = []
     for query, distances, rows in zip(queries, distance_mk, row_mk, strict=True):
         sha256s = [album.prepared.sha256_n[row] for row in rows]
@@ -129,6 +158,8 @@ def _read_file(path: Path, album: Album, max_pixels: int) -> QueryImage:
 
 
 def _embed(album: Album, query: QueryImage) -> FloatArray:
+    if query.row is not None and album.kept is not None:
+        return np.asarray(album.kept.read(np.asarray([query.row]))[0])
     if query.row is not None:
         return np.asarray(album.embedding_nd[query.row])
     assert query.image is not None

@@ -17,8 +17,8 @@ Dimensions: n images, c classes.
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from visionloop.errors import TrainingError
 from visionloop.features.album import Album
 from visionloop.features.encoder import Encoder
 from visionloop.features.neighbours import (
+    BLOCK,
     Agreement,
     DoubleArray,
     compute_votes_of_others,
@@ -51,15 +52,19 @@ class Suspect:
     score: float
 
 
-def find_suspects(album: Album, k: int = 10) -> tuple[list[Suspect], Agreement | None]:
+def find_suspects(
+    album: Album, k: int = 10, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[Suspect], Agreement | None]:
     """Return all labels that the neighbours contradict, the most suspicious first, and how far they agree with all.
+
+    `on_progress`: as for `find_other_neighbours`.
 
     Raises:
         DatasetError: there are fewer than two images.
         TrainingError: the encoder cannot tell the classes.
     """
     prepared = album.prepared
-    distance_nk, row_nk = find_other_neighbours(album.embedding_nd, k)
+    distance_nk, row_nk = find_other_neighbours(album.embedding_nd, k, on_progress=on_progress)
     agreement = measure_agreement(distance_nk, row_nk, album.target_nc)
     if agreement and agreement.p_value > LEVEL:
         raise TrainingError(
@@ -68,11 +73,15 @@ def find_suspects(album: Album, k: int = 10) -> tuple[list[Suspect], Agreement |
             "neighbours that know more than chance",
             advise(album.encoder),
         )
-    votes_nc = compute_votes_of_others(distance_nk, row_nk, album.target_nc)
-    if prepared.targets_nk is None:
-        found = judge_labels(votes_nc, prepared.label_n, prepared.classes)
-    else:
-        found = judge_several(votes_nc, prepared.targets_nk, prepared.classes)
+    found: list[Suspect] = []
+    for start in range(0, len(row_nk), BLOCK):  # the votes of all images would be 8 bytes a class and image
+        rows = slice(start, start + BLOCK)
+        votes_bc = compute_votes_of_others(distance_nk[rows], row_nk[rows], album.target_nc)
+        if prepared.targets_nk is None:
+            some = judge_labels(votes_bc, prepared.label_n[rows], prepared.classes)
+        else:
+            some = judge_several(votes_bc, prepared.targets_nk[rows], prepared.classes)
+        found += [replace(one, row=one.row + start) for one in some]
     found.sort(key=lambda suspect: (-suspect.score, prepared.sha256_n[suspect.row], suspect.old))
     return found, agreement
 

@@ -23,6 +23,7 @@ from visionloop.records import Record, compute_digest
 # Increased when the same weights, preprocessing and runtime give other vectors than before.
 VERSION = 2  # 2: each network has its own normalisation
 FACTS, EMBEDDINGS = "encoder.json", "embeddings.parquet"
+VECTORS = "vectors"  # in .visionloop/features: see `kept`
 ENCODER_KEY = b"visionloop.encoder"
 GROUP_ROWS = 4096
 TODO = "Run `visionloop embed`."

@@ -21,7 +21,7 @@ from visionloop.data.manifest import make_image_key
 from visionloop.data.prediction_log import KEPT, find_log_parts, remove_from_log
 from visionloop.errors import DatasetError
 from visionloop.features.table import find_parts, remove_rows
-from visionloop.features.view import EMBEDDINGS
+from visionloop.features.view import EMBEDDINGS, VECTORS
 from visionloop.parallel import map_parallel
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
@@ -202,6 +202,9 @@ def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: froz
     drawn += [path for path in others if path.is_file()]
     if drawn:
         copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(remove_all, drawn)))
+    kept_vectors = settings.hidden_dir / "features" / VECTORS
+    if kept_vectors.is_file():
+        copies.append(Copy("the vectors that `similar` kept", partial(remove_all, [kept_vectors])))
     corrections = settings.home / "suspects" / "corrections.csv"
     if corrections.is_file() and (kept := _drop_lines(corrections, sha256s)) is not None:
         copies.append(Copy("lines of suspects/corrections.csv", partial(_write, corrections, kept)))

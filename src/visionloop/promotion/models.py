@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from visionloop.bundle import Bundle, download_bundle
 from visionloop.data.known_store import check_store
 from visionloop.engines import Open, Opened
 from visionloop.errors import BundleError, BusyError, PromotionError, SettingsError, shorten
 from visionloop.evaluation.runtimes import load_approved
 from visionloop.predictor import FP32, Predictor
-from visionloop.promotion.ledger import require_entry
+from visionloop.promotion.ledger import read_champion, require_entry
 from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore, open_store
@@ -117,6 +118,13 @@ def find_bundle_of_run(workspace: Workspace, run_id: str) -> Path | str:
         "a run whose model is kept",
         "Models that were registered are in the store; others stay until the next training: see `dvc exp apply`.",
     )
+
+
+def fetch_champion(workspace: Workspace) -> Bundle | None:
+    """Return the bundle of the champion, fetched into .visionloop/bundles; None: there is none. Raises BundleError."""
+    entry = read_champion(workspace.store, workspace.name)
+    folder = workspace.settings.hidden_dir / "bundles"
+    return download_bundle(workspace.store, entry.bundle, folder) if entry else None
 
 
 def find_digest(store: ObjectStore, start: str) -> str:

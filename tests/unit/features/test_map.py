@@ -164,3 +164,14 @@ def test_a_weak_encoder_is_used_and_says_so() -> None:
     assert (agreement.p_value, agreement.is_weak) == (1 / 200, True)
     assert 0.55 < agreement.share < 0.75
     assert len(found) > 40
+
+
+def test_votes_are_judged_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    label_n = np.arange(60) % 2
+    vectors = (np.eye(8)[label_n] * 5 + np.random.default_rng(0).normal(size=(60, 8))).astype(np.float32)
+    label_n[[3, 40]] = 1 - label_n[[3, 40]]
+    album = make_album(vectors, label_n)
+    whole = find_suspects(album)
+    assert {suspect.row for suspect in whole[0]} >= {3, 40}
+    monkeypatch.setattr("visionloop.features.suspects.BLOCK", 7)
+    assert find_suspects(album) == whole

@@ -239,7 +239,7 @@ def test_where_one_pass_cannot_tell_the_nearest_the_search_is_as_before(what: st
     distance, row = neighbours.find_neighbours(query, table, 9)
     monkeypatch.setattr(neighbours, "TABLE_BYTES", 4 * 32 * 500)
     monkeypatch.setattr(neighbours, "MOST_NEAR", 1000)
-    assert neighbours._choose_near(query, table, 9) is None
+    assert neighbours.choose_near(query, table, 9) is None
     other_distance, other_row = neighbours.find_neighbours(query, table, 9)
     np.testing.assert_array_equal(other_row, row)
     np.testing.assert_allclose(other_distance, distance, atol=1e-6)
@@ -278,7 +278,10 @@ def test_neighbours_of_all_images_in_cells_are_nearly_all_of_the_exact_ones(monk
     exact_distance, exact = neighbours.find_other_neighbours(table, 10)
     for name, value in (("CELLS_FROM", 5000), ("CELL_ROWS", 100)):
         monkeypatch.setattr(neighbours, name, value)
-    distance, found = neighbours.find_other_neighbours(table, 10)
+    told: list[tuple[int, int]] = []
+    distance, found = neighbours.find_other_neighbours(table, 10, on_progress=lambda *done: told.append(done))
+    assert (len(told), told[-1]) == (60, (6000, 6000))
+    assert told == sorted(told)
     assert found.shape == (6000, 10)
     assert not (found == np.arange(6000)[:, None]).any()
     recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact.tolist(), found.tolist(), strict=True)])

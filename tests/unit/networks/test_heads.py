@@ -10,7 +10,7 @@ from torch import nn
 
 from visionloop.networks.export import _export
 from visionloop.networks.heads import NeighbourHead, find_steady, map_head
-from visionloop.predictor import _open_openvino, _open_session
+from visionloop.predictor import _open_openvino, open_session
 
 RNG = np.random.default_rng(7)
 POINTS = (RNG.standard_normal((300, 24)) + 2).astype(np.float32)
@@ -104,7 +104,7 @@ def test_neighbours_are_the_same_in_every_runtime(metric: Any) -> None:
     model = _export(head, torch.zeros(2, 24), "embedding", ("logits",)).SerializeToString()
     queries = np.concatenate([QUERIES, POINTS[:30]])
     expected = head(torch.from_numpy(queries)).numpy()
-    for session in (_open_session(model, "m", 1), _open_openvino(model, "m", "fp32", 1)):
+    for session in (open_session(model, "m", 1), _open_openvino(model, "m", "fp32", 1)):
         np.testing.assert_allclose(session.run(["logits"], {"embedding": queries})[0], expected, atol=1e-3)
 
 
