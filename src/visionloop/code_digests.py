@@ -55,6 +55,7 @@ NOT_IN_CODE = (
     "visionloop.training.views",
     "visionloop.training.watch",
 )
+_NOT_IN_CODE = tuple(f"{module}." for module in NOT_IN_CODE)
 TELLERS = {"tell", "say", "print", "warn", "on_progress"}
 EXCEPTIONS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 PARTS = {"where", "found", "expected", "todo"}
@@ -74,10 +75,11 @@ def compute_module_digest(module: str, package: Path = PACKAGE) -> str:
 def _digest_stage(root: str, package: Path) -> str:
     """Return the digest of a module with all that it imports."""
     code: dict[str, str] = {}
-    waiting = [root]
+    waiting, seen = [root], set[str]()
     while waiting:
         name = waiting.pop()
-        path = None if name in code or _cannot_count(name) else _find_source(name, package)
+        path = None if name in seen or _cannot_count(name) else _find_source(name, package)
+        seen.add(name)
         if path is not None:
             text = path.read_text(encoding="utf-8")
             code[name], imported = _read_code(text, keep_descriptions=name.startswith("visionloop.evaluation"))
@@ -94,7 +96,7 @@ def _read_code(text: str, *, keep_descriptions: bool) -> tuple[str, list[str]]:
 
 
 def _cannot_count(module: str) -> bool:
-    return any(module == other or module.startswith(f"{other}.") for other in NOT_IN_CODE)
+    return f"{module}.".startswith(_NOT_IN_CODE)
 
 
 def _find_source(module: str, package: Path) -> Path | None:
