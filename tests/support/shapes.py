@@ -93,7 +93,7 @@ def make_environment(**extra: str) -> dict[str, str]:
     return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "COLUMNS": "140", **extra}
 
 
-def run(home: Path, *argv: str, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(home: Path, *argv: str, timeout: float = 500, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a workspace and return what it said."""
     env = make_environment(**extra)
     return subprocess.run(argv, cwd=home, env=env, capture_output=True, text=True, timeout=timeout, check=False)
