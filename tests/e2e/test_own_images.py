@@ -25,7 +25,7 @@ from visionloop.store.lease import make_claim, take_lease
 if TYPE_CHECKING:
     from conftest import PrefectServer
 
-LIMIT_S = 200
+LIMIT_S = 400
 NAME = "my-shapes"  # of the workspace, and so of dataset, model and deployment
 
 
