@@ -4,11 +4,12 @@
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -42,26 +43,35 @@ for name in [n for n in os.environ if n in FOREIGN or n.startswith("VISIONLOOP_"
 
 # Those that take longest begin first: the last of them would else run alone.
 SLOW = (
+    "own_images",
     "what_stays",
     "kills",
+    "demo_loop",
     "readme",
     "start",
+    "mlflow_pages",
     "flow_errors",
-    "own_images",
     "training_kills",
     "ranks",
-    "mlflow_pages",
-    "dvc_views",
     "up",
-    "demo_loop",
+    "dvc_views",
+    "ray",
+    "store_away",
     "training",
-    "extras",
     "lying_state",
     "bucket_loop",
+    "extras",
     "all_backbones",
     "abstaining",
+    "tune",
+    "onnx_encoders",
+    "learning",
     "leaks",
     "server_overload",
+    "watching",
+    "ways",
+    "stamina",
+    "views",
 )
 
 
@@ -103,6 +113,30 @@ def same_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     tempfile.tempdir = folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def make_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make what all workers of a run read: the first one fills a new folder of this name, the others wait for it."""
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = shared_folder / name
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "made").is_file():
+                fill(folder)
+                (folder / "made").touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -55,38 +55,52 @@ NOT_IN_CODE = (
     "visionloop.training.views",
     "visionloop.training.watch",
 )
+_NOT_IN_CODE = tuple(f"{module}." for module in NOT_IN_CODE)
 TELLERS = {"tell", "say", "print", "warn", "on_progress"}
 EXCEPTIONS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 PARTS = {"where", "found", "expected", "todo"}
+Code = tuple[str, list[str]]  # of a module: what counts of its text, and the modules of ours that it imports
 WORDING = {"join", "shorten", "mask"}  # calls that do nothing but put words together
 
 
 def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     """Return one digest a stage, over the source of the package `visionloop` in a folder."""
-    return {stage: _digest_stage(root, package) for stage, root in STAGE_MODULES.items()}
+    known: dict[str, Code | None] = {}
+    return {stage: _digest_stage(root, package, known) for stage, root in STAGE_MODULES.items()}
 
 
 def compute_module_digest(module: str, package: Path = PACKAGE) -> str:
     """Return the digest of one module with all that it imports, as a stage has it."""
-    return _digest_stage(module, package)
+    return _digest_stage(module, package, {})
 
 
-def _digest_stage(root: str, package: Path) -> str:
-    """Return the digest of a module with all that it imports."""
+def _digest_stage(root: str, package: Path, known: dict[str, Code | None]) -> str:
+    """Return the digest of a module with all that it imports; `known` keeps what was read, for other stages."""
     code: dict[str, str] = {}
-    waiting = [root]
+    waiting, seen = [root], set[str]()
     while waiting:
         name = waiting.pop()
-        path = None if name in code or _cannot_count(name) else _find_source(name, package)
-        if path is not None:
-            text = path.read_text(encoding="utf-8")
-            code[name], imported = _read_code(text, keep_descriptions=name.startswith("visionloop.evaluation"))
+        if name in seen or _cannot_count(name):
+            continue
+        seen.add(name)
+        if name not in known:
+            known[name] = _read_module(name, package)
+        if found := known[name]:
+            code[name], imported = found
             waiting += imported
     return compute_digest(code)
 
 
+def _read_module(name: str, package: Path) -> Code | None:
+    """Return what counts of a module, and what it imports; None: no module of ours has this name."""
+    path = _find_source(name, package)
+    if path is None:
+        return None
+    return _read_code(path.read_text(encoding="utf-8"), keep_descriptions=name.startswith("visionloop.evaluation"))
+
+
 @functools.lru_cache(maxsize=1024)  # most modules are those of several stages, and a flow asks several times
-def _read_code(text: str, *, keep_descriptions: bool) -> tuple[str, list[str]]:
+def _read_code(text: str, *, keep_descriptions: bool) -> Code:
     """Return what counts of a module's text, and the modules of ours that it imports."""
     tree = _Texts(keep_descriptions=keep_descriptions).visit(ast.parse(text))
     dump = ast.dump(tree).replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
@@ -94,7 +108,7 @@ def _read_code(text: str, *, keep_descriptions: bool) -> tuple[str, list[str]]:
 
 
 def _cannot_count(module: str) -> bool:
-    return any(module == other or module.startswith(f"{other}.") for other in NOT_IN_CODE)
+    return f"{module}.".startswith(_NOT_IN_CODE)
 
 
 def _find_source(module: str, package: Path) -> Path | None:

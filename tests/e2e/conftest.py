@@ -3,13 +3,12 @@
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -71,13 +70,6 @@ def own_prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all workers of a run."""
-    root = tmp_path_factory.getbasetemp()
-    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-
-
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
     """Wait until no other worker is at it."""
@@ -112,16 +104,10 @@ def prefect_api(shared_folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def retrained(shared_folder: Path) -> tuple[Path, str]:
-    """A workspace with a champion, and what was said: one of its new files is no image. Tests work on copies.
-
-    It is made once: where tests run side by side, the second process waits for the first.
-    """
-    home, said = shared_folder / "retrained" / "ws", shared_folder / "retrained" / "said.txt"
-    with hold(shared_folder / "retrained.lock"):
-        if not said.is_file():
-            said.write_text(make_retrained(home))
-    return home, said.read_text()
+def retrained(make_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, str]:
+    """A workspace with a champion, and what was said: one of its new files is no image. Tests work on copies."""
+    folder = make_once("retrained", lambda new: (new / "said.txt").write_text(make_retrained(new / "ws")))
+    return folder / "ws", (folder / "said.txt").read_text()
 
 
 def make_retrained(home: Path) -> str:

@@ -1,16 +1,18 @@
 """The whole loop, as `make demo-loop` tells it: drift, alarm, labels, a retrain, a swap, a rollback, and a night.
 
-Once with all that is real. The short one runs the flows here, without a Prefect server, on shapes.
+Once with all that is real. The short one runs flows and commands here, without a Prefect server, on shapes.
 """
 
 import importlib
 import io
 import json
 import shutil
+import subprocess
 import threading
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from shapes import ROOT, make_environment, open_home, write_shapes
+from shapes import ROOT, make_environment, open_home, visionloop_here, write_shapes
 
 SECTIONS = """
 ingest: {sources: [{kind: review}]}
@@ -148,6 +150,8 @@ def test_the_loop_closes_without_a_server_of_prefect(
     set_state(home)
     for name, value in make_environment().items():
         monkeypatch.setenv(name, value)
+    commands = {**vars(subprocess), "run": lambda command, *, cwd, **_: visionloop_here(cwd, *command[3:])}
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(**commands))
     demo = module.Demo(home, lines.append, name="shapes", env=make_environment())
     here = Here(demo, monkeypatch)
     monkeypatch.setattr(demo, "start", here.run)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import run_here
-from shapes import ROOT, find_flow_run, retrain, run, set_compute, visionloop
+from shapes import ROOT, find_flow_run, retrain, run, set_compute, visionloop_here
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_unreachable_mlflow_in_register(home: Path) -> None:
     decision = json.loads((home / "decisions" / "latest.json").read_text())
     assert decision["verdict"] == "passed"
     away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    done = visionloop(home, "register", **away)
+    done = visionloop_here(home, "register", **away)
     assert done.returncode == 2
     assert done.stderr.startswith("error: MLflow http://127.0.0.1:9: cannot be used")
     assert done.stderr.count("\n") == 1
-    said = visionloop(home, "register").stdout.splitlines()
+    said = visionloop_here(home, "register").stdout.splitlines()
     assert said == ["registered as shapes version 1 in MLflow", "next: `visionloop promote`"]
 
 
@@ -120,10 +120,10 @@ def test_a_candidate_with_a_flipped_byte_is_refused_by_every_command(home: Path)
     path.unlink()  # dvc may have linked it to its cache
     path.write_bytes(data)
     for command in ("evaluate", "gate", "register", "promote"):
-        done = visionloop(home, command)
+        done = visionloop_here(home, command)
         assert done.returncode == 2, command
         assert "model.onnx differs from its digest" in done.stderr, command
-    assert visionloop(home, "serve", "--bundle", "models/candidate", "--port", "0").returncode == 2
+    assert visionloop_here(home, "serve", "--bundle", "models/candidate", "--port", "0").returncode == 2
     assert len(list((home / ".visionloop" / "store" / "ledger").rglob("*.json"))) == 1
 
 
@@ -161,13 +161,13 @@ def test_what_changes_no_result_runs_nothing_again(home: Path, prefect_api: str,
 
 def test_a_stage_by_hand_tells_how_it_is_kept(home: Path) -> None:
     for stage in ("prepare", "embed"):
-        done = visionloop(home, stage)
+        done = visionloop_here(home, stage)
         assert done.returncode == 0, done.stderr
         assert "run by hand" not in done.stdout, f"dvc has what {stage} has made"
     assert find_changed(home) == set()
     edit(home, "resamples: 200", "resamples: 300")
     told = "\nrun by hand: `dvc commit -f evaluate` keeps this result, `dvc repro` would make it again\n"
-    assert visionloop(home, "evaluate").stdout.endswith(f"{told}next: `visionloop gate`\n")
+    assert visionloop_here(home, "evaluate").stdout.endswith(f"{told}next: `visionloop gate`\n")
 
 
 # Long: it trains again; a refusal that stands, of another rule, is in test_what_stays, its state in test_flow_ends.
@@ -211,10 +211,10 @@ def test_after_forget_no_file_of_the_workspace_holds_the_image(home: Path) -> No
     data = (home / ".visionloop" / "store" / "images" / sha256[:2] / sha256).read_bytes()
     assert data not in kept, "else the champion keeps it, which is told"
     for command in ("datasets show", "train"):
-        assert visionloop(home, *command.split()).returncode == 0, command
+        assert visionloop_here(home, *command.split()).returncode == 0, command
     sought = {"bytes": data, "pixels": pixels[row].tobytes()}
     assert {name: bool(find_holders(home, text)) for name, text in sought.items()} == {"bytes": True, "pixels": True}
-    done = visionloop(home, "forget", sha256, "--yes")
+    done = visionloop_here(home, "forget", sha256, "--yes")
     assert done.returncode == 0, done.stderr
     assert {name: find_holders(home, text) for name, text in sought.items()} == {"bytes": [], "pixels": []}
     assert "not known to hold no images" not in done.stdout, "a new folder wants a row in forget/hidden.py"

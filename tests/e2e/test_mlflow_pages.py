@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from shapes import make_environment, visionloop
+from shapes import make_environment, visionloop, visionloop_here
 
 START_S = 120
 
@@ -91,7 +91,7 @@ def test_each_retrain_is_a_run_that_holds_its_training(home: Path, server: str) 
     decision = json.loads((home / "decisions" / "latest.json").read_text())
     verdicts = [parent.data.tags["visionloop.verdict"] for parent in parents]
     assert verdicts == ["passed", decision["verdict"]]
-    assert visionloop(home, "runs", MLFLOW_TRACKING_URI=server).stdout.count("scratch") == 1, "trainings alone"
+    assert visionloop_here(home, "runs", MLFLOW_TRACKING_URI=server).stdout.count("scratch") == 1, "trainings alone"
 
 
 def test_dataset_and_source_are_filled_in_every_run(home: Path, server: str) -> None:

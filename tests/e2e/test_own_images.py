@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapes import ROOT, ask_prefect, make_environment, run, start_deployment, visionloop, write_shapes
+from shapes import ROOT, ask_prefect, make_environment, run, start_deployment, visionloop_here, write_shapes
 from visionloop.store import LocalStore
 from visionloop.store.lease import make_claim, take_lease
 
 if TYPE_CHECKING:
     from conftest import PrefectServer
 
-LIMIT_S = 200
+LIMIT_S = 400
 NAME = "my-shapes"  # of the workspace, and so of dataset, model and deployment
 
 
@@ -108,7 +108,7 @@ def test_own_images_become_a_champion(home: Path) -> None:
 def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: str) -> None:
     """New images are version 2; a second champion by a lower bar."""
     more = write_shapes(home.parent / "more", 20, seed=1)
-    assert "version 2: 40 new images, 160 in all" in visionloop(home, "ingest", str(more)).stdout
+    assert "version 2: 40 new images, 160 in all" in visionloop_here(home, "ingest", str(more)).stdout
     path = home / "params.yaml"
     path.write_text(path.read_text().replace("rule: better", "rule: no_worse\n  margin: 0.9"))
     with serve_schedule(home, prefect_api) as process:
@@ -138,10 +138,10 @@ def test_a_run_that_is_due_is_picked_up_and_promotes(home: Path, prefect_api: st
 
 
 def test_rollback_makes_the_first_champion_the_champion_again(home: Path) -> None:
-    done = visionloop(home, "rollback", "--why", "a test")
+    done = visionloop_here(home, "rollback", "--why", "a test")
     assert done.returncode == 0, done.stderr
     assert f"is bundle {list_ledger(home)[0]['bundle'][:12]} again" in done.stdout
-    assert "a test" in visionloop(home, "history").stdout.splitlines()[0]
+    assert "a test" in visionloop_here(home, "history").stdout.splitlines()[0]
 
 
 @pytest.mark.long

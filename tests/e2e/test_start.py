@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fakes import run_here
-from shapes import make_environment, visionloop, write_shapes
+from shapes import make_environment, visionloop, visionloop_here, write_shapes
 from visionloop.params import load_params
 from visionloop.workspace import make_name
 
@@ -50,13 +50,13 @@ def test_the_model_knows_imagenet_and_can_be_asked(home: Path) -> None:
     metrics = json.loads((home / "reports" / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.9
     photos = home.parent / "My Shapes"
-    assert visionloop(home, "predict", str(photos / "ring"), "--out", "answers.csv").returncode == 0
+    assert visionloop_here(home, "predict", str(photos / "ring"), "--out", "answers.csv").returncode == 0
     rows = list(csv.DictReader((home / "answers.csv").open(encoding="utf-8")))
     assert sum(row["prediction"] == "ring" for row in rows) >= 23
 
 
 def test_again_nothing_is_done_twice(home: Path) -> None:
-    done = visionloop(home.parent, "start", "My Shapes")
+    done = visionloop_here(home.parent, "start", "My Shapes")
     assert done.returncode == 0, done.stderr
     assert "made the workspace" not in done.stdout
     assert "is its source" not in done.stdout
@@ -64,11 +64,11 @@ def test_again_nothing_is_done_twice(home: Path) -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == [
         "[1/8] ingest: new images into the store"
     ]
-    done = visionloop(home, "start", "--json")
+    done = visionloop_here(home, "start", "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["outcome"], found["dataset"]["version"]) == (0, "unchanged", 1)
     assert found["commands"]["serve the champion"] == "visionloop serve"
-    quiet = visionloop(home, "start", "--quiet").stdout
+    quiet = visionloop_here(home, "start", "--quiet").stdout
     assert "nothing changed: dataset 1" in quiet
     assert "[1/8]" not in quiet and "next: " not in quiet
 
@@ -76,7 +76,7 @@ def test_again_nothing_is_done_twice(home: Path) -> None:
 def test_more_photos_are_found_and_only_they_are_computed(home: Path) -> None:
     """The first steps of a `start` from within, by hand: the rest is that of any other retrain."""
     write_shapes(home.parent / "My Shapes", 10, seed=1)
-    said = [visionloop(home, step) for step in ("ingest", "prepare", "embed")]
+    said = [visionloop_here(home, step) for step in ("ingest", "prepare", "embed")]
     assert [done.returncode for done in said] == [0, 0, 0], said
     assert "version 2: 20 new images, 70 in all" in said[0].stdout
     assert "50 from the table, 20 computed" in said[2].stdout

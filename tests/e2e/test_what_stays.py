@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shapes import ROOT, ask_prefect, find_flow_run, retrain, set_train, visionloop
+from shapes import ROOT, ask_prefect, find_flow_run, retrain, set_train, visionloop, visionloop_here
 
 DAMAGE = (
     "golden/answers.json is missing or differs from its digest in file://{home}/.visionloop/store; expected the files "
@@ -37,12 +37,12 @@ def stopped(
 def home(stopped: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
     """The same, with the second, bad one as champion, and rolled back from."""
     home, _ = stopped
-    done = visionloop(home, "start")
+    done = visionloop_here(home, "start")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loading torch to train" not in done.stdout
     assert "golden images as the bundle does\n  registered as shapes version 2" in done.stdout
     assert "has a new champion" in done.stdout
-    done = visionloop(home, "rollback", "--why", "it barks")
+    done = visionloop_here(home, "rollback", "--why", "it barks")
     assert done.returncode == 0, done.stderr
     return home
 
@@ -98,8 +98,8 @@ def test_after_a_rollback_a_run_with_nothing_changed_promotes_nothing(home: Path
     assert list_ledger(home) == before
     assert read_last_run(prefect_api, home) == ("Unchanged", "COMPLETED")
     copy = shutil.copytree(home.parent / "photos", home.parent / "copied")
-    assert "new places of known ones" in visionloop(home, "ingest", str(copy)).stdout
-    done = visionloop(home, "start")
+    assert "new places of known ones" in visionloop_here(home, "ingest", str(copy)).stdout
+    done = visionloop_here(home, "start")
     assert (done.returncode, "it barks; it stays down\n" in done.stdout) == (0, True), done.stdout + done.stderr
     assert list_ledger(home) == before
 
@@ -119,7 +119,7 @@ def test_a_change_that_yields_the_same_bundle_is_refused_by_the_rule(home: Path,
 
 
 def test_a_person_may_take_it_back_with_a_reason(home: Path) -> None:
-    done = visionloop(home, "promote", "--again")
+    done = visionloop_here(home, "promote", "--again")
     assert (done.returncode, done.stderr) == (
         2,
         "error: visionloop promote --again: has no --why; expected a reason, kept in the ledger. "
@@ -149,23 +149,23 @@ def test_an_upgrade_that_yields_the_champion_itself_is_no_refusal_and_damage_has
     (home / ".visionloop" / "store" / "bundles" / champion / "golden" / "answers.json").unlink()
     code, said = start()
     assert (code, said.splitlines()[-1]) == (2, f"error: champion {champion[:12]}: {DAMAGE.format(home=home)}")
-    done = visionloop(home, "predict", str(home.parent / "photos" / "disc"))
+    done = visionloop_here(home, "predict", str(home.parent / "photos" / "disc"))
     assert (done.returncode, "`visionloop doctor --fix` puts it back" in done.stderr) == (2, True), done.stderr
-    done = visionloop(home, "doctor", "--fix")
+    done = visionloop_here(home, "doctor", "--fix")
     assert done.returncode == 0, done.stdout
     fix = next(line for line in done.stdout.splitlines() if not line.startswith("mending: "))  # on a slow machine
     assert fix.startswith(f"fix   restored golden/answers.json of bundle {champion[:12]} in file://")
     assert start()[0] == 0
-    assert visionloop(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
+    assert visionloop_here(home, "predict", str(home.parent / "photos" / "disc")).returncode == 0
     assert list_ledger(home) == before
-    *told, after = visionloop(home, "history").stdout.splitlines()
+    *told, after = visionloop_here(home, "history").stdout.splitlines()
     assert after == "next: `visionloop rollback --to NUMBER` puts an earlier one back"
     assert [line.split("  decision")[0][26:] for line in told] == [
         f"{entry['action']:<8}  {(entry['previous'] or 'none')[:12]:>12} -> {entry['bundle'][:12]}  "
         f"model {entry['model_version']:<4}  dataset 2"
         for entry in reversed(before)
     ]
-    said = visionloop(home, "lineage", "champion").stdout
+    said = visionloop_here(home, "lineage", "champion").stdout
     assert said.startswith(f"bundle    {champion[:12]} (champion): binary, 2 classes: disc, ring\nledger    entry 1, ")
     photo = next((home.parent / "photos" / "disc").iterdir())
-    assert f"\nbundle    {champion[:12]} (candidate, champion): " in visionloop(home, "lineage", str(photo)).stdout
+    assert f"\nbundle    {champion[:12]} (candidate, champion): " in visionloop_here(home, "lineage", str(photo)).stdout

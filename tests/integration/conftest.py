@@ -1,16 +1,17 @@
 """What several files need: an S3 server, a Ray cluster, a workspace with a champion, one thread of torch."""
 
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from homes import Home, make_champion
+from homes import EPOCHS, Home, make_champion
 from s3_server import make_client, serve_s3
 
 
@@ -28,9 +29,20 @@ def client(endpoint_url: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def champion(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def champion(make_once: Callable[[str, Callable[[Path], object]], Path]) -> Home:
     """A workspace whose champion tells bars, discs and rings apart. Tests change copies of it."""
-    return make_champion(tmp_path_factory.mktemp("ways") / "ws")
+    folder = make_once("champion", lambda new: make_champion(new / "ws"))
+    return Home(folder / "ws", max_epochs=EPOCHS)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def read_operators_once() -> Iterator[None]:
+    """For each network that it exports, torch parses the code of 500 operators: in one process once is enough."""
+    from torch.onnx._internal._lazy_import import onnxscript_apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from fakes import make_bundle
 from s3_server import point_to
-from shapes import run, visionloop
+from shapes import run, visionloop_here
 from visionloop.bundle import load_bundle, seal_bundle
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
 from visionloop.forget import find_everything, forget, resolve_images
@@ -110,7 +110,7 @@ def test_dvc_keeps_no_copy_of_a_forgotten_image_and_all_else(home: Path) -> None
     told = [copy.what for copy in found.copies if "object" in copy.what]
     assert [what.partition("object")[2] for what in told] == ["s in dvc's cache", "s in dvc's remote backup"]
     assert list_objects(cache) == before
-    done = visionloop(home, "forget", row.sha256[:12], "--yes", "--why", "asked")
+    done = visionloop_here(home, "forget", row.sha256[:12], "--yes", "--why", "asked")
     assert done.returncode == 0, done.stderr
     assert "dataset pets version 2 holds 7 images, which is pinned now" in done.stdout
     for place in (cache, remote):

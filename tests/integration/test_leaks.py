@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shapes import visionloop, write_shapes
+from shapes import visionloop_here, write_shapes
 from visionloop.data.leaks import load_leaks, make_leak_picture
 from visionloop.data.manifest import list_versions, load_version_records, make_image_key
 from visionloop.data.prepare import prepare
@@ -153,7 +153,7 @@ def test_a_random_split_is_validated_on_its_test_side(desk: Desk) -> None:
     assert {side: sum(classes.values()) for side, classes in version.counts.items()} == {"train": 32, "test": 8}
     settings = load_settings({}, home)
     prepare(connect(settings, load_params(settings.params_path), store=desk.store))
-    done = visionloop(home, "train", VISIONLOOP_STORE=desk.store.url)
+    done = visionloop_here(home, "train", VISIONLOOP_STORE=desk.store.url)
     assert done.returncode == 0, done.stderr
     assert "an experiment (ingest.split.method: random): every epoch was judged on the test side" in done.stdout
     note = json.loads(next(settings.runs_dir.iterdir()).read_text())

@@ -31,7 +31,7 @@ from encoders import (
 from http_server import Answer, serve
 from processors import Stopwatch, pretending
 from s3_server import make_bucket, make_client, point_to, serve_s3
-from shapes import make_environment, visionloop
+from shapes import make_environment, visionloop_here
 from trainings import Ear, Place, read_json
 from visionloop.bundle import load_bundle
 from visionloop.data.shards import load_prepared
@@ -61,25 +61,29 @@ def read_images(place: Place) -> Any:
     return prepared.read(np.arange(len(prepared.sha256_n)))
 
 
+KINDS: dict[str, tuple[dict[str, Any], float]] = {
+    "nchw": ({}, 1e-5),
+    "nhwc": ({"layout": "NHWC"}, 1e-5),
+    "any-size": ({"shape": ["batch", 3, "height", "width"]}, 1e-5),
+    "any-channels": ({"shape": ["batch", "channels", "height", "width"]}, 1e-5),
+    "nhwc-any-size": ({"layout": "NHWC", "shape": ["batch", "height", "width", 3]}, 1e-5),
+    "batch-of-1": ({"shape": [1, 3, 32, 32]}, 1e-5),
+    "fp16": ({"kind": TensorProto.FLOAT16}, 5e-3),
+    "old": ({"opset": 13}, 1e-5),
+    "new": ({"opset": 21}, 1e-5),
+}
+FEW = ("nhwc", "batch-of-1", "fp16")
+
+
 @pytest.mark.parametrize(
-    ("options", "tolerance"),
+    ("way", "kind"),
     [
-        ({}, 1e-5),
-        ({"layout": "NHWC"}, 1e-5),
-        ({"shape": ["batch", 3, "height", "width"]}, 1e-5),
-        ({"shape": ["batch", "channels", "height", "width"]}, 1e-5),
-        ({"layout": "NHWC", "shape": ["batch", "height", "width", 3]}, 1e-5),
-        ({"shape": [1, 3, 32, 32]}, 1e-5),
-        ({"kind": TensorProto.FLOAT16}, 5e-3),
-        ({"opset": 13}, 1e-5),
-        ({"opset": 21}, 1e-5),
+        *(("frozen", kind) for kind in KINDS),
+        *(pytest.param("knn", kind, marks=[] if kind in FEW else pytest.mark.long) for kind in KINDS),
     ],
-    ids=["nchw", "nhwc", "any-size", "any-channels", "nhwc-any-size", "batch-of-1", "fp16", "old", "new"],
 )
-@pytest.mark.parametrize("way", ["frozen", "knn"])
-def test_any_encoder_of_images_ends_as_one_graph_that_gives_its_vectors(
-    place: Place, options: dict[str, Any], tolerance: float, way: str
-) -> None:
+def test_any_encoder_of_images_ends_as_one_graph_that_gives_its_vectors(place: Place, way: str, kind: str) -> None:
+    options, tolerance = KINDS[kind]
     put(place, make_encoder(**options))
     place = place.with_train(way=way, **KNN)
     assert embed(place).num_computed == 72
@@ -336,15 +340,15 @@ def test_commands_look_through_an_encoder_and_through_the_bundle_that_holds_it(p
     photo = str(next((home / "photos" / "ring").glob("*.png")))
     distances = []
     for encoder in ("params", "candidate"):
-        done = visionloop(home, "similar", photo, "--k", "2", "--json", "--encoder", encoder)
+        done = visionloop_here(home, "similar", photo, "--k", "2", "--json", "--encoder", encoder)
         assert done.returncode == 0, done.stderr
         matches = json.loads(done.stdout)["queries"][0]["matches"]
         assert matches[0]["labels"] == ["ring"]
         distances.append([match["distance"] for match in matches])
     np.testing.assert_allclose(*distances, atol=1e-5)
-    done = visionloop(home, "suspects")
+    done = visionloop_here(home, "suspects")
     assert "of 72 images have a label that their nearest 10 doubt" in done.stdout, done.stderr
-    done = visionloop(home, "map", "--encoder", "candidate", "--method", "pca")
+    done = visionloop_here(home, "map", "--encoder", "candidate", "--method", "pca")
     assert done.returncode == 0 and "encoder.onnx of bundle" in done.stdout, done.stderr
-    done = visionloop(home, "predict", photo, "--bundle", "models/candidate")
+    done = visionloop_here(home, "predict", photo, "--bundle", "models/candidate")
     assert done.returncode == 0 and "ring" in done.stdout, done.stderr

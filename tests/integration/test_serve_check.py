@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fakes import make_bundle, make_image
-from shapes import visionloop
+from shapes import visionloop, visionloop_here
 from visionloop.bundle import load_bundle, seal_bundle, upload_bundle
 from visionloop.errors import ServingError
 from visionloop.serving.check import check_serving
@@ -78,14 +78,14 @@ def test_keys_a_rate_and_a_port_that_is_taken_do_not_hinder_a_check(home: Path) 
     ],
 )
 def test_what_is_no_bundle_is_one_line(home: Path, address: str, said: str) -> None:
-    done = visionloop(home, "serve", "--check", address)
+    done = visionloop_here(home, "serve", "--check", address)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
 
 
 def test_wrong_golden_answers_refuse_before_anything_listens(home: Path) -> None:
     change_answers(home / "candidate", 0.5)
-    done = visionloop(home, "serve", "--check", "candidate")
+    done = visionloop_here(home, "serve", "--check", "candidate")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "golden answers differ by 0.3" in done.stderr
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shapes import find_bundle, find_run, make_workspace, visionloop
+from shapes import find_bundle, find_run, make_workspace, visionloop, visionloop_here
 from visionloop.bundle import load_bundle
 from visionloop.errors import VisionLoopError
 from visionloop.params import load_params
@@ -29,7 +29,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_workspace(tmp_path_factory.mktemp("prepared") / "ws", epochs=EPOCHS)
     with (home / "params.yaml").open("a") as params:
         params.write("\ningest: {max_pixels: 70000000}\n")
-    assert visionloop(home, "prepare").returncode == 0
+    assert visionloop_here(home, "prepare").returncode == 0
     return home
 
 

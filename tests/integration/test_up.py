@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from shapes import run, visionloop
+from shapes import run, visionloop, visionloop_here
 from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up.parts import ask
 from watched import make_watched
@@ -32,7 +32,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 
 def read_status(home: Path) -> tuple[int, dict[str, Any]]:
-    done = visionloop(home, "status", "--json", VISIONLOOP_STORE="store")
+    done = visionloop_here(home, "status", "--json", VISIONLOOP_STORE="store")
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -92,7 +92,7 @@ def test_the_stack_is_up_heals_and_leaves_nothing(home: Path) -> None:
 
 def test_what_cannot_be_started_is_told_before_anything_is(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: pets\ntrain: {max_epoch: 3}\n")
-    done = visionloop(tmp_path, "up")
+    done = visionloop_here(tmp_path, "up")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: params.yaml train.max_epoch")
     assert not (tmp_path / ".visionloop" / "up").exists()

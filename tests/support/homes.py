@@ -27,6 +27,7 @@ from visionloop.training.watch import EpochReport, Watcher
 NOW = "2026-01-01T00:00:00+00:00"
 CLASSES = ("bar", "disc", "ring")
 QUIET_RUN = f"{1:032x}"
+EPOCHS = 10  # of the champion
 
 
 class Notes(Watcher):
@@ -118,7 +119,7 @@ def fork(home: Home, folder: Path, **section: Any) -> Home:
 
 def make_champion(folder: Path) -> Home:
     """A workspace whose champion tells bars, discs and rings apart; its weights lie in weights.safetensors."""
-    home = Home(folder, max_epochs=10)
+    home = Home(folder, max_epochs=EPOCHS)
     write_shapes(home.folder / "photos", 60, classes=CLASSES)
     home.ingest()
     home.train()

@@ -24,7 +24,9 @@ def run_dvc(home: Path, *words: str, path: str = "") -> int:
     return subprocess.run(command, cwd=home, env=env, capture_output=True, check=False).returncode
 
 
-@pytest.mark.parametrize("kind", ["no git", "dubious ownership", "in a git that is refused"])
+@pytest.mark.parametrize(
+    "kind", ["no git", pytest.param("dubious ownership", marks=pytest.mark.long), "in a git that is refused"]
+)
 def test_a_workspace_without_git(tmp_path: Path, kind: str) -> None:
     (tmp_path / "bin").mkdir()
     variables, path = {}, str(tmp_path / "bin")
@@ -47,7 +49,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", [pytest.param("latin-1", marks=pytest.mark.long), "ascii", "cp1252"])
 def test_what_a_terminal_cannot_show_is_replaced(home: Path, encoding: str) -> None:
     done = start("predict", "katze-ü-猫.png", "--bundle", "b", here=home, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,7 +22,8 @@ from visionloop.data.images import decode_image, load_array
 from visionloop.errors import ImageError
 from visionloop.ingest.inspect import inspect_bytes
 
-NUMBER = int(os.environ.get("TEST_FUZZ_NUMBER", "20000"))
+FUZZED = os.environ.get("TEST_FUZZ_NUMBER")
+NUMBERS = [int(FUZZED)] if FUZZED else [6000, pytest.param(20_000, marks=pytest.mark.long)]
 SEED = os.environ.get("TEST_FUZZ_SEED", "visionloop")
 PNG = b"\x89PNG\r\n\x1a\n"
 LIMIT = 1_000_000
@@ -279,20 +280,21 @@ def test_each_of_the_files_goes_in_and_is_read(name: str) -> None:
     assert compare(data) == ("ok", [])
 
 
-def test_what_ingest_lets_in_all_others_read() -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_ingest_lets_in_all_others_read(number: int) -> None:
     """Nightly with another seed: `TEST_FUZZ_SEED=$(date +%F) TEST_FUZZ_NUMBER=200000`."""
     assert len(FILES) == 16
     rng, names, verdicts = random.Random(SEED), sorted(FILES), Counter[str]()
     differences: list[tuple[int, str, str, list[str]]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number in range(NUMBER):
-            name = names[number % len(names)]
+        for place in range(number):
+            name = names[place % len(names)]
             verdict, others = compare(mutate(name, rng))
             verdicts[verdict] += 1
             if others:
-                differences.append((number, name, verdict, others))
+                differences.append((place, name, verdict, others))
     print(dict(verdicts), len(differences))
     assert differences == []
-    assert verdicts["ok"] > NUMBER / 3
-    assert verdicts["damaged"] > NUMBER / 20
+    assert verdicts["ok"] > number / 3
+    assert verdicts["damaged"] > number / 20

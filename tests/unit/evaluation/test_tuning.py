@@ -53,13 +53,16 @@ def answer(card: Card, images: Validation, reference: Validation | None) -> tupl
     ("num_classes", "threshold", "with_biases"),
     [(2, PLAIN, False), (2, Threshold(max_f1=True), True), (6, PLAIN, True)],
 )
-def test_bound_holds_in_93_of_100_random_splits(num_classes: int, threshold: Threshold, with_biases: bool) -> None:
+@pytest.mark.parametrize("number", [30, pytest.param(100, marks=pytest.mark.long)])
+def test_bound_holds_in_93_of_100_random_splits(
+    num_classes: int, threshold: Threshold, with_biases: bool, number: int
+) -> None:
     rng = np.random.default_rng(num_classes)
     everything = draw(rng, 20_000, num_classes)
     card = make_card(tuple("abcdef"[:num_classes]))
     wanted = Abstain(error=0.01)
     held, shares = 0, []
-    for _ in range(100):
+    for _ in range(number):
         rows_n = rng.permutation(20_000)
         validation, fresh = pick(everything, rows_n[:1500]), pick(everything, rows_n[1500:7500])
         tuned, lines = tune_card(card, validation, threshold, wanted, with_biases=with_biases)
@@ -68,7 +71,7 @@ def test_bound_holds_in_93_of_100_random_splits(num_classes: int, threshold: Thr
         held += (~hits_n[~abstained_n]).mean() <= 0.01
         shares.append((~abstained_n).mean())
         assert tuned.temperature == pytest.approx(10 / 3.3, rel=0.5)
-    assert held >= 93
+    assert held >= 0.93 * number
     assert np.mean(shares) > 0.6
 
 
