@@ -53,7 +53,10 @@ from visionloop.settings import PARAMS_FILE, load_settings, tool_environment
 from visionloop.words import describe_error
 
 FLOWS_DIR = Path(__file__).resolve().parent
-PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+PASSED_ON = (
+    *("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    *("RAY_ADDRESS", "RAY_AUTH_MODE"),
+)
 
 
 def deploy(home: Path, options: argparse.Namespace) -> None:

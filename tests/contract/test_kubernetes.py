@@ -18,6 +18,7 @@ from manifests import (
     Thing,
     build,
     build_changed,
+    build_with,
     is_part,
     list_pods,
     make_job,
@@ -37,9 +38,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Thing]]:
     """The overlays as they are, and prod with each of the components that it has as comments."""
     made = {name: build(KUBERNETES / "overlays" / name) for name in ("dev", "prod")}
     for component in ("ray", "kserve"):
-        line, file = f"components: [../../{component}]", "overlays/prod/kustomization.yaml"
-        folder = tmp_path_factory.mktemp(component)
-        made[f"prod with {component}"] = build_changed(folder, "prod", file, f"# {line}", line)
+        made[f"prod with {component}"] = build_with(tmp_path_factory.mktemp(component), component)
     return made
 
 

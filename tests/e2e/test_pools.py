@@ -67,6 +67,9 @@ def test_each_type_of_pool_gets_its_job_variables(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow.example")
     monkeypatch.setenv("VISIONLOOP_STORE", str(home.parent / "store"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-secret-token")
     deploy(module, home, "--pool", "boxes", "--image", "pets:3")
     said = capsys.readouterr().out
     assert "made the docker pool boxes\n" in said
@@ -78,6 +81,7 @@ def test_each_type_of_pool_gets_its_job_variables(
     assert variables["volumes"] == [f"{home}:{home}", f"{home.parent}/store:{home.parent}/store"]
     env = variables["env"]
     assert (env["VISIONLOOP_STORE"], env["AWS_DEFAULT_REGION"]) == (f"file://{home.parent}/store", "eu-central-1")
+    assert (env["RAY_ADDRESS"], env["RAY_AUTH_MODE"]) == ("ray://head:10001", "token")
     assert env["TMPDIR"] == str(home / ".visionloop" / "tmp")
     assert not [value for value in env.values() if "secret" in value]
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/app/flows"}}
