@@ -10,10 +10,11 @@ FREE_MB=2000
 
 refuse() { echo "infra: $1" >&2; exit 2; }
 
-tell_why() { # of what a program says, the line that tells the cause: a full disk, else its last error, else its last line
+tell_why() { # of what a program says, the line that tells why: a full disk, an exception, its last error, or its last line
     local said
     said=$(grep -v '^ *$' || true)
-    grep -i -m 1 'no space left' <<<"$said" || grep -iE 'panic|fatal|error|denied|expected' <<<"$said" | tail -n 1 || tail -n 1 <<<"$said"
+    last() { grep "$@" <<<"$said" | tail -n 1 | grep .; }
+    last -i 'no space left' || last -E '^[[:alnum:]_.]+(Error|Exception): ' || last -iE 'panic|fatal|error|denied|expected' || tail -n 1 <<<"$said"
 }
 
 config=$("$@" config) || exit 2 # it names the secret that is missing, or the line that is wrong
@@ -46,7 +47,7 @@ for container in $("$@" ps --all --quiet); do
         '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}} {{if .State.Health}}{{.State.Health.Status}}{{end}}' "$container")
     # A server has nothing to serve before the first champion, and nobody waits for it.
     [[ $name != server-* ]] && { [ "$health" = unhealthy ] || [ "$exit_code" != 0 ]; } || continue
-    said=$(docker logs --tail 50 "$container" 2>&1 | tell_why)
+    said=$(docker logs --tail 200 "$container" 2>&1 | tell_why)
     [[ ${said,,} != *"no space left"* ]] || said+="; expected room on $disk. Make some: \`docker system prune\` shows how."
     checked=$(docker inspect --format '{{if .State.Health}}{{range .State.Health.Log}}{{.Output}}{{end}}{{end}}' "$container")
     echo "infra: $name: $said${checked:+ ($(tell_why <<<"$checked"))}" >&2
