@@ -43,10 +43,10 @@ done
 
 "$@" up --detach "${BUILD:---build}" && exit
 for container in $("$@" ps --all --quiet); do
-    read -r name exit_code health < <(docker inspect --format \
-        '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}} {{if .State.Health}}{{.State.Health.Status}}{{end}}' "$container")
-    # A server has nothing to serve before the first champion, and nobody waits for it.
-    [[ $name != server-* ]] && { [ "$health" = unhealthy ] || [ "$exit_code" != 0 ]; } || continue
+    read -r name exit_code restarts health < <(docker inspect --format \
+        '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}} {{.RestartCount}} {{if .State.Health}}{{.State.Health.Status}}{{end}}' "$container")
+    # A server has nothing to serve before the first champion, and nobody waits for it. What was started anew runs just now.
+    [[ $name != server-* ]] && { [ "$health" = unhealthy ] || [ "$exit_code$restarts" != 00 ]; } || continue
     said=$(docker logs --tail 200 "$container" 2>&1 | tell_why)
     [[ ${said,,} != *"no space left"* ]] || said+="; expected room on $disk. Make some: \`docker system prune\` shows how."
     checked=$(docker inspect --format '{{if .State.Health}}{{range .State.Health.Log}}{{.Output}}{{end}}{{end}}' "$container")

@@ -80,7 +80,7 @@ run*) [ -e emulator ] ;;
 "compose up"*) [ ! -e broken ] ;;
 "compose ps --all"*) echo c1 ;;
 logs*) cat said ;;
-inspect*index*) echo postgres 0 unhealthy ;;
+inspect*index*) cat state ;;
 inspect*) echo "password authentication failed" ;;
 esac
 """
@@ -93,6 +93,7 @@ def start_team(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     (tmp_path / "docker").chmod(0o755)
     (tmp_path / "port").write_text("1")  # nobody listens there
     (tmp_path / "images").write_text("ours\n")
+    (tmp_path / "state").write_text("postgres 0 0 unhealthy\n")
 
     def start() -> tuple[int, str, str]:
         asked = tmp_path / "asked.txt"
@@ -180,3 +181,22 @@ def test_what_does_not_come_up_says_why_and_is_taken_down(
         f"infra: postgres: {told}{room} (password authentication failed)",
         "infra: nothing was started. Correct that, and try again.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "is_told"),
+    [
+        ("postgres 1 0 ", True),
+        ("postgres 0 3 starting", True),  # it ended three times, and runs just now
+        ("postgres 0 0 healthy", False),
+        ("server-1 2 5 ", False),
+    ],
+)
+def test_of_parts_only_those_that_failed_are_told(
+    tmp_path: Path, start_team: Callable[[], tuple[int, str, str]], state: str, is_told: bool
+) -> None:
+    (tmp_path / "broken").touch()
+    (tmp_path / "said").write_text("FATAL: no such role\n")
+    (tmp_path / "state").write_text(f"{state}\n")
+    code, lines, _ = start_team()
+    assert (code, "FATAL" in lines) == (1, is_told)
