@@ -265,6 +265,11 @@ def test_workflows_run_what_people_run_with_actions_that_cannot_change() -> None
     assert used
     assert [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name)] == []
     assert all(job["timeout-minutes"] and job["permissions"] == {"contents": "read"} for job in jobs)
-    targets = {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
-    stages = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILES[0].read_text(), flags=re.M))
-    assert targets == {"serve", "worker"} <= stages
+    images = [one for job in jobs for one in job.get("strategy", {}).get("matrix", {}).get("include", [])]
+    assert {one["target"] for one in images} == {"serve", "worker", "mlflow"}
+    for one in images:
+        assert f" AS {one['target']}\n" in (ROOT / one["file"]).read_text()
+    piping = [job for job in jobs for step in job["steps"] if " | " in step.get("run", "")]
+    assert [job["defaults"] for job in piping] == [{"run": {"shell": "bash"}}], (
+        "or what fails before a pipe goes unseen"
+    )

@@ -99,6 +99,8 @@ def test_the_workers_image_has_what_jobs_and_ray_ask_for() -> None:
 @cache
 def find_routes(program: str) -> set[str]:
     """The paths that a program answers, as its source says."""
+    if program == "visionloop metrics":
+        return set(re.findall(r'"(/[\w/]+)"', (ROOT / "src" / "visionloop" / "up" / "metrics.py").read_text()))
     if program == "visionloop serve":
         return {str(getattr(route, "path", "")) for route in make_app(ModelSlot()).routes}
     package, file, prefix = {
@@ -127,7 +129,7 @@ def test_probes_ask_what_the_programs_answer(prod: list[Thing], kserve: Thing) -
                 assert asked["livenessProbe"]["path"].endswith("/health/live"), "not ready is no reason to be killed"
                 assert asked["startupProbe"]["path"].endswith("/health/live")
             seen.add(program)
-    assert len(seen) == 6, "five programs, and the job"
+    assert len(seen) == 7, "six programs, and the job"
 
 
 def read_commands(prod: list[Thing], kserve: Thing) -> Iterator[list[str]]:
@@ -161,7 +163,7 @@ def test_commands_are_those_that_there_are(prod: list[Thing], kserve: Thing) -> 
         if "--example" in rest:
             assert rest[rest.index("--example") + 1] in list_examples()
     assert {name for program, name in named if program == "visionloop"} == {
-        *("serve", "new", "store", "schedule", "prepare", "train", "retrain", "predict")
+        *("serve", "new", "store", "metrics", "schedule", "prepare", "train", "retrain", "predict")
     }
     assert {name for program, name in named if program == "prefect"} == {"server", "worker", "work-pool"}
 

@@ -20,7 +20,6 @@ from manifests import (
     list_pods,
     make_job,
     pick,
-    to_number,
 )
 
 DOCKERFILE = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
@@ -40,7 +39,6 @@ def load(path: Path) -> Thing:
 def test_ray_jobs_run_on_the_cluster_and_fit_on_it(prod: list[Thing]) -> None:
     cluster = pick(prod, "RayCluster")["visionloop"]
     (group,) = cluster["spec"]["workerGroupSpecs"]
-    cores = to_number(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"], (
         "a training asks for the nodes at its start"
     )
@@ -52,7 +50,7 @@ def test_ray_jobs_run_on_the_cluster_and_fit_on_it(prod: list[Thing]) -> None:
         assert job["metadata"] == {"generateName": f"{path.stem}-"}, "kubectl create makes one each time"
         assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
         assert job["spec"]["entrypoint"].split()[:2] == ["visionloop", path.stem]
-        assert job["spec"].get("entrypointNumCpus", 0) <= cores
+        assert "entrypointNumCpus" not in job["spec"], "the head lets them wait, the workers compute"
 
 
 def test_jobs_of_prefect_reach_the_ray_cluster(prod: list[Thing]) -> None:
