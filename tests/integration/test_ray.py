@@ -103,7 +103,7 @@ def test_who_is_not_let_in_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_predict_gives_the_answers_of_one_machine(
-    tmp_path: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The nodes take the model from the store when they have not its folder, and a video is answered in its place."""
     folder, store = tmp_path / "photos", LocalStore(tmp_path / "store")
@@ -122,9 +122,9 @@ def test_predict_gives_the_answers_of_one_machine(
     monkeypatch.setattr(predictor, "bundle", moved)
     table, seen = Table.plan(tmp_path / "answers.jsonl", None), []
     assert table
-    cluster = Cluster(cluster_address, store.url)
+    remote_cluster = Cluster(cluster.client_address, store.url)
     with predict_in_chunks(
-        predictor, files, table, tmp_path / "work", cluster=cluster, on_progress=lambda *done: seen.append(done)
+        predictor, files, table, tmp_path / "work", cluster=remote_cluster, on_progress=lambda *done: seen.append(done)
     ) as chunks:
         remote = list(chunks.read())
     assert [(one.path, one.error) for one in remote] == [(one.path, one.error) for one in local]
