@@ -4,8 +4,10 @@ import argparse
 import importlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -113,6 +115,37 @@ def test_each_type_of_pool_gets_its_job_variables(
         with pytest.raises(SettingsError) as caught:
             deploy(module, home, *argv)
         assert str(caught.value).startswith(told)
+
+
+class Closed(BaseHTTPRequestHandler):
+    """A Prefect server with a password that nobody has said."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/api/health" else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_wrong_password_of_prefect_is_told_by_its_name(
+    module: ModuleType, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SettingsError) as caught:
+            deploy(module, home, "--pool", "here")
+        server.shutdown()
+    assert str(caught.value).startswith(
+        "PREFECT_API_AUTH_STRING: the Prefect server does not take it; expected USER:PASSWORD, as its own "
+    )
 
 
 def test_a_workspace_does_not_take_the_deployments_of_another_one(

@@ -18,6 +18,8 @@ import pytest
 from postgres_server import PASSWORD, Postgres, run_postgres
 from s3_server import S3_ENV, make_bucket, make_client
 from shapes import ROOT, make_environment
+from visionloop.errors import TrackingError
+from visionloop.tracking import MlflowTracking
 
 START = ROOT / "mlflow" / "start.sh"
 START_S = 240
@@ -174,6 +176,12 @@ def test_the_server_keeps_runs_and_artifacts_for_who_has_the_password(server: st
     search = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
     assert httpx.get(search, trust_env=False, timeout=60).status_code == 401
     assert httpx.get(search, auth=("admin", "wrong"), trust_env=False, timeout=60).status_code == 401
+    with pytest.raises(TrackingError) as caught:  # nobody has said who we are
+        MlflowTracking(server, "file:///nowhere", "pets").get_champion()
+    assert str(caught.value) == (
+        f"MLflow {server}: does not let us in (401); expected a user and a password that it knows. "
+        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+    )
     assert httpx.get(search, auth=ADMIN, trust_env=False, timeout=60).status_code == 200
     strange = httpx.get(search, auth=ADMIN, trust_env=False, timeout=60, headers={"Host": "evil.example"})
     assert strange.status_code == 403
