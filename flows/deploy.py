@@ -53,7 +53,10 @@ from visionloop.settings import PARAMS_FILE, load_settings, tool_environment
 from visionloop.words import describe_error
 
 FLOWS_DIR = Path(__file__).resolve().parent
-PASSED_ON = ("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+PASSED_ON = (
+    *("VISIONLOOP_CHECKPOINTS", "VISIONLOOP_LOADER_WORKERS", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    *("RAY_ADDRESS", "RAY_AUTH_MODE"),
+)
 
 
 def deploy(home: Path, options: argparse.Namespace) -> None:
@@ -83,6 +86,9 @@ def deploy(home: Path, options: argparse.Namespace) -> None:
             for line in close_left(client, home, now=datetime.now(UTC)):
                 print(line)
     except (httpx.HTTPError, PrefectException) as exc:
+        if isinstance(exc, httpx.HTTPStatusError) and exc.response.status_code == httpx.codes.UNAUTHORIZED:
+            expected = "USER:PASSWORD, as its own PREFECT_SERVER_API_AUTH_STRING"
+            raise SettingsError("PREFECT_API_AUTH_STRING", "the Prefect server does not take it", expected) from exc
         raise SettingsError("PREFECT_API_URL", f"the Prefect server refuses ({exc})", "an answer") from exc
     of = f"of {home} (clock of {schedule.timezone})"
     if place is None:

@@ -10,6 +10,13 @@ FREE_MB=2000
 
 refuse() { echo "infra: $1" >&2; exit 2; }
 
+tell_why() { # of what a program says, the line that tells why: a full disk, an exception, its last error, or its last line
+    local said
+    said=$(grep -v '^ *$' || true)
+    last() { grep "$@" <<<"$said" | tail -n 1 | grep .; }
+    last -i 'no space left' || last -E '^[[:alnum:]_.]+(Error|Exception): ' || last -iE 'panic|fatal|error|denied|expected' || tail -n 1 <<<"$said"
+}
+
 config=$("$@" config) || exit 2 # it names the secret that is missing, or the line that is wrong
 machine=$(docker version --format '{{.Server.Os}}/{{.Server.Arch}}' 2>/dev/null) ||
     refuse "no Docker engine answers; expected one that you may use. Start it, or set DOCKER_HOST."
@@ -36,13 +43,14 @@ done
 
 "$@" up --detach "${BUILD:---build}" && exit
 for container in $("$@" ps --all --quiet); do
-    read -r name exit_code health < <(docker inspect --format \
-        '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}} {{if .State.Health}}{{.State.Health.Status}}{{end}}' "$container")
-    # A server has nothing to serve before the first champion, and nobody waits for it.
-    [[ $name != server-* ]] && { [ "$health" = unhealthy ] || [ "$exit_code" != 0 ]; } || continue
-    said=$(docker logs --tail 3 "$container" 2>&1 | grep -v '^ *$' | tail -n 1)
+    read -r name exit_code restarts health < <(docker inspect --format \
+        '{{index .Config.Labels "com.docker.compose.service"}} {{.State.ExitCode}} {{.RestartCount}} {{if .State.Health}}{{.State.Health.Status}}{{end}}' "$container")
+    # A server has nothing to serve before the first champion, and nobody waits for it. What was started anew runs just now.
+    [[ $name != server-* ]] && { [ "$health" = unhealthy ] || [ "$exit_code$restarts" != 00 ]; } || continue
+    said=$(docker logs --tail 200 "$container" 2>&1 | tell_why)
+    [[ ${said,,} != *"no space left"* ]] || said+="; expected room on $disk. Make some: \`docker system prune\` shows how."
     checked=$(docker inspect --format '{{if .State.Health}}{{range .State.Health.Log}}{{.Output}}{{end}}{{end}}' "$container")
-    echo "infra: $name: $said${checked:+ ($(grep -v '^ *$' <<<"$checked" | tail -n 1))}" >&2
+    echo "infra: $name: $said${checked:+ ($(tell_why <<<"$checked"))}" >&2
 done
 [ -n "$running" ] || { "$@" down >/dev/null 2>&1; echo "infra: nothing was started. Correct that, and try again." >&2; }
 exit 1

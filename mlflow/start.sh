@@ -15,16 +15,59 @@ need() {
     [ -n "$value" ] || { echo "mlflow: $1 is not set; expected $2. Set it in the environment." >&2; exit 2; }
 }
 
-log_in() { # MLflow would tell it in a hundred lines
+look() { # what MLflow would tell in a hundred lines, or only when somebody asks for an artifact
     python -c '
-import os, sys, sqlalchemy
-try:
-    sqlalchemy.create_engine(os.environ[sys.argv[1]]).connect().close()
-except Exception as exc:
+import os, socket, sys
+
+
+def refuse(where, exc, expected):
     reason = " ".join(str(getattr(exc, "orig", None) or exc).split())
-    print(f"mlflow: {sys.argv[1]}: {reason}; expected a database that lets us in. Correct it.", file=sys.stderr)
+    print(f"mlflow: {where}: {reason}; expected {expected}. Correct it.", file=sys.stderr)
     sys.exit(2)
-' "$1"
+
+
+def log_in(name):
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(os.environ[name])
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # 6 MB that go with the connection: is there room?
+            connection.exec_driver_sql("CREATE TEMPORARY TABLE room AS SELECT md5(i::text) FROM generate_series(1, 100000) i")
+
+
+def ask_bucket(address):
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    once = Config(connect_timeout=3, read_timeout=5, retries={"total_max_attempts": 1})
+    try:
+        client = boto3.client("s3", endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL") or None, config=once)
+        client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    except ClientError as exc:
+        if exc.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 403, 404):  # else it is away, and comes back
+            refuse("MLFLOW_ARTIFACTS_DESTINATION", exc, "a bucket that lets us in")
+    except NoCredentialsError as exc:
+        refuse("AWS_ACCESS_KEY_ID", exc, "keys of the bucket")
+    except BotoCoreError:
+        pass
+
+
+for name in sys.argv[1:]:
+    try:
+        log_in(name)
+    except Exception as exc:
+        if getattr(getattr(exc, "orig", None), "sqlstate", None) != "42501":  # it may make no table of that kind
+            refuse(name, exc, "a database that lets us in, with room")
+if os.environ["MLFLOW_ARTIFACTS_DESTINATION"].startswith("s3://"):
+    ask_bucket(os.environ["MLFLOW_ARTIFACTS_DESTINATION"])
+try:
+    host, port = os.environ["MLFLOW_HOST"], int(os.environ["MLFLOW_PORT"])
+    socket.create_server((host, port)).close()
+except (OSError, ValueError, OverflowError) as exc:
+    refuse("MLFLOW_HOST, MLFLOW_PORT", exc, "an address of ours with a free port")
+' "$@"
 }
 
 need MLFLOW_BACKEND_STORE_URI "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
@@ -32,10 +75,11 @@ need MLFLOW_ARTIFACTS_DESTINATION "s3://BUCKET/PREFIX"
 : "${MLFLOW_SERVER_ALLOWED_HOSTS:=localhost:*,127.0.0.1:*}"
 # Jobs are for judging language models: eight processes of 240 MB that nobody here asks.
 : "${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:=false}"
-export MLFLOW_SERVER_ALLOWED_HOSTS MLFLOW_SERVER_ENABLE_JOB_EXECUTION
+: "${MLFLOW_HOST:=0.0.0.0}" "${MLFLOW_PORT:=5000}"
+export MLFLOW_SERVER_ALLOWED_HOSTS MLFLOW_SERVER_ENABLE_JOB_EXECUTION MLFLOW_HOST MLFLOW_PORT
 
 # Addresses stay in the environment: an argument with a password could be read in the list of processes.
-set -- mlflow server --host "${MLFLOW_HOST:-0.0.0.0}" --port "${MLFLOW_PORT:-5000}" --workers "${MLFLOW_WORKERS:-2}"
+set -- mlflow server --host "$MLFLOW_HOST" --port "$MLFLOW_PORT" --workers "${MLFLOW_WORKERS:-2}"
 case "${MLFLOW_AUTH:-off}" in
 off) ;;
 basic)
@@ -57,5 +101,5 @@ basic)
     ;;
 *) echo "mlflow: MLFLOW_AUTH is '$MLFLOW_AUTH'; expected off or basic. Correct it." >&2; exit 2 ;;
 esac
-log_in MLFLOW_BACKEND_STORE_URI
+look MLFLOW_BACKEND_STORE_URI ${MLFLOW_AUTH_CONFIG_PATH:+MLFLOW_AUTH_DATABASE_URI}
 exec "$@"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ AHEAD = 4
 # A Unix socket's path has 107 characters at most, and Ray's own part of it takes up to 65.
 MAX_RAY_FOLDER = 42
 KNOCK_S = 5.0
+HOW_TO_REACH = "a node takes HEAD:6379, any other machine ray://HEAD:10001, each with its RAY_AUTH_TOKEN and release"
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,18 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
             if address is None:  # anybody who reaches a cluster's ports can run code: listen on this machine only
                 options = {"_temp_dir": _make_ray_folder(stack), "_node_ip_address": "127.0.0.1"}
                 options["include_dashboard"] = False
+            todo = "Start one with `ray start --head`"
             try:
-                _knock(address)
-                ray.init(log_to_driver=False, logging_level="ERROR", **options)
+                if _knock(address):
+                    todo = f"Something listens there: {HOW_TO_REACH}"
+                with warnings.catch_warnings(action="ignore"):  # what they say, the error below says
+                    ray.init(log_to_driver=False, logging_level="ERROR", **options)
             except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as exc:
                 raise ParamsError(
                     "params.yaml compute.address",
                     f"no Ray cluster at {address or 'this machine'} ({describe_first_line(exc, 120)})",
                     "the address of a running cluster",
-                    f"Start one with `ray start --head`, or set `{instead}`.",
+                    f"{todo}, or set `{instead}`.",
                 ) from exc
             stack.callback(ray.shutdown)
         yield ray
@@ -222,11 +227,13 @@ def _translate_ray() -> Iterator[None]:
         raise
 
 
-def _knock(address: str | None) -> None:
-    """Raise OSError if nothing listens at `host:port`. Ray itself would try for a minute."""
+def _knock(address: str | None) -> bool:
+    """Say whether something listens at `host:port`, or raise OSError: Ray itself would try for a minute."""
     host, _, port = (address or "").rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    if not (host and port.isdigit()):
+        return False
+    socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    return True
 
 
 def _make_ray_folder(stack: contextlib.ExitStack) -> str:

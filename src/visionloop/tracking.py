@@ -369,6 +369,11 @@ class MlflowTracking(Tracking):
                 todo = "Free some, or make it readable and writable."
                 raise DiskError(path, f"cannot be used for {where} ({reason})", "a sound file and disk", todo) from exc
             reason = " ".join(str(exc).replace(self.uri, mask(self.uri)).split())[:200]
+            status = getattr(exc, "get_http_status_code", lambda: None)()
+            if status == 401:
+                todo = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                found, expected = "does not let us in (401)", "a user and a password that it knows"
+                raise TrackingError(where, found, expected, todo) from exc
             raise TrackingError(
                 where,
                 f"cannot be used ({reason})",

@@ -4,14 +4,11 @@ What needs docker is only checked by its own checkers; that is said in infra/tea
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,24 +56,6 @@ def test_docker_compose_takes_the_file_and_wants_each_secret(tmp_path: Path) -> 
         done = check([line for line in lines if not line.startswith(f"{secret}=")])
         assert done.returncode != 0
         assert f"required variable {secret} is missing a value: run make env-team" in done.stderr
-
-
-def test_secrets_are_random_for_their_owner_alone_and_never_written_over(tmp_path: Path) -> None:
-    assert make_env(tmp_path / "env").stdout == f"wrote random secrets into {tmp_path}/env\n"
-    text = (tmp_path / "env").read_text()
-    secrets = dict(re.findall(r"^(\w+)=([0-9a-f]{20,})$", text, flags=re.M))
-    assert set(secrets) == SECRETS, "all that the compose file asks for, and no more"
-    assert len(set(secrets.values())) == len(secrets)
-    assert len(secrets["S3_ENCRYPTION_KEY"]) == 64, "SeaweedFS wants 256 bits in hex"
-    assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
-    again = make_env(tmp_path / "env")
-    assert (again.returncode, again.stdout) == (0, f"{tmp_path}/env is there already, and stays as it is.\n")
-    assert (tmp_path / "env").read_text() == text
-    nowhere = make_env(tmp_path / "no" / "env")
-    assert nowhere.returncode != 0
-    make_env(tmp_path / "other")
-    assert (tmp_path / "other").read_text() != text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "other"], "no half-written file"
 
 
 def test_git_and_images_never_see_the_secrets() -> None:
@@ -155,102 +134,6 @@ def test_scripts_are_shell() -> None:
     for path in scripts:
         shell = path.read_text().splitlines()[0].rpartition("/")[2].split()[-1]
         assert subprocess.run([shell, "-n", path], capture_output=True, check=False).returncode == 0, path
-
-
-DOCKER = """#!/bin/sh
-# The engine of a machine with two images, of which one is for another processor. What is asked of it is in asked.txt.
-echo "$*" >>asked.txt
-case "$*" in
-version*) [ ! -e away ] && echo linux/amd64 ;;
-info*) pwd ;;
-"image inspect"*theirs) echo linux/arm64 ;;
-"image inspect"*) echo linux/amd64 ;;
-run*) [ -e emulator ] ;;
-"compose config --images") cat images ;;
-"compose config") printf 'ports:\\n  host_ip: 127.0.0.1\\n  published: "%s"\\n' "$(cat port)" ;;
-"compose up"*) [ ! -e broken ] ;;
-"compose ps --all"*) echo c1 ;;
-logs*) printf 'starts\\nFATAL: no such role\\n\\n' ;;
-inspect*index*) echo postgres 0 unhealthy ;;
-inspect*) echo "password authentication failed" ;;
-esac
-"""
-
-
-@pytest.fixture
-def start_team(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """Run infra/up.sh with that engine; returns its exit code, its errors, and what was asked of compose."""
-    (tmp_path / "docker").write_text(DOCKER)
-    (tmp_path / "docker").chmod(0o755)
-    (tmp_path / "port").write_text("1")  # nobody listens there
-    (tmp_path / "images").write_text("ours\n")
-
-    def start() -> tuple[int, str, str]:
-        asked = tmp_path / "asked.txt"
-        asked.unlink(missing_ok=True)
-        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            [INFRA / "up.sh", "docker", "compose"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-        )
-        calls = [line for line in asked.read_text().splitlines() if line.startswith(("compose up", "compose down"))]
-        return done.returncode, done.stderr, "; ".join(calls)
-
-    return start
-
-
-def test_the_stack_starts_where_nothing_is_in_its_way(start_team: Callable[[], tuple[int, str, str]]) -> None:
-    assert start_team() == (0, "", "compose up --detach --build")
-
-
-def test_a_port_that_is_taken_is_told_and_nothing_starts(
-    tmp_path: Path, start_team: Callable[[], tuple[int, str, str]]
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        (tmp_path / "port").write_text(str(taken.getsockname()[1]))
-        code, told, calls = start_team()
-    assert (code, calls, told.count("\n")) == (2, "", 1)
-    assert f"port {(tmp_path / 'port').read_text()} of 127.0.0.1 is taken; expected a free one." in told
-
-
-def test_an_image_for_another_processor_is_told_unless_this_machine_runs_it(
-    tmp_path: Path, start_team: Callable[[], tuple[int, str, str]]
-) -> None:
-    (tmp_path / "images").write_text("ours\ntheirs\n")
-    code, told, calls = start_team()
-    assert (code, calls, told.count("\n")) == (2, "", 1)
-    assert told.startswith("infra: image theirs is for linux/arm64; expected one that runs on linux/amd64.")
-    (tmp_path / "emulator").touch()
-    assert start_team()[0] == 0
-
-
-def test_without_an_engine_or_room_on_the_disk_nothing_starts(
-    tmp_path: Path, start_team: Callable[[], tuple[int, str, str]]
-) -> None:
-    (tmp_path / "away").touch()
-    assert start_team()[:2] == (
-        2,
-        "infra: no Docker engine answers; expected one that you may use. Start it, or set DOCKER_HOST.\n",
-    )
-    (tmp_path / "away").unlink()
-    (tmp_path / "df").write_text("#!/bin/sh\necho head\necho disk 1 1 71680 99% /\n")
-    (tmp_path / "df").chmod(0o755)
-    code, told, calls = start_team()
-    assert (code, calls, told.count("\n")) == (2, "", 1)
-    assert told.startswith("infra: 70 MB are free on ")
-
-
-def test_what_does_not_come_up_says_why_and_is_taken_down(
-    tmp_path: Path, start_team: Callable[[], tuple[int, str, str]]
-) -> None:
-    (tmp_path / "broken").touch()
-    code, told, calls = start_team()
-    assert (code, calls) == (1, "compose up --detach --build; compose down")
-    assert told.splitlines() == [
-        "infra: postgres: FATAL: no such role (password authentication failed)",
-        "infra: nothing was started. Correct that, and try again.",
-    ]
 
 
 def test_each_service_has_an_address_where_the_stack_is_tried(services: dict[str, Any]) -> None:
@@ -382,6 +265,11 @@ def test_workflows_run_what_people_run_with_actions_that_cannot_change() -> None
     assert used
     assert [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name)] == []
     assert all(job["timeout-minutes"] and job["permissions"] == {"contents": "read"} for job in jobs)
-    targets = {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
-    stages = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILES[0].read_text(), flags=re.M))
-    assert targets == {"serve", "worker"} <= stages
+    images = [one for job in jobs for one in job.get("strategy", {}).get("matrix", {}).get("include", [])]
+    assert {one["target"] for one in images} == {"serve", "worker", "mlflow"}
+    for one in images:
+        assert f" AS {one['target']}\n" in (ROOT / one["file"]).read_text()
+    piping = [job for job in jobs for step in job["steps"] if " | " in step.get("run", "")]
+    assert [job["defaults"] for job in piping] == [{"run": {"shell": "bash"}}], (
+        "or what fails before a pipe goes unseen"
+    )

@@ -5,11 +5,13 @@ What the objects say of images, commands, routes and variables: test_kubernetes_
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
+from ruamel.yaml import YAML
 
 from manifests import (
     KUBECTL,
@@ -18,6 +20,7 @@ from manifests import (
     Thing,
     build,
     build_changed,
+    build_with,
     is_part,
     list_pods,
     make_job,
@@ -27,19 +30,17 @@ from manifests import (
 from visionloop.params import load_params
 from visionloop.serving.main import GRACE_S
 
-BUILDS = ("dev", "prod", "prod with ray", "prod with kserve")
-OF_OPERATORS = {"RayCluster", "InferenceService"}
-DNS, STORE, POSTGRES, METRICS = 53, 443, 5432, 9100
+BUILDS = ("dev", "prod", "prod with ray", "prod with kserve", "prod with prometheus")
+OF_OPERATORS = {"RayCluster", "InferenceService", "PodMonitor"}
+DNS, STORE, POSTGRES, METRICS, LOOP_METRICS = 53, 443, 5432, 9100, 9101
 
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Thing]]:
     """The overlays as they are, and prod with each of the components that it has as comments."""
     made = {name: build(KUBERNETES / "overlays" / name) for name in ("dev", "prod")}
-    for component in ("ray", "kserve"):
-        line, file = f"components: [../../{component}]", "overlays/prod/kustomization.yaml"
-        folder = tmp_path_factory.mktemp(component)
-        made[f"prod with {component}"] = build_changed(folder, "prod", file, f"# {line}", line)
+    for component in ("ray", "kserve", "prometheus"):
+        made[f"prod with {component}"] = build_with(tmp_path_factory.mktemp(component), component)
     return made
 
 
@@ -159,9 +160,41 @@ def test_the_network_lets_through_what_is_needed_and_no_more(things: list[Thing]
     }
     assert {name: out for name, out in ways_out.items() if name != "ray"} == {
         "server": {DNS, STORE},
+        "figures": {DNS, STORE},
         "mlflow": {DNS, STORE, POSTGRES},
         "prefect": {DNS, POSTGRES},
     }, "what reads strangers' images reaches nothing else here"
+
+
+def test_prometheus_knows_the_pods_by_the_jobs_of_the_alerts(builds: dict[str, list[Thing]]) -> None:
+    things = builds["prod with prometheus"]
+    scrapes = YAML(typ="safe").load((ROOT / "infra" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    for monitor in pick(things, "PodMonitor").values():
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        chosen = monitor["spec"]["selector"]["matchLabels"]
+        (found,) = (pods for pods in list_pods(things) if is_part(chosen, pods.labels))
+        (scrape,) = (one for one in scrapes if one["job_name"] == endpoint["relabelings"][0]["replacement"])
+        assert endpoint["relabelings"][0]["targetLabel"] == "job"
+        (port,) = {target.rpartition(":")[2] for target in scrape["static_configs"][0]["targets"]}
+        assert found.ports[endpoint["port"]] == int(port)
+        rule = pick(things, "NetworkPolicy")[found.labels["app.kubernetes.io/name"]]["spec"]["ingress"][-1]
+        assert [one["port"] for one in rule["ports"]] == [int(port)]
+        assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert len(pick(things, "PodMonitor")) == len(scrapes)
+
+
+def test_the_rules_of_the_page_are_those_of_the_repository() -> None:
+    """README.md wraps them into an object of Prometheus' operator; kubectl is a stand-in that shows what it gets."""
+    (command,) = re.findall(
+        r"^ +(\(printf 'apiVersion: monitoring.*)$", (KUBERNETES / "README.md").read_text(), flags=re.M
+    )
+    assert command.endswith("| kubectl apply -f -")
+    shown = subprocess.run(
+        ["sh", "-c", command.replace("kubectl apply -f -", "cat")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rule = YAML(typ="safe").load(shown.stdout)
+    assert (rule["kind"], rule["metadata"]) == ("PrometheusRule", {"name": "visionloop"})
+    assert rule["spec"] == YAML(typ="safe").load((ROOT / "infra" / "prometheus" / "rules.yml").read_text())
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
@@ -183,9 +216,10 @@ def test_a_server_that_goes_has_the_time_it_needs(things: list[Thing]) -> None:
     probe = server.containers[0]["readinessProbe"]
     assert params.serve.lame_duck_s >= probe["periodSeconds"], "who asks for himself has seen it by then"
     assert params.serve.admin_port == METRICS
-    for deployment in pick(things, "Deployment").values():
+    for name, deployment in pick(things, "Deployment").items():
+        port = {"server": METRICS, "figures": LOOP_METRICS}.get(name)
         told = deployment["spec"]["template"]["metadata"].get("annotations")
-        assert told in (None, {"prometheus.io/scrape": "true", "prometheus.io/port": str(METRICS)})
+        assert told == (port and {"prometheus.io/scrape": "true", "prometheus.io/port": str(port)}), name
 
 
 def test_prod_is_larger_than_dev_and_shares_its_volume(builds: dict[str, list[Thing]]) -> None:
@@ -209,9 +243,9 @@ def test_prod_is_larger_than_dev_and_shares_its_volume(builds: dict[str, list[Th
 @pytest.mark.parametrize(
     ("change", "renewed"),
     [
-        (("base/params.yaml", "max_epochs: 15", "max_epochs: 16"), {"server", "worker"}),
+        (("base/params.yaml", "max_epochs: 15", "max_epochs: 16"), {"server", "worker", "figures"}),
         (("base/job-template.json", '"default": "8Gi"', '"default": "16Gi"'), {"worker"}),
-        (("overlays/prod/kustomization.yaml", "eu-central-1", "eu-west-1"), {"server", "worker", "mlflow"}),
+        (("overlays/prod/kustomization.yaml", "eu-central-1", "eu-west-1"), {"server", "worker", "mlflow", "figures"}),
     ],
     ids=["params", "jobs", "store"],
 )

@@ -7,16 +7,25 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import cache
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
 from fakes import COMMANDS, run_here
-from manifests import KUBERNETES, ROOT, Thing, build, build_changed, find_config, list_pods, make_job, pick, to_number
+from manifests import (
+    KUBERNETES,
+    ROOT,
+    Thing,
+    build,
+    build_with,
+    find_config,
+    find_package,
+    list_pods,
+    make_job,
+    pick,
+)
 from visionloop.serving.app import make_app
 from visionloop.serving.swap import ModelSlot
 from visionloop.workspace import list_examples
@@ -25,7 +34,6 @@ PAGE = (KUBERNETES / "README.md").read_text()
 DOCKERFILE = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
 START_MLFLOW = (ROOT / "mlflow" / "start.sh").read_text()
 JOBS = sorted((KUBERNETES / "ray" / "jobs").glob("*.yaml"))
-CLUSTERS = sorted((ROOT / "infra" / "ray").glob("*.yaml"))
 # Of prefect-kubernetes, which is in the worker's image alone: held against its release 0.7.10.
 OF_WORKER = {
     "PREFECT_INTEGRATIONS_KUBERNETES_CLUSTER_UID",
@@ -39,13 +47,6 @@ def load(path: Path) -> Thing:
     return dict(YAML(typ="safe").load(path.read_text()))
 
 
-def find_package(name: str) -> Path:
-    """Where a package is installed; it is not imported."""
-    spec = find_spec(name)
-    assert spec and spec.origin
-    return Path(spec.origin).parent
-
-
 def find_locked(name: str) -> str:
     found = re.search(rf"^{name}(?:\[\S+\])?==(\S+)", (ROOT / "requirements.lock").read_text(), flags=re.M)
     assert found
@@ -55,16 +56,12 @@ def find_locked(name: str) -> str:
 @pytest.fixture(scope="module")
 def prod(tmp_path_factory: pytest.TempPathFactory) -> list[Thing]:
     """All that there is at once: prod with the Ray cluster."""
-    line = "components: [../../ray]"
-    folder = tmp_path_factory.mktemp("prod")
-    return build_changed(folder, "prod", "overlays/prod/kustomization.yaml", f"# {line}", line)
+    return build_with(tmp_path_factory.mktemp("prod"), "ray")
 
 
 @pytest.fixture(scope="module")
 def kserve(tmp_path_factory: pytest.TempPathFactory) -> Thing:
-    line = "components: [../../kserve]"
-    folder = tmp_path_factory.mktemp("kserve")
-    things = build_changed(folder, "prod", "overlays/prod/kustomization.yaml", f"# {line}", line)
+    things = build_with(tmp_path_factory.mktemp("kserve"), "kserve")
     (service,) = pick(things, "InferenceService").values()
     return service
 
@@ -102,6 +99,8 @@ def test_the_workers_image_has_what_jobs_and_ray_ask_for() -> None:
 @cache
 def find_routes(program: str) -> set[str]:
     """The paths that a program answers, as its source says."""
+    if program == "visionloop metrics":
+        return set(re.findall(r'"(/[\w/]+)"', (ROOT / "src" / "visionloop" / "up" / "metrics.py").read_text()))
     if program == "visionloop serve":
         return {str(getattr(route, "path", "")) for route in make_app(ModelSlot()).routes}
     package, file, prefix = {
@@ -130,7 +129,7 @@ def test_probes_ask_what_the_programs_answer(prod: list[Thing], kserve: Thing) -
                 assert asked["livenessProbe"]["path"].endswith("/health/live"), "not ready is no reason to be killed"
                 assert asked["startupProbe"]["path"].endswith("/health/live")
             seen.add(program)
-    assert len(seen) == 6, "five programs, and the job"
+    assert len(seen) == 7, "six programs, and the job"
 
 
 def read_commands(prod: list[Thing], kserve: Thing) -> Iterator[list[str]]:
@@ -164,7 +163,7 @@ def test_commands_are_those_that_there_are(prod: list[Thing], kserve: Thing) -> 
         if "--example" in rest:
             assert rest[rest.index("--example") + 1] in list_examples()
     assert {name for program, name in named if program == "visionloop"} == {
-        *("serve", "new", "store", "schedule", "prepare", "train", "retrain", "predict")
+        *("serve", "new", "store", "metrics", "schedule", "prepare", "train", "retrain", "predict")
     }
     assert {name for program, name in named if program == "prefect"} == {"server", "worker", "work-pool"}
 
@@ -287,61 +286,6 @@ def test_the_template_of_jobs_is_one_of_prefects(prod: list[Thing]) -> None:
     team = {"name": "team", "mountPath": "/team"}
     assert team in container["volumeMounts"], "the workspace is where the deployments say"
     assert team in worker.containers[0]["volumeMounts"]
-
-
-def test_ray_jobs_run_on_the_cluster_and_fit_on_it(prod: list[Thing]) -> None:
-    cluster = pick(prod, "RayCluster")["visionloop"]
-    (group,) = cluster["spec"]["workerGroupSpecs"]
-    cores = to_number(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"], (
-        "a training asks for the nodes at its start"
-    )
-    assert cluster["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert cluster["spec"]["authOptions"] == {"mode": "token"}
-    assert [path.stem for path in JOBS] == ["predict", "prepare", "retrain", "train"]
-    for path in JOBS:
-        job = load(path)
-        assert job["metadata"] == {"generateName": f"{path.stem}-"}, "kubectl create makes one each time"
-        assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-        assert job["spec"]["entrypoint"].split()[:2] == ["visionloop", path.stem]
-        assert job["spec"].get("entrypointNumCpus", 0) <= cores
-
-
-@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_ray_up_takes_the_clusters(path: Path) -> None:
-    schema = json.loads((find_package("ray") / "autoscaler" / "ray-schema.json").read_text())
-    value = load(path)
-    jsonschema.validate(value, schema)
-    with pytest.raises(jsonschema.ValidationError, match="max_wrokers"):
-        jsonschema.validate(value | {"max_wrokers": 1}, schema)
-    assert value["cluster_name"] == "visionloop"
-    starts = [value[f"{role}_start_ray_commands"][-1] for role in ("head", "worker")]
-    assert all(". ~/visionloop.env" in line and "~/visionloop/.venv/bin/ray start" in line for line in starts)
-    assert "--dashboard-host=127.0.0.1" in starts[0]
-    sent = dict(value["file_mounts"])
-    secrets = sent.pop("~/visionloop.env")
-    assert {f"~/visionloop/{path}": path for path in sent.values()} == sent
-    built = set(re.findall(r"^COPY ((?:[\w.]+ )+)", DOCKERFILE[: DOCKERFILE.index("AS serve-packages")], flags=re.M))
-    assert set(sent.values()) == {name for line in built for name in line.split()} | {"Makefile"}
-    for command in (*value["setup_commands"], *starts):
-        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
-    done = subprocess.run(["git", "check-ignore", secrets], cwd=ROOT, check=False, capture_output=True)
-    assert done.returncode == 0, "git never sees the secrets"
-
-
-def test_a_machine_without_the_workspace_says_so(tmp_path: Path) -> None:
-    check = load(CLUSTERS[0])["setup_commands"][0]
-    assert {load(path)["setup_commands"][0] for path in CLUSTERS} == {check}
-    (tmp_path / "visionloop.env").write_text(f"VISIONLOOP_HOME={tmp_path}/ws\n")
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-
-    def run() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["bash", "-c", check], env=env, capture_output=True, text=True, check=False)
-
-    assert (run().returncode, f"has no workspace at {tmp_path}/ws; expected" in run().stderr) == (2, True)
-    (tmp_path / "ws").mkdir()
-    (tmp_path / "ws" / "params.yaml").touch()
-    assert (run().returncode, run().stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

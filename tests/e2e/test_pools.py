@@ -4,8 +4,10 @@ import argparse
 import importlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +69,9 @@ def test_each_type_of_pool_gets_its_job_variables(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow.example")
     monkeypatch.setenv("VISIONLOOP_STORE", str(home.parent / "store"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-secret-token")
     deploy(module, home, "--pool", "boxes", "--image", "pets:3")
     said = capsys.readouterr().out
     assert "made the docker pool boxes\n" in said
@@ -78,6 +83,7 @@ def test_each_type_of_pool_gets_its_job_variables(
     assert variables["volumes"] == [f"{home}:{home}", f"{home.parent}/store:{home.parent}/store"]
     env = variables["env"]
     assert (env["VISIONLOOP_STORE"], env["AWS_DEFAULT_REGION"]) == (f"file://{home.parent}/store", "eu-central-1")
+    assert (env["RAY_ADDRESS"], env["RAY_AUTH_MODE"]) == ("ray://head:10001", "token")
     assert env["TMPDIR"] == str(home / ".visionloop" / "tmp")
     assert not [value for value in env.values() if "secret" in value]
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/app/flows"}}
@@ -109,6 +115,37 @@ def test_each_type_of_pool_gets_its_job_variables(
         with pytest.raises(SettingsError) as caught:
             deploy(module, home, *argv)
         assert str(caught.value).startswith(told)
+
+
+class Closed(BaseHTTPRequestHandler):
+    """A Prefect server with a password that nobody has said."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/api/health" else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_wrong_password_of_prefect_is_told_by_its_name(
+    module: ModuleType, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SettingsError) as caught:
+            deploy(module, home, "--pool", "here")
+        server.shutdown()
+    assert str(caught.value).startswith(
+        "PREFECT_API_AUTH_STRING: the Prefect server does not take it; expected USER:PASSWORD, as its own "
+    )
 
 
 def test_a_workspace_does_not_take_the_deployments_of_another_one(

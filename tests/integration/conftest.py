@@ -1,17 +1,14 @@
 """What several files need: an S3 server, a Ray cluster, a workspace with a champion, one thread of torch."""
 
 import functools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from homes import EPOCHS, Home, make_champion
+from ray_cluster import RayCluster, run_cluster
 from s3_server import make_client, serve_s3
 
 
@@ -57,31 +54,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cluster_address() -> Iterator[str]:
-    """Two nodes of one core each. Their sockets want a short path, so the folder is not pytest's."""
-    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    (Path(folder) / "ray").mkdir()
-    os.environ["RAY_TMPDIR"] = folder
-    before = {p.pid for p in psutil.process_iter()}
-    quiet = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**quiet, "include_dashboard": False})
-    try:
-        cluster.add_node(**quiet)
-        yield cluster.address
-    finally:
-        del os.environ["RAY_TMPDIR"]
-        ray.shutdown()
-        cluster.shutdown()
-        for process in [p for p in psutil.process_iter() if p.pid not in before and folder in " ".join(_command(p))]:
-            process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+def cluster() -> Iterator[RayCluster]:
+    with run_cluster() as running:
+        yield running
 
 
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+@pytest.fixture(scope="module")
+def cluster_address(cluster: RayCluster) -> str:
+    """As a node of the cluster reaches it: this machine is one."""
+    return cluster.address

@@ -1,10 +1,13 @@
 """mlflow/start.sh, what the image of MLflow runs: on PostgreSQL and SeaweedFS, with passwords and host names."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from postgres_server import PASSWORD, run_postgres
+from postgres_server import PASSWORD, Postgres, run_postgres
 from s3_server import S3_ENV, make_bucket, make_client
 from shapes import ROOT, make_environment
+from visionloop.errors import TrackingError
+from visionloop.tracking import MlflowTracking
 
 START = ROOT / "mlflow" / "start.sh"
 START_S = 240
@@ -23,7 +28,7 @@ ADMIN = ("admin", "a-long-password")
 
 def run_start(**env: str) -> "subprocess.CompletedProcess[str]":
     env = {"PATH": os.environ["PATH"], **env}
-    return subprocess.run([START], env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run([START], env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_what_is_missing_is_one_line_and_nothing_starts() -> None:
@@ -53,17 +58,16 @@ def test_a_database_that_does_not_answer_is_one_line_without_the_password() -> N
 
 
 @pytest.fixture(scope="module")
-def server(seaweed_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def environment(seaweed_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What it is told where all is as it should be."""
     make_bucket(seaweed_url, "with-mlflow")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("mlflow")
     with run_postgres() as postgres:
         postgres.run("CREATE DATABASE mlflow", "CREATE DATABASE users")
-        password = PASSWORD.replace("/", "%2F").replace("@", "%40")
-        address = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{postgres.port}"
-        env = make_environment(
+        address = make_address(postgres)
+        yield make_environment(
             **{**S3_ENV, "AWS_MAX_ATTEMPTS": "5"},
             MLFLOW_BACKEND_STORE_URI=f"{address}/mlflow",
             MLFLOW_ARTIFACTS_DESTINATION="s3://with-mlflow/artifacts",
@@ -76,16 +80,85 @@ def server(seaweed_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             MLFLOW_HOST="127.0.0.1",
             MLFLOW_PORT=str(port),
             MLFLOW_WORKERS="1",
-            TMPDIR=str(folder),
+            TMPDIR=str(tmp_path_factory.mktemp("mlflow")),
         )
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen([START], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for(process, f"http://127.0.0.1:{port}", folder / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+
+
+def make_address(postgres: Postgres, password: str = PASSWORD) -> str:
+    secret = password.replace("/", "%2F").replace("@", "%40")
+    return f"postgresql+psycopg://postgres:{secret}@127.0.0.1:{postgres.port}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("MLFLOW_AUTH_DATABASE_URI", ("%40x@", "@"), "connection failed: .* password authentication failed for user"),
+        ("AWS_SECRET_ACCESS_KEY", ("test", "wrong"), "An error occurred .* expected a bucket that lets us in"),
+        (
+            "MLFLOW_ARTIFACTS_DESTINATION",
+            ("with-", "without-"),
+            "An error occurred .NoSuchBucket. .* expected a bucket",
+        ),
+    ],
+    ids=["password of the users", "secret of the bucket", "bucket"],
+)
+def test_what_does_not_let_it_in_is_one_line(
+    environment: dict[str, str], name: str, value: tuple[str, str], told: str
+) -> None:
+    done = run_start(**environment | {name: environment[name].replace(*value)})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    where = "MLFLOW_ARTIFACTS_DESTINATION" if name.startswith("AWS_") else name
+    assert re.match(f"mlflow: {where}: {told}", done.stderr), done.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(environment: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", int(environment["MLFLOW_PORT"]))):
+        done = run_start(**environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"mlflow: MLFLOW_HOST, MLFLOW_PORT: \[Errno 98\] Address already in use", done.stderr)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A disk of 90 MB, where PostgreSQL's own user may go."""
+    place = Path(tempfile.mkdtemp(prefix="visionloop-small-", dir="/tmp"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=90m,mode=755", "small", place]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        done = None
+    if done is None or done.returncode:
+        place.rmdir()
+        pytest.skip("a small disk cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+    place.rmdir()
+
+
+def test_a_database_on_a_full_disk_is_one_line(
+    environment: dict[str, str], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with run_postgres() as postgres:
+        postgres.run("SELECT 1")
+        with (small_disk / "full").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 3_000_000)
+        done = run_start(**environment | {"MLFLOW_BACKEND_STORE_URI": f"{make_address(postgres)}/postgres"})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert re.match(r"mlflow: MLFLOW_BACKEND_STORE_URI: .*No space left on device.* expected a database", done.stderr)
+
+
+@pytest.fixture(scope="module")
+def server(environment: dict[str, str]) -> Iterator[str]:
+    url, folder = f"http://127.0.0.1:{environment['MLFLOW_PORT']}", Path(environment["TMPDIR"])
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([START], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(process, url, folder / "log")
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
@@ -103,6 +176,12 @@ def test_the_server_keeps_runs_and_artifacts_for_who_has_the_password(server: st
     search = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
     assert httpx.get(search, trust_env=False, timeout=60).status_code == 401
     assert httpx.get(search, auth=("admin", "wrong"), trust_env=False, timeout=60).status_code == 401
+    with pytest.raises(TrackingError) as caught:  # nobody has said who we are
+        MlflowTracking(server, "file:///nowhere", "pets").get_champion()
+    assert str(caught.value) == (
+        f"MLflow {server}: does not let us in (401); expected a user and a password that it knows. "
+        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+    )
     assert httpx.get(search, auth=ADMIN, trust_env=False, timeout=60).status_code == 200
     strange = httpx.get(search, auth=ADMIN, trust_env=False, timeout=60, headers={"Host": "evil.example"})
     assert strange.status_code == 403

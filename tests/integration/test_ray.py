@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import socket
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fakes import make_bundle, make_image
+from ray_cluster import RayCluster
 from videos import write_video
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
@@ -49,12 +52,13 @@ def test_both_nodes_work(cluster_address: str) -> None:
     assert not ray.is_initialized()
 
 
-def test_prepare_gives_the_bytes_of_one_machine_and_tells_its_errors(tmp_path: Path, cluster_address: str) -> None:
+def test_prepare_gives_the_bytes_of_one_machine_and_tells_its_errors(tmp_path: Path, cluster: RayCluster) -> None:
+    """As a machine that is no node of it, as the jobs of Prefect; then as a node."""
     world = make_world(tmp_path)
     prepare(world)
     local = read_all(world.settings.prepared_dir)
     shutil.rmtree(world.settings.prepared_dir)
-    remote, seen = with_ray(world, cluster_address), []
+    remote, seen = with_ray(world, cluster.client_address), []
     prepare(
         connect(world.settings, remote.params, store=world.store),
         on_progress=lambda done, total: seen.append((done, total)),
@@ -62,6 +66,7 @@ def test_prepare_gives_the_bytes_of_one_machine_and_tells_its_errors(tmp_path: P
     assert read_all(world.settings.prepared_dir) == local
     assert seen[-1] == (160, 160)
 
+    remote = with_ray(world, cluster.address)
     missing = world.records[7].sha256
     os.remove(tmp_path / "store" / "images" / missing[:2] / missing)
     with pytest.raises(DatasetError, match=rf"^image {missing[:12]} \(7\.png\): is missing from the store or damaged"):
@@ -76,8 +81,29 @@ def test_a_cluster_that_is_not_there_is_told(address: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_who_is_not_let_in_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong token, and a port of the cluster for others, end in a silence of half a minute."""
+
+    def wait_in_vain(**options: object) -> None:
+        warnings.warn("Ensure that the port is reachable", stacklevel=1)
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr(ray, "init", wait_in_vain)
+    with socket.socket() as somebody, warnings.catch_warnings(action="error"):
+        somebody.bind(("127.0.0.1", 0))
+        somebody.listen()
+        address = f"ray://127.0.0.1:{somebody.getsockname()[1]}"
+        with pytest.raises(ParamsError) as caught:
+            list(map_chunks(len, ["a"], Engine("ray", address), max_held=1))
+    assert str(caught.value) == (
+        f"params.yaml compute.address: no Ray cluster at {address} (ray client connection timeout); expected the "
+        "address of a running cluster. Something listens there: a node takes HEAD:6379, any other machine "
+        "ray://HEAD:10001, each with its RAY_AUTH_TOKEN and release, or set `engine: local`."
+    )
+
+
 def test_predict_gives_the_answers_of_one_machine(
-    tmp_path: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The nodes take the model from the store when they have not its folder, and a video is answered in its place."""
     folder, store = tmp_path / "photos", LocalStore(tmp_path / "store")
@@ -96,9 +122,9 @@ def test_predict_gives_the_answers_of_one_machine(
     monkeypatch.setattr(predictor, "bundle", moved)
     table, seen = Table.plan(tmp_path / "answers.jsonl", None), []
     assert table
-    cluster = Cluster(cluster_address, store.url)
+    remote_cluster = Cluster(cluster.client_address, store.url)
     with predict_in_chunks(
-        predictor, files, table, tmp_path / "work", cluster=cluster, on_progress=lambda *done: seen.append(done)
+        predictor, files, table, tmp_path / "work", cluster=remote_cluster, on_progress=lambda *done: seen.append(done)
     ) as chunks:
         remote = list(chunks.read())
     assert [(one.path, one.error) for one in remote] == [(one.path, one.error) for one in local]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,21 @@ def build_changed(folder: Path, overlay: str, file: str, old: str, new: str) -> 
     return build(copy / "overlays" / overlay)
 
 
+def build_with(folder: Path, component: str) -> list[Thing]:
+    """Build prod with one of the components that it has as comments."""
+    line = f"components: [../../{component}]"
+    return build_changed(folder, "prod", "overlays/prod/kustomization.yaml", f"# {line}", line)
+
+
 def pick(things: list[Thing], kind: str) -> dict[str, Thing]:
     return {thing["metadata"]["name"]: thing for thing in things if thing["kind"] == kind}
+
+
+def find_package(name: str) -> Path:
+    """Where a package is installed; it is not imported."""
+    spec = find_spec(name)
+    assert spec and spec.origin
+    return Path(spec.origin).parent
 
 
 def find_config(things: list[Thing], name: str) -> dict[str, str]:
