@@ -8,19 +8,19 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
 from visionloop.data.manifest import (
+    hold_version,
     iterate_part,
     iterate_version,
     latest_version,
     list_versions,
     load_version,
-    load_version_records,
 )
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
@@ -47,7 +47,7 @@ class ModelOrigin:
     run_id: str | None
     git_commit: str | None
     version: DatasetVersion | None
-    images: tuple[ImageRecord, ...]
+    images: Sequence[ImageRecord]
     lost: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:
     return ModelOrigin(digest, card, entries, is_champion, decisions, run_id, commit, version, images, lost)
 
 
-def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, tuple[ImageRecord, ...], str]:
+def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, Sequence[ImageRecord], str]:
     """Return the dataset version that a card names, with its rows; or none, and why not."""
     try:
         version = load_version(store, str(card.dataset["name"]), int(card.dataset["version"]))
         if version.digest != card.dataset["digest"]:
             return None, (), f"version {version.version} of the store is another one, {version.digest[:12]}"
-        return version, tuple(load_version_records(store, version)), ""
+        return version, hold_version(store, version), ""
     except DatasetError as exc:
         return None, (), f"{exc.where} {exc.found}"
 

@@ -13,9 +13,8 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from heapq import merge
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -29,6 +28,8 @@ from visionloop.store.keys import make_number_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from visionloop.data.rows import Rows
 
 # One more place where an image was found does not change what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
@@ -63,7 +64,7 @@ _get_row = attrgetter(*COLUMNS)
 _IN_DIGEST = tuple(name for name in COLUMNS if name not in NOT_IN_DIGEST)
 _get_digested = attrgetter(*_IN_DIGEST)
 # Columns whose values many rows share: each is held once.
-_SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
+SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 
 
 def make_image_key(sha256: str) -> str:
@@ -128,29 +129,25 @@ def decode_records(data: bytes, where: str) -> list[ImageRecord]:
 
 def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
     """Yield the rows of a manifest part, in the order of their sha256. Raises DatasetError, StoreError."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    shared: dict[Hashable, Any] = {}
+    from visionloop.data.rows import decode_batches, iterate_file
+
+    with _translate(where):
+        yield from decode_batches(iterate_file(pq.ParquetFile(file)))
+
+
+@contextmanager
+def _translate(where: str) -> Iterator[None]:
+    """Say of a part that cannot be read as rows where it is. Raises DatasetError."""
+    import pyarrow as pa
+
     try:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
-            yield from _decode_batch(batch, shared)
-            if len(shared) > MOST_SHARED:
-                shared.clear()
+        yield
     except StoreError:
         raise
-    except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError, KeyError) as exc:
         raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
-
-
-def _decode_batch(batch: "pa.RecordBatch", shared: dict[Hashable, Any]) -> Iterator[ImageRecord]:
-    columns = {name: batch[name].to_pylist() for name in COLUMNS}
-    for name in ("labels", "sources", "origins"):
-        columns[name] = [tuple(values) for values in columns[name]]
-    for name in _SHARED:
-        columns[name] = [shared.setdefault(value, value) for value in columns[name]]
-    columns["key"] = [s if key == s else key for s, key in zip(columns["sha256"], columns["key"], strict=True)]
-    return map(ImageRecord, *(columns[name] for name in COLUMNS))
 
 
 def list_versions(store: ObjectStore, name: str) -> list[DatasetVersion]:
@@ -189,21 +186,33 @@ def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[Im
 
 
 def iterate_version(store: ObjectStore, version: DatasetVersion) -> Iterator[ImageRecord]:
-    """Yield the rows of a version, sorted by sha256; of each part a few are in memory.
+    """Yield the rows of a version, sorted by sha256; a few of them are in memory. Raises DatasetError as below."""
+    from visionloop.data.rows import decode_batches
+
+    return decode_batches(iterate_batches(store, version))
+
+
+def hold_version(store: ObjectStore, version: DatasetVersion) -> "Rows":
+    """Return the rows of a version, held by column, about 100 bytes each. Raises DatasetError as below."""
+    from visionloop.data.rows import hold_rows
+
+    return hold_rows(iterate_batches(store, version))
+
+
+def iterate_batches(store: ObjectStore, version: DatasetVersion) -> "Iterator[pa.RecordBatch]":
+    """Yield the rows of a version by column, sorted by sha256; of each part that is being read a few are in memory.
 
     Raises:
         DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
     """
-    where = f"dataset {version.name} version {version.version}"
-    total, last = hashlib.sha256(), None
-    with ExitStack() as stack:
-        parts = [iterate_part(stack.enter_context(file), where) for file in _open_parts(store, version, where)]
-        # Where several parts have an image, the row of the latest one comes first, and counts.
-        for sha256, _, record in merge(*(rank_rows(part, -number) for number, part in enumerate(parts))):
-            if sha256 != last:
-                total.update(_encode_for_digest(record))
-                yield record
-            last = sha256
+    from visionloop.data.rows import Part, encode_rows, merge_parts
+
+    where, total = f"dataset {version.name} version {version.version}", hashlib.sha256()
+    with ExitStack() as stack, _translate(where):
+        files = (stack.enter_context(file) for file in _open_parts(store, version, where))
+        for batch in merge_parts([Part(file, number) for number, file in enumerate(files)]):
+            total.update(encode_rows(batch, _IN_DIGEST, "\n"))
+            yield batch
     if total.hexdigest() != version.digest:
         found = f"rows have digest {total.hexdigest()[:12]}"
         raise DatasetError(where, found, version.digest[:12], "The store was changed.")
