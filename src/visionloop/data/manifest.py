@@ -133,12 +133,12 @@ def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
 
     from visionloop.data.rows import decode_batches, iterate_file
 
-    with _translate(where):
+    with translate_damage(where):
         yield from decode_batches(iterate_file(pq.ParquetFile(file)))
 
 
 @contextmanager
-def _translate(where: str) -> Iterator[None]:
+def translate_damage(where: str) -> Iterator[None]:
     """Say of a part that cannot be read as rows where it is. Raises DatasetError."""
     import pyarrow as pa
 
@@ -208,7 +208,7 @@ def iterate_batches(store: ObjectStore, version: DatasetVersion) -> "Iterator[pa
     from visionloop.data.rows import Part, encode_rows, merge_parts
 
     where, total = f"dataset {version.name} version {version.version}", hashlib.sha256()
-    with ExitStack() as stack, _translate(where):
+    with ExitStack() as stack, translate_damage(where):
         files = (stack.enter_context(file) for file in _open_parts(store, version, where))
         for batch in merge_parts([Part(file, number) for number, file in enumerate(files)]):
             total.update(encode_rows(batch, _IN_DIGEST, "\n"))
@@ -365,6 +365,18 @@ def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
 
 def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
     """Yield the rows of the pinned version, as `iterate_version`, checked against the pin. Raises DatasetError."""
+    from visionloop.data.rows import decode_batches
+
+    yield from decode_batches(iterate_pinned(store, pin))
+
+
+def iterate_pinned(store: ObjectStore, pin: Pin) -> "Iterator[pa.RecordBatch]":
+    """Yield the rows of the pinned version by column, checked against the pin. Raises DatasetError."""
+    yield from iterate_batches(store, load_pinned(store, pin))
+
+
+def load_pinned(store: ObjectStore, pin: Pin) -> DatasetVersion:
+    """Return the pinned version. Raises DatasetError: the store has not this one."""
     version = load_version(store, pin.name, pin.version)
     if version.digest != pin.digest:
         raise DatasetError(
@@ -373,7 +385,7 @@ def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
             f"{pin.digest[:12]}, as data/dataset.json says",
             "This is another store: set VISIONLOOP_STORE, or ingest again.",
         )
-    yield from iterate_version(store, version)
+    return version
 
 
 def _version_key(name: str, number: int) -> str:

@@ -8,7 +8,8 @@ import json
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from io import BytesIO
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
+from operator import eq
 from typing import Any, BinaryIO, cast, overload
 
 import numpy as np
@@ -135,15 +136,15 @@ def _get_bytes(column: pa.StringArray) -> memoryview:
 
 def decode_batch(batch: pa.RecordBatch, shared: dict[Hashable, Any]) -> Iterator[ImageRecord]:
     """Yield the rows of a batch as records; values that many rows have are taken from `shared`, and put there."""
-    columns = {name: _decode_column(batch[name], shared if name in manifest.SHARED else None) for name in SCHEMA.names}
+    columns = {name: decode_column(batch[name], shared if name in manifest.SHARED else None) for name in SCHEMA.names}
     columns["key"] = [s if key == s else key for s, key in zip(columns["sha256"], columns["key"], strict=True)]
     return map(ImageRecord, *(columns[name] for name in SCHEMA.names))
 
 
-def _decode_column(column: pa.Array, shared: dict[Hashable, Any] | None) -> list[Any]:
+def decode_column(column: pa.Array, shared: dict[Hashable, Any] | None = None) -> list[Any]:
     """Return the values of a column, lists as tuples: of values that rows share only different ones are made."""
     if pa.types.is_list(column.type):
-        values, lengths = _decode_column(column.flatten(), shared), column.value_lengths().to_numpy()
+        values, lengths = decode_column(column.flatten(), shared), column.value_lengths().to_numpy()
         ends = [0, *np.cumsum(lengths).tolist()]
         found = (tuple(values[low:high]) for low, high in pairwise(ends))
         return list(found) if shared is None else [shared.setdefault(value, value) for value in found]
@@ -161,6 +162,55 @@ def decode_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[ImageRecord]:
         yield from decode_batch(batch, shared)
         if len(shared) > manifest.MOST_SHARED:
             shared.clear()
+
+
+class Digests(Sequence[str]):
+    """The sha256 of many images, 32 bytes each; equal to any sequence of the same texts."""
+
+    def __init__(self, columns: Iterable[pa.Array]) -> None:
+        """Read them from columns of text. Raises ValueError: one is no sha256."""
+        self._data = b"".join(map(_read_digests, columns))
+
+    def __len__(self) -> int:
+        return len(self._data) // 32
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._data[at : at + 32].hex() for at in range(0, len(self._data), 32))
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        at = int(row % len(self)) * 32
+        return self._data[at : at + 32].hex()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Digests):
+            return self._data == other._data
+        return isinstance(other, Sequence) and len(other) == len(self) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def find(self, others: "Digests") -> Places:
+        """Return the row of each of the others, -1 where it is none. Fast if these here are in order."""
+        mine, theirs = (np.frombuffer(one._data, "S32") for one in (self, others))
+        if not len(mine):
+            return np.full(len(theirs), -1)
+        order = None if (mine[1:] >= mine[:-1]).all() else np.argsort(mine)
+        place = np.maximum(np.searchsorted(mine, theirs, side="right", sorter=order) - 1, 0)
+        place = place if order is None else order[place]
+        return np.where(mine[place] == theirs, place, -1)
+
+
+def _read_digests(column: pa.Array) -> bytes:
+    if not (pc.fill_null(pc.equal(pc.binary_length(column), 64), False).to_numpy(zero_copy_only=False)).all():
+        raise ValueError("not all are sha256")
+    return bytes.fromhex(str(_get_bytes(column), "ascii"))
 
 
 class Rows(Sequence[ImageRecord]):
@@ -212,17 +262,14 @@ def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -
     """Write rows, in the order of sha256, into a file, as `manifest.write_records` does; without one into memory."""
     file = BytesIO() if file is None else file
     with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-        is_empty = True
-        for batch in _regroup(batches, manifest.GROUP_ROWS):
-            writer.write_batch(batch)
-            is_empty = False
-        if is_empty:
-            writer.write_table(SCHEMA.empty_table())
+        groups = regroup(batches, manifest.GROUP_ROWS)
+        for batch in chain([next(groups, pa.RecordBatch.from_pylist([], SCHEMA))], groups):
+            writer.write_table(pa.Table.from_batches([batch]))
     file.flush()
     return Rows(file)
 
 
-def _regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.RecordBatch]:
+def regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.RecordBatch]:
     """Yield the same rows in batches of so many; the last one may have fewer."""
     waiting: list[pa.RecordBatch] = []
     num_waiting = 0
