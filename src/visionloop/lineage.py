@@ -15,13 +15,13 @@ from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
 from visionloop.data.manifest import (
-    hold_version,
     iterate_part,
     iterate_version,
     latest_version,
     list_versions,
     load_version,
 )
+from visionloop.data.rows import hold_version
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
 from visionloop.promotion.models import require_name

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import make_image_key, make_lost_error
-from visionloop.data.rows import Places, Rows, decode_column
+from visionloop.data.rows import HeldRows, Places, decode_column
 from visionloop.data.shards import IMAGES, TRAIN, compute_rows_per_shard, make_shard_name
 from visionloop.errors import DatasetError, ImageError, ObjectMissing
 from visionloop.params import Prepare
@@ -183,7 +183,7 @@ class Selected:
     `side_n` are places in `SIDES`; `set_n` places in `label_sets`, the different sets of labels.
     """
 
-    rows: Rows
+    rows: HeldRows
     side_n: NDArray[np.int8]
     set_n: NDArray[np.int32]
     label_sets: tuple[tuple[str, ...], ...]
@@ -204,7 +204,7 @@ class Layout:
 
     kind: str
     size_hw: tuple[int, int]
-    rows: Rows
+    rows: HeldRows
     places_n: Places
 
     @property

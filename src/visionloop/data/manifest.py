@@ -14,11 +14,11 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from visionloop.errors import DatasetError, ObjectMissing, StoreError
 from visionloop.params.text import has_conflict_marks
@@ -26,13 +26,8 @@ from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from visionloop.data.rows import Rows
-
 # One more place where an image was found does not change what is learned from it.
-NOT_IN_DIGEST = frozenset({"sources", "origins"})
+NOTIN_DIGEST = frozenset({"sources", "origins"})
 PART_ROWS = 250_000
 GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
 BATCH_ROWS = 4096
@@ -61,8 +56,8 @@ _encode_row = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 _get_row = attrgetter(*COLUMNS)
-_IN_DIGEST = tuple(name for name in COLUMNS if name not in NOT_IN_DIGEST)
-_get_digested = attrgetter(*_IN_DIGEST)
+IN_DIGEST = tuple(name for name in COLUMNS if name not in NOTIN_DIGEST)
+_get_digested = attrgetter(*IN_DIGEST)
 # Columns whose values many rows share: each is held once.
 SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 
@@ -82,7 +77,7 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
 
 def _encode_for_digest(record: ImageRecord) -> bytes:
     """Return the same bytes as `canonical_json` of these fields and a line feed, four times as fast."""
-    return _encode_row(dict(zip(_IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
+    return _encode_row(dict(zip(IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
 
 
 def compute_rows_digest(records: Iterable[ImageRecord]) -> str:
@@ -186,51 +181,16 @@ def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[Im
 
 
 def iterate_version(store: ObjectStore, version: DatasetVersion) -> Iterator[ImageRecord]:
-    """Yield the rows of a version, sorted by sha256; a few of them are in memory. Raises DatasetError as below."""
-    from visionloop.data.rows import decode_batches
+    """Yield the rows of a version, sorted by sha256; a few of them are in memory. Raises as `rows.iterate_batches`."""
+    from visionloop.data.rows import decode_batches, iterate_batches
 
     return decode_batches(iterate_batches(store, version))
-
-
-def hold_version(store: ObjectStore, version: DatasetVersion) -> "Rows":
-    """Return the rows of a version, held by column, about 100 bytes each. Raises DatasetError as below."""
-    from visionloop.data.rows import hold_rows
-
-    return hold_rows(iterate_batches(store, version))
-
-
-def iterate_batches(store: ObjectStore, version: DatasetVersion) -> "Iterator[pa.RecordBatch]":
-    """Yield the rows of a version by column, sorted by sha256; of each part that is being read a few are in memory.
-
-    Raises:
-        DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
-    """
-    from visionloop.data.rows import Part, encode_rows, merge_parts
-
-    where, total = f"dataset {version.name} version {version.version}", hashlib.sha256()
-    with ExitStack() as stack, translate_damage(where):
-        files = (stack.enter_context(file) for file in _open_parts(store, version, where))
-        for batch in merge_parts([Part(file, number) for number, file in enumerate(files)]):
-            total.update(encode_rows(batch, _IN_DIGEST, "\n"))
-            yield batch
-    if total.hexdigest() != version.digest:
-        found = f"rows have digest {total.hexdigest()[:12]}"
-        raise DatasetError(where, found, version.digest[:12], "The store was changed.")
 
 
 def rank_rows(rows: Iterable[ImageRecord], rank: int) -> Iterator[tuple[str, int, ImageRecord]]:
     """Yield rows with what `heapq.merge` compares: the sha256, then the rank of where they are from."""
     for row in rows:
         yield row.sha256, rank, row
-
-
-def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iterator[BinaryIO]:
-    for part in version.parts:
-        key = f"manifests/{part}.parquet"
-        try:
-            yield store.open(key) if len(version.parts) <= MOST_OPEN else BytesIO(store.get(key))
-        except ObjectMissing as exc:
-            raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
 
 
 def make_version(
@@ -358,21 +318,9 @@ def check_name(pin: Pin, name: str) -> None:
         )
 
 
-def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
-    """Return the rows of the pinned version, sorted by sha256, checked against the pin. Raises DatasetError."""
-    return list(iterate_records(store, pin))
-
-
 def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
     """Yield the rows of the pinned version, as `iterate_version`, checked against the pin. Raises DatasetError."""
-    from visionloop.data.rows import decode_batches
-
-    yield from decode_batches(iterate_pinned(store, pin))
-
-
-def iterate_pinned(store: ObjectStore, pin: Pin) -> "Iterator[pa.RecordBatch]":
-    """Yield the rows of the pinned version by column, checked against the pin. Raises DatasetError."""
-    yield from iterate_batches(store, load_pinned(store, pin))
+    yield from iterate_version(store, load_pinned(store, pin))
 
 
 def load_pinned(store: ObjectStore, pin: Pin) -> DatasetVersion:

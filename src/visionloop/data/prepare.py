@@ -37,8 +37,8 @@ from visionloop.data.chunks import (
     read_checksum,
     write_chunk,
 )
-from visionloop.data.manifest import iterate_pinned, load_pin
-from visionloop.data.rows import Places, decode_column, hold_rows
+from visionloop.data.manifest import load_pin, load_pinned
+from visionloop.data.rows import Places, decode_column, hold_rows, iterate_batches
 from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, shorten
@@ -149,7 +149,9 @@ def prepare(
     pin = load_pin(settings.pin_path, workspace.name)
     folder = settings.work_dir("prepare").parent
     with _open_nameless(folder) as held, _open_nameless(folder) as some:
-        selected = select_rows(iterate_pinned(store, pin), load_tombstones(store, pin.name), params, pin, held)
+        selected = select_rows(
+            iterate_batches(store, load_pinned(store, pin)), load_tombstones(store, pin.name), params, pin, held
+        )
         if params.prepare.limit:
             selected = _take_subset(selected, params.prepare.limit, some)
         _prepare(workspace, pin, selected, code_digest, on_progress)

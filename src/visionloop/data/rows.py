@@ -1,12 +1,14 @@
-"""Rows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
+"""HeldRows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
 
 A batch is an Arrow RecordBatch with the columns of a manifest. It is made into records (`ImageRecord`) where those are
 needed, and as late as possible: a record takes 700 bytes, a row of a file in memory 100.
 """
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from io import BytesIO
 from itertools import accumulate, chain, pairwise
 from operator import eq
@@ -19,7 +21,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from visionloop.data import manifest
-from visionloop.records import ImageRecord
+from visionloop.errors import DatasetError, ObjectMissing
+from visionloop.records import DatasetVersion, ImageRecord
+from visionloop.store import ObjectStore
 
 _TYPES = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
 SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in manifest.COLUMNS.items()])
@@ -213,7 +217,7 @@ def _read_digests(column: pa.Array) -> bytes:
     return bytes.fromhex(str(_get_bytes(column), "ascii"))
 
 
-class Rows(Sequence[ImageRecord]):
+class HeldRows(Sequence[ImageRecord]):
     """The rows of a manifest in a file, on disk or in memory: there about 100 bytes each.
 
     They are meant to be read one after the other: one from the middle costs as much as all of its group.
@@ -258,7 +262,7 @@ class Rows(Sequence[ImageRecord]):
                 yield from rows.take(pa.array(places[low:high] - first)).combine_chunks().to_batches()
 
 
-def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -> Rows:
+def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -> HeldRows:
     """Write rows, in the order of sha256, into a file, as `manifest.write_records` does; without one into memory."""
     file = BytesIO() if file is None else file
     with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
@@ -266,7 +270,38 @@ def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -
         for batch in chain([next(groups, pa.RecordBatch.from_pylist([], SCHEMA))], groups):
             writer.write_table(pa.Table.from_batches([batch]))
     file.flush()
-    return Rows(file)
+    return HeldRows(file)
+
+
+def hold_version(store: ObjectStore, version: DatasetVersion) -> HeldRows:
+    """Return the rows of a version, held by column, about 100 bytes each. Raises DatasetError as below."""
+    return hold_rows(iterate_batches(store, version))
+
+
+def iterate_batches(store: ObjectStore, version: DatasetVersion) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a version by column, sorted by sha256; of each part that is being read a few are in memory.
+
+    Raises:
+        DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
+    """
+    where, total = f"dataset {version.name} version {version.version}", hashlib.sha256()
+    with ExitStack() as stack, manifest.translate_damage(where):
+        files = (stack.enter_context(file) for file in _open_parts(store, version, where))
+        for batch in merge_parts([Part(file, number) for number, file in enumerate(files)]):
+            total.update(encode_rows(batch, manifest.IN_DIGEST, "\n"))
+            yield batch
+    if total.hexdigest() != version.digest:
+        found = f"rows have digest {total.hexdigest()[:12]}"
+        raise DatasetError(where, found, version.digest[:12], "The store was changed.")
+
+
+def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iterator[BinaryIO]:
+    for part in version.parts:
+        key = f"manifests/{part}.parquet"
+        try:
+            yield store.open(key) if len(version.parts) <= manifest.MOST_OPEN else BytesIO(store.get(key))
+        except ObjectMissing as exc:
+            raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
 
 
 def regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.RecordBatch]:

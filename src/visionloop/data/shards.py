@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import translate_damage
-from visionloop.data.rows import Digests, Rows, decode_batches, regroup
+from visionloop.data.rows import Digests, HeldRows, decode_batches, regroup
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Pin
 
@@ -96,12 +96,12 @@ class Prepared:
         return np.asarray(self.targets_nk[rows].sum(axis=0, dtype=np.int64))
 
     @contextmanager
-    def open_rows(self) -> Iterator[Rows]:
+    def open_rows(self) -> Iterator[HeldRows]:
         """Open what the manifest says of all rows; they are read as they are asked for. Raises DatasetError."""
         where = f"prepared data {self.folder}"
         try:
             with (self.folder / "manifest.parquet").open("rb") as file, translate_damage(where):
-                rows = Rows(file)
+                rows = HeldRows(file)
                 if not self._are_of(rows):
                     raise DatasetError(where, "has a manifest of other images", "its own", "Run `visionloop prepare`.")
                 yield rows
@@ -122,7 +122,7 @@ class Prepared:
             keys = [key for batch in known.pick_batches(asked, ["key"]) for key in batch["key"].to_pylist()]
         return [keys[place] for place in place_n]
 
-    def _are_of(self, rows: Rows) -> bool:
+    def _are_of(self, rows: HeldRows) -> bool:
         start, total = 0, len(self.sha256_n)
         for batch in rows.iterate_batches(["sha256"]):
             if batch["sha256"].to_pylist() != list(self.sha256_n[start : start + len(batch)]):

@@ -14,6 +14,7 @@ import pytest
 
 from counting_store import CountingStore
 from visionloop.data import manifest
+from visionloop.data.rows import hold_version
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Rejected, compute_digest
 from visionloop.store import LocalStore
@@ -86,13 +87,13 @@ def test_changed_rows_are_noticed(store: LocalStore) -> None:
 def test_pin_of_a_version_that_is_not_in_the_store(store: LocalStore) -> None:
     pin = manifest.make_pin(manifest.make_version("pets", None, [make_record("a")], [], **FACTS))
     with pytest.raises(DatasetError, match=r"dataset pets version 1: is not in the store .*; expected the store it"):
-        manifest.load_records(store, pin)
+        list(manifest.iterate_records(store, pin))
 
 
 def test_pin_of_another_content(store: LocalStore) -> None:
     version = commit(store, [make_record("a"), make_record("b")])
     with pytest.raises(DatasetError, match="This is another store"):
-        manifest.load_records(store, replace(manifest.make_pin(version), digest="0" * 64))
+        list(manifest.iterate_records(store, replace(manifest.make_pin(version), digest="0" * 64)))
 
 
 def test_pin_round_trip_and_damage(tmp_path: Path, store: LocalStore) -> None:
@@ -171,7 +172,7 @@ def test_rows_by_column_are_the_digest_and_the_bytes_of_the_same_records(store: 
         for i, (row, text) in enumerate(zip(make_rows(7), (*hostile, "k"), strict=True))
     ]
     version = commit(store, rows)
-    held = manifest.hold_version(store, version)
+    held = hold_version(store, version)
     assert (list(held), held[5], held[-1], held[1:6:2]) == (rows, rows[5], rows[-1], rows[1:6:2])
     assert held.file.seek(0) == 0 and held.file.read() == manifest.encode_records(rows)
     assert manifest.compute_dataset_digest(rows) == version.digest
