@@ -124,12 +124,10 @@ def decode_records(data: bytes, where: str) -> list[ImageRecord]:
 
 def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
     """Yield the rows of a manifest part, in the order of their sha256. Raises DatasetError, StoreError."""
-    import pyarrow.parquet as pq
-
     from visionloop.data.rows import decode_batches, iterate_file
 
     with translate_damage(where):
-        yield from decode_batches(iterate_file(pq.ParquetFile(file)))
+        yield from decode_batches(iterate_file(file))
 
 
 @contextmanager
