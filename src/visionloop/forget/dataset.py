@@ -121,12 +121,12 @@ def redact(store: ObjectStore, name: str, sha256s: frozenset[str], trace: Trace)
         rest = drop_asked(asked, sha256s)
         rewritten += _rewrite(store, key, canonical_json(rest), asked != rest)
     for part in trace.parts:
-        data, clean = BytesIO(store.get(_part_key(part))), BytesIO()
+        data, sink = BytesIO(store.get(_part_key(part))), BytesIO()
         with translate_damage(f"manifest {part[:12]}"):
             if all(_redact_rows(batch, sha256s).equals(batch) for batch in iterate_file(data)):
                 continue
-            hold_rows((_redact_rows(batch, sha256s) for batch in iterate_file(data)), clean)
-        rewritten += _rewrite(store, _part_key(part), clean.getvalue(), changed=True)
+            hold_rows((_redact_rows(batch, sha256s) for batch in iterate_file(data)), sink)
+        rewritten += _rewrite(store, _part_key(part), sink.getvalue(), changed=True)
     return rewritten
 
 
