@@ -3,7 +3,8 @@
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
@@ -240,15 +241,17 @@ def export(
     version = _load_version(workspace, number)
     sides = {one.value for one in side or Side}
     batches = iterate_batches(workspace.store, version)
-    records = hold_rows(batch.filter(pc.is_in(batch["side"], pa.array(sorted(sides)))) for batch in batches)
-    done = export_version(
-        workspace.store,
-        version,
-        records,
-        folder.expanduser().absolute(),
-        form=form.value,
-        on_progress=make_progress("exported", "images", quiet=quiet),
-    )
+    chosen = (batch.filter(pc.is_in(batch["side"], pa.array(sorted(sides)))) for batch in batches)
+    workspace.settings.hidden_dir.mkdir(exist_ok=True)
+    with TemporaryFile(dir=workspace.settings.hidden_dir) as file:
+        done = export_version(
+            workspace.store,
+            version,
+            hold_rows(chosen, cast("BinaryIO", file)),
+            folder.expanduser().absolute(),
+            form=form.value,
+            on_progress=make_progress("exported", "images", quiet=quiet),
+        )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
     print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
     reader = "imagefolder" if form is Format.folders else "webdataset"
