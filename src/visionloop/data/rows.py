@@ -269,8 +269,8 @@ def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -
     file = BytesIO() if file is None else file
     with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         groups = regroup(batches, manifest.GROUP_ROWS)
-        for batch in chain([next(groups, pa.RecordBatch.from_pylist([], SCHEMA))], groups):
-            writer.write_table(pa.Table.from_batches([batch]))
+        for table in chain([next(groups, SCHEMA.empty_table())], groups):
+            writer.write_table(table)
     file.flush()
     return HeldRows(file)
 
@@ -306,21 +306,21 @@ def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iter
             raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
 
 
-def regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows in batches of so many; the last one may have fewer."""
+def regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.Table]:
+    """Yield the same rows in tables of so many; the last one may have fewer."""
     waiting: list[pa.RecordBatch] = []
     num_waiting = 0
     for batch in batches:
         rest = batch
         while num_waiting + len(rest) >= number:
             missing = number - num_waiting
-            yield pa.concat_batches([*waiting, rest.slice(0, missing)])
+            yield pa.Table.from_batches([*waiting, rest.slice(0, missing)])
             rest, waiting, num_waiting = rest.slice(missing), [], 0
         if len(rest):
             waiting.append(rest)
             num_waiting += len(rest)
     if waiting:
-        yield pa.concat_batches(waiting)
+        yield pa.Table.from_batches(waiting)
 
 
 @dataclass

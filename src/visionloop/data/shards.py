@@ -181,11 +181,11 @@ def compute_places(side_n: Sequence[str] | NDArray[np.str_], *, train_is_larger:
 
 def write_index(folder: Path, rows: Iterable[pa.RecordBatch]) -> None:
     """Write index.parquet: `sha256`, `label`, `side`, for multilabel also `labels`; a row an image, by sha256."""
-    batches = regroup(rows, INDEX_ROWS)
-    first = next(batches)
+    tables = regroup(rows, INDEX_ROWS)
+    first = next(tables)
     with pq.ParquetWriter(folder / INDEX, first.schema) as writer:
-        for batch in chain([first], batches):
-            writer.write_table(pa.Table.from_batches([batch]))
+        for table in chain([first], tables):
+            writer.write_table(table)
 
 
 def load_prepared(folder: Path) -> Prepared:
