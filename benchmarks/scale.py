@@ -11,11 +11,13 @@ import ctypes
 import gc
 import hashlib
 import io
+import json
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -28,7 +30,14 @@ import pyarrow as pa
 
 from visionloop.data.compare import compare_records
 from visionloop.data.day_table import DayReader, encode_table
-from visionloop.data.manifest import commit_version, encode_records, iterate_version, load_version_records, make_version
+from visionloop.data.manifest import (
+    commit_version,
+    encode_records,
+    iterate_version,
+    load_version_records,
+    make_pin,
+    make_version,
+)
 from visionloop.data.prediction_log import PREDICTIONS, read_predictions, round_embedding, tidy
 from visionloop.features.kept import KeptVectors, write_vectors
 from visionloop.features.neighbours import find_neighbours, find_other_neighbours, measure_agreement, to_targets
@@ -142,9 +151,64 @@ def measure_manifest(number: int, folder: Path) -> None:
         sum(1 for _ in iterate_version(store, version))
     with stage("compare two versions (`datasets diff`)", number, store), _any_digest():
         compare_records(iterate_version(store, version), iterate_version(store, second))
-    with stage("hold them all (`prepare`, `similar`)", number, store):
+    with stage("hold them all as records (`ingest`)", number, store):
         held = load_version_records(store, version)
     del held
+
+
+def measure_readers(number: int, folder: Path) -> None:
+    """Run what commands do with all rows of a version, but for the images themselves."""
+    from visionloop.cli.pictures import choose_images
+    from visionloop.data import export, prepare, rows, shards
+    from visionloop.data.chunks import make_layouts
+    from visionloop.features.album import AlbumRecords
+    from visionloop.features.table import EmbeddingTable
+    from visionloop.forget.dataset import commit_without
+    from visionloop.forget.resolve import resolve_images
+
+    store, params = CountedStore(folder), make_params({"name": "m"})
+    held = make_rows(number)
+    facts = {"split": {}, "rejected": None, "num_rejected": 0, "created_at": "bench"}
+    version = make_version("m", None, held, held, num_added=number, **facts)
+    assert commit_version(store, version, held)
+    del held
+    pin = make_pin(version)
+    deque(iterate_version(store, version), maxlen=0)  # loads what is loaded once
+    with stage("by column, one after the other", number, store):
+        deque(rows.iterate_batches(store, version), maxlen=0)
+    with stage("as records, one after the other", number, store):
+        deque(iterate_version(store, version), maxlen=0)
+    with stage("`datasets show`", number, store):
+        rows.tally_rows(rows.iterate_batches(store, version))
+        choose_images(iterate_version(store, version))
+    with stage("`prepare`: rows, chunks, tables", number, store), (folder / "rows").open("w+b") as file:
+        selected = prepare.select_rows(rows.iterate_batches(store, version), frozenset(), params, pin, file)
+        (layout,) = make_layouts(selected, params.prepare)
+        chunks = list(layout.list_chunks("squash"))
+        layout.count_pixels(chunks)
+        deque(layout.fill(chunks), maxlen=0)
+        prepare._write_tables(folder, pin, "multiclass", params.prepare, selected)
+    del selected, layout, chunks
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({**report, "num_shards": 0}))
+    with stage("prepared data opened (`train`, `evaluate`, `embed`)", number):
+        prepared = shards.load_prepared(folder)
+    with stage("its rows opened (`similar`, `suspects`)", number):
+        records = AlbumRecords(prepared)
+    with stage("its embeddings looked up, none there", number):
+        EmbeddingTable(store, "0" * 64).lookup(prepared.sha256_n)
+    del records, prepared
+    with stage("`forget`: which images are meant", number, store):
+        resolve_images(store, "m", [make_sha256(0)], ["photos:class1/*1.jpg"])
+    with stage("`forget`: the version without them", number, store):
+        commit_without(store, "m", frozenset({make_sha256(0)}), now="bench")
+    with stage("`datasets export`: its tables", number, store), (folder / "rows").open("w+b") as file:
+        kept = rows.hold_rows(rows.iterate_batches(store, version), file)
+        names = export.make_folder_names(export._add_up(kept).labels)
+        for name in ("train", "val", "test"):
+            (folder / name).mkdir()
+        paths = (export._choose_path(row, names) for row in kept)
+        export._write_tables(folder, kept, paths, with_metadata=True)
 
 
 @contextmanager
@@ -310,6 +374,7 @@ def _tell_progress() -> Callable[[int, int], None]:
 
 PARTS: dict[str, tuple[Callable[..., None], int]] = {
     "manifest": (measure_manifest, 1_000_000),
+    "readers": (measure_readers, 1_000_000),
     "ingest": (measure_ingest, 1_000_000),
     "ledger": (measure_ledger, 100_000),
     "log": (measure_log, 10_000_000),

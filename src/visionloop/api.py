@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.inputs import ImageInput, is_one_image
-from visionloop.data.manifest import list_versions, load_pin, load_version, load_version_records, make_image_key
+from visionloop.data.manifest import iterate_version, list_versions, load_pin, load_version, make_image_key
 from visionloop.errors import DatasetError, ImageError, SettingsError, describe_install
 from visionloop.params import load_params
 from visionloop.predictor import Predictor, raise_errors
@@ -182,7 +182,7 @@ class WorkspaceTables(Workspace):
         `label` holds the labels as one text, `origin` the first place where the image was found. Raises DatasetError.
         """
         number = version if version is not None else load_pin(self.settings.pin_path).version
-        records = load_version_records(self.store, load_version(self.store, self.name, number))
+        records = iterate_version(self.store, load_version(self.store, self.name, number))
         keys = ("sha256", "side", "labels", "width", "height", "format", "num_bytes", "group", "captured_at")
         rows = [
             {

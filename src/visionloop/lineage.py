@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from visionloop.data.manifest import (
     latest_version,
     list_versions,
     load_version,
-    load_version_records,
 )
+from visionloop.data.rows import hold_version
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
 from visionloop.promotion.models import require_name
@@ -51,7 +51,7 @@ class ModelOrigin:
     run_id: str | None
     git_commit: str | None
     version: DatasetVersion | None
-    images: tuple[ImageRecord, ...]
+    images: Sequence[ImageRecord]
     lost: str = ""
     network_of: str | None = None
 
@@ -148,13 +148,13 @@ def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:
     return ModelOrigin(digest, card, entries, is_champion, decisions, run_id, commit, version, images, lost, network_of)
 
 
-def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, tuple[ImageRecord, ...], str]:
+def _load_dataset(store: ObjectStore, card: Card) -> tuple[DatasetVersion | None, Sequence[ImageRecord], str]:
     """Return the dataset version that a card names, with its rows; or none, and why not."""
     try:
         version = load_version(store, str(card.dataset["name"]), int(card.dataset["version"]))
         if version.digest != card.dataset["digest"]:
             return None, (), f"version {version.version} of the store is another one, {version.digest[:12]}"
-        return version, tuple(load_version_records(store, version)), ""
+        return version, hold_version(store, version), ""
     except DatasetError as exc:
         return None, (), f"{exc.where} {exc.found}"
 

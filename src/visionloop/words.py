@@ -2,14 +2,15 @@
 
 import textwrap
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from visionloop.errors import NotPromoted, VisionLoopError, shorten
-from visionloop.records import measure_width
+from visionloop.records import SIDES, measure_width
 from visionloop.secrets import mask
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from visionloop.data.compare import Diff
     from visionloop.data.leaks import Leaks
+    from visionloop.data.rows import Tally
     from visionloop.ingest.pull import PullReport
     from visionloop.records import DatasetVersion, Decision, ImageRecord, LedgerEntry, Rejected
 
@@ -121,13 +123,9 @@ def describe_counts(version: "DatasetVersion") -> list[str]:
     return lines
 
 
-def describe_classes(records: "Sequence[ImageRecord]", *, everything: bool = False) -> list[str]:
+def describe_classes(tally: "Tally", *, everything: bool = False) -> list[str]:
     """Return a table of images per class and side; of many classes only the largest and the smallest."""
-    sides = [side for side in ("train", "val", "test", "excluded") if any(r.side == side for r in records)]
-    counts: dict[str, Counter[str]] = {}
-    for record in records:
-        for label in record.labels or ("(unlabelled)",):
-            counts.setdefault(label, Counter())[record.side] += 1
+    sides, counts = [side for side in SIDES if tally.sides[side]], tally.counts
     names = sorted(counts)
     rows = [[cut(name), *(f"{counts[name][side]:,}" for side in sides), f"{counts[name].total():,}"] for name in names]
     gap = ""
@@ -135,23 +133,25 @@ def describe_classes(records: "Sequence[ImageRecord]", *, everything: bool = Fal
         order = sorted(range(len(rows)), key=lambda i: (-counts[names[i]].total(), names[i]))
         gap = f"... {len(rows) - 2 * SHOWN_OF_MANY:,} classes between them; --all shows every one ..."
         rows = [rows[i] for i in (*order[:SHOWN_OF_MANY], *order[-SHOWN_OF_MANY:])]
-    totals = ["all", *(f"{sum(r.side == side for r in records):,}" for side in sides), f"{len(records):,}"]
+    totals = ["all", *(f"{tally.sides[side]:,}" for side in sides), f"{tally.sides.total():,}"]
     lines = align([["class", *sides, "all"], *rows, totals])
     if gap:
         lines.insert(1 + SHOWN_OF_MANY, gap)
     return [f"  {line}" for line in lines]
 
 
-def describe_images(records: "Sequence[ImageRecord]") -> list[str]:
+def describe_images(tally: "Tally") -> list[str]:
     """Return formats, sizes in pixels and bytes: smallest, median, largest."""
-    if not records:
+    num_bytes = tally.num_bytes_n
+    if not (number := len(num_bytes)):
         return []
-    formats = ", ".join(f"{name} {count:,}" for name, count in sorted(Counter(r.format for r in records).items()))
-    by_area = sorted((r.width * r.height, f"{r.width} x {r.height}") for r in records)
-    sizes = [by_area[0][1], by_area[len(by_area) // 2][1], by_area[-1][1]]
+    formats = ", ".join(f"{name} {count:,}" for name, count in sorted(tally.formats.items()))
+    by_area = sorted((width * height, f"{width} x {height}", count) for (width, height), count in tally.sizes.items())
+    ends = list(accumulate(count for _, _, count in by_area))
+    sizes = [by_area[bisect_right(ends, place)][1] for place in (0, number // 2, number - 1)]
     pixels = sizes[0] if len(set(sizes)) == 1 else "smallest {}, median {}, largest {}".format(*sizes)
-    num_bytes = [r.num_bytes for r in records]
-    parts = (min(num_bytes), median(num_bytes), max(num_bytes), sum(num_bytes))
+    middle_two = num_bytes[(number - 1) // 2 : number // 2 + 1]
+    parts = (int(num_bytes[0]), float(middle_two.mean()), int(num_bytes[-1]), int(num_bytes.sum()))
     low, middle, high, total = (format_bytes(part) for part in parts)
     return [
         f"  formats   {formats}",

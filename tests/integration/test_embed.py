@@ -289,7 +289,7 @@ def test_a_bundle_of_another_size_reads_from_the_store(home: Path) -> None:
     make_bundle(home / "bundle", classes=("disc", "ring"), size_hw=(48, 40))
     bundle = load_bundle(home / "bundle")
     encoder = make_bundle_encoder(bundle, runtime="onnxruntime")
-    read = choose_reader(store, encoder, prepared, {})
+    read = choose_reader(store, encoder, prepared)
     embedding_nd = embed_prepared(EmbeddingTable(store, encoder.facts.digest), encoder, prepared, read, batch_size=50)
     predictor = Predictor(bundle, threads=1)
     data = store.get(make_image_key(prepared.sha256_n[7]))

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from shapes import SHAPES, open_parts, read_runs, write_shape_sets
-from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.manifest import iterate_records, load_pin
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.evaluation.evaluate import evaluate
@@ -81,7 +81,7 @@ def read_truth(photos: Path) -> dict[str, tuple[str, ...]]:
 def test_the_labels_of_the_table_are_what_is_learned(loop: Loop) -> None:
     settings, _, store, _ = open_parts(loop.home)
     truth = read_truth(loop.photos)
-    records = load_records(store, load_pin(settings.pin_path))
+    records = list(iterate_records(store, load_pin(settings.pin_path)))
     assert {Path(r.origins[0].split(":")[-1]).name: r.labels for r in records} == truth
     prepared = load_prepared(settings.prepared_dir)
     assert (prepared.task, prepared.classes) == ("multilabel", SHAPES)

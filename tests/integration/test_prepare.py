@@ -21,8 +21,8 @@ from visionloop.data import prepare as stage
 from visionloop.data.images import load_array
 from visionloop.data.manifest import (
     commit_version,
+    iterate_records,
     load_pin,
-    load_records,
     load_version_records,
     make_image_key,
     make_pin,
@@ -62,7 +62,7 @@ def make_world_again(home: Path) -> World:
     pin = load_pin(settings.pin_path)
     params = make_params({"name": "fake", "prepare": {"image_size": 32}})
     place = connect(settings, params, store=store)
-    return World(**vars(place), pin=pin, records=tuple(load_records(store, pin)))
+    return World(**vars(place), pin=pin, records=tuple(iterate_records(store, pin)))
 
 
 @pytest.fixture(autouse=True)

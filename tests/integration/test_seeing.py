@@ -17,7 +17,7 @@ from PIL import Image
 from fakes import make_bundle, run_here
 from shapes import PARAMS, make_environment, make_workspace, write_shapes
 from visionloop.bundle import load_bundle
-from visionloop.data.manifest import load_pin, load_records
+from visionloop.data.manifest import iterate_records, load_pin
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.features import album
@@ -117,7 +117,7 @@ def test_turned_labels_are_found_and_ingest_puts_them_right(
     (home / "params.yaml").write_text(FROZEN + "ingest: {corrections: suspects/corrections.csv}\n")
     assert run_here(monkeypatch, "ingest", "../photos") == 0
     settings = load_settings({}, home)
-    records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
+    records = {r.sha256: r for r in iterate_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     assert [records[r["sha256"]].labels for r in right] == [(r["new"],) for r in right]
     assert load_pin(settings.pin_path).version == 2
 
@@ -141,7 +141,7 @@ def test_answers_on_the_page_put_turned_labels_right(
     monkeypatch.setattr(ReviewPage, "serve", answer)
     settings = load_settings({}, home)
     store = open_store(settings.store_url)
-    before = {r.sha256: r for r in load_records(store, load_pin(settings.pin_path))}
+    before = {r.sha256: r for r in iterate_records(store, load_pin(settings.pin_path))}
     (home / "params.yaml").write_text(FROZEN + "ingest: {sources: [{kind: review}]}\n")
     assert run_here(monkeypatch, "suspects", "--top", "5", "--serve", "--by", "ann") == 0
     first, second, third = asked[0][:3]
@@ -155,7 +155,7 @@ def test_answers_on_the_page_put_turned_labels_right(
     for command in (["ingest"], ["ingest", "../photos"]):
         assert run_here(monkeypatch, *command) == 0
         assert "label_conflict" not in capsys.readouterr().out
-    rows = {r.sha256: r for r in load_records(store, load_pin(settings.pin_path))}
+    rows = {r.sha256: r for r in iterate_records(store, load_pin(settings.pin_path))}
     changed = {sha256: row.labels for sha256, row in rows.items() if row.labels != before[sha256].labels}
     assert changed == {one["sha256"]: tuple(one["proposed"]) for one in (first, second)}
     assert all(row.side == before[sha256].side for sha256, row in rows.items())
@@ -279,7 +279,7 @@ def test_embeddings_can_be_had_with_paths_and_labels(
     frame = pd.read_parquet(home / "out" / "vectors.parquet")
     assert list(frame) == ["path", "labels", "side", "sha256", "vector"]
     settings = load_settings({}, home)
-    records = {r.sha256: r for r in load_records(open_store(settings.store_url), load_pin(settings.pin_path))}
+    records = {r.sha256: r for r in iterate_records(open_store(settings.store_url), load_pin(settings.pin_path))}
     embedding_nd, facts = load_features(settings.features_dir, load_prepared(settings.prepared_dir))
     assert np.array_equal(np.stack(frame["vector"]), embedding_nd)
     seen = [(row.path, tuple(row.labels), row.side) for row in frame.itertuples()]

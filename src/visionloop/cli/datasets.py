@@ -1,10 +1,10 @@
 """The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
 from collections import Counter
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
@@ -15,7 +15,8 @@ from visionloop.workspace import Workspace, get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.data.drop import Dropped
     from visionloop.data.leaks import Leaks
-    from visionloop.records import DatasetVersion, ImageRecord, LedgerEntry, Pin, Rejected
+    from visionloop.data.rows import Tally
+    from visionloop.records import DatasetVersion, LedgerEntry, Pin, Rejected
 
 datasets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(datasets_app, name="datasets")
@@ -103,19 +104,21 @@ def show(
       visionloop datasets show --json
     """
     from visionloop.data.leaks import load_leaks
-    from visionloop.data.manifest import load_quarantine, load_version_records
+    from visionloop.data.manifest import load_quarantine
+    from visionloop.data.rows import iterate_batches, tally_rows
+    from visionloop.data.tombstones import load_tombstones
 
     workspace = open_workspace()
     version = _load_version(workspace, number)
-    records = load_version_records(workspace.store, version)
+    tally = tally_rows(iterate_batches(workspace.store, version), load_tombstones(workspace.store, version.name))
     rejected, leaks = load_quarantine(workspace.store, version), load_leaks(workspace.store, version)
     if as_json:
-        print_json(_describe_json(version, records, rejected, leaks))
+        print_json(_describe_json(version, tally, rejected, leaks))
     else:
-        for line in _describe_version(workspace, version, records, rejected, leaks, everything=everything):
+        for line in _describe_version(version, tally, rejected, leaks, everything=everything):
             print(line)
     if sheet or not as_json:
-        for path in _draw(workspace, version, records, leaks, sheet):
+        for path in _draw(workspace, version, leaks, sheet):
             if not as_json:
                 print(f"look at {path}")
     say_next("`visionloop start` trains and judges on the pinned one", quiet=as_json)
@@ -227,22 +230,28 @@ def export(
 
       visionloop datasets export 2 ~/pets-shards --format webdataset --side train --side val
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     from visionloop.data.export import export_version
-    from visionloop.data.manifest import load_version_records
+    from visionloop.data.rows import hold_rows, iterate_batches
     from visionloop.words import format_bytes
 
     workspace = open_workspace()
     version = _load_version(workspace, number)
     sides = {one.value for one in side or Side}
-    records = [r for r in load_version_records(workspace.store, version) if r.side in sides]
-    done = export_version(
-        workspace.store,
-        version,
-        records,
-        folder.expanduser().absolute(),
-        form=form.value,
-        on_progress=make_progress("exported", "images", quiet=quiet),
-    )
+    batches = iterate_batches(workspace.store, version)
+    chosen = (batch.filter(pc.is_in(batch["side"], pa.array(sorted(sides)))) for batch in batches)
+    workspace.settings.hidden_dir.mkdir(exist_ok=True)
+    with TemporaryFile(dir=workspace.settings.hidden_dir) as file:
+        done = export_version(
+            workspace.store,
+            version,
+            hold_rows(chosen, cast("BinaryIO", file)),
+            folder.expanduser().absolute(),
+            form=form.value,
+            on_progress=make_progress("exported", "images", quiet=quiet),
+        )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
     print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
     reader = "imagefolder" if form is Format.folders else "webdataset"
@@ -274,9 +283,8 @@ def _describe_drop(
 
 
 def _describe_version(
-    workspace: Workspace,
     version: "DatasetVersion",
-    records: "list[ImageRecord]",
+    tally: "Tally",
     rejected: "list[Rejected]",
     leaks: "Leaks",
     *,
@@ -284,7 +292,6 @@ def _describe_version(
 ) -> list[str]:
     from visionloop import words as tables
     from visionloop.data.manifest import is_experiment
-    from visionloop.data.tombstones import load_tombstones
     from visionloop.ingest.pull import NOT_UNUSABLE
 
     split = version.split
@@ -293,14 +300,14 @@ def _describe_version(
     lines = [
         f"dataset {version.name} version {version.version}, {version.num_images:,} images, made {version.created_at}",
         f"  digest    {version.digest}",
-        *_describe_sources(records),
-        *tables.describe_images(records),
+        *_describe_sources(tally.sources),
+        *tables.describe_images(tally),
         f"  sides     {split.get('method', 'hash')}, seed {split.get('seed')}, {fractions}{aside}",
         "",
-        *tables.describe_classes(records, everything=everything),
+        *tables.describe_classes(tally, everything=everything),
         "",
     ]
-    if gone := len({r.sha256 for r in records} & load_tombstones(workspace.store, version.name)):
+    if gone := tally.num_forgotten:
         lines.append(f"{gone:,} of these images were forgotten since: this version cannot be prepared any more")
     shown = len(rejected) if everything else 3
     lines += tables.describe_rejected(rejected, NOT_UNUSABLE, shown=shown)
@@ -308,32 +315,30 @@ def _describe_version(
 
 
 def _describe_json(
-    version: "DatasetVersion", records: "list[ImageRecord]", rejected: "list[Rejected]", leaks: "Leaks"
+    version: "DatasetVersion", tally: "Tally", rejected: "list[Rejected]", leaks: "Leaks"
 ) -> dict[str, Any]:
-    from collections import Counter
-
     return {
         **version.to_json(),
-        "images_per_source": Counter(source for r in records for source in r.sources),
-        "images_per_format": Counter(r.format for r in records),
-        "num_bytes": sum(r.num_bytes for r in records),
+        "images_per_source": tally.sources,
+        "images_per_format": tally.formats,
+        "num_bytes": int(tally.num_bytes_n.sum()),
         "rejected_rows": [one.to_json() for one in rejected],
         "leak_rows": [row.to_json() for row in leaks.rows],
     }
 
 
-def _draw(
-    workspace: Workspace, version: "DatasetVersion", records: "list[ImageRecord]", leaks: "Leaks", sheet: Path | None
-) -> list[Path]:
+def _draw(workspace: Workspace, version: "DatasetVersion", leaks: "Leaks", sheet: Path | None) -> list[Path]:
     """Draw the contact sheet and, if there are any, the worst leaks beside it; return where they are."""
     from visionloop.cli import pictures
+    from visionloop.data.manifest import iterate_version
 
     folder = workspace.settings.hidden_dir / "datasets"
     path = sheet.expanduser().absolute() if sheet else folder / f"{version.name}-{version.version:06d}.png"
     if path.suffix.lower() != ".png":
         path = path.with_name(f"{path.name}.png")
     pictures.require_place(path if sheet else None, "--sheet")
-    pictures.write_picture(path, pictures.draw_images(workspace.store, version, records))
+    rows = iterate_version(workspace.store, version)
+    pictures.write_picture(path, pictures.draw_images(workspace.store, version, rows))
     png = pictures.draw_leaks(workspace.store, leaks)
     if png is None:
         return [path]
@@ -361,9 +366,8 @@ def _find_pinned(workspace: Workspace) -> int | None:
     return pin.version if pin.name == workspace.name else None
 
 
-def _describe_sources(records: "Sequence[ImageRecord]") -> list[str]:
+def _describe_sources(counts: Counter[str]) -> list[str]:
     """Return images per source; one that several sources have counts for each."""
-    counts = Counter(source for record in records for source in record.sources)
     text = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())[:MOST_SOURCES])
     more = f" and {len(counts) - MOST_SOURCES:,} more" if len(counts) > MOST_SOURCES else ""
     return [f"  sources   {text}{more}"]

@@ -23,26 +23,30 @@ NUM_OTHERS = 3
 SHEET_IMAGES, SHEET_BARS = 24, 10
 
 
-def choose_images(records: "Sequence[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
+def choose_images(records: "Iterable[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
     """Choose images spread over the classes, then over the sides; the same version gives the same choice.
 
-    A digest is as good as a die, and the same for everybody.
+    They come in the order of sha256: a digest is as good as a die, and the same for everybody. Of each class and side
+    the first are held; of more classes than there are places, the first one.
     """
-    by_class: dict[tuple[str, ...], list[ImageRecord]] = {}
-    for record in sorted(records, key=lambda r: r.sha256):
-        by_class.setdefault(record.labels, []).append(record)
+    by_class: dict[tuple[str, ...], dict[str, list[ImageRecord]]] = {}
+    for record in records:
+        some = by_class.setdefault(record.labels, {}).setdefault(record.side, [])
+        if len(some) < (number if len(by_class) <= number else 1):
+            some.append(record)
     names = sorted(by_class)
     if len(names) > number:
         names = [names[i * len(names) // number] for i in range(number)]
+    ranked = {name: _take_turns(by_class[name]) for name in names}
     chosen: list[ImageRecord] = []
     for depth in range(number):
         for name in names:
-            if depth < len(by_class[name]) and len(chosen) < number:
-                chosen.append(_spread_sides(by_class[name])[depth])
+            if depth < len(ranked[name]) and len(chosen) < number:
+                chosen.append(ranked[name][depth])
     return sorted(chosen, key=lambda r: (r.labels, r.sha256))
 
 
-def draw_images(store: "ObjectStore", version: "DatasetVersion", records: "Sequence[ImageRecord]") -> bytes:
+def draw_images(store: "ObjectStore", version: "DatasetVersion", records: "Iterable[ImageRecord]") -> bytes:
     """Return the contact sheet of a version as PNG."""
     from visionloop.data.contact_sheet import draw_contact_sheet
 
@@ -240,11 +244,8 @@ def write_new_picture(folder: Path, stem: str, png: bytes, *, after: int = 0) ->
     raise AssertionError
 
 
-def _spread_sides(records: "Sequence[ImageRecord]") -> "list[ImageRecord]":
+def _take_turns(by_side: "Mapping[str, Sequence[ImageRecord]]") -> "list[ImageRecord]":
     """Return the images of a class so that its sides take turns."""
-    by_side: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        by_side.setdefault(record.side, []).append(record)
     depths = [(depth, side, record) for side, some in by_side.items() for depth, record in enumerate(some)]
     return [record for _, _, record in sorted(depths, key=lambda d: (d[0], d[1]))]
 

@@ -13,18 +13,21 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.manifest import make_image_key, make_lost_error
+from visionloop.data.rows import HeldRows, Places, decode_column
 from visionloop.data.shards import IMAGES, TRAIN, compute_rows_per_shard, make_shard_name
 from visionloop.errors import DatasetError, ImageError, ObjectMissing
 from visionloop.params import Prepare
-from visionloop.records import ImageRecord
+from visionloop.records import SIDES
 from visionloop.store import ObjectStore, open_store
 
 # Objects read at the same time, and bytes read ahead: this hides the latency of a network store.
@@ -36,33 +39,32 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ChunkImage:
-    """One image to prepare. `num_pixels` is its size, which tells how long it takes."""
+    """One image to prepare."""
 
     sha256: str
     origin: str
     num_bytes: int
-    num_pixels: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of the shard `file`, from `first_row` on. `offset` is the position of their first byte."""
+    """Consecutive rows of the shard `file`, from `first_row` on. `offset` is the position of their first byte.
+
+    They are the images from the `first` on of all shards of one size, `length` of them.
+    """
 
     file: str
     first_row: int
     offset: int
     size_hw: tuple[int, int]
     resize: str
-    images: tuple[ChunkImage, ...]
+    first: int
+    length: int
+    images: tuple[ChunkImage, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        return len(self.images) * self.size_hw[0] * self.size_hw[1] * 3
-
-
-def make_chunk_image(record: ImageRecord) -> ChunkImage:
-    """Return what a worker needs to know of an image."""
-    return ChunkImage(record.sha256, record.origins[0], record.num_bytes, record.width * record.height)
+        return self.length * self.size_hw[0] * self.size_hw[1] * 3
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,35 @@ def _read_ahead(store: ObjectStore, images: Sequence[ChunkImage]) -> Generator[b
 
 
 @dataclass(frozen=True)
+class Selected:
+    """The rows to prepare, in the order of sha256, with what must be known of all of them at once.
+
+    `side_n` are places in `SIDES`; `set_n` places in `label_sets`, the different sets of labels.
+    """
+
+    rows: HeldRows
+    side_n: NDArray[np.int8]
+    set_n: NDArray[np.int32]
+    label_sets: tuple[tuple[str, ...], ...]
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the labels of all rows, sorted."""
+        return sorted({label for place in np.unique(self.set_n) for label in self.label_sets[place]})
+
+    def count(self, side: str) -> int:
+        """Return how many rows are on a side."""
+        return int((self.side_n == SIDES.index(side)).sum())
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The shards of images of one size, named `kind`-00000.npy."""
+    """The shards of images of one size, named `kind`-00000.npy. `places_n` are the rows whose images they hold."""
 
     kind: str
     size_hw: tuple[int, int]
-    records: Sequence[ImageRecord]
+    rows: HeldRows
+    places_n: Places
 
     @property
     def rows_per_shard(self) -> int:
@@ -192,16 +217,31 @@ class Layout:
 
     def describe(self) -> dict[str, int]:
         """Return the number of shards and of rows in each, for the report that readers use."""
-        return {"num_shards": -(-len(self.records) // self.rows_per_shard), "rows_per_shard": self.rows_per_shard}
+        return {"num_shards": -(-len(self.places_n) // self.rows_per_shard), "rows_per_shard": self.rows_per_shard}
 
     def list_chunks(self, resize: str) -> Iterator[Chunk]:
-        """Yield the chunks of every shard, in order. A chunk never crosses a shard and has at most 16 MiB."""
+        """Yield the chunks of every shard, in order, without images. None crosses a shard or has more than 16 MiB."""
         per_chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // self.image_bytes))
-        for name, records in self._list_shards():
-            header = len(_make_header(len(records), self.size_hw))
-            for row in range(0, len(records), per_chunk):
-                images = tuple(make_chunk_image(r) for r in records[row : row + per_chunk])
-                yield Chunk(name, row, header + row * self.image_bytes, self.size_hw, resize, images)
+        for name, start, number in self._list_shards():
+            header = len(_make_header(number, self.size_hw))
+            for row in range(0, number, per_chunk):
+                offset, length = header + row * self.image_bytes, min(per_chunk, number - row)
+                yield Chunk(name, row, offset, self.size_hw, resize, start + row, length)
+
+    def fill(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """Yield chunks, in their order, with their images; these are read as they are needed."""
+        images = (
+            ChunkImage(sha256, origins[0], num_bytes)
+            for batch in self.rows.pick_batches(self._find_places(chunks), ("sha256", "origins", "num_bytes"))
+            for sha256, origins, num_bytes in zip(*map(decode_column, batch.columns), strict=True)
+        )
+        for chunk in chunks:
+            yield replace(chunk, images=tuple(islice(images, chunk.length)))
+
+    def count_pixels(self, chunks: Sequence[Chunk]) -> int:
+        """Return how many pixels the images of chunks have."""
+        batches = self.rows.pick_batches(self._find_places(chunks), ("width", "height"))
+        return sum(int(batch["width"].to_numpy().astype(np.int64) @ batch["height"].to_numpy()) for batch in batches)
 
     def make_files(self, folder: Path) -> None:
         """Create each missing shard file in its full length, because chunks are written in any order.
@@ -209,9 +249,9 @@ class Layout:
         Raises:
             DatasetError: the folder cannot be written.
         """
-        for name, records in self._list_shards():
-            header, path = _make_header(len(records), self.size_hw), folder / name
-            length = len(header) + len(records) * self.image_bytes
+        for name, _, number in self._list_shards():
+            header, path = _make_header(number, self.size_hw), folder / name
+            length = len(header) + number * self.image_bytes
             try:
                 if not path.is_file() or path.stat().st_size != length:
                     with path.open("wb") as file:
@@ -220,18 +260,24 @@ class Layout:
             except OSError as exc:
                 raise make_disk_error(folder, exc.strerror or str(exc)) from exc
 
-    def _list_shards(self) -> Iterator[tuple[str, Sequence[ImageRecord]]]:
-        for number, start in enumerate(range(0, len(self.records), self.rows_per_shard)):
-            yield make_shard_name(number, self.kind), self.records[start : start + self.rows_per_shard]
+    def _list_shards(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the name of each shard, the number of its first image, and how many it has."""
+        for number, start in enumerate(range(0, len(self.places_n), self.rows_per_shard)):
+            yield make_shard_name(number, self.kind), start, min(self.rows_per_shard, len(self.places_n) - start)
+
+    def _find_places(self, chunks: Sequence[Chunk]) -> Places:
+        places = [self.places_n[chunk.first : chunk.first + chunk.length] for chunk in chunks]
+        return np.concatenate(places) if places else self.places_n[:0]
 
 
-def make_layouts(records: Sequence[ImageRecord], section: Prepare) -> tuple[Layout, ...]:
+def make_layouts(selected: Selected, section: Prepare) -> tuple[Layout, ...]:
     """Return one set of shards, or two if the training side is stored larger."""
-    train_hw = get_train_size(section)
+    train_hw, rows = get_train_size(section), selected.rows
     if train_hw is None:
-        return (Layout(IMAGES, section.size_hw, records),)
-    others, train = ([r for r in records if (r.side == "train") == is_train] for is_train in (False, True))
-    return Layout(IMAGES, section.size_hw, others), Layout(TRAIN, train_hw, train)
+        return (Layout(IMAGES, section.size_hw, rows, np.arange(len(rows))),)
+    is_train_n = selected.side_n == SIDES.index("train")
+    others, train = np.flatnonzero(~is_train_n), np.flatnonzero(is_train_n)
+    return Layout(IMAGES, section.size_hw, rows, others), Layout(TRAIN, train_hw, rows, train)
 
 
 def get_train_size(section: Prepare) -> tuple[int, int] | None:

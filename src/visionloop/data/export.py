@@ -16,14 +16,22 @@ import csv
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import shutil
 import tarfile
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from visionloop.data.manifest import make_image_key, make_lost_error
 from visionloop.errors import DatasetError, ObjectMissing, SettingsError
@@ -50,7 +58,8 @@ COLUMNS = (
 )
 Progress = Callable[[int, int], None]
 Count = Callable[[int], None]
-Write = Callable[[Path, ObjectStore, Sequence[ImageRecord], Count], dict[str, str]]
+Write = Callable[[Path, ObjectStore, Sequence[ImageRecord], "_Facts", Count], Iterator[str]]
+TABLE_ROWS = 4096  # whose paths are put away together
 
 
 def make_file_name(sha256: str, origin: str, suffix: str) -> str:
@@ -111,6 +120,33 @@ class _Sample:
     index: Mapping[str, str]
 
 
+@dataclass
+class _Facts:
+    """What must be known of all records before the first one is written."""
+
+    digest: str = ""
+    num_bytes: int = 0
+    num_unlabelled: int = 0
+    has_several: bool = False
+    labels: set[str] = field(default_factory=set)
+    formats: set[str] = field(default_factory=set)
+    places: set[str] = field(default_factory=set)
+
+
+def _add_up(records: Iterable[ImageRecord]) -> _Facts:
+    facts, total = _Facts(), hashlib.sha256()
+    for record in records:
+        total.update(record.sha256.encode())
+        facts.num_bytes += record.num_bytes
+        facts.num_unlabelled += not record.labels
+        facts.has_several |= len(record.labels) > 1
+        facts.labels.update(record.labels)
+        facts.formats.add(record.format)
+        facts.places.add(_find_place(record))
+    facts.digest = total.hexdigest()
+    return facts
+
+
 @dataclass(frozen=True)
 class Exported:
     """What an export wrote."""
@@ -130,7 +166,7 @@ def export_version(
     form: str = "folders",
     on_progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write records of a version into `target`, a new or empty folder.
+    """Write records of a version, in the order of sha256, into `target`, a new or empty folder.
 
     Raises:
         SettingsError: the target is not empty, or the disk is too small.
@@ -140,17 +176,17 @@ def export_version(
     where = f"dataset {version.name} version {version.version}"
     if not records:
         raise DatasetError(where, "has no such image", "images to export", "See `visionloop datasets show`.")
-    num_bytes = sum(record.num_bytes for record in records)
-    _check_target(target, num_bytes)
+    facts = _add_up(records)
+    _check_target(target, facts.num_bytes)
     write: Write = {"folders": _write_folders, "webdataset": _write_shards}[form]
-    key = compute_digest([version.name, version.digest, form, [r.sha256 for r in records]])
+    key = compute_digest([version.name, version.digest, form, facts.digest])
     waiting = target.parent / f".{target.name}.export"
     with lock_work(waiting, key) as work:
-        paths = write(work, store, records, lambda done: on_progress(done, len(records)))
-        _write_csv(work / "images.csv", records, paths)
+        paths = write(work, store, records, facts, lambda done: on_progress(done, len(records)))
+        _write_tables(work, records, paths, with_metadata=form == "folders")
         os.replace(work, target)
     shutil.rmtree(waiting, ignore_errors=True)
-    return Exported(target, len(records), num_bytes, sum(not record.labels for record in records))
+    return Exported(target, len(records), facts.num_bytes, facts.num_unlabelled)
 
 
 def read_image(store: ObjectStore, record: ImageRecord) -> bytes:
@@ -178,15 +214,16 @@ def _check_target(target: Path, num_bytes: int) -> None:
         raise SettingsError(f"folder {target}", found, f"{num_bytes / 1e9:.1f} GB or more", "Choose another disk.")
 
 
-def _write_folders(work: Path, store: ObjectStore, records: Sequence[ImageRecord], on_done: Count) -> dict[str, str]:
-    """Write the images and the tables beside them; return the path of each image by its sha256."""
-    folders = make_folder_names({label for record in records for label in record.labels})
-    paths = {record.sha256: _choose_path(record, folders) for record in records}
-    for folder in {Path(path).parent for path in paths.values()}:
+def _write_folders(
+    work: Path, store: ObjectStore, records: Sequence[ImageRecord], facts: _Facts, on_done: Count
+) -> Iterator[str]:
+    """Write the images; yield the path of each."""
+    folders = make_folder_names(facts.labels)
+    for folder in {Path(_choose_path(record, folders)).parent for record in records}:
         (work / folder).mkdir(parents=True, exist_ok=True)
 
     def write_image(record: ImageRecord) -> None:
-        path = work / paths[record.sha256]
+        path = work / _choose_path(record, folders)
         if not (path.is_file() and path.stat().st_size == record.num_bytes):
             staged = path.with_name(f".{record.sha256}")
             staged.write_bytes(read_image(store, record))
@@ -194,13 +231,7 @@ def _write_folders(work: Path, store: ObjectStore, records: Sequence[ImageRecord
 
     for done, _ in enumerate(map_parallel(write_image, records), start=1):
         on_done(done)
-    for place, group in _group(records):
-        lines = (
-            json.dumps({"file_name": paths[r.sha256].split("/", 1)[1], **_describe(r)}, ensure_ascii=False)
-            for r in sorted(group, key=lambda r: paths[r.sha256])
-        )
-        (work / place / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return paths
+    return (_choose_path(record, folders) for record in records)
 
 
 def _choose_path(record: ImageRecord, folders: Mapping[str, str]) -> str:
@@ -211,25 +242,39 @@ def _choose_path(record: ImageRecord, folders: Mapping[str, str]) -> str:
     return f"{record.side}/{folders[record.labels[0]]}/{name}" if len(record.labels) == 1 else f"{record.side}/{name}"
 
 
-def _write_shards(work: Path, store: ObjectStore, records: Sequence[ImageRecord], on_done: Count) -> dict[str, str]:
-    """Write tar files of about half a gigabyte; return the path of each image (SHARD.tar/NAME) by its sha256."""
-    classes = sorted({label for record in records for label in record.labels})
+def _write_shards(
+    work: Path, store: ObjectStore, records: Sequence[ImageRecord], facts: _Facts, on_done: Count
+) -> Iterator[str]:
+    """Write tar files of about half a gigabyte; yield the path of each image: SHARD.tar/NAME."""
+    classes = sorted(facts.labels)
     (work / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     # Readers want the same fields in every sample, and look at the content of an image, not at its suffix.
-    formats = {record.format for record in records}
-    suffix = SUFFIXES.get(next(iter(formats)), "jpg") if len(formats) == 1 else "jpg"
-    several = any(len(record.labels) > 1 for record in records)
-    sample = _Sample(suffix, {} if several else {name: str(i) for i, name in enumerate(classes)})
-    paths: dict[str, str] = {}
+    suffix = SUFFIXES.get(next(iter(facts.formats)), "jpg") if len(facts.formats) == 1 else "jpg"
+    sample = _Sample(suffix, {} if facts.has_several else {name: str(i) for i, name in enumerate(classes)})
     done = 0
-    for place, group in _group(records):
-        for number, shard in enumerate(_cut(group)):
-            path = work / f"{place}-{number:06d}.tar"
-            paths.update((record.sha256, f"{path.name}/{record.sha256}.{suffix}") for record in shard)
+    for place in sorted(facts.places):
+        for number, shard in enumerate(_cut(record for record in records if _find_place(record) == place)):
+            path = work / _name_shard(place, number)
             if not path.is_file():
                 _write_shard(path, store, shard, sample, _shift(on_done, done))
             done += len(shard)
-    return paths
+    return _iterate_paths(records, suffix)
+
+
+def _iterate_paths(records: Iterable[ImageRecord], suffix: str) -> Iterator[str]:
+    """Yield where each image is, as `_cut` divides them."""
+    numbers, sizes = Counter[str](), Counter[str]()
+    for record in records:
+        place = _find_place(record)
+        if sizes[place] and sizes[place] + record.num_bytes > SHARD_BYTES:
+            numbers[place] += 1
+            sizes[place] = 0
+        sizes[place] += record.num_bytes
+        yield f"{_name_shard(place, numbers[place])}/{record.sha256}.{suffix}"
+
+
+def _name_shard(place: str, number: int) -> str:
+    return f"{place}-{number:06d}.tar"
 
 
 def _write_shard(
@@ -265,7 +310,7 @@ def _cut(records: Iterable[ImageRecord]) -> Iterator[list[ImageRecord]]:
     """Cut records, in the order of sha256, into shards of about `SHARD_BYTES`."""
     shard: list[ImageRecord] = []
     size = 0
-    for record in sorted(records, key=lambda r: r.sha256):
+    for record in records:
         if shard and size + record.num_bytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
@@ -274,12 +319,9 @@ def _cut(records: Iterable[ImageRecord]) -> Iterator[list[ImageRecord]]:
     yield shard
 
 
-def _group(records: Sequence[ImageRecord]) -> list[tuple[str, list[ImageRecord]]]:
-    """Return the records by side; those without a label are a group of their own."""
-    groups: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        groups.setdefault(record.side if record.labels else UNLABELLED, []).append(record)
-    return sorted(groups.items())
+def _find_place(record: ImageRecord) -> str:
+    """Return the side of an image; those without a label are a group of their own."""
+    return record.side if record.labels else UNLABELLED
 
 
 def _describe(record: ImageRecord) -> dict[str, Any]:
@@ -298,12 +340,48 @@ def _describe(record: ImageRecord) -> dict[str, Any]:
     }
 
 
-def _write_csv(path: Path, records: Sequence[ImageRecord], paths: Mapping[str, str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        for record in sorted(records, key=lambda r: paths[r.sha256]):
-            row = {**_describe(record), "path": paths[record.sha256]}
-            facts = {"format": record.format, "num_bytes": record.num_bytes}
-            joined = {"sources": "|".join(record.sources), "origins": "|".join(record.origins)}
-            writer.writerow({**row, **facts, **joined})
+def _write_tables(work: Path, records: Iterable[ImageRecord], paths: Iterable[str], *, with_metadata: bool) -> None:
+    """Write images.csv, and metadata.jsonl in the folder of each side: a line an image, in the order of their paths.
+
+    The lines wait in a file without a name, in the order of the records; their paths are sorted by column.
+    """
+    names: list[pa.Array] = []
+    some: list[str] = []
+    ends, lengths = array("q", [0]), array("q")
+    with TemporaryFile(dir=work) as spool:
+        for record, path in zip(records, paths, strict=True):
+            row, line = _make_lines(record, path)
+            spool.write(row + line)
+            lengths.append(len(row))
+            ends.append(ends[-1] + len(row) + len(line))
+            some.append(path)
+            if len(some) == TABLE_ROWS:
+                names, some = [*names, pa.array(some)], []
+        column = pa.chunked_array([*names, pa.array(some, pa.string())])
+        order = pc.sort_indices(column)
+        spool.flush()
+        with ExitStack() as stack, mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            table = stack.enter_context((work / "images.csv").open("wb"))
+            table.write(",".join(COLUMNS).encode() + b"\n")
+            place, metadata = "", io.BytesIO()
+            for i in order.to_numpy():
+                cut = ends[i] + lengths[i]
+                table.write(lines[ends[i] : cut])
+                if not with_metadata:
+                    continue
+                if (now := column[int(i)].as_py().partition("/")[0]) != place:
+                    place = now
+                    metadata = stack.enter_context((work / place / "metadata.jsonl").open("wb"))
+                metadata.write(lines[cut : ends[i + 1]])
+
+
+def _make_lines(record: ImageRecord, path: str) -> tuple[bytes, bytes]:
+    """Return an image's line of images.csv, and that of metadata.jsonl."""
+    described = _describe(record)
+    facts = {"format": record.format, "num_bytes": record.num_bytes}
+    joined = {"sources": "|".join(record.sources), "origins": "|".join(record.origins)}
+    row = {**described, "path": path, **facts, **joined}
+    sink = io.StringIO(newline="")
+    csv.writer(sink, lineterminator="\n").writerow([row[name] for name in COLUMNS])
+    line = json.dumps({"file_name": path.partition("/")[2], **described}, ensure_ascii=False)
+    return sink.getvalue().encode(), f"{line}\n".encode()

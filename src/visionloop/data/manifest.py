@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from heapq import merge
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from visionloop.errors import DatasetError, ObjectMissing, StoreError
 from visionloop.params.text import has_conflict_marks
@@ -27,11 +26,8 @@ from visionloop.records import SIDES, DatasetVersion, ImageRecord, Pin, Rejected
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 # One more place where an image was found does not change what is learned from it.
-NOT_IN_DIGEST = frozenset({"sources", "origins"})
+NOTIN_DIGEST = frozenset({"sources", "origins"})
 PART_ROWS = 250_000
 GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
 BATCH_ROWS = 4096
@@ -60,10 +56,10 @@ _encode_row = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 _get_row = attrgetter(*COLUMNS)
-_IN_DIGEST = tuple(name for name in COLUMNS if name not in NOT_IN_DIGEST)
-_get_digested = attrgetter(*_IN_DIGEST)
+IN_DIGEST = tuple(name for name in COLUMNS if name not in NOTIN_DIGEST)
+_get_digested = attrgetter(*IN_DIGEST)
 # Columns whose values many rows share: each is held once.
-_SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
+SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 
 
 def make_image_key(sha256: str) -> str:
@@ -81,7 +77,7 @@ def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
 
 def _encode_for_digest(record: ImageRecord) -> bytes:
     """Return the same bytes as `canonical_json` of these fields and a line feed, four times as fast."""
-    return _encode_row(dict(zip(_IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
+    return _encode_row(dict(zip(IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
 
 
 def compute_rows_digest(records: Iterable[ImageRecord]) -> str:
@@ -128,29 +124,23 @@ def decode_records(data: bytes, where: str) -> list[ImageRecord]:
 
 def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
     """Yield the rows of a manifest part, in the order of their sha256. Raises DatasetError, StoreError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from visionloop.data.rows import decode_batches, iterate_file
 
-    shared: dict[Hashable, Any] = {}
+    with translate_damage(where):
+        yield from decode_batches(iterate_file(file))
+
+
+@contextmanager
+def translate_damage(where: str) -> Iterator[None]:
+    """Say of a part that cannot be read as rows where it is. Raises DatasetError."""
+    import pyarrow as pa
+
     try:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
-            yield from _decode_batch(batch, shared)
-            if len(shared) > MOST_SHARED:
-                shared.clear()
+        yield
     except StoreError:
         raise
-    except (pa.ArrowInvalid, OSError, TypeError, KeyError) as exc:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError, KeyError) as exc:
         raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
-
-
-def _decode_batch(batch: "pa.RecordBatch", shared: dict[Hashable, Any]) -> Iterator[ImageRecord]:
-    columns = {name: batch[name].to_pylist() for name in COLUMNS}
-    for name in ("labels", "sources", "origins"):
-        columns[name] = [tuple(values) for values in columns[name]]
-    for name in _SHARED:
-        columns[name] = [shared.setdefault(value, value) for value in columns[name]]
-    columns["key"] = [s if key == s else key for s, key in zip(columns["sha256"], columns["key"], strict=True)]
-    return map(ImageRecord, *(columns[name] for name in COLUMNS))
 
 
 def list_versions(store: ObjectStore, name: str) -> list[DatasetVersion]:
@@ -189,39 +179,16 @@ def load_version_records(store: ObjectStore, version: DatasetVersion) -> list[Im
 
 
 def iterate_version(store: ObjectStore, version: DatasetVersion) -> Iterator[ImageRecord]:
-    """Yield the rows of a version, sorted by sha256; of each part a few are in memory.
+    """Yield the rows of a version, sorted by sha256; a few of them are in memory. Raises as `rows.iterate_batches`."""
+    from visionloop.data.rows import decode_batches, iterate_batches
 
-    Raises:
-        DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
-    """
-    where = f"dataset {version.name} version {version.version}"
-    total, last = hashlib.sha256(), None
-    with ExitStack() as stack:
-        parts = [iterate_part(stack.enter_context(file), where) for file in _open_parts(store, version, where)]
-        # Where several parts have an image, the row of the latest one comes first, and counts.
-        for sha256, _, record in merge(*(rank_rows(part, -number) for number, part in enumerate(parts))):
-            if sha256 != last:
-                total.update(_encode_for_digest(record))
-                yield record
-            last = sha256
-    if total.hexdigest() != version.digest:
-        found = f"rows have digest {total.hexdigest()[:12]}"
-        raise DatasetError(where, found, version.digest[:12], "The store was changed.")
+    return decode_batches(iterate_batches(store, version))
 
 
 def rank_rows(rows: Iterable[ImageRecord], rank: int) -> Iterator[tuple[str, int, ImageRecord]]:
     """Yield rows with what `heapq.merge` compares: the sha256, then the rank of where they are from."""
     for row in rows:
         yield row.sha256, rank, row
-
-
-def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iterator[BinaryIO]:
-    for part in version.parts:
-        key = f"manifests/{part}.parquet"
-        try:
-            yield store.open(key) if len(version.parts) <= MOST_OPEN else BytesIO(store.get(key))
-        except ObjectMissing as exc:
-            raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
 
 
 def make_version(
@@ -349,13 +316,13 @@ def check_name(pin: Pin, name: str) -> None:
         )
 
 
-def load_records(store: ObjectStore, pin: Pin) -> list[ImageRecord]:
-    """Return the rows of the pinned version, sorted by sha256, checked against the pin. Raises DatasetError."""
-    return list(iterate_records(store, pin))
-
-
 def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
     """Yield the rows of the pinned version, as `iterate_version`, checked against the pin. Raises DatasetError."""
+    yield from iterate_version(store, load_pinned(store, pin))
+
+
+def load_pinned(store: ObjectStore, pin: Pin) -> DatasetVersion:
+    """Return the pinned version. Raises DatasetError: the store has not this one."""
     version = load_version(store, pin.name, pin.version)
     if version.digest != pin.digest:
         raise DatasetError(
@@ -364,7 +331,7 @@ def iterate_records(store: ObjectStore, pin: Pin) -> Iterator[ImageRecord]:
             f"{pin.digest[:12]}, as data/dataset.json says",
             "This is another store: set VISIONLOOP_STORE, or ingest again.",
         )
-    yield from iterate_version(store, version)
+    return version
 
 
 def _version_key(name: str, number: int) -> str:

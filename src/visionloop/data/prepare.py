@@ -12,14 +12,24 @@ lowest sha256 are taken, so that one new image changes one place at most.
 import heapq
 import json
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from visionloop.data.chunks import (
     Chunk,
     ChunkMaker,
     Layout,
+    Selected,
     compute_checksum,
     get_train_size,
     make_disk_error,
@@ -27,14 +37,15 @@ from visionloop.data.chunks import (
     read_checksum,
     write_chunk,
 )
-from visionloop.data.manifest import load_pin, load_records, write_records
+from visionloop.data.manifest import load_pin, load_pinned
+from visionloop.data.rows import Places, decode_column, hold_rows, iterate_batches
 from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, shorten
 from visionloop.parallel import Engine, count_cores, map_chunks
 from visionloop.params import Compute, Params, Prepare
 from visionloop.params.train import check_threshold
-from visionloop.records import SIDES, ImageRecord, Pin, compute_digest
+from visionloop.records import SIDES, Pin, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.workfolder import lock_work, replace_folder
 from visionloop.workspace import Workspace
@@ -50,42 +61,58 @@ WAVE = 64
 JOURNAL = "chunks.staged"  # `replace_folder` leaves no *.staged behind
 
 
-def choose_subset(records: Sequence[ImageRecord], limit: int) -> list[ImageRecord]:
-    """Return `limit` images in about the proportions of `records`, sorted by sha256; all if there are fewer.
+def choose_subset(
+    side_n: NDArray[np.int8], set_n: NDArray[np.int32], label_sets: Sequence[tuple[str, ...]], limit: int
+) -> Places:
+    """Return the places of `limit` images in about the proportions of all, ascending; all if there are fewer.
 
-    Each class of each side has at least one image, as far as `limit` allows. The training side comes first.
+    The images are in the order of sha256, and told by `Selected.side_n` and so on. Each class of each side has at least
+    one image, as far as `limit` allows. The training side comes first.
     """
-    ordered = sorted(records, key=lambda r: r.sha256)
-    counts = Counter((r.side, label) for r in ordered for label in r.labels)
-    strata: dict[Stratum, list[ImageRecord]] = defaultdict(list)
-    for record in ordered:
-        strata[record.side, _find_rarest(record, counts)].append(record)
-    first = choose_first(ordered, counts, limit)
-    taken = Counter((r.side, _find_rarest(r, counts)) for r in first.values())
-    seats = divide_seats({name: len(members) for name, members in strata.items()}, limit, taken)
-    chosen = list(first.values())
-    for name, members in strata.items():
-        others = [r for r in members if r.sha256 not in first]
-        chosen += others[: seats[name] - taken[name]]
-    return sorted(chosen, key=lambda r: r.sha256)
+    kinds, firsts, kind_n, numbers = np.unique(
+        side_n * np.int64(len(label_sets)) + set_n, return_index=True, return_inverse=True, return_counts=True
+    )
+    kind_labels = [(SIDES[kind // len(label_sets)], label_sets[kind % len(label_sets)]) for kind in kinds.tolist()]
+    counts: Counter[Stratum] = Counter()
+    first_of: dict[Stratum, int] = {}
+    for (side, labels), number, first in zip(kind_labels, numbers.tolist(), firsts.tolist(), strict=True):
+        for label in labels:
+            counts[side, label] += number
+            first_of[side, label] = min(first, first_of.get((side, label), first))
+    chosen = choose_first(
+        {name: (place, kind_labels[kind_n[place]][1]) for name, place in first_of.items()}, counts, limit
+    )
+    stratum_of = [
+        (side, min(labels, key=lambda label: (counts[side, label], label), default="")) for side, labels in kind_labels
+    ]
+    sizes: Counter[Stratum] = Counter()
+    for name, number in zip(stratum_of, numbers.tolist(), strict=True):
+        sizes[name] += number
+    taken = Counter(stratum_of[kind_n[place]] for place in chosen)
+    seats = divide_seats(sizes, limit, taken)
+    names = sorted(sizes)
+    stratum_n = np.asarray([names.index(name) for name in stratum_of], np.int32)[kind_n]
+    stratum_n[list(chosen)] = -1
+    order_n = np.argsort(stratum_n, kind="stable")
+    starts = np.searchsorted(stratum_n[order_n], range(len(names))).tolist()
+    others = [order_n[at : at + seats[name] - taken[name]] for name, at in zip(names, starts, strict=True)]
+    return np.sort(np.concatenate([np.asarray(sorted(chosen), np.int64), *others]))
 
 
-def choose_first(ordered: Sequence[ImageRecord], counts: Mapping[Stratum, int], limit: int) -> dict[str, ImageRecord]:
-    """Choose at most `limit` images, by sha256, that show every class on every side: the first of each.
+def choose_first(
+    first_of: Mapping[Stratum, tuple[int, tuple[str, ...]]], counts: Mapping[Stratum, int], limit: int
+) -> set[int]:
+    """Choose at most `limit` images that show every class on every side: of each the first, with the labels it has.
 
     The rarest class comes first: where images have several labels, its image often shows others too.
     """
-    first_of: dict[Stratum, ImageRecord] = {}
-    for record in ordered:
-        for label in record.labels:
-            first_of.setdefault((record.side, label), record)
-    chosen: dict[str, ImageRecord] = {}
+    chosen: set[int] = set()
     shown: set[Stratum] = set()
     for stratum in sorted(counts, key=lambda name: (SIDES.index(name[0]), counts[name], name[1])):
         if stratum not in shown and len(chosen) < limit:
-            record = first_of[stratum]
-            chosen[record.sha256] = record
-            shown.update((record.side, label) for label in record.labels)
+            place, labels = first_of[stratum]
+            chosen.add(place)
+            shown.update((stratum[0], label) for label in labels)
     return chosen
 
 
@@ -107,11 +134,6 @@ def divide_seats(sizes: Mapping[Stratum, int], limit: int, taken: Mapping[Stratu
     return seats
 
 
-def _find_rarest(record: ImageRecord, counts: Mapping[Stratum, int]) -> str:
-    """Return the label of an image that is rarest on its side; "" without a label."""
-    return min(record.labels, key=lambda label: (counts[record.side, label], label), default="")
-
-
 def prepare(
     workspace: Workspace, *, code_digest: str = "", on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Pin:
@@ -125,28 +147,50 @@ def prepare(
     settings, params, store = workspace.settings, workspace.params, workspace.store
     check_params(params)
     pin = load_pin(settings.pin_path, workspace.name)
-    records = select_records(load_records(store, pin), load_tombstones(store, pin.name), params, pin)
-    layouts = make_layouts(records, params.prepare)
-    task = resolve_task(params.task, {label for r in records for label in r.labels}, pin)
+    folder = settings.work_dir("prepare").parent
+    with _open_nameless(folder) as held, _open_nameless(folder) as some:
+        selected = select_rows(
+            iterate_batches(store, load_pinned(store, pin)), load_tombstones(store, pin.name), params, pin, held
+        )
+        if params.prepare.limit:
+            selected = _take_subset(selected, params.prepare.limit, some)
+        _prepare(workspace, pin, selected, code_digest, on_progress)
+    return pin
+
+
+def _prepare(
+    workspace: Workspace, pin: Pin, selected: Selected, code_digest: str, on_progress: Callable[[int, int], None]
+) -> None:
+    settings, params = workspace.settings, workspace.params
+    layouts, total = make_layouts(selected, params.prepare), len(selected.rows)
+    task = resolve_task(params.task, selected.classes, pin)
     check_threshold(params.train, task)
     key = compute_digest([pin.digest, task, params.prepare.model_dump(mode="json"), code_digest])
     with lock_work(settings.work_dir("prepare"), key) as work:
         for layout in layouts:
             layout.make_files(work)
         known = _read_journal(work)
-        chunks = [c for layout in layouts for c in layout.list_chunks(params.prepare.resize)]
-        waiting = [c for c in chunks if not _is_done(work, c, known)]
-        _check_room(work, sum(c.num_bytes for c in waiting))
-        _make_images(
-            work,
-            waiting,
-            store,
-            params.compute,
-            lambda left: on_progress(len(records) - left, len(records)),
-        )
-        _write_tables(work, pin, task, params.prepare, layouts)
+        waiting = [
+            (layout, [c for c in layout.list_chunks(params.prepare.resize) if not _is_done(work, c, known)])
+            for layout in layouts
+        ]
+        _check_room(work, sum(c.num_bytes for _, chunks in waiting for c in chunks))
+        _make_images(work, waiting, workspace.store, params.compute, lambda left: on_progress(total - left, total))
+        _write_tables(work, pin, task, params.prepare, selected)
         replace_folder(work, settings.prepared_dir)
-    return pin
+
+
+@contextmanager
+def _open_nameless(folder: Path) -> Iterator[BinaryIO]:
+    """Yield a new file without a name, which is gone when it is closed. Raises DatasetError: the disk is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            yield cast(BinaryIO, file)
+    except OSError as exc:
+        if exc.errno != ENOSPC:
+            raise
+        raise make_disk_error(folder, exc.strerror or str(exc)) from exc
 
 
 def check_params(params: Params) -> None:
@@ -168,31 +212,53 @@ def check_params(params: Params) -> None:
         )
 
 
-def select_records(
-    records: Sequence[ImageRecord], forgotten: frozenset[str], params: Params, pin: Pin
-) -> list[ImageRecord]:
-    """Return the records to prepare, in the order of sha256.
+def select_rows(
+    batches: Iterable[pa.RecordBatch], forgotten: frozenset[str], params: Params, pin: Pin, file: BinaryIO
+) -> Selected:
+    """Write the rows to prepare, of all of a version in the order of sha256, into a file; return them.
 
     Raises:
         DatasetError: some were forgotten, none is labelled, or one has several labels and the task is not multilabel.
     """
-    where = f"dataset {pin.name} version {pin.version}"
-    if gone := [r.sha256[:12] for r in records if r.sha256 in forgotten]:
+    where, tombstones = f"dataset {pin.name} version {pin.version}", pa.array(sorted(forgotten), pa.string())
+    gone: list[str] = []
+    several: list[str] = []
+    side_parts, set_parts = [np.zeros(0, np.int8)], [np.zeros(0, np.int32)]
+    place_of: dict[tuple[str, ...], int] = {}
+
+    def choose(batch: pa.RecordBatch) -> pa.RecordBatch:
+        gone.extend(batch["sha256"].filter(pc.is_in(batch["sha256"], tombstones)).to_pylist() if forgotten else ())
+        is_used_n = batch["side"].to_numpy(zero_copy_only=False) != "excluded"
+        if params.prepare.unlabelled != "negative":
+            is_used_n &= batch["labels"].value_lengths().to_numpy() > 0
+        chosen = batch.filter(pa.array(is_used_n))
+        has_several = pc.greater(chosen["labels"].value_lengths(), 1)
+        several.extend(origins[0] for origins in chosen["origins"].filter(has_several).to_pylist())
+        labels = decode_column(chosen["labels"])
+        set_parts.append(np.asarray([place_of.setdefault(one, len(place_of)) for one in labels], np.int32))
+        side_parts.append(np.asarray([SIDES.index(side) for side in decode_column(chosen["side"])], np.int8))
+        return chosen
+
+    rows = hold_rows(map(choose, batches), file)
+    if gone:
         raise DatasetError(
             where,
-            f"names {len(gone)} forgotten image{'s' * (len(gone) > 1)}: {shorten(gone)}",
+            f"names {len(gone)} forgotten image{'s' * (len(gone) > 1)}: {shorten([sha256[:12] for sha256 in gone])}",
             "a version without them",
             "Pin a later one: `visionloop ingest`.",
         )
-    with_negatives = params.prepare.unlabelled == "negative"
-    chosen = [r for r in records if (r.labels or with_negatives) and r.side != "excluded"]
-    if not any(r.labels for r in chosen):
+    if not any(place_of):
         raise DatasetError(where, "has no labelled image", "labelled images", "Ingest a source with labels.")
-    several = [r.origins[0] for r in chosen if len(r.labels) > 1]
     if several and params.task != "multilabel":
         todo = "Set `task: multilabel` in params.yaml, or correct them."
         raise DatasetError(where, f"has several labels at {shorten(several)}", "one label an image", todo)
-    return choose_subset(chosen, params.prepare.limit) if params.prepare.limit else chosen
+    return Selected(rows, np.concatenate(side_parts), np.concatenate(set_parts), tuple(place_of))
+
+
+def _take_subset(selected: Selected, limit: int, file: BinaryIO) -> Selected:
+    places = choose_subset(selected.side_n, selected.set_n, selected.label_sets, limit)
+    rows = hold_rows(selected.rows.pick_batches(places), file)
+    return Selected(rows, selected.side_n[places], selected.set_n[places], selected.label_sets)
 
 
 def resolve_task(task: str, classes: Collection[str], pin: Pin) -> str:
@@ -216,25 +282,32 @@ def choose_engine(compute: Compute, num_pixels: int) -> Engine:
 
 
 def _make_images(
-    work: Path, waiting: Sequence[Chunk], store: ObjectStore, compute: Compute, on_progress: Callable[[int], None]
+    work: Path,
+    waiting: Sequence[tuple[Layout, Sequence[Chunk]]],
+    store: ObjectStore,
+    compute: Compute,
+    on_progress: Callable[[int], None],
 ) -> None:
     """Make chunks, write each finished one into the journal, and report how many images are left."""
-    left = sum(len(c.images) for c in waiting)
+    chunks = [chunk for _, some in waiting for chunk in some]
+    left = sum(chunk.length for chunk in chunks)
     on_progress(left)
-    if not waiting:
+    if not chunks:
         return
-    engine = choose_engine(compute, sum(i.num_pixels + PIXELS_PER_IMAGE for c in waiting for i in c.images))
+    num_pixels = sum(layout.count_pixels(some) for layout, some in waiting)
+    engine = choose_engine(compute, num_pixels + PIXELS_PER_IMAGE * left)
     is_remote = engine.kind == "ray"
     maker = ChunkMaker(store if engine.kind == "threads" else store.url, None if is_remote else work)
-    held = HELD_BYTES // max(c.num_bytes for c in waiting) if is_remote else WAVE * count_cores()
+    held = HELD_BYTES // max(c.num_bytes for c in chunks) if is_remote else WAVE * count_cores()
+    filled = (chunk for layout, some in waiting for chunk in layout.fill(some))
     with (work / JOURNAL).open("a") as journal:
-        for chunk, result in map_chunks(maker, waiting, engine, max_held=held):
+        for chunk, result in map_chunks(maker, filled, engine, max_held=held):
             if not isinstance(result, int):
                 write_chunk(work, chunk, result)
             checksum = result if isinstance(result, int) else compute_checksum(result)
             journal.write(f"{chunk.file} {chunk.first_row} {checksum}\n")
             journal.flush()
-            left -= len(chunk.images)
+            left -= chunk.length
             on_progress(left)
 
 
@@ -256,33 +329,40 @@ def _is_done(work: Path, chunk: Chunk, known: dict[tuple[str, int], int]) -> boo
     return checksum is not None and checksum == read_checksum(work, chunk)
 
 
-def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, layouts: Sequence[Layout]) -> None:
-    records = sorted((r for layout in layouts for r in layout.records), key=lambda r: r.sha256)
-    classes = sorted({label for r in records for label in r.labels})
+def _write_tables(work: Path, pin: Pin, task: str, section: Prepare, selected: Selected) -> None:
+    classes = selected.classes
     index = {name: i for i, name in enumerate(classes)}
-    labels_n = [sorted(index[label] for label in r.labels) for r in records]
-    write_index(
-        work,
-        sha256_n=[r.sha256 for r in records],
-        label_n=[labels[0] if labels else -1 for labels in labels_n],
-        side_n=[r.side for r in records],
-        labels_n=labels_n if task == "multilabel" else None,
-    )
+    labels_s = [sorted(index.get(label, -1) for label in labels) for labels in selected.label_sets]
+    write_index(work, _make_index(selected, labels_s, with_all=task == "multilabel"))
     with (work / "manifest.parquet").open("wb") as file:
-        write_records(file, records)
-    images, *larger = layouts
+        selected.rows.file.seek(0)
+        shutil.copyfileobj(selected.rows.file, file)
+    images, *larger = make_layouts(selected, section)
     report = {
         "dataset": pin.to_json(),
         "task": task,
         "image_size": list(section.size_hw),
         "resize": section.resize,
-        "num_images": len(records),
+        "num_images": len(selected.rows),
         **images.describe(),
-        "sides": {s: sum(r.side == s for r in records) for s in ("train", "val", "test")},
+        "sides": {side: selected.count(side) for side in ("train", "val", "test")},
     }
     if task == "multilabel":
-        report["num_negative"] = sum(not r.labels for r in records)
+        has_none_s = np.asarray([not labels for labels in selected.label_sets])
+        report["num_negative"] = int(has_none_s[selected.set_n].sum())
     if larger:
         report["train_shards"] = {"size": list(larger[0].size_hw), **larger[0].describe()}
     (work / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _make_index(selected: Selected, labels_s: Sequence[Sequence[int]], *, with_all: bool) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of the index; `labels_s` are the classes of each of the label sets."""
+    first_s = pa.array([labels[0] if labels else -1 for labels in labels_s], pa.int64())
+    all_s = pa.array(labels_s, pa.list_(pa.int64()))
+    start = 0
+    for batch in selected.rows.iterate_batches(("sha256", "side")):
+        sets = pa.array(selected.set_n[start : start + len(batch)])
+        start += len(batch)
+        columns = {"sha256": batch["sha256"], "label": first_s.take(sets), "side": batch["side"]}
+        yield pa.record_batch({**columns, "labels": all_s.take(sets)} if with_all else columns)

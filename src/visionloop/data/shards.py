@@ -9,8 +9,10 @@ shards keeps that order: its k-th image is in shard k // rows_per_shard. Dimensi
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
-from visionloop.data.manifest import decode_records
+from visionloop.data.manifest import translate_damage
+from visionloop.data.rows import Digests, HeldRows, decode_batches, regroup
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Pin
 
 SHARD_BYTES = 64 * 1024 * 1024
 IMAGES, TRAIN = "images", "train"
 REPAIR = "Run `visionloop prepare`."
+INDEX = "index.parquet"
+INDEX_ROWS, INDEX_BATCH = 1024 * 1024, 16_384  # that a group of it has, and that are read together
 IntArray = NDArray[np.int64]
 Offset = tuple[int, int]  # pixels from the top and from the left
 
@@ -67,7 +72,7 @@ class Prepared:
     classes: tuple[str, ...]
     size_hw: tuple[int, int]
     resize: str
-    sha256_n: tuple[str, ...]
+    sha256_n: Sequence[str]
     label_n: IntArray
     targets_nk: NDArray[np.uint8] | None
     side_n: NDArray[np.str_]
@@ -91,34 +96,55 @@ class Prepared:
             return np.bincount(self.label_n[rows], minlength=len(self.classes)).astype(np.int64)
         return np.asarray(self.targets_nk[rows].sum(axis=0, dtype=np.int64))
 
-    def load_records(self, rows: IntArray) -> list[ImageRecord]:
-        """Read what the manifest says of some rows, in the order asked for. Raises DatasetError."""
+    @contextmanager
+    def open_rows(self) -> Iterator[HeldRows]:
+        """Open what the manifest says of all rows; they are read as they are asked for. Raises DatasetError."""
+        with self._open_manifest() as rows:
+            if not self._are_of(rows):
+                raise self._refuse_manifest()
+            yield rows
+
+    @contextmanager
+    def _open_manifest(self) -> Iterator[HeldRows]:
         where = f"prepared data {self.folder}"
         try:
-            records = decode_records((self.folder / "manifest.parquet").read_bytes(), where)
+            with (self.folder / "manifest.parquet").open("rb") as file, translate_damage(where):
+                yield HeldRows(file)
         except FileNotFoundError as exc:
-            raise DatasetError(where, "has no manifest.parquet", "one", "Run `visionloop prepare`.") from exc
-        if [r.sha256 for r in records] != list(self.sha256_n):
-            raise DatasetError(where, "has a manifest of other images", "its own", "Run `visionloop prepare`.")
-        return [records[row] for row in rows]
+            raise DatasetError(where, "has no manifest.parquet", "one", REPAIR) from exc
+
+    def _refuse_manifest(self) -> DatasetError:
+        return DatasetError(f"prepared data {self.folder}", "has a manifest of other images", "its own", REPAIR)
+
+    def load_records(self, rows: IntArray) -> list[ImageRecord]:
+        """Read what the manifest says of some rows, in the order asked for. Raises DatasetError."""
+        asked, place_n = np.unique(rows, return_inverse=True)
+        with self.open_rows() as known:
+            records = list(decode_batches(known.pick_batches(asked)))
+        return [records[place] for place in place_n]
+
+    def load_keys(self, rows: IntArray) -> list[str]:
+        """Read what decides the side of some images, in the order asked for. Raises DatasetError."""
+        asked, place_n = np.unique(rows, return_inverse=True)
+        with self.open_rows() as known:
+            keys = [key for batch in known.pick_batches(asked, ["key"]) for key in batch["key"].to_pylist()]
+        return [keys[place] for place in place_n]
+
+    def _are_of(self, rows: HeldRows) -> bool:
+        start, total = 0, len(self.sha256_n)
+        for batch in rows.iterate_batches(["sha256"]):
+            if batch["sha256"].to_pylist() != list(self.sha256_n[start : start + len(batch)]):
+                return False
+            start += len(batch)
+        return start == total
 
     def read_record(self, row: int) -> ImageRecord:
         """Read what the manifest says of one row: the group that it is in, and no other. Raises DatasetError."""
-        where, first = f"prepared data {self.folder}", 0
-        try:
-            with pq.ParquetFile(self.folder / "manifest.parquet") as file:
-                for group in range(file.num_row_groups):
-                    number = file.metadata.row_group(group).num_rows
-                    if row < first + number:
-                        (found,) = file.read_row_group(group).slice(row - first, 1).to_pylist()
-                        record = ImageRecord.from_json(found)
-                        if record.sha256 == self.sha256_n[row]:
-                            return record
-                        break
-                    first += number
-        except (OSError, TypeError, pa.ArrowInvalid) as exc:
-            raise DatasetError(where, "has no manifest.parquet, or a damaged one", "one", REPAIR) from exc
-        raise DatasetError(where, "has a manifest of other images", "its own", REPAIR)
+        with self._open_manifest() as rows:
+            record = rows[row] if row < len(rows) else None
+        if record is None or record.sha256 != self.sha256_n[row]:
+            raise self._refuse_manifest()
+        return record
 
     def read(self, rows: IntArray) -> UInt8Array:
         """Return the images of some rows, (n, h, w, 3), in the order asked for; the middle of those stored larger."""
@@ -160,28 +186,22 @@ def make_shard_name(number: int, kind: str = IMAGES) -> str:
     return f"{kind}-{number:05d}.npy"
 
 
-def compute_places(side_n: Sequence[str], *, train_is_larger: bool) -> IntArray:
+def compute_places(side_n: Sequence[str] | NDArray[np.str_], *, train_is_larger: bool) -> IntArray:
     """Return the position of each row among the rows of the same set of shards.
 
     Example: sides train, val, train give 0, 1, 2 in one set of shards, and 0, 0, 1 if train has its own.
     """
-    in_train_n = np.asarray([side == "train" for side in side_n], bool) & train_is_larger
+    in_train_n = (np.asarray(side_n) == "train") & train_is_larger
     return np.where(in_train_n, np.cumsum(in_train_n), np.cumsum(~in_train_n)) - 1
 
 
-def write_index(
-    folder: Path,
-    *,
-    sha256_n: list[str],
-    label_n: list[int],
-    side_n: list[str],
-    labels_n: list[list[int]] | None = None,
-) -> None:
-    """Write index.parquet, a row an image, in the order of sha256; for multilabel with all its classes (`labels_n`)."""
-    columns = {"sha256": sha256_n, "label": pa.array(label_n, pa.int64()), "side": side_n}
-    if labels_n is not None:
-        columns["labels"] = pa.array(labels_n, pa.list_(pa.int64()))
-    pq.write_table(pa.table(columns), folder / "index.parquet")
+def write_index(folder: Path, rows: Iterable[pa.RecordBatch]) -> None:
+    """Write index.parquet: `sha256`, `label`, `side`, for multilabel also `labels`; a row an image, by sha256."""
+    tables = regroup(rows, INDEX_ROWS)
+    first = next(tables)
+    with pq.ParquetWriter(folder / INDEX, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -193,7 +213,7 @@ def load_prepared(folder: Path) -> Prepared:
     try:
         report = json.loads((folder / "report.json").read_text())
         classes = tuple(json.loads((folder / "classes.json").read_text()))
-        index = pq.read_table(folder / "index.parquet")
+        sha256_n, index = _read_index(folder / INDEX)
         larger = report.get("train_shards")
         shards = _open_shards(folder, IMAGES, {**report, "size": report["image_size"]})
         train_shards = _open_shards(folder, TRAIN, larger) if larger else None
@@ -202,7 +222,8 @@ def load_prepared(folder: Path) -> Prepared:
         raise DatasetError(
             f"prepared data {folder}", "is missing or incomplete", "shards and an index", "Run `visionloop prepare`."
         ) from exc
-    sides = index["side"].to_pylist()
+    sides = index["side"].combine_chunks()
+    side_n = np.asarray(sides.dictionary.to_pylist(), np.str_)[sides.indices.to_numpy()]
     return Prepared(
         folder=folder,
         pin=Pin.from_json(report["dataset"]),
@@ -210,14 +231,22 @@ def load_prepared(folder: Path) -> Prepared:
         classes=classes,
         size_hw=shards.size_hw,
         resize=report["resize"],
-        sha256_n=tuple(index["sha256"].to_pylist()),
+        sha256_n=sha256_n,
         label_n=index["label"].to_numpy(),
         targets_nk=targets_nk,
-        side_n=np.asarray(sides, dtype=np.str_),
-        place_n=compute_places(sides, train_is_larger=larger is not None),
+        side_n=side_n,
+        place_n=compute_places(side_n, train_is_larger=larger is not None),
         shards=shards,
         train_shards=train_shards,
     )
+
+
+def _read_index(path: Path) -> tuple[Digests, pa.Table]:
+    """Return the digests of an index, and its other columns. Raises ValueError, KeyError, ArrowInvalid, OSError."""
+    file = pq.ParquetFile(path, read_dictionary=["side"])
+    digests = Digests(batch["sha256"] for batch in file.iter_batches(INDEX_BATCH, columns=["sha256"]))
+    others = [name for name in file.schema_arrow.names if name != "sha256"]
+    return digests, file.read(others, use_threads=False)
 
 
 def _make_targets(labels_n: pa.ChunkedArray, num_classes: int) -> NDArray[np.uint8]:

@@ -25,9 +25,9 @@ from PIL import Image
 
 from visionloop.bundle import Bundle, load_bundle
 from visionloop.data.images import UInt8Array, load_array
-from visionloop.data.manifest import load_records, make_image_key
+from visionloop.data.manifest import load_pinned, make_image_key
 from visionloop.data.shards import Prepared
-from visionloop.errors import BusyError, DatasetError, ImageError, ObjectMissing, PromotionError, SettingsError
+from visionloop.errors import BusyError, ImageError, ObjectMissing, PromotionError, SettingsError
 from visionloop.features.embed import choose_reader, embed_prepared
 from visionloop.features.encoder import Encoder, make_bundle_encoder, make_encoder
 from visionloop.features.kept import DamagedVectors, KeptVectors, compute_num_bytes, make_key, write_vectors
@@ -47,6 +47,41 @@ ENCODERS = ("auto", "candidate", "champion", "params")
 KEPT_FROM = 50_000  # images: for fewer the table is read in a second or two
 
 
+@dataclass(frozen=True, slots=True)
+class AlbumRecord:
+    """What an album shows of an image."""
+
+    sha256: str
+    side: str
+    width: int
+    height: int
+    origins: tuple[str, ...]
+
+
+class AlbumRecords(Sequence[AlbumRecord]):
+    """What the manifest of prepared data says of its images, by column: about 50 bytes each."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        """Read them. Raises DatasetError."""
+        self._sha256_n = prepared.sha256_n
+        with prepared.open_rows() as rows:
+            table = pa.Table.from_batches(rows.iterate_batches(("side", "width", "height", "origins")))
+        self._columns = [table["side"].dictionary_encode(), *table.columns[1:]]
+
+    def __len__(self) -> int:
+        return len(self._sha256_n)
+
+    @overload
+    def __getitem__(self, row: int) -> AlbumRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[AlbumRecord]: ...
+    def __getitem__(self, row: int | slice) -> AlbumRecord | list[AlbumRecord]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        side, width, height, origins = (column[int(row)].as_py() for column in self._columns)
+        return AlbumRecord(self._sha256_n[row], side, width, height, tuple(origins))
+
+
 @dataclass(frozen=True)
 class Album:
     """The images of prepared data, row by row: `records[i]` and `embedding_nd[i]` are of `prepared.sha256_n[i]`.
@@ -55,7 +90,7 @@ class Album:
     """
 
     prepared: Prepared
-    records: Sequence[ImageRecord]
+    records: Sequence[AlbumRecord | ImageRecord]
     encoder: Encoder
     embedding_nd: FloatArray
     store: ObjectStore
@@ -143,31 +178,23 @@ def load_album(
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Album:
-    """Compute the embeddings that the table does not have yet, and put all together with the rows of the version.
+    """Compute the embeddings that the table does not have yet, and put all together with the manifest's rows.
 
     Raises:
-        DatasetError: the version is not in this store, or an image is missing there.
+        DatasetError: the version is not in this store, an image is missing there, or the prepared data is damaged.
         TrainingError, BundleError, ParamsError: the encoder cannot be used.
     """
     store = workspace.store
-    found = {record.sha256: record for record in load_records(store, prepared.pin)}
-    if absent := [sha256[:12] for sha256 in prepared.sha256_n if sha256 not in found]:
-        raise DatasetError(
-            f"prepared data {workspace.settings.prepared_dir}",
-            f"holds images that its version has not ({absent[0]} and {len(absent) - 1} more)",
-            "those of its version",
-            "Run `visionloop prepare`.",
-        )
-    origins = {sha256: (*record.origins, "")[0] for sha256, record in found.items()}
+    load_pinned(store, prepared.pin)
+    records = AlbumRecords(prepared)
     embedding_nd = embed_prepared(
         EmbeddingTable(store, encoder.facts.digest, tell=tell),
         encoder,
         prepared,
-        choose_reader(store, encoder, prepared, origins),
+        choose_reader(store, encoder, prepared, lambda row: (*records[row].origins, "")[0]),
         batch_size=batch_size,
         on_progress=on_progress,
     )
-    records = tuple(found[sha256] for sha256 in prepared.sha256_n)
     return Album(prepared, records, encoder, embedding_nd, store)
 
 
@@ -285,7 +312,7 @@ def _holds_embeddings(path: Path) -> bool:
         return False
 
 
-def _fit(record: ImageRecord, max_px: int) -> tuple[int, int]:
+def _fit(record: AlbumRecord | ImageRecord, max_px: int) -> tuple[int, int]:
     """Return the size (height, width) at which an image fits a square; a smaller image keeps its size."""
     ratio = min(1.0, max_px / max(record.width, record.height))
     return max(1, round(record.height * ratio)), max(1, round(record.width * ratio))

@@ -81,10 +81,15 @@ def embed_prepared(
     return embedding_nd
 
 
-def choose_reader(store: ObjectStore, encoder: Encoder, prepared: Prepared, origin_of: dict[str, str]) -> ReadImages:
+def choose_reader(
+    store: ObjectStore,
+    encoder: Encoder,
+    prepared: Prepared,
+    get_origin: Callable[[int], str] = lambda row: "of an earlier version",
+) -> ReadImages:
     """Return what reads images as the encoder takes them: from the prepared arrays if they fit, else from the store.
 
-    `origin_of` names images in messages, by sha256.
+    `get_origin` names images in messages, by row.
     """
     facts = encoder.facts
     fits = (facts.image_size, facts.resize) == (prepared.size_hw, prepared.resize)
@@ -93,7 +98,7 @@ def choose_reader(store: ObjectStore, encoder: Encoder, prepared: Prepared, orig
 
     def decode(row: int) -> UInt8Array:
         sha256 = prepared.sha256_n[row]
-        origin = origin_of.get(sha256, "of an earlier version")
+        origin = get_origin(row)
         try:
             return encoder.decode(store.get(make_image_key(sha256)), f"image {sha256[:12]} ({origin})")
         except (ImageError, ObjectMissing) as exc:
@@ -162,7 +167,7 @@ def embed(
             table,
             encoder,
             prepared,
-            choose_reader(workspace.store, encoder, prepared, {}),
+            choose_reader(workspace.store, encoder, prepared),
             batch_size=params.embed.batch_size,
             on_progress=count,
         )

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from visionloop.data.rows import Digests
 from visionloop.errors import DatasetError, ObjectMissing
 from visionloop.features.view import ENCODER_KEY, FloatArray, make_schema, make_table, to_matrix
 from visionloop.parallel import map_parallel
@@ -32,7 +33,7 @@ class Part:
     """One part: its key, the images it has, their embeddings (n, d), and its size."""
 
     key: str
-    sha256_n: tuple[str, ...]
+    sha256_n: Digests
     embedding_nd: FloatArray
     num_bytes: int
 
@@ -72,26 +73,25 @@ class EmbeddingTable:
         Rows of images that it does not have are undefined. If it has none at all, None stands for the embeddings. If
         several parts hold an image, the first one by key counts.
         """
-        row_of = {sha256: row for row, sha256 in enumerate(sha256_n)}
+        wanted = sha256_n if isinstance(sha256_n, Digests) else Digests([pa.array(sha256_n, pa.string())])
         has_n = np.zeros(len(sha256_n), np.bool_)
         embedding_nd: FloatArray | None = None
         for part in self.read():
-            pairs = [(row_of[sha256], i) for i, sha256 in enumerate(part.sha256_n) if sha256 in row_of]
-            pairs = [(row, i) for row, i in pairs if not has_n[row]]
-            if not pairs:
+            row_p = wanted.find(part.sha256_n)
+            places = np.flatnonzero((row_p >= 0) & ~has_n[row_p])
+            if not len(places):
                 continue
             if embedding_nd is None:
                 embedding_nd = np.empty((len(sha256_n), part.embedding_nd.shape[1]), np.float32)
             if embedding_nd.shape[1] != part.embedding_nd.shape[1]:
                 self._pass_over(part.key, "has vectors of another length")
                 continue
-            rows, places = (np.asarray(side) for side in zip(*pairs, strict=True))
-            embedding_nd[rows], has_n[rows] = part.embedding_nd[places], True
+            embedding_nd[row_p[places]], has_n[row_p[places]] = part.embedding_nd[places], True
         return embedding_nd, has_n
 
     def write(self, sha256_n: Sequence[str], embedding_nd: FloatArray) -> str:
         """Add a part; return its key. Raises StoreError."""
-        data = encode_part(tuple(sha256_n), embedding_nd, self.encoder)
+        data = encode_part(sha256_n, embedding_nd, self.encoder)
         key = f"{PREFIX}{self.encoder}/{hashlib.sha256(data).hexdigest()}"
         # Not `add`: a damaged part of the same size is to be replaced.
         self.store.put(key, data)
@@ -162,7 +162,7 @@ class EmbeddingTable:
             self._tell(f"part {key.rpartition('/')[2][:12]} of the embedding table {found}: passed over")
 
 
-def encode_part(sha256_n: tuple[str, ...], embedding_nd: FloatArray, encoder: str) -> bytes:
+def encode_part(sha256_n: Sequence[str], embedding_nd: FloatArray, encoder: str) -> bytes:
     """Encode rows as Parquet. Equal input gives equal bytes."""
     sink = pa.BufferOutputStream()
     table = make_table(sha256_n, embedding_nd, make_schema(embedding_nd.shape[1], encoder))
@@ -170,13 +170,13 @@ def encode_part(sha256_n: tuple[str, ...], embedding_nd: FloatArray, encoder: st
     return bytes(sink.getvalue().to_pybytes())
 
 
-def decode_part(data: bytes, key: str, encoder: str) -> tuple[tuple[str, ...], FloatArray]:
+def decode_part(data: bytes, key: str, encoder: str) -> tuple[Digests, FloatArray]:
     """Decode a part and check it: its bytes by its key, its encoder, its numbers. Raises DatasetError."""
     if hashlib.sha256(data).hexdigest() != key.rpartition("/")[2]:
         raise DatasetError(key, "is damaged", "the bytes that its key is the digest of")
     try:
         table = pq.read_table(pa.BufferReader(data))
-        sha256_n, embedding_nd = tuple(table["sha256"].to_pylist()), to_matrix(table["vector"])
+        sha256_n, embedding_nd = Digests(table["sha256"].chunks), to_matrix(table["vector"])
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as exc:
         raise DatasetError(key, "is damaged", "embeddings in Parquet") from exc
     if (table.schema.metadata or {}).get(ENCODER_KEY) != encoder.encode():

@@ -7,6 +7,7 @@ Dimensions: n images, d features.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from visionloop.data.rows import Digests
 from visionloop.data.shards import Prepared
 from visionloop.errors import DatasetError
 from visionloop.records import Record, compute_digest
@@ -85,7 +87,7 @@ def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, Encoder
     where, facts = f"embeddings {folder}", load_facts(folder)
     try:
         table = pq.read_table(folder / EMBEDDINGS, memory_map=True)
-        sha256_n, embedding_nd = table["sha256"].to_pylist(), to_matrix(table["vector"])
+        sha256_n, embedding_nd = Digests(table["sha256"].chunks), to_matrix(table["vector"])
         encoder = (table.schema.metadata or {}).get(ENCODER_KEY, b"").decode()
     except FileNotFoundError as exc:
         raise DatasetError(where, "are missing", "those of the prepared data", TODO) from exc
@@ -93,7 +95,7 @@ def load_features(folder: Path, prepared: Prepared) -> tuple[FloatArray, Encoder
         raise DatasetError(where, "are damaged", "those of the prepared data", TODO) from exc
     if encoder != facts.digest:
         raise DatasetError(where, "belong to another encoder than encoder.json says", "one encoder", TODO)
-    if tuple(sha256_n) != prepared.sha256_n:
+    if sha256_n != prepared.sha256_n:
         found = f"are those of other images ({len(sha256_n):,} of them)"
         raise DatasetError(where, found, f"those of the {len(prepared.sha256_n):,} prepared images", TODO)
     if (facts.image_size, facts.resize) != (prepared.size_hw, prepared.resize):
@@ -116,7 +118,7 @@ def load_facts(folder: Path) -> EncoderFacts:
     raise DatasetError(where, "are empty: `train.way` did not need any", "those of the prepared data", TODO)
 
 
-def write_features(folder: Path, sha256_n: tuple[str, ...], embedding_nd: FloatArray, facts: EncoderFacts) -> None:
+def write_features(folder: Path, sha256_n: Sequence[str], embedding_nd: FloatArray, facts: EncoderFacts) -> None:
     """Write the embeddings of prepared data into a folder. Equal input gives equal bytes."""
     schema = make_schema(embedding_nd.shape[1], facts.digest)
     with pq.ParquetWriter(folder / EMBEDDINGS, schema, compression="NONE", use_dictionary=False) as writer:
@@ -138,7 +140,7 @@ def make_schema(num_features: int, encoder: str) -> pa.Schema:
     return pa.schema(columns, metadata={ENCODER_KEY: encoder.encode()})
 
 
-def make_table(sha256_n: tuple[str, ...], embedding_nd: FloatArray, schema: pa.Schema) -> pa.Table:
+def make_table(sha256_n: Sequence[str], embedding_nd: FloatArray, schema: pa.Schema) -> pa.Table:
     """Return rows of embeddings as a table."""
     flat = pa.array(np.ascontiguousarray(embedding_nd, np.float32).reshape(-1))
     vector = pa.FixedSizeListArray.from_arrays(flat, embedding_nd.shape[1])

@@ -76,7 +76,7 @@ def find_logged(store: ObjectStore, name: str, sha256s: frozenset[str]) -> list[
 def find_prepared(settings: Settings, sha256s: frozenset[str]) -> list[Copy]:
     """Return the prepared arrays if they hold an image."""
     index = settings.prepared_dir / "index.parquet"
-    if settings.prepared_dir.is_dir() and (not index.is_file() or read_index(index.read_bytes(), str(index)) & sha256s):
+    if settings.prepared_dir.is_dir() and (not index.is_file() or holds_any(index, str(index), sha256s)):
         return [Copy("data/prepared", partial(remove_tree, settings.prepared_dir))]
     return []
 
@@ -126,13 +126,17 @@ def find_windows(store: ObjectStore, name: str, sha256s: frozenset[str]) -> list
     return [Copy(what, partial(_purge_all, store, keys + tables))] if keys else []
 
 
-def read_index(data: bytes, where: str) -> frozenset[str]:
-    """Return the sha256 of every row of the index of prepared data. Raises DatasetError."""
+def holds_any(table: Path | bytes, where: str, sha256s: frozenset[str]) -> bool:
+    """Say whether the index of prepared data, or embeddings, have a row of an image. Raises DatasetError."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    sought = pa.array(sorted(sha256s), pa.string())
     try:
-        return frozenset(pq.read_table(pa.BufferReader(data), columns=["sha256"])["sha256"].to_pylist())
+        file = pq.ParquetFile(pa.BufferReader(table) if isinstance(table, bytes) else table)
+        batches = file.iter_batches(columns=["sha256"])
+        return any(pc.any(pc.is_in(batch["sha256"], sought)).as_py() for batch in batches)
     except (pa.ArrowInvalid, KeyError, OSError) as exc:
         raise DatasetError(where, "is damaged", "the index of prepared data", "Remove its folder.") from exc
 
@@ -195,7 +199,7 @@ def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: froz
         what = f"{count(len(keys), 'part')} of the embedding table in {store.url}, written again without them"
         copies.append(Copy(what, partial(remove_rows, store, keys, sha256s - shared)))
     path = settings.features_dir / EMBEDDINGS
-    if path.is_file() and read_index(path.read_bytes(), str(path)) & sha256s:
+    if path.is_file() and holds_any(path, str(path), sha256s):
         copies.append(Copy("features/", partial(remove_tree, settings.features_dir)))
     drawn = sorted((settings.hidden_dir / "features").glob("similar*.png"))
     others = (settings.hidden_dir / "features" / "map.html", settings.home / "suspects" / "suspects.png")

@@ -6,25 +6,28 @@ An older version keeps the row of a forgotten image, without where it came from:
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from io import BytesIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from visionloop.data.answers import drop_asked
 from visionloop.data.drop import load_aside, make_smaller_version, write_aside
 from visionloop.data.leaks import Leak
 from visionloop.data.manifest import (
     commit_version,
-    decode_records,
-    encode_records,
     iterate_part,
     iterate_version,
     latest_version,
     list_versions,
     load_pin,
-    load_version_records,
     make_pin,
+    translate_damage,
     write_pin,
 )
+from visionloop.data.rows import hold_rows, iterate_batches, iterate_file
 from visionloop.errors import DatasetError
-from visionloop.records import DatasetVersion, ImageRecord, Rejected, canonical_json
+from visionloop.records import DatasetVersion, Rejected, canonical_json
 from visionloop.settings import Settings
 from visionloop.store import ObjectStore
 
@@ -65,9 +68,8 @@ def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, no
         parent = latest_version(store, name)
         if parent is None:
             return None
-        rows = load_version_records(store, parent)
-        kept = [row for row in rows if row.sha256 not in sha256s]
-        if len(kept) == len(rows):
+        kept = hold_rows(_leave_out(batch, sha256s) for batch in iterate_batches(store, parent))
+        if len(kept) == parent.num_images:
             return parent
         aside = [row for row in load_aside(store, parent).values() if row.sha256 not in sha256s]
         version = make_smaller_version(store, parent, kept, created_at=now, aside=write_aside(store, aside))
@@ -76,6 +78,14 @@ def commit_without(store: ObjectStore, name: str, sha256s: frozenset[str], *, no
     raise DatasetError(
         f"dataset {name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment", "Run it again."
     )
+
+
+def _leave_out(batch: pa.RecordBatch, sha256s: frozenset[str]) -> pa.RecordBatch:
+    return batch.filter(pc.invert(_is_in(batch, sha256s)))
+
+
+def _is_in(batch: pa.RecordBatch, sha256s: frozenset[str]) -> pa.Array:
+    return pc.is_in(batch["sha256"], pa.array(sorted(sha256s), pa.string()))
 
 
 def move_pin(settings: Settings, version: DatasetVersion, holding: Iterable[int]) -> bool:
@@ -111,9 +121,12 @@ def redact(store: ObjectStore, name: str, sha256s: frozenset[str], trace: Trace)
         rest = drop_asked(asked, sha256s)
         rewritten += _rewrite(store, key, canonical_json(rest), asked != rest)
     for part in trace.parts:
-        rows = _read_part(store, part)
-        redacted = [replace(r, origins=(FORGOTTEN,)) if r.sha256 in sha256s else r for r in rows]
-        rewritten += _rewrite(store, _part_key(part), encode_records(redacted), rows != redacted)
+        data, sink = BytesIO(store.get(_part_key(part))), BytesIO()
+        with translate_damage(f"manifest {part[:12]}"):
+            if all(_redact_rows(batch, sha256s).equals(batch) for batch in iterate_file(data)):
+                continue
+            hold_rows((_redact_rows(batch, sha256s) for batch in iterate_file(data)), sink)
+        rewritten += _rewrite(store, _part_key(part), sink.getvalue(), changed=True)
     return rewritten
 
 
@@ -145,6 +158,15 @@ def _redact_leak(row: Leak, sha256s: frozenset[str]) -> Leak:
     )
 
 
+def _redact_rows(batch: pa.RecordBatch, sha256s: frozenset[str]) -> pa.RecordBatch:
+    is_gone = _is_in(batch, sha256s)
+    if not pc.any(is_gone).as_py():
+        return batch
+    pairs = zip(batch["origins"].to_pylist(), is_gone.to_pylist(), strict=True)
+    origins = pa.array(([FORGOTTEN] if gone else origins for origins, gone in pairs), batch["origins"].type)
+    return batch.set_column(batch.schema.get_field_index("origins"), "origins", origins)
+
+
 def _rewrite(store: ObjectStore, key: str, data: bytes, changed: bool) -> int:
     """Replace an object and all its earlier versions. A kill in between leaves a spare copy, which is put back."""
     if not changed:
@@ -168,7 +190,3 @@ def _put_for_good(store: ObjectStore, key: str, data: bytes) -> None:
 
 def _part_key(part: str) -> str:
     return f"manifests/{part}.parquet"
-
-
-def _read_part(store: ObjectStore, part: str) -> list[ImageRecord]:
-    return decode_records(store.get(_part_key(part)), f"manifest {part[:12]}")

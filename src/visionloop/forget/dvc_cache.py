@@ -21,7 +21,7 @@ from visionloop.bundle import DIGESTS
 from visionloop.errors import DatasetError, ObjectMissing, ParamsError, SettingsError, StoreError, VisionLoopError
 from visionloop.features.view import EMBEDDINGS
 from visionloop.forget.bundles import examine_bundle
-from visionloop.forget.copies import PREDICTIONS, REPORTS, Copy, Sought, count, git, read_index, read_predictions
+from visionloop.forget.copies import PREDICTIONS, REPORTS, Copy, Sought, count, git, holds_any, read_predictions
 from visionloop.params.text import parse_yaml
 from visionloop.pipeline import make_stage_environment
 from visionloop.settings import Settings
@@ -93,9 +93,9 @@ class _Search:
     def _judge(self, files: Mapping[str, str], where: str) -> tuple[bool, str]:
         """Say whether a folder goes, and by which of its files that is known. Raises DatasetError, ObjectMissing."""
         if INDEX in files:
-            return bool(read_index(self._read(files[INDEX]), where) & self._sought.sha256s), INDEX
+            return holds_any(self._read(files[INDEX]), where, self._sought.sha256s), INDEX
         if EMBEDDINGS in files:
-            return bool(read_index(self._read(files[EMBEDDINGS]), where) & self._sought.sha256s), EMBEDDINGS
+            return holds_any(self._read(files[EMBEDDINGS]), where, self._sought.sha256s), EMBEDDINGS
         if DIGESTS in files:
             self._read(files[DIGESTS])
             held = examine_bundle(lambda file: self._read(files[file]), self._sought, where)

@@ -2,11 +2,12 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from visionloop.data.drop import load_aside
-from visionloop.data.manifest import latest_version, load_version_records, make_image_key
+from visionloop.data.manifest import iterate_version, latest_version, make_image_key
 from visionloop.data.prediction_log import is_logged
 from visionloop.data.tombstones import load_tombstones, load_unfinished
 from visionloop.errors import DatasetError, shorten
@@ -43,13 +44,11 @@ def resolve_images(store: ObjectStore, name: str, digests: Sequence[str], patter
     Raises:
         DatasetError: a digest or a pattern names no image, or a digest is the beginning of several.
     """
-    latest = latest_version(store, name)
-    records = load_aside(store, latest) if latest else {}
-    records |= {r.sha256: r for r in load_version_records(store, latest)} if latest else {}
     tombstones = load_tombstones(store, name)
+    begun = frozenset(sha256 for one in load_unfinished(store, name) for sha256 in one.sha256s)
+    records = _find_rows(store, name, tombstones | begun, [one.strip().lower() for one in digests], patterns)
     if not digests and not patterns:
-        again = tombstones | {sha256 for begun in load_unfinished(store, name) for sha256 in begun.sha256s}
-        return _sort(records, again, tombstones)
+        return _sort(records, tombstones | begun, tombstones)
     known = sorted(records.keys() | tombstones)
     found = {_find(store, name, digest.strip().lower(), known) for digest in digests}
     for pattern in patterns:
@@ -63,6 +62,22 @@ def resolve_images(store: ObjectStore, name: str, digests: Sequence[str], patter
             )
         found |= matches
     return _sort(records, found, tombstones)
+
+
+def _find_rows(
+    store: ObjectStore, name: str, sha256s: frozenset[str], beginnings: Sequence[str], patterns: Sequence[str]
+) -> dict[str, ImageRecord]:
+    """Return the rows of the newest version, and of what was taken out before, that may be meant."""
+    latest, matchers = latest_version(store, name), [_compile(pattern) for pattern in patterns]
+    found: dict[str, ImageRecord] = {}
+    if latest is None:
+        return found
+    starts = tuple(beginnings)
+    for row in chain(load_aside(store, latest).values(), iterate_version(store, latest)):
+        is_named = row.sha256 in sha256s or row.sha256 in found or row.sha256.startswith(starts)
+        if is_named or any(matcher.match(origin) for matcher in matchers for origin in row.origins):
+            found[row.sha256] = row
+    return found
 
 
 def _find(store: ObjectStore, name: str, digest: str, known: Sequence[str]) -> str:
@@ -92,9 +107,13 @@ def _find(store: ObjectStore, name: str, digest: str, known: Sequence[str]) -> s
     )
 
 
-def _match(records: object, pattern: str) -> set[str]:
-    matcher = re.compile(fnmatch.translate(pattern))
-    return {r.sha256 for r in records if any(matcher.match(origin) for origin in r.origins)}  # type: ignore[attr-defined]
+def _match(records: Iterable[ImageRecord], pattern: str) -> set[str]:
+    matcher = _compile(pattern)
+    return {r.sha256 for r in records if any(matcher.match(origin) for origin in r.origins)}
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern))
 
 
 def _sort(records: dict[str, ImageRecord], found: set[str] | frozenset[str], tombstones: frozenset[str]) -> Wanted:

@@ -75,8 +75,7 @@ def find_unseen(job: Job) -> IntArray:
     rows_n = np.setdiff1d(np.arange(len(job.prepared.sha256_n)), job.train_rows)
     if not len(rows_n):
         return rows_n
-    keys = [record.key for record in job.prepared.load_records(rows_n)]
-    rows_n = rows_n[keep_one_of_a_key(np.unique(keys, return_inverse=True)[1])]
+    rows_n = rows_n[keep_one_of_a_key(np.unique(job.prepared.load_keys(rows_n), return_inverse=True)[1])]
     return _pick(rows_n, count_compared(job.params.train.export.most_changed))
 
 

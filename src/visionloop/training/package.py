@@ -152,8 +152,7 @@ def _tune(card: Card, job: Job, logits_nk: FloatArray, embedding_nd: FloatArray,
         without = f"; LOOK: {' and '.join(asked)} cannot be followed" if asked else ""
         job.watcher.tell(f"confidence: nothing is tuned: {why}{without}")
         return replace(card, tuning={"on": None, "why": why})
-    keys = [record.key for record in prepared.load_records(rows)]
-    key_n = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    key_n = np.unique(prepared.load_keys(rows), return_inverse=True)[1].astype(np.int64)
     truth: Any = prepared.label_n[rows] if prepared.targets_nk is None else prepared.targets_nk[rows].astype(bool)
     validation = Validation(logits_nk, embedding_nd, truth, key_n)
     # Neighbours vote without weights, whatever is said about imbalance.

@@ -1,7 +1,9 @@
 """Versions and pins: what the digest covers, what is refused."""
 
+import hashlib
 import io
 import json
+import random
 import tracemalloc
 from collections import deque
 from dataclasses import asdict, replace
@@ -13,6 +15,7 @@ import pytest
 
 from counting_store import CountingStore
 from visionloop.data import manifest
+from visionloop.data.rows import HeldRows, encode_rows, hold_version
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Rejected, compute_digest
 from visionloop.store import LocalStore
@@ -85,13 +88,13 @@ def test_changed_rows_are_noticed(store: LocalStore) -> None:
 def test_pin_of_a_version_that_is_not_in_the_store(store: LocalStore) -> None:
     pin = manifest.make_pin(manifest.make_version("pets", None, [make_record("a")], [], **FACTS))
     with pytest.raises(DatasetError, match=r"dataset pets version 1: is not in the store .*; expected the store it"):
-        manifest.load_records(store, pin)
+        list(manifest.iterate_records(store, pin))
 
 
 def test_pin_of_another_content(store: LocalStore) -> None:
     version = commit(store, [make_record("a"), make_record("b")])
     with pytest.raises(DatasetError, match="This is another store"):
-        manifest.load_records(store, replace(manifest.make_pin(version), digest="0" * 64))
+        list(manifest.iterate_records(store, replace(manifest.make_pin(version), digest="0" * 64)))
 
 
 def test_pin_round_trip_and_damage(tmp_path: Path, store: LocalStore) -> None:
@@ -160,6 +163,41 @@ def test_a_missing_part_is_named_before_a_row_is_told(store: LocalStore, monkeyp
     store.delete(f"manifests/{version.parts[1]}.parquet")
     with pytest.raises(DatasetError, match=f"its part {version.parts[1][:12]} is not in the store"):
         next(manifest.iterate_version(store, version))
+
+
+def test_rows_by_column_are_the_digest_and_the_bytes_of_the_same_records(store: LocalStore) -> None:
+    """With all that JSON escapes, and what it does not; with any number of labels, and without a group."""
+    hostile = ['say "x"', "back\\slash", "line\nfeed\x00\x1f\x7f", "żółw 海 \U0001f600\u2028", "", " "]
+    rows = [
+        replace(row, labels=tuple(hostile[:i]), group=(None, *hostile)[i], captured_at=(*hostile, None)[i], key=text)
+        for i, (row, text) in enumerate(zip(make_rows(7), (*hostile, "k"), strict=True))
+    ]
+    version = commit(store, rows)
+    held = hold_version(store, version)
+    assert (list(held), held[5], held[-1], held[1:6:2]) == (rows, rows[5], rows[-1], rows[1:6:2])
+    assert held.file.seek(0) == 0 and held.file.read() == manifest.encode_records(rows)
+    assert manifest.compute_dataset_digest(rows) == version.digest
+    for text in hostile:
+        row = replace(rows[0], group=text)
+        (batch,) = HeldRows(io.BytesIO(manifest.encode_records([row]))).iterate_batches()
+        digest = hashlib.sha256(encode_rows(batch, manifest.IN_DIGEST, "\n")).hexdigest()
+        assert digest == manifest.compute_dataset_digest([row])
+
+
+def test_parts_are_merged_wherever_they_lie(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts in any order: apart, within each other, with the same images, larger than a batch and than a group."""
+    monkeypatch.setattr(manifest, "BATCH_ROWS", 7)
+    monkeypatch.setattr(manifest, "GROUP_ROWS", 10)
+    rng, rows, version = random.Random(0), {}, None
+    everything = make_rows(120)
+    for number, low, high, share in ((0, 60, 120, 1.0), (1, 0, 50, 1.0), (2, 20, 100, 0.3), (3, 0, 120, 0.1)):
+        part = [replace(row, ordinal=number) for row in everything[low:high] if rng.random() < share]
+        rows |= {row.sha256: row for row in part}
+        kept = [rows[sha256] for sha256 in sorted(rows)]
+        version = manifest.make_version("pets", version, kept, part, **FACTS)
+        assert manifest.commit_version(store, version, part)
+        assert manifest.load_version_records(store, version) == kept
+    assert {row.ordinal for row in rows.values()} == {0, 1, 2, 3}
 
 
 def test_a_version_of_very_many_parts_is_read_without_as_many_open_files(tmp_path: Path) -> None:

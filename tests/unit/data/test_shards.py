@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from visionloop.data.shards import Prepared, choose_crop, compute_places, load_prepared, write_index
@@ -12,6 +13,12 @@ from visionloop.errors import DatasetError
 
 SIDES = ["train", "val", "train", "test", "train", "val", "train"]
 PIN = {"name": "pets", "version": 1, "digest": "0" * 64, "num_images": 7, "classes": ["cat"]}
+
+
+def write_rows(folder: Path, **columns: list[object]) -> None:
+    """An index of seven images, in the order of its columns, in batches of five."""
+    columns = {"sha256": [f"{i:064x}" for i in range(7)], "label": columns.pop("label"), "side": SIDES, **columns}
+    write_index(folder, pa.table(columns).to_batches(5))
 
 
 def write_prepared(folder: Path, *, larger: bool) -> Prepared:
@@ -38,7 +45,7 @@ def write_prepared(folder: Path, *, larger: bool) -> Prepared:
         train = [make(i, 8, 8) for i, side in enumerate(SIDES) if side == "train"]
         np.save(folder / "train-00000.npy", np.stack(train[:3]))
         np.save(folder / "train-00001.npy", np.stack(train[3:]))
-    write_index(folder, sha256_n=[f"sha{i}" for i in range(7)], label_n=[0] * 7, side_n=SIDES)
+    write_rows(folder, label=[0] * 7)
     (folder / "classes.json").write_text('["cat"]')
     (folder / "report.json").write_text(json.dumps(report))
     return load_prepared(folder)
@@ -103,7 +110,7 @@ def test_several_labels_become_targets(tmp_path: Path) -> None:
     write_prepared(tmp_path, larger=False)
     labels_n = [[0], [0, 2], [], [1], [2], [], [0, 1, 2]]
     first_n = [labels[0] if labels else -1 for labels in labels_n]
-    write_index(tmp_path, sha256_n=[f"sha{i}" for i in range(7)], label_n=first_n, side_n=SIDES, labels_n=labels_n)
+    write_rows(tmp_path, label=first_n, labels=labels_n)
     (tmp_path / "classes.json").write_text('["cat", "dog", "eel"]')
     report = json.loads((tmp_path / "report.json").read_text())
     (tmp_path / "report.json").write_text(json.dumps({**report, "task": "multilabel"}))
