@@ -8,6 +8,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import psutil
 
 from visionloop.errors import BusyError, DiskError
 
@@ -82,9 +85,13 @@ def write_file(path: Path, data: bytes) -> None:
 def write_through(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, and move it there once it is on the disk. Makes the folder.
 
-    Several processes may write the same path: the last one's file stays.
+    Several processes may write the same path: the last one's file stays. What a killed one has left is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            left.unlink(missing_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as file:
