@@ -136,7 +136,7 @@ def test_when_all_are_damaged_training_begins_anew(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_half_written_does_not_count(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    for name in ("next.ckpt.new", "next.ckpt", "epoch-00002.ckpt", "epoch-00002-abc.ckpt"):
+    for name in (".next.ckpt.999999999.new", "next.ckpt", "epoch-00002.ckpt", "epoch-00002-abc.ckpt"):
         (tmp_path / name).write_bytes(b"half")
     told: list[str] = []
     found = find_checkpoint(tmp_path, told.append)
@@ -144,7 +144,7 @@ def test_what_a_kill_left_half_written_does_not_count(tmp_path: Path) -> None:
     assert told == [], "a kill while writing is no damage"
     write(tmp_path, 2)
     assert list_epochs(tmp_path) == [2, 1]
-    assert not list(tmp_path.glob("next*"))
+    assert not list(tmp_path.glob("*next*"))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
