@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,7 @@ class Pairs:
     distance_p: IntArray
 
 
-def find_near_pairs(hash_n: UInt64Array, kind_n: IntArray, first_new: int) -> Pairs:
+def find_near_pairs(hash_n: UInt64Array, kind_n: NDArray[Any], first_new: int) -> Pairs:
     """Return pairs of rows whose hashes differ in at most four bits. The later row is at or after `first_new`.
 
     `kind_n` is a small number for the side of each row. Of each kind an image keeps the 16 nearest earlier rows. So
@@ -182,7 +183,7 @@ def _make_masks() -> tuple[np.uint64, ...]:
     return tuple(np.uint64(a | b) for a, b in combinations(bands, 2))
 
 
-def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: IntArray) -> tuple[IntArray, IntArray]:
+def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: NDArray[Any]) -> tuple[IntArray, IntArray]:
     """Turn pairs of values into pairs of rows (later, earlier).
 
     Where this would give more than `_MOST_PAIRS` pairs, only the first rows of each value and kind are paired with
@@ -218,7 +219,7 @@ def _cross(first_a: IntArray, count_a: IntArray, first_b: IntArray, count_b: Int
     return first_a[pair] + place // count_b[pair], first_b[pair] + place % count_b[pair]
 
 
-def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray, kind_n: IntArray) -> IntArray:
+def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray, kind_n: NDArray[Any]) -> IntArray:
     """Return the pairs to keep, by later row: each pair once, and for each kind the nearest earlier rows."""
     order = np.lexsort((earlier_p, distance_p, kind_n[earlier_p], later_p))
     later, earlier = later_p[order], earlier_p[order]
@@ -228,7 +229,7 @@ def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray
     return np.asarray(order[rank < _NEAREST])
 
 
-def _rank(first: IntArray, second: IntArray) -> IntArray:
+def _rank(first: IntArray, second: NDArray[Any]) -> IntArray:
     """Number the rows that are equal in both columns: 0, 1, 2 ... in their order.
 
     Example: first = [7, 7, 5, 7], second = [0, 0, 0, 0] gives [0, 1, 0, 2].
