@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from heapq import merge
 from io import BytesIO
-from itertools import islice
+from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -80,14 +80,6 @@ def make_image_key(sha256: str) -> str:
     return f"images/{sha256[:2]}/{sha256}"
 
 
-def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
-    """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
-    total = hashlib.sha256()
-    for record in sorted(records, key=lambda r: r.sha256):
-        total.update(_encode_for_digest(record))
-    return total.hexdigest()
-
-
 def _encode_for_digest(record: ImageRecord) -> bytes:
     """Return the same bytes as `canonical_json` of these fields and a line feed, four times as fast."""
     return _encode_row(dict(zip(_IN_DIGEST, _get_digested(record), strict=True))).encode() + b"\n"
@@ -125,6 +117,7 @@ def _write_in_order(sink: BinaryIO, records: Iterable[ImageRecord]) -> None:
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         some = [*islice(rows, GROUP_ROWS)]
         while True:
+            assert all(a.sha256 <= b.sha256 for a, b in pairwise(some)), "rows are in the order of their sha256"
             columns = {name: [getattr(row, name) for row in some] for name in COLUMNS}
             writer.write_table(pa.table(columns, schema=schema))
             if not (some := [*islice(rows, GROUP_ROWS)]):
@@ -245,7 +238,7 @@ def make_version(
 ) -> DatasetVersion:
     """Describe the version after `parent` that holds `records`, of which `changed` are new or differ.
 
-    Both are in the order of their sha256. `is_whole`: `changed` are all of them, and the parts of the parent are not
+    Both are in the order of their sha256; the digest over all rows is the data version everywhere. `is_whole`: `changed` are all of them, and the parts of the parent are not
     among those of the version.
     """
     total, number, last = hashlib.sha256(), 0, ""

@@ -55,10 +55,10 @@ def divide(
 
     The order of the families does not matter.
     """
-    table = _Table(families, seed)
+    table = _Table(families, seed, None if is_first else fractions)
     if not table.sets:
         return Division([], {})
-    side_n = _divide_by_class(table, fractions) if is_first else _divide_by_hash(table, fractions)
+    side_n = _divide_by_class(table, fractions) if is_first else table.side_n
     brought = _bring(table, side_n, min_train, Counter(num_train or {}))
     return Division([USED[side] for side in side_n.tolist()], brought)
 
@@ -66,20 +66,24 @@ def divide(
 class _Table:
     """Families as columns, for there are millions: positions, numbers of their labels in `sets`, `learn`.
 
-    Keys are not held: no two positions are equal (53 bits), but of the same key.
+    The sides that the bare hash gives are those of `fractions`; None: they are not asked for. Keys are not held: no two
+    positions are equal (53 bits), but of the same key.
     """
 
-    def __init__(self, families: Iterable[Undecided], seed: int) -> None:
+    def __init__(self, families: Iterable[Undecided], seed: int, fractions: Fractions | None) -> None:
         numbers: dict[frozenset[str], int] = {}
-        positions, sets, learn = array("d"), array("i"), bytearray()
+        positions, sets, learn, sides = array("d"), array("i"), bytearray(), bytearray()
         for one in families:
             positions.append(compute_position(one.key, seed))
             sets.append(numbers.setdefault(one.labels, len(numbers)))
             learn.append(one.learn)
+            if fractions:
+                sides.append(USED.index(choose_side(one.key, seed, fractions, test_is_given=one.learn)))
         self.sets = [*numbers]
         self.position_n = np.frombuffer(positions, np.float64)
         self.set_n = np.frombuffer(sets, np.int32)
         self.learn_n = np.frombuffer(learn, np.bool_)
+        self.side_n = np.frombuffer(sides, np.uint8)
 
     def count_labels(self, set_n: NDArray[np.int32]) -> Counter[str]:
         """Return how many of these families have each label."""
@@ -89,15 +93,7 @@ class _Table:
         return counts
 
 
-def _divide_by_hash(table: _Table, fractions: Fractions) -> NDArray[np.int8]:
-    """Return what `choose_side` says of each, as positions in USED."""
-    train, val, test = fractions
-    is_val_n, is_test_n = table.position_n < test + val, ~table.learn_n & (table.position_n < test)
-    is_val_n = np.where(table.learn_n, table.position_n < val / (train + val), is_val_n)
-    return np.where(is_test_n, _TEST, np.where(is_val_n, _VAL, _TRAIN)).astype(np.int8)
-
-
-def _divide_by_class(table: _Table, fractions: Fractions) -> NDArray[np.int8]:
+def _divide_by_class(table: _Table, fractions: Fractions) -> NDArray[np.uint8]:
     """Rank the families of each class by their hash, and cut the ranking where the fractions say."""
     counts = table.count_labels(table.set_n)
     rarest = [min(labels, key=lambda label: (counts[label], label), default="") for labels in table.sets]
@@ -108,7 +104,7 @@ def _divide_by_class(table: _Table, fractions: Fractions) -> NDArray[np.int8]:
     number_ls = np.array([[number_of.get((learn, label), 0) for label in rarest] for learn in (False, True)], np.int32)
     stratum_n = number_ls[table.learn_n.astype(np.int8), table.set_n]
     order = np.lexsort((table.position_n, stratum_n))
-    side_n = np.empty(len(order), np.int8)
+    side_n = np.empty(len(order), np.uint8)
     owed = {learn: dict.fromkeys(USED, 0.0) for learn in (False, True)}
     start = 0
     for (learn, _), size in zip(strata, np.bincount(stratum_n, minlength=len(strata)).tolist(), strict=True):
@@ -120,7 +116,7 @@ def _divide_by_class(table: _Table, fractions: Fractions) -> NDArray[np.int8]:
     return side_n
 
 
-def _bring(table: _Table, side_n: NDArray[np.int8], min_train: int, have: Counter[str]) -> dict[str, int]:
+def _bring(table: _Table, side_n: NDArray[np.uint8], min_train: int, have: Counter[str]) -> dict[str, int]:
     """Bring the nearest keys of classes that have too few on train there, in `side_n`; return how many."""
     have.update(table.count_labels(table.set_n[side_n == _TRAIN]))
     sets_of: dict[str, list[int]] = defaultdict(list)

@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.data.duplicates import THUMB_PX, Pairs, UInt64Array, compute_difference, find_near_pairs
+from visionloop.data.duplicates import THUMB_PX, Int32Array, UInt64Array, compute_difference, find_near_pairs
 from visionloop.data.families import Families, FamilyLeak, Member, Pair, place_members
 from visionloop.data.images import UInt8Array, load_array
 from visionloop.data.leaks import Leak
@@ -36,27 +36,29 @@ LEARNS = len(NAMES)  # beside the sides: train or val alone
 
 def find_duplicates(
     store: ObjectStore,
-    hash_n: UInt64Array,
-    kind_n: NDArray[np.int8],
-    first_new: int,
+    hashes: tuple[Int32Array, UInt64Array, NDArray[np.int8], int],
     name: Callable[[Iterable[int]], Mapping[int, str]],
 ) -> tuple[list[Pair], Mapping[int, str]]:
-    """Return the confirmed pairs of rows with at least one at or after `first_new`; earlier rows come first.
+    """Return the confirmed pairs of rows with at least one new one; earlier rows come first.
 
-    `kind_n` says on which side a row is (see `find_near_pairs`); -1: it has no hash. `name` gives the sha256 of rows;
-    those of rows with near hashes are returned too. An image that is gone from the store, or cannot be decoded, is near
-    nothing. Raises StoreError.
+    Of each row that has a hash: its number, the hash, on which side it is (see `find_near_pairs`); and how many of them
+    are not new. `name` gives the sha256 of rows; those of rows with near hashes are returned too. An image that is gone
+    from the store, or cannot be decoded, is near nothing. Raises StoreError.
     """
-    row_n = np.flatnonzero(kind_n >= 0)
-    near = find_near_pairs(hash_n[row_n], kind_n[row_n], int(np.searchsorted(row_n, first_new)))
+    row_n, hash_n, kind_n, first_new = hashes
+    near = find_near_pairs(hash_n, kind_n, first_new)
     order = np.lexsort((near.later_p, near.earlier_p))
-    near = Pairs(row_n[near.later_p[order]], row_n[near.earlier_p[order]], near.distance_p[order])
-    names = name({*near.later_p.tolist(), *near.earlier_p.tolist()})
+    all_later_p, all_earlier_p, distance_p = (
+        row_n[near.later_p[order]],
+        row_n[near.earlier_p[order]],
+        near.distance_p[order],
+    )
+    names = name({*all_later_p.tolist(), *all_earlier_p.tolist()})
     found: list[Pair] = []
     thumbs: dict[int, UInt8Array | None] = {}
     for start in range(0, len(order), _CHUNK):
         some = slice(start, start + _CHUNK)
-        later_p, earlier_p = near.later_p[some].tolist(), near.earlier_p[some].tolist()
+        later_p, earlier_p = all_later_p[some].tolist(), all_earlier_p[some].tolist()
         wanted = {*later_p, *earlier_p}
         missing = sorted(wanted - thumbs.keys())
         thumbs = {i: thumb for i, thumb in thumbs.items() if i in wanted}
@@ -67,7 +69,7 @@ def find_duplicates(
         a, b = (np.stack([thumbs[side[p]] for p in usable]) for side in (later_p, earlier_p))  # type: ignore[misc]
         for p, difference in zip(usable, compute_difference(a, b).tolist(), strict=True):
             if difference <= 1:
-                found.append(Pair(later_p[p], earlier_p[p], int(near.distance_p[start + p]), round(difference, 4)))
+                found.append(Pair(later_p[p], earlier_p[p], int(distance_p[start + p]), round(difference, 4)))
     return found, names
 
 
@@ -165,7 +167,7 @@ def decide_sides(
     desk = _Desk(old, new)
     if split.method == "random":
         desk.divide_at_random(split, is_first)
-    pairs, names = find_duplicates(store, desk.hash_n, desk.kind_n, len(desk.old_n), desk.name)
+    pairs, names = find_duplicates(store, desk.list_hashes(), desk.name)
     desk.choose_people(pairs)
     families = desk.place(pairs, names, exclude_leaks=split.on_leak == "exclude")
     families, brought = desk.decide(families, trained, split, is_first=is_first)
@@ -195,19 +197,20 @@ class _Desk:
         self.old_n = order[old.mark_n[order] & SIDE != EXCLUDED]
         self.people = np.array([], np.int64)
 
-    @property
-    def hash_n(self) -> UInt64Array:
-        """The perceptual hashes."""
-        return np.append(self.old.hash_n[self.old_n], self.new.hash_n[self.new_n])
+    def list_hashes(self) -> tuple[Int32Array, UInt64Array, NDArray[np.int8], int]:
+        """Return n, the perceptual hash and the kind of those that have a hash; and how many of them are earlier ones.
 
-    @property
-    def kind_n(self) -> NDArray[np.int8]:
-        """The side of each; LEARNS: it may be train or val alone; 0: it is open; -1: it has no hash."""
+        The kind is the side; LEARNS: it may be train or val alone; 0: it is open.
+        """
+        num_old = len(self.old_n)
         mark_n = np.append(self.old.mark_n[self.old_n], self.new.mark_n[self.new_n])
-        side_n = np.append(mark_n[: len(self.old_n)] & SIDE, self.sides[self.new_n])
-        kind_n = np.where((side_n == 0) & (mark_n & LEARN > 0), LEARNS, side_n).astype(np.int8)
-        kind_n[mark_n & HAS_HASH == 0] = -1
-        return kind_n
+        row_n = np.flatnonzero(mark_n & HAS_HASH).astype(np.int32)
+        kind_n = np.append(mark_n[:num_old] & SIDE, self.sides[self.new_n]).astype(np.int8)
+        kind_n[(kind_n == 0) & (mark_n & LEARN > 0)] = LEARNS
+        hash_n = np.append(self.old.hash_n[self.old_n], self.new.hash_n[self.new_n])
+        if len(row_n) < len(hash_n):
+            hash_n, kind_n = hash_n[row_n], kind_n[row_n]
+        return row_n, hash_n, kind_n, int(np.searchsorted(row_n, num_old))
 
     def name(self, some: Iterable[int]) -> dict[int, str]:
         """Return the sha256 of some images."""

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from visionloop.errors import DiskError
 from visionloop.records import SIDES
 
-RUN_ROWS = 32_768  # that are held before they are put down together: 30 MB at most
+RUN_ROWS = 16_384  # that are held to be sorted and put down together: about 15 MB
+PLAIN_ROWS = 1_024  # the same of what is not sorted
 BLOCK_ROWS = 64  # that are read together; of each sorted run so many are in memory
 # A side in three bits (0: none yet), and marks of an image: it may be train or val alone, `excluded_near_test` as in
 # `Item`, it has a perceptual hash, it comes behind others of the same ordinal.
@@ -45,7 +46,7 @@ class Spill:
     # What is not sorted is the same with the runs one behind the other.
     def __init__(self, folder: Path, *, is_sorted: bool = False) -> None:
         self.folder = folder
-        self._is_sorted = is_sorted
+        self._is_sorted, self._run_rows = is_sorted, RUN_ROWS if is_sorted else PLAIN_ROWS
         self._held: list[Row] = []
         self._runs: list[list[tuple[int, int]]] = []  # of each block where it begins, and how many bytes it has
         self._num_rows = self._num_bytes = 0
@@ -55,7 +56,7 @@ class Spill:
         """Add a row."""
         self._held.append(row)
         self._num_rows += 1
-        if len(self._held) >= RUN_ROWS:
+        if len(self._held) >= self._run_rows:
             self._put_down()
 
     def __len__(self) -> int:
@@ -67,10 +68,11 @@ class Spill:
 
     def pick(self, places: Sequence[int]) -> Iterator[Row]:
         """Yield the rows at some places, in order, of what is not sorted; the first row is at 0."""
-        for (number, block), some in groupby(places, lambda p: (p // RUN_ROWS, p % RUN_ROWS // BLOCK_ROWS)):
+        size = self._run_rows
+        for (number, block), some in groupby(places, lambda p: (p // size, p % size // BLOCK_ROWS)):
             is_held = number == len(self._runs)
             rows = self._held if is_held else self._read(self._runs[number][block])
-            start = number * RUN_ROWS + (0 if is_held else block * BLOCK_ROWS)
+            start = number * size + (0 if is_held else block * BLOCK_ROWS)
             yield from (rows[place - start] for place in some)
 
     def _put_down(self) -> None:
