@@ -238,8 +238,8 @@ def make_version(
 ) -> DatasetVersion:
     """Describe the version after `parent` that holds `records`, of which `changed` are new or differ.
 
-    Both are in the order of their sha256; the digest over all rows is the data version everywhere. `is_whole`: `changed` are all of them, and the parts of the parent are not
-    among those of the version.
+    Both are in the order of their sha256; the digest over all rows is the data version everywhere. `is_whole`:
+    `changed` are all of them, and the parts of the parent are not among those of the version.
     """
     total, number, last = hashlib.sha256(), 0, ""
     counts: dict[str, Counter[str]] = defaultdict(Counter)

@@ -254,9 +254,11 @@ class _Digests:
     """A set of sha256, in 33 bytes each: sorted, and found by their first two bytes."""
 
     def __init__(self, sha256s: Iterable[str]) -> None:
-        digests = np.fromiter((bytes.fromhex(one) for one in sha256s if _SHA256.fullmatch(one)), "V32")
+        self._bytes = bytearray()
+        for sha256 in filter(_SHA256.fullmatch, sha256s):
+            self._bytes += bytes.fromhex(sha256)
+        digests = np.frombuffer(self._bytes, "V32")
         digests.sort()
-        self._bytes = digests.tobytes()
         self._starts = [32 * int(start) for start in np.searchsorted(digests.view(">u2")[::16], np.arange(65_537))]
 
     def __contains__(self, sha256: object) -> bool:
