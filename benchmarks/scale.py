@@ -44,6 +44,7 @@ from visionloop.ingest.inspect import Facts
 from visionloop.ingest.item import Item
 from visionloop.ingest.journal import Journal
 from visionloop.ingest.merge import merge
+from visionloop.ingest.moves import Wishes
 from visionloop.ingest.pull import find_stored
 from visionloop.params import make_params
 from visionloop.promotion.entries import make_entry_key, write_pages
@@ -216,7 +217,7 @@ def measure_ingest(number: int, folder: Path) -> None:
                 checked = check_all(offered, store, params.ingest, known)
                 del known
             with stage(f"{what}: merge: labels, near duplicates, sides, digest", number, store):
-                merged = merge(store, params, parent, checked, now="bench")
+                merged = merge(store, params, parent, checked, now="bench", wishes=Wishes(allow_new_classes=True))
             if merged.version is not parent:
                 with stage(f"{what}: write it", number, store):
                     commit_version(store, merged.version, merged.changed)

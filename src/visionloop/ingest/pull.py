@@ -149,15 +149,10 @@ def pull(
         asked = _digest_asked(params, forgotten, sources, corrections, answers)
         cursors = {} if verify else {**(before.cursors if before else {}), **(last.cursors if last else {})}
         offered = _read_all(sources, context, cursors)
-        known = Known(
-            journal,
-            stored=None if verify else find_stored(store, journal, forgotten),
-            offers=last.offers if last and last.asked == asked and not (relabel or prune) else None,
-            verify=verify,
-            forgotten=forgotten,
-        )
-        checked = check_all(offered, store, params.ingest, known, on_progress)
-        del known  # it has a digest of each image in the store
+        offers = last.offers if last and last.asked == asked and not (relabel or prune) else None
+        # Not held beyond this: it has the digest of each image in the store.
+        known = [Known(journal, None if verify else find_stored(store, journal, forgotten), offers, verify, forgotten)]
+        checked = check_all(offered, store, params.ingest, known.pop(), on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
         if number := checked.num_missing:
             tell(f"{number:,} images were missing from the store: stored again")
