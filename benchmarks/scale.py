@@ -34,7 +34,9 @@ from visionloop.data.manifest import (
     commit_version,
     encode_records,
     iterate_version,
+    latest_version,
     load_version_records,
+    make_image_key,
     make_pin,
     make_version,
 )
@@ -46,6 +48,8 @@ from visionloop.ingest.inspect import Facts
 from visionloop.ingest.item import Item
 from visionloop.ingest.journal import Journal
 from visionloop.ingest.merge import merge
+from visionloop.ingest.moves import Wishes
+from visionloop.ingest.pull import find_stored
 from visionloop.params import make_params
 from visionloop.promotion.entries import make_entry_key, write_pages
 from visionloop.promotion.ledger import append_entry, read_champion, read_ledger
@@ -58,6 +62,8 @@ HEADER = (
     "| what | rows | memory, MB | bytes a row | processor, s | objects read | MB read |\n|---|---|---|---|---|---|---|"
 )
 LOG_ROWS, LOG_PARTS, LOG_FEATURES = 30_000, 4, 64  # of a day; 64 numbers, so that ten million rows fit on a disk
+NUM_FEATURES = 512
+FEW = 1_000  # images that are added to a version
 
 
 class CountedStore(LocalStore):
@@ -97,18 +103,34 @@ class _CountedFile(io.FileIO):
         return data
 
 
+_peaks: list[int] = []  # of the stages that are open: the most memory that was seen in each
+
+
 @contextmanager
 def stage(what: str, rows: int, store: CountedStore | None = None) -> Iterator[None]:
-    """Print the row of a stage: its peak of memory above the start, its processor time, the objects it read."""
+    """Print the row of a stage: its peak of memory above the start, its processor time, the objects it read.
+
+    There may be stages in a stage.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, started = _read_memory("VmRSS"), time.process_time()
+    before, started = _mark_peak(), time.process_time()
+    _peaks.append(0)
     num_read, num_bytes = (store.num_read, store.num_bytes) if store else (0, 0)
     yield
-    seconds, used = time.process_time() - started, max(0, _read_memory("VmHWM") - before)
+    seconds = time.process_time() - started
+    _mark_peak()
+    used = max(0, _peaks.pop() - before)
     read = f"{store.num_read - num_read:,} | {(store.num_bytes - num_bytes) / 1e6:,.1f}" if store else "|"
     print(f"| {what} | {rows:,} | {used / 1e6:,.0f} | {used / rows:,.0f} | {seconds:,.2f} | {read} |", flush=True)
+
+
+def _mark_peak() -> int:
+    """Note the peak until now for all open stages, and let it count from here; return what is held now."""
+    peak = _read_memory("VmHWM")
+    _peaks[:] = [max(one, peak) for one in _peaks]
+    Path("/proc/self/clear_refs").write_text("5")
+    return _read_memory("VmRSS")
 
 
 def _read_memory(name: str) -> int:
@@ -222,33 +244,53 @@ def _any_digest() -> Iterator[None]:
         assert "rows have digest" in str(exc), exc
 
 
-def measure_ingest(number: int, folder: Path) -> None:
-    """Pull what the journal knows, as every pull but the first: offers, what is known of them, merge, commit."""
-    store, params = CountedStore(folder), make_params({"name": "m", "ingest": {"max_rejected_ratio": 1.0}})
-    journal = Journal(folder / "journal.sqlite", store.url, params.ingest)
-    for start in range(0, number, 10_000):
-        journal.keep(
-            (item.origin, item.stamp, _make_facts(i)) for i, item in _offer(start, min(number, start + 10_000))
-        )
-    journal.flush()
-    offered = (item for _, item in _offer(0, number))
-    with stage("offers of a source, and what is known of them", number):
-        checked = check_all(offered, store, params.ingest, Known(journal))
-    with stage("merge into the first version: labels, near duplicates, sides", number):
-        merged = merge(store, params, None, checked, now="bench")
-    with stage("write it", number):
-        commit_version(store, merged.version, merged.changed)
-    del merged
-    with stage("the same pull again, merged into that version", number):
-        from visionloop.data.manifest import latest_version
+class StoreOfAll(CountedStore):
+    """A store that lists images which are not there."""
 
-        again = merge(store, params, latest_version(store, "m"), checked, now="bench")
-        assert not again.changed
+    num_images = 0
+
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        if prefix != "images/":
+            return super().list(prefix, after)
+        return (make_image_key(make_sha256(i)) for i in range(self.num_images))
+
+
+def measure_ingest(number: int, folder: Path) -> None:
+    """Pull what the journal knows: the first version, the same once more, and a few images more.
+
+    Each pull is one stage, as all that it holds is on top of each other; then its memory by parts of it.
+    """
+    store, params = StoreOfAll(folder), make_params({"name": "m", "ingest": {"max_rejected_ratio": 1.0}})
+    store.num_images = number + FEW
+    journal = Journal(folder / "journal.sqlite", store.url, params.ingest)
+    for start in range(0, number + FEW, 10_000):
+        stop = min(number + FEW, start + 10_000)
+        journal.keep((item.origin, item.stamp, _make_facts(i)) for i, item in _offer(start, stop))
+    journal.flush()
+
+    def pull(what: str, num_offered: int) -> None:
+        offered = (item for _, item in _offer(0, num_offered))
+        parent = latest_version(store, "m")
+        with stage(f"{what}: all of it", number, store):
+            with stage(f"{what}: offers, and what is known of them", number, store):
+                known = Known(journal, find_stored(store, journal, frozenset()))
+                checked = check_all(offered, store, params.ingest, known)
+                del known
+            with stage(f"{what}: merge: labels, near duplicates, sides, digest", number, store):
+                merged = merge(store, params, parent, checked, now="bench", wishes=Wishes(allow_new_classes=True))
+            if merged.version is not parent:
+                with stage(f"{what}: write it", number, store):
+                    commit_version(store, merged.version, merged.changed)
+
+    pull("first pull", number)
+    pull("the same again", number)
+    pull(f"{FEW:,} images more", number + FEW)
 
 
 def _offer(start: int, stop: int) -> Iterator[tuple[int, Item]]:
+    """Offer images in the order of their paths, as a folder does: 10,000 of each class."""
     for i in range(start, stop):
-        label = f"class{i % 100}"
+        label = f"class{i // 10_000:05d}"
         place = f"photos:{label}/{i:08d}.jpg"
         yield i, Item(place, "photos", (label,), _no_bytes, f"{90_000 + i}-1795000000000000000-{i}")
 

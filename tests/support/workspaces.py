@@ -88,6 +88,7 @@ def commit(
     name: str = NAME,
 ) -> DatasetVersion:
     """Commit the version that has `changed` on top of `before`."""
+    changed = sorted(changed, key=lambda row: row.sha256)
     rows = {row.sha256: row for row in (*before, *changed)}
     version = make_version(
         name,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ _WINDOW = 512
 # Limits where thousands of images look alike (a camera that never moves): pairs of an image, and pairs in all.
 _NEAREST = 16
 _MOST_PAIRS = 4_000_000
+_AT_ONCE = 262_144  # pairs of values that are compared together
 
 THUMB_PX = 32
 _MAX_RMS = 8.0
@@ -41,6 +43,7 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 UInt64Array = NDArray[np.uint64]
 IntArray = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 
 
 def compute_phash_of_grey(grey_hw: NDArray[np.uint8]) -> str:
@@ -90,7 +93,7 @@ class Pairs:
     distance_p: IntArray
 
 
-def find_near_pairs(hash_n: UInt64Array, kind_n: IntArray, first_new: int) -> Pairs:
+def find_near_pairs(hash_n: UInt64Array, kind_n: NDArray[Any], first_new: int) -> Pairs:
     """Return pairs of rows whose hashes differ in at most four bits. The later row is at or after `first_new`.
 
     `kind_n` is a small number for the side of each row. Of each kind an image keeps the 16 nearest earlier rows. So
@@ -111,19 +114,33 @@ def find_near_pairs(hash_n: UInt64Array, kind_n: IntArray, first_new: int) -> Pa
     #    A pair that is found in several tables counts in the first one only.
     # 3. Back to rows: u0 is row 0, u2 is rows 1 and 3, so (1, 0) and (3, 0). Equal hashes are a pair too: (3, 1).
     # 4. Nearest first, at most 16 for each kind: row 1 keeps row 0 (4 bits); row 3 keeps row 1 (0) and row 0 (4).
-    value_u, value_n = np.unique(hash_n, return_inverse=True)
+    value_u, value_n = _number(hash_n)
     is_new_u = np.zeros(len(value_u), bool)
     is_new_u[value_n[first_new:]] = True
     near = [*_find_near_values(value_u, is_new_u)]
     left_p, right_p = (np.concatenate([np.array([], np.int64), *(pair[i] for pair in near)]) for i in (0, 1))
     # A value is near itself: images whose hashes are equal.
-    same_u = np.flatnonzero(is_new_u)
-    later_p, earlier_p = _expand(np.append(left_p, same_u), np.append(right_p, same_u), value_n, kind_n)
+    same_u = np.flatnonzero(is_new_u & (np.bincount(value_n, minlength=len(value_u)) > 1))
+    left_p, right_p = np.append(left_p, same_u), np.append(right_p, same_u)
+    is_near_u = np.zeros(len(value_u), bool)
+    is_near_u[left_p] = is_near_u[right_p] = True
+    rows = np.flatnonzero(is_near_u[value_n])  # most images are near no other
+    later_p, earlier_p = (rows[end_p] for end_p in _expand(left_p, right_p, value_n[rows], kind_n[rows]))
     is_pair = (later_p >= first_new) & (later_p != earlier_p)
     later_p, earlier_p = later_p[is_pair], earlier_p[is_pair]
     distance_p = np.bitwise_count(hash_n[later_p] ^ hash_n[earlier_p]).astype(np.int64)
     keep = _choose_nearest(later_p, earlier_p, distance_p, kind_n)
     return Pairs(later_p[keep], earlier_p[keep], distance_p[keep])
+
+
+def _number(hash_n: UInt64Array) -> tuple[UInt64Array, Int32Array]:
+    """Return the different hashes, sorted, and the number of each row's. As `np.unique`, in a third of the memory."""
+    order = np.argsort(hash_n).astype(np.int32)
+    sorted_n = hash_n[order]
+    is_first_n = np.append(True, sorted_n[1:] != sorted_n[:-1])[: len(order)]
+    value_n = np.empty(len(order), np.int32)
+    value_n[order] = np.cumsum(is_first_n, dtype=np.int32) - 1
+    return sorted_n[is_first_n], value_n
 
 
 def compute_difference(thumbs_a: NDArray[np.uint8], thumbs_b: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -154,25 +171,35 @@ def _find_near_values(value_u: UInt64Array, is_new_u: NDArray[np.bool_]) -> Iter
     """
     masks, found = _make_masks(), 0
     for number, mask in enumerate(masks):
-        key_u = value_u & mask
-        new_keys = np.unique(key_u[is_new_u])
-        place = np.minimum(np.searchsorted(new_keys, key_u), max(0, len(new_keys) - 1))
-        in_play = np.flatnonzero(new_keys[place] == key_u) if len(new_keys) else place
-        order = in_play[np.argsort(key_u[in_play], kind="stable")]
-        value, key, is_new = value_u[order], key_u[order], is_new_u[order]
-        start = np.arange(len(order))
+        order = _sort_by_key(value_u, is_new_u, mask)
+        value = value_u[order]
+        start = np.flatnonzero(((value[1:] ^ value[:-1]) & mask) == 0).astype(np.int32)
         for step in range(1, min(_WINDOW, len(order))):
             start = start[start < len(order) - step]
-            start = start[key[start] == key[start + step]]
+            start = start[((value[start] ^ value[start + step]) & mask) == 0]
             if not len(start) or (found > _MOST_PAIRS and step > _NEAREST):
                 break
-            apart = value[start] ^ value[start + step]
-            hit = (np.bitwise_count(apart) <= MAX_DISTANCE) & (is_new[start] | is_new[start + step])
-            # An earlier table has found the pair if the bits that it keeps are equal.
-            for earlier in masks[:number]:
-                hit &= (apart & earlier) != 0
-            found += int(hit.sum())
-            yield order[start[hit]], order[start[hit] + step]
+            for first in range(0, len(start), _AT_ONCE):
+                some = start[first : first + _AT_ONCE]
+                left, right = order[some], order[some + step]
+                apart = value_u[left] ^ value_u[right]
+                hit = (np.bitwise_count(apart) <= MAX_DISTANCE) & (is_new_u[left] | is_new_u[right])
+                # An earlier table has found the pair if the bits that it keeps are equal.
+                for earlier in masks[:number]:
+                    hit &= (apart & earlier) != 0
+                found += int(hit.sum())
+                yield left[hit].astype(np.int64), right[hit].astype(np.int64)
+
+
+def _sort_by_key(value_u: UInt64Array, is_new_u: NDArray[np.bool_], mask: np.uint64) -> Int32Array:
+    """Return the values whose key a new value has, in the order of their keys. The key is what the mask keeps."""
+    key_u = value_u & mask
+    if is_new_u.all():
+        return np.argsort(key_u, kind="stable").astype(np.int32)
+    new_keys = np.unique(key_u[is_new_u])
+    place = np.minimum(np.searchsorted(new_keys, key_u), max(0, len(new_keys) - 1))
+    in_play = np.flatnonzero(new_keys[place] == key_u) if len(new_keys) else place[:0]
+    return in_play[np.argsort(key_u[in_play], kind="stable")].astype(np.int32)
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +209,9 @@ def _make_masks() -> tuple[np.uint64, ...]:
     return tuple(np.uint64(a | b) for a, b in combinations(bands, 2))
 
 
-def _expand(left_p: IntArray, right_p: IntArray, value_n: IntArray, kind_n: IntArray) -> tuple[IntArray, IntArray]:
+def _expand(
+    left_p: IntArray, right_p: IntArray, value_n: Int32Array, kind_n: NDArray[Any]
+) -> tuple[IntArray, IntArray]:
     """Turn pairs of values into pairs of rows (later, earlier).
 
     Where this would give more than `_MOST_PAIRS` pairs, only the first rows of each value and kind are paired with
@@ -218,7 +247,7 @@ def _cross(first_a: IntArray, count_a: IntArray, first_b: IntArray, count_b: Int
     return first_a[pair] + place // count_b[pair], first_b[pair] + place % count_b[pair]
 
 
-def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray, kind_n: IntArray) -> IntArray:
+def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray, kind_n: NDArray[Any]) -> IntArray:
     """Return the pairs to keep, by later row: each pair once, and for each kind the nearest earlier rows."""
     order = np.lexsort((earlier_p, distance_p, kind_n[earlier_p], later_p))
     later, earlier = later_p[order], earlier_p[order]
@@ -228,7 +257,7 @@ def _choose_nearest(later_p: IntArray, earlier_p: IntArray, distance_p: IntArray
     return np.asarray(order[rank < _NEAREST])
 
 
-def _rank(first: IntArray, second: IntArray) -> IntArray:
+def _rank(first: NDArray[Any], second: NDArray[Any]) -> IntArray:
     """Number the rows that are equal in both columns: 0, 1, 2 ... in their order.
 
     Example: first = [7, 7, 5, 7], second = [0, 0, 0, 0] gives [0, 1, 0, 2].

@@ -8,6 +8,7 @@ Members are in order: images of earlier versions first, then the new ones as the
 once, when an image is first seen, and stored in the manifest.
 """
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -106,11 +107,14 @@ def place_members(
 
 
 class _Placing:
-    """Families while they grow: a union-find forest whose root is the earliest member. Each has one side at most."""
+    """Families while they grow: a union-find forest whose root is the earliest member. Each has one side at most.
+
+    Arrays, not lists of numbers: all images of a dataset may be in groups.
+    """
 
     def __init__(self, members: Sequence[Member], exclude_leaks: bool) -> None:
         self.members, self.exclude_leaks = members, exclude_leaks
-        self.parents = list(range(len(members)))
+        self.parents = array("q", range(len(members)))
         self.states = [m.side or ("learn" if m.learn else None) for m in members]
         self.excluded: set[int] = set()
         self.leaks: dict[tuple[int, str], FamilyLeak] = {}
@@ -140,7 +144,7 @@ class _Placing:
 
     def join_groups(self) -> None:
         """Join the members of each group, as `link` does with pairs."""
-        groups: dict[str, list[int]] = defaultdict(list)
+        groups: dict[str, array[int]] = defaultdict(lambda: array("q"))
         for i, member in enumerate(self.members):
             if member.group is not None and i not in self.excluded:
                 groups[member.group].append(i)
@@ -151,7 +155,7 @@ class _Placing:
     def finish(self, choose: Callable[[str, bool], str]) -> Families:
         """Return the result. A family's key is that of its first old member, else its first group, else its root."""
         keys: dict[int, str] = {}
-        roots = [self._find(i) for i in range(len(self.members))]
+        roots = array("q", map(self._find, range(len(self.members))))
         for wanted in (lambda m: m.is_old, lambda m: m.group is not None, lambda m: True):
             for i, member in enumerate(self.members):
                 if roots[i] not in keys and i not in self.excluded and wanted(member):

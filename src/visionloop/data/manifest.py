@@ -16,9 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from visionloop.errors import DatasetError, ObjectMissing, StoreError
 from visionloop.params.text import has_conflict_marks
@@ -27,7 +28,7 @@ from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
 
 # One more place where an image was found does not change what is learned from it.
-NOTIN_DIGEST = frozenset({"sources", "origins"})
+NOT_IN_DIGEST = frozenset({"sources", "origins"})
 PART_ROWS = 250_000
 GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
 BATCH_ROWS = 4096
@@ -55,24 +56,24 @@ COLUMNS = {
 _encode_row = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
-_get_row = attrgetter(*COLUMNS)
-IN_DIGEST = tuple(name for name in COLUMNS if name not in NOTIN_DIGEST)
+get_row = attrgetter(*COLUMNS)
+IN_DIGEST = tuple(name for name in COLUMNS if name not in NOT_IN_DIGEST)
 _get_digested = attrgetter(*IN_DIGEST)
 # Columns whose values many rows share: each is held once.
 SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 
 
+class Rows(Protocol):
+    """Rows that may be read again and again, and whose number is known: a list, or what reads them from elsewhere."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[ImageRecord]: ...
+
+
 def make_image_key(sha256: str) -> str:
     """Return the store key of an image's bytes."""
     return f"images/{sha256[:2]}/{sha256}"
-
-
-def compute_dataset_digest(records: Iterable[ImageRecord]) -> str:
-    """Return the sha256 over the rows in the order of sha256: the data version everywhere."""
-    total = hashlib.sha256()
-    for record in sorted(records, key=lambda r: r.sha256):
-        total.update(_encode_for_digest(record))
-    return total.hexdigest()
 
 
 def _encode_for_digest(record: ImageRecord) -> bytes:
@@ -84,37 +85,39 @@ def compute_rows_digest(records: Iterable[ImageRecord]) -> str:
     """Return the sha256 over all fields of rows, in their order: the name of a part. As `compute_digest` of a list."""
     total, between = hashlib.sha256(b"["), b""
     for record in records:
-        total.update(between + _encode_row(dict(zip(COLUMNS, _get_row(record), strict=True))).encode())
+        total.update(between + _encode_row(dict(zip(COLUMNS, get_row(record), strict=True))).encode())
         between = b","
     total.update(b"]")
     return total.hexdigest()
 
 
-def encode_records(records: Sequence[ImageRecord]) -> bytes:
+def encode_records(records: Iterable[ImageRecord]) -> bytes:
     """Encode rows, sorted by sha256, as Parquet."""
     sink = BytesIO()
     write_records(sink, records)
     return sink.getvalue()
 
 
-def write_records(sink: BinaryIO, records: Sequence[ImageRecord]) -> None:
+def write_records(sink: BinaryIO, records: Iterable[ImageRecord]) -> None:
     """Write rows, sorted by sha256, as Parquet, one group after the other."""
+    _write_in_order(sink, sorted(records, key=lambda r: r.sha256))
+
+
+def _write_in_order(sink: BinaryIO, records: Iterable[ImageRecord]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
     schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
-    rows = sorted(records, key=lambda r: r.sha256)
+    rows = iter(records)
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for some in _split(rows, GROUP_ROWS):
+        some = [*islice(rows, GROUP_ROWS)]
+        while True:
+            assert all(a.sha256 <= b.sha256 for a, b in pairwise(some)), "rows are in the order of their sha256"
             columns = {name: [getattr(row, name) for row in some] for name in COLUMNS}
             writer.write_table(pa.table(columns, schema=schema))
-
-
-def _split(rows: Sequence[ImageRecord], most: int) -> Iterator[Sequence[ImageRecord]]:
-    """Yield rows in runs of so many; one empty run if there are none."""
-    for start in range(0, max(1, len(rows)), most):
-        yield rows[start : start + most]
+            if not (some := [*islice(rows, GROUP_ROWS)]):
+                return
 
 
 def decode_records(data: bytes, where: str) -> list[ImageRecord]:
@@ -194,41 +197,55 @@ def rank_rows(rows: Iterable[ImageRecord], rank: int) -> Iterator[tuple[str, int
 def make_version(
     name: str,
     parent: DatasetVersion | None,
-    records: Sequence[ImageRecord],
-    changed: Sequence[ImageRecord],
+    records: Iterable[ImageRecord],
+    changed: Rows,
     *,
     is_whole: bool = False,
     **facts: Any,
 ) -> DatasetVersion:
     """Describe the version after `parent` that holds `records`, of which `changed` are new or differ.
 
-    `is_whole`: `changed` are all of them, and the parts of the parent are not among those of the version.
+    Both are in the order of their sha256; the digest over all rows is the data version everywhere. `is_whole`:
+    `changed` are all of them, and the parts of the parent are not among those of the version.
     """
+    total, number, last = hashlib.sha256(), 0, ""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    classes, sources = set[str](), set[str]()
     for record in records:
+        assert last <= record.sha256, "rows are in the order of their sha256"
+        last, number = record.sha256, number + 1
+        total.update(_encode_for_digest(record))
         counts[record.side].update(record.labels or ("(unlabelled)",))
+        classes.update(record.labels)
+        sources.update(record.sources)
     return DatasetVersion(
         name=name,
         version=parent.version + 1 if parent else 1,
-        digest=compute_dataset_digest(records),
+        digest=total.hexdigest(),
         parent=parent.version if parent else None,
-        parts=(
-            *(parent.parts if parent and not is_whole else ()),
-            *(compute_rows_digest(rows) for rows in _split(changed, PART_ROWS)),
-        ),
-        num_images=len(records),
-        classes=tuple(sorted({label for r in records for label in r.labels})),
+        parts=(*(parent.parts if parent and not is_whole else ()), *map(compute_rows_digest, _split_parts(changed))),
+        num_images=number,
+        classes=tuple(sorted(classes)),
         counts={side: dict(sorted(counts[side].items())) for side in SIDES if counts[side]},
-        sources=tuple(sorted({source for r in records for source in r.sources})),
+        sources=tuple(sorted(sources)),
         **facts,
     )
 
 
-def commit_version(store: ObjectStore, version: DatasetVersion, changed: Sequence[ImageRecord]) -> bool:
+def _split_parts(changed: Rows) -> Iterator[Iterator[ImageRecord]]:
+    """Yield the rows of each part, to be read at once; of one without rows, if there are none."""
+    rows = iter(changed)
+    for _ in range(max(1, -(-len(changed) // PART_ROWS))):
+        yield islice(rows, PART_ROWS)
+
+
+def commit_version(store: ObjectStore, version: DatasetVersion, changed: Rows) -> bool:
     """Write a version: its rows first, then the commit object. False if another process took the number."""
-    runs = list(_split(changed, PART_ROWS))
-    for part, rows in zip(version.parts[-len(runs) :], runs, strict=True):
-        store.put(f"manifests/{part}.parquet", encode_records(rows))
+    runs = max(1, -(-len(changed) // PART_ROWS))
+    for part, rows in zip(version.parts[-runs:], _split_parts(changed), strict=True):
+        sink = BytesIO()
+        _write_in_order(sink, rows)
+        store.put(f"manifests/{part}.parquet", sink.getvalue())
     store.sync()
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))
 

@@ -10,15 +10,18 @@ An image of several labels, and a family of several classes, counts for the rare
 
 import hashlib
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionloop.records import SIDES
 
 USED = SIDES[:3]
+_TRAIN, _VAL, _TEST = range(3)
 Fractions = tuple[float, ...]
 
 
@@ -40,7 +43,7 @@ class Division:
 
 
 def divide(
-    families: Sequence[Undecided],
+    families: Iterable[Undecided],
     seed: int,
     fractions: Fractions,
     *,
@@ -52,41 +55,86 @@ def divide(
 
     The order of the families does not matter.
     """
-    if is_first:
-        sides = _divide_by_class(families, seed, fractions)
-    else:
-        sides = [choose_side(one.key, seed, fractions, test_is_given=one.learn) for one in families]
-    brought: Counter[str] = Counter()
-    have = Counter(num_train or {})
-    have.update(label for one, side in zip(families, sides, strict=True) if side == "train" for label in one.labels)
-    by_label: dict[str, list[int]] = defaultdict(list)
-    for i, one in enumerate(families):
-        for label in one.labels:
-            by_label[label].append(i)
-    for label in sorted(by_label):
-        nearest = sorted(by_label[label], key=lambda i: (-compute_position(families[i].key, seed), families[i].key))
-        for i in [i for i in nearest if sides[i] != "train"][: max(0, min_train - have[label])]:
-            sides[i] = "train"
-            have.update(families[i].labels)
-            brought[label] += 1
-    return Division(sides, dict(brought))
+    table = _Table(families, seed, None if is_first else fractions)
+    if not table.sets:
+        return Division([], {})
+    side_n = _divide_by_class(table, fractions) if is_first else table.side_n
+    brought = _bring(table, side_n, min_train, Counter(num_train or {}))
+    return Division([USED[side] for side in side_n.tolist()], brought)
 
 
-def _divide_by_class(families: Sequence[Undecided], seed: int, fractions: Fractions) -> list[str]:
+class _Table:
+    """Families as columns, for there are millions: positions, numbers of their labels in `sets`, `learn`.
+
+    The sides that the bare hash gives are those of `fractions`; None: they are not asked for. Keys are not held: no two
+    positions are equal (53 bits), but of the same key.
+    """
+
+    def __init__(self, families: Iterable[Undecided], seed: int, fractions: Fractions | None) -> None:
+        numbers: dict[frozenset[str], int] = {}
+        positions, sets, learn, sides = array("d"), array("i"), bytearray(), bytearray()
+        for one in families:
+            positions.append(compute_position(one.key, seed))
+            sets.append(numbers.setdefault(one.labels, len(numbers)))
+            learn.append(one.learn)
+            if fractions:
+                sides.append(USED.index(choose_side(one.key, seed, fractions, test_is_given=one.learn)))
+        self.sets = [*numbers]
+        self.position_n = np.frombuffer(positions, np.float64)
+        self.set_n = np.frombuffer(sets, np.int32)
+        self.learn_n = np.frombuffer(learn, np.bool_)
+        self.side_n = np.frombuffer(sides, np.uint8)
+
+    def count_labels(self, set_n: NDArray[np.int32]) -> Counter[str]:
+        """Return how many of these families have each label."""
+        counts = Counter[str]()
+        for labels, number in zip(self.sets, np.bincount(set_n, minlength=len(self.sets)).tolist(), strict=True):
+            counts.update(dict.fromkeys(labels, number))
+        return counts
+
+
+def _divide_by_class(table: _Table, fractions: Fractions) -> NDArray[np.uint8]:
     """Rank the families of each class by their hash, and cut the ranking where the fractions say."""
-    counts = Counter(label for one in families for label in one.labels)
-    strata: dict[tuple[bool, str], list[int]] = defaultdict(list)
-    for i, one in enumerate(families):
-        strata[one.learn, min(one.labels, key=lambda label: (counts[label], label), default="")].append(i)
-    sides = [""] * len(families)
+    counts = table.count_labels(table.set_n)
+    rarest = [min(labels, key=lambda label: (counts[label], label), default="") for labels in table.sets]
+    pairs = np.unique(2 * table.set_n.astype(np.int64) + table.learn_n).tolist()
+    strata = sorted({(bool(pair % 2), rarest[pair // 2]) for pair in pairs})
+    number_of = {stratum: number for number, stratum in enumerate(strata)}
+    # By the number of the labels, once without and once with `learn`.
+    number_ls = np.array([[number_of.get((learn, label), 0) for label in rarest] for learn in (False, True)], np.int32)
+    stratum_n = number_ls[table.learn_n.astype(np.int8), table.set_n]
+    order = np.lexsort((table.position_n, stratum_n))
+    side_n = np.empty(len(order), np.uint8)
     owed = {learn: dict.fromkeys(USED, 0.0) for learn in (False, True)}
-    for learn, label in sorted(strata):
-        ranked = sorted(strata[learn, label], key=lambda i: (compute_position(families[i].key, seed), families[i].key))
-        numbers = _count_sides(len(ranked), _without_test(fractions) if learn else fractions, owed[learn])
-        given = [side for side in ("test", "val", "train") for _ in range(numbers[side])]
-        for i, side in zip(ranked, given, strict=True):
-            sides[i] = side
-    return sides
+    start = 0
+    for (learn, _), size in zip(strata, np.bincount(stratum_n, minlength=len(strata)).tolist(), strict=True):
+        numbers = _count_sides(size, _without_test(fractions) if learn else fractions, owed[learn])
+        for side in (_TEST, _VAL, _TRAIN):
+            end = start + numbers[USED[side]]
+            side_n[order[start:end]] = side
+            start = end
+    return side_n
+
+
+def _bring(table: _Table, side_n: NDArray[np.uint8], min_train: int, have: Counter[str]) -> dict[str, int]:
+    """Bring the nearest keys of classes that have too few on train there, in `side_n`; return how many."""
+    have.update(table.count_labels(table.set_n[side_n == _TRAIN]))
+    sets_of: dict[str, list[int]] = defaultdict(list)
+    for number, labels in enumerate(table.sets):
+        for label in labels:
+            sets_of[label].append(number)
+    order = np.argsort(table.set_n, kind="stable")
+    ends = np.cumsum(np.bincount(table.set_n, minlength=len(table.sets)))
+    brought: Counter[str] = Counter()
+    for label in sorted(label for label in sets_of if have[label] < min_train):
+        rows = np.concatenate([order[ends[number - 1] if number else 0 : ends[number]] for number in sets_of[label]])
+        rows = rows[side_n[rows] != _TRAIN]
+        nearest = rows[np.argsort(-table.position_n[rows], kind="stable")]
+        for row in nearest[: max(0, min_train - have[label])].tolist():
+            side_n[row] = _TRAIN
+            have.update(table.sets[table.set_n[row]])
+            brought[label] += 1
+    return dict(brought)
 
 
 def _count_sides(number: int, fractions: Fractions, owed: dict[str, float]) -> dict[str, int]:
@@ -118,7 +166,8 @@ def find_lone_films(rows: Iterable[tuple[str | None, str, Sequence[str]]]) -> di
     for group, side, labels in rows:
         if side in USED:
             for label in labels:
-                seen[label].add((group, side))
+                if len(seen[label]) < 2:  # it is not alone, whatever else there is
+                    seen[label].add((group, side))
     lone = {label: next(iter(places)) for label, places in seen.items() if len(places) == 1}
     return {label: (group, side) for label, (group, side) in sorted(lone.items()) if group is not None}
 

@@ -5,10 +5,11 @@ sources, whichever thread is done first.
 
 There are as many threads as cores, and more of them while they wait for a network; at any time at most one image per
 core is decoded. Work goes out in batches that take about 0.03 s, at most two batches per thread ahead, so a long source
-uses no memory except for its results.
+uses no memory for what waits; results are put down on the disk.
 """
 
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,12 @@ from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any
 
+import numpy as np
+
 from visionloop.data.manifest import make_image_key
 from visionloop.errors import ImageError, VisionLoopError
-from visionloop.ingest.inspect import Facts, Inspected, inspect_for_store, make_inspected, make_rejected
-from visionloop.ingest.journal import SHA256, STAMP, Journal, Offers, Row, unpack_row
+from visionloop.ingest.inspect import Facts, Inspections, inspect_for_store, make_rejected
+from visionloop.ingest.journal import SHA256, STAMP, Ahead, Journal, Offers, Row, unpack_row
 from visionloop.ingest.sources import Cursor, Item, PassedOver
 from visionloop.parallel import count_cores
 from visionloop.params import Ingest
@@ -29,13 +32,13 @@ from visionloop.store import ObjectStore
 # Example: four images on two cores. The journal knows a.jpg with today's stamp; c.jpg is damaged.
 #
 #     offered   a.jpg            b.jpg             c.jpg             d.jpg
-#     slots     0: journal row   1: None           2: None           3: None
+#     ordinals  0: is known      1: to be read     2: to be read     3: to be read
 #     batches   -                [1] to thread 0   [2] to thread 1   [3] waits: two cores, so two threads
 #
 # Thread 1 is done first: ItemResult(2, c.jpg, Rejected). It took 1 ms, so later batches hold 0.03 s / 1 ms = 30 items.
 # Had the threads spent less than half of their time on a core, a third one would start. Thread 1 takes [3]. `settle`
-# puts each result into its slot as it comes, here 2, 3, 1, and into the journal; so the next pull reads none of the
-# four. `close` goes through the slots 0 to 3: inspected a.jpg, b.jpg, d.jpg; rejected c.jpg; 4 seen, 3 read.
+# keeps each result as it comes, here 2, 3, 1, and puts it into the journal; so the next pull reads none of the four. At
+# the end: inspected a.jpg, b.jpg, d.jpg; rejected c.jpg; 4 seen, 3 read.
 MAX_READERS = 32
 KEPT_ROWS = 100_000
 _BATCH_S = 0.03
@@ -223,11 +226,11 @@ class Checked:
     `num_places` are the places of files that were offered or rejected, each once; `num_passed_over` the other files;
     `more_rows` the rejected rows, by code, that are too many to be listed.
     `offers` is a digest of all that was offered, in order: place, stamp, label, side and group; None when an item has
-    no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then images and rejections are
-    left out here. `rejected_labels` counts, by label, the files that were read and cannot be used.
+    no stamp. `is_as_before`: this digest equals `Known.offers` and nothing was read; then rejections are left out here.
+    `rejected_labels` counts, by label, the files that were read and cannot be used.
     """
 
-    inspected: list[Inspected] = field(default_factory=list)
+    inspected: Inspections
     rejected: list[Rejected] = field(default_factory=list)
     cursors: dict[str, str] = field(default_factory=dict)
     num_seen: int = 0
@@ -293,20 +296,23 @@ def check_all(
 
 
 class _Tally:
-    """Every item that was offered, in order, each with the journal's row or with its result."""
+    """Every item that was offered, with the journal's row or with its result; `rejected` with their ordinals."""
 
     def __init__(self, known: Known, on_progress: Callable[[int, int], None]) -> None:
-        self.rejected: list[Rejected] = []
         self.cursors: dict[str, str] = {}
+        self.num_passed_over = 0
         self._known = known
         self._on_progress = on_progress
-        self._rows: dict[str, dict[str, Row]] = {}
-        self._has_rows: dict[str, bool] = {}
+        self._ahead: dict[str, Ahead] = {}
         self._offers = Offers()
-        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self._slots: list[tuple[Item, Facts | Rejected] | ItemResult | None] = []
+        self._inspected = Inspections(known.journal.folder)
+        self._refused: list[Rejected] = []
+        self._rejected: list[tuple[int, Rejected]] = []
+        self._labels: Counter[str] = Counter()
+        self._places = array("q")  # Python's hashes of them: 64 bits are enough to tell millions apart
+        self._held: set[str] = set()  # sources whose cursor must not move: an image is to be asked for again
         self._num_rows: Counter[str] = Counter()
-        self.num_passed_over = self._num_done = self._num_read = self._num_missing = 0
+        self._num_seen = self._num_done = self._num_read = self._num_missing = 0
 
     def reject(self, one: Rejected) -> None:
         """Keep what a source has rejected; of rows that lead to no file so many of a kind, the others are counted."""
@@ -314,83 +320,73 @@ class _Tally:
             self._num_rows[one.code] += 1
             if self._num_rows[one.code] > KEPT_ROWS:
                 return
-        self.rejected.append(one)
+        else:
+            self._places.append(hash(one.origin))
+        self._refused.append(one)
 
     def count(self, item: Item) -> int | None:
-        """Give an item its slot; return the slot's number if the item must be read."""
+        """Give an item its ordinal; return it if the item must be read."""
+        ordinal = self._num_seen
+        self._num_seen += 1
         self._offers.add(item)
+        self._places.append(hash(item.origin))
         row = self._find(item)
-        self._slots.append(None if row is None else (item.without_bytes(self._labels), unpack_row(row)))
-        self._num_done += row is not None
-        return len(self._slots) - 1 if row is None else None
+        if row is None:
+            return ordinal
+        self._keep(ordinal, item, unpack_row(row))
+        self._num_done += 1
+        return None
 
     def settle(self, results: list[ItemResult]) -> None:
-        """Put results into their slots, and into the journal if they are lasting."""
+        """Keep results, and put them into the journal if they are lasting."""
         self._known.journal.keep([(o.item.origin, o.item.stamp, o.found) for o in results if o.is_lasting])
-        for result in results:
-            result.item = result.item.without_bytes(self._labels)
-            self._slots[result.ordinal] = result
+        for one in results:
+            self._keep(one.ordinal, one.item, one.found)
+            if isinstance(one.found, Rejected) and one.found.code == PASSING:
+                self._held.add(one.item.source)
         self._num_done += len(results)
         self._num_read += len(results)
         self._on_progress(self._num_done, 0)
 
     def close(self) -> Checked:
-        """Return everything, in the order of the sources."""
-        num_seen = len(self._slots)
+        """Return everything; what is rejected in the order of the sources."""
         more = {code: number - KEPT_ROWS for code, number in self._num_rows.items() if number > KEPT_ROWS}
-        self._on_progress(num_seen, num_seen)
-        offers = self._offers.close(self.rejected, self.cursors, more)
+        self._on_progress(self._num_seen, self._num_seen)
+        offers = self._offers.close(self._refused, self.cursors, more)
         facts: dict[str, Any] = {
-            "num_seen": num_seen,
-            "num_places": self._count_places(),
+            "inspected": self._inspected,
+            "num_seen": self._num_seen,
+            "num_places": len(np.unique(np.frombuffer(self._places, np.int64))) if self._places else 0,
             "num_passed_over": self.num_passed_over,
             "more_rows": more,
             "offers": offers,
         }
         if offers is not None and offers == self._known.offers and not self._num_read:
             return Checked(cursors=self.cursors, is_as_before=True, **facts)
-        held = self._list_held()
-        self._rows.clear()
-        inspected, rejected, labels = list[Inspected](), [*self.rejected], Counter[str]()
-        for ordinal, slot in ((i, slot) for i, slot in enumerate(self._slots) if slot is not None):
-            item, found = (slot.item, slot.found) if isinstance(slot, ItemResult) else slot
-            if isinstance(found, Rejected):
-                rejected.append(found)
-                labels.update(item.labels)
-            else:
-                inspected.append(make_inspected(item, ordinal, found))
-            self._slots[ordinal] = None  # not held twice
+        self._rejected.sort(key=lambda pair: pair[0])
         return Checked(
-            inspected=inspected,
-            rejected=rejected,
-            cursors={source: value for source, value in self.cursors.items() if source not in held},
+            rejected=[*self._refused, *(one for _, one in self._rejected)],
+            cursors={source: value for source, value in self.cursors.items() if source not in self._held},
             num_read=self._num_read,
             num_missing=self._num_missing,
-            rejected_labels=labels,
+            rejected_labels=self._labels,
             **facts,
         )
 
-    def _count_places(self) -> int:
-        places = {one.origin for one in self.rejected if not one.is_row}
-        slots = (slot for slot in self._slots if slot is not None)
-        places.update(slot.item.origin if isinstance(slot, ItemResult) else slot[0].origin for slot in slots)
-        return len(places)
-
-    def _list_held(self) -> set[str]:
-        """Return the sources whose cursor must not move: an image could not be read, and is asked for again."""
-        new = (slot for slot in self._slots if isinstance(slot, ItemResult))
-        return {o.item.source for o in new if isinstance(o.found, Rejected) and o.found.code == PASSING}
+    def _keep(self, ordinal: int, item: Item, found: Facts | Rejected) -> None:
+        if isinstance(found, Rejected):
+            self._rejected.append((ordinal, found))
+            self._labels.update(item.labels)
+        else:
+            self._inspected.add(item, ordinal, found)
 
     def _find(self, item: Item) -> Row | None:
         if item.stamp is None or self._known.verify:
             return None
-        rows = self._rows.get(item.source)
-        if rows is None:  # a source's first item: all of its rows at once
-            rows = self._rows[item.source] = self._known.journal.load(item.source)
-            self._has_rows[item.source] = bool(rows)
-        row = rows.pop(item.origin, None)  # what is held twice otherwise is most of the memory
-        if row is None and self._has_rows[item.source]:  # new, or offered before
-            row = self._known.journal.find(item.origin)
+        ahead = self._ahead.get(item.source)
+        if ahead is None:
+            ahead = self._ahead[item.source] = Ahead(self._known.journal, item.source)
+        row = ahead.find(item.origin)
         if row is None or row[STAMP] != item.stamp:
             return None
         if self._known.stored is not None and row[SHA256] and row[SHA256] not in self._known.stored:

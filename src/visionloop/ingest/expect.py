@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from visionloop.errors import SourceError, shorten
 from visionloop.ingest.labels import Labels
@@ -22,9 +22,8 @@ GENERIC = frozenset(
 )
 
 
-def check_classes(name: str, records: Sequence[ImageRecord], refused: Sequence[Rejected]) -> None:
+def check_classes(name: str, classes: Collection[str], refused: Sequence[Rejected]) -> None:
     """Raise SourceError when there are fewer than two classes; it names what the other images were refused for."""
-    classes = {label for r in records if r.side != "excluded" for label in r.labels}
     if len(classes) >= MIN_CLASSES:
         return
     codes = Counter(one.code for one in refused)
@@ -41,13 +40,24 @@ def check_classes(name: str, records: Sequence[ImageRecord], refused: Sequence[R
     raise SourceError(f"dataset {name}", found, "two classes or more", todos.get(worst, others))
 
 
-def check_expectations(name: str, expect: Expect, records: Sequence[ImageRecord]) -> None:
+def check_expectations(name: str, expect: Expect, records: Iterable[ImageRecord]) -> None:
     """Raise SourceError naming everything that is broken. Excluded images do not count, unlabelled ones in no class."""
     if expect == Expect():
         return
-    used = [record for record in records if record.side != "excluded"]
-    counts = Counter(label for record in used for label in record.labels)
-    broken = [*_compare_classes(expect, counts), *_compare_sources(expect, records), *_compare_sizes(expect, used)]
+    counts, sources, of_other_size = Counter[str](), set[str](), list[str]()
+    shortest, longest = expect.size_px or (0, float("inf"))
+    for record in records:
+        sources.update(record.sources)
+        if record.side != "excluded":
+            counts.update(record.labels)
+            if min(record.width, record.height) < shortest or max(record.width, record.height) > longest:
+                of_other_size.append(f"{record.origins[0]} {record.width}x{record.height}")
+    broken = _compare_classes(expect, counts)
+    if expect.sources is not None and (foreign := sources - {*expect.sources}):
+        broken.append(f"sources that may not deliver ({shorten([*foreign])})")
+    if of_other_size:
+        number = f"{len(of_other_size)} images with a side outside {shortest} to {longest} px"
+        broken.append(f"{number} ({shorten(of_other_size)})")
     if broken:
         raise SourceError(
             f"dataset {name}",
@@ -74,43 +84,28 @@ def _compare_classes(expect: Expect, counts: Counter[str]) -> list[str]:
     return broken
 
 
-def _compare_sources(expect: Expect, records: Sequence[ImageRecord]) -> list[str]:
-    if expect.sources is None:
-        return []
-    foreign = {source for record in records for source in record.sources} - set(expect.sources)
-    return [f"sources that may not deliver ({shorten([*foreign])})"] if foreign else []
-
-
-def _compare_sizes(expect: Expect, used: Sequence[ImageRecord]) -> list[str]:
-    if expect.size_px is None:
-        return []
-    shortest, longest = expect.size_px
-    bad = [r for r in used if min(r.width, r.height) < shortest or max(r.width, r.height) > longest]
-    if not bad:
-        return []
-    named = shorten([f"{r.origins[0]} {r.width}x{r.height}" for r in bad])
-    return [f"{len(bad)} images with a side outside {shortest} to {longest} px ({named})"]
-
-
 def check_new_classes(
     params: Params,
-    rows: Iterable[ImageRecord],
-    new: Sequence[Labels],
+    labels: Iterable[str],
+    new: Counter[Labels],
     relabelled: Iterable[Labels] = (),
     *,
     option: str = "`visionloop ingest --allow-new-classes`",
 ) -> None:
     """Raise SourceError if new images bring classes that look like a mistake: most of them, or with a folder's name.
 
-    Of images that are `relabelled` on request only a folder's name is one. Classes that `ingest.expect.classes` names
-    are as they should be. `option` is how the reader may allow them.
+    `labels` are those that the dataset has; `new` counts the new images by theirs. Of images that are `relabelled` on
+    request only a folder's name is one. Classes that `ingest.expect.classes` names are as they should be. `option` is
+    how the reader may allow them.
     """
-    known = {label for row in rows for label in row.labels} | {*(params.ingest.expect.classes or ())}
-    new = [*new, *(labels for labels in relabelled if any(map(is_generic_name, labels)))]
-    counts = Counter(label for labels in new for label in labels if label not in known)
-    num_new = sum(bool(set(labels) & counts.keys()) for labels in new)
+    known = {*labels, *(params.ingest.expect.classes or ())}
+    new = new + Counter(labels for labels in relabelled if any(map(is_generic_name, labels)))
+    counts = Counter[str]()
+    for some, number in new.items():
+        counts.update({label: number for label in some if label not in known})
+    num_new = sum(number for some, number in new.items() if {*some} & counts.keys())
     generic = [label for label in counts if is_generic_name(label)]
-    if not generic and 2 * num_new <= sum(bool(labels) for labels in new):
+    if not generic and 2 * num_new <= sum(number for some, number in new.items() if some):
         return
     shown = shorten([f"{label}: {counts[label]} images" for label in counts])
     why = (
@@ -133,14 +128,13 @@ def is_generic_name(label: str) -> bool:
     return find_side(label) is not None or (bool(words) and all(word in GENERIC for word in words))
 
 
-def find_small_classes(params: Params, rows: Iterable[ImageRecord]) -> dict[str, int]:
+def find_small_classes(params: Params, counts: Mapping[str, int]) -> dict[str, int]:
     """Return the classes that are left out, with their images: fewer than `ingest.expect.min_per_class`.
 
-    That few is an error, and not left out, of a class that `ingest.expect.classes` names, with `task: multilabel`, and
-    where two classes would not remain.
+    `counts` are the images of each class that are not excluded. That few is an error, and not left out, of a class that
+    `ingest.expect.classes` names, with `task: multilabel`, and where two classes would not remain.
     """
     expect = params.ingest.expect
-    counts = Counter(label for row in rows if row.side != "excluded" for label in row.labels)
     if params.task == "multilabel":
         return {}
     small = {c: n for c, n in counts.items() if n < expect.min_per_class and c not in (expect.classes or ())}

@@ -6,8 +6,11 @@ unpacked, so that damage is found, in half the time.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
 
 from visionloop.data.convert import CONVERTIBLE, convert_to_png
 from visionloop.data.duplicates import compute_phash_of_grey
@@ -15,6 +18,7 @@ from visionloop.data.foreign import name_other
 from visionloop.data.images import decode_grey
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Item
+from visionloop.ingest.spill import Spill
 from visionloop.params import Ingest
 from visionloop.records import Rejected
 
@@ -45,43 +49,95 @@ class Facts:
     bits: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Inspected:
-    """A usable file before its side is decided. `ordinal` is its place among all that this pull has seen."""
+_get_facts = attrgetter(*(field.name for field in fields(Facts)))
 
-    item: Item
+
+class Inspected(NamedTuple):
+    """A usable file before its side is decided: what its source says of it (as in `Item`), and its bytes (`Facts`).
+
+    `ordinal` is its place among all that this pull has seen.
+    """
+
+    sha256: str
     ordinal: int
-    facts: Facts
+    origin: str
+    source: str
+    labels: tuple[str, ...]
+    side: str | None
+    test_is_given: bool
+    group: str | None
+    captured_at: str | None
+    excluded_near_test: bool
+    width: int
+    height: int
+    format: str
+    num_bytes: int
+    phash: str
+    converted: str
+    bits: int
 
 
-def make_inspected(item: Item, ordinal: int, facts: Facts) -> Inspected:
-    """Return a usable file. What is stored of a converted one is not what lies at its place: its origin says so."""
-    return Inspected(item._replace(origin=f"{item.origin}#png") if facts.converted else item, ordinal, facts)
+class Inspections:
+    """The usable files of a pull in the order of their sha256, and those of one content as the sources offered them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._rows = Spill(folder, is_sorted=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where what cannot be held is put down."""
+        return self._rows.folder
+
+    def add(self, item: Item, ordinal: int, facts: Facts) -> None:
+        """Add a file. What is stored of a converted one is not what lies at its place: its origin says so."""
+        origin = f"{item.origin}#png" if facts.converted else item.origin
+        _, source, labels, _, _, side, test_is_given, group, captured_at, excluded_near_test = item
+        sha256, *others = _get_facts(facts)
+        said = (side, test_is_given, group, captured_at, excluded_near_test)
+        self._rows.add((sha256, ordinal, origin, source, labels, *said, *others))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Inspected]:
+        return map(Inspected._make, self._rows)
 
 
-def describe_bits(inspected: Iterable[Inspected]) -> list[str]:
-    """Tell of images with 16 bits a sample that use the lower ones alone, as of a camera of 12 bits: they are dark.
+class Depths:
+    """Images with 16 bits a sample that use the lower ones alone, as of a camera of 12 bits: they are dark.
 
     They are scaled as all others, by the bits of the file: by the brightest sample each picture would get a scale of
     its own, and a night would be as bright as a day.
     """
-    wide: dict[str, list[Inspected]] = {}
-    for one in inspected:
-        if one.facts.bits:
-            wide.setdefault(one.item.source, []).append(one)
-    lines = []
-    for source, some in wide.items():
-        most = max(one.facts.bits for one in some)
-        dark = [one for one in some if one.facts.bits <= (most if most <= MOST_BITS else DARK_BITS)]
-        if dark:
-            bits = max(one.facts.bits for one in dark)
-            number = f"{len(dark):,} of the {len(some):,} images of {source} with 16 bits a sample"
-            lines += [
-                f"dark: {number} use the lowest {bits} alone, such as {dark[0].item.origin}:",
-                f"  of 256 levels {2 ** (bits - 8) + 1} are left. If the camera has no more, write its bits into the "
-                f"PNG (chunk sBIT), or multiply by {2 ** (16 - bits)}",
-            ]
-    return lines
+
+    def __init__(self) -> None:
+        # source -> bits -> the number of images, the ordinal and the origin of the first one
+        self._seen: dict[str, dict[int, tuple[int, tuple[int, str]]]] = {}
+
+    def add(self, one: Inspected) -> None:
+        """Count an image, if it has 16 bits a sample."""
+        if one.bits:
+            seen, place = self._seen.setdefault(one.source, {}), (one.ordinal, one.origin)
+            number, first = seen.get(one.bits, (0, place))
+            seen[one.bits] = number + 1, min(first, place)
+
+    def describe(self) -> list[str]:
+        """Tell of the dark ones, a source at a time."""
+        lines = []
+        for source, seen in sorted(self._seen.items(), key=lambda pair: min(first for _, first in pair[1].values())):
+            most = max(seen)
+            dark = {bits: found for bits, found in seen.items() if bits <= (most if most <= MOST_BITS else DARK_BITS)}
+            if dark:
+                num_dark, total = (sum(number for number, _ in some.values()) for some in (dark, seen))
+                _, first = min(place for _, place in dark.values())
+                bits = max(dark)
+                lines += [
+                    f"dark: {num_dark:,} of the {total:,} images of {source} with 16 bits a sample use the lowest "
+                    f"{bits} alone, such as {first}:",
+                    f"  of 256 levels {2 ** (bits - 8) + 1} are left. If the camera has no more, write its bits into "
+                    f"the PNG (chunk sBIT), or multiply by {2 ** (16 - bits)}",
+                ]
+        return lines
 
 
 def make_rejected(item: Item, exc: ImageError) -> Rejected:

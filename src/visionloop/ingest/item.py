@@ -42,14 +42,6 @@ class Item(NamedTuple):
     captured_at: str | None = None
     excluded_near_test: bool = False
 
-    def without_bytes(self, shared: dict[tuple[str, ...], tuple[str, ...]]) -> "Item":
-        """Return what is needed of an item once it is read or known; equal labels are held once, in `shared`."""
-        return self._replace(read=_refuse_to_read, stamp=None, labels=shared.setdefault(self.labels, self.labels))
-
-
-def _refuse_to_read(max_bytes: int) -> bytes:
-    raise AssertionError("this image was read, or is known")
-
 
 @dataclass(frozen=True, slots=True)
 class Cursor:

@@ -32,6 +32,7 @@ _SCHEMA = 3
 _FLUSH_ROWS = 250
 FLUSH_LINES = 1000
 _FLUSH_S = 0.5
+MOST_AHEAD = 1024  # rows of the journal that are read ahead
 _WAIT_S = 5.0
 _TABLES = f"""
 CREATE TABLE files (store TEXT, origin TEXT, stamp TEXT, rules TEXT, session INTEGER, sha256 TEXT, width INTEGER,
@@ -52,7 +53,7 @@ PRAGMA user_version = 3;
 
 # origin, stamp, code and reason (None: it can be used), then the fields of `Facts`. A plain tuple: there are millions.
 Row = tuple[Any, ...]
-STAMP, SHA256, WIDTH, NUM_BYTES = 1, 4, 5, 8
+STAMP, SHA256 = 1, 4
 
 
 def unpack_row(row: Row) -> Facts | Rejected:
@@ -91,15 +92,16 @@ class Journal:
         self._session: int | None = None
         self._database = _open_file(path) or _open_memory()
 
-    def load(self, source: str) -> dict[str, Row]:
-        """Return every usable row of a source, by origin."""
-        nothing: dict[str, Row] = {}
-        return self._do(lambda database: _share_equals(self._select(database, f"{source}:", f"{source};")), nothing)
+    @property
+    def folder(self) -> Path:
+        """Where the file lies, and what a pull cannot hold in memory."""
+        return self._path.parent
 
-    def find(self, origin: str) -> Row | None:
-        """Return the usable row of one file."""
+    def load(self, source: str, first: str = "", most: int = -1) -> dict[str, Row]:
+        """Return the usable rows of a source, by origin, from `first` on; of at most so many rows (-1: of all)."""
         nothing: dict[str, Row] = {}
-        return self._do(lambda database: dict(self._select(database, origin, f"{origin}\0")), nothing).get(origin)
+        first = first or f"{source}:"
+        return self._do(lambda database: dict(self._select(database, first, f"{source};", most)), nothing)
 
     def sample(self, number: int) -> list[str]:
         """Return the sha256 of some images that the journal knows to be in this store; empty when it knows none."""
@@ -173,13 +175,13 @@ class Journal:
             self._session = None
             return otherwise
 
-    def _select(self, database: sqlite3.Connection, first: str, end: str) -> Iterator[tuple[str, Row]]:
+    def _select(self, database: sqlite3.Connection, first: str, end: str, most: int) -> Iterator[tuple[str, Row]]:
         rows = database.execute(
             "SELECT origin, stamp, code, reason, sha256, width, height, format, num_bytes, phash, converted,"
-            " coalesce(bits, 0) FROM files"
-            " WHERE store = ? AND origin >= ? AND origin < ? AND rules = ?"
-            " AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
-            (self._store, first, end, self._rules, self._boot),
+            " coalesce(bits, 0) FROM"
+            " (SELECT * FROM files WHERE store = ? AND origin >= ? AND origin < ? ORDER BY origin LIMIT ?)"
+            " WHERE rules = ? AND session IN (SELECT id FROM sessions WHERE synced OR boot = ?)",
+            (self._store, first, end, most, self._rules, self._boot),
         )
         return ((row[0], row) for row in rows)
 
@@ -194,13 +196,30 @@ class Journal:
         )
 
 
-def _share_equals(rows: Iterable[tuple[str, Row]]) -> dict[str, Row]:
-    """Return rows by origin; equal widths, heights and formats are held once."""
-    shared: dict[Any, Any] = {}
-    return {
-        origin: (*row[:WIDTH], *(shared.setdefault(value, value) for value in row[WIDTH:NUM_BYTES]), *row[NUM_BYTES:])
-        for origin, row in rows
-    }
+class Ahead:
+    """What the journal knows of the files of one source, who are asked for one by one.
+
+    While they come in the order of their origins, more and more rows are read ahead; else one at a time.
+    """
+
+    def __init__(self, journal: Journal, source: str) -> None:
+        self._journal, self._source = journal, source
+        self._rows: dict[str, Row] = {}
+        self._num_read, self._num_used, self._size = 0, 0, 1
+
+    def find(self, origin: str) -> Row | None:
+        """Return the usable row of a file."""
+        row = self._rows.pop(origin, None)  # a file that is offered again is looked up again: it may have been read
+        if row is None and self._rows and origin < next(reversed(self._rows)):
+            return self._journal.load(self._source, origin, 1).get(origin)
+        if row is None:
+            is_in_order = self._num_read and 2 * self._num_used >= self._num_read
+            self._size = min(2 * self._size, MOST_AHEAD) if is_in_order else 1
+            self._rows = self._journal.load(self._source, origin, self._size)
+            self._num_read, self._num_used = len(self._rows), 0
+            row = self._rows.pop(origin, None)
+        self._num_used += row is not None
+        return row
 
 
 def _open_file(path: Path) -> sqlite3.Connection | None:

@@ -15,7 +15,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import normalize
 
@@ -23,7 +23,7 @@ from visionloop.errors import ParamsError, SourceError, shorten
 from visionloop.ingest.inspect import Inspected
 from visionloop.ingest.paths.names import find_twins
 from visionloop.params import Params
-from visionloop.records import ImageRecord, Rejected
+from visionloop.records import Rejected
 
 COLUMNS = ("sha256", "old", "new")
 MIN_DIGITS = 8
@@ -198,43 +198,57 @@ def make_label_rules(
     return LabelRules(label_map, corrections, params.task == "multilabel", answers or {})
 
 
-def relabel(
-    rules: LabelRules,
-    before: Mapping[str, ImageRecord],
-    offered: Sequence[Inspected],
-    forgotten: frozenset[str],
-    aside: Collection[str] = (),
-) -> tuple[dict[str, ImageRecord], dict[str, list[tuple[Inspected, Labels]]], list[Rejected]]:
-    """Return the earlier rows and what is offered, by content, with their labels; and what has too many labels.
+def find_refusal(rules: LabelRules, one: Inspected, forgotten: Collection[str]) -> Rejected | None:
+    """Say why a usable file is not taken in; None: it is."""
+    if one.sha256 in forgotten:
+        return Rejected(one.origin, "forgotten", "was forgotten on purpose, and is not taken in again")
+    if len(one.labels) > 1 and not rules.several and len(labels := rules.rename(one.labels)) > 1:
+        found = f"has the labels {shorten(list(labels))}; expected one, or `task: multilabel`"
+        return Rejected(one.origin, "several_labels", found)
+    return None
+
+
+class Relabelling:
+    """Label map, answers and corrections, for one image after the other; in the end, what lines fit no image.
 
     Images that are `aside` were taken out of the dataset; their corrections wait until they come again.
-
-    Raises:
-        SourceError: a correction fits no image.
     """
-    by_content: dict[str, list[tuple[Inspected, Labels]]] = {}
-    refused: list[Rejected] = []
-    for one in offered:
-        labels = rules.rename(one.item.labels)
-        if one.facts.sha256 in forgotten:
-            refused.append(
-                Rejected(one.item.origin, "forgotten", "was forgotten on purpose, and is not taken in again")
-            )
-        elif len(labels) > 1 and not rules.several:
-            found = f"has the labels {shorten(list(labels))}; expected one, or `task: multilabel`"
-            refused.append(Rejected(one.item.origin, "several_labels", found))
-        else:
-            by_content.setdefault(one.facts.sha256, []).append((one, labels))
-    rows = {s: r if (new := rules.rename(r.labels)) == r.labels else replace(r, labels=new) for s, r in before.items()}
-    for sha256, said in rules.answers.items():
-        labels = rules.rename(said)
-        if sha256 in rows:
-            rows[sha256] = replace(rows[sha256], labels=labels)
-        if sha256 in by_content:
-            by_content[sha256] = [(one, labels) for one, _ in by_content[sha256]]
-    if rules.corrections:
-        _correct(rules, rows, by_content, forgotten | ({*aside} - rows.keys() - by_content.keys()))
-    return rows, by_content, refused
+
+    def __init__(self, rules: LabelRules, forgotten: Collection[str], aside: Collection[str]) -> None:
+        self._rules = rules
+        self._lines: dict[str, list[Correction]] = {}
+        for line in rules.corrections:
+            self._lines.setdefault(line.sha256[:MIN_DIGITS], []).append(line)
+        # Of images that a line may mean: all labels under which each is known or offered.
+        self._labels_of: dict[str, list[Labels]] = {}
+        self._forgotten, self._aside = (
+            frozenset(sha256 for sha256 in some if sha256[:MIN_DIGITS] in self._lines) for some in (forgotten, aside)
+        )
+
+    def apply(self, sha256: str, known: Labels | None, offered: Sequence[Labels]) -> tuple[Labels | None, list[Labels]]:
+        """Return the labels that the dataset has for an image (None: it has none of it), and those of its offers."""
+        known, offered = known if known is None else self._rules.rename(known), [*map(self._rules.rename, offered)]
+        if sha256 in self._rules.answers:
+            said = self._rules.rename(self._rules.answers[sha256])
+            known, offered = known if known is None else said, [said] * len(offered)
+        lines = self._lines.get(sha256[:MIN_DIGITS], ())
+        if lines and (known is not None or offered):
+            self._labels_of[sha256] = [*([] if known is None else [known]), *offered]
+            if sha256 not in self._forgotten:
+                lines = [line for line in lines if sha256.startswith(line.sha256)]
+                known = known if known is None else self._correct(lines, known)
+                offered = [self._correct(lines, labels) for labels in offered]
+        return known, offered
+
+    def finish(self) -> None:
+        """Raise SourceError if a correction fits no image; called when all images were seen."""
+        passed = self._forgotten | (self._aside - self._labels_of.keys())
+        match_corrections(self._rules.corrections, self._labels_of, passed, several=self._rules.several)
+
+    def _correct(self, lines: Sequence[Correction], labels: Labels) -> Labels:
+        for line in lines:
+            labels = line.apply(labels, several=self._rules.several)
+        return labels
 
 
 def unite_labels(known: Labels, offered: Iterable[Labels], *, several: bool) -> Labels | None:
@@ -245,29 +259,6 @@ def unite_labels(known: Labels, offered: Iterable[Labels], *, several: bool) -> 
     everything = tuple(sorted({label for labels in (known, *offered) for label in labels}))
     everything = next((labels for labels in offered if labels == everything), everything)  # held once
     return everything if several or len(everything) <= 1 else None
-
-
-def _correct(
-    rules: LabelRules,
-    rows: dict[str, ImageRecord],
-    by_content: dict[str, list[tuple[Inspected, Labels]]],
-    passed: frozenset[str],
-) -> None:
-    labels_of: dict[str, list[Labels]] = {sha256: [row.labels] for sha256, row in rows.items()}
-    for sha256, same in by_content.items():
-        labels_of.setdefault(sha256, []).extend(labels for _, labels in same)
-    matched = match_corrections(rules.corrections, labels_of, passed, several=rules.several)
-
-    def apply(sha256: str, labels: Labels) -> Labels:
-        for one in matched[sha256]:
-            labels = one.apply(labels, several=rules.several)
-        return labels
-
-    for sha256 in matched:
-        if sha256 in rows:
-            rows[sha256] = replace(rows[sha256], labels=apply(sha256, rows[sha256].labels))
-        if sha256 in by_content:
-            by_content[sha256] = [(one, apply(sha256, labels)) for one, labels in by_content[sha256]]
 
 
 def describe_twins(classes: Iterable[str]) -> list[str]:

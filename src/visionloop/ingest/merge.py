@@ -1,37 +1,50 @@
 """Add what a pull has found to the rows of the version before.
 
 Only the lists of quarantine and leaks are written, under their digests. A side that an image has never changes.
+
+Images pass by one after the other in the order of their sha256: what is known beside what is offered (`join.py`); when
+all sides are decided, as rows of the new version, to see what it leaves out; and for its digest.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import merge as merge_sorted
+
+import numpy as np
 
 from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
-from visionloop.data.manifest import MOST_PARTS, load_version_records, make_version, write_quarantine
+from visionloop.data.manifest import MOST_PARTS, Rows, make_version, write_quarantine
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ParamsError
 from visionloop.ingest.check import Checked
 from visionloop.ingest.expect import check_classes, check_expectations, check_new_classes, find_small_classes
-from visionloop.ingest.inspect import Inspected, describe_bits
-from visionloop.ingest.labels import Correction, Labels, make_label_rules, relabel, unite_labels
+from visionloop.ingest.join import (
+    BEFORE,
+    DIFFERS,
+    FIRST,
+    IS_BEFORE,
+    NEWS,
+    OFFERED,
+    PLACES,
+    WAITING,
+    Joined,
+    Known,
+    join,
+)
+from visionloop.ingest.labels import Correction, make_label_rules
 from visionloop.ingest.moves import (
     Moves,
-    Offers,
     Wishes,
     advise_relabel,
-    describe_copies,
     describe_done,
     describe_moves,
     describe_unusable_classes,
-    explain_conflict,
-    explain_relabelled,
-    find_moves,
-    find_saved_again,
-    relabel_rows,
+    is_saved_again,
 )
-from visionloop.ingest.sides import Newcomer, Sides, decide_sides, describe_sides, make_leak_error
+from visionloop.ingest.sides import Sides, decide_sides, describe_sides, make_leak_error
+from visionloop.ingest.spill import NAMES, Row
 from visionloop.params import Params, Split
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
 from visionloop.store import ObjectStore
@@ -46,27 +59,11 @@ class Merged:
     """
 
     version: DatasetVersion
-    changed: list[ImageRecord]
+    changed: Rows
     refused: list[Rejected]
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     advice: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """One image (by sha256) that this pull offers, in the order of the sources, with its final labels."""
-
-    offers: Sequence[tuple[Inspected, Labels]]
-    labels: Labels
-
-    @property
-    def same(self) -> list[Inspected]:
-        return sorted((one for one, _ in self.offers), key=lambda one: one.ordinal)
-
-    @property
-    def first(self) -> Inspected:
-        return self.offers[0][0] if len(self.offers) == 1 else self.same[0]
 
 
 def merge(
@@ -85,37 +82,36 @@ def merge(
         ParamsError: the split differs from the one that version 1 fixed, or the label map renames twice.
         SourceError: there is only one class, a correction fits no image, there are leaks and `on_leak` is `fail`,
             an expectation is not met, or new classes look like a mistake.
+        DiskError: there is no room for what is put down.
     """
-    split = _fixed_split(parent, params.ingest.split)
+    split, expect = _fixed_split(parent, params.ingest.split), params.ingest.expect
     known = _load_known(store, params.name, parent)
-    offered = _read_offers(params, known, checked, corrections, wishes)
-    rows, found, moves = offered.rows, offered.found, offered.moves
-    sides = _find_side_conflicts(found, rows, split)
-    added = _add(store, params, rows, found, known.aside, is_first=parent is None)
-    left = _leave_out(params, rows, known, moves if wishes.prune else Moves())
-    small, out = left.small, left.out
-    refused = [*offered.refused, *_list_left_out(found, out, small, params.ingest.expect.min_per_class)]
-    records = [rows[sha256] for sha256 in sorted(rows.keys() - out.keys())]
-    check_classes(params.name, records, [*checked.rejected, *refused])
-    check_expectations(params.name, params.ingest.expect, records)
-    changed = [row for row in records if (old := known.before.get(row.sha256)) is not row and old != row]
-    taken = out.keys() & known.before.keys()
-    remarks = _remark(checked, offered, wishes)
+    joined = join(known, checked, make_label_rules(params, corrections, wishes.answers), split, wishes)
+    _check(params, joined, split, wishes)
+    moves = joined.moves
+    sides = decide_sides(store, params.ingest, joined.old, joined.new, joined.trained, is_first=parent is None)
+    draft = _Draft(known, joined, sides, moves if wishes.prune else Moves())
+    left = draft.leave_out(params)
+    refused = [*joined.refused, *left.refused]
+    check_classes(params.name, left.classes, [*checked.rejected, *refused])
+    check_expectations(params.name, expect, draft.records)
+    remarks = _remark(checked, joined, left, wishes)
     advice = f"{wishes.say('--relabel')} takes the labels that their source gives now." if moves.relabelled else ""
-    if parent and not (changed or taken) and left.aside == known.aside and parent.left_out == tuple(sorted(small)):
-        return Merged(parent, [], [*refused, *_list_in_vain(sides)], (), remarks, advice)
+    taken_out, small = left.num_taken, tuple(sorted(draft.small))
+    if parent and not (len(draft.changed) or taken_out) and left.aside == known.aside and parent.left_out == small:
+        return Merged(parent, [], [*refused, *_list_in_vain(joined.conflicts)], (), remarks, advice)
     everything = [*checked.rejected, *refused]
-    leaks = _inherit_leaks(store, parent, {r.sha256: r for r in records}, make_leaks([*sides, *added.leaks]))
+    leaks = _inherit_leaks(store, parent, draft.records, make_leaks([*joined.conflicts, *sides.leaks]))
     # The rows of earlier parts would bring back what was taken out; and a version of very many parts is slow to read.
-    is_whole = bool(taken) or (parent is not None and len(parent.parts) >= MOST_PARTS)
-    newest = records if is_whole else changed
+    is_whole = bool(taken_out) or (parent is not None and len(parent.parts) >= MOST_PARTS)
+    newest = draft.records if is_whole else draft.changed
     version = make_version(
         params.name,
         parent,
-        records,
+        draft.records,
         newest,
         is_whole=is_whole,
-        num_added=len(records) - len(known.before.keys() - taken),
+        num_added=len(draft.records) - (joined.num_before - taken_out),
         split=split.fixed(),
         rejected=write_quarantine(store, params.name, everything),
         num_rejected=len(everything),
@@ -124,263 +120,173 @@ def merge(
         leaks=write_leaks(store, params.name, leaks),
         num_leaks=len(leaks.rows),
         aside=write_aside(store, [*left.aside.values()]),
-        left_out=tuple(sorted(small)),
+        left_out=small,
     )
-    notes = (*describe_done(moves, version.version, wishes), *describe_sides(version, records, added, split))
+    notes = (*describe_done(moves, version.version, wishes), *describe_sides(version, draft.records, sides, split))
     return Merged(version, newest, refused, notes, remarks, advice)
 
 
-@dataclass(frozen=True)
+def _load_known(store: ObjectStore, name: str, parent: DatasetVersion | None) -> Known:
+    forgotten = load_tombstones(store, name)
+    aside = load_aside(store, parent) if parent else {}
+    return Known(store, parent, {s: r for s, r in aside.items() if s not in forgotten}, forgotten)
+
+
+def _check(params: Params, joined: Joined, split: Split, wishes: Wishes) -> None:
+    if joined.num_before and not wishes.allow_new_classes:
+        relabelled = [one.after for one in joined.moves.relabelled] if wishes.relabel else []
+        option = wishes.say("--allow-new-classes")
+        check_new_classes(params, joined.classes, joined.fresh, relabelled, option=option)
+    if split.on_leak == "fail" and joined.conflicts:
+        raise make_leak_error(joined.conflicts)
+
+
+@dataclass
 class _Left:
-    """What the new version does not hold: the rows `out`, by small class or gone; those that are kept `aside`."""
+    """What the new version does not hold: `num_taken` rows of the one before, those that are kept `aside`.
 
-    small: dict[str, int]
-    out: dict[str, ImageRecord]
-    aside: dict[str, ImageRecord]
-
-
-def _leave_out(params: Params, rows: Mapping[str, ImageRecord], known: "_Known", pruned: Moves) -> _Left:
-    """Choose what is left out. A row that is gone would come back with its class: it is not kept aside then."""
-    small = find_small_classes(params, [row for sha256, row in rows.items() if sha256 not in pruned.gone])
-    too_few = {s: row for s, row in rows.items() if s not in pruned.gone and {*row.labels} & small.keys()}
-    gone = {s: rows[s] for s in pruned.gone}
-    waits = {s: row for s, row in gone.items() if not {*row.labels} & small.keys()}
-    out = {**too_few, **gone}
-    aside = {**known.aside, **too_few, **waits}
-    return _Left(small, out, {s: row for s, row in aside.items() if s in out or s not in rows})
-
-
-def _remark(checked: Checked, offered: "_Offered", wishes: Wishes) -> tuple[str, ...]:
-    """Return what is to be told of the sources at each pull, as long as it is so."""
-    moves, found = offered.moves, offered.found
-    files = Counter(label for same in offered.by_content.values() for _, labels in same for label in labels)
-    files.update(checked.rejected_labels)
-    usable = {label for one in found.values() for label in one.labels}
-    usable.update(label for one in moves.relabelled for label in one.after)
-    lines = describe_unusable_classes(files, usable) + describe_copies([one.same for one in found.values()])
-    lines += describe_bits(checked.inspected)
-    if not wishes.relabel:
-        lines += advise_relabel(moves, offered.by_content, wishes.say)
-    if not wishes.prune:
-        lines += describe_moves(moves, find_saved_again(moves, offered.rows, found), wishes.say)
-    return tuple(lines)
-
-
-@dataclass(frozen=True)
-class _Offered:
-    """What a pull offers, by sha256: the files with their labels, the images that can be used, and what is not so.
-
-    `rows` are those of the dataset, with the labels that they have from now on.
+    `refused` are the files of this pull whose class is left out; `classes` are those that remain. `again` are images
+    that were saved again under another label, each behind the one that is gone.
     """
 
-    rows: dict[str, ImageRecord]
-    by_content: Offers
-    found: dict[str, _Found]
-    moves: Moves
-    refused: list[Rejected]
-
-
-def _read_offers(
-    params: Params, known: "_Known", checked: Checked, corrections: Sequence[Correction], wishes: Wishes
-) -> _Offered:
-    """Apply label map and corrections, and compare with what is known. Raises SourceError, ParamsError as `merge`."""
-    rules = make_label_rules(params, corrections, wishes.answers)
-    rows, by_content, refused = relabel(rules, known.rows, checked.inspected, known.forgotten, known.aside)
-    held = {sha256: rows[sha256] for sha256 in known.before if sha256 not in known.forgotten}
-    moves = find_moves(held, by_content, checked, refused, wishes.whole)
-    before = [*rows.values()]
-    if wishes.relabel:
-        relabel_rows(rows, moves)
-    found, conflicts = _unite(by_content, rows, explain_relabelled(moves), several=rules.several)
-    if known.before and not wishes.allow_new_classes:
-        new = [one.labels for sha256, one in found.items() if sha256 not in rows]
-        relabelled = [one.after for one in moves.relabelled] if wishes.relabel else []
-        check_new_classes(params, before, new, relabelled, option=wishes.say("--allow-new-classes"))
-    return _Offered(rows, by_content, found, moves, [*refused, *conflicts])
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known before a pull: the rows `before` of the version, those beside it, and what was forgotten."""
-
-    before: dict[str, ImageRecord]
     aside: dict[str, ImageRecord]
-    waiting: dict[str, ImageRecord]  # those beside it whose class was left out: they may come back
-    forgotten: frozenset[str]
-
-    @property
-    def rows(self) -> dict[str, ImageRecord]:
-        return {**self.before, **self.waiting}
+    num_taken: int = 0
+    refused: list[Rejected] = field(default_factory=list)
+    classes: set[str] = field(default_factory=set)
+    again: list[tuple[ImageRecord, ImageRecord]] = field(default_factory=list)
 
 
-def _load_known(store: ObjectStore, name: str, parent: DatasetVersion | None) -> _Known:
-    forgotten = load_tombstones(store, name)
-    if parent is None:
-        return _Known({}, {}, {}, forgotten)
-    before = {r.sha256: r for r in load_version_records(store, parent)}
-    aside = {s: r for s, r in load_aside(store, parent).items() if s not in forgotten}
-    return _Known(before, aside, {s: r for s, r in aside.items() if {*r.labels} & {*parent.left_out}}, forgotten)
+class _Records:
+    """Rows of a draft that are made when they are asked for."""
+
+    def __init__(self, iterate: Callable[[], Iterator[ImageRecord]]) -> None:
+        self._iterate = iterate
+        self.number = 0
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return self._iterate()
+
+
+class _Draft:
+    """The rows of the next version: `records` are all, `changed` those that are new or differ.
+
+    Left out are those that were `pruned`, and classes that are too `small`.
+    """
+
+    def __init__(self, known: Known, joined: Joined, sides: Sides, pruned: Moves) -> None:
+        self._known, self._joined, self._sides, self._pruned = known, joined, sides, pruned
+        self.small: dict[str, int] = {}
+        self.records = _Records(lambda: (record for _, _, record in self._iterate(is_out=False)))
+        self.changed = _Records(lambda: (one for rank, row, one in self._iterate(is_out=False) if _differs(rank, row)))
+
+    def leave_out(self, params: Params) -> _Left:
+        """Choose what is left out, and look once at all rows."""
+        self.small = find_small_classes(params, self._count_classes())
+        left = _Left(dict(self._known.aside))
+        gone = {} if self._pruned.gone else {r.key: r for r in self._joined.moves.gone.values() if r.group is None}
+        least = params.ingest.expect.min_per_class
+        refused = list[tuple[int, int, list[Rejected]]]()
+        again = list[tuple[int, ImageRecord, ImageRecord]]()
+        for rank, row, record in self._iterate():
+            if row[FIRST] >= 0 and (old := gone.get(record.key)) and is_saved_again(old, record):
+                again.append((row[FIRST], old, record))
+            if self._is_out(record):
+                left.num_taken += rank == BEFORE
+                self._set_aside(record, left.aside)
+                refused.append((rank, row[4] if rank == OFFERED else 0, self._refuse(row, record, least)))
+                continue
+            left.aside.pop(record.sha256, None)
+            self.records.number += 1
+            self.changed.number += _differs(rank, row)
+            if record.side != "excluded":
+                left.classes.update(record.labels)
+        refused.sort(key=lambda one: one[:2])
+        left.refused = [one for _, _, some in refused for one in some]
+        left.again = [(old, new) for _, old, new in sorted(again, key=lambda one: one[0])]
+        return left
+
+    def _count_classes(self) -> Counter[str]:
+        """Count the images of each class, but for the pruned and the excluded ones."""
+        new, counts = self._joined.new, Counter[str]()
+        numbers = Counter(self._joined.counts)
+        numbers.subtract((row.side, row.labels) for row in self._pruned.gone.values())
+        sets, codes = [*new.label_sets], len(NAMES)
+        both, number = np.unique(new.label_n.astype(np.int64) * codes + self._sides.of, return_counts=True)
+        for pair, several in zip(both.tolist(), number.tolist(), strict=True):
+            numbers[NAMES[pair % codes], sets[pair // codes]] += several
+        for (side, labels), several in numbers.items():
+            counts.update({label: several for label in labels if several and side != "excluded"})
+        return counts
+
+    def _iterate(self, is_out: bool | None = None) -> Iterator[tuple[int, Row, ImageRecord]]:
+        """Yield what each row is, and its record: of all, or of those that are left out or not."""
+        old = ((row[0], BEFORE if row[IS_BEFORE] else WAITING, row) for row in self._joined.old.rows)
+        new = ((row[0], OFFERED, self._finish(place, row)) for place, row in enumerate(self._joined.new.rows))
+        for _, rank, row in merge_sorted(old, new):
+            news = row[NEWS] if rank != OFFERED else None
+            record = ImageRecord(row[0], *news, *row[4:FIRST]) if news else ImageRecord(*row[:FIRST])
+            if is_out is None or is_out == self._is_out(record):
+                yield rank, row, record
+
+    def _finish(self, place: int, row: Row) -> Row:
+        """Return the row of a new image with its ordinal, its key and its side."""
+        side, key = self._sides.get(place, row)
+        return (*row[:4], row[4] + self._joined.first_ordinal, row[5], key, side, *row[8:])
+
+    def _is_out(self, record: ImageRecord) -> bool:
+        return record.sha256 in self._pruned.gone or bool(self.small and self.small.keys() & {*record.labels})
+
+    def _set_aside(self, record: ImageRecord, aside: dict[str, ImageRecord]) -> None:
+        """Keep a row beside the version. One that is gone would come back with its class: it is not kept then."""
+        if (record.sha256 in self._pruned.gone) != bool(self.small.keys() & {*record.labels}):
+            aside[record.sha256] = record
+
+    def _refuse(self, row: Row, record: ImageRecord, least: int) -> list[Rejected]:
+        """Return a line for each file of an image whose class is left out."""
+        return [
+            Rejected(
+                origin,
+                "class_left_out",
+                f"its class {label} has {self.small[label]} images, fewer than ingest.expect.min_per_class ({least})",
+            )
+            for origin in row[PLACES]
+            for label in record.labels
+        ]
+
+
+def _differs(rank: int, row: Row) -> bool:
+    return rank == OFFERED or bool(row[DIFFERS])
+
+
+def _remark(checked: Checked, joined: Joined, left: _Left, wishes: Wishes) -> tuple[str, ...]:
+    """Return what is to be told of the sources at each pull, as long as it is so."""
+    moves, files = joined.moves, Counter[str]()
+    for labels, number in joined.files.items():
+        files.update(dict.fromkeys(labels, number))
+    offered = {*files}
+    files.update(checked.rejected_labels)
+    usable = joined.usable.union(*(one.after for one in moves.relabelled))
+    lines = [*describe_unusable_classes(files, usable), *joined.remarks]
+    if not wishes.relabel:
+        lines += advise_relabel(moves, offered, wishes.say)
+    if not wishes.prune:
+        lines += describe_moves(moves, left.again, wishes.say)
+    return tuple(lines)
 
 
 def _list_in_vain(conflicts: Sequence[Leak]) -> list[Rejected]:
     return [Rejected(leak.other_origins[0], "side_conflict", leak.reason) for leak in conflicts]
 
 
-def _list_left_out(
-    found: Mapping[str, "_Found"], out: Mapping[str, ImageRecord], small: Mapping[str, int], least: int
-) -> list[Rejected]:
-    """Return a line for each file of this pull whose class is left out."""
-    return [
-        Rejected(
-            one.item.origin,
-            "class_left_out",
-            f"its class {label} has {small[label]} images, fewer than ingest.expect.min_per_class ({least})",
-        )
-        for sha256, row in out.items()
-        if sha256 in found
-        for one in found[sha256].same
-        for label in row.labels
-    ]
-
-
-def _unite(
-    by_content: Offers, rows: Mapping[str, ImageRecord], reasons: Mapping[str, str], *, several: bool
-) -> tuple[dict[str, _Found], list[Rejected]]:
-    """Find the labels of each content. The same bytes under two labels are a conflict: all of them go to quarantine.
-
-    `reasons` says why, by sha256, where more is known.
-    """
-    found: dict[str, _Found] = {}
-    conflicts: list[Rejected] = []
-    for sha256, offers in by_content.items():
-        known = rows[sha256].labels if sha256 in rows else ()
-        labels = unite_labels(known, (labels for _, labels in offers), several=several)
-        if labels is None:
-            reason = reasons.get(sha256) or explain_conflict(sha256, known, [labels for _, labels in offers])
-            conflicts += [Rejected(one.item.origin, "label_conflict", reason) for one, _ in offers]
-        else:
-            found[sha256] = _Found(offers, labels)
-    return found, conflicts
-
-
-def _find_side_conflicts(found: Mapping[str, _Found], rows: Mapping[str, ImageRecord], split: Split) -> list[Leak]:
-    """Return the images that a source gives another side than the one they have: the first given side stands.
-
-    Raises SourceError if there are any, and `on_leak` is `fail`.
-    """
-    if split.method == "random":
-        return []
-    conflicts = []
-    for sha256, one in found.items():
-        given = _find_given_side(one)
-        side = rows[sha256].side if sha256 in rows else given
-        if given is None or side in {None, "excluded"}:
-            continue
-        for offer in one.same:
-            other = offer.item.side or ("train" if offer.item.test_is_given and side == "test" else side)
-            if other != side:
-                places = tuple(sorted(o.item.origin for o in one.same if o.item.side != other))
-                conflicts.append(_make_conflict(sha256, str(side), places, offer.item.origin, str(other)))
-                break
-    if split.on_leak == "fail" and conflicts:
-        raise make_leak_error(conflicts)
-    return conflicts
-
-
-def _make_conflict(sha256: str, side: str, places: tuple[str, ...], origin: str, other_side: str) -> Leak:
-    reason = f"the same bytes are given {side} and {other_side}; {side}, which was first, stands"
-    return Leak("conflict", sha256, places or (origin,), side, None, (origin,), other_side, None, None, reason)
-
-
-def _find_given_side(found: _Found) -> str | None:
-    return next((one.item.side for one in found.same if one.item.side), None)
-
-
-def _add(
-    store: ObjectStore,
-    params: Params,
-    rows: dict[str, ImageRecord],
-    found: Mapping[str, _Found],
-    aside: Mapping[str, ImageRecord],
-    *,
-    is_first: bool,
-) -> Sides:
-    """Put what was found into `rows`: known images get new places and labels, new ones a side.
-
-    An image that was taken out before, and comes again, has the side that it had, unless its source gives it one now.
-    """
-    before = list(rows.values())
-    first_ordinal = 1 + max((r.ordinal for r in before), default=-1)
-    fresh = sorted((f for s, f in found.items() if s not in rows), key=lambda f: f.first.ordinal)
-    newcomers = [_make_newcomer(one, aside.get(one.first.facts.sha256)) for one in fresh]
-    sides = decide_sides(store, params.ingest, before, newcomers, is_first=is_first)
-    for sha256, one in found.items():
-        if sha256 in rows:
-            rows[sha256] = _extend(rows[sha256], one)
-    for one, newcomer in zip(fresh, newcomers, strict=True):
-        side, key = sides.of[newcomer.sha256]
-        rows[newcomer.sha256] = _make_record(one, newcomer, first_ordinal, side, key)
-    return sides
-
-
-def _make_newcomer(found: _Found, earlier: ImageRecord | None) -> Newcomer:
-    facts = found.first.facts
-    learn = any(one.item.test_is_given for one in found.same)
-    is_its_word = any(one.item.test_is_given and not one.item.excluded_near_test for one in found.same)
-    lost = {"excluded", "test"} if is_its_word else {"excluded"}
-    had = earlier.side if earlier and earlier.side not in lost else None
-    group = next((one.item.group for one in found.same if one.item.group), None)
-    return Newcomer(
-        sha256=facts.sha256,
-        phash=facts.phash,
-        origins=tuple(sorted({one.item.origin for one in found.same})),
-        labels=found.labels,
-        group=group,
-        side=_find_given_side(found) or had,
-        learn=learn,
-        excluded_near_test=any(one.item.excluded_near_test for one in found.same),
-    )
-
-
-def _make_record(found: _Found, newcomer: Newcomer, first_ordinal: int, side: str, key: str) -> ImageRecord:
-    first, facts = found.first, found.first.facts
-    return ImageRecord(
-        sha256=newcomer.sha256,
-        labels=found.labels,
-        sources=tuple(sorted({one.item.source for one in found.same})),
-        origins=newcomer.origins,
-        ordinal=first_ordinal + first.ordinal,
-        group=newcomer.group,
-        key=key,
-        side=side,
-        captured_at=first.item.captured_at,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        num_bytes=facts.num_bytes,
-        phash=facts.phash,
-    )
-
-
-def _extend(known: ImageRecord, found: _Found) -> ImageRecord:
-    """Add new places where a known image was found, and a label if it had none; all else stays as first seen."""
-    sources, origins = {s.item.source for s in found.same}, {s.item.origin for s in found.same}
-    if sources <= {*known.sources} and origins <= {*known.origins} and found.labels == known.labels:
-        return known
-    return replace(
-        known,
-        labels=found.labels,
-        sources=tuple(sorted(sources | {*known.sources})),
-        origins=tuple(sorted(origins | {*known.origins})),
-    )
-
-
-def _inherit_leaks(
-    store: ObjectStore, parent: DatasetVersion | None, rows: Mapping[str, ImageRecord], mine: Leaks
-) -> Leaks:
+def _inherit_leaks(store: ObjectStore, parent: DatasetVersion | None, records: Rows, mine: Leaks) -> Leaks:
     """Return the leaks of the parent that are still there, and those of this pull; each once."""
     earlier = load_leaks(store, parent).rows if parent else ()
-    still = [leak for leak in earlier if leak.sha256 in rows and (leak.other is None or leak.other in rows)]
+    named = {sha256 for leak in earlier for sha256 in (leak.sha256, leak.other)}
+    there = {None, *(row.sha256 for row in (records if named else ()) if row.sha256 in named)}
+    still = [leak for leak in earlier if leak.sha256 in there and leak.other in there]
     return make_leaks(
         [*{(leak.kind, leak.sha256, leak.other, leak.other_side): leak for leak in (*mine.rows, *still)}.values()]
     )

@@ -6,12 +6,14 @@ database, a server or a function may hold only what is new: of these only anothe
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from visionloop.errors import SHOWN, shorten
-from visionloop.ingest.check import Checked
 from visionloop.ingest.inspect import Inspected
 from visionloop.ingest.labels import Labels, format_correction
 from visionloop.params import Source
@@ -30,7 +32,8 @@ _FRAME, _LIVE = "#t=", ":live#t="
 #     rm dog/3.png                gone
 #     crop dog/4.png              gone, and replaced: its place holds other bytes
 #     crop cat/1.png, save as dog/1.png    gone; and saved again under another label, if the two are near duplicates
-Offers = Mapping[str, Sequence[tuple[Inspected, Labels]]]
+# What is offered of one content, in the order of the sources, with the labels that hold.
+Offers = Sequence[tuple[Inspected, Labels]]
 
 
 def say_option(option: str) -> str:
@@ -66,14 +69,18 @@ class Relabelled:
     places: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moves:
-    """What differs. `gone` are rows of the dataset, by sha256; of these `replaced` lie where other bytes are now."""
+    """What differs. `gone` are rows of the dataset, by sha256; of these `replaced` lie where other bytes are now.
 
-    relabelled: Sequence[Relabelled] = ()
-    renamed: Sequence[tuple[str, str]] = ()
-    gone: Mapping[str, ImageRecord] = field(default_factory=dict)
-    replaced: frozenset[str] = frozenset()
+    Of the `num_renamed` images that lie elsewhere `renamed` is the first place, before and now.
+    """
+
+    relabelled: list[Relabelled] = field(default_factory=list)
+    num_renamed: int = 0
+    renamed: tuple[str, str] = ("", "")
+    gone: dict[str, ImageRecord] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
 
 
 def list_whole(sources: Iterable[Source]) -> frozenset[str]:
@@ -81,78 +88,98 @@ def list_whole(sources: Iterable[Source]) -> frozenset[str]:
     return frozenset(source.name for source in sources if source.kind in WHOLE)
 
 
-def find_moves(
-    rows: Mapping[str, ImageRecord],
-    offers: Offers,
-    checked: Checked,
-    refused: Sequence[Rejected],
-    whole: Collection[str],
-) -> Moves:
-    """Compare the rows of a dataset with what a pull offers, by content. `whole` as in `list_whole`.
+class Places:
+    """Where the files of a pull lie: those that can be used, and those that are not judged, for they were rejected.
 
-    What lies at the places that were rejected, or `refused` for their labels, is not judged.
+    There are millions: of each of the first only Python's hash is held, which tells them apart.
     """
-    taken = {find_place(one.item.origin) for one in checked.inspected}
-    unclear = {find_place(one.origin) for one in (*checked.rejected, *refused) if not one.is_row}
 
-    def has_left(origin: str) -> bool:
-        """Say whether an image that is not offered at a place lies there no longer."""
-        if origin.partition(":")[0] not in whole or _LIVE in origin:
+    def __init__(self, rejected: Iterable[Rejected]) -> None:
+        self._taken, self._sorted = array("q"), np.array([], np.int64)
+        self._unclear = {find_place(one.origin) for one in rejected if not one.is_row}
+
+    def add(self, origin: str) -> None:
+        """Add a file that can be used."""
+        self._taken.append(hash(find_place(origin)))
+
+    def close(self, refused: Iterable[Rejected]) -> None:
+        """Add those that were refused for their labels; now the others are complete."""
+        self._unclear.update(find_place(one.origin) for one in refused)
+        self._sorted, self._taken = np.frombuffer(self._taken, np.int64).copy(), array("q")
+        self._sorted.sort()
+
+    def is_taken(self, origin: str) -> bool:
+        """Say whether a file that can be used lies where `origin` is."""
+        value = np.int64(hash(find_place(origin)))
+        place = int(np.searchsorted(self._sorted, value))
+        return place < len(self._sorted) and bool(self._sorted[place] == value)
+
+    def has_left(self, origin: str, whole: Collection[str]) -> bool:
+        """Say whether an image that is not offered at a place lies there no longer. `whole` as in `list_whole`."""
+        if origin.partition(":")[0] not in whole or _LIVE in origin or find_place(origin) in self._unclear:
             return False
-        place = find_place(origin)
-        return place not in unclear and (_FRAME not in origin or place not in taken)
+        return _FRAME not in origin or not self.is_taken(origin)
 
-    relabelled, renamed, gone = list[Relabelled](), list[tuple[str, str]](), dict[str, ImageRecord]()
-    for sha256, row in rows.items():
-        same = offers.get(sha256, ())
-        places = {one.item.origin for one, _ in same}
+
+class MoveFinder:
+    """Compare the rows of a dataset with what a pull offers, one after the other, by content."""
+
+    def __init__(self, places: Places, whole: Collection[str]) -> None:
+        self._places, self._whole, self._moves = places, whole, Moves()
+
+    def look(self, row: ImageRecord, offers: Offers) -> Relabelled | None:
+        """Compare a row with all that is offered of its content; return the other label that it has now, if so."""
+        places = {one.origin for one, _ in offers}
         lost = [origin for origin in row.origins if origin not in places]
-        are_lost = all(map(has_left, lost))
-        if not same:
+        are_lost = all(self._places.has_left(origin, self._whole) for origin in lost)
+        if not offers:
             if are_lost and row.origins:
-                gone[sha256] = row
-            continue
-        after = tuple(sorted({label for _, labels in same for label in labels}))
+                self._moves.gone[row.sha256] = row
+            return None
+        after = tuple(sorted({label for _, labels in offers for label in labels}))
         if {*row.labels} <= {*after}:
             if lost and are_lost and (new := places - {*row.origins}):
-                renamed.append((lost[0], min(new)))
-        elif are_lost and len({labels for _, labels in same}) == 1:
-            relabelled.append(Relabelled(sha256, row.labels, after, row.origins[0], tuple(sorted(places))))
-    replaced = {s for s, row in gone.items() if any(find_place(origin) in taken for origin in row.origins)}
-    gone = dict(sorted(gone.items(), key=lambda one: one[1].origins))
-    return Moves(sorted(relabelled, key=lambda one: one.old), sorted(renamed), gone, frozenset(replaced))
+                self._note_renamed((lost[0], min(new)))
+        elif are_lost and len({labels for _, labels in offers}) == 1:
+            one = Relabelled(row.sha256, row.labels, after, row.origins[0], tuple(sorted(places)))
+            self._moves.relabelled.append(one)
+            return one
+        return None
+
+    def close(self) -> Moves:
+        """Return what was found, in its order."""
+        moves = self._moves
+        moves.relabelled.sort(key=lambda one: one.old)
+        moves.gone = dict(sorted(moves.gone.items(), key=lambda one: one[1].origins))
+        moves.replaced = {s for s, row in moves.gone.items() if any(map(self._places.is_taken, row.origins))}
+        return moves
+
+    def _note_renamed(self, pair: tuple[str, str]) -> None:
+        first = self._moves.renamed if self._moves.num_renamed else pair
+        self._moves.renamed = min(first, pair)
+        self._moves.num_renamed += 1
 
 
-def relabel_rows(rows: dict[str, ImageRecord], moves: Moves) -> None:
-    """Give the images the labels and places that their sources give them now."""
-    for one in moves.relabelled:
-        sources = tuple(sorted({place.partition(":")[0] for place in one.places}))
-        rows[one.sha256] = replace(rows[one.sha256], labels=one.after, origins=one.places, sources=sources)
+def relabel_row(row: ImageRecord, one: Relabelled) -> ImageRecord:
+    """Give an image the label and the places that its sources give it now."""
+    sources = tuple(sorted({place.partition(":")[0] for place in one.places}))
+    return replace(row, labels=one.after, origins=one.places, sources=sources)
 
 
-def find_saved_again(
-    moves: Moves, rows: Mapping[str, ImageRecord], offered: Iterable[str]
-) -> list[tuple[ImageRecord, ImageRecord]]:
-    """Return pairs of near duplicates: one that is gone, and one that is offered under another label.
+def is_saved_again(old: ImageRecord, new: ImageRecord) -> bool:
+    """Say whether an image is a near duplicate of one that is gone, under another label; they have the same key.
 
     Near duplicates have the same key, unless a group gave it.
     """
-    gone = {row.key: row for row in moves.gone.values() if row.group is None}
-    now = (rows[sha256] for sha256 in offered if sha256 in rows)
-    return [
-        (gone[row.key], row)
-        for row in now
-        if row.group is None and row.key in gone and row.labels and not {*row.labels} & {*gone[row.key].labels}
-    ]
+    return old.group is None and new.group is None and bool(new.labels) and not {*new.labels} & {*old.labels}
 
 
-def explain_relabelled(moves: Moves) -> dict[str, str]:
-    """Return by sha256 what is said of an image whose label in the dataset stands, with the line that changes it."""
-    return {
-        one.sha256: f"was {_name(one.before)}, and is {_name(one.after)} in its source now; "
+def explain_relabelled(one: Relabelled) -> str:
+    """Return what is said of an image whose label in the dataset stands, with the line that changes it."""
+    return (
+        f"was {_name(one.before)}, and is {_name(one.after)} in its source now; "
         f"{format_correction(one.sha256, one.before, one.after)}"
-        for one in moves.relabelled
-    }
+    )
 
 
 def explain_conflict(sha256: str, known: Labels, offered: Iterable[Labels]) -> str:
@@ -163,22 +190,19 @@ def explain_conflict(sha256: str, known: Labels, offered: Iterable[Labels]) -> s
     return f"same bytes labelled {shorten(names)}: {stands}; {format_correction(sha256, (first,), (others[0],))}"
 
 
-def advise_relabel(moves: Moves, offers: Offers, say: Callable[[str], str]) -> list[str]:
-    """Tell which labels the sources have changed, and how the dataset gets them. `say` makes a command of an option."""
+def advise_relabel(moves: Moves, offered: Collection[str], say: Callable[[str], str]) -> list[str]:
+    """Tell which labels the sources have changed, and how the dataset gets them. `say` makes a command of an option.
+
+    `offered` are all labels of this pull.
+    """
     if not moves.relabelled:
         return []
     first = moves.relabelled[0]
-    offered = {label for same in offers.values() for _, labels in same for label in labels}
     targets: dict[str, set[str]] = {}
     for one in moves.relabelled:
         for old in {*one.before} - {*one.after}:
             targets.setdefault(old, set()).add(_name(one.after))
     renamed = {old: min(new) for old, new in targets.items() if old not in offered and len(new) == 1}
-    lines = [
-        f"moved: {_count(len(moves.relabelled))} have another label in their source now: {first.old} ("
-        f"{_name(first.before)}) is {first.places[0]} ({_name(first.after)}); until you say so the old label stands.",
-        f"  {say('--relabel')} takes the new labels (the quarantine holds a line of each for ingest.corrections)",
-    ]
     lines = [
         f"moved: {_count(len(moves.relabelled), 'has', 'have')} another label in the source now; the old one stands:",
         f"  {_shorten(first.old)} ({_name(first.before)}) is now {_shorten(first.places[0])} ({_name(first.after)})",
@@ -223,22 +247,35 @@ def describe_done(moves: Moves, number: int, wishes: Wishes) -> list[str]:
     if wishes.prune and moves.gone:
         what = _count(len(moves.gone), "that is", "that are")
         lines.append(f"taken out: {what} no longer in the source; `visionloop datasets drop {number}` takes that back")
-    if moves.renamed:
-        old, new = map(_shorten, moves.renamed[0])
-        what = _count(len(moves.renamed), "lies", "lie")
+    if moves.num_renamed:
+        old, new = map(_shorten, moves.renamed)
+        what = _count(moves.num_renamed, "lies", "lie")
         lines.append(f"renamed: {what} elsewhere now, with the same label ({old} is {new})")
     return lines
 
 
-def describe_copies(alike: Iterable[Sequence[Inspected]]) -> list[str]:
-    """Tell how many files are byte copies of others: an image counts once. `alike`: the files of each image."""
-    places = [sorted({one.item.origin for one in same if _FRAME not in one.item.origin}) for same in alike]
-    several = [some for some in places if len(some) > 1]
-    if not several:
-        return []
-    number = sum(map(len, several)) - len(several)
-    what = "file is a byte copy of another" if number == 1 else "files are byte copies of others"
-    return [f"copies: {number:,} {what}, counted once ({_shorten(several[0][1])} is {_shorten(several[0][0])})"]
+class Copies:
+    """Files that are byte copies of others: an image counts once."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._first: tuple[int, str, str] | None = None
+
+    def add(self, same: Sequence[Inspected]) -> None:
+        """Count the files of one content, the first one first."""
+        places = sorted({one.origin for one in same if _FRAME not in one.origin}) if len(same) > 1 else ()
+        if len(places) > 1:
+            self._number += len(places) - 1
+            found = same[0].ordinal, places[1], places[0]
+            self._first = min(self._first or found, found)
+
+    def describe(self) -> list[str]:
+        """Tell how many there are."""
+        if self._first is None:
+            return []
+        what = "file is a byte copy of another" if self._number == 1 else "files are byte copies of others"
+        _, copy, place = self._first
+        return [f"copies: {self._number:,} {what}, counted once ({_shorten(copy)} is {_shorten(place)})"]
 
 
 def describe_unusable_classes(offered: Mapping[str, int], usable: Collection[str]) -> list[str]:
@@ -254,7 +291,7 @@ def describe_unusable_classes(offered: Mapping[str, int], usable: Collection[str
 
 def find_place(origin: str) -> str:
     """Return the place of a file: without what is said of a frame, or of a format."""
-    return re.split(f"{_FRAME}|{_CONVERTED}$", origin, maxsplit=1)[0]
+    return re.split(f"{_FRAME}|{_CONVERTED}$", origin, maxsplit=1)[0] if "#" in origin else origin
 
 
 def _name(labels: Labels) -> str:

@@ -4,12 +4,16 @@ Nothing is visible before the version's commit object is written; of two pulls a
 """
 
 import gc
+import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from types import MappingProxyType
+
+import numpy as np
 
 from visionloop import __version__
 from visionloop.data.acceptance import SOURCE_KINDS, describe_unread, load_answered
@@ -33,6 +37,7 @@ COMMIT_TRIES = 20
 SAMPLE = 64
 # Listed for an image that is in the dataset all the same.
 IS_TAKEN = "side_conflict"
+_SHA256 = re.compile("[0-9a-f]{64}")
 # Listed, but not broken: images that no row names or whose split is an unknown word, forgotten ones, left-out classes.
 NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", "class_left_out", IS_TAKEN})
 
@@ -143,14 +148,11 @@ def pull(
         forgotten = load_tombstones(store, name)
         asked = _digest_asked(params, forgotten, sources, corrections, answers)
         cursors = {} if verify else {**(before.cursors if before else {}), **(last.cursors if last else {})}
-        known = Known(
-            journal,
-            stored=None if verify else _find_stored(store, journal, forgotten),
-            offers=last.offers if last and last.asked == asked and not (relabel or prune) else None,
-            verify=verify,
-            forgotten=forgotten,
-        )
-        checked = check_all(_read_all(sources, context, cursors), store, params.ingest, known, on_progress)
+        offered = _read_all(sources, context, cursors)
+        offers = last.offers if last and last.asked == asked and not (relabel or prune) else None
+        # Not held beyond this: it has the digest of each image in the store.
+        known = [Known(journal, None if verify else find_stored(store, journal, forgotten), offers, verify, forgotten)]
+        checked = check_all(offered, store, params.ingest, known.pop(), on_progress)
         checked = replace(checked, cursors={**cursors, **checked.cursors})
         _tell_found(workspace, checked, tell)
         if before and last and checked.is_as_before:
@@ -236,7 +238,7 @@ def _read_all(
         yield from read_source(source, replace(context, cursor=cursors.get(source.name)))
 
 
-def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]) -> Container[str] | None:
+def find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]) -> Container[str] | None:
     """Return the digests that count as stored: of the store, and forgotten ones; None: trust the journal.
 
     A local store is listed, which is fast. In another one some objects are looked up; if one is missing, all are.
@@ -248,7 +250,29 @@ def _find_stored(store: ObjectStore, journal: Journal, forgotten: frozenset[str]
         with ThreadPoolExecutor(store.num_writers) as pool:
             if all(pool.map(store.exists, map(make_image_key, some))):
                 return None
-    return forgotten | {key.rpartition("/")[2] for key in store.list("images/")}
+    return _Digests(chain(forgotten, (key.rpartition("/")[2] for key in store.list("images/"))))
+
+
+class _Digests:
+    """A set of sha256, in 33 bytes each: sorted, and found by their first two bytes."""
+
+    def __init__(self, sha256s: Iterable[str]) -> None:
+        self._bytes = bytearray()
+        for sha256 in filter(_SHA256.fullmatch, sha256s):
+            self._bytes += bytes.fromhex(sha256)
+        digests = np.frombuffer(self._bytes, "V32")
+        digests.sort()
+        self._starts = [32 * int(start) for start in np.searchsorted(digests.view(">u2")[::16], np.arange(65_537))]
+
+    def __contains__(self, sha256: object) -> bool:
+        digest = bytes.fromhex(str(sha256))
+        number = int.from_bytes(digest[:2], "big")
+        first, end = self._starts[number : number + 2]
+        while (place := self._bytes.find(digest, first, end)) >= 0:
+            if place % 32 == 0:
+                return True
+            first = place + 1
+        return False
 
 
 def _check_rejected(checked: Checked, rejected: Sequence[Rejected], max_ratio: float, advice: str = "") -> None:

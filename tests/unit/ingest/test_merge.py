@@ -20,7 +20,7 @@ from visionloop.errors import ParamsError, SourceError
 from visionloop.ingest import merge as merging
 from visionloop.ingest.check import Checked
 from visionloop.ingest.expect import check_expectations
-from visionloop.ingest.inspect import Inspected, inspect_bytes
+from visionloop.ingest.inspect import Inspections, inspect_bytes
 from visionloop.ingest.labels import Correction
 from visionloop.ingest.merge import Merged, merge
 from visionloop.ingest.sources import Item
@@ -61,14 +61,14 @@ class Desk:
     """A store, and pulls into it."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = LocalStore(folder)
+        self.store, self.folder = LocalStore(folder), folder / "put-down"
 
-    def check(self, offers: Sequence[Offer]) -> Checked:
-        for data, _ in offers:
+    def check(self, offers: Sequence[Offer], *, turned: bool = False) -> Checked:
+        inspected = Inspections(self.folder)
+        for n, (data, item) in reversed([*enumerate(offers)]) if turned else enumerate(offers):
             self.store.add(make_image_key(inspect(data).sha256), data)
-        return Checked(
-            [Inspected(item, n, inspect(data)) for n, (data, item) in enumerate(offers)], [], {}, len(offers)
-        )
+            inspected.add(item, n, inspect(data))
+        return Checked(inspected, num_seen=len(offers))
 
     def merge(self, offers: Sequence[Offer], *, corrections: Sequence[Correction] = (), **sections: Any) -> Merged:
         params, parent = make_params({"name": "pets", **sections}), latest_version(self.store, "pets")
@@ -321,8 +321,7 @@ def test_no_order_batch_rerun_or_later_version_moves_an_image(
     for cut in sorted({*cuts, 4, len(POOL)}):
         batch = everyone[0 if rerun else len(sides) : cut]
         merged = desk.merge([POOL[i] for i in batch])
-        turned = desk.check([POOL[i] for i in batch])
-        turned = replace(turned, inspected=turned.inspected[::-1])
+        turned = desk.check([POOL[i] for i in batch], turned=True)
         parent = latest_version(desk.store, "pets")
         assert merge(desk.store, make_params({"name": "pets"}), parent, turned, now=NOW).version == merged.version
         if merged.changed:
