@@ -1,4 +1,4 @@
-"""HeldRows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
+"""Rows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
 
 A batch is an Arrow RecordBatch with the columns of a manifest. It is made into records (`ImageRecord`) where those are
 needed, and as late as possible: a record takes 700 bytes, a row of a file in memory 100.
