@@ -64,10 +64,10 @@ def make_smaller_version(
     Its rows are one part of their own: those of the parent's parts would bring the others back. No side changes. The
     leaks are those of the parent between images that are still there.
     """
-    held = {record.sha256 for record in kept}
-    leaks = make_leaks(
-        [r for r in load_leaks(store, parent).rows if r.sha256 in held and (r.other is None or r.other in held)]
-    )
+    earlier = load_leaks(store, parent).rows
+    named = {sha256 for leak in earlier for sha256 in (leak.sha256, leak.other)}
+    held = {None, *(record.sha256 for record in (kept if named else ()) if record.sha256 in named)}
+    leaks = make_leaks([leak for leak in earlier if leak.sha256 in held and leak.other in held])
     inherited = {"cursors": parent.cursors, "aside": parent.aside, "left_out": parent.left_out, "split": parent.split}
     nothing = {"num_added": 0, "rejected": None, "num_rejected": 0}
     written = {"leaks": write_leaks(store, parent.name, leaks), "num_leaks": len(leaks.rows)}

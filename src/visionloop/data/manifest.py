@@ -100,10 +100,10 @@ def encode_records(records: Iterable[ImageRecord]) -> bytes:
 
 def write_records(sink: BinaryIO, records: Iterable[ImageRecord]) -> None:
     """Write rows, sorted by sha256, as Parquet, one group after the other."""
-    _write_in_order(sink, sorted(records, key=lambda r: r.sha256))
+    _write_in_order(sorted(records, key=lambda r: r.sha256), sink)
 
 
-def _write_in_order(sink: BinaryIO, records: Iterable[ImageRecord]) -> None:
+def _write_in_order(records: Iterable[ImageRecord], sink: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -208,28 +208,38 @@ def make_version(
     Both are in the order of their sha256; the digest over all rows is the data version everywhere. `is_whole`:
     `changed` are all of them, and the parts of the parent are not among those of the version.
     """
-    total, number, last = hashlib.sha256(), 0, ""
+    from visionloop.data.rows import HeldRows, digest_parts, sum_up
+
+    digest, kinds, sources = sum_up(records) if isinstance(records, HeldRows) else _sum_up(records)
+    parts = digest_parts(changed) if isinstance(changed, HeldRows) else map(compute_rows_digest, _split_parts(changed))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    classes, sources = set[str](), set[str]()
-    for record in records:
-        assert last <= record.sha256, "rows are in the order of their sha256"
-        last, number = record.sha256, number + 1
-        total.update(_encode_for_digest(record))
-        counts[record.side].update(record.labels or ("(unlabelled)",))
-        classes.update(record.labels)
-        sources.update(record.sources)
+    for (side, labels), number in kinds.items():
+        counts[side].update(dict.fromkeys(labels or ("(unlabelled)",), number))
     return DatasetVersion(
         name=name,
         version=parent.version + 1 if parent else 1,
-        digest=total.hexdigest(),
+        digest=digest,
         parent=parent.version if parent else None,
-        parts=(*(parent.parts if parent and not is_whole else ()), *map(compute_rows_digest, _split_parts(changed))),
-        num_images=number,
-        classes=tuple(sorted(classes)),
+        parts=(*(parent.parts if parent and not is_whole else ()), *parts),
+        num_images=kinds.total(),
+        classes=tuple(sorted({label for _, labels in kinds for label in labels})),
         counts={side: dict(sorted(counts[side].items())) for side in SIDES if counts[side]},
         sources=tuple(sorted(sources)),
         **facts,
     )
+
+
+def _sum_up(records: Iterable[ImageRecord]) -> tuple[str, Counter[tuple[str, tuple[str, ...]]], set[str]]:
+    """As `rows.sum_up`, of records."""
+    total, last = hashlib.sha256(), ""
+    kinds, sources = Counter[tuple[str, tuple[str, ...]]](), set[str]()
+    for record in records:
+        assert last <= record.sha256, "rows are in the order of their sha256"
+        last = record.sha256
+        total.update(_encode_for_digest(record))
+        kinds[record.side, record.labels] += 1
+        sources.update(record.sources)
+    return total.hexdigest(), kinds, sources
 
 
 def _split_parts(changed: Rows) -> Iterator[Iterator[ImageRecord]]:
@@ -241,10 +251,14 @@ def _split_parts(changed: Rows) -> Iterator[Iterator[ImageRecord]]:
 
 def commit_version(store: ObjectStore, version: DatasetVersion, changed: Rows) -> bool:
     """Write a version: its rows first, then the commit object. False if another process took the number."""
+    from visionloop.data.rows import HeldRows, hold_rows, iterate_parts
+
     runs = max(1, -(-len(changed) // PART_ROWS))
-    for part, rows in zip(version.parts[-runs:], _split_parts(changed), strict=True):
+    pieces: Iterable[Any] = iterate_parts(changed) if isinstance(changed, HeldRows) else _split_parts(changed)
+    write = hold_rows if isinstance(changed, HeldRows) else _write_in_order
+    for part, rows in zip(version.parts[-runs:], pieces, strict=True):
         sink = BytesIO()
-        _write_in_order(sink, rows)
+        write(rows, sink)
         store.put(f"manifests/{part}.parquet", sink.getvalue())
     store.sync()
     return store.create(_version_key(version.name, version.version), canonical_json(version.to_json()))

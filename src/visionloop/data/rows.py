@@ -1,4 +1,4 @@
-"""HeldRows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
+"""Rows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
 
 A batch is an Arrow RecordBatch with the columns of a manifest. It is made into records (`ImageRecord`) where those are
 needed, and as late as possible: a record takes 700 bytes, a row of a file in memory 100.
@@ -273,6 +273,38 @@ def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -
             writer.write_table(table)
     file.flush()
     return HeldRows(file)
+
+
+def sum_up(rows: HeldRows) -> tuple[str, Counter[tuple[str, tuple[str, ...]]], set[str]]:
+    """Return what a version says of its rows: their digest, the images by side and labels, and the sources."""
+    total, last = hashlib.sha256(), ""
+    kinds, sources = Counter[tuple[str, tuple[str, ...]]](), set[str]()
+    for batch in rows.iterate_batches():
+        sha256s = batch["sha256"].to_pylist()
+        assert last <= sha256s[0] and sha256s == sorted(sha256s), "rows are in the order of their sha256"
+        last = sha256s[-1]
+        total.update(encode_rows(batch, manifest.IN_DIGEST, "\n"))
+        kinds.update(zip(decode_column(batch["side"]), decode_column(batch["labels"]), strict=True))
+        sources.update(batch["sources"].flatten().unique().to_pylist())
+    return total.hexdigest(), kinds, sources
+
+
+def iterate_parts(rows: HeldRows) -> Iterator[Iterator[pa.RecordBatch]]:
+    """Yield the rows of each part of a version, as `manifest.commit_version` divides them."""
+    for start in range(0, max(1, len(rows)), manifest.PART_ROWS):
+        yield rows.pick_batches(np.arange(start, min(start + manifest.PART_ROWS, len(rows))))
+
+
+def digest_parts(rows: HeldRows) -> Iterator[str]:
+    """Yield the name of each part: as `manifest.compute_rows_digest`."""
+    for batches in iterate_parts(rows):
+        total, between = hashlib.sha256(b"["), b""
+        for batch in batches:
+            total.update(between)
+            total.update(encode_rows(batch, manifest.COLUMNS, ",")[:-1])
+            between = b","
+        total.update(b"]")
+        yield total.hexdigest()
 
 
 def hold_version(store: ObjectStore, version: DatasetVersion) -> HeldRows:

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from visionloop.data.manifest import make_image_key
-from visionloop.errors import ImageError, VisionLoopError
+from visionloop.errors import DiskError, ImageError, VisionLoopError
 from visionloop.ingest.inspect import Facts, Inspections, inspect_for_store, make_rejected
 from visionloop.ingest.journal import SHA256, STAMP, Ahead, Journal, Offers, Row, unpack_row
 from visionloop.ingest.sources import Cursor, Item, PassedOver
@@ -109,7 +110,8 @@ class Crew:
         for thread in self._threads:
             thread.join()
         while not self._done.empty():
-            self._on_results(self._done.get().results)
+            with suppress(DiskError):  # of what cannot be put down: the first one is told, and all are in the journal
+                self._on_results(self._done.get().results)
 
     def _send(self) -> None:
         if len(self._threads) < min(self._max_threads, self._num_wanted, self._num_out + 1):

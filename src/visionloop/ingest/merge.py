@@ -159,12 +159,11 @@ class _Left:
 class _Records:
     """Rows of a draft that are made when they are asked for."""
 
-    def __init__(self, iterate: Callable[[], Iterator[ImageRecord]]) -> None:
-        self._iterate = iterate
-        self.number = 0
+    def __init__(self, number: int, iterate: Callable[[], Iterator[ImageRecord]]) -> None:
+        self._number, self._iterate = number, iterate
 
     def __len__(self) -> int:
-        return self.number
+        return self._number
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return self._iterate()
@@ -173,14 +172,25 @@ class _Records:
 class _Draft:
     """The rows of the next version: `records` are all, `changed` those that are new or differ.
 
-    Left out are those that were `pruned`, and classes that are too `small`.
+    Left out are those that were `pruned`, and classes that are too `small`. It holds none of its `Rows`: in a cycle it
+    would keep its files when another pull was faster, until Python collects garbage, which is rare in a pull.
     """
 
     def __init__(self, known: Known, joined: Joined, sides: Sides, pruned: Moves) -> None:
         self._known, self._joined, self._sides, self._pruned = known, joined, sides, pruned
         self.small: dict[str, int] = {}
-        self.records = _Records(lambda: (record for _, _, record in self._iterate(is_out=False)))
-        self.changed = _Records(lambda: (one for rank, row, one in self._iterate(is_out=False) if _differs(rank, row)))
+        self._num_records = self._num_changed = 0
+
+    @property
+    def records(self) -> Rows:
+        """Return all rows; first comes `leave_out`."""
+        return _Records(self._num_records, lambda: (record for _, _, record in self._iterate(is_out=False)))
+
+    @property
+    def changed(self) -> Rows:
+        """Return those that are new or differ; first comes `leave_out`."""
+        rows = lambda: (one for rank, row, one in self._iterate(is_out=False) if _differs(rank, row))  # noqa: E731
+        return _Records(self._num_changed, rows)
 
     def leave_out(self, params: Params) -> _Left:
         """Choose what is left out, and look once at all rows."""
@@ -199,8 +209,8 @@ class _Draft:
                 refused.append((rank, row[4] if rank == OFFERED else 0, self._refuse(row, record, least)))
                 continue
             left.aside.pop(record.sha256, None)
-            self.records.number += 1
-            self.changed.number += _differs(rank, row)
+            self._num_records += 1
+            self._num_changed += _differs(rank, row)
             if record.side != "excluded":
                 left.classes.update(record.labels)
         refused.sort(key=lambda one: one[:2])

@@ -265,6 +265,8 @@ class _Digests:
         self._starts = [32 * int(start) for start in np.searchsorted(digests.view(">u2")[::16], np.arange(65_537))]
 
     def __contains__(self, sha256: object) -> bool:
+        if not _SHA256.fullmatch(str(sha256)):
+            return False
         digest = bytes.fromhex(str(sha256))
         number = int.from_bytes(digest[:2], "big")
         first, end = self._starts[number : number + 2]

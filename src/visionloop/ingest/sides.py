@@ -177,6 +177,16 @@ def decide_sides(
     return Sides(desk.sides, desk.keys, leaks, brought)
 
 
+class _Again:
+    """Families that are made anew each time they are read."""
+
+    def __init__(self, make: Callable[[], Iterator[Undecided]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Undecided]:
+        return self._make()
+
+
 class _Desk:
     """The images that are compared, as n: those of earlier versions, then the new ones, each by their ordinals.
 
@@ -292,9 +302,11 @@ class _Desk:
         self._count_trained(is_alone & (self.sides == TRAIN), trained)
         is_open = is_alone & (self.sides == 0)
         division = divide(
-            chain(
-                (Undecided(key, labels, side == TO_LEARN) for (key, side), labels in together.items()),
-                self._list_alone(is_open, sets),
+            _Again(
+                lambda: chain(
+                    (Undecided(key, labels, side == TO_LEARN) for (key, side), labels in together.items()),
+                    self._list_alone(is_open, sets),
+                )
             ),
             split.seed,
             split.fractions,

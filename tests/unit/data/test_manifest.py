@@ -15,7 +15,7 @@ import pytest
 
 from counting_store import CountingStore
 from visionloop.data import manifest
-from visionloop.data.rows import HeldRows, encode_rows, hold_version
+from visionloop.data.rows import HeldRows, encode_rows, hold_rows, hold_version
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Rejected, canonical_json, compute_digest
 from visionloop.store import LocalStore
@@ -53,6 +53,33 @@ def commit(store: LocalStore, records: list[ImageRecord]) -> manifest.DatasetVer
 def test_rows_survive_parquet() -> None:
     records = [make_record("b"), make_record("a", side="test")]
     assert manifest.decode_records(manifest.encode_records(records), "x") == [records[1], records[0]]
+
+
+@pytest.mark.parametrize("number", [0, 1, 6, 23])
+def test_rows_held_by_column_make_the_same_version_and_the_same_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for name, size in {"PART_ROWS": 6, "GROUP_ROWS": 4, "BATCH_ROWS": 3}.items():
+        monkeypatch.setattr(manifest, name, size)
+    rows = [
+        make_record(f"{i:02d}", 'a "cat"\n' if i % 3 else "dog", ("train", "excluded")[i % 2]) for i in range(number)
+    ]
+    rows = [
+        replace(row, labels=row.labels if i % 5 else (), group="\u00e9" if i % 4 else None)
+        for i, row in enumerate(rows)
+    ]
+    stores, versions = [LocalStore(tmp_path / name) for name in ("records", "columns")], []
+    for store, some in zip(
+        stores, (rows, hold_rows(HeldRows(io.BytesIO(manifest.encode_records(rows))).iterate_batches())), strict=True
+    ):
+        versions.append(manifest.make_version("pets", None, some, some, **FACTS))
+        assert manifest.commit_version(store, versions[-1], some)
+        assert manifest.load_version_records(store, versions[-1]) == rows
+    assert versions[0] == versions[1]
+    assert len(versions[0].parts) == max(1, -(-number // 6))
+    for part in versions[0].parts:
+        key = f"manifests/{part}.parquet"
+        assert stores[0].get(key) == stores[1].get(key)
 
 
 def test_digest_ignores_origins_but_not_labels() -> None:

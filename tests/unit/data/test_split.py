@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionloop.data import split
 from visionloop.data.split import Undecided, choose_side, divide, find_lone_films
 
 FRACTIONS = (0.70, 0.15, 0.15)
@@ -94,6 +95,16 @@ def test_min_train_takes_the_keys_nearest_to_train_and_no_more_than_it_needs() -
     assert division.sides.count("train") == 8
     assert division.brought == {"cat": 8 - plain.count("train")}
     assert all(new == old for new, old in zip(division.sides, plain, strict=True) if new != "train")
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_keys_at_one_position_go_by_their_names(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    monkeypatch.setattr(split, "compute_position", lambda key, seed: 0.9 if key < "cat5" else 0.5)
+    families = make({"cat": 9})[::step]
+    first = divide(families, 0, (0.5, 0.5, 0.0), is_first=True).sides[::step]
+    assert "".join(side[0] for side in first) == "vttttvvvv"
+    later = divide(families, 0, (0.0, 1.0, 0.0), is_first=False, min_train=3).sides[::step]
+    assert "".join(side[0] for side in later) == "tttvvvvvv"
 
 
 def test_an_image_of_several_labels_counts_for_the_rarest() -> None:

@@ -1,5 +1,6 @@
 """Many items at once: the order stays, one bad image costs itself alone, an error of the store stops all."""
 
+import errno
 import hashlib
 import random
 import threading
@@ -13,12 +14,15 @@ import pytest
 
 from fakes import make_image
 from visionloop.data.manifest import make_image_key
-from visionloop.errors import ImageError, SourceError, StoreError
+from visionloop.errors import DiskError, ImageError, SourceError, StoreError
 from visionloop.ingest import check as crew
+from visionloop.ingest import spill
 from visionloop.ingest.check import Checked, Known, check_all
 from visionloop.ingest.inspect import Inspected, inspect_bytes
 from visionloop.ingest.journal import SHA256, Journal, Row
+from visionloop.ingest.pull import find_stored
 from visionloop.ingest.sources import Cursor, Item
+from visionloop.ingest.spill import Spill
 from visionloop.params import Ingest
 from visionloop.records import Rejected
 from visionloop.store import LocalStore
@@ -166,6 +170,22 @@ def test_a_store_that_fails_stops_the_rest_and_keeps_what_was_stored(
     assert (checked.num_read, len(checked.inspected)) == (191, 200)
 
 
+def test_a_full_disk_of_the_workspace_stops_all_and_keeps_what_was_stored(
+    store: LocalStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_write(self: Spill, data: bytes) -> None:
+        raise self._make_error("written", OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(spill, "RUN_ROWS", 3)
+    monkeypatch.setattr(Spill, "_write", fail_to_write)
+    num_before = threading.active_count()
+    with pytest.raises(DiskError, match="No space left"):
+        check_all([make_item(i) for i in range(100)], store, LIMITS, Known(journal))
+    assert threading.active_count() == num_before
+    stored = {key.rpartition("/")[2] for key in store.list("images/")}
+    assert {row[SHA256] for row in journal.load("s").values()} == stored, "what is stored is not read again"
+
+
 def test_a_source_that_fails_midway_raises_and_keeps_what_was_stored(store: LocalStore, journal: Journal) -> None:
     def offer() -> Iterator[Item]:
         yield from (make_item(i) for i in range(30))
@@ -304,6 +324,22 @@ def test_a_file_that_is_offered_twice_is_known_both_times(store: LocalStore, jou
     again = check_all([make_item(1), make_item(3), make_item(1)], store, LIMITS, Known(journal))
     assert (name_all(again), again.num_read) == (["s:001.png", "s:003.png", "s:001.png"], 1)
     assert list_all(again)[0].sha256 == list_all(again)[2].sha256
+
+
+@pytest.mark.parametrize("number", [0, 300])
+def test_what_is_stored_is_found_and_a_damaged_row_of_the_journal_is_not(
+    store: LocalStore, journal: Journal, number: int
+) -> None:
+    facts, sha256s = inspect_bytes(make_image(1), "x", max_pixels=10**6), [f"{7**i % 2**256:064x}" for i in range(300)]
+    journal.keep([("s:1.png", "stamp", replace(facts, sha256="no digest"))])
+    journal.flush()
+    for sha256 in sha256s[:number]:
+        store.add(make_image_key(sha256), b"")
+    stored = find_stored(store, journal, frozenset({"f" * 64}))
+    assert stored is not None
+    assert [sha256 in stored for sha256 in sha256s] == [i < number for i in range(300)]
+    assert "f" * 64 in stored
+    assert "no digest" not in stored
 
 
 @pytest.mark.parametrize("in_order", [True, False])

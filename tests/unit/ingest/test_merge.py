@@ -131,6 +131,14 @@ def test_given_sides_that_leak_are_listed_and_stay_in_later_versions(desk: Desk)
     assert leak.reason.startswith("near duplicates, ")
 
 
+def test_images_that_their_source_puts_on_train_count_for_min_train(desk: Desk) -> None:
+    desk.pull(fill())
+    given, others = [offer(i, side="train") for i in range(8)], [offer(20 + i) for i in range(12)]
+    merged = desk.pull([*given, *others], ingest={"split": {"min_train": 14}})
+    assert not [line for line in merged.notes if "went there" in line]
+    assert {desk.row(one).side for one in others} != {"train"}
+
+
 def test_on_leak_exclude_keeps_the_test_image(desk: Desk) -> None:
     desk.pull(
         [*fill(), offer(1, side="train"), offer(1, kind="JPEG", side="test")],
