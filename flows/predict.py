@@ -119,7 +119,9 @@ def watch_streams(workspace: Workspace, predictor: Predictor, out: Path) -> list
     named, sampling = name_streams(section.streams), Sampling(section.every_s, section.smooth_s)
     several = len(named) > 1
     plans = [
-        WatchPlan(path, os.environ, sampling, section.seconds, name=name, is_one_of_several=several)
+        WatchPlan(
+            path, os.environ, sampling, section.seconds, name=name, is_one_of_several=several, hosts=section.hosts
+        )
         for name, path in named
     ]
     webhook = section.webhook

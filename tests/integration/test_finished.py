@@ -269,6 +269,21 @@ def test_a_machine_without_the_work_folder_takes_the_champions_network(finished:
     assert len(whole.epochs) == 2
 
 
+def test_the_champions_own_run_is_the_source_also_where_it_took_its_network_from_another(
+    finished: tuple[Place, Any],
+) -> None:
+    """The other run may be deleted in MLflow, or hold the first epochs alone."""
+    place, first = finished
+    taken = place.with_train(threshold=0.6).train()
+    crown(place, taken)
+    shutil.rmtree(place.settings.work_dir("train"))
+    del place.tracking.runs[first.run_id]
+    ear = Ear()
+    note = place.with_train(threshold=0.7).train(ear)
+    assert ear.epochs == [] and note.extra["network_of"] == taken.run_id
+    assert run_of(place, note.run_id)["metrics"] == run_of(place, taken.run_id)["metrics"]
+
+
 def test_a_warm_start_takes_its_network_again_too_also_where_it_is_the_champion_now(place: Place) -> None:
     warm = place.with_train(way="warm")
     first = warm.train()

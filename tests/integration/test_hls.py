@@ -1,5 +1,7 @@
 """Live playlists (HLS): a server on loopback that adds a piece whenever the newest was asked for; and hostile ones."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from source_runs import read_video
 from videos import RED, WHITE
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.video.hls import Piece, Playlist, parse_playlist
+from visionloop.ingest.video.hls import Piece, Playlist, _Held, parse_playlist
 from visionloop.predict.files import Sampling
 from visionloop.predict.live import Watch, WatchPlan
 from visionloop.predict.several import Answerer
@@ -181,3 +183,52 @@ def test_a_playlist_is_read_as_it_is_written() -> None:
     )
     with pytest.raises(ImageError, match="leads from https to another scheme"):
         parse_playlist("#EXTM3U\n#EXTINF:1,\nhttp://h.example/c.ts", url)
+
+
+def test_of_a_long_playlist_the_newest_are_read_and_gaps_are_left_out() -> None:
+    rows = "#EXTINF:2.000000000000000444,\nold%2F.ts\n" * 50_000
+    text = f"{HEAD}{rows}#EXTINF:2,\na.ts\n#EXT-X-GAP\n#EXTINF:2,\nb.ts\n#EXTINF:2,\nc.ts\n"
+    found = parse_playlist(text, "https://h.example/a.m3u8").pieces
+    assert [piece.number for piece in found] == [49_998, 49_999, 50_000, 50_002], "those that can be shown, and one"
+    assert [piece.url for piece in found[2:]] == ["https://h.example/a.ts", "https://h.example/c.ts"]
+    variants = "#EXT-X-STREAM-INF:BANDWIDTH=1\na.m3u8\n" * 101
+    with pytest.raises(ImageError, match="lists more than 100 streams"):
+        parse_playlist(HEAD + variants, "https://h.example/a.m3u8")
+
+
+def test_a_piece_that_nobody_wants_any_more_is_not_received() -> None:
+    """A server that sends slowly would leave a thread, and what it holds, for each connection."""
+    held = _Held("h.example/1.ts", closing := threading.Event())
+    held.write(b"1")
+    closing.set()
+    with pytest.raises(ImageError, match="is not wanted any more"):
+        held.write(b"2")
+    assert held.getvalue() == b"1"
+
+
+def test_pieces_on_another_host_are_watched_when_it_is_named(tmp_path: Path, network: Answerer) -> None:
+    pieces = write_pieces(tmp_path / "pieces", "mpegts")
+    with serve(Live(pieces, "mpegts").routes) as cdn:
+        there = f"localhost:{cdn.url.rpartition(':')[2]}"
+        master = f"{HEAD}#EXT-X-STREAM-INF:BANDWIDTH=1\nhttp://{there}/sub/live.m3u8\n"
+        with serve({"/a.m3u8": Answer(master.encode(), headers=KIND)}) as site:
+            path = f"{site.url}/a.m3u8"
+            env = {"VISIONLOOP_PRIVATE_HOSTS": "127.0.0.1 localhost"}
+            plan = WatchPlan(path, env, Sampling(0.05, 0.0), LIMIT_S, frames=3)
+            with pytest.raises(SourceError) as caught:
+                Watch(plan, network).connect()
+            assert caught.value.found == "host localhost is not in the list of hosts"
+            assert caught.value.todo == (
+                "If it belongs to the stream: `--host localhost`, or `predict.hosts` in params.yaml."
+            )
+            with pytest.raises(SourceError, match=f"--host {there}`"):
+                Watch(replace(plan, hosts=("localhost",)), network).connect()
+            watch = Watch(replace(plan, hosts=(there,)), network)
+            list(watch.run(watch.connect()))
+            assert watch.num_answered == 3
+        live = HEAD + f"#EXTINF:1,\nhttp://{there}/sub/0.seg\n"
+        with serve({"/a.m3u8": Answer(live.encode(), headers=KIND)}) as site:
+            plan = replace(plan, path=f"{site.url}/a.m3u8", is_one_of_several=True)
+            watch = Watch(plan, network)
+            with pytest.raises(SourceError, match="--host localhost`"):
+                list(watch.run(watch.connect()))

@@ -285,6 +285,8 @@ def test_streams_of_params_are_watched_and_each_line_bears_its_name(
         (("rtsp://h/1", "gate=gopher://u:pw0rd@h/2"), "gate: got gopher://; expected a file, rtsp://"),
         (("rtsp://h/1", "gate=rtsp://u:${NO_SUCH}@h/2"), "gate: the variable NO_SUCH is not set"),
         (("--streams",), "--streams: params.yaml `predict.streams` names none"),
+        ((AWAY, "--host", "a b"), r"hosts: got 'a b'; expected HOST, HOST:PORT or \*.DOMAIN in `hosts`"),
+        (("a.jpg", "--host", "cdn.example.com"), "--host: is for a stream"),
         (("--streams", "rtsp://h/1"), "--streams: is there, and PATHS too; expected one of them"),
     ],
 )

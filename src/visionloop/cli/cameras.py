@@ -49,6 +49,7 @@ class StreamWishes:
     each_frame: bool
     webhook: str | None
     of_params: bool = False
+    hosts: Sequence[str] = ()
 
 
 def find_streams(
@@ -69,8 +70,8 @@ def find_streams(
             raise SourceError("--streams", "params.yaml `predict.streams` names none", "a stream", "Edit the file.")
     streams = section.streams if wishes.of_params else [path for path in paths if is_stream(path)]
     if not streams:
-        names = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}
-        names["--each-frame"] = wishes.each_frame or None
+        names: dict[str, object] = {"--seconds": wishes.seconds, "--frames": wishes.frames, "--webhook": wishes.webhook}
+        names |= {"--each-frame": wishes.each_frame or None, "--host": wishes.hosts or None}
         if name := next((name for name, value in names.items() if value is not None), None):
             raise SourceError(name, "is for a stream", "rtsp://, http://, https:// or /dev/video0 as the path")
         return []
@@ -97,6 +98,7 @@ def make_plans(named: Sequence[tuple[str, str]], sampling: "Sampling", wishes: S
             wishes.each_frame,
             name=name,
             is_one_of_several=len(named) > 1,
+            hosts=wishes.hosts,
         )
         for name, path in named
     ]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +54,9 @@ Smooth = Annotated[
 Seconds = Annotated[float | None, typer.Option(min=0.1, help="Of a stream: end after so long.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Of a stream: end after so many answers.")]
 EachFrame = Annotated[bool, typer.Option("--each-frame", help="Of a stream: a line for each answer too.")]
+Hosts = Annotated[
+    list[str] | None, typer.Option("--host", help="Of a stream: another host that its pieces may be on; repeatable.")
+]
 Streams = Annotated[bool, typer.Option("--streams", help="Watch the streams of params.yaml `predict.streams`.")]
 Hook = Annotated[str | None, typer.Option(metavar="URL", help="Of a stream: POST each event there, as JSON.")]
 
@@ -75,6 +78,7 @@ def predict(
     each_frame: EachFrame = False,
     webhook: Hook = None,
     streams: Streams = False,
+    host: Hosts = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -108,12 +112,12 @@ def predict(
     workspace = open_workspace()
     telling = Telling(out, quiet=quiet, as_json=as_json)
     asked = Asked(make_sampling(workspace, every, smooth), telling, bundle, top)
-    wishes = StreamWishes(seconds, frames, each_frame, webhook, streams)
     section = workspace.params.predict
+    wishes = StreamWishes(seconds, frames, each_frame, webhook, streams, tuple(host or ()))
     if named := find_streams(
         paths or (), wishes, section, {"--format": format, "--sheet": sheet, "--pictures": pictures}
     ):
-        plans = make_plans(named, asked.sampling, wishes)
+        plans = make_plans(named, asked.sampling, replace(wishes, hosts=(*section.hosts, *wishes.hosts)))
         _watch(workspace, plans, asked, choose_webhook(webhook, section.webhook))
     else:
         _predict_files(workspace, paths or (), asked, FileWishes(format, sheet, pictures))

@@ -233,11 +233,13 @@ class Predict(Section):
 
     A path that is not absolute is below the workspace; tables go to `out`. Of a video or a stream a frame is taken
     every `every_s`, and a change for less than `smooth_s` is taken for a flicker. A stream (rtsp://, http://, a device,
-    or NAME=ADDRESS) is watched for `seconds` in each run; `webhook` gets its events, as from `visionloop predict`.
+    or NAME=ADDRESS) is watched for `seconds` in each run; `webhook` gets its events, as from `visionloop predict`. Its
+    playlist, and what it redirects to, may be on its own host and on `hosts`.
     """
 
     paths: Words = ()
     streams: Words = ()
+    hosts: Words = ()
     out: str = Field(default="predictions", min_length=1)
     every_s: float = Field(default=0.5, ge=0.04, le=3600)
     smooth_s: float = Field(default=1.0, ge=0, le=3600)

@@ -10,10 +10,11 @@ Lines are JSON objects. `kind` is `change` (another answer, from `since` on; it 
 """
 
 import math
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -63,7 +64,8 @@ class WatchPlan:
     """What is watched and for how long: for `seconds`, or until `frames` were answered; None: until it is stopped.
 
     `each_frame`: a line for each answered frame too. `env` holds the values of `${NAME}` in the path. `name`: what
-    it is called, if not by its path. `is_one_of_several`: a first connection that fails is tried again, too.
+    it is called, if not by its path. `is_one_of_several`: a first connection that fails is tried again, too. `hosts`:
+    to which others a playlist or a redirect may lead.
     """
 
     path: str
@@ -74,6 +76,7 @@ class WatchPlan:
     each_frame: bool = False
     name: str = ""
     is_one_of_several: bool = False
+    hosts: Sequence[str] = ()
     stall_s: float = STALL_S
     wait_s: float = WAIT_S
 
@@ -129,9 +132,11 @@ class Watch:
         """Open the camera. Raises SourceError: the address is wrong, or nobody answers there."""
         check_installed(self.plan.shown)
         try:
-            return open_stream(self.plan.path, self._make_job(), Reach(self.plan.env, self.plan.shown))
+            reach = Reach(self.plan.env, self.plan.shown, self.plan.hosts)
+            return open_stream(self.plan.path, self._make_job(), reach)
         except ImageError as exc:
-            raise StreamEnded(self.plan.shown, exc.found, exc.expected, exc.todo) from None
+            todo = _advise(exc.found) or exc.todo
+            raise StreamEnded(self.plan.shown, exc.found, exc.expected, todo) from None
 
     def run(self, stream: Stream | None) -> Iterator[Line | None]:
         """Yield lines as they come, and None now and then in between, until a limit is reached.
@@ -192,7 +197,7 @@ class Watch:
         if isinstance(error, SourceError):
             raise error
         if not self.plan.is_one_of_several or (error and error.reason_code == "refused_url"):
-            raise StreamEnded(self.plan.shown, self.problem, "a video stream", self.plan.todo)
+            raise StreamEnded(self.plan.shown, self.problem, "a video stream", _advise(self.problem) or self.plan.todo)
 
     def _follow(self, session: "_Session", lost_at: float | None) -> Iterator[Line | None]:
         """Answer for the newest frames of a connection until it ends, hangs, or a limit is reached."""
@@ -346,7 +351,7 @@ class _Session:
     def _run(self) -> None:
         end = End(None)
         try:
-            reach = Reach(self._plan.env, self._plan.shown)
+            reach = Reach(self._plan.env, self._plan.shown, self._plan.hosts)
             self._stream = stream = self._stream or open_stream(self._plan.path, self._job, reach)
             if stream.file:
                 raise SourceError(self._plan.shown, "is a video file", "a stream", "Name it alone.")
@@ -379,8 +384,16 @@ class _Session:
         finally:
             stream.feed.close()
         if failure := stream.feed.failure:
-            end = End(failure.reason_code, failure.found)
+            self.error, end = failure, End(failure.reason_code, failure.found)
         return end
+
+
+def _advise(found: str) -> str:
+    """Say how a host may be asked that a stream leads to; "" if that is not what is wrong."""
+    if match := re.search(r"(?:port (\d+) of|host) (\S+) is not in the list of hosts", found):
+        host = f"{match[2]}:{match[1]}" if match[1] else match[2]
+        return f"If it belongs to the stream: `--host {host}`, or `predict.hosts` in params.yaml."
+    return ""
 
 
 def _key(segment: Segment) -> tuple[str, bool]:

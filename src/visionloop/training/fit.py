@@ -40,7 +40,7 @@ from visionloop.training.package import write_bundle, write_bundle_again
 from visionloop.training.plots import SHOWN
 from visionloop.training.precision import choose_hardware
 from visionloop.training.ranks.world import compare_facts, join_world, share
-from visionloop.training.run import KEY_TAG, NETWORK_TAG, marking_failure, open_run, read_git_commit, remember_run
+from visionloop.training.run import KEY_TAG, marking_failure, open_run, read_git_commit, remember_run
 from visionloop.training.ways import WAYS
 from visionloop.training.ways.network import choose_start, has_work_here
 from visionloop.workfolder import DONE, link_folder, list_work, lock_work, replace_folder, write_file
@@ -246,7 +246,7 @@ def _fetch_champion(work: Path, job: Job) -> RunNote | None:
     link_folder(bundle.folder, work / "bundle")
     commit = run.tags.get("visionloop.git_commit", "none").removeprefix("none") or None
     facts = {"validated_on": job.validated_on, ENDING: ending}
-    note = RunNote(bundle.digest, run.tags.get(NETWORK_TAG, run.run_id), commit, entry.at, extra=facts)
+    note = RunNote(bundle.digest, run.run_id, commit, entry.at, extra=facts)
     write_file(work / DONE, canonical_json(note.to_json()))
     return note
 

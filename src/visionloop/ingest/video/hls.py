@@ -6,10 +6,14 @@ once, so its bytes are passed on over six seconds. Keys and parts of files are r
 """
 
 import contextlib
+import io
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urljoin
 
 from visionloop.errors import ImageError
@@ -18,6 +22,7 @@ from visionloop.web.addresses import parse_url
 
 MAX_PLAYLIST_BYTES, MAX_PIECE_BYTES = 1 << 20, 128 << 20
 MAX_PIECE_S, SLICE_S = 60.0, 0.1
+MAX_VARIANTS = 100
 MOST_BEHIND, FASTER = 3, 0.8  # pieces that wait are shown in less time; if more wait, all but the newest are left out
 _ATTRIBUTE = re.compile(r'([A-Z0-9-]+)=("[^"]*"|[^,]*)')
 _PLAIN = re.compile(r"[^\x00-\x20\x7f\\]+")
@@ -35,7 +40,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Playlist:
-    """What a playlist says. `variants`: (bits a second, shorter side in pixels, URL) if it only lists others."""
+    """What a playlist says: of its pieces the newest, one more than are shown one after the other.
+
+    `variants`: (bits a second, shorter side in pixels, URL) if it only lists others.
+    """
 
     pieces: tuple[Piece, ...] = ()
     target_s: float = 1.0
@@ -48,8 +56,9 @@ def parse_playlist(text: str, url: str) -> Playlist:
     lines = [line.strip() for line in text.lstrip("\ufeff").splitlines() if line.strip()]
     if not lines or lines[0] != "#EXTM3U":
         raise _refuse(url, "is no playlist", "#EXTM3U in its first line")
-    pieces, variants = list[Piece](), list[tuple[int, int, str]]()
-    number, seconds, head, target_s, variant = 0, 0.0, None, 1.0, None
+    pieces = deque[tuple[int, float, str, str | None]](maxlen=MOST_BEHIND + 1)
+    variants = list[tuple[int, int, str]]()
+    number, seconds, head, target_s, variant, is_gap = 0, 0.0, None, 1.0, None, False
     for line in lines[1:]:
         tag, _, value = line.partition(":")
         if tag == "#EXT-X-KEY" and _read_attributes(value).get("METHOD") != "NONE":
@@ -63,19 +72,34 @@ def parse_playlist(text: str, url: str) -> Playlist:
         elif tag == "#EXTINF":
             seconds = _read_number(value.partition(",")[0], url)
         elif tag == "#EXT-X-MAP":
-            head = _join(url, _read_attributes(value).get("URI", ""))
+            head = _read_attributes(value).get("URI", "")
+        elif tag == "#EXT-X-GAP":
+            is_gap = True
         elif tag == "#EXT-X-STREAM-INF":
             variant = _read_attributes(value)
         elif not line.startswith("#") and variant is not None:
-            sides = [int(side) for side in re.findall(r"\d{1,5}", variant.get("RESOLUTION", ""))]
-            bits = int(_read_number(variant.get("BANDWIDTH", "0"), url))
-            variants.append((bits, min(sides, default=0), _join(url, line)))
+            variants.append(_read_variant(url, variant, line, len(variants)))
             variant = None
         elif not line.startswith("#"):
-            pieces.append(Piece(number, min(seconds, MAX_PIECE_S), _join(url, line), head))
-            number += 1
+            # Of a gap its maker says that there is no such piece.
+            pieces.extend([] if is_gap else [(number, min(seconds, MAX_PIECE_S), line, head)])
+            number, is_gap = number + 1, False
+    found = [Piece(n, s, _join(url, at), None if head is None else _join(url, head)) for n, s, at, head in pieces]
     target_s = min(max(target_s, 0.1), MAX_PIECE_S)
-    return Playlist(tuple(pieces), target_s, "#EXT-X-ENDLIST" in lines, tuple(variants))
+    return Playlist(tuple(found), target_s, "#EXT-X-ENDLIST" in lines, tuple(variants))
+
+
+class _Held(io.BytesIO):
+    """Holds a piece that comes, until nobody wants it any more. Raises ImageError then."""
+
+    def __init__(self, where: str, closing: threading.Event) -> None:
+        super().__init__()
+        self._where, self._closing = where, closing
+
+    def write(self, data: Any, /) -> int:
+        if self._closing.is_set():
+            raise ImageError(self._where, "is not wanted any more", "", reason_code="unreadable")
+        return super().write(data)
 
 
 class HlsStream(WebStream):
@@ -133,16 +157,25 @@ class HlsStream(WebStream):
         return parse_playlist(found.data.decode("utf-8", "replace"), found.url)
 
     def _fetch_bytes(self, url: str) -> bytes:
-        return self._fetcher.fetch(url, min(MAX_PIECE_BYTES, self._max_bytes)).data
+        held = _Held(self._fetcher.describe(url), self._closing)
+        self._fetcher.download(url, held, min(MAX_PIECE_BYTES, self._max_bytes))
+        return held.getvalue()
 
 
 def _read_attributes(text: str) -> dict[str, str]:
     return {name: value.strip('"') for name, value in _ATTRIBUTE.findall(text)}
 
 
+def _read_variant(url: str, said: dict[str, str], line: str, number: int) -> tuple[int, int, str]:
+    if number == MAX_VARIANTS:
+        raise _refuse(url, f"lists more than {MAX_VARIANTS} streams", "a few sizes")
+    sides = [int(side) for side in re.findall(r"\d{1,5}", said.get("RESOLUTION", ""))]
+    return int(_read_number(said.get("BANDWIDTH", "0"), url)), min(sides, default=0), _join(url, line)
+
+
 def _read_number(text: str, url: str) -> float:
     with contextlib.suppress(ValueError):
-        if re.fullmatch(r"\d{1,18}(\.\d{0,9})?", text.strip()):
+        if re.fullmatch(r"[0-9]{1,18}(\.[0-9]{0,30})?", text.strip()):
             return float(text)
     raise _refuse(url, f"has the number {text[:20]!r}", "a plain number")
 
