@@ -61,8 +61,7 @@ RunStep = Callable[[str, Callable[[], Any]], Any]
 # What dvc itself says around a stage's own lines, and the stage's error, which is raised and told.
 DVC_CHATTER = (
     *("Running stage", "Data and pipelines", "> ", "Updating lock", "Generating lock", "Use `dvc push`", "To "),
-    "WARNING: 'features' is empty",
-    "WARNING: 'reports/training' is empty",
+    *("WARNING: 'features' is empty", "WARNING: 'reports/training' is empty"),
     *("\tgit", "\tdvc", "Stage '", "ERROR: failed to reproduce", "error: "),
 )
 FEWER_ANSWERS = 0.1  # of the test images, than the champion: from here on it is told
@@ -301,11 +300,10 @@ def describe_outcome(outcome: str, decision: Decision) -> str:
 
 def describe_answered(decision: Decision) -> dict[str, str]:
     """Say how many test images candidate and champion answer, if either may say "don't know"; LOOK at a large fall."""
-    mine, theirs = decision.metrics.get("answered"), decision.champion_metrics.get("answered")
-    if mine is None and theirs is None:
+    found = [metrics.get("answered") for metrics in (decision.metrics, decision.champion_metrics)]
+    share, before = (1.0 if one is None else one["value"] or 0.0 for one in found)
+    if not any(found):
         return {}
-    share, before = ((found or {}).get("value") for found in (mine, theirs))
-    share, before = 1.0 if share is None else share, 1.0 if before is None else before
     rows = {
         "candidate answers": f"{100 * share:.2f} % of the photos; accuracy counts its best guess for the others too"
     }
