@@ -104,6 +104,12 @@ def describe_doubt(confidence: float, distance: float | None, card: Card) -> str
     return "; ".join(reasons)
 
 
+def describe_limit(limit: float) -> str:
+    """Return `0.83`, and of a limit just below 1 as many digits as it takes not to read 1: `0.99999`."""
+    digits = next((d for d in range(3, 17) if limit == 1 or float(f"{limit:.{d}g}") < 1), 17)
+    return f"{limit:.{digits}g}"
+
+
 def _tell_apart(value: float, limit: float, sign: str) -> str:
     """Return `0.61 < 0.83`, with as many digits as it takes to see the difference."""
     digits = next((d for d in range(2, 9) if f"{value:.{d}f}" != f"{limit:.{d}f}"), 9)

@@ -61,10 +61,10 @@ RunStep = Callable[[str, Callable[[], Any]], Any]
 # What dvc itself says around a stage's own lines, and the stage's error, which is raised and told.
 DVC_CHATTER = (
     *("Running stage", "Data and pipelines", "> ", "Updating lock", "Generating lock", "Use `dvc push`", "To "),
-    "WARNING: 'features' is empty",
-    "WARNING: 'reports/training' is empty",
+    *("WARNING: 'features' is empty", "WARNING: 'reports/training' is empty"),
     *("\tgit", "\tdvc", "Stage '", "ERROR: failed to reproduce", "error: "),
 )
+FEWER_ANSWERS = 0.1  # of the test images, than the champion: from here on it is told
 LOCK_TABLE = "RWLock-file"  # dvc says in several lines that it has taken a killed process out of its table of locks
 
 
@@ -298,6 +298,22 @@ def describe_outcome(outcome: str, decision: Decision) -> str:
     }[outcome]
 
 
+def describe_answered(decision: Decision) -> dict[str, str]:
+    """Say how many test images candidate and champion answer, if either may say "don't know"; LOOK at a large fall."""
+    found = [metrics.get("answered") for metrics in (decision.metrics, decision.champion_metrics)]
+    share, before = (1.0 if one is None else one["value"] or 0.0 for one in found)
+    if not any(found):
+        return {}
+    rows = {
+        "candidate answers": f"{100 * share:.2f} % of the photos; accuracy counts its best guess for the others too"
+    }
+    if decision.champion_metrics:
+        rows["candidate answers"] += f"; the champion that it was compared with: {100 * before:.2f} %"
+        if before - share > FEWER_ANSWERS:
+            rows["LOOK"] = f"it answers {100 * (before - share):.0f} points fewer of the photos (train.abstain)"
+    return rows
+
+
 def describe_unchanged(decision: Decision) -> str:
     """Tell that there is nothing to retrain for since a decision; one against the candidate still stands."""
     is_good = decision.verdict == "passed" or decision.is_same_model
@@ -351,6 +367,7 @@ def _summarise(
         headline=describe_outcome(outcome, decision),
         dataset=decision.dataset,
         metrics=decision.metrics,
+        answered=describe_answered(decision),
         verdict="same" if decision.is_same_model else decision.verdict,
         rules=[] if is_old_news else [rule.to_json() for rule in decision.rules],
         model={"version": champion.model_version, "bundle": champion.bundle} if champion else {},

@@ -46,6 +46,7 @@ class Summary:
     verdict: str = ""
     rules: Sequence[Mapping[str, Any]] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
+    answered: Mapping[str, str] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Summary:
         if self.dataset:
             rows.append(("dataset", f"version {self.dataset['version']}, digest {str(self.dataset['digest'])[:12]}"))
         rows += [(f"candidate {n}", format_interval(m)) for n in ("accuracy", "macro_f1") if (m := self.metrics.get(n))]
+        rows += self.answered.items()
         for r in self.rules:
             mark = MARKS[r["passed"]] + DRY.get(r.get("mode", ""), "")
             rows.append((f"gate: {r['rule']}", f"{mark}: {r['found']}; expected {r['expected']}"))
@@ -337,8 +339,7 @@ def describe_registered(name: str, version: str) -> str:
 
 def describe_champion(entry: "LedgerEntry") -> str:
     """Tell who is the champion after a promotion or a rollback."""
-    again = " again" if entry.action == "rollback" else ""
-    bundle, version = entry.bundle[:12], entry.model_version
+    again, bundle, version = " again" * (entry.action == "rollback"), entry.bundle[:12], entry.model_version
     more = f"; also approved: {', '.join(entry.runtimes)}" if entry.runtimes else ""
     found = f"bundle {bundle}{again}, model version {version}, ledger entry {entry.number}{more}"
     return f"champion of {entry.name} is {found}"
@@ -354,8 +355,7 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     held = find_held(verdict, rules)
     named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
     todo = "See decisions/latest.json and decisions/latest.html."
-    if verdict == "inconclusive":
-        todo = " ".join([*list_advice(held), todo])
+    todo = " ".join([*(list_advice(held) if verdict == "inconclusive" else ()), todo])
     if again and verdict != "waiting":  # what it waits for is in the rule
         todo = f"Add images or change params.yaml, then retrain. {todo}"
     return NotPromoted("gate", f"the candidate is {'still ' * again}{verdict}{named}", "a passed gate", todo)

@@ -14,6 +14,7 @@ from visionloop.confidence import (
     compute_distances,
     compute_probs,
     describe_doubt,
+    describe_limit,
     find_abstained,
     pick_reference,
     pick_rows,
@@ -51,6 +52,14 @@ def test_a_limit_is_still_answered_and_nonsense_is_not() -> None:
     assert find_abstained(confidence_n, distance_n, card).tolist() == [False, True, True, True, True]
     assert find_abstained(np.array([0.83]), None, card).tolist() == [False]
     assert find_abstained(np.array([0.0]), None, make_card()).tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [(0.8349, "0.835"), (0.99951, "0.9995"), (float(np.float32(0.99999)), "0.99999"), (1.0, "1")],
+)
+def test_a_limit_below_1_is_not_told_as_1(limit: float, told: str) -> None:
+    assert describe_limit(limit) == told
 
 
 def test_the_reason_has_as_many_digits_as_show_the_difference() -> None:

@@ -72,18 +72,27 @@ def compute_baselines(
 
 
 def make_baseline(name: str, said_mk: BoolArray, answers: Answers) -> Baseline:
-    """Compare some answers, as sets of classes, with those of the network on the same images."""
+    """Compare some answers, as sets of classes, with those of the network on the same images.
+
+    What is the same for every image has no luck of its own: its share is a plain number, against which the interval of
+    the network's accuracy is held. So `evaluate` and the gate (`check_baseline`) say the same.
+    """
     truth = answers.labels
     truth_mk = truth.astype(bool) if answers.is_several else np.arange(said_mk.shape[1]) == truth[:, None]
     hits_m = (said_mk == truth_mk).all(axis=1)
     gain_m = answers.hits_n.astype(np.float64) - hits_m
     key_m = answers.key_n
+    right = compute_share(hits_m, key_m)
+    if name == MAJORITY:
+        bounds = compute_share(answers.hits_n, key_m)
+        low, high = (None if bound is None else bound - right.value for bound in (bounds.low, bounds.high))
+        return Baseline(name, right, Interval(bounds.value - right.value, low, high))
     gain = compute_key_interval(sum_keys(gain_m, key_m), sum_keys(np.ones(len(key_m)), key_m))
     if not gain_m.any():  # where all answers are equally right, that many keys could still hide a difference
         number = count_keys(key_m)
         room = compute_wilson(0, number).high
         gain = Interval(0.0, -(room or 0.0), room)
-    return Baseline(name, compute_share(hits_m, key_m), gain)
+    return Baseline(name, right, gain)
 
 
 def choose_train_rows(prepared: Prepared, limit: int) -> IntArray:

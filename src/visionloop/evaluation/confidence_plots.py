@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import Bundle
-from visionloop.confidence import compute_probs
+from visionloop.confidence import compute_probs, describe_limit
 from visionloop.data.fonts import number_names
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.calibration import FIGURES
@@ -21,6 +21,7 @@ from visionloop.predictor import choose_classes, compute_confidence
 from visionloop.records import Card, Interval
 
 MAX_POINTS = 2000
+MOST_FEWER = 0.1  # of the test images are answered than of the validation images; from here on it is told
 MAX_SWEPT = 6  # classes of a multilabel model whose thresholds are drawn
 
 
@@ -54,7 +55,7 @@ def describe_limits(card: Card) -> str:
         )
     parts = []
     if rule.get("confidence") is not None:
-        parts.append(f"below confidence {rule['confidence']:.4g}")
+        parts.append(f"below confidence {describe_limit(rule['confidence'])}")
     if rule.get("distance") is not None:
         parts.append(f"beyond distance {rule['distance']:.4g} to the {rule['neighbours']}th nearest validation image")
     promised = (facts or {}).get("promised")
@@ -67,12 +68,23 @@ def describe_answered(card: Card, metrics: dict[str, Interval]) -> str:
     if "answered" not in metrics:
         return f"LOOK: {limits}" if limits else ""
     line = f"answers {metrics['answered'].value:.1%} of the test images"
+    validation = _get_answered(card)
+    is_far = validation is not None and validation - metrics["answered"].value > MOST_FEWER
+    if is_far:
+        line += f", {validation:.1%} of the validation images"
     if "answered_accuracy" not in metrics:
         return f"LOOK: {line}"
     wrong = 1 - metrics["answered_accuracy"].value
     wanted = (card.abstain or {}).get("error")
-    look = "LOOK: " if wanted is not None and wrong > wanted else ""
+    look = "LOOK: " if is_far or (wanted is not None and wrong > wanted) else ""
     return f"{look}{line}; {wrong:.2%} of these are wrong" + (f" (wanted: {wanted:.2%})" if wanted is not None else "")
+
+
+def _get_answered(card: Card) -> float | None:
+    """Return the share of independent validation images that is answered; None where no share was promised."""
+    tuning = card.tuning or {}
+    number = (tuning.get("abstain") or {}).get("num_answered")
+    return number / tuning["num_keys"] if number and card.abstain and tuning.get("num_keys") else None
 
 
 def draw_certainty(bundle: Bundle, answers: Answers) -> dict[str, bytes]:

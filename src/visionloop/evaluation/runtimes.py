@@ -46,6 +46,7 @@ class RuntimeCheck:
     predictor: Predictor | None
     difference: float = 0.0
     num_changed: int = 0
+    num_doubted: int = 0  # of these: the same class, but one of the two says "don't know"
     num_images: int = 0
     cosine: float = 1.0
     rise: float | None = None
@@ -75,7 +76,9 @@ class RuntimeCheck:
         differs_n = reference.choose(theirs.probs_nk) != reference.choose(ours.probs_nk)
         differs_n = differs_n.any(axis=1) if differs_n.ndim == 2 else differs_n
         self.difference = max(self.difference, float(np.nan_to_num(distance_nk, nan=1.0).max(initial=0.0)))
-        self.num_changed += int((differs_n | (theirs.abstained_n != ours.abstained_n)).sum())
+        doubted_n = ~differs_n & (theirs.abstained_n != ours.abstained_n)
+        self.num_changed += int((differs_n | doubted_n).sum())
+        self.num_doubted += int(doubted_n.sum())
         self.num_images += len(images_nhwc)
         self.cosine = min(self.cosine, _compute_cosine(theirs.embedding_nd, ours.embedding_nd))
         return [theirs.probs_nk]
@@ -177,7 +180,8 @@ def describe_few(num_images: int, most: float) -> str:
 def describe_bound(check: RuntimeCheck, most: float) -> str:
     """Say in how many answers an engine differs, the bound, and how many more images could show that it is small."""
     bound = f"at most {100 * check.most_changed:.2g} % with 95 %"
-    found = f"{check.num_changed:,} of {check.num_images:,} answers differ, {bound}"
+    doubted = f" ({check.num_doubted:,} of them only in whether it knows: train.abstain)" if check.num_doubted else ""
+    found = f"{check.num_changed:,} of {check.num_images:,} answers differ{doubted}, {bound}"
     if check.most_changed <= most:
         return found
     more = _count_more(check, most)

@@ -133,6 +133,9 @@ def _promise_precision(score_n: NDArray[np.floating], truth_n: BoolArray, precis
     if best.kept:
         return Chosen(best.limit, seen, promised)
     words = f"a precision of {precision:g} cannot be promised; the best there is: {seen}"
+    least = count_flawless(error, DELTA - DELTA_OF_PLAIN)
+    if best.num_answered < least:
+        words += f"; it takes {least:,} without a mistake"
     return Chosen(best.limit, words, promised, is_kept=False)
 
 
@@ -176,6 +179,8 @@ def _promise_recall(score_n: NDArray[np.floating], truth_n: BoolArray, recall: f
         words = f"a recall of {recall:g} cannot be promised by {len(positive_n)} images of it, and coming nearer costs "
         return Chosen(PLAIN, f"{words}more wrong answers than it finds; not tuned", 0.0, is_kept=False)
     words = f"a recall of {recall:g} cannot be promised by {len(positive_n)} images of it; {promised:.1%} can"
+    if len(positive_n) < (least := count_flawless(1 - recall, DELTA)):
+        words += f"; it takes {least:,}"
     return Chosen(threshold, words, promised, is_kept=False)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from visionloop.confidence import (
     compute_distances,
     compute_probs,
+    describe_limit,
     pick_reference,
     pick_rows,
     scale_to_one,
@@ -30,6 +31,7 @@ from visionloop.records import Card
 
 NEIGHBOURS = 5
 MAX_NAMED = 5
+SATURATED = 0.999  # of a limit of confidence: above it next to nothing tells images apart
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _describe_thresholds(chosen: dict[str, Chosen]) -> list[str]:
     """Name the classes, those first whose wish was not met; at most five, and the number of the others."""
     ordered = sorted(chosen.items(), key=lambda item: (item[1].is_kept, item[0]))
     lines = [
-        f"{'' if one.is_kept else 'LOOK: '}threshold of {name}: {one.threshold:.3g} ({one.words})"
+        f"{'' if one.is_kept else 'LOOK: '}threshold of {name}: {describe_limit(one.threshold)} ({one.words})"
         for name, one in ordered[:MAX_NAMED]
     ]
     return lines + [f"threshold: {len(ordered) - MAX_NAMED} more classes, on the card"] * (len(ordered) > MAX_NAMED)
@@ -145,9 +147,16 @@ def _tune_abstain(
         rule |= {"confidence": promise.limit, "error": wanted.error, "delta": wanted.delta}
         share = promise.num_answered / len(single_n)
         lines.append(
-            f"abstain: answers from confidence {promise.limit:.3g} on, {share:.1%} of the validation images; of these "
-            f"{promise.num_wrong} of {promise.num_answered} were wrong, at most {promise.bound:.2%} is promised"
+            f"abstain: answers from confidence {describe_limit(promise.limit)} on, {share:.1%} of the validation "
+            f"images; of these {promise.num_wrong} of {promise.num_answered} were wrong, at most {promise.bound:.2%} "
+            "is promised"
         )
+        if promise.limit > SATURATED:
+            lines.append(
+                f"LOOK: abstain: nearly all confidences are close to 1, and the limit is above {SATURATED:g}: which "
+                "images are answered is near to a lottery. More validation images, or a larger train.abstain.error, "
+                "bring the limit down"
+            )
     if rule["distance"] is not None:
         lines.append(f"abstain: where the {NEIGHBOURS}th nearest validation image is farther than {limit:.3g}")
     return replace(card, abstain=rule if any(rule[n] is not None for n in ("confidence", "distance")) else None), lines

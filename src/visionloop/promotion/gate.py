@@ -35,11 +35,12 @@ APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a p
 APPROVED = "approved by "
 WAITS = "waits for `visionloop approve --why ...` by a person"
 OTHER_MODEL = "Train on more images or with other params"
+EQUAL_PASSES = "with `gate.rule: no_worse` an equal one passes, from 133 test images on for a margin of 2 points."
 # What to do about a rule that cannot tell: while the value is above its line, and where it is not.
 ADVICE = {
     "better": (
-        "More test images would tell; with `gate.rule: no_worse` an equal one passes.",
-        f"{OTHER_MODEL}; with `gate.rule: no_worse` an equal one passes.",
+        f"More test images would tell; {EQUAL_PASSES}",
+        f"{OTHER_MODEL}; {EQUAL_PASSES}",
     ),
     "no_worse": (
         "More test images would tell, or a larger `gate.margin`.",
@@ -53,6 +54,7 @@ ADVICE = {
     * 2,
     "simple_head": ("Run `visionloop evaluate`, then `visionloop gate`.",) * 2,
     "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
+    "too_few": ("Ingest more images, of more groups where they are grouped.",) * 2,
     "new_class": (
         "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or set "
         "`gate.new_class: {mode: off}`.",
@@ -319,6 +321,11 @@ def find_held(verdict: str, rules: Iterable[Mapping[str, Any]]) -> list[Mapping[
 
 def list_advice(held: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return what to do about rules that cannot tell: of several, the advice of the first two."""
+    held = list(held)
+    if {"better", "no_worse"} & {rule["rule"] for rule in held} and "min_images" in {rule["rule"] for rule in held}:
+        # Neither a lower number nor another rule helps: the comparison on so few images shows nothing.
+        held = [dict(rule, rule="too_few") if rule["rule"] == "min_images" else rule for rule in held]
+        held = [rule for rule in held if rule["rule"] not in ("better", "no_worse")]
     return list(dict.fromkeys(filter(None, map(_advise, held))))[:2]
 
 

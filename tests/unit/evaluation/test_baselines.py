@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from arrays import make_prepared
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.baselines import (
+    MAJORITY,
     Baseline,
     choose_train_rows,
     describe_baseline,
@@ -16,6 +17,9 @@ from visionloop.evaluation.baselines import (
     make_baseline,
     vote,
 )
+from visionloop.evaluation.metrics import compute_share
+from visionloop.params.gate import Gate
+from visionloop.promotion.limits import check_baseline
 from visionloop.records import Interval
 
 
@@ -66,6 +70,17 @@ def test_a_baseline_is_beaten_only_by_the_whole_interval(network, baseline, verd
         assert f"{network:.1f} % against {baseline:.1f} %" in line
         assert line.endswith("too few test images to say that it has learned" if network > baseline else "learned")
         assert ("nothing was learned" in line) == (network <= baseline)
+
+
+@pytest.mark.parametrize(("right", "passed"), [(9, True), (8, None), (6, None), (0, False)])
+def test_the_most_frequent_class_is_held_against_as_the_gate_does(right, passed):
+    labels_n = (np.arange(10) + 1) % 2
+    chosen_n = np.where(np.arange(10) < right, labels_n, 1 - labels_n)
+    answers = Answers(labels_n, np.full((10, 2), 0.5), chosen_n, ("a", "b"), np.arange(10))
+    found = make_baseline(MAJORITY, np.eye(2, dtype=bool)[np.zeros(10, int)], answers)
+    accuracy = compute_share(answers.hits_n, answers.key_n)
+    assert check_baseline(accuracy, found.accuracy.value, "always 'a'", Gate()).passed is passed
+    assert bool(describe_baseline(found, accuracy.value)) == (passed is not True)
 
 
 def test_equal_answers_may_still_hide_a_difference():

@@ -75,6 +75,14 @@ def test_more_mistakes_than_wanted_are_told() -> None:
     assert describe_answered(card, {"answered": Interval(0.0, 0.0, 0.1)}) == "LOOK: answers 0.0% of the test images"
 
 
+def test_far_fewer_answers_than_on_validation_are_told() -> None:
+    facts = {**PROMISED, "abstain": {**PROMISED["abstain"], "num_answered": 1045}}  # 95 % of 1,100
+    card, good = replace(make_card(), abstain=RULE, tuning=facts), Interval(0.99, 0.9, 1.0)
+    told = describe_answered(card, {"answered": Interval(0.64, 0.6, 0.7), "answered_accuracy": good})
+    assert told.startswith("LOOK: answers 64.0% of the test images, 95.0% of the validation images; 1.00% of these")
+    assert "LOOK" not in describe_answered(card, {"answered": Interval(0.86, 0.8, 0.9), "answered_accuracy": good})
+
+
 def test_figures_of_what_is_answered() -> None:
     abstained_n = np.arange(40) < 10
     answers = make_answers(abstained_n=abstained_n)

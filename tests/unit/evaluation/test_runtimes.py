@@ -105,6 +105,9 @@ def test_too_few_images_are_told_with_how_many_more() -> None:
 def test_what_is_told_of_a_bound(predictor: Predictor) -> None:
     passed = describe_bound(make_check(predictor, 1, 600), MOST)
     assert passed == "1 of 600 answers differ, at most 0.79 % with 95 %"
+    unsure = make_check(predictor, 7, 64)
+    unsure.num_doubted = 6
+    assert describe_bound(unsure, MOST).startswith("7 of 64 answers differ (6 of them only in whether it knows: train.")
     near = describe_bound(make_check(predictor, 2, 500), MOST)
     assert near.startswith("2 of 500 answers differ, at most 1.3 % with 95 %; expected at most 1 %; with about ")
     number = int(near.split("about ")[1].split()[0].replace(",", ""))
@@ -121,7 +124,7 @@ def test_dont_know_is_an_answer_and_an_answer_that_is_no_number_differs(predicto
     assert (check.num_changed, check.num_images, check.difference, check.cosine) == (0, 4, 0.0, pytest.approx(1.0))
     silent = Outputs(same.logits_nk, same.probs_nk, same.embedding_nd, np.array([True, False, False, True]))
     check.compare(images, silent, predictor)
-    assert (check.num_changed, check.num_images) == (2, 8)
+    assert (check.num_changed, check.num_doubted, check.num_images) == (2, 2, 8)
     check.compare(
         images,
         Outputs(same.logits_nk, np.full_like(same.probs_nk, np.nan), same.embedding_nd, same.abstained_n),

@@ -82,12 +82,13 @@ def test_a_wish_that_cannot_be_promised_gets_the_best_there_is() -> None:
     chosen = choose(score_n, truth_n, {"precision": 0.99})
     assert (chosen.is_kept, chosen.threshold) == (False, 0.5)
     assert chosen.promised == pytest.approx(0.005 ** (1 / 20))
-    words = "a precision of 0.99 cannot be promised; the best there is: 20 of 20 right, 76.7% promised"
+    words = "a precision of 0.99 cannot be promised; the best there is: 20 of 20 right, 76.7% promised; "
+    words += "it takes 309 without a mistake"
     assert chosen.words == words
     chosen = choose(score_n, truth_n, {"recall": 0.95})
     assert (chosen.is_kept, chosen.threshold) == (False, 0.5), "of a valley from 0.488 to 0.512"
     assert chosen.promised == pytest.approx(0.05 ** (1 / 20))
-    assert chosen.words == "a recall of 0.95 cannot be promised by 20 images of it; 86.1% can"
+    assert chosen.words == "a recall of 0.95 cannot be promised by 20 images of it; 86.1% can; it takes 59"
 
 
 def test_a_perfect_model_stays_perfect_where_its_few_images_cannot_promise() -> None:
@@ -98,7 +99,7 @@ def test_a_perfect_model_stays_perfect_where_its_few_images_cannot_promise() -> 
     chosen = choose(score_n, truth_n, {"precision": 0.95})
     assert (chosen.threshold, chosen.is_kept) == (0.5, False)
     assert chosen.promised == pytest.approx(0.005 ** (1 / 36)), "a tenth of 0.05 is for the plain threshold"
-    assert chosen.words.endswith("the best there is: 36 of 36 right, 86.3% promised")
+    assert chosen.words.endswith("the best there is: 36 of 36 right, 86.3% promised; it takes 61 without a mistake")
     assert choose(score_n, truth_n, {"recall": 0.95}).threshold == 0.5
 
 
@@ -136,11 +137,12 @@ def test_fewer_and_surer_answers_come_nearer_than_the_plain_threshold() -> None:
     truth_n = np.concatenate([np.ones(40, bool), np.arange(60) % 3 == 0, np.zeros(50, bool)])
     chosen = choose(score_n, truth_n, {"precision": 0.95})
     assert not chosen.is_kept
-    words = "a precision of 0.95 cannot be promised; the best there is: 37 of 37 right, 86.9% promised"
+    words = "a precision of 0.95 cannot be promised; the best there is: 37 of 37 right, 86.9% promised; "
+    words += "it takes 61 without a mistake"
     assert chosen.words == words
     assert score_n[37] < chosen.threshold < score_n[36]
     recall = choose(score_n, truth_n, {"recall": 0.999})
-    assert recall.words == "a recall of 0.999 cannot be promised by 60 images of it; 95.1% can"
+    assert recall.words == "a recall of 0.999 cannot be promised by 60 images of it; 95.1% can; it takes 2,995"
     assert recall.threshold == pytest.approx((score_n[98] + score_n[97]) / 2), "0.5 would give two more, both wrong"
 
 

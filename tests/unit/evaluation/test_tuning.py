@@ -12,6 +12,7 @@ from visionloop.evaluation.promises import find_promise
 from visionloop.evaluation.tuning import (
     NEIGHBOURS,
     Validation,
+    _tune_abstain,
     choose_distance,
     compute_left_out_distances,
     describe_refusal,
@@ -190,6 +191,21 @@ def test_images_all_alike_and_embeddings_of_nothing_end_in_numbers() -> None:
     tuned, _ = tune_card(make_card(("a", "b")), validation, PLAIN, Abstain(error=0.02), with_biases=False)
     assert tuned.abstain is not None
     assert not answer(tuned, validation, validation)[1].any()
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(9.0, True), (3.0, False)])
+def test_a_limit_among_saturated_confidences_is_told_as_a_lottery(size: float, is_told: bool) -> None:
+    validation = draw(np.random.default_rng(11), 600)
+    said_n = np.where(np.arange(600) < 40, (validation.truth + 1) % 3, validation.truth)
+    sure_n = np.where(np.arange(600) < 40, size - 1, size + np.arange(600) / 6000)  # what is wrong is less sure
+    logits_nk = np.where(np.arange(3) == said_n[:, None], sure_n[:, None], 0).astype(np.float32)
+    facts: dict[str, object] = {}
+    card, probs_nk = make_card(), compute_probs(logits_nk, make_card())
+    wanted = Abstain(error=0.02, coverage=None)
+    tuned, lines = _tune_abstain(card, replace(validation, logits_nk=logits_nk), probs_nk, wanted, facts)
+    assert tuned.abstain is not None and (tuned.abstain["confidence"] > 0.999) is is_told
+    assert "answers from confidence 1 on" not in lines[0]
+    assert any("near to a lottery" in line for line in lines) is is_told
 
 
 def test_the_distance_is_taken_before_the_promise() -> None:
