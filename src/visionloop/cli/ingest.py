@@ -198,8 +198,8 @@ def _describe_pull_json(report: "PullReport") -> dict[str, Any]:
 
 def _describe_outline(outline: "Outline") -> list[str]:
     """Tell what a pull of a source would bring: images by class and side, some of their names, and what is left."""
+    from visionloop.data.manifest import NOT_UNUSABLE
     from visionloop.ingest.dry_run import UNLABELLED
-    from visionloop.ingest.pull import NOT_UNUSABLE
 
     labels = sorted(outline.counts, key=lambda label: (label == UNLABELLED, label))
     num_classes = sum(label != UNLABELLED for label in labels)
