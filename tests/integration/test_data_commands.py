@@ -259,7 +259,8 @@ def test_an_export_of_some_sides(home: Path, store: LocalStore, shell: Shell) ->
     shown = shell("datasets", "export", "1", "out", "--side", "val", "--side", "test")
     assert f"{home / 'out'} holds 6 images" in shown
     assert sorted(p.name for p in (home / "out").iterdir()) == ["images.csv", "test", "val"]
-    assert "is not empty" in shell.fail("datasets", "export", "1", "out")
+    assert "is not empty" in shell.fail("datasets", "export", "1", "nowhere/../out")
+    assert f"{home / 'more'} holds 6 images" in shell("datasets", "export", "1", "out/../more", "--side", "train")
     shell("datasets", "export", "1", "tar", "--format", "webdataset")
     assert sorted(p.suffix for p in (home / "tar").iterdir()) == [".csv", ".json", ".tar", ".tar", ".tar"]
 

@@ -1,5 +1,6 @@
 """The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
+import os
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -253,7 +254,7 @@ def export(
             workspace.store,
             version,
             hold_rows(chosen, cast("BinaryIO", file)),
-            folder.expanduser().absolute(),
+            Path(os.path.abspath(folder.expanduser())),  # without .., and links stay
             form=form.value,
             on_progress=make_progress("exported", "images", quiet=quiet),
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
-from visionloop.cli.waiting import make_progress
+from visionloop.cli.waiting import make_progress, tell_when_stopped
 from visionloop.settings import PARAMS_FILE, load_settings
 from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
@@ -172,15 +172,16 @@ def _pull(
     from visionloop.pipeline import refresh_code
 
     refresh_code(workspace.settings.home, workspace.params)
-    report = pull(
-        workspace,
-        sources=sources,
-        now=get_now(),
-        env=os.environ,
-        tell=(lambda line: None) if quiet or as_json else print,
-        on_progress=make_progress("checked", "images", quiet=quiet or as_json),
-        **wanted,
-    )
+    with tell_when_stopped():
+        report = pull(
+            workspace,
+            sources=sources,
+            now=get_now(),
+            env=os.environ,
+            tell=(lambda line: None) if quiet or as_json else print,
+            on_progress=make_progress("checked", "images", quiet=quiet or as_json),
+            **wanted,
+        )
     if as_json:
         print_json(_describe_pull_json(report))
         return
