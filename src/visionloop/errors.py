@@ -147,6 +147,15 @@ class ServingError(VisionLoopError, RuntimeError):
     """The server cannot start."""
 
 
+def format_bytes(number: float) -> str:
+    """Return `9.2 KB`, `1.4 GB`: three digits or so."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
 def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
     """Join names, sorted, cut at five: `a, b, c, d, e and 12 more`."""
     ordered = sorted(names)

@@ -169,6 +169,24 @@ def stop_process(process: subprocess.Popen[str], limit_s: float = 15) -> None:
             process.wait()
 
 
+def stop_programs(process: subprocess.Popen[str], limit_s: float = 15) -> None:
+    """Ask the programs that a process runs, itself or by a shell, to end, and wait for it: so each can close its work.
+
+    Were the process ended first, its programs would stop at once where they are (`die_with_parents`).
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.Error, subprocess.TimeoutExpired):
+        todo = psutil.Process(process.pid).children()
+        while todo:
+            program = todo.pop()
+            if program.name() in SHELLS:
+                todo += program.children()
+            else:
+                program.terminate()
+        process.wait(timeout=limit_s)
+
+
 def stop_children() -> None:
     """Stop every process below this one: politely, then for good."""
     import psutil

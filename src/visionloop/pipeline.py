@@ -20,7 +20,7 @@ from typing import Any
 from visionloop import errors
 from visionloop.code_digests import compute_code_digests
 from visionloop.errors import BusyError, ParamsError, PipelineError, VisionLoopError, require_installed, shorten
-from visionloop.lifetime import GUARDIAN_VARIABLE, stop_process
+from visionloop.lifetime import GUARDIAN_VARIABLE, Terminated, stop_process, stop_programs
 from visionloop.params import Params, load_params, make_params
 from visionloop.params.text import has_conflict_marks, parse_yaml
 from visionloop.records import compute_digest
@@ -197,6 +197,9 @@ def run_stage(
             on_line(lines[-1])
         if process.wait() != 0:
             raise _read_error(error_path, stage, lines)
+    except Terminated:
+        stop_programs(process)
+        raise
     finally:
         stop_process(process)
     status = _read_status("\n".join(lines))

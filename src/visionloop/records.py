@@ -98,9 +98,10 @@ class Rejected(Record):
 class DatasetVersion(Record):
     """The commit object of one dataset version. `parts` are digests of manifests; rows of later parts replace earlier.
 
-    `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it,
-    `leaks` that of its leak report. `cursors` says how far each incremental source has been read. `aside` is the digest
-    of a manifest of images that were taken out, with the sides they had; the classes `left_out` are among them.
+    `counts` is side -> class -> images. `rejected` is the digest of the quarantine list of the pull that made it, and
+    `num_rejected` how many lines of it are of what cannot be used; `leaks` is the digest of its leak report. `cursors`
+    says how far each incremental source has been read. `aside` is the digest of a manifest of images that were taken
+    out, with the sides they had; the classes `left_out` are among them.
     """
 
     name: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from visionloop.errors import NotPromoted, VisionLoopError, shorten
+from visionloop.errors import NotPromoted, VisionLoopError, format_bytes, shorten
 from visionloop.records import SIDES, measure_width
 from visionloop.secrets import mask
 
@@ -207,7 +207,7 @@ def describe_leaks(leaks: "Leaks", *, shown: int = 5) -> list[str]:
     return lines
 
 
-def describe_diff(diff: "Diff", rejected: "Sequence[Rejected]", *, shown: int = 8) -> list[str]:
+def describe_diff(diff: "Diff", *, shown: int = 8) -> list[str]:
     """Return what changed between two versions."""
     lines = []
     if diff.moved:
@@ -230,7 +230,7 @@ def describe_diff(diff: "Diff", rejected: "Sequence[Rejected]", *, shown: int = 
         lines.append("the same images, labels and sides")
     for what, counts in (("class", diff.classes), ("source", diff.sources)):
         lines += _describe_changes(what, counts)
-    return [*lines, *(f"new: {line}" if not line.startswith(" ") else line for line in describe_rejected(rejected))]
+    return lines
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -242,15 +242,6 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [row[0] + gaps[0], *(gap + cell for gap, cell in zip(gaps[1:], row[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def format_bytes(number: float) -> str:
-    """Return `9.2 KB`, `1.4 GB`: three digits or so."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
 
 
 def cut(name: str) -> str:
@@ -375,8 +366,8 @@ def shorten_path(path: "Path | str", home: "Path", here: "Path") -> str:
 
 def describe_pull(report: "PullReport") -> list[str]:
     """Tell what a pull brought, in a few lines."""
+    from visionloop.data.manifest import NOT_UNUSABLE
     from visionloop.ingest.labels import describe_twins
-    from visionloop.ingest.pull import NOT_UNUSABLE
 
     version = report.version
     if report.changed:

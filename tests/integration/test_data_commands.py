@@ -21,10 +21,11 @@ from visionloop.data.manifest import (
     make_image_key,
 )
 from visionloop.data.rows import HeldRows, Tally, tally_rows
+from visionloop.errors import format_bytes
 from visionloop.params import load_params
 from visionloop.records import ImageRecord, Rejected
 from visionloop.store import LocalStore
-from visionloop.words import describe_classes, describe_counts, format_bytes
+from visionloop.words import describe_classes, describe_counts
 from workspaces import commit, store_image
 
 PARAMS = """\
@@ -171,6 +172,8 @@ def test_a_failed_pull_saves_nothing(home: Path, shell: Shell) -> None:
         (("datasets", "diff", "1", "2"), "dataset pets version 1: is not in the store"),
         (("datasets", "export", "1", "out"), "dataset pets version 1: is not in the store"),
         (("forget", "12345678"), "is no image of dataset pets"),
+        (("similar", "params.yaml"), "params.yaml: is text, not an image"),
+        (("similar", "nowhere.jpg"), "nowhere.jpg: does not exist"),
     ],
 )
 def test_mistakes_are_one_line(home: Path, shell: Shell, argv: tuple[str, ...], message: str) -> None:
@@ -222,12 +225,14 @@ def test_two_versions_are_compared(home: Path, store: LocalStore, shell: Shell) 
     one = [store_image(store, seed) for seed in range(6)]
     first = commit(store, [], one)
     late = [store_image(store, 6), store_image(store, 9, sources=("camera",))]
-    commit(store, one, late, first, rejected=[Rejected("photos:bad.png", "empty", "is empty")])
+    listed = Rejected("photos:gone.png", "forgotten", "was forgotten on purpose, and is not taken in again")
+    commit(store, one, late, first, rejected=[Rejected("photos:bad.png", "empty", "is empty"), listed])
     shown = shell("datasets", "diff", "1", "2")
     assert shown.startswith("pets version 1 -> 2: 6 -> 8 images\nadded 2: train 1, val 1\n")
     assert "  cat         3      4  +1\n" in shown
     assert "  camera       0      1  +1\n" in shown
     assert "new: quarantined 1 file that cannot be used:\n      1  empty\n" in shown
+    assert "new: 1 listed only:\n      1  forgotten\n" in shown
     assert shell("datasets", "diff", "2", "2") == (
         "pets version 2 -> 2: 8 -> 8 images\nthe same images, labels and sides\n"
         "next: `visionloop start` retrains, `visionloop datasets drop 2` takes it back\n"
@@ -236,12 +241,26 @@ def test_two_versions_are_compared(home: Path, store: LocalStore, shell: Shell) 
     assert (value["before"], value["after"], len(value["added"]), value["rejected"][0]["code"]) == (1, 2, 2, "empty")
 
 
+def test_what_was_quarantined_stays_so_after_a_forget(home: Path, store: LocalStore, shell: Shell) -> None:
+    bad = Rejected("photos:bad.png", "empty", "is empty")
+    rows = [store_image(store, seed) for seed in range(6)]
+    first = commit(store, [], rows, rejected=[bad])
+    late = [store_image(store, seed, sources=("camera",)) for seed in range(6, 9)]
+    commit(store, rows, late, first, rejected=[bad, Rejected("camera:bad.png", "empty", "is empty")])
+    shell("forget", rows[1].sha256, "--yes")
+    assert [version.num_rejected for version in list_versions(store, "pets")] == [1, 2, 2]
+    assert "quarantined" not in shell("datasets", "diff", "2", "3")
+    shell("datasets", "drop", "--source", "camera")
+    assert list_versions(store, "pets")[-1].num_rejected == 1
+
+
 def test_an_export_of_some_sides(home: Path, store: LocalStore, shell: Shell) -> None:
     commit(store, [], [store_image(store, seed) for seed in range(12)])
     shown = shell("datasets", "export", "1", "out", "--side", "val", "--side", "test")
     assert f"{home / 'out'} holds 6 images" in shown
     assert sorted(p.name for p in (home / "out").iterdir()) == ["images.csv", "test", "val"]
-    assert "is not empty" in shell.fail("datasets", "export", "1", "out")
+    assert "is not empty" in shell.fail("datasets", "export", "1", "nowhere/../out")
+    assert f"{home / 'more'} holds 6 images" in shell("datasets", "export", "1", "out/../more", "--side", "train")
     shell("datasets", "export", "1", "tar", "--format", "webdataset")
     assert sorted(p.suffix for p in (home / "tar").iterdir()) == [".csv", ".json", ".tar", ".tar", ".tar"]
 
@@ -261,9 +280,11 @@ def test_a_forgotten_image_is_not_taken_in_again(home: Path, store: LocalStore, 
     assert shell("forget", "--dry-run").splitlines()[-1] == "next: `visionloop forget SHA256 --dry-run`"
     shown = shell("forget", row.sha256[:10], "--yes", "--why", "asked")
     assert "dataset pets version 2 holds 15 images, which is pinned now\nleft:\n" in shown
+    assert "`similar`, `suspects` and `map` need it, or `visionloop prepare`, first" in shown.splitlines()[-1]
     assert "*    2  " in shell("datasets")
     assert "+0 -1" in shell("datasets")
     assert "1 of these images were forgotten since" in shell("datasets", "show", "1")
+    assert shell("datasets", "diff", "1").splitlines()[-1] == "next: `visionloop start` retrains"
     for _ in range(2):
         shown = shell("ingest", "../photos")
         assert "nothing new, 15 in all" in shown
@@ -271,6 +292,9 @@ def test_a_forgotten_image_is_not_taken_in_again(home: Path, store: LocalStore, 
         assert not store.exists(make_image_key(row.sha256))
     again = shell("forget", "--yes")
     assert [line for line in again.splitlines() if line.startswith("removing")] == ["removing 1 contact sheet"]
+    before = "1 that were forgotten before: looking for what is still there\n"
+    assert shell("forget", "--quiet") == f"{before}nothing is left to remove\n"
+    assert json.loads(shell("forget", "--json"))["copies"] == []
 
 
 def test_nothing_to_forget(home: Path, shell: Shell) -> None:

@@ -157,4 +157,4 @@ def test_a_random_split_is_validated_on_its_test_side(desk: Desk) -> None:
     assert done.returncode == 0, done.stderr
     assert "an experiment (ingest.split.method: random): every epoch was judged on the test side" in done.stdout
     note = json.loads(next(settings.runs_dir.iterdir()).read_text())
-    assert note["extra"] == {"validated_on": "test"}
+    assert note["extra"]["validated_on"] == "test"

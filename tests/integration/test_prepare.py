@@ -302,7 +302,7 @@ def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
         with pytest.raises(
-            DatasetError, match=r"cannot be written \(0\.0 GB free\); expected 0\.0 GB\. Free some space"
+            DatasetError, match=r"cannot be written \(100 KB free\); expected \S+ [KM]B\. Free some space"
         ):
             prepare(world)
 

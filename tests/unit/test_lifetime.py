@@ -50,6 +50,22 @@ def test_a_stage_stops_when_its_guardian_is_killed() -> None:
     assert stage.wait(timeout=10) == 143
 
 
+CLOSES = (
+    "import signal, sys, time\n"
+    "def close(*args): time.sleep(0.5); print('closed', flush=True); sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, close); print('up', flush=True); time.sleep(60)"
+)
+BY_SHELL = "import subprocess, sys; subprocess.run(['sh', '-c', '\"$0\" -c \"$1\"; true', sys.executable, sys.argv[1]])"
+
+
+def test_a_program_below_a_shell_closes_its_work_before_what_runs_it_ends() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", BY_SHELL, CLOSES], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "up\n"
+    lifetime.stop_programs(parent, limit_s=60)
+    assert parent.stdout.read() == "closed\n"
+    assert parent.wait(60) == 0, "nobody ended it: its program had ended"
+
+
 def test_another_program_is_stopped_with_us() -> None:
     other = subprocess.Popen([sys.executable, "-c", SLEEP])
     code = f"from visionloop.lifetime import stop_with_us; stop_with_us({other.pid}); print('up', flush=True); {SLEEP}"

@@ -1,5 +1,6 @@
 """The command `datasets`: list the versions, look into one, compare two, take one back, write one as plain files."""
 
+import os
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -139,8 +140,9 @@ def diff(
       visionloop datasets diff 1 --json
     """
     from visionloop.data.compare import compare_records
-    from visionloop.data.manifest import iterate_version, latest_version, load_quarantine, load_version
-    from visionloop.words import describe_diff
+    from visionloop.data.manifest import NOT_UNUSABLE, iterate_version, latest_version, load_quarantine, load_version
+    from visionloop.data.tombstones import load_tombstones
+    from visionloop.words import describe_diff, describe_rejected
 
     workspace = open_workspace()
     name = workspace.name
@@ -155,10 +157,14 @@ def diff(
         print_json({**facts, **changes.to_json(), "rejected": [one.to_json() for one in rejected]})
         return
     print(f"{name} version {first.version} -> {second.version}: {first.num_images:,} -> {second.num_images:,} images")
-    for line in describe_diff(changes, rejected):
+    new = describe_rejected(rejected, NOT_UNUSABLE)
+    for line in [*describe_diff(changes), *(line if line.startswith(" ") else f"new: {line}" for line in new)]:
         print(line)
     if newest and second.version == newest.version:
-        say_next(f"`visionloop start` retrains, `visionloop datasets drop {second.version}` takes it back")
+        forgotten = load_tombstones(workspace.store, name)
+        is_forget = any(record.sha256 in forgotten for record in changes.removed)
+        back = "" if is_forget else f", `visionloop datasets drop {second.version}` takes it back"
+        say_next(f"`visionloop start` retrains{back}")
     else:
         say_next(f"`visionloop datasets show {second.version}`")
 
@@ -201,7 +207,7 @@ def drop(
         versions = {"before": done.before.version, "after": done.after.version, "pinned": pin.version}
         print_json({"name": name, **versions, **changes.to_json()})
         return
-    for line in describe_diff(changes, []):
+    for line in describe_diff(changes):
         print(line)
     declared = {one.name for one in workspace.params.ingest.sources}
     for line in _describe_drop(done, pin, declared, read_champion(store, name), source):
@@ -235,7 +241,7 @@ def export(
 
     from visionloop.data.export import export_version
     from visionloop.data.rows import hold_rows, iterate_batches
-    from visionloop.words import format_bytes
+    from visionloop.errors import format_bytes
 
     workspace = open_workspace()
     version = _load_version(workspace, number)
@@ -248,7 +254,7 @@ def export(
             workspace.store,
             version,
             hold_rows(chosen, cast("BinaryIO", file)),
-            folder.expanduser().absolute(),
+            Path(os.path.abspath(folder.expanduser())),  # without .., and links stay
             form=form.value,
             on_progress=make_progress("exported", "images", quiet=quiet),
         )
@@ -291,8 +297,7 @@ def _describe_version(
     everything: bool,
 ) -> list[str]:
     from visionloop import words as tables
-    from visionloop.data.manifest import is_experiment
-    from visionloop.ingest.pull import NOT_UNUSABLE
+    from visionloop.data.manifest import NOT_UNUSABLE, is_experiment
 
     split = version.split
     fractions = " / ".join(map(str, split.get("fractions", ())))

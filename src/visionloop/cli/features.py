@@ -116,11 +116,14 @@ def similar(
     """
     from visionloop.cli.pictures import require_place, write_picture
     from visionloop.features.album import load_album_of_few
-    from visionloop.features.similar import ask, describe_for_machines, draw_similar
+    from visionloop.features.similar import ask, check_query, describe_for_machines, draw_similar
 
     require_place(out, "--out")
+    max_pixels = open_workspace().params.ingest.max_pixels
+    for text in images:
+        check_query(text, max_pixels=max_pixels)
     workspace, load = _open_encoder(encoder, quiet=quiet or as_json)
-    answered = ask(lambda: load(load_album_of_few), images, k, max_pixels=workspace.params.ingest.max_pixels)
+    answered = ask(lambda: load(load_album_of_few), images, k, max_pixels=max_pixels)
     album, queries, found = answered.album, answered.queries, answered.found
     if as_json:
         print_json(describe_for_machines(album, queries, found))

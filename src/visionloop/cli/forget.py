@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 LOOK_FIRST = "See first what goes: --dry-run."
+NEXT = "`visionloop start` trains without them; `similar`, `suspects` and `map` need it, or `visionloop prepare`, first"
 
 
 @app.command()
@@ -58,25 +59,27 @@ def forget(
     tell_lines(describe_wanted(name, wanted))
     if wanted.sha256s and (dry_run or not yes):
         facts |= _find_copies(workspace, wanted, tell_lines, quiet=quiet)
+    is_gone = facts.get("copies") == [] and not (wanted.records or wanted.others)
     if dry_run or not wanted.sha256s:
         tell_lines(["nothing was changed"] if wanted.sha256s else [])
         if as_json:
             print_json(facts)
         todo = "the same without --dry-run" if wanted.sha256s else "`visionloop forget SHA256 --dry-run`"
-        say_next(todo, quiet=quiet)
+        say_next(todo, quiet=quiet or is_gone)
         return
-    if not yes:
+    if not yes and not is_gone:
         if as_json:
             raise SettingsError("visionloop forget --json", "asks nothing", "--yes with it", LOOK_FIRST)
         confirm()
     with show_waiting("forgetting", quiet=quiet) as tell:
         tell_gone = (lambda line: None) if quiet else (lambda line: tell(f"removing {line}"))
         done = run_forget(workspace, wanted, now=get_now(), by=get_user(), why=why, tell=tell_gone)
-    tell_lines(describe_done(name, done))
+    if not is_gone or done.pin_moved:
+        tell_lines(describe_done(name, done))
     if as_json:
         version = done.version.version if done.version else None
         print_json({**facts, "version": version, "left": [vars(left) for left in done.left]})
-    say_next("`visionloop start` trains without them", quiet=quiet)
+    say_next(NEXT, quiet=quiet or is_gone)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -140,8 +143,8 @@ def describe_wanted(name: str, wanted: "Wanted") -> list[str]:
 
 def describe_found(name: str, wanted: "Wanted", found: "Everything") -> list[str]:
     """Return what will go, and what a person should know before."""
-    lines = ["will be removed, for good:"]
-    lines += [f"  - {copy.what}" for copy in found.copies] or ["  - nothing that is not gone"]
+    lines = ["will be removed, for good:"] if found.copies else ["nothing is left to remove"]
+    lines += [f"  - {copy.what}" for copy in found.copies]
     if wanted.records:
         lines.append(f"a new version of {name} will not hold them; older versions that do can no longer be prepared")
     return lines + [f"stays: {what}" for what in describe_staying(found)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
-from visionloop.cli.waiting import make_progress
+from visionloop.cli.waiting import make_progress, tell_when_stopped
 from visionloop.settings import PARAMS_FILE, load_settings
 from visionloop.words import align, cut, describe_pull, describe_rejected, fit
 from visionloop.workspace import get_now, open_workspace
@@ -172,15 +172,16 @@ def _pull(
     from visionloop.pipeline import refresh_code
 
     refresh_code(workspace.settings.home, workspace.params)
-    report = pull(
-        workspace,
-        sources=sources,
-        now=get_now(),
-        env=os.environ,
-        tell=(lambda line: None) if quiet or as_json else print,
-        on_progress=make_progress("checked", "images", quiet=quiet or as_json),
-        **wanted,
-    )
+    with tell_when_stopped():
+        report = pull(
+            workspace,
+            sources=sources,
+            now=get_now(),
+            env=os.environ,
+            tell=(lambda line: None) if quiet or as_json else print,
+            on_progress=make_progress("checked", "images", quiet=quiet or as_json),
+            **wanted,
+        )
     if as_json:
         print_json(_describe_pull_json(report))
         return
@@ -198,8 +199,8 @@ def _describe_pull_json(report: "PullReport") -> dict[str, Any]:
 
 def _describe_outline(outline: "Outline") -> list[str]:
     """Tell what a pull of a source would bring: images by class and side, some of their names, and what is left."""
+    from visionloop.data.manifest import NOT_UNUSABLE
     from visionloop.ingest.dry_run import UNLABELLED
-    from visionloop.ingest.pull import NOT_UNUSABLE
 
     labels = sorted(outline.counts, key=lambda label: (label == UNLABELLED, label))
     num_classes = sum(label != UNLABELLED for label in labels)

@@ -226,7 +226,7 @@ def _tell_counts(
     show: "Shown", predictor: "Predictor", files: Sequence[Path], saved: "AnswerPictures | None", sheet: Path | None
 ) -> None:
     """Tell what the answers came to and where their pictures are; draw the sheet."""
-    from visionloop.cli.pictures import draw_sheet, write_picture
+    from visionloop.cli.pictures import SHEET_IMAGES, draw_sheet, write_picture
 
     numbers = _describe_numbers(predictor.card.classes)
     if len(files) > 1:
@@ -238,7 +238,8 @@ def _tell_counts(
     if sheet and show.counts:
         usable = [path for number, path in enumerate(files) if number not in show.unusable]
         write_picture(sheet, draw_sheet(predictor, usable, show.describe_unusable()))
-        show.tell(f"some of them in {sheet}{numbers}")
+        amount = "all" if len(usable) <= SHEET_IMAGES else "some"
+        show.tell(f"{amount} of them in {sheet}{numbers}")
 
 
 def _open_predictor(

@@ -147,7 +147,8 @@ def serve_page(workspace: "Workspace", batch: "Batch", *, by: str, port: int = 0
     with contextlib.suppress(KeyboardInterrupt):
         page.serve()
     print(f"\n{_tell_stored(page.num_stored, by)}")
-    say_next(todo)
+    if page.num_stored:
+        say_next(todo)
 
 
 def _take(workspace: "Workspace", path: Path, by: str, *, allow_new: bool) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from visionloop.cli.progress import format_seconds
+from visionloop.lifetime import terminable
 from visionloop.words import make_log_progress
 
 MOMENT_S = 1.5  # what is done by then needs no progress
@@ -87,9 +88,10 @@ def show_waiting(
 
 @contextlib.contextmanager
 def tell_when_stopped() -> Iterator[None]:
-    """Say on Ctrl-C that what was done is kept."""
+    """Say on Ctrl-C and SIGTERM that what was done is kept."""
     try:
-        yield
+        with terminable():
+            yield
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise

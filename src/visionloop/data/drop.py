@@ -12,12 +12,15 @@ from visionloop.data.leaks import load_leaks, make_leaks, write_leaks
 from visionloop.data.manifest import (
     commit_version,
     compute_rows_digest,
+    count_unusable,
     decode_records,
     encode_records,
     latest_version,
+    load_quarantine,
     load_version,
     load_version_records,
     make_version,
+    write_quarantine,
 )
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, shorten
@@ -62,16 +65,16 @@ def make_smaller_version(
     """Describe the version after `parent` that holds `kept` alone; `facts` are `created_at`, and what else differs.
 
     Its rows are one part of their own: those of the parent's parts would bring the others back. No side changes. The
-    leaks are those of the parent between images that are still there.
+    leaks are those of the parent between images that are still there, and its quarantine is the parent's.
     """
     earlier = load_leaks(store, parent).rows
     named = {sha256 for leak in earlier for sha256 in (leak.sha256, leak.other)}
     held = {None, *(record.sha256 for record in (kept if named else ()) if record.sha256 in named)}
     leaks = make_leaks([leak for leak in earlier if leak.sha256 in held and leak.other in held])
-    inherited = {"cursors": parent.cursors, "aside": parent.aside, "left_out": parent.left_out, "split": parent.split}
-    nothing = {"num_added": 0, "rejected": None, "num_rejected": 0}
+    names = ("cursors", "aside", "left_out", "split", "rejected", "num_rejected")
+    inherited = {"num_added": 0, **{name: getattr(parent, name) for name in names}}
     written = {"leaks": write_leaks(store, parent.name, leaks), "num_leaks": len(leaks.rows)}
-    return make_version(parent.name, parent, kept, kept, is_whole=True, **{**inherited, **nothing, **written, **facts})
+    return make_version(parent.name, parent, kept, kept, is_whole=True, **{**inherited, **written, **facts})
 
 
 def drop_version(store: ObjectStore, name: str, number: int, *, now: str) -> Dropped:
@@ -105,7 +108,8 @@ def drop_version(store: ObjectStore, name: str, number: int, *, now: str) -> Dro
                 "a version with images or labels of its own",
                 "`visionloop datasets` lists what each one brought.",
             )
-        return kept, {"cursors": parent.cursors, "left_out": parent.left_out}
+        quarantine = {"rejected": parent.rejected, "num_rejected": parent.num_rejected}
+        return kept, {"cursors": parent.cursors, "left_out": parent.left_out, **quarantine}
 
     return _commit(store, name, choose, now)
 
@@ -128,7 +132,9 @@ def drop_source(store: ObjectStore, name: str, source: str, *, now: str) -> Drop
                 kept[sha256] = (
                     replace(row, sources=left, origins=origins or row.origins) if left != row.sources else row
                 )
-        return kept, {"cursors": {one: at for one, at in newest.cursors.items() if one != source}}
+        rest = [one for one in load_quarantine(store, newest) if not one.origin.startswith(f"{source}:")]
+        quarantine = {"rejected": write_quarantine(store, name, rest), "num_rejected": count_unusable(rest)}
+        return kept, {"cursors": {one: at for one, at in newest.cursors.items() if one != source}, **quarantine}
 
     return _commit(store, name, choose, now)
 

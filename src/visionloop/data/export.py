@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visionloop.data.manifest import make_image_key, make_lost_error
-from visionloop.errors import DatasetError, ObjectMissing, SettingsError
+from visionloop.errors import DatasetError, ObjectMissing, SettingsError, format_bytes
 from visionloop.parallel import map_parallel
 from visionloop.records import DatasetVersion, ImageRecord, compute_digest
 from visionloop.store import ObjectStore
@@ -210,8 +210,8 @@ def _check_target(target: Path, num_bytes: int) -> None:
     except OSError as exc:
         raise SettingsError(f"folder {target}", f"cannot be made ({exc.strerror})", "a place to write to") from exc
     if num_bytes > free:
-        found = f"the disk has {free / 1e9:.1f} GB free"
-        raise SettingsError(f"folder {target}", found, f"{num_bytes / 1e9:.1f} GB or more", "Choose another disk.")
+        found = f"the disk has {format_bytes(free)} free"
+        raise SettingsError(f"folder {target}", found, f"{format_bytes(num_bytes)} or more", "Choose another disk.")
 
 
 def _write_folders(

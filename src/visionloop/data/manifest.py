@@ -30,6 +30,10 @@ from visionloop.store.keys import make_number_key
 # One more place where an image was found does not change what is learned from it.
 NOT_IN_DIGEST = frozenset({"sources", "origins"})
 PART_ROWS = 250_000
+# Listed in a quarantine for an image that is in the dataset all the same.
+IS_TAKEN = "side_conflict"
+# Listed, but not broken: images that no row names or whose split is an unknown word, forgotten ones, left-out classes.
+NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", "class_left_out", IS_TAKEN})
 GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
 BATCH_ROWS = 4096
 MOST_SHARED = 16_384  # values of a part that are held, for rows that have the same
@@ -275,6 +279,11 @@ def make_lost_error(sha256: str, origin: str) -> DatasetError:
         f" (with the options of then): it mends what its source still has. Without its source: "
         f"`visionloop forget {sha256[:12]} --why lost`.",
     )
+
+
+def count_unusable(rejected: Iterable[Rejected]) -> int:
+    """Return how many lines of a quarantine list are of what cannot be used."""
+    return sum(one.code not in NOT_UNUSABLE for one in rejected)
 
 
 def write_quarantine(store: ObjectStore, name: str, rejected: Sequence[Rejected]) -> str | None:

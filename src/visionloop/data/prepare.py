@@ -41,7 +41,7 @@ from visionloop.data.manifest import load_pin, load_pinned
 from visionloop.data.rows import Places, decode_column, hold_rows, iterate_batches
 from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
-from visionloop.errors import DatasetError, ParamsError, shorten
+from visionloop.errors import DatasetError, ParamsError, format_bytes, shorten
 from visionloop.parallel import Engine, count_cores, map_chunks
 from visionloop.params import Compute, Params, Prepare
 from visionloop.params.train import check_threshold
@@ -314,7 +314,7 @@ def _make_images(
 def _check_room(work: Path, num_bytes: int) -> None:
     """Raise DatasetError if the disk has too little room, before an hour of work is spent."""
     if (free := shutil.disk_usage(work).free) < num_bytes:
-        raise make_disk_error(work, f"{free / 1e9:,.1f} GB free", f"{num_bytes / 1e9:,.1f} GB")
+        raise make_disk_error(work, f"{format_bytes(free)} free", format_bytes(num_bytes))
 
 
 def _read_journal(work: Path) -> dict[tuple[str, int], int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from visionloop.data.contact_sheet import Cell, draw_contact_sheet
 from visionloop.data.images import UInt8Array, decode_image
@@ -69,6 +70,16 @@ def ask(load: Callable[[], Album], images: Sequence[str], k: int, *, max_pixels:
     return Answered(album, queries, find_similar(album, queries, k))
 
 
+def check_query(text: str, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise as `read_query` does of what is wrong whatever the dataset holds: no such file, no image in it."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        _load_file(path, max_pixels)
+    elif not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", text):
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise SourceError(text, found, f"an image file, or {MIN_DIGITS} digits or more of a sha256", "Check the path.")
+
+
 def read_query(text: str, album: Album, *, max_pixels: int = MAX_PIXELS) -> QueryImage:
     """Read a file, or the sha256 of an image of the dataset (or its first eight digits or more).
 
@@ -78,10 +89,11 @@ def read_query(text: str, album: Album, *, max_pixels: int = MAX_PIXELS) -> Quer
     """
     path = Path(text).expanduser()
     if path.is_file():
-        return _read_file(path, album, max_pixels)
-    if not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_DIGITS},64}}", text):
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise SourceError(text, found, f"an image file, or {MIN_DIGITS} digits or more of a sha256", "Check the path.")
+        data, picture = _load_file(path, max_pixels)
+        picture.thumbnail((CELL_PX, CELL_PX))
+        image = album.encoder.decode(data, path.name, max_pixels=max_pixels)
+        return QueryImage(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
+    check_query(text)
     rows = [row for row, sha256 in enumerate(album.prepared.sha256_n) if sha256.startswith(text.lower())]
     if len(rows) != 1:
         found = f"begins {len(rows)} images" if rows else "is no image of the prepared dataset, and no file"
@@ -144,17 +156,14 @@ def draw_similar(album: Album, queries: Sequence[QueryImage], found: Sequence[Se
     return draw_contact_sheet(cells, title, columns=columns, cell_px=CELL_PX)
 
 
-def _read_file(path: Path, album: Album, max_pixels: int) -> QueryImage:
+def _load_file(path: Path, max_pixels: int) -> tuple[bytes, Image.Image]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ImageError(path.name, "is too large", f"at most {MAX_BYTES:,} bytes", reason_code="too_large")
         data = path.read_bytes()
     except OSError as exc:
         raise SourceError(str(path), f"cannot be read ({exc.strerror})", "an image file", "Check the path.") from exc
-    picture = decode_image(data, path.name, max_pixels=max_pixels)
-    picture.thumbnail((CELL_PX, CELL_PX))
-    image = album.encoder.decode(data, path.name, max_pixels=max_pixels)
-    return QueryImage(str(path), hashlib.sha256(data).hexdigest(), np.asarray(picture.convert("RGB")), image=image)
+    return data, decode_image(data, path.name, max_pixels=max_pixels)
 
 
 def _embed(album: Album, query: QueryImage) -> FloatArray:

@@ -205,7 +205,7 @@ def find_features(workspace: Workspace, sha256s: frozenset[str], *, shared: froz
     others = (settings.hidden_dir / "features" / "map.html", settings.home / "suspects" / "suspects.png")
     drawn += [path for path in others if path.is_file()]
     if drawn:
-        copies.append(Copy(count(len(drawn), "picture drawn from embeddings"), partial(remove_all, drawn)))
+        copies.append(Copy(f"{count(len(drawn), 'picture')} drawn from embeddings", partial(remove_all, drawn)))
     kept_vectors = settings.hidden_dir / "features" / VECTORS
     if kept_vectors.is_file():
         copies.append(Copy("the vectors that `similar` kept", partial(remove_all, [kept_vectors])))

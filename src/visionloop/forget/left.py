@@ -40,7 +40,7 @@ def list_left(
     left = [_describe_kept(held, workspace.name, list_champions(workspace.store)) for held in kept_bundles]
     left += [Left(what, "Then run `visionloop forget` again.") for what in unclear]
     for other, held in holders.items():
-        what = f"dataset {other} of the same store holds {count(len(held), 'of the images')}"
+        what = f"dataset {other} of the same store holds {len(held):,} of the images"
         left.append(Left(what, f"Run `visionloop forget` in a workspace of {other} too; until then the bytes stay."))
     left += _list_models(workspace, trace.versions)
     if trace.versions:

@@ -15,7 +15,7 @@ import numpy as np
 
 from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
-from visionloop.data.manifest import MOST_PARTS, Rows, make_version, write_quarantine
+from visionloop.data.manifest import MOST_PARTS, Rows, count_unusable, make_version, write_quarantine
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ParamsError
 from visionloop.ingest.check import Checked
@@ -114,7 +114,7 @@ def merge(
         num_added=len(draft.records) - (joined.num_before - taken_out),
         split=split.fixed(),
         rejected=write_quarantine(store, params.name, everything),
-        num_rejected=len(everything),
+        num_rejected=count_unusable(everything),
         created_at=now,
         cursors={**(parent.cursors if parent else {}), **checked.cursors},
         leaks=write_leaks(store, params.name, leaks),

@@ -18,7 +18,16 @@ import numpy as np
 from visionloop import __version__
 from visionloop.data.acceptance import SOURCE_KINDS, describe_unread, load_answered
 from visionloop.data.known_store import check_store_for_pull, require_restored
-from visionloop.data.manifest import commit_version, latest_version, load_pin, make_image_key, make_pin, write_pin
+from visionloop.data.manifest import (
+    IS_TAKEN,
+    NOT_UNUSABLE,
+    commit_version,
+    latest_version,
+    load_pin,
+    make_image_key,
+    make_pin,
+    write_pin,
+)
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
 from visionloop.ingest.check import Checked, Known, check_all
@@ -35,11 +44,7 @@ from visionloop.workspace import Workspace
 
 COMMIT_TRIES = 20
 SAMPLE = 64
-# Listed for an image that is in the dataset all the same.
-IS_TAKEN = "side_conflict"
 _SHA256 = re.compile("[0-9a-f]{64}")
-# Listed, but not broken: images that no row names or whose split is an unknown word, forgotten ones, left-out classes.
-NOT_UNUSABLE = frozenset({"image_without_row", "unknown_side", "forgotten", "class_left_out", IS_TAKEN})
 
 
 @dataclass(frozen=True)

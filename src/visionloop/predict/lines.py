@@ -3,13 +3,18 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
 from visionloop.errors import DiskError, SourceError
 
 Line = dict[str, Any]  # see `live.py`
+
+
+def format_time(seconds: float) -> str:
+    """Return seconds since 1970 as a line has them: `2026-11-29T10:00:00.250Z`."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def describe_line(line: Line) -> str:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy as np
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.video.cameras import Reach, Stream, hide_login, open_stream
 from visionloop.predict.files import Sampling
-from visionloop.predict.lines import Line
+from visionloop.predict.lines import Line, format_time
 from visionloop.records import Card, Prediction
 from visionloop.secrets import mask
 from visionloop.video.player import End, Frame, Player, check_installed
@@ -227,7 +226,7 @@ class Watch:
         self.num_answered += 1
         self.last = answer
         if self.plan.each_frame:
-            yield self._make_line("frame", at=_format_time(frame.clock), **answer.to_json())
+            yield self._make_line("frame", at=format_time(frame.clock), **answer.to_json())
         yield from self._take_waiting(frame.clock)
         self._waiting = (frame.clock, answer)
 
@@ -251,7 +250,7 @@ class Watch:
         """Yield a line for each segment that shows something else than the one before it."""
         for segment in ended:
             yield from self._tell_change(segment)
-            name = _name(segment)
+            name = "don't know" if segment.abstained else segment.prediction or "no label"
             self.seconds[name] = self.seconds.get(name, 0.0) + segment.end_s - segment.start_s
         if current := self._follower.current:
             yield from self._tell_change(current)
@@ -263,7 +262,7 @@ class Watch:
             labels = {} if segment.labels is None else {"labels": list(segment.labels)}
             yield self._make_line(
                 "change",
-                since=_format_time(segment.start_s),
+                since=format_time(segment.start_s),
                 prediction=segment.prediction,
                 **labels,
                 confidence=round(segment.confidence, 6),
@@ -276,7 +275,7 @@ class Watch:
             self._before = replace(segment, start_s=before.start_s)
 
     def _make_line(self, kind: str, **more: Any) -> Line:
-        return {"kind": kind, "time": _format_time(time.time()), "source": self.plan.shown, **more}
+        return {"kind": kind, "time": format_time(time.time()), "source": self.plan.shown, **more}
 
     def _make_follower(self) -> Follower:
         every_s, smooth_s = self.plan.sampling.every_s, self.plan.sampling.smooth_s
@@ -398,11 +397,3 @@ def _advise(found: str) -> str:
 
 def _key(segment: Segment) -> tuple[str, bool]:
     return segment.prediction, segment.abstained is not None
-
-
-def _name(segment: Segment) -> str:
-    return "don't know" if segment.abstained else segment.prediction or "no label"
-
-
-def _format_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -231,7 +231,8 @@ def wait_for_lease(
         holder, data = top
         if seen is None:
             seen = data
-            tell(f"another retrain of {name} holds the lease: {holder}; looking whether it lives ...")
+            limit = f"for up to {holder.ttl_s:.0f} s"
+            tell(f"another retrain of {name} holds the lease: {holder}; looking {limit} whether it lives ...")
         elif data != seen:
             raise _make_held(name, holder)
         elif slept >= holder.ttl_s - EPSILON_S:

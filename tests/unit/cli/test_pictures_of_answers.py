@@ -94,7 +94,8 @@ def test_a_sheet_shows_and_counts_the_images_that_have_an_answer_and_names_the_o
     why = "is text, not an image; expected JPEG, PNG, WebP, AVIF or HEIC"
     assert drawn[:2] == ["1.png", "1.jpg"] and drawn[3].startswith("3 of 3 images, bundle ")
     assert drawn[4:] == ["1 could not be used:", f"photos/b/broken.jpg: {why}"]
-    assert "; 1 could not be used: photos/b/broken.jpg\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "; 1 could not be used: photos/b/broken.jpg\n" in out and "\nall of them in s.png" in out
     with Image.open(home / "s.png") as picture:
         low = picture.height
         assert np.asarray(picture)[-60:].min() < 100, "it is written below"

@@ -1,5 +1,7 @@
 """Long work says that it goes on; short work, --quiet and --json say nothing; a command ends with the next one."""
 
+import os
+import signal
 import sys
 import time
 
@@ -7,7 +9,8 @@ import pytest
 
 from visionloop.cli import waiting
 from visionloop.cli.app import say_next
-from visionloop.cli.waiting import make_progress, show_waiting
+from visionloop.cli.waiting import make_progress, show_waiting, tell_when_stopped
+from visionloop.lifetime import Terminated
 
 
 def test_what_cannot_count_its_work_says_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,3 +73,12 @@ def test_the_next_command_is_for_people(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("DVC_STAGE", "prepare")
     say_next("`visionloop train`")
     assert capsys.readouterr().out == "", "dvc runs the next stage by itself"
+
+
+def test_sigterm_is_told_as_ctrl_c_is(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), tell_when_stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGTERM) is before

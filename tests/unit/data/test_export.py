@@ -181,7 +181,7 @@ def test_targets_that_are_refused(made: Made, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DatasetError, match="has no such image"):
         export_version(store, version, [], tmp_path / "out")
     huge = [replace(rows[0], num_bytes=10**18)]
-    with pytest.raises(SettingsError, match=r"GB free; expected 1000000000.0 GB or more"):
+    with pytest.raises(SettingsError, match=r"free; expected 1,000,000.0 TB or more"):
         export_version(store, version, huge, tmp_path / "out")
     monkeypatch.setattr("visionloop.workfolder.LOCK_WAIT_S", 0.0)
     with lock_work(tmp_path / ".out.export", "x"), pytest.raises(BusyError):

@@ -73,7 +73,7 @@ def test_a_holder_that_lives_refuses_the_next_and_is_told(store: LocalStore) -> 
     assert 1010 <= clock.now <= 1012, "it is refused by the first beat"
     holder = f"ann on host-of-ann (process 4711) since {NOW}"
     assert str(caught.value) == f"retrain of pets: {holder} is at it; expected one at a time. Wait for it, or stop it."
-    assert told == [f"another retrain of pets holds the lease: {holder}; looking whether it lives ..."]
+    assert told == [f"another retrain of pets holds the lease: {holder}; looking for up to 60 s whether it lives ..."]
     first.check()
 
 
