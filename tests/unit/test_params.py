@@ -176,5 +176,6 @@ def test_the_params_of_the_page_about_judging_are_valid() -> None:
     assert [(gate.looks, gate.approval, len(gate.floors)) for gate in gates] == [
         ("tell", "none", 0),
         ("spend", "required", 5),
+        ("tell", "none", 1),
     ]
     assert gates[0] == Gate(), "the first block shows the defaults"
