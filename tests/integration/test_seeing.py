@@ -237,7 +237,8 @@ def test_similar_says_what_it_cannot_use(
     ]:
         assert run_here(monkeypatch, "similar", argument) == 2
         assert words in capsys.readouterr().err
-    assert run_here(monkeypatch, "similar", "..", "--encoder", "champion") == 2
+    photo = sorted((home.parent / "photos" / "ring").iterdir())[0]
+    assert run_here(monkeypatch, "similar", str(photo), "--encoder", "champion") == 2
     assert "has no champion" in capsys.readouterr().err
 
 

@@ -169,7 +169,8 @@ def test_a_stream_that_changes_its_size_and_one_of_4k_are_answered(tmp_path: Pat
 
     with serve({"/ts": send}) as site:
         watch = Watch(plan(f"{site.url}/ts", each_frame=True, sampling=Sampling(0.04, 0.0)), network)
-        frames = list(read(watch, lambda line: line["kind"] == "lost" or line.get("before") == "c"))
+        # On a busy machine a frame of 4K may take so long that the stream is connected to anew.
+        frames = list(read(watch, lambda line: line.get("before") == "c"))
     assert [one["prediction"] for one in frames if one["kind"] == "change"] == ["a", "c", "a"]
 
 
