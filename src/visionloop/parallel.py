@@ -30,6 +30,7 @@ AHEAD = 4
 # A Unix socket's path has 107 characters at most, and Ray's own part of it takes up to 65.
 MAX_RAY_FOLDER = 42
 KNOCK_S = 5.0
+RAY_TRIES = 3
 HOW_TO_REACH = "a node takes HEAD:6379, any other machine ray://HEAD:10001, each with its RAY_AUTH_TOKEN and release"
 
 
@@ -195,7 +196,7 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
                 if _knock(address):
                     todo = f"Something listens there: {HOW_TO_REACH}"
                 with warnings.catch_warnings(action="ignore"):  # what they say, the error below says
-                    ray.init(log_to_driver=False, logging_level="ERROR", **options)
+                    _init_ray(ray, log_to_driver=False, logging_level="ERROR", **options)
             except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as exc:
                 raise ParamsError(
                     "params.yaml compute.address",
@@ -205,6 +206,20 @@ def connect_ray(address: str | None, *, key: str, instead: str) -> Iterator[Any]
                 ) from exc
             stack.callback(ray.shutdown)
         yield ray
+
+
+def _init_ray(ray: Any, **options: Any) -> None:
+    """As `ray.init`, and again when the head answers, but could not start the process that is to serve this client.
+
+    It is forked from one of many threads. On a busy head it now and then hangs there for half a minute, and dies.
+    """
+    for tries_left in reversed(range(RAY_TRIES)):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionAbortedError as exc:
+            if not tries_left:  # the traceback of the head: what is wrong is in its last line
+                raise ConnectionAbortedError(str(exc).strip().rpartition("\n")[2]) from exc
 
 
 @contextlib.contextmanager

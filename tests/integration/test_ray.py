@@ -16,7 +16,7 @@ from videos import write_video
 from visionloop.bundle import load_bundle, upload_bundle
 from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError, ParamsError
-from visionloop.parallel import Engine, map_chunks
+from visionloop.parallel import Engine, connect_ray, map_chunks
 from visionloop.params import make_params
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.cluster import Cluster
@@ -100,6 +100,32 @@ def test_who_is_not_let_in_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch
         "address of a running cluster. Something listens there: a node takes HEAD:6379, any other machine "
         "ray://HEAD:10001, each with its RAY_AUTH_TOKEN and release, or set `engine: local`."
     )
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_busy_head_is_asked_again(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray's head says when the process for a client did not start, as one on a busy machine said it."""
+    answers, said = (
+        [*[False] * failures, True],
+        "Traceback:\n  line 772\nRuntimeError: Starting Ray client server failed.",
+    )
+
+    def init(**options: object) -> None:
+        if not answers.pop(0):
+            raise ConnectionAbortedError(f"Initialization failure from server:\n{said}\n")
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures < 3:
+        with connect_ray("auto", key="compute.engine", instead="engine: local"):
+            pass
+        assert answers == []
+    else:
+        with (
+            pytest.raises(ParamsError, match=r"auto \(RuntimeError: Starting Ray client server failed\.\)"),
+            connect_ray("auto", key="compute.engine", instead="engine: local"),
+        ):
+            pass
+        assert answers == [True]
 
 
 def test_predict_gives_the_answers_of_one_machine(

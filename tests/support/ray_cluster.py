@@ -30,6 +30,8 @@ def run_cluster() -> Iterator[RayCluster]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     (Path(folder) / "ray").mkdir()
     os.environ["RAY_TMPDIR"] = folder
+    # The head forks a process for each client; with gRPC's own handlers of a fork some hang on a busy machine.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     before = {p.pid for p in psutil.process_iter()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +43,7 @@ def run_cluster() -> Iterator[RayCluster]:
         cluster.add_node(**quiet)
         yield RayCluster(cluster.address, f"ray://127.0.0.1:{port}")
     finally:
-        del os.environ["RAY_TMPDIR"]
+        del os.environ["RAY_TMPDIR"], os.environ["GRPC_ENABLE_FORK_SUPPORT"]
         ray.shutdown()
         cluster.shutdown()
         for process in [p for p in psutil.process_iter() if p.pid not in before and folder in " ".join(_command(p))]:
