@@ -27,8 +27,10 @@ from PIL import Image
 
 from row import Row
 from visionloop.data.images import load_array
-from visionloop.data.manifest import commit_version, make_image_key, make_pin, make_version, write_pin
+from visionloop.data.manifest import make_image_key, make_pin, write_pin
+from visionloop.data.parts import commit_version, make_version
 from visionloop.data.prepare import prepare
+from visionloop.data.rows import hold_records
 from visionloop.data.shards import load_prepared
 from visionloop.params import Params, make_params
 from visionloop.records import ImageRecord
@@ -97,10 +99,11 @@ def make_prepare_workspace(home: Path, size: tuple[int, int], number: int) -> Se
         place = {"sources": ("bench",), "origins": (f"{i}.jpg",), "ordinal": i, "group": None, "key": sha256}
         facts = {"width": size[0], "height": size[1], "format": "JPEG", "num_bytes": len(data), "phash": ""}
         records.append(ImageRecord(sha256, (f"c{i % 5}",), side=side, captured_at=None, **place, **facts))
+    held = hold_records(records)
     version = make_version(
-        "bench", None, records, records, num_added=number, split={}, rejected=None, num_rejected=0, created_at="bench"
+        "bench", None, held, held, num_added=number, split={}, rejected=None, num_rejected=0, created_at="bench"
     )
-    commit_version(store, version, records)
+    commit_version(store, version, held)
     write_pin(settings.pin_path, make_pin(version))
     return settings
 

@@ -27,17 +27,10 @@ import pyarrow as pa
 from stage import HEADER, CountedStore, stage
 from visionloop.data.compare import compare_records
 from visionloop.data.day_table import DayReader, encode_table
-from visionloop.data.manifest import (
-    commit_version,
-    encode_records,
-    iterate_version,
-    latest_version,
-    load_version_records,
-    make_image_key,
-    make_pin,
-    make_version,
-)
+from visionloop.data.manifest import latest_version, make_image_key, make_pin
+from visionloop.data.parts import commit_version, iterate_version, load_version_records, make_version
 from visionloop.data.prediction_log import PREDICTIONS, read_predictions, round_embedding, tidy
+from visionloop.data.rows import hold_records
 from visionloop.features.kept import KeptVectors, write_vectors
 from visionloop.features.neighbours import find_neighbours, find_other_neighbours, measure_agreement, to_targets
 from visionloop.ingest.check import Known, check_all
@@ -83,11 +76,12 @@ def measure_manifest(number: int, folder: Path) -> None:
         rows = make_rows(number)
     facts = {"split": {}, "rejected": None, "num_rejected": 0, "created_at": "bench"}
     with stage("write them", number, store):
-        version = make_version("m", None, rows, rows, num_added=number, **facts)
-        commit_version(store, version, rows)
-    del rows
+        by_column = hold_records(rows)
+        version = make_version("m", None, by_column, by_column, num_added=number, **facts)
+        commit_version(store, version, by_column)
+    del rows, by_column
     some = [row for row, _ in zip(iterate_version(store, version), range(1000), strict=False)]
-    changed = [ImageRecord(**{**row.to_json(), "labels": ("other",)}) for row in some]
+    changed = hold_records(ImageRecord(**{**row.to_json(), "labels": ("other",)}) for row in some)
     second = make_version("m", version, changed, changed, num_added=0, **facts)
     commit_version(store, second, changed)
     with stage("read them one after the other (`start`, gate, triggers, review)", number, store):
@@ -102,7 +96,7 @@ def measure_manifest(number: int, folder: Path) -> None:
 def measure_readers(number: int, folder: Path) -> None:
     """Run what commands do with all rows of a version, but for the images themselves."""
     from visionloop.cli.pictures import choose_images
-    from visionloop.data import export, prepare, rows, shards
+    from visionloop.data import export, parts, prepare, rows, shards
     from visionloop.data.chunks import make_layouts
     from visionloop.features.album import AlbumRecords
     from visionloop.features.table import EmbeddingTable
@@ -110,7 +104,7 @@ def measure_readers(number: int, folder: Path) -> None:
     from visionloop.forget.resolve import resolve_images
 
     store, params = CountedStore(folder), make_params({"name": "m"})
-    held = make_rows(number)
+    held = hold_records(make_rows(number))
     facts = {"split": {}, "rejected": None, "num_rejected": 0, "created_at": "bench"}
     version = make_version("m", None, held, held, num_added=number, **facts)
     assert commit_version(store, version, held)
@@ -118,14 +112,14 @@ def measure_readers(number: int, folder: Path) -> None:
     pin = make_pin(version)
     deque(iterate_version(store, version), maxlen=0)  # loads what is loaded once
     with stage("by column, one after the other", number, store):
-        deque(rows.iterate_batches(store, version), maxlen=0)
+        deque(parts.iterate_batches(store, version), maxlen=0)
     with stage("as records, one after the other", number, store):
         deque(iterate_version(store, version), maxlen=0)
     with stage("`datasets show`", number, store):
-        rows.tally_rows(rows.iterate_batches(store, version))
+        rows.tally_rows(parts.iterate_batches(store, version))
         choose_images(iterate_version(store, version))
     with stage("`prepare`: rows, chunks, tables", number, store), (folder / "rows").open("w+b") as file:
-        selected = prepare.select_rows(rows.iterate_batches(store, version), frozenset(), params, pin, file)
+        selected = prepare.select_rows(parts.iterate_batches(store, version), frozenset(), params, pin, file)
         (layout,) = make_layouts(selected, params.prepare)
         chunks = list(layout.list_chunks("squash"))
         layout.count_pixels(chunks)
@@ -146,7 +140,7 @@ def measure_readers(number: int, folder: Path) -> None:
     with stage("`forget`: the version without them", number, store):
         commit_without(store, "m", frozenset({make_sha256(0)}), now="bench")
     with stage("`datasets export`: its tables", number, store), (folder / "rows").open("w+b") as file:
-        kept = rows.hold_rows(rows.iterate_batches(store, version), file)
+        kept = rows.hold_rows(parts.iterate_batches(store, version), file)
         names = export.make_folder_names(export._add_up(kept).labels)
         for name in ("train", "val", "test"):
             (folder / name).mkdir()
@@ -365,7 +359,7 @@ def main() -> None:
         folder = FOLDER / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        encode_records(make_rows(10))  # loads pyarrow
+        hold_records(make_rows(10))  # loads what is loaded once
         more = [chosen.width] if measure is measure_neighbours else []
         measure(chosen.rows or number, folder, *more)
         shutil.rmtree(folder)

@@ -12,7 +12,8 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from visionloop.data.manifest import iterate_records, load_pin, make_image_key
+from visionloop.data.manifest import load_pin, make_image_key
+from visionloop.data.parts import iterate_records
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.records import LABEL_SEPARATOR, ImageRecord
 from visionloop.serving.check import run_own_server

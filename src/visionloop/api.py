@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.data.inputs import ImageInput, is_one_image
-from visionloop.data.manifest import iterate_version, list_versions, load_pin, load_version, make_image_key
+from visionloop.data.manifest import list_versions, load_pin, load_version, make_image_key
+from visionloop.data.parts import iterate_version
 from visionloop.errors import DatasetError, ImageError, SettingsError, describe_install
 from visionloop.params import load_params
 from visionloop.predictor import Predictor, raise_errors

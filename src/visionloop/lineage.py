@@ -14,14 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
-from visionloop.data.manifest import (
-    iterate_part,
-    iterate_version,
-    latest_version,
-    list_versions,
-    load_version,
-)
-from visionloop.data.rows import hold_version
+from visionloop.data.manifest import latest_version, list_versions, load_version
+from visionloop.data.parts import hold_version, iterate_version, make_part_key
+from visionloop.data.rows import iterate_part
 from visionloop.errors import BundleError, DatasetError, ObjectMissing, VisionLoopError, shorten
 from visionloop.promotion.ledger import read_decisions, read_history, require_entry
 from visionloop.promotion.models import require_name
@@ -197,7 +192,7 @@ def _iterate_rows(store: ObjectStore, name: str, sha256: str) -> Iterator[tuple[
         row = None
         for part in version.parts:
             if part not in known:
-                with store.open(f"manifests/{part}.parquet") as file:
+                with store.open(make_part_key(part)) as file:
                     records = iterate_part(file, f"manifest {part[:12]}")
                     known[part] = next((record for record in records if record.sha256 == sha256), None)
             row = known[part] or row

@@ -1,7 +1,6 @@
 """One retrain, step by step: ingest, the stages of dvc.yaml, gate, register, promote.
 
-`visionloop start` runs the steps as they are; a flow runs each as a task of its own, with retries.
-Each step takes the workspace's folder and returns a JSON value.
+`visionloop start` runs the steps as they are; a flow runs each as a task of its own, with retries. Each returns JSON.
 """
 
 import importlib.util
@@ -20,7 +19,8 @@ from typing import Any
 from visionloop import pipeline
 from visionloop.data.acceptance import describe_unread
 from visionloop.data.known_store import check_store, check_store_for_pull
-from visionloop.data.manifest import iterate_records, load_pin
+from visionloop.data.manifest import load_pin
+from visionloop.data.parts import iterate_records
 from visionloop.errors import LeaseHeld, VisionLoopError, describe_install, shorten
 from visionloop.promotion.ledger import (
     describe_rollback,

@@ -1,7 +1,6 @@
 """The commands of data as people type them: what they print, write and refuse."""
 
 import csv
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -12,15 +11,9 @@ from PIL import Image
 
 from fakes import make_image, run_here, write_photos
 from visionloop.cli.pictures import choose_images
-from visionloop.data.manifest import (
-    encode_records,
-    latest_version,
-    list_versions,
-    load_pin,
-    load_version_records,
-    make_image_key,
-)
-from visionloop.data.rows import HeldRows, Tally, tally_rows
+from visionloop.data.manifest import latest_version, list_versions, load_pin, make_image_key
+from visionloop.data.parts import load_version_records
+from visionloop.data.rows import Tally, hold_records, tally_rows
 from visionloop.errors import format_bytes
 from visionloop.params import load_params
 from visionloop.records import ImageRecord, Rejected
@@ -304,7 +297,7 @@ def test_nothing_to_forget(home: Path, shell: Shell) -> None:
 
 
 def add_up(records: list[ImageRecord]) -> Tally:
-    return tally_rows(HeldRows(io.BytesIO(encode_records(records))).iterate_batches())
+    return tally_rows(hold_records(records).iterate_batches())
 
 
 def test_tables_of_few_and_of_many_classes(store: LocalStore) -> None:

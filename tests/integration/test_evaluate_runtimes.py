@@ -1,6 +1,7 @@
 """What evaluate says beside the figures: slices, baselines, and the runtimes that give the same answers."""
 
 import csv
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from visionloop.data.manifest import decode_records, encode_records
+from visionloop.data.rows import HeldRows, hold_records
 from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation import runtimes
 from visionloop.evaluation.evaluate import evaluate
@@ -114,10 +115,10 @@ def test_images_in_groups_are_told_and_widen_every_interval(tmp_path):
     world.write_candidate(GOOD)
     alone = evaluate(world)
     manifest = world.settings.prepared_dir / "manifest.parquet"
-    records = decode_records(manifest.read_bytes(), "manifest")
+    records = list(HeldRows(io.BytesIO(manifest.read_bytes())))
     names = [f"film {record.labels} {i % 3}" for i, record in enumerate(records)]
     films = [replace(record, group=name, key=name) for record, name in zip(records, names, strict=True)]
-    manifest.write_bytes(encode_records(films))
+    manifest.write_bytes(hold_records(films).file.getvalue())
     said = []
     found = evaluate(world, tell=said.append)
     groups = len({f.key for f in films if f.side == "test"})
@@ -134,11 +135,11 @@ def test_prepared_data_without_its_manifest_is_an_error_that_says_what_to_do(tmp
     world = make_world(tmp_path, prepared=True)
     world.write_candidate(GOOD)
     manifest = world.settings.prepared_dir / "manifest.parquet"
-    whole = decode_records(manifest.read_bytes(), "manifest")
+    whole = list(HeldRows(io.BytesIO(manifest.read_bytes())))
     for data, message in (
         (None, "has no manifest.parquet"),
         (b"", "is damaged"),
-        (encode_records(whole[1:]), "has a manifest of other images"),
+        (hold_records(whole[1:]).file.getvalue(), "has a manifest of other images"),
     ):
         manifest.unlink() if data is None else manifest.write_bytes(data)
         with pytest.raises(DatasetError, match=message):

@@ -16,7 +16,8 @@ from fakes import make_bundle
 from s3_server import point_to
 from shapes import run, visionloop_here
 from visionloop.bundle import load_bundle, seal_bundle
-from visionloop.data.manifest import list_versions, load_version_records, make_image_key, make_pin, write_pin
+from visionloop.data.manifest import list_versions, make_image_key, make_pin, write_pin
+from visionloop.data.parts import load_version_records
 from visionloop.forget import find_everything, forget, resolve_images
 from visionloop.params import make_params
 from visionloop.records import ImageRecord, canonical_json

@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from fakes import make_image
 from visionloop.data.images import load_array
-from visionloop.data.manifest import load_version_records, make_image_key
+from visionloop.data.manifest import make_image_key
+from visionloop.data.parts import load_version_records
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, make_params
 from visionloop.settings import load_settings

@@ -1,5 +1,6 @@
 """The second graph: what train writes and approves, and how it goes through judging, the ledger and the server."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from encoders import make_encoder
 from homes import Home, Notes, fork
 from visionloop.bundle import INT8_MODEL, Bundle, check_onnx, load_bundle
-from visionloop.data.manifest import decode_records, encode_records
+from visionloop.data.rows import HeldRows, hold_records
 from visionloop.engines import open_fastest
 from visionloop.errors import BundleError, TrainingError
 from visionloop.evaluation.evaluate import evaluate
@@ -119,9 +120,9 @@ def test_images_that_it_has_learned_from_and_frames_of_one_film_do_not_count(cha
     home.section |= {"on": "all", "monitor": "train/loss"}
     assert set(job.prepared.side_n[find_unseen(home.make_quiet_job())]) == {"test"}
     manifest = home.settings.prepared_dir / "manifest.parquet"
-    records = decode_records(manifest.read_bytes(), "manifest")
+    records = list(HeldRows(io.BytesIO(manifest.read_bytes())))
     manifest.write_bytes(
-        encode_records([replace(r, group="film", key="film") if r.side == "test" else r for r in records])
+        hold_records(replace(r, group="film", key="film") if r.side == "test" else r for r in records).file.getvalue()
     )
     assert len(find_unseen(home.make_quiet_job())) == 1
 

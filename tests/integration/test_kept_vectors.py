@@ -104,7 +104,7 @@ def test_a_question_is_answered_where_nothing_can_be_kept(
 
 
 def test_a_row_of_prepared_data_is_read_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.data.manifest.GROUP_ROWS", 16)
+    monkeypatch.setattr("visionloop.data.rows.GROUP_ROWS", 16)
     prepare(open_at(home))
     prepared = load_prepared(home / "data" / "prepared")
     rows = range(len(prepared.sha256_n))

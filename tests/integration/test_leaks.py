@@ -13,7 +13,8 @@ from PIL import Image
 
 from shapes import visionloop_here, write_shapes
 from visionloop.data.leaks import load_leaks, make_leak_picture
-from visionloop.data.manifest import list_versions, load_version_records, make_image_key
+from visionloop.data.manifest import list_versions, make_image_key
+from visionloop.data.parts import load_version_records
 from visionloop.data.prepare import prepare
 from visionloop.errors import SourceError
 from visionloop.ingest.pull import PullReport, pull

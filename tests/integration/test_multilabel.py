@@ -11,7 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from shapes import SHAPES, open_parts, read_runs, write_shape_sets
-from visionloop.data.manifest import iterate_records, load_pin
+from visionloop.data.manifest import load_pin
+from visionloop.data.parts import iterate_records
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.evaluation.evaluate import evaluate

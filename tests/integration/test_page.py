@@ -12,7 +12,8 @@ from browser import Browser, browsing
 from fakes import make_bundle, make_image, run_here, write_photos
 from model_server import Server, serving, wait_for
 from videos import BLUE, GREEN, RED, Film, write_video
-from visionloop.data.manifest import load_version, load_version_records
+from visionloop.data.manifest import load_version
+from visionloop.data.parts import load_version_records
 from visionloop.data.prediction_log import join_feedback, read_feedback, read_predictions
 from visionloop.predictor import Predictor
 from visionloop.serving.keys import add_key

@@ -19,17 +19,10 @@ from visionloop.data import chunks
 from visionloop.data import chunks as layout
 from visionloop.data import prepare as stage
 from visionloop.data.images import load_array
-from visionloop.data.manifest import (
-    commit_version,
-    iterate_records,
-    load_pin,
-    load_version_records,
-    make_image_key,
-    make_pin,
-    make_version,
-    write_pin,
-)
+from visionloop.data.manifest import load_pin, make_image_key, make_pin, write_pin
+from visionloop.data.parts import commit_version, iterate_records, load_version_records, make_version
 from visionloop.data.prepare import choose_engine, prepare
+from visionloop.data.rows import hold_records
 from visionloop.data.shards import load_prepared
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import DatasetError, ParamsError
@@ -83,8 +76,9 @@ def pin_records(world: World, records: list[ImageRecord]) -> None:
     """Commit and pin a version that holds these records."""
     home = world.settings.home
     shutil.rmtree(home / "store" / "datasets")
-    version = make_version("fake", None, records, records, **FACTS)
-    assert commit_version(world.store, version, records)
+    held = hold_records(records)
+    version = make_version("fake", None, held, held, **FACTS)
+    assert commit_version(world.store, version, held)
     write_pin(world.settings.pin_path, make_pin(version))
 
 

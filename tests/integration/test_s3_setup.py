@@ -12,7 +12,8 @@ from fakes import write_photos
 from fault_proxy import CODES, FaultProxy, serve_faults
 from s3_server import S3_ENV, make_bucket, make_client, point_to
 from shapes import run
-from visionloop.data.manifest import latest_version, list_versions, load_version_records
+from visionloop.data.manifest import latest_version, list_versions
+from visionloop.data.parts import load_version_records
 from visionloop.data.prepare import prepare
 from visionloop.errors import StoreError
 from visionloop.ingest.pull import pull

@@ -17,7 +17,8 @@ from PIL import Image
 from fakes import make_bundle, run_here
 from shapes import PARAMS, make_environment, make_workspace, write_shapes
 from visionloop.bundle import load_bundle
-from visionloop.data.manifest import iterate_records, load_pin
+from visionloop.data.manifest import load_pin
+from visionloop.data.parts import iterate_records
 from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.features import album

@@ -8,7 +8,7 @@ import pytest
 
 from source_runs import read_video
 from videos import BLUE, GREEN, RED, Film, write_video
-from visionloop.data.manifest import load_version_records
+from visionloop.data.parts import load_version_records
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.pull import pull
 from visionloop.ingest.sources import SourceContext, read_source

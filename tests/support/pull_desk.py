@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fakes import run_here
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import latest_version
+from visionloop.data.parts import load_version_records
 from visionloop.records import ImageRecord
 from visionloop.store import LocalStore
 

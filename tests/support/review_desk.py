@@ -12,7 +12,8 @@ import pytest
 
 from fakes import make_image, write_photos
 from pull_desk import PullDesk
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import latest_version
+from visionloop.data.parts import load_version_records
 from visionloop.data.prediction_log import FEEDBACK, PREDICTIONS, make_kept_key, make_request_id
 from visionloop.records import ImageRecord
 

@@ -13,17 +13,10 @@ from typing import Any
 from fakes import make_image
 from memory_tracking import MemoryTracking
 from visionloop.data.leaks import Leak, make_leaks, write_leaks
-from visionloop.data.manifest import (
-    commit_version,
-    list_versions,
-    load_version_records,
-    make_image_key,
-    make_pin,
-    make_version,
-    write_pin,
-    write_quarantine,
-)
+from visionloop.data.manifest import list_versions, make_image_key, make_pin, write_pin, write_quarantine
+from visionloop.data.parts import commit_version, load_version_records, make_version
 from visionloop.data.prepare import prepare
+from visionloop.data.rows import hold_records
 from visionloop.forget import Forgotten, forget, resolve_images
 from visionloop.params import Params, make_params
 from visionloop.records import DatasetVersion, ImageRecord, Rejected
@@ -88,13 +81,12 @@ def commit(
     name: str = NAME,
 ) -> DatasetVersion:
     """Commit the version that has `changed` on top of `before`."""
-    changed = sorted(changed, key=lambda row: row.sha256)
     rows = {row.sha256: row for row in (*before, *changed)}
     version = make_version(
         name,
         parent,
-        [rows[sha256] for sha256 in sorted(rows)],
-        changed,
+        hold_records(rows.values()),
+        hold_records(changed),
         num_added=len(rows) - len(before),
         split={"method": "hash", "seed": 0, "fractions": [0.7, 0.15, 0.15], "first": None},
         rejected=write_quarantine(store, name, rejected),
@@ -103,7 +95,7 @@ def commit(
         leaks=write_leaks(store, name, make_leaks(leaks)),
         num_leaks=len(leaks),
     )
-    assert commit_version(store, version, changed)
+    assert commit_version(store, version, hold_records(changed))
     return version
 
 

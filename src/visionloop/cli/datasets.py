@@ -106,7 +106,8 @@ def show(
     """
     from visionloop.data.leaks import load_leaks
     from visionloop.data.manifest import load_quarantine
-    from visionloop.data.rows import iterate_batches, tally_rows
+    from visionloop.data.parts import iterate_batches
+    from visionloop.data.rows import tally_rows
     from visionloop.data.tombstones import load_tombstones
 
     workspace = open_workspace()
@@ -140,7 +141,8 @@ def diff(
       visionloop datasets diff 1 --json
     """
     from visionloop.data.compare import compare_records
-    from visionloop.data.manifest import NOT_UNUSABLE, iterate_version, latest_version, load_quarantine, load_version
+    from visionloop.data.manifest import NOT_UNUSABLE, latest_version, load_quarantine, load_version
+    from visionloop.data.parts import iterate_version
     from visionloop.data.tombstones import load_tombstones
     from visionloop.words import describe_diff, describe_rejected
 
@@ -240,7 +242,8 @@ def export(
     import pyarrow.compute as pc
 
     from visionloop.data.export import export_version
-    from visionloop.data.rows import hold_rows, iterate_batches
+    from visionloop.data.parts import iterate_batches
+    from visionloop.data.rows import hold_rows
     from visionloop.errors import format_bytes
 
     workspace = open_workspace()
@@ -335,7 +338,7 @@ def _describe_json(
 def _draw(workspace: Workspace, version: "DatasetVersion", leaks: "Leaks", sheet: Path | None) -> list[Path]:
     """Draw the contact sheet and, if there are any, the worst leaks beside it; return where they are."""
     from visionloop.cli import pictures
-    from visionloop.data.manifest import iterate_version
+    from visionloop.data.parts import iterate_version
 
     folder = workspace.settings.hidden_dir / "datasets"
     path = sheet.expanduser().absolute() if sheet else folder / f"{version.name}-{version.version:06d}.png"

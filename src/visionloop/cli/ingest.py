@@ -276,7 +276,8 @@ def _load_answered(store_url: str, params: "Params", sources: "Sequence[Source]"
 
 def _load_newest(store_url: str, name: str) -> "Sequence[ImageRecord]":
     """Return the rows of the newest version; none where there is none, or its store is away."""
-    from visionloop.data.manifest import latest_version, load_version_records
+    from visionloop.data.manifest import latest_version
+    from visionloop.data.parts import load_version_records
     from visionloop.errors import StoreError
     from visionloop.store import open_store
 

@@ -31,7 +31,8 @@ from visionloop.data.answers import (
     load_opinions,
 )
 from visionloop.data.drop import load_aside
-from visionloop.data.manifest import iterate_version, latest_version
+from visionloop.data.manifest import latest_version
+from visionloop.data.parts import iterate_version
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ObjectMissing, SettingsError, shorten
 from visionloop.params import Review

@@ -7,7 +7,7 @@ from heapq import merge
 from itertools import groupby
 from typing import Any
 
-from visionloop.data.manifest import rank_rows
+from visionloop.data.parts import rank_rows
 from visionloop.records import ImageRecord
 
 UNLABELLED = "(unlabelled)"

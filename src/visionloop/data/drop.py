@@ -6,22 +6,20 @@ Its bytes stay in the store; `forget` removes those.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 from visionloop.data.leaks import load_leaks, make_leaks, write_leaks
-from visionloop.data.manifest import (
+from visionloop.data.manifest import count_unusable, latest_version, load_quarantine, load_version, write_quarantine
+from visionloop.data.parts import (
     commit_version,
-    compute_rows_digest,
-    count_unusable,
-    decode_records,
-    encode_records,
-    latest_version,
-    load_quarantine,
-    load_version,
+    digest_rows,
     load_version_records,
+    make_part_key,
     make_version,
-    write_quarantine,
+    write_part,
 )
+from visionloop.data.rows import HeldRows, hold_records, iterate_part
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, shorten
 from visionloop.records import DatasetVersion, ImageRecord
@@ -46,22 +44,20 @@ def load_aside(store: ObjectStore, version: DatasetVersion) -> Rows:
     if version.aside is None:
         return {}
     where = f"dataset {version.name} version {version.version}, images taken out"
-    return {r.sha256: r for r in decode_records(store.get(f"manifests/{version.aside}.parquet"), where)}
+    return {r.sha256: r for r in iterate_part(BytesIO(store.get(make_part_key(version.aside))), where)}
 
 
 def write_aside(store: ObjectStore, records: Sequence[ImageRecord]) -> str | None:
     """Keep the rows that are in no version any more; return the digest of their list, None if there are none."""
     if not records:
         return None
-    rows = sorted(records, key=lambda r: r.sha256)
-    digest = compute_rows_digest(rows)
-    store.put(f"manifests/{digest}.parquet", encode_records(rows))
+    held = hold_records(records)
+    digest = digest_rows(held.iterate_batches())
+    write_part(store, digest, held.iterate_batches())
     return digest
 
 
-def make_smaller_version(
-    store: ObjectStore, parent: DatasetVersion, kept: Sequence[ImageRecord], **facts: Any
-) -> DatasetVersion:
+def make_smaller_version(store: ObjectStore, parent: DatasetVersion, kept: HeldRows, **facts: Any) -> DatasetVersion:
     """Describe the version after `parent` that holds `kept` alone; `facts` are `created_at`, and what else differs.
 
     Its rows are one part of their own: those of the parent's parts would bring the others back. No side changes. The
@@ -157,10 +153,10 @@ def _commit(
         _check_left(name, kept)
         facts["aside"] = _set_aside(store, newest, rows, kept, facts.get("left_out", newest.left_out))
         facts["num_added"] = len(kept.keys() - rows.keys())
-        records = [kept[sha256] for sha256 in sorted(kept)]
-        version = make_smaller_version(store, newest, records, created_at=now, **facts)
-        if commit_version(store, version, records):
-            return Dropped(newest, version, tuple(rows.values()), tuple(records))
+        held = hold_records(kept.values())
+        version = make_smaller_version(store, newest, held, created_at=now, **facts)
+        if commit_version(store, version, held):
+            return Dropped(newest, version, tuple(rows.values()), tuple(kept[sha256] for sha256 in sorted(kept)))
         # Another process took this number: look again.
     raise DatasetError(
         f"dataset {name}", f"lost the race for a version {COMMIT_TRIES} times", "a quieter moment", "Run it again."

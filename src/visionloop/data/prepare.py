@@ -38,7 +38,8 @@ from visionloop.data.chunks import (
     write_chunk,
 )
 from visionloop.data.manifest import load_pin, load_pinned
-from visionloop.data.rows import Places, decode_column, hold_rows, iterate_batches
+from visionloop.data.parts import iterate_batches
+from visionloop.data.rows import Places, decode_column, hold_rows
 from visionloop.data.shards import write_index
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, ParamsError, format_bytes, shorten

@@ -1,20 +1,18 @@
-"""Rows of a manifest by column: read, merged and checked without an object for each row, and held in few bytes.
+"""Rows of a manifest by column: read, written and held in few bytes, without an object for each row.
 
 A batch is an Arrow RecordBatch with the columns of a manifest. It is made into records (`ImageRecord`) where those are
 needed, and as late as possible: a record takes 700 bytes, a row of a file in memory 100.
 """
 
-import hashlib
 import json
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import accumulate, chain, pairwise
-from operator import eq
-from typing import Any, BinaryIO, cast, overload
+from itertools import accumulate, chain, islice, pairwise
+from operator import attrgetter, eq
+from typing import Any, BinaryIO, Protocol, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,93 +20,83 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from visionloop.data import manifest
-from visionloop.errors import DatasetError, ObjectMissing
-from visionloop.records import DatasetVersion, ImageRecord
-from visionloop.store import ObjectStore
+from visionloop.errors import DatasetError, StoreError
+from visionloop.records import ImageRecord
 
-_TYPES = {"string": pa.string(), "list": pa.list_(pa.string()), "int64": pa.int64(), "int32": pa.int32()}
-SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in manifest.COLUMNS.items()])
+GROUP_ROWS = 16_384  # that a part has together, and a reader in memory
+BATCH_ROWS = 4096
+MOST_SHARED = 16_384  # values of a part that are held, for rows that have the same
+
+_TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
+SCHEMA = pa.schema(  # in the order of the record's fields
+    {
+        "sha256": _TEXT,
+        "labels": _TEXTS,
+        "sources": _TEXTS,
+        "origins": _TEXTS,
+        "ordinal": pa.int64(),
+        "group": _TEXT,
+        "key": _TEXT,
+        "side": _TEXT,
+        "captured_at": _TEXT,
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "format": _TEXT,
+        "num_bytes": pa.int64(),
+        "phash": _TEXT,
+    }
+)
+COLUMNS = tuple(SCHEMA.names)
+get_row = attrgetter(*COLUMNS)
+# Columns whose values many rows share: each is held once.
+SHARED = ("labels", "sources", "group", "side", "captured_at", "width", "height", "format")
 Places = NDArray[np.int64]
 
 
-class Part:
-    """One part of a version, open: its rows in the order of sha256. `number`: of two rows the one of the higher counts.
+class Rows(Protocol):
+    """Rows in the order of their sha256 that may be read again and again, by column or as records."""
 
-    `low` is the sha256 that none of its rows is below. Nothing but the end of the file is read before `start`.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(self, file: BinaryIO, number: int) -> None:
-        self.number, self._file = number, file
-        self._head: pa.RecordBatch | None = None
-        self._rest: Iterator[pa.RecordBatch] = iter(())
-        groups = pq.read_metadata(file)
-        first = groups.row_group(0).column(0).statistics if groups.num_row_groups else None
-        self.low = str(first.min) if first is not None and first.has_min_max else ""
+    def __iter__(self) -> Iterator[ImageRecord]: ...
 
-    def start(self) -> None:
-        """Read the first rows."""
-        self._rest = iterate_file(self._file)
-        self._head = next(self._rest, None)
-
-    @property
-    def is_empty(self) -> bool:
-        """Say whether all rows were taken."""
-        return self._head is None
-
-    @property
-    def last(self) -> str:
-        """Return the last sha256 of the rows that are in memory."""
-        assert self._head is not None
-        return str(self._head["sha256"][-1].as_py())
-
-    def take(self, bound: str) -> pa.RecordBatch:
-        """Return the rows in memory up to a sha256, and go on behind them."""
-        assert self._head is not None
-        head = self._head
-        number = bisect_right(head["sha256"], bound, key=lambda value: value.as_py())
-        self._head = head.slice(number) if number < len(head) else next(self._rest, None)
-        return head.slice(0, number)
+    def iterate_batches(self) -> Iterator[pa.RecordBatch]: ...
 
 
 def iterate_file(file: BinaryIO) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a part in batches. Raises KeyError, ArrowInvalid: they have not the columns of a manifest."""
-    for batch in pq.ParquetFile(file).iter_batches(manifest.BATCH_ROWS, use_threads=False):
+    """Yield the rows of a part in batches. Raises KeyError, ArrowInvalid: they have not the columns of a"""
+    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, use_threads=False):
         if len(batch):
-            mine = batch.select(list(manifest.COLUMNS))
+            mine = batch.select(COLUMNS)
             yield mine if mine.schema.equals(SCHEMA) else mine.cast(SCHEMA)
 
 
-def merge_parts(parts: Iterable[Part]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of parts in the order of sha256; where several have an image, the row of the latest part.
-
-    A part is read from where its first row is due: of parts that follow each other one is in memory at a time.
-    """
-    waiting = sorted(parts, key=lambda part: part.low, reverse=True)
-    reading: list[Part] = []
-    while waiting or reading:
-        bound = min((part.last for part in reading), default=None)
-        while waiting and (bound is None or waiting[-1].low <= bound):
-            part = waiting.pop()
-            part.start()
-            if not part.is_empty:
-                reading.append(part)
-                bound = part.last if bound is None else min(bound, part.last)
-        if bound is not None:
-            taken = [(part.number, part.take(bound)) for part in reading]
-            yield _merge([(number, batch) for number, batch in taken if len(batch)])
-        reading = [part for part in reading if not part.is_empty]
+def iterate_part(file: BinaryIO, where: str) -> Iterator[ImageRecord]:
+    """Yield the rows of a manifest part, in the order of their sha256. Raises DatasetError, StoreError."""
+    with translate_damage(where):
+        yield from decode_batches(iterate_file(file))
 
 
-def _merge(batches: Sequence[tuple[int, pa.RecordBatch]]) -> pa.RecordBatch:
-    if len(batches) == 1:
-        return batches[0][1]
-    rows = pa.concat_batches([batch for _, batch in batches])
-    rank = np.repeat([number for number, _ in batches], [len(batch) for _, batch in batches])
-    keys = pa.table({"sha256": rows["sha256"], "rank": rank})
-    rows = rows.take(pc.sort_indices(keys, sort_keys=[("sha256", "ascending"), ("rank", "descending")]))
-    is_other = pc.not_equal(rows["sha256"].slice(1), rows["sha256"].slice(0, len(rows) - 1))
-    return rows.filter(pa.concat_arrays([pa.array([True]), is_other]))
+@contextmanager
+def translate_damage(where: str) -> Iterator[None]:
+    """Say of a part that cannot be read as rows where it is. Raises DatasetError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError, KeyError) as exc:
+        raise DatasetError(where, "is damaged", "a manifest in Parquet", "Restore the store from its backup.") from exc
+
+
+def make_batches(records: Iterable[ImageRecord]) -> Iterator[pa.RecordBatch]:
+    """Yield records, which are in the order of their sha256, by column; those of one batch are held."""
+    last, rows = "", map(get_row, records)
+    while some := [*islice(rows, BATCH_ROWS)]:
+        columns = dict(zip(COLUMNS, zip(*some, strict=True), strict=True))
+        sha256s = (last, *columns["sha256"])
+        assert all(a <= b for a, b in pairwise(sha256s)), "rows are in the order of their sha256"
+        last = sha256s[-1]
+        yield pa.record_batch(columns, schema=SCHEMA)
 
 
 def encode_rows(batch: pa.RecordBatch, names: Iterable[str], end: str) -> memoryview:
@@ -142,7 +130,7 @@ def _get_bytes(column: pa.StringArray) -> memoryview:
 
 def decode_batch(batch: pa.RecordBatch, shared: dict[Hashable, Any]) -> Iterator[ImageRecord]:
     """Yield the rows of a batch as records; values that many rows have are taken from `shared`, and put there."""
-    columns = {name: decode_column(batch[name], shared if name in manifest.SHARED else None) for name in SCHEMA.names}
+    columns = {name: decode_column(batch[name], shared if name in SHARED else None) for name in SCHEMA.names}
     columns["key"] = [s if key == s else key for s, key in zip(columns["sha256"], columns["key"], strict=True)]
     return map(ImageRecord, *(columns[name] for name in SCHEMA.names))
 
@@ -166,7 +154,7 @@ def decode_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[ImageRecord]:
     shared: dict[Hashable, Any] = {}
     for batch in batches:
         yield from decode_batch(batch, shared)
-        if len(shared) > manifest.MOST_SHARED:
+        if len(shared) > MOST_SHARED:
             shared.clear()
 
 
@@ -248,13 +236,13 @@ class HeldRows(Sequence[ImageRecord]):
             raise IndexError(place)
         return next(decode_batches(self.pick_batches(np.asarray([place % len(self)]))))
 
-    def iterate_batches(self, columns: Iterable[str] = manifest.COLUMNS) -> Iterator[pa.RecordBatch]:
+    def iterate_batches(self, columns: Iterable[str] = COLUMNS) -> Iterator[pa.RecordBatch]:
         """Yield the rows in batches, with some of the columns."""
         names = list(columns)
-        for batch in self._parquet.iter_batches(manifest.BATCH_ROWS, columns=names, use_threads=False):
+        for batch in self._parquet.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
             yield batch.select(names)
 
-    def pick_batches(self, places: Places, columns: Iterable[str] = manifest.COLUMNS) -> Iterator[pa.RecordBatch]:
+    def pick_batches(self, places: Places, columns: Iterable[str] = COLUMNS) -> Iterator[pa.RecordBatch]:
         """Yield the rows at some places, which must ascend, in batches."""
         names, cuts = list(columns), np.searchsorted(places, [0, *self._ends])
         for group, (low, high) in enumerate(pairwise(cuts.tolist())):
@@ -265,77 +253,19 @@ class HeldRows(Sequence[ImageRecord]):
 
 
 def hold_rows(batches: Iterable[pa.RecordBatch], file: BinaryIO | None = None) -> HeldRows:
-    """Write rows, in the order of sha256, into a file, as `manifest.write_records` does; without one into memory."""
+    """Write rows, in the order of sha256, into a file; without one into memory."""
     file = BytesIO() if file is None else file
     with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-        groups = regroup(batches, manifest.GROUP_ROWS)
+        groups = regroup(batches, GROUP_ROWS)
         for table in chain([next(groups, SCHEMA.empty_table())], groups):
             writer.write_table(table)
     file.flush()
     return HeldRows(file)
 
 
-def sum_up(rows: HeldRows) -> tuple[str, Counter[tuple[str, tuple[str, ...]]], set[str]]:
-    """Return what a version says of its rows: their digest, the images by side and labels, and the sources."""
-    total, last = hashlib.sha256(), ""
-    kinds, sources = Counter[tuple[str, tuple[str, ...]]](), set[str]()
-    for batch in rows.iterate_batches():
-        sha256s = batch["sha256"].to_pylist()
-        assert last <= sha256s[0] and sha256s == sorted(sha256s), "rows are in the order of their sha256"
-        last = sha256s[-1]
-        total.update(encode_rows(batch, manifest.IN_DIGEST, "\n"))
-        kinds.update(zip(decode_column(batch["side"]), decode_column(batch["labels"]), strict=True))
-        sources.update(batch["sources"].flatten().unique().to_pylist())
-    return total.hexdigest(), kinds, sources
-
-
-def iterate_parts(rows: HeldRows) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Yield the rows of each part of a version, as `manifest.commit_version` divides them."""
-    for start in range(0, max(1, len(rows)), manifest.PART_ROWS):
-        yield rows.pick_batches(np.arange(start, min(start + manifest.PART_ROWS, len(rows))))
-
-
-def digest_parts(rows: HeldRows) -> Iterator[str]:
-    """Yield the name of each part: as `manifest.compute_rows_digest`."""
-    for batches in iterate_parts(rows):
-        total, between = hashlib.sha256(b"["), b""
-        for batch in batches:
-            total.update(between)
-            total.update(encode_rows(batch, manifest.COLUMNS, ",")[:-1])
-            between = b","
-        total.update(b"]")
-        yield total.hexdigest()
-
-
-def hold_version(store: ObjectStore, version: DatasetVersion) -> HeldRows:
-    """Return the rows of a version, held by column, about 100 bytes each. Raises DatasetError as below."""
-    return hold_rows(iterate_batches(store, version))
-
-
-def iterate_batches(store: ObjectStore, version: DatasetVersion) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a version by column, sorted by sha256; of each part that is being read a few are in memory.
-
-    Raises:
-        DatasetError: a part is missing or damaged; or, behind the last row, all of them are not what the digest says.
-    """
-    where, total = f"dataset {version.name} version {version.version}", hashlib.sha256()
-    with ExitStack() as stack, manifest.translate_damage(where):
-        files = (stack.enter_context(file) for file in _open_parts(store, version, where))
-        for batch in merge_parts([Part(file, number) for number, file in enumerate(files)]):
-            total.update(encode_rows(batch, manifest.IN_DIGEST, "\n"))
-            yield batch
-    if total.hexdigest() != version.digest:
-        found = f"rows have digest {total.hexdigest()[:12]}"
-        raise DatasetError(where, found, version.digest[:12], "The store was changed.")
-
-
-def _open_parts(store: ObjectStore, version: DatasetVersion, where: str) -> Iterator[BinaryIO]:
-    for part in version.parts:
-        key = f"manifests/{part}.parquet"
-        try:
-            yield store.open(key) if len(version.parts) <= manifest.MOST_OPEN else BytesIO(store.get(key))
-        except ObjectMissing as exc:
-            raise DatasetError(where, f"its part {part[:12]} is not in the store", "every part of it") from exc
+def hold_records(records: Iterable[ImageRecord]) -> HeldRows:
+    """Hold records in memory by column, sorted by sha256."""
+    return hold_rows(make_batches(sorted(records, key=lambda record: record.sha256)))
 
 
 def regroup(batches: Iterable[pa.RecordBatch], number: int) -> Iterator[pa.Table]:

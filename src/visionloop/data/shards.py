@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from visionloop.data.images import UInt8Array
-from visionloop.data.manifest import translate_damage
-from visionloop.data.rows import Digests, HeldRows, decode_batches, regroup
+from visionloop.data.rows import Digests, HeldRows, decode_batches, regroup, translate_damage
 from visionloop.errors import DatasetError
 from visionloop.records import ImageRecord, Pin
 

@@ -14,18 +14,9 @@ import pyarrow.compute as pc
 from visionloop.data.answers import drop_asked
 from visionloop.data.drop import load_aside, make_smaller_version, write_aside
 from visionloop.data.leaks import Leak
-from visionloop.data.manifest import (
-    commit_version,
-    iterate_part,
-    iterate_version,
-    latest_version,
-    list_versions,
-    load_pin,
-    make_pin,
-    translate_damage,
-    write_pin,
-)
-from visionloop.data.rows import hold_rows, iterate_batches, iterate_file
+from visionloop.data.manifest import latest_version, list_versions, load_pin, make_pin, write_pin
+from visionloop.data.parts import commit_version, iterate_batches, iterate_version, make_part_key
+from visionloop.data.rows import hold_rows, iterate_file, iterate_part, translate_damage
 from visionloop.errors import DatasetError
 from visionloop.records import DatasetVersion, Rejected, canonical_json
 from visionloop.settings import Settings
@@ -53,7 +44,7 @@ def trace_images(store: ObjectStore, name: str, sha256s: frozenset[str]) -> Trac
     origins: set[str] = set()
     lists = (part for version in versions for part in (*version.parts, version.aside) if part)
     for part in dict.fromkeys(lists):
-        with store.open(_part_key(part)) as file:
+        with store.open(make_part_key(part)) as file:
             rows = [r for r in iterate_part(file, f"manifest {part[:12]}") if r.sha256 in sha256s]
         if rows:
             parts[part] = frozenset(r.sha256 for r in rows)
@@ -121,12 +112,12 @@ def redact(store: ObjectStore, name: str, sha256s: frozenset[str], trace: Trace)
         rest = drop_asked(asked, sha256s)
         rewritten += _rewrite(store, key, canonical_json(rest), asked != rest)
     for part in trace.parts:
-        data, sink = BytesIO(store.get(_part_key(part))), BytesIO()
+        data, sink = BytesIO(store.get(make_part_key(part))), BytesIO()
         with translate_damage(f"manifest {part[:12]}"):
             if all(_redact_rows(batch, sha256s).equals(batch) for batch in iterate_file(data)):
                 continue
             hold_rows((_redact_rows(batch, sha256s) for batch in iterate_file(data)), sink)
-        rewritten += _rewrite(store, _part_key(part), sink.getvalue(), changed=True)
+        rewritten += _rewrite(store, make_part_key(part), sink.getvalue(), changed=True)
     return rewritten
 
 
@@ -186,7 +177,3 @@ def _put_for_good(store: ObjectStore, key: str, data: bytes) -> None:
     store.purge(key)
     store.put(key, data)
     store.purge(key + SPARE)
-
-
-def _part_key(part: str) -> str:
-    return f"manifests/{part}.parquet"

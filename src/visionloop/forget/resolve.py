@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from visionloop.data.drop import load_aside
-from visionloop.data.manifest import iterate_version, latest_version, make_image_key
+from visionloop.data.manifest import latest_version, make_image_key
+from visionloop.data.parts import iterate_version
 from visionloop.data.prediction_log import is_logged
 from visionloop.data.tombstones import load_tombstones, load_unfinished
 from visionloop.errors import DatasetError, shorten

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from visionloop.data.acceptance import Answered
 from visionloop.data.foreign import RAW_SUFFIXES
 from visionloop.errors import ImageError
 from visionloop.params import Ingest
+
+if TYPE_CHECKING:
+    from visionloop.data.acceptance import Answered
 
 SHOWN_SUFFIXES, SHOWN_LINKS = 10, 5
 
@@ -120,7 +122,7 @@ class SourceContext:
     cursor: str | None = None
     tell: Callable[[str], None] = lambda line: None
     several: bool = False
-    answered: Answered | None = None
+    answered: "Answered | None" = None
 
     def resolve(self, path: str) -> Path:
         """Return a path of params.yaml as an absolute one; relative to the workspace."""

@@ -12,7 +12,8 @@ from operator import itemgetter
 from typing import Any
 
 from visionloop.data.leaks import Leak
-from visionloop.data.manifest import get_row, iterate_version, rank_rows
+from visionloop.data.parts import iterate_version, rank_rows
+from visionloop.data.rows import get_row
 from visionloop.ingest.check import Checked
 from visionloop.ingest.inspect import Depths, Inspected
 from visionloop.ingest.labels import LabelRules, Labels, Relabelling, find_refusal, unite_labels

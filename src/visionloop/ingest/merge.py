@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from heapq import merge as merge_sorted
 
 import numpy as np
+from pyarrow import RecordBatch
 
 from visionloop.data.drop import load_aside, write_aside
 from visionloop.data.leaks import Leak, Leaks, load_leaks, make_leaks, write_leaks
-from visionloop.data.manifest import MOST_PARTS, Rows, count_unusable, make_version, write_quarantine
+from visionloop.data.manifest import count_unusable, write_quarantine
+from visionloop.data.parts import MOST_PARTS, make_version
+from visionloop.data.rows import Rows, make_batches
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import ParamsError
 from visionloop.ingest.check import Checked
@@ -99,7 +102,7 @@ def merge(
     advice = f"{wishes.say('--relabel')} takes the labels that their source gives now." if moves.relabelled else ""
     taken_out, small = left.num_taken, tuple(sorted(draft.small))
     if parent and not (len(draft.changed) or taken_out) and left.aside == known.aside and parent.left_out == small:
-        return Merged(parent, [], [*refused, *_list_in_vain(joined.conflicts)], (), remarks, advice)
+        return Merged(parent, draft.changed, [*refused, *_list_in_vain(joined.conflicts)], (), remarks, advice)
     everything = [*checked.rejected, *refused]
     leaks = _inherit_leaks(store, parent, draft.records, make_leaks([*joined.conflicts, *sides.leaks]))
     # The rows of earlier parts would bring back what was taken out; and a version of very many parts is slow to read.
@@ -167,6 +170,9 @@ class _Records:
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return self._iterate()
+
+    def iterate_batches(self) -> Iterator[RecordBatch]:
+        return make_batches(self)
 
 
 class _Draft:

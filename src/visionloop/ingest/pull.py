@@ -21,13 +21,13 @@ from visionloop.data.known_store import check_store_for_pull, require_restored
 from visionloop.data.manifest import (
     IS_TAKEN,
     NOT_UNUSABLE,
-    commit_version,
     latest_version,
     load_pin,
     make_image_key,
     make_pin,
     write_pin,
 )
+from visionloop.data.parts import commit_version
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, SourceError, shorten
 from visionloop.ingest.check import Checked, Known, check_all

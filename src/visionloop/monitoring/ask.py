@@ -31,7 +31,8 @@ from visionloop.data.answers import (
     make_asked,
 )
 from visionloop.data.day_table import IMAGE, DayReader
-from visionloop.data.manifest import iterate_version, latest_version
+from visionloop.data.manifest import latest_version
+from visionloop.data.parts import iterate_version
 from visionloop.data.prediction_log import PREDICTIONS
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, VisionLoopError

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 
 from visionloop import pipeline
 from visionloop.data.compare import pair_rows
-from visionloop.data.manifest import iterate_records, iterate_version, load_pin, load_version
+from visionloop.data.manifest import load_pin, load_version
+from visionloop.data.parts import iterate_records, iterate_version
 from visionloop.errors import DatasetError, LeaseHeld, ParamsError, shorten
 from visionloop.monitoring.triggers import RETRAIN, Look, Signals, TriggerDecision, Window, decide
 from visionloop.monitoring.watch import list_windows, load_verdict

@@ -15,7 +15,8 @@ from typing import Any
 from visionloop.bundle import download_bundle, load_run_note
 from visionloop.data.known_store import check_store
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import iterate_records, load_pin, load_version
+from visionloop.data.manifest import load_pin, load_version
+from visionloop.data.parts import iterate_records
 from visionloop.errors import BundleError, DatasetError, PromotionError, VisionLoopError
 from visionloop.evaluation.baselines import Baseline
 from visionloop.evaluation.resampling import code_keys, count_keys

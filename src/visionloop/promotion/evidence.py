@@ -12,7 +12,8 @@ from visionloop.bundle import load_run_note
 from visionloop.data.compare import Diff, compare_records
 from visionloop.data.images import decode_image
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import iterate_version, load_version, make_image_key
+from visionloop.data.manifest import load_version, make_image_key
+from visionloop.data.parts import iterate_version
 from visionloop.errors import VisionLoopError
 from visionloop.evaluation.answers import Answers
 from visionloop.evaluation.slices import make_slices

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fakes import make_image, run_here, write_photos
-from visionloop.data.manifest import list_versions, load_pin, load_version_records
+from visionloop.data.manifest import list_versions, load_pin
+from visionloop.data.parts import load_version_records
 from visionloop.data.split import choose_side
 from visionloop.promotion.ledger import append_entry
 from visionloop.records import ImageRecord

@@ -7,7 +7,8 @@ import pytest
 from visionloop.data import drop
 from visionloop.data.drop import drop_source, drop_version, load_aside
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import latest_version, load_version_records
+from visionloop.data.manifest import latest_version
+from visionloop.data.parts import load_version_records
 from visionloop.errors import DatasetError
 from visionloop.records import DatasetVersion, canonical_json
 from workspaces import NAME, NOW, Pets, commit, make_pets, store_image

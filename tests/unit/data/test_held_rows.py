@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from visionloop.cli.pictures import choose_images
-from visionloop.data import manifest
+from visionloop.data import manifest, parts
 from visionloop.data.chunks import make_layouts
+from visionloop.data.parts import hold_version, iterate_batches
 from visionloop.data.prepare import select_rows
-from visionloop.data.rows import hold_rows, hold_version, iterate_batches, tally_rows
+from visionloop.data.rows import hold_records, hold_rows, tally_rows
 from visionloop.data.shards import load_prepared, write_index
 from visionloop.features.album import AlbumRecords
 from visionloop.forget.resolve import resolve_images
@@ -32,14 +33,15 @@ def make_version(store: LocalStore, number: int) -> DatasetVersion:
         facts = {"width": 64, "height": 48, "format": "JPEG", "num_bytes": 1000 + i, "phash": f"{i:016x}"}
         labels = (f"class{i % 10}",)
         rows.append(ImageRecord(sha256, labels, key=sha256, side=side, captured_at=None, **place, **facts))
-    version = manifest.make_version("pets", None, rows, rows, **FACTS)
-    assert manifest.commit_version(store, version, rows)
+    held = hold_records(rows)
+    version = parts.make_version("pets", None, held, held, **FACTS)
+    assert parts.commit_version(store, version, held)
     return version
 
 
 def show(store: LocalStore, version: DatasetVersion, folder: Path) -> None:
     assert tally_rows(iterate_batches(store, version)).sides.total() == version.num_images
-    assert len(choose_images(manifest.iterate_version(store, version))) == 25
+    assert len(choose_images(parts.iterate_version(store, version))) == 25
 
 
 def select(store: LocalStore, version: DatasetVersion, folder: Path) -> None:
@@ -78,7 +80,7 @@ def resolve(store: LocalStore, version: DatasetVersion, folder: Path) -> None:
 
 
 READERS: dict[str, tuple[Callable[[LocalStore, DatasetVersion, Path], object], int]] = {
-    "one after the other": (lambda store, version, _: deque(manifest.iterate_version(store, version), maxlen=0), 25),
+    "one after the other": (lambda store, version, _: deque(parts.iterate_version(store, version), maxlen=0), 25),
     "datasets show": (show, 30),
     "lineage, export": (lambda store, version, _: hold_version(store, version), 120),
     "prepare": (select, 60),
@@ -91,8 +93,8 @@ READERS: dict[str, tuple[Callable[[LocalStore, DatasetVersion, Path], object], i
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Path, DatasetVersion]]]:
     """Two datasets, of 1,000 and of 4,000 images, in small groups: so few are in memory at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "BATCH_ROWS", 500)
-        patch.setattr(manifest, "GROUP_ROWS", 500)
+        patch.setattr("visionloop.data.rows.BATCH_ROWS", 500)
+        patch.setattr("visionloop.data.rows.GROUP_ROWS", 500)
         folders = [tmp_path_factory.mktemp(f"rows{number}") for number in (1000, 4000)]
         yield [(one, make_version(LocalStore(one / "store"), 1000 * 4**i)) for i, one in enumerate(folders)]
 

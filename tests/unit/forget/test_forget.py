@@ -15,11 +15,11 @@ from visionloop.data.manifest import (
     list_versions,
     load_pin,
     load_quarantine,
-    load_version_records,
     make_image_key,
     make_pin,
     write_pin,
 )
+from visionloop.data.parts import load_version_records
 from visionloop.data.prediction_log import PREDICTIONS, make_kept_key, read_predictions
 from visionloop.data.prepare import prepare
 from visionloop.data.tombstones import Forgetting, load_tombstones, load_unfinished

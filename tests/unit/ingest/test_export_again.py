@@ -8,7 +8,7 @@ import pytest
 from fakes import write_photos
 from source_runs import Run, type_advice
 from visionloop.data.export import FORMATS, export_version
-from visionloop.data.manifest import load_version_records
+from visionloop.data.parts import load_version_records
 from visionloop.ingest.pull import pull
 from visionloop.ingest.sources import SourceContext
 from visionloop.ingest.sources.guess import guess_source

@@ -14,7 +14,8 @@ from PIL import Image
 
 from fakes import make_image, write_photos
 from pull_desk import PullDesk, find_files, move
-from visionloop.data.manifest import list_versions, load_version_records
+from visionloop.data.manifest import list_versions
+from visionloop.data.parts import load_version_records
 from visionloop.ingest.journal import make_journal_path
 from visionloop.settings import load_settings
 

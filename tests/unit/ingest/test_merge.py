@@ -14,7 +14,8 @@ from PIL import Image
 
 from fakes import make_image
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import commit_version, latest_version, load_version_records, make_image_key
+from visionloop.data.manifest import latest_version, make_image_key
+from visionloop.data.parts import commit_version, load_version_records
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import ParamsError, SourceError
 from visionloop.ingest import merge as merging
@@ -174,7 +175,7 @@ def test_a_later_side_is_a_conflict_and_changes_nothing(desk: Desk) -> None:
     desk.pull([*fill(), offer(1, side="train")])
     again = desk.pull([offer(1, side="test")])
     assert [(r.origin, r.code) for r in again.refused] == [("s:1.png", "side_conflict")]
-    assert again.changed == []
+    assert not again.changed
     desk.pull([offer(1, side="test", place="elsewhere.png")])
     assert desk.row(offer(1)).side == "train"
     assert desk.leaks() == [("conflict", "s:elsewhere.png", "train", "test")]
@@ -188,7 +189,7 @@ def test_an_unlabelled_image_gains_its_label_and_keeps_its_side(desk: Desk) -> N
     assert (before.labels, after.labels, after.side) == ((), ("cat",), before.side)
     assert after.origins == ("s:1.png", "s:labelled.png")
     assert merged.version.num_added == 0
-    assert desk.pull([offer(1, None)]).changed == []
+    assert not desk.pull([offer(1, None)]).changed
 
 
 def test_a_version_of_very_many_parts_is_followed_by_one_of_few(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +241,7 @@ def test_a_label_map_renames_old_and_new_rows(desk: Desk) -> None:
     assert len(merged.changed) == 2
     assert merged.refused == []
     again = desk.pull([*fill(), offer(1, "kitty"), offer(2, "kitty")], **renamed)
-    assert (again.changed, again.refused) == ([], [])
+    assert (len(again.changed), again.refused) == (0, [])
 
 
 def test_a_label_map_must_not_chain(desk: Desk) -> None:
@@ -254,7 +255,7 @@ def test_corrections_make_a_version_and_stay_made(desk: Desk) -> None:
     merged = desk.pull([*fill(), offer(1), offer(2)], corrections=[line])
     assert [(r.labels, r.side) for r in merged.changed] == [(("dog",), desk.row(offer(1)).side)]
     again = desk.pull([*fill(), offer(1), offer(2)], corrections=[line])
-    assert (again.changed, again.refused) == ([], [])
+    assert (len(again.changed), again.refused) == (0, [])
 
 
 def test_a_correction_settles_a_conflict(desk: Desk) -> None:

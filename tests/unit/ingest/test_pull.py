@@ -11,7 +11,8 @@ from PIL import Image
 
 from fakes import write_photos
 from visionloop.data.encoded import name_readable
-from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
+from visionloop.data.manifest import list_versions, load_pin, make_image_key
+from visionloop.data.parts import load_version_records
 from visionloop.errors import ParamsError, SourceError, StoreError
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import FolderSource, Params, make_params

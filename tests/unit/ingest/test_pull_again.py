@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fakes import make_image, write_photos
-from visionloop.data.manifest import list_versions, load_pin, load_version_records, make_image_key
+from visionloop.data.manifest import list_versions, load_pin, make_image_key
+from visionloop.data.parts import load_version_records
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import StoreError
 from visionloop.ingest import pull as pull_module

@@ -17,7 +17,8 @@ import pytest
 
 from visionloop.data.images import UInt8Array
 from visionloop.data.leaks import load_leaks
-from visionloop.data.manifest import commit_version, latest_version, load_quarantine, load_version_records
+from visionloop.data.manifest import latest_version, load_quarantine
+from visionloop.data.parts import commit_version, load_version_records
 from visionloop.errors import DiskError, SourceError
 from visionloop.ingest import sides, spill
 from visionloop.ingest.check import Known, check_all
@@ -227,7 +228,7 @@ def test_in_small_groups_versions_and_lists_are_those_of_the_code_that_held_all(
 PULL = """
 import hashlib, resource, sys
 from pathlib import Path
-from visionloop.data import manifest
+from visionloop.data import manifest, parts, rows
 from visionloop.ingest import spill
 from visionloop.ingest.check import Known, check_all
 from visionloop.ingest.inspect import Facts
@@ -237,7 +238,7 @@ from visionloop.ingest.merge import merge
 from visionloop.params import make_params
 from visionloop.store import LocalStore
 
-spill.RUN_ROWS, spill.PLAIN_ROWS, manifest.GROUP_ROWS, manifest.BATCH_ROWS = 1024, 256, 1024, 256
+spill.RUN_ROWS, spill.PLAIN_ROWS, rows.GROUP_ROWS, rows.BATCH_ROWS = 1024, 256, 1024, 256
 params = make_params({"name": "m", "ingest": {"max_rejected_ratio": 1.0}})
 
 def offer(stop):
@@ -256,7 +257,7 @@ def pull(home, number):
         parent = manifest.latest_version(store, "m")
         merged = merge(store, params, parent, checked, now="now")
         assert (merged.version.num_images, len(checked.inspected), checked.num_read) == (some, some, 0)
-        assert merged.version is parent or manifest.commit_version(store, merged.version, merged.changed)
+        assert merged.version is parent or parts.commit_version(store, merged.version, merged.changed)
     assert merged.version.version == 2
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

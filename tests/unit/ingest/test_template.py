@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from fakes import make_image
-from visionloop.data.manifest import load_version_records
+from visionloop.data.parts import load_version_records
 from visionloop.ingest import sources
 from visionloop.ingest.pull import PullReport, pull
 from visionloop.params import make_params
