@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,28 @@ def test_mlflow_folder_holds_no_python() -> None:
 
 def test_flows_know_nothing_of_the_command_line() -> None:
     assert [path.name for path in (ROOT / "flows").glob("*.py") if "visionloop.cli" in read_text(path)] == []
+
+
+def find_rings(imports: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Return the modules that import each other in a ring, or stand between two, each with those that it imports."""
+    left = {name: imported & imports.keys() for name, imported in imports.items()}
+    while True:
+        needed = set().union(*left.values())
+        rest = {name: imported & left.keys() for name, imported in left.items() if imported and name in needed}
+        if rest == left:
+            return {name: sorted(imported) for name, imported in left.items()}
+        left = rest
+
+
+def test_a_ring_of_imports_is_found() -> None:
+    assert find_rings({"a": {"b"}, "b": {"c", "json"}, "c": {"b", "d"}, "d": set()}) == {"b": ["c"], "c": ["b"]}
+    assert find_rings({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {}
+
+
+def test_no_modules_import_each_other_not_even_within_functions() -> None:
+    graph = grimp.build_graph("visionloop", exclude_type_checking_imports=True, cache_dir=None)
+    assert len(graph.modules) > 300
+    assert find_rings({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}) == {}
 
 
 def test_files_are_short() -> None:
