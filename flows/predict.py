@@ -14,8 +14,7 @@ import told
 from visionloop.engines import make_opener
 from visionloop.errors import BusyError, ParamsError, SourceError
 from visionloop.ingest.paths.listing import is_video_name
-from visionloop.predict.chunks import predict_in_chunks
-from visionloop.predict.cluster import Cluster
+from visionloop.predict.chunks import Cluster, predict_in_chunks
 from visionloop.predict.files import Sampling, find_new
 from visionloop.predict.lines import open_lines, write_line
 from visionloop.predict.live import WatchPlan

@@ -145,8 +145,7 @@ class FileWishes:
 def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, wishes: FileWishes) -> None:
     """Answer for files; show the answers, or the first of them and a table."""
     from visionloop.cli.pictures import AnswerPictures, require_image, require_png
-    from visionloop.predict.chunks import predict_in_chunks
-    from visionloop.predict.cluster import Cluster
+    from visionloop.predict.chunks import Cluster, predict_in_chunks
     from visionloop.predict.files import find_images, predict_files
     from visionloop.predict.tables import Table
 
