@@ -1,6 +1,6 @@
 """The map of a dataset: embeddings to points in the plane, and one self-contained HTML page of them. Pure.
 
-The same input and seed give the same points. The page loads nothing from the network. Names of classes and files are
+The same input gives the same points. The page loads nothing from the network. Names of classes and files are
 never markup: they are JSON inside a script element, in which every `<` is escaped.
 
 Dimensions: n images, d features.
@@ -33,7 +33,7 @@ PERPLEXITY = 30.0
 NUM_NEAREST = 3
 
 
-def project(embedding_nd: FloatArray, method: Method = "auto", *, seed: int = 0) -> tuple[FloatArray, str]:
+def project(embedding_nd: FloatArray, method: Method = "auto") -> tuple[FloatArray, str]:
     """Return points (n, 2) between -1 and 1, and how they were computed, in words. `auto`: t-SNE from 8 images on.
 
     Vectors are scaled to length 1 first, so near points have a small cosine distance. Raises DatasetError.
@@ -44,7 +44,7 @@ def project(embedding_nd: FloatArray, method: Method = "auto", *, seed: int = 0)
         return _to_square(compute_pca(unit_nd, 2)), "principal components"
     number = len(unit_nd)
     sample = np.unique(np.linspace(0, number - 1, min(number, MAX_TSNE)).round().astype(np.int64))
-    place_s2 = compute_tsne(unit_nd[sample], seed)
+    place_s2 = compute_tsne(unit_nd[sample])
     if len(sample) == number:
         return _to_square(place_s2), "t-SNE"
     others = np.setdiff1d(np.arange(number), sample)
@@ -70,7 +70,7 @@ def compute_pca(unit_nd: FloatArray, num_components: int) -> FloatArray:
     return out
 
 
-def compute_tsne(unit_nd: FloatArray, seed: int) -> FloatArray:
+def compute_tsne(unit_nd: FloatArray) -> FloatArray:
     """Return the t-SNE (van der Maaten and Hinton, 2008) of some vectors, started from their principal components."""
     from sklearn.manifold import TSNE
 
@@ -78,7 +78,7 @@ def compute_tsne(unit_nd: FloatArray, seed: int) -> FloatArray:
     if not reduced.std():
         return np.zeros((len(unit_nd), 2), np.float32)
     perplexity = min(PERPLEXITY, (len(unit_nd) - 1) / 3)
-    model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    model = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
     return np.asarray(model.fit_transform(reduced), np.float32)
 
 

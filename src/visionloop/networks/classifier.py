@@ -104,6 +104,7 @@ _ROWS = 2**25
 _FAR = 2.0**8
 _BLOCK = 256
 _PUSHES = 8
+NOISE, TOLERANCE = 1e-3, 1e-2
 
 
 class NeighbourHead(nn.Module):
@@ -192,8 +193,8 @@ class NeighbourHead(nn.Module):
         return length**2 / 2 if self.metric == "cosine" else length
 
 
-def find_steady(head: NeighbourHead, embedding_nd: Tensor, *, noise: float = 1e-3, tolerance: float = 1e-2) -> Tensor:
-    """Say which answers (n) stay within the tolerance when embeddings are disturbed by so large a share of themselves.
+def find_steady(head: NeighbourHead, embedding_nd: Tensor) -> Tensor:
+    """Say which answers (n) stay within TOLERANCE when embeddings are disturbed by the share NOISE of themselves.
 
     The disturbance is the same at each call, and far above what rounding does.
     """
@@ -206,9 +207,9 @@ def find_steady(head: NeighbourHead, embedding_nd: Tensor, *, noise: float = 1e-
             logits_nk = head(embedding_nd[block])
             for _ in range(_PUSHES):
                 push_nd = torch.randn(logits_nk.shape[0], embedding_nd.shape[1], generator=generator)
-                push_nd = functional.normalize(push_nd) * length_n1[block] * noise
+                push_nd = functional.normalize(push_nd) * length_n1[block] * NOISE
                 moved_n = (head(embedding_nd[block] + push_nd) - logits_nk).abs().amax(dim=1)
-                steady_n[block] &= moved_n <= tolerance
+                steady_n[block] &= moved_n <= TOLERANCE
     return steady_n
 
 

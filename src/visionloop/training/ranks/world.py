@@ -170,10 +170,10 @@ def gather(world: World, value: Any) -> list[Any]:
     return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, lengths, strict=True)]
 
 
-def check_shared_folder(world: World, folder: Path, *, within_s: float = SHARED_WITHIN_S) -> None:
+def check_shared_folder(world: World, folder: Path) -> None:
     """Raise TrainingError, on every rank, unless all of them see a file that rank 0 writes into the folder."""
     token = share(world, lambda: _write_token(folder))
-    sees = _sees_token(folder, token, within_s)
+    sees = _sees_token(folder, token)
     seen = gather(world, {"host": socket.gethostname(), "sees": sees})
     if world.is_first:
         (folder / token).unlink()
@@ -193,8 +193,8 @@ def _write_token(folder: Path) -> str:
     return name
 
 
-def _sees_token(folder: Path, token: str, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
+def _sees_token(folder: Path, token: str) -> bool:
+    deadline = time.monotonic() + SHARED_WITHIN_S
     while not (folder / token).is_file():
         if time.monotonic() > deadline:
             return False
