@@ -43,7 +43,7 @@ class Scores:
     """Probabilities (n, k) and answers of one model: indices into its own `classes` (n,), or sets of them (n, k).
 
     `abstained_n` says for which images it does not know (n,); None if its card has no rule for that. `measures` are
-    figures of the images as this model sees them (`data.quality`), (n,) each.
+    figures of the images as this model sees them (`measure_images`), (n,) each.
     """
 
     classes: tuple[str, ...]

@@ -303,10 +303,10 @@ class TensorBoardView(View):
 
     def _end(self) -> None:
         """Write the parameters beside the result (the page HPARAMS), and close the file."""
-        from torch.utils.tensorboard.summary import hparams
-
         if self._writer is None:
             return
+        from torch.utils.tensorboard.summary import hparams
+
         section = self.job.params.train.model_dump(mode="json")
         plain = {
             key: value if isinstance(value, str | bool | int | float) else str(value) for key, value in section.items()
