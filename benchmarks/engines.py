@@ -32,8 +32,7 @@ def bench_backbone(folder: Path, name: str, size_px: int) -> list[Row]:
 
     from visionloop.networks.backbones import make_backbone
     from visionloop.networks.classifier import Classifier, ExportedClassifier
-    from visionloop.networks.export import export_onnx
-    from visionloop.networks.quantise import quantise
+    from visionloop.networks.export import export_onnx, quantise
 
     folder.mkdir(parents=True, exist_ok=True)
     size_hw = (size_px, size_px)

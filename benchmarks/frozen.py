@@ -86,8 +86,7 @@ def solve_ours(embedding_nd: np.ndarray, label_n: np.ndarray) -> tuple[Learned, 
     """Do what the way `frozen` does with its table; return also which values of C were tried."""
     import torch
 
-    from visionloop.training.figures import compute_figures
-    from visionloop.training.losses import Objective, make_targets
+    from visionloop.training.losses import Objective, compute_figures, make_targets
     from visionloop.training.ways.head import GIVE_UP_AFTER, LEAST_GAIN
     from visionloop.training.ways.logistic import STRENGTHS, Regression, compute_scaling
 

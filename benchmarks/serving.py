@@ -101,8 +101,7 @@ def make_bundle(folder: Path, name: str, images: Path, size_px: int) -> Path:
         return folder
     from visionloop.networks.backbones import make_backbone
     from visionloop.networks.classifier import Classifier
-    from visionloop.networks.export import export_onnx
-    from visionloop.networks.quantise import quantise
+    from visionloop.networks.export import export_onnx, quantise
 
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "golden").mkdir(parents=True)

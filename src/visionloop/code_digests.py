@@ -69,9 +69,9 @@ def compute_code_digests(package: Path = PACKAGE) -> dict[str, str]:
     return {stage: _digest_stage(root, package, known) for stage, root in STAGE_MODULES.items()}
 
 
-def compute_module_digest(module: str, package: Path = PACKAGE) -> str:
+def compute_module_digest(module: str) -> str:
     """Return the digest of one module with all that it imports, as a stage has it."""
-    return _digest_stage(module, package, {})
+    return _digest_stage(module, PACKAGE, {})
 
 
 def _digest_stage(root: str, package: Path, known: dict[str, Code | None]) -> str:

@@ -4,7 +4,6 @@ The only home of mlflow, which is imported when it is first used (3 s).
 """
 
 import contextlib
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from visionloop.errors import DiskError, SettingsError, TrackingError, VisionLoopError
 from visionloop.secrets import mask
-from visionloop.tracking_file import find_broken_file, follow_workspace
+from visionloop.tracking_file import find_broken_file, open_database
 from visionloop.tracking_pages import (
     UsedDataset,
     describe_for,
@@ -314,10 +313,7 @@ class MlflowTracking(Tracking):
 
         if self._client is None:
             if self._database:
-                self._database.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.closing(sqlite3.connect(self._database)) as database:
-                    database.execute("PRAGMA schema_version")  # MLflow tries a damaged file again for a minute
-                    follow_workspace(database, self._database, self.artifact_root)
+                open_database(self._database, self.artifact_root)
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         return self._client
 
@@ -354,6 +350,8 @@ class MlflowTracking(Tracking):
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Turn the errors of MLflow, of the network and of the disk into ours, once."""
+        import sqlite3
+
         from mlflow.exceptions import MlflowException  # the first: where it is missing, its extra is named
         from requests import RequestException
         from sqlalchemy.exc import SQLAlchemyError

@@ -1,9 +1,13 @@
 """The SQLite file of a workspace's MLflow: what may be wrong with it, and its places after the workspace was moved."""
 
+import contextlib
 import errno
-import sqlite3
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    import sqlite3
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN_FILE = ("SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
@@ -18,7 +22,17 @@ PLACES = (
 )
 
 
-def follow_workspace(database: sqlite3.Connection, path: Path, artifact_root: str) -> None:
+def open_database(path: Path, artifact_root: str) -> None:
+    """Make the file ready for MLflow, which would try a damaged one again for a minute. Raises sqlite3.Error."""
+    import sqlite3
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA schema_version")
+        follow_workspace(database, path, artifact_root)
+
+
+def follow_workspace(database: "sqlite3.Connection", path: Path, artifact_root: str) -> None:
     """Let the artifacts of a workspace that was moved or copied lie below itself, not where it was.
 
     Only in a file that lies in the workspace, and only for addresses of the form that workspaces have.
@@ -44,6 +58,8 @@ def follow_workspace(database: sqlite3.Connection, path: Path, artifact_root: st
 
 def find_broken_file(error: BaseException, database: str) -> tuple[str, str] | None:
     """Return the path and the reason, if an error of MLflow comes from a file or a full disk of this machine."""
+    import sqlite3
+
     cause: BaseException | None = error
     while cause is not None:
         origin = getattr(cause, "orig", cause)  # SQLAlchemy wraps the error of its driver

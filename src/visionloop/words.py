@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MARKS = {True: "pass", False: "FAIL", None: "cannot tell"}
 DRY = {"dry_run": " (dry run)"}  # a rule that only shows what it would say
 MANY, SHOWN_OF_MANY = 12, 8
+SHOWN_LEAKS = 5
 SAME_REJECTED = "what could not be used is the same as last time: `visionloop datasets show` names it"
 NAME_WIDTH, LINE = 32, 110
 
@@ -187,19 +188,19 @@ def describe_rejected(rejected: "Sequence[Rejected]", not_unusable: Iterable[str
     return lines
 
 
-def describe_leaks(leaks: "Leaks", *, shown: int = 5) -> list[str]:
+def describe_leaks(leaks: "Leaks") -> list[str]:
     """Return the leaks: those that stand loudly, what was done about the others in a line each."""
     lines = []
     if number := leaks.count("across"):
         pairs = "image that has" if number == 1 else "images that have"
         lines.append(f"LEAK: {number:,} {pairs} a near duplicate on another side, as the sources gave them:")
-        for row in [row for row in leaks.rows if row.kind == "across"][:shown]:
+        for row in [row for row in leaks.rows if row.kind == "across"][:SHOWN_LEAKS]:
             left, right = (
                 f"{s} {(*o, '?')[0]}" for s, o in ((row.side, row.origins), (row.other_side, row.other_origins))
             )
             lines.append(f"  {fit(f'{left}  =  {right}')}")
-        if number > shown:
-            lines.append(f"  and {number - shown:,} more")
+        if number > SHOWN_LEAKS:
+            lines.append(f"  and {number - SHOWN_LEAKS:,} more")
     if number := leaks.count("excluded"):
         lines.append(f"excluded: {number:,} that would have linked two sides; they are not used")
     if number := leaks.count("conflict"):
@@ -207,13 +208,14 @@ def describe_leaks(leaks: "Leaks", *, shown: int = 5) -> list[str]:
     return lines
 
 
-def describe_diff(diff: "Diff", *, shown: int = 8) -> list[str]:
+def describe_diff(diff: "Diff") -> list[str]:
     """Return what changed between two versions."""
     lines = []
     if diff.moved:
         lines.append(f"MOVED: {len(diff.moved):,} images are on another side, which must never happen:")
         lines += [
-            f"  {c.after.sha256[:12]}  {c.before.side} -> {c.after.side}  {_name(c.after)}" for c in diff.moved[:shown]
+            f"  {c.after.sha256[:12]}  {c.before.side} -> {c.after.side}  {_name(c.after)}"
+            for c in diff.moved[:SHOWN_OF_MANY]
         ]
     for word, records in (("added", diff.added), ("removed", diff.removed)):
         if records:
@@ -221,11 +223,11 @@ def describe_diff(diff: "Diff", *, shown: int = 8) -> list[str]:
             text = ", ".join(f"{side} {sides[side]:,}" for side in ("train", "val", "test", "excluded") if sides[side])
             lines.append(f"{word} {len(records):,}: {text}")
     if diff.removed:
-        lines += [f"  {r.sha256[:12]}  {fit(_name(r))}" for r in diff.removed[:shown]]
+        lines += [f"  {r.sha256[:12]}  {fit(_name(r))}" for r in diff.removed[:SHOWN_OF_MANY]]
     if diff.relabelled:
         lines.append(f"relabelled {len(diff.relabelled):,}:")
         kinds = Counter((_labels(c.before), _labels(c.after)) for c in diff.relabelled)
-        lines += [f"  {count:>5,}  {before} -> {after}" for (before, after), count in kinds.most_common(shown)]
+        lines += [f"  {count:>5,}  {before} -> {after}" for (before, after), count in kinds.most_common(SHOWN_OF_MANY)]
     if diff.is_empty:
         lines.append("the same images, labels and sides")
     for what, counts in (("class", diff.classes), ("source", diff.sources)):

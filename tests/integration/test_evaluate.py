@@ -13,7 +13,7 @@ from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
 from visionloop.evaluation.evaluate import OUTS, describe_gap, evaluate
-from visionloop.evaluation.tables import COMPARED
+from visionloop.evaluation.report import COMPARED
 from visionloop.predictor import Predictor
 from worlds import GOOD, make_world
 

@@ -20,9 +20,8 @@ from PIL import Image
 from arrays import make_job, make_prepared, sort_by_row
 from trainings import Ear, MemoryTracking, make_place
 from visionloop.errors import DatasetError, TrackingError, TrainingError
-from visionloop.training.datamodule import Batch, PreparedData, fits
+from visionloop.training.datamodule import Batch, Loader, PreparedData, fits, make_lost_reader_error
 from visionloop.training.fit import translate_error
-from visionloop.training.loader import Loader, make_lost_reader_error
 from visionloop.training.ranks.world import World
 
 

@@ -12,7 +12,7 @@ from visionloop.data.prepare import prepare
 from visionloop.data.shards import load_prepared
 from visionloop.errors import DatasetError
 from visionloop.evaluation.evaluate import evaluate
-from visionloop.evaluation.tables import COMPARED
+from visionloop.evaluation.report import COMPARED
 from visionloop.params import make_params
 from visionloop.predictor import Predictor
 from visionloop.promotion.decide import gate

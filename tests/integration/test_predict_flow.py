@@ -20,8 +20,8 @@ from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
 from visionloop.params.loop import Webhook
 from visionloop.predict.files import find_new
+from visionloop.predict.lines import Outbox
 from visionloop.predict.live import WatchPlan
-from visionloop.predict.outbox import Outbox
 from visionloop.workspace import Workspace, connect
 from watched import make_watched
 

@@ -18,8 +18,7 @@ from visionloop.data.prepare import prepare
 from visionloop.errors import DatasetError, ParamsError
 from visionloop.parallel import Engine, connect_ray, map_chunks
 from visionloop.params import make_params
-from visionloop.predict.chunks import predict_in_chunks
-from visionloop.predict.cluster import Cluster
+from visionloop.predict.chunks import Cluster, predict_in_chunks
 from visionloop.predict.files import find_images, predict_files
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor

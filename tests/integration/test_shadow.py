@@ -8,8 +8,7 @@ import pytest
 from fakes import make_bundle, make_image, run_here
 from model_server import Server, promote, read_metric, serving, wait_for
 from visionloop.bundle import load_bundle, upload_bundle
-from visionloop.data.prediction_log import read_predictions
-from visionloop.data.shadow import Order, read_order, read_shadow, write_order
+from visionloop.data.prediction_log import Order, read_order, read_predictions, read_shadow, write_order
 from visionloop.predictor import Predictor
 from visionloop.store import LocalStore
 

@@ -24,9 +24,8 @@ from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import BusyError, ImageError
 from visionloop.params.loop import Webhook
 from visionloop.predict.files import Sampling
-from visionloop.predict.lines import Line
+from visionloop.predict.lines import Line, Outbox
 from visionloop.predict.live import StreamEnded, WatchPlan
-from visionloop.predict.outbox import Outbox
 from visionloop.predict.several import Answerer, Followed, follow_all, watch_all
 from visionloop.predictor import Predictor
 

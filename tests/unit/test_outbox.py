@@ -10,7 +10,7 @@ import pytest
 from http_server import Answer, WebServer, serve
 from visionloop.errors import BusyError
 from visionloop.params.loop import Webhook
-from visionloop.predict.outbox import Outbox
+from visionloop.predict.lines import Outbox
 
 LIMIT_S = 60.0
 

@@ -144,8 +144,7 @@ def watch_cameras(
         SourceError: an address is wrong, or none gives a frame. DiskError: `out` cannot be written.
     """
     from visionloop.ingest.video.cameras import Reach, read_address
-    from visionloop.predict.lines import open_lines
-    from visionloop.predict.outbox import Outbox
+    from visionloop.predict.lines import Outbox, open_lines
     from visionloop.predict.several import follow_all, watch_all
 
     for plan in plans:

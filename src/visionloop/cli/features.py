@@ -20,8 +20,8 @@ from visionloop.workspace import Workspace, get_user, open_workspace
 
 if TYPE_CHECKING:
     from visionloop.features.album import Album
+    from visionloop.features.map import Method
     from visionloop.features.neighbours import Agreement
-    from visionloop.features.projection import Method
     from visionloop.features.similar import QueryImage, SimilarImage
     from visionloop.features.suspects import Suspect
 
@@ -161,8 +161,7 @@ def draw_map(
       visionloop map --out pets.html --method pca --encoder params
     """
     from visionloop.cli.pictures import require_place, write_picture
-    from visionloop.features.map import make_map
-    from visionloop.features.projection import project
+    from visionloop.features.map import make_map, project
 
     require_place(out, "--out")
     workspace, album = _open_album(encoder, quiet=quiet)

@@ -23,8 +23,8 @@ NUM_OTHERS = 3
 SHEET_IMAGES, SHEET_BARS = 24, 10
 
 
-def choose_images(records: "Iterable[ImageRecord]", number: int = NUM_IMAGES) -> "list[ImageRecord]":
-    """Choose images spread over the classes, then over the sides; the same version gives the same choice.
+def choose_images(records: "Iterable[ImageRecord]") -> "list[ImageRecord]":
+    """Choose 25 images spread over the classes, then over the sides; the same version gives the same choice.
 
     They come in the order of sha256: a digest is as good as a die, and the same for everybody. Of each class and side
     the first are held; of more classes than there are places, the first one.
@@ -32,16 +32,16 @@ def choose_images(records: "Iterable[ImageRecord]", number: int = NUM_IMAGES) ->
     by_class: dict[tuple[str, ...], dict[str, list[ImageRecord]]] = {}
     for record in records:
         some = by_class.setdefault(record.labels, {}).setdefault(record.side, [])
-        if len(some) < (number if len(by_class) <= number else 1):
+        if len(some) < (NUM_IMAGES if len(by_class) <= NUM_IMAGES else 1):
             some.append(record)
     names = sorted(by_class)
-    if len(names) > number:
-        names = [names[i * len(names) // number] for i in range(number)]
+    if len(names) > NUM_IMAGES:
+        names = [names[i * len(names) // NUM_IMAGES] for i in range(NUM_IMAGES)]
     ranked = {name: _take_turns(by_class[name]) for name in names}
     chosen: list[ImageRecord] = []
-    for depth in range(number):
+    for depth in range(NUM_IMAGES):
         for name in names:
-            if depth < len(ranked[name]) and len(chosen) < number:
+            if depth < len(ranked[name]) and len(chosen) < NUM_IMAGES:
                 chosen.append(ranked[name][depth])
     return sorted(chosen, key=lambda r: (r.labels, r.sha256))
 

@@ -29,6 +29,8 @@ SHOWN_OF_TABLE = 20
 FEW = 8
 SHOWN_SEGMENTS = 12
 SHOWN_UNUSABLE = 5
+SHOWN_CLASSES = 8
+LONGEST_PATH = 48
 MANY = 500  # images for which the fastest engine is worth looking for
 Paths = Annotated[
     list[str] | None, typer.Argument(help="Images, videos, folders, globs in quotes; or streams: rtsp://, /dev/video0.")
@@ -145,8 +147,7 @@ class FileWishes:
 def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, wishes: FileWishes) -> None:
     """Answer for files; show the answers, or the first of them and a table."""
     from visionloop.cli.pictures import AnswerPictures, require_image, require_png
-    from visionloop.predict.chunks import predict_in_chunks
-    from visionloop.predict.cluster import Cluster
+    from visionloop.predict.chunks import Cluster, predict_in_chunks
     from visionloop.predict.files import find_images, predict_files
     from visionloop.predict.tables import Table
 
@@ -298,10 +299,10 @@ class Shown:
         return [f"{number:,} could not be used:", *lines, *more] if lines else []
 
 
-def describe_counts(counts: Counter[str], total: int, most: int = 8, bad: Sequence[str] = ()) -> str:
+def describe_counts(counts: Counter[str], total: int, bad: Sequence[str] = ()) -> str:
     """Return the answers of many files as one line: the commonest classes, and which files could not be used."""
-    parts = [f"{name} {count:,}" for name, count in counts.most_common(most)]
-    parts += [f"{len(counts) - most:,} more classes"] if len(counts) > most else []
+    parts = [f"{name} {count:,}" for name, count in counts.most_common(SHOWN_CLASSES)]
+    parts += [f"{len(counts) - SHOWN_CLASSES:,} more classes"] if len(counts) > SHOWN_CLASSES else []
     told = f"{total:,} files: {', '.join(parts) or 'no answer'}"
     return f"{told}; {len(bad):,} could not be used: {_list_some(bad)}" if bad else told
 
@@ -366,5 +367,5 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - measure_width(text))
 
 
-def _shorten_path(path: str, most: int = 48) -> str:
-    return path if len(path) <= most else "…" + path[1 - most :]
+def _shorten_path(path: str) -> str:
+    return path if len(path) <= LONGEST_PATH else "…" + path[1 - LONGEST_PATH :]

@@ -10,7 +10,7 @@ from visionloop.errors import PromotionError
 from visionloop.workspace import Workspace, get_now, get_user, open_workspace
 
 if TYPE_CHECKING:
-    from visionloop.data.shadow import Order
+    from visionloop.data.prediction_log import Order
     from visionloop.monitoring.shadow import Comparison, Verdict
 
 shadow_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -50,7 +50,7 @@ def start(
     """
     from visionloop.bundle import upload_bundle
     from visionloop.data.known_store import check_store
-    from visionloop.data.shadow import Order, write_order
+    from visionloop.data.prediction_log import Order, write_order
     from visionloop.errors import SettingsError
     from visionloop.promotion.models import load_champion, load_model
 
@@ -87,7 +87,7 @@ def stop() -> None:
     from dataclasses import replace
 
     from visionloop.data.known_store import check_store
-    from visionloop.data.shadow import write_order
+    from visionloop.data.prediction_log import write_order
 
     workspace = open_workspace()
     check_store(workspace)
@@ -168,7 +168,7 @@ def describe_verdict(verdict: "Verdict | None") -> list[str]:
 
 
 def _require_order(workspace: Workspace) -> "Order":
-    from visionloop.data.shadow import read_order
+    from visionloop.data.prediction_log import read_order
 
     order = read_order(workspace.store, workspace.name)
     if order is None:

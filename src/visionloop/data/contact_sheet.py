@@ -23,6 +23,7 @@ MARGIN, GAP, PAD = 16, 12, 6
 TITLE, LABEL, NOTE, EMPTY = (20, INK), (14, INK), (12, FAINT), (14, FAINT)  # size in px, ink
 TITLE_H, LINE_H = 38, 19
 PAIRS_ACROSS = 2
+PANELS_ACROSS, PANEL_PX = 3, 150
 RIGHT, WRONG, BAR = "#1c7a43", "#c02b2b", "#dbe6fb"
 BAR_H, BARS_W, SHARE_W = 15, 190, 40
 ANSWERED_PX, ANSWERED_LEAST_PX, ANSWERED_BAND = 800, 256, 58
@@ -84,24 +85,22 @@ class Panel:
     note: str = ""
 
 
-def draw_prediction_sheet(
-    panels: Sequence[Panel], title: str, notes: Sequence[str] = (), *, columns: int = 3, cell_px: int = 150
-) -> bytes:
+def draw_prediction_sheet(panels: Sequence[Panel], title: str, notes: Sequence[str]) -> bytes:
     """Draw images, each with its answer above and the probabilities of the likeliest classes as bars beside it.
 
     `notes` stand below them, a line each.
     """
-    across = max(1, min(columns, len(panels)))
+    across = max(1, min(PANELS_ACROSS, len(panels)))
     most = max((len(panel.bars) for panel in panels), default=0)
-    size_hw = 2 * LINE_H + PAD + max(cell_px, most * BAR_H), cell_px + PAD + BARS_W
+    size_hw = 2 * LINE_H + PAD + max(PANEL_PX, most * BAR_H), PANEL_PX + PAD + BARS_W
 
     def draw_panel(page: Image.Image, number: int, x: int, y: int) -> None:
         panel, draw = panels[number], ImageDraw.Draw(page)
         ink = INK if panel.is_right is None else RIGHT if panel.is_right else WRONG
         _write(draw, (x, y), panel.title, (LABEL[0], ink), size_hw[1])
         _write(draw, (x, y + LINE_H), panel.note, NOTE, size_hw[1])
-        top, left = y + 2 * LINE_H + PAD, x + cell_px + PAD
-        _paste(page, panel.image, x, top, cell_px)
+        top, left = y + 2 * LINE_H + PAD, x + PANEL_PX + PAD
+        _paste(page, panel.image, x, top, PANEL_PX)
         for place, (name, share) in enumerate(panel.bars):
             at = top + place * BAR_H
             draw.rectangle((left, at, left + round(share * (BARS_W - SHARE_W)), at + BAR_H - 3), fill=BAR)

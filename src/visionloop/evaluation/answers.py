@@ -29,6 +29,8 @@ from visionloop.params import Evaluate
 from visionloop.predictor import Choices, compute_confidence, name_choices
 from visionloop.records import Interval
 
+JOINED_CHARS = 24
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -121,10 +123,10 @@ def find_worst(answers: Answers, number: int) -> NDArray[np.int64]:
     return wrong_n[np.argsort(answers.merit_n[wrong_n], kind="stable")][:number]
 
 
-def join_names(names: Sequence[str], chars: int = 24) -> str:
-    """Join labels for people: as many as fit into `chars`, then the number of the rest. `nothing` without labels."""
+def join_names(names: Sequence[str]) -> str:
+    """Join labels for people: as many as fit into 24 characters, then how many more. `nothing` without labels."""
     shown, kept = ", ".join(names) or "nothing", len(names)
-    while len(shown) > chars and kept > 1:
+    while len(shown) > JOINED_CHARS and kept > 1:
         kept -= 1
         shown = f"{', '.join(names[:kept])} +{len(names) - kept}"
     return shown

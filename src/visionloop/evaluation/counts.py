@@ -18,6 +18,7 @@ AnyArray = NDArray[Any]  # counts, or true and false
 CountFigure = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
 MIN_A_CLASS = 5  # keys
 MOST_SMALL = 0.1  # of the classes may have fewer
+TAIL = 0.025
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def _leave_out(figure: CountFigure, counts: Counts, total: tuple[FloatArray, ...
         yield figure(hits_rk, support_rk, given_rk)
 
 
-def compute_flawless_bound(keys_k: FloatArray, num_keys: int, tail: float = 0.025) -> float:
+def compute_flawless_bound(keys_k: FloatArray, num_keys: int) -> float:
     """Return the lower bound of a mean of the recalls of classes, of `keys_k` keys each, where all are right.
 
-    It is the lowest mean under which only right answers still have the probability `tail`: the rule of three (Hanley &
-    Lippman-Hand 1983) for several classes. The lowest sum of recalls with a product of recall^keys = `tail` has recalls
+    It is the lowest mean under which only right answers still have the probability TAIL: the rule of three (Hanley &
+    Lippman-Hand 1983) for several classes. The lowest sum of recalls with a product of recall^keys = TAIL has recalls
     of min(1, m x keys), by Lagrange; m is found by halving. Example: one class of 30 images has 0.025^(1/30) = 0.884,
     two classes of 15 the same; of 30 and 5 images 0.739: the second class may be right in 48 % only. Where keys hold
     several classes, so that there are more pairs of key and class than `num_keys`, they count for no more than that.
@@ -156,6 +157,6 @@ def compute_flawless_bound(keys_k: FloatArray, num_keys: int, tail: float = 0.02
     low, high = 0.0, 1 / float(keys_k.min())
     for _ in range(60):
         middle = (low + high) / 2
-        is_low = (keys_k * np.log(np.minimum(1, middle * keys_k))).sum() < np.log(tail)
+        is_low = (keys_k * np.log(np.minimum(1, middle * keys_k))).sum() < np.log(TAIL)
         low, high = (middle, high) if is_low else (low, middle)
     return float(np.minimum(1, high * keys_k).mean())

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from visionloop.bundle import load_run_note
 from visionloop.data.fonts import number_names
-from visionloop.data.quality import measure_images
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
 from visionloop.evaluation.answers import (
@@ -40,18 +39,19 @@ from visionloop.evaluation.plots import (
     draw_mistakes,
     draw_outcomes,
 )
-from visionloop.evaluation.report import ReportFacts, make_report
-from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
-from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
-from visionloop.evaluation.slices import MEASURES, compute_slice_figures, make_slices
-from visionloop.evaluation.tables import (
+from visionloop.evaluation.report import (
     Judged,
+    ReportFacts,
     make_class_table,
     make_intervals_json,
     make_metrics_json,
     make_prediction_table,
+    make_report,
     make_slice_table,
 )
+from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
+from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
+from visionloop.evaluation.slices import MEASURES, compute_slice_figures, make_slices, measure_images
 from visionloop.params import Evaluate
 from visionloop.predictor import FloatArray, Predictor
 from visionloop.records import Card, ImageRecord, Interval, make_natural_key

@@ -202,17 +202,15 @@ def make_class_figures(
     )
 
 
-def compute_confidence_bins(
-    confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_], num_bins: int = NUM_BINS
-) -> list[ConfidenceBin]:
+def compute_confidence_bins(confidence_n: NDArray[np.floating], hits_n: NDArray[np.bool_]) -> list[ConfidenceBin]:
     """Sort answers into equal bins of confidence; empty bins are left out (reliability diagram: Guo et al. 2017)."""
-    bin_n = np.minimum((confidence_n.astype(np.float64) * num_bins).astype(np.int64), num_bins - 1)
+    bin_n = np.minimum((confidence_n.astype(np.float64) * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     bins = []
     for number in np.unique(bin_n):
         mine = bin_n == number
         confidence, accuracy = float(confidence_n[mine].mean(dtype=np.float64)), float(hits_n[mine].mean())
         bins.append(
-            ConfidenceBin(number / num_bins, (number + 1) / num_bins, int(mine.sum()), confidence, accuracy),
+            ConfidenceBin(number / NUM_BINS, (number + 1) / NUM_BINS, int(mine.sum()), confidence, accuracy),
         )
     return bins
 

@@ -108,7 +108,7 @@ def draw_confusion(confusion_kk: IntArray, classes: Sequence[str], *, title: str
     return sink.getvalue()
 
 
-def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1") -> bytes:
+def draw_classes(figures: Sequence[ClassFigures]) -> bytes:
     """Draw recall and F1 of each class with its support, worst F1 first; of many classes the 40 worst."""
     occurring = [(f, f.f1.value, f.recall.value) for f in figures if f.f1 and f.recall]
     ordered = sorted(occurring, key=lambda row: (*row[1:], make_natural_key(row[0].name)))[:SHOWN_BARS]
@@ -127,7 +127,7 @@ def draw_classes(figures: Sequence[ClassFigures], *, title: str = "Recall and F1
         axes.grid(axis="x")
         axes.spines[:].set_visible(False)
         many = len(occurring) > len(shown)
-        axes.set_title(f"The {len(shown)} of {len(occurring)} classes with the lowest F1" if many else title)
+        axes.set_title(f"The {len(shown)} of {len(occurring)} classes with the lowest F1" if many else "Recall and F1")
         axes.legend(
             loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.3, handlelength=1.2
         )

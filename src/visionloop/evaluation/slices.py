@@ -1,6 +1,8 @@
-"""Parts of a test side by what the manifest says of the images: source, group, size, time and so on. Pure.
+"""Parts of a test side by what the manifest says of the images (source, group, size, time ...) and by their look. Pure.
 
-Dimensions in names: n images.
+What a picture is like is measured the same for an evaluation and for the log of a server.
+
+Dimensions in names: n images, h rows, w columns.
 """
 
 import re
@@ -11,9 +13,28 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.data.images import UInt8Array
 from visionloop.evaluation.metrics import compute_share
 from visionloop.evaluation.resampling import FloatArray, IntArray, count_keys
 from visionloop.records import ImageRecord, Interval, make_natural_key
+
+
+def measure_images(images_nhwc: UInt8Array) -> dict[str, NDArray[np.float64]]:
+    """Return the brightness, the contrast and the sharpness of images, (n,) each.
+
+    Brightness is the mean of the grey values, 0 to 1, and contrast their standard deviation. Sharpness is the variance
+    of the Laplacian of the grey values (Pech-Pacheco 2000), at the size the model sees.
+    """
+    grey_nhw = images_nhwc @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    edges = grey_nhw[:, 1:-1, 1:-1] * -4
+    for rows, columns in ((slice(2, None), slice(1, -1)), (slice(-2), slice(1, -1))):
+        edges = edges + grey_nhw[:, rows, columns] + grey_nhw[:, columns, rows]
+    return {
+        "brightness": grey_nhw.mean(axis=(1, 2)).astype(np.float64),
+        "contrast": grey_nhw.std(axis=(1, 2)).astype(np.float64),
+        "sharpness": edges.var(axis=(1, 2)).astype(np.float64),
+    }
+
 
 MIN_SUPPORT = 30
 THIRDS = ("low", "middle", "high")

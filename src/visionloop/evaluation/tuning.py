@@ -187,12 +187,10 @@ def describe_refusal(promise: Promise, wanted: Abstain) -> str:
     )
 
 
-def compute_left_out_distances(
-    embedding_nd: NDArray[np.float32], key_n: IntArray, neighbours: int = NEIGHBOURS
-) -> NDArray[np.float32]:
+def compute_left_out_distances(embedding_nd: NDArray[np.float32], key_n: IntArray) -> NDArray[np.float32]:
     """Return how far each validation image is from the others, those of its own key left out: as a new one would be.
 
-    inf where there are fewer than `neighbours` others.
+    inf where there are fewer than NEIGHBOURS others.
     """
     rows_r = pick_rows(len(embedding_nd))
     reference_rd, unit_nd = pick_reference(embedding_nd), scale_to_one(embedding_nd)
@@ -200,7 +198,7 @@ def compute_left_out_distances(
     for start in range(0, len(embedding_nd), 1000):
         block = slice(start, start + 1000)
         mine_nr = key_n[block, None] == key_n[rows_r]
-        distance_n[block] = compute_distances(unit_nd[block], reference_rd, neighbours, without_nr=mine_nr)
+        distance_n[block] = compute_distances(unit_nd[block], reference_rd, NEIGHBOURS, without_nr=mine_nr)
     return distance_n
 
 

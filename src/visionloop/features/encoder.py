@@ -41,7 +41,7 @@ from visionloop.workspace import Workspace
 if TYPE_CHECKING:
     import onnx
 
-    from visionloop.networks.onnx_encoder import OnnxEncoder
+    from visionloop.networks.frozen import OnnxEncoder
 
 # What decides over random weights, over those of the hub, and over the exported file.
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript")

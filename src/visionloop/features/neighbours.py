@@ -110,13 +110,12 @@ def _find_neighbours(
 def find_other_neighbours(
     table_nd: FloatArray,
     k: int,
-    metric: Metric = "cosine",
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[DoubleArray, IntArray]:
-    """Return for each image of a table its k nearest others: distances and rows, (n, min(k, n - 1)) each.
+    """Return for each image of a table its k nearest others by cosine: distances and rows, (n, min(k, n - 1)) each.
 
-    From `CELLS_FROM` images on (cosine only) those are found that lie in the 16 cells around an image's own; then
+    From `CELLS_FROM` images on those are found that lie in the 16 cells around an image's own; then
     `on_progress` is told how many images are done.
 
     Raises:
@@ -125,9 +124,9 @@ def find_other_neighbours(
     number = len(table_nd)
     if number < 2:
         raise DatasetError("neighbours", f"{number} image has no other", "two or more", "Add images.")
-    if number >= CELLS_FROM and metric == "cosine":
+    if number >= CELLS_FROM:
         return _search_cells(table_nd, k, on_progress)
-    return _drop_self(*find_neighbours(table_nd, table_nd, k + 1, metric), np.arange(number))
+    return _drop_self(*find_neighbours(table_nd, table_nd, k + 1), np.arange(number))
 
 
 def _drop_self(distance_mk: DoubleArray, row_mk: IntArray, own_m: IntArray) -> tuple[DoubleArray, IntArray]:

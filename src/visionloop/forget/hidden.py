@@ -23,7 +23,7 @@ SEARCHED = (
     *(*BUNDLES, *TEMPORARY, "work", "tensorboard", "failed", "datasets", "features", "ingest", "predict", "store"),
     *("predictions",),
 )
-TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `left.py`
+TOLD = ("mlflow", "sources", "logs", "prefect")  # told as left, by `run.py`
 WITHOUT_IMAGES = (
     *("cache", "dvc", "encoders", "latency", "matplotlib", "runs", "seen", "torch", "tune", "weights"),
     *("curve.png", "dvc.lock", "dvc.lock.staged", "error.json", "lr-find.png", "machine.json", "retrain.lock"),

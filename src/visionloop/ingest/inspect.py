@@ -3,19 +3,26 @@
 Each file is decoded once, by the decoder that training, judging and serving use (`data/images.py`): what passes here
 can be decoded there. A JPEG, by far the most common, is decoded to grey at a reduced scale: all of its data is
 unpacked, so that damage is found, in half the time.
+
+With `ingest.convert` a TIFF, BMP, GIF or PPM becomes a PNG first: the first picture, upright, nothing lost but its
+notes. The same bytes give the same PNG with the same version of Pillow; a newer one may pack them differently.
 """
 
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from visionloop.data.convert import CONVERTIBLE, convert_to_png
+import numpy as np
+from PIL import Image
+
 from visionloop.data.duplicates import compute_phash_of_grey
-from visionloop.data.foreign import name_other
-from visionloop.data.images import decode_grey
+from visionloop.data.encoded import is_small_copy, name_readable
+from visionloop.data.foreign import EXPORT, name_other
+from visionloop.data.images import check_pixels, decode_grey, make_damaged, open_image
 from visionloop.errors import ImageError
 from visionloop.ingest.sources import Item
 from visionloop.ingest.spill import Spill
@@ -172,3 +179,50 @@ def inspect_bytes(data: bytes, where: str, *, max_pixels: int) -> Facts:
     facts, grey = decode_grey(data, where, at_least_px=_REDUCED_PX, max_pixels=max_pixels)
     sha256, phash = hashlib.sha256(data).hexdigest(), compute_phash_of_grey(grey)
     return Facts(sha256, facts.width, facts.height, facts.format, len(data), phash, bits=facts.bits)
+
+
+CONVERTIBLE = ("TIFF", "BMP", "GIF", "PPM")
+
+
+def convert_to_png(data: bytes, where: str, *, max_pixels: int | None) -> bytes | None:
+    """Return the PNG of an image in one of these formats; None for anything else.
+
+    Raises:
+        ImageError: damaged, too large, a camera's RAW file in the clothes of a TIFF (its first picture is a small
+            preview), or pixels that a PNG cannot hold.
+    """
+    kind, _ = name_other(data)
+    if kind not in CONVERTIBLE:
+        return None
+    image = open_image(kind, data, where)
+    if is_small_copy(getattr(image, "tag_v2", {})):
+        raise ImageError(where, "is a camera's RAW file: a TIFF with a small preview", name_readable(), EXPORT)
+    check_pixels(image.size, where, max_pixels)
+    try:
+        image.load()  # a TIFF is turned upright by it
+    except MemoryError:
+        raise
+    except Exception as exc:  # a malformed file can make the decoder raise anything
+        raise make_damaged(where, str(exc)) from exc
+    pixels = _fit_png(image, where)
+    pixels.info = {}  # a profile, or a resolution, would be written too
+    sink = io.BytesIO()
+    pixels.save(sink, "PNG", compress_level=6)
+    return sink.getvalue()
+
+
+def _fit_png(image: Image.Image, where: str) -> Image.Image:
+    """Return an image in a mode that PNG has: L, RGB, LA, RGBA, or 16-bit grey. Raises ImageError."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            found = f"has pixels from {values.min()} to {values.max()}"
+            raise ImageError(where, found, "8 or 16 bits", "Scale it, and save it as PNG.")
+        return Image.fromarray(values.astype(np.uint16))
+    if image.mode == "F":
+        raise ImageError(where, "has pixels of floating point", "8 or 16 bits", "Scale it, and save it as PNG.")
+    if image.mode in ("L", "LA", "RGBA") or (image.mode == "RGB" and not image.has_transparency_data):
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")

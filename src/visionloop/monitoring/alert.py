@@ -42,7 +42,6 @@ def send_unsent(
     variables: Mapping[str, str],
     *,
     now: datetime,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> list[str]:
     """Send the alerts that are still to be sent, the oldest window first; return what is to be told.
 
@@ -61,7 +60,7 @@ def send_unsent(
             continue
         assert webhook
         is_old = now - datetime.fromisoformat(verdict.judged_at) > KEPT_FOR
-        failure = None if is_old or not verdict.is_alert else send_alert(webhook, verdict, variables, sleep=sleep)
+        failure = None if is_old or not verdict.is_alert else post_alert(webhook, make_alert(verdict), variables)
         if failure is None:
             workspace.store.delete(make_unsent_key(workspace, window))
             told += [f"the alert of window {window} was not sent for {KEPT_FOR.days} days: given up"] if is_old else []
@@ -89,17 +88,6 @@ def make_alert(verdict: Verdict) -> dict[str, Any]:
         "checks": alerts[:MAX_CHECKS],
         "report": f"monitoring/{verdict.name}/{verdict.window}/report.html",
     }
-
-
-def send_alert(
-    webhook: Webhook,
-    verdict: Verdict,
-    variables: Mapping[str, str],
-    *,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Failure | None:
-    """Send the alert of a window; return what went wrong at last. None: sent."""
-    return post_alert(webhook, make_alert(verdict), variables, sleep=sleep)
 
 
 def post_alert(

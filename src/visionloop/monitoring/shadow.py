@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from visionloop.data.prediction_log import join_feedback, read_feedback, read_predictions
-from visionloop.data.shadow import Order, read_shadow
+from visionloop.data.prediction_log import Order, join_feedback, read_feedback, read_predictions, read_shadow
 from visionloop.evaluation.resampling import compute_wilson
 from visionloop.promotion.paired import Hits, count_hits, estimate_images
 

@@ -107,9 +107,9 @@ def read_embeddings(column: Any) -> NDArray[np.float32] | None:
     return embedding_nd if np.isfinite(embedding_nd).all() else None
 
 
-def get_numbers(table: "pa.Table", name: str, missing: float = np.nan) -> FloatArray:
-    """Return a column as float64; null is `missing`."""
-    return np.asarray(table[name].cast("float64").fill_null(missing).to_numpy(), np.float64)
+def get_numbers(table: "pa.Table", name: str) -> FloatArray:
+    """Return a column as float64; null is NaN."""
+    return np.asarray(table[name].cast("float64").fill_null(np.nan).to_numpy(), np.float64)
 
 
 def get_flags(table: "pa.Table", name: str) -> BoolArray:

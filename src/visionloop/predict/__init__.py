@@ -1,1 +1,1 @@
-"""Batch prediction: what is found and answered (`files.py`, `films.py`), kept (`chunks.py`), written (`tables.py`)."""
+"""Batch prediction: what is found and answered (`files.py`), kept (`chunks.py`), written (`tables.py`)."""

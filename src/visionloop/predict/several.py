@@ -18,9 +18,8 @@ import numpy as np
 from visionloop.data.images import UInt8Array
 from visionloop.errors import SHOWN, BusyError, SourceError
 from visionloop.ingest.video.cameras import Stream, hide_login, is_camera
-from visionloop.predict.lines import Line, describe_line
+from visionloop.predict.lines import Line, Outbox, describe_line
 from visionloop.predict.live import TICK_S, StreamEnded, Watch, WatchPlan
-from visionloop.predict.outbox import Outbox
 from visionloop.predictor import Predictor, choose_batch_size
 from visionloop.records import Card, Prediction
 from visionloop.video.player import check_installed

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from visionloop.code_digests import compute_module_digest
 from visionloop.data.images import UInt8Array
 from visionloop.data.manifest import make_image_key
-from visionloop.data.quality import measure_images
 from visionloop.errors import BundleError, DatasetError, ObjectMissing
-from visionloop.evaluation.slices import MEASURES
+from visionloop.evaluation.slices import MEASURES, measure_images
 from visionloop.parallel import map_parallel
 from visionloop.predictor import Choices, FloatArray, Predictor
 from visionloop.records import ImageRecord, compute_digest
@@ -44,7 +43,7 @@ class Scores:
     """Probabilities (n, k) and answers of one model: indices into its own `classes` (n,), or sets of them (n, k).
 
     `abstained_n` says for which images it does not know (n,); None if its card has no rule for that. `measures` are
-    figures of the images as this model sees them (`data.quality`), (n,) each.
+    figures of the images as this model sees them (`measure_images`), (n,) each.
     """
 
     classes: tuple[str, ...]

@@ -35,9 +35,9 @@ from visionloop.data.prediction_log import (
     make_kept_key,
     round_embedding,
 )
-from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import load_tombstones
 from visionloop.errors import DatasetError, StoreError, VisionLoopError
+from visionloop.evaluation.slices import measure_images
 from visionloop.params import Serve
 from visionloop.predictor import FloatArray
 from visionloop.serving.answers import Answer

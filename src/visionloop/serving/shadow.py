@@ -25,7 +25,7 @@ import numpy as np
 
 from visionloop.bundle import Bundle, download_bundle
 from visionloop.data.images import UInt8Array
-from visionloop.data.shadow import SHADOW, Order, read_order
+from visionloop.data.prediction_log import SHADOW, Order, read_order
 from visionloop.errors import ServingError, VisionLoopError
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction

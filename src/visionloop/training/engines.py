@@ -18,8 +18,8 @@ from visionloop.data.shards import IntArray
 from visionloop.errors import TrainingError
 from visionloop.evaluation.promises import count_flawless, keep_one_of_a_key
 from visionloop.evaluation.runtimes import DELTA, RuntimeCheck, describe_bound, describe_few, list_engines, try_engine
+from visionloop.networks.export import quantise
 from visionloop.networks.processor import sums_int8_exactly
-from visionloop.networks.quantise import quantise
 from visionloop.predictor import ENGINES, FP32, INT8, Predictor, choose_batch_size
 from visionloop.records import Card
 from visionloop.training.job import Job

@@ -19,7 +19,7 @@ from visionloop.errors import TrainingError
 from visionloop.tracking import CALL_ERRORS, Tracking
 from visionloop.training.checkpoints import SavedEpoch
 from visionloop.training.job import Job
-from visionloop.training.views.view import read_views, show_in_views
+from visionloop.training.views.steps import read_views, show_in_views
 from visionloop.training.watch import EpochReport
 from visionloop.workfolder import write_file
 

@@ -32,8 +32,8 @@ from visionloop.records import RunNote, canonical_json
 from visionloop.training.batches import check_world
 from visionloop.training.checkpoints import FOLDER, list_checkpoints, load_saved
 from visionloop.training.checks import TrainingData
+from visionloop.training.datamodule import make_lost_reader_error
 from visionloop.training.job import Call, Job
-from visionloop.training.loader import make_lost_reader_error
 from visionloop.training.loop import is_out_of_memory, load_plan
 from visionloop.training.mirror import fetch_checkpoints, find_run, remove_checkpoints
 from visionloop.training.package import write_bundle, write_bundle_again

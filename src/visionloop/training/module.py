@@ -23,11 +23,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from visionloop.networks.classifier import Classifier
 from visionloop.params import Train
 from visionloop.training.batches import Batch
-from visionloop.training.figures import compute_figures, count_right
 from visionloop.training.groups import make_optimizer, make_schedule, step_plateau
 from visionloop.training.imbalance import ImbalancePlan, plan_imbalance
 from visionloop.training.job import Job
-from visionloop.training.losses import Objective, compute_loss, draw_mix, make_targets, mix_images, mix_targets
+from visionloop.training.losses import (
+    Objective,
+    compute_figures,
+    compute_loss,
+    count_right,
+    draw_mix,
+    make_targets,
+    mix_images,
+    mix_targets,
+)
 from visionloop.training.ranks.world import gather_rows
 
 Learns = Literal["all", "head"]

@@ -20,9 +20,8 @@ from visionloop.evaluation.thresholds import PLAIN
 from visionloop.evaluation.tuning import Validation, tune_card
 from visionloop.features.encoder import load_graph
 from visionloop.features.view import load_facts
-from visionloop.networks.classifier import Classifier
+from visionloop.networks.classifier import Classifier, NeighbourHead, find_steady
 from visionloop.networks.export import EmbeddingNetwork, compute_torch_logits, export_onnx
-from visionloop.networks.heads import NeighbourHead, find_steady
 from visionloop.networks.weights import describe_network
 from visionloop.params import WAYS_ON_EMBEDDINGS, Params
 from visionloop.predictor import FP32, FloatArray, Outputs, Predictor, choose_batch_size, join_outputs

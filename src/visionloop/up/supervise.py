@@ -301,7 +301,7 @@ def _has_children(process: "subprocess.Popen[str]") -> bool:
         return True
 
 
-def _read_last_line(log: Path, most: int = 200) -> str:
+def _read_last_line(log: Path) -> str:
     """Return the last line that a part has said, without the head that is written when it starts."""
     try:
         with log.open("rb") as file:
@@ -311,7 +311,7 @@ def _read_last_line(log: Path, most: int = 200) -> str:
         return ""
     said = [line.strip() for line in lines if line.strip()]
     last = said[-1] if said and not said[-1].startswith("--- ") else ""
-    return "".join(char for char in last if char.isprintable())[:most]
+    return "".join(char for char in last if char.isprintable())[:200]
 
 
 def _keep_log_short(log: Path) -> None:

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from visionloop.data.quality import measure_images
-from visionloop.evaluation.slices import Slice, compute_slice_figures, make_slices
+from visionloop.evaluation.slices import Slice, compute_slice_figures, make_slices, measure_images
 from visionloop.records import ImageRecord
 
 ONE = ImageRecord(

@@ -12,10 +12,8 @@ import pytest
 from test_embedding_table import make_prepared
 
 from visionloop.errors import DatasetError, TrainingError
-from visionloop.features import projection
-from visionloop.features.map import choose_rows, fill_page
+from visionloop.features.map import choose_rows, fill_page, project
 from visionloop.features.neighbours import compute_votes_of_others, find_other_neighbours, to_targets
-from visionloop.features.projection import project
 from visionloop.features.suspects import Suspect, encode_corrections, find_suspects, judge_labels, judge_several
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!--"
@@ -41,7 +39,7 @@ def test_places_keep_clusters_apart_and_are_the_same_again(method: Any) -> None:
 
 
 def test_of_many_images_the_others_lie_among_their_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "MAX_TSNE", 45)
+    monkeypatch.setattr("visionloop.features.map.MAX_TSNE", 45)
     vectors, label_n = make_vectors(150)
     place_n2, words = project(vectors, "auto")
     assert words == "t-SNE of 45 images, the other 105 among their nearest of these"

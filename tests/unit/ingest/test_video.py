@@ -13,9 +13,9 @@ from PIL import Image
 from videos import BLACK, BLUE, GREEN, RED, WHITE, Film, write_slow, write_sound, write_video
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import SourceContext
+from visionloop.ingest.sources.video import parse_seconds, read_segments
 from visionloop.ingest.video.cameras import is_camera
 from visionloop.ingest.video.clip import Spool
-from visionloop.ingest.video.segments import parse_seconds, read_segments
 from visionloop.params import VideoSource
 from visionloop.video.decode import decode, turn_upright
 from visionloop.video.sample import DecodeJob, FrameClock, Sampler, compute_difference

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from http_server import Answer, Handler, WebServer, serve
-from visionloop.monitoring.alert import make_alert, send_alert
+from visionloop.monitoring.alert import make_alert, post_alert
 from visionloop.monitoring.judge import Verdict
 from visionloop.params.loop import Webhook
 
@@ -37,7 +37,7 @@ SECRETS = {"HOOK_TOKEN": "s3cret-token", "HOOK_PATH": "a b", "FILE": "file:///et
 def send(site: WebServer, **section: object) -> tuple[str | None, list[float]]:
     waits: list[float] = []
     values = {"url": f"{site.url}/hook", "headers": {"Authorization": "Bearer ${HOOK_TOKEN}"}, "timeout_s": 2.0}
-    failure = send_alert(Webhook(**{**values, **section}), VERDICT, SECRETS, sleep=waits.append)
+    failure = post_alert(Webhook(**{**values, **section}), make_alert(VERDICT), SECRETS, sleep=waits.append)
     return failure.problem if failure else None, waits
 
 

@@ -8,8 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
 
+from visionloop.networks.classifier import NeighbourHead, find_steady, map_head
 from visionloop.networks.export import _export
-from visionloop.networks.heads import NeighbourHead, find_steady, map_head
 from visionloop.predictor import _open_openvino, open_session
 
 RNG = np.random.default_rng(7)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from visionloop.bundle import check_onnx
 from visionloop.errors import TrainingError
-from visionloop.networks.quantise import quantise
+from visionloop.networks.export import quantise
 from visionloop.predictor import Embedder
 
 SIZE = 16
@@ -91,5 +91,5 @@ def test_what_cannot_be_made_int8_is_a_reason(tmp_path: Path, monkeypatch: pytes
     fail(write_model(tmp_path / "one.onnx", convs=1), make_batches(), "there are 1 layers before the head")
     fail(write_model(tmp_path / "none.onnx"), [], "the graph cannot be made int8")
     fail(write_model(tmp_path / "size.onnx"), [np.zeros((1, 8, 8, 3), np.uint8)], "the graph cannot be made int8")
-    monkeypatch.setattr("visionloop.networks.quantise.MAX_BYTES", 10)
+    monkeypatch.setattr("visionloop.networks.export.MAX_BYTES", 10)
     fail(tmp_path / "size.onnx", make_batches(), "the graph has .* GB")

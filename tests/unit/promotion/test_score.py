@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from visionloop.data.manifest import make_image_key
-from visionloop.data.quality import measure_images
 from visionloop.errors import DatasetError
+from visionloop.evaluation.slices import measure_images
 from visionloop.predictor import Predictor
 from visionloop.promotion import score
 from visionloop.promotion.score import (

@@ -23,9 +23,9 @@ from visionloop.data.prediction_log import (
     read_kept_image,
     read_predictions,
 )
-from visionloop.data.quality import measure_images
 from visionloop.data.tombstones import Forgetting, write_tombstones
 from visionloop.errors import StoreError
+from visionloop.evaluation.slices import measure_images
 from visionloop.params import Serve
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction

@@ -13,7 +13,7 @@ import pytest
 
 from fakes import make_bundle, make_image
 from visionloop.bundle import load_bundle, upload_bundle
-from visionloop.data.shadow import Order, read_shadow, write_order
+from visionloop.data.prediction_log import Order, read_shadow, write_order
 from visionloop.errors import StoreError
 from visionloop.predictor import Predictor
 from visionloop.serving.answers import Answer

@@ -20,8 +20,7 @@ from visionloop.training.batches import (
     frame_images,
     read_whole,
 )
-from visionloop.training.datamodule import PreparedData
-from visionloop.training.loader import Loader
+from visionloop.training.datamodule import Loader, PreparedData
 from visionloop.training.ranks.world import World
 
 

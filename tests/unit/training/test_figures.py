@@ -8,7 +8,7 @@ import torch
 from visionloop.errors import ParamsError
 from visionloop.params import Train
 from visionloop.training.checks import check_monitor, list_figures
-from visionloop.training.figures import compute_figures, count_right
+from visionloop.training.losses import compute_figures, count_right
 
 
 def test_figures_of_one_class() -> None:

@@ -12,15 +12,16 @@ import torch
 
 from visionloop.errors import BusyError, ParamsError, SettingsError, TrainingError, VisionLoopError
 from visionloop.params import Compute, Params, make_params
-from visionloop.training.ranks.failures import explain_failures, make_rank_error
 from visionloop.training.ranks.launch import LaunchPlan, describe_launch, is_ours, plan_launch
 from visionloop.training.ranks.ray import Shape, choose_shape
 from visionloop.training.ranks.world import (
     PeerLost,
     World,
     choose_accelerator,
+    explain_failures,
     gather_rows,
     is_peer_failure,
+    make_rank_error,
     read_world,
 )
 

@@ -23,8 +23,15 @@ from visionloop.params.train import WAYS_ON_EMBEDDINGS
 from visionloop.records import RunNote
 from visionloop.settings import Settings
 from visionloop.training.checks import TrainingData
-from visionloop.training.ranks.failures import explain_failures, make_rank_error, write_error_file
-from visionloop.training.ranks.world import World, choose_accelerator, count_gpus, read_world
+from visionloop.training.ranks.world import (
+    World,
+    choose_accelerator,
+    count_gpus,
+    explain_failures,
+    make_rank_error,
+    read_world,
+    write_error_file,
+)
 from visionloop.workspace import Workspace
 
 if TYPE_CHECKING:

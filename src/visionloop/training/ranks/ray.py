@@ -137,8 +137,7 @@ def _work(order: Order) -> None:
     apply_tool_environment(order.settings.home)
     from visionloop.training.checks import check_training
     from visionloop.training.fit import train
-    from visionloop.training.ranks.failures import make_rank_error
-    from visionloop.training.ranks.world import read_world
+    from visionloop.training.ranks.world import make_rank_error, read_world
 
     world = read_world(os.environ, on_ray=True)
     try:
@@ -204,8 +203,7 @@ def _translate(shape: Shape) -> Iterator[None]:
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
-    from visionloop.training.ranks.failures import GO_ON
-    from visionloop.training.ranks.world import PeerLost
+    from visionloop.training.ranks.world import GO_ON, PeerLost
 
     try:
         yield

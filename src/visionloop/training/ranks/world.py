@@ -1,7 +1,8 @@
 """The ranks of one training: who this process is, how it joins the others, and what rank 0 tells them.
 
 Values are exchanged as JSON over gloo, on GPUs too; nothing is pickled. A rank that fails ends; the others notice it by
-the broken connection. `is_peer_failure` says whether an error is such a consequence, or a cause.
+the broken connection. `is_peer_failure` says whether an error is such a consequence, or a cause; the cause is what the
+launcher is told of, in the file that torch.distributed.elastic keeps for each rank.
 
 Dimensions: n images, u units.
 """
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from visionloop import errors
 from visionloop.errors import ParamsError, SettingsError, TrainingError, VisionLoopError, describe_first_line
 from visionloop.params import Compute
 from visionloop.records import canonical_json
@@ -167,10 +170,10 @@ def gather(world: World, value: Any) -> list[Any]:
     return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, lengths, strict=True)]
 
 
-def check_shared_folder(world: World, folder: Path, *, within_s: float = SHARED_WITHIN_S) -> None:
+def check_shared_folder(world: World, folder: Path) -> None:
     """Raise TrainingError, on every rank, unless all of them see a file that rank 0 writes into the folder."""
     token = share(world, lambda: _write_token(folder))
-    sees = _sees_token(folder, token, within_s)
+    sees = _sees_token(folder, token)
     seen = gather(world, {"host": socket.gethostname(), "sees": sees})
     if world.is_first:
         (folder / token).unlink()
@@ -190,8 +193,8 @@ def _write_token(folder: Path) -> str:
     return name
 
 
-def _sees_token(folder: Path, token: str, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
+def _sees_token(folder: Path, token: str) -> bool:
+    deadline = time.monotonic() + SHARED_WITHIN_S
     while not (folder / token).is_file():
         if time.monotonic() > deadline:
             return False
@@ -269,3 +272,55 @@ def _gather(part: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     distributed.all_gather(parts, padded.contiguous())
     return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+
+STOPPED_CODES = (-signal.SIGTERM, 128 + signal.SIGTERM)
+GO_ON = "The same command goes on from the last finished epoch."
+
+
+def make_rank_error(world: World, exc: Exception) -> Exception:
+    """Tell the loss of another rank from an error of this one; any of ours keeps its kind and names the rank."""
+    if is_peer_failure(exc):
+        reason = describe_first_line(exc.__cause__ or exc)
+        return PeerLost(f"rank {world.rank} of {world.size}", f"lost another rank ({reason})", "all to go on", GO_ON)
+    if isinstance(exc, VisionLoopError) and not world.is_first:
+        where = f"rank {world.rank} of {world.size} on {socket.gethostname()}, {exc.where}"
+        return type(exc)(where, exc.found, exc.expected, exc.todo)
+    return exc
+
+
+def write_error_file(error: Exception, env: Mapping[str, str]) -> None:
+    """Write the file that torch.distributed.elastic reads: its message and time, and our error's parts beside them."""
+    path = env.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    line = str(error) if isinstance(error, VisionLoopError) else f"{type(error).__name__}: {error}"
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    value: dict[str, Any] = {"message": {"message": line, "extraInfo": extra}}
+    if isinstance(error, VisionLoopError):
+        value["visionloop"] = [type(error).__name__, error.where, error.found, error.expected, error.todo]
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(value))
+
+
+def explain_failures(failures: Mapping[int, Any], num_ranks: int) -> VisionLoopError:
+    """Return the error of the rank that failed first, as it was raised there; else its signal or exit code.
+
+    `failures`: rank -> torch's ProcessFailure. One that only lost another rank, or was stopped for that, is no cause.
+    """
+    ours = {rank: failure.error_file_data.get("visionloop") for rank, failure in failures.items()}
+    stopped = {rank for rank, failure in failures.items() if failure.exitcode in STOPPED_CODES}
+    causes = [rank for rank in failures if rank not in stopped and (ours[rank] or [""])[0] != PeerLost.__name__]
+    rank = min(causes or failures, key=lambda rank: (failures[rank].timestamp, rank))
+    failure, where = failures[rank], f"rank {rank} of {num_ranks}"
+    if told := ours[rank]:
+        kind, *parts = told
+        return getattr(errors, kind, TrainingError)(*parts)
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        hint = "The system kills so when memory runs out: lower train.batch_size then. " if name == "SIGKILL" else ""
+        return TrainingError(where, f"was killed by {name} (process {failure.pid})", "all to go on", hint + GO_ON)
+    said = failure.error_file_data.get("message")
+    reason = f": {said['message'][:200]}" if isinstance(said, dict) else ""
+    found = f"ended with exit code {failure.exitcode}{reason}"
+    return TrainingError(where, found, "0", f"Look at what it printed above. {GO_ON}")

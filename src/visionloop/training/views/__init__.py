@@ -11,7 +11,14 @@ import pytorch_lightning as pl
 from visionloop.params import WAYS_ON_EMBEDDINGS
 from visionloop.training.job import Job
 from visionloop.training.views.samples import make_sample_view
-from visionloop.training.views.steps import ConfusionView, CurveView, GradientView, MemoryView, StepView
+from visionloop.training.views.steps import (
+    ConfusionView,
+    CurveView,
+    GradientView,
+    MemoryView,
+    StepView,
+    TensorBoardView,
+)
 from visionloop.training.watch import EpochReport
 
 
@@ -28,8 +35,6 @@ def make_views(job: Job, run_id: str, work: Path, history: Sequence[EpochReport]
         if job.params.compute.confusion_every and section.on == "train":
             views.append(ConfusionView(job, run_id, work))
         if job.params.compute.tensorboard:
-            from visionloop.training.views.tensorboard import TensorBoardView
-
             views.append(TensorBoardView(job, run_id, work))
     # Last, so that what the others do between two steps is not taken for a wait for data.
     return [*views, StepView(job)]

@@ -1,6 +1,7 @@
-"""What an epoch shows: where it is, its speed and waits, its gradients, memory, curve and confusion.
+"""What an epoch shows: where it is, its speed and waits, its gradients, memory, curve and confusion; TensorBoard.
 
 With several labels an image there is no such matrix: what was found, missed and wrongly said of a class is drawn.
+TensorBoard's files are .visionloop/tensorboard/RUN/, with `compute.tensorboard: true`.
 
 Dimensions: n images, u units (1 for binary, else k classes), k classes.
 """
@@ -12,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from visionloop.data.fonts import number_names
@@ -22,12 +25,37 @@ from visionloop.evaluation.metrics import compute_confusion
 from visionloop.evaluation.plots import draw_confusion, draw_outcomes
 from visionloop.evaluation.resampling import IntArray
 from visionloop.tracking import CALL_ERRORS, Tracking
+from visionloop.tracking_pages import name_run
 from visionloop.training.finite import FiniteGuard
 from visionloop.training.job import Job
 from visionloop.training.module import ClassifierModule
 from visionloop.training.plots import SHOWN, find_best, write_curve
-from visionloop.training.views.view import View
 from visionloop.training.watch import EpochReport, Phase, StepReport
+
+
+class View(pl.Callback):
+    """Base of the callbacks that show a training; nothing in it changes what is learned."""
+
+    def read_epoch(self, trainer: pl.Trainer) -> Mapping[str, float]:
+        """Return figures of the epoch that just ended."""
+        return {}
+
+    def show_epoch(self, trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
+        """Take a finished epoch: what is reported of it, and all its figures."""
+
+
+def read_views(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the figures that the views have of the epoch that just ended, for the same request as the others."""
+    views = [c for c in trainer.callbacks if isinstance(c, View)]  # type: ignore[attr-defined]
+    return {name: value for view in views for name, value in view.read_epoch(trainer).items()}
+
+
+def show_in_views(trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
+    """Let the views show a finished epoch: its report, and all its figures."""
+    for view in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(view, View):
+            view.show_epoch(trainer, report, figures)
+
 
 TELL_EVERY_S = 0.25
 SMOOTHED_OVER_S = 5.0
@@ -223,3 +251,68 @@ def log_best(tracking: Tracking, run_id: str, reports: Sequence[EpochReport]) ->
     best = find_best(reports)
     figures = {f"best/{name.replace('/', '_')}": value for name, value in best.metrics.items()}
     tracking.log_metrics(run_id, {**figures, "best/epoch": best.epoch})
+
+
+LOSSES_PER_EPOCH = 50
+
+
+class TensorBoardView(View):
+    """Writes the loss within epochs, all figures of each epoch, the run's pictures, its parameters and the result.
+
+    All steps are those of the optimizer, so that one number says what a resumed run replaces (`purge_step`).
+    """
+
+    def __init__(self, job: Job, run_id: str, work: Path) -> None:
+        self.job, self.work = job, work
+        train = job.params.train
+        name = f"{name_run(train.network_name, train.way, job.prepared.pin.version)}-{run_id[:8]}"
+        self.folder = job.settings.hidden_dir / "tensorboard" / name
+        self._writer: Any = None
+        self._last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A resumed run has done `global_step` steps: what an epoch that is run again had logged is dropped.
+        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step or None)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if i % max(1, int(trainer.num_training_batches) // LOSSES_PER_EPOCH) == 0:
+            self._writer.add_scalar("step/loss", read_loss(trainer, outputs), trainer.global_step - 1)
+
+    def show_epoch(self, trainer: pl.Trainer, report: EpochReport, figures: Mapping[str, float]) -> None:
+        self._last = dict(figures)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, trainer.global_step - 1)
+        if trainer.global_step and report.epoch == 1:
+            self._add_pictures()
+        self._writer.flush()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _add_pictures(self) -> None:
+        for path in sorted((self.work / "figures").glob("*.png")):
+            with Image.open(path) as image:
+                self._writer.add_image(path.stem, np.asarray(image.convert("RGB")), 0, dataformats="HWC")
+
+    def _end(self) -> None:
+        """Write the parameters beside the result (the page HPARAMS), and close the file."""
+        if self._writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        section = self.job.params.train.model_dump(mode="json")
+        plain = {
+            key: value if isinstance(value, str | bool | int | float) else str(value) for key, value in section.items()
+        }
+        results = {name: value for name, value in self._last.items() if name.startswith("val/")}
+        for summary in hparams(plain, results):  # type: ignore[no-untyped-call]
+            self._writer.file_writer.add_summary(summary)
+        self._writer.close()
+        self._writer = None

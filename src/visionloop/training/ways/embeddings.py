@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import DatasetError
 from visionloop.features.view import load_features
+from visionloop.networks.classifier import NeighbourHead
 from visionloop.networks.frozen import FrozenNetwork, load_frozen
-from visionloop.networks.heads import NeighbourHead
 from visionloop.training.checks import check_neighbours, judges_training
-from visionloop.training.figures import compute_figures
 from visionloop.training.job import Job
 from visionloop.training.loop import make_repeatable
+from visionloop.training.losses import compute_figures
 from visionloop.training.views.steps import log_best
 from visionloop.training.watch import EpochReport
 

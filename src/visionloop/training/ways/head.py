@@ -21,11 +21,10 @@ from visionloop.networks.frozen import load_frozen
 from visionloop.params import Train
 from visionloop.params.train import STEPS
 from visionloop.training.datamodule import PreparedData
-from visionloop.training.figures import compute_figures, count_right
 from visionloop.training.imbalance import plan_imbalance
 from visionloop.training.job import Job
 from visionloop.training.loop import MakeData, make_repeatable
-from visionloop.training.losses import compute_loss, make_targets
+from visionloop.training.losses import compute_figures, compute_loss, count_right, make_targets
 from visionloop.training.module import ClassifierModule, announce_imbalance, make_module, make_objective
 from visionloop.training.watch import StepReport
 from visionloop.training.ways.embeddings import FloatArray, load_embeddings, report_figures

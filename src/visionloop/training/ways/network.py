@@ -12,8 +12,7 @@ from visionloop.bundle import Bundle, download_bundle
 from visionloop.data.known_store import check_store
 from visionloop.errors import BundleError, ParamsError, shorten
 from visionloop.networks.backbones import make_backbone
-from visionloop.networks.classifier import Classifier
-from visionloop.networks.heads import map_head
+from visionloop.networks.classifier import Classifier, map_head
 from visionloop.networks.weights import State, fill_backbone, load_backbone, read_weights
 from visionloop.promotion.ledger import iterate_history
 from visionloop.training.datamodule import PreparedData

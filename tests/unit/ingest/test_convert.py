@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionloop.data.convert import convert_to_png
 from visionloop.errors import ImageError
+from visionloop.ingest.inspect import convert_to_png
 
 
 def make_picture(mode: str = "RGB") -> Image.Image:
