@@ -19,9 +19,10 @@ from visionloop.records import measure_width
 if TYPE_CHECKING:
     from visionloop.ingest.video.webstream import WebStream
     from visionloop.params.loop import Predict, Webhook
+    from visionloop.predict.connection import WatchPlan
     from visionloop.predict.files import FilePrediction, Sampling
     from visionloop.predict.lines import Line
-    from visionloop.predict.live import Watch, WatchPlan
+    from visionloop.predict.live import Watch
     from visionloop.predict.several import Followed
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
@@ -86,7 +87,7 @@ def find_streams(
 
 def make_plans(named: Sequence[tuple[str, str]], sampling: "Sampling", wishes: StreamWishes) -> "list[WatchPlan]":
     """Return how streams are watched. Of those that were typed the hosts may be private."""
-    from visionloop.predict.live import WatchPlan
+    from visionloop.predict.connection import WatchPlan
 
     return [
         WatchPlan(
@@ -218,7 +219,7 @@ class Shower:
         """Tell a line of a stream; None: show how it goes. Raises DiskError."""
         from visionloop.predict.lines import describe_line, write_line
 
-        if not self._has_begun and (len(self._streams) > 1 or self._streams[0].watch.num_answered):
+        if not self._has_begun and (found or len(self._streams) > 1 or self._streams[0].watch.num_answered):
             self._has_begun = True
             self._print(describe_begin([one.watch for one in self._streams]))
         for one in self._streams:

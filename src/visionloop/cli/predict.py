@@ -19,8 +19,8 @@ from visionloop.workspace import open_workspace
 if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
     from visionloop.params.loop import Webhook
+    from visionloop.predict.connection import WatchPlan
     from visionloop.predict.files import FilePrediction, Sampling
-    from visionloop.predict.live import WatchPlan
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 

@@ -25,6 +25,9 @@ def describe_line(line: Line) -> str:
         return f"{at}  lost: {line['why']}; trying again"
     if kind == "back":
         return f"{at}  back after {format_length(line['after_s'])}"
+    if kind == "waiting":
+        why = ": it sends nothing" if line["bytes"] == 0 else ""
+        return f"{at}  connected, no picture yet after {line['after_s']:.0f} s{why}"
     if kind == "end":
         return describe_end(line)
     said = _say(line["prediction"], line["abstained"])
