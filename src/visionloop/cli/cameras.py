@@ -1,7 +1,6 @@
 """`visionloop predict` on a stream: lines as they come, for people or as JSON, to a file and to a webhook."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
-from visionloop.records import measure_width
+from visionloop.records import encode_line, measure_width
 
 if TYPE_CHECKING:
     from visionloop.ingest.video.webstream import WebStream
@@ -230,11 +229,7 @@ class Shower:
         stream, line = found
         if self._file:
             write_line(self._file, line)
-        self._print(
-            json.dumps(line, ensure_ascii=False)
-            if self._telling.as_json
-            else self._name(stream, describe_line(line), "  ")
-        )
+        self._print(encode_line(line) if self._telling.as_json else self._name(stream, describe_line(line), "  "))
 
     def warn(self, stream: "Followed", problem: str) -> None:
         """Tell a problem of a stream's webhook, on stderr; again only after it has passed. "": there is none."""

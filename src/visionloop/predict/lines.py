@@ -1,13 +1,13 @@
 """The lines of a watched camera: for people, and appended to a file as JSON."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
 from visionloop.errors import DiskError, SourceError
+from visionloop.records import encode_line
 
 Line = dict[str, Any]  # see `live.py`
 
@@ -78,7 +78,7 @@ def open_lines(path: Path) -> Iterator[IO[str]]:
 def write_line(file: IO[str], line: Line) -> None:
     """Append a line, so that whoever follows the file has it at once. Raises DiskError."""
     try:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(encode_line(line) + "\n")
         file.flush()
     except OSError as exc:
         raise _make_error(file, exc) from exc
