@@ -16,6 +16,7 @@ from videos import RED, WHITE
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.video.hls import Piece, Playlist, _Held, parse_playlist
+from visionloop.ingest.video.webstream import Arrivals
 from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import Sampling
 from visionloop.predict.live import Watch
@@ -199,7 +200,7 @@ def test_of_a_long_playlist_the_newest_are_read_and_gaps_are_left_out() -> None:
 
 def test_a_piece_that_nobody_wants_any_more_is_not_received() -> None:
     """A server that sends slowly would leave a thread, and what it holds, for each connection."""
-    held = _Held("h.example/1.ts", closing := threading.Event())
+    held = _Held("h.example/1.ts", closing := threading.Event(), Arrivals())
     held.write(b"1")
     closing.set()
     with pytest.raises(ImageError, match="is not wanted any more"):
