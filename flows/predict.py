@@ -15,9 +15,9 @@ from visionloop.engines import make_opener
 from visionloop.errors import BusyError, ParamsError, SourceError
 from visionloop.ingest.paths.listing import is_video_name
 from visionloop.predict.chunks import Cluster, predict_in_chunks
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import Sampling, find_new
 from visionloop.predict.lines import Outbox, open_lines, write_line
-from visionloop.predict.live import WatchPlan
 from visionloop.predict.several import follow_all, name_streams, watch_all
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor

@@ -1,13 +1,14 @@
 """A plain loop over cameras: PyAV decodes, ONNX Runtime answers, a thread for each camera, one session.
 
 Arguments: model.onnx, px, the probability above which it is the second class, seconds to the next frame, seconds in
-all, addresses. It prints a JSON line for each answer: `at`, and which class.
+all, addresses. It prints a JSON line for each answer, and before it one for a change, as `visionloop predict` does.
 """
 
 import json
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 
 import av
 import numpy as np
@@ -20,7 +21,7 @@ session = onnxruntime.InferenceSession(MODEL, providers=["CPUExecutionProvider"]
 
 def watch(address: str, until: float) -> None:
     """Answer for a frame every so often."""
-    due = 0.0
+    due, before = 0.0, -1
     with av.open(address) as container:
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
@@ -33,8 +34,11 @@ def watch(address: str, until: float) -> None:
             image_hwc = frame.reformat(SIZE_PX, SIZE_PX, "rgb24").to_ndarray()
             logits_k = session.run(["logits"], {"images": image_hwc[None]})[0][0]
             share = 1 / (1 + np.exp(-float(logits_k[-1] - (logits_k[0] if len(logits_k) > 1 else 0.0))))
-            with telling:
-                print(json.dumps({"at": time.time(), "answer": int(share >= THRESHOLD)}), flush=True)
+            answer, at = int(share >= THRESHOLD), datetime.now(UTC).isoformat()
+            for kind in ("change", "frame") if answer != before else ("frame",):
+                with telling:
+                    print(json.dumps({"kind": kind, "time": at, "source": address, "answer": answer}), flush=True)
+            before = answer
 
 
 end = time.time() + SECONDS

@@ -56,10 +56,17 @@ class Bundle:
             raise BundleError(f"bundle {self.digest[:12]}", f"{name} is another one since it was opened")
         return data
 
+    def golden_names(self) -> list[str]:
+        """The names of the golden images. Raises BundleError: one is none of the bundle's own files."""
+        names: list[str] = json.loads((self.folder / "golden" / "answers.json").read_text())["images"]
+        if outside := [str(name) for name in names if f"golden/{name}" not in self.files]:
+            where = f"bundle {self.digest[:12]} golden/answers.json"
+            raise BundleError(where, f"names {shorten(outside)}", "files that lie beside it")
+        return names
+
     def golden_images(self) -> list[bytes]:
-        """The encoded golden images, in the order of the answers."""
-        names = json.loads((self.folder / "golden" / "answers.json").read_text())["images"]
-        return [(self.folder / "golden" / name).read_bytes() for name in names]
+        """The encoded golden images, in the order of the answers. Raises BundleError."""
+        return [(self.folder / "golden" / name).read_bytes() for name in self.golden_names()]
 
     def golden_logits(self) -> NDArray[np.float64]:
         """The logits (n, k) that the model gave for the golden images when the bundle was made."""

@@ -34,6 +34,13 @@ PACKAGE_OF = {"sklearn": "scikit-learn", "PIL": "pillow", "botocore": "boto3"}
 EXTRA = re.compile(r"extra == ['\"]([a-z0-9-]+)['\"]")
 
 
+def escape_text(text: str) -> str:
+    """Return a text that a terminal only shows: what is not printable is escaped, as in a file's hostile name."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class VisionLoopError(Exception):
     """An error that says where it is, what was found, what was expected and what to do.
 
@@ -58,7 +65,7 @@ class VisionLoopError(Exception):
         if self.expected:
             text += f"; expected {self.expected}"
         text = text.rstrip(".") + "."
-        return " ".join(f"{text} {self.todo}".split())
+        return escape_text(" ".join(f"{text} {self.todo}".split()))
 
 
 class ParamsError(VisionLoopError, ValueError):

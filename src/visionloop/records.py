@@ -36,6 +36,21 @@ def measure_width(text: str) -> int:
     )
 
 
+# What a formula begins with in a spreadsheet; the last four are the wide forms of the first four.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def defuse_cell(text: str) -> str:
+    """Keep a spreadsheet from running a text as a formula, in a column that nobody reads back."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def encode_line(value: object) -> str:
+    """Return JSON as one line that a terminal only shows: text as it is, what is not printable as `\\u001b`."""
+    line = json.dumps(value, ensure_ascii=False)
+    return line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
 def make_natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return what names are sorted by, as people count: `2` before `10`, and `class 2` before `class 10`."""
     parts = [(part.isdecimal(), part.lstrip("0") if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]

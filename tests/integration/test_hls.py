@@ -16,8 +16,10 @@ from videos import RED, WHITE
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.video.hls import Piece, Playlist, _Held, parse_playlist
+from visionloop.ingest.video.webstream import Arrivals
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import Sampling
-from visionloop.predict.live import Watch, WatchPlan
+from visionloop.predict.live import Watch
 from visionloop.predict.several import Answerer
 from visionloop.predictor import Predictor
 
@@ -162,7 +164,7 @@ def test_what_leads_elsewhere_or_cannot_be_read_is_refused_in_one_line(
 
 
 def test_pieces_that_are_no_video_are_an_error(network: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloop.predict.live.FIRST_S", 1.0)
+    monkeypatch.setattr("visionloop.predict.connection.NO_PICTURE_S", 1.0)
     with (
         serve({"/rubbish.ts": Answer(b"x" * 100_000)}) as site,
         pytest.raises(SourceError, match=r"no frame for 2 s|gives no video"),
@@ -198,7 +200,7 @@ def test_of_a_long_playlist_the_newest_are_read_and_gaps_are_left_out() -> None:
 
 def test_a_piece_that_nobody_wants_any_more_is_not_received() -> None:
     """A server that sends slowly would leave a thread, and what it holds, for each connection."""
-    held = _Held("h.example/1.ts", closing := threading.Event())
+    held = _Held("h.example/1.ts", closing := threading.Event(), Arrivals())
     held.write(b"1")
     closing.set()
     with pytest.raises(ImageError, match="is not wanted any more"):

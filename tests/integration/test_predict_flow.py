@@ -19,9 +19,9 @@ from videos import write_video
 from visionloop.errors import ParamsError, SourceError
 from visionloop.params import Predict
 from visionloop.params.loop import Webhook
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import find_new
 from visionloop.predict.lines import Outbox
-from visionloop.predict.live import WatchPlan
 from visionloop.workspace import Workspace, connect
 from watched import make_watched
 

@@ -23,9 +23,10 @@ from videos import RED, WHITE
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.errors import BusyError, ImageError
 from visionloop.params.loop import Webhook
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line, Outbox
-from visionloop.predict.live import StreamEnded, WatchPlan
+from visionloop.predict.live import StreamEnded
 from visionloop.predict.several import Answerer, Followed, follow_all, watch_all
 from visionloop.predictor import Predictor
 
@@ -182,11 +183,13 @@ def test_a_network_that_is_too_slow_passes_frames_over_and_a_fault_of_ours_ends_
 def test_one_that_shows_nothing_is_not_waited_for_when_the_others_are_through(
     predictor: Predictor, start: Open
 ) -> None:
-    streams = follow_all([plan("gate", start(Camera()), frames=3), plan("away", AWAY)], predictor, "pets", None)
-    told = read(streams, lambda lines: False)
+    silent = plan("silent", start(Camera([Plan(0, "hang")])), stall_s=0.2)
+    plans = [plan("gate", start(Camera()), frames=3), plan("away", AWAY), silent]
+    told = read(follow_all(plans, predictor, "pets", None), lambda lines: False)
     assert {name: (lines[-1]["why"], lines[-1]["frames"]) for name, lines in told.items()} == {
         "gate": ("limit", 3),
         "away": ("limit", 0),
+        "silent": ("limit", 0),
     }
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-from fakes import make_bundle
+from fakes import make_bundle, make_image
 from visionloop.bundle import check_onnx, load_bundle, seal_bundle
 from visionloop.errors import BundleError
 from visionloop.predictor import Predictor
@@ -230,3 +230,18 @@ def test_a_card_of_an_earlier_visionloop_opens(tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "b").card.name == "fake"
     set_card(tmp_path / "b", schema=1)
     assert load_bundle(tmp_path / "b").card.schema == 1
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "gone.png", "../golden/../card.json"])
+def test_golden_images_are_files_of_the_bundle_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes(make_image(1))
+    make_bundle(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "golden" / "answers.json"
+    answers = json.loads(path.read_text())
+    answers["images"][0] = name
+    path.write_text(json.dumps(answers))
+    seal_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"golden/answers\.json: names .*; expected files that lie beside it"):
+        Predictor.load(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"golden/answers\.json: names"):
+        load_bundle(tmp_path / "bundle").golden_names()

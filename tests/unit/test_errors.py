@@ -18,6 +18,11 @@ def test_message_has_four_parts() -> None:
     assert isinstance(error, ValueError)
 
 
+def test_a_hostile_name_does_not_reach_the_terminal() -> None:
+    error = ParamsError("a\x1b[31mred\u202e.png\nerror: b", "is \x9b missing", "one")
+    assert str(error) == r"a\x1b[31mred\u202e.png error: b: is \x9b missing; expected one."
+
+
 def test_kinds_know_exit_code_and_whether_to_try_again() -> None:
     assert NotPromoted("gate", "refused").exit_code == 3
     assert TrackingError("MLflow", "down").transient

@@ -16,7 +16,6 @@ from videos import RED, WHITE, Film, write_sound, write_video
 from visionloop.cli.pictures import draw_sheet
 from visionloop.data.encoded import name_readable
 from visionloop.errors import DiskError, SourceError
-from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.chunks import predict_in_chunks
 from visionloop.predict.files import FilePrediction, Sampling, find_images, predict_files
 from visionloop.predict.tables import Table
@@ -154,23 +153,6 @@ def test_a_folder_is_read_as_ingest_reads_it(photos: Path, tmp_path: Path) -> No
     (photos / "linked").symlink_to(tmp_path / "elsewhere")
     (photos / "again").symlink_to(photos)
     assert names(find_images([str(photos)])) == ["a.png", "broken.jpg", "c.png", "b.JPG"]
-
-
-@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff\xfe.png", "katze 🐈.png".encode(), b"a\nb.png"])
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_name_that_is_not_utf_8_is_escaped_as_ingest_does(
-    photos: Path, tmp_path: Path, name: bytes, suffix: str
-) -> None:
-    for old in photos.rglob("*.*"):
-        old.unlink()
-    Path(os.fsdecode(os.fsencode(photos) + b"/" + name)).write_bytes(make_image(1))
-    make_bundle(tmp_path / "bundle")
-    predictor = Predictor.load(tmp_path / "bundle")
-    answers = list(predict_files(predictor, find_images([str(photos)])))
-    assert [a.path for a in answers] == [f"{photos}/{escape_name(os.fsdecode(name))}"]
-    plan(tmp_path / f"out.{suffix}").write(answers, predictor)
-    text = (tmp_path / f"out.{suffix}").read_text(encoding="utf-8")
-    assert answers[0].path.replace("\\", "\\\\" if suffix == "jsonl" else "\\") in text
 
 
 def test_answers_that_cannot_be_written_leave_no_half_file(photos: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from visionloop.errors import DiskError, SourceError
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import find_images
 from visionloop.predict.lines import open_lines, write_line
-from visionloop.predict.live import WatchPlan
 from visionloop.predict.tables import Table
 
 

@@ -1,7 +1,6 @@
 """`visionloop predict` on a stream: lines as they come, for people or as JSON, to a file and to a webhook."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -14,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
-from visionloop.records import measure_width
+from visionloop.records import encode_line, measure_width
 
 if TYPE_CHECKING:
     from visionloop.ingest.video.webstream import WebStream
     from visionloop.params.loop import Predict, Webhook
+    from visionloop.predict.connection import WatchPlan
     from visionloop.predict.files import FilePrediction, Sampling
     from visionloop.predict.lines import Line
-    from visionloop.predict.live import Watch, WatchPlan
+    from visionloop.predict.live import Watch
     from visionloop.predict.several import Followed
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
@@ -86,7 +86,7 @@ def find_streams(
 
 def make_plans(named: Sequence[tuple[str, str]], sampling: "Sampling", wishes: StreamWishes) -> "list[WatchPlan]":
     """Return how streams are watched. Of those that were typed the hosts may be private."""
-    from visionloop.predict.live import WatchPlan
+    from visionloop.predict.connection import WatchPlan
 
     return [
         WatchPlan(
@@ -217,7 +217,7 @@ class Shower:
         """Tell a line of a stream; None: show how it goes. Raises DiskError."""
         from visionloop.predict.lines import describe_line, write_line
 
-        if not self._has_begun and (len(self._streams) > 1 or self._streams[0].watch.num_answered):
+        if not self._has_begun and (found or len(self._streams) > 1 or self._streams[0].watch.num_answered):
             self._has_begun = True
             self._print(describe_begin([one.watch for one in self._streams]))
         for one in self._streams:
@@ -228,11 +228,7 @@ class Shower:
         stream, line = found
         if self._file:
             write_line(self._file, line)
-        self._print(
-            json.dumps(line, ensure_ascii=False)
-            if self._telling.as_json
-            else self._name(stream, describe_line(line), "  ")
-        )
+        self._print(encode_line(line) if self._telling.as_json else self._name(stream, describe_line(line), "  "))
 
     def warn(self, stream: "Followed", problem: str) -> None:
         """Tell a problem of a stream's webhook, on stderr; again only after it has passed. "": there is none."""

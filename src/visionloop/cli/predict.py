@@ -1,5 +1,6 @@
 """The command `predict`: answers for images, videos and folders, or a camera that is watched (`cameras.py`)."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +13,15 @@ import typer
 from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say_next
 from visionloop.cli.cameras import StreamWishes, Telling, choose_webhook, find_streams, make_plans, watch_cameras
 from visionloop.cli.waiting import make_progress, tell_when_stopped
-from visionloop.errors import SettingsError
+from visionloop.errors import SettingsError, escape_text
 from visionloop.records import measure_width
 from visionloop.workspace import open_workspace
 
 if TYPE_CHECKING:
     from visionloop.cli.pictures import AnswerPictures
     from visionloop.params.loop import Webhook
+    from visionloop.predict.connection import WatchPlan
     from visionloop.predict.files import FilePrediction, Sampling
-    from visionloop.predict.live import WatchPlan
     from visionloop.predictor import Predictor
     from visionloop.workspace import Workspace
 
@@ -160,7 +161,7 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
     saved = AnswerPictures(wishes.pictures, files, paths) if wishes.pictures else None
     predictor = _open_predictor(workspace, asked.bundle, len(files), tell)
     progress = make_progress("answered", "images", quiet=quiet or as_json or len(files) <= 64)
-    width = max(measure_width(_shorten_path(str(path))) for path in files[:SHOWN_OF_TABLE])
+    width = max(measure_width(_shorten_path(escape_text(str(path)))) for path in files[:SHOWN_OF_TABLE])
     show = Shown(width, asked.top or (3 if len(files) <= FEW else 1), len(files), tell)
     draw = partial(saved.draw, classes=predictor.card.classes) if saved else iter
     if table is None:
@@ -183,7 +184,10 @@ def _predict_files(workspace: "Workspace", paths: Sequence[str], asked: Asked, w
             show.read(draw(chunks.read()))
             table.write(chunks.read(), predictor)
         rows = table.describe(len(files), len(files) - show.counts.total())
-        tell(f"{rows}, of bundle {predictor.digest[:12]}, in {out}")
+        tell(f"{rows}, of bundle {predictor.digest[:12]}, in {escape_text(str(out))}")
+        if late := _list_late(paths, files):
+            found = "1 file has come" if len(late) == 1 else f"{len(late):,} files have come"
+            tell(f"note: {found} since it began, and no row: {_list_some(late)}; run it again")
     _tell_counts(show, predictor, files, saved, wishes.sheet)
     if as_json:
         print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": len(files), "answers": show.kept})
@@ -213,6 +217,17 @@ def _watch(workspace: "Workspace", plans: "Sequence[WatchPlan]", asked: Asked, w
         if telling.as_json:
             print_json({"bundle": predictor.digest, "counts": show.counts, "num_files": 1, "answers": show.kept})
         _require_answer(show, [video.path], 1)
+
+
+def _list_late(paths: Sequence[str], files: "Sequence[Path]") -> list[str]:
+    """Return the files that came after those that were asked about were listed. A path that is gone has none."""
+    from visionloop.errors import SourceError
+    from visionloop.predict.files import find_images
+
+    with contextlib.suppress(SourceError):
+        known = set(files)
+        return [escape_text(str(one)) for one in find_images(paths, may_be_none=True) if one not in known]
+    return []
 
 
 def _require_answer(show: "Shown", paths: Sequence[str], number: int) -> None:
@@ -283,7 +298,7 @@ class Shown:
                 self.tell("\n".join(describe_answer(answer, self.width, self.top)))
             if answer.prediction is None:
                 self.problem = self.problem or answer.error
-                self.unusable[number] = answer.path, answer.error
+                self.unusable[number] = answer.shown, answer.error
             else:
                 said = answer.prediction.prediction or "no label"
                 self.counts["don't know" if answer.prediction.abstained else said] += 1
@@ -312,7 +327,7 @@ def describe_answer(answer: "FilePrediction", width: int, top: int) -> list[str]
 
     Where the model does not know, that is the first line; below it is what it would have said.
     """
-    name = _pad(_shorten_path(answer.path), width)
+    name = _pad(_shorten_path(answer.shown), width)
     if answer.prediction is None:
         return [f"{name}  -- {answer.error}"]
     chosen = answer.prediction.labels

@@ -36,6 +36,7 @@ from visionloop.features.neighbours import (
     find_other_neighbours,
     measure_agreement,
 )
+from visionloop.records import defuse_cell
 
 COLUMNS = ("sha256", "old", "new", "score", "side", "origin")
 CELL_PX = 170
@@ -138,7 +139,7 @@ def encode_corrections(album: Album, suspects: Sequence[Suspect]) -> str:
     writer.writerow(COLUMNS)
     for suspect in suspects:
         sha256, side = album.prepared.sha256_n[suspect.row], album.records[suspect.row].side
-        origin = _defuse(album.get_origin(suspect.row))
+        origin = defuse_cell(album.get_origin(suspect.row))
         writer.writerow([sha256, suspect.old, suspect.new, f"{suspect.score:.4f}", side, origin])
     return sink.getvalue()
 
@@ -167,8 +168,3 @@ def draw_suspects(album: Album, suspects: Sequence[Suspect], num_found: int) -> 
     pin = album.prepared.pin
     title = f"{pin.name} version {pin.version}: {len(cells)} of {num_found:,} suspected labels"
     return draw_contact_sheet(cells, title, cell_px=CELL_PX)
-
-
-def _defuse(text: str) -> str:
-    """Keep a spreadsheet from running a file's name as a formula."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

@@ -31,7 +31,7 @@ from visionloop.data.answers import (
 )
 from visionloop.data.images import decode_image
 from visionloop.errors import ObjectMissing, SettingsError, SourceError, VisionLoopError, shorten
-from visionloop.records import LABEL_SEPARATOR
+from visionloop.records import LABEL_SEPARATOR, defuse_cell
 from visionloop.store import ObjectStore
 from visionloop.workspace import Workspace
 
@@ -81,7 +81,7 @@ def write_sheet(workspace: Workspace, batch: Batch, path: Path) -> int:
                 (folder.parent / image).write_bytes(data)
             except VisionLoopError:
                 image, gone = "", gone + 1
-            model = _defuse(LABEL_SEPARATOR.join(one.model))
+            model = defuse_cell(LABEL_SEPARATOR.join(one.model))
             writer.writerow([one.sha256, image, model, f"{one.confidence:.4f}", one.reason, "", ""])
         path.write_text(sink.getvalue(), encoding="utf-8")
     except OSError as exc:
@@ -213,8 +213,3 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise SourceError(f"{path.name} row 1", found, f"the columns {', '.join(COLUMNS)}", "Put it back.")
     rows = [(number, dict(zip(header, cells, strict=False))) for number, cells in enumerate(lines, 1) if any(cells)]
     return [(number, row) for number, row in rows if number > 1]
-
-
-def _defuse(text: str) -> str:
-    """Keep a spreadsheet from running a class as a formula."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

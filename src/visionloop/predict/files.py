@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from visionloop.errors import ImageError, SourceError, shorten
 from visionloop.ingest.paths.listing import is_video_name, list_files, list_images
-from visionloop.ingest.paths.names import escape_name, is_passed
+from visionloop.ingest.paths.names import escape_name, is_passed, store_name
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 from visionloop.video.player import End, Frame, Player, check_installed
@@ -36,7 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """The answer for one file: a prediction, or the reason why there is none.
+    """The answer for one file: a prediction, or the reason why there is none. `path` is for tables, `shown` for people.
 
     Of a video it is the answer for the whole, with the mean probabilities over its time, and `video` has what
     `POST /predict/video` answers beside it: `segments`, `shares`, `duration_s`, `num_frames`, `notes` and so on.
@@ -46,6 +46,11 @@ class FilePrediction:
     prediction: Prediction | None
     error: str | None = None
     video: Mapping[str, Any] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The path in one line that a terminal only shows."""
+        return escape_name(self.path)
 
 
 def find_new(paths: Sequence[str], folder: Path) -> tuple[list[Path], Path]:
@@ -61,7 +66,7 @@ def find_new(paths: Sequence[str], folder: Path) -> tuple[list[Path], Path]:
     for table in tables:
         answered |= dict.fromkeys(_read_paths(table), table.stat().st_mtime_ns)
     files = [one for path in paths for one in find_images([path], may_be_none=True)]
-    new = [one for one in files if answered.get(escape_name(str(one)), 0) < _read_change_ns(one)]
+    new = [one for one in files if answered.get(store_name(str(one)), 0) < _read_change_ns(one)]
     return list(dict.fromkeys(new)), folder / f"{int(tables[-1].stem) + 1 if tables else 1:06d}.parquet"
 
 
@@ -163,13 +168,13 @@ def predict_files(
 def make_answer(path: Path, answer: Prediction | ImageError) -> FilePrediction:
     """Return an image's answer, or the reason why there is none, as that of its file."""
     if isinstance(answer, ImageError):
-        return FilePrediction(escape_name(str(path)), None, f"{answer.found}; expected {answer.expected}")
-    return FilePrediction(escape_name(str(path)), answer)
+        return FilePrediction(store_name(str(path)), None, f"{answer.found}; expected {answer.expected}")
+    return FilePrediction(store_name(str(path)), answer)
 
 
 def predict_video(predictor: Predictor, path: Path, sampling: Sampling, player: Player) -> FilePrediction:
     """Answer for a video file: its frames, smoothed over time. One that ends early is answered as far as it goes."""
-    name, times_s, ends = escape_name(str(path)), list[float](), list[End]()
+    name, times_s, ends = store_name(str(path)), list[float](), list[End]()
     try:
         check_installed(name)
     except SourceError as exc:

@@ -18,7 +18,7 @@ from typing import IO, Any
 from visionloop.errors import BusyError, DiskError, SourceError
 from visionloop.monitoring.alert import KEPT_FOR, Failure, post_alert
 from visionloop.params.loop import Webhook
-from visionloop.records import compute_digest
+from visionloop.records import compute_digest, encode_line
 from visionloop.workfolder import write_file
 
 Line = dict[str, Any]  # see `live.py`
@@ -37,6 +37,9 @@ def describe_line(line: Line) -> str:
         return f"{at}  lost: {line['why']}; trying again"
     if kind == "back":
         return f"{at}  back after {format_length(line['after_s'])}"
+    if kind == "waiting":
+        why = ": it sends nothing" if line["bytes"] == 0 else ""
+        return f"{at}  connected, no picture yet after {line['after_s']:.0f} s{why}"
     if kind == "end":
         return describe_end(line)
     said = _say(line["prediction"], line["abstained"])
@@ -87,7 +90,7 @@ def open_lines(path: Path) -> Iterator[IO[str]]:
 def write_line(file: IO[str], line: Line) -> None:
     """Append a line, so that whoever follows the file has it at once. Raises DiskError."""
     try:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(encode_line(line) + "\n")
         file.flush()
     except OSError as exc:
         raise _make_error(file, exc) from exc

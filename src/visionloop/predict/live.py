@@ -1,39 +1,37 @@
 """A camera, watched: frames at a rate, answers smoothed over time, and an event when what is seen has changed.
 
-A thread for each connection decodes (in a process of its own, as for every video) and keeps the newest frame alone;
+A thread for each connection (`connection.py`) decodes, in a process of its own, and keeps the newest frame alone;
 whoever runs `Watch.run` asks the network about it (of many at once: `several.py`). So a network that is slower than the
 camera answers about now and not about a minute ago, and the frames that it was too slow for are counted. A stream that
-ends, or gives no frame for a while, is connected to again, after a time that doubles up to 30 s.
+ends, or sends nothing for a while, is connected to again, after a time that doubles up to 30 s.
 
 Lines are JSON objects. `kind` is `change` (another answer, from `since` on; it is known `smooth_s` later), `lost`,
-`back`, `frame` (each answered one, if it is asked for) and `end` (what it came to). Nothing secret is in them.
+`back`, `waiting` (connected, and no frame yet), `frame` (each answered one, if it is asked for) and `end` (what it came
+to). Nothing secret is in them.
 """
 
 import math
 import re
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from visionloop.errors import ImageError, SourceError
-from visionloop.ingest.video.cameras import Reach, Stream, hide_login, open_stream
-from visionloop.predict.files import Sampling
+from visionloop.ingest.video.cameras import Reach, Stream, open_stream
+from visionloop.predict.connection import Connection, WatchPlan
 from visionloop.predict.lines import Line, format_time
 from visionloop.records import Card, Prediction
-from visionloop.secrets import mask
-from visionloop.video.player import End, Frame, Player, check_installed
+from visionloop.video.player import End, Frame, check_installed
 from visionloop.video.sample import DecodeJob
 from visionloop.video.timeline import Follower, Segment
 
-FIRST_S = 40.0  # for the first frame of a connection
-STALL_S = 15.0  # without a frame, beyond the time from one to the next
 TICK_S = 0.5
-WAIT_S, MAX_WAIT_S = 1.0, 30.0
+SAID_AFTER_S = 10.0  # without a first frame
+MAX_WAIT_S = 30.0
 STEADY_S = 10.0  # a connection that lasted so long makes the next wait short again
 SETTLED_AFTER = 10  # times `smooth_s`: by then a frame is settled, whatever comes
 
@@ -58,43 +56,10 @@ class StreamEnded(SourceError):
     transient = True
 
 
-@dataclass(frozen=True)
-class WatchPlan:
-    """What is watched and for how long: for `seconds`, or until `frames` were answered; None: until it is stopped.
-
-    `each_frame`: a line for each answered frame too. `env` holds the values of `${NAME}` in the path. `name`: what
-    it is called, if not by its path. `is_one_of_several`: a first connection that fails is tried again, too. `hosts`:
-    to which others a playlist or a redirect may lead.
-    """
-
-    path: str
-    env: Mapping[str, str]
-    sampling: Sampling = field(default_factory=Sampling)
-    seconds: float | None = None
-    frames: int | None = None
-    each_frame: bool = False
-    name: str = ""
-    is_one_of_several: bool = False
-    hosts: Sequence[str] = ()
-    stall_s: float = STALL_S
-    wait_s: float = WAIT_S
-
-    @property
-    def shown(self) -> str:
-        """Its name, or the path as it may be shown."""
-        return self.name or hide_login(self.path)
-
-    @property
-    def todo(self) -> str:
-        """What people had better look at if it gives no frame."""
-        is_here = self.path.startswith("/dev/")
-        return "Name a camera: `ls /dev/video*` lists them." if is_here else "Check the address and the login."
-
-
 class Watch:
     """One camera and one model. `connect`, then `run` until a limit or `stop`, then `end`.
 
-    `problem`: why there was no frame, before the first one.
+    `problem`: why there was no frame, before the first one. `is_silent`: there was none because nothing was sent.
     """
 
     def __init__(self, plan: WatchPlan, network: Network) -> None:
@@ -104,9 +69,9 @@ class Watch:
         self.seconds: dict[str, float] = {}  # for how long each answer was seen
         self.network_s = 0.0
         self._began = time.monotonic()
-        self._session: _Session | None = None
+        self._session: Connection | None = None
         self._why = "limit"
-        self._is_asked_to_stop = False
+        self._is_asked_to_stop = self.is_silent = False
         self._before: Segment | None = None
         self._waiting: tuple[float, Prediction] | None = None  # the newest frame: how long it is shown is not known yet
         self._follower = self._make_follower()
@@ -146,12 +111,13 @@ class Watch:
         """
         self._began, wait_s, lost_at = time.monotonic(), self.plan.wait_s, None
         while not self._is_over():
-            self._session, began = _Session(self.plan, self._make_job(), stream), time.monotonic()
+            self._session, began = Connection(self.plan, self._make_job(), stream), time.monotonic()
             before = self.num_answered
             yield from self._follow(self._session, lost_at)
+            reason = self._session.reason  # "": it goes on, and is left
             self._close()
-            reason = self._session.reason
-            if not self.num_answered and not self._is_asked_to_stop:
+            self.is_silent = self._session.is_silent and not self.num_answered
+            if not self.num_answered and not self._is_asked_to_stop and (self._is_over() or not self.is_silent):
                 self.problem = reason = reason or f"no frame in {self.took_s:.0f} s"
                 self._check_first(self._session.error)
             if self._is_over():
@@ -198,9 +164,9 @@ class Watch:
         if not self.plan.is_one_of_several or (error and error.reason_code == "refused_url"):
             raise StreamEnded(self.plan.shown, self.problem, "a video stream", _advise(self.problem) or self.plan.todo)
 
-    def _follow(self, session: "_Session", lost_at: float | None) -> Iterator[Line | None]:
+    def _follow(self, session: Connection, lost_at: float | None) -> Iterator[Line | None]:
         """Answer for the newest frames of a connection until it ends, hangs, or a limit is reached."""
-        heard_at, limit_s = time.monotonic(), max(FIRST_S, self.plan.stall_s)
+        is_said = False
         while not self._is_over():
             found = session.take(min(TICK_S, self._left_s()))
             if isinstance(found, Frame):
@@ -208,9 +174,12 @@ class Watch:
                     yield self._make_line("back", after_s=round(time.monotonic() - lost_at, 3))
                     lost_at = None
                 yield from self._answer(found)
-                heard_at, limit_s = time.monotonic(), self.plan.stall_s + self.plan.sampling.every_s
-            elif isinstance(found, End) or time.monotonic() - heard_at > limit_s:
-                session.reason = session.reason or f"no frame for {limit_s:.0f} s"
+            elif isinstance(found, End):
+                return
+            elif session.waits_s > SAID_AFTER_S and not is_said and lost_at is None:
+                is_said = True
+                yield self._make_line("waiting", after_s=round(session.waits_s, 3), bytes=session.num_bytes)
+            elif session.is_stalled():
                 return
             yield None
 
@@ -314,77 +283,6 @@ class Watch:
         if self._session and not self._session.is_stopped:
             self._session.stop()
             self._num_passed_over += self._session.num_passed_over
-
-
-class _Session:
-    """One connection. Its thread connects and decodes, and keeps the newest frame until somebody takes it."""
-
-    def __init__(self, plan: WatchPlan, job: DecodeJob, stream: Stream | None) -> None:
-        self._plan, self._job, self._stream = plan, job, stream
-        self.num_passed_over, self.reason = 0, ""
-        self.error: SourceError | ImageError | None = None
-        self._frame: Frame | None = None
-        self._end: End | None = None
-        self.is_stopped = False
-        self._news = threading.Condition()
-        self._player = Player()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="camera")
-        self._thread.start()
-
-    def take(self, timeout_s: float) -> Frame | End | None:
-        """Return the newest frame, once; else the end, if it is one; None: nothing came in that time."""
-        with self._news:
-            self._news.wait_for(lambda: self._frame or self._end, max(0.0, timeout_s))
-            found, self._frame = self._frame or self._end, None
-            return found
-
-    def stop(self) -> None:
-        """Close the connection. A thread that waits for a host that does not answer ends by itself."""
-        with self._news:
-            self.is_stopped = True
-        self._player.interrupt()
-        if self._stream:
-            self._stream.feed.close()
-        self._thread.join(1.0)
-
-    def _run(self) -> None:
-        end = End(None)
-        try:
-            reach = Reach(self._plan.env, self._plan.shown, self._plan.hosts)
-            self._stream = stream = self._stream or open_stream(self._plan.path, self._job, reach)
-            if stream.file:
-                raise SourceError(self._plan.shown, "is a video file", "a stream", "Name it alone.")
-            end = self._play(stream)
-            end = End(end.code, mask(end.text or "the stream has ended", stream.secrets))
-        except (ImageError, SourceError) as exc:
-            self.error, end = exc, End("unreadable", exc.found)
-        finally:
-            self._player.stop()
-            with self._news:
-                self.reason = self.reason or mask(end.text or "the connection broke off")
-                self._end = end
-                self._news.notify_all()
-
-    def _play(self, stream: Stream) -> End:
-        """Decode until the stream ends, or is stopped. Raises ImageError."""
-        end = End(None)
-        try:
-            job = stream.feed.open()
-            for found in () if self.is_stopped else self._player.play(job):
-                if self.is_stopped:
-                    break
-                if isinstance(found, Frame):
-                    with self._news:
-                        self.num_passed_over += self._frame is not None
-                        self._frame = found
-                        self._news.notify_all()
-                elif isinstance(found, End):
-                    end = found
-        finally:
-            stream.feed.close()
-        if failure := stream.feed.failure:
-            self.error, end = failure, End(failure.reason_code, failure.found)
-        return end
 
 
 def _advise(found: str) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 from visionloop.data.images import UInt8Array
 from visionloop.errors import SHOWN, BusyError, SourceError
 from visionloop.ingest.video.cameras import Stream, hide_login, is_camera
+from visionloop.predict.connection import WatchPlan
 from visionloop.predict.lines import Line, Outbox, describe_line
-from visionloop.predict.live import TICK_S, StreamEnded, Watch, WatchPlan
+from visionloop.predict.live import TICK_S, StreamEnded, Watch
 from visionloop.predictor import Predictor, choose_batch_size
 from visionloop.records import Card, Prediction
 from visionloop.video.player import check_installed
@@ -206,7 +207,8 @@ def _check(streams: Sequence[Followed]) -> None:
             raise one.failure
     if all(one.has_failed for one in streams):
         raise _make_error(streams)
-    if all(one.is_over or one.has_failed for one in streams):
+    is_through = any(one.is_over and not one.has_failed for one in streams)
+    if is_through and all(one.is_over or one.has_failed or one.watch.is_silent for one in streams):
         for one in streams:
             one.watch.stop("limit")
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from visionloop.errors import DiskError, SourceError
 from visionloop.ingest.paths.names import escape_name
 from visionloop.predict.files import FilePrediction
 from visionloop.predictor import Predictor
+from visionloop.records import FORMULA, encode_line
 from visionloop.workfolder import check_place, write_through
 
 ROWS_AT_ONCE = 512
@@ -63,7 +63,8 @@ class Table:
         are one text in `prediction`, divided by `|`; jsonl and parquet have them as a list too. kaggle: the name
         without its suffix as `id`, and one column a class; a file that could not be used gets the same probability for
         every class, because a competition refuses a table without its row. An id stays as it is, also one like `=1+1`
-        that a spreadsheet would take for a formula: a competition compares ids letter by letter.
+        that a spreadsheet would take for a formula: a competition compares ids letter by letter. A path like it is
+        written as `./=1+1`, which names the same file.
 
         Raises:
             DiskError: it cannot be written.
@@ -102,7 +103,7 @@ def make_line(a: FilePrediction, bundle: str) -> dict[str, Any]:
 
 def _write_lines(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
     for a in answers:
-        file.write(json.dumps(make_line(a, predictor.digest), ensure_ascii=False).encode() + b"\n")
+        file.write(encode_line(make_line(a, predictor.digest)).encode() + b"\n")
 
 
 def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:
@@ -114,9 +115,14 @@ def _write_csv(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Pre
 def _make_row(a: FilePrediction, classes: Sequence[str], bundle: str) -> list[Any]:
     p = a.prediction
     if p is None:
-        return [a.path, "", "", "", a.error, bundle, *[""] * len(classes)]
+        return [_defuse_path(a.path), "", "", "", a.error, bundle, *[""] * len(classes)]
     shares = [f"{p.probabilities[c]:.6f}" for c in classes]
-    return [a.path, p.prediction, f"{p.confidence:.6f}", p.abstained or "", "", bundle, *shares]
+    return [_defuse_path(a.path), p.prediction, f"{p.confidence:.6f}", p.abstained or "", "", bundle, *shares]
+
+
+def _defuse_path(path: str) -> str:
+    """Keep a spreadsheet from running a path as a formula."""
+    return f"./{path}" if path.startswith(FORMULA) else path
 
 
 def _write_kaggle(answers: Iterable[FilePrediction], file: BinaryIO, predictor: Predictor) -> None:

@@ -94,10 +94,9 @@ def _fill(predictor: Predictor, folder: Path, *, with_int8: bool) -> None:
     program = files("visionloop.promotion").joinpath("standalone.py").read_text(encoding="utf-8")
     (folder / "predict.py").write_text(program, encoding="utf-8")
     (folder / "examples").mkdir()
-    names = json.loads((bundle.folder / "golden" / "answers.json").read_text())["images"]
     answers = {}
     outputs = predictor.run_batches(predictor.decode_golden(bundle.golden_images()))  # of any size
-    for name, answer in zip(names, predictor.answer(outputs), strict=True):
+    for name, answer in zip(bundle.golden_names(), predictor.answer(outputs), strict=True):
         shutil.copyfile(bundle.folder / "golden" / name, folder / "examples" / name)
         answers[name] = {label: round(p, 6) for label, p in answer.probabilities.items()}
     text = json.dumps(answers, indent=1, ensure_ascii=False)

@@ -23,6 +23,7 @@ from visionloop.ingest.paths.names import (
     is_system_file,
     is_system_folder,
     is_text,
+    store_name,
 )
 
 __all__ = [
@@ -307,8 +308,15 @@ class ImageFolder:
         several = (paths for paths in self._names.values() if len(paths) > 1)
         return any(len({find_path_side(path) for path in paths} - {None}) > 1 for paths in several)
 
+    @cached_property
+    def _odd(self) -> dict[str, str]:
+        """Names that are no plain path, with a line feed, a backslash or no text: as they are, and as `predict` and
+        messages write them."""
+        odd = [name for name in (*self.files, *self._names) if "\\" in name or not name.isprintable()]
+        return {escape(name): name for escape in (escape_name, store_name, str) for name in odd}
+
     def _look_up(self, reference: str, read_side: Callable[[], str | None] | None) -> ListedFile | None:
-        path = clean_reference(reference)
+        path = self._odd.get(reference.removeprefix("./")) or clean_reference(reference)
         if path in self.files:
             return self.files[path]
         matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
+from visionloop.errors import escape_text
+
 IMAGE_SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
@@ -343,9 +345,15 @@ def make_label(name: str) -> str:
 
 def escape_name(name: str) -> str:
     """Return a file's name as text of one line that can be stored: what is not printable is escaped."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return escape_text(name)
+
+
+def store_name(name: str) -> str:
+    """Return a file's name as it is, for a cell of a table; bytes that are no UTF-8, which no table holds, are escaped.
+
+    `ImageFolder` finds the file by it again.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def find_twins(classes: Iterable[str]) -> list[list[str]]:

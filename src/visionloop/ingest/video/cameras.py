@@ -23,7 +23,7 @@ from visionloop.errors import ImageError, SourceError
 from visionloop.ingest.item import Item, SourceContext
 from visionloop.ingest.video.clip import Spool
 from visionloop.ingest.video.hls import HlsStream
-from visionloop.ingest.video.webstream import Relay, WebStream
+from visionloop.ingest.video.webstream import Arrivals, Relay, WebStream
 from visionloop.params import VideoSource
 from visionloop.records import Rejected
 from visionloop.secrets import Environment, mask
@@ -48,6 +48,11 @@ class Feed(Protocol):
     @property
     def failure(self) -> ImageError | None:
         """Why it broke off, if it did."""
+        ...
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """What has come; None: nobody can say."""
         ...
 
     def open(self) -> DecodeJob:
@@ -259,6 +264,7 @@ class Device:
     """A camera of this machine, by its file: /dev/video0 (Video4Linux)."""
 
     failure: ImageError | None = None
+    arrivals: Arrivals | None = None
 
     def __init__(self, path: str, job: DecodeJob) -> None:
         self._path, self._job = path, job

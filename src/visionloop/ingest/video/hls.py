@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 from visionloop.errors import ImageError
-from visionloop.ingest.video.webstream import WebStream, make_too_large
+from visionloop.ingest.video.webstream import Arrivals, WebStream, make_too_large
 from visionloop.web.addresses import parse_url
 
 MAX_PLAYLIST_BYTES, MAX_PIECE_BYTES = 1 << 20, 128 << 20
@@ -92,13 +92,14 @@ def parse_playlist(text: str, url: str) -> Playlist:
 class _Held(io.BytesIO):
     """Holds a piece that comes, until nobody wants it any more. Raises ImageError then."""
 
-    def __init__(self, where: str, closing: threading.Event) -> None:
+    def __init__(self, where: str, closing: threading.Event, arrivals: Arrivals) -> None:
         super().__init__()
-        self._where, self._closing = where, closing
+        self._where, self._closing, self._arrivals = where, closing, arrivals
 
     def write(self, data: Any, /) -> int:
         if self._closing.is_set():
             raise ImageError(self._where, "is not wanted any more", "", reason_code="unreadable")
+        self._arrivals.note()
         return super().write(data)
 
 
@@ -157,7 +158,7 @@ class HlsStream(WebStream):
         return parse_playlist(found.data.decode("utf-8", "replace"), found.url)
 
     def _fetch_bytes(self, url: str) -> bytes:
-        held = _Held(self._fetcher.describe(url), self._closing)
+        held = _Held(self._fetcher.describe(url), self._closing, self.arrivals)
         self._fetcher.download(url, held, min(MAX_PIECE_BYTES, self._max_bytes))
         return held.getvalue()
 

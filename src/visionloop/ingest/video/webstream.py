@@ -35,6 +35,38 @@ _STATUS = re.compile(rb"RTSP/\d\.\d[ \t]+([1-5])\d\d([ \t].*)?")
 _LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
 
 
+class Arrivals:
+    """How many bytes of a camera's film have come, and for how long none has.
+
+    Those that wait because the decoder is busy do come: the machine is slow then, and the camera is not silent.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._heard_at, self._is_held_up = time.monotonic(), False
+
+    @property
+    def quiet_s(self) -> float:
+        """For how long nothing has come."""
+        return 0.0 if self._is_held_up else time.monotonic() - self._heard_at
+
+    def note(self, num_bytes: int = 0) -> None:
+        """Take notice of so many bytes of the film; 0: of a sign of life."""
+        self.num_bytes += num_bytes
+        self._heard_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def passing_on(self, num_bytes: int) -> Iterator[None]:
+        """Take notice of bytes while they are passed on, which may take until the decoder has time for them."""
+        self.note(num_bytes)
+        self._is_held_up = True
+        try:
+            yield
+        finally:
+            self.note()
+            self._is_held_up = False
+
+
 class WebStream:
     """One answer to GET: first `connect`, then either `download`, or `open` and `close`.
 
@@ -52,6 +84,7 @@ class WebStream:
         self._lock = threading.Lock()
         self.is_playlist = False
         self.failure: ImageError | None = None
+        self.arrivals = Arrivals()
 
     def connect(self) -> bool:
         """Send the request, and say whether the answer is a file: whether it tells its length. Raises ImageError."""
@@ -95,6 +128,7 @@ class WebStream:
     def open(self) -> DecodeJob:
         """Begin to pass on what comes; the decoder reads it from the pipe of the job."""
         self._pipe, writing = os.pipe()
+        self.arrivals.note()
         threading.Thread(target=self._hand_on, args=(writing,), daemon=True, name="stream").start()
         return replace(self._job, pipe=self._pipe)
 
@@ -110,8 +144,9 @@ class WebStream:
         try:
             for chunk in self._receive(self._watch_s):
                 rest = memoryview(chunk)
-                while rest:
-                    rest = rest[os.write(writing, rest) :]
+                with self.arrivals.passing_on(len(chunk)):
+                    while rest:
+                        rest = rest[os.write(writing, rest) :]
         except BrokenPipeError:
             pass  # the decoder has all it needs and has closed the pipe
         except ImageError as exc:
@@ -162,10 +197,12 @@ class Relay:
         self._rules, self._host, self._port, self._job, self._max_bytes = rules, host, port, job, max_bytes
         self._closing = threading.Event()
         self.failure: ImageError | None = None
+        self.arrivals = Arrivals()
 
     def open(self) -> DecodeJob:
         """Connect to the camera and wait for the decoder. Raises ImageError (`refused_url`, `unreadable`)."""
         camera = self._connect()
+        self.arrivals.note()
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
         threading.Thread(target=self._run, args=(camera, listener), daemon=True, name="relay").start()
         port = listener.getsockname()[1]
@@ -219,7 +256,11 @@ class Relay:
                 elif fault := replies.find_fault(data):
                     self._fail(fault, "the film itself", "refused_url")
                     return
-                (decoder if source is camera else camera).sendall(data)
+                if source is decoder:
+                    camera.sendall(data)
+                else:
+                    with self.arrivals.passing_on(len(data) if replies.plays else 0):
+                        decoder.sendall(data)
 
     def _fail(self, found: str, expected: str, code: str) -> None:
         self.failure = ImageError(self._host, found, expected, reason_code=code)
@@ -238,16 +279,16 @@ class RtspReplies:
         self._rest = b""
         self._num_skipped = 0  # bytes still to come of a body or a binary packet
         self._num_lines = self._body_bytes = 0  # of the head that is being read
-        self._plays = False
+        self.plays = False  # whether the film was asked for
 
     def note_request(self, data: bytes) -> None:
         """Take notice of what the decoder asks."""
         if data.startswith(b"PLAY "):
-            self._plays, self._rest = True, b""
+            self.plays, self._rest = True, b""
 
     def find_fault(self, data: bytes) -> str:
         """Return why the camera's bytes may not pass; "" when they may."""
-        if self._plays:
+        if self.plays:
             return ""
         data, place = self._rest + data, 0
         while place < len(data):
