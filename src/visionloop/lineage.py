@@ -125,7 +125,27 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
         bundles = [digest for digest in _list_bundles(workspace.store) if digest.startswith(what)]
         if len(bundles) == 1:
             return trace_model(workspace, bundles[0], _load_card(workspace.store, bundles[0]))
+        if not bundles:
+            with contextlib.suppress(VisionLoopError):
+                candidate = load_bundle(workspace.settings.candidate_dir)
+                if candidate.digest.startswith(what):
+                    return trace_model(workspace, candidate.digest, candidate.card)
+            _tell_not_kept(workspace, what)
     return trace_image(workspace, _find_image(workspace, what))
+
+
+def _tell_not_kept(workspace: Workspace, start: str) -> None:
+    """Raise BundleError with what is known of a candidate that was judged and not promoted, if one begins so."""
+    for decision in reversed(read_decisions(workspace.store, workspace.name)):
+        if decision.candidate.startswith(start):
+            run = f", run {decision.run_id}" if decision.run_id else ""
+            raise BundleError(
+                f"bundle {decision.candidate[:12]}",
+                f"was not kept: decision {decision.number} on dataset version {decision.dataset['version']} is "
+                f"{decision.verdict}{run}",
+                "a registered bundle, or the one in models/candidate",
+                f"See decisions/{decision.number:06d}.html and `visionloop runs`.",
+            )
 
 
 def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:
