@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
+from visionloop.data.known_store import check_entry
 from visionloop.data.manifest import (
     iterate_part,
     iterate_version,
@@ -107,8 +108,9 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
 
     Raises:
         DatasetError: it names neither, or several. PromotionError: there is no such ledger entry.
-        BundleError: the bundle is not in the store, or damaged.
+        BundleError: the bundle is not in the store, or damaged. StoreError: it lacks the last ledger entry seen.
     """
+    check_entry(workspace)  # a ledger that is away, or damaged, would name another champion or none
     path = Path(what).expanduser()
     if what == "candidate" or (path / DIGESTS).is_file():
         bundle = load_bundle(workspace.settings.candidate_dir if what == "candidate" else path)
