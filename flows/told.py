@@ -5,10 +5,11 @@ failed stands beside it, under a key of its own: a success does not hide it, and
 
 A run whose process is gone cannot say so. It bears the mark of its process as a tag, and the next run that starts, of
 any flow of the workspace on that machine, closes it. On other machines the mark says nothing. There Prefect's own
-heartbeat does: a run tells the server every three minutes that it lives, and one that missed six in a row is closed by
-the next run of any flow of that name. Only times at which the server has received something are compared, so no clock
-of a machine counts. A run that was closed by mistake (it could not reach the server for so long) goes on, and ends in
-Prefect as what it is.
+heartbeat does: a run tells the server every three minutes that it lives, and one that missed six is closed by the next
+run of any flow of that name. One is missed where the server has received one of another run, after it was due. So a
+server that was away, and has heard nobody, closes nothing. Only times at which the server has received something are
+compared, so no clock of a machine counts. A run that was closed by mistake (its machine could not reach the server, and
+others could) goes on, and ends in Prefect as what it is.
 """
 
 import base64
@@ -17,7 +18,9 @@ import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from uuid import UUID
 
@@ -34,7 +37,13 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
-from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.events.filters import (
+    EventFilter,
+    EventNameFilter,
+    EventOccurredFilter,
+    EventOrder,
+    EventResourceFilter,
+)
 from prefect.events.schemas.events import ReceivedEvent
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging.loggers import flow_run_logger
@@ -56,7 +65,8 @@ STARTS_WITHIN = timedelta(minutes=10)  # what `visionloop schedule` has handed t
 BEAT = "prefect.flow-run.heartbeat"
 BEGINS = ["prefect.flow-run.Pending", "prefect.flow-run.Running"]
 MISSED_BEATS = 6
-EVENTS_READ = 50
+EVENTS_READ = 50  # Prefect gives no more at a time
+FAR = datetime(3000, 1, 1, tzinfo=UTC)
 MOST_IMAGE_BYTES = 300_000
 SHOWN_CHARS = 300
 TODO = {
@@ -155,32 +165,50 @@ def close_left(client: SyncPrefectClient, home: Path, *, now: datetime) -> list[
     open_state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_TYPES))
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, _read_name(home)]), state=open_state)
     found = client.read_flow_runs(flow_run_filter=ours)
-    left = [run for run in found if is_left(run, home, now) or is_silent(client, run, now)]
+    left = [run for run in found if is_left(run, home, now) or is_silent(client, run)]
     return [f"closed in Prefect, its process was gone: run {run.id}" for run in left if _close(client, run.id)]
 
 
-def is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
+def is_silent(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Say whether a run, of any machine, has missed so many heartbeats that its process must be gone.
 
+    Each that is missed has its proof: a heartbeat of another run, which the server has received in its place, one
+    interval or more after the proof before. A run that lives is heard within an interval after a server is back.
     Of one that has begun (again) since its last heartbeat, or that never had one, nothing is known: False.
     """
     every_s = get_current_settings().flows.heartbeat_frequency
     if run.state is None or run.state.is_pending() or every_s is None:
         return False
-    its_own = EventResourceFilter(id=[f"prefect.flow-run.{run.id}"])
-    last = read_newest(client, now, resource=its_own, event=EventNameFilter(name=[BEAT, *BEGINS]))
-    newest = read_newest(client, now)
-    if last is None or newest is None or last.event != BEAT:
+    own = EventResourceFilter(id=[f"prefect.flow-run.{run.id}"])
+    events = read_events(client, resource=own, event=EventNameFilter(name=[BEAT, *BEGINS]))
+    last = max(events, key=lambda event: event.received, default=None)
+    if last is None or last.event != BEAT:
         return False
-    return newest.received - last.received > MISSED_BEATS * timedelta(seconds=every_s)
+    interval = max(timedelta(seconds=every_s), _read_interval(events))
+    due = last.received + 1.5 * interval
+    for _ in range(MISSED_BEATS):
+        others = read_events(client, since=due, order=EventOrder.ASC, event=EventNameFilter(name=[BEAT]))
+        proof = min((one.received for one in others if one.received >= due), default=None)
+        if proof is None:
+            return False
+        due = proof + interval
+    return True
 
 
-def read_newest(client: SyncPrefectClient, now: datetime, **which: Any) -> ReceivedEvent | None:
-    """Return the newest event that the server has received, of some kind or of any."""
-    until = {"until": now + timedelta(days=1)}  # by the clock of whoever told it, which may be ahead of ours
-    asked = EventFilter(occurred=EventOccurredFilter.model_validate(until), **which)
-    page = client.read_events(asked, limit=EVENTS_READ)
-    return max(page.events, key=lambda event: event.received, default=None)
+def _read_interval(events: Sequence[ReceivedEvent]) -> timedelta:
+    """Return how far apart the heartbeats of a run are, by its own clock: its machine may be set otherwise."""
+    told = sorted(event.occurred for event in events if event.event == BEAT)
+    return median([after - before for before, after in pairwise(told)] or [timedelta()])
+
+
+def read_events(client: SyncPrefectClient, since: datetime | None = None, **which: Any) -> list[ReceivedEvent]:
+    """Return at most 50 events of some kind, by default the newest. No clock hides one: that of its machine may be off.
+
+    Those that have occurred in an outage come later than they say, so `since` alone is no proof of `received`.
+    """
+    occurred = {"until": FAR, **({"since": since} if since else {})}
+    asked = EventFilter(occurred=EventOccurredFilter.model_validate(occurred), **which)
+    return client.read_events(asked, limit=EVENTS_READ).events
 
 
 def is_left(run: FlowRun, home: Path, now: datetime) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop.bundle import DIGESTS, load_bundle, load_run_note
+from visionloop.data.known_store import check_entry
 from visionloop.data.manifest import latest_version, list_versions, load_version
 from visionloop.data.parts import hold_version, iterate_version, make_part_key
 from visionloop.data.rows import iterate_part
@@ -102,8 +103,9 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
 
     Raises:
         DatasetError: it names neither, or several. PromotionError: there is no such ledger entry.
-        BundleError: the bundle is not in the store, or damaged.
+        BundleError: the bundle is not in the store, or damaged. StoreError: it lacks the last ledger entry seen.
     """
+    check_entry(workspace)  # a ledger that is away, or damaged, would name another champion or none
     path = Path(what).expanduser()
     if what == "candidate" or (path / DIGESTS).is_file():
         bundle = load_bundle(workspace.settings.candidate_dir if what == "candidate" else path)
@@ -120,7 +122,27 @@ def trace(workspace: Workspace, what: str) -> ModelOrigin | ImagePath:
         bundles = [digest for digest in _list_bundles(workspace.store) if digest.startswith(what)]
         if len(bundles) == 1:
             return trace_model(workspace, bundles[0], _load_card(workspace.store, bundles[0]))
+        if not bundles:
+            with contextlib.suppress(VisionLoopError):
+                candidate = load_bundle(workspace.settings.candidate_dir)
+                if candidate.digest.startswith(what):
+                    return trace_model(workspace, candidate.digest, candidate.card)
+            _tell_not_kept(workspace, what)
     return trace_image(workspace, _find_image(workspace, what))
+
+
+def _tell_not_kept(workspace: Workspace, start: str) -> None:
+    """Raise BundleError with what is known of a candidate that was judged and not promoted, if one begins so."""
+    for decision in reversed(read_decisions(workspace.store, workspace.name)):
+        if decision.candidate.startswith(start):
+            run = f", run {decision.run_id}" if decision.run_id else ""
+            raise BundleError(
+                f"bundle {decision.candidate[:12]}",
+                f"was not kept: decision {decision.number} on dataset version {decision.dataset['version']} is "
+                f"{decision.verdict}{run}",
+                "a registered bundle, or the one in models/candidate",
+                f"See decisions/{decision.number:06d}.html and `visionloop runs`.",
+            )
 
 
 def trace_model(workspace: Workspace, digest: str, card: Card) -> ModelOrigin:

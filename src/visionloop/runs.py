@@ -92,10 +92,14 @@ def as_one_run(workspace: Workspace, dataset: dict[str, Any]) -> Iterator[str | 
     except LeaseLost:
         status = None  # who has taken over goes on in the same run, or has closed it
         raise
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: as the training's own run
+        status = "KILLED"
+        raise
     finally:
         if run_id and status:
             with contextlib.suppress(VisionLoopError):
-                _show_training(workspace, run_id)
+                if status == "FINISHED":  # or the candidate may be that of a retrain before
+                    _show_training(workspace, run_id)
                 tracking.close_run(run_id, status)
 
 

@@ -343,7 +343,8 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
 
     `again`: it is the verdict of an earlier run, and nothing has changed since.
     """
-    from visionloop.promotion.gate import find_held, list_advice
+    from visionloop.promotion.advice import list_advice
+    from visionloop.promotion.gate import find_held
 
     held = find_held(verdict, rules)
     named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""

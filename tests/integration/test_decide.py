@@ -210,7 +210,7 @@ def test_a_champion_that_is_not_whole_in_the_store_is_replaced_only_by_a_persons
     assert waiting.rules[0].rule == "champion_runs"
     assert "is not whole in" in waiting.rules[0].found
     assert [r.rule for r in waiting.rules] == ["champion_runs"], "`first: no champion yet` would be wrong"
-    with pytest.raises(NotPromoted, match="decision 1 is waiting"):
+    with pytest.raises(NotPromoted, match=r"decision 1 is waiting .*`visionloop approve .*The champion stays\.$"):
         require_passed(world.store, "fake", candidate)
     passed = give_word(world, why="the disk is gone")
     assert (passed.number, passed.verdict) == (2, "passed")
@@ -346,6 +346,9 @@ def test_few_test_images_are_inconclusive_and_say_how_many_are_missing(world, tm
     assert (decision.verdict, get_rule(decision, "better").passed) == ("inconclusive", True)
     assert rule.found == "80 test images to compare on"
     assert rule.expected == "at least 100 and 10 of each class: about 20 more test images, or a lower gate.min_images"
+    advice = r"The champion stays\. Ingest more images, of more groups .*; or lower `gate\.min_images`\.$"
+    with pytest.raises(NotPromoted, match=rf"decision 1 is inconclusive \(min_images: .*{advice}"):
+        require_passed(world.store, "fake", decision.candidate)
 
 
 def test_a_model_that_answers_no_numbers_is_named(world, tmp_path, monkeypatch):

@@ -281,7 +281,10 @@ def test_the_champions_own_run_is_the_source_also_where_it_took_its_network_from
     ear = Ear()
     note = place.with_train(threshold=0.7).train(ear)
     assert ear.epochs == [] and note.extra["network_of"] == taken.run_id
-    assert run_of(place, note.run_id)["metrics"] == run_of(place, taken.run_id)["metrics"]
+    figures = run_of(place, note.run_id)["metrics"]
+    assert figures == run_of(place, taken.run_id)["metrics"]
+    assert [step for step, found in sorted(figures.items()) if "val/loss" in found] == [1, 2]
+    assert note.run_id not in (first.run_id, taken.run_id)
 
 
 def test_a_warm_start_takes_its_network_again_too_also_where_it_is_the_champion_now(place: Place) -> None:

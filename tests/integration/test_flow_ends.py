@@ -189,51 +189,6 @@ def waited(minutes: int) -> State[Any]:
     return state
 
 
-def beat(minutes: float, event: str = "prefect.flow-run.heartbeat") -> Any:
-    return types.SimpleNamespace(event=event, received=NOW - timedelta(minutes=minutes))
-
-
-@pytest.mark.parametrize(
-    ("state", "events", "every_s", "is_silent"),
-    [
-        (Running(), ([beat(18.1)], [beat(0)]), 180, True),
-        (Cancelling(), ([beat(60), beat(57)], [beat(0), beat(1)]), 180, True),
-        (Running(), ([beat(17.9)], [beat(0)]), 180, False),
-        (Running(), ([beat(60), beat(2)], [beat(0)]), 180, False),
-        # Whoever beats less often is waited for longer; where none beats at all, nothing is known.
-        (Running(), ([beat(60)], [beat(0)]), 900, False),
-        (Running(), ([beat(60)], [beat(0)]), None, False),
-        # Begun again, by a process that has not beaten yet; never begun; a server that has heard nobody since.
-        (Running(), ([beat(60), beat(30, "prefect.flow-run.Running")], [beat(0)]), 180, False),
-        (Pending(), ([beat(60)], [beat(0)]), 180, False),
-        (Running(), ([], [beat(0)]), 180, False),
-        (Running(), ([beat(60)], [beat(59)]), 180, False),
-        (Running(), ([beat(60)], []), 180, False),
-    ],
-)
-def test_a_run_is_silent_when_the_server_has_missed_six_heartbeats(
-    monkeypatch: pytest.MonkeyPatch,
-    state: State[Any],
-    events: tuple[list[Any], list[Any]],
-    every_s: int | None,
-    is_silent: bool,
-) -> None:
-    """`events`: the run's own ones, and the newest of all."""
-    told = Kept(monkeypatch).told
-    settings = types.SimpleNamespace(flows=types.SimpleNamespace(heartbeat_frequency=every_s))
-    monkeypatch.setattr(told, "get_current_settings", lambda: settings)
-
-    class Client:
-        def read_events(self, asked: Any, limit: int) -> Any:
-            assert asked.occurred.until == NOW + timedelta(days=1), "a clock that is ahead hides no heartbeat"
-            of_run = asked.resource is not None
-            assert not of_run or asked.resource.id == ["prefect.flow-run.7"]
-            return types.SimpleNamespace(events=events[0] if of_run else events[1])
-
-    run = types.SimpleNamespace(id="7", state=state)
-    assert told.is_silent(Client(), run, NOW) is is_silent
-
-
 @pytest.mark.parametrize(
     ("run", "is_left"),
     [

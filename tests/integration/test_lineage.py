@@ -9,8 +9,9 @@ import pytest
 
 from desks import Desk
 from visionloop.bundle import load_bundle, upload_bundle
+from visionloop.data.known_store import remember_entry
 from visionloop.data.manifest import latest_version, make_image_key, make_pin
-from visionloop.errors import BundleError, DatasetError, PromotionError
+from visionloop.errors import BundleError, DatasetError, PromotionError, StoreError
 from visionloop.lineage import ImagePath, ModelOrigin, describe_origin, describe_path, trace
 from visionloop.records import ImageRecord
 from workspaces import commit, store_image
@@ -119,6 +120,38 @@ def test_a_candidate_that_was_not_promoted_is_remembered_by_its_decision(tmp_pat
     shutil.rmtree(desk.world.settings.candidate_dir)  # the next training starts
     marks = {use.bundle: use.marks for use in forward(desk, record.sha256).uses}
     assert marks[digest] == ("not kept; decision 2: refused",)
+    with pytest.raises(BundleError) as caught:
+        trace(desk.place, digest[:12])
+    assert str(caught.value) == (
+        f"bundle {digest[:12]}: was not kept: decision 2 on dataset version 1 is refused; expected a registered "
+        "bundle, or the one in models/candidate. See decisions/000002.html and `visionloop runs`."
+    )
+    again = desk.judge(POOR, floors={"accuracy": 0.999})
+    assert back(desk, again[:12]).decisions[0].verdict == "refused", "as long as it is the candidate"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "does not hold ledger entry 2 of fake as it was seen: it is damaged"),
+        (b'{"number": 2', "does not hold ledger entry 2 of fake as it was seen: it is damaged"),
+        (b'{"number": 2}', "does not hold ledger entry 2 of fake as it was seen: this is another ledger"),
+        (None, "does not hold ledger entry 2 of fake (the last one there is 1)"),
+    ],
+)
+def test_a_ledger_that_was_damaged_names_no_champion_of_before(tmp_path: Path, data: bytes | None, said: str) -> None:
+    desk = Desk(tmp_path)
+    desk.crown(GOOD)
+    desk.crown(POOR)
+    remember_entry(desk.place)
+    assert back(desk, "champion").entries[-1].number == 2
+    desk.store.delete("ledger/fake/000002.json")
+    if data is not None:
+        desk.store.put("ledger/fake/000002.json", data)
+    with pytest.raises(StoreError) as caught:
+        trace(desk.place, "champion")
+    assert said in str(caught.value)
+    assert ("Restore it from the store's backup." in str(caught.value)) == said.endswith("damaged")
 
 
 @pytest.mark.parametrize(

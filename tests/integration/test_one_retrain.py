@@ -1,5 +1,6 @@
 """One retrain of a name at a time, as the chain of steps has it: who dies is replaced, and who is replaced ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from desks import NOW, Desk
 from memory_tracking import MemoryTracking
 from visionloop import pipeline, retrain
 from visionloop.errors import DatasetError, LeaseHeld, LeaseLost, PipelineError, TrackingError, VisionLoopError
+from visionloop.lifetime import Terminated
 from visionloop.promotion.ledger import read_champion
 from visionloop.promotion.promote import register
 from visionloop.records import canonical_json
@@ -24,6 +26,7 @@ from visionloop.runs import as_one_run
 from visionloop.store import LocalStore, ObjectStore
 from visionloop.store.lease import Claim, make_claim, take_lease
 from visionloop.tracking import PARENT_TAG, RETRAIN_TAG
+from worlds import write_note
 
 HOLD = """
 import sys, time
@@ -231,3 +234,26 @@ def test_a_lease_that_is_lost_leaves_the_run_to_who_has_it(desk: Desk) -> None:
     with pytest.raises(TrackingError), as_one_run(desk.place, dataset) as again:
         raise TrackingError("MLflow", "away")
     assert (again, desk.tracking.load_run(run).status) == (run, "FAILED")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "shown"),
+    [
+        (None, "FINISHED", {"test/accuracy": 0.5}),
+        (Terminated(), "KILLED", {}),
+        (KeyboardInterrupt(), "KILLED", {}),
+        (PipelineError("stage prepare", "failed", "a finished stage"), "FAILED", {}),
+    ],
+)
+def test_a_retrain_that_is_stopped_is_killed_as_its_training_is_and_shows_no_candidate_of_before(
+    desk: Desk, end: BaseException | None, status: str, shown: dict[str, float]
+) -> None:
+    before = desk.tracking.open_run("before", run_id=None, tags={}, params={})
+    desk.tracking.log_metrics(before, {"test/accuracy": 0.5})
+    write_note(desk.world.settings.runs_dir, desk.world.write_candidate(seed=1), before)
+    with contextlib.suppress(KeyboardInterrupt, PipelineError), as_one_run(desk.place, desk.world.pin.to_json()) as run:
+        if end:
+            raise end
+    assert run is not None
+    found = desk.tracking.load_run(run)
+    assert (found.status, found.metrics) == (status, shown)

@@ -19,6 +19,7 @@ class MemoryTracking(Tracking):
         self.uri = uri
         self.down = False
         self.runs: dict[str, dict[str, Any]] = {}
+        self.num_opened = 0  # of a run that a test deletes the id is not given again
         self.versions: dict[str, str] = {}
         self.version_tags: dict[str, dict[str, str]] = {}
         self.champion: str | None = None
@@ -32,7 +33,8 @@ class MemoryTracking(Tracking):
     def open_run(self, run_name: str, *, run_id: str | None, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
         self._reach()
         if run_id not in self.runs:
-            run_id = f"{len(self.runs) + 1:032x}"
+            self.num_opened += 1
+            run_id = f"{self.num_opened:032x}"
             self.runs[run_id] = {
                 "name": run_name,
                 "params": {key: str(value) for key, value in params.items()},

@@ -113,6 +113,10 @@ def hold(rule: str, value: float | None = None, line: float | None = None, **mor
 EQUAL_PASSES = "with `gate.rule: no_worse` an equal one passes, from 133 test images on for a margin of 2 points."
 MORE_IMAGES = "Ingest more images, of more groups where they are grouped; or lower `gate.min_images`."
 
+SIMPLE_HEAD = (
+    "Run `visionloop evaluate` with `evaluate.baseline_images` above 0, then `visionloop gate`; with fewer than six "
+    "groups of test images set `gate.baseline: {heads: dry_run}`."
+)
 ONLY_IMAGES = "Ingest more images, of more groups where they are grouped."
 
 
@@ -121,15 +125,18 @@ ONLY_IMAGES = "Ingest more images, of more groups where they are grouped."
     [
         ([hold("better", 0.01, 0.0)], f"More test images would tell; {EQUAL_PASSES}"),
         ([hold("better", 0.0, 0.0)], f"Train on more images or with other params; {EQUAL_PASSES}"),
+        ([hold("better", -0.03, 0.0)], "Train on more images or with other params."),  # nor is it nearly equal
         ([hold("better")], "It is the champion already: there is nothing to do."),
         ([hold("no_worse", -0.01, -0.02)], "More test images would tell, or a larger `gate.margin`."),
         (
             [hold("no_worse", -0.03, -0.02)],
             "Train on more images or with other params, or set a larger `gate.margin`.",
         ),
-        ([hold("min_images", 36, 100)], MORE_IMAGES),
+        ([hold("min_images", 36, 100)], ONLY_IMAGES),
+        ([hold("min_images", 36, 100, expected="at least 100 ... or a lower gate.min_images")], MORE_IMAGES),
+        ([hold("new_class", 0.0, 0.5)], "Ingest more images of the class, or set `gate.new_class: {mode: off}`."),
         (
-            [hold("new_class", 0.0, 0.5)],
+            [hold("new_class", 1.0, 0.5, expected="more ..., a lower `gate.min_images.per_class`, or")],
             "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or "
             "set `gate.new_class: {mode: off}`.",
         ),
@@ -140,6 +147,9 @@ ONLY_IMAGES = "Ingest more images, of more groups where they are grouped."
             [hold("floor accuracy", 0.9, 0.8)],
             "It has no interval yet: more test images give one, or set `bound: value`.",
         ),
+        ([hold("floor accuracy", 0.7, 0.8)], "It has no interval yet: more test images give one."),
+        ([hold("floor brier", 0.7, 0.8)], "It has no interval yet: more test images give one, or set `bound: value`."),
+        ([hold("simple_head")], SIMPLE_HEAD),
         (
             [hold("champion_runs"), hold("log_loss", mode="dry_run"), hold("min_images", 9, 100), hold("better", 1, 0)],
             ONLY_IMAGES,

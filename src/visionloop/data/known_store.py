@@ -27,6 +27,8 @@ WAY_OUT = (
     "Mount it or correct VISIONLOOP_STORE; a store that was moved is known again when all of it is at the new address. "
     "To go on with this one as it is: `visionloop store accept`."
 )
+DAMAGED = " as it was seen: it is damaged"
+RESTORE = "Restore it from the store's backup. To go on as if it were not there: `visionloop store accept`."
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,17 @@ def accept_store(workspace: Workspace) -> list[str]:
     return given_up
 
 
-def _check_entry(workspace: Workspace) -> None:
-    entries = _list_entries(workspace.store, workspace.name)
+def check_entry(workspace: Workspace) -> None:
+    """Refuse a store without the last ledger entry seen, as it was; nothing is remembered. Raises StoreError."""
     seen = _load_seen(workspace.settings, workspace.name)
+    entries = _list_entries(workspace.store, workspace.name) if seen else {}
     if seen and (how := _find_lost_entry(workspace.store, seen, entries)):
-        raise _make_lost_error(workspace, f"ledger entry {seen.entry} of {workspace.name}{how}")
+        todo = RESTORE if how == DAMAGED else WAY_OUT
+        raise _make_lost_error(workspace, f"ledger entry {seen.entry} of {workspace.name}{how}", todo)
+
+
+def _check_entry(workspace: Workspace) -> None:
+    check_entry(workspace)
     remember_entry(workspace)
 
 
@@ -138,7 +146,13 @@ def _find_lost_entry(store: ObjectStore, seen: Seen, entries: Mapping[int, str])
         return None
     if seen.entry not in entries:
         return f" (the last one there is {max(entries)})" if entries else " (it has none)"
-    return None if _hash(store, entries[seen.entry]) == seen.sha256 else " as it was seen: this is another ledger"
+    if _hash(store, entries[seen.entry]) == seen.sha256:
+        return None
+    try:
+        is_entry = json.loads(store.get(entries[seen.entry]))["number"] == seen.entry
+    except (ValueError, TypeError, KeyError):
+        is_entry = False
+    return " as it was seen: this is another ledger" if is_entry else DAMAGED
 
 
 def _hash(store: ObjectStore, key: str) -> str:
@@ -173,12 +187,12 @@ def _is_damaged(workspace: Workspace) -> bool:
         return True
 
 
-def _make_lost_error(workspace: Workspace, what: str) -> StoreError:
+def _make_lost_error(workspace: Workspace, what: str, todo: str = WAY_OUT) -> StoreError:
     store = workspace.store
     where = f"store {mask(store.url)}"
     if isinstance(store, LocalStore) and not store.root.is_dir():
         where += " (there is no such folder)"
-    return StoreError(where, f"does not hold {what}", "the store that this workspace has used", WAY_OUT)
+    return StoreError(where, f"does not hold {what}", "the store that this workspace has used", todo)
 
 
 def _name_version(pin: Pin) -> str:

@@ -15,6 +15,7 @@ from visionloop.errors import shorten
 from visionloop.evaluation.resampling import count_keys, describe_images, find_t_quantile
 from visionloop.params import Gate
 from visionloop.params.gate import Drop
+from visionloop.promotion.advice import LOWER
 from visionloop.promotion.paired import (
     MIN_KEYS,
     FloatArray,
@@ -34,33 +35,6 @@ MIN_GUESS = 30  # images from which the number that would tell can be guessed
 APPROVABLE = frozenset({APPROVAL, "champion_runs", "removed_class"})  # what a person may allow
 APPROVED = "approved by "
 WAITS = "waits for `visionloop approve --why ...` by a person"
-OTHER_MODEL = "Train on more images or with other params"
-EQUAL_PASSES = "with `gate.rule: no_worse` an equal one passes, from 133 test images on for a margin of 2 points."
-# What to do about a rule that cannot tell: while the value is above its line, and where it is not.
-ADVICE = {
-    "better": (
-        f"More test images would tell; {EQUAL_PASSES}",
-        f"{OTHER_MODEL}; {EQUAL_PASSES}",
-    ),
-    "no_worse": (
-        "More test images would tell, or a larger `gate.margin`.",
-        f"{OTHER_MODEL}, or set a larger `gate.margin`.",
-    ),
-    "baseline": ("More test images would tell whether it beats the baseline.", f"{OTHER_MODEL}."),
-    "class_drop": (
-        "Ingest more images of the class, of more groups; or see the changed answers in decisions/latest.html and set "
-        "`gate.class_drop: {mode: dry_run}`.",
-    )
-    * 2,
-    "simple_head": ("Run `visionloop evaluate`, then `visionloop gate`.",) * 2,
-    "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
-    "too_few": ("Ingest more images, of more groups where they are grouped.",) * 2,
-    "new_class": (
-        "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or set "
-        "`gate.new_class: {mode: off}`.",
-    )
-    * 2,
-}
 
 
 @dataclass(frozen=True)
@@ -133,10 +107,13 @@ def check_difference(difference: Difference, rule: str, alpha: float) -> RuleRes
     )
 
 
-def check_min_images(pair: Pair, classes: Sequence[str], known: Sequence[int], section: Gate) -> RuleResult | None:
+def check_min_images(
+    pair: Pair, classes: Sequence[str], known: Sequence[int], section: Gate, *, is_shown: bool = False
+) -> RuleResult | None:
     """Say what is missing for a comparison: images in all, or of a class, or groups. None if nothing is.
 
-    `known` are the places of the classes that both models know.
+    `known` are the places of the classes that both models know. `is_shown`: the comparison passes on so few already;
+    only then a lower number helps, and is named.
     """
     labels, least = pair.labels, section.min_images
     counts = {classes[k]: int((labels == k).sum() if labels.ndim == 1 else labels[:, k].sum()) for k in known}
@@ -146,15 +123,16 @@ def check_min_images(pair: Pair, classes: Sequence[str], known: Sequence[int], s
     if len(labels) >= least.all and not few and not groups:
         return None
     missing = max(least.all - len(labels), sum(least.per_class - number for number, _ in few))
+    keys = ["gate.min_images"] * (len(labels) < least.all) + ["gate.min_images.per_class"] * bool(few)
+    more = f": about {missing} more test images" if missing > 0 else ""
+    if more and is_shown and not groups:
+        more += f", or {LOWER}{' and '.join(keys)}"
     of = f", of them {shorten([f'{number} {name}' for number, name in few])}" if few else ""
     return RuleResult(
         rule="min_images",
         passed=None,
         found=f"{describe_images(len(labels), num_keys, 'test images')} to compare on{of}",
-        expected=(
-            f"at least {least.all} and {least.per_class} of each class{groups}"
-            f"{f': about {missing} more test images, or a lower gate.min_images' if missing > 0 else ''}"
-        ),
+        expected=f"at least {least.all} and {least.per_class} of each class{groups}{more}",
         value=float(len(labels)),
         line=float(least.all),
     )
@@ -317,27 +295,6 @@ def find_held(verdict: str, rules: Iterable[Mapping[str, Any]]) -> list[Mapping[
     """Return the rules that made a verdict other than `passed`, in their order."""
     held = [r for r in rules if r["passed"] is (False if verdict == REFUSED else None) and r.get("mode") != "dry_run"]
     return [r for r in held if verdict != INCONCLUSIVE or r["rule"] not in APPROVABLE]
-
-
-def list_advice(held: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what to do about rules that cannot tell: of several, the advice of the first two."""
-    held = list(held)
-    if {"better", "no_worse"} & {rule["rule"] for rule in held} and "min_images" in {rule["rule"] for rule in held}:
-        # Neither a lower number nor another rule helps: the comparison on so few images shows nothing.
-        held = [dict(rule, rule="too_few") if rule["rule"] == "min_images" else rule for rule in held]
-        held = [rule for rule in held if rule["rule"] not in ("better", "no_worse")]
-    return list(dict.fromkeys(filter(None, map(_advise, held))))[:2]
-
-
-def _advise(rule: Mapping[str, Any]) -> str:
-    name, value, line = rule["rule"], rule.get("value"), rule.get("line")
-    if name.startswith("floor "):
-        has_figure = "It has no interval yet: more test images give one, or set `bound: value`."
-        return "Choose another figure in `gate.floors`." if value is None else has_figure
-    if name in ("better", "no_worse") and value is None:
-        return "It is the champion already: there is nothing to do."
-    above, not_above = ADVICE.get(name, ("", ""))
-    return above if value is None or line is None or value > line else not_above
 
 
 def _compare_hits(hits: Hits, metric: str, line: float, alpha: float) -> Difference:

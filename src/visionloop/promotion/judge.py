@@ -160,13 +160,13 @@ def _compare(case: Case, champion: Scores, aligned: Aligned) -> list[RuleResult 
     pair = Pair(aligned.labels, aligned.models[0].chosen, aligned.models[1].chosen, aligned.key_n, len(classes)).take(
         rows_n
     )
-    rules.append(check_min_images(pair, classes, known, section))
     if not len(rows_n):
-        return rules
+        return [*rules, check_min_images(pair, classes, known, section)]
     alpha = spend_alpha(section.alpha, case.looks) if section.looks == "spend" else section.alpha
     draw = {"resamples": case.params.evaluate.resamples, "seed": case.params.evaluate.seed}
     difference = compute_difference(pair, section.metric, get_line(section), alpha, **draw)
-    rules.append(check_difference(difference, section.rule, alpha))
+    shown = check_difference(difference, section.rule, alpha)
+    rules += [check_min_images(pair, classes, known, section, is_shown=shown.passed is True), shown]
     by_class = {classes[k]: pair.count_class_hits(k) for k in known}
     parts = {name: hits for name, hits in by_class.items() if hits is not None}
     rules.append(check_drops("class_drop", parts, section.class_drop, section.alpha))

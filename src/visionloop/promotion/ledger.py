@@ -17,6 +17,7 @@ from typing import Any
 from visionloop.bundle import DIGESTS, Bundle
 from visionloop.errors import NotPromoted, ObjectMissing, PromotionError, StoreError
 from visionloop.parallel import map_parallel
+from visionloop.promotion.advice import list_advice
 from visionloop.promotion.entries import (
     check_follows,
     find_first,
@@ -28,7 +29,7 @@ from visionloop.promotion.entries import (
     read_record,
     write_pages,
 )
-from visionloop.promotion.gate import PASSED, REFUSED
+from visionloop.promotion.gate import INCONCLUSIVE, PASSED, REFUSED, WAITING, find_held
 from visionloop.records import Decision, LedgerEntry, RuleResult, canonical_json, compute_digest
 from visionloop.store import ObjectStore
 from visionloop.store.keys import make_number_key
@@ -311,9 +312,12 @@ def require_passed(store: ObjectStore, name: str, candidate: str, *, again: bool
     if decision.verdict == PASSED or (again and held and all(r.rule == ROLLED_BACK for r in held)):
         return decision
     told = "; ".join(f"{r.rule}: {r.found}, expected {r.expected}" for r in held)
-    todo = "The champion stays. Train on more images or with other params, then run `visionloop gate`."
-    if decision.verdict == REFUSED and all(r.rule == ROLLED_BACK for r in held):
-        todo = "The champion stays."
+    todo = "Train on more images or with other params, then run `visionloop gate`."
+    if decision.verdict == INCONCLUSIVE:
+        todo = " ".join(list_advice(find_held(INCONCLUSIVE, [rule.to_json() for rule in held])))
+    elif decision.verdict == WAITING or all(r.rule == ROLLED_BACK for r in held):
+        todo = ""  # the rule says what a person can do
+    todo = f"The champion stays. {todo}".strip()
     raise NotPromoted(where, f"decision {decision.number} is {decision.verdict} ({told})", "one that passed", todo)
 
 

@@ -10,6 +10,7 @@ from visionloop.evaluation.baselines import MAJORITY, Baseline
 from visionloop.evaluation.resampling import IntArray, compute_key_interval, count_keys, sum_keys
 from visionloop.params import Gate
 from visionloop.params.gate import LOWER_IS_BETTER, Floor, Latency
+from visionloop.promotion.advice import LOWER
 from visionloop.promotion.gate import percent, points
 from visionloop.promotion.paired import MIN_KEYS, Hits
 from visionloop.records import Interval, RuleResult
@@ -58,7 +59,7 @@ def check_baseline(accuracy: Interval, share: float, told: str, section: Gate) -
     low, high = accuracy.low, accuracy.high
     interval = f"{percent(low)} ... {percent(high)}" if low is not None and high is not None else "cannot be told"
     passed = True if low is not None and low > share else False if high is not None and high < share else None
-    more = "; more test images make it narrower" if passed is None else ""
+    more = "; more test images make it narrower" if passed is None and accuracy.value > share else ""
     return RuleResult(
         rule="baseline",
         passed=passed,
@@ -84,7 +85,8 @@ def check_simple_heads(baselines: Sequence[Baseline] | None, section: Gate) -> R
         return None
     if not heads:
         found = "reports/ is not about this candidate" if baselines is None else "reports/ has no head with an interval"
-        expected = "`visionloop evaluate` first, with `evaluate.baseline_images` above 0 and six groups or more"
+        expected = "`evaluate.baseline_images` above 0 and six groups or more"
+        expected = f"`visionloop evaluate` first, with {expected}" if baselines is None else expected
         return RuleResult(rule, None, found, expected, mode=mode)
     high, worst = min(heads, key=lambda pair: pair[0])
     gain, share = worst.gain, worst.accuracy.value
@@ -147,7 +149,8 @@ def check_new_classes(recalls: Mapping[str, tuple[int, int]], section: Gate) -> 
     more = f"; also {shorten([name for name in low if name != worst])}" if len(low) > 1 else ""
     images = ""
     if few and not low:
-        others = "a lower `gate.min_images.per_class`, " if number else ""
+        is_enough = all(recalls[name][1] and shares[name] >= line for name in few)  # for a lower number
+        others = f"{LOWER}`gate.min_images.per_class`, " if is_enough else ""
         images = (
             f" on at least {max(least, 1)} images: more test images of it, {others}or `gate.new_class: {{mode: off}}`"
         )

@@ -6,6 +6,7 @@ that the others cannot do without may fail three times; then all is stopped agai
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from types import FrameType
 
 from visionloop.errors import ServingError
 from visionloop.lifetime import MARK_VARIABLE, start_apart, stop_marked, stop_marked_with_us, taking_signals
+from visionloop.secrets import mask
 from visionloop.up.board import STARTING, STOPPING, UP, Board, PartState, State
 from visionloop.up.parts import Part
 from visionloop.workspace import get_now
@@ -31,6 +33,7 @@ MAX_FAILURES = 3  # of a vital part, while all is being started
 STOP_S = 15.0
 LEFT_S = 10.0  # for what the parts have left
 MAX_LOG_BYTES = 10_000_000
+ERROR_LINE = re.compile(r"([A-Za-z_][\w.]*)?(Error|Exception|error): ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Tell = Callable[[str], None]
@@ -192,7 +195,7 @@ class Supervisor:
         assert one.process is not None
         code = one.process.returncode
         how = f"was killed (signal {-code})" if code < 0 else f"ended with code {code}"
-        last = _read_last_line(one.log) if code > 0 else ""  # who was killed, or ended well, has not said why
+        last = read_reason(one.log) if code > 0 else ""  # who was killed, or ended well, has not said why
         _kill_group(one.process)  # what it had started still holds its port
         self._put_off(one, f"{how}{f': {last}' if last else ''}", now)
 
@@ -301,17 +304,21 @@ def _has_children(process: "subprocess.Popen[str]") -> bool:
         return True
 
 
-def _read_last_line(log: Path) -> str:
-    """Return the last line that a part has said, without the head that is written when it starts."""
+def read_reason(log: Path, most: int = 200) -> str:
+    """Return the line that tells why a part has ended: the last error that it has named since it was started, or its
+    last line. Prefect says 166 lines where its database cannot be reached, and ends them with "Server stopped!".
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4000))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    last = said[-1] if said and not said[-1].startswith("--- ") else ""
-    return "".join(char for char in last if char.isprintable())[:200]
+    said: list[str] = []
+    for line in lines:
+        said = [] if line.startswith("--- ") else [*said, line.strip()] if line.strip() else said
+    told = ([line for line in said if ERROR_LINE.match(line)] or said or [""])[-1]
+    return mask("".join(char for char in told if char.isprintable()))[:most]
 
 
 def _keep_log_short(log: Path) -> None:

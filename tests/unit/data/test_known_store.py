@@ -87,8 +87,12 @@ def test_an_absent_store_is_not_made_by_any_door(used: Workspace, tmp_path: Path
         (shutil.rmtree, "ledger entry 2 of pets (it has none)"),
         (lambda ledger: (ledger / "000002.json").unlink(), "ledger entry 2 of pets (the last one there is 1)"),
         (
-            lambda ledger: (ledger / "000002.json").write_text("{}"),
+            lambda ledger: (ledger / "000002.json").write_text('{"number": 2}'),
             "ledger entry 2 of pets as it was seen: this is another ledger",
+        ),
+        (
+            lambda ledger: (ledger / "000002.json").write_text("{}"),
+            "ledger entry 2 of pets as it was seen: it is damaged",
         ),
     ],
 )

@@ -206,9 +206,17 @@ def test_few_images_of_all_or_of_a_class_are_named():
     rule = check_min_images(pair, ("ant", "bee", "cat", "dog"), range(4), section)
     assert (rule.rule, rule.passed, rule.value, rule.line) == ("min_images", None, 99.0, 100.0)
     assert rule.found == "99 test images to compare on, of them 24 dog, 25 ant, 25 bee, 25 cat"
-    assert rule.expected.startswith("at least 100 and 30 of each class: about 21 more test images")
+    assert rule.expected == "at least 100 and 30 of each class: about 21 more test images"
+    rule = check_min_images(pair, ("ant", "bee", "cat", "dog"), range(4), section, is_shown=True)
+    assert rule.expected.endswith(
+        ": about 21 more test images, or a lower gate.min_images and gate.min_images.per_class"
+    )
+    one = check_min_images(pair, "abcd", range(4), Gate(min_images={"all": 99, "per_class": 25}), is_shown=True)
+    assert one.expected.endswith(": about 1 more test images, or a lower gate.min_images.per_class")
     assert check_min_images(pair, "abcd", range(4), Gate(min_images={"all": 99})) is None
     few = replace(make_pair(200, seed=0, **EQUAL), key_n=np.arange(200) % 5)
+    grouped = check_min_images(few, "abcd", range(4), Gate(min_images={"all": 300}), is_shown=True)
+    assert grouped.expected.endswith(", at least 6 groups: about 100 more test images"), "a lower number adds no group"
     rule = check_min_images(few, "abcd", range(4), Gate())
     assert rule.found == "200 test images in 5 groups to compare on"
     assert rule.expected == "at least 100 and 10 of each class, at least 6 groups"

@@ -96,6 +96,22 @@ def test_a_class_without_test_images_blocks_until_it_is_taken_as_it_is(champion_
     assert verdicts[1]["better"] is True
 
 
+@pytest.mark.parametrize(("champion_right", "is_named"), [(10, True), (36, False)])
+def test_a_lower_number_of_images_is_named_only_where_the_candidate_would_pass_with_it(champion_right, is_named):
+    labels = ["ant", "bee"] * 20
+    other = {"ant": "bee", "bee": "ant"}
+    theirs = [name if i < champion_right else other[name] for i, name in enumerate(labels)]
+    models = ((("ant", "bee"), labels), (("ant", "bee"), theirs))
+    rules, _ = judge(make_case(labels, *models))
+    assert get_rule(rules, "better").passed is (True if is_named else None)
+    lower = ", or a lower gate.min_images" * is_named
+    assert get_rule(rules, "min_images").expected == (
+        f"at least 100 and 10 of each class: about 60 more test images{lower}"
+    )
+    rules, _ = judge(make_case(labels, *models, params={"min_images": 40}))
+    assert not [rule for rule in rules if rule.rule == "min_images"], "as it says"
+
+
 def test_nothing_in_common_is_refused():
     labels = ["ant"] * 120
     found = get_verdicts(make_case(labels, (("ant", "bee"), labels), (("x", "y"), ["x"] * 120)))

@@ -73,6 +73,8 @@ def test_the_baseline_lies_below_above_or_inside_the_interval():
     ):
         assert check_baseline(compute_wilson(hits, number), share, "x", Gate()).passed is passed, (hits, number)
     assert "more test images" in check_baseline(compute_wilson(5, 5), 0.6, "x", Gate()).expected
+    behind = check_baseline(compute_wilson(2, 5), 0.6, "x", Gate())
+    assert (behind.passed, "more test images" in behind.expected) == (None, False), "they would only show that"
     few = check_baseline(Interval(1.0, None, None), 0.5, "x", Gate(baseline={"mode": "dry_run"}))
     assert (few.passed, few.mode, few.found.endswith("interval cannot be told")) == (None, "dry_run", True)
 
@@ -107,6 +109,9 @@ def test_a_network_that_a_simple_head_beats_is_told(gains, passed, named):
     assert (rule.passed, rule.mode, rule.line) == (passed, "on", 0.0)
     assert f" against 90.00 % of a simple head ({named}) on its own embeddings: " in rule.found
     assert check_simple_heads(rows, Gate()).mode == "dry_run"
+    told = [check_simple_heads(these, Gate(baseline={"heads": "on"})) for these in (None, [])]
+    needs = "`evaluate.baseline_images` above 0 and six groups or more"
+    assert [rule.expected for rule in told] == [f"`visionloop evaluate` first, with {needs}", needs]
     assert check_simple_heads(rows, Gate(baseline={"heads": "off"})) is None
 
 
@@ -165,8 +170,11 @@ def test_new_classes_are_held_against_their_own_line():
         "each class that the champion does not know found in at least 50.00 % on at least 10 images: more test images "
         "of it, a lower `gate.min_images.per_class`, or `gate.new_class: {mode: off}`"
     )
-    none = check_new_classes({"mule": (0, 0)}, Gate())
-    assert none.expected.endswith(": more test images of it, or `gate.new_class: {mode: off}`"), "0 is never enough"
+    for counts in ({"mule": (0, 0)}, {"mule": (2, 5)}, {"mule": (5, 5), "pony": (0, 0)}):
+        none = check_new_classes(counts, Gate())
+        assert none.expected.endswith(": more test images of it, or `gate.new_class: {mode: off}`"), (
+            "no lower one helps"
+        )
     low = check_new_classes({"mule": (0, 20), "pony": (5, 5)}, Gate())
     assert (low.passed, low.expected[-13:]) == (False, "least 50.00 %")
     assert check_new_classes({"mule": (0, 0)}, Gate(min_images={"per_class": 0})).passed is None

@@ -23,7 +23,7 @@ from visionloop.lifetime import MARK_VARIABLE
 from visionloop.up import supervise
 from visionloop.up.board import STOPPING, UP, Board, PartState, State, choose_port, is_free, name_server
 from visionloop.up.parts import Part, _make_prefect, ask
-from visionloop.up.supervise import Supervisor, stop_left
+from visionloop.up.supervise import Supervisor, read_reason, stop_left
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(100)")
 # A child that ignores SIGTERM, in a session of its own: as a training that a flow has started.
@@ -318,3 +318,28 @@ def test_a_champion_that_is_served_is_named_by_its_address(board: Board) -> None
         board.write(State(os.getpid(), "m", UP, "", (PartState("server", "server", "ready", url="http://x:8000"),)))
         named = {"compare runs": "visionloop ui", "ask the champion": "http://x:8000"}
         assert name_server(commands, board) == named
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "Traceback (most recent call last):\nConnectionRefusedError: [Errno 111] Connection refused\n\nERROR:    "
+            "Application startup failed. Exiting.\nServer stopped!\n",
+            "ConnectionRefusedError: [Errno 111] Connection refused",
+        ),
+        ("socket.gaierror: [Errno -2] Name or service not known\nServer stopped!\n", "socket.gaierror: [Errno -2] "),
+        ("error: serve: postgresql://ann:s3cret@db/x is away\n", "error: serve: postgresql://***@db/x is away"),
+        ("one\n  no space left\n\n", "no space left"),
+        ("ValueError: of the start before\n--- 03:00 -m prefect ...\nServer stopped!\n", "Server stopped!"),
+        ("ValueError: of the start before\n--- 03:00 -m prefect ...\n", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_the_reason_is_the_last_error_that_a_part_has_named(tmp_path: Path, said: str | None, reason: str) -> None:
+    log = tmp_path / "prefect.log"
+    if said is not None:
+        log.write_text(f"--- 02:59 -m prefect ...\n{said}")
+    found = read_reason(log)
+    assert found.startswith(reason) and bool(found) == bool(reason)
