@@ -38,7 +38,9 @@ def approve(home: Home, folder: Path, **export: Any) -> tuple[Card, Notes, Path]
     shutil.copytree(home.settings.candidate_dir, folder)
     (folder / INT8_MODEL).unlink(missing_ok=True)
     card = replace(load_bundle(home.settings.candidate_dir).card, runtimes=(FP32,), engines=None)
-    return approve_engines(home.make_quiet_job(), Bundle(folder, "unsealed", card, {})), home.notes, folder
+    kept_in = folder.with_name(f"{folder.name}-kept")
+    card = approve_engines(home.make_quiet_job(), Bundle(folder, "unsealed", card, {}), kept_in)
+    return card, home.notes, folder
 
 
 def test_a_training_writes_it_and_all_that_follows_knows_it(
