@@ -11,7 +11,9 @@ it is sealed before a label of the test side is seen. A promotion's ledger entry
 """
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.bundle import hash_file
 from visionloop.data.images import UInt8Array
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import BundleError
@@ -37,6 +40,7 @@ MOST_DIFFERENCE = 0.02  # of a probability, in fp32
 MOST_CHANGED = 0.002  # of the answers, in fp32
 MOST_RISE = 0.01  # of log loss
 DELTA = 0.05
+MOST_KEPT_BYTES = 64 << 20  # of what one engine gave: 12,000 images at 1,280 numbers each
 
 
 @dataclass
@@ -117,13 +121,13 @@ def list_engines(*, with_int8: bool) -> list[str]:
     return [name for name in names if has[name.partition(" ")[0]] and (has_bf16() or not name.endswith("bf16"))]
 
 
-def open_runtimes(predictor: Predictor) -> list[RuntimeCheck]:
+def open_runtimes(predictor: Predictor, keep: Keep | None = None) -> list[RuntimeCheck]:
     """Open the engines of this machine that the card approves of; no other is ever served.
 
     One that cannot load the model is not approved.
     """
     names = list_engines(with_int8=True)
-    return [open_runtime(predictor, name) for name in names if name in predictor.card.runtimes]
+    return [open_runtime(predictor, name, keep) for name in names if name in predictor.card.runtimes]
 
 
 def open_runtime(predictor: Predictor, name: str, keep: Keep | None = None) -> RuntimeCheck:
@@ -247,6 +251,7 @@ class KeptOutputs:
     ENGINE.npz    `about`: the graph, the runtime and the machine that gave it; by the digest of a batch: its outputs
 
     What is damaged, or of another graph or machine, is computed again, and told once. A disk that is full is told too.
+    Above MOST_KEPT_BYTES of an engine no more are kept.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
@@ -256,7 +261,7 @@ class KeptOutputs:
     def open(self, engine: str, model_bytes: bytes, open_session: Callable[[], Any]) -> "_KeptSession":
         """Return a session that runs the network only on images that it has not seen: a `Keep` of a predictor."""
         graph = hashlib.sha256(model_bytes).hexdigest()
-        about = {"graph": graph, **describe_machine(engine.partition(" ")[0])}
+        about = {"graph": graph, "code": _hash_code(), **describe_machine(engine.partition(" ")[0])}
         path = self._folder / f"{engine.replace(' ', '-')}.npz"
         known, why = _load_kept(path, about)
         if why and not self._is_told:
@@ -296,11 +301,14 @@ class _KeptSession:
             digest.update(f"{name} {images.shape} ".encode())
             digest.update(np.ascontiguousarray(images).data)
         keys = [f"{digest.hexdigest()} {name}" for name in names]
-        if not all(key in self._known for key in keys):
-            self._session = self._session or self._open_session()
-            self._known |= dict(zip(keys, self._session.run(names, inputs), strict=True))
+        if all(key in self._known for key in keys):
+            return [self._known[key] for key in keys]
+        self._session = self._session or self._open_session()
+        outputs: list[FloatArray] = self._session.run(names, inputs)
+        if sum(array.nbytes for array in (*self._known.values(), *outputs)) <= MOST_KEPT_BYTES:
+            self._known |= dict(zip(keys, outputs, strict=True))
             self._is_saved = False
-        return [self._known[key] for key in keys]
+        return outputs
 
     def save(self) -> None:
         """Write what is known, if some of it is new. Raises OSError."""
@@ -308,6 +316,12 @@ class _KeptSession:
             arrays: dict[str, Any] = {"about": np.array(json.dumps(self._about)), **self._known}
             write_through(self._path, lambda file: np.savez(file, **arrays))
             self._is_saved = True
+
+
+@functools.cache
+def _hash_code() -> str:
+    """Return the digest of the code that opens a runtime and runs it."""
+    return hash_file(Path(inspect.getfile(Predictor)))
 
 
 def _load_kept(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, FloatArray], str]:
