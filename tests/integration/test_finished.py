@@ -190,8 +190,7 @@ INT8_TOO = {"export": {"int8": "on", "most_changed": 0.5}}
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The engines whose networks are opened from here on, without OpenVINO."""
-    names: list[str] = []
-    open_it = predictor._open
+    names, open_it = list[str](), predictor._open
 
     def note(model_bytes: bytes, where: str, runtime: str, *args: Any) -> Any:
         names.append(f"{runtime} int8" if b"QuantizeLinear" in model_bytes else f"{runtime} fp32")
@@ -205,13 +204,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def find_threshold_between(bundle: Bundle, images_nhwc: Any) -> float:
     """Return a threshold that gives the image on which two engines differ most two answers."""
     ours, theirs = (predictor.Predictor(bundle, engine=n).run(images_nhwc).probs_nk[:, 1] for n in (FP32, INT8))
-    worst = int(np.abs(ours - theirs).argmax())
-    return float(ours[worst] + theirs[worst]) / 2
+    return float((ours + theirs)[np.abs(ours - theirs).argmax()]) / 2
 
 
 def test_another_threshold_runs_no_engine_and_counts_other_answers_anew(place: Place, opened: list[str]) -> None:
-    first = place.with_train(**INT8_TOO)
-    first.train()
+    (first := place.with_train(**INT8_TOO)).train()
     before = load_bundle(place.settings.candidate_dir)
     job = first.make_job()
     threshold = find_threshold_between(before, job.prepared.read(engines.find_unseen(job)))
@@ -244,13 +241,11 @@ def test_a_stop_in_the_checks_of_engines_repeats_no_epoch_and_no_check_that_was_
     assert stopped.said("stopped after the last epoch; the same command goes on with making the bundle")
     assert opened == [FP32, FP32, INT8], "for the reference embeddings, and for the check"
     opened.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(engines, "quantise", None)
-        note = wished.train(ear := Ear())
+    monkeypatch.setattr(engines, "quantise", None)
+    note = wished.train(ear := Ear())
     assert ear.epochs == []
     assert opened == [FP32, FP32], "for the reference embeddings, and to check the whole bundle"
-    shutil.rmtree(place.settings.work_dir("train"))
-    assert wished.train().bundle == note.bundle
+    assert load_bundle(place.settings.candidate_dir).digest == note.bundle
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', "null", None])
