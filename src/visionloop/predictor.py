@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,7 @@ FloatArray = NDArray[np.float32]
 # A model's answers: a class for each image (n,), or for multilabel a bool for each image and class (n, k).
 Choices = NDArray[np.int64] | NDArray[np.bool_]
 Answer = TypeVar("Answer")
+Keep = Callable[[str, bytes, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,11 @@ def join_outputs(parts: Sequence[Outputs]) -> Outputs:
 class Predictor:
     """One loaded model. Thread-safe. Create it after a fork, not before."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, engine: str = FP32) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, engine: str = FP32, keep: Keep | None = None) -> None:
         """Load the model of a checked bundle; `threads` 0 means all cores. Raises BundleError.
 
-        `engine` is one of ENGINES: a runtime and a precision. A graph in int8 is a file of its own.
+        `engine` is one of ENGINES: a runtime and a precision. A graph in int8 is a file of its own. `keep`: what
+        opens the network, or knows what it gave for the same images before.
         """
         where = f"bundle {bundle.digest[:12]}"
         check_card(bundle.card, where)
@@ -93,10 +96,8 @@ class Predictor:
         if not (bundle.folder / file).is_file():
             raise BundleError(where, f"has no {file}", "the graph that is asked for")
         model_bytes = (bundle.folder / file).read_bytes()
-        if runtime == "openvino":
-            self._session: Any = _open_openvino(model_bytes, where, "bf16" if precision == "bf16" else "fp32", threads)
-        else:
-            self._session = open_session(model_bytes, where, threads)
+        open_it = partial(_open, model_bytes, where, runtime, "bf16" if precision == "bf16" else "fp32", threads)
+        self._session = keep(engine, model_bytes, open_it) if keep else open_it()
         self.bundle, self.engine = bundle, engine
         self._reference_rd = _load_reference(bundle, where) if get_limit(bundle.card, "distance") is not None else None
 
@@ -164,14 +165,13 @@ class Predictor:
         classes, chosen = self.card.classes, self.choose(outputs.probs_nk)
         confidence_n = compute_confidence(outputs.probs_nk, chosen)
         names = name_choices(chosen, classes)
-        several = chosen.ndim == 2
         distance_n = outputs.distance_n if outputs.distance_n is not None else [None] * len(names)
         return [
             Prediction(
                 prediction=LABEL_SEPARATOR.join(labels),
                 probabilities={c: float(p) for c, p in zip(classes, probs_k, strict=True)},
                 confidence=float(confidence),
-                labels=labels if several else None,
+                labels=labels if chosen.ndim == 2 else None,
                 abstained=describe_doubt(float(confidence), distance, self.card) if abstained else None,
             )
             for labels, probs_k, confidence, abstained, distance in zip(
@@ -319,11 +319,7 @@ class Embedder:
 
     def __init__(self, model: Path, *, runtime: str = "onnxruntime", precision: str = "fp32", threads: int = 0) -> None:
         """Load a model with the output `embedding`; `threads` 0 means all cores. Raises BundleError, ParamsError."""
-        model_bytes = model.read_bytes()
-        if runtime == "openvino":
-            self._session: Any = _open_openvino(model_bytes, model.name, precision, threads)
-        else:
-            self._session = open_session(model_bytes, model.name, threads)
+        self._session = _open(model.read_bytes(), model.name, runtime, precision, threads)
 
     def embed(self, images_nhwc: UInt8Array) -> FloatArray:
         """Map any number of images (n, h, w, 3) to embeddings (n, d), in slices of limited memory."""
@@ -332,6 +328,12 @@ class Embedder:
         slices = [images_nhwc[i : i + step] for i in range(0, len(images_nhwc), step)]
         parts = [self._session.run(["embedding"], {"images": images})[0] for images in slices]
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def _open(model_bytes: bytes, where: str, runtime: str, precision: str, threads: int) -> Any:
+    if runtime == "openvino":
+        return _open_openvino(model_bytes, where, precision, threads)
+    return open_session(model_bytes, where, threads)
 
 
 def open_session(model_bytes: bytes, where: str, threads: int) -> Any:

@@ -132,15 +132,16 @@ def move_through(path: Path, target: Path) -> None:
 
 def link_folder(folder: Path, target: Path) -> None:
     """Make a second folder of the same files, without copying their bytes where the file system has hard links."""
-
-    def link(source: str, copy: str) -> None:
-        try:
-            os.link(source, copy)
-        except OSError:
-            shutil.copyfile(source, copy)
-
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target, copy_function=link)
+    shutil.copytree(folder, target, copy_function=link_file)
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, which is not taken yet; copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _acquire(descriptor: int, folder: Path) -> None:

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from visionloop import predictor
 from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
@@ -31,8 +33,8 @@ def test_writes_what_the_served_predictor_says(world):
     digest = world.write_candidate(GOOD)
     found = evaluate(world)
     tests = [r for r in world.records if r.side == "test"]
-    predictor = Predictor.load(world.settings.candidate_dir)
-    served = predictor.predict([world.store.get(f"images/{r.sha256[:2]}/{r.sha256}") for r in tests])
+    loaded = Predictor.load(world.settings.candidate_dir)
+    served = loaded.predict([world.store.get(f"images/{r.sha256[:2]}/{r.sha256}") for r in tests])
     expected = reference.accuracy_score([r.labels[0] for r in tests], [p.prediction for p in served])
     assert found["accuracy"].value == pytest.approx(expected)
     assert 0.7 < expected < 0.95
@@ -63,7 +65,37 @@ def test_same_input_gives_same_bytes_and_other_files_stay(world):
     evaluate(world)
     assert read_outs(reports) == {**first, "notes.txt": b"mine"}
     assert {name.split("/")[0] for name in first} == set(OUTS)
-    assert list(world.settings.work_dir("evaluate").iterdir()) == [world.settings.work_dir("evaluate") / "lock"]
+    [work] = world.settings.work_dir("evaluate").glob("*/")
+    assert sorted(path.name for path in work.iterdir()) == ["done.json", "engines"]
+
+
+def test_the_same_network_with_another_card_is_run_on_no_test_image(world, monkeypatch):
+    run_on = []
+    open_it = predictor._open
+
+    class Counting:
+        def __init__(self, *args):
+            self.session = open_it(*args)
+
+        def run(self, names, inputs):
+            run_on.append(len(inputs["images"]))
+            return self.session.run(names, inputs)
+
+    monkeypatch.setattr(predictor, "_open", Counting)
+    world.write_candidate(GOOD)
+    golden = len(Predictor.load(world.settings.candidate_dir).bundle.golden_images())
+    evaluate(world)
+    before = read_outs(world.settings.reports_dir)
+    world.write_candidate(GOOD, temperature=3.0, abstain={"confidence": 0.6, "distance": None})
+    run_on.clear()
+    evaluate(world)
+    assert run_on == [golden], "only the check of the bundle"
+    taken = read_outs(world.settings.reports_dir)
+    assert taken["predictions.csv"] != before["predictions.csv"]
+    shutil.rmtree(world.settings.work_dir("evaluate"))
+    evaluate(world)
+    assert read_outs(world.settings.reports_dir) == taken, "as without what was kept"
+    assert sum(run_on) > 2 * golden + 80
 
 
 def test_reads_a_batch_at_a_time_and_reports_progress(world, monkeypatch):

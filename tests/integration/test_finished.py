@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from memory_tracking import MemoryTracking
 from shapes import visionloop
 from trainings import Ear, Place, make_place, read_json
-from visionloop.bundle import load_bundle, upload_bundle
+from visionloop import predictor
+from visionloop.bundle import Bundle, load_bundle, upload_bundle
 from visionloop.errors import DiskError, TrackingError
+from visionloop.predictor import FP32, INT8
 from visionloop.promotion.ledger import append_entry
 from visionloop.settings import load_settings
 from visionloop.store import open_store
-from visionloop.training import fit
+from visionloop.training import engines, fit
 from workspaces import NOW
 
 SAID = "this training is finished already"
@@ -179,6 +182,70 @@ def take_from(place: Place, *, ear: Ear) -> Any:
     assert ear.said(SAID)
     assert load_bundle(place.settings.candidate_dir).digest == note.bundle
     return note
+
+
+INT8_TOO = {"export": {"int8": "on", "most_changed": 0.5}}
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The engines whose networks are opened from here on, without OpenVINO."""
+    names, open_it = list[str](), predictor._open
+
+    def note(model_bytes: bytes, where: str, runtime: str, *args: Any) -> Any:
+        names.append(f"{runtime} int8" if b"QuantizeLinear" in model_bytes else f"{runtime} fp32")
+        return open_it(model_bytes, where, runtime, *args)
+
+    monkeypatch.setattr(predictor, "_open", note)
+    monkeypatch.setattr("visionloop.evaluation.runtimes.has_openvino", lambda: False)
+    return names
+
+
+def find_threshold_between(bundle: Bundle, images_nhwc: Any) -> float:
+    """Return a threshold that gives the image on which two engines differ most two answers."""
+    ours, theirs = (predictor.Predictor(bundle, engine=n).run(images_nhwc).probs_nk[:, 1] for n in (FP32, INT8))
+    return float((ours + theirs)[np.abs(ours - theirs).argmax()]) / 2
+
+
+def test_another_threshold_runs_no_engine_and_counts_other_answers_anew(place: Place, opened: list[str]) -> None:
+    (first := place.with_train(**INT8_TOO)).train()
+    before = load_bundle(place.settings.candidate_dir)
+    job = first.make_job()
+    threshold = find_threshold_between(before, job.prepared.read(engines.find_unseen(job)))
+    opened.clear()
+    other, ear = place.with_train(**INT8_TOO, threshold=threshold, abstain={"coverage": 0.5}), Ear()
+    note = other.train(ear)
+    assert (ear.epochs, opened) == ([], [FP32]), "only the last check, of the whole bundle"
+    bundle = load_bundle(place.settings.candidate_dir)
+    found, known = bundle.card.engines[INT8], before.card.engines[INT8]
+    assert (found["changed"] >= 1, found != known, found["images"], found["cosine"]) == (True, True, 8, known["cosine"])
+    shutil.rmtree(place.settings.work_dir("train"))
+    assert other.train().bundle == note.bundle
+    assert load_bundle(place.settings.candidate_dir).files == bundle.files, "as a whole training has it"
+    assert opened.count(INT8) == 1
+
+
+def test_a_stop_in_the_checks_of_engines_repeats_no_epoch_and_no_check_that_was_made(
+    place: Place, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wished, judge = place.with_train(**INT8_TOO), engines._judge
+
+    def stop(*args: Any) -> None:
+        judge(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "_judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            wished.train(stopped := Ear())
+    assert stopped.said("stopped after the last epoch; the same command goes on with making the bundle")
+    assert opened == [FP32, FP32, INT8], "for the reference embeddings, and for the check"
+    opened.clear()
+    monkeypatch.setattr(engines, "quantise", None)
+    note = wished.train(ear := Ear())
+    assert ear.epochs == []
+    assert opened == [FP32, FP32], "for the reference embeddings, and to check the whole bundle"
+    assert load_bundle(place.settings.candidate_dir).digest == note.bundle
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', "null", None])

@@ -1,5 +1,6 @@
 """The second graph: what train writes and approves, and how it goes through judging, the ledger and the server."""
 
+import errno
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from visionloop.engines import open_fastest
 from visionloop.errors import BundleError, TrainingError
 from visionloop.evaluation.evaluate import evaluate
 from visionloop.evaluation.runtimes import load_approved
+from visionloop.networks import processor
 from visionloop.networks.processor import sums_int8_exactly
 from visionloop.predictor import FP32, INT8, Predictor
 from visionloop.records import Card
@@ -32,14 +34,16 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visionloop.evaluation.runtimes.has_openvino", lambda: False)
 
 
-def approve(home: Home, folder: Path, **export: Any) -> tuple[Card, Notes, Path]:
+def approve(home: Home, folder: Path, kept_in: Path | None = None, **export: Any) -> tuple[Card, Notes, Path]:
     """Let a finished bundle be tried again as its training does it; return its card, what was told, its folder."""
     home.section["export"] = {**EXPORT, **export}
     home.notes = Notes()
     shutil.copytree(home.settings.candidate_dir, folder)
     (folder / INT8_MODEL).unlink(missing_ok=True)
     card = replace(load_bundle(home.settings.candidate_dir).card, runtimes=(FP32,), engines=None)
-    return approve_engines(home.make_quiet_job(), Bundle(folder, "unsealed", card, {})), home.notes, folder
+    kept_in = kept_in or folder.with_name(f"{folder.name}-kept")
+    card = approve_engines(home.make_quiet_job(), Bundle(folder, "unsealed", card, {}), kept_in)
+    return card, home.notes, folder
 
 
 def test_a_training_writes_it_and_all_that_follows_knows_it(
@@ -96,6 +100,34 @@ def test_the_same_images_give_the_same_bytes(champion: Home, tmp_path: Path) -> 
     cards, _, folders = zip(*(approve(home, tmp_path / name) for name in ("a", "b")), strict=True)
     assert cards[0] == cards[1]
     assert (folders[0] / INT8_MODEL).read_bytes() == (folders[1] / INT8_MODEL).read_bytes()
+
+
+def test_the_graph_is_made_once_unless_it_was_damaged_or_would_be_another_one(
+    champion: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, kept_in = fork(champion, tmp_path / "ws"), tmp_path / "kept"
+    card, _, folder = approve(home, tmp_path / "first", kept_in)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "quantise", None)
+        again, notes, taken = approve(home, tmp_path / "again", kept_in)
+    graph = (folder / INT8_MODEL).read_bytes()
+    assert (again, (taken / INT8_MODEL).read_bytes(), len(notes.lines)) == (card, graph, 1)
+    (kept_in / INT8_MODEL).unlink()  # it is a second name of the file in the bundle
+    (kept_in / INT8_MODEL).write_bytes(graph[:-1] + b"?")
+    known = processor.describe_machine("onnxruntime", "onnx")
+    for name, about in {"damaged": known, "other": {**known, "onnx": "0.1"}}.items():
+        monkeypatch.setattr(engines, "describe_machine", lambda *names, about=about: about)
+        made, notes, folder = approve(home, tmp_path / name, kept_in)
+        assert notes.lines[0].startswith("int8: makes a second graph, and compares")
+        assert (made, (folder / INT8_MODEL).read_bytes()) == (card, graph)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(engines, "link_file", refuse)
+    made, notes, folder = approve(home, tmp_path / "full", tmp_path / "none")
+    assert (made, (folder / INT8_MODEL).read_bytes()) == (card, graph)
+    assert notes.lines[1] == "int8: its graph cannot be kept (No space left on device): the next threshold takes longer"
 
 
 def test_it_is_not_tried_where_it_is_off_small_or_cannot_be_shown(champion: Home, tmp_path: Path) -> None:

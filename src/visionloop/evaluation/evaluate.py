@@ -3,6 +3,8 @@
     metrics.json  intervals.json  predictions.csv  per_class.csv  slices.csv  figures/*.png  report.html
 
 Same input, same bytes. Writes nothing else into reports/, and decides nothing: the gate does that.
+
+.visionloop/work/evaluate/<digest of the graph>/engines/   what the network gave, for the same one with another card
 """
 
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloop.bundle import load_run_note
+from visionloop.bundle import MODEL, load_run_note
 from visionloop.data.fonts import number_names
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
@@ -50,12 +52,12 @@ from visionloop.evaluation.report import (
     make_slice_table,
 )
 from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
-from visionloop.evaluation.runtimes import RuntimeCheck, describe_runtimes, open_runtimes
+from visionloop.evaluation.runtimes import KeptOutputs, RuntimeCheck, describe_runtimes, open_runtimes
 from visionloop.evaluation.slices import MEASURES, compute_slice_figures, make_slices, measure_images
 from visionloop.params import Evaluate
-from visionloop.predictor import FloatArray, Predictor
+from visionloop.predictor import FloatArray, Keep, Predictor
 from visionloop.records import Card, ImageRecord, Interval, make_natural_key
-from visionloop.workfolder import lock_work
+from visionloop.workfolder import DONE, lock_work, write_file
 from visionloop.workspace import Workspace
 
 BATCH_BYTES = 32 * 1024 * 1024
@@ -83,18 +85,22 @@ def evaluate(
     """
     settings = workspace.settings
     prepared = load_prepared(settings.prepared_dir)
-    predictor = Predictor.load(settings.candidate_dir)
-    _check_fit(predictor.card, prepared)
+    bundle = Predictor.load(settings.candidate_dir).bundle
+    _check_fit(bundle.card, prepared)
     rows_n = _find_tests(prepared)
-    seen = _look(predictor, prepared, rows_n, on_progress)
-    answers, judged = seen.answers, _judge(predictor, prepared, seen, workspace.params.evaluate)
-    metrics = dict(judged.metrics)
-    with lock_work(settings.work_dir("evaluate"), predictor.digest) as work:
-        shutil.rmtree(work)
-        (work / "figures").mkdir(parents=True)
-        _write_outs(work, predictor, prepared, seen, judged)
-        _move_outs(work, settings.reports_dir)
-        shutil.rmtree(work)
+    with lock_work(settings.work_dir("evaluate"), bundle.files[MODEL]) as work:
+        kept = KeptOutputs(work / "engines", tell)
+        with kept.saving():
+            predictor = Predictor(bundle, keep=kept.open)
+            seen = _look(predictor, prepared, rows_n, on_progress, kept.open)
+            judged = _judge(predictor, prepared, seen, workspace.params.evaluate)
+        shutil.rmtree(work / "outs", ignore_errors=True)
+        (work / "outs" / "figures").mkdir(parents=True)
+        _write_outs(work / "outs", predictor, prepared, seen, judged)
+        _move_outs(work / "outs", settings.reports_dir)
+        shutil.rmtree(work / "outs")
+        write_file(work / DONE, b"{}")
+    answers, metrics = seen.answers, dict(judged.metrics)
     tell(f"on {describe_images(len(rows_n), count_keys(answers.key_n), 'test images')}{_describe_limit(workspace)}")
     lines = [describe_baseline(baseline, metrics["accuracy"].value) for baseline in judged.baselines]
     for line in [describe_answered(predictor.card, metrics), *lines, *describe_runtimes(judged.runtimes)]:
@@ -164,11 +170,11 @@ class _Seen:
     runtimes: list[RuntimeCheck]
 
 
-def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress) -> _Seen:
+def _look(predictor: Predictor, prepared: Prepared, rows_n: IntArray, on_progress: Progress, keep: Keep) -> _Seen:
     """Run the model on some rows, in batches of limited memory, here and in the other runtimes."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // (prepared.size_hw[0] * prepared.size_hw[1] * 3)))
     records = prepared.load_records(rows_n)
-    runtimes = open_runtimes(predictor)
+    runtimes = open_runtimes(predictor, keep)
     theirs: list[list[FloatArray]] = [[] for _ in runtimes]
     outputs, measures = [], []
     for start in range(0, len(rows_n), size):

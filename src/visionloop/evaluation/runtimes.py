@@ -10,8 +10,13 @@ needs independent images: one of each group counts. Images of the training side 
 it is sealed before a label of the test side is seen. A promotion's ledger entry keeps which engines passed both.
 """
 
+import contextlib
+import functools
+import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloop.bundle import hash_file
 from visionloop.data.images import UInt8Array
 from visionloop.data.shards import IntArray, Prepared
 from visionloop.errors import BundleError
@@ -26,13 +32,15 @@ from visionloop.evaluation.calibration import make_targets
 from visionloop.evaluation.label_metrics import compute_label_losses
 from visionloop.evaluation.metrics import compute_log_losses
 from visionloop.evaluation.promises import bound_errors, count_flawless
-from visionloop.networks.processor import has_bf16
-from visionloop.predictor import ENGINES, FP32, FloatArray, Outputs, Predictor, has_openvino
+from visionloop.networks.processor import describe_machine, has_bf16
+from visionloop.predictor import ENGINES, FP32, FloatArray, Keep, Outputs, Predictor, has_openvino
+from visionloop.workfolder import write_through
 
 MOST_DIFFERENCE = 0.02  # of a probability, in fp32
 MOST_CHANGED = 0.002  # of the answers, in fp32
 MOST_RISE = 0.01  # of log loss
 DELTA = 0.05
+MOST_KEPT_BYTES = 64 << 20  # of what one engine gave: 12,000 images at 1,280 numbers each
 
 
 @dataclass
@@ -113,31 +121,38 @@ def list_engines(*, with_int8: bool) -> list[str]:
     return [name for name in names if has[name.partition(" ")[0]] and (has_bf16() or not name.endswith("bf16"))]
 
 
-def open_runtimes(predictor: Predictor) -> list[RuntimeCheck]:
+def open_runtimes(predictor: Predictor, keep: Keep | None = None) -> list[RuntimeCheck]:
     """Open the engines of this machine that the card approves of; no other is ever served.
 
     One that cannot load the model is not approved.
     """
     names = list_engines(with_int8=True)
-    return [open_runtime(predictor, name) for name in names if name in predictor.card.runtimes]
+    return [open_runtime(predictor, name, keep) for name in names if name in predictor.card.runtimes]
 
 
-def open_runtime(predictor: Predictor, name: str) -> RuntimeCheck:
+def open_runtime(predictor: Predictor, name: str, keep: Keep | None = None) -> RuntimeCheck:
     """Open a bundle's model in another engine; one that does not load it has no predictor."""
     try:
-        return RuntimeCheck(name, Predictor(predictor.bundle, engine=name))
+        return RuntimeCheck(name, Predictor(predictor.bundle, engine=name, keep=keep))
     except BundleError:
         return RuntimeCheck(name, None)
 
 
 def try_engine(
-    name: str, reference: Predictor, prepared: Prepared, rows_n: IntArray, outputs: Sequence[Outputs], *, most: float
+    name: str,
+    reference: Predictor,
+    prepared: Prepared,
+    rows_n: IntArray,
+    outputs: Sequence[Outputs],
+    *,
+    most: float,
+    keep: Keep | None = None,
 ) -> RuntimeCheck:
     """Compare an engine with `outputs`, what the reference gave for these rows, in batches of their sizes.
 
     It ends where not even twice as many images could bring the bound down to `most`: that changes no verdict.
     """
-    check, start = open_runtime(reference, name), 0
+    check, start = open_runtime(reference, name, keep), 0
     for ours in outputs:
         stop = start + len(ours.probs_nk)
         check.compare(prepared.read(rows_n[start:stop]), ours, reference)
@@ -228,3 +243,97 @@ def _compute_cosine(ours_nd: FloatArray, theirs_nd: FloatArray) -> float:
 
 def _round(value: float) -> float:
     return round(value, 3) + 0.0 if np.isfinite(value) else 99.0
+
+
+class KeptOutputs:
+    """What engines gave for batches of images, kept in a folder: it does not depend on what the card decides.
+
+    ENGINE.npz    `about`: the graph, the runtime and the machine that gave it; by the digest of a batch: its outputs
+
+    What is damaged, or of another graph or machine, is computed again, and told once. A disk that is full is told too.
+    Above MOST_KEPT_BYTES of an engine no more are kept.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        self._folder, self._tell, self._is_told = folder, tell, False
+        self._open: list[_KeptSession] = []
+
+    def open(self, engine: str, model_bytes: bytes, open_session: Callable[[], Any]) -> "_KeptSession":
+        """Return a session that runs the network only on images that it has not seen: a `Keep` of a predictor."""
+        graph = hashlib.sha256(model_bytes).hexdigest()
+        about = {"graph": graph, "code": _hash_code(), **describe_machine(engine.partition(" ")[0])}
+        path = self._folder / f"{engine.replace(' ', '-')}.npz"
+        known, why = _load_kept(path, about)
+        if why and not self._is_told:
+            self._tell(f"engines: compares their answers again: {why}")
+            self._is_told = True
+        self._open.append(_KeptSession(path, about, known, open_session))
+        return self._open[-1]
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Keep what the sessions that are opened in here compute, also where it is stopped."""
+        try:
+            yield
+        finally:
+            try:
+                for session in self._open:
+                    session.save()
+            except OSError as exc:
+                self._tell(f"engines: their answers cannot be kept ({exc.strerror}): the next threshold takes longer")
+            self._open.clear()
+
+
+class _KeptSession:
+    """An engine's session that knows what it gave before. It is opened when it is needed, or where it knows nothing."""
+
+    def __init__(
+        self, path: Path, about: Mapping[str, Any], known: dict[str, FloatArray], open_session: Callable[[], Any]
+    ) -> None:
+        self._path, self._about, self._known, self._open_session = path, about, known, open_session
+        self._session = None if known else open_session()
+        self._is_saved = True
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, UInt8Array]) -> list[FloatArray]:
+        """Return the outputs of these names."""
+        digest = hashlib.sha256()
+        for name, images in inputs.items():
+            digest.update(f"{name} {images.shape} ".encode())
+            digest.update(np.ascontiguousarray(images).data)
+        keys = [f"{digest.hexdigest()} {name}" for name in names]
+        if all(key in self._known for key in keys):
+            return [self._known[key] for key in keys]
+        self._session = self._session or self._open_session()
+        outputs: list[FloatArray] = self._session.run(names, inputs)
+        if sum(array.nbytes for array in (*self._known.values(), *outputs)) <= MOST_KEPT_BYTES:
+            self._known |= dict(zip(keys, outputs, strict=True))
+            self._is_saved = False
+        return outputs
+
+    def save(self) -> None:
+        """Write what is known, if some of it is new. Raises OSError."""
+        if not self._is_saved:
+            arrays: dict[str, Any] = {"about": np.array(json.dumps(self._about)), **self._known}
+            write_through(self._path, lambda file: np.savez(file, **arrays))
+            self._is_saved = True
+
+
+@functools.cache
+def _hash_code() -> str:
+    """Return the digest of the code that opens a runtime and runs it."""
+    return hash_file(Path(inspect.getfile(Predictor)))
+
+
+def _load_kept(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, FloatArray], str]:
+    """Return what is kept in a file, and why it is not used where there is one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            made: dict[str, Any] = json.loads(str(arrays["about"]))
+            other = sorted(key for key in about if made.get(key) != about[key])
+            if other:
+                return {}, f"what is kept of them is of another {' and '.join(other)}"
+            return {key: arrays[key] for key in arrays.files if key != "about"}, ""
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        return {}, f"{path.name} is damaged"

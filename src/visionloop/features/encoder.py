@@ -25,14 +25,13 @@ from visionloop.features.runtimes import (
     Run,
     find_accelerator,
     list_candidates,
-    list_versions,
     measure_runtimes,
     set_runtime,
 )
 from visionloop.features.view import VERSION, EncoderFacts, FloatArray, describe_crop
 from visionloop.networks.frozen import FrozenNetwork, load_frozen
 from visionloop.networks.names import BACKBONE
-from visionloop.networks.processor import MACHINE_FILE
+from visionloop.networks.processor import MACHINE_FILE, list_versions
 from visionloop.params import Train
 from visionloop.predictor import Embedder
 from visionloop.records import MAX_PIXELS, compute_digest

@@ -5,10 +5,9 @@ Dimensions: n images, d features.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,14 @@ from visionloop.data.shards import Prepared
 from visionloop.errors import BundleError, ParamsError, describe_install
 from visionloop.features.view import EncoderFacts, FloatArray
 from visionloop.networks import processor
-from visionloop.networks.processor import Measured, has_bf16, may_have_gpu, measure_once, read_cpu_name
+from visionloop.networks.processor import (
+    Measured,
+    has_bf16,
+    list_versions,
+    may_have_gpu,
+    measure_once,
+    read_cpu_name,
+)
 from visionloop.parallel import count_cores
 from visionloop.predictor import MAX_SLICE, SLICE_PIXELS, has_openvino
 
@@ -137,14 +143,3 @@ def set_runtime(facts: EncoderFacts, candidate: str) -> EncoderFacts:
     """Return the facts of the same network as a candidate runs it."""
     runtime, _, precision = candidate.partition(" ")
     return replace(facts, runtime=runtime, precision=precision)
-
-
-def list_versions(names: Sequence[str]) -> list[str]:
-    """Return the versions of packages; "none" for one that is not installed."""
-    versions = []
-    for name in names:
-        try:
-            versions.append(version(name))
-        except PackageNotFoundError:
-            versions.append("none")
-    return versions

@@ -12,9 +12,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from visionloop.parallel import count_cores
 from visionloop.workfolder import write_file
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -54,6 +56,27 @@ def sums_int8_exactly() -> bool:
 def may_have_gpu() -> bool:
     """Say whether a GPU's driver is there. Without one torch need not be asked; with one, it has the last word."""
     return any(device.exists() for device in GPU_DEVICES)
+
+
+def describe_machine(*libraries: str) -> dict[str, Any]:
+    """Return what decides, beside a graph and its input, over the last bits of what libraries compute with them."""
+    processor = [read_cpu_name(), *sorted(read_cpu_flags())]
+    return {
+        "processor": processor,
+        "threads": count_cores(),
+        **dict(zip(libraries, list_versions(libraries), strict=True)),
+    }
+
+
+def list_versions(names: Sequence[str]) -> list[str]:
+    """Return the versions of packages; "none" for one that is not installed."""
+    versions = []
+    for name in names:
+        try:
+            versions.append(version(name))
+        except PackageNotFoundError:
+            versions.append("none")
+    return versions
 
 
 def _read_cpuinfo(name: str) -> str:

@@ -2,27 +2,42 @@
 
 Both are tried before the bundle is sealed. No label is looked at, so images of the test side count.
 `evaluation.runtimes` says how, and what it shows.
+
+What costs time does not depend on thresholds: the graph in int8, and what engines give for images. It is kept beside
+the network (`KeptOutputs`; here model.int8.onnx and graph.json, what it was made of). Which answers differ, and so
+which engine may serve, is counted anew from it for each card.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from visionloop.bundle import INT8_MODEL, MODEL, Bundle
+from visionloop.bundle import INT8_MODEL, MODEL, Bundle, hash_file
 from visionloop.confidence import GOLDEN_TOLERANCE, MOST_TOLERANCE, compute_difference
 from visionloop.data.images import UInt8Array
 from visionloop.data.shards import IntArray
 from visionloop.errors import TrainingError
 from visionloop.evaluation.promises import count_flawless, keep_one_of_a_key
-from visionloop.evaluation.runtimes import DELTA, RuntimeCheck, describe_bound, describe_few, list_engines, try_engine
+from visionloop.evaluation.runtimes import (
+    DELTA,
+    KeptOutputs,
+    RuntimeCheck,
+    describe_bound,
+    describe_few,
+    list_engines,
+    try_engine,
+)
 from visionloop.networks.export import quantise
-from visionloop.networks.processor import sums_int8_exactly
+from visionloop.networks.processor import describe_machine, sums_int8_exactly
 from visionloop.predictor import ENGINES, FP32, INT8, Predictor, choose_batch_size
-from visionloop.records import Card
+from visionloop.records import Card, canonical_json
 from visionloop.training.job import Job
+from visionloop.workfolder import link_file, write_file
 
 SMALL_PIXELS = 64 * 64
 NUM_CALIBRATION, CALIBRATION_BATCH = 200, 16
@@ -33,10 +48,11 @@ ROOM = 2.1
 MARGIN = 2.0
 
 
-def approve_engines(job: Job, bundle: Bundle) -> Card:
+def approve_engines(job: Job, bundle: Bundle, kept_in: Path) -> Card:
     """Write the graph in int8 into a bundle that lacks only its card, and return the card with what may serve it.
 
     One that is there is that of this network. A graph that no engine may serve is not kept. Why there is none is told.
+    `kept_in`: the folder beside the network of what was computed for another card.
     """
     section, card, tell, graph = job.params.train.export, bundle.card, job.watcher.tell, bundle.folder / INT8_MODEL
     height, width = card.image_size
@@ -50,24 +66,61 @@ def approve_engines(job: Job, bundle: Bundle) -> Card:
         return card
     engines: dict[str, Any] = {}
     try:
-        if not graph.exists():
-            tell("int8: makes a second graph, and compares its answers with those of the first ...")
-            quantise(bundle.folder / MODEL, graph, _read_calibration(job))
+        _place_graph(job, bundle.folder, kept_in)
     except TrainingError as exc:
         tell(f"int8: {exc.found}; {'expected ' + exc.expected if exc.expected else 'there is none'}")
         engines[INT8] = {"approved": False, "why": exc.found}
-    reference = Predictor(bundle)
+    kept = KeptOutputs(kept_in, tell)
     step = choose_batch_size(job.prepared.size_hw)
-    outputs = [reference.run(job.prepared.read(rows_n[i : i + step])) for i in range(0, len(rows_n), step)]
+    with kept.saving():
+        reference = Predictor(bundle, keep=kept.open)
+        outputs = [reference.run(job.prepared.read(rows_n[i : i + step])) for i in range(0, len(rows_n), step)]
     for name in list_engines(with_int8=INT8 not in engines):
-        check = try_engine(name, reference, job.prepared, rows_n, outputs, most=section.most_changed)
-        engines[name] = found = _judge(check, section.most_changed)
+        with kept.saving():
+            check = try_engine(
+                name, reference, job.prepared, rows_n, outputs, most=section.most_changed, keep=kept.open
+            )
+            engines[name] = found = _judge(check, section.most_changed)
         verdict = "approved" if found["approved"] else f"{'LOOK: ' * (section.int8 == 'on')}not approved"
         tell(f"{name}: {verdict}: {found.get('why') or describe_bound(check, section.most_changed)}")
     approved = tuple(n for n in ENGINES if n == FP32 or engines.get(n, {}).get("approved"))
     if not any(name.endswith("int8") for name in approved):
         graph.unlink(missing_ok=True)
     return replace(card, runtimes=approved, engines=engines)
+
+
+def _place_graph(job: Job, folder: Path, kept_in: Path) -> None:
+    """Put the graph in int8 into a bundle's folder: the one that is kept, else the one there, else one that is made.
+
+    One that is there counts where nothing is kept: it came with the champion. Raises TrainingError, OSError.
+    """
+    graph, kept, facts = folder / INT8_MODEL, kept_in / INT8_MODEL, kept_in / "graph.json"
+    about = {"of": hash_file(folder / MODEL), **describe_machine("onnxruntime", "onnx")}
+    if facts.exists():
+        graph.unlink(missing_ok=True)
+        if _is_graph(kept, facts, about):
+            link_file(kept, graph)
+            return
+    if graph.exists():
+        job.watcher.tell("engines: compares their answers with those of the first graph ...")
+    else:
+        job.watcher.tell("int8: makes a second graph, and compares its answers with those of the first ...")
+        quantise(folder / MODEL, graph, _read_calibration(job))
+    try:
+        kept_in.mkdir(parents=True, exist_ok=True)
+        kept.unlink(missing_ok=True)
+        link_file(graph, kept)
+        write_file(facts, canonical_json({"about": about, "sha256": hash_file(kept)}))
+    except OSError as exc:
+        job.watcher.tell(f"int8: its graph cannot be kept ({exc.strerror}): the next threshold takes longer")
+
+
+def _is_graph(kept: Path, facts: Path, about: dict[str, Any]) -> bool:
+    """Say whether the graph that is kept is whole, and what would be made of this network here."""
+    try:
+        return bool(json.loads(facts.read_bytes()) == {"about": about, "sha256": hash_file(kept)})
+    except (OSError, ValueError):
+        return False
 
 
 def find_unseen(job: Job) -> IntArray:

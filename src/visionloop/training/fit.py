@@ -2,6 +2,7 @@
 
 .visionloop/work/train/<input key>/   run.json  memory.json  checkpoints/  training/  and when it is finished: bundle/
                                       done.json
+                      <input key>/engines/   what engines gave for images, and the graph in int8: of the network alone
                       <input key>/again/   run.json  bundle/  done.json   the same network with another card
 
 What is finished stays there until other inputs come: dvc deletes models/candidate before it runs the stage again, also
@@ -47,7 +48,8 @@ from visionloop.workfolder import DONE, link_folder, list_work, lock_work, repla
 from visionloop.workspace import Workspace
 
 AGAIN = "again"  # in the work folder: the finished network with another card, the newest one
-KEPT = frozenset({"bundle", SHOWN, DONE, "run.json", AGAIN})  # of its work folder
+ENGINES = "engines"  # there too: what was computed for the checks of engines
+KEPT = frozenset({"bundle", SHOWN, DONE, "run.json", AGAIN, ENGINES})  # of its work folder
 ENDING, NETWORK_OF = "ending", "network_of"  # of a note: how the network was packed, and the run that it comes from
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -287,7 +289,7 @@ def _pack_again(work: Path, job: Job, finished: RunNote, now: str) -> RunNote:
     run_id = open_run(again, job, network_of=finished.run_id)
     with marking_failure(job, run_id), translated():
         shutil.rmtree(again / "bundle", ignore_errors=True)
-        digest = write_bundle_again(again / "bundle", load_bundle(work / "bundle"), job)
+        digest = write_bundle_again(again / "bundle", load_bundle(work / "bundle"), job, work / ENGINES)
         _show_bundle(again / "bundle", job, run_id, digest)
         job.tracking.set_tags(run_id, {"visionloop.ended": "no epochs: the network of another run, with another card"})
     return _keep_note(again, job, RunNote(digest, run_id, None, now, 0.0, {NETWORK_OF: finished.run_id}), started)
@@ -335,7 +337,7 @@ def _package(work: Path, job: Job, classifier: nn.Module, run_id: str) -> str:
         way["processes"] = str(job.world.size)
     if (plan := load_plan(work, job.params.train)).is_reduced:
         way["batch_in_memory"] = str(plan.batch_in_memory)
-    digest = write_bundle(folder, classifier, job, way=way)
+    digest = write_bundle(folder, classifier, job, work / ENGINES, way=way)
     _show_bundle(folder, job, run_id, digest)
     return digest
 

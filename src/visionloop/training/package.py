@@ -37,9 +37,10 @@ PARITY_TOLERANCE = 1e-3
 SUFFIXES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp"}
 
 
-def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str, str]) -> str:
+def write_bundle(folder: Path, classifier: nn.Module, job: Job, kept_in: Path, *, way: dict[str, str]) -> str:
     """Write a whole bundle into an empty folder and return its digest. `way`: how it was computed (precision, threads).
 
+    `kept_in`: where what engines give is kept for another card, and for a training that is stopped in their checks.
     The classifier maps uint8 images (n, h, w, 3), or behind an ONNX encoder embeddings, to units and embeddings. The
     golden answers and the reference embeddings are given by the exported model, not by torch.
 
@@ -60,10 +61,10 @@ def write_bundle(folder: Path, classifier: nn.Module, job: Job, *, way: dict[str
     steady = _find_steady(classifier, outputs.embedding_nd, rows)
     card = replace(card, parity=_check_parity(classifier, predictor, prepared.read(steady[:NUM_PARITY])))
     _write_golden(folder / "golden", predictor, job, steady)
-    return _finish(folder, _tune(card, job, outputs.logits_nk, outputs.embedding_nd, rows), job)
+    return _finish(folder, _tune(card, job, outputs.logits_nk, outputs.embedding_nd, rows), job, kept_in)
 
 
-def write_bundle_again(folder: Path, made: Bundle, job: Job) -> str:
+def write_bundle_again(folder: Path, made: Bundle, job: Job, kept_in: Path) -> str:
     """Write the bundle of a network that is packed already, with what only the card says made anew; return its digest.
 
     It is bit for bit what `write_bundle` would make: all that is not of the card does not depend on `job.ending`.
@@ -75,12 +76,12 @@ def write_bundle_again(folder: Path, made: Bundle, job: Job) -> str:
     with np.load(folder / "reference.npz") as known:
         logits_nk, embedding_nd = known["logits_nk"], known["embedding_nd"]
     card = _tune(card, job, logits_nk, embedding_nd, job.prepared.rows(job.validated_on))
-    return _finish(folder, card, job)
+    return _finish(folder, card, job, kept_in)
 
 
-def _finish(folder: Path, card: Card, job: Job) -> str:
+def _finish(folder: Path, card: Card, job: Job, kept_in: Path) -> str:
     """Write the card into a folder that has all the rest, and seal it."""
-    card = approve_engines(job, Bundle(folder=folder, digest="unsealed", card=card, files={}))
+    card = approve_engines(job, Bundle(folder=folder, digest="unsealed", card=card, files={}), kept_in)
     (folder / "card.json").write_bytes(json.dumps(card.to_json(), indent=2, sort_keys=True).encode() + b"\n")
     digest = seal_bundle(folder)
     Predictor.load(folder)

@@ -1,6 +1,8 @@
 """When another engine may serve a model: the share of other answers by its bound, and what it costs in log loss."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +11,19 @@ import pytest
 
 from fakes import make_bundle
 from visionloop.bundle import load_bundle
+from visionloop.errors import BundleError
+from visionloop.evaluation import runtimes
 from visionloop.evaluation.runtimes import (
+    KeptOutputs,
     RuntimeCheck,
     describe_bound,
     describe_few,
     describe_runtimes,
     load_approved,
+    open_runtime,
     try_engine,
 )
+from visionloop.networks import processor
 from visionloop.predictor import INT8, Outputs, Predictor
 from visionloop.training.engines import count_compared
 
@@ -163,6 +170,125 @@ def test_log_loss_of_several_labels_is_the_mean_over_classes(predictor: Predicto
     check.judge(theirs, ours, truth, ("a", "b"))
     assert check.rise == pytest.approx(np.log(2) / 4)
     assert check.class_rise == {"a": pytest.approx(np.log(2) / 4), "b": 0.0}
+
+
+class Network:
+    """A session that is opened for each check, and counts the images that it was run on."""
+
+    def __init__(self) -> None:
+        self.opened = self.run_on = 0
+
+    def open(self) -> "Network":
+        self.opened += 1
+        return self
+
+    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        (images,) = inputs.values()
+        self.run_on += len(images)
+        return [images.mean(axis=(1, 2), dtype=np.float32) * (k + 1) for k in range(len(names))]
+
+
+NAMES = ["logits", "embedding"]
+
+
+def ask(folder: Path, *batches: np.ndarray, graph: bytes = b"graph") -> tuple[Network, list[np.ndarray], list[str]]:
+    """Run batches by what is kept in a folder; return the network, the last outputs, and what was told."""
+    network, lines = Network(), list[str]()
+    kept = KeptOutputs(folder, lines.append)
+    with kept.saving():
+        session = kept.open(INT8, graph, network.open)
+        outputs = [session.run(NAMES, {"images": batch}) for batch in batches]
+    return network, outputs[-1], lines
+
+
+def make_batch(seed: int, images: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (images, 4, 4, 3), dtype=np.uint8)
+
+
+def test_what_an_engine_gave_is_kept_and_only_other_images_are_run(tmp_path: Path) -> None:
+    first, given, lines = ask(tmp_path, make_batch(0), make_batch(1))
+    assert (first.opened, first.run_on, lines) == (1, 6, [])
+    again, taken, lines = ask(tmp_path, make_batch(0), make_batch(1))
+    assert (again.opened, again.run_on, lines) == (0, 0, [])
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(given, taken, strict=True))
+    more, _, _ = ask(tmp_path, make_batch(0), make_batch(2), make_batch(1, images=2))
+    assert (more.opened, more.run_on) == (1, 5), "the same pixels in another batch may come out otherwise"
+    assert ask(tmp_path, make_batch(0), make_batch(1), make_batch(2))[0].run_on == 0
+    same_bytes = make_batch(0).reshape(1, 12, 4, 3)
+    assert ask(tmp_path, same_bytes)[0].run_on == 1
+
+
+def test_no_more_is_kept_than_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "MOST_KEPT_BYTES", 2 * 3 * 3 * 4)  # two outputs of three images, three numbers each
+    first, _, _ = ask(tmp_path, make_batch(0), make_batch(1))
+    again, outputs, _ = ask(tmp_path, make_batch(0), make_batch(1))
+    assert (first.run_on, again.run_on) == (6, 3)
+    assert np.array_equal(outputs[0], Network().run(NAMES, {"images": make_batch(1)})[0])
+
+
+def test_what_was_run_before_a_stop_is_kept(tmp_path: Path) -> None:
+    network, kept = Network(), KeptOutputs(tmp_path, print)
+    with pytest.raises(KeyboardInterrupt), kept.saving():
+        kept.open(INT8, b"graph", network.open).run(NAMES, {"images": make_batch(0)})
+        raise KeyboardInterrupt
+    assert ask(tmp_path, make_batch(0))[0].opened == 0
+
+
+def test_what_is_damaged_or_of_another_graph_or_machine_is_run_again_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ask(tmp_path, make_batch(0))[1]
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    assert path.name == "onnxruntime-int8.npz"
+    middle = data.index(whole[0].tobytes())
+    for broken in (b"", b"{}", data[:-40], data[:middle] + b"\0\0\0" + data[middle + 3 :]):
+        path.write_bytes(broken)
+        network, outputs, lines = ask(tmp_path, make_batch(0))
+        assert network.run_on == 3
+        assert lines == ["engines: compares their answers again: onnxruntime-int8.npz is damaged"]
+        assert np.array_equal(outputs[0], whole[0])
+        assert ask(tmp_path, make_batch(0))[0].run_on == 0, "and kept again"
+    path.unlink()
+    path.mkdir()
+    network, _, lines = ask(tmp_path, make_batch(0))
+    assert network.run_on == 3 and lines[1] == (
+        "engines: their answers cannot be kept (Is a directory): the next threshold takes longer"
+    )
+    path.rmdir()
+    ask(tmp_path, make_batch(0))
+    said = "engines: compares their answers again: what is kept of them is of another "
+    network, _, lines = ask(tmp_path, make_batch(0), graph=b"other")
+    assert (network.run_on, lines) == (3, [f"{said}graph"])
+    known = processor.describe_machine("onnxruntime")
+    for other in ({"onnxruntime": "0.1"}, {"processor": ["another"], "threads": 99}):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtimes, "describe_machine", lambda *names, other=other: {**known, **other})
+            network, _, lines = ask(tmp_path, make_batch(0), graph=b"other")
+            assert (network.run_on, lines) == (3, [f"{said}{' and '.join(other)}"])
+            assert ask(tmp_path, make_batch(0), graph=b"other")[0].run_on == 0
+        ask(tmp_path, make_batch(0), graph=b"other")
+
+
+def test_a_full_disk_is_told_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        network, _, lines = ask(tmp_path, make_batch(0))
+    said = "engines: their answers cannot be kept (No space left on device): the next threshold takes longer"
+    assert (network.run_on, lines, list(tmp_path.iterdir())) == (3, [said], [])
+
+
+def test_an_engine_that_does_not_load_says_so_at_once(predictor: Predictor, tmp_path: Path) -> None:
+    def open_nothing(engine: str, model_bytes: bytes, open_it: object) -> object:
+        def fail() -> None:
+            raise BundleError("bundle", "does not load")
+
+        return KeptOutputs(tmp_path, print).open(engine, model_bytes, fail)
+
+    assert open_runtime(predictor, INT8, open_nothing).predictor is None
 
 
 def test_what_a_report_approves(tmp_path: Path) -> None:
