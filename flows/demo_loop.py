@@ -33,9 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from visionloop.data.prediction_log import read_predictions
 from visionloop.errors import PipelineError, VisionLoopError
 from visionloop.lifetime import stop_process, stop_with_us, terminable
-from visionloop.settings import choose_tool_environment, make_tool_folders
+from visionloop.settings import choose_tool_environment, load_settings, make_tool_folders
+from visionloop.store import open_store
 from visionloop.words import describe_error
 
 FLOWS_DIR = Path(__file__).resolve().parent
@@ -265,7 +267,8 @@ def tell_story(demo: Demo, client: Client) -> None:
     """Go through the loop: alarm, labels, retrain, swap, rollback, night."""
     tell = demo.tell
     wait_for(lambda: len(client.answers) >= ASKED, "answers")
-    time.sleep(3)  # the log is written each second
+    asked = len(client.answers)
+    wait_for(lambda: count_logged(demo) >= asked, "the log of the answers")
     tell(f"  {len(client.answers)} answers, of which {client.measure()['1']:.0%} are right: nobody has noticed yet")
     tell("3. The hour is over: the monitor looks at what was served.")
     now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
@@ -294,6 +297,12 @@ def tell_story(demo: Demo, client: Client) -> None:
     time.sleep(2)
     require("server", f"version {client.answers[-1][0]}", "version 1")
     demo.call("history")
+
+
+def count_logged(demo: Demo) -> int:
+    """Return how many answers are in the store: the server writes them there each second."""
+    store = open_store(load_settings(demo.env, demo.home).store_url)
+    return len(read_predictions(store, demo.name, columns=["time"]).table)
 
 
 def label(demo: Demo, photos: Photos) -> None:

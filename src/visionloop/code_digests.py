@@ -102,9 +102,10 @@ def _read_module(name: str, package: Path) -> Code | None:
 @functools.lru_cache(maxsize=1024)  # most modules are those of several stages, and a flow asks several times
 def _read_code(text: str, *, keep_descriptions: bool) -> Code:
     """Return what counts of a module's text, and the modules of ours that it imports."""
-    tree = _Texts(keep_descriptions=keep_descriptions).visit(ast.parse(text))
-    dump = ast.dump(tree).replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
-    return dump, _list_imports(tree)
+    texts = _Texts(keep_descriptions=keep_descriptions)
+    dump = ast.dump(texts.visit(ast.parse(text)))
+    dump = dump.replace(", type_params=[]", "")  # a field that Python 3.12 has and 3.11 has not
+    return dump, [name for name in texts.imported if name.startswith("visionloop.")]
 
 
 def _cannot_count(module: str) -> bool:
@@ -116,20 +117,11 @@ def _find_source(module: str, package: Path) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _list_imports(tree: ast.AST) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("visionloop.")]
-
-
 class _Texts(ast.NodeTransformer):
-    """Takes out of a tree what only people read."""
+    """Takes out of a tree what only people read, and lists what the rest imports."""
 
     def __init__(self, *, keep_descriptions: bool) -> None:
+        self.imported: list[str] = []
         self._keep_descriptions = keep_descriptions
         self._is_description = False
 
@@ -141,8 +133,16 @@ class _Texts(ast.NodeTransformer):
         is_for_types = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         return ast.Pass() if is_for_types else self.generic_visit(node)
 
+    def visit_Import(self, node: ast.Import) -> ast.AST:
+        self.imported += [alias.name for alias in node.names]
+        return node
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        return ast.Pass() if _cannot_count(node.module or "") else node
+        if _cannot_count(node.module or ""):
+            return ast.Pass()
+        if node.module:
+            self.imported += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        return node
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         node.msg = None

@@ -24,7 +24,7 @@ def stop(server: psutil.Process) -> None:
     """Stop a server, of this process or of another."""
     server.terminate()
     try:
-        server.wait(timeout=20)
+        server.wait(timeout=60)
     except psutil.TimeoutExpired:
         server.kill()
 

@@ -160,7 +160,7 @@ def server(demo: Demo) -> Iterator[str]:
     alarm.cancel()
     yield line.split(" on ")[1].split()[0]
     process.terminate()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
 
 
 def test_the_server_answers_curl(demo: Demo, server: str) -> None:

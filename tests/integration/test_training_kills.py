@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Place:
     return make_place(tmp_path / "ws", counts=counts, max_epochs=EPOCHS).with_mlflow()
 
 
-def kill_when(home: Path, there: Callable[[], Any], *, after_s: float = 0.0, limit_s: float = 90) -> None:
+def kill_when(home: Path, there: Callable[[], Any], *, after_s: float = 0.0, limit_s: float = 300) -> None:
     """Start the command, and kill it when something is there."""
     process = start_training(home)
     deadline = time.monotonic() + limit_s
@@ -38,7 +38,7 @@ def kill_when(home: Path, there: Callable[[], Any], *, after_s: float = 0.0, lim
         time.sleep(after_s)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 @pytest.mark.parametrize("also_at_a_checkpoint", [False, pytest.param(True, marks=pytest.mark.long)])

@@ -188,7 +188,7 @@ def test_the_worker_may_write_no_file_and_ends_with_its_parent(tmp_path: Path) -
         assert b"AWS" not in environment
         assert b"PYTEST" not in environment
         process.stdin.close()  # as when its parent is gone
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_pull_that_is_left_in_the_middle_leaves_no_worker(tmp_path: Path) -> None:

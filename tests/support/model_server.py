@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,13 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from fakes import make_bundle
 from visionloop.bundle import load_bundle, upload_bundle
+from visionloop.parallel import count_cores
 from visionloop.promotion.ledger import append_entry
 from visionloop.records import LedgerEntry
 from visionloop.store import LocalStore
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
+BUSY = 1.5  # load for each core, from which on nothing is said of a time
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -108,6 +113,26 @@ def wait_for(claim: Callable[[], bool]) -> None:
     while not claim():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def assert_quick(measure: Callable[[], tuple[float, float]], lasts_s: float = 30) -> None:
+    """Assert that (what was measured, its limit) holds in one of several rounds; skip on a machine that stays busy."""
+    rounds, deadline = [], time.monotonic() + lasts_s
+    while not rounds or time.monotonic() < deadline:
+        found, limit = measure()
+        if found < limit:
+            return
+        rounds.append((found, limit))
+    if os.getloadavg()[0] > BUSY * count_cores():
+        pytest.skip(f"the machine is busy with other things: {rounds}")
+    raise AssertionError(rounds)
+
+
+def take_time(act: Callable[[], object]) -> float:
+    """Return the seconds that it takes."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
 
 
 def read_all(sock: socket.socket) -> bytes:

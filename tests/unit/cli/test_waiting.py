@@ -1,9 +1,11 @@
 """Long work says that it goes on; short work, --quiet and --json say nothing; a command ends with the next one."""
 
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -13,13 +15,24 @@ from visionloop.cli.waiting import make_progress, show_waiting, tell_when_stoppe
 from visionloop.lifetime import Terminated
 
 
+def read_until(capsys: pytest.CaptureFixture[str], holds: Callable[[str], bool]) -> str:
+    """Return what was said when it is so."""
+    said, deadline = "", time.monotonic() + 60
+    while not holds(said):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.01)
+        said += capsys.readouterr().out
+    return said
+
+
 def test_what_cannot_count_its_work_says_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with show_waiting("placing 9 images", every_s=0.02) as tell:
-        time.sleep(0.1)
         tell("a line in between")
-    lines = capsys.readouterr().out.splitlines()
-    assert "a line in between" in lines
-    assert len([line for line in lines if line.startswith("placing 9 images: 0.")]) >= 2
+        said = read_until(capsys, lambda text: text.count("\n") >= 3)
+    lines = said.splitlines()
+    lines.remove("a line in between")
+    assert all(re.fullmatch(r"placing 9 images: \d+\.\d s", line) for line in lines), said
+    capsys.readouterr()
     time.sleep(0.05)
     assert capsys.readouterr().out == "", "it ends with its work"
 
@@ -29,9 +42,9 @@ def test_on_a_terminal_it_is_one_line_that_is_taken_away(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with show_waiting("placing"):
-        time.sleep(1.1)
-    said = capsys.readouterr().out
-    assert said.startswith("\rplacing: 1.")
+        said = read_until(capsys, lambda text: "placing" in text)
+    said += capsys.readouterr().out
+    assert re.match(r"\rplacing: \d+\.\d s", said)
     assert "\n" not in said
     assert said.endswith(f"\r{'':<78}\r")
 

@@ -87,7 +87,7 @@ def logging_to(store: LocalStore, spool: Path, **serve: Any) -> Iterator[Predict
 
 
 def wait_for(claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not claim():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -68,7 +68,7 @@ def run(board: Board, parts: list[Part], act: Callable[[], None] = lambda: None)
 
 
 def wait_for(board: Board, holds: Callable[[State], Any]) -> State:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not ((state := board.read()) and holds(state)):
         assert time.monotonic() < deadline, state
         time.sleep(0.02)
