@@ -47,7 +47,7 @@ engine() {
     mkdir -p "$TRY_DIR/data" "$TRY_DIR/exec"
     setsid dockerd --data-root "$TRY_DIR/data" --exec-root "$TRY_DIR/exec" --pidfile "$TRY_DIR/dockerd.pid" -H "$DOCKER_HOST" \
         --bridge=none --iptables=false --ip-forward=false >"$TRY_DIR/dockerd.log" 2>&1 </dev/null &
-    for _ in $(seq 60); do docker version >/dev/null 2>&1 && return; sleep 1; done
+    for _ in $(seq 600); do docker version >/dev/null 2>&1 && return; sleep 1; done
     tail -n 5 "$TRY_DIR/dockerd.log" >&2
     return 1
 }

@@ -255,12 +255,28 @@ def test_amtool_takes_the_routes() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_dependabot_looks_where_versions_are() -> None:
+    """It reads no `FROM ${BASE}`, but `${NAME:-image:tag}` of a compose file."""
+    updates = YAML(typ="safe").load((ROOT / ".github" / "dependabot.yml").read_text())["updates"]
+    assert {one["package-ecosystem"]: one["directory"] for one in updates} == {
+        "pip": "/",
+        "github-actions": "/",
+        "docker-compose": "/infra",
+    }
+    others = [name for name in re.findall(r"image: \$\{\w+:-(\S+)\}", COMPOSE) if not name.startswith("visionloop-")]
+    assert others and all(re.fullmatch(r"[\w./-]+:v?\d[\w.-]*", name) for name in others), "a tag that says which"
+
+
 def test_workflows_run_what_people_run_with_actions_that_cannot_change() -> None:
     """Also checked with `zizmor --offline .github`, without a finding."""
     texts = [path.read_text() for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
     jobs = [job for text in texts for job in YAML(typ="safe").load(text)["jobs"].values()]
     steps = [step for job in jobs for step in job["steps"]]
-    assert {"make test", "make test-long"} <= {step.get("run") for step in steps}
+    runs = [step["run"] for step in steps if "run" in step]
+    assert {"make test", "make test-long"} <= set(runs)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert {name for run in runs for name in re.findall(r"^make (?:--\w+ )*([a-z-]+)", run)} <= targets
+    assert "-m hatchling build" in "".join(runs) and "\nhatchling==" in (ROOT / "requirements.lock").read_text()
     used = [step["uses"] for step in steps if "uses" in step]
     assert used
     assert [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name)] == []

@@ -1,6 +1,7 @@
 """infra/kubernetes as kustomize builds it: by the schemas of Kubernetes, and each object against the others.
 
-There is no Kubernetes here. Of what its schemas do not know (RayCluster, InferenceService) the pods are checked.
+There is no Kubernetes here. Of what its schemas do not know (RayCluster, InferenceService) the pods are checked; what
+Prometheus' operator takes is written down here (its own schemas are 80 kB).
 What the objects say of images, commands, routes and variables: test_kubernetes_code.py.
 """
 
@@ -9,6 +10,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
@@ -166,24 +168,57 @@ def test_the_network_lets_through_what_is_needed_and_no_more(things: list[Thing]
     }, "what reads strangers' images reaches nothing else here"
 
 
-def test_prometheus_knows_the_pods_by_the_jobs_of_the_alerts(builds: dict[str, list[Thing]]) -> None:
-    things = builds["prod with prometheus"]
+@pytest.mark.parametrize("served_by", ["prod with prometheus", "prod with kserve"])
+def test_prometheus_knows_the_pods_by_the_jobs_of_the_alerts(builds: dict[str, list[Thing]], served_by: str) -> None:
+    things, monitors = builds[served_by], pick(builds["prod with prometheus"], "PodMonitor")
     scrapes = YAML(typ="safe").load((ROOT / "infra" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
-    for monitor in pick(things, "PodMonitor").values():
+    for monitor in monitors.values():
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         chosen = monitor["spec"]["selector"]["matchLabels"]
         (found,) = (pods for pods in list_pods(things) if is_part(chosen, pods.labels))
         (scrape,) = (one for one in scrapes if one["job_name"] == endpoint["relabelings"][0]["replacement"])
         assert endpoint["relabelings"][0]["targetLabel"] == "job"
         (port,) = {target.rpartition(":")[2] for target in scrape["static_configs"][0]["targets"]}
-        assert found.ports[endpoint["port"]] == int(port)
+        assert found.ports[endpoint["port"]] == int(port), "the operator finds a port by its name alone"
         rule = pick(things, "NetworkPolicy")[found.labels["app.kubernetes.io/name"]]["spec"]["ingress"][-1]
         assert [one["port"] for one in rule["ports"]] == [int(port)]
         assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
-    assert len(pick(things, "PodMonitor")) == len(scrapes)
+    assert len(monitors) == len(scrapes)
 
 
-def test_the_rules_of_the_page_are_those_of_the_repository() -> None:
+def closed(required: str, **fields: Thing) -> Thing:
+    return {"type": "object", "additionalProperties": False, "required": required.split(), "properties": fields}
+
+
+def many(of: Thing) -> Thing:
+    return {"type": "array", "items": of}
+
+
+TEXT: Thing = {"type": "string"}
+TEXTS: Thing = {"type": "object", "additionalProperties": TEXT}
+TIME: Thing = TEXT | {"pattern": r"^(0|(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?)$"}
+RELABELING = closed("targetLabel replacement", targetLabel=TEXT, replacement=TEXT)
+ALERT = closed("alert expr labels annotations", alert=TEXT, expr=TEXT, labels=TEXTS, annotations=TEXTS, **{"for": TIME})
+# What we use of the schemas of Prometheus' operator 0.91. A key that they do not know is cut off in silence.
+OF_PROMETHEUS = {
+    "PodMonitor": closed(
+        "selector podMetricsEndpoints",
+        selector=closed("matchLabels", matchLabels=TEXTS),
+        podMetricsEndpoints=many(closed("port interval", port=TEXT, interval=TIME, relabelings=many(RELABELING))),
+    ),
+    "PrometheusRule": closed("groups", groups=many(closed("name rules", name=TEXT, interval=TIME, rules=many(ALERT)))),
+}
+
+
+def test_prometheus_operator_takes_its_objects(builds: dict[str, list[Thing]]) -> None:
+    """Once, by hand, also by all of its own schemas (npm's @kubernetes-models/prometheus-operator 6.0.0)."""
+    monitors = pick(builds["prod with prometheus"], "PodMonitor").values()
+    for thing in (*monitors, read_rules_of_the_page()):
+        assert thing["apiVersion"] == "monitoring.coreos.com/v1"
+        jsonschema.validate(thing["spec"], OF_PROMETHEUS[thing["kind"]])
+
+
+def read_rules_of_the_page() -> Thing:
     """README.md wraps them into an object of Prometheus' operator; kubectl is a stand-in that shows what it gets."""
     (command,) = re.findall(
         r"^ +(\(printf 'apiVersion: monitoring.*)$", (KUBERNETES / "README.md").read_text(), flags=re.M
@@ -192,7 +227,11 @@ def test_the_rules_of_the_page_are_those_of_the_repository() -> None:
     shown = subprocess.run(
         ["sh", "-c", command.replace("kubectl apply -f -", "cat")], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    rule = YAML(typ="safe").load(shown.stdout)
+    return dict(YAML(typ="safe").load(shown.stdout))
+
+
+def test_the_rules_of_the_page_are_those_of_the_repository() -> None:
+    rule = read_rules_of_the_page()
     assert (rule["kind"], rule["metadata"]) == ("PrometheusRule", {"name": "visionloop"})
     assert rule["spec"] == YAML(typ="safe").load((ROOT / "infra" / "prometheus" / "rules.yml").read_text())
 
@@ -220,6 +259,8 @@ def test_a_server_that_goes_has_the_time_it_needs(things: list[Thing]) -> None:
         port = {"server": METRICS, "figures": LOOP_METRICS}.get(name)
         told = deployment["spec"]["template"]["metadata"].get("annotations")
         assert told == (port and {"prometheus.io/scrape": "true", "prometheus.io/port": str(port)}), name
+    for service in pick(things, "InferenceService").values():
+        assert service["spec"]["predictor"]["annotations"]["prometheus.io/port"] == str(METRICS)
 
 
 def test_prod_is_larger_than_dev_and_shares_its_volume(builds: dict[str, list[Thing]]) -> None:

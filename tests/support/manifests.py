@@ -121,7 +121,7 @@ def list_pods(things: list[Thing]) -> Iterator[Pods]:
             for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
                 yield Pods(owner, group["template"]["metadata"]["labels"], group["template"]["spec"])
         elif thing["kind"] == "InferenceService":
-            of_kserve = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "labels"}
+            of_kserve = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "labels", "annotations"}
             inside = {key: value for key, value in spec["predictor"].items() if key not in of_kserve}
             yield Pods(owner, spec["predictor"]["labels"], inside)
 

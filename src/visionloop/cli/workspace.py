@@ -215,7 +215,11 @@ def store(typer_context: typer.Context, as_json: Json = False) -> None:
     from visionloop.store.setup import describe_store
 
     is_ready = _tell_facts(describe_store(_open_store()), as_json=as_json)
-    todo = "`visionloop doctor` looks at all the rest" if is_ready else "`visionloop store init` sets what is missing"
+    todo = (
+        "`visionloop doctor` looks at all the rest"
+        if is_ready
+        else "`visionloop store init` sets what is missing, as far as this store can"
+    )
     say_next(todo, quiet=as_json)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fakes import run_here
+from visionloop.store.setup import Fact
 
 
 @pytest.fixture
@@ -35,6 +36,19 @@ def test_a_local_store_is_described_and_made(
     assert folder.is_dir()
     assert run_here(monkeypatch, "store") == 0
     assert capsys.readouterr().out.startswith(f"ok  store                {folder.as_uri()} (a folder)\nnext: ")
+
+
+def test_what_a_store_cannot_do_is_not_promised(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`store init` set all that it could, and the next line still said that it sets what is missing."""
+    facts = [Fact("public access", "cannot be read or set here (NotImplemented)", ok=False)]
+    monkeypatch.setattr("visionloop.store.setup.describe_store", lambda store: iter(facts))
+    assert run_here(monkeypatch, "store") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "--  public access        cannot be read or set here (NotImplemented)",
+        "next: `visionloop store init` sets what is missing, as far as this store can",
+    ]
 
 
 @pytest.mark.parametrize(
