@@ -132,7 +132,6 @@ def test_no_feedback_that_was_taken_is_lost_when_the_server_is_killed(bundle: Pa
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_no_feedback_that_was_taken_is_lost_in_fifty_kills(bundle: Path, tmp_path: Path) -> None:
     promised = take_until_killed(bundle, tmp_path, 50)
     assert len(promised) > 50

@@ -80,11 +80,9 @@ def measure_most(server: Server, data: bytes, lasts_s: float) -> float:
     return number / (time.monotonic() - started)
 
 
-@pytest.mark.parametrize(
-    ("lasts_s", "share"), [(4.0, 0.6), pytest.param(60.0, 0.8, marks=pytest.mark.long)], ids=["short", "a minute"]
-)
+@pytest.mark.parametrize("lasts_s", [4.0, pytest.param(30.0, marks=pytest.mark.long)])
 def test_clients_that_give_up_do_not_take_the_answers_of_others(
-    tmp_path: Path, bundle_dir: Path, lasts_s: float, share: float
+    tmp_path: Path, bundle_dir: Path, lasts_s: float
 ) -> None:
     data = make_image(0, size_hw=(64, 64))
     with serving(tmp_path, bundle_dir, first=SLOW.format(seconds=NETWORK_S)) as server:
@@ -92,7 +90,7 @@ def test_clients_that_give_up_do_not_take_the_answers_of_others(
         for _ in range(3):  # a machine that is busy with other things cannot even take so many connections
             answered_before = read_metric(server, 'visionloop_requests_total{outcome="ok"')
             counts, retries = asyncio.run(storm(server, data, lasts_s))
-            if counts[b"200"] > share * most * lasts_s and counts.total() > 5 * most * lasts_s:
+            if counts[b"200"] > 0.6 * most * lasts_s and counts.total() > 5 * most * lasts_s:
                 break
             time.sleep(3)
         else:
@@ -101,7 +99,7 @@ def test_clients_that_give_up_do_not_take_the_answers_of_others(
         total = counts.total()
         assert total / lasts_s > 5 * most, "the load is what it should be"
         print(f"goodput {counts[b'200'] / lasts_s:.1f}/s of {most:.1f}/s", dict(counts))
-        assert counts[b"200"] > share * most * lasts_s, (most, counts)
+        assert counts[b"200"] > 0.6 * most * lasts_s, (most, counts)
         assert set(counts) <= {b"200", b"503", b""}
         assert counts[b"503"] > 0.6 * total, "most of the others are told at once"
         assert sum(one == 1 for one in retries) > 0.8 * len(retries), "the queue is soon shorter than a second"
@@ -112,8 +110,8 @@ def test_clients_that_give_up_do_not_take_the_answers_of_others(
         assert answered - answered_before <= counts[b"200"] + 20, "what nobody got is not counted"
         time.sleep(max(0.0, ended + 3 - time.monotonic()))
         again = measure_most(server, data, 1.0)
-        assert time.monotonic() - ended < (5 if lasts_s > 10 else 30)
-        assert again > (0.7 if lasts_s > 10 else 0.4) * most, "normal again, and nobody is refused"
+        assert time.monotonic() - ended < 30
+        assert again > 0.4 * most, "normal again, and nobody is refused"
 
 
 def test_a_deadline_of_the_client_is_kept_and_says_when_to_come_back(tmp_path: Path, bundle_dir: Path) -> None:
