@@ -75,10 +75,16 @@ SLOW = (
 )
 
 
+LONG_S = 3600  # for a long test, on a machine that ten others use
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first (`--no-loadscope-reorder` keeps it so)."""
+    """Put the files that take longest first (`--no-loadscope-reorder` keeps it so), and give long tests their time."""
     places = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(LONG_S))
 
 
 @pytest.fixture(autouse=True, scope="session")

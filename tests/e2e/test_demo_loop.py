@@ -47,7 +47,6 @@ def check(home: Path, name: str, client: Any, told: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
 def test_the_loop_closes_and_what_a_person_put_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "flows"))
     module, lines = importlib.import_module("demo_loop"), list[str]()

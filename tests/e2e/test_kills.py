@@ -323,7 +323,6 @@ STEPS = ("with the Prefect at", "[1/9]", "[2/9]", "[3/9]", "[4/9]", "[5/9]", "[6
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3000)
 def test_twenty_kills_at_any_step_with_restarts_of_prefect(home: Path, own_prefect_server: "PrefectServer") -> None:
     """The flow, all of its processes, or dvc; or Prefect is restarted, and then the flow killed. Each step twice."""
     set_train(home, seed=2)

@@ -182,7 +182,6 @@ def test_pretrained_brings_weights_that_a_training_starts_from(install: Callable
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3 * MINUTES_S)
 def test_the_digits_loop_by_commands_alone(install: Callable[..., Environment], tmp_path: Path) -> None:
     place = install("train", "flows", "serve")
     assert place.run("visionloop", "new", "digits", "--example", "digits", cwd=tmp_path).returncode == 0
@@ -202,7 +201,6 @@ def test_the_digits_loop_by_commands_alone(install: Callable[..., Environment], 
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3 * MINUTES_S)
 def test_photos_in_an_empty_folder_are_served_by_commands_alone(
     install: Callable[..., Environment], tmp_path: Path
 ) -> None:

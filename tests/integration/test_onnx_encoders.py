@@ -75,13 +75,7 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
 FEW = ("nhwc", "batch-of-1", "fp16")
 
 
-@pytest.mark.parametrize(
-    ("way", "kind"),
-    [
-        *(("frozen", kind) for kind in KINDS),
-        *(pytest.param("knn", kind, marks=[] if kind in FEW else pytest.mark.long) for kind in KINDS),
-    ],
-)
+@pytest.mark.parametrize(("way", "kind"), [*(("frozen", kind) for kind in KINDS), *(("knn", kind) for kind in FEW)])
 def test_any_encoder_of_images_ends_as_one_graph_that_gives_its_vectors(place: Place, way: str, kind: str) -> None:
     options, tolerance = KINDS[kind]
     put(place, make_encoder(**options))

@@ -28,7 +28,7 @@ OPERATIONS = (
     *(f"GET /v2/models/{{name}}{version}{what}" for version in ("", "/versions/{version}") for what in ("", "/ready")),
     *(f"POST /v2/models/{{name}}{version}/infer" for version in ("", "/versions/{version}")),
 )
-FEW, MANY = 25, 2000
+FEW, MANY = 25, 500
 # 503 is allowed, and looked for below. That bytes are an image is nothing a schema can say.
 EXCLUDED = [not_a_server_error, positive_data_acceptance]
 

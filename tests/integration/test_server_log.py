@@ -27,8 +27,6 @@ from visionloop.monitoring.health import check_requests
 from visionloop.params.loop import Monitor
 from visionloop.store import LocalStore
 
-KILLS = 4
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,17 +123,10 @@ def find_lost(home: Path, promised: list[str]) -> set[str]:
     return set(promised) - set(stored.table["request_id"].to_pylist())
 
 
-def test_no_feedback_that_was_taken_is_lost_when_the_server_is_killed(bundle: Path, tmp_path: Path) -> None:
-    promised = take_until_killed(bundle, tmp_path, KILLS)
-    assert len(promised) > KILLS
-    assert find_lost(tmp_path, promised) == set()
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_no_feedback_that_was_taken_is_lost_in_fifty_kills(bundle: Path, tmp_path: Path) -> None:
-    promised = take_until_killed(bundle, tmp_path, 50)
-    assert len(promised) > 50
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_no_feedback_that_was_taken_is_lost_when_the_server_is_killed(bundle: Path, tmp_path: Path, kills: int) -> None:
+    promised = take_until_killed(bundle, tmp_path, kills)
+    assert len(promised) > kills
     assert find_lost(tmp_path, promised) == set()
 
 

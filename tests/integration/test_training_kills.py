@@ -1,4 +1,7 @@
-"""Killed at any moment of `visionloop train`: the same command goes on, in the same MLflow run, to the same bundle."""
+"""Killed at any moment of `visionloop train`: the same command goes on, in the same MLflow run, to the same bundle.
+
+What a kill leaves of a checkpoint that is being written: tests/unit/training/test_checkpoints.py.
+"""
 
 import shutil
 import signal
@@ -41,10 +44,7 @@ def kill_when(home: Path, there: Callable[[], Any], *, after_s: float = 0.0, lim
         process.communicate(timeout=120)
 
 
-@pytest.mark.parametrize("also_at_a_checkpoint", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_killed_in_an_epoch_at_a_checkpoint_and_while_the_bundle_is_made(
-    place: Place, also_at_a_checkpoint: bool
-) -> None:
+def test_killed_in_an_epoch_and_while_the_bundle_is_made(place: Place) -> None:
     home, work = place.settings.home, place.settings.work_dir("train")
 
     def find(pattern: str) -> list[Path]:
@@ -53,9 +53,6 @@ def test_killed_in_an_epoch_at_a_checkpoint_and_while_the_bundle_is_made(
     kill_when(home, lambda: find("*/checkpoints/epoch-00002-*.ckpt"), after_s=0.1)
     run_id = read_json(find("*/run.json")[0])["run_id"]
     assert len(find("*/checkpoints/*.ckpt")) >= 2
-    if also_at_a_checkpoint:
-        # What a checkpoint is called while it is written.
-        kill_when(home, lambda: find("*/checkpoints/epoch-00003-*.ckpt") and find("*/checkpoints/next.ckpt*"))
     kill_when(home, lambda: find("*/bundle/model.onnx*") or find("*/bundle/golden"))
     assert not place.settings.candidate_dir.exists()
 

@@ -236,7 +236,7 @@ def test_one_class_on_the_test_side_tells_nothing_of_the_first_model():
 
 
 @pytest.mark.long
-def test_the_statistics_of_ten_thousand_images_take_two_seconds():
+def test_the_statistics_of_ten_thousand_images_take_two_seconds_of_a_processor():
     from visionloop.params.gate import Drop
     from visionloop.promotion.gate import check_difference, check_drops, compute_difference
     from visionloop.promotion.paired import Pair
@@ -244,9 +244,9 @@ def test_the_statistics_of_ten_thousand_images_take_two_seconds():
     generator, number, k = np.random.default_rng(0), 10_000, 120
     labels_n = np.arange(number) % k
     chosen = [np.where(generator.random(number) < 0.85, labels_n, generator.integers(0, k, number)) for _ in range(2)]
-    pair, started = Pair(labels_n, *chosen, np.arange(number), k), time.perf_counter()
+    pair, started = Pair(labels_n, *chosen, np.arange(number), k), time.process_time()
     for metric in ("accuracy", "macro_f1"):
         check_difference(compute_difference(pair, metric, 0.0, 0.05, resamples=2000, seed=0), "better", 0.05)
     parts = {str(i): pair.count_class_hits(i) for i in range(k)}
     assert check_drops("class_drop", parts, Drop(), 0.05) is not None
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2  # measured: 0.2
