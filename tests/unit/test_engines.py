@@ -195,16 +195,11 @@ def test_a_bundle_that_is_wrong_in_fp32_too_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "b" / "golden" / "answers.json"
     answers = json.loads(path.read_text())
     path.write_text(json.dumps({**answers, "logits": [[9.0, 0.0, 0.0]] * 4}))
-    bundle = Bundle(tmp_path / "b", "d" * 64, load_card(tmp_path / "b"), {})
+    seal_bundle(tmp_path / "b")
+    bundle = load_bundle(tmp_path / "b")
     for open_model in (open_plainly, lambda b, a: open_fastest(b, a, hidden_dir=tmp_path)):
         with pytest.raises(BundleError, match="golden answers differ"):
             open_model(bundle, ())
-
-
-def load_card(folder: Path) -> Any:
-    from visionloop.records import Card
-
-    return Card.from_json(json.loads((folder / "card.json").read_text()))
 
 
 def test_the_real_process_times_all_and_keeps_no_engine_with_other_answers(
