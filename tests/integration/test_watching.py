@@ -171,9 +171,10 @@ def test_a_stream_that_changes_its_size_and_one_of_4k_are_answered(tmp_path: Pat
                 time.sleep(0.01)
 
     with serve({"/ts": send}) as site:
-        watch = Watch(plan(f"{site.url}/ts", sampling=Sampling(0.04, 0.0)), network)
+        # Each frame is looked at: the few of a part may come closer together than a camera's, and none after them.
+        watch = Watch(plan(f"{site.url}/ts", sampling=Sampling(1e-4, 0.0)), network)
         lines = list(read(watch, lambda line: line["kind"] == "lost" or line.get("before") == "c"))
-    assert [(one["kind"], one["prediction"]) for one in lines] == [("change", "a"), ("change", "c"), ("change", "a")]
+    assert [one.get("prediction") for one in lines] == ["a", "c", "a"], lines
 
 
 def test_a_file_on_a_server_is_no_stream(tmp_path: Path, network: Answerer) -> None:
