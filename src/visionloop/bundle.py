@@ -57,10 +57,10 @@ class Bundle:
         return data
 
     def golden_names(self) -> list[str]:
-        """The names of the golden images. Raises BundleError: one is no file of the bundle's golden folder."""
-        golden = self.folder / "golden"
-        names: list[str] = json.loads((golden / "answers.json").read_text())["images"]
-        if outside := [str(name) for name in names if Path(name).name != name or not (golden / name).is_file()]:
+        """The names of the golden images. Raises BundleError: one is no file beside their answers."""
+        names: list[str] = json.loads((self.folder / "golden" / "answers.json").read_text())["images"]
+        there = [path.name for path in (self.folder / "golden").iterdir() if path.is_file()]  # `load_bundle` knows all
+        if outside := [str(name) for name in names if name not in there]:
             where = f"bundle {self.digest[:12]} golden/answers.json"
             raise BundleError(where, f"names {shorten(outside)}", "files that lie beside it")
         return names

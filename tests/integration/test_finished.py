@@ -55,8 +55,7 @@ def finished(trained: tuple[Place, Any], tmp_path: Path) -> tuple[Place, Any]:
 
 def take(place: Place) -> tuple[Any, Ear]:
     """Train, which must run no epoch; return the note and what was told."""
-    ear = Ear()
-    note = place.train(ear)
+    note = place.train(ear := Ear())
     assert ear.epochs == []
     assert ear.said(SAID)
     assert load_bundle(place.settings.candidate_dir).digest == note.bundle
@@ -115,8 +114,7 @@ def test_a_bundle_that_was_damaged_since_is_made_again(finished: tuple[Place, An
     place, note = finished
     (folder,) = place.settings.work_dir("train").glob("*/bundle")
     (folder / "card.json").write_text("{}")
-    ear = Ear()
-    again = place.train(ear)
+    again = place.train(ear := Ear())
     assert again.bundle == note.bundle
     assert [report.epoch for report in ear.epochs] == [1, 2]
     assert not ear.said(SAID)
@@ -125,8 +123,7 @@ def test_a_bundle_that_was_damaged_since_is_made_again(finished: tuple[Place, An
 def test_an_mlflow_that_does_not_know_the_run_gets_a_training_of_its_own(finished: tuple[Place, Any]) -> None:
     place, _ = finished
     other = replace(place, tracking=MemoryTracking())
-    ear = Ear()
-    other.train(ear)
+    other.train(ear := Ear())
     assert len(ear.epochs) == 2
     assert other.tracking.only["status"] == "FINISHED"
 
@@ -134,8 +131,7 @@ def test_an_mlflow_that_does_not_know_the_run_gets_a_training_of_its_own(finishe
 def test_other_inputs_are_another_training_and_the_finished_one_goes(finished: tuple[Place, Any]) -> None:
     place, first = finished
     (before,) = place.settings.work_dir("train").glob("*/done.json")
-    ear = Ear()
-    second = place.with_train(seed=1).train(ear)
+    second = place.with_train(seed=1).train(ear := Ear())
     assert len(ear.epochs) == 2
     (after,) = place.settings.work_dir("train").glob("*/done.json")
     assert not before.exists()
@@ -166,19 +162,18 @@ def test_other_thresholds_run_no_epoch_and_give_what_a_whole_training_gives(fini
     assert run["metrics"] == before["metrics"], "its page shows how the network learned"
     assert (place.settings.reports_dir / "training" / "curve.png").is_file()
 
-    assert take_from(other, ear=Ear()).run_id == note.run_id, "the same again opens no third run"
-    back = take_from(place, ear=Ear())
+    assert take_from(other).run_id == note.run_id, "the same again opens no third run"
+    back = take_from(place)
     assert back == first
     shutil.rmtree(place.settings.work_dir("train"))
-    whole = Ear()
-    assert other.train(whole).bundle == note.bundle
+    assert other.train(whole := Ear()).bundle == note.bundle
     assert len(whole.epochs) == 2
     assert load_bundle(place.settings.candidate_dir).files == bundle.files
 
 
-def take_from(place: Place, *, ear: Ear) -> Any:
+def take_from(place: Place) -> Any:
     """Train, which must find all finished."""
-    note = place.train(ear)
+    note = place.train(ear := Ear())
     assert ear.said(SAID)
     assert load_bundle(place.settings.candidate_dir).digest == note.bundle
     return note

@@ -10,7 +10,7 @@ import pytest
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from fakes import make_bundle, make_image
-from visionloop.bundle import check_onnx, load_bundle, seal_bundle
+from visionloop.bundle import DIGESTS, Bundle, check_onnx, load_bundle, seal_bundle
 from visionloop.errors import BundleError
 from visionloop.predictor import Predictor
 from visionloop.records import CARD_SCHEMA
@@ -232,8 +232,18 @@ def test_a_card_of_an_earlier_visionloop_opens(tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "b").card.schema == 1
 
 
-@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "gone.png", "../golden/../card.json"])
-def test_golden_images_are_files_of_the_bundle_alone(tmp_path: Path, name: str) -> None:
+def test_golden_images_are_there_before_a_bundle_is_sealed(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    sealed = load_bundle(tmp_path)
+    (tmp_path / DIGESTS).unlink()
+    unsealed = Bundle(tmp_path, "unsealed", sealed.card, {})
+    assert unsealed.golden_images() == sealed.golden_images() != []
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.png", "/etc/hostname", "gone.png", "../golden/../card.json", "x" * 300, "..", 1, ["00.png"]]
+)
+def test_golden_images_are_files_of_the_bundle_alone(tmp_path: Path, name: object) -> None:
     (tmp_path / "secret.png").write_bytes(make_image(1))
     make_bundle(tmp_path / "bundle")
     path = tmp_path / "bundle" / "golden" / "answers.json"

@@ -64,7 +64,7 @@ class Rows(Protocol):
 
 
 def iterate_file(file: BinaryIO) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a part in batches. Raises KeyError, ArrowInvalid: they have not the columns of a"""
+    """Yield the rows of a part in batches. Raises KeyError, ArrowInvalid: they have not the columns of a manifest."""
     for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, use_threads=False):
         if len(batch):
             mine = batch.select(COLUMNS)

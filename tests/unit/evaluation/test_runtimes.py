@@ -242,7 +242,10 @@ def test_what_is_damaged_or_of_another_graph_or_machine_is_run_again_and_told_on
     data = path.read_bytes()
     assert path.name == "onnxruntime-int8.npz"
     middle = data.index(whole[0].tobytes())
-    for broken in (b"", b"{}", data[:-40], data[:middle] + b"\0\0\0" + data[middle + 3 :]):
+    listed = data.index(b"PK\x01\x02")  # in the zip's table: flags 8 bytes behind, and then how it is packed
+    locked, packed = (data[: listed + at] + bytes([value]) + data[listed + at + 1 :] for at, value in ((8, 1), (10, 8)))
+    zeros, fewer = data[:middle] + b"\0\0\0" + data[middle + 3 :], data.replace(b"(3, 3)", b"(2, 3)")
+    for broken in (b"", b"{}", data[:-40], zeros, fewer, locked, packed):
         path.write_bytes(broken)
         network, outputs, lines = ask(tmp_path, make_batch(0))
         assert network.run_on == 3
