@@ -21,6 +21,7 @@ from visionloop.promotion.promote import compare_alias, verify_in_store
 from visionloop.promotion.restore import OTHER_WAYS, find_damage, find_lost
 from visionloop.secrets import mask
 from visionloop.settings import Settings
+from visionloop.store.setup import describe_store
 from visionloop.tracking import Tracking
 from visionloop.workspace import Workspace
 
@@ -125,14 +126,19 @@ def _check_disk(settings: Settings) -> Finding:
 
 
 def _check_store(workspace: Workspace) -> Finding:
-    """Write and read. First see whether it is the store of this workspace: a mistyped folder is not made."""
+    """Write and read. First see whether it is the store of this workspace: a mistyped folder is not made.
+
+    What a bucket lacks beyond that (versions, encryption, ...) is named: everything works without it.
+    """
     check_store(workspace)
     store = workspace.store
     key, data = f"doctor/{secrets.token_hex(4)}", secrets.token_bytes(32)
     store.put(key, data)
     same = store.get(key) == data and not store.create(key, b"other")
     store.purge(key)
-    return Finding("store", same, f"{store.url} can be written", "It must read back what was written: check the store.")
+    lacking = "; ".join(f"{fact.subject} {fact.found}" for fact in describe_store(store) if not fact.ok)
+    found = f"{store.url} can be written" + (f" (`visionloop store`: {lacking})" if lacking else "")
+    return Finding("store", same, found, "It must read back what was written: check the store.")
 
 
 def _check_mlflow(tracking: Tracking) -> Finding:

@@ -16,10 +16,14 @@ CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", 
 
 @dataclass(frozen=True)
 class Marks:
-    """The bundles of the champion and of the candidate, by digest; None where there is none."""
+    """The bundles of the champion and of the candidate, by digest; None where there is none.
+
+    `problem`: why nobody can say which the champion is.
+    """
 
     champion: str | None
     candidate: str | None
+    problem: VisionLoopError | None = None
 
     def of(self, run: Run) -> str:
         """Return `champion`, `candidate`, both or nothing."""
@@ -44,17 +48,21 @@ COLUMNS: dict[str, Callable[[Run], Any]] = {
 
 
 def read_marks(workspace: Workspace) -> Marks:
-    """Find out which bundles are champion (by the ledger) and candidate; an unreadable one is none."""
+    """Find out which bundles are champion (by the ledger) and candidate; an unreadable candidate is none."""
     from visionloop.bundle import load_bundle
+    from visionloop.data.known_store import check_entry
     from visionloop.promotion.ledger import read_champion
 
-    champion = candidate = None
-    with contextlib.suppress(VisionLoopError):
+    champion = candidate = problem = None
+    try:
+        check_entry(workspace)  # an empty folder in the store's place has no champion
         entry = read_champion(workspace.store, workspace.name)
         champion = entry.bundle if entry else None
+    except VisionLoopError as exc:
+        problem = exc
     with contextlib.suppress(VisionLoopError):
         candidate = load_bundle(workspace.settings.candidate_dir).digest
-    return Marks(champion, candidate)
+    return Marks(champion, candidate, problem)
 
 
 def get_best(run: Run, name: str) -> float | None:

@@ -9,6 +9,7 @@ from PIL import Image
 from fakes import make_bundle, run_here
 from trainings import Place, make_place
 from visionloop.bundle import load_bundle
+from visionloop.data.known_store import remember_entry
 from visionloop.promotion.ledger import append_entry
 from visionloop.tracking import KIND_TAG, PARENT_TAG, Tracking
 
@@ -87,6 +88,25 @@ def test_table_is_newest_first_with_marks_and_only_trainings(
     assert "0.8000" in rows[2], "on the test side"
 
 
+def test_a_store_that_is_away_is_told_and_has_no_champion(
+    filled: tuple[Place, dict[str, str]],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remember_entry(filled[0])
+    folder = filled[0].settings.hidden_dir / "store"
+    folder.rename(home / "away")
+    try:
+        assert run_here(monkeypatch, "runs") == 0
+        told = capsys.readouterr()
+        assert "champion" not in told.out and len(told.out.splitlines()) == 5
+        assert told.err.startswith("note: which is the champion cannot be told: ")
+        assert "no run" not in run(capsys, monkeypatch, "runs", "champion", code=2)
+    finally:
+        (home / "away").rename(folder)
+
+
 def test_choosing_and_sorting(
     filled: tuple[Place, dict[str, str]],
     home: Path,
@@ -118,7 +138,7 @@ def test_two_side_by_side_with_a_plot(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place, ids = filled
-    out = home / "pictures" / "two.png"
+    out = home / "pictures" / "two\x1b[1m.png"
     out.parent.mkdir()
     lines = run(capsys, monkeypatch, "runs", ids["new"][:10], "champion", "--out", str(out)).splitlines()
     assert lines.pop() == "next: `visionloop ui` shows all of it in MLflow"
@@ -129,7 +149,7 @@ def test_two_side_by_side_with_a_plot(
     assert cells["best/val_accuracy"] == ["0.7000", "0.6000"]
     assert cells["test/accuracy"] == ["0.7000", "0.8000"]
     assert "test/accuracy_low" not in cells
-    assert lines[-1] == f"curves: {out}"
+    assert lines[-1] == f"curves: {home}/pictures/two\\x1b[1m.png", "a terminal only shows it"
     with Image.open(out) as image:
         assert image.width > 400
     assert place.tracking.load_curves(ids["old"], ["val/accuracy"])["val/accuracy"] == [

@@ -1,6 +1,8 @@
 """A camera that is connected and sends nothing, and a machine that is too busy for one that does."""
 
 import re
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from fakes import make_bundle
 from mjpeg_camera import PATH, Camera, Plan, film
 from visionloop.cli.cameras import allow_typed_host
 from visionloop.ingest.video.cameras import Stream
-from visionloop.ingest.video.webstream import Arrivals
+from visionloop.ingest.video.webstream import Arrivals, Relay
 from visionloop.predict.connection import NO_PICTURE_S, STALL_S, Connection, WatchPlan
 from visionloop.predict.files import Sampling
 from visionloop.predict.lines import Line, describe_line
@@ -20,7 +22,11 @@ from visionloop.predict.live import StreamEnded, Watch
 from visionloop.predict.several import Answerer
 from visionloop.predictor import Predictor
 from visionloop.video.player import Frame
+from visionloop.video.sample import DecodeJob
+from visionloop.web.addresses import HostRules
+from visionloop.web.download import PRIVATE_HOSTS, parse_private_hosts
 
+JOB: dict[str, Any] = {"every_s": 1.0, "scene": None, "spans": [], "max_frames": 1, "max_s": 1.0, "max_pixels": 1}
 LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever
 
 
@@ -61,6 +67,22 @@ def test_a_camera_that_is_connected_and_sends_nothing_is_told_and_connected_to_a
     assert (lines[0]["bytes"], lines[0]["after_s"] > 0.1, watch.problem) == (0, True, "")
     assert re.fullmatch(r"..:..:..  connected, no picture yet after \d s: it sends nothing", describe_line(lines[0]))
     assert lines[1]["why"] == "no frame for 2 s: it is connected, but sends nothing"
+
+
+def test_the_reply_of_a_camera_to_play_is_no_film() -> None:
+    rules = HostRules((), parse_private_hosts({PRIVATE_HOSTS: "127.0.0.1"}))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        relay = Relay(rules, "127.0.0.1", listener.getsockname()[1], DecodeJob(url="{port}", **JOB), sys.maxsize)
+        port = int(relay.open().url or "")
+        camera, _ = listener.accept()
+    with camera, socket.create_connection(("127.0.0.1", port)) as decoder:
+        decoder.sendall(b"PLAY rtsp://h/1 RTSP/1.0\r\n\r\n")
+        assert camera.recv(100).startswith(b"PLAY")
+        for sent, counted in ((b"RTSP/1.0 200 OK\r\n\r\n", 0), (b"$\x00\x00\x02ab", 6)):
+            camera.sendall(sent)
+            assert decoder.recv(100) == sent
+            assert relay.arrivals.num_bytes == counted
+        relay.close()
 
 
 def test_one_that_sends_nothing_until_the_end_is_an_error(network: Answerer) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from visionloop.errors import escape_text
 from visionloop.lifetime import GUARDIAN_VARIABLE
 
 FIRST_HOUR = """visionloop keeps an image classifier up to date. The first hour:
@@ -110,6 +111,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of t
 ADDRESSES = "A folder, NAME@champion, NAME@3 or s3://..."  # of a model
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say the result alone: no progress, no next command.")]
+
+
+def say(line: str) -> None:
+    """Print a line with words that somebody has typed, here or elsewhere, so that a terminal only shows them."""
+    print(escape_text(line))
 
 
 def say_next(words: str, *, quiet: bool = False) -> None:

@@ -114,13 +114,14 @@ def choose_webhook(typed: str | None, section: "Webhook | None") -> "Webhook | N
 
     from visionloop.errors import SourceError
     from visionloop.params.loop import Webhook
+    from visionloop.secrets import mask
 
     if typed is None or (section and section.url == typed):
         return section
     try:
         return Webhook(url=typed)
     except ValidationError:
-        raise SourceError("--webhook", f"got {typed[:20]!r}", "a URL, http:// or https://") from None
+        raise SourceError("--webhook", f"got {mask(typed)[:20]!r}", "a URL, http:// or https://") from None
 
 
 def allow_typed_host(path: str, env: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say, say_next
 from visionloop.cli.waiting import make_progress
 from visionloop.workspace import Workspace, get_now, open_workspace
 
@@ -122,7 +122,7 @@ def show(
     if sheet or not as_json:
         for path in _draw(workspace, version, leaks, sheet):
             if not as_json:
-                print(f"look at {path}")
+                say(f"look at {path}")
     say_next("`visionloop start` trains and judges on the pinned one", quiet=as_json)
 
 
@@ -262,7 +262,7 @@ def export(
             on_progress=make_progress("exported", "images", quiet=quiet),
         )
     unlabelled = f", {done.num_unlabelled:,} of them unlabelled" if done.num_unlabelled else ""
-    print(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
+    say(f"{done.folder} holds {done.num_images:,} images{unlabelled}, {format_bytes(done.num_bytes)}")
     reader = "imagefolder" if form is Format.folders else "webdataset"
     say_next(f'`datasets.load_dataset("{reader}", data_dir="{done.folder}")` in Python', quiet=quiet)
 

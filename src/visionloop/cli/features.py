@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say, say_next
 from visionloop.cli.progress import print_line
 from visionloop.cli.review import By, serve_page
 from visionloop.cli.stages import close_stage, open_stage
@@ -137,7 +137,7 @@ def similar(
             write_picture(out, png)
         path = out or _keep_similar(workspace, images[0], png)
         if not as_json:
-            print(f"look at {path}")
+            say(f"look at {path}")
     say_next("`visionloop lineage SHA256`: where one of them came from, which models used it", quiet=quiet or as_json)
 
 
@@ -173,7 +173,7 @@ def draw_map(
     write_picture(path, make_map(album, place_n2, words, num_thumbnails=thumbnails, on_progress=progress).encode())
     if thumbnails < number:
         print(f"{thumbnails:,} of {number:,} have a thumbnail (--thumbnails)")
-    print(f"look at {path}")
+    say(f"look at {path}")
     say_next("`visionloop suspects` lists the labels that do not fit their neighbours", quiet=quiet)
 
 
@@ -247,7 +247,7 @@ def _export_embeddings(path: Path, encoder: EncoderName, *, quiet: bool) -> None
     _, album = _open_album(encoder, quiet=quiet)
     write_embeddings(album, path)
     number, size = album.embedding_nd.shape
-    print(f"{path} holds {number:,} embeddings of {size:,} numbers: path, labels, side, sha256, vector")
+    say(f"{path} holds {number:,} embeddings of {size:,} numbers: path, labels, side, sha256, vector")
     say_next("`visionloop map` draws them, `visionloop suspects` asks them about the labels", quiet=quiet)
 
 

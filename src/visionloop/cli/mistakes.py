@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from visionloop.errors import SettingsError, shorten
+from visionloop.secrets import mask
 
 LONGEST = 60
 IN_PARAMS = {"start", "retrain", "ingest", "prepare", "embed", "train", "evaluate", "gate", "tune", "lr-find"}
@@ -117,6 +118,6 @@ def _lower(text: str | None) -> str:
 
 
 def _clean(text: str) -> str:
-    """Return words of the command line as they can be printed on one line."""
-    shown = "".join(char if char.isprintable() else "?" for char in text)
+    """Return words of the command line as they can be printed on one line, without the login of an address."""
+    shown = "".join(char if char.isprintable() else "?" for char in mask(text))
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."

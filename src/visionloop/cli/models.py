@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say, say_next
 from visionloop.records import Decision, Interval
 from visionloop.words import (
     align,
@@ -208,7 +208,7 @@ def history(
     for entry, verdict in newest_first:
         star = "*" if entry is ledger.champion else " "
         at, trained_on = entry.at[:16].replace("T", " "), entry.dataset.get("version", "?")
-        print(
+        say(
             f"{star} {entry.number:>4}  {at}  {entry.action:<8}  {(entry.previous or 'none')[:12]:>12} ->"
             f" {entry.bundle[:12]}  model {entry.model_version:<4}  dataset {trained_on}  {verdict:<19}"
             f"  {entry.by}: {entry.why}"
@@ -248,7 +248,7 @@ def lineage(
     else:
         lines, todo = describe_path(found), "`visionloop lineage champion`"
     for line in lines:
-        print(line)
+        say(line)
     say_next(todo)
 
 
@@ -284,8 +284,8 @@ def compare(
         print_json({"names": names, **facts.decision.to_json(), "page": str(out)})
         return
     for line in describe_comparison(facts):
-        print(line)
-    print(f"the images that only one of them has right, classes and more: {out}")
+        say(line)
+    say(f"the images that only one of them has right, classes and more: {out}")
     say_next("`visionloop gate` decides about models/candidate, `visionloop shadow start` tries one live", quiet=quiet)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json, say_next
+from visionloop.cli.app import Json, app, print_json, say, say_next
 from visionloop.errors import DiskError, ImageError, SettingsError, VisionLoopError
 from visionloop.workspace import Workspace, open_workspace
 
@@ -161,7 +161,7 @@ def export(
         found = f"cannot be written ({exc.strerror or exc})"
         raise DiskError(exc.filename or str(out), found, "a file on a disk with free space", "Name another.") from exc
     kept = f"; the images of {num_kept:,} of them are {len(files):,} files in {images}" if images else ""
-    print(f"{number:,} answers in {out}{kept}")
+    say(f"{number:,} answers in {out}{kept}")
     tell_unmatched(unmatched, asked)
     say_next("`visionloop monitor` judges what was served")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json, say_next
+from visionloop.cli.app import Json, app, print_json, say, say_next
 from visionloop.workspace import get_user, open_workspace
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _ask(workspace: "Workspace", asked: Asking) -> None:
         gone = write_sheet(workspace, batch, path.expanduser())
         if gone:
             print(f"{_count(gone, 'image')} without a picture: gone from the store")
-        print(f"{path} holds them, and {path.with_suffix('')} their pictures")
+        say(f"{path} holds them, and {path.with_suffix('')} their pictures")
         say_next(f"fill in its column `label`, then `visionloop review --take {path} --by NAME`")
     elif asked.serve:
         serve_page(workspace, batch, by=by, port=asked.port)

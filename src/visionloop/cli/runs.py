@@ -1,13 +1,14 @@
 """The command `runs`: the trainings of this workspace as a table, and some of them side by side."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from visionloop.cli.app import Json, app, print_json, say_next
+from visionloop.cli.app import Json, app, print_json, say, say_next
 from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
 from visionloop.runs import COLUMNS, Marks, read_marks, to_number
@@ -90,7 +91,7 @@ def find_run(runs: Sequence[Run], asked: str, marks: Marks) -> Run:
     """Return the run with an id that begins so, or the one of the `champion` or the `candidate`.
 
     Raises:
-        SettingsError: there is none, or several.
+        SettingsError: there is none, or several. VisionLoopError: nobody can say which is the champion's.
     """
     if asked in {"champion", "candidate"}:
         found = [run for run in runs if asked in marks.of(run).split()][:1]
@@ -98,6 +99,8 @@ def find_run(runs: Sequence[Run], asked: str, marks: Marks) -> Run:
         found = [run for run in runs if run.run_id.startswith(asked.lower())]
     if len(found) == 1:
         return found[0]
+    if asked == "champion" and marks.problem:
+        raise marks.problem
     what = "no run of this experiment" if not found else f"{len(found)} runs begin so"
     listed = [run.run_id[:ID_CHARS] for run in runs if run.kind == "train"]
     known = ", ".join(listed[:5]) or "none yet"
@@ -171,6 +174,8 @@ def runs(
 
     workspace = open_workspace()
     marks = read_marks(workspace)
+    if marks.problem and not as_json and "champion" not in (run or ()):
+        print(f"note: which is the champion cannot be told: {marks.problem}", file=sys.stderr)
     if run:
         compare(workspace, marks, run, out=out, as_json=as_json)
         return
@@ -226,7 +231,7 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     curves = {label_run(one, differing): _load_curves(workspace, one, names) for one in chosen}
     path = out or workspace.settings.hidden_dir / "runs.png"
     write_picture(path, draw_overlay(curves, panels))
-    print(f"curves: {path}")
+    say(f"curves: {path}")
     say_next("`visionloop ui` shows all of it in MLflow")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import ADDRESSES, Json, Quiet, app, print_json, say, say_next
 from visionloop.cli.stages import die_with_guardian
 from visionloop.cli.waiting import show_waiting
 from visionloop.workspace import get_now, get_user, open_workspace
@@ -49,7 +49,7 @@ def explain(
     with show_waiting("covering part after part", quiet=quiet):
         found = run_explain(predictor, array, name)
     write_picture(out, draw_explanation(array, found, card.classes, f"{image.name}, bundle {predictor.digest[:12]}"))
-    print(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
+    say(f"{found.name} {found.probability:.1%}, {describe_falls(found)}; what holds it up is red in {out}")
     say_next(f"`visionloop similar {image}` shows what it learned from that is like it", quiet=quiet)
 
 
@@ -79,7 +79,7 @@ def export(
     approved = list_approved(predictor, address, workspace)
     with show_waiting(f"writing {folder}", quiet=quiet):
         names = write_handout(predictor, folder, approved)
-    print(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
+    say(f"bundle {predictor.digest[:12]} in {folder}: {', '.join(names)}")
     for line in describe_engines(predictor, approved):
         print(line)
     say_next(f"`python {folder}/predict.py --check` tries it", quiet=quiet)

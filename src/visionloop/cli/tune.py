@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say, say_next
 from visionloop.cli.progress import format_seconds, format_value, open_watcher
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def tune(
     for line in [*describe_trials(reports), *describe_importance(tuning)]:
         print(line)
     for path in draw(tuning, reports, logged=not show):
-        print(f"  {path}")
+        say(f"  {path}")
     todo = "`visionloop tune` goes on, or give `tune.space` other values"
     if best := find_best_trial(reports):
         whole = replace(best, values={**best.values, **tuning.needed})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionloop.cli.app import Json, Quiet, app, print_json, say_next
+from visionloop.cli.app import Json, Quiet, app, print_json, say, say_next
 
 if TYPE_CHECKING:
     from visionloop.store import ObjectStore
@@ -137,10 +137,10 @@ def new(
     from visionloop.workspace import make_workspace
 
     home = make_workspace(folder, example, name=name)
-    print(f"made {home}" + (f" from the example {example}" if example else ""))
+    say(f"made {home}" + (f" from the example {example}" if example else ""))
     if is_without_git(home):
         print("git is not installed, or refuses this folder: dvc works without it, and no history is kept")
-    print(f"{home}/README.md tells of it, params.yaml holds what you can change, .env.example where it runs")
+    say(f"{home}/README.md tells of it, params.yaml holds what you can change, .env.example where it runs")
     there = "" if home == Path.cwd() else f"cd {folder} && "
     photos = "visionloop start" if example == BUILT_IN else "visionloop ingest PHOTOS --save && visionloop start"
     say_next(f"`{there}{photos}`")

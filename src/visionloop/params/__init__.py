@@ -43,6 +43,7 @@ from visionloop.params.train import (
     Tune,
 )
 from visionloop.records import compute_digest
+from visionloop.secrets import mask
 
 __all__ = [
     "WAYS_ON_EMBEDDINGS",
@@ -298,7 +299,7 @@ def _translate(exc: ValidationError, where: str) -> ParamsError:
         expected = f"{words[0]}, or {expected}"
     others = len(errors) - len(same)
     more = f" ({others} more in the file)" if others else ""
-    return ParamsError(f"{where} {'.'.join(keys)}".strip(), found, expected, f"Edit the file{more}.")
+    return ParamsError(f"{where} {'.'.join(keys)}".strip(), mask(found), mask(expected), f"Edit the file{more}.")
 
 
 def _explain(error: Any) -> str:

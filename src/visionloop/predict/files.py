@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import glob
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -110,7 +111,8 @@ def find_images(paths: Sequence[str], *, may_be_none: bool = False) -> list[Path
             files += matches
         elif not (may_be_none and glob.has_magic(text)):
             found = "matches nothing" if glob.has_magic(text) else "does not exist"
-            raise SourceError(text, found, "an image, a folder or a glob", "Check the path.")
+            shown = re.sub(r":[^@]*@", ":***@", text)  # an address of a camera with a slash too few
+            raise SourceError(shown, found, "an image, a folder or a glob", "Check the path.")
     if not files and not may_be_none:
         raise SourceError(shorten(list(paths)), "no image there", "image files")
     return list(dict.fromkeys(files))

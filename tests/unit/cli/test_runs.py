@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from visionloop.cli.runs import compare_runs, find_run, label_run, list_differences, make_table, sort_runs, to_json
-from visionloop.errors import SettingsError
+from visionloop.errors import SettingsError, StoreError
 from visionloop.runs import Marks
 from visionloop.tracking import KIND_TAG, Run
 
@@ -103,6 +103,8 @@ def test_a_run_is_found_by_its_first_letters_or_its_mark() -> None:
         SettingsError, match=r"run 'candidate': no run of this experiment; .*Newest: 11111111, 22222222"
     ):
         find_run([replace(FIRST, run_id="9" * 32, tags={KIND_TAG: "evaluate"}), *RUNS], "candidate", NO_MARKS)
+    with pytest.raises(StoreError, match=r"store s3://a: is away"):
+        find_run(RUNS, "champion", Marks(None, None, StoreError("store s3://a", "is away")))
     with pytest.raises(SettingsError, match=r"run '': 3 runs begin so"):
         find_run(RUNS, "", NO_MARKS)
 

@@ -41,6 +41,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("keys lsit", "keys lsit: is no command; expected `visionloop keys list`."),
         ("shadow x", "shadow x: is no command; expected one of report, start, stop. `visionloop shadow --help` lists"),
         ("frobnicate", "frobnicate: is no command; expected one of its commands."),
+        ("rtsp://u:w0rd@h/1", "rtsp://***@h/1: is no command; expected one of its commands."),
         ("photos.zip", "photos.zip: is no command, but a file or folder; expected a command first. `visionloop start"),
         ("predict --topp 3 a", "predict --topp: is no option; expected --top. `visionloop predict --help` lists all."),
         (

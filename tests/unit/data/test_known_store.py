@@ -21,6 +21,7 @@ from visionloop.promotion.ledger import append_entry, read_champion
 from visionloop.promotion.models import load_champion
 from visionloop.promotion.promote import promote, register, rollback
 from visionloop.store import LocalStore
+from visionloop.store.setup import Fact
 from visionloop.workspace import Workspace, connect
 from workspaces import NOW, make_settings
 
@@ -212,6 +213,13 @@ def test_doctor_says_so_and_makes_nothing(used: Workspace, tmp_path: Path) -> No
         assert findings[subject].todo == "First see to the store, above.", "an ingest would do harm"
     assert not (tmp_path / "sotre").exists()
     assert {f.subject: f.ok for f in examine(used)}["store"]
+
+
+def test_doctor_names_what_a_bucket_lacks(used: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = (Fact("reachable", "yes"), Fact("versioning", "off", ok=False))
+    monkeypatch.setattr("visionloop.doctor.describe_store", lambda store: iter(facts))
+    (found,) = (finding for finding in examine(used) if finding.subject == "store")
+    assert (found.ok, found.found) == (True, f"{used.store.url} can be written (`visionloop store`: versioning off)")
 
 
 COMMANDS = (

@@ -33,6 +33,7 @@ def test_level_follows_from_the_days_between_two_false_alarms() -> None:
         ({"webhook": {"headers": {}}}, r"params.yaml monitor.webhook.url: missing"),
         ({"webhook": {"url": "ftp://x"}}, r"webhook.url: got 'ftp://x'; expected an address .* https:// or http://"),
         ({"webhook": {"url": "ftp://example.com/x"}}, r"expected an address that begins with https:// or http://"),
+        ({"webhook": {"url": "ftp://u:w0rd@x"}}, r"webhook.url: got 'ftp://\*\*\*@x'; expected an address"),
         ({"webhook": {"url": "x"}}, r"expected an address that begins with https:// or http://"),
         ({"webhook": {"url": "https://x.example", "tries": 99}}, r"params.yaml monitor.webhook.tries: got 99"),
     ],

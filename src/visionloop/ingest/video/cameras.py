@@ -35,7 +35,7 @@ from visionloop.web.download import make_fetcher, parse_private_hosts
 RTSP_PORT = 554
 _SCHEME = re.compile(r"(?i)^([a-z][a-z0-9+.-]*)://")
 _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
-_HIDDEN = re.compile(r"^.*@")
+_HIDDEN = re.compile(r"^.*@", re.DOTALL)
 # Here nobody can tell whether a password with a / in it ends at the @: what is before it would be shown as the host.
 _UNCLEAR = re.compile(r"^[a-zA-Z]+://[^/?#]*[:@][^/?#]*[/?#].*@")
 # Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).

@@ -259,7 +259,8 @@ class Relay:
                 if source is decoder:
                     camera.sendall(data)
                 else:
-                    with self.arrivals.passing_on(len(data) if replies.plays else 0):
+                    is_film = replies.plays and not data.startswith(b"RTSP/")  # nor is the reply to PLAY
+                    with self.arrivals.passing_on(len(data) if is_film else 0):
                         decoder.sendall(data)
 
     def _fail(self, found: str, expected: str, code: str) -> None:
