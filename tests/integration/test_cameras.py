@@ -174,6 +174,21 @@ def test_a_camera_that_sends_nothing_useful_is_rejected_and_the_pull_goes_on(tmp
     assert [(r.origin, r.code) for r in rejected] == [(f"cam:{host}/live", "unreadable")]
 
 
+@pytest.mark.parametrize("length", [None, 15])
+def test_a_page_is_no_stream_and_no_file(tmp_path: Path, length: int | None) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/HTML; charset=utf-8")
+        if length:
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(b"<html>login</html>"[:15])
+
+    told = r"answers with a page \(text/html\), not with a stream: a login may be needed"
+    with serve(answer) as host, pytest.raises(SourceError, match=told):
+        read_video(tmp_path, PRIVATE, path=f"http://{host}/live")
+
+
 class RtspCamera(socketserver.StreamRequestHandler):
     """Just enough of RFC 2326: DESCRIBE, SETUP, PLAY, and MPEG-TS in RTP inside the same connection."""
 

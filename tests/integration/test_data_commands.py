@@ -204,6 +204,10 @@ def test_versions_are_listed_and_shown(home: Path, store: LocalStore, shell: She
     assert (value["num_images"], value["images_per_source"], value["rejected_rows"]) == (16, {"photos": 16}, [])
     assert [v["pinned"] for v in json.loads(shell("datasets", "--json"))["versions"]] == [True]
     assert "is not in the store" in shell.fail("datasets", "show", "7")
+    store.root.rename(home / "moved")
+    away = shell.fail("datasets", "show")
+    assert away == shell.fail("datasets") and "a store that was moved is known again" in away
+    assert "run `visionloop ingest`" not in shell.fail("datasets", "show", "1")
 
 
 def test_a_missing_image_is_a_grey_square_not_an_end(home: Path, store: LocalStore, shell: Shell) -> None:

@@ -14,6 +14,7 @@ from visionloop.ingest.paths.listing import ImageFolder
 from visionloop.predict.files import FilePrediction, predict_files
 from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
+from visionloop.records import Prediction
 
 
 @pytest.fixture
@@ -87,6 +88,17 @@ def test_a_competition_has_ids_letter_by_letter(tmp_path: Path) -> None:
     Table.plan(tmp_path / "k.csv", "kaggle").write(answers, Predictor.load(tmp_path / "bundle"))  # type: ignore[union-attr]
     with (tmp_path / "k.csv").open(encoding="utf-8", newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == ["=1+1", "a\nb", '"q']
+
+
+def test_a_class_like_a_formula_stands_letter_by_letter(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    said = Prediction("=1+1", dict.fromkeys(predictor.card.classes, 0.5), 0.5)
+    table = Table.plan(tmp_path / "o.csv", None)
+    assert table
+    table.write([FilePrediction("=2.png", said)], predictor)
+    with (tmp_path / "o.csv").open(encoding="utf-8", newline="") as file:
+        assert [(row["path"], row["prediction"]) for row in csv.DictReader(file)] == [("./=2.png", "=1+1")]
 
 
 def test_files_that_come_and_go_while_it_runs_are_told(

@@ -356,10 +356,12 @@ def _draw(workspace: Workspace, version: "DatasetVersion", leaks: "Leaks", sheet
 
 
 def _load_version(workspace: Workspace, number: int | None) -> "DatasetVersion":
+    from visionloop.data.known_store import check_store
     from visionloop.data.manifest import load_pin, load_version
 
     if number is None:
         number = load_pin(workspace.settings.pin_path, workspace.name).version
+        check_store(workspace)
     return load_version(workspace.store, workspace.name, number)
 
 

@@ -87,7 +87,8 @@ def predict(
 ) -> None:
     """Answer for images, videos, folders and globs with the champion, or watch cameras and tell each change.
 
-    A file that cannot be used gets its reason. A stream that breaks off is connected to again; Ctrl-C ends it.
+    Shown are the likeliest classes: `*` is before what is the answer, `?` where the model does not know. A file that
+    cannot be used gets its reason. A stream that breaks off is connected to again; Ctrl-C ends it.
 
     Examples:
 

@@ -183,11 +183,21 @@ def describe_parts(state: "State | None") -> list[str]:
 
 def describe_overview(overview: "Overview") -> list[str]:
     """Return the state of the loop, a line each."""
+    from visionloop.up.overview import FROM_STORE
     from visionloop.words import fit
 
     lines = [f"{overview.name} in {overview.home}"]
     dataset, champion, verdict, window = overview.dataset, overview.champion, overview.verdict, overview.window
     rows = {"dataset": "none yet", "champion": "none yet", "verdict": "none yet", "served": "no window was judged yet"}
+    away = " (the store is away)" if {*FROM_STORE} <= {*overview.unread} else ""
+    for what, name in {
+        "dataset": "dataset",
+        "champion": "champion",
+        "verdict": "decisions",
+        "served": "window",
+    }.items():
+        if name in overview.unread:
+            rows[what] = f"not known{away}"
     if dataset:
         rows["dataset"] = f"version {dataset['version']}, {dataset['num_images']:,} images"
         rows["dataset"] += f", {len(dataset['classes'])} classes"

@@ -55,7 +55,7 @@ def load_version(store: ObjectStore, name: str, number: int) -> DatasetVersion:
             f"dataset {name} version {number}",
             f"is not in the store {store.url}" + (f", whose newest one is {newest.version}" if newest else ""),
             "the store it was ingested into, or another version",
-            "Set VISIONLOOP_STORE, or run `visionloop ingest` again; `visionloop datasets` lists what is there.",
+            "Correct VISIONLOOP_STORE, or mount the store; `visionloop datasets` lists what is there.",
         ) from exc
 
 
@@ -160,7 +160,7 @@ def load_pinned(store: ObjectStore, pin: Pin) -> DatasetVersion:
             f"dataset {pin.name} version {pin.version}",
             f"has digest {version.digest[:12]} in {store.url}",
             f"{pin.digest[:12]}, as data/dataset.json says",
-            "This is another store: set VISIONLOOP_STORE, or ingest again.",
+            "This is another store: correct VISIONLOOP_STORE, or mount the one that holds it.",
         )
     return version
 

@@ -37,6 +37,8 @@ PRIVATE_HOSTS = "VISIONLOOP_PRIVATE_HOSTS"
 IDENTITY = {"Accept-Encoding": "identity"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_REASON = 120
+_RAW = re.compile(r"bytearray\(b(.*)\)$")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Fetched:
     data: bytes
     url: str
     headers: Mapping[str, str]
+
+
+def explain_failure(exc: Exception) -> str:
+    """Say in one short line why a connection failed; what a server sent that is no HTTP is escaped in it."""
+    why = _RAW.sub(r"\1", str(exc)) or type(exc).__name__
+    return f"the connection failed ({why if len(why) <= MAX_REASON else f'{why[:MAX_REASON]}...'})"
 
 
 def make_fetcher(
@@ -244,7 +252,7 @@ class Fetcher:
             if exc.args and isinstance(exc.args[0], ssl.SSLCertVerificationError):
                 message = f"has no certificate that can be trusted ({exc.args[0].verify_message})"
                 raise make_unreadable(address.place, message, "Check the address.") from exc
-            raise TryAgain(f"the connection failed ({str(exc) or type(exc).__name__})") from exc
+            raise TryAgain(explain_failure(exc)) from exc
 
     def _receive(
         self, method: str, response: "httpcore.Response", address: Address, max_bytes: int, body: Body

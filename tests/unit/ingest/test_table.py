@@ -9,6 +9,7 @@ import pytest
 
 from source_runs import Run, run_source, touch
 from visionloop.errors import ImageError, SourceError
+from visionloop.ingest.paths.listing import is_spelled_so
 from visionloop.ingest.tables.label_table import FolderShelf
 
 
@@ -187,3 +188,27 @@ def test_a_side_without_a_label_is_none_whichever_way_it_is_found(tmp_path: Path
     for found in by_look, by_pass:
         assert {(item.side, item.test_is_given) for item in found.items} == {(None, False)}
         assert found.items[8].labels == ()
+
+
+def test_an_absolute_path_in_the_folder_of_the_table_is_taken(tmp_path: Path) -> None:
+    at = tmp_path / "data"
+    table = f"path,prediction\n{at}/1.png,cat\n{at}/deep/2.png,dog\n{at}/../3.png,cat\n"
+    found = run(tmp_path, table, "1.png", "Deep/2.png", "../3.png", columns={"image": "path", "label": "prediction"})
+    assert [item[:2] for item in found.facts()] == [("1.png", ("cat",)), ("Deep/2.png", ("dog",))]
+    assert found.codes() == [("labels.csv row 3", "unsafe_path")]
+
+
+@pytest.mark.parametrize("above", ["../odd/", "/odd/"])
+def test_a_table_that_leads_out_of_its_folder_is_told_so(tmp_path: Path, above: str) -> None:
+    table = f"path,prediction\n{above}-rf.png,cat\n{above}2.png,dog\n"
+    told = f"names images outside of its folder, such as '{above}-rf.png'; expected paths below it: those that lead out"
+    with pytest.raises(SourceError, match=told):
+        run(tmp_path, table, "1.png", columns={"image": "path", "label": "prediction"})
+
+
+@pytest.mark.parametrize("folder", ["", "newp/"])
+def test_a_name_that_is_no_utf8_is_found_by_its_escapes_in_every_folder(tmp_path: Path, folder: str) -> None:
+    assert is_spelled_so(f"{folder}\udcff\udcfe.png", f"{folder}\\udcff\\udcfe.png")
+    found = run(tmp_path, f"file,label\n{folder}\\udcff\\udcfe.png,cat\n", f"{folder}\udcff\udcfe.png")
+    assert found.codes() == []
+    assert [item[:2] for item in found.facts()] == [(f"{folder}\\udcff\\udcfe.png", ("cat",))]

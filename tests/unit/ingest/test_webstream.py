@@ -2,7 +2,9 @@
 
 import pytest
 
+from visionloop.ingest.video.cameras import Reach, hide_login, read_address
 from visionloop.ingest.video.webstream import RtspReplies
+from visionloop.web.download import explain_failure
 
 OK = b"RTSP/1.0 200 OK\r\nCSeq: 1\r\n\r\n"
 FOUND = b"RTSP/1.0 302 Found\r\nLocation: rtsp://10.0.0.1/\r\n\r\n"
@@ -51,3 +53,36 @@ def test_the_film_may_hold_any_bytes_once_it_was_asked_for() -> None:
     assert replies.find_fault(b"RTSP/1.0 302 Found\r\n") == SENT
     replies.note_request(b"PLAY rtsp://c/ RTSP/1.0\r\n\r\n")
     assert replies.find_fault(OK + b"$\0\0\4\nRTSP/1.0 302 by chance, in the film\n" + bytes(20_000)) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("rtsp://cam/user=admin_password=se_cret_channel=1", "rtsp://cam/user=admin_password=***_channel=1"),
+        ("rtsp://cam/live/Token=secret/1?password=secret", "rtsp://cam/live/Token=***/1"),
+        ("rtsp://cam/a;pwd=secret;b", "rtsp://cam/a;pwd=***;b"),
+        ("rtsp://me:secret@cam/key=", "rtsp://***@cam/key=***"),
+        ("rtsp://cam/stream=1", "rtsp://cam/stream=1"),
+    ],
+)
+def test_a_password_in_the_path_of_a_camera_is_not_shown(path: str, shown: str) -> None:
+    assert hide_login(path) == shown
+
+
+def test_a_password_in_path_or_query_is_a_secret_of_the_address() -> None:
+    assert set(read_address("rtsp://cam/user=a_password=path1?passwd=query1&user=b", Reach({}, "cam"))[2]) == {
+        "path1",
+        "query1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("illegal status line: bytearray(b'\\x00\\xffno')", "illegal status line: '\\x00\\xffno'"),
+        ("x" * 5000, "x" * 120 + "..."),
+        ("", "ConnectionError"),
+    ],
+)
+def test_why_a_connection_failed_is_one_short_line(said: str, shown: str) -> None:
+    assert explain_failure(ConnectionError(said)) == f"the connection failed ({shown})"

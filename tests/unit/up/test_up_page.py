@@ -23,7 +23,7 @@ from visionloop.store import LocalStore
 from visionloop.store.lease import Claim
 from visionloop.up.board import UP, PartState, State
 from visionloop.up.home import Handler, Watch, describe_time, draw_decisions, make_policy, mark_commands, render
-from visionloop.up.overview import Overview, advise, read_overview
+from visionloop.up.overview import FROM_STORE, Overview, advise, read_overview
 from visionloop.workspace import Workspace, connect
 from watched import at_end_of, make_watched
 from workspaces import build, make_settings, store_image
@@ -97,6 +97,20 @@ def test_what_a_person_promoted_again_is_not_called_refused(tmp_path: Path) -> N
     assert '<span class="pill bad">refused</span>' not in page
     assert "promoted by a person (<code>--again</code>), as entry 2" in page
     assert "promoted by a person (`--again`), as entry 2" in "".join(describe_overview(overview))
+
+
+def test_status_of_a_store_that_is_away_says_that_nothing_is_known() -> None:
+    away = Overview("pets", "/ws", NOW.isoformat(), problems=("the store is away",), unread=FROM_STORE)
+    lines = describe_overview(away)
+    assert [line.split()[0] for line in lines if line.endswith("not known (the store is away)")] == [
+        *("dataset", "champion", "verdict", "served")
+    ]
+    assert "none yet" not in "".join(lines)
+    part = Overview("pets", "/ws", NOW.isoformat(), unread=("champion",))
+    assert [line.split(maxsplit=1) for line in describe_overview(part)[1:3]] == [
+        ["dataset", "none yet"],
+        ["champion", "not known"],
+    ]
 
 
 def test_a_retrain_under_way_began_as_people_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

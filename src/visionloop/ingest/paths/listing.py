@@ -315,8 +315,19 @@ class ImageFolder:
         odd = [name for name in (*self.files, *self._names) if "\\" in name or not name.isprintable()]
         return {escape(name): name for escape in (escape_name, store_name, str) for name in odd}
 
+    def _cut_root(self, reference: str) -> str:
+        """Return an absolute path that lies in this folder, as `predict` may write it, as a path below the folder."""
+        above = next((root for root in self._roots if reference.startswith(root)), "")
+        return reference[len(above) :]
+
+    @cached_property
+    def _roots(self) -> tuple[str, ...]:
+        if self._root == Path():  # of files that are known already
+            return ()
+        return tuple(os.path.join(root, "") for root in (os.path.abspath(self._root), os.path.realpath(self._root)))
+
     def _look_up(self, reference: str, read_side: Callable[[], str | None] | None) -> ListedFile | None:
-        path = self._odd.get(reference.removeprefix("./")) or clean_reference(reference)
+        path = self._odd.get(reference.removeprefix("./")) or clean_reference(self._cut_root(reference))
         if path in self.files:
             return self.files[path]
         matches = self._names.get(path) or [*dict.fromkeys(self._folded.get(_fold(path), ()))]
@@ -349,10 +360,24 @@ def clean_reference(reference: str) -> str:
     return unicodedata.normalize("NFC", "/".join(parts))
 
 
+def is_outside(reference: str) -> bool:
+    """Say whether a reference leads out of its folder."""
+    return bool(OUTSIDE.match(reference)) or ".." in reference.replace("\\", "/").split("/")
+
+
 def is_spelled_so(relative: str, reference: str) -> bool:
-    """Say whether a reference has the letters of the path it stands for, and not another case or other spaces."""
-    path, found = clean_reference(reference), unicodedata.normalize("NFC", relative)
-    return f"/{found}".endswith(f"/{path}") or f"/{found[: found.rfind('.')]}".endswith(f"/{path}")
+    """Say whether a reference has the letters of the path it stands for, and not another case or other spaces.
+
+    Bytes of a name that are no UTF-8 may be escaped in it, wherever they stand: `\\udcff.png` is such a name.
+    """
+    found, text = unicodedata.normalize("NFC", relative), reference.removeprefix("./")
+    if any(_ends_so(escape(name), text) for name in (relative, found) for escape in (escape_name, store_name)):
+        return True
+    return not is_outside(text) and _ends_so(found, clean_reference(text))
+
+
+def _ends_so(path: str, end: str) -> bool:
+    return f"/{path}".endswith(f"/{end}") or f"/{path[: path.rfind('.')]}".endswith(f"/{end}")
 
 
 def _fold(path: str) -> str:

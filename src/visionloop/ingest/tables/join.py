@@ -21,6 +21,7 @@ from visionloop.ingest.paths.listing import (
     escape_name,
     find_side,
     is_image_name,
+    is_outside,
     is_spelled_so,
 )
 from visionloop.ingest.paths.names import get_suffix, is_system_folder
@@ -191,6 +192,10 @@ def _find_images(table: LabelTable, plan: RowPlan, sample: Sequence[Row]) -> tup
             best = (hits, shelf, folder, index)
         if hits * 2 >= len(files):
             break
+    if best is None and all(map(is_outside, files)):
+        found = f"names images outside of its folder, such as {escape_name(files[0][:80])!r}"
+        todo = "Put the table beside the images, or run `visionloop predict` in the table's folder with names below it."
+        raise SourceError(table.where, found, "paths below it: those that lead out are not followed", todo)
     if best is None:
         found = f"none of its first {len(files)} images is there, such as {escape_name(files[0][:80])!r}"
         expected = (

@@ -38,6 +38,8 @@ _LOGIN = re.compile(r"^([a-zA-Z]+://)([^/?#]*)@")
 _HIDDEN = re.compile(r"^.*@", re.DOTALL)
 # Here nobody can tell whether a password with a / in it ends at the @: what is before it would be shown as the host.
 _UNCLEAR = re.compile(r"^[a-zA-Z]+://[^/?#]*[:@][^/?#]*[/?#].*@")
+# Cameras that take the password in the path or the query: /user=admin_password=x_channel=1, ?token=x.
+_VALUE = re.compile(r"(?i)((?:password|passwd|pwd|token|key)=)(.*?)(?=_[a-z]+=|[&/?#;]|$)")
 # Options of FFmpeg's demuxer: the protocols that it may open, and how long it may wait (in microseconds).
 RTSP_OPTIONS = {"protocol_whitelist": "rtsp,tcp,rtp", "rtsp_transport": "tcp", "timeout": "20000000"}
 
@@ -153,9 +155,13 @@ def is_camera(path: str) -> bool:
 
 
 def hide_login(path: str) -> str:
-    """Return a camera's path as it may be shown, however its login is written: without login, query and fragment."""
+    """Return a camera's path as it may be shown, however its login is written: without login, query and fragment.
+
+    What stands after `password=`, `token=` and the like in its path is hidden too.
+    """
     head, divider, rest = path.partition("://")
-    return f"{head}{divider}{re.split('[?#]', _HIDDEN.sub('***@', rest))[0]}" if divider else path
+    shown = re.split("[?#]", _HIDDEN.sub("***@", rest))[0]
+    return head + divider + _VALUE.sub(r"\1***", shown) if divider else path
 
 
 @contextlib.contextmanager
@@ -216,7 +222,8 @@ def read_address(path: str, reach: Reach) -> tuple[str, str, tuple[str, ...]]:
         raise SourceError(reach.where, "has an @ behind a / ? or #", expected, "Or write ${NAME} for the password.")
     login = _LOGIN.match(url)
     parts = [part for part in re.split("[:@]", login[2]) if len(part) > 2] if login else []
-    secrets = {*environment.secrets, *parts}
+    values = [value for _, value in _VALUE.findall(url) if len(value) > 2]
+    secrets = {*environment.secrets, *parts, *values}
     return kind, url, tuple(secrets | {unquote(secret) for secret in secrets})
 
 

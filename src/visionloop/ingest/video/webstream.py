@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 from visionloop.errors import ImageError
 from visionloop.video.sample import DecodeJob
 from visionloop.web.addresses import Address, HostRules
-from visionloop.web.download import IDENTITY, MAX_REDIRECTS, MIN_BYTES_PER_S, REDIRECTS, Fetcher, follow_redirect
+from visionloop.web.download import (
+    IDENTITY,
+    MAX_REDIRECTS,
+    MIN_BYTES_PER_S,
+    REDIRECTS,
+    Fetcher,
+    explain_failure,
+    follow_redirect,
+)
 
 if TYPE_CHECKING:
     import httpcore
@@ -30,6 +38,7 @@ OPEN_S = 30.0
 CONNECT_S = 15.0
 SILENCE_S = 30.0
 CHUNK = 1 << 16
+PAGES = ("text/html", "application/xhtml+xml")
 MAX_LINE = 4000  # FFmpeg cuts a line off at 4096 bytes; a shorter one it reads as we do
 _STATUS = re.compile(rb"RTSP/\d\.\d[ \t]+([1-5])\d\d([ \t].*)?")
 _LENGTH = re.compile(rb"(?i)content-length:[ \t]*(\d{1,9})[ \t]*")
@@ -105,9 +114,11 @@ class WebStream:
                 if response.status != 200 or headers.get("content-encoding", "identity") != "identity":
                     self._answer.close()
                     raise _unreadable(first, f"answered {response.status}")
-                if "mpegurl" in headers.get("content-type", "").lower() or address.target.partition("?")[0].endswith(
-                    ".m3u8"
-                ):
+                kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+                if kind in PAGES:
+                    self._answer.close()
+                    raise _unreadable(first, f"answers with a page ({kind}), not with a stream: a login may be needed")
+                if "mpegurl" in kind or address.target.partition("?")[0].endswith(".m3u8"):
                     self._answer.close()
                     self.is_playlist = True
                     return False
@@ -115,7 +126,7 @@ class WebStream:
                 self._response, self._length = response, int(length) if length.isdigit() else None
                 return self._length is not None
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as exc:
-            raise _unreadable(first, f"the connection failed ({str(exc) or type(exc).__name__})") from exc
+            raise _unreadable(first, explain_failure(exc)) from exc
         raise ImageError(first.place, "redirects too often", "a video", reason_code="refused_url")
 
     def download(self, path: Path) -> Path:
@@ -177,8 +188,7 @@ class WebStream:
                         raise ImageError(where, "comes too slowly", "a video", reason_code="unreadable")
                     yield chunk
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as exc:
-            reason = f"the connection failed ({str(exc) or type(exc).__name__})"
-            raise ImageError(where, reason, "a video", reason_code="unreadable") from exc
+            raise ImageError(where, explain_failure(exc), "a video", reason_code="unreadable") from exc
 
 
 def _unreadable(address: Address, found: str) -> ImageError:
