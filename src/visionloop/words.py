@@ -339,7 +339,7 @@ def describe_champion(entry: "LedgerEntry") -> str:
 
 
 def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: bool = False) -> NotPromoted:
-    """Return the error of a candidate that is not promoted: refused, inconclusive or waiting, by the first such rule.
+    """Return the error of a candidate that is not promoted: refused, inconclusive or waiting, and by which rules.
 
     `again`: it is the verdict of an earlier run, and nothing has changed since.
     """
@@ -347,7 +347,8 @@ def make_refusal(verdict: str, rules: Iterable[Mapping[str, Any]], *, again: boo
     from visionloop.promotion.gate import find_held
 
     held = find_held(verdict, rules)
-    named = f" by the rule {held[0]['rule']} ({held[0]['found']})" if held else ""
+    others = f", and by {shorten([rule['rule'] for rule in held[1:]])}" if held[1:] else ""
+    named = f" by the rule {held[0]['rule']} ({held[0]['found']}){others}" if held else ""
     todo = "See decisions/latest.json and decisions/latest.html."
     todo = " ".join([*(list_advice(held) if verdict == "inconclusive" else ()), todo])
     if again and verdict != "waiting":  # what it waits for is in the rule

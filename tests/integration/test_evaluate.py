@@ -4,19 +4,23 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from fakes import make_card
 from visionloop import predictor
 from visionloop.bundle import load_run_note
 from visionloop.data.shards import load_prepared
 from visionloop.errors import BundleError, DatasetError
-from visionloop.evaluation.evaluate import OUTS, describe_gap, evaluate
+from visionloop.evaluation.answers import Answers
+from visionloop.evaluation.evaluate import OUTS, describe_gap, describe_threshold, evaluate
 from visionloop.evaluation.report import COMPARED
 from visionloop.predictor import Predictor
+from visionloop.records import Interval
 from worlds import GOOD, make_world
 
 
@@ -169,6 +173,33 @@ def test_a_gap_between_val_and_test_is_told(val: float | None, test: float, told
     line = describe_gap(val, test)
     assert bool(line) == bool(told)
     assert told in line
+
+
+def test_a_threshold_that_spoils_a_good_network_is_named():
+    truth_n, score_n = np.arange(30) % 2, np.where(np.arange(30) % 2, 0.9, 0.2)
+    probs_nk = np.column_stack([1 - score_n, score_n])
+    card = replace(make_card(("horses", "humans")), threshold=0.99999)
+    figures = {"accuracy": Interval(0.5, None, None), "auc": Interval(1.0, None, None)}
+    answers = Answers(truth_n, probs_nk, np.zeros(30, int), card.classes, np.arange(30))
+    line = describe_threshold(card, answers, figures)
+    assert line.startswith("LOOK: accuracy is 0.500 at the card's threshold of humans, 0.99999, and would be 1.000 at ")
+    assert "the threshold is the cause" in line
+    assert describe_threshold(card, answers, {**figures, "accuracy": Interval(0.95, None, None)}) == ""
+    assert describe_threshold(card, answers, {**figures, "auc": Interval(0.7, None, None)}) == ""
+    assert describe_threshold(replace(card, threshold=None), answers, figures) == ""
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.99999])
+def test_the_epochs_accuracy_is_held_against_the_test_side_at_the_same_threshold(tmp_path, monkeypatch, threshold):
+    """The epochs' accuracy is that at 0.5. And what a threshold spoils is not told as a network without learning."""
+    world = make_world(tmp_path, prepared=True, classes=("a", "b"), turned=0)
+    world.write_candidate(GOOD, threshold=threshold)
+    best = {"best/val_accuracy": 0.1 if threshold == 0.5 else 1.0}
+    monkeypatch.setattr("visionloop.evaluation.evaluate._log_to_run", lambda *facts: best)
+    said: list[str] = []
+    evaluate(world, tell=said.append)
+    told = [any(words in line for line in said) for words in ("sides differ", "threshold is the cause", "was learned")]
+    assert told == [threshold == 0.5, threshold != 0.5, False], said
 
 
 def test_the_number_of_test_images_is_told(tmp_path):

@@ -252,6 +252,8 @@ def test_again_lifts_the_rollback_and_no_other_rule(desk):
     desk.judge(GOOD, floors={"accuracy": 0.99})
     with pytest.raises(NotPromoted, match=r"decision 3 is refused \(rolled_back: .*; floor accuracy: "):
         desk.promote(again=True)
+    with pytest.raises(NotPromoted, match=r"`--again` would not help: decision 3 also .* by floor accuracy\.$"):
+        desk.promote()
     assert read_champion(desk.store, "fake").number == 3
 
 
@@ -264,8 +266,10 @@ def test_the_same_network_under_another_card_is_down_too(desk):
     decision = latest_decision(desk.store, "fake")
     assert third != second
     assert (decision.verdict, decision.rules[0].rule) == ("refused", "rolled_back")
-    assert decision.rules[0].found.endswith(f": it was wrong (as bundle {second[:12]}, the same network)")
-    register(desk.place)
+    assert f"wrong (as bundle {second[:12]}, the same network: a rollback lasts, also" in decision.rules[0].found
+    with pytest.raises(NotPromoted, match=r"person's word: `visionloop promote --again --why ...`"):
+        desk.promote()
+    assert third not in desk.tracking.versions, "the next command registers it"
     assert desk.promote(again=True).bundle == third
     assert desk.judge(GOOD, params={"seed": "a third"}) != third
     assert latest_decision(desk.store, "fake").verdict == "passed", "a person has put this network back"

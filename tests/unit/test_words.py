@@ -134,6 +134,14 @@ ONLY_IMAGES = "Ingest more images, of more groups where they are grouped."
         ),
         ([hold("min_images", 36, 100)], ONLY_IMAGES),
         ([hold("min_images", 36, 100, expected="at least 100 ... or a lower gate.min_images")], MORE_IMAGES),
+        (
+            [hold("min_images", 36, 10, expected="10, or a lower gate.min_images and gate.min_images.per_class")],
+            f"{MORE_IMAGES[:-1]} and `gate.min_images.per_class`.",
+        ),
+        (
+            [hold("min_images", 36, 10, expected="at least 10, or a lower gate.min_images.per_class")],
+            MORE_IMAGES.replace("min_images`", "min_images.per_class`"),
+        ),
         ([hold("new_class", 0.0, 0.5)], "Ingest more images of the class, or set `gate.new_class: {mode: off}`."),
         (
             [hold("new_class", 1.0, 0.5, expected="more ..., a lower `gate.min_images.per_class`, or")],
@@ -162,9 +170,10 @@ ONLY_IMAGES = "Ingest more images, of more groups where they are grouped."
 )
 def test_the_advice_is_of_the_rules_that_hold_it_back(rules: list[dict[str, object]], advice: str) -> None:
     told = str(words.make_refusal("inconclusive", rules))
-    first = next(r["rule"] for r in rules if r["rule"] != "champion_runs" and "mode" not in r)
+    first, *others = [str(r["rule"]) for r in rules if r["rule"] != "champion_runs" and "mode" not in r]
+    more = f", and by {', '.join(sorted(others))}" if others else ""
     assert told == (
-        f"gate: the candidate is inconclusive by the rule {first} (x); expected a passed gate. {advice} "
+        f"gate: the candidate is inconclusive by the rule {first} (x){more}; expected a passed gate. {advice} "
         "See decisions/latest.json and decisions/latest.html."
     )
 

@@ -118,7 +118,7 @@ def promote(
     """Make the registered candidate the champion: a ledger entry, and MLflow's alias `champion`.
 
     A model that was rolled back from stays down until `--again` takes it back, after `visionloop gate` has found
-    nothing else against it.
+    nothing else against it. `--again` registers it where it is not.
 
     Examples:
 

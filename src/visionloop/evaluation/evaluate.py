@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloop.bundle import MODEL, load_run_note
+from visionloop.confidence import describe_limit
 from visionloop.data.fonts import number_names
 from visionloop.data.shards import Prepared, load_prepared
 from visionloop.errors import DatasetError, shorten
@@ -54,6 +55,7 @@ from visionloop.evaluation.report import (
 from visionloop.evaluation.resampling import IntArray, code_keys, count_keys, describe_images
 from visionloop.evaluation.runtimes import KeptOutputs, RuntimeCheck, describe_runtimes, open_runtimes
 from visionloop.evaluation.slices import MEASURES, compute_slice_figures, make_slices, measure_images
+from visionloop.evaluation.thresholds import PLAIN, sweep_thresholds
 from visionloop.params import Evaluate
 from visionloop.predictor import FloatArray, Keep, Predictor
 from visionloop.records import Card, ImageRecord, Interval, make_natural_key
@@ -63,7 +65,8 @@ from visionloop.workspace import Workspace
 BATCH_BYTES = 32 * 1024 * 1024
 BATCH_IMAGES = 64
 NUM_MISTAKES = 25
-MOST_GAP = 0.10  # between accuracy on val and on test
+MOST_GAP = 0.10  # between accuracy on val and on test, or at the card's threshold and at the best one
+HIGH_AUC = 0.9
 # metrics.json is moved last: if it is there, the others are too.
 OUTS = ("predictions.csv", "per_class.csv", "slices.csv", "figures", "report.html", "intervals.json", "metrics.json")
 
@@ -100,16 +103,45 @@ def evaluate(
         _move_outs(work / "outs", settings.reports_dir)
         shutil.rmtree(work / "outs")
         write_file(work / DONE, b"{}")
-    answers, metrics = seen.answers, dict(judged.metrics)
+    card, answers, metrics = predictor.card, seen.answers, dict(judged.metrics)
     tell(f"on {describe_images(len(rows_n), count_keys(answers.key_n), 'test images')}{_describe_limit(workspace)}")
     lines = [describe_baseline(baseline, metrics["accuracy"].value) for baseline in judged.baselines]
-    for line in [describe_answered(predictor.card, metrics), *lines, *describe_runtimes(judged.runtimes)]:
+    if line := describe_threshold(card, answers, metrics):
+        lines = [line]  # the network is not what the baselines beat then
+    for line in [describe_answered(card, metrics), *lines, *describe_runtimes(judged.runtimes)]:
         if line:
             tell(line)
     best = _log_to_run(workspace, predictor.digest, metrics)
-    if "accuracy" in metrics and (line := describe_gap(best.get("best/val_accuracy"), metrics["accuracy"].value)):
+    # The epochs' accuracy is that at 0.5: next to another threshold it says nothing of the sides.
+    val = (
+        best.get("best/val_accuracy") if {card.threshold, *(card.thresholds or {}).values()} <= {None, PLAIN} else None
+    )
+    if "accuracy" in metrics and (line := describe_gap(val, metrics["accuracy"].value)):
         tell(line)
     return metrics
+
+
+def describe_threshold(card: Card, answers: Answers, metrics: Mapping[str, Interval]) -> str:
+    """Return a line if a binary model tells the classes apart, and its threshold makes its answers wrong; else nothing.
+
+    The other threshold is the best one for these very images, so it names the cause and is no value to take over.
+    """
+    auc, accuracy = metrics.get("auc"), metrics["accuracy"].value if "accuracy" in metrics else 0.0
+    if card.threshold is None or auc is None or auc.value < HIGH_AUC:
+        return ""
+    truth_n = answers.labels == 1
+    sweep = sweep_thresholds(answers.probs_nk[:, 1], truth_n)
+    wrong_c = sweep.extra_c + sweep.missed_c
+    best = int(wrong_c.argmin())
+    reached = 1 - float(wrong_c[best]) / len(truth_n)
+    if reached - accuracy <= MOST_GAP:
+        return ""
+    return (
+        f"LOOK: accuracy is {accuracy:.3f} at the card's threshold of {card.classes[1]}, "
+        f"{describe_limit(card.threshold)}, and would be {reached:.3f} at {describe_limit(float(sweep.cut_c[best]))} "
+        f"(area under the curve {auc.value:.3f}): the threshold is the cause, not the network; see `train.threshold` "
+        "in params.yaml"
+    )
 
 
 def describe_gap(val: float | None, test: float) -> str:

@@ -24,7 +24,7 @@ from visionloop.confidence import (
 )
 from visionloop.evaluation.calibration import FIGURES, IntArray, fit_scale, number_keys
 from visionloop.evaluation.promises import Promise, find_promise, keep_one_of_a_key
-from visionloop.evaluation.thresholds import Chosen, choose_threshold
+from visionloop.evaluation.thresholds import PLAIN, Chosen, choose_threshold
 from visionloop.params.train import Abstain, Threshold
 from visionloop.predictor import Choices, choose_classes, compute_confidence
 from visionloop.records import Card
@@ -100,7 +100,7 @@ def _tune_thresholds(
             "promised": {name: one.promised for name, one in chosen.items()},
             "kept": {name: one.is_kept for name, one in chosen.items()},
         }
-    lines = [] if wanted.at is not None else _describe_thresholds(chosen)
+    lines = [] if wanted.at == PLAIN else _describe_thresholds(chosen)
     if card.task == "binary":
         return replace(card, threshold=values[card.classes[1]]), lines
     return replace(card, thresholds=values), lines

@@ -9,7 +9,7 @@ OTHER_MODEL = "Train on more images or with other params"
 EQUAL_PASSES = "with `gate.rule: no_worse` an equal one passes, from 133 test images on for a margin of 2 points."
 NEARLY_EQUAL = -0.02  # from here on that may help
 LOWER = "a lower "  # said by a rule only where a lower number would let the candidate pass
-# What to do about a rule that cannot tell: while the value is above its line, and where it is not.
+# What to do about a rule that cannot tell: while the value is above its line, and where it is not. KEYS: as it names.
 ADVICE = {
     "better": (f"More test images would tell; {EQUAL_PASSES}", f"{OTHER_MODEL}; {EQUAL_PASSES}"),
     "behind": (f"{OTHER_MODEL}.",) * 2,
@@ -28,7 +28,7 @@ ADVICE = {
         "six groups of test images set `gate.baseline: {heads: dry_run}`.",
     )
     * 2,
-    "min_images": ("Ingest more images, of more groups where they are grouped; or lower `gate.min_images`.",) * 2,
+    "min_images": ("Ingest more images, of more groups where they are grouped; or lower KEYS.",) * 2,
     "too_few": ("Ingest more images, of more groups where they are grouped.",) * 2,
     "new_class": (
         "Ingest more images of the class, or lower `gate.min_images.per_class` (one test image is the least), or set "
@@ -63,4 +63,6 @@ def _advise(rule: Mapping[str, Any]) -> str:
     if name in FEW and LOWER not in rule["expected"]:
         name = FEW[name]
     above, not_above = ADVICE.get(name, ("", ""))
-    return above if value is None or line is None or value > line else not_above
+    advice = above if value is None or line is None or value > line else not_above
+    keys = str(rule["expected"]).rpartition(LOWER)[2].split(" and ")
+    return advice.replace("KEYS", " and ".join(f"`{key}`" for key in keys))

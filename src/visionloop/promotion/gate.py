@@ -191,7 +191,8 @@ def _describe_unshown(hits: Hits, most: float, alpha: float) -> str:
     more = f"{max(needed - number, 10):,} more test images"
     if not hits.are_images:
         more = f"{max(ceil(needed * keys / number), MIN_KEYS, keys + 1) - keys:,} more test groups"
-    return f"; LOOK: this may be luck, about {more} of it would tell"
+    what = f"that it is more than {100 * most:g} points" if most else "this"
+    return f"; LOOK: {what} may be luck, about {more} of it would tell"
 
 
 def make_looks_rule(looks: int, on_these: int, section: Gate) -> RuleResult | None:

@@ -196,12 +196,13 @@ def check_rolled_back(store: ObjectStore, history: Sequence[LedgerEntry], candid
     entry = find_rolled_back(history, candidate.digest, identify)
     if entry is None:
         return None
-    which = "" if entry.previous == candidate.digest else f" (as bundle {str(entry.previous)[:12]}, the same network)"
+    lasts = "the same network: a rollback lasts, also with another threshold"
+    which = "" if entry.previous == candidate.digest else f" (as bundle {str(entry.previous)[:12]}, {lasts})"
     return RuleResult(
         ROLLED_BACK,
         False,
         f"{describe_rollback(entry)}{which}",
-        "another model, or a person's word: `visionloop promote --again --why ...`",
+        "another model, or a person's word: `visionloop promote --again --why ...`, which lifts this rule alone",
     )
 
 

@@ -13,10 +13,13 @@ from visionloop.errors import NotPromoted, PromotionError, TrackingError, shorte
 from visionloop.evaluation.runtimes import load_approved
 from visionloop.predictor import FP32, Predictor
 from visionloop.promotion.ledger import (
+    ROLLED_BACK,
     append_entry,
     describe_entry,
     describe_rollback,
     find_rolled_back,
+    is_bound,
+    latest_decision,
     read_champion,
     read_history,
     require_bound,
@@ -63,7 +66,7 @@ def promote(
 
     If it is the champion already, corrects MLflow's alias where it differs and returns the existing entry; a new one
     where a later evaluation approves other engines. `again` lets a model pass that was rolled back from, if nothing
-    else holds it back. `lease`: of the retrain that promotes.
+    else holds it back, and registers it where it is not. `lease`: of the retrain that promotes.
 
     Raises:
         NotPromoted: the gate has not passed this candidate, or it was rolled back from.
@@ -82,11 +85,13 @@ def promote(
         mirror_alias(workspace)
         return champion
     if not again:
-        _refuse_taken_down(store, name, digest)
+        _refuse_taken_down(store, name, digest, champion)
     decision = require_passed(store, name, digest, again=again)
     require_bound(decision, champion, again=again)
     _refuse_experiment(store, name, decision, digest)
     version = workspace.tracking.find_version(digest) if store.exists(f"bundles/{digest}/{DIGESTS}") else None
+    if version is None and again:
+        version = register(workspace)
     if version is None:
         raise PromotionError(
             f"candidate {digest[:12]}", "is not registered", "a model version", "Run `visionloop register`."
@@ -228,14 +233,18 @@ def _approve_engines(
     return entry
 
 
-def _refuse_taken_down(store: ObjectStore, name: str, digest: str) -> None:
-    if taken_down := find_rolled_back(read_history(store, name), digest):
-        raise NotPromoted(
-            f"candidate {digest[:12]}",
-            f"was {describe_rollback(taken_down)}",
-            "another model",
-            "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`.",
-        )
+def _refuse_taken_down(store: ObjectStore, name: str, digest: str, champion: LedgerEntry | None) -> None:
+    """Raise NotPromoted for a bundle that was rolled back from; `--again` is advised only where it can help."""
+    taken_down = find_rolled_back(read_history(store, name), digest)
+    if taken_down is None:
+        return
+    decision = latest_decision(store, name, candidate=digest)
+    rules = decision.rules if decision and is_bound(decision, champion) else ()
+    held = [rule.rule for rule in rules if rule.holds_back and rule.rule != ROLLED_BACK]
+    todo = "If it should serve all the same: `visionloop gate`, then `visionloop promote --again --why ...`."
+    if decision and held:
+        todo = f"`--again` would not help: decision {decision.number} also holds it back by {shorten(held)}."
+    raise NotPromoted(f"candidate {digest[:12]}", f"was {describe_rollback(taken_down)}", "another model", todo)
 
 
 def _refuse_experiment(store: ObjectStore, name: str, decision: Decision, digest: str) -> None:

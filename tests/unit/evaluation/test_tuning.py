@@ -221,3 +221,12 @@ def test_the_distance_is_taken_before_the_promise() -> None:
     without, _ = tune_card(make_card(), mixed, PLAIN, Abstain(error=0.02, coverage=None), with_biases=False)
     assert with_distance.abstain is not None
     assert without.abstain is None
+
+
+@pytest.mark.parametrize(("at", "is_told"), [(0.99999, True), (0.5, False)])
+def test_a_number_for_a_threshold_is_told_with_what_it_does(at: float, is_told: bool) -> None:
+    validation = draw(np.random.default_rng(1), 200, 2, sharpness=1.0)
+    tuned, lines = tune_card(make_card(("horses", "humans")), validation, Threshold(at=at), None, with_biases=False)
+    told = [line for line in lines if line.startswith("threshold of humans: 0.99999 (as params.yaml says: ")]
+    assert (tuned.threshold, bool(told)) == (at, is_told)
+    assert all(" of the validation images right, " in line for line in told)

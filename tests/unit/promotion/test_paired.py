@@ -290,3 +290,7 @@ def test_a_large_drop_that_is_not_shown_is_told():
     rule = check_drops("class_drop", more, Drop(), ALPHA)
     assert (rule.passed, "LOOK: this may be luck" in rule.found) == (True, True)
     assert "LOOK" not in check_drops("class_drop", parts, Drop(), ALPHA).found
+    lost = {"cat": count_hits(np.zeros(20, bool), np.ones(20, bool), np.arange(20))}
+    rule = check_drops("class_drop", lost, Drop(most=0.9), ALPHA)
+    assert (rule.passed, rule.value) == (True, -1.0)
+    assert "; LOOK: that it is more than 90 points may be luck, about " in rule.found
