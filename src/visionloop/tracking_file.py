@@ -1,15 +1,15 @@
 """The SQLite file of a workspace's MLflow: what may be wrong with it, and its places after the workspace was moved."""
 
 import contextlib
-import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from visionloop.errors import FULL
+
 if TYPE_CHECKING:
     import sqlite3
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN_FILE = ("SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 OURS = "/.visionloop/mlflow/artifacts"
 # Where MLflow keeps addresses of artifacts.

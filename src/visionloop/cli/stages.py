@@ -83,11 +83,13 @@ def prepare(*, quiet: Quiet = False) -> None:
       dvc repro prepare
     """
     from visionloop.data.prepare import prepare as run_prepare
+    from visionloop.forget.dvc_cache import is_copied
     from visionloop.params import WAYS_ON_EMBEDDINGS
 
     stage = open_stage("prepare")
     progress = make_progress("prepared", "images", quiet=quiet)
-    pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress)
+    copied = bool(os.environ.get("DVC_STAGE")) and is_copied(stage.workspace.settings.home)
+    pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress, is_copied=copied)
     print(f"data/prepared holds dataset {pin.name} version {pin.version}")
     close_stage(stage)
     on_embeddings = stage.workspace.params.train.way in WAYS_ON_EMBEDDINGS
