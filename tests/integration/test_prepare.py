@@ -26,7 +26,6 @@ from visionloop.data.rows import hold_records
 from visionloop.data.shards import load_prepared
 from visionloop.data.tombstones import make_tombstone_key
 from visionloop.errors import DatasetError, ParamsError
-from visionloop.forget import dvc_cache
 from visionloop.ingest.pull import pull
 from visionloop.params import Compute, FolderSource, Params, make_params
 from visionloop.records import ImageRecord
@@ -309,36 +308,11 @@ def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch:
         with pytest.raises(DatasetError, match=r"cannot be written \(No space left on device\); expected room for the"):
             prepare(world)
     prepare(world)
-
-
-def test_what_dvc_copies_into_its_cache_needs_room_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        asked: list[int] = []
-        patch.setattr(stage, "_check_room", lambda work, num_bytes: asked.append(num_bytes))
-        for is_copied in (False, True):
-            prepare(world, is_copied=is_copied)
+    asked: list[int] = []
+    monkeypatch.setattr(stage, "_check_room", lambda work, num_bytes: asked.append(num_bytes))
+    for is_copied in (False, True):  # by dvc, into its cache
+        prepare(world, is_copied=is_copied)
     assert asked[1] == 2 * asked[0] > 0
-
-
-@pytest.mark.parametrize(
-    ("config", "shares", "copied"),
-    [
-        ({}, False, True),
-        ({}, True, False),
-        ({"cache.type": "copy"}, True, True),
-        ({"cache.type": "hardlink,copy"}, False, False),
-        ({"cache.type": "reflink,symlink"}, False, False),
-    ],
-)
-def test_dvc_copies_unless_its_cache_has_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str], shares: bool, copied: bool
-) -> None:
-    monkeypatch.setattr(dvc_cache, "_read_config", lambda home: config)
-    assert not dvc_cache.is_copied(tmp_path), "there is no cache"
-    (tmp_path / ".dvc").mkdir()
-    assert dvc_cache._has_reflinks(tmp_path) in {True, False}
-    monkeypatch.setattr(dvc_cache, "_has_reflinks", lambda folder: shares)
-    assert dvc_cache.is_copied(tmp_path) == copied
 
 
 def test_a_short_write_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
