@@ -3,10 +3,12 @@
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -232,6 +234,16 @@ def test_a_stage_that_meets_a_full_disk_ends_with_one_line(
         r"[\d.,]+ [KMGT]B free\); expected free space\. Free some; the same command goes on with what is done\.\n",
         told,
     ), told
+
+
+def test_a_retrain_on_a_full_disk_does_not_wait_for_prefect(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    monkeypatch.setattr(stages, "_run_flow", lambda *words: pytest.fail("it was started"))
+    assert run_here(monkeypatch, "retrain") == 2
+    told = f"visionloop retrain: cannot be written (no space left on the disk of {home}, 4.1 KB free); expected free"
+    assert told in capsys.readouterr().err
 
 
 def test_no_candidate_says_how_to_make_one(
