@@ -23,10 +23,12 @@ from visionloop import __version__
 from visionloop.errors import BundleError, ObjectMissing, shorten
 from visionloop.records import CARD_SCHEMA, Card, RunNote, canonical_json, compute_digest
 from visionloop.store import ObjectStore
+from visionloop.workfolder import is_broken_off, is_locked
 
 DIGESTS = "digests.json"
 MODEL, INT8_MODEL = "model.onnx", "model.int8.onnx"
 REQUIRED = (MODEL, "card.json", "reference.npz", "golden/answers.json")
+CANDIDATE = ("models", "candidate")  # its folder in a workspace
 TRAINING_ONLY = frozenset({"weights.safetensors"})
 RESTORE = "If it is the champion, `visionloop doctor --fix` puts it back from a copy on this machine."
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
@@ -90,6 +92,10 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
     where = f"bundle {folder}"
     todo = "Train again (`visionloop train`), or fetch it again from the store."
     if not (folder / DIGESTS).is_file():
+        if folder.parts[-2:] == CANDIDATE and not folder.exists():
+            raise BundleError(
+                "models/candidate", "there is no candidate", "what a training makes", describe_no_candidate(folder)
+            )
         raise BundleError(where, f"no {DIGESTS}", "a model bundle", todo)
     try:
         files: dict[str, str] = json.loads((folder / DIGESTS).read_bytes())
@@ -114,6 +120,24 @@ def load_bundle(folder: Path, *, expected_digest: str | None = None) -> Bundle:
     except (ValueError, TypeError, AttributeError) as exc:
         raise BundleError(where, "card.json is damaged", "a model's card", todo) from exc
     return Bundle(folder=folder, digest=digest, card=card, files=files)
+
+
+def find_fault(folder: Path) -> str:
+    """Return what is wrong with a candidate that is there, and what to do, in a line; nothing if it is whole."""
+    try:
+        if folder.exists():
+            load_bundle(folder)
+    except BundleError as exc:
+        return f"models/candidate is not as it was made ({exc.found}): `visionloop train` puts it back"
+    return ""
+
+
+def describe_no_candidate(folder: Path) -> str:
+    """Say what to do where a workspace has no candidate: its folder of work tells of a training that was broken off."""
+    work = folder.absolute().parents[1] / ".visionloop" / "work" / "train"
+    if is_broken_off(work):
+        return "A training was broken off: `visionloop train` goes on."
+    return "A training is under way." if is_locked(work) else "Run `visionloop train`."
 
 
 def check_schema(card: Mapping[str, Any], where: str) -> None:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from visionloop.bundle import describe_no_candidate, load_bundle
 from visionloop.data.known_store import WAY_OUT, check_store
 from visionloop.data.manifest import load_pin, load_version
-from visionloop.errors import VisionLoopError, describe_install, find_missing_extra, shorten
+from visionloop.errors import BundleError, VisionLoopError, describe_install, find_missing_extra, shorten
 from visionloop.evaluation.resampling import describe_images
 from visionloop.networks.processor import load_measured
 from visionloop.parallel import count_cores
@@ -23,6 +24,7 @@ from visionloop.secrets import mask
 from visionloop.settings import Settings
 from visionloop.store.setup import describe_store
 from visionloop.tracking import Tracking
+from visionloop.workfolder import is_broken_off
 from visionloop.workspace import Workspace
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "onnxruntime", "mlflow", "prefect", "dvc", "fastapi", "pillow")
@@ -53,6 +55,7 @@ def examine(workspace: Workspace) -> list[Finding]:
         ("mlflow", lambda: _check_mlflow(workspace.tracking)),
         ("dataset", lambda: _check_dataset(workspace)),
         ("dvc", lambda: _check_dvc(workspace.settings)),
+        ("candidate", lambda: _check_candidate(workspace.settings)),
         ("ledger", lambda: _check_ledger(workspace)),
         ("champion", lambda: _check_champion(workspace)),
         ("alias", lambda: _check_alias(workspace)),
@@ -158,6 +161,21 @@ def _check_dvc(settings: Settings) -> Finding:
     require_merged(settings)
     done = (settings.home / "dvc.lock").is_file()
     return Finding("dvc", True, "dvc.lock says which stages are done" if done else "no stage has run by dvc yet")
+
+
+def _check_candidate(settings: Settings) -> Finding:
+    """Check the candidate's files; none is no fault, but a training that was broken off is."""
+    folder = settings.candidate_dir
+    broken_off = is_broken_off(settings.work_dir("train"))
+    if not folder.exists():
+        return Finding("candidate", not broken_off, "none", describe_no_candidate(folder) * broken_off)
+    try:
+        found = f"bundle {load_bundle(folder).digest[:12]} is whole"
+    except BundleError as exc:
+        return Finding(
+            "candidate", False, f"models/candidate: {exc.found}", "Run `visionloop train`: it makes it whole."
+        )
+    return Finding("candidate", True, found + "; a training was broken off, `visionloop train` goes on" * broken_off)
 
 
 def _check_ledger(workspace: Workspace) -> Finding:

@@ -25,11 +25,14 @@ and what to do.
 """
 
 import contextlib
+import errno
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 SHOWN = 5
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PACKAGE_OF = {"sklearn": "scikit-learn", "PIL": "pillow", "botocore": "boto3"}
 EXTRA = re.compile(r"extra == ['\"]([a-z0-9-]+)['\"]")
 
@@ -161,6 +164,15 @@ def format_bytes(number: float) -> str:
             return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:,.1f} TB"
+
+
+def make_full_disk_error(where: str, folder: str) -> DiskError:
+    """Return the error of a full disk, with how much of that folder's is free now."""
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {format_bytes(shutil.disk_usage(folder).free)} free"
+    todo = "Free some; the same command goes on with what is done."
+    return DiskError(where, f"cannot be written (no space left on the disk of {folder}{free})", "free space", todo)
 
 
 def shorten(names: Sequence[str], shown: int = SHOWN) -> str:

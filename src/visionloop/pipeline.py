@@ -27,6 +27,7 @@ from visionloop.records import compute_digest
 from visionloop.settings import PARAMS_FILE, PARENT_VARIABLE, Settings, choose_tool_environment
 
 CODE_FILE = "code.json"
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "disk is full")
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,8 @@ def _read_error(path: Path, stage: str, lines: list[str]) -> VisionLoopError:
         return BusyError(
             f"stage {stage}", "dvc is held by another process", "one at a time", "Wait for it, or stop it."
         )
+    if any(words in text for words in DISK_FULL):
+        return errors.make_full_disk_error(f"stage {stage}", str(path.parent.parent))
     last = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output")
     return PipelineError(f"stage {stage}", f"failed ({last[:200]})", "a finished stage", "See the log.")
 

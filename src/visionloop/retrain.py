@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloop import pipeline
+from visionloop.bundle import find_fault
 from visionloop.data.acceptance import describe_unread
 from visionloop.data.known_store import check_store, check_store_for_pull
 from visionloop.data.manifest import load_pin
@@ -106,8 +107,7 @@ def try_to_take_lease(workspace: Workspace, tell: Tell, run: str = "") -> Lease 
     """
     check_store_for_pull(workspace)
     try:
-        claim = make_claim(get_user(), get_now(), run=run)
-        return take_lease(workspace.store, workspace.name, claim, tell=tell)
+        return take_lease(workspace.store, workspace.name, make_claim(get_user(), get_now(), run=run), tell=tell)
     except LeaseHeld as exc:
         return exc
 
@@ -134,11 +134,11 @@ def _do_steps(
         return result
 
     dataset = step("ingest", "new images into the store", lambda: ingest(home, tell))
-    unchanged = find_unchanged(workspace, dataset)
-    if unchanged:
-        rollback = _find_rollback(workspace, unchanged)
+    if unchanged := find_unchanged(workspace, dataset):
         tell(describe_unchanged(unchanged))
-        if rollback:
+        if fault := find_fault(workspace.settings.candidate_dir):
+            tell(fault)
+        if rollback := _find_rollback(workspace, unchanged):
             tell(f"bundle {unchanged.candidate[:12]} was {describe_rollback(rollback)}; it stays down")
         return _summarise(workspace, unchanged, "unchanged", seconds)
     with as_one_run(workspace, dataset) as parent:

@@ -1,6 +1,7 @@
 """The runs in MLflow: what is said of each, in `visionloop runs` and in Python alike, and the one of a retrain."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from visionloop.errors import LeaseLost, VisionLoopError
 from visionloop.records import Decision, Pin, compute_digest
 from visionloop.tracking import DIGEST_TAG, KIND_TAG, PARENT_TAG, RETRAIN_TAG, Run, copy_figures
 from visionloop.tracking_pages import make_note, make_used_dataset, make_verdict_tags
+from visionloop.workfolder import DONE, is_broken_off, list_work
 from visionloop.workspace import Workspace
 
 CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/map")
@@ -63,6 +65,22 @@ def read_marks(workspace: Workspace) -> Marks:
     with contextlib.suppress(VisionLoopError):
         candidate = load_bundle(workspace.settings.candidate_dir).digest
     return Marks(champion, candidate, problem)
+
+
+def find_stopped(workspace: Workspace) -> set[str]:
+    """Return the runs of this workspace's trainings that were broken off: MLflow does not know that they run no more.
+
+    Of a training on another machine nobody can say it here.
+    """
+    work = workspace.settings.work_dir("train")
+    if not is_broken_off(work):
+        return set()
+    open_work = [work / name for name in list_work(work) if not (work / name / DONE).is_file()]
+    found = set()
+    for one in open_work:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(str(json.loads((one / "run.json").read_bytes())["run_id"]))
+    return found
 
 
 def get_best(run: Run, name: str) -> float | None:

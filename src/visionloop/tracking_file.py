@@ -1,15 +1,16 @@
 """The SQLite file of a workspace's MLflow: what may be wrong with it, and its places after the workspace was moved."""
 
 import contextlib
-import errno
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from visionloop.errors import FULL
+
 if TYPE_CHECKING:
     import sqlite3
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN_FILE = ("SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 OURS = "/.visionloop/mlflow/artifacts"
 # Where MLflow keeps addresses of artifacts.
@@ -26,6 +27,7 @@ def open_database(path: Path, artifact_root: str) -> None:
     """Make the file ready for MLflow, which would try a damaged one again for a minute. Raises sqlite3.Error."""
     import sqlite3
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback of what is raised, and told
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA schema_version")

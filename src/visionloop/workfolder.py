@@ -57,6 +57,11 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def is_broken_off(folder: Path) -> bool:
+    """Say whether the stage has begun with something, has not finished it, and no process is at it now."""
+    return any(not (folder / name / DONE).is_file() for name in list_work(folder)) and not is_locked(folder)
+
+
 def list_work(folder: Path) -> set[str]:
     """Return the names of a stage's work folders."""
     return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from visionloop.errors import DiskError, SettingsError, TrackingError
 from visionloop.params.text import parse_yaml
 from visionloop.records import Decision
 from visionloop.tracking import DIGEST_TAG, MlflowTracking, Tracking
+from visionloop.tracking_file import open_database
 from visionloop.tracking_pages import UsedDataset, make_note, make_verdict_tags
 
 NOWHERE = "0" * 32
@@ -385,3 +387,11 @@ def test_a_registered_model_leaves_no_address_in_the_environment(
     mlflow.register_onnx(None, tmp_path / "bundle" / "model.onnx", "d" * 64, {})
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert os.environ["MLFLOW_EXPERIMENT_ID"] == "7"
+
+
+def test_a_failure_of_the_database_is_raised_and_not_logged_with_a_traceback(tmp_path: Path) -> None:
+    open_database(tmp_path / "mlflow.db", "artifacts")
+    from mlflow.store.db import utils
+
+    assert utils._logger.name == "mlflow.store.db.utils"
+    assert not utils._logger.isEnabledFor(logging.ERROR)

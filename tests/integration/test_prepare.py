@@ -308,6 +308,11 @@ def test_a_full_disk_is_told_before_and_in_the_middle(world: World, monkeypatch:
         with pytest.raises(DatasetError, match=r"cannot be written \(No space left on device\); expected room for the"):
             prepare(world)
     prepare(world)
+    asked: list[int] = []
+    monkeypatch.setattr(stage, "_check_room", lambda work, num_bytes: asked.append(num_bytes))
+    for is_copied in (False, True):  # by dvc, into its cache
+        prepare(world, is_copied=is_copied)
+    assert asked[1] == 2 * asked[0] > 0
 
 
 def test_a_short_write_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from visionloop import pipeline
 from visionloop.cli.run import write_error_file
 from visionloop.data.manifest import load_pin
-from visionloop.errors import BusyError, DatasetError, PipelineError, StoreError
+from visionloop.errors import BusyError, DatasetError, DiskError, PipelineError, StoreError
 from visionloop.params import make_params
 from visionloop.settings import Settings, load_settings
 
@@ -137,6 +138,22 @@ def test_without_one_the_last_line_tells(tmp_path: Path) -> None:
     assert str(error).startswith("stage train: failed (ERROR: failed to reproduce 'train')")
     busy = pipeline._read_error(tmp_path / "none", "train", ["ERROR: '/x/models' is busy, it is being blocked by:"])
     assert isinstance(busy, BusyError)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ERROR: failed to transfer 'md5: 0123' - [Errno 28] No space left on device: '/x/cache'",
+        "ERROR: unexpected error - database or disk is full",
+    ],
+)
+def test_a_full_disk_that_only_dvc_tells_of_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / ".visionloop").mkdir()
+    (tmp_path / ".visionloop" / "error.json").write_text("")  # it could not be written either
+    error = pipeline._read_error(tmp_path / ".visionloop" / "error.json", "embed", [line, "ERROR: failed to reproduce"])
+    assert isinstance(error, DiskError)
+    told = rf"stage embed: cannot be written \(no space left on the disk of {tmp_path}, [\d.,]+ [KMGT]B free\);"
+    assert re.match(told, str(error))
 
 
 def test_environment_of_a_stage(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A command line that is not understood, told as every other error: what was typed, what fits, an example to copy."""
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -32,10 +33,23 @@ def describe_mistake(exc: typer.TyperException, root: Any, typed: Sequence[str])
     if param is not None:
         return _describe_param(path, command, exc, message)
     if found := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", exc.message):
+        if swallowed := _find_swallowed(command, typed):
+            option, other = swallowed
+            said = next(_lower(one.help) for one in command.params if option in one.opts)
+            todo = f"Say `{path} {option} {_clean(found[1])}`, without {other}."
+            return SettingsError(f"{path} {option}", f"is followed by {other}", f"its value: {said}", todo)
         takes = [_name(one) for one in command.params if one.param_type_name == "argument"]
         expected = f"{' '.join(takes)} alone" if takes else "options alone"
         return SettingsError(path, f"got {_clean(found[1])!r} too", expected, _show_example(command, path))
     return SettingsError(path, message, "", f"`{path} --help` tells more.")
+
+
+def _find_swallowed(command: Any, typed: Sequence[str]) -> tuple[str, str] | None:
+    """Return an option with a value, and the option that was typed where its value should be."""
+    takes_value = {name: not getattr(one, "is_flag", False) for one in command.params for name in one.opts}
+    return next(
+        (pair for pair in itertools.pairwise(typed) if takes_value.get(pair[0]) and pair[1] in takes_value), None
+    )
 
 
 def _find_command(root: Any, typed: Sequence[str]) -> tuple[list[str], Any]:

@@ -1,15 +1,15 @@
 """The entry point: loads the commands, runs one, and turns an error into one line and an exit code."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from visionloop.cli.app import app
-from visionloop.errors import DiskError, VisionLoopError, find_missing_extra
+from visionloop.errors import FULL, DiskError, VisionLoopError, find_missing_extra, make_full_disk_error
 from visionloop.lifetime import Terminated, collect_seldom, end_process
 from visionloop.settings import load_settings
 from visionloop.words import describe_error
@@ -63,10 +63,14 @@ def main() -> None:
         _drop_output()
         sys.exit(0)
     except OSError as exc:
-        if exc.errno != errno.ENOSPC or (failure := _find_full_output()) is None:
+        if exc.errno not in FULL:
             raise
-        _drop_output()
-        _end_with(failure)
+        if exc.filename is None and (failure := _find_full_output()):
+            _drop_output()
+            _end_with(failure)
+        path = Path(exc.filename or Path.cwd()).absolute()
+        folder = next(one for one in (path, *path.parents) if one.is_dir())
+        _end_with(make_full_disk_error(exc.filename or "a file", str(folder)))
 
 
 def _drop_output() -> None:

@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 from visionloop.cli.app import Json, app, print_json, say, say_next
 from visionloop.cli.progress import format_seconds
 from visionloop.errors import SettingsError, shorten
-from visionloop.runs import COLUMNS, Marks, read_marks, to_number
+from visionloop.runs import COLUMNS, Marks, find_stopped, read_marks, to_number
 from visionloop.tracking import Run
 from visionloop.words import align, fit
 
@@ -28,6 +29,12 @@ MOST_NAMED = 3  # parameters in the legend
 MOST = 12
 Status = Literal["running", "finished", "failed", "killed"]
 RISING = ("loss", "_s", "run", "way", "backbone", "time", "status")  # what ends so is sorted upwards
+
+
+def mark_stopped(runs: Iterable[Run], stopped: Collection[str]) -> Iterator[Run]:
+    """Yield the runs, those that MLflow thinks to be running though their process is gone as `stopped`."""
+    for run in runs:
+        yield replace(run, status="STOPPED") if run.status == "RUNNING" and run.run_id in stopped else run
 
 
 def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
@@ -180,7 +187,8 @@ def runs(
         compare(workspace, marks, run, out=out, as_json=as_json)
         return
     kinds = {"train", "trial"} if trials else {"train"}
-    found = workspace.tracking.iterate_runs(status.upper() if status else None)
+    found: Iterable[Run] = workspace.tracking.iterate_runs(status.upper() if status else None)
+    found = mark_stopped(found, find_stopped(workspace))
     show_all(list(itertools.islice((r for r in found if r.kind in kinds), last)), marks, sort=sort, as_json=as_json)
 
 
@@ -213,7 +221,7 @@ def compare(workspace: "Workspace", marks: Marks, asked: list[str], *, out: Path
     require_place(out, "--out")
     if len(asked) > MOST:
         raise SettingsError("visionloop runs", f"{len(asked)} runs", f"at most {MOST} to compare", "Name fewer.")
-    known = list(workspace.tracking.iterate_runs())
+    known = list(mark_stopped(workspace.tracking.iterate_runs(), find_stopped(workspace)))
     chosen = list({(one := find_run(known, name, marks)).run_id: one for name in asked}.values())
     if as_json:
         print_json({"runs": [to_json(one, marks) for one in chosen]})

@@ -4,6 +4,7 @@ prepare, train, evaluate; retrain, schedule.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import typer
 from visionloop.cli.app import Json, Quiet, app, print_json, say_next
 from visionloop.cli.progress import format_seconds, is_first_rank, open_watcher
 from visionloop.cli.waiting import make_progress
-from visionloop.errors import VisionLoopError, require_installed
+from visionloop.errors import VisionLoopError, make_full_disk_error, require_installed
 from visionloop.lifetime import GUARDIAN_VARIABLE, die_with_parents
 from visionloop.settings import find_home, load_settings
 from visionloop.words import describe_mlflow, format_interval, shorten_path
@@ -26,6 +27,7 @@ from visionloop.workspace import Workspace, get_now, open_workspace
 if TYPE_CHECKING:
     from visionloop.records import RunNote
 
+LEAST_FREE = 1_000_000  # bytes; with less, Prefect waits for a database that it cannot write
 PoolType = StrEnum("PoolType", ("process", "docker", "kubernetes"))
 Folder = Annotated[
     Path | None, typer.Option("--workspace", metavar="DIR", help="Another workspace than the one you are in.")
@@ -83,11 +85,13 @@ def prepare(*, quiet: Quiet = False) -> None:
       dvc repro prepare
     """
     from visionloop.data.prepare import prepare as run_prepare
+    from visionloop.forget.dvc_cache import is_copied
     from visionloop.params import WAYS_ON_EMBEDDINGS
 
     stage = open_stage("prepare")
     progress = make_progress("prepared", "images", quiet=quiet)
-    pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress)
+    copied = bool(os.environ.get("DVC_STAGE")) and is_copied(stage.workspace.settings.home)
+    pin = run_prepare(stage.workspace, code_digest=stage.code_digest, on_progress=progress, is_copied=copied)
     print(f"data/prepared holds dataset {pin.name} version {pin.version}")
     close_stage(stage)
     on_embeddings = stage.workspace.params.train.way in WAYS_ON_EMBEDDINGS
@@ -213,6 +217,9 @@ def retrain(workspace: Folder = None) -> None:
 
       visionloop retrain --workspace ~/models/pets
     """
+    home = workspace.expanduser() if workspace else find_home(os.environ)
+    if home.is_dir() and shutil.disk_usage(home).free < LEAST_FREE:
+        raise make_full_disk_error("visionloop retrain", str(home))
     _run_flow("retrain", workspace, {})
 
 

@@ -136,9 +136,15 @@ def divide_seats(sizes: Mapping[Stratum, int], limit: int, taken: Mapping[Stratu
 
 
 def prepare(
-    workspace: Workspace, *, code_digest: str = "", on_progress: Callable[[int, int], None] = lambda done, total: None
+    workspace: Workspace,
+    *,
+    code_digest: str = "",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    is_copied: bool = False,
 ) -> Pin:
     """Decode and resize the labelled images of the pinned version into data/prepared; return the pin.
+
+    `is_copied`: what is made is copied once more on the same disk afterwards, so there must be room for that too.
 
     Raises:
         DatasetError: the pin or an image is missing from the store, was forgotten, or no image is labelled; the disk
@@ -155,12 +161,18 @@ def prepare(
         )
         if params.prepare.limit:
             selected = _take_subset(selected, params.prepare.limit, some)
-        _prepare(workspace, pin, selected, code_digest, on_progress)
+        _prepare(workspace, pin, selected, code_digest, on_progress, is_copied=is_copied)
     return pin
 
 
 def _prepare(
-    workspace: Workspace, pin: Pin, selected: Selected, code_digest: str, on_progress: Callable[[int, int], None]
+    workspace: Workspace,
+    pin: Pin,
+    selected: Selected,
+    code_digest: str,
+    on_progress: Callable[[int, int], None],
+    *,
+    is_copied: bool,
 ) -> None:
     settings, params = workspace.settings, workspace.params
     layouts, total = make_layouts(selected, params.prepare), len(selected.rows)
@@ -175,7 +187,9 @@ def _prepare(
             (layout, [c for c in layout.list_chunks(params.prepare.resize) if not _is_done(work, c, known)])
             for layout in layouts
         ]
-        _check_room(work, sum(c.num_bytes for _, chunks in waiting for c in chunks))
+        to_write = sum(c.num_bytes for _, chunks in waiting for c in chunks)
+        kept_again = sum(c.num_bytes for layout in layouts for c in layout.list_chunks(params.prepare.resize))
+        _check_room(work, to_write + (kept_again if is_copied else 0))
         _make_images(work, waiting, workspace.store, params.compute, lambda left: on_progress(total - left, total))
         _write_tables(work, pin, task, params.prepare, selected)
         replace_folder(work, settings.prepared_dir)

@@ -6,11 +6,13 @@ and remotes are read as stores. dvc itself has no command that removes one outpu
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,7 @@ from visionloop.pipeline import make_stage_environment
 from visionloop.settings import Settings
 from visionloop.store import LocalStore, ObjectStore, open_store
 
+FICLONE = 0x40049409  # linux/fs.h
 FILES = "files/md5/"
 INDEX = "index.parquet"
 OPTIONS_WE_HONOUR = frozenset({"url", "region"})
@@ -178,6 +181,28 @@ def _read_config(home: Path) -> dict[str, str] | None:
         return None
     lines = (line.partition("=") for line in done.stdout.splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def is_copied(home: Path) -> bool:
+    """Say whether dvc keeps a second copy of what a stage makes on the same disk: its cache has no links there."""
+    config = _read_config(home) or {}
+    kinds = config.get("cache.type", "reflink,copy")
+    cache = Path(config.get("cache.dir") or home / ".dvc")
+    if "link" in kinds.replace("reflink", "") or not cache.exists() or cache.stat().st_dev != home.stat().st_dev:
+        return False
+    return not ("reflink" in kinds and _has_reflinks(home))
+
+
+def _has_reflinks(folder: Path) -> bool:
+    """Say whether two files of this disk can share their bytes (btrfs, XFS)."""
+    with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as other:
+        one.write(b"1")
+        one.flush()
+        try:
+            fcntl.ioctl(other.fileno(), FICLONE, one.fileno())
+        except OSError:
+            return False
+    return True
 
 
 def _list_reports(settings: Settings, places: Iterable[Place]) -> Iterator[dict[str, str]]:

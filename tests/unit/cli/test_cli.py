@@ -1,14 +1,22 @@
 """The command line: help at once, answers, one line and an exit code for every mistake. No torch in here."""
 
+import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fakes import COMMANDS, make_bundle, run_here, write_photos
+from visionloop import doctor
+from visionloop.bundle import find_fault
+from visionloop.cli import features, stages
+from visionloop.workspace import open_workspace
 
 
 @pytest.fixture
@@ -207,6 +215,79 @@ def test_a_stdout_that_takes_nothing_is_one_line() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     line = "error: stdout: cannot be written (No space left on device); expected free space. Make room; run it again.\n"
     assert (done.returncode, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("command", ["prepare", "embed", "train", "evaluate"])
+def test_a_stage_that_meets_a_full_disk_ends_with_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, number: int
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(number, "full", str(home / ".visionloop" / "work" / "x"))
+
+    monkeypatch.setattr(stages, "open_stage", refuse)
+    monkeypatch.setattr(features, "open_stage", refuse)
+    assert run_here(monkeypatch, command) == 2
+    told = capfd.readouterr().err
+    assert re.fullmatch(
+        rf"error: {home}/.visionloop/work/x: cannot be written \(no space left on the disk of {home}\S*, "
+        r"[\d.,]+ [KMGT]B free\); expected free space\. Free some; the same command goes on with what is done\.\n",
+        told,
+    ), told
+
+
+def test_a_retrain_on_a_full_disk_does_not_wait_for_prefect(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    monkeypatch.setattr(stages, "_run_flow", lambda *words: pytest.fail("it was started"))
+    assert run_here(monkeypatch, "retrain") == 2
+    told = f"visionloop retrain: cannot be written (no space left on the disk of {home}, 4.1 KB free); expected free"
+    assert told in capsys.readouterr().err
+
+
+def test_no_candidate_says_how_to_make_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tell() -> str:
+        assert run_here(monkeypatch, "predict", "../photos/cat/1.png", "--bundle", "candidate") == 2
+        return capsys.readouterr().err
+
+    told = "error: models/candidate: there is no candidate; expected what a training makes. "
+    assert tell() == f"{told}Run `visionloop train`.\n"
+    work = home / ".visionloop" / "work" / "train" / "0123"
+    work.mkdir(parents=True)
+    (work.parent / "lock").touch()
+    assert tell() == f"{told}A training was broken off: `visionloop train` goes on.\n"
+    (work / "done.json").touch()
+    assert tell() == f"{told}Run `visionloop train`.\n"
+
+
+def test_doctor_has_a_row_for_the_candidate(home: Path) -> None:
+    workspace = open_workspace(home)
+
+    def look() -> tuple[bool, str, str]:
+        found = doctor._check_candidate(workspace.settings)
+        return found.ok, found.found, found.todo
+
+    assert look() == (True, "none", "")
+    work = workspace.settings.work_dir("train") / "0123"
+    work.mkdir(parents=True)
+    assert look() == (False, "none", "A training was broken off: `visionloop train` goes on.")
+    (work / "done.json").touch()
+    candidate = workspace.settings.candidate_dir
+    digest = make_bundle(candidate)[:12]
+    assert look() == (True, f"bundle {digest} is whole", "")
+    assert find_fault(candidate) == ""
+    (candidate / "card.json").write_text("{}")
+    assert look() == (
+        False,
+        "models/candidate: card.json differs from its digest",
+        "Run `visionloop train`: it makes it whole.",
+    )
+    assert find_fault(candidate) == (
+        "models/candidate is not as it was made (card.json differs from its digest): `visionloop train` puts it back"
+    )
 
 
 def test_the_answers_to_a_question_are_options(

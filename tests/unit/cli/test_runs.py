@@ -2,14 +2,26 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from visionloop.cli.runs import compare_runs, find_run, label_run, list_differences, make_table, sort_runs, to_json
+from visionloop.cli.runs import (
+    compare_runs,
+    find_run,
+    label_run,
+    list_differences,
+    make_table,
+    mark_stopped,
+    sort_runs,
+    to_json,
+)
 from visionloop.errors import SettingsError, StoreError
-from visionloop.runs import Marks
+from visionloop.runs import Marks, find_stopped
 from visionloop.tracking import KIND_TAG, Run
+from visionloop.workfolder import lock_work, write_file
+from visionloop.workspace import open_workspace
 
 STARTED = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NO_MARKS = Marks(None, None)
@@ -53,6 +65,23 @@ def test_table_has_the_best_epoch_or_else_the_last_one() -> None:
 )
 def test_best_and_newest_come_first_and_runs_without_a_value_last(by: str, order: list[int]) -> None:
     assert [int(run.run_id[0]) for run in sort_runs(RUNS, by)] == order
+
+
+def test_a_run_whose_training_was_broken_off_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("name: pets\n")
+    workspace = open_workspace(tmp_path)
+    work = workspace.settings.work_dir("train") / "0123"
+    write_file(work / "run.json", b'{"run_id": "a"}')
+    left, other = (replace(make_run(1), run_id=run_id, status="RUNNING") for run_id in "ab")
+
+    def look() -> list[str]:
+        return [run.status for run in mark_stopped([left, other], find_stopped(workspace))]
+
+    assert look() == ["STOPPED", "RUNNING"], "what another machine trains runs on"
+    with lock_work(work.parent, "0123"):
+        assert look() == ["RUNNING", "RUNNING"]
+    (work / "run.json").write_text("{")
+    assert look() == ["RUNNING", "RUNNING"]
 
 
 def test_losses_are_sorted_upwards() -> None:

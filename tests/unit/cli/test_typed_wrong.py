@@ -79,6 +79,11 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "export a",
             "export: FOLDER is missing; expected a new or empty folder. For example `visionloop export champion",
         ),
+        (
+            "serve --check --bundle models/candidate",
+            "serve --check: is followed by --bundle; expected its value: only try it: a folder, or a digest of the "
+            "store. Say `visionloop serve --check models/candidate`, without --bundle.",
+        ),
         ("doctor x y", "doctor: got 'x y' too; expected options alone. For example `visionloop doctor`."),
         ("export a b c", "export: got 'c' too; expected MODEL FOLDER alone."),
         ("retrain --epoch", "retrain --epoch: is no option; expected one of --help, --workspace."),
