@@ -4,20 +4,18 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fakes import make_bundle
-from mjpeg_camera import PATH, Camera, Plan, film
-from visionloop.cli.cameras import allow_typed_host
+from mjpeg_camera import LIMIT_S, PATH, Camera, Plan, film, plan, read
 from visionloop.ingest.video.cameras import Stream
 from visionloop.ingest.video.webstream import Arrivals, Relay
 from visionloop.predict.connection import NO_PICTURE_S, STALL_S, Connection, WatchPlan
-from visionloop.predict.files import Sampling
-from visionloop.predict.lines import Line, describe_line
+from visionloop.predict.lines import describe_line
 from visionloop.predict.live import StreamEnded, Watch
 from visionloop.predict.several import Answerer
 from visionloop.predictor import Predictor
@@ -27,7 +25,6 @@ from visionloop.web.addresses import HostRules
 from visionloop.web.download import PRIVATE_HOSTS, parse_private_hosts
 
 JOB: dict[str, Any] = {"every_s": 1.0, "scene": None, "spans": [], "max_frames": 1, "max_s": 1.0, "max_pixels": 1}
-LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +32,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Answerer:
     folder = tmp_path_factory.mktemp("model") / "bundle"
     make_bundle(folder)
     return Answerer(Predictor.load(folder, threads=1))
-
-
-def plan(path: str, **keys: Any) -> WatchPlan:
-    wishes = {"sampling": Sampling(0.05, 0.2), "seconds": LIMIT_S, "wait_s": 0.05, **keys}
-    return WatchPlan(path, allow_typed_host(path, {}), **wishes)
-
-
-def read(watch: Watch, until: Callable[[Line], bool]) -> Iterator[Line]:
-    """The lines of a camera, up to and with the one that is waited for; then it is let go."""
-    stream = watch.connect()
-    assert stream.file is None
-    try:
-        for line in watch.run(stream):
-            if line is not None:
-                yield line
-                if until(line):
-                    return
-    finally:
-        watch.end()
 
 
 def test_a_camera_that_is_connected_and_sends_nothing_is_told_and_connected_to_again(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 
 from fakes import make_bundle, run_here
 from http_server import Answer, serve
-from mjpeg_camera import PATH, Camera, Plan, film
+from mjpeg_camera import LIMIT_S, PATH, Camera, Plan, film, plan, read
 from shapes import ROOT
 from videos import RED, WHITE, Film, write_video
 from visionloop.cli.cameras import Shower, Telling, allow_typed_host, choose_webhook
@@ -24,12 +24,11 @@ from visionloop.errors import SourceError
 from visionloop.params.loop import Webhook
 from visionloop.predict.connection import WatchPlan
 from visionloop.predict.files import Sampling
-from visionloop.predict.lines import Line, describe_line
+from visionloop.predict.lines import describe_line
 from visionloop.predict.live import StreamEnded, Watch
 from visionloop.predict.several import Answerer, Followed
 from visionloop.predictor import Predictor
 
-LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever
 NULL_PACKET = bytes([0x47, 0x1F, 0xFF, 0x10]) + bytes(184)  # of MPEG-TS: nothing, so that a line is never idle
 SAYS = {RED: "a", WHITE: "c"}  # the network of the bundle with seed 0
 
@@ -39,25 +38,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Answerer:
     folder = tmp_path_factory.mktemp("model") / "bundle"
     make_bundle(folder)
     return Answerer(Predictor.load(folder, threads=1))
-
-
-def plan(path: str, **keys: Any) -> WatchPlan:
-    wishes = {"sampling": Sampling(0.05, 0.2), "seconds": LIMIT_S, "wait_s": 0.05, **keys}
-    return WatchPlan(path, allow_typed_host(path, {}), **wishes)
-
-
-def read(watch: Watch, until: Callable[[Line], bool]) -> Iterator[Line]:
-    """The lines of a camera, up to and with the one that is waited for; then it is let go."""
-    stream = watch.connect()
-    assert stream.file is None
-    try:
-        for line in watch.run(stream):
-            if line is not None:
-                yield line
-                if until(line):
-                    return
-    finally:
-        watch.end()
 
 
 def test_a_change_is_told_once_when_it_is_sure(network: Answerer) -> None:

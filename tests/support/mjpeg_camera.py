@@ -1,21 +1,31 @@
-"""A camera over HTTP (multipart JPEG) on loopback, that does what a test wants: goes on, breaks off, hangs, lies."""
+"""A camera over HTTP (multipart JPEG) on loopback, that does what a test wants: goes on, breaks off, hangs, lies.
+
+`plan` and `read` watch it.
+"""
 
 import contextlib
 import itertools
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import simplejpeg
 
 from http_server import Answer, Handler, WebServer, serve
 from videos import RED, Color
+from visionloop.cli.cameras import allow_typed_host
+from visionloop.predict.connection import WatchPlan
+from visionloop.predict.files import Sampling
+from visionloop.predict.lines import Line
+from visionloop.predict.live import Watch
 
 PATH = "/live"
 STEP_S = 0.04
+LIMIT_S = 120.0  # no test waits for it: it ends one that would wait for ever
 
 
 @dataclass(frozen=True)
@@ -73,3 +83,23 @@ def film(camera: Camera) -> Iterator[WebServer]:
             yield site
         finally:
             camera.is_over.set()
+
+
+def plan(path: str, **keys: Any) -> WatchPlan:
+    """How a test watches: often, and never for long after a camera is lost."""
+    wishes = {"sampling": Sampling(0.05, 0.2), "seconds": LIMIT_S, "wait_s": 0.05, **keys}
+    return WatchPlan(path, allow_typed_host(path, {}), **wishes)
+
+
+def read(watch: Watch, until: Callable[[Line], bool]) -> Iterator[Line]:
+    """The lines of a camera, up to and with the one that is waited for; then it is let go."""
+    stream = watch.connect()
+    assert stream.file is None
+    try:
+        for line in watch.run(stream):
+            if line is not None:
+                yield line
+                if until(line):
+                    return
+    finally:
+        watch.end()
