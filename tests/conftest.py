@@ -15,7 +15,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from fakes import make_bundle
+from fakes import make_bundle, make_image
 from processors import FLAGS, pretending, refuse_to_measure
 from s3_server import run_seaweed
 from visionloop.lifetime import collect_seldom
@@ -157,4 +157,16 @@ def bundle_dir(tmp_path: Path) -> Path:
     """A sealed bundle with the classes a, b, c for images of 32 x 32."""
     folder = tmp_path / "bundle"
     make_bundle(folder, classes=("a", "b", "c"), size_hw=(32, 32), seed=0)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of two images, one of them in a folder below, a broken one, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.png").write_bytes(make_image(1))
+    (folder / "sub" / "b.JPG").write_bytes(make_image(2, kind="JPEG"))
+    (folder / "broken.jpg").write_text("text")
+    (folder / "notes.txt").write_text("text")
     return folder

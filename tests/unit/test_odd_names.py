@@ -16,18 +16,6 @@ from visionloop.predict.tables import Table
 from visionloop.predictor import Predictor
 from visionloop.records import Prediction
 
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a.png").write_bytes(make_image(1))
-    (folder / "sub" / "b.JPG").write_bytes(make_image(2, kind="JPEG"))
-    (folder / "broken.jpg").write_text("text")
-    (folder / "notes.txt").write_text("text")
-    return folder
-
-
 ODD = (
     *(
         "a\nb.png",
